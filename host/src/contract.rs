@@ -1,0 +1,18 @@
+//! The contract's types and calls, generated from `wit/`.
+//!
+//! Both the guest side and the log side of the host speak in these: the log stores exactly what the contract says
+//! happened. Types that travel in both directions come twice, once owned (what a guest handed over) and once borrowed
+//! (what is handed to a guest, straight from the buffer it lies in).
+
+mod store {
+    wasmtime::component::bindgen!({
+        path: "wit",
+        world: "store",
+        ownership: Borrowing { duplicate_if_necessary: true },
+    });
+}
+
+pub use store::kvs::store::http::{HeaderParam as HeaderRef, Request, ResponseResult as Response};
+pub use store::kvs::store::transaction_log::{
+    AppendError, Entry, EventParam as EventRef, EventResult as Event, PutParam as PutRef, PutResult as Put,
+};

@@ -1,0 +1,47 @@
+//! The transaction log: events go in in one order, become durable in that order, and come back out in that order.
+//!
+//! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
+//! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
+
+mod watermark;
+
+pub use watermark::{OutcomeUnknown, Watermark};
+
+use crate::contract::{AppendError, Entry, Event};
+
+/// What every log promises: the file, and whatever stands in for it.
+///
+/// One process writes a log at a time; opening it fences the others off. Sequences start at 1 and grow; an implementation
+/// gives each out once, even when the group that had it was lost in a crash.
+pub trait TransactionLog: Send + Sync + 'static {
+    /// Puts a group of events into the open batch, all or none, and returns the sequence of the first; the others follow
+    /// without gaps. `time` is stored with each. Never waits for the disk: an append that could not become durable for a
+    /// foreseeable reason fails here, before anything changed.
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError>;
+
+    /// The newest sequence given out, durable or not; 0 in an empty log.
+    fn appended(&self) -> u64;
+
+    /// How far the log is durable.
+    fn watermark(&self) -> &Watermark;
+
+    /// Hands over every entry after the sequence `after` that is durable when this is called, oldest first, in batches
+    /// of at most [`REPLAY_ENTRIES`] and about [`REPLAY_BYTES`]. Returns the newest durable sequence it covered: calling
+    /// again with that as `after` catches up. Reads while the writer goes on writing.
+    ///
+    /// Stops with the first error, its own (damage, with file and offset) or the receiver's.
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// Makes what was appended durable, then gives the log up. Appends fail from the moment this is called.
+    fn close(&self) -> anyhow::Result<()>;
+}
+
+/// Takes a batch of replayed entries; an error stops the replay.
+pub type Receive<'r> = dyn FnMut(&[Entry<'_>]) -> anyhow::Result<()> + 'r;
+
+/// Entries in one batch of a replay, at most: enough to make the cost of a call vanish.
+pub const REPLAY_ENTRIES: usize = 1_000;
+
+/// Bytes of keys and values after which a batch of a replay ends, so that a guest's memory need not hold many large
+/// values twice. One entry larger than this makes a batch of its own.
+pub const REPLAY_BYTES: usize = 1 << 20;
