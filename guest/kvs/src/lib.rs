@@ -1,0 +1,80 @@
+//! The default guest: an ordered map behind the REST interface, version 1.
+//!
+//! Owns: the component, that is one [`Store`](store::Store), and which call of the contract goes to which part.
+//! Must never know: what a request means (`rest`), what a key is (`key`), or how entries become state (`store`). Those
+//! are plain functions of their arguments, so that they run and are tested natively, without a host.
+
+pub mod content_type;
+pub mod key;
+pub mod rest;
+pub mod store;
+
+use std::cell::RefCell;
+
+use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::sharding::Placement;
+use exports::kvs::store::{handler, lifecycle, sharding};
+use kvs::store::http::{Request, Response};
+use kvs::store::transaction_log::{Entry, append};
+
+wit_bindgen::generate!({
+    path: "../../wit",
+    world: "store",
+    generate_all,
+    // For the tests, which compare what was answered and appended.
+    additional_derives: [PartialEq],
+});
+
+thread_local! {
+    /// No two calls overlap, so a borrow of this never meets another.
+    static STORE: RefCell<store::Store> = RefCell::default();
+}
+
+/// What the host instantiates.
+pub struct Component;
+
+impl lifecycle::Guest for Component {
+    fn describe() -> Description {
+        Description {
+            name: "kvs".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            headers: rest::HEADERS.map(str::to_owned).into(),
+        }
+    }
+
+    fn apply(entries: Vec<Entry>) {
+        STORE.with_borrow_mut(|store| {
+            for entry in entries {
+                store.apply(entry.sequence, entry.event);
+            }
+        });
+    }
+
+    fn tick(now: u64) {
+        STORE.with_borrow_mut(|store| store.tick(now, append));
+    }
+
+    fn stats() -> Statistics {
+        STORE.with_borrow(|store| Statistics { keys: store.keys(), bytes: store.bytes() })
+    }
+}
+
+impl handler::Guest for Component {
+    fn handle(request: Request) -> Response {
+        STORE.with_borrow_mut(|store| rest::handle(store, request, append))
+    }
+}
+
+impl sharding::Guest for Component {
+    fn place(_method: String, target: String) -> Placement {
+        rest::place(&target)
+    }
+
+    fn merge(_request: Request, responses: Vec<Response>) -> Response {
+        rest::merge(responses)
+    }
+}
+
+// The names under which a component exports its calls are none that a native linker takes.
+#[cfg(target_arch = "wasm32")]
+export!(Component);

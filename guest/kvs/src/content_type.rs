@@ -1,0 +1,128 @@
+//! The content type of a value: what is kept of the one it was sent with, and what is answered.
+//!
+//! Owns: which content types a response may carry, and which say nothing worth keeping.
+//! Must never know: what a content type means for the value, which is bytes whatever is said about it.
+
+use thiserror::Error;
+
+use crate::kvs::store::http::Header;
+
+/// The header, and the metadata that keeps it.
+pub const NAME: &str = "content-type";
+
+/// What a value has when its writer named nothing else.
+const DEFAULT: &str = "application/octet-stream";
+
+/// What curl names when its user named nothing.
+const OF_CURL: &str = "application/x-www-form-urlencoded";
+
+const MAX_BYTES: usize = 256;
+
+/// Why a content type cannot be kept, as one line of text.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Unfit {
+    #[error("content-type was sent twice")]
+    Twice,
+    #[error("content-type is {0} bytes long, at most {MAX_BYTES} are allowed")]
+    TooLong(usize),
+    #[error("content-type holds a character that is not printable ASCII")]
+    NotPrintable,
+}
+
+/// The content type to keep, of the headers that a value was sent with.
+pub fn sent(headers: Vec<Header>) -> Result<Option<String>, Unfit> {
+    let mut values = headers.into_iter().filter(|header| header.name == NAME).map(|header| header.value);
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Unfit::Twice);
+    }
+    let value = String::from_utf8(value).map_err(|_| Unfit::NotPrintable)?;
+    check(&value)?;
+    Ok(Some(value).filter(|value| says_something(value)))
+}
+
+/// The content type to answer with. Another guest may have kept one that no response can carry.
+pub fn kept(metadata: &[(String, String)]) -> &str {
+    let kept = metadata.iter().find(|(name, _)| name == NAME).map(|(_, value)| value.as_str());
+    kept.filter(|value| !value.is_empty() && check(value).is_ok()).unwrap_or(DEFAULT)
+}
+
+fn check(value: &str) -> Result<(), Unfit> {
+    if value.len() > MAX_BYTES {
+        return Err(Unfit::TooLong(value.len()));
+    }
+    if !value.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Err(Unfit::NotPrintable);
+    }
+    Ok(())
+}
+
+fn says_something(value: &str) -> bool {
+    let (media_type, _parameters) = value.split_once(';').unwrap_or((value, ""));
+    let media_type = media_type.trim();
+    !media_type.is_empty() && !media_type.eq_ignore_ascii_case(OF_CURL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Another header, and these content types.
+    fn headers(values: &[&[u8]]) -> Vec<Header> {
+        let header = |(name, value): (&str, &[u8])| Header { name: name.to_owned(), value: value.into() };
+        let content_types = values.iter().map(|value| (NAME, *value));
+        [("x", &b"y"[..])].into_iter().chain(content_types).map(header).collect()
+    }
+
+    #[test]
+    fn what_says_something_is_kept_as_sent() {
+        let longest = format!("a/{}", "x".repeat(254));
+        for (value, kept) in [
+            ("text/plain; charset=utf-8", true),
+            ("Text/HTML", true),
+            (&longest, true),
+            ("application/x-www-form-urlencoded-not", true),
+            ("application/x-www-form-urlencoded", false),
+            ("Application/X-WWW-Form-Urlencoded ; charset=utf-8", false),
+            ("", false),
+            ("; charset=utf-8", false),
+        ] {
+            assert_eq!(sent(headers(&[value.as_bytes()])), Ok(kept.then(|| value.to_owned())), "{value}");
+        }
+        assert_eq!(sent(headers(&[])), Ok(None));
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused_with_a_reason() {
+        const NOT_PRINTABLE: &str = "content-type holds a character that is not printable ASCII";
+        let too_long = [b'x'; 257];
+        let cases: [(&[&[u8]], &str); 6] = [
+            (&[b"a/b", b"a/b"], "content-type was sent twice"),
+            (&[&too_long], "content-type is 257 bytes long, at most 256 are allowed"),
+            (&[b"a/\xff"], NOT_PRINTABLE),
+            (&["a/ä".as_bytes()], NOT_PRINTABLE),
+            (&[b"a/\x7f"], NOT_PRINTABLE),
+            (&[b"a/\t"], NOT_PRINTABLE),
+        ];
+        for (values, why) in cases {
+            assert_eq!(sent(headers(values)).map_err(|unfit| unfit.to_string()), Err(why.to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_no_response_can_carry_is_not_answered() {
+        let too_long = "x".repeat(257);
+        for (value, answered) in [
+            ("text/html", "text/html"),
+            (OF_CURL, OF_CURL),
+            ("", DEFAULT),
+            ("a\r\nset-cookie: b", DEFAULT),
+            ("ä", DEFAULT),
+            (&too_long, DEFAULT),
+        ] {
+            let metadata = [("x", "y"), (NAME, value)].map(|(name, value)| (name.to_owned(), value.to_owned()));
+            assert_eq!(kept(&metadata), answered, "{value:?}");
+        }
+        assert_eq!(kept(&[]), DEFAULT);
+    }
+}

@@ -1,0 +1,221 @@
+//! The state: an ordered map from keys to items, made of the log's entries and of nothing else.
+//!
+//! Owns: what an entry does, which items have expired, and what the absence of a key rests on.
+//! Must never know: HTTP, or who wrote an entry. Keys and metadata are taken as they come, since any guest may have
+//! written them.
+
+use std::collections::BTreeMap;
+use std::slice;
+
+use crate::kvs::store::transaction_log::{AppendError, Event, Put};
+
+/// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
+const DELETES_PER_TICK: usize = 1_000;
+
+/// What a key has.
+#[derive(Debug, PartialEq)]
+pub struct Item {
+    /// Of the entry that put it.
+    pub sequence: u64,
+    pub value: Vec<u8>,
+    pub metadata: Vec<(String, String)>,
+    /// From this moment on no reader finds it.
+    expires: Option<u64>,
+}
+
+/// Two stores are equal when they came from the same entries, however those were cut into batches.
+#[derive(Debug, Default, PartialEq)]
+pub struct Store {
+    items: BTreeMap<String, Item>,
+    /// The keys of items that expire, by that moment and the item's sequence, which makes it unique.
+    expiries: BTreeMap<(u64, u64), String>,
+    /// Of all keys and values.
+    bytes: u64,
+    /// The sequence of the newest entry that took a key away.
+    newest_delete: u64,
+}
+
+impl Store {
+    /// What is at the key, or else the newest sequence that its absence rests on.
+    ///
+    /// Which delete took this key away is not kept, so its absence rests on the newest of all; and that of an expired
+    /// item on its put too, since without it the key might still have an older item that has not expired.
+    pub fn get(&self, key: &str, now: u64) -> Result<&Item, u64> {
+        match self.items.get(key) {
+            Some(item) if item.expires.is_some_and(|expires| expires <= now) => {
+                Err(item.sequence.max(self.newest_delete))
+            }
+            Some(item) => Ok(item),
+            None => Err(self.newest_delete),
+        }
+    }
+
+    /// Takes in what an entry did, in the order of the log: on replay, and right after it was appended.
+    pub fn apply(&mut self, sequence: u64, event: Event) {
+        match event {
+            Event::Put(Put { key, value, metadata, expires }) => {
+                if let Some(expires) = expires {
+                    self.expiries.insert((expires, sequence), key.clone());
+                }
+                let key_bytes = key.len();
+                self.bytes += size(key_bytes, &value);
+                if let Some(old) = self.items.insert(key, Item { sequence, value, metadata, expires }) {
+                    self.forget(key_bytes, &old);
+                }
+            }
+            Event::Delete(key) => {
+                if let Some(old) = self.items.remove(&key) {
+                    self.forget(key.len(), &old);
+                    self.newest_delete = sequence;
+                }
+            }
+        }
+    }
+
+    /// Undoes the traces of an item that is no longer in the map.
+    fn forget(&mut self, key_bytes: usize, item: &Item) {
+        self.bytes -= size(key_bytes, &item.value);
+        if let Some(expires) = item.expires {
+            self.expiries.remove(&(expires, item.sequence));
+        }
+    }
+
+    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike.
+    ///
+    /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
+    /// up the others. Readers miss an expired key whether it is deleted or not.
+    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) {
+        let expired = self.expiries.range(..=(now, u64::MAX)).take(DELETES_PER_TICK);
+        let deletes: Vec<Event> = expired.map(|(_, key)| Event::Delete(key.clone())).collect();
+        for delete in deletes {
+            match append(slice::from_ref(&delete)) {
+                Ok(sequence) => self.apply(sequence, delete),
+                Err(AppendError::TooLarge(_)) => {}
+                Err(AppendError::Full | AppendError::Unavailable | AppendError::ReadOnly) => return,
+            }
+        }
+    }
+
+    /// How many keys are held, with those that have expired and wait for a tick.
+    pub fn keys(&self) -> u64 {
+        self.items.len() as u64
+    }
+
+    /// The bytes of all keys and values held.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+fn size(key_bytes: usize, value: &[u8]) -> u64 {
+    (key_bytes + value.len()) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(key: &str, value: &str, expires: Option<u64>) -> Event {
+        Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: Vec::new(), expires })
+    }
+
+    fn delete(key: &str) -> Event {
+        Event::Delete(key.to_owned())
+    }
+
+    fn store_of(entries: impl IntoIterator<Item = (u64, Event)>) -> Store {
+        let mut store = Store::default();
+        entries.into_iter().for_each(|(sequence, event)| store.apply(sequence, event));
+        store
+    }
+
+    fn value<'s>(store: &'s Store, key: &str, now: u64) -> Result<&'s [u8], u64> {
+        store.get(key, now).map(|item| item.value.as_slice())
+    }
+
+    /// An `append` that gives out sequences from 101 on and keeps what it was given.
+    fn log(appended: &mut Vec<Event>) -> impl FnMut(&[Event]) -> Result<u64, AppendError> {
+        |events| {
+            appended.extend_from_slice(events);
+            Ok(100 + appended.len() as u64)
+        }
+    }
+
+    #[test]
+    fn the_newest_entry_of_a_key_is_what_it_has() {
+        let store = store_of([(1, put("a", "old", None)), (4, put("a", "new", None)), (5, put("b", "b", None))]);
+        assert_eq!(value(&store, "a", 0), Ok(&b"new"[..]));
+        assert_eq!(store.get("a", 0).map(|item| item.sequence), Ok(4));
+        assert_eq!((store.keys(), store.bytes()), (2, 6));
+    }
+
+    #[test]
+    fn nothing_of_an_overwritten_item_stays() {
+        let old = Put { key: "a".into(), value: vec![1], metadata: vec![("x".into(), "y".into())], expires: Some(10) };
+        let mut store = store_of([(1, Event::Put(old)), (2, put("a", "new", None))]);
+        assert_eq!(store.get("a", 10).map(|item| item.metadata.len()), Ok(0));
+        store.tick(10, |_| panic!("nothing has expired"));
+    }
+
+    #[test]
+    fn counts_return_to_nothing() {
+        let store = store_of([(1, put("a", "1", Some(9))), (2, put("a", "22", Some(8))), (3, delete("a"))]);
+        assert_eq!(store, Store { newest_delete: 3, ..Store::default() });
+    }
+
+    #[test]
+    fn absence_rests_on_the_newest_delete_that_took_a_key() {
+        let store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", None)), (4, delete("a"))]);
+        assert_eq!(value(&store, "a", 0), Err(2));
+        assert_eq!(value(&store, "never", 0), Err(2));
+    }
+
+    #[test]
+    fn an_expired_item_is_gone_from_that_moment_and_its_absence_rests_on_its_put() {
+        let mut store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", Some(10)))]);
+        assert_eq!(value(&store, "b", 9), Ok(&b""[..]));
+        assert_eq!(value(&store, "b", 10), Err(3));
+        store.apply(4, put("a", "", None));
+        store.apply(5, delete("a"));
+        assert_eq!(value(&store, "b", 10), Err(5));
+    }
+
+    #[test]
+    fn a_tick_deletes_what_has_expired_through_the_log() {
+        let mut store =
+            store_of([(1, put("a", "", Some(10))), (2, put("b", "", Some(11))), (3, put("c", "", Some(10)))]);
+        let mut appended = Vec::new();
+        store.tick(10, log(&mut appended));
+        assert_eq!(appended, [delete("a"), delete("c")]);
+        assert_eq!((store.keys(), value(&store, "a", 10)), (1, Err(102)));
+    }
+
+    #[test]
+    fn a_tick_does_a_bounded_amount_and_the_next_ones_the_rest() {
+        let mut store = store_of((1..=2_500).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
+        for left in [1_500, 500, 0, 0] {
+            store.tick(2_500, log(&mut Vec::new()));
+            assert_eq!(store.keys(), left);
+        }
+    }
+
+    #[test]
+    fn what_was_not_appended_is_not_deleted() {
+        let entries = || [(1, put("a", "", Some(10))), (2, put("b", "", Some(10)))];
+        for error in [AppendError::Full, AppendError::Unavailable, AppendError::ReadOnly] {
+            let (mut store, mut calls) = (store_of(entries()), 0);
+            store.tick(10, |_| {
+                calls += 1;
+                Err(error)
+            });
+            assert_eq!((store, calls), (store_of(entries()), 1), "{error:?}: no use in trying the others");
+        }
+    }
+
+    #[test]
+    fn a_delete_that_is_too_large_does_not_hold_up_the_others() {
+        let mut store = store_of([(1, put("long", "", Some(10))), (2, put("b", "", Some(10)))]);
+        store.tick(10, |events| if events == [delete("long")] { Err(AppendError::TooLarge(3)) } else { Ok(3) });
+        assert_eq!((store.keys(), value(&store, "long", 10)), (1, Err(3)));
+    }
+}
