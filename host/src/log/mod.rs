@@ -3,6 +3,7 @@
 //! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
 //! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
 
+pub mod file;
 mod watermark;
 
 pub use watermark::{OutcomeUnknown, Watermark};
@@ -12,7 +13,7 @@ use crate::contract::{AppendError, Entry, Event};
 /// What every log promises: the file, and whatever stands in for it.
 ///
 /// One process writes a log at a time; opening it fences the others off. Sequences start at 1 and grow; an implementation
-/// gives each out once, even when the group that had it was lost in a crash.
+/// gives each out once. One that was lost in a crash before anybody could see it may be given again.
 pub trait TransactionLog: Send + Sync + 'static {
     /// Puts a group of events into the open batch, all or none, and returns the sequence of the first; the others follow
     /// without gaps. `time` is stored with each. Never waits for the disk: an append that could not become durable for a

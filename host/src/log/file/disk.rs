@@ -1,0 +1,142 @@
+//! The disk: what the log asks of a directory and of the files in it, small enough that a test can stand in for it.
+//!
+//! Owns: the calls to the operating system. Must never know: what the bytes mean.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[cfg(target_os = "linux")]
+use rustix::fs::{Advice, FallocateFlags};
+
+/// One flat directory. A name made, renamed or removed is certain only after [`Disk::sync`].
+pub trait Disk: Send + Sync {
+    fn list(&self) -> io::Result<Vec<String>>;
+    /// Makes an empty file to read and write; one of that name is emptied.
+    fn create(&self, name: &str) -> io::Result<Arc<dyn File>>;
+    fn open(&self, name: &str) -> io::Result<Arc<dyn File>>;
+    /// Replaces `to`, at once and whole.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    fn remove(&self, name: &str) -> io::Result<()>;
+    /// Makes names durable, not what is in the files.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Bytes at offsets; nothing here appends. What was written is certain only after [`File::sync`].
+pub trait File: Send + Sync {
+    fn size(&self) -> io::Result<u64>;
+    /// Fills the buffer, or fails.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Takes the space that a file of this size needs, so that writing within it cannot meet a full disk.
+    fn allocate(&self, size: u64) -> io::Result<()>;
+    fn sync(&self) -> io::Result<()>;
+    /// Drops what the operating system holds of the file in memory and believes to be on disk: what is read afterwards
+    /// comes from the disk itself. After a failed sync, Linux marks pages as clean that never reached it.
+    fn forget_cached(&self) -> io::Result<()>;
+}
+
+/// A real directory.
+pub struct Directory {
+    path: PathBuf,
+}
+
+impl Directory {
+    pub fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    fn file(&self, name: &str, file: io::Result<fs::File>) -> io::Result<Arc<dyn File>> {
+        let path = self.path.join(name);
+        let file = file.map_err(|error| naming("open", &path, error))?;
+        Ok(Arc::new(RealFile { file, path }))
+    }
+}
+
+impl Disk for Directory {
+    fn list(&self) -> io::Result<Vec<String>> {
+        let entries = fs::read_dir(&self.path).map_err(|error| naming("read directory", &self.path, error))?;
+        // A name that is not UTF-8 cannot be one of ours.
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn File>> {
+        let path = self.path.join(name);
+        self.file(name, fs::File::options().read(true).write(true).create(true).truncate(true).open(path))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn File>> {
+        self.file(name, fs::File::options().read(true).write(true).open(self.path.join(name)))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let from = self.path.join(from);
+        fs::rename(&from, self.path.join(to)).map_err(|error| naming("rename", &from, error))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let path = self.path.join(name);
+        fs::remove_file(&path).map_err(|error| naming("remove", &path, error))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        sync_directory(&self.path)
+    }
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
+    fs::File::open(path).and_then(|directory| directory.sync_all()).map_err(|error| naming("sync", path, error))
+}
+
+struct RealFile {
+    file: fs::File,
+    path: PathBuf,
+}
+
+impl File for RealFile {
+    fn size(&self) -> io::Result<u64> {
+        self.file.metadata().map(|metadata| metadata.len()).map_err(|error| naming("stat", &self.path, error))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset).map_err(|error| naming("read", &self.path, error))
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|error| naming("write", &self.path, error))
+    }
+
+    fn allocate(&self, size: u64) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, size) {
+            // A file system without it: the zeros that are written next take the space all the same.
+            Err(rustix::io::Errno::OPNOTSUPP) => {}
+            result => return result.map_err(|error| naming("allocate", &self.path, error.into())),
+        }
+        self.file.set_len(size).map_err(|error| naming("allocate", &self.path, error))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data().map_err(|error| naming("fdatasync", &self.path, error))
+    }
+
+    fn forget_cached(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)
+            .map_err(|error| naming("fadvise", &self.path, error.into()))?;
+        Ok(())
+    }
+}
+
+/// Whether an error says that there is no room. It can come from any call that needs some, even from a sync.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// The error of a call says on which file it failed; its kind, by which callers decide, stays.
+fn naming(call: &str, path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{call} {}: {error}", path.display()))
+}

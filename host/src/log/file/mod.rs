@@ -1,0 +1,299 @@
+//! The file log: a directory of segments.
+//!
+//! Owns: the bytes on disk and the promise that a write answered with success is there after any crash. Must never know:
+//! what a key or a value means. To read it, begin here, then `queue` (where events come in), `writer` (how they
+//! become durable), `recovery` and `tail` (what a crash leaves), `replay` (how they come out).
+//!
+//! # The bytes
+//!
+//! ```text
+//! DIR/LOCK                              the process that uses the directory
+//! DIR/log/0000000001-0000000007.seg     segments 1 to 7, compacted into one file
+//! DIR/log/0000000008.seg                a segment, full
+//! DIR/log/0000000009.seg                the segment being written
+//! DIR/log/0000000010.seg                the spare: a head, then zeros
+//! DIR/log/watermark                     how far the log was durable when last idle
+//! DIR/log/0000000009.seg.4096.1.torn    what recovery cut off at that byte
+//! DIR/log/*.tmp                         begun; removed at the start
+//! ```
+//!
+//! All numbers are little-endian, all checksums CRC32C. A segment:
+//!
+//! ```text
+//! byte 0      8   12   16         32        40       48                                   508      512
+//!      magic  ver kind log (UUID) first no. last no. compacted: see below, otherwise zero checksum frames, zeros ...
+//!
+//! byte 48          56         64   72            76            80
+//!      first seq.  last seq.  end  chain before  chain after   own last checksum
+//! ```
+//!
+//! "kvs log\n", version 1, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
+//! so that a version this binary does not read is told from damage. A compacted segment stands for the segments from
+//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
+//! hands on the checksum of their last frame, so that the chain of frames goes on after it.
+//!
+//! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
+//!
+//! ```text
+//! byte 0      4       8          16          24     28             32          48        52    60             64
+//!      "FRME" length  first seq. durable     count  checksum of    log (UUID)  checksum  zero  checksum       body
+//!             of body            sequence           previous frame             of body         of bytes 0..60
+//! ```
+//!
+//! `durable` is the newest sequence known to be on disk when the frame was written. The head's checksum covers the
+//! body's, so the chain through `previous` covers all. A frame without entries says that the log was closed.
+//!
+//! The body holds `count` entries, then up to 7 zeros:
+//!
+//! ```text
+//! byte 0       4     5     13       17         21         25
+//!      offset  kind  time  key      value      metadata   expires     key  value  metadata: (length, name,
+//!                          length   length     length     if kind 3                          length, value) ...
+//! ```
+//!
+//! The entry's sequence is `first` plus `offset`: compaction leaves gaps. Kind 1 is a delete, 2 a put, 3 a put that
+//! expires.
+//!
+//! After the last frame there are zeros to the end of the segment. A segment that is not the newest may hold no frame at
+//! all: a spare that was too small.
+//!
+//! # What is assumed of the disk
+//!
+//! - A sync that returned success means that what was written before is there after a power cut, and a sync of the
+//!   directory the same of names. One that failed means nothing, then and ever after.
+//! - Until then each sector of 512 bytes that was written can hold its old content, the new, zeros or anything; a size
+//!   or a name can be the old or the new.
+//! - A write never changes bytes outside its own range, power cut or not. Frames share sectors.
+//! - Renaming replaces a name at once and whole.
+//! - Writing into space that was allocated does not run out of space.
+//!
+//! # What stays undetected
+//!
+//! Damage to exactly the last frame looks like a write that was never finished, and is cut off with a line in the
+//! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
+//! the difference; in between nothing on one disk can.
+
+mod bytes;
+mod catalog;
+mod disk;
+mod entry;
+mod frame;
+mod lock;
+mod mark;
+mod queue;
+mod recovery;
+mod replay;
+mod scan;
+mod segment;
+mod spare;
+mod tail;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, anyhow, bail};
+use uuid::Uuid;
+
+use self::catalog::Catalog;
+use self::disk::{Directory, Disk};
+use self::lock::Lock;
+use self::queue::{FRAME_OVERHEAD, Queue};
+use self::spare::Spares;
+use super::{Receive, TransactionLog, Watermark};
+use crate::contract::{AppendError, Event};
+
+/// What an answered write has behind it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Durability {
+    /// The disk: it survives a power cut.
+    #[default]
+    Sync,
+    /// The operating system: it survives the end of this process, and a power cut takes the last seconds with it.
+    Os,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The data directory; the log is in `log` under it.
+    pub data: PathBuf,
+    /// The size of a segment file.
+    pub segment_bytes: u64,
+    /// The largest group of events that is taken, in bytes of the log.
+    pub group_bytes: u64,
+    pub durability: Durability,
+}
+
+/// A batch larger than this is written as several frames: it bounds what recovery and replay hold in memory.
+const FRAME_BYTES: u64 = 4 << 20;
+
+pub struct FileLog {
+    shared: Arc<Shared>,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    writer: JoinHandle<()>,
+    spares: JoinHandle<()>,
+    /// Given up last. None where the disk is not a directory.
+    _lock: Option<Lock>,
+}
+
+/// What the threads of one log share.
+struct Shared {
+    home: Home,
+    log: Uuid,
+    segment_bytes: u64,
+    durability: Durability,
+    catalog: Catalog,
+    queue: Queue,
+    spares: Spares,
+    watermark: Watermark,
+    failure: Mutex<Option<String>>,
+}
+
+impl FileLog {
+    pub fn open(options: Options) -> anyhow::Result<Self> {
+        let lock = Lock::take(&options.data)?;
+        let directory = options.data.join("log");
+        lock::make_directory(&directory)?;
+        let disk = Directory::new(directory);
+        Self::open_on(Arc::new(disk), options, Some(lock))
+    }
+
+    fn open_on(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>) -> anyhow::Result<Self> {
+        let Options { data, segment_bytes, group_bytes, durability } = options;
+        let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
+        if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
+            bail!(
+                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose a segment size \
+                 between {needed} and {} bytes",
+                u32::MAX
+            );
+        }
+        let home = Home { disk, data };
+        let recovered = recovery::recover(&home, segment_bytes)
+            .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
+        let writer = recovered.writer;
+        let frame_bytes = FRAME_BYTES.min(segment_bytes - segment::HEAD_BYTES - FRAME_OVERHEAD);
+        let shared = Arc::new(Shared {
+            home,
+            log: recovered.log,
+            segment_bytes,
+            durability,
+            catalog: Catalog::new(recovered.segments),
+            queue: Queue::new(writer.last, writer.size - writer.end, frame_bytes, group_bytes),
+            spares: Spares::new(recovered.spares, recovered.next),
+            watermark: Watermark::new(writer.last),
+            failure: Mutex::default(),
+        });
+        let running = Running {
+            writer: start("log writer", &shared, |shared| writer.run(shared))?,
+            spares: start("log spare", &shared, spare::run)?,
+            _lock: lock,
+        };
+        Ok(Self { shared, running: Mutex::new(Some(running)) })
+    }
+}
+
+impl TransactionLog for FileLog {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        self.shared.queue.append(time, events)
+    }
+
+    fn appended(&self) -> u64 {
+        self.shared.queue.appended()
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.shared.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
+        replay::replay(&self.shared, after, receive)
+    }
+
+    fn close(&self) -> anyhow::Result<()> {
+        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        self.shared.spares.close();
+        self.shared.queue.close();
+        let writer = running.writer.join();
+        self.shared.spares.stop();
+        let spares = running.spares.join();
+        match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(reason) => bail!("{reason}"),
+            None if writer.is_err() || spares.is_err() => bail!("a thread of the log panicked"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for FileLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!("the log was not closed cleanly: {error:#}");
+        }
+    }
+}
+
+/// Runs a thread of the log. However it fails, the log fails with it: nothing more is accepted, and whoever waits is
+/// told that the outcome is unknown.
+fn start(
+    name: &str,
+    shared: &Arc<Shared>,
+    work: impl FnOnce(&Shared) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
+    let shared = shared.clone();
+    let thread = std::thread::Builder::new().name(name.into());
+    let handle = thread.spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(|| work(&shared)));
+        if let Err(error) = result.unwrap_or_else(|_| Err(anyhow!("a thread of the log panicked"))) {
+            shared.fail(&error);
+        }
+    });
+    handle.context("cannot start a thread of the log")
+}
+
+impl Shared {
+    fn fail(&self, error: &anyhow::Error) {
+        let reason = format!("the transaction log failed: {error:#}");
+        tracing::error!("{reason}");
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
+        // Appends first: none may be accepted after those who wait were told.
+        self.queue.fail();
+        self.spares.stop();
+        self.watermark.latch(reason);
+    }
+}
+
+/// The directory, and how errors speak of it.
+struct Home {
+    disk: Arc<dyn Disk>,
+    data: PathBuf,
+}
+
+/// What is on disk is not what was written there. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{} is damaged at byte {offset}: {what}; `kvs log verify --data {}` shows what is left", file.display(), data.display())]
+pub struct Damage {
+    pub file: PathBuf,
+    pub offset: u64,
+    pub what: String,
+    data: PathBuf,
+}
+
+impl Home {
+    /// Of a file of the log; of their directory when the name is empty.
+    fn path(&self, name: &str) -> PathBuf {
+        let log = self.data.join("log");
+        if name.is_empty() { log } else { log.join(name) }
+    }
+
+    fn damage(&self, name: &str, offset: u64, what: impl Into<String>) -> anyhow::Error {
+        Damage { file: self.path(name), offset, what: what.into(), data: self.data.clone() }.into()
+    }
+}

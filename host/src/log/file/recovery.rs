@@ -1,0 +1,242 @@
+//! Recovery: from the files in the directory to a log that can be read and written.
+//!
+//! Owns: what the segments say of each other. What a bad frame at the end means is the business of `tail`.
+//! Older segments are not read here but for their heads: whoever replays them checks every byte, and finds the damage
+//! before the service begins.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use anyhow::bail;
+use uuid::Uuid;
+
+use super::catalog::Segment;
+use super::disk::File;
+use super::frame::{self, Head as FrameHead};
+use super::scan::is_zero;
+use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
+use super::spare::{self, Spare};
+use super::tail::{self, Content};
+use super::writer::Writer;
+use super::{Home, mark};
+
+pub struct Recovered {
+    pub log: Uuid,
+    pub segments: Vec<Segment>,
+    pub writer: Writer,
+    pub spares: VecDeque<Spare>,
+    /// The number of the next spare to be made.
+    pub next: u64,
+}
+
+/// A segment file whose head was read and found right.
+pub struct Found {
+    pub name: String,
+    pub file: Arc<dyn File>,
+    pub size: u64,
+    pub log: Uuid,
+    pub numbers: Numbers,
+    pub compacted: Option<Compacted>,
+}
+
+/// Opens the log of a directory, or begins one. Nothing but this process may use the directory.
+pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
+    let found = find(home)?;
+    let marked = marked(home, &found)?;
+    let log = found.first().map_or_else(Uuid::new_v4, |segment| segment.log);
+
+    // From the newest segment backwards to the last that holds a frame; there may be a tear on the way.
+    let (mut tear, mut newest) = (None, None);
+    for (at, segment) in found.iter().enumerate().rev() {
+        let content = tail::read(segment)?;
+        if let Some(torn) = content.tear {
+            if tear.is_some() {
+                let what = format!("{}, and a later segment had been begun", torn.what);
+                return Err(home.damage(&segment.name, torn.at, what));
+            }
+            tear = Some((at, torn));
+        }
+        if content.holds_frames {
+            newest = Some((at, content));
+            break;
+        }
+    }
+    let (mut segments, closed) = match newest {
+        Some((at, content)) => join(home, &found[..=at], content)?,
+        None => (Vec::new(), false),
+    };
+    let (last, chain) = segments.last().map_or((0, 0), |segment| (segment.last, segment.after));
+    if last < marked {
+        let (name, end) = found.last().map_or(("", 0), |segment| (segment.name.as_str(), HEAD_BYTES));
+        let (name, end) = tear.map_or((name, end), |(at, torn)| (&found[at].name, torn.at));
+        let what = format!("the log ends with sequence {last}, but {marked} had been durable");
+        return Err(home.damage(name, end, what));
+    }
+    if let Some((at, torn)) = tear {
+        tail::cut(home, &found[at], torn, last)?;
+    }
+
+    // The writer goes on where the last frame or the tear is. What is after that was made ahead.
+    let held = segments.len();
+    let writable = held - usize::from(held > 0 && found[held - 1].compacted.is_none());
+    let newest = tear.map_or(writable, |(at, _)| at);
+    let next = found.last().map_or(1, |segment| segment.numbers.last + 1);
+    segments
+        .extend(found.iter().take(newest + 1).skip(held).map(|found| Segment::empty(found.numbers.first, last, chain)));
+    let mut rest = found.into_iter().skip(newest);
+    let (file, size, next) = match rest.next() {
+        Some(found) => (found.file, found.size, next),
+        None => {
+            segments.push(Segment::empty(next, last, chain));
+            (spare::make(&*home.disk, log, next, segment_bytes)?, segment_bytes, next + 1)
+        }
+    };
+    let spares = rest.map(|found| Spare { number: found.numbers.first, file: found.file, size: found.size }).collect();
+
+    // What was read may be in memory only: a process that was killed had written it and not synced. It is served from
+    // now on, so it must be durable from now on. Older segments were synced before a newer one was begun.
+    file.sync()?;
+    home.disk.sync()?;
+    let end = segments.last().and_then(|segment| segment.end).unwrap_or(HEAD_BYTES);
+    let writer = Writer { file, size, end, chain, last, synced: last, closed, marked };
+    Ok(Recovered { log, segments, writer, spares, next })
+}
+
+/// Opens the segments, oldest first: all of one log, and each number there once.
+fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let mut strangers = Vec::new();
+    for name in home.disk.list()? {
+        if name.ends_with(".tmp") {
+            // Begun and not finished; nothing rests on it.
+            home.disk.remove(&name)?;
+        } else if let Some(numbers) = Numbers::parse(&name) {
+            found.push(open(home, name, numbers)?);
+        } else if name.ends_with(".seg") {
+            bail!("{} is not a segment of a log; move it away", home.path(&name).display());
+        } else if name != mark::NAME && !name.ends_with(tail::COPY_SUFFIX) {
+            strangers.push(name);
+        }
+    }
+    if let Some(one) = strangers.first() {
+        let count = strangers.len();
+        tracing::warn!(
+            "{} holds files that are not the log's, {one} for one ({count} in all)",
+            home.path("").display()
+        );
+    }
+    // Where two begin with the same number, the one that stands for more comes first.
+    found.sort_by_key(|segment| (segment.numbers.first, std::cmp::Reverse(segment.numbers.last)));
+    let mut kept: Vec<Found> = Vec::new();
+    for segment in found {
+        let previous = kept.last();
+        if let Some(other) = previous.filter(|previous| previous.log != segment.log) {
+            bail!(
+                "{} belongs to another log than {}; bring back the right one",
+                home.path(&segment.name).display(),
+                other.name
+            );
+        }
+        if previous.is_some_and(|previous| previous.numbers.contains(segment.numbers)) {
+            // Compaction had put one file in its place and was stopped before it removed this one.
+            home.disk.remove(&segment.name)?;
+            continue;
+        }
+        let expected = previous.map_or(1, |previous| previous.numbers.last + 1);
+        if segment.numbers.first != expected {
+            let missing = Numbers::one(expected).file_name();
+            bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display());
+        }
+        kept.push(segment);
+    }
+    Ok(kept)
+}
+
+fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found> {
+    let file = home.disk.open(&name)?;
+    let size = file.size()?;
+    if size < HEAD_BYTES {
+        return Err(home.damage(&name, size, "it is cut off"));
+    }
+    file.forget_cached()?;
+    let mut head = [0; HEAD_BYTES as usize];
+    file.read_at(&mut head, 0)?;
+    let head = Head::decode(&head).map_err(|what| home.damage(&name, 0, what))?;
+    if head.numbers != numbers {
+        bail!("{} was named {}; give it that name again", home.path(&name).display(), head.numbers.file_name());
+    }
+    if head.compacted.is_some_and(|compacted| compacted.end > size) {
+        return Err(home.damage(&name, size, "it is cut off"));
+    }
+    Ok(Found { name, file, size, log: head.log, numbers, compacted: head.compacted })
+}
+
+/// How far the watermark file says that this log had been durable.
+fn marked(home: &Home, found: &[Found]) -> anyhow::Result<u64> {
+    let mark = match mark::read(&*home.disk) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        mark => mark?,
+    };
+    let path = home.path(mark::NAME);
+    match (mark, found.first()) {
+        (Some((log, durable)), Some(segment)) if log == segment.log => return Ok(durable),
+        (Some(_), Some(_)) => tracing::warn!("{} is of another log and says nothing about this one", path.display()),
+        (Some(_), None) => bail!(
+            "the log has no segments, and {} says that it had some; bring them back, or remove that file to begin anew",
+            path.display()
+        ),
+        (None, _) => tracing::warn!("{} is damaged and says nothing; the log does not need it", path.display()),
+    }
+    Ok(0)
+}
+
+/// The catalogue of segments that hold what the newest of them rests on: each must follow the one before it, and says
+/// where that one ended.
+fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Segment>, bool)> {
+    let mut segments = vec![newest.segment];
+    for older in found.iter().rev().skip(1) {
+        let Some(next) = segments.last() else { break };
+        let (first, before) = (next.first, next.before);
+        let blank = Segment { end: None, ..Segment::empty(older.numbers.first, first.wrapping_sub(1), before) };
+        let segment = match (&older.compacted, first_frame(home, older)?) {
+            (Some(compacted), _) => {
+                if compacted.last.wrapping_add(1) != first || compacted.after != before {
+                    return Err(home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name)));
+                }
+                Segment::compacted(older.numbers, compacted)
+            }
+            (None, Some(frame)) if frame.first <= first => {
+                Segment { first: frame.first, before: frame.previous, ..blank }
+            }
+            (None, Some(_)) => return Err(home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name))),
+            (None, None) => blank,
+        };
+        segments.push(segment);
+    }
+    segments.reverse();
+    match segments.first() {
+        Some(oldest) if (oldest.first, oldest.before) != (1, 0) => {
+            Err(home.damage(&oldest.numbers.file_name(), HEAD_BYTES, "the log does not begin with it"))
+        }
+        _ => Ok((segments, newest.closed)),
+    }
+}
+
+fn follows(name: &str) -> String {
+    format!("it does not follow {name}")
+}
+
+/// The head of the first frame of a segment; none in one that was never written to.
+fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<FrameHead>> {
+    if found.compacted.is_some() || found.size < HEAD_BYTES + frame::HEAD_BYTES as u64 {
+        return Ok(None);
+    }
+    let mut bytes = [0; frame::HEAD_BYTES];
+    found.file.read_at(&mut bytes, HEAD_BYTES)?;
+    if is_zero(&bytes) {
+        return Ok(None);
+    }
+    let head = FrameHead::decode(&bytes, found.log);
+    head.map(Some).ok_or_else(|| home.damage(&found.name, HEAD_BYTES, "this is not the head of a frame of this log"))
+}

@@ -1,0 +1,131 @@
+//! The head of a segment, and the names of segment files.
+//!
+//! The bytes are drawn at the head of `mod.rs`.
+
+use uuid::Uuid;
+
+use super::bytes::{array, u32_at, u64_at};
+
+/// Frames begin here. The head has the first sector for itself.
+pub const HEAD_BYTES: u64 = 512;
+
+const MAGIC: [u8; 8] = *b"kvs log\n";
+const VERSION: u32 = 1;
+/// Magic, version and the place of this checksum stay as they are in every version of the format, so that a binary can
+/// tell a head from another time from a damaged one.
+const CHECKSUM_AT: usize = 508;
+
+/// The numbers of the segments that a file stands for: one, or several that were compacted into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    pub first: u64,
+    pub last: u64,
+}
+
+impl Numbers {
+    pub fn one(number: u64) -> Self {
+        Self { first: number, last: number }
+    }
+
+    /// `0000000003.seg`, or `0000000003-0000000007.seg`.
+    pub fn file_name(self) -> String {
+        let Self { first, last } = self;
+        if first == last { format!("{first:010}.seg") } else { format!("{first:010}-{last:010}.seg") }
+    }
+
+    pub fn parse(name: &str) -> Option<Self> {
+        let numbers = name.strip_suffix(".seg")?;
+        let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
+        let numbers = Self { first: first.parse().ok()?, last: last.parse().ok()? };
+        // Written another way it is not one of ours: `3.seg` beside `0000000003.seg`.
+        (1 <= numbers.first && numbers.first <= numbers.last && numbers.file_name() == name).then_some(numbers)
+    }
+
+    pub fn contains(self, other: Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    pub log: Uuid,
+    pub numbers: Numbers,
+    /// In a segment that compaction made.
+    pub compacted: Option<Compacted>,
+}
+
+/// What a compacted segment says of itself. It is written whole and never grows, so it can say where it ends; and it
+/// says what the segments it stands for said, which its frames cannot: they are others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compacted {
+    /// The sequences it covers, those of dropped entries included: they must never be given again.
+    pub first: u64,
+    pub last: u64,
+    /// The checksum of the frame before the first that it stands for, and of the last that it stands for.
+    pub before: u32,
+    pub after: u32,
+    /// The checksum of its own last frame, or `before` if it has none.
+    pub tip: u32,
+    /// Where its frames end.
+    pub end: u64,
+}
+
+impl Head {
+    pub fn encode(&self) -> [u8; HEAD_BYTES as usize] {
+        let mut bytes = [0; HEAD_BYTES as usize];
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+        put(0, &MAGIC);
+        put(8, &VERSION.to_le_bytes());
+        put(12, &u32::from(self.compacted.is_some()).to_le_bytes());
+        put(16, self.log.as_bytes());
+        put(32, &self.numbers.first.to_le_bytes());
+        put(40, &self.numbers.last.to_le_bytes());
+        if let Some(compacted) = &self.compacted {
+            put(48, &compacted.first.to_le_bytes());
+            put(56, &compacted.last.to_le_bytes());
+            put(64, &compacted.end.to_le_bytes());
+            put(72, &compacted.before.to_le_bytes());
+            put(76, &compacted.after.to_le_bytes());
+            put(80, &compacted.tip.to_le_bytes());
+        }
+        let checksum = crc32c::crc32c(&bytes[..CHECKSUM_AT]);
+        bytes[CHECKSUM_AT..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// The error says what is wrong, in words that fit after "at byte 0:".
+    pub fn decode(bytes: &[u8; HEAD_BYTES as usize]) -> Result<Self, String> {
+        if bytes[..8] != MAGIC {
+            return Err("it does not begin as a segment does".into());
+        }
+        if crc32c::crc32c(&bytes[..CHECKSUM_AT]) != u32_at(bytes, CHECKSUM_AT) {
+            return Err("the checksum of its head is wrong".into());
+        }
+        match u32_at(bytes, 8) {
+            VERSION => {}
+            version => {
+                let age = if version > VERSION { "newer" } else { "older" };
+                return Err(format!(
+                    "it has format version {version} and this binary reads {VERSION}; use the {age} kvs that wrote it"
+                ));
+            }
+        }
+        let compacted = match u32_at(bytes, 12) {
+            0 => None,
+            1 => Some(Compacted {
+                first: u64_at(bytes, 48),
+                last: u64_at(bytes, 56),
+                end: u64_at(bytes, 64),
+                before: u32_at(bytes, 72),
+                after: u32_at(bytes, 76),
+                tip: u32_at(bytes, 80),
+            }),
+            kind => return Err(format!("it is of an unknown kind, {kind}")),
+        };
+        Ok(Self {
+            log: Uuid::from_bytes(array(bytes, 16)),
+            numbers: Numbers { first: u64_at(bytes, 32), last: u64_at(bytes, 40) },
+            compacted,
+        })
+    }
+}

@@ -1,0 +1,148 @@
+//! The tail: where the log ends, and whether what is wrong there is a tear or damage.
+//!
+//! The writer never writes a frame before the sync of the one before it returned. So when a frame is bad and a later one
+//! says that the bad one's sequence had been durable, this is damage, and the log is not opened. Otherwise the bad frame
+//! is the last that was ever begun, nobody was told that it succeeded, and it is cut off. A rule that looked at the bad
+//! frame alone would refuse after honest power cuts, or drop what had been promised.
+
+use std::io;
+
+use anyhow::Context;
+
+use super::Home;
+use super::catalog::Segment;
+use super::disk::{File, is_full};
+use super::frame::{self, Head as FrameHead};
+use super::recovery::Found;
+use super::scan::{Scan, Stop, written_end};
+use super::segment::HEAD_BYTES;
+use super::spare::zero;
+
+/// What torn tails are copied to ends with this.
+pub const COPY_SUFFIX: &str = ".torn";
+
+/// What a segment holds, read to its end.
+pub struct Content {
+    pub segment: Segment,
+    pub holds_frames: bool,
+    /// The last frame has no entries: the log was closed after it.
+    pub closed: bool,
+    pub tear: Option<Tear>,
+}
+
+/// The last good frame ends at `at`, and something follows it that is not one.
+#[derive(Clone, Copy)]
+pub struct Tear {
+    pub at: u64,
+    /// Where the last byte of it ends that is not zero.
+    pub end: u64,
+    pub what: &'static str,
+}
+
+/// Goes over the frames of a segment. One made by compaction was whole before it had its name: it is not read here, and
+/// whatever is wrong with it is damage.
+pub fn read(found: &Found) -> io::Result<Content> {
+    if let Some(compacted) = &found.compacted {
+        let segment = Segment::compacted(found.numbers, compacted);
+        return Ok(Content { segment, holds_frames: true, closed: false, tear: None });
+    }
+    let mut scan = Scan::new(found.file.clone(), found.log, HEAD_BYTES, found.size, None);
+    let (mut first, mut newest) = (None, None);
+    while scan.advance()? {
+        for frame in scan.frames() {
+            first.get_or_insert(frame.head);
+            newest = Some(frame.head);
+        }
+    }
+    let mut segment = Segment::empty(found.numbers.first, 0, 0);
+    if let (Some(first), Some(newest)) = (first, newest) {
+        (segment.first, segment.before) = (first.first, first.previous);
+        segment.last = newest.first.saturating_add(newest.count.into()).saturating_sub(1);
+        (segment.after, segment.tip) = (newest.checksum, newest.checksum);
+    }
+    let at = scan.offset();
+    segment.end = Some(at);
+    let tear = written_end(&*found.file, at, found.size)?.map(|end| {
+        let what = match scan.stop() {
+            Stop::Bad(what) => what,
+            // The first sectors of a frame can be lost while later ones are not.
+            Stop::End => "something follows the end of the log",
+        };
+        Tear { at, end, what }
+    });
+    let closed = newest.is_some_and(|frame| frame.count == 0);
+    Ok(Content { segment, holds_frames: first.is_some(), closed, tear })
+}
+
+/// Cuts a torn tail off, so that it can never be taken for what will be written there. `last` is the sequence before it.
+pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64) -> anyhow::Result<()> {
+    let Tear { at, end, what } = tear;
+    if let Some((offset, later)) = later_frame(found, tear, last)? {
+        let what =
+            format!("{what}, yet it had been durable, as the frame at byte {offset} says (to {})", later.durable);
+        return Err(home.damage(&found.name, at, what));
+    }
+    let copy = copy(home, found, tear).context("cannot set a torn tail of the log aside")?;
+    zero(&*found.file, at, end)?;
+    found.file.sync()?;
+    tracing::warn!(
+        "{} ended in an unfinished write at byte {at} ({what}): cut off {} bytes that nobody was told of; {copy}",
+        home.path(&found.name).display(),
+        end - at
+    );
+    Ok(())
+}
+
+/// A frame beyond the tear whose writer knew that what is torn had been durable. Frames that followed without a sync,
+/// as `--durability os` writes them, say nothing of the kind.
+fn later_frame(found: &Found, tear: Tear, last: u64) -> io::Result<Option<(u64, FrameHead)>> {
+    const STEP: usize = 1 << 20;
+    let mut buffer = vec![0; STEP + frame::HEAD_BYTES];
+    let mut at = tear.at + frame::ALIGNMENT as u64;
+    while at < tear.end {
+        let window = &mut buffer[..(found.size - at).min((STEP + frame::HEAD_BYTES) as u64) as usize];
+        found.file.read_at(window, at)?;
+        let places = (0..window.len().min(STEP)).step_by(frame::ALIGNMENT);
+        let heads = places.filter_map(|place| Some((place, FrameHead::decode(&window[place..], found.log)?)));
+        if let Some((place, head)) = heads.into_iter().find(|(_, head)| head.durable > last) {
+            return Ok(Some((at + place as u64, head)));
+        }
+        at += STEP as u64;
+    }
+    Ok(None)
+}
+
+/// Keeps the bytes for whoever wants to look, and says where.
+fn copy(home: &Home, found: &Found, tear: Tear) -> io::Result<String> {
+    let names = home.disk.list()?;
+    let candidates = (1..).map(|count| format!("{}.{}.{count}{COPY_SUFFIX}", found.name, tear.at));
+    let Some(name) = candidates.into_iter().find(|name| !names.contains(name)) else { return Ok(String::new()) };
+    let temporary = format!("{name}.tmp");
+    let copied = home.disk.create(&temporary).and_then(|copy| {
+        copy_range(&*found.file, &*copy, tear)?;
+        copy.sync()?;
+        home.disk.rename(&temporary, &name)?;
+        home.disk.sync()
+    });
+    match copied {
+        Ok(()) => Ok(format!("they are in {}", home.path(&name).display())),
+        // A disk that was filled up must not keep the log from opening.
+        Err(error) if is_full(&error) => {
+            let _ = home.disk.remove(&temporary);
+            Ok("there was no room to keep them".into())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn copy_range(from: &dyn File, to: &dyn File, tear: Tear) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = tear.at;
+    while at < tear.end {
+        let chunk = &mut buffer[..(tear.end - at).min(1 << 20) as usize];
+        from.read_at(chunk, at)?;
+        to.write_at(chunk, at - tear.at)?;
+        at += chunk.len() as u64;
+    }
+    Ok(())
+}

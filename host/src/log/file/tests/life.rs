@@ -1,0 +1,238 @@
+//! The log from its first entry to its last, and the disk that fills up or fails under it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use super::*;
+
+#[test]
+fn what_was_appended_comes_back_in_order_and_whole() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    let events = [
+        put("a", b"1"),
+        Event::Delete("a".into()),
+        put("", b""),
+        Event::Put(Put {
+            key: "käy\n\t".into(),
+            value: (0..=255).collect(),
+            metadata: vec![("content-type".into(), "text/plain".into()), (String::new(), "ü".into())],
+            expires: Some(u64::MAX),
+        }),
+    ];
+    assert_eq!(append(&log, 7, &events[..2]), 1);
+    assert_eq!(append(&log, 8, &events[2..]), 3);
+    assert!(durable(&log, 4));
+    let expected: Vec<Owned> =
+        events.iter().zip(1..).map(|(event, at)| (at, if at < 3 { 7 } else { 8 }, describe_owned(event))).collect();
+    assert_eq!(replayed(&log), expected);
+    assert_eq!(replayed_after(&log, 2).unwrap(), expected[2..]);
+    log.close().unwrap();
+    assert_eq!(replayed(&open(&disk).unwrap()), expected);
+}
+
+#[test]
+fn an_empty_group_writes_nothing() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    assert_eq!(log.append(1, &[]).unwrap(), 1);
+    commit(&log, put("a", b"1"));
+    assert_eq!(log.append(1, &[]).unwrap(), 2);
+    assert_eq!(log.appended(), 1);
+    assert_eq!(replayed(&log).len(), 1);
+}
+
+#[test]
+fn a_group_that_is_too_large_is_refused_before_anything_changed() {
+    let log = open(&FakeDisk::default()).unwrap();
+    let refused = log.append(1, &[put("a", &[0; GROUP_BYTES as usize])]);
+    assert!(matches!(refused, Err(AppendError::TooLarge(GROUP_BYTES))));
+    // The largest that is taken: 25 bytes are the entry's own.
+    assert_eq!(commit(&log, put("a", &[0; GROUP_BYTES as usize - 26])), 1);
+}
+
+#[test]
+fn segments_that_cannot_hold_the_largest_group_are_refused() {
+    let options = Options { group_bytes: SEGMENT_BYTES - 582, ..options() };
+    let error = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).err().unwrap().to_string();
+    assert!(error.contains("between 4097 and"), "{error}");
+}
+
+#[test]
+fn it_goes_on_where_it_was_after_being_closed() {
+    let disk = FakeDisk::default();
+    for round in 0..20_u64 {
+        let log = open(&disk).unwrap();
+        assert_eq!(log.appended(), round * 5);
+        assert_eq!(replayed(&log).len() as u64, round * 5);
+        for number in 1..=5 {
+            assert_eq!(commit(&log, put("key", &[7; 200])), round * 5 + number);
+        }
+        log.close().unwrap();
+        assert!(matches!(log.append(1, &[put("a", b"1")]), Err(AppendError::Unavailable)));
+    }
+    assert!(disk.names().len() > 5, "{:?}", disk.names());
+}
+
+#[test]
+fn segments_of_another_size_are_taken_over() {
+    let disk = FakeDisk::default();
+    let sizes = [4096, 65536, 4096, 8192];
+    for (round, segment_bytes) in sizes.into_iter().enumerate() {
+        let options = Options { segment_bytes, group_bytes: segment_bytes - 600, ..options() };
+        let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+        commit(&log, put("large", &vec![1; segment_bytes as usize - 700]));
+        commit(&log, put("small", b""));
+        assert_eq!(replayed(&log).len(), 2 * (round + 1));
+        log.close().unwrap();
+    }
+}
+
+#[test]
+fn many_append_at_once_and_a_replay_runs_beside_them() {
+    let disk = FakeDisk::default();
+    let log = Arc::new(open(&disk).unwrap());
+    let running = Arc::new(AtomicBool::new(true));
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let log = log.clone();
+            thread::spawn(move || {
+                for number in 0..500 {
+                    let key = format!("{writer}/{number}");
+                    let sequence = append(&log, 1, &[put(&key, b"first"), put(&key, &[2; 100])]);
+                    if number % 50 == 0 {
+                        assert!(durable(&log, sequence + 1));
+                    }
+                }
+            })
+        })
+        .collect();
+    let reader = thread::spawn({
+        let (log, running) = (log.clone(), running.clone());
+        move || {
+            let (mut seen, mut after) = (0, 0);
+            while running.load(Ordering::Relaxed) || after < log.watermark().durable() {
+                after = log
+                    .replay(after, &mut |entries| {
+                        for entry in entries {
+                            seen += 1;
+                            assert_eq!(entry.sequence, seen, "nothing twice and nothing left out");
+                        }
+                        Ok(())
+                    })
+                    .unwrap();
+                assert_eq!(after, seen);
+            }
+            seen
+        }
+    });
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    assert!(durable(&log, log.appended()));
+    running.store(false, Ordering::Relaxed);
+    assert_eq!(reader.join().unwrap(), 8 * 500 * 2);
+    log.close().unwrap();
+
+    // A group was all or nothing, and in one place.
+    let all = replayed(&open(&disk).unwrap());
+    assert_eq!(all.len(), 8 * 500 * 2);
+    for pair in all.chunks(2) {
+        assert_eq!(pair[0].2.split(' ').nth(1), pair[1].2.split(' ').nth(1));
+    }
+}
+
+#[test]
+fn the_receiver_stops_a_replay() {
+    let log = open(&FakeDisk::default()).unwrap();
+    commit(&log, put("a", b"1"));
+    let error = log.replay(0, &mut |_| anyhow::bail!("enough")).unwrap_err();
+    assert_eq!(error.to_string(), "enough");
+}
+
+#[test]
+fn a_full_disk_refuses_what_does_not_certainly_fit_and_heals() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.set_full(true);
+    let mut accepted = 0;
+    let refused = loop {
+        match log.append(1, &[put("key", &[1; 1000])]) {
+            Ok(sequence) => {
+                accepted = sequence;
+                assert!(durable(&log, sequence), "what was accepted fits");
+            }
+            Err(AppendError::Full) => break true,
+            Err(error) => panic!("{error:?}"),
+        }
+        // Where the spare was just taken, the writer does not know yet that there is no space for another.
+        thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert!(refused);
+    assert_eq!(accepted, 6, "three in each segment");
+    assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
+    assert_eq!(commit(&log, put("small", b"")), accepted + 1, "and so do writes that fit");
+
+    disk.set_full(false);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, log.appended()));
+    log.close().unwrap();
+    assert_eq!(replayed(&open(&disk).unwrap()).len() as u64, accepted + 2);
+}
+
+#[test]
+fn a_failing_sync_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    disk.fail_syncs();
+    let sequence = log.append(1, &[put("a", b"2")]).unwrap();
+    assert!(!durable(&log, sequence));
+    assert_eq!(log.watermark().durable(), 1);
+    assert!(block_on(log.watermark().latched()).contains("sync failed"));
+    assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));
+    assert!(log.close().unwrap_err().to_string().contains("sync failed"));
+}
+
+#[test]
+fn a_failing_write_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    // The spare is written to as well.
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.fail_writes();
+    let sequence = log.append(1, &[put("a", b"2")]).unwrap();
+    assert!(!durable(&log, sequence));
+    assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));
+}
+
+#[test]
+fn a_real_directory_is_locked_by_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().join("new").join("data");
+    let options = Options { data: data.clone(), ..options() };
+    let log = FileLog::open(options.clone()).unwrap();
+    commit(&log, put("a", b"1"));
+    let error = FileLog::open(options.clone()).err().unwrap().to_string();
+    let (data, pid) = (data.display(), std::process::id());
+    assert_eq!(
+        error,
+        format!("data directory {data} is in use by process {pid}; stop it, or give another directory with --data")
+    );
+    log.close().unwrap();
+    assert_eq!(replayed(&FileLog::open(options).unwrap()).len(), 1);
+}
+
+#[test]
+fn a_data_directory_that_is_none_is_said_in_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    for data in [file.clone(), file.join("below")] {
+        let error = format!("{:#}", FileLog::open(Options { data, ..options() }).err().unwrap());
+        assert!(error.ends_with("is not a directory; give a directory with --data"), "{error}");
+        assert!(!error.contains('\n'));
+    }
+}

@@ -1,0 +1,250 @@
+//! What a crash leaves at the end of the log, and what no crash leaves.
+
+use super::*;
+
+/// A log of one segment whose frames begin at the returned offsets; the last offset is where the last frame ends. It was
+/// not closed.
+fn crashed(frames: u64) -> (FakeDisk, Vec<u64>) {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    let mut offsets = vec![512];
+    for number in 1..=frames {
+        commit(&log, put(&format!("key {number}"), &[number as u8; 50]));
+        offsets.push(offsets.last().unwrap() + 64 + (25 + 5 + 50_u64).next_multiple_of(8));
+    }
+    (disk.copy(), offsets)
+}
+
+fn entries(disk: &FakeDisk) -> anyhow::Result<u64> {
+    let log = open(disk)?;
+    let entries = replayed_after(&log, 0)?;
+    assert!(entries.iter().zip(1..).all(|(entry, sequence)| entry.0 == sequence), "never wrong data");
+    Ok(entries.len() as u64)
+}
+
+const NAME: &str = "0000000001.seg";
+
+#[test]
+fn a_tail_torn_at_any_byte_is_cut_and_written_over() {
+    let (disk, offsets) = crashed(3);
+    let whole = disk.read(NAME);
+    for torn_at in offsets[2]..offsets[3] {
+        let disk = disk.copy();
+        let mut bytes = whole.clone();
+        bytes[torn_at as usize..].fill(0);
+        let unfinished = bytes != whole;
+        disk.put(NAME, bytes);
+        let kept = if unfinished { 2 } else { 3 };
+        assert_eq!(entries(&disk).unwrap(), kept, "torn at {torn_at}");
+        let copies = disk.names().iter().filter(|name| name.ends_with(".torn")).count();
+        assert_eq!(copies, usize::from(unfinished && torn_at > offsets[2]), "torn at {torn_at}");
+        let log = open(&disk).unwrap();
+        assert_eq!(commit(&log, put("again", b"")), kept + 1);
+        drop(log);
+        assert_eq!(entries(&disk).unwrap(), kept + 1);
+    }
+}
+
+#[test]
+fn a_tail_with_any_sector_lost_or_garbled_is_cut() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("first", b"1"));
+    commit(&log, put("second", &[0xee; 1900]));
+    let disk = disk.copy();
+    let whole = disk.read(NAME);
+    for sector in 1..5 {
+        for byte in [0, 0x55] {
+            let disk = disk.copy();
+            let mut bytes = whole.clone();
+            // Of the frames: the first is before byte 608.
+            bytes[(sector * 512).max(608)..(sector + 1) * 512].fill(byte);
+            disk.put(NAME, bytes);
+            assert_eq!(entries(&disk).unwrap(), 1, "sector {sector} of {byte}");
+            assert_eq!(entries(&disk).unwrap(), 1, "and it stays so");
+        }
+    }
+}
+
+#[test]
+fn the_copy_of_a_torn_tail_holds_its_bytes() {
+    let (disk, offsets) = crashed(2);
+    let mut bytes = disk.read(NAME);
+    bytes[offsets[1] as usize + 70] ^= 1;
+    let torn = bytes[offsets[1] as usize..].to_vec();
+    disk.put(NAME, bytes);
+    assert_eq!(entries(&disk).unwrap(), 1);
+    let copy = disk.read(&format!("{NAME}.{}.1.torn", offsets[1]));
+    assert_eq!(torn[..copy.len()], copy);
+    assert!(torn[copy.len()..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn damage_before_the_last_frame_is_refused_with_its_place() {
+    let (disk, offsets) = crashed(3);
+    for frame in [0, 1] {
+        let disk = disk.copy();
+        let mut bytes = disk.read(NAME);
+        bytes[offsets[frame] as usize + 70] ^= 1;
+        disk.put(NAME, bytes.clone());
+        let error = format!("{:#}", open(&disk).err().unwrap());
+        let place = format!("data/log/{NAME} is damaged at byte {}: the checksum of a frame is wrong", offsets[frame]);
+        assert!(error.contains(&place), "{error}");
+        assert!(error.ends_with("`kvs log verify --data data` shows what is left"), "{error}");
+        assert_eq!(disk.read(NAME), bytes, "nothing was changed");
+    }
+}
+
+#[test]
+fn after_a_clean_end_damage_to_the_last_entry_is_no_torn_tail() {
+    let (disk, offsets) = crashed(2);
+    open(&disk).unwrap().close().unwrap();
+    let mut bytes = disk.read(NAME);
+    bytes[offsets[1] as usize + 70] ^= 1;
+    disk.put(NAME, bytes);
+    assert!(open(&disk).is_err());
+}
+
+#[test]
+fn the_watermark_file_tells_that_the_end_is_missing() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    commit(&log, put("a", b"2"));
+    // Written by itself when nothing comes for a while.
+    eventually(|| disk.names().contains(&"watermark".into()));
+    let disk = disk.copy();
+    let mut bytes = disk.read(NAME);
+    bytes[608..].fill(0);
+    disk.put(NAME, bytes);
+    let error = format!("{:#}", open(&disk).err().unwrap());
+    assert!(error.contains("the log ends with sequence 1, but 2 had been durable"), "{error}");
+}
+
+#[test]
+fn frames_written_without_a_sync_prove_nothing() {
+    let disk = FakeDisk::default();
+    let options = Options { durability: Durability::Os, ..options() };
+    let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+    for _ in 0..3 {
+        commit(&log, put("key", &[9; 50]));
+    }
+    let disk = disk.copy();
+    let mut bytes = disk.read(NAME);
+    // The second of three was lost in a power cut; the third was not.
+    bytes[700] ^= 1;
+    disk.put(NAME, bytes);
+    assert_eq!(entries(&disk).unwrap(), 1);
+}
+
+#[test]
+fn every_bit_of_a_small_log_is_flipped() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for number in 0..8_u8 {
+        commit(&log, put("key", &[number; 700]));
+    }
+    let disk = disk.copy();
+    let names: Vec<_> = disk.names().into_iter().filter(|name| name.ends_with(".seg")).collect();
+    assert_eq!(names.len(), 3, "with the spare");
+    for name in names {
+        let whole = disk.read(&name);
+        for bit in 0..whole.len() * 8 {
+            let disk = disk.copy();
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            disk.put(&name, bytes);
+            if let Ok(entries) = entries(&disk) {
+                assert!(entries >= 7, "bit {bit} of {name} lost more than the last frame");
+                let torn = disk.names().iter().any(|name| name.ends_with(".torn"));
+                assert!(entries == 8 || torn, "bit {bit} of {name} lost a frame and nothing was said");
+            }
+        }
+    }
+}
+
+#[test]
+fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
+    let make = || {
+        let disk = FakeDisk::default();
+        let log = open(&disk).unwrap();
+        for number in 0..12_u8 {
+            commit(&log, put("key", &[number; 700]));
+        }
+        disk.copy()
+    };
+    let refused = |disk: &FakeDisk, what: &str| {
+        let error = format!("{:#}", entries(disk).expect_err(what));
+        assert!(error.contains(what), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    };
+    use crate::log::file::disk::Disk;
+
+    let disk = make();
+    disk.remove("0000000001.seg").unwrap();
+    refused(&disk, "0000000001.seg is missing");
+
+    let disk = make();
+    disk.remove("0000000002.seg").unwrap();
+    refused(&disk, "0000000002.seg is missing");
+
+    let disk = make();
+    let (one, two) = (disk.read("0000000001.seg"), disk.read("0000000002.seg"));
+    disk.put("0000000001.seg", two);
+    disk.put("0000000002.seg", one);
+    refused(&disk, "0000000001.seg was named 0000000002.seg");
+
+    let disk = make();
+    disk.put("0000000002.seg", make().read("0000000002.seg"));
+    refused(&disk, "0000000002.seg belongs to another log than 0000000001.seg");
+
+    for size in [0, 1, 511] {
+        let disk = make();
+        disk.put("0000000002.seg", disk.read("0000000002.seg")[..size].to_vec());
+        refused(&disk, &format!("0000000002.seg is damaged at byte {size}: it is cut off"));
+    }
+    for size in 512..4000 {
+        let disk = make();
+        disk.put("0000000002.seg", disk.read("0000000002.seg")[..size].to_vec());
+        match entries(&disk) {
+            Ok(entries) => assert_eq!(entries, 12, "only zeros were lost"),
+            Err(error) => assert!(error.to_string().contains("damaged at byte"), "{error}"),
+        }
+        // Each size makes a log anew; a few are enough of the zeros.
+        if size > 3400 {
+            break;
+        }
+    }
+
+    let disk = make();
+    let mut bytes = disk.read("0000000001.seg");
+    bytes[8] = 2;
+    let checksum = crc32c::crc32c(&bytes[..508]);
+    bytes[508..512].copy_from_slice(&checksum.to_le_bytes());
+    disk.put("0000000001.seg", bytes);
+    refused(&disk, "format version 2 and this binary reads 1; use the newer kvs");
+
+    let disk = make();
+    disk.put("3.seg", Vec::new());
+    refused(&disk, "3.seg is not a segment of a log; move it away");
+
+    let disk = make();
+    disk.put("strange", vec![1; 100]);
+    disk.put("0000000009.seg.tmp", vec![1; 100]);
+    assert_eq!(entries(&disk).unwrap(), 12);
+    assert!(disk.names().contains(&"strange".into()));
+
+    let disk = make();
+    disk.put("watermark", vec![1; 36]);
+    assert_eq!(entries(&disk).unwrap(), 12);
+}
+
+#[test]
+fn a_newest_segment_with_garbage_after_its_end_is_cut() {
+    let (disk, _) = crashed(3);
+    let mut bytes = disk.read(NAME);
+    bytes.extend([0xa5; 1000]);
+    disk.put(NAME, bytes);
+    assert_eq!(entries(&disk).unwrap(), 3);
+    assert_eq!(entries(&disk).unwrap(), 3);
+}

@@ -1,0 +1,121 @@
+//! The writer: the one thread that writes the log, frame by frame.
+//!
+//! Owns: the end of the log. A frame is written only after the sync of the one before it has returned; recovery rests
+//! on that.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::bail;
+
+use super::catalog::Segment;
+use super::disk::{File, is_full};
+use super::frame::Builder;
+use super::queue::Work;
+use super::{Durability, Shared, mark};
+
+/// How long nothing must come before the watermark file is written: it must not cost those who write.
+const IDLE: Duration = Duration::from_secs(1);
+
+pub struct Writer {
+    /// The newest segment.
+    pub file: Arc<dyn File>,
+    pub size: u64,
+    /// Where the next frame goes: always here, never "at the end of the file". Bytes appended after torn ones would be
+    /// out of reach.
+    pub end: u64,
+    /// The checksum of the last frame.
+    pub chain: u32,
+    /// The newest sequence written, and the newest known to be on disk.
+    pub last: u64,
+    pub synced: u64,
+    /// Whether the last frame says that the log was closed.
+    pub closed: bool,
+    /// What the watermark file says.
+    pub marked: u64,
+}
+
+impl Writer {
+    /// Writes until the log is closed or fails.
+    pub fn run(mut self, shared: &Shared) -> anyhow::Result<()> {
+        loop {
+            let idle = (self.marked < self.synced).then_some(IDLE);
+            match shared.queue.take(idle) {
+                Work::Write(frame) => self.commit(shared, frame)?,
+                Work::Idle => self.mark(shared)?,
+                Work::Closed => return self.close(shared),
+                Work::Failed => return Ok(()),
+            }
+        }
+    }
+
+    /// Writes one frame, makes it durable, and only then lets go of the responses that wait for it.
+    fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
+        while self.end + frame.sealed_len() > self.size {
+            self.rotate(shared)?;
+        }
+        let last = frame.first + u64::from(frame.count) - 1;
+        self.write(shared, &mut frame)?;
+        self.last = last;
+        self.closed = false;
+        if shared.durability == Durability::Sync {
+            self.sync()?;
+        }
+        // The catalogue first: whoever sees the watermark must find what it covers.
+        shared.catalog.extend(self.end, self.last, self.chain);
+        shared.watermark.advance(self.last);
+        shared.queue.written(frame, self.size - self.end);
+        Ok(())
+    }
+
+    fn write(&mut self, shared: &Shared, frame: &mut Builder) -> anyhow::Result<()> {
+        let checksum = frame.seal(shared.log, self.synced, self.chain);
+        self.file.write_at(frame.bytes(), self.end)?;
+        self.end += frame.bytes().len() as u64;
+        self.chain = checksum;
+        Ok(())
+    }
+
+    /// A sync that failed is final, whatever a second one would say: the caller gives up.
+    fn sync(&mut self) -> anyhow::Result<()> {
+        self.file.sync()?;
+        self.synced = self.last;
+        Ok(())
+    }
+
+    /// Goes on to the next segment.
+    fn rotate(&mut self, shared: &Shared) -> anyhow::Result<()> {
+        // Whatever the durability: only the newest segment can have a torn tail.
+        if self.synced < self.last {
+            self.sync()?;
+        }
+        let Some(spare) = shared.spares.take() else { bail!("no room for another segment of the log") };
+        shared.catalog.push(Segment::empty(spare.number, self.last, self.chain));
+        (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
+        Ok(())
+    }
+
+    /// Ends with a frame without entries: a frame that follows the last one proves that to have been durable, so damage
+    /// to it cannot pass for a torn tail.
+    fn close(mut self, shared: &Shared) -> anyhow::Result<()> {
+        let mut trailer = Builder::new(self.last + 1, Vec::new());
+        if self.synced < self.last {
+            self.sync()?;
+        }
+        if !self.closed && self.end + trailer.sealed_len() <= self.size {
+            self.write(shared, &mut trailer)?;
+            self.sync()?;
+            shared.catalog.extend(self.end, self.last, self.chain);
+        }
+        if self.marked < self.synced { self.mark(shared) } else { Ok(()) }
+    }
+
+    fn mark(&mut self, shared: &Shared) -> anyhow::Result<()> {
+        self.marked = self.synced;
+        match mark::write(&*shared.home.disk, shared.log, self.synced) {
+            Err(error) if is_full(&error) => tracing::warn!("no room for the watermark file: {error}"),
+            written => written?,
+        }
+        Ok(())
+    }
+}
