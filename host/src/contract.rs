@@ -12,7 +12,13 @@ mod store {
     });
 }
 
+pub use store::exports::kvs::store::lifecycle::{Description, Statistics};
 pub use store::kvs::store::http::{HeaderParam as HeaderRef, Request, ResponseResult as Response};
 pub use store::kvs::store::transaction_log::{
     AppendError, Entry, EventParam as EventRef, EventResult as Event, PutParam as PutRef, PutResult as Put,
 };
+
+// The calls: what the host offers (a trait for each imported interface), and what it makes.
+pub use store::kvs::store::{connection, http, transaction_log};
+pub use store::wasi::config::store as config;
+pub use store::{Store as Exports, StorePre as ExportsPre};

@@ -1,4 +1,12 @@
 //! A key-value store whose logic is a WebAssembly component.
+//!
+//! Read it in the order data flows: [`edge`] takes requests from the network, [`guest`] calls the component that answers
+//! them, [`log`] makes durable what the component appended, and the edge lets the response go. [`contract`] is what they
+//! speak of; [`serve`] puts them together. ARCHITECTURE.md has the map and the invariants.
 
+pub mod cli;
 pub mod contract;
+pub mod edge;
+pub mod guest;
 pub mod log;
+pub mod serve;

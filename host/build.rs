@@ -1,0 +1,33 @@
+//! Builds the default guest, `guest/kvs`, as a component, so that the host can embed it.
+//!
+//! It has a target directory of its own: the build that runs this script holds the lock on the other one.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
+
+const TARGET: &str = "wasm32-wasip2";
+
+fn main() {
+    for path in ["guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let target_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("guest");
+    let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
+    cargo.args(["build", "--package", "kvs-guest", "--profile", "guest", "--target", TARGET, "--target-dir"]);
+    cargo.arg(&target_dir);
+    // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
+    for (name, _) in env::vars_os() {
+        let meant_for_host = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
+        if meant_for_host.iter().any(|host| name == *host) {
+            cargo.env_remove(name);
+        }
+    }
+    let status = cargo.status().expect("cargo can be started, since it started this");
+    if !status.success() {
+        println!("cargo::error=the default guest does not build; if its target is missing: rustup target add {TARGET}");
+        return;
+    }
+    let guest = target_dir.join(TARGET).join("guest").join("kvs_guest.wasm");
+    println!("cargo::rustc-env=KVS_DEFAULT_GUEST={}", guest.display());
+}

@@ -1,0 +1,168 @@
+//! The command line: flags, their `KVS_` variables and their defaults.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand};
+
+use crate::log::file::Durability;
+
+/// A key-value store whose logic is a WebAssembly component.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 120, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// What to log: error, warn, info, debug or trace, or directives like `info,kvs::edge=debug`
+    #[arg(long, global = true, env = "KVS_LOG_FILTER", value_name = "FILTER", default_value = "info")]
+    pub log_filter: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a store over HTTP
+    Serve(Serve),
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// The component to run; without it, the store that came with this binary
+    #[arg(env = "KVS_GUEST", value_name = "GUEST.wasm")]
+    pub guest: Option<PathBuf>,
+
+    /// Where to listen for HTTP; port 0 takes a free one
+    #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
+    pub listen: SocketAddr,
+
+    /// The directory that holds the log
+    #[arg(long, env = "KVS_DATA", value_name = "DIR", default_value = "./data")]
+    pub data: PathBuf,
+
+    /// When a write is answered: after it is on disk, or as soon as the operating system has it
+    #[arg(long, env = "KVS_DURABILITY", default_value = "sync")]
+    pub durability: Durability,
+
+    /// Size of one file of the log
+    #[arg(long, env = "KVS_SEGMENT_BYTES", value_name = "SIZE", default_value = "64MiB")]
+    pub segment_bytes: ByteSize,
+
+    /// Longest request to wait for, from its first byte to its response
+    #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
+          help_heading = "Limits")]
+    pub request_timeout: Duration,
+
+    /// Longest wait for the head of a request, also between requests
+    #[arg(long, env = "KVS_HEADER_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration,
+          help_heading = "Limits")]
+    pub header_timeout: Duration,
+
+    /// Largest head of a request (answered 431), at least 8 KiB
+    #[arg(long, env = "KVS_MAX_HEADER_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = header_bytes,
+          help_heading = "Limits")]
+    pub max_header_bytes: ByteSize,
+
+    /// Largest value (answered 413)
+    #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub max_value_bytes: ByteSize,
+
+    /// Most connections open at once; more wait to be accepted
+    #[arg(long, env = "KVS_MAX_CONNECTIONS", value_name = "COUNT", default_value = "1000", value_parser = count,
+          help_heading = "Limits")]
+    pub max_connections: usize,
+
+    /// How long requests under way may take to finish when the server is stopped
+    #[arg(long, env = "KVS_DRAIN", value_name = "TIME", default_value = "10s", value_parser = duration,
+          help_heading = "Limits")]
+    pub drain: Duration,
+
+    /// CPU time of one call of the guest
+    #[arg(long, env = "KVS_GUEST_CALL_TIMEOUT", value_name = "TIME", default_value = "1s", value_parser = duration,
+          help_heading = "Guest")]
+    pub guest_call_timeout: Duration,
+
+    /// Memory of the guest, which holds all keys and values; at most 4 GiB
+    #[arg(long, env = "KVS_GUEST_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB", value_parser = memory_bytes,
+          help_heading = "Guest")]
+    pub guest_memory_bytes: ByteSize,
+
+    /// A setting for the guest, which finds it in wasi:config/store; can be repeated
+    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting,
+          help_heading = "Guest")]
+    pub guest_config: Vec<(String, String)>,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let mut addresses = text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
+    addresses.next().ok_or_else(|| "this name has no address".to_owned())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    if duration.is_zero() { Err("a time of nothing leaves no time at all".to_owned()) } else { Ok(duration) }
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    // What a semaphore can count, with room to spare; the system's own limits are far below.
+    text.parse().ok().filter(|count| (1..=1 << 24).contains(count)).ok_or_else(|| "a count from 1 to 16777216".to_owned())
+}
+
+fn header_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 8 << 10, 16 << 20)
+}
+
+fn value_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 1, 1 << 30)
+}
+
+fn memory_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 1 << 20, 4 << 30)
+}
+
+fn size(text: &str, least: u64, most: u64) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse().map_err(|error| format!("{error}; a size looks like 4096, 64KiB or 1MiB"))?;
+    if (least..=most).contains(&size.as_u64()) {
+        Ok(size)
+    } else {
+        Err(format!("a size from {} to {}", ByteSize(least), ByteSize(most)))
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting looks like KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_bounds_and_units() {
+        assert_eq!(value_bytes("1MiB"), Ok(ByteSize(1 << 20)));
+        assert_eq!(value_bytes("4096"), Ok(ByteSize(4096)));
+        assert!(value_bytes("0").is_err());
+        assert!(value_bytes("1TiB").is_err());
+        assert!(value_bytes("lots").is_err());
+    }
+
+    #[test]
+    fn every_flag_of_serve_has_its_variable() {
+        let command = Cli::command();
+        let serve = command.find_subcommand("serve").expect("serve is a subcommand");
+        for argument in serve.get_arguments().filter(|argument| argument.get_id() != "help") {
+            let variable = format!("KVS_{}", argument.get_id().as_str().to_uppercase());
+            assert_eq!(argument.get_env().and_then(|name| name.to_str()), Some(variable.as_str()));
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! One running instance of a guest: the calls into it, and what it finds when it calls out (all but WASI).
+//!
+//! Owns: the limits of a call, what a call may append, the guest's clock, the translation between HTTP messages and the
+//! contract's records. Must never know: what the records mean, who else calls the guest, how it comes by its entries.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bytes::Bytes;
+use hyper::header::{self, HeaderName, HeaderValue};
+use hyper::{Request, Response, StatusCode};
+use tracing::error;
+use wasmtime::component::{HasSelf, Linker};
+use wasmtime::{Store, StoreLimits, StoreLimitsBuilder, Trap, WasmBacktrace};
+
+use super::engine::{Limits, epochs};
+use super::sandbox::Sandbox;
+use crate::contract::{
+    self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Statistics, config, connection, http,
+    transaction_log,
+};
+use crate::log::TransactionLog;
+
+/// The contract's own imports. `http` has types only, and a component that names those imports it too.
+pub const OFFERED: [&str; 4] =
+    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/http", "wasi:config/store"];
+
+/// Request headers a guest may ask for: each is looked up and copied on every request.
+const WANTED_HEADERS: usize = 64;
+/// Tables of function pointers; the default guest has 1 of under 100.
+const TABLE_ELEMENTS: usize = 100_000;
+
+/// Headers that speak of the connection or the framing, which are the host's.
+const CONNECTION_HEADERS: [HeaderName; 7] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    HeaderName::from_static("keep-alive"),
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// The guest trapped, or passed a limit: its memory can be in any state, and the instance must not be called again.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Trapped(String);
+
+/// A request, read whole.
+pub struct Incoming {
+    pub request: Request<Bytes>,
+    pub peer: SocketAddr,
+}
+
+/// What a call gave.
+pub struct Answer {
+    pub response: Response<Bytes>,
+    /// The response may leave when the log is durable up to this.
+    pub rests_on: u64,
+    /// Whether the call appended, so that it has an outcome at all.
+    pub appended: bool,
+}
+
+pub struct Instance {
+    store: Store<State>,
+    exports: Exports,
+    limits: Limits,
+    description: Description,
+    /// Shared, so that they can be read while the store is being called.
+    wanted_headers: Arc<[HeaderName]>,
+}
+
+impl Instance {
+    pub(super) fn new(exports: &ExportsPre<State>, limits: Limits, state: State) -> Result<Self> {
+        let mut store = Store::new(exports.engine(), state);
+        store.limiter(|state| &mut state.limits);
+        store.set_epoch_deadline(epochs(limits.call));
+        let mut told = |error| anyhow!(trapped(&error, limits));
+        let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
+        let description =
+            exports.kvs_store_lifecycle().call_describe(&mut store).map_err(told).context("describe failed")?;
+        let wanted_headers = check(&description)?;
+        store.data_mut().sandbox.set_name(&description.name);
+        store.data_mut().sandbox.end_call();
+        Ok(Self { store, exports, limits, description, wanted_headers })
+    }
+
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Takes in entries of the log. An error names the entries.
+    pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
+        self.store.data_mut().time = self.store.data().time.max(last.time);
+        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_apply(store, entries))
+            .with_context(|| format!("apply of entries {} to {} failed", first.sequence, last.sequence))
+    }
+
+    pub fn tick(&mut self) -> Result<(), Trapped> {
+        let now = self.store.data_mut().now();
+        self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
+            exports.kvs_store_lifecycle().call_tick(store, now)
+        })
+    }
+
+    pub fn stats(&mut self) -> Result<Statistics, Trapped> {
+        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_stats(store))
+    }
+
+    pub fn handle(&mut self, incoming: &Incoming) -> Result<Answer, Trapped> {
+        let time = self.store.data_mut().now();
+        let request = &incoming.request;
+        let mut headers = Vec::new();
+        let wanted = Arc::clone(&self.wanted_headers);
+        for name in wanted.iter() {
+            for value in request.headers().get_all(name) {
+                headers.push(HeaderRef { name: name.as_str(), value: value.as_bytes() });
+            }
+        }
+        let record = contract::Request {
+            method: request.method().as_str(),
+            target: request.uri().path_and_query().map_or("", |target| target.as_str()),
+            headers: &headers,
+            body: request.body(),
+            principal: None,
+            time,
+        };
+        let call = Call { may_append: true, peer: Some(incoming.peer), appended: None };
+        let response =
+            self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
+
+        let state = self.store.data();
+        let appended = state.call.appended;
+        // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
+        let everything = state.log.appended();
+        let rests_on = response.depends_on.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
+        let response = message(response).unwrap_or_else(|invalid| {
+            error!(guest = self.description.name, "invalid response: {invalid:#}");
+            let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            response
+        });
+        Ok(Answer { response, rests_on, appended: appended.is_some() })
+    }
+
+    /// Makes one call, within the limits of a call.
+    fn call<T>(
+        &mut self,
+        call: Call,
+        make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
+    ) -> Result<T, Trapped> {
+        self.store.data_mut().call = call;
+        self.store.data_mut().sandbox.begin_call();
+        self.store.set_epoch_deadline(epochs(self.limits.call));
+        let result = make(&self.exports, &mut self.store);
+        self.store.data_mut().sandbox.end_call();
+        result.map_err(|error| trapped(&error, self.limits))
+    }
+}
+
+/// The description is shown in logs and used on every request; refuses what is not fit for that.
+fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
+    let is_word = |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+    ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
+    ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");
+    let count = description.headers.len();
+    ensure!(count <= WANTED_HEADERS, "it asks for {count} request headers, at most {WANTED_HEADERS} are allowed");
+    let parse = |name: &String| HeaderName::from_bytes(name.as_bytes()).context("it asks for an invalid header");
+    description.headers.iter().map(parse).collect()
+}
+
+/// The contract's response as an HTTP message, if it is one.
+fn message(record: contract::Response) -> Result<Response<Bytes>> {
+    ensure!((200..=599).contains(&record.status), "status {}", record.status);
+    let mut response = Response::new(Bytes::from(record.body));
+    *response.status_mut() = StatusCode::from_u16(record.status)?;
+    response.headers_mut().reserve(record.headers.len());
+    for header in record.headers {
+        let name = HeaderName::from_bytes(header.name.as_bytes())?;
+        ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
+        let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
+        response.headers_mut().append(name, value);
+    }
+    Ok(response)
+}
+
+/// What happened and in which functions, in one line.
+fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
+    let cause = match error.downcast_ref::<Trap>() {
+        Some(Trap::Interrupt) => format!("the call took longer than {:?}", limits.call),
+        _ => error.root_cause().to_string(),
+    };
+    let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
+    let functions: Vec<_> = frames.iter().filter_map(|frame| frame.func_name()).take(10).collect();
+    Trapped(if functions.is_empty() { cause } else { format!("{cause}, in {}", functions.join(" < ")) })
+}
+
+/// What an instance holds on the host's side.
+pub struct State {
+    log: Arc<dyn TransactionLog>,
+    config: Arc<[(String, String)]>,
+    limits: StoreLimits,
+    sandbox: Sandbox,
+    call: Call,
+    /// The newest time the guest has seen, in milliseconds since 1970.
+    time: u64,
+}
+
+/// What the call in progress may do, and has done.
+#[derive(Default)]
+struct Call {
+    may_append: bool,
+    peer: Option<SocketAddr>,
+    /// The newest sequence it appended.
+    appended: Option<u64>,
+}
+
+impl State {
+    pub(super) fn new(log: Arc<dyn TransactionLog>, config: Arc<[(String, String)]>, limits: Limits) -> Self {
+        let limits =
+            StoreLimitsBuilder::new().memory_size(limits.memory_bytes).table_elements(TABLE_ELEMENTS).build();
+        Self { log, config, limits, sandbox: Sandbox::new(), call: Call::default(), time: 0 }
+    }
+
+    pub(super) fn sandbox(&mut self) -> &mut Sandbox {
+        &mut self.sandbox
+    }
+
+    /// The system's clock, but never behind what the guest has seen.
+    fn now(&mut self) -> u64 {
+        let system = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        self.time = self.time.max(u64::try_from(system.as_millis()).unwrap_or(u64::MAX));
+        self.time
+    }
+}
+
+pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    Exports::add_to_linker::<_, HasSelf<State>>(linker, |state| state)
+}
+
+impl transaction_log::Host for State {
+    fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
+        if !self.call.may_append {
+            return Err(AppendError::ReadOnly);
+        }
+        let first = self.log.append(self.time, &events)?;
+        if let Some(others) = events.len().checked_sub(1) {
+            self.call.appended = Some(first + others as u64);
+        }
+        Ok(first)
+    }
+}
+
+impl connection::Host for State {
+    fn peer_address(&mut self) -> Option<String> {
+        self.call.peer.map(|peer| peer.to_string())
+    }
+    fn tls_version(&mut self) -> Option<String> {
+        // Every listener is plain so far.
+        None
+    }
+    fn client_identity(&mut self) -> Option<String> {
+        None
+    }
+}
+
+impl config::Host for State {
+    fn get(&mut self, key: String) -> Result<Option<String>, config::Error> {
+        Ok(self.config.iter().find(|(name, _)| *name == key).map(|(_, value)| value.clone()))
+    }
+    fn get_all(&mut self) -> Result<Vec<(String, String)>, config::Error> {
+        Ok(self.config.to_vec())
+    }
+}
+
+impl http::Host for State {}
