@@ -96,18 +96,23 @@ pub struct Serve {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    let mut addresses = text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
+    let mut addresses =
+        text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
     addresses.next().ok_or_else(|| "this name has no address".to_owned())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let duration = humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    let duration =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("a time of nothing leaves no time at all".to_owned()) } else { Ok(duration) }
 }
 
 fn count(text: &str) -> Result<usize, String> {
     // What a semaphore can count, with room to spare; the system's own limits are far below.
-    text.parse().ok().filter(|count| (1..=1 << 24).contains(count)).ok_or_else(|| "a count from 1 to 16777216".to_owned())
+    text.parse()
+        .ok()
+        .filter(|count| (1..=1 << 24).contains(count))
+        .ok_or_else(|| "a count from 1 to 16777216".to_owned())
 }
 
 fn header_bytes(text: &str) -> Result<ByteSize, String> {

@@ -5,21 +5,37 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use clap::error::ErrorKind;
 use kvs::cli::{Cli, Command};
 use tracing_subscriber::EnvFilter;
 
+/// Exit codes beside 0: the command failed, or was not understood.
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
-    // A usage error ends here, with 2.
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // What is wrong and what was perhaps meant; how else to use it is a command away.
+            let rendered = error.to_string();
+            let paragraphs = rendered.split("\n\n").map(str::trim);
+            let told = paragraphs.take_while(|text| !text.starts_with("Usage:") && !text.starts_with("For more"));
+            let told = told.collect::<Vec<_>>().join("; ");
+            return fail(USAGE, &format!("{}; see kvs --help", told.trim_start_matches("error: ")));
+        }
+        Err(help_or_version) => help_or_version.exit(),
+    };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line, whatever the libraries below put into their messages.
-            let message = format!("{error:#}");
-            eprintln!("kvs: {}", message.split_whitespace().collect::<Vec<_>>().join(" "));
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(FAILED, &format!("{error:#}")),
     }
+}
+
+/// Tells it in one line, whatever the libraries below put into their messages.
+fn fail(code: u8, reason: &str) -> ExitCode {
+    eprintln!("kvs: {}", reason.split_whitespace().collect::<Vec<_>>().join(" "));
+    ExitCode::from(code)
 }
 
 fn run(cli: &Cli) -> Result<()> {

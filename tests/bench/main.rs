@@ -42,7 +42,9 @@ fn main() -> Result<()> {
         "{CONNECTIONS} connections, 100-byte values, 10,000 keys, {ROUNDS} rounds of {SECONDS} s each, {} cores shared with wrk\n",
         std::thread::available_parallelism()?
     );
-    println!("| request | server | requests/s | CPU us/request | throughput, of the plain map | CPU, of the plain map |");
+    println!(
+        "| request | server | requests/s | CPU us/request | throughput, of the plain map | CPU, of the plain map |"
+    );
     println!("|---|---|---:|---:|---:|---:|");
     // PUT first: it fills the store that GET reads.
     for script in ["put", "get"] {

@@ -37,7 +37,12 @@ pub struct Limits {
 }
 
 /// Serves `listener` until `stop`, then finishes what is under way. Returns how many connections had to be cut off.
-pub async fn serve(listener: TcpListener, service: Arc<Service>, limits: Limits, stop: impl Future<Output = ()>) -> usize {
+pub async fn serve(
+    listener: TcpListener,
+    service: Arc<Service>,
+    limits: Limits,
+    stop: impl Future<Output = ()>,
+) -> usize {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let graceful = GracefulShutdown::new();
     let mut stop = std::pin::pin!(stop);

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
@@ -49,7 +50,9 @@ impl Service {
             Err(_) if answer.appended => {
                 refuse(StatusCode::GATEWAY_TIMEOUT, "outcome unknown: this was not known to be durable in time")
             }
-            Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "what this would show was not known to be durable in time"),
+            Err(_) => {
+                refuse(StatusCode::SERVICE_UNAVAILABLE, "what this would show was not known to be durable in time")
+            }
         }
     }
 
@@ -60,6 +63,12 @@ impl Service {
         deadline: Instant,
     ) -> Result<Request<Bytes>, Response<Full<Bytes>>> {
         let (head, mut body) = request.into_parts();
+        if head_bytes(&head) > self.limits.header_bytes {
+            return Err(closing(refuse(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "the head of the request is too large",
+            )));
+        }
         if body.is_end_stream() {
             return Ok(Request::from_parts(head, Bytes::new()));
         }
@@ -88,6 +97,12 @@ impl Service {
             Err(_) => Err(closing(refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time"))),
         }
     }
+}
+
+/// The size of a request's head, near enough. hyper's own limit is one of its buffer, which it may pass by a read.
+fn head_bytes(head: &Parts) -> usize {
+    let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    target + head.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
 }
 
 async fn discard(body: Arriving) {

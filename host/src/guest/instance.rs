@@ -29,6 +29,8 @@ pub const OFFERED: [&str; 4] =
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
+/// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
+const RESPONSE_HEADERS: usize = 256;
 /// Tables of function pointers; the default guest has 1 of under 100.
 const TABLE_ELEMENTS: usize = 100_000;
 
@@ -129,8 +131,7 @@ impl Instance {
             time,
         };
         let call = Call { may_append: true, peer: Some(incoming.peer), appended: None };
-        let response =
-            self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
+        let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
         let state = self.store.data();
         let appended = state.call.appended;
@@ -175,9 +176,11 @@ fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
 /// The contract's response as an HTTP message, if it is one.
 fn message(record: contract::Response) -> Result<Response<Bytes>> {
     ensure!((200..=599).contains(&record.status), "status {}", record.status);
+    let count = record.headers.len();
+    ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
     let mut response = Response::new(Bytes::from(record.body));
     *response.status_mut() = StatusCode::from_u16(record.status)?;
-    response.headers_mut().reserve(record.headers.len());
+    response.headers_mut().reserve(count);
     for header in record.headers {
         let name = HeaderName::from_bytes(header.name.as_bytes())?;
         ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
@@ -220,8 +223,7 @@ struct Call {
 
 impl State {
     pub(super) fn new(log: Arc<dyn TransactionLog>, config: Arc<[(String, String)]>, limits: Limits) -> Self {
-        let limits =
-            StoreLimitsBuilder::new().memory_size(limits.memory_bytes).table_elements(TABLE_ELEMENTS).build();
+        let limits = StoreLimitsBuilder::new().memory_size(limits.memory_bytes).table_elements(TABLE_ELEMENTS).build();
         Self { log, config, limits, sandbox: Sandbox::new(), call: Call::default(), time: 0 }
     }
 

@@ -54,13 +54,15 @@ struct State {
     /// Bounded by the connections: each has one request under way.
     queue: VecDeque<Waiting>,
     tickets: u64,
+    tick_due: bool,
     last_rebuild: Option<Instant>,
     pause: Duration,
 }
 
-enum Waiting {
-    Request { ticket: u64, incoming: Incoming, reply: oneshot::Sender<Result<Answer, CallError>> },
-    Tick,
+struct Waiting {
+    ticket: u64,
+    incoming: Incoming,
+    reply: oneshot::Sender<Result<Answer, CallError>>,
 }
 
 /// How an instance came by its state.
@@ -100,7 +102,7 @@ impl Shard {
             let ticket = state.tickets;
             state.tickets += 1;
             let (reply, answer) = oneshot::channel();
-            state.queue.push_back(Waiting::Request { ticket, incoming, reply });
+            state.queue.push_back(Waiting { ticket, incoming, reply });
             (ticket, answer)
         };
         let answer = match timeout_at(deadline, &mut answer).await {
@@ -121,16 +123,15 @@ impl Shard {
             let mut turn = Turn { shard: Arc::clone(self), instance: Some(instance), over: false };
             turn.tick();
             turn.serve_others();
-        } else if !state.queue.iter().any(|waiting| matches!(waiting, Waiting::Tick)) {
-            state.queue.push_back(Waiting::Tick);
+        } else {
+            state.tick_due = true;
         }
     }
 
     /// Takes a request out of the queue, if it is still there.
-    fn withdraw(&self, withdrawn: u64) -> bool {
+    fn withdraw(&self, ticket: u64) -> bool {
         let mut state = self.state();
-        let is_it = |waiting: &Waiting| matches!(waiting, Waiting::Request { ticket, .. } if *ticket == withdrawn);
-        let found = state.queue.iter().position(is_it);
+        let found = state.queue.iter().position(|waiting| waiting.ticket == ticket);
         found.and_then(|index| state.queue.remove(index)).is_some()
     }
 
@@ -208,15 +209,10 @@ impl Turn {
     /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.
     fn serve_others(mut self) {
         for _ in 0..OTHERS {
-            match self.next() {
-                Some(Waiting::Request { incoming, reply, .. }) => {
-                    // A client that left is not called for.
-                    if !reply.is_closed() {
-                        let _ = reply.send(self.handle(&incoming));
-                    }
-                }
-                Some(Waiting::Tick) => self.tick(),
-                None => return,
+            let Some(Waiting { incoming, reply, .. }) = self.next() else { return };
+            // A client that left is not called for.
+            if !reply.is_closed() {
+                let _ = reply.send(self.handle(&incoming));
             }
         }
         task::spawn(async move { self.serve_others() });
@@ -224,6 +220,10 @@ impl Turn {
 
     /// The next in the queue; when there is none, the turn is over and the instance free.
     fn next(&mut self) -> Option<Waiting> {
+        let tick_due = std::mem::take(&mut self.shard.state().tick_due);
+        if tick_due {
+            self.tick();
+        }
         let instance = self.instance.take()?;
         let mut state = self.shard.state();
         let next = state.queue.pop_front();

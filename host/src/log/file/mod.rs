@@ -170,8 +170,8 @@ impl FileLog {
         let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
         if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
             bail!(
-                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose a segment size \
-                 between {needed} and {} bytes",
+                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose --segment-bytes \
+                 between {needed} and {}, or lower --max-value-bytes",
                 u32::MAX
             );
         }

@@ -1,0 +1,102 @@
+//! The session of the book (*Cloud Native Go*, chapter 5), in its order, by a library and by curl itself.
+
+use std::process::{Command, Stdio};
+
+use ureq::Agent;
+
+use crate::server::Server;
+
+/// A client as applications have it. Every status is an answer, none is an error.
+pub fn agent() -> Agent {
+    // A proxy in the environment has nothing to do with a server on this machine.
+    Agent::config_builder().http_status_as_error(false).proxy(None).build().into()
+}
+
+/// Runs curl. Gives the status it saw and the body.
+pub fn curl(args: &[&str]) -> (u16, Vec<u8>) {
+    let mut curl = Command::new("curl");
+    curl.args(["--disable", "--noproxy", "*", "--silent", "--show-error", "--max-time", "60"]);
+    curl.args(["--write-out", "%{stderr}%{http_code}"]).args(args);
+    let output = curl.stdin(Stdio::null()).output().expect("curl is installed");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "curl {args:?}: {}, {said}", output.status);
+    let status = said.get(said.len().saturating_sub(3)..).and_then(|code| code.parse().ok());
+    (status.unwrap_or_else(|| panic!("curl {args:?} saw no status: {said}")), output.stdout)
+}
+
+#[test]
+fn the_books_session_through_a_library() {
+    let server = Server::start(&[]);
+    let (agent, url) = (agent(), server.url("/v1/key-a"));
+    let put = |value: &str| agent.put(&url).send(value).expect("PUT is answered");
+    let get = || {
+        let mut response = agent.get(&url).call().expect("GET is answered");
+        (response.status().as_u16(), response.body_mut().read_to_vec().expect("the body is whole"))
+    };
+
+    let mut created = put("Hello, key-value store!");
+    assert_eq!(created.status(), 201);
+    assert_eq!(created.body_mut().read_to_vec().expect("the body is whole"), b"");
+    assert_eq!(get(), (200, b"Hello, key-value store!".to_vec()));
+    assert_eq!(put("Hello, key-value store!").status(), 201);
+    assert_eq!(put("Hello, again!").status(), 201);
+    assert_eq!(get(), (200, b"Hello, again!".to_vec()));
+
+    let delete = || agent.delete(&url).call().expect("DELETE is answered");
+    assert_eq!(delete().status(), 200);
+    let mut again = delete();
+    assert_eq!(again.status(), 200);
+    assert_eq!(again.body_mut().read_to_vec().expect("the body is whole"), b"");
+    assert_eq!(get(), (404, b"no such key\n".to_vec()));
+
+    let post = agent.post(&url).send("x").expect("POST is answered");
+    assert_eq!(post.status(), 405);
+    assert_eq!(post.headers().get("allow").map(|value| value.as_bytes()), Some(&b"GET, HEAD, PUT, DELETE"[..]));
+}
+
+#[test]
+fn the_books_session_through_curl() {
+    let server = Server::start(&[]);
+    let url = server.url("/v1/key-a");
+    let put = |value: &str| curl(&["-X", "PUT", "-d", value, &url]);
+
+    assert_eq!(put("Hello, key-value store!"), (201, vec![]));
+    assert_eq!(curl(&[&url]), (200, b"Hello, key-value store!".to_vec()));
+    assert_eq!(put("Hello, key-value store!"), (201, vec![]));
+    assert_eq!(put("Hello, again!"), (201, vec![]));
+    assert_eq!(curl(&[&url]), (200, b"Hello, again!".to_vec()));
+    assert_eq!(curl(&["-X", "DELETE", &url]), (200, vec![]));
+    assert_eq!(curl(&["-X", "DELETE", &url]), (200, vec![]));
+    assert_eq!(curl(&[&url]), (404, b"no such key\n".to_vec()));
+
+    let (status, answer) = curl(&["-i", "-X", "POST", "-d", "x", &url]);
+    let answer = String::from_utf8_lossy(&answer).to_ascii_lowercase();
+    assert_eq!(status, 405);
+    assert!(answer.contains("\r\nallow: get, head, put, delete\r\n"), "{answer}");
+}
+
+#[test]
+fn curl_uploads_a_file_after_asking_first() {
+    let server = Server::start(&[]);
+    let file = server.data().join("upload");
+    let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    std::fs::write(&file, &value).expect("the directory takes a file");
+    let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
+
+    // curl sends the body when it was told to go on, or else after a time that is longer than the whole test.
+    let ask_first = ["--expect100-timeout", "50", "-H", "Expect: 100-continue", "-T", file];
+    assert_eq!(curl(&[&ask_first[..], &[&url]].concat()), (201, vec![]));
+    assert_eq!(curl(&[&url]), (200, value));
+}
+
+#[test]
+fn curl_uploads_a_stream_of_unknown_length() {
+    let server = Server::start(&[]);
+    let file = server.data().join("upload");
+    let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    std::fs::write(&file, &value).expect("the directory takes a file");
+    let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
+
+    assert_eq!(curl(&["-H", "Transfer-Encoding: chunked", "-T", file, &url]), (201, vec![]));
+    assert_eq!(curl(&[&url]), (200, value));
+}

@@ -1,0 +1,186 @@
+//! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong.
+
+use std::fs::File;
+use std::path::Path;
+
+use tempfile::TempDir;
+use wasm_encoder::{
+    Component, ComponentExportKind, ComponentExportSection, ComponentImportSection, ComponentInstanceSection,
+    ComponentTypeRef, ComponentTypeSection, InstanceType, Module,
+};
+
+use crate::server::{Refused, Server, serve_refused};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+/// The component that came with the binary under test.
+const DEFAULT_GUEST: &str = env!("KVS_DEFAULT_GUEST");
+
+/// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
+fn refused(bytes: impl AsRef<[u8]>) -> Refused {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("guest.wasm");
+    std::fs::write(&file, bytes).expect("the directory takes a file");
+    refused_file(&file)
+}
+
+fn refused_file(file: &Path) -> Refused {
+    let file = file.to_str().expect("a temporary path is text");
+    let refused = serve_refused(&[file]);
+    assert!(refused.line.contains(file), "it does not name the file: {refused}");
+    refused
+}
+
+/// A component that imports an empty instance of this name.
+fn importing(name: &str) -> Vec<u8> {
+    let mut types = ComponentTypeSection::new();
+    types.instance(&InstanceType::new());
+    let mut imports = ComponentImportSection::new();
+    imports.import(name, ComponentTypeRef::Instance(0));
+    let mut component = Component::new();
+    component.section(&types).section(&imports);
+    component.finish()
+}
+
+/// A component that exports empty instances of these names.
+fn exporting(names: &[&str]) -> Vec<u8> {
+    let mut instances = ComponentInstanceSection::new();
+    let mut exports = ComponentExportSection::new();
+    for (index, name) in names.iter().enumerate() {
+        instances.export_items([("", ComponentExportKind::Instance, 0); 0]);
+        exports.export(*name, ComponentExportKind::Instance, u32::try_from(index).expect("a few"), None);
+    }
+    let mut component = Component::new();
+    component.section(&instances).section(&exports);
+    component.finish()
+}
+
+#[test]
+fn a_file_that_is_not_there() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    refused_file(&directory.path().join("missing.wasm")).with(1, &["cannot be run as a guest", "No such file"]);
+}
+
+#[test]
+fn a_directory() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    refused_file(directory.path()).with(1, &["cannot be run as a guest", "directory"]);
+}
+
+#[test]
+fn a_file_that_is_not_webassembly() {
+    for bytes in [&b""[..], b"\0asm", b"#!/bin/sh\necho hello\n", b"(component)", &[0; 100_000]] {
+        refused(bytes).with(1, &["cannot be run as a guest", "it is not WebAssembly"]);
+    }
+}
+
+#[test]
+fn a_file_that_is_too_large_to_be_a_guest() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("large.wasm");
+    // Nothing but a hole.
+    File::create(&file).and_then(|file| file.set_len(1 << 40)).expect("the directory takes a file with a hole");
+    refused_file(&file).with(1, &["cannot be run as a guest", "larger than"]);
+}
+
+#[test]
+fn a_core_module() {
+    refused(Module::new().finish()).with(1, &["it is a core module, not a component", "wasm32-wasip2"]);
+}
+
+#[test]
+fn a_component_that_is_cut_off() {
+    let whole = std::fs::read(DEFAULT_GUEST).expect("the default guest was built with the binary");
+    for length in [9, 100, whole.len() / 2, whole.len() - 1] {
+        refused(&whole[..length]).with(1, &["cannot be run as a guest"]);
+    }
+}
+
+#[test]
+fn a_component_with_a_flipped_byte() {
+    let mut bytes = std::fs::read(DEFAULT_GUEST).expect("the default guest was built with the binary");
+    // In the first section, after the header.
+    bytes[10] ^= 0xff;
+    refused(bytes).with(1, &["cannot be run as a guest"]);
+}
+
+#[test]
+fn a_component_without_the_exports() {
+    let told =
+        ["it does not export", "kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+    refused(Component::new().finish()).with(1, &told);
+}
+
+#[test]
+fn a_component_without_one_of_the_exports() {
+    let refused = refused(exporting(&["kvs:store/lifecycle@0.1.0", "kvs:store/sharding@0.1.0"]));
+    refused.with(1, &["it does not export kvs:store/handler@0.1.0"]);
+    assert!(!refused.line.contains("lifecycle"), "it names what is there: {refused}");
+}
+
+#[test]
+fn a_component_whose_exports_are_of_another_contract() {
+    let old = ["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.2.0", "kvs:store/sharding@0.2.0"];
+    refused(exporting(&old)).with(1, &["it does not export kvs:store/lifecycle@0.1.0"]);
+}
+
+#[test]
+fn a_component_whose_exports_hold_nothing() {
+    let names = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+    refused(exporting(&names)).with(1, &["cannot be run as a guest", "describe"]);
+}
+
+#[test]
+fn a_component_that_imports_a_file_system_or_a_network() {
+    for import in ["wasi:filesystem/types@0.2.0", "wasi:filesystem/preopens@0.2.12", "wasi:sockets/tcp@0.2.0"] {
+        refused(importing(import)).with(1, &[&format!("it imports {import}, which this host does not offer")]);
+    }
+}
+
+#[test]
+fn a_guest_that_traps_at_the_start() {
+    let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-traps"]);
+    refused.with(1, &["describe failed", "fall_over"]);
+}
+
+#[test]
+fn a_guest_that_leaves_at_the_start() {
+    serve_refused(&[guest(), "--guest-config", "fault=describe-exits"]).with(1, &["describe failed", "called exit"]);
+}
+
+#[test]
+fn a_guest_that_has_no_fitting_name() {
+    serve_refused(&[guest(), "--guest-config", "fault=name"]).with(1, &["its name is not a word"]);
+}
+
+#[test]
+fn a_guest_that_asks_for_too_many_headers() {
+    serve_refused(&[guest(), "--guest-config", "fault=headers"])
+        .with(1, &["it asks for 65 request headers, at most 64"]);
+}
+
+#[test]
+fn a_guest_that_never_finishes_starting() {
+    let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-loops", "--guest-call-timeout", "100ms"]);
+    refused.with(1, &["describe failed", "longer than 100ms", "circle"]);
+}
+
+#[test]
+fn a_guest_that_needs_more_memory_than_it_may_have() {
+    serve_refused(&["--guest-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
+}
+
+#[test]
+fn a_guest_that_traps_on_an_entry_of_the_log() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/b", b"value").status, 201);
+    let stopped = server.terminate();
+    stopped
+        .refuses(&[guest(), "--guest-config", "fault=apply-traps"])
+        .with(1, &["apply of entries 1 to 2", "fall_over"]);
+    // The log is as it was.
+    let server = stopped.restart(&[]);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/b", b"").body, b"value");
+}

@@ -1,0 +1,93 @@
+//! Limits in time and number: slow clients, idle clients, many clients.
+
+use std::thread;
+use std::time::Duration;
+
+use crate::server::Server;
+use crate::wire::Connection;
+
+#[test]
+fn a_slow_body_is_408_and_stores_nothing() {
+    let server = Server::start(&["--request-timeout", "300ms"]);
+    let mut client = Connection::open(server.address());
+    client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\nhalf");
+    client.read().says(408, "the body did not arrive in time");
+    assert_eq!(client.end(), "");
+    Connection::open(server.address()).ask("GET", "/v1/a", b"").says(404, "no such key");
+}
+
+#[test]
+fn a_slow_head_is_cut() {
+    let server = Server::start(&["--header-timeout", "300ms"]);
+    let mut client = Connection::open(server.address());
+    client.send("GET /v1/a HTTP/1.1\r\nhost:");
+    let answer = client.end();
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408 "), "{answer:?}");
+}
+
+#[test]
+fn a_client_that_says_nothing_is_cut() {
+    let server = Server::start(&["--header-timeout", "300ms"]);
+    let mut silent = Connection::open(server.address());
+    assert_eq!(silent.end(), "");
+    // Also between two requests.
+    let mut idle = Connection::open(server.address());
+    idle.ask("GET", "/v1/a", b"").says(404, "no such key");
+    assert_eq!(idle.end(), "");
+}
+
+#[test]
+fn a_slow_client_holds_up_no_other() {
+    let server = Server::start(&[]);
+    let slow: Vec<_> = (0..20)
+        .map(|_| {
+            let mut client = Connection::open(server.address());
+            client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\nhalf");
+            client
+        })
+        .collect();
+    let mut quick = Connection::open(server.address());
+    assert_eq!(quick.ask("PUT", "/v1/a", b"quick").status, 201);
+    assert_eq!(quick.ask("GET", "/v1/a", b"").body, b"quick");
+    for mut client in slow {
+        client.send(" whole");
+        assert_eq!(client.read().status, 201);
+    }
+    assert_eq!(quick.ask("GET", "/v1/a", b"").body, b"half whole");
+}
+
+#[test]
+fn connections_beyond_the_limit_wait_until_one_goes() {
+    let server = Server::start(&["--max-connections", "2"]);
+    let open = || {
+        let mut client = Connection::open(server.address());
+        client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
+        client
+    };
+    let (mut first, mut second) = (open(), open());
+    first.read().says(404, "no such key");
+    second.read().says(404, "no such key");
+
+    let mut third = open();
+    assert!(third.is_silent_for(Duration::from_millis(300)), "a third connection was served when two were allowed");
+    drop(first);
+    third.read().says(404, "no such key");
+}
+
+#[test]
+fn many_clients_at_once_are_all_served() {
+    let server = Server::start(&["--max-connections", "32"]);
+    thread::scope(|scope| {
+        for client in 0..100 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut connection = Connection::open(server.address());
+                for n in 0..10 {
+                    let (path, value) = (format!("/v1/{client}-{n}"), format!("value {client} {n}"));
+                    assert_eq!(connection.ask("PUT", &path, value.as_bytes()).status, 201);
+                    assert_eq!(connection.ask("GET", &path, b"").text(), value);
+                }
+            });
+        }
+    });
+}

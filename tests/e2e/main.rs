@@ -1,0 +1,20 @@
+//! The end-to-end tests: the real binary, real sockets, real files.
+//!
+//! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
+//! `client` and `operator` say what each kind of user gets; `components` and `unruly` what a bad guest can do;
+//! `durability` and `crash`, with the
+//! data of `zoo`, that nothing is lost.
+
+mod book;
+mod client;
+mod components;
+mod crash;
+mod durability;
+mod limits;
+mod operator;
+mod rest;
+mod server;
+mod signals;
+mod unruly;
+mod wire;
+mod zoo;

@@ -1,0 +1,185 @@
+//! What an operator who gets it wrong is told, in one line: what, where, and what to do. And the other way to say the
+//! same: variables of the environment.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use crate::server::{Refused, Server, kvs, refused, serve, serve_refused};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+fn temporary() -> TempDir {
+    TempDir::new().expect("a temporary directory can be made")
+}
+
+fn refuses_data(data: &Path) -> Refused {
+    let refused = refused(serve(data));
+    refused.with(1, &[data.to_str().expect("a temporary path is text")]);
+    refused
+}
+
+#[test]
+fn a_file_where_the_data_directory_should_be() {
+    let parent = temporary();
+    let file = parent.path().join("data");
+    fs::write(&file, "something else").expect("the directory takes a file");
+    refuses_data(&file);
+    assert_eq!(fs::read(&file).expect("it is still there"), b"something else");
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_made() {
+    // Not even root makes a directory below a file, or in /proc; permission bits would not stop it.
+    let parent = temporary();
+    let file = parent.path().join("file");
+    fs::write(&file, "").expect("the directory takes a file");
+    refuses_data(&file.join("data"));
+    refuses_data(Path::new("/proc/kvs-data"));
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_written() {
+    // It is there, but takes no files, not even from root.
+    refuses_data(Path::new("/proc/self/fdinfo"));
+}
+
+#[test]
+fn a_file_where_the_log_should_be() {
+    let data = temporary();
+    fs::write(data.path().join("log"), "").expect("the directory takes a file");
+    refuses_data(data.path());
+}
+
+#[test]
+fn a_lock_that_is_no_file() {
+    let data = temporary();
+    fs::create_dir(data.path().join("LOCK")).expect("the directory takes another");
+    refuses_data(data.path());
+}
+
+#[test]
+fn a_port_that_is_taken() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("a listener has an address").to_string();
+    let data = temporary();
+    let mut command = kvs();
+    command.args(["serve", "--listen", &address, "--data"]).arg(data.path());
+    refused(command).with(1, &[&address, "--listen", "in use"]);
+}
+
+#[test]
+fn a_port_that_another_server_has() {
+    let other = Server::start(&[]);
+    let address = other.address().to_string();
+    let data = temporary();
+    let mut command = kvs();
+    command.args(["serve", "--listen", &address, "--data"]).arg(data.path());
+    refused(command).with(1, &[&address, "--listen", "in use"]);
+}
+
+#[test]
+fn an_address_that_is_not_of_this_machine() {
+    let data = temporary();
+    let mut command = kvs();
+    // Set aside for documentation: nobody has it.
+    command.args(["serve", "--listen", "192.0.2.1:8080", "--data"]).arg(data.path());
+    refused(command).with(1, &["192.0.2.1:8080", "--listen"]);
+}
+
+#[test]
+fn a_flag_that_is_wrong_is_a_usage_error() {
+    for (args, told) in [
+        (&["--no-such-flag"][..], &["--no-such-flag"][..]),
+        (&["a.wasm", "b.wasm"], &["b.wasm"]),
+        (&["--max-value-bytes", "lots"], &["--max-value-bytes", "lots", "64KiB"]),
+        (&["--max-value-bytes", "0"], &["--max-value-bytes", "1 B"]),
+        (&["--max-value-bytes", "1TiB"], &["--max-value-bytes", "1TiB", "1.0 GiB"]),
+        (&["--max-header-bytes", "1"], &["--max-header-bytes", "8.0 KiB"]),
+        (&["--guest-memory-bytes", "5GiB"], &["--guest-memory-bytes", "5GiB", "4.0 GiB"]),
+        (&["--segment-bytes", "some"], &["--segment-bytes", "some"]),
+        (&["--request-timeout", "soon"], &["--request-timeout", "soon", "500ms"]),
+        (&["--request-timeout", "0s"], &["--request-timeout", "0s"]),
+        (&["--header-timeout", "5"], &["--header-timeout", "5s"]),
+        (&["--drain", "-1s"], &["-1"]),
+        (&["--guest-call-timeout", "1 fortnight"], &["--guest-call-timeout", "fortnight"]),
+        (&["--max-connections", "0"], &["--max-connections", "a count from 1"]),
+        (&["--max-connections", "many"], &["--max-connections", "many"]),
+        (&["--durability", "perhaps"], &["--durability", "perhaps", "sync", "os"]),
+        (&["--guest-config", "novalue"], &["--guest-config", "novalue", "KEY=VALUE"]),
+        (&["--request-timeout"], &["--request-timeout", "<TIME>"]),
+    ] {
+        serve_refused(args).with(2, told);
+    }
+}
+
+#[test]
+fn an_address_that_is_none_is_a_usage_error() {
+    for address in ["8080", "127.0.0.1", "127.0.0.1:99999", "no.such.host.invalid:8080", ""] {
+        let mut command = kvs();
+        command.args(["serve", "--listen", address]);
+        refused(command).with(2, &["--listen", address]);
+    }
+}
+
+#[test]
+fn an_unknown_command_is_a_usage_error() {
+    let mut command = kvs();
+    command.arg("sevre");
+    refused(command).with(2, &["sevre", "serve"]);
+}
+
+#[test]
+fn a_log_filter_that_is_none_is_refused() {
+    let refused = serve_refused(&["--log-filter", "info,=what=?"]);
+    assert!(refused.line.contains("--log-filter"), "{refused}");
+}
+
+#[test]
+fn segments_too_small_for_the_largest_value_are_refused() {
+    let refused = serve_refused(&["--segment-bytes", "1MiB", "--max-value-bytes", "8MiB"]);
+    refused.with(1, &["--segment-bytes", "1048576"]);
+}
+
+#[test]
+fn the_environment_stands_in_for_flags() {
+    let data = temporary();
+    let mut command = kvs();
+    command.arg("serve").envs([
+        ("KVS_LISTEN", "127.0.0.1:0"),
+        ("KVS_MAX_VALUE_BYTES", "10"),
+        ("KVS_REQUEST_TIMEOUT", "300ms"),
+        ("KVS_GUEST", guest()),
+        ("KVS_GUEST_CONFIG", "color=blue,shape=round"),
+    ]);
+    command.env("KVS_DATA", data.path());
+    let server = Server::spawn(command, data);
+    assert!(server.data().join("LOCK").exists(), "the log is elsewhere");
+
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("GET", "/config/color", b"").text(), "Some(\"blue\")");
+    assert_eq!(client.ask("GET", "/config/shape", b"").text(), "Some(\"round\")");
+    client.ask("PUT", "/store/a", b"eleven byte").says(413, "the body is 11 bytes, at most 10 are allowed");
+    let mut slow = Connection::open(server.address());
+    slow.send("PUT /store/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\n");
+    slow.read().says(408, "the body did not arrive in time");
+}
+
+#[test]
+fn a_flag_goes_before_its_variable() {
+    let data = temporary();
+    let mut command = serve(data.path());
+    command.args(["--max-value-bytes", "10"]).env("KVS_MAX_VALUE_BYTES", "1").env("KVS_DATA", "/proc/kvs-data");
+    let server = Server::spawn(command, data);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"ten bytes.").status, 201);
+}
+
+#[test]
+fn a_variable_that_is_wrong_is_a_usage_error() {
+    let data = temporary();
+    let mut command = serve(data.path());
+    command.env("KVS_DRAIN", "eventually");
+    refused(command).with(2, &["eventually", "--drain"]);
+}

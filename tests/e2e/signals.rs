@@ -1,0 +1,138 @@
+//! How a server is stopped: politely, impatiently, and before it has begun.
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::server::{Process, Server, kvs, serve};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+/// A request under way: its head was read, its body is awaited.
+fn under_way(server: &Server) -> Connection {
+    let mut client = Connection::open(server.address());
+    client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
+    assert_eq!(client.read().status, 100);
+    client.send("half");
+    client
+}
+
+fn a_request_under_way_is_finished_after(signal: Signal) {
+    let server = Server::start(&[]);
+    let mut client = under_way(&server);
+    server.signal(signal);
+    server.says("stopping: finishing what is under way");
+
+    client.send(" whole");
+    assert_eq!(client.read().status, 201);
+    assert_eq!(client.end(), "");
+    let server = server.ends_well().restart(&[]);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"half whole");
+}
+
+#[test]
+fn sigterm_finishes_what_is_under_way_and_exits_0() {
+    a_request_under_way_is_finished_after(Signal::TERM);
+}
+
+#[test]
+fn sigint_finishes_what_is_under_way_and_exits_0() {
+    a_request_under_way_is_finished_after(Signal::INT);
+}
+
+#[test]
+fn idle_connections_do_not_hold_up_the_stop() {
+    let server = Server::start(&["--drain", "1h"]);
+    let mut idle = Connection::open(server.address());
+    idle.ask("GET", "/v1/a", b"").says(404, "no such key");
+    server.terminate();
+    assert_eq!(idle.end(), "");
+}
+
+#[test]
+fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
+    let server = Server::start(&["--drain", "300ms", "--request-timeout", "1h"]);
+    let mut client = under_way(&server);
+    let stopped = server.terminate();
+    let said = stopped.stderr().join("\n");
+    assert!(said.contains("1 connections were cut off after 300ms"), "{said}");
+    assert_eq!(client.end(), "");
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    let server = Server::start(&["--drain", "1h", "--request-timeout", "1h"]);
+    let _client = under_way(&server);
+    server.signal(Signal::TERM);
+    server.says("stopping: finishing what is under way");
+    server.signal(Signal::TERM);
+    let (status, stopped) = server.ends();
+    assert_eq!(status.code(), Some(1), "{}", stopped.stderr().join("\n"));
+}
+
+#[test]
+fn one_line_tells_of_the_start_and_one_of_the_stop() {
+    let server = Server::start(&[]);
+    let (address, data) = (server.address(), server.data().display().to_string());
+    Connection::open(address).ask("PUT", "/v1/a", b"");
+    let stopped = server.terminate().restart(&[]).terminate();
+    let [start, .., stop] = stopped.stderr() else { panic!("{}", stopped.stderr().join("\n")) };
+    let has = |line: &str, told: &[&str]| told.iter().all(|text| line.contains(text));
+    assert!(
+        has(start, &["serving on http://127.0.0.1:", &data, "kvs", "version=\"0.1.0\"", "entries=1", "took="]),
+        "{start}"
+    );
+    assert!(has(stop, &["stopped serving on 127.0.0.1:", &data, "kvs", "sequence=1"]), "{stop}");
+}
+
+#[test]
+fn sigterm_during_start_exits_0() {
+    // A start that takes for ever, and says when it is in the midst of it.
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(["--guest-config", "fault=describe-loops-aloud", "--guest-call-timeout", "1h"]).arg(guest());
+    let mut process = Process::spawn(command);
+    let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
+    going.unwrap_or_else(|said| panic!("it ended before the signal:\n{said}"));
+
+    process.signal(Signal::TERM);
+    let status = process.wait();
+    assert_eq!(status.code(), Some(0), "{status}");
+}
+
+#[test]
+fn sigterm_during_replay_exits_0_and_loses_nothing() {
+    let server = Server::start(&[guest()]);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/store/a", b"value").status, 201);
+    let stopped = server.kill();
+
+    let mut command = serve(stopped.data());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-call-timeout", "1h"]).arg(guest());
+    let mut process = Process::spawn(command);
+    let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
+    going.unwrap_or_else(|said| panic!("it ended before the signal:\n{said}"));
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait().code(), Some(0));
+
+    let server = stopped.restart(&[guest()]);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/store/a", b"").body, b"value");
+}
+
+#[test]
+fn a_server_can_be_started_again_at_the_same_address() {
+    // An address that no other test uses, so that nobody takes the port meanwhile.
+    let on = |address: &str, data: TempDir| {
+        let mut command = kvs();
+        command.args(["serve", "--listen", address, "--data"]).arg(data.path());
+        Server::spawn(command, data)
+    };
+    let server = on("127.0.0.2:0", TempDir::new().expect("a temporary directory can be made"));
+    let address = server.address().to_string();
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    // The server closes first, so it is its end of the connection that the system remembers for a while.
+    let stopped = server.terminate();
+    assert_eq!(client.end(), "");
+
+    let server = on(&address, stopped.into_data());
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
+}

@@ -1,0 +1,336 @@
+//! What a guest that misbehaves can do to the host: cost the one request that set it off a 500, and nothing else.
+//!
+//! The guest is `tests/guests/unruly`, where the paths asked for here have their meaning. It is built once per run.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::LazyLock;
+use std::thread;
+
+use crate::server::Server;
+use crate::wire::{Connection, Response};
+
+const TARGET: &str = "wasm32-wasip2";
+
+/// The file of the guest, as an argument of `kvs serve`.
+pub fn guest() -> &'static str {
+    static GUEST: LazyLock<String> = LazyLock::new(build);
+    &GUEST
+}
+
+fn build() -> String {
+    // Where the build script built the default guest, so that what the two share is not built twice.
+    let target_dir = Path::new(env!("KVS_DEFAULT_GUEST")).ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.args(["build", "--locked", "--package", "unruly-guest", "--profile", "guest", "--target", TARGET]);
+    cargo.arg("--target-dir").arg(target_dir);
+    // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
+    for (name, _) in std::env::vars_os() {
+        let meant_for_host = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
+        if meant_for_host.iter().any(|host| name == *host) {
+            cargo.env_remove(name);
+        }
+    }
+    let output = cargo.output().expect("cargo can be started, since it started this");
+    assert!(output.status.success(), "the guest does not build:\n{}", String::from_utf8_lossy(&output.stderr));
+    let guest = target_dir.join(TARGET).join("guest").join("unruly_guest.wasm");
+    guest.to_str().expect("the path is text").to_owned()
+}
+
+/// A server with the guest, and a client.
+fn start(args: &[&str]) -> (Server, Connection) {
+    let server = Server::start(&[&[guest()], args].concat());
+    let client = Connection::open(server.address());
+    (server, client)
+}
+
+fn get(client: &mut Connection, path: &str) -> Response {
+    client.ask("GET", path, b"")
+}
+
+/// Sets off a failure, sees the 500, and that the next is served by a new instance which knows all there is to know.
+/// Gives the line that tells of it.
+#[track_caller]
+fn fails_alone(args: &[&str], path: &str) -> String {
+    let (server, mut client) = start(args);
+    assert_eq!(client.ask("PUT", "/store/before", b"before").status, 201);
+    get(&mut client, path).says(500, "the store failed on this request");
+    assert_eq!(get(&mut client, "/handled").text(), "1", "after {path} the instance was kept");
+    assert_eq!(get(&mut client, "/store/before").text(), "before");
+    assert_eq!(client.ask("PUT", "/store/after", b"after").status, 201);
+    assert_eq!(get(&mut client, "/store/after").text(), "after");
+    let line = server.says("the guest trapped");
+    server.says("the guest is rebuilt");
+    server.terminate();
+    for told in ["unruly", "method=GET", path] {
+        assert!(line.contains(told), "it does not tell {told:?}: {line}");
+    }
+    line
+}
+
+/// A response that is none: 500, and the instance is kept.
+#[track_caller]
+fn is_invalid(server: &Server, path: &str, why: &str) {
+    let mut client = Connection::open(server.address());
+    let before: u64 = get(&mut client, "/handled").text().parse().expect("a count");
+    let response = get(&mut client, path);
+    assert_eq!((response.status, response.text()), (500, "the store gave an invalid response\n"), "{path}");
+    let after: u64 = get(&mut client, "/handled").text().parse().expect("a count");
+    assert_eq!(after, before + 2, "after {path} the instance was not kept");
+    let line = server.says(why);
+    assert!(line.contains("invalid response"), "{line}");
+}
+
+#[test]
+fn another_guest_is_served_in_place_of_the_default() {
+    let (server, mut client) = start(&[]);
+    server.says("unruly");
+    assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
+    assert_eq!(get(&mut client, "/store/a").text(), "value");
+    assert_eq!(get(&mut client, "/v1/a").status, 404);
+}
+
+#[test]
+fn a_guest_is_rebuilt_from_what_another_guest_stored() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"first").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/b", b"second").status, 201);
+    assert_eq!(client.ask("DELETE", "/v1/b", b"").status, 200);
+    let server = server.terminate().restart(&[guest()]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(get(&mut client, "/applied").text(), "3");
+    assert_eq!(get(&mut client, "/store/a").text(), "first");
+    assert_eq!(get(&mut client, "/store/b").status, 404);
+}
+
+#[test]
+fn a_trap_costs_one_request() {
+    let line = fails_alone(&[], "/trap");
+    assert!(line.contains("fall_over"), "it does not name the guest's function: {line}");
+}
+
+#[test]
+fn a_panic_costs_one_request() {
+    let line = fails_alone(&[], "/panic");
+    assert!(line.contains("panic"), "it does not name the guest's function: {line}");
+}
+
+#[test]
+fn an_exit_costs_one_request_and_the_host_goes_on() {
+    let line = fails_alone(&[], "/exit");
+    assert!(line.contains("the guest called exit"), "{line}");
+}
+
+#[test]
+fn a_sleep_is_not_waited_for() {
+    let line = fails_alone(&[], "/sleep");
+    assert!(line.contains("may not wait"), "{line}");
+}
+
+#[test]
+fn an_endless_loop_ends_with_its_cpu_time() {
+    let line = fails_alone(&["--guest-call-timeout", "200ms"], "/loop");
+    assert!(line.contains("longer than 200ms") && line.contains("circle"), "{line}");
+}
+
+#[test]
+fn an_endless_recursion_ends_with_its_stack() {
+    let line = fails_alone(&[], "/recurse");
+    assert!(line.contains("stack") && line.contains("dig"), "{line}");
+}
+
+#[test]
+fn memory_beyond_the_limit_is_not_given() {
+    fails_alone(&["--guest-memory-bytes", "32MiB"], "/grow");
+}
+
+#[test]
+fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
+    let peak = |server: &Server| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux tells the peak");
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("in KiB")
+    };
+    let (server, mut client) = start(&["--guest-memory-bytes", "32MiB"]);
+    let before = peak(&server);
+    for _ in 0..3 {
+        assert_eq!(get(&mut client, "/grow").status, 500);
+    }
+    assert_eq!(get(&mut client, "/handled").status, 200);
+    let grown = peak(&server) - before;
+    assert!(grown < 80 << 10, "three instances of 32 MiB, one after the other, took {grown} KiB");
+}
+
+#[test]
+fn what_was_appended_before_a_trap_stays() {
+    let (server, mut client) = start(&[]);
+    client.ask("PUT", "/store-and-trap/a", b"value").says(500, "the store failed on this request");
+    assert_eq!(get(&mut client, "/store/a").text(), "value");
+    assert_eq!(get(&mut client, "/applied").text(), "1");
+    let server = server.kill().restart(&[guest()]);
+    assert_eq!(get(&mut Connection::open(server.address()), "/store/a").text(), "value");
+}
+
+#[test]
+fn others_are_served_while_one_client_makes_the_guest_trap() {
+    let (server, mut poisonous) = start(&["--request-timeout", "30s"]);
+    thread::scope(|scope| {
+        for client in 0..4 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut connection = Connection::open(server.address());
+                for n in 0..50 {
+                    let (path, value) = (format!("/store/{client}-{n}"), format!("{client} {n}"));
+                    assert_eq!(connection.ask("PUT", &path, value.as_bytes()).status, 201, "{path}");
+                    assert_eq!(get(&mut connection, &path).text(), value);
+                }
+            });
+        }
+        for _ in 0..4 {
+            assert_eq!(get(&mut poisonous, "/trap").status, 500);
+        }
+    });
+    assert_eq!(get(&mut poisonous, "/store/3-49").text(), "3 49");
+}
+
+#[test]
+fn a_trap_in_housekeeping_costs_no_request() {
+    let (server, mut client) = start(&["--guest-config", "fault=tick-traps"]);
+    for round in 0..2 {
+        let path = format!("/store/{round}");
+        assert_eq!(client.ask("PUT", &path, b"value").status, 201);
+        server.says("the guest trapped in tick");
+        assert_eq!(get(&mut client, &path).text(), "value");
+    }
+    server.terminate();
+}
+
+#[test]
+fn housekeeping_is_asked_for() {
+    let (_server, mut client) = start(&[]);
+    // The first comes at once, so what is awaited is the next of its kind: about a second.
+    let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
+    let first = ticks(&mut client);
+    let more = (0..1_000_000).find(|_| ticks(&mut client) > first);
+    assert!(more.is_some(), "no tick in a million requests");
+}
+
+#[test]
+fn a_status_that_is_none_is_500() {
+    let (server, _) = start(&[]);
+    for status in ["0", "100", "101", "199", "600", "1000", "65535"] {
+        is_invalid(&server, &format!("/status/{status}"), &format!("status {status}"));
+    }
+}
+
+#[test]
+fn a_header_that_is_none_is_500() {
+    let (server, _) = start(&[]);
+    is_invalid(&server, "/header/in(valid)", "invalid HTTP header name");
+    is_invalid(&server, "/header/", "invalid HTTP header name");
+    is_invalid(&server, "/header-value", "failed to parse header value");
+}
+
+#[test]
+fn a_header_of_the_connection_is_not_the_guests_to_set() {
+    let (server, _) = start(&[]);
+    let headers = ["connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
+    for header in headers.into_iter().chain(["Content-Length"]) {
+        let why = format!("the header {} is the host's to set", header.to_ascii_lowercase());
+        is_invalid(&server, &format!("/header/{header}"), &why);
+    }
+}
+
+#[test]
+fn more_headers_than_http_allows_are_500() {
+    let (server, _) = start(&[]);
+    is_invalid(&server, "/many-headers/40000", "headers");
+}
+
+#[test]
+fn an_answer_that_claims_to_rest_on_nothing_still_waits_for_its_own_entries() {
+    let (mut server, mut client) = start(&[]);
+    // Writing this much takes longer than answering, so were it let go early, the kill would come first.
+    let value = vec![b'x'; 1 << 20];
+    for n in 0..10 {
+        let path = format!("/store-early/{n}");
+        assert_eq!(client.ask("PUT", &path, &value).status, 201);
+        server = server.kill().restart(&[guest()]);
+        client = Connection::open(server.address());
+        let got = get(&mut client, &format!("/store/{n}"));
+        assert!(got.body == value, "entry {n} was answered, then lost: {}", got.status);
+    }
+}
+
+#[test]
+fn a_group_that_is_too_large_is_refused_and_appends_nothing() {
+    let (_server, mut client) = start(&[]);
+    assert_eq!(get(&mut client, "/append-nothing").text(), "Ok(1)");
+    let refused = get(&mut client, "/append-too-much");
+    assert!(refused.text().starts_with("Err(AppendError::TooLarge("), "{}", refused.text());
+    assert_eq!(get(&mut client, "/append-nothing").text(), "Ok(1)");
+    assert_eq!(client.ask("PUT", "/store/a", b"").text(), "1");
+}
+
+#[test]
+fn an_append_during_replay_is_refused() {
+    let (server, mut client) = start(&[]);
+    assert_eq!(client.ask("PUT", "/store/a", b"").text(), "1");
+    let server = server.terminate().restart(&[guest(), "--guest-config", "fault=apply-appends"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(get(&mut client, "/refusal").text(), "Err(AppendError::ReadOnly)");
+    assert_eq!(get(&mut client, "/append-nothing").text(), "Ok(2)");
+}
+
+#[test]
+fn the_guest_is_told_who_asks() {
+    let (_server, mut client) = start(&[]);
+    let port = client.port();
+    assert_eq!(get(&mut client, "/peer").text(), format!("Some(\"127.0.0.1:{port}\")"));
+    assert_eq!(get(&mut client, "/tls").text(), "None None");
+}
+
+#[test]
+fn the_guest_finds_its_settings_and_no_others() {
+    let (_server, mut client) = start(&["--guest-config", "color=blue", "--guest-config", "formula=a=b"]);
+    assert_eq!(get(&mut client, "/config/color").text(), "Some(\"blue\")");
+    assert_eq!(get(&mut client, "/config/formula").text(), "Some(\"a=b\")");
+    assert_eq!(get(&mut client, "/config/shape").text(), "None");
+}
+
+#[test]
+fn the_guest_finds_nothing_of_the_hosts_surroundings() {
+    let (_server, mut client) = start(&[]);
+    assert_eq!(get(&mut client, "/environment").text(), "[]");
+    assert_eq!(get(&mut client, "/arguments").text(), "[]");
+    assert_eq!(get(&mut client, "/input").text(), "");
+}
+
+#[test]
+fn what_the_guest_prints_is_a_line_of_the_log_with_its_name() {
+    let (server, mut client) = start(&[]);
+    get(&mut client, "/print/hello-from-inside");
+    let line = server.says("hello-from-inside");
+    assert!(line.contains("unruly"), "{line}");
+}
+
+#[test]
+fn what_the_guest_prints_cannot_forge_a_line() {
+    let (server, mut client) = start(&[]);
+    get(&mut client, "/print-controls");
+    let line = server.says("forged");
+    assert!(line.chars().all(|character| !character.is_control()), "{line:?}");
+}
+
+#[test]
+fn a_guest_that_does_not_stop_talking_is_cut_short() {
+    let (server, mut client) = start(&[]);
+    get(&mut client, "/chatter");
+    server.says("output beyond 16384 bytes in one call is dropped");
+    get(&mut client, "/print/and-now-something-else");
+    server.says("and-now-something-else");
+    let lines = server.stderr().iter().filter(|line| line.contains("does not stop talking")).count();
+    assert!((100..400).contains(&lines), "{lines} lines of one call");
+}

@@ -1,0 +1,176 @@
+//! HTTP/1.1 by hand, for tests where bytes, order and the fate of the connection matter; and how keys become paths.
+//!
+//! Owns: one connection, blocking. Must never know: what a server is made of.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
+use crate::server::PATIENCE;
+
+/// Everything but letters, digits and `/`.
+const LONG_FORM: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/');
+
+/// The path of a key in the short form: a slash is escaped.
+pub fn short(key: &str) -> String {
+    format!("/v1/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))
+}
+
+/// The path of a key in the long form: a slash stays.
+pub fn long(key: &str) -> String {
+    format!("/v1/key/{}", utf8_percent_encode(key, LONG_FORM))
+}
+
+pub struct Connection {
+    stream: BufReader<TcpStream>,
+}
+
+#[derive(Debug)]
+pub struct Response {
+    pub status: u16,
+    headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// The value of a header that is there once.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut values = self.headers.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name));
+        let value = values.next().map(|(_, value)| value.as_str());
+        assert!(values.next().is_none(), "{name} is there twice: {:?}", self.headers);
+        value
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("the body is text")
+    }
+
+    /// The sequence in the ETag.
+    pub fn etag(&self) -> Option<u64> {
+        let quoted = self.header("etag")?;
+        let sequence = quoted.strip_prefix('"').and_then(|quoted| quoted.strip_suffix('"')?.parse().ok());
+        Some(sequence.unwrap_or_else(|| panic!("the ETag is not a sequence in quotes: {quoted}")))
+    }
+
+    /// Checks an answer that is one line of text.
+    #[track_caller]
+    pub fn says(&self, status: u16, text: &str) {
+        assert_eq!((self.status, self.text()), (status, format!("{text}\n").as_str()));
+        assert_eq!(self.header("content-type"), Some("text/plain; charset=utf-8"));
+    }
+}
+
+impl Connection {
+    pub fn open(address: SocketAddr) -> Self {
+        Self::try_open(address).unwrap_or_else(|error| panic!("no connection to {address}: {error}"))
+    }
+
+    pub fn try_open(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.get_mut().write_all(bytes.as_ref()).expect("the connection takes what is sent");
+    }
+
+    /// Sends what the peer may already refuse to read.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        self.stream.get_mut().write_all(bytes.as_ref())
+    }
+
+    /// Nothing more will be sent; what comes can still be read.
+    pub fn finish(&self) {
+        self.stream.get_ref().shutdown(Shutdown::Write).expect("a connection can be shut down");
+    }
+
+    /// One request with a body, and its response.
+    #[track_caller]
+    pub fn ask(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
+        self.try_ask(method, path, body).unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+    }
+
+    /// As `ask`; an error when the connection ended before the whole response was here.
+    pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
+        let mut request = format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: {}\r\n\r\n", body.len());
+        // Together, so that small requests are one packet.
+        if body.len() <= 64 << 10 {
+            let whole = [request.as_bytes(), body].concat();
+            self.try_send(whole)?;
+        } else {
+            self.try_send(&mut request)?;
+            self.try_send(body)?;
+        }
+        self.try_read(method == "HEAD")
+    }
+
+    /// The next response.
+    #[track_caller]
+    pub fn read(&mut self) -> Response {
+        self.try_read(false).unwrap_or_else(|error| panic!("no response: {error}"))
+    }
+
+    pub fn try_read(&mut self, head_only: bool) -> io::Result<Response> {
+        let status_line = self.line()?;
+        let status = status_line.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok());
+        let status = status.ok_or_else(|| io::Error::other(format!("not a status line: {status_line:?}")))?;
+        let mut headers = Vec::new();
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                break;
+            }
+            let (name, value) =
+                line.split_once(':').ok_or_else(|| io::Error::other(format!("not a header: {line:?}")))?;
+            headers.push((name.to_owned(), value.trim().to_owned()));
+        }
+        let mut response = Response { status, headers, body: Vec::new() };
+        if !head_only && status >= 200 {
+            let length = response.header("content-length").and_then(|length| length.parse().ok());
+            response.body.resize(length.ok_or_else(|| io::Error::other("the response has no length"))?, 0);
+            self.stream.read_exact(&mut response.body)?;
+        }
+        Ok(response)
+    }
+
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = Vec::new();
+        self.stream.read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\r\n") {
+            let seen = String::from_utf8_lossy(&line);
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, format!("the connection ended after {seen:?}")));
+        }
+        line.truncate(line.len() - 2);
+        String::from_utf8(line).map_err(io::Error::other)
+    }
+
+    /// Checks that nothing has come, and nothing comes for a while.
+    pub fn is_silent_for(&mut self, time: Duration) -> bool {
+        self.stream.get_ref().set_read_timeout(Some(time)).expect("the time is not zero");
+        let waited = self.stream.fill_buf().map(<[u8]>::len);
+        self.stream.get_ref().set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
+        matches!(waited, Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
+    }
+
+    /// Waits until the peer closes, and gives what came before.
+    pub fn end(&mut self) -> String {
+        let mut rest = Vec::new();
+        match self.stream.read_to_end(&mut rest) {
+            // A reset is a close too: it says that not all was read.
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => {
+                panic!("not closed but {error}, after {:?}", String::from_utf8_lossy(&rest))
+            }
+            _ => String::from_utf8_lossy(&rest).into_owned(),
+        }
+    }
+
+    /// The port of this side, by which the server's log lines tell connections apart.
+    pub fn port(&self) -> u16 {
+        self.stream.get_ref().local_addr().expect("a connected socket has an address").port()
+    }
+}
