@@ -3,7 +3,7 @@
 //! Owns: compiling and checking guests, calling them within their limits, and giving them back their state.
 //! Must never know: sockets, TLS, how the log keeps its promise.
 //!
-//! Read [`engine`] first (what may run), then [`instance`] (one call), then [`shard`] (many calls, one at a time).
+//! Read `engine` first (what may run), then `instance` (one call), then `shard` (many calls, one at a time).
 
 mod engine;
 mod instance;
