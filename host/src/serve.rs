@@ -74,6 +74,7 @@ async fn serve(args: &Serve) -> Result<()> {
         guest = description.name,
         version = description.version,
         entries = replayed.entries,
+        keys = replayed.keys,
         took = ?replayed.took,
         "serving on http://{address}",
     );

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::{sleep, timeout_at};
@@ -68,6 +68,8 @@ struct Waiting {
 /// How an instance came by its state.
 pub struct Replayed {
     pub entries: u64,
+    /// Keys the guest holds after it.
+    pub keys: u64,
     pub took: Duration,
 }
 
@@ -147,7 +149,7 @@ impl Shard {
                 let shard = Arc::clone(&self);
                 match task::spawn_blocking(move || build(&shard.guest, &shard.log)).await {
                     Ok(Ok((instance, replayed))) => {
-                        info!(entries = replayed.entries, took = ?replayed.took, "the guest is rebuilt");
+                        info!(entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "the guest is rebuilt");
                         return Turn { shard: self, instance: Some(instance), over: false }.serve_others();
                     }
                     Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
@@ -270,5 +272,6 @@ fn build(guest: &Guest, log: &Arc<dyn TransactionLog>) -> Result<(Box<Instance>,
         }
         Ok(())
     })?;
-    Ok((Box::new(instance), Replayed { entries, took: started.elapsed() }))
+    let keys = instance.stats().context("stats failed")?.keys;
+    Ok((Box::new(instance), Replayed { entries, keys, took: started.elapsed() }))
 }

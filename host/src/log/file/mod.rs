@@ -278,7 +278,7 @@ struct Home {
 
 /// What is on disk is not what was written there. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-#[error("{} is damaged at byte {offset}: {what}; `kvs log verify --data {}` shows what is left", file.display(), data.display())]
+#[error("{} is damaged at byte {offset}: {what}; restore {} from a backup, or give an empty directory with --data to begin anew", file.display(), data.display())]
 pub struct Damage {
     pub file: PathBuf,
     pub offset: u64,
