@@ -290,7 +290,7 @@ impl Lines {
 
     fn end(&self) {
         let _ = self.find(|_| None::<()>);
-        let (lines, ended) = &*self.state.lock().unwrap();
-        assert!(ended, "it did not end within {PATIENCE:?}; it said:\n{}", lines.join("\n"));
+        let ended = self.state.lock().unwrap().1;
+        assert!(ended, "it did not end within {PATIENCE:?}; it said:\n{}", self.so_far().join("\n"));
     }
 }

@@ -1,5 +1,7 @@
 //! How a server is stopped: politely, impatiently, and before it has begun.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -21,6 +23,7 @@ fn a_request_under_way_is_finished_after(signal: Signal) {
     let mut client = under_way(&server);
     server.signal(signal);
     server.says("stopping: finishing what is under way");
+    assert!(client.is_silent_for(Duration::from_millis(200)), "the server did not wait for the rest of the body");
 
     client.send(" whole");
     assert_eq!(client.read().status, 201);

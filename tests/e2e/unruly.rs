@@ -108,7 +108,7 @@ fn a_guest_is_rebuilt_from_what_another_guest_stored() {
 #[test]
 fn a_trap_costs_one_request() {
     let line = fails_alone(&[], "/trap");
-    assert!(line.contains("fall_over"), "it does not name the guest's function: {line}");
+    assert!(line.contains("unruly_guest::fall_over"), "it does not name the guest's function: {line}");
 }
 
 #[test]
@@ -143,7 +143,9 @@ fn an_endless_recursion_ends_with_its_stack() {
 
 #[test]
 fn memory_beyond_the_limit_is_not_given() {
-    fails_alone(&["--guest-memory-bytes", "32MiB"], "/grow");
+    let line = fails_alone(&["--guest-memory-bytes", "32MiB"], "/grow");
+    // What a Rust program does when it is given no more.
+    assert!(line.contains("handle_alloc_error"), "{line}");
 }
 
 #[test]
