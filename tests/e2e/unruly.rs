@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 use std::thread;
+use std::time::Duration;
 
 use crate::server::Server;
 use crate::wire::{Connection, Response};
@@ -148,13 +149,15 @@ fn memory_beyond_the_limit_is_not_given() {
     assert!(line.contains("handle_alloc_error"), "{line}");
 }
 
+/// The most memory the server ever had, in KiB.
+fn peak(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux tells the peak");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("in KiB")
+}
+
 #[test]
 fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
-    let peak = |server: &Server| {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux tells the peak");
-        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("in KiB")
-    };
     let (server, mut client) = start(&["--guest-memory-bytes", "32MiB"]);
     let before = peak(&server);
     for _ in 0..3 {
@@ -163,6 +166,25 @@ fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
     assert_eq!(get(&mut client, "/handled").status, 200);
     let grown = peak(&server) - before;
     assert!(grown < 80 << 10, "three instances of 32 MiB, one after the other, took {grown} KiB");
+}
+
+#[test]
+fn clients_that_leave_while_the_guest_is_busy_leave_nothing_behind() {
+    let (server, mut client) = start(&["--guest-call-timeout", "3s", "--request-timeout", "30s"]);
+    client.send("GET /loop HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    assert!(client.is_silent_for(Duration::from_millis(200)), "the guest is not busy");
+    let before = peak(&server);
+    let body = vec![b'x'; 1 << 20];
+    for _ in 0..150 {
+        let mut leaving = Connection::open(server.address());
+        leaving.send("PUT /handled HTTP/1.1\r\nhost: kvs\r\ncontent-length: 1048576\r\n\r\n");
+        leaving.send(&body);
+        leaving.finish();
+        assert_eq!(leaving.end(), "", "the server answers nobody");
+    }
+    assert_eq!(client.read().status, 500);
+    let grown = peak(&server) - before;
+    assert!(grown < 75 << 10, "150 requests of 1 MiB, whose clients had left, took {grown} KiB");
 }
 
 #[test]

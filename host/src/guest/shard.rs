@@ -65,6 +65,19 @@ struct Waiting {
     reply: oneshot::Sender<Result<Answer, CallError>>,
 }
 
+/// A place in the queue. Without its end, clients that come and go while the guest is rebuilt would leave their requests
+/// behind.
+struct Place<'s> {
+    shard: &'s Shard,
+    ticket: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.shard.withdraw(self.ticket);
+    }
+}
+
 /// How an instance came by its state.
 pub struct Replayed {
     pub entries: u64,
@@ -107,12 +120,16 @@ impl Shard {
             state.queue.push_back(Waiting { ticket, incoming, reply });
             (ticket, answer)
         };
+        // Whoever stops waiting, because the client left, takes the request out of the queue.
+        let place = Place { shard: self, ticket };
         let answer = match timeout_at(deadline, &mut answer).await {
             Ok(answer) => answer,
             Err(_) if self.withdraw(ticket) => return Err(CallError::Late),
             // It is being called right now, and a call is short: only its answer tells what happened.
             Err(_) => answer.await,
         };
+        // It was called, so it is in the queue no more.
+        std::mem::forget(place);
         // The reply was dropped when the call panicked.
         answer.unwrap_or(Err(CallError::Trapped))
     }
