@@ -148,7 +148,7 @@ fn the_environment_stands_in_for_flags() {
     let data = temporary();
     let mut command = kvs();
     command.arg("serve").envs([
-        ("KVS_LISTEN", "127.0.0.1:0"),
+        ("KVS_LISTEN", "127.0.0.2:0"),
         ("KVS_MAX_VALUE_BYTES", "10"),
         ("KVS_REQUEST_TIMEOUT", "300ms"),
         ("KVS_GUEST", guest()),
@@ -156,6 +156,7 @@ fn the_environment_stands_in_for_flags() {
     ]);
     command.env("KVS_DATA", data.path());
     let server = Server::spawn(command, data);
+    assert_eq!(server.address().ip().to_string(), "127.0.0.2");
     assert!(server.data().join("LOCK").exists(), "the log is elsewhere");
 
     let mut client = Connection::open(server.address());
