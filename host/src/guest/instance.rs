@@ -197,7 +197,9 @@ fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
         _ => error.root_cause().to_string(),
     };
     let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
-    let functions: Vec<_> = frames.iter().filter_map(|frame| frame.func_name()).take(10).collect();
+    let names = frames.iter().filter_map(|frame| frame.func_name()).take(10);
+    // Without the hash that Rust adds; names of other languages stay as they are.
+    let functions: Vec<_> = names.map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect();
     Trapped(if functions.is_empty() { cause } else { format!("{cause}, in {}", functions.join(" < ")) })
 }
 
