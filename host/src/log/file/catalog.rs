@@ -115,6 +115,10 @@ impl Catalog {
         state.segments.split_last().map_or(Vec::new(), |(_, sealed)| sealed.to_vec())
     }
 
+    pub fn all(&self) -> Vec<Segment> {
+        self.lock().segments.clone()
+    }
+
     /// Bytes of frames, where known.
     pub fn bytes(&self) -> u64 {
         self.lock().segments.iter().map(|segment| segment.end.unwrap_or(0)).sum()

@@ -84,6 +84,7 @@ mod frame;
 mod garbage;
 mod lock;
 mod mark;
+mod offline;
 mod queue;
 mod recovery;
 mod replay;
@@ -93,6 +94,7 @@ mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -102,6 +104,10 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, anyhow, bail};
 use uuid::Uuid;
+
+pub use self::offline::Offline;
+pub use self::replay::Forgotten;
+pub use self::verify::{Finding, verify};
 
 use self::catalog::Catalog;
 use self::compactor::Compactor;
@@ -132,6 +138,14 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+}
+
+/// The size of a segment file where nobody says otherwise.
+pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
+
+/// The largest group that segments of a size can hold.
+pub fn largest_group(segment_bytes: u64) -> u64 {
+    segment_bytes.saturating_sub(segment::HEAD_BYTES + FRAME_OVERHEAD)
 }
 
 /// A batch larger than this is written as several frames: it bounds what recovery and replay hold in memory.
@@ -183,6 +197,11 @@ impl FileLog {
             _lock: lock,
         };
         Ok(Self { shared, running: Mutex::new(Some(running)) })
+    }
+
+    /// Why the log takes nothing any more, when it failed.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn compact_in_background(&self) -> anyhow::Result<()> {

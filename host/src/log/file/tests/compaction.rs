@@ -11,7 +11,7 @@ use crate::log::file::replay::Forgotten;
 
 type Store = BTreeMap<String, (u64, Vec<u8>)>;
 
-fn compact_at(log: &FileLog, now: u64, worth_percent: u64, keys: usize) -> Outcome {
+pub fn compact_at(log: &FileLog, now: u64, worth_percent: u64, keys: usize) -> Outcome {
     let effort = Effort { now, worth_percent, keys };
     compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap()
 }

@@ -5,6 +5,7 @@ mod disk;
 mod life;
 mod model;
 mod tail;
+mod tools;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
