@@ -2,8 +2,7 @@
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
 //! `client` and `operator` say what each kind of user gets; `components` and `unruly` what a bad guest can do;
-//! `durability` and `crash`, with the
-//! data of `zoo`, that nothing is lost.
+//! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
 mod book;
 mod client;
