@@ -61,6 +61,12 @@ pub fn encode(body: &mut Vec<u8>, offset: u32, time: u64, event: &Event) {
     }
 }
 
+/// Appends an entry of another frame as it is, but for its offset.
+pub fn copy(body: &mut Vec<u8>, offset: u32, encoded: &[u8]) {
+    body.extend_from_slice(&offset.to_le_bytes());
+    body.extend_from_slice(&encoded[4..]);
+}
+
 /// An entry as it lies in a buffer, taken apart but for its metadata.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw<'a> {
@@ -69,6 +75,8 @@ pub struct Raw<'a> {
     pub key: &'a str,
     /// None when the key was deleted.
     pub put: Option<RawPut<'a>>,
+    /// All of it, as it is in the body.
+    pub encoded: &'a [u8],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +89,7 @@ pub struct RawPut<'a> {
 /// Takes one entry from the front of a body; `first` is the first sequence of its frame. None is damage: the bytes were
 /// not written by this code, whatever their checksum says.
 pub fn decode<'a>(body: &mut &'a [u8], first: u64) -> Option<Raw<'a>> {
+    let whole = *body;
     let (fixed, rest) = body.split_at_checked(FIXED_BYTES)?;
     let sequence = first.checked_add(u64::from(u32_at(fixed, 0)))?;
     let kind = fixed[4];
@@ -101,7 +110,7 @@ pub fn decode<'a>(body: &mut &'a [u8], first: u64) -> Option<Raw<'a>> {
     *body = rest;
     let key = std::str::from_utf8(key).ok()?;
     let put = (kind != DELETE).then_some(RawPut { value, expires, metadata });
-    Some(Raw { sequence, time, key, put })
+    Some(Raw { sequence, time, key, put, encoded: &whole[..whole.len() - rest.len()] })
 }
 
 impl<'a> Raw<'a> {

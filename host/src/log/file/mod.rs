@@ -23,14 +23,15 @@
 //! byte 0      8   12   16         32        40       48                                   508      512
 //!      magic  ver kind log (UUID) first no. last no. compacted: see below, otherwise zero checksum frames, zeros ...
 //!
-//! byte 48          56         64   72            76            80
-//!      first seq.  last seq.  end  chain before  chain after   own last checksum
+//! byte 48          56         64   72            76            80                 88
+//!      first seq.  last seq.  end  chain before  chain after   own last checksum  forgotten
 //! ```
 //!
 //! "kvs log\n", version 1, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
 //! so that a version this binary does not read is told from damage. A compacted segment stands for the segments from
 //! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
-//! hands on the checksum of their last frame, so that the chain of frames goes on after it.
+//! hands on the checksum of their last frame, so that the chain of frames goes on after it. `forgotten` is the newest
+//! sequence of a dropped delete.
 //!
 //! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
 //!
@@ -75,11 +76,15 @@
 
 mod bytes;
 mod catalog;
+mod compact;
+mod compactor;
 mod disk;
 mod entry;
 mod frame;
+mod garbage;
 mod lock;
 mod mark;
+mod offline;
 mod queue;
 mod recovery;
 mod replay;
@@ -89,6 +94,7 @@ mod spare;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -99,11 +105,17 @@ use std::thread::JoinHandle;
 use anyhow::{Context, anyhow, bail};
 use uuid::Uuid;
 
+pub use self::offline::Offline;
+pub use self::replay::Forgotten;
+pub use self::verify::{Finding, verify};
+
 use self::catalog::Catalog;
+use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
 use self::lock::Lock;
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::spare::Spares;
+use self::writer::Writer;
 use super::{Receive, TransactionLog, Watermark};
 use crate::contract::{AppendError, Event};
 
@@ -128,6 +140,14 @@ pub struct Options {
     pub durability: Durability,
 }
 
+/// The size of a segment file where nobody says otherwise.
+pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
+
+/// The largest group that segments of a size can hold.
+pub fn largest_group(segment_bytes: u64) -> u64 {
+    segment_bytes.saturating_sub(segment::HEAD_BYTES + FRAME_OVERHEAD)
+}
+
 /// A batch larger than this is written as several frames: it bounds what recovery and replay hold in memory.
 const FRAME_BYTES: u64 = 4 << 20;
 
@@ -139,6 +159,7 @@ pub struct FileLog {
 struct Running {
     writer: JoinHandle<()>,
     spares: JoinHandle<()>,
+    compactor: Option<JoinHandle<()>>,
     /// Given up last. None where the disk is not a directory.
     _lock: Option<Lock>,
 }
@@ -152,6 +173,7 @@ struct Shared {
     catalog: Catalog,
     queue: Queue,
     spares: Spares,
+    compactor: Compactor,
     watermark: Watermark,
     failure: Mutex<Option<String>>,
 }
@@ -161,42 +183,32 @@ impl FileLog {
         let lock = Lock::take(&options.data)?;
         let directory = options.data.join("log");
         lock::make_directory(&directory)?;
-        let disk = Directory::new(directory);
-        Self::open_on(Arc::new(disk), options, Some(lock))
+        let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
+        log.compact_in_background()?;
+        Ok(log)
     }
 
     fn open_on(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>) -> anyhow::Result<Self> {
-        let Options { data, segment_bytes, group_bytes, durability } = options;
-        let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
-        if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
-            bail!(
-                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose --segment-bytes \
-                 between {needed} and {}, or lower --max-value-bytes",
-                u32::MAX
-            );
-        }
-        let home = Home { disk, data };
-        let recovered = recovery::recover(&home, segment_bytes)
-            .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
-        let writer = recovered.writer;
-        let frame_bytes = FRAME_BYTES.min(segment_bytes - segment::HEAD_BYTES - FRAME_OVERHEAD);
-        let shared = Arc::new(Shared {
-            home,
-            log: recovered.log,
-            segment_bytes,
-            durability,
-            catalog: Catalog::new(recovered.segments),
-            queue: Queue::new(writer.last, writer.size - writer.end, frame_bytes, group_bytes),
-            spares: Spares::new(recovered.spares, recovered.next),
-            watermark: Watermark::new(writer.last),
-            failure: Mutex::default(),
-        });
+        let (shared, writer) = Shared::recover(disk, options)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
             spares: start("log spare", &shared, spare::run)?,
+            compactor: None,
             _lock: lock,
         };
         Ok(Self { shared, running: Mutex::new(Some(running)) })
+    }
+
+    /// Why the log takes nothing any more, when it failed.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn compact_in_background(&self) -> anyhow::Result<()> {
+        if let Some(running) = &mut *self.running.lock().unwrap_or_else(PoisonError::into_inner) {
+            running.compactor = Some(start("log compactor", &self.shared, compactor::run)?);
+        }
+        Ok(())
     }
 }
 
@@ -219,14 +231,16 @@ impl TransactionLog for FileLog {
 
     fn close(&self) -> anyhow::Result<()> {
         let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        self.shared.compactor.stop();
         self.shared.spares.close();
         self.shared.queue.close();
+        let compactor = running.compactor.map_or(Ok(()), JoinHandle::join);
         let writer = running.writer.join();
         self.shared.spares.stop();
         let spares = running.spares.join();
         match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(reason) => bail!("{reason}"),
-            None if writer.is_err() || spares.is_err() => bail!("a thread of the log panicked"),
+            None if writer.is_err() || spares.is_err() || compactor.is_err() => bail!("a thread of the log panicked"),
             None => Ok(()),
         }
     }
@@ -259,12 +273,44 @@ fn start(
 }
 
 impl Shared {
+    /// The log of a directory, read and put right, and the writer that can go on with it. Nothing runs yet.
+    fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Self>, Writer)> {
+        let Options { data, segment_bytes, group_bytes, durability } = options;
+        let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
+        if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
+            bail!(
+                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose --segment-bytes \
+                 between {needed} and {}, or lower --max-value-bytes",
+                u32::MAX
+            );
+        }
+        let home = Home { disk, data };
+        let recovered = recovery::recover(&home, segment_bytes)
+            .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
+        let writer = recovered.writer;
+        let frame_bytes = FRAME_BYTES.min(segment_bytes - segment::HEAD_BYTES - FRAME_OVERHEAD);
+        let shared = Self {
+            home,
+            log: recovered.log,
+            segment_bytes,
+            durability,
+            catalog: Catalog::new(recovered.segments),
+            queue: Queue::new(writer.last, writer.size - writer.end, frame_bytes, group_bytes),
+            spares: Spares::new(recovered.spares, recovered.next),
+            compactor: Compactor::default(),
+            watermark: Watermark::new(writer.last),
+            failure: Mutex::default(),
+        };
+        Ok((Arc::new(shared), writer))
+    }
+
     fn fail(&self, error: &anyhow::Error) {
         let reason = format!("the transaction log failed: {error:#}");
         tracing::error!("{reason}");
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
         // Appends first: none may be accepted after those who wait were told.
         self.queue.fail();
+        self.compactor.stop();
         self.spares.stop();
         self.watermark.latch(reason);
     }

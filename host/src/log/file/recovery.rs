@@ -153,7 +153,7 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
     Ok(kept)
 }
 
-fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found> {
+pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found> {
     let file = home.disk.open(&name)?;
     let size = file.size()?;
     if size < HEAD_BYTES {

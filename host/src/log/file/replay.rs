@@ -5,8 +5,6 @@ use std::ops::Range;
 use super::catalog::Segment;
 use super::disk::File;
 use super::entry::Raw;
-use super::scan::{Scan, Stop};
-use super::segment::HEAD_BYTES;
 use super::{Home, Shared};
 use crate::log::{REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
@@ -14,9 +12,20 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+/// Deletes were dropped that whoever asks has not heard of. Replay from the start.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"
+)]
+pub struct Forgotten {
+    after: u64,
+    newest: u64,
+}
+
 /// See [`TransactionLog::replay`](crate::log::TransactionLog::replay).
 pub fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
     let Shared { home, catalog, watermark, .. } = shared;
+    let _reader = catalog.reader(after).map_err(|newest| Forgotten { after, newest })?;
     let (mut position, mut swaps, mut until) = (after, catalog.swaps(), watermark.durable().max(after));
     loop {
         while position < until {
@@ -51,8 +60,7 @@ fn read(
     receive: &mut Receive<'_>,
 ) -> anyhow::Result<()> {
     let name = segment.numbers.file_name();
-    let end = segment.end.map_or_else(|| file.size(), Ok)?;
-    let mut scan = Scan::new(file, log, HEAD_BYTES, end, Some(segment.before));
+    let mut scan = segment.scan(file, log)?;
     while scan.advance()? {
         let mut batch = Batch::default();
         for frame in scan.frames() {
@@ -73,13 +81,7 @@ fn read(
         }
         batch.hand_over(receive)?;
     }
-    match scan.stop() {
-        Stop::Bad(what) => Err(home.damage(&name, scan.offset(), what)),
-        Stop::End if scan.chain() != Some(segment.tip) => {
-            Err(home.damage(&name, scan.offset(), "frames are missing at its end"))
-        }
-        Stop::End => Ok(()),
-    }
+    segment.ended(home, &scan)
 }
 
 /// Entries gathered for one call of the receiver, all from one buffer.

@@ -68,6 +68,9 @@ pub struct Compacted {
     pub tip: u32,
     /// Where its frames end.
     pub end: u64,
+    /// The newest sequence of a delete, or of a put that had expired, which is not in the log any more: whoever knows
+    /// the log up to an older one and not further would never hear of it.
+    pub forgotten: u64,
 }
 
 impl Head {
@@ -87,6 +90,7 @@ impl Head {
             put(72, &compacted.before.to_le_bytes());
             put(76, &compacted.after.to_le_bytes());
             put(80, &compacted.tip.to_le_bytes());
+            put(88, &compacted.forgotten.to_le_bytes());
         }
         let checksum = crc32c::crc32c(&bytes[..CHECKSUM_AT]);
         bytes[CHECKSUM_AT..].copy_from_slice(&checksum.to_le_bytes());
@@ -119,6 +123,7 @@ impl Head {
                 before: u32_at(bytes, 72),
                 after: u32_at(bytes, 76),
                 tip: u32_at(bytes, 80),
+                forgotten: u64_at(bytes, 88),
             }),
             kind => return Err(format!("it is of an unknown kind, {kind}")),
         };

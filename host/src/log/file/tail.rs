@@ -62,16 +62,19 @@ pub fn read(found: &Found) -> io::Result<Content> {
     }
     let at = scan.offset();
     segment.end = Some(at);
-    let tear = written_end(&*found.file, at, found.size)?.map(|end| {
-        let what = match scan.stop() {
-            Stop::Bad(what) => what,
-            // The first sectors of a frame can be lost while later ones are not.
-            Stop::End => "something follows the end of the log",
-        };
-        Tear { at, end, what }
-    });
+    let tear = tear(found, at, scan.stop())?;
     let closed = newest.is_some_and(|frame| frame.count == 0);
     Ok(Content { segment, holds_frames: first.is_some(), closed, tear })
+}
+
+/// What follows the last good frame, if it is not what follows the end of a log: zeros.
+pub fn tear(found: &Found, at: u64, stop: Stop) -> io::Result<Option<Tear>> {
+    let what = match stop {
+        Stop::Bad(what) => what,
+        // The first sectors of a frame can be lost while later ones are not.
+        Stop::End => "something follows the end of the log",
+    };
+    Ok(written_end(&*found.file, at, found.size)?.map(|end| Tear { at, end, what }))
 }
 
 /// Cuts a torn tail off, so that it can never be taken for what will be written there. `last` is the sequence before it.
@@ -95,7 +98,7 @@ pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64) -> anyhow::Result<
 
 /// A frame beyond the tear whose writer knew that what is torn had been durable. Frames that followed without a sync,
 /// as `--durability os` writes them, say nothing of the kind.
-fn later_frame(found: &Found, tear: Tear, last: u64) -> io::Result<Option<(u64, FrameHead)>> {
+pub fn later_frame(found: &Found, tear: Tear, last: u64) -> io::Result<Option<(u64, FrameHead)>> {
     const STEP: usize = 1 << 20;
     let mut buffer = vec![0; STEP + frame::HEAD_BYTES];
     let mut at = tear.at + frame::ALIGNMENT as u64;

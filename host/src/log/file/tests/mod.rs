@@ -1,17 +1,19 @@
 //! What the log promises, tried on a disk that the tests own and on a real directory.
 
+mod compaction;
 mod disk;
 mod life;
 mod model;
 mod tail;
+mod tools;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::disk::FakeDisk;
-use super::{Durability, FileLog, Options};
+use super::{Durability, FileLog, Options, Shared, replay};
 use crate::contract::{AppendError, Event, EventRef, Put};
-use crate::log::TransactionLog;
+use crate::log::{Receive, TransactionLog};
 
 /// Small, so that rotation is met at every turn.
 pub const SEGMENT_BYTES: u64 = 4096;
@@ -37,14 +39,24 @@ pub fn put(key: &str, value: &[u8]) -> Event {
 /// An entry, owned: its sequence, its time and what happened.
 pub type Owned = (u64, u64, String);
 
+/// What recovery makes of a disk, without the threads of an open log.
+pub fn recovered(disk: &FakeDisk) -> anyhow::Result<Vec<Owned>> {
+    let (shared, _) = Shared::recover(Arc::new(disk.clone()), options())?;
+    gather(|receive| replay::replay(&shared, 0, receive))
+}
+
 /// All that a replay hands over, in its words.
 pub fn replayed(log: &FileLog) -> Vec<Owned> {
     replayed_after(log, 0).unwrap()
 }
 
 pub fn replayed_after(log: &FileLog, after: u64) -> anyhow::Result<Vec<Owned>> {
+    gather(|receive| log.replay(after, receive))
+}
+
+fn gather(replay: impl FnOnce(&mut Receive<'_>) -> anyhow::Result<u64>) -> anyhow::Result<Vec<Owned>> {
     let mut all = Vec::new();
-    log.replay(after, &mut |entries| {
+    replay(&mut |entries| {
         all.extend(entries.iter().map(|entry| (entry.sequence, entry.time, describe(&entry.event))));
         Ok(())
     })?;

@@ -16,8 +16,7 @@ fn crashed(frames: u64) -> (FakeDisk, Vec<u64>) {
 }
 
 fn entries(disk: &FakeDisk) -> anyhow::Result<u64> {
-    let log = open(disk)?;
-    let entries = replayed_after(&log, 0)?;
+    let entries = recovered(disk)?;
     assert!(entries.iter().zip(1..).all(|(entry, sequence)| entry.0 == sequence), "never wrong data");
     Ok(entries.len() as u64)
 }

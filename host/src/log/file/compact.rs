@@ -1,0 +1,221 @@
+//! Compaction: puts one new file in the place of several segments, without what the store does not need any more.
+//!
+//! Owns: the order of steps that makes a crash harmless at each. The new file is written under a temporary name, synced,
+//! renamed, the directory is synced, and only *then* are the old ones removed. A crash in between leaves old files whose
+//! numbers the new one contains; recovery removes them. Segments go oldest first, and each step is durable before the
+//! next begins: so a delete never goes before the put that it deletes.
+//!
+//! Memory: one frame being read, one being written, and what [`garbage`](super::garbage) needs.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Shared;
+use super::catalog::Segment;
+use super::disk::{File, is_full};
+use super::entry;
+use super::frame::Builder;
+use super::garbage::{self, Fate, Garbage, Pause, Share};
+use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
+
+/// Frames of a compacted segment are about as large as what is read at once.
+const FRAME_BYTES: usize = 1 << 20;
+
+/// How much one run does.
+pub struct Effort {
+    /// What is older may go.
+    pub now: u64,
+    /// A file is rewritten when that saves at least this share of it, in percent.
+    pub worth_percent: u64,
+    /// Keys in the table; see [`garbage::KEYS`].
+    pub keys: usize,
+}
+
+/// What a run found and did, in bytes of entries.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Of entries that the store needs.
+    pub needed: u64,
+    pub needed_entries: u64,
+    /// See [`Garbage::expiring`].
+    pub expiring: [u64; 40],
+    /// In bytes of files.
+    pub saved: u64,
+}
+
+/// One run over segments that are not written any more, oldest first and without a gap.
+pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut Pause<'_>) -> anyhow::Result<Outcome> {
+    let garbage = garbage::find(shared, segments, effort.keys, effort.now, pause)?;
+    let sum = |of: fn(&Share) -> u64| garbage.shares.iter().map(of).sum::<u64>();
+    let (entries, bytes, needed) = (sum(|share| share.entries), sum(|share| share.bytes), sum(Share::needed));
+    let needed_entries = (entries * needed).checked_div(bytes).unwrap_or(0);
+    let mut outcome = Outcome { needed, needed_entries, expiring: garbage.expiring, saved: 0 };
+
+    // What is void may go when everything that was superseded goes: only then no older put of its key stays.
+    let goes_with_void = |share: &Share| share.superseded + share.forgettable + share.void;
+    let mut plan = plan(shared, segments, &garbage, effort, goes_with_void);
+    let left = |at: usize| garbage.shares[at].superseded > 0 && !plan.iter().any(|group| group.contains(&at));
+    let void = !(0..segments.len()).any(left);
+    if !void {
+        plan = self::plan(shared, segments, &garbage, effort, |share| share.superseded + share.forgettable);
+    }
+    for group in plan {
+        let shares = &garbage.shares[group.clone()];
+        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void, forget: true };
+        let saved = match rewrite.run(shares, pause)? {
+            // Readers are in the way of forgetting, and of nothing else.
+            None => Rewrite { forget: false, ..rewrite }.run(shares, pause)?,
+            saved => saved,
+        };
+        outcome.saved += saved.unwrap_or(0);
+    }
+    Ok(outcome)
+}
+
+/// Which segments become one. Neighbours go together as long as what is needed of them fits one segment.
+fn plan(
+    shared: &Shared,
+    segments: &[Segment],
+    garbage: &Garbage,
+    effort: &Effort,
+    goes: impl Fn(&Share) -> u64,
+) -> Vec<Range<usize>> {
+    let mut groups: Vec<(Range<usize>, u64)> = Vec::new();
+    for (at, share) in garbage.shares.iter().enumerate() {
+        let stays = share.bytes - goes(share);
+        match groups.last_mut() {
+            Some((group, sum)) if *sum + stays <= shared.segment_bytes - HEAD_BYTES => {
+                group.end = at + 1;
+                *sum += stays;
+            }
+            _ => groups.push((at..at + 1, stays)),
+        }
+    }
+    let worth = |(group, stays): &(Range<usize>, u64)| {
+        let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.end.unwrap_or(0)).sum();
+        let bytes = bytes.max(garbage.shares[group.clone()].iter().map(|share| share.bytes).sum());
+        let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
+        let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
+        some && saved * 100 >= bytes * effort.worth_percent
+    };
+    groups.into_iter().filter(worth).map(|(group, _)| group).collect()
+}
+
+/// Several segments on their way into one file.
+struct Rewrite<'a> {
+    shared: &'a Shared,
+    segments: &'a [Segment],
+    garbage: &'a Garbage,
+    /// Whether what is void may go, and what is forgettable.
+    void: bool,
+    forget: bool,
+}
+
+impl Rewrite<'_> {
+    /// Returns the bytes saved; None when a reader was in the way and nothing was done.
+    fn run(&self, shares: &[Share], pause: &mut Pause<'_>) -> anyhow::Result<Option<u64>> {
+        let Self { shared, segments, .. } = self;
+        let ([oldest, ..], [.., newest]) = (segments, segments) else { return Ok(None) };
+        let disk = &*shared.home.disk;
+        let numbers = Numbers { first: oldest.numbers.first, last: newest.numbers.last };
+        let name = numbers.file_name();
+        let temporary = format!("{name}.tmp");
+        let mut forgotten = segments.iter().map(|segment| segment.forgotten).max().unwrap_or(0);
+        let inherited = forgotten;
+
+        let written = disk.create(&temporary).map_err(anyhow::Error::from).and_then(|file| {
+            let mut output = Output::new(shared, file, oldest.before, newest.last);
+            let mut old_bytes = 0;
+            for (segment, share) in segments.iter().zip(shares) {
+                let mut at = share.begin;
+                let mut failed = Ok(());
+                old_bytes += garbage::walk(shared, segment, pause, &mut |entry| {
+                    let fate = self.garbage.fate(at);
+                    at += 1;
+                    let goes = match fate {
+                        Fate::Needed => false,
+                        Fate::Superseded => true,
+                        Fate::Void => self.void && self.forget,
+                        Fate::Forgettable => self.forget,
+                    };
+                    if !goes {
+                        if failed.is_ok() {
+                            failed = output.push(entry.sequence, entry.encoded);
+                        }
+                    } else if fate != Fate::Superseded {
+                        forgotten = forgotten.max(entry.sequence);
+                    }
+                })?;
+                failed?;
+                pause(0)?;
+            }
+            output.flush()?;
+            let (tip, end) = (output.chain, output.end);
+            let (first, last, before, after) = (oldest.first, newest.last, oldest.before, newest.after);
+            let compacted = Compacted { first, last, before, after, tip, end, forgotten };
+            output.file.write_at(&Head { log: shared.log, numbers, compacted: Some(compacted) }.encode(), 0)?;
+            output.file.sync()?;
+            Ok((compacted, old_bytes.saturating_sub(end)))
+        });
+        let (compacted, saved) = written.inspect_err(|_| drop(disk.remove(&temporary)))?;
+
+        let segment = Segment::compacted(numbers, &compacted);
+        let rename = || disk.rename(&temporary, &name);
+        let Some(old) = shared.catalog.replace(segment, forgotten > inherited, rename)? else {
+            disk.remove(&temporary)?;
+            return Ok(None);
+        };
+        disk.sync()?;
+        for old in old.iter().filter(|old| old.numbers != numbers) {
+            disk.remove(&old.numbers.file_name())?;
+        }
+        disk.sync()?;
+        Ok(Some(saved))
+    }
+}
+
+/// The new file.
+struct Output<'a> {
+    shared: &'a Shared,
+    file: Arc<dyn File>,
+    frame: Option<Builder>,
+    buffer: Vec<u8>,
+    end: u64,
+    chain: u32,
+    durable: u64,
+}
+
+impl<'a> Output<'a> {
+    fn new(shared: &'a Shared, file: Arc<dyn File>, chain: u32, durable: u64) -> Self {
+        Self { shared, file, frame: None, buffer: Vec::new(), end: HEAD_BYTES, chain, durable }
+    }
+
+    fn push(&mut self, sequence: u64, encoded: &[u8]) -> io::Result<()> {
+        let offset = |frame: &Builder| u32::try_from(sequence - frame.first).ok();
+        let fits = |frame: &Builder| frame.len() + encoded.len() <= FRAME_BYTES && offset(frame).is_some();
+        if self.frame.as_ref().is_some_and(|frame| !fits(frame)) {
+            self.flush()?;
+        }
+        let buffer = &mut self.buffer;
+        let frame = self.frame.get_or_insert_with(|| Builder::new(sequence, std::mem::take(buffer)));
+        let offset = (sequence - frame.first) as u32;
+        entry::copy(frame.body(), offset, encoded);
+        frame.count += 1;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let Some(mut frame) = self.frame.take() else { return Ok(()) };
+        self.chain = frame.seal(self.shared.log, self.durable, self.chain);
+        self.file.write_at(frame.bytes(), self.end)?;
+        self.end += frame.bytes().len() as u64;
+        self.buffer = frame.into_buffer();
+        Ok(())
+    }
+}
+
+/// Whether a run stopped for want of space, which is no reason to stop for good.
+pub fn for_want_of_space(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(is_full)
+}

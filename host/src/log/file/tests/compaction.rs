@@ -1,0 +1,338 @@
+//! Compaction: the store stays the same, whoever reads the log and however far they had come.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::log::file::compact::{self, Effort, Outcome};
+use crate::log::file::disk::Disk;
+use crate::log::file::replay::Forgotten;
+
+type Store = BTreeMap<String, (u64, Vec<u8>)>;
+
+pub fn compact_at(log: &FileLog, now: u64, worth_percent: u64, keys: usize) -> Outcome {
+    let effort = Effort { now, worth_percent, keys };
+    compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap()
+}
+
+/// Applies what comes after a sequence to a store, and returns how far that went.
+fn catch_up(log: &FileLog, after: u64, store: &mut Store) -> anyhow::Result<u64> {
+    log.replay(after, &mut |entries| {
+        for entry in entries {
+            match &entry.event {
+                EventRef::Put(put) => drop(store.insert(put.key.into(), (entry.sequence, put.value.into()))),
+                EventRef::Delete(key) => drop(store.remove(*key)),
+            }
+        }
+        Ok(())
+    })
+}
+
+fn store(log: &FileLog) -> Store {
+    let mut store = Store::new();
+    catch_up(log, 0, &mut store).unwrap();
+    store
+}
+
+fn fill(log: &FileLog, puts: u64) {
+    for number in 0..puts {
+        commit(log, put(&format!("key {}", number % 3), &[number as u8; 500]));
+    }
+}
+
+#[test]
+fn what_was_superseded_goes_and_the_newest_stays() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let before = store(&log);
+    let outcome = compact_at(&log, 1, 25, 100);
+    assert!(outcome.saved > 15_000, "{outcome:?}");
+    assert_eq!(store(&log), before);
+    let sealed = log.shared.catalog.sealed();
+    assert_eq!(sealed.len(), 1);
+    assert!(disk.read(&sealed[0].numbers.file_name()).len() < 512 + 3 * 700);
+    log.close().unwrap();
+    let log = open(&disk).unwrap();
+    assert_eq!(log.appended(), 40);
+    assert_eq!(store(&log), before);
+    assert_eq!(commit(&log, put("key 0", b"")), 41);
+}
+
+#[test]
+fn deletes_go_with_what_they_deleted_and_sequences_are_not_given_again() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for number in 0..20 {
+        commit(&log, put(&format!("key {number}"), &[1; 300]));
+    }
+    for number in 0..20 {
+        commit(&log, Event::Delete(format!("key {number}")));
+    }
+    // So that what was said so far is in sealed segments.
+    fill(&log, 7);
+    compact_at(&log, 1, 25, 100);
+    assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence > 40));
+    let sealed = log.shared.catalog.sealed();
+    assert_eq!(sealed[0].first, 1);
+    log.close().unwrap();
+    let log = open(&disk).unwrap();
+    assert_eq!(log.appended(), 47);
+}
+
+#[test]
+fn a_delete_stays_while_an_older_put_does() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    // The first segment is hardly worth compacting: one small put of it is dead.
+    commit(&log, put("victim", b"1"));
+    for number in 0..12 {
+        commit(&log, put(&format!("steady {number}"), &[1; 500]));
+    }
+    commit(&log, Event::Delete("victim".into()));
+    fill(&log, 20);
+    let before = store(&log);
+    compact_at(&log, 1, 25, 100);
+    let all = replayed(&log);
+    assert!(all.iter().any(|entry| entry.2.starts_with("put \"victim\"")), "the segment was left alone");
+    assert!(all.iter().any(|entry| entry.2 == "delete \"victim\""));
+    assert_eq!(store(&log), before);
+    // With all effort both go.
+    compact_at(&log, 1, 0, 100);
+    assert!(!replayed(&log).iter().any(|entry| entry.2.contains("victim")));
+    assert_eq!(store(&log), before);
+}
+
+#[test]
+fn what_has_expired_goes_and_what_is_younger_than_the_grace_stays() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for expires in [10, 20, 30] {
+        let key = format!("until {expires}");
+        let put = Put { key, value: vec![1; 100], metadata: vec![("a".into(), "b".into())], expires: Some(expires) };
+        append(&log, 5, &[Event::Put(put)]);
+    }
+    append(&log, 15, &[put("deleted", &[1; 100]), Event::Delete("deleted".into())]);
+    append(&log, 25, &[put("deleted later", &[1; 100]), Event::Delete("deleted later".into())]);
+    fill(&log, 7);
+    compact_at(&log, 20, 0, 100);
+    let keys: Vec<_> = replayed(&log).into_iter().map(|entry| entry.2).filter(|entry| !entry.contains("key")).collect();
+    assert_eq!(keys.len(), 2, "{keys:?}");
+    assert!(keys[0].starts_with("put \"until 30\"") && keys[0].contains("(\"a\", \"b\")"), "{keys:?}");
+    assert_eq!(keys[1], "delete \"deleted later\"");
+}
+
+#[test]
+fn whoever_missed_a_delete_is_told_so() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", &[1; 1000]));
+    let mut follower = Store::new();
+    let after = catch_up(&log, 0, &mut follower).unwrap();
+    commit(&log, Event::Delete("a".into()));
+    fill(&log, 20);
+    compact_at(&log, 1, 25, 100);
+    let error = catch_up(&log, after, &mut follower).unwrap_err();
+    assert!(error.is::<Forgotten>());
+    assert!(catch_up(&log, 2, &mut follower).is_ok());
+    log.close().unwrap();
+    let error = catch_up(&open(&disk).unwrap(), after, &mut follower).unwrap_err();
+    assert!(error.is::<Forgotten>(), "a restart does not forget that");
+}
+
+#[test]
+fn a_delete_stays_while_somebody_reads() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", &[1; 1000]));
+    commit(&log, Event::Delete("a".into()));
+    fill(&log, 20);
+    let mut follower = Store::new();
+    let mut compacted = false;
+    log.replay(0, &mut |entries| {
+        for entry in entries {
+            match &entry.event {
+                EventRef::Put(put) => drop(follower.insert(put.key.into(), (entry.sequence, put.value.into()))),
+                EventRef::Delete(key) => drop(follower.remove(*key)),
+            }
+        }
+        if !std::mem::replace(&mut compacted, true) {
+            compact_at(&log, 1, 0, 100);
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(follower, store(&log));
+    assert!(replayed(&log).iter().any(|entry| entry.2 == "delete \"a\""));
+}
+
+#[test]
+fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
+    let mut left = Vec::new();
+    for keys in [2, 7, 1000] {
+        let disk = FakeDisk::default();
+        let log = open(&disk).unwrap();
+        for round in 0..4 {
+            for number in 0..50 {
+                append(&log, 1, &[put(&format!("key {number}"), &[round; 100])]);
+            }
+            for number in (0..50).step_by(5) {
+                append(&log, 1, &[Event::Delete(format!("key {number}"))]);
+            }
+        }
+        fill(&log, 7);
+        let before = store(&log);
+        compact_at(&log, 1, 0, keys);
+        assert_eq!(store(&log), before);
+        left.push(replayed(&log));
+    }
+    assert_eq!(left[0], left[2]);
+    assert_eq!(left[1], left[2]);
+}
+
+#[test]
+fn damage_is_not_compacted_away() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let mut bytes = disk.read("0000000002.seg");
+    bytes[600] ^= 1;
+    disk.put("0000000002.seg", bytes);
+    let names = disk.names();
+    let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
+    let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("0000000002.seg is damaged at byte 512"), "{error}");
+    assert_eq!(disk.names(), names);
+}
+
+#[test]
+fn what_compaction_left_behind_in_a_crash_is_removed() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let before = store(&log);
+    let old = disk.copy();
+    compact_at(&log, 1, 25, 100);
+    drop(log);
+    // The names of the old files had been removed, and the crash brought them back.
+    for name in old.names().iter().filter(|name| name.as_str() < "0000000004.seg") {
+        disk.put(name, old.read(name));
+    }
+    let log = open(&disk).unwrap();
+    assert_eq!(store(&log), before);
+    assert!(!disk.names().contains(&"0000000002.seg".into()));
+    // A file that stands for others but is another log's does not count.
+    let names: Vec<_> = disk.names().into_iter().filter(|name| name.contains('-')).collect();
+    assert_eq!(names.len(), 1);
+    disk.remove(&names[0]).unwrap();
+    assert!(open(&disk).err().unwrap().root_cause().to_string().contains("0000000001.seg is missing"));
+}
+
+#[test]
+fn a_log_of_few_keys_stays_small_by_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let segment_bytes = 1 << 20;
+    let data = directory.path().to_path_buf();
+    let options = Options { data, segment_bytes, group_bytes: 4096, durability: Durability::Os };
+    let log = FileLog::open(options.clone()).unwrap();
+    let mut most = 0;
+    for number in 0..100_000_u64 {
+        append(&log, 1, &[put(&format!("key {}", number % 10), &[number as u8; 400])]);
+        if number % 100 == 0 {
+            // As fast as the disk of a small machine, not as fast as memory.
+            std::thread::sleep(Duration::from_micros(500));
+            most = most.max(log.shared.catalog.bytes());
+        }
+    }
+    assert!(durable(&log, log.appended()));
+    let expected = store(&log);
+    assert_eq!(expected.len(), 10);
+    eventually(|| log.shared.catalog.bytes() <= 2 * 10 * 500 + 2 * segment_bytes);
+    // Bounded by time, not by chance: what comes in while one run is under way.
+    assert!(most < 8 * segment_bytes, "{most} of 43 million written");
+    log.close().unwrap();
+    assert!(store(&FileLog::open(options).unwrap()) == expected);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Append(Vec<(u8, Option<u16>, Option<u64>)>),
+    Compact { worth_percent: u64, keys: usize },
+    CatchUp,
+    Restart,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let size = proptest::option::weighted(0.7, 0..400_u16);
+    let expires = proptest::option::weighted(0.2, 0..60_u64);
+    let group = proptest::collection::vec((0..12_u8, size, expires), 1..4);
+    prop_oneof![
+        12 => group.prop_map(Step::Append),
+        2 => (0..60_u64, 2..20_usize).prop_map(|(worth_percent, keys)| Step::Compact { worth_percent, keys }),
+        1 => Just(Step::CatchUp),
+        1 => Just(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+    #[test]
+    fn every_history_builds_the_same_store(steps in proptest::collection::vec(step(), 1..120)) {
+        let disk = FakeDisk::default();
+        let mut log = open(&disk).unwrap();
+        let mut model: BTreeMap<String, (u64, Vec<u8>, Option<u64>)> = BTreeMap::new();
+        let (mut follower, mut after) = (Store::new(), 0);
+        for (time, step) in (1..).zip(&steps) {
+            match step {
+                Step::Append(group) => {
+                    let events: Vec<_> = group.iter().map(|(key, size, expires)| match size {
+                        Some(size) => Event::Put(Put {
+                            key: key.to_string(),
+                            value: vec![*key; usize::from(*size)],
+                            metadata: Vec::new(),
+                            expires: expires.map(|after| time + after),
+                        }),
+                        None => Event::Delete(key.to_string()),
+                    }).collect();
+                    let first = append(&log, time, &events);
+                    prop_assert!(durable(&log, first + events.len() as u64 - 1));
+                    for (sequence, event) in (first..).zip(events) {
+                        match event {
+                            Event::Put(put) => drop(model.insert(put.key, (sequence, put.value, put.expires))),
+                            Event::Delete(key) => drop(model.remove(&key)),
+                        }
+                    }
+                    prop_assert_eq!(log.appended(), log.watermark().durable());
+                }
+                Step::Compact { worth_percent, keys } => drop(compact_at(&log, time, *worth_percent, *keys)),
+                Step::CatchUp => {
+                    after = match catch_up(&log, after, &mut follower) {
+                        Ok(after) => after,
+                        Err(error) => {
+                            prop_assert!(error.is::<Forgotten>());
+                            follower.clear();
+                            catch_up(&log, 0, &mut follower).unwrap()
+                        }
+                    };
+                    // What has expired may be there or not.
+                    follower.retain(|key, _| !model.get(key).is_some_and(|(.., expires)| expires.is_some_and(|at| at <= time)));
+                    let mut expected = Store::new();
+                    for (key, (sequence, value, expires)) in &model {
+                        if expires.is_none_or(|at| at > time) {
+                            expected.insert(key.clone(), (*sequence, value.clone()));
+                        }
+                    }
+                    prop_assert_eq!(&follower, &expected);
+                }
+                Step::Restart => {
+                    let appended = log.appended();
+                    log.close().unwrap();
+                    log = open(&disk).unwrap();
+                    prop_assert_eq!(log.appended(), appended);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What `kvs log` does with a log that nobody uses.
+
+use super::*;
+use crate::log::file::verify::verify_in;
+use crate::log::file::{Finding, Home, Offline, disk::Disk};
+
+/// What verification says: how many entries, and what is wrong or torn.
+fn verified(disk: &FakeDisk) -> (u64, Vec<String>) {
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let (mut all, mut said) = (0, Vec::new());
+    let names = disk.names();
+    let mut report = |finding| match finding {
+        Finding::Sound { entries, .. } => all += entries,
+        Finding::Torn(what) => said.push(format!("torn: {what}")),
+        Finding::Wrong(what) => said.push(what),
+    };
+    verify_in(&home, &mut report, &mut |_| ()).unwrap();
+    assert_eq!(disk.names(), names, "nothing is changed");
+    (all, said)
+}
+
+/// Some segments, compacted or not, and one that was closed.
+fn log_of(puts: u64, compacted: bool) -> FakeDisk {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for number in 0..puts {
+        commit(&log, put(&format!("key {}", number % 9), &[number as u8; 500]));
+    }
+    if compacted {
+        super::compaction::compact_at(&log, 1, 0, 100);
+    }
+    log.close().unwrap();
+    disk
+}
+
+#[test]
+fn a_sound_log_is_found_sound() {
+    assert_eq!(verified(&log_of(40, false)), (40, vec![]));
+    let (entries, said) = verified(&log_of(40, true));
+    assert!((9..18).contains(&entries) && said.is_empty(), "{entries} {said:?}");
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    for compacted in [false, true] {
+        let disk = log_of(12, compacted);
+        let sound = verified(&disk).0;
+        for name in disk.names().iter().filter(|name| name.ends_with(".seg")) {
+            let whole = disk.read(name);
+            for bit in 0..whole.len() * 8 {
+                let disk = disk.copy();
+                let mut bytes = whole.clone();
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                disk.put(name, bytes);
+                let (entries, said) = verified(&disk);
+                assert!(!said.is_empty() && entries <= sound, "bit {bit} of {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn damage_is_named_and_does_not_hide_what_comes_after() {
+    let disk = log_of(40, false);
+    let mut bytes = disk.read("0000000002.seg");
+    bytes[600] ^= 1;
+    disk.put("0000000002.seg", bytes);
+    disk.remove("0000000004.seg").unwrap();
+    let (entries, said) = verified(&disk);
+    assert!(entries >= 20, "{entries}");
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].starts_with("data/log/0000000002.seg at byte 512: the checksum of a frame is wrong"), "{said:?}");
+    assert_eq!(said[1], "data/log/0000000004.seg is missing");
+}
+
+#[test]
+fn a_torn_tail_is_no_damage() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    commit(&log, put("b", b"2"));
+    let disk = disk.copy();
+    let mut bytes = disk.read("0000000001.seg");
+    bytes[612] ^= 1;
+    disk.put("0000000001.seg", bytes);
+    let (entries, said) = verified(&disk);
+    assert_eq!((entries, said.len()), (1, 1));
+    assert!(said[0].starts_with("torn: data/log/0000000001.seg at byte 608"), "{said:?}");
+}
+
+#[test]
+fn a_log_in_use_is_refused_and_one_that_is_not_is_compacted() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path();
+    let error = Offline::open(data).err().unwrap().to_string();
+    assert!(error.starts_with("there is no log in"), "{error}");
+    let options = Options { data: data.into(), ..options() };
+    let log = FileLog::open(options.clone()).unwrap();
+    for number in 0..40_u64 {
+        commit(&log, put("key", &[number as u8; 500]));
+    }
+    commit(&log, put("gone", b""));
+    commit(&log, Event::Delete("gone".into()));
+    assert!(Offline::open(data).err().unwrap().to_string().contains("is in use by process"));
+    log.close().unwrap();
+
+    let offline = Offline::open(data).unwrap();
+    assert!(offline.compact(&mut |_| ()).unwrap() > 0);
+    assert_eq!(offline.compact(&mut |_| ()).unwrap(), 0, "there is nothing left to do");
+    let mut left = Vec::new();
+    offline
+        .replay(&mut |entries| {
+            left.extend(entries.iter().map(|entry| entry.sequence));
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!((left, offline.newest()), (vec![40], 42));
+    drop(offline);
+    let log = FileLog::open(options).unwrap();
+    assert_eq!(commit(&log, put("key", b"")), 43);
+}

@@ -1,0 +1,228 @@
+//! The log as text, one line an entry, fields separated by tabs.
+//!
+//! ```text
+//! sequence  2  key  value  time  expires, or nothing  name=value  name=value ...
+//! sequence  1  key
+//! sequence  1  key         time
+//! ```
+//!
+//! The first four fields are those of the service in *Cloud Native Go*: 1 is a delete, 2 a put. Every byte that is not a
+//! printable ASCII character is written as `%` and two digits, and so are `%`, `+` and `=`: any key and any value
+//! survives, and whoever decodes the value as that service does gets it right.
+
+use std::fmt::Write;
+
+use crate::contract::{Entry, Event, EventRef, Put};
+
+/// Which program wrote the text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// `kvs log export`.
+    #[default]
+    Kvs,
+    /// The service in the book: the key is as it is, a `+` in the value is a space, and no other fields follow.
+    Book,
+}
+
+/// An entry that was read from a line. Its sequence only says where it was.
+#[derive(Debug)]
+pub struct Line {
+    pub time: u64,
+    pub event: Event,
+}
+
+pub fn print(entry: &Entry<'_>, line: &mut String) {
+    let (sequence, time) = (entry.sequence, entry.time);
+    // Writing to a string cannot fail.
+    let _ = match &entry.event {
+        EventRef::Delete(key) => {
+            let _ = write!(line, "{sequence}\t1\t");
+            escape(key.as_bytes(), line);
+            write!(line, "\t\t{time}")
+        }
+        EventRef::Put(put) => {
+            let _ = write!(line, "{sequence}\t2\t");
+            escape(put.key.as_bytes(), line);
+            line.push('\t');
+            escape(put.value, line);
+            let _ = write!(line, "\t{time}\t");
+            if let Some(expires) = put.expires {
+                let _ = write!(line, "{expires}");
+            }
+            for (name, value) in put.metadata {
+                line.push('\t');
+                escape(name.as_bytes(), line);
+                line.push('=');
+                escape(value.as_bytes(), line);
+            }
+            Ok(())
+        }
+    };
+    line.push('\n');
+}
+
+/// Reads a line without its end. `now` is the time of a line that has none. The error says what is wrong with it.
+pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
+    let mut fields = line.split(|byte| *byte == b'\t');
+    let mut field = |what: &str| fields.next().ok_or_else(|| format!("the {what} is missing"));
+    number(field("sequence")?, "sequence")?;
+    let kind = field("type")?;
+    let raw_key = field("key")?;
+    let key = match format {
+        Format::Kvs => unescape(raw_key, false),
+        Format::Book => Some(raw_key.to_vec()),
+    };
+    let key = key.ok_or("the key has a % that is not followed by two hexadecimal digits")?;
+    let key = String::from_utf8(key).map_err(|_| "the key is not UTF-8")?;
+    let value = match kind {
+        b"1" => Vec::new(),
+        b"2" => unescape(field("value")?, format == Format::Book)
+            .ok_or("the value has a % that is not followed by two hexadecimal digits")?,
+        kind => return Err(format!("the type is {:?}, and only 1 and 2 are known", String::from_utf8_lossy(kind))),
+    };
+    let delete = kind == b"1";
+    if delete && fields.next().is_some_and(|value| !value.is_empty()) {
+        return Err("a delete has a value".into());
+    }
+    if format == Format::Book && fields.next().is_some() {
+        return Err("there is something after the value".into());
+    }
+    let time = fields.next().map_or(Ok(now), |time| number(time, "time"))?;
+    if delete {
+        return match fields.next() {
+            None => Ok(Line { time, event: Event::Delete(key) }),
+            Some(_) => Err("there is something after the time of a delete".into()),
+        };
+    }
+    let expires = fields.next().filter(|expires| !expires.is_empty());
+    let expires = expires.map(|expires| number(expires, "expiry")).transpose()?;
+    let mut metadata = Vec::new();
+    for pair in fields {
+        let at = pair.iter().position(|byte| *byte == b'=').ok_or("metadata is not name=value")?;
+        let text = |bytes| unescape(bytes, false).and_then(|bytes| String::from_utf8(bytes).ok());
+        let pair = text(&pair[..at]).zip(text(&pair[at + 1..])).ok_or("metadata is not escaped UTF-8")?;
+        metadata.push(pair);
+    }
+    Ok(Line { time, event: Event::Put(Put { key, value, metadata, expires }) })
+}
+
+fn number(field: &[u8], what: &str) -> Result<u64, String> {
+    let text = std::str::from_utf8(field).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let wrong = || format!("the {what} is {:?}, not a number", String::from_utf8_lossy(field));
+    text.and_then(|text| text.parse().ok()).ok_or_else(wrong)
+}
+
+fn escape(bytes: &[u8], line: &mut String) {
+    for &byte in bytes {
+        match byte {
+            b'%' | b'+' | b'=' => {}
+            b'!'..=b'~' => {
+                line.push(byte.into());
+                continue;
+            }
+            _ => {}
+        }
+        let _ = write!(line, "%{byte:02X}");
+    }
+}
+
+fn unescape(field: &[u8], plus_is_space: bool) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [byte, after @ ..] = rest {
+        rest = after;
+        match byte {
+            b'%' => {
+                let (digits, after) = rest.split_at_checked(2)?;
+                let [high, low] = [digits[0], digits[1]].map(|digit| char::from(digit).to_digit(16));
+                bytes.push((high? * 16 + low?) as u8);
+                rest = after;
+            }
+            b'+' if plus_is_space => bytes.push(b' '),
+            byte => bytes.push(*byte),
+        }
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::contract::PutRef;
+
+    fn words(line: &[u8], format: Format) -> String {
+        match parse(line, format, 9) {
+            Ok(Line { time, event: Event::Delete(key) }) => format!("{time} delete {key:?}"),
+            Ok(Line { time, event: Event::Put(put) }) => {
+                format!("{time} put {:?} {:?} {:?} {:?}", put.key, put.value, put.metadata, put.expires)
+            }
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn what_the_book_writes_is_read() {
+        let read = |line: &str| words(line.as_bytes(), Format::Book);
+        assert_eq!(
+            read("1\t2\tkey-a\tHello%2C+world%21"),
+            r#"9 put "key-a" [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33] [] None"#
+        );
+        assert_eq!(read("2\t1\tkey%a\t"), r#"9 delete "key%a""#);
+        assert_eq!(read("2\t1\tkey"), r#"9 delete "key""#);
+    }
+
+    #[test]
+    fn what_is_malformed_is_told() {
+        for (line, what) in [
+            ("", "the sequence is \"\", not a number"),
+            ("x\t2\ta\tb", "the sequence is \"x\", not a number"),
+            ("18446744073709551616\t2\ta\tb", "the sequence is \"18446744073709551616\", not a number"),
+            ("1", "the type is missing"),
+            ("1\t2", "the key is missing"),
+            ("1\t2\ta", "the value is missing"),
+            ("1\t3\ta\tb", "the type is \"3\", and only 1 and 2 are known"),
+            ("1\t2\ta%4\tb", "the key has a % that is not followed by two hexadecimal digits"),
+            ("1\t2\ta\t%zz", "the value has a % that is not followed by two hexadecimal digits"),
+            ("1\t2\t%FF\tb", "the key is not UTF-8"),
+            ("1\t1\ta\tb", "a delete has a value"),
+            ("1\t1\ta\t\t5\t6", "there is something after the time of a delete"),
+            ("1\t2\ta\tb\tnow", "the time is \"now\", not a number"),
+            ("1\t2\ta\tb\t1\t-", "the expiry is \"-\", not a number"),
+            ("1\t2\ta\tb\t1\t\tname", "metadata is not name=value"),
+        ] {
+            assert_eq!(words(line.as_bytes(), Format::Kvs), what, "{line:?}");
+        }
+        assert_eq!(words(b"1\t2\ta\tb\tc", Format::Book), "there is something after the value");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn everything_survives(
+            key: String, value: Vec<u8>, metadata: Vec<(String, String)>, time: u64, expires: Option<u64>,
+        ) {
+            let pairs: Vec<_> = metadata.iter().map(|(name, value)| (&name[..], &value[..])).collect();
+            let put = PutRef { key: &key, value: &value, metadata: &pairs, expires };
+            for event in [EventRef::Put(put), EventRef::Delete(&key)] {
+                let mut line = String::new();
+                let delete = matches!(event, EventRef::Delete(_));
+                print(&Entry { sequence: 7, time, event }, &mut line);
+                let line = line.strip_suffix('\n').unwrap();
+                prop_assert!(!line.contains('\n'));
+                let expected = match delete {
+                    true => format!("{time} delete {key:?}"),
+                    false => format!("{time} put {key:?} {value:?} {metadata:?} {expires:?}"),
+                };
+                prop_assert_eq!(words(line.as_bytes(), Format::Kvs), expected);
+            }
+        }
+
+        #[test]
+        fn no_line_is_too_strange(line: Vec<u8>, book: bool) {
+            let _ = parse(&line, if book { Format::Book } else { Format::Kvs }, 1);
+        }
+    }
+}
