@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use crate::log::command::LogCommand;
 use crate::log::file::Durability;
 
 /// A key-value store whose logic is a WebAssembly component.
@@ -25,6 +26,9 @@ pub struct Cli {
 pub enum Command {
     /// Serve a store over HTTP
     Serve(Serve),
+    /// Check, print, carry and compact a log that nobody serves from
+    #[command(subcommand)]
+    Log(LogCommand),
 }
 
 #[derive(Debug, Args)]

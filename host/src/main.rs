@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         }
         Err(help_or_version) => help_or_version.exit(),
     };
-    match run(&cli) {
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, &format!("{error:#}")),
     }
@@ -38,7 +38,7 @@ fn fail(code: u8, reason: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run(cli: Cli) -> Result<()> {
     let filter = EnvFilter::try_new(&cli.log_filter).with_context(|| format!("--log-filter {}", cli.log_filter))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -46,7 +46,8 @@ fn run(cli: &Cli) -> Result<()> {
         .with_ansi(stderr().is_terminal())
         .with_writer(stderr)
         .init();
-    match &cli.command {
-        Command::Serve(args) => kvs::serve::run(args),
+    match cli.command {
+        Command::Serve(args) => kvs::serve::run(&args),
+        Command::Log(command) => kvs::log::command::run(command),
     }
 }

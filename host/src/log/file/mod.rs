@@ -324,7 +324,7 @@ struct Home {
 
 /// What is on disk is not what was written there. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-#[error("{} is damaged at byte {offset}: {what}; restore {} from a backup, or give an empty directory with --data to begin anew", file.display(), data.display())]
+#[error("{} is damaged at byte {offset}: {what}; `kvs log verify --data {}` tells what else is, restore a backup or begin anew in an empty directory", file.display(), data.display())]
 pub struct Damage {
     pub file: PathBuf,
     pub offset: u64,

@@ -89,7 +89,7 @@ fn damage_before_the_last_frame_is_refused_with_its_place() {
         let error = format!("{:#}", open(&disk).err().unwrap());
         let place = format!("data/log/{NAME} is damaged at byte {}: the checksum of a frame is wrong", offsets[frame]);
         assert!(error.contains(&place), "{error}");
-        assert!(error.contains("; restore data from a backup"), "{error}");
+        assert!(error.contains("; `kvs log verify --data data` tells"), "{error}");
         assert_eq!(disk.read(NAME), bytes, "nothing was changed");
     }
 }
