@@ -41,6 +41,10 @@ pub struct Serve {
     #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
     pub listen: SocketAddr,
 
+    /// Where to listen for those who look after the server: /livez, /readyz; port 0 takes a free one
+    #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
+    pub admin: SocketAddr,
+
     /// The directory that holds the log
     #[arg(long, env = "KVS_DATA", value_name = "DIR", default_value = "./data")]
     pub data: PathBuf,

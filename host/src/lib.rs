@@ -2,8 +2,9 @@
 //!
 //! Read it in the order data flows: [`edge`] takes requests from the network, [`guest`] calls the component that answers
 //! them, [`log`] makes durable what the component appended, and the edge lets the response go. [`contract`] is what they
-//! speak of; [`serve`] puts them together. ARCHITECTURE.md has the map and the invariants.
+//! speak of; [`serve`] puts them together, and [`admin`] tells how they are. ARCHITECTURE.md has the map and the invariants.
 
+pub mod admin;
 pub mod cli;
 pub mod contract;
 pub mod edge;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -13,6 +13,7 @@ use tokio::task;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
+use crate::admin::{Admin, Health, Phase};
 use crate::cli::Serve;
 use crate::edge::{self, Service};
 use crate::guest::{self, Engine, Shard};
@@ -39,7 +40,8 @@ async fn serve(args: &Serve) -> Result<()> {
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal()?;
     // A taken port is found before a long replay; clients can connect only after it.
-    let socket = bind(args.listen)?;
+    let socket = bind(args.listen, "--listen")?;
+    let health = watched(args.admin)?;
 
     let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(Options {
         data: args.data.clone(),
@@ -48,11 +50,14 @@ async fn serve(args: &Serve) -> Result<()> {
         durability: args.durability,
     })?);
 
+    health.set_log(Arc::clone(&log));
+
     let engine = Engine::new(guest::Limits {
         call: args.guest_call_timeout,
         memory_bytes: usize::try_from(args.guest_memory_bytes.as_u64())?,
     })?;
     let guest = engine.load(args.guest.as_deref(), args.guest_config.clone())?;
+    health.reached(Phase::Replaying);
     let building = {
         let log = Arc::clone(&log);
         task::spawn_blocking(move || Shard::build(guest, log))
@@ -66,8 +71,7 @@ async fn serve(args: &Serve) -> Result<()> {
         }
     };
 
-    let listener = socket.listen(BACKLOG).and_then(|listener| Ok((listener.local_addr()?, listener)));
-    let (address, listener) = listener.with_context(|| cannot_listen(args.listen))?;
+    let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
     let description = shard.description().clone();
     info!(
         data = %args.data.display(),
@@ -79,6 +83,7 @@ async fn serve(args: &Serve) -> Result<()> {
         "serving on http://{address}",
     );
 
+    health.reached(Phase::Serving);
     let ticking = task::spawn(tick(Arc::clone(&shard)));
     let limits = edge::Limits {
         connections: args.max_connections,
@@ -92,8 +97,12 @@ async fn serve(args: &Serve) -> Result<()> {
     let mut failure = None;
     let cut_off = edge::serve(listener, service, limits, async {
         tokio::select! {
-            _ = stop.changed() => info!("stopping: finishing what is under way"),
+            _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
+        }
+        health.reached(Phase::Stopping);
+        if failure.is_none() {
+            info!("stopping: finishing what is under way");
         }
     });
     let cut_off = cut_off.await;
@@ -136,7 +145,17 @@ fn on_signal() -> Result<watch::Receiver<()>> {
     Ok(stopped)
 }
 
-fn bind(address: SocketAddr) -> Result<TcpSocket> {
+/// Starts the admin listener, which speaks of the health it gives.
+fn watched(address: SocketAddr) -> Result<Arc<Health>> {
+    let listener = bind(address, "--admin")?;
+    let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
+    let health = Arc::new(Health::new());
+    Admin { health: Arc::clone(&health) }.start(listener.into_std()?)?;
+    info!("admin on http://{address}");
+    Ok(health)
+}
+
+fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         // Else a restart would have to wait for the connections of the run before to be forgotten.
@@ -144,11 +163,16 @@ fn bind(address: SocketAddr) -> Result<TcpSocket> {
         socket.bind(address)?;
         Ok::<_, std::io::Error>(socket)
     };
-    bind().with_context(|| cannot_listen(address))
+    bind().with_context(|| cannot_listen(address, flag))
 }
 
-fn cannot_listen(address: SocketAddr) -> String {
-    format!("cannot listen on {address}; stop what listens there, or choose another address with --listen")
+fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
+    let listener = socket.listen(BACKLOG)?;
+    Ok((listener.local_addr()?, listener))
+}
+
+fn cannot_listen(address: SocketAddr, flag: &str) -> String {
+    format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
 
 async fn tick(shard: Arc<Shard>) {

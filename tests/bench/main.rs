@@ -30,7 +30,7 @@ fn main() -> Result<()> {
     let kvs = Path::new(env!("CARGO_BIN_EXE_kvs"));
     let data = tempfile::tempdir()?;
     let at = |name: &str| data.path().join(name).display().to_string();
-    let serve = ["serve", "--listen", "127.0.0.1:0", "--data"].map(str::to_owned);
+    let serve = ["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data"].map(str::to_owned);
     let durable = [serve.as_slice(), &[at("sync")]].concat();
     let buffered = [serve.as_slice(), &[at("os"), "--durability".into(), "os".into()]].concat();
     let mut servers = [
@@ -90,7 +90,7 @@ impl Server {
         let mut lines = BufReader::new(process.stderr.take().context("stderr is piped")?).lines();
         let address = loop {
             let line = lines.next().with_context(|| format!("{name} stopped at once"))??;
-            if let Some((_, rest)) = line.split_once("http://") {
+            if let Some((_, rest)) = line.split_once("serving on http://") {
                 break rest.split_whitespace().next().context("no address")?.parse()?;
             }
         };

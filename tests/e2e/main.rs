@@ -4,6 +4,7 @@
 //! `client` and `operator` say what each kind of user gets; `components` and `unruly` what a bad guest can do;
 //! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
+mod admin;
 mod book;
 mod client;
 mod components;

@@ -24,6 +24,7 @@ pub struct Server {
     process: Process,
     data: TempDir,
     address: SocketAddr,
+    admin: SocketAddr,
 }
 
 /// A server that is gone, and the directory it left.
@@ -53,16 +54,19 @@ impl Server {
     /// Runs a command that is to serve `data`.
     pub fn spawn(command: Command, data: TempDir) -> Self {
         let process = Process::spawn(command);
-        let address = process.stderr.find(|line| {
-            let (_, rest) = line.split_once("serving on http://")?;
-            rest.split_whitespace().next()?.parse().ok()
-        });
+        let admin = process.admin();
+        let address = process.stderr.find(|line| address(line, "serving on http://"));
         let address = address.unwrap_or_else(|said| panic!("it ended without serving; it said:\n{said}"));
-        Self { process, data, address }
+        Self { process, data, address, admin }
     }
 
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where it answers those who look after it.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// The URL of a path.
@@ -149,13 +153,19 @@ impl Stopped {
     }
 }
 
-/// `kvs`, with none of the settings that happen to be in the environment. Backtraces are asked for, so that a test sees
-/// those that would be shown to others.
+/// The address that follows this on a line.
+fn address(line: &str, after: &str) -> Option<SocketAddr> {
+    line.split_once(after)?.1.split_whitespace().next()?.parse().ok()
+}
+
+/// `kvs`, with none of the settings that happen to be in the environment, and a free port for its admin listener.
+/// Backtraces are asked for, so that a test sees those that would be shown to others.
 pub fn kvs() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvs"));
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("KVS_")) {
         command.env_remove(name);
     }
+    command.env("KVS_ADMIN", "127.0.0.1:0");
     command.env("RUST_BACKTRACE", "1").stdin(Stdio::null()).stdout(Stdio::null());
     command
 }
@@ -167,7 +177,7 @@ pub fn serve(data: &Path) -> Command {
     command
 }
 
-/// Runs a command that must fail, with exactly one line.
+/// Runs a command that must fail, with exactly one line beside those that tell of what went well before.
 pub fn refused(command: Command) -> Refused {
     let mut process = Process::spawn(command);
     if let Ok(line) = process.stderr.find(|line| line.contains("serving on").then(|| line.to_owned())) {
@@ -177,7 +187,8 @@ pub fn refused(command: Command) -> Refused {
     let said = process.stderr.so_far();
     let code = status.code().unwrap_or_else(|| panic!("{status}, after saying:\n{}", said.join("\n")));
     assert_ne!(code, 0, "it was to fail, but ended well, after saying:\n{}", said.join("\n"));
-    let [line] = said.as_slice() else {
+    let failed: Vec<_> = said.iter().filter(|line| !line.contains(" INFO ")).collect();
+    let [line] = failed[..] else {
         panic!("it failed with {code} as it should, but with {} lines instead of one:\n{}", said.len(), said.join("\n"))
     };
     Refused { code, line: line.clone() }
@@ -220,6 +231,12 @@ impl Process {
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the binary under test can be started");
         let stderr = Lines::of(child.stderr.take().expect("stderr is piped"));
         Self { child, stderr }
+    }
+
+    /// Waits until its admin listener is there.
+    pub fn admin(&self) -> SocketAddr {
+        let admin = self.stderr.find(|line| address(line, "admin on http://"));
+        admin.unwrap_or_else(|said| panic!("it ended before its admin listener was there; it said:\n{said}"))
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -78,7 +78,7 @@ fn one_line_tells_of_the_start_and_one_of_the_stop() {
     let (address, data) = (server.address(), server.data().display().to_string());
     Connection::open(address).ask("PUT", "/v1/a", b"");
     let stopped = server.terminate().restart(&[]).terminate();
-    let [start, .., stop] = stopped.stderr() else { panic!("{}", stopped.stderr().join("\n")) };
+    let [_admin, start, .., stop] = stopped.stderr() else { panic!("{}", stopped.stderr().join("\n")) };
     let has = |line: &str, told: &[&str]| told.iter().all(|text| line.contains(text));
     assert!(
         has(start, &["serving on http://127.0.0.1:", &data, "kvs", "version=\"0.1.0\"", "entries=1", "took="]),

@@ -79,6 +79,11 @@ impl Watermark {
         waiting.latch.clear();
     }
 
+    /// Why the log failed, if it did.
+    pub fn failure(&self) -> Option<String> {
+        self.waiting().latched.clone()
+    }
+
     /// Waits until the log failed, and says why.
     pub async fn latched(&self) -> String {
         let failed = {

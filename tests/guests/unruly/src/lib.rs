@@ -167,6 +167,10 @@ fn answer(state: &mut State, request: Request) -> Response {
         (_, "panic") => panic!("of all things"),
         (_, "exit") => std::process::exit(0),
         (_, "loop") => circle(),
+        (_, "loop-aloud") => {
+            eprintln!("going round in circles");
+            circle()
+        }
         (_, "grow") => grow(),
         (_, "recurse") => text(200, dig(0)),
         (_, "sleep") => {

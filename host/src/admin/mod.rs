@@ -1,0 +1,120 @@
+//! The admin listener: is the server alive, and is it ready.
+//!
+//! It has a thread and a runtime of its own, and waits for nothing that requests to the store wait for: it answers when
+//! every guest is busy, being built, or gone.
+//!
+//! Owns: the admin socket, what its paths mean, the state of the server's health.
+//! Must never know: the data, or what a request to the store means.
+
+mod health;
+
+use std::convert::Infallible;
+use std::net::TcpListener as Bound;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio::runtime::Builder;
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
+use tracing::{debug, warn};
+
+pub use health::{Health, Phase};
+
+/// Connections at once: probes, a scraper and a person. More wait to be accepted.
+const CONNECTIONS: usize = 64;
+/// Longest wait for the head of a request, also between requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to leave the listener alone when the system has no more sockets to give.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Answers the requests of the admin listener.
+pub struct Admin {
+    pub health: Arc<Health>,
+}
+
+impl Admin {
+    /// Serves `listener` from a thread of its own, to the end of the process.
+    pub fn start(self, listener: Bound) -> Result<()> {
+        let runtime =
+            Builder::new_current_thread().enable_all().build().context("no runtime for the admin listener")?;
+        listener.set_nonblocking(true)?;
+        let serve = move || {
+            runtime.block_on(async {
+                match TcpListener::from_std(listener) {
+                    Ok(listener) => self.serve(listener).await,
+                    Err(error) => warn!("the admin listener is gone: {error}"),
+                }
+            });
+        };
+        thread::Builder::new().name("admin".into()).spawn(serve).context("no thread for the admin listener")?;
+        Ok(())
+    }
+
+    async fn serve(self, listener: TcpListener) {
+        let admin = Arc::new(self);
+        let connections = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let place = Arc::clone(&connections).acquire_owned().await;
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    debug!("no admin connection could be accepted: {error}");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let admin = Arc::clone(&admin);
+            tokio::spawn(async move {
+                let service = service_fn(|request| {
+                    let admin = Arc::clone(&admin);
+                    async move { Ok::<_, Infallible>(admin.respond(request).await) }
+                });
+                let mut http = http1::Builder::new();
+                http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+                if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+                    debug!("admin connection ended: {error}");
+                }
+                drop(place);
+            });
+        }
+    }
+
+    /// The paths there are, and what answers them.
+    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        match (request.uri().path(), request.method()) {
+            ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
+            ("/readyz", &Method::GET | &Method::HEAD) => {
+                let (ready, report) = self.health.report();
+                text(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+            }
+            ("/livez" | "/readyz", _) => not_allowed("GET, HEAD"),
+            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez and /readyz\n"),
+        }
+    }
+}
+
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = status;
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn not_allowed(methods: &'static str) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path has {methods}\n"));
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+    response
+}
