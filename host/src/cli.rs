@@ -25,7 +25,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a store over HTTP
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Check, print, carry and compact a log that nobody serves from
     #[command(subcommand)]
     Log(LogCommand),
@@ -96,6 +96,36 @@ pub struct Serve {
     #[arg(long, env = "KVS_GUEST_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB", value_parser = memory_bytes,
           help_heading = "Guest")]
     pub guest_memory_bytes: ByteSize,
+
+    /// Elements of all tables of the guest, which hold its functions
+    #[arg(long, env = "KVS_GUEST_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000", value_parser = count,
+          help_heading = "Guest")]
+    pub guest_table_elements: usize,
+
+    /// Core instances that the guest may be made of; as many memories, and as many tables
+    #[arg(long, env = "KVS_GUEST_INSTANCES", value_name = "COUNT", default_value = "100", value_parser = count,
+          help_heading = "Guest")]
+    pub guest_instances: usize,
+
+    /// Largest body the guest may answer with (else answered 500); never less than --max-value-bytes
+    #[arg(long, env = "KVS_MAX_RESPONSE_BYTES", value_name = "SIZE", default_value = "64MiB", value_parser = value_bytes,
+          help_heading = "Guest")]
+    pub max_response_bytes: ByteSize,
+
+    /// How often the guest may append to the log in one call; it is told `unavailable` beyond (the default one answers 503)
+    #[arg(long, env = "KVS_GUEST_APPENDS", value_name = "COUNT", default_value = "10000",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Guest")]
+    pub guest_appends: u32,
+
+    /// What the guest may print in a second; the rest is dropped
+    #[arg(long, env = "KVS_GUEST_LOG_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = value_bytes,
+          help_heading = "Guest")]
+    pub guest_log_bytes: ByteSize,
+
+    /// Longest line the guest may print; a longer one is cut into several
+    #[arg(long, env = "KVS_GUEST_LOG_LINE_BYTES", value_name = "SIZE", default_value = "2KiB", value_parser = value_bytes,
+          help_heading = "Guest")]
+    pub guest_log_line_bytes: ByteSize,
 
     /// A setting for the guest, which finds it in wasi:config/store; can be repeated
     #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting,

@@ -55,6 +55,13 @@ async fn serve(args: &Serve) -> Result<()> {
     let engine = Engine::new(guest::Limits {
         call: args.guest_call_timeout,
         memory_bytes: usize::try_from(args.guest_memory_bytes.as_u64())?,
+        table_elements: args.guest_table_elements,
+        instances: args.guest_instances,
+        value_bytes: usize::try_from(args.max_value_bytes.as_u64())?,
+        response_bytes: usize::try_from(args.max_response_bytes.max(args.max_value_bytes).as_u64())?,
+        appends: args.guest_appends,
+        log_bytes: usize::try_from(args.guest_log_bytes.as_u64())?,
+        log_line_bytes: usize::try_from(args.guest_log_line_bytes.as_u64())?,
     })?;
     let guest = engine.load(args.guest.as_deref(), args.guest_config.clone())?;
     health.reached(Phase::Replaying);

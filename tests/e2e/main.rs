@@ -1,7 +1,7 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `client` and `operator` say what each kind of user gets; `components` and `unruly` what a bad guest can do;
+//! `client` and `operator` say what each kind of user gets; `components`, `unruly` and `hostile` what a bad guest can do;
 //! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
 mod admin;
@@ -10,6 +10,7 @@ mod client;
 mod components;
 mod crash;
 mod durability;
+mod hostile;
 mod limits;
 mod operator;
 mod rest;

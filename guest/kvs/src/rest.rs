@@ -132,7 +132,7 @@ fn write(
 
 fn not_stored(error: AppendError) -> Response {
     match error {
-        AppendError::Full => line(507, "the disk is full; nothing was stored"),
+        AppendError::Full => line(507, "no room is left, on disk or in memory; nothing was stored"),
         AppendError::Unavailable => {
             let mut response = line(503, "the log takes no writes at the moment; nothing was stored");
             response.headers.push(header("retry-after", "1"));
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn a_write_that_was_not_appended_changes_nothing() {
         for (error, status, text, retry_after) in [
-            (AppendError::Full, 507, "the disk is full; nothing was stored\n", None),
+            (AppendError::Full, 507, "no room is left, on disk or in memory; nothing was stored\n", None),
             (AppendError::Unavailable, 503, "the log takes no writes at the moment; nothing was stored\n", Some("1")),
             (AppendError::ReadOnly, 403, "writes are not allowed here; nothing was stored\n", None),
             (

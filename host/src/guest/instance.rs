@@ -11,11 +11,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
-use tracing::error;
+use tracing::{error, warn};
 use wasmtime::component::{HasSelf, Linker};
-use wasmtime::{Store, StoreLimits, StoreLimitsBuilder, Trap, WasmBacktrace};
+use wasmtime::{Store, Trap, WasmBacktrace};
 
 use super::engine::{Limits, epochs};
+use super::memory::Memory;
 use super::sandbox::Sandbox;
 use crate::contract::{
     self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Statistics, config, connection, http,
@@ -31,8 +32,8 @@ pub const OFFERED: [&str; 4] =
 const WANTED_HEADERS: usize = 64;
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
 const RESPONSE_HEADERS: usize = 256;
-/// Tables of function pointers; the default guest has 1 of under 100.
-const TABLE_ELEMENTS: usize = 100_000;
+/// What a guest hands over in one call beside a body: headers, keys, and what comes with them.
+const TRANSFER_BYTES: usize = 1 << 20;
 
 /// Headers that speak of the connection or the framing, which are the host's.
 const CONNECTION_HEADERS: [HeaderName; 7] = [
@@ -77,7 +78,9 @@ pub struct Instance {
 impl Instance {
     pub(super) fn new(exports: &ExportsPre<State>, limits: Limits, state: State) -> Result<Self> {
         let mut store = Store::new(exports.engine(), state);
-        store.limiter(|state| &mut state.limits);
+        store.limiter(|state| &mut state.memory);
+        // A response that is a little too large can still be looked at and refused, which costs less than a trap.
+        store.set_hostcall_fuel(2 * limits.response_bytes + TRANSFER_BYTES);
         store.set_epoch_deadline(epochs(limits.call));
         let mut told = |error| anyhow!(trapped(&error, limits));
         let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
@@ -105,7 +108,15 @@ impl Instance {
         let now = self.store.data_mut().now();
         self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
             exports.kvs_store_lifecycle().call_tick(store, now)
-        })
+        })?;
+        if self.store.data().memory.is_full() { self.count() } else { Ok(()) }
+    }
+
+    /// Sees how much of what the guest stored when it was full is gone.
+    fn count(&mut self) -> Result<(), Trapped> {
+        let stored = self.stats()?.bytes;
+        self.store.data_mut().memory.count(stored);
+        Ok(())
     }
 
     pub fn stats(&mut self) -> Result<Statistics, Trapped> {
@@ -130,15 +141,21 @@ impl Instance {
             principal: None,
             time,
         };
-        let call = Call { may_append: true, peer: Some(incoming.peer), appended: None };
+        let call = Call { may_append: true, peer: Some(incoming.peer), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
         let state = self.store.data();
-        let appended = state.call.appended;
+        let (appended, refused) = (state.call.appended, state.call.refused);
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
         let everything = state.log.appended();
         let rests_on = response.depends_on.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
-        let response = message(response).unwrap_or_else(|invalid| {
+        if refused && !state.memory.is_full() {
+            let (held, limit) = (state.memory.held(), self.limits.memory_bytes);
+            let guest = &self.description.name;
+            warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
+            self.count()?;
+        }
+        let response = message(response, self.limits.response_bytes).unwrap_or_else(|invalid| {
             error!(guest = self.description.name, "invalid response: {invalid:#}");
             let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
@@ -154,7 +171,6 @@ impl Instance {
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
         self.store.data_mut().call = call;
-        self.store.data_mut().sandbox.begin_call();
         self.store.set_epoch_deadline(epochs(self.limits.call));
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox.end_call();
@@ -174,8 +190,10 @@ fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
 }
 
 /// The contract's response as an HTTP message, if it is one.
-fn message(record: contract::Response) -> Result<Response<Bytes>> {
+fn message(record: contract::Response, most: usize) -> Result<Response<Bytes>> {
     ensure!((200..=599).contains(&record.status), "status {}", record.status);
+    let bytes = record.body.len();
+    ensure!(bytes <= most, "a body of {bytes} bytes, at most {most} are allowed");
     let count = record.headers.len();
     ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
     let mut response = Response::new(Bytes::from(record.body));
@@ -207,7 +225,8 @@ fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
 pub struct State {
     log: Arc<dyn TransactionLog>,
     config: Arc<[(String, String)]>,
-    limits: StoreLimits,
+    limits: Limits,
+    memory: Memory,
     sandbox: Sandbox,
     call: Call,
     /// The newest time the guest has seen, in milliseconds since 1970.
@@ -221,12 +240,16 @@ struct Call {
     peer: Option<SocketAddr>,
     /// The newest sequence it appended.
     appended: Option<u64>,
+    /// How often it asked to append.
+    appends: u32,
+    /// Whether an append was refused because the guest is near its limit of memory.
+    refused: bool,
 }
 
 impl State {
     pub(super) fn new(log: Arc<dyn TransactionLog>, config: Arc<[(String, String)]>, limits: Limits) -> Self {
-        let limits = StoreLimitsBuilder::new().memory_size(limits.memory_bytes).table_elements(TABLE_ELEMENTS).build();
-        Self { log, config, limits, sandbox: Sandbox::new(), call: Call::default(), time: 0 }
+        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
+        Self { log, config, limits, memory, sandbox, call: Call::default(), time: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
@@ -250,11 +273,29 @@ impl transaction_log::Host for State {
         if !self.call.may_append {
             return Err(AppendError::ReadOnly);
         }
+        self.call.appends += 1;
+        if self.call.appends > self.limits.appends {
+            return Err(AppendError::Unavailable);
+        }
+        // Before anything changed. What only deletes goes on, for that is how a guest gets out of it.
+        let taken_in = events.iter().filter_map(taken_in).sum();
+        if taken_in > 0 && !self.memory.takes(taken_in) {
+            self.call.refused = true;
+            return Err(AppendError::Full);
+        }
         let first = self.log.append(self.time, &events)?;
         if let Some(others) = events.len().checked_sub(1) {
             self.call.appended = Some(first + others as u64);
         }
         Ok(first)
+    }
+}
+
+/// What a guest is likely to keep of an event.
+fn taken_in(event: &Event) -> Option<u64> {
+    match event {
+        Event::Put(put) => Some((put.key.len() + put.value.len()).max(1) as u64),
+        Event::Delete(_) => None,
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod engine;
 mod instance;
+mod memory;
 mod sandbox;
 mod shard;
 

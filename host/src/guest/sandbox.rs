@@ -7,11 +7,13 @@
 //!
 //! Owns: output lines and handles. Must never know: the log, requests, the real environment.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
+
+use super::engine::Limits;
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -56,10 +58,8 @@ pub const OFFERED: [&str; 18] = [
 
 /// Handles a guest may hold at once. Each costs the host a few dozen bytes.
 const HANDLES: usize = 1_000;
-/// Bytes of output that one call may turn into log lines; the rest of that call's is dropped, and that is said.
-const OUTPUT_BYTES_PER_CALL: usize = 16 << 10;
-/// A longer line is cut into lines of this many bytes.
-const LINE_BYTES: usize = 2 << 10;
+/// Output is limited in spans of this length; what is too much in one is dropped, and that is said.
+const SPAN: Duration = Duration::from_secs(1);
 /// What one `write` may carry; the guest asks before it writes.
 const WRITE_BYTES: u64 = 4 << 10;
 /// Random bytes given in one call.
@@ -68,7 +68,10 @@ const RANDOM_BYTES: u64 = 64 << 10;
 pub struct Sandbox {
     guest: String,
     handles: ResourceTable,
+    limits: Limits,
     line: Vec<u8>,
+    /// When the span in progress began, and the bytes that may still become lines in it.
+    span: Instant,
     output_left: usize,
     started: Instant,
 }
@@ -86,26 +89,16 @@ pub struct Pollable {
 }
 
 impl Sandbox {
-    pub fn new() -> Self {
+    pub fn new(limits: Limits) -> Self {
         let mut handles = ResourceTable::new();
         handles.set_max_capacity(HANDLES);
-        Self {
-            guest: String::new(),
-            handles,
-            line: Vec::new(),
-            output_left: OUTPUT_BYTES_PER_CALL,
-            started: Instant::now(),
-        }
+        let (guest, line, now) = (String::new(), Vec::new(), Instant::now());
+        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, started: now }
     }
 
     /// The name that the guest's lines carry.
     pub fn set_name(&mut self, guest: &str) {
         self.guest = guest.to_owned();
-    }
-
-    /// A new call begins, with a fresh allowance of output.
-    pub fn begin_call(&mut self) {
-        self.output_left = OUTPUT_BYTES_PER_CALL;
     }
 
     /// The call is over: an unfinished line is one now.
@@ -116,6 +109,9 @@ impl Sandbox {
     }
 
     fn print(&mut self, bytes: &[u8]) {
+        if self.span.elapsed() >= SPAN {
+            (self.span, self.output_left) = (Instant::now(), self.limits.log_bytes);
+        }
         if self.output_left == 0 {
             return;
         }
@@ -126,7 +122,7 @@ impl Sandbox {
                 b'\n' => self.end_line(),
                 _ => {
                     self.line.push(byte);
-                    if self.line.len() == LINE_BYTES {
+                    if self.line.len() == self.limits.log_line_bytes {
                         self.end_line();
                     }
                 }
@@ -135,7 +131,7 @@ impl Sandbox {
         if !dropped.is_empty() {
             self.output_left = 0;
             self.end_call();
-            warn!(guest = self.guest, "output beyond {OUTPUT_BYTES_PER_CALL} bytes in one call is dropped");
+            warn!(guest = self.guest, "output beyond {} bytes in {SPAN:?} is dropped", self.limits.log_bytes);
         }
     }
 
@@ -301,12 +297,13 @@ impl io::streams::HostOutputStream for Sandbox {
         Ok(Ok(WRITE_BYTES))
     }
     fn write(&mut self, _: Resource<Output>, contents: Vec<u8>) -> Streamed<()> {
+        let len = contents.len();
+        ensure!(len as u64 <= WRITE_BYTES, "a write of {len} bytes, when {WRITE_BYTES} were allowed");
         self.print(&contents);
         Ok(Ok(()))
     }
-    fn blocking_write_and_flush(&mut self, _: Resource<Output>, contents: Vec<u8>) -> Streamed<()> {
-        self.print(&contents);
-        Ok(Ok(()))
+    fn blocking_write_and_flush(&mut self, handle: Resource<Output>, contents: Vec<u8>) -> Streamed<()> {
+        self.write(handle, contents)
     }
     fn flush(&mut self, _: Resource<Output>) -> Streamed<()> {
         Ok(Ok(()))

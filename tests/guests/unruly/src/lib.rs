@@ -3,6 +3,8 @@
 //! What goes wrong is chosen by the path of a request, or for calls that are not requests by the setting `fault`
 //! (`--guest-config fault=…`). It also keeps a small store, so that tests can see what survived.
 
+mod lies;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -19,7 +21,16 @@ use wasi::config::store as config;
 
 wit_bindgen::generate!({
     path: "../../../wit",
-    world: "store",
+    // Calls the sandbox by its own names too, where the standard library behaves.
+    inline: "
+        package kvs:unruly;
+        world unruly {
+            include kvs:store/store@0.1.0;
+            import wasi:cli/stdout@0.2.12;
+            import wasi:random/random@0.2.12;
+        }
+    ",
+    world: "kvs:unruly/unruly",
     generate_all,
 });
 
@@ -130,6 +141,11 @@ fn answer(state: &mut State, request: Request) -> Response {
             None => text(404, "nothing there"),
         },
         (_, "append-too-much") => text(200, format!("{:?}", append(&[put("large", vec![0; 2 << 20])]))),
+        (_, "append-often") => {
+            let asked: usize = rest.parse().expect("a number");
+            let taken = (0..asked).take_while(|_| append(&[put("often", Vec::new())]).is_ok()).count();
+            text(200, taken)
+        }
         (_, "append-nothing") => text(200, format!("{:?}", append(&[]))),
 
         // What it knows.
@@ -149,6 +165,13 @@ fn answer(state: &mut State, request: Request) -> Response {
         // What it says.
         (_, "print") => {
             println!("{rest}");
+            text(200, "printed")
+        }
+        (_, "print-for-ever") => loop {
+            println!("a guest that does not stop talking");
+        },
+        (_, "print-at-once") => {
+            wasi::cli::stdout::get_stdout().write(&vec![b'x'; 1 << 20]).expect("trapped before");
             text(200, "printed")
         }
         (_, "print-controls") => {
@@ -178,7 +201,17 @@ fn answer(state: &mut State, request: Request) -> Response {
             text(200, "slept")
         }
 
-        // Responses that are not HTTP.
+        (_, "hold-handles") => loop {
+            std::mem::forget(wasi::cli::stdout::get_stdout());
+        },
+        (_, "ask-for-randomness") => {
+            text(200, wasi::random::random::get_random_bytes(rest.parse().expect("a number")).len())
+        }
+        (_, "lie") => lies::tell(rest),
+
+        // Responses that are not HTTP, or not true.
+        (_, "body") => Response { body: vec![b'x'; rest.parse().expect("a number")], ..text(200, "") },
+        (_, "rests-on") => Response { depends_on: rest.parse().ok(), ..text(200, "so it says") },
         (_, "status") => text(rest.parse().expect("a number"), ""),
         (_, "header") => with_header(rest, "x"),
         (_, "header-value") => with_header("x", "a\r\nset-cookie: b"),
@@ -232,6 +265,15 @@ fn fall_over() -> ! {
 fn dawdle(time: Duration) {
     let begun = Instant::now();
     while begun.elapsed() < time {}
+}
+
+/// Runs when the component is instantiated, before anything is asked of it.
+#[cfg(target_arch = "wasm32")]
+#[unsafe(export_name = "_initialize")]
+extern "C" fn start() {
+    if fault() == "start-loops" {
+        circle()
+    }
 }
 
 #[inline(never)]

@@ -1,0 +1,211 @@
+//! Guests that mean harm, each in its own way: none ends the host, takes more of the machine than it may, keeps other
+//! clients from being served, or leaves anything in the log but what was appended.
+//!
+//! The guest is `tests/guests/unruly`, as in `unruly`, which shows what each failure tells the operator. Here the same is
+//! demanded after every one of them.
+
+use std::collections::BTreeMap;
+
+use crate::server::{Server, serve_refused};
+use crate::unruly::{get, guest, peak};
+use crate::wire::Connection;
+
+/// What the host itself may need beside the guest's memory: KiB.
+const BOUND: u64 = 100 << 10;
+/// The guest's memory in these tests: MiB.
+const MEMORY: u64 = 64;
+
+/// Does harm, and then demands everything that must hold after it.
+#[track_caller]
+fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
+    let server = Server::start(&[&[guest(), "--guest-memory-bytes", "64MiB"], args].concat());
+    let before = peak(&server);
+    let mut model = BTreeMap::new();
+    let mut put = |client: &mut Connection, key: &str| {
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201, "{harm}: {key}");
+        model.insert(key.to_owned(), key.as_bytes().to_vec());
+    };
+    let mut client = Connection::open(server.address());
+    put(&mut client, "before");
+    for round in 0..3 {
+        let got = Connection::open(server.address()).ask(method, path, b"harm");
+        assert_eq!(got.status, status, "{harm}: {}", String::from_utf8_lossy(&got.body[..got.body.len().min(200)]));
+        // Others, on connections that were there before, and on new ones.
+        put(&mut client, &format!("after {round}").replace(' ', "-"));
+        put(&mut Connection::open(server.address()), &format!("new-{round}"));
+    }
+    let grown = peak(&server) - before;
+    assert!(grown < (MEMORY << 10) + BOUND, "{harm}: the host grew by {grown} KiB");
+
+    let others = ["harm", "often"];
+    let server = server.terminate().restart(&[]);
+    let mut client = Connection::open(server.address());
+    for (key, value) in &model {
+        let got = client.ask("GET", &format!("/v1/{key}"), b"");
+        assert_eq!((got.status, &got.body), (200, value), "{harm}: {key}");
+    }
+    let extra = others.iter().filter(|key| client.ask("GET", &format!("/v1/{key}"), b"").status == 200).count();
+    let line = server.says("serving on");
+    let keys = format!("keys={}", model.len() + extra);
+    assert!(line.contains(&keys), "{harm}: the log holds more than was appended, {keys} were expected: {line}");
+}
+
+#[test]
+fn traps_and_ends_of_the_program() {
+    survives("a trap before append", &[], "GET", "/trap", 500);
+    survives("a trap after append", &[], "PUT", "/store-and-trap/harm", 500);
+    survives("a panic", &[], "GET", "/panic", 500);
+    survives("an exit", &[], "GET", "/exit", 500);
+    survives("a sleep", &[], "GET", "/sleep", 500);
+}
+
+#[test]
+fn what_has_no_end() {
+    let hasty = ["--guest-call-timeout", "200ms"];
+    survives("an endless loop", &hasty, "GET", "/loop", 500);
+    survives("an endless recursion", &[], "GET", "/recurse", 500);
+    survives("endless growth", &[], "GET", "/grow", 500);
+    survives("endless output", &hasty, "GET", "/print-for-ever", 500);
+    survives("a flood of handles", &[], "GET", "/hold-handles", 500);
+}
+
+#[test]
+fn responses_that_are_none() {
+    survives("a status that is none", &[], "GET", "/status/9", 500);
+    survives("a header that is none", &[], "GET", "/header/in(valid)", 500);
+    survives("more headers than HTTP has", &[], "GET", "/many-headers/40000", 500);
+    survives("an answer that rests on the future", &[], "GET", "/rests-on/18446744073709551615", 200);
+    survives("an answer that rests on nothing", &[], "PUT", "/store-early/harm", 201);
+}
+
+#[test]
+fn lengths_beyond_all_memory_and_text_that_is_none() {
+    for lie in ["body", "headers", "header-name", "append-value", "append-metadata", "append-key"] {
+        survives(lie, &[], "GET", &format!("/lie/{lie}"), 500);
+    }
+}
+
+#[test]
+fn more_than_is_given_at_once() {
+    survives("a large write to stdout", &[], "GET", "/print-at-once", 500);
+    survives("much randomness", &[], "GET", "/ask-for-randomness/4000000000", 500);
+    survives("a group that is too large", &[], "GET", "/append-too-much", 200);
+    survives("many appends", &["--guest-appends", "1000000"], "GET", "/append-often/200000", 200);
+}
+
+#[test]
+fn a_response_that_is_too_large_is_500_and_the_instance_is_kept() {
+    let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(get(&mut client, "/body/1048576").body.len(), 1 << 20);
+    assert_eq!(get(&mut client, "/body/1048577").text(), "the store gave an invalid response\n");
+    assert_eq!(get(&mut client, "/handled").text(), "3", "the instance was not kept");
+    let line = server.says("invalid response");
+    assert!(line.contains("a body of 1048577 bytes, at most 1048576 are allowed"), "{line}");
+}
+
+#[test]
+fn a_response_that_is_much_too_large_is_never_copied() {
+    let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
+    let mut client = Connection::open(server.address());
+    let before = peak(&server);
+    get(&mut client, "/body/300000000").says(500, "the store failed on this request");
+    let grown = peak(&server) - before;
+    assert!(grown < 350 << 10, "300 MB in the guest cost the host {grown} KiB");
+    server.says("the guest trapped");
+    assert_eq!(get(&mut client, "/body/1000").body.len(), 1000);
+}
+
+#[test]
+fn a_value_that_may_come_in_may_go_out() {
+    let server = Server::start(&["--max-value-bytes", "2MiB", "--max-response-bytes", "1MiB"]);
+    let mut client = Connection::open(server.address());
+    let value = vec![b'x'; 2 << 20];
+    assert_eq!(client.ask("PUT", "/v1/a", &value).status, 201);
+    assert!(client.ask("GET", "/v1/a", b"").body == value);
+}
+
+#[test]
+fn a_call_appends_so_often_and_no_more() {
+    let server = Server::start(&[guest(), "--guest-appends", "10"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(get(&mut client, "/append-often/11").text(), "10");
+    assert_eq!(get(&mut client, "/append-often/5").text(), "5", "the next call has its own");
+}
+
+#[test]
+fn a_flood_of_lines_over_many_calls_is_cut_short() {
+    let server = Server::start(&[guest(), "--guest-log-bytes", "1KiB", "--guest-log-line-bytes", "100"]);
+    let mut client = Connection::open(server.address());
+    let long = "y".repeat(250);
+    get(&mut client, &format!("/print/{long}"));
+    server.says(&"y".repeat(50));
+    let begun = std::time::Instant::now();
+    for _ in 0..200 {
+        get(&mut client, "/print/a-line-of-thirty-characters-or-so");
+    }
+    let seconds = begun.elapsed().as_secs() as usize + 2;
+    // A line that comes after all of them, in a second of its own.
+    let said = (0..100_000).any(|n| {
+        get(&mut client, &format!("/print/last-{n}"));
+        server.stderr().iter().any(|line| line.contains("last-"))
+    });
+    assert!(said, "it never speaks again");
+    let lines = server.stderr();
+    assert!(lines.iter().filter(|line| line.contains("a-line-of-thirty")).count() <= 30 * seconds);
+    assert!(lines.iter().any(|line| line.contains("output beyond 1024 bytes in 1s is dropped")));
+    let longest = lines.iter().flat_map(|line| line.split(' ')).map(|word| word.matches('y').count()).max();
+    assert_eq!(longest, Some(100), "a line is not cut where it should be");
+}
+
+#[test]
+fn a_guest_that_never_starts() {
+    let args = [guest(), "--guest-config", "fault=start-loops", "--guest-call-timeout", "100ms"];
+    serve_refused(&args).with(1, &["the guest does not start", "longer than 100ms", "circle"]);
+}
+
+#[test]
+fn a_guest_that_is_made_of_too_much() {
+    serve_refused(&["--guest-table-elements", "2"]).with(1, &["the guest does not start", "table"]);
+    serve_refused(&["--guest-instances", "1"]).with(1, &["the guest does not start", "instance"]);
+}
+
+#[test]
+fn a_guest_near_its_limit_of_memory_refuses_writes_and_goes_on_reading() {
+    let args = ["--guest-memory-bytes", "12MiB", "--request-timeout", "30s"];
+    let server = Server::start(&args);
+    let mut client = Connection::open(server.address());
+    let value = vec![b'x'; 100 << 10];
+    let path = |n: usize| format!("/v1/{n}");
+    let stored = (0..1_000).find(|&n| match client.ask("PUT", &path(n), &value).status {
+        201 => false,
+        507 => true,
+        status => panic!("{status} after {n} values"),
+    });
+    let stored = stored.expect("12 MiB hold no 100 MB");
+    assert!(stored > 40, "refused after {stored} values of 100 KiB");
+    server.says("until keys are deleted, writes are refused");
+
+    // However often it is tried, nothing traps.
+    for n in 0..20 {
+        client.ask("PUT", &path(stored), &vec![b'y'; 1 << 20]).says(507, FULL);
+        assert!(client.ask("GET", &path(n % stored), b"").body == value);
+    }
+    client.ask("GET", &path(stored), b"").says(404, "no such key");
+
+    // The same after a restart, and then what is deleted makes room.
+    let server = server.terminate().restart(&args);
+    let mut client = Connection::open(server.address());
+    assert!((0..stored).all(|n| client.ask("GET", &path(n), b"").body == value));
+    let more = (stored..1_000).find(|&n| client.ask("PUT", &path(n), &value).status == 507).expect("still 12 MiB");
+    for n in 0..20 {
+        assert_eq!(client.ask("DELETE", &path(n), b"").status, 200);
+    }
+    let again = (0..1_000_000).any(|_| client.ask("PUT", &path(more), &value).status == 201);
+    assert!(again, "2 MB were deleted, and nothing is taken");
+    assert!(client.ask("GET", &path(more), b"").body == value);
+    assert!(!server.stderr().iter().any(|line| line.contains("trapped")), "{:?}", server.stderr());
+    server.terminate();
+}
+
+const FULL: &str = "no room is left, on disk or in memory; nothing was stored";
