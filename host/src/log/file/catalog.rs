@@ -4,8 +4,7 @@
 //! several, and readers, which must see neither half done.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
@@ -13,9 +12,6 @@ use super::Home;
 use super::disk::{Disk, File};
 use super::scan::{Scan, Stop};
 use super::segment::{Compacted, HEAD_BYTES, Numbers};
-
-/// How long compaction waits for readers to finish.
-const READER_WAIT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
@@ -68,13 +64,13 @@ impl Segment {
 }
 
 pub struct Catalog {
-    state: Mutex<State>,
-    /// A reader is done.
-    left: Condvar,
+    /// The writer takes this at every commit, so it is never held while the disk works.
+    segments: Mutex<Vec<Segment>>,
+    /// Held while a file is opened or gets its name, so that each name means one file to a reader. Taken first.
+    names: Mutex<Names>,
 }
 
-struct State {
-    segments: Vec<Segment>,
+struct Names {
     /// How often compaction has put new segments in the place of old ones.
     swaps: u64,
     readers: usize,
@@ -87,103 +83,109 @@ pub struct Reader<'a> {
 
 impl Drop for Reader<'_> {
     fn drop(&mut self) {
-        self.catalog.lock().readers -= 1;
-        self.catalog.left.notify_all();
+        self.catalog.names().readers -= 1;
     }
 }
 
 impl Catalog {
     pub fn new(segments: Vec<Segment>) -> Self {
-        Self { state: Mutex::new(State { segments, swaps: 0, readers: 0 }), left: Condvar::new() }
+        Self { segments: Mutex::new(segments), names: Mutex::new(Names { swaps: 0, readers: 0 }) }
     }
 
     /// Begins to read what comes after a sequence. The error is the newest sequence that is forgotten, when that is
     /// newer: who knows the log up to `after` cannot learn from it what has happened since.
     pub fn reader(&self, after: u64) -> Result<Reader<'_>, u64> {
-        let mut state = self.lock();
-        let forgotten = state.segments.iter().map(|segment| segment.forgotten).max().unwrap_or(0);
+        let mut names = self.names();
+        let forgotten = self.segments().iter().map(|segment| segment.forgotten).max().unwrap_or(0);
         if after > 0 && after < forgotten {
             return Err(forgotten);
         }
-        state.readers += 1;
+        names.readers += 1;
         Ok(Reader { catalog: self })
+    }
+
+    /// Whether somebody reads now.
+    pub fn is_read(&self) -> bool {
+        self.names().readers > 0
     }
 
     /// The segments that are not written any more. All that is in them is durable.
     pub fn sealed(&self) -> Vec<Segment> {
-        let state = self.lock();
-        state.segments.split_last().map_or(Vec::new(), |(_, sealed)| sealed.to_vec())
+        self.segments().split_last().map_or(Vec::new(), |(_, sealed)| sealed.to_vec())
     }
 
     pub fn all(&self) -> Vec<Segment> {
-        self.lock().segments.clone()
+        self.segments().clone()
     }
 
     /// Bytes of frames, where known.
     pub fn bytes(&self) -> u64 {
-        self.lock().segments.iter().map(|segment| segment.end.unwrap_or(0)).sum()
+        self.segments().iter().map(|segment| segment.end.unwrap_or(0)).sum()
     }
 
     /// Notes where a segment was found to end.
     pub fn set_end(&self, numbers: Numbers, end: u64) {
-        let mut state = self.lock();
-        if let Some(segment) = state.segments.iter_mut().find(|segment| segment.numbers == numbers) {
+        if let Some(segment) = self.segments().iter_mut().find(|segment| segment.numbers == numbers) {
             segment.end = Some(end);
         }
     }
 
-    /// Puts a compacted segment in the place of those it stands for, which come back, with a rename that happens in the
-    /// same moment: no reader may find the new file under an old segment's name.
+    /// Puts a compacted segment in the place of those it stands for, which come back, with a rename that to readers
+    /// happens in the same moment: none may find the new file under an old segment's name.
     ///
-    /// `alone` says that it must happen while nobody reads. None when somebody did for so long that nothing was done.
+    /// `alone` says that it must happen while nobody reads. None when somebody does, and nothing was done.
     pub fn replace(
         &self,
         segment: Segment,
         alone: bool,
         rename: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<Option<Vec<Segment>>> {
-        let mut state = self.lock();
-        if alone {
-            let waited = self.left.wait_timeout_while(state, READER_WAIT, |state| state.readers > 0);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if state.readers > 0 {
-                return Ok(None);
-            }
+        let mut names = self.names();
+        if alone && names.readers > 0 {
+            return Ok(None);
         }
         rename()?;
-        let begin = state.segments.partition_point(|old| old.numbers.first < segment.numbers.first);
-        let end = state.segments.partition_point(|old| old.numbers.last <= segment.numbers.last);
-        state.swaps += 1;
-        Ok(Some(state.segments.splice(begin..end, [segment]).collect()))
+        let mut segments = self.segments();
+        let begin = segments.partition_point(|old| old.numbers.first < segment.numbers.first);
+        let end = segments.partition_point(|old| old.numbers.last <= segment.numbers.last);
+        names.swaps += 1;
+        Ok(Some(segments.splice(begin..end, [segment]).collect()))
     }
 
     /// The newest segment was written to.
     pub fn extend(&self, end: u64, last: u64, chain: u32) {
-        if let Some(segment) = self.lock().segments.last_mut() {
+        if let Some(segment) = self.segments().last_mut() {
             (segment.end, segment.last, segment.after, segment.tip) = (Some(end), last, chain, chain);
         }
     }
 
     pub fn push(&self, segment: Segment) {
-        self.lock().segments.push(segment);
+        self.segments().push(segment);
     }
 
     pub fn swaps(&self) -> u64 {
-        self.lock().swaps
+        self.names().swaps
     }
 
-    /// The segment with the first entry after a sequence, opened. It is opened under the lock, so that it cannot be
+    /// The segment with the first entry after a sequence, opened. It is opened under a lock, so that it cannot be
     /// removed in between; once open it can be read to its end even when it was.
     pub fn open_after(&self, sequence: u64, disk: &dyn Disk) -> io::Result<Option<(Segment, Arc<dyn File>)>> {
-        let state = self.lock();
-        let at = state.segments.partition_point(|segment| segment.last <= sequence);
-        let Some(segment) = state.segments.get(at) else { return Ok(None) };
+        let _names = self.names();
+        let segments = self.segments();
+        let at = segments.partition_point(|segment| segment.last <= sequence);
+        let Some(segment) = segments.get(at).cloned() else { return Ok(None) };
+        drop(segments);
         let file = disk.open(&segment.numbers.file_name())?;
-        Ok(Some((segment.clone(), file)))
+        Ok(Some((segment, file)))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is whole at every step.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    // Every change under these locks is whole at every step.
+
+    fn segments(&self) -> MutexGuard<'_, Vec<Segment>> {
+        self.segments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn names(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -62,9 +62,10 @@ pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut P
     }
     for group in plan {
         let shares = &garbage.shares[group.clone()];
-        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void, forget: true };
+        // Readers are in the way of forgetting, and of nothing else.
+        let forget = !shared.catalog.is_read();
+        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void, forget };
         let saved = match rewrite.run(shares, pause)? {
-            // Readers are in the way of forgetting, and of nothing else.
             None => Rewrite { forget: false, ..rewrite }.run(shares, pause)?,
             saved => saved,
         };
@@ -97,7 +98,8 @@ fn plan(
         let bytes = bytes.max(garbage.shares[group.clone()].iter().map(|share| share.bytes).sum());
         let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
         let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
-        some && saved * 100 >= bytes * effort.worth_percent
+        // Many small frames take more than one large one with the same entries.
+        (some || saved * 4 >= bytes) && saved * 100 >= bytes * effort.worth_percent
     };
     groups.into_iter().filter(worth).map(|(group, _)| group).collect()
 }
@@ -155,7 +157,7 @@ impl Rewrite<'_> {
             let (first, last, before, after) = (oldest.first, newest.last, oldest.before, newest.after);
             let compacted = Compacted { first, last, before, after, tip, end, forgotten };
             output.file.write_at(&Head { log: shared.log, numbers, compacted: Some(compacted) }.encode(), 0)?;
-            output.file.sync()?;
+            output.sync()?;
             Ok((compacted, old_bytes.saturating_sub(end)))
         });
         let (compacted, saved) = written.inspect_err(|_| drop(disk.remove(&temporary)))?;
@@ -166,11 +168,11 @@ impl Rewrite<'_> {
             disk.remove(&temporary)?;
             return Ok(None);
         };
-        disk.sync()?;
+        disk.sync().map_err(SyncFailed)?;
         for old in old.iter().filter(|old| old.numbers != numbers) {
             disk.remove(&old.numbers.file_name())?;
         }
-        disk.sync()?;
+        disk.sync().map_err(SyncFailed)?;
         Ok(Some(saved))
     }
 }
@@ -191,7 +193,7 @@ impl<'a> Output<'a> {
         Self { shared, file, frame: None, buffer: Vec::new(), end: HEAD_BYTES, chain, durable }
     }
 
-    fn push(&mut self, sequence: u64, encoded: &[u8]) -> io::Result<()> {
+    fn push(&mut self, sequence: u64, encoded: &[u8]) -> anyhow::Result<()> {
         let offset = |frame: &Builder| u32::try_from(sequence - frame.first).ok();
         let fits = |frame: &Builder| frame.len() + encoded.len() <= FRAME_BYTES && offset(frame).is_some();
         if self.frame.as_ref().is_some_and(|frame| !fits(frame)) {
@@ -205,17 +207,23 @@ impl<'a> Output<'a> {
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    /// Synced one by one: a commit that comes meanwhile waits for the disk behind one frame, not behind a whole segment.
+    fn flush(&mut self) -> anyhow::Result<()> {
         let Some(mut frame) = self.frame.take() else { return Ok(()) };
         self.chain = frame.seal(self.shared.log, self.durable, self.chain);
         self.file.write_at(frame.bytes(), self.end)?;
         self.end += frame.bytes().len() as u64;
         self.buffer = frame.into_buffer();
-        Ok(())
+        self.sync()
+    }
+
+    /// A file without a name is given up when there was no room for it; nothing was promised of it.
+    fn sync(&self) -> anyhow::Result<()> {
+        self.file.sync().map_err(|error| if is_full(&error) { error.into() } else { SyncFailed(error).into() })
     }
 }
 
-/// Whether a run stopped for want of space, which is no reason to stop for good.
-pub fn for_want_of_space(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(is_full)
-}
+/// Nothing on this disk is certain any more: the log must fail with it.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct SyncFailed(io::Error);

@@ -8,7 +8,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::compact::{self, Effort, Outcome, for_want_of_space};
+use super::compact::{self, Effort, Outcome, SyncFailed};
 use super::garbage::{GRACE_MS, KEYS};
 use super::{Damage, Shared};
 
@@ -20,8 +20,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const REST: u32 = 3;
 /// At most at once, so that a stop is not kept waiting.
 const LONGEST_REST: Duration = Duration::from_millis(100);
-/// A disk that is full is left alone for this long.
-const FULL: Duration = Duration::from_secs(5);
+/// After a failure it waits this long, then twice as long, up to the longest: a full disk for instance.
+const AGAIN: Duration = Duration::from_secs(5);
+const LONGEST_AGAIN: Duration = Duration::from_secs(320);
 const WORTH_PERCENT: u64 = 25;
 
 #[derive(Default)]
@@ -93,6 +94,7 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
     // What a log holds when it is opened is not known: the first run finds out, without haste.
     let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), floor: 0 };
     let mut known = shared.catalog.sealed().is_empty().then_some(nothing);
+    let mut again = AGAIN;
     while !shared.compactor.wait_for_work() {
         let deletes = shared.queue.deletes();
         let sealed = shared.catalog.sealed();
@@ -114,20 +116,23 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
                 let left = size.saturating_sub(saved);
                 let floor = (left + left / 8).saturating_sub(needed + needed / 2);
                 known = Some(Known { needed, mean, expiring, deletes, at: Instant::now(), floor });
+                again = AGAIN;
             }
             Err(error) if error.is::<Stopped>() => return Ok(()),
-            Err(error) if for_want_of_space(&error) => {
-                tracing::warn!("no room to compact the log: {error:#}");
-                if shared.compactor.rest(FULL) {
-                    return Ok(());
-                }
-            }
+            Err(error) if error.is::<SyncFailed>() => return Err(error),
             // The store goes on with what it has in memory; what is on disk is left as it is for whoever repairs it.
             Err(error) if error.is::<Damage>() => {
                 tracing::error!("the log is not compacted any more: {error:#}");
                 return Ok(());
             }
-            Err(error) => return Err(error),
+            // The log is as it was, only larger than need be.
+            Err(error) => {
+                tracing::warn!("the log could not be compacted, next try in {again:.0?}: {error:#}");
+                if shared.compactor.rest(again) {
+                    return Ok(());
+                }
+                again = (2 * again).min(LONGEST_AGAIN);
+            }
         }
     }
     Ok(())

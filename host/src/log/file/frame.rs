@@ -48,6 +48,10 @@ impl Head {
     }
 
     pub fn accepts(&self, body: &[u8]) -> bool {
+        #[cfg(test)]
+        if super::tests::mutants::is(super::tests::mutants::Mutant::NoChecksum) {
+            return true;
+        }
         body.len() == self.length as usize && crc32c::crc32c(body) == self.body_checksum
     }
 

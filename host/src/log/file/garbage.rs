@@ -205,7 +205,7 @@ fn hash(hasher: &SipHasher13, key: &str) -> (u64, u64) {
     (hash.h1, hash.h2)
 }
 
-/// Goes over the entries of a sealed segment; returns where it ends. Whatever keeps it from reading is damage.
+/// Goes over the entries of a sealed segment; returns where it ends.
 pub fn walk(
     shared: &Shared,
     segment: &Segment,
@@ -214,11 +214,9 @@ pub fn walk(
 ) -> anyhow::Result<u64> {
     let Shared { home, log, .. } = shared;
     let name = segment.numbers.file_name();
-    let unreadable = |error: std::io::Error| home.damage(&name, 0, format!("it cannot be read: {error}"));
-    let file = home.disk.open(&name).map_err(unreadable)?;
-    let mut scan = segment.scan(file, *log).map_err(unreadable)?;
+    let mut scan = segment.scan(home.disk.open(&name)?, *log)?;
     let mut from = scan.offset();
-    while scan.advance().map_err(unreadable)? {
+    while scan.advance()? {
         for frame in scan.frames() {
             for entry in frame.entries() {
                 each(entry.ok_or_else(|| home.damage(&name, frame.offset, "a frame holds what is not an entry"))?);

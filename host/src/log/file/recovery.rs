@@ -74,7 +74,7 @@ pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
         return Err(home.damage(name, end, what));
     }
     if let Some((at, torn)) = tear {
-        tail::cut(home, &found[at], torn, last)?;
+        tail::cut(home, &found[at], torn, last, chain)?;
     }
 
     // The writer goes on where the last frame or the tear is. What is after that was made ahead.
@@ -108,14 +108,14 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
     let mut found = Vec::new();
     let mut strangers = Vec::new();
     for name in home.disk.list()? {
-        if name.ends_with(".tmp") {
+        if name.strip_suffix(".tmp").is_some_and(is_ours) {
             // Begun and not finished; nothing rests on it.
             home.disk.remove(&name)?;
         } else if let Some(numbers) = Numbers::parse(&name) {
             found.push(open(home, name, numbers)?);
         } else if name.ends_with(".seg") {
             bail!("{} is not a segment of a log; move it away", home.path(&name).display());
-        } else if name != mark::NAME && !name.ends_with(tail::COPY_SUFFIX) {
+        } else if !is_ours(&name) {
             strangers.push(name);
         }
     }
@@ -128,7 +128,7 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
     }
     // Where two begin with the same number, the one that stands for more comes first.
     found.sort_by_key(|segment| (segment.numbers.first, std::cmp::Reverse(segment.numbers.last)));
-    let mut kept: Vec<Found> = Vec::new();
+    let (mut kept, mut replaced) = (Vec::<Found>::new(), Vec::new());
     for segment in found {
         let previous = kept.last();
         if let Some(other) = previous.filter(|previous| previous.log != segment.log) {
@@ -139,8 +139,7 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
             );
         }
         if previous.is_some_and(|previous| previous.numbers.contains(segment.numbers)) {
-            // Compaction had put one file in its place and was stopped before it removed this one.
-            home.disk.remove(&segment.name)?;
+            replaced.push(segment);
             continue;
         }
         let expected = previous.map_or(1, |previous| previous.numbers.last + 1);
@@ -150,7 +149,31 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
         }
         kept.push(segment);
     }
+    remove_replaced(home, &kept, &replaced)?;
     Ok(kept)
+}
+
+/// A name that the log gives to a file, before or after it is whole.
+fn is_ours(name: &str) -> bool {
+    Numbers::parse(name).is_some() || name == mark::NAME || name.ends_with(tail::COPY_SUFFIX)
+}
+
+/// Removes the segments in whose place compaction had put one file when it was stopped: once that file was read to its
+/// end, and its name is durable.
+fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::Result<()> {
+    for new in kept.iter().filter(|new| replaced.iter().any(|old| new.numbers.contains(old.numbers))) {
+        let Some(compacted) = &new.compacted else {
+            return Err(home.damage(&new.name, 0, "it stands for other segments and is not compacted"));
+        };
+        let segment = Segment::compacted(new.numbers, compacted);
+        let mut scan = segment.scan(new.file.clone(), new.log)?;
+        while scan.advance()? {}
+        segment.ended(home, &scan)?;
+    }
+    if !replaced.is_empty() {
+        home.disk.sync()?;
+    }
+    replaced.iter().try_for_each(|old| Ok(home.disk.remove(&old.name)?))
 }
 
 pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found> {

@@ -139,7 +139,7 @@ impl Scan {
 
 /// The end of the last byte in `from..size` that is not zero; None when all are.
 pub fn written_end(file: &dyn File, from: u64, size: u64) -> io::Result<Option<u64>> {
-    let mut buffer = vec![0; CHUNK_BYTES];
+    let mut buffer = vec![0; size.saturating_sub(from).min(CHUNK_BYTES as u64) as usize];
     let (mut at, mut end) = (from, None);
     while at < size {
         let chunk = &mut buffer[..(size - at).min(CHUNK_BYTES as u64) as usize];

@@ -68,6 +68,16 @@ impl Spares {
         self.changed.notify_all();
     }
 
+    /// Waits as long as something holds, or for a time; false when it is to stop.
+    fn wait(&self, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
+        let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
+        let state = match time {
+            None => self.changed.wait_while(state, holds).unwrap_or_else(PoisonError::into_inner),
+            Some(time) => self.changed.wait_timeout_while(state, time, holds).unwrap_or_else(PoisonError::into_inner).0,
+        };
+        !state.stopped
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -76,43 +86,47 @@ impl Spares {
 /// The thread that keeps one spare ready until it is stopped.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
     let spares = &shared.spares;
-    let mut state = spares.lock();
-    while !state.stopped {
-        if !state.ready.is_empty() {
-            state = spares.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            continue;
-        }
-        let number = state.next;
-        drop(state);
-        let made = make(&*shared.home.disk, shared.log, number, shared.segment_bytes);
-        state = spares.lock();
-        let full = match made {
-            Ok(file) => {
-                state.next += 1;
-                state.ready.push_back(Spare { number, file, size: shared.segment_bytes });
-                None
-            }
-            // Not the end: nothing was promised yet, and there may be room again.
-            Err(error) if is_full(&error) => Some(error),
-            // A disk that fails is not trusted with what comes next.
-            Err(error) => return Err(error.into()),
-        };
-        match &full {
-            Some(error) if !state.full => {
-                tracing::warn!("no room for the next segment of the log, writes will be refused: {error}");
-            }
-            None if state.full => tracing::info!("there is room for the log again"),
-            _ => {}
-        }
-        state.full = full.is_some();
-        shared.queue.set_full(state.full);
-        spares.changed.notify_all();
-        if state.full {
-            let waited = spares.changed.wait_timeout_while(state, RETRY, |state| !state.stopped);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+    while spares.wait(None, |state| !state.ready.is_empty()) {
+        if !fill(shared)? && !spares.wait(Some(RETRY), |_| true) {
+            break;
         }
     }
     Ok(())
+}
+
+/// Makes a spare where there is none; false when there is no room for it.
+pub fn fill(shared: &Shared) -> anyhow::Result<bool> {
+    let spares = &shared.spares;
+    let state = spares.lock();
+    if !state.ready.is_empty() {
+        return Ok(true);
+    }
+    let number = state.next;
+    drop(state);
+    let made = make(&*shared.home.disk, shared.log, number, shared.segment_bytes);
+    let mut state = spares.lock();
+    let full = match made {
+        Ok(file) => {
+            state.next += 1;
+            state.ready.push_back(Spare { number, file, size: shared.segment_bytes });
+            None
+        }
+        // Not the end: nothing was promised yet, and there may be room again.
+        Err(error) if is_full(&error) => Some(error),
+        // A disk that fails is not trusted with what comes next.
+        Err(error) => return Err(error.into()),
+    };
+    match &full {
+        Some(error) if !state.full => {
+            tracing::warn!("no room for the next segment of the log, writes will be refused: {error}");
+        }
+        None if state.full => tracing::info!("there is room for the log again"),
+        _ => {}
+    }
+    state.full = full.is_some();
+    shared.queue.set_full(state.full);
+    spares.changed.notify_all();
+    Ok(!state.full)
 }
 
 /// Makes an empty segment under a temporary name, so that one found under its own name is always whole.

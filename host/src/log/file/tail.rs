@@ -77,10 +77,11 @@ pub fn tear(found: &Found, at: u64, stop: Stop) -> io::Result<Option<Tear>> {
     Ok(written_end(&*found.file, at, found.size)?.map(|end| Tear { at, end, what }))
 }
 
-/// Cuts a torn tail off, so that it can never be taken for what will be written there. `last` is the sequence before it.
-pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64) -> anyhow::Result<()> {
+/// Cuts a torn tail off, so that it can never be taken for what will be written there. `last` and `chain`
+/// are the sequence and the checksum before it.
+pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64, chain: u32) -> anyhow::Result<()> {
     let Tear { at, end, what } = tear;
-    if let Some((offset, later)) = later_frame(found, tear, last)? {
+    if let Some((offset, later)) = later_frame(found, tear, last, chain)? {
         let what =
             format!("{what}, yet it had been durable, as the frame at byte {offset} says (to {})", later.durable);
         return Err(home.damage(&found.name, at, what));
@@ -96,18 +97,22 @@ pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64) -> anyhow::Result<
     Ok(())
 }
 
-/// A frame beyond the tear whose writer knew that what is torn had been durable. Frames that followed without a sync,
-/// as `--durability os` writes them, say nothing of the kind.
-pub fn later_frame(found: &Found, tear: Tear, last: u64) -> io::Result<Option<(u64, FrameHead)>> {
+/// A frame beyond the tear whose writer knew that what is torn had been durable. `last` and `chain` are the sequence and
+/// the checksum before the tear. It says so itself; or it has the next sequence and yet follows another frame, which
+/// then held no entries and was the end of a log that was closed. Frames that followed without a sync, as
+/// `--durability os` writes them, say nothing of the kind.
+pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Result<Option<(u64, FrameHead)>> {
     const STEP: usize = 1 << 20;
-    let mut buffer = vec![0; STEP + frame::HEAD_BYTES];
+    let mut buffer = vec![0; ((found.size - tear.at).min(STEP as u64) as usize) + frame::HEAD_BYTES];
     let mut at = tear.at + frame::ALIGNMENT as u64;
     while at < tear.end {
         let window = &mut buffer[..(found.size - at).min((STEP + frame::HEAD_BYTES) as u64) as usize];
         found.file.read_at(window, at)?;
         let places = (0..window.len().min(STEP)).step_by(frame::ALIGNMENT);
         let heads = places.filter_map(|place| Some((place, FrameHead::decode(&window[place..], found.log)?)));
-        if let Some((place, head)) = heads.into_iter().find(|(_, head)| head.durable > last) {
+        let goes_on = |head: &FrameHead| head.first == last + 1 && head.count > 0 && head.previous != chain;
+        let proves = |head: &FrameHead| head.durable > last || goes_on(head);
+        if let Some((place, head)) = heads.into_iter().find(|(_, head)| proves(head)) {
             return Ok(Some((at + place as u64, head)));
         }
         at += STEP as u64;

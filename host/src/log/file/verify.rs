@@ -132,7 +132,7 @@ impl State<'_> {
             self.wrong(format!("{} at byte {at}: {what}, and a later segment had been begun", file.display()));
         }
         if let Some(tear) = tear
-            && let Some((offset, _)) = tail::later_frame(found, tear, frames.last())?
+            && let Some((offset, _)) = tail::later_frame(found, tear, frames.last(), frames.chain.unwrap_or(0))?
         {
             let what = format!("{}, yet it had been durable, as the frame at byte {offset} says", tear.what);
             return Ok(Err((tear.at, what)));

@@ -38,15 +38,23 @@ pub struct Writer {
 impl Writer {
     /// Writes until the log is closed or fails.
     pub fn run(mut self, shared: &Shared) -> anyhow::Result<()> {
-        loop {
-            let idle = (self.marked < self.synced).then_some(IDLE);
-            match shared.queue.take(idle) {
-                Work::Write(frame) => self.commit(shared, frame)?,
-                Work::Idle => self.mark(shared)?,
-                Work::Closed => return self.close(shared),
-                Work::Failed => return Ok(()),
+        while self.step(shared)? {}
+        Ok(())
+    }
+
+    /// Waits for something to do and does it; false when nothing will come any more.
+    pub fn step(&mut self, shared: &Shared) -> anyhow::Result<bool> {
+        let idle = (self.marked < self.synced).then_some(IDLE);
+        match shared.queue.take(idle) {
+            Work::Write(frame) => self.commit(shared, frame)?,
+            Work::Idle => self.mark(shared)?,
+            Work::Closed => {
+                self.close(shared)?;
+                return Ok(false);
             }
+            Work::Failed => return Ok(false),
         }
+        Ok(true)
     }
 
     /// Writes one frame, makes it durable, and only then lets go of the responses that wait for it.
@@ -58,6 +66,10 @@ impl Writer {
         self.write(shared, &mut frame)?;
         self.last = last;
         self.closed = false;
+        #[cfg(test)]
+        if super::tests::mutants::is(super::tests::mutants::Mutant::EarlyAnswer) {
+            shared.watermark.advance(last);
+        }
         if shared.durability == Durability::Sync {
             self.sync()?;
         }
@@ -98,7 +110,7 @@ impl Writer {
 
     /// Ends with a frame without entries: a frame that follows the last one proves that to have been durable, so damage
     /// to it cannot pass for a torn tail.
-    fn close(mut self, shared: &Shared) -> anyhow::Result<()> {
+    fn close(&mut self, shared: &Shared) -> anyhow::Result<()> {
         let mut trailer = Builder::new(self.last + 1, Vec::new());
         if self.synced < self.last {
             self.sync()?;
@@ -111,7 +123,8 @@ impl Writer {
         if self.marked < self.synced { self.mark(shared) } else { Ok(()) }
     }
 
-    fn mark(&mut self, shared: &Shared) -> anyhow::Result<()> {
+    /// Notes in the watermark file how far the log is durable.
+    pub fn mark(&mut self, shared: &Shared) -> anyhow::Result<()> {
         self.marked = self.synced;
         match mark::write(&*shared.home.disk, shared.log, self.synced) {
             Err(error) if is_full(&error) => tracing::warn!("no room for the watermark file: {error}"),

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+use super::disk::Operation;
 use super::*;
+use crate::log::file::Damage;
 use crate::log::file::compact::{self, Effort, Outcome};
 use crate::log::file::disk::Disk;
 use crate::log::file::replay::Forgotten;
@@ -18,7 +20,11 @@ pub fn compact_at(log: &FileLog, now: u64, worth_percent: u64, keys: usize) -> O
 
 /// Applies what comes after a sequence to a store, and returns how far that went.
 fn catch_up(log: &FileLog, after: u64, store: &mut Store) -> anyhow::Result<u64> {
-    log.replay(after, &mut |entries| {
+    replay_into(store, |receive| log.replay(after, receive))
+}
+
+fn replay_into(store: &mut Store, replay: impl FnOnce(&mut Receive<'_>) -> anyhow::Result<u64>) -> anyhow::Result<u64> {
+    replay(&mut |entries| {
         for entry in entries {
             match &entry.event {
                 EventRef::Put(put) => drop(store.insert(put.key.into(), (entry.sequence, put.value.into()))),
@@ -165,6 +171,96 @@ fn a_delete_stays_while_somebody_reads() {
     .unwrap();
     assert_eq!(follower, store(&log));
     assert!(replayed(&log).iter().any(|entry| entry.2 == "delete \"a\""));
+}
+
+#[test]
+fn a_write_waits_for_nothing_that_compaction_does() {
+    let disk = FakeDisk::default();
+    let log = Arc::new(open(&disk).unwrap());
+    fill(&log, 40);
+    let (reached, stops) = std::sync::mpsc::channel();
+    let (go_on, held) = std::sync::mpsc::channel();
+    let (reached, held) = (std::sync::Mutex::new(reached), std::sync::Mutex::new(held));
+    disk.before_each(move |operation| {
+        if std::thread::current().name() == Some("compaction") {
+            reached.lock().unwrap().send(operation.clone()).unwrap();
+            // Ends the test where it failed.
+            let _ = held.lock().unwrap().recv();
+        }
+    });
+    let work = {
+        let log = log.clone();
+        move || compact_at(&log, 1, 25, 100).saved
+    };
+    let compaction = std::thread::Builder::new().name("compaction".into()).spawn(work).unwrap();
+    let mut held = Vec::new();
+    while !compaction.is_finished() {
+        let Ok(operation) = stops.recv_timeout(Duration::from_millis(10)) else { continue };
+        let sequence = append(&log, 1, &[put("key", &[1; 500])]);
+        assert!(durable_in_time(&log, sequence), "a commit waited for {operation:?}");
+        held.push(operation);
+        go_on.send(()).unwrap();
+    }
+    assert!(compaction.join().unwrap() > 15_000);
+    let renamed = held.iter().any(|operation| matches!(operation, Operation::Rename { .. }));
+    let removed = held.iter().filter(|operation| matches!(operation, Operation::Remove { .. })).count();
+    assert!(renamed && removed > 5, "{held:?}");
+    disk.before_each(|_| ());
+}
+
+#[test]
+fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
+    let disk = FakeDisk::default();
+    let segment_bytes = 16 << 20;
+    let options = Options { segment_bytes, group_bytes: 1 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+    for number in 0..40 {
+        commit(&log, put(&format!("key {}", number % 20), &vec![1; 1_000_000]));
+    }
+    disk.record();
+    assert!(compact_at(&log, 1, 0, 100).saved > 0);
+    let (mut unsynced, mut most) = (0, 0);
+    for recorded in disk.take_record() {
+        match recorded.operation {
+            Operation::Write { bytes, .. } => unsynced += bytes.len() as u64,
+            Operation::Sync { .. } => (most, unsynced) = (most.max(unsynced), 0),
+            _ => {}
+        }
+    }
+    assert_eq!(unsynced, 0);
+    assert!((1_000_000..=super::super::FRAME_BYTES).contains(&most), "{most}");
+}
+
+#[test]
+fn a_disk_that_fails_compaction_does_not_fail_the_log() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let before = store(&log);
+    // Wherever it is stopped.
+    for operations in 0.. {
+        let disk = disk.copy();
+        let (shared, _) = Shared::recover(Arc::new(disk.clone()), options()).unwrap();
+        disk.kill_after(Some(operations));
+        let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(()));
+        disk.kill_after(None);
+        let mut store = Store::new();
+        replay_into(&mut store, |receive| replay::replay(&shared, 0, receive)).unwrap();
+        assert_eq!(store, before, "stopped after {operations}");
+        match done {
+            Ok(_) => {
+                assert!(operations > 10);
+                break;
+            }
+            Err(error) => assert!(!error.is::<Damage>(), "{error}"),
+        }
+        // It is tried again.
+        compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap();
+        drop(shared);
+        let log = open(&disk).unwrap();
+        assert_eq!(self::store(&log), before, "stopped after {operations}, and started again");
+    }
 }
 
 #[test]

@@ -1,12 +1,14 @@
-//! A disk in memory that does what a test tells it to.
+//! A disk in memory that does what a test tells it to, and can remember what was done to it.
 //!
-//! The fault model: a call can be made to fail, and then it does nothing. What was written is seen by every later read.
+//! What was written is seen by every later read, as on any disk whose system is up. A call can be made to fail, and then
+//! it does nothing. What a power cut would leave of what was recorded is the business of `surface`.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::super::disk::{Disk, File};
+use super::super::segment::Numbers;
 
 #[derive(Clone, Default)]
 pub struct FakeDisk {
@@ -16,10 +18,60 @@ pub struct FakeDisk {
 #[derive(Default)]
 struct State {
     names: BTreeMap<String, usize>,
-    files: Vec<Vec<u8>>,
+    /// Shared with copies of the disk until one of them writes.
+    files: Vec<Arc<Vec<u8>>>,
     full: bool,
     sync_fails: bool,
     write_fails: bool,
+    /// The process is killed after this many operations more.
+    left: Option<usize>,
+    record: Option<Record>,
+    lie: Option<Lie>,
+    before_each: Option<Hook>,
+}
+
+/// Called before something is done to the disk, which can be used meanwhile.
+type Hook = Arc<dyn Fn(&Operation) + Send + Sync>;
+
+/// Tells how far the log says that it is durable.
+type Promised = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+struct Record {
+    operations: Vec<Recorded>,
+    promised: Promised,
+}
+
+/// Something done to the disk. Files are known by numbers, since names come and go.
+#[derive(Clone, Debug)]
+pub enum Operation {
+    Create { name: String, file: usize },
+    Rename { from: String, to: String, file: usize },
+    Remove { name: String, file: usize },
+    SyncNames,
+    Write { file: usize, offset: usize, bytes: Vec<u8> },
+    Resize { file: usize, size: usize },
+    Sync { file: usize },
+}
+
+pub struct Recorded {
+    pub operation: Operation,
+    /// How far the log said that it is durable when this was begun.
+    pub promised: u64,
+}
+
+/// What a disk says it did and did not do, or what amounts to code that forgot to do it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lie {
+    FileSync,
+    NameSync,
+    /// The sync of names while segments are there that a compacted one has replaced: they go before its name is certain.
+    NameSyncWhileReplaced,
+    /// The sync of a file that has its name.
+    SegmentSync,
+    /// The syncs of the file that compaction writes.
+    CompactedSync,
+    /// Zeros written into a segment: a torn tail stays.
+    Zeros,
 }
 
 impl FakeDisk {
@@ -28,15 +80,28 @@ impl FakeDisk {
         self.state().full = full;
     }
 
-    pub fn fail_syncs(&self) {
-        self.state().sync_fails = true;
+    pub fn fail_syncs(&self, fail: bool) {
+        self.state().sync_fails = fail;
     }
 
-    pub fn fail_writes(&self) {
-        self.state().write_fails = true;
+    pub fn fail_writes(&self, fail: bool) {
+        self.state().write_fails = fail;
+    }
+
+    /// Does so many operations more and then none, as if the process had been killed; with none, goes on for ever.
+    pub fn kill_after(&self, operations: Option<usize>) {
+        self.state().left = operations;
+    }
+
+    pub fn is_killed(&self) -> bool {
+        self.state().left == Some(0)
     }
 
     pub fn read(&self, name: &str) -> Vec<u8> {
+        self.bytes(name).to_vec()
+    }
+
+    pub fn bytes(&self, name: &str) -> Arc<Vec<u8>> {
         let state = self.state();
         state.files[state.names[name]].clone()
     }
@@ -44,7 +109,7 @@ impl FakeDisk {
     pub fn put(&self, name: &str, bytes: Vec<u8>) {
         let mut state = self.state();
         let id = state.files.len();
-        state.files.push(bytes);
+        state.files.push(Arc::new(bytes));
         state.names.insert(name.into(), id);
     }
 
@@ -54,13 +119,129 @@ impl FakeDisk {
 
     /// The same content on another disk.
     pub fn copy(&self) -> Self {
+        let (names, files) = self.content();
+        Self::new(names, files)
+    }
+
+    pub fn new(names: BTreeMap<String, usize>, files: Vec<Arc<Vec<u8>>>) -> Self {
+        Self { state: Arc::new(Mutex::new(State { names, files, ..State::default() })) }
+    }
+
+    pub fn content(&self) -> (BTreeMap<String, usize>, Vec<Arc<Vec<u8>>>) {
         let state = self.state();
-        let copy = State { names: state.names.clone(), files: state.files.clone(), ..State::default() };
-        Self { state: Arc::new(Mutex::new(copy)) }
+        (state.names.clone(), state.files.clone())
+    }
+
+    /// Remembers what is done from now on.
+    pub fn record(&self) {
+        let record = Record { operations: Vec::new(), promised: Arc::new(|| 0) };
+        self.state().record = Some(record);
+    }
+
+    pub fn set_promised(&self, promised: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.state().record.as_mut().unwrap().promised = Arc::new(promised);
+    }
+
+    pub fn set_lie(&self, lie: Option<Lie>) {
+        self.state().lie = lie;
+    }
+
+    pub fn recorded(&self) -> usize {
+        self.state().record.as_ref().unwrap().operations.len()
+    }
+
+    pub fn take_record(&self) -> Vec<Recorded> {
+        self.state().record.take().unwrap().operations
+    }
+
+    pub fn before_each(&self, hook: impl Fn(&Operation) + Send + Sync + 'static) {
+        self.state().before_each = Some(Arc::new(hook));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// Remembers an operation and does it.
+    fn carry_out(&self, operation: Operation) -> io::Result<()> {
+        let (before, promised) = {
+            let state = self.state();
+            (state.before_each.clone(), state.record.as_ref().map(|record| record.promised.clone()))
+        };
+        if let Some(before) = before {
+            before(&operation);
+        }
+        let promised = promised.map_or(0, |promised| promised());
+        let mut state = self.state();
+        state.fails(&operation)?;
+        state.left = state.left.map(|left| left - 1);
+        if !state.lies(&operation) {
+            apply(&mut state, &operation);
+            if let Some(record) = &mut state.record {
+                record.operations.push(Recorded { operation, promised });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn fails(&self, operation: &Operation) -> io::Result<()> {
+        match operation {
+            _ if self.left == Some(0) => Err(io::Error::other("killed")),
+            Operation::Resize { file, size } if self.full && *size > self.files[*file].len() => {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            Operation::Write { .. } if self.write_fails => Err(io::Error::other("write failed")),
+            Operation::Sync { .. } | Operation::SyncNames if self.sync_fails => Err(io::Error::other("sync failed")),
+            _ => Ok(()),
+        }
+    }
+
+    fn lies(&self, operation: &Operation) -> bool {
+        let Some(lie) = self.lie else { return false };
+        let name = |file| self.names.iter().find(|(_, id)| **id == file).map_or("", |(name, _)| name);
+        match (lie, operation) {
+            (Lie::FileSync, Operation::Sync { .. }) | (Lie::NameSync, Operation::SyncNames) => true,
+            (Lie::NameSyncWhileReplaced, Operation::SyncNames) => {
+                let numbers: Vec<_> = self.names.keys().filter_map(|name| Numbers::parse(name)).collect();
+                numbers.iter().any(|new| numbers.iter().any(|old| old != new && new.contains(*old)))
+            }
+            (Lie::SegmentSync, Operation::Sync { file }) => name(*file).ends_with(".seg"),
+            (Lie::CompactedSync, Operation::Sync { file }) => name(*file).contains('-'),
+            (Lie::Zeros, Operation::Write { file, bytes, .. }) => {
+                name(*file).ends_with(".seg") && bytes.iter().all(|byte| *byte == 0)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn apply(state: &mut State, operation: &Operation) {
+    match operation {
+        Operation::Sync { .. } => {}
+        Operation::Write { file, offset, bytes } => write(&mut state.files[*file], *offset, bytes),
+        Operation::Resize { file, size } => Arc::make_mut(&mut state.files[*file]).resize(*size, 0),
+        names => name(&mut state.names, names),
+    }
+}
+
+pub fn write(file: &mut Arc<Vec<u8>>, offset: usize, bytes: &[u8]) {
+    Arc::make_mut(file)[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Does to names what an operation does to them, as far as what it rests on was done.
+pub fn name(names: &mut BTreeMap<String, usize>, operation: &Operation) {
+    match operation {
+        Operation::Create { name, file } => drop(names.insert(name.clone(), *file)),
+        Operation::Rename { from, to, file } => {
+            if names.get(from) == Some(file) {
+                names.remove(from);
+            }
+            names.insert(to.clone(), *file);
+        }
+        Operation::Remove { name, file } if names.get(name) == Some(file) => drop(names.remove(name)),
+        _ => {}
     }
 }
 
@@ -70,71 +251,67 @@ impl Disk for FakeDisk {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn File>> {
-        self.put(name, Vec::new());
-        self.open(name)
+        let file = {
+            let mut state = self.state();
+            state.files.push(Arc::default());
+            state.files.len() - 1
+        };
+        self.carry_out(Operation::Create { name: name.into(), file })?;
+        Ok(Arc::new(FakeFile { disk: self.clone(), file }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn File>> {
-        let id = *self.state().names.get(name).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Arc::new(FakeFile { disk: self.clone(), id }))
+        let file = *self.state().names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::new(FakeFile { disk: self.clone(), file }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let mut state = self.state();
-        let id = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        state.names.insert(to.into(), id);
-        Ok(())
+        let file = *self.state().names.get(from).ok_or(io::ErrorKind::NotFound)?;
+        self.carry_out(Operation::Rename { from: from.into(), to: to.into(), file })
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.state().names.remove(name).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        let file = *self.state().names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        self.carry_out(Operation::Remove { name: name.into(), file })
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.state().sync_fails { Err(io::Error::other("sync failed")) } else { Ok(()) }
+        self.carry_out(Operation::SyncNames)
     }
 }
 
 struct FakeFile {
     disk: FakeDisk,
-    id: usize,
+    file: usize,
 }
 
 impl File for FakeFile {
     fn size(&self) -> io::Result<u64> {
-        Ok(self.disk.state().files[self.id].len() as u64)
+        Ok(self.disk.state().files[self.file].len() as u64)
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let state = self.disk.state();
-        let bytes = state.files[self.id].get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
+        let bytes = state.files[self.file].get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
         buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut state = self.disk.state();
-        if state.write_fails {
-            return Err(io::Error::other("write failed"));
+        let (file, offset) = (self.file, offset as usize);
+        let size = offset + bytes.len();
+        if size > self.disk.state().files[file].len() {
+            self.disk.carry_out(Operation::Resize { file, size })?;
         }
-        let file = &mut state.files[self.id];
-        let end = offset as usize + bytes.len();
-        file.resize(file.len().max(end), 0);
-        file[offset as usize..end].copy_from_slice(bytes);
-        Ok(())
+        self.disk.carry_out(Operation::Write { file, offset, bytes: bytes.into() })
     }
 
     fn allocate(&self, size: u64) -> io::Result<()> {
-        let mut state = self.disk.state();
-        if state.full {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        state.files[self.id].resize(size as usize, 0);
-        Ok(())
+        self.disk.carry_out(Operation::Resize { file: self.file, size: size as usize })
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.disk.state().sync_fails { Err(io::Error::other("sync failed")) } else { Ok(()) }
+        self.disk.carry_out(Operation::Sync { file: self.file })
     }
 
     fn forget_cached(&self) -> io::Result<()> {

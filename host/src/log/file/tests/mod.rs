@@ -1,9 +1,12 @@
 //! What the log promises, tried on a disk that the tests own and on a real directory.
 
 mod compaction;
+mod crash;
 mod disk;
 mod life;
 mod model;
+pub mod mutants;
+mod surface;
 mod tail;
 mod tools;
 
@@ -83,8 +86,16 @@ pub fn durable(log: &FileLog, sequence: u64) -> bool {
     block_on(log.watermark().reached(sequence)).is_ok()
 }
 
+/// The same, and false when that takes so long that it may never come.
+pub fn durable_in_time(log: &FileLog, sequence: u64) -> bool {
+    block_on(async {
+        let reached = log.watermark().reached(sequence);
+        tokio::time::timeout(Duration::from_secs(20), reached).await.is_ok_and(|reached| reached.is_ok())
+    })
+}
+
 pub fn block_on<F: Future>(future: F) -> F::Output {
-    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }
 
 /// Appends, waiting where the log is only behind.
@@ -112,4 +123,9 @@ pub fn eventually(mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "this never came to be");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// How often to try, unless a variable says how often.
+pub fn count(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).map_or(otherwise, |count| count.parse().unwrap())
 }

@@ -1,6 +1,7 @@
 //! What a crash leaves at the end of the log, and what no crash leaves.
 
 use super::*;
+use crate::log::file::disk::Disk;
 
 /// A log of one segment whose frames begin at the returned offsets; the last offset is where the last frame ends. It was
 /// not closed.
@@ -105,6 +106,24 @@ fn after_a_clean_end_damage_to_the_last_entry_is_no_torn_tail() {
 }
 
 #[test]
+fn damage_to_the_end_of_a_log_that_was_closed_and_opened_again_is_no_torn_tail() {
+    let (disk, offsets) = crashed(2);
+    open(&disk).unwrap().close().unwrap();
+    let log = open(&disk).unwrap();
+    commit(&log, put("key", b"after it was opened again"));
+    let disk = disk.copy();
+    disk.remove("watermark").unwrap();
+    for byte in 0..64 {
+        let disk = disk.copy();
+        let mut bytes = disk.read(NAME);
+        bytes[offsets[2] as usize + byte] ^= 1;
+        disk.put(NAME, bytes);
+        let error = format!("{:#}", open(&disk).err().unwrap());
+        assert!(error.contains(&format!("{NAME} is damaged at byte {}", offsets[2])), "{error}");
+    }
+}
+
+#[test]
 fn the_watermark_file_tells_that_the_end_is_missing() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
@@ -177,7 +196,6 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
         assert!(error.contains(what), "{error}");
         assert!(!error.contains('\n'), "{error}");
     };
-    use crate::log::file::disk::Disk;
 
     let disk = make();
     disk.remove("0000000001.seg").unwrap();
@@ -229,9 +247,11 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
 
     let disk = make();
     disk.put("strange", vec![1; 100]);
+    disk.put("strange.tmp", vec![1; 100]);
     disk.put("0000000009.seg.tmp", vec![1; 100]);
     assert_eq!(entries(&disk).unwrap(), 12);
-    assert!(disk.names().contains(&"strange".into()));
+    let left = |name: &str| disk.names().contains(&name.into());
+    assert!(left("strange") && left("strange.tmp") && !left("0000000009.seg.tmp"));
 
     let disk = make();
     disk.put("watermark", vec![1; 36]);

@@ -1,0 +1,67 @@
+//! Ways to break the log, each of which the crash tests must find.
+
+use std::cell::Cell;
+
+use super::disk::Lie;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    NoFileSync,
+    NoDirectorySync,
+    EarlyAnswer,
+    NoChecksum,
+    TailNotCut,
+    OldRemovedFirst,
+    CompactedNotSynced,
+    RecoveryNotSynced,
+    ReplacedRemovedAtOnce,
+}
+
+impl Mutant {
+    pub const ALL: [(Self, &'static str); 9] = [
+        (Self::NoFileSync, "no fdatasync"),
+        (Self::NoDirectorySync, "no sync of the directory"),
+        (Self::EarlyAnswer, "answered before the sync"),
+        (Self::NoChecksum, "no checksum is checked"),
+        (Self::TailNotCut, "a torn tail is not cut"),
+        (Self::OldRemovedFirst, "old segments removed before the new one's name is synced"),
+        (Self::CompactedNotSynced, "a compacted segment is not synced"),
+        (Self::RecoveryNotSynced, "what recovery read is not synced"),
+        (Self::ReplacedRemovedAtOnce, "recovery removes replaced segments before it syncs the directory"),
+    ];
+
+    /// The disk that is all it takes; none when code of the log asks for the mutant itself.
+    pub fn lie(self) -> Option<Lie> {
+        match self {
+            Self::NoFileSync => Some(Lie::FileSync),
+            Self::NoDirectorySync => Some(Lie::NameSync),
+            Self::TailNotCut => Some(Lie::Zeros),
+            Self::OldRemovedFirst => Some(Lie::NameSyncWhileReplaced),
+            Self::CompactedNotSynced => Some(Lie::CompactedSync),
+            _ => None,
+        }
+    }
+
+    /// The same, for as long as recovery is under way.
+    pub fn lie_in_recovery(self) -> Option<Lie> {
+        match self {
+            Self::RecoveryNotSynced => Some(Lie::SegmentSync),
+            Self::ReplacedRemovedAtOnce => Some(Lie::NameSyncWhileReplaced),
+            _ => self.lie(),
+        }
+    }
+}
+
+thread_local! {
+    static ON: Cell<Option<Mutant>> = const { Cell::new(None) };
+}
+
+/// Switches one on for this thread, or all off.
+pub fn set(mutant: Option<Mutant>) {
+    ON.set(mutant);
+}
+
+/// Asked by the code that a mutant changes.
+pub fn is(mutant: Mutant) -> bool {
+    ON.get() == Some(mutant)
+}
