@@ -186,7 +186,8 @@ fn of_servers_that_start_at_once_on_a_directory_one_serves() {
     let data = data.path().to_str().expect("a temporary path is text");
     for said in refused {
         let said = said.expect_err("it did not serve");
-        assert!(said.lines().count() == 1 && said.contains(data) && said.contains("in use"), "{said}");
+        let failed: Vec<_> = said.lines().filter(|line| !line.contains(" INFO ")).collect();
+        assert!(failed.len() == 1 && said.contains(data) && said.contains("in use"), "{said}");
     }
 }
 
