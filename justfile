@@ -11,9 +11,32 @@ serve *FLAGS: _target
     cargo build --release
     exec ./target/release/kvs serve {{ FLAGS }}
 
+# Serve HTTPS on 127.0.0.1:8443 with development certificates; flags go to `kvs serve`
+[group('run')]
+serve-tls *FLAGS: _target certs
+    cargo build --release
+    exec ./target/release/kvs serve --listen 127.0.0.1:8443 --tls-cert target/certs/server.pem --tls-key target/certs/server.key {{ FLAGS }}
+
+# Make development certificates in target/certs, unless they are there: an authority, a server, a client
+[group('run')]
+certs: (_tool "openssl")
+    #!/usr/bin/env bash
+    set -euo pipefail
+    mkdir -p target/certs && cd target/certs
+    [ -e server.pem ] && openssl x509 -in server.pem -checkend 86400 -noout >/dev/null && exit
+    new() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes "$@" 2>/dev/null; }
+    new -x509 -days 365 -subj "/CN=kvs development" -keyout ca.key -out ca.pem
+    new -subj "/CN=localhost" -keyout server.key -out server.csr
+    new -subj "/CN=client" -keyout client.key -out client.csr
+    issue() { openssl x509 -req -days 365 -CA ca.pem -CAkey ca.key -in "$1.csr" -out "$1.pem" -extfile <(printf '%s\n' "${@:2}") 2>/dev/null; }
+    issue server "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1" "extendedKeyUsage=serverAuth"
+    issue client "extendedKeyUsage=clientAuth"
+    rm ./*.csr
+    echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
+
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl")
+test *FILTER: _target (_tool "curl") (_tool "openssl")
     cargo test --release {{ FILTER }}
 
 # Measure requests beside a plain hyper map, in one run

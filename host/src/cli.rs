@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
 
@@ -56,6 +57,9 @@ pub struct Serve {
     /// Size of one file of the log
     #[arg(long, env = "KVS_SEGMENT_BYTES", value_name = "SIZE", default_value = "64MiB")]
     pub segment_bytes: ByteSize,
+
+    #[command(flatten)]
+    pub tls: Tls,
 
     /// Longest request to wait for, from its first byte to its response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
@@ -131,6 +135,51 @@ pub struct Serve {
     #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting,
           help_heading = "Guest")]
     pub guest_config: Vec<(String, String)>,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "TLS")]
+pub struct Tls {
+    /// Serve HTTPS with this certificate and those that lead to its authority, in PEM; read again when it changes
+    #[arg(long, env = "KVS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The key of the certificate, in PEM
+    #[arg(long, env = "KVS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// The oldest version of TLS to speak
+    #[arg(long, env = "KVS_TLS_MIN", value_name = "VERSION", default_value = "1.2")]
+    pub tls_min: Least,
+
+    /// Know clients by their certificates, issued by an authority in this file, in PEM
+    #[arg(long, env = "KVS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub client_ca: Option<PathBuf>,
+
+    /// Whether a client must show a certificate; one that is shown must be good in any case
+    #[arg(long, env = "KVS_CLIENT_AUTH", default_value = "required")]
+    pub client_auth: Demand,
+
+    /// Client certificates that were revoked: a list in PEM of each authority
+    #[arg(long, env = "KVS_CLIENT_CRL", value_name = "FILE", requires = "client_ca")]
+    pub client_crl: Option<PathBuf>,
+
+    /// Longest wait for the TLS handshake
+    #[arg(long, env = "KVS_HANDSHAKE_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub handshake_timeout: Duration,
+}
+
+impl Tls {
+    /// What TLS is made of, when it is wanted.
+    pub fn files(&self) -> Option<Files> {
+        let client = self.client_ca.clone().map(|authorities| ClientFiles {
+            authorities,
+            revoked: self.client_crl.clone(),
+            demand: self.client_auth,
+        });
+        let (certificate, key) = (self.tls_cert.clone()?, self.tls_key.clone()?);
+        Some(Files { certificate, key, least: self.tls_min, client })
+    }
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

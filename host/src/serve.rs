@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use crate::admin::{Admin, Health, Phase};
 use crate::cli::Serve;
-use crate::edge::{self, Service};
+use crate::edge::{self, Edge, Service};
 use crate::guest::{self, Engine, Shard};
 use crate::log::TransactionLog;
 use crate::log::file::{FileLog, Options};
@@ -39,6 +39,8 @@ pub fn run(args: &Serve) -> Result<()> {
 async fn serve(args: &Serve) -> Result<()> {
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal()?;
+    let hangup = signal(SignalKind::hangup())?;
+    let tls = args.tls.files().map(edge::tls::load).transpose()?;
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
     let health = watched(args.admin)?;
@@ -80,6 +82,7 @@ async fn serve(args: &Serve) -> Result<()> {
 
     let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
     let description = shard.description().clone();
+    let scheme = if tls.is_some() { "https" } else { "http" };
     info!(
         data = %args.data.display(),
         guest = description.name,
@@ -87,22 +90,26 @@ async fn serve(args: &Serve) -> Result<()> {
         entries = replayed.entries,
         keys = replayed.keys,
         took = ?replayed.took,
-        "serving on http://{address}",
+        "serving on {scheme}://{address}",
     );
 
     health.reached(Phase::Serving);
     let ticking = task::spawn(tick(Arc::clone(&shard)));
+    if let Some(tls) = &tls {
+        task::spawn(Arc::clone(tls).keep(hangup));
+    }
     let limits = edge::Limits {
         connections: args.max_connections,
+        handshake_timeout: args.tls.handshake_timeout,
         header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
         header_timeout: args.header_timeout,
         body_bytes: args.max_value_bytes.as_u64(),
         request_timeout: args.request_timeout,
         drain: args.drain,
     };
-    let service = Arc::new(Service { shard, log: Arc::clone(&log), limits });
+    let service = Service { shard, log: Arc::clone(&log), limits };
     let mut failure = None;
-    let cut_off = edge::serve(listener, service, limits, async {
+    let cut_off = Edge { tls, service, limits }.serve(listener, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),

@@ -1,11 +1,13 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `client` and `operator` say what each kind of user gets; `components`, `unruly` and `hostile` what a bad guest can do;
+//! `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a server trusts;
+//! `components`, `unruly` and `hostile` what a bad guest can do;
 //! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
 mod admin;
 mod book;
+mod certificates;
 mod client;
 mod components;
 mod crash;
@@ -16,6 +18,7 @@ mod operator;
 mod rest;
 mod server;
 mod signals;
+mod tls;
 mod unruly;
 mod wire;
 mod zoo;

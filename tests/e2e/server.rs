@@ -55,7 +55,9 @@ impl Server {
     pub fn spawn(command: Command, data: TempDir) -> Self {
         let process = Process::spawn(command);
         let admin = process.admin();
-        let address = process.stderr.find(|line| address(line, "serving on http://"));
+        let address = process
+            .stderr
+            .find(|line| address(line, "serving on http://").or_else(|| address(line, "serving on https://")));
         let address = address.unwrap_or_else(|said| panic!("it ended without serving; it said:\n{said}"));
         Self { process, data, address, admin }
     }
@@ -90,6 +92,16 @@ impl Server {
     pub fn says(&self, text: &str) -> String {
         let found = self.process.stderr.find(|line| line.contains(text).then(|| line.to_owned()));
         found.unwrap_or_else(|said| panic!("it never said {text:?}, but:\n{said}"))
+    }
+
+    /// Waits until so many lines of stderr hold this, and gives the last of them.
+    pub fn says_again(&self, text: &str, times: usize) -> String {
+        let mut seen = 0;
+        let found = self.process.stderr.find(|line| {
+            seen += usize::from(line.contains(text));
+            (seen == times).then(|| line.to_owned())
+        });
+        found.unwrap_or_else(|said| panic!("it did not say {text:?} {times} times, but:\n{said}"))
     }
 
     /// Lines of stderr so far.

@@ -23,8 +23,9 @@ pub fn long(key: &str) -> String {
     format!("/v1/key/{}", utf8_percent_encode(key, LONG_FORM))
 }
 
-pub struct Connection {
-    stream: BufReader<TcpStream>,
+/// Plain, unless it was made over something else.
+pub struct Connection<S: Read = TcpStream> {
+    stream: BufReader<S>,
 }
 
 #[derive(Debug)]
@@ -72,7 +73,36 @@ impl Connection {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { stream: BufReader::new(stream) })
+        Ok(Self::over(stream))
+    }
+
+    /// Nothing more will be sent; what comes can still be read.
+    pub fn finish(&self) {
+        self.stream.get_ref().shutdown(Shutdown::Write).expect("a connection can be shut down");
+    }
+
+    /// Checks that nothing has come, and nothing comes for a while.
+    pub fn is_silent_for(&mut self, time: Duration) -> bool {
+        self.stream.get_ref().set_read_timeout(Some(time)).expect("the time is not zero");
+        let waited = self.stream.fill_buf().map(<[u8]>::len);
+        self.stream.get_ref().set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
+        matches!(waited, Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
+    }
+
+    /// The port of this side, by which the server's log lines tell connections apart.
+    pub fn port(&self) -> u16 {
+        self.stream.get_ref().local_addr().expect("a connected socket has an address").port()
+    }
+}
+
+impl<S: Read + Write> Connection<S> {
+    pub fn over(stream: S) -> Self {
+        Self { stream: BufReader::new(stream) }
+    }
+
+    /// What it was made over.
+    pub fn stream(&self) -> &S {
+        self.stream.get_ref()
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -82,11 +112,6 @@ impl Connection {
     /// Sends what the peer may already refuse to read.
     pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.stream.get_mut().write_all(bytes.as_ref())
-    }
-
-    /// Nothing more will be sent; what comes can still be read.
-    pub fn finish(&self) {
-        self.stream.get_ref().shutdown(Shutdown::Write).expect("a connection can be shut down");
     }
 
     /// One request with a body, and its response.
@@ -149,14 +174,6 @@ impl Connection {
         String::from_utf8(line).map_err(io::Error::other)
     }
 
-    /// Checks that nothing has come, and nothing comes for a while.
-    pub fn is_silent_for(&mut self, time: Duration) -> bool {
-        self.stream.get_ref().set_read_timeout(Some(time)).expect("the time is not zero");
-        let waited = self.stream.fill_buf().map(<[u8]>::len);
-        self.stream.get_ref().set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
-        matches!(waited, Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
-    }
-
     /// Waits until the peer closes, and gives what came before.
     pub fn end(&mut self) -> String {
         let mut rest = Vec::new();
@@ -167,10 +184,5 @@ impl Connection {
             }
             _ => String::from_utf8_lossy(&rest).into_owned(),
         }
-    }
-
-    /// The port of this side, by which the server's log lines tell connections apart.
-    pub fn port(&self) -> u16 {
-        self.stream.get_ref().local_addr().expect("a connected socket has an address").port()
     }
 }

@@ -1,25 +1,26 @@
 //! The edge: sockets in, whole requests on, responses out when they may leave.
 //!
-//! Owns: connections, the limits of what comes in, deadlines.
+//! Owns: connections and who is at their other end, the limits of what comes in, deadlines.
 //! Must never know: what a path or a key means, or what lies in the log.
+//!
+//! Read `connection` first (from the socket to HTTP), then `service` (one request).
 
+mod connection;
+mod fresh;
 mod service;
+pub mod tls;
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 pub use service::Service;
+use tls::Tls;
 
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -28,6 +29,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub connections: usize,
+    pub handshake_timeout: Duration,
     pub header_bytes: usize,
     pub header_timeout: Duration,
     pub body_bytes: u64,
@@ -36,70 +38,56 @@ pub struct Limits {
     pub drain: Duration,
 }
 
-/// Serves `listener` until `stop`, then finishes what is under way. Returns how many connections had to be cut off.
-pub async fn serve(
-    listener: TcpListener,
-    service: Arc<Service>,
-    limits: Limits,
-    stop: impl Future<Output = ()>,
-) -> usize {
-    let connections = Arc::new(Semaphore::new(limits.connections));
-    let graceful = GracefulShutdown::new();
-    let mut stop = std::pin::pin!(stop);
-    loop {
-        // A free place first: who finds none waits in the backlog of the listener.
-        let accepted = async {
-            let place = Arc::clone(&connections).acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, stream, peer) = tokio::select! {
-            biased;
-            () = &mut stop => break,
-            (place, accepted) = accepted => match accepted {
-                Ok((stream, peer)) => (place, stream, peer),
-                Err(error) => {
-                    accept_failed(&error).await;
-                    continue;
-                }
-            },
-        };
-        let connection = graceful.watch(connect(stream, peer, Arc::clone(&service), limits));
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%peer, "connection ended: {error}");
-            }
-            drop(place);
-        });
-    }
-    drop(listener);
-    let open = graceful.count();
-    match timeout(limits.drain, graceful.shutdown()).await {
-        Ok(()) => 0,
-        Err(_) => open,
-    }
+/// What every connection is served with.
+pub struct Edge {
+    /// None serves plain HTTP.
+    pub tls: Option<Arc<Tls>>,
+    pub service: Service,
+    pub limits: Limits,
 }
 
-fn connect(
-    stream: TcpStream,
-    peer: SocketAddr,
-    service: Arc<Service>,
-    limits: Limits,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> {
-    // Responses are written whole; without this the kernel would hold the last packet back.
-    if let Err(error) = stream.set_nodelay(true) {
-        debug!(%peer, "TCP_NODELAY: {error}");
+impl Edge {
+    /// Serves `listener` until `stop`, then finishes what is under way. Returns how many connections had to be cut off.
+    pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) -> usize {
+        let edge = Arc::new(self);
+        let connections = Arc::new(Semaphore::new(edge.limits.connections));
+        // Each connection holds a receiver to its end.
+        let (stopping, _) = watch::channel(());
+        let mut stop = std::pin::pin!(stop);
+        loop {
+            // A free place first: who finds none waits in the backlog of the listener.
+            let accepted = async {
+                let place = Arc::clone(&connections).acquire_owned().await;
+                (place, listener.accept().await)
+            };
+            let (place, stream, peer) = tokio::select! {
+                biased;
+                () = &mut stop => break,
+                (place, accepted) = accepted => match accepted {
+                    Ok((stream, peer)) => (place, stream, peer),
+                    Err(error) => {
+                        accept_failed(&error).await;
+                        continue;
+                    }
+                },
+            };
+            let edge = Arc::clone(&edge);
+            let stop = stopping.subscribe();
+            tokio::spawn(async move {
+                if let Err(error) = edge.connected(stream, peer, stop).await {
+                    debug!(%peer, "connection ended: {error:#}");
+                }
+                drop(place);
+            });
+        }
+        drop(listener);
+        let open = stopping.receiver_count();
+        stopping.send_replace(());
+        match timeout(edge.limits.drain, stopping.closed()).await {
+            Ok(()) => 0,
+            Err(_) => open,
+        }
     }
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_buf_size(limits.header_bytes)
-        .serve_connection(
-            TokioIo::new(stream),
-            service_fn(move |request| {
-                let service = Arc::clone(&service);
-                async move { Ok::<_, std::convert::Infallible>(service.respond(request, peer).await) }
-            }),
-        )
 }
 
 async fn accept_failed(error: &io::Error) {

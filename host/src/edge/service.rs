@@ -2,7 +2,6 @@
 //!
 //! Must never know: sockets, what the request means.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 use super::Limits;
-use crate::guest::{CallError, Incoming, Shard};
+use crate::guest::{CallError, Client, Incoming, Shard};
 use crate::log::TransactionLog;
 
 /// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
@@ -32,13 +31,13 @@ pub struct Service {
 }
 
 impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, peer: SocketAddr) -> Response<Full<Bytes>> {
+    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Full<Bytes>> {
         let deadline = Instant::now() + self.limits.request_timeout;
         let request = match self.read(request, deadline).await {
             Ok(request) => request,
             Err(refusal) => return refusal,
         };
-        let answer = match self.shard.call(Incoming { request, peer }, deadline).await {
+        let answer = match self.shard.call(Incoming { request, client }, deadline).await {
             Ok(answer) => answer,
             Err(error @ CallError::Trapped) => return refuse(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
             Err(error @ CallError::Late) => return refuse(StatusCode::SERVICE_UNAVAILABLE, &error.to_string()),

@@ -51,10 +51,19 @@ const CONNECTION_HEADERS: [HeaderName; 7] = [
 #[error("{0}")]
 pub struct Trapped(String);
 
+/// Who is at the other end of a connection.
+#[derive(Debug)]
+pub struct Client {
+    pub address: SocketAddr,
+    pub tls_version: Option<&'static str>,
+    /// The subject of its certificate, which was found good.
+    pub identity: Option<String>,
+}
+
 /// A request, read whole.
 pub struct Incoming {
     pub request: Request<Bytes>,
-    pub peer: SocketAddr,
+    pub client: Arc<Client>,
 }
 
 /// What a call gave.
@@ -138,10 +147,10 @@ impl Instance {
             target: request.uri().path_and_query().map_or("", |target| target.as_str()),
             headers: &headers,
             body: request.body(),
-            principal: None,
+            principal: incoming.client.identity.as_deref(),
             time,
         };
-        let call = Call { may_append: true, peer: Some(incoming.peer), ..Call::default() };
+        let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
         let state = self.store.data();
@@ -237,7 +246,7 @@ pub struct State {
 #[derive(Default)]
 struct Call {
     may_append: bool,
-    peer: Option<SocketAddr>,
+    client: Option<Arc<Client>>,
     /// The newest sequence it appended.
     appended: Option<u64>,
     /// How often it asked to append.
@@ -301,14 +310,13 @@ fn taken_in(event: &Event) -> Option<u64> {
 
 impl connection::Host for State {
     fn peer_address(&mut self) -> Option<String> {
-        self.call.peer.map(|peer| peer.to_string())
+        Some(self.call.client.as_ref()?.address.to_string())
     }
     fn tls_version(&mut self) -> Option<String> {
-        // Every listener is plain so far.
-        None
+        Some(self.call.client.as_ref()?.tls_version?.to_owned())
     }
     fn client_identity(&mut self) -> Option<String> {
-        None
+        self.call.client.as_ref()?.identity.clone()
     }
 }
 

@@ -12,5 +12,5 @@ mod sandbox;
 mod shard;
 
 pub use engine::{Engine, Guest, Limits};
-pub use instance::{Answer, Incoming};
+pub use instance::{Answer, Client, Incoming};
 pub use shard::{CallError, Replayed, Shard};

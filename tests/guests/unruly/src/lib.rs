@@ -155,6 +155,7 @@ fn answer(state: &mut State, request: Request) -> Response {
         (_, "refusal") => text(200, &state.refusal),
         (_, "peer") => text(200, format!("{:?}", connection::peer_address())),
         (_, "tls") => text(200, format!("{:?} {:?}", connection::tls_version(), connection::client_identity())),
+        (_, "principal") => text(200, format!("{:?}", request.principal)),
         (_, "config") => text(200, format!("{:?}", config::get(rest).expect("this host's settings are in memory"))),
         (_, "environment") => text(200, format!("{:?}", std::env::vars().collect::<Vec<_>>())),
         (_, "arguments") => text(200, format!("{:?}", std::env::args().collect::<Vec<_>>())),

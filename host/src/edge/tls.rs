@@ -1,0 +1,169 @@
+//! TLS: certificates and keys in, connections with a known client out.
+//!
+//! Owns: what is accepted of a certificate, ours or a client's. Must never know: HTTP, what a client may do.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{InconsistentKeys, ProtocolVersion, RootCertStore, ServerConfig, version};
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+
+use super::fresh::Fresh;
+
+/// The files TLS is made of, and how much it asks of a client.
+#[derive(Clone, Debug)]
+pub struct Files {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    pub least: Least,
+    pub client: Option<ClientFiles>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ClientFiles {
+    pub authorities: PathBuf,
+    pub revoked: Option<PathBuf>,
+    pub demand: Demand,
+}
+
+/// The oldest version of TLS that is spoken.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Least {
+    #[value(name = "1.2")]
+    Tls12,
+    #[value(name = "1.3")]
+    Tls13,
+}
+
+/// Whether a client must show a certificate. One that is shown must be good in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Demand {
+    Optional,
+    Required,
+}
+
+/// The TLS that is in force.
+pub type Tls = Fresh<ServerConfig>;
+
+/// Reads the files, again whenever they change.
+pub fn load(files: Files) -> Result<Arc<Tls>> {
+    let mut all = vec![files.certificate.clone(), files.key.clone()];
+    if let Some(client) = &files.client {
+        all.push(client.authorities.clone());
+        all.extend(client.revoked.clone());
+    }
+    Fresh::new("the TLS certificate", all, move || config(&files))
+}
+
+fn config(files: &Files) -> Result<ServerConfig> {
+    let chain = certificates(&files.certificate, "--tls-cert")?;
+    for certificate in &chain {
+        valid_now(certificate).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
+    }
+    let key = key(&files.key)?;
+    let provider = Arc::new(ring::default_provider());
+    let versions = match files.least {
+        Least::Tls12 => &[&version::TLS13, &version::TLS12][..],
+        Least::Tls13 => &[&version::TLS13],
+    };
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions)?;
+    let builder = match &files.client {
+        None => builder.with_no_client_auth(),
+        Some(client) => builder.with_client_cert_verifier(verifier(client, provider)?),
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => anyhow!(
+            "the key in {} does not belong to the certificate in {}; give the pair that was made together",
+            files.key.display(),
+            files.certificate.display()
+        ),
+        error => anyhow!("--tls-key {}: {error}; give a key of type RSA, ECDSA or Ed25519", files.key.display()),
+    })?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn verifier(
+    files: &ClientFiles,
+    provider: Arc<CryptoProvider>,
+) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>> {
+    let told = |flag: &str, file: &Path| format!("{flag} {}", file.display());
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(&files.authorities, "--client-ca")? {
+        roots.add(authority).with_context(|| told("--client-ca", &files.authorities))?;
+    }
+    let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+    if let Some(file) = &files.revoked {
+        let lists = CertificateRevocationListDer::pem_slice_iter(&read(file, "--client-crl")?)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| anyhow!("{}: {error}", told("--client-crl", file)))?;
+        ensure!(!lists.is_empty(), "{} has no revocation list in PEM", told("--client-crl", file));
+        builder = builder.with_crls(lists);
+    }
+    if files.demand == Demand::Optional {
+        builder = builder.allow_unauthenticated();
+    }
+    builder.build().with_context(|| told("--client-ca", &files.authorities))
+}
+
+fn certificates(file: &Path, flag: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let certificates = CertificateDer::pem_slice_iter(&read(file, flag)?)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| anyhow!("{flag} {}: {error}", file.display()))?;
+    ensure!(!certificates.is_empty(), "{flag} {} has no certificate in PEM", file.display());
+    Ok(certificates)
+}
+
+fn key(file: &Path) -> Result<PrivateKeyDer<'static>> {
+    let pem = read(file, "--tls-key")?;
+    if pem.windows(9).any(|window| window == b"ENCRYPTED") {
+        bail!("--tls-key {} is encrypted; decrypt it first, for instance with: openssl pkey", file.display());
+    }
+    // The error would show bytes of what may be a key.
+    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| anyhow!("--tls-key {} has no private key in PEM", file.display()))
+}
+
+fn read(file: &Path, flag: &str) -> Result<Vec<u8>> {
+    fs::read(file).with_context(|| format!("{flag} {} cannot be read", file.display()))
+}
+
+/// Clients would refuse it: better to hear of it here.
+fn valid_now(certificate: &CertificateDer<'_>) -> Result<()> {
+    let certificate = Certificate::from_der(certificate).context("a certificate that cannot be understood")?;
+    let validity = certificate.tbs_certificate.validity;
+    let now = SystemTime::now();
+    let (from, to) = (validity.not_before, validity.not_after);
+    ensure!(
+        from.to_system_time() <= now,
+        "the certificate is not valid before {from}; check the clock, or give another"
+    );
+    ensure!(now <= to.to_system_time(), "the certificate expired at {to}; give a new one");
+    Ok(())
+}
+
+/// The version that a connection speaks, in the field's own words.
+pub fn version(stream: &TlsStream<TcpStream>) -> &'static str {
+    match stream.get_ref().1.protocol_version() {
+        Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
+        _ => "TLSv1.2",
+    }
+}
+
+/// The subject of the certificate that the client showed and that was found good, as RFC 4514 writes it.
+pub fn identity(stream: &TlsStream<TcpStream>) -> Option<String> {
+    let shown = stream.get_ref().1.peer_certificates()?.first()?;
+    let subject = Certificate::from_der(shown).ok()?.tbs_certificate.subject.to_string();
+    // A certificate can be without a subject; then it says that the client may come in, and not who it is.
+    if subject.is_empty() { None } else { Some(subject) }
+}

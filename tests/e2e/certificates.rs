@@ -1,0 +1,116 @@
+//! Certificates for tests: an authority, and what it issues, good and bad.
+//!
+//! Owns: a directory of PEM files. Must never know: who uses them.
+
+use std::fs;
+use std::path::PathBuf;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevocationReason, RevokedCertParams,
+    SerialNumber, date_time_ymd,
+};
+use tempfile::TempDir;
+
+/// An authority, and the files it wrote.
+pub struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    directory: TempDir,
+}
+
+/// Whom a certificate is for, and what is wrong with it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Server,
+    ExpiredServer,
+    EarlyServer,
+    Client,
+    ExpiredClient,
+}
+
+/// The files of a certificate and its key.
+#[derive(Clone)]
+pub struct Pair {
+    pub certificate: String,
+    pub key: String,
+    serial: u64,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        Self::named("kvs tests")
+    }
+
+    pub fn named(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let key = KeyPair::generate().expect("a key can be made");
+        let issuer = CertifiedIssuer::self_signed(params, key).expect("an authority can be made");
+        let directory = TempDir::new().expect("a temporary directory can be made");
+        let authority = Self { issuer, directory };
+        authority.write("ca.pem", &authority.issuer.pem());
+        authority
+    }
+
+    /// The file of its own certificate.
+    pub fn file(&self) -> String {
+        self.path("ca.pem")
+    }
+
+    /// Issues a certificate to `name`, into files that have that name.
+    pub fn issue(&self, name: &str, kind: Kind, serial: u64) -> Pair {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])
+            .expect("these are names of servers");
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.serial_number = Some(SerialNumber::from(serial));
+        params.extended_key_usages = vec![match kind {
+            Kind::Server | Kind::ExpiredServer | Kind::EarlyServer => ExtendedKeyUsagePurpose::ServerAuth,
+            Kind::Client | Kind::ExpiredClient => ExtendedKeyUsagePurpose::ClientAuth,
+        }];
+        if kind == Kind::EarlyServer {
+            params.not_before = date_time_ymd(3000, 1, 1);
+        }
+        if matches!(kind, Kind::ExpiredServer | Kind::ExpiredClient) {
+            params.not_after = date_time_ymd(2020, 1, 1);
+        }
+        let key = KeyPair::generate().expect("a key can be made");
+        let certificate = params.signed_by(&key, &self.issuer).expect("a certificate can be issued");
+        self.write(&format!("{name}.pem"), &certificate.pem());
+        self.write(&format!("{name}.key"), &key.serialize_pem());
+        Pair { certificate: self.path(&format!("{name}.pem")), key: self.path(&format!("{name}.key")), serial }
+    }
+
+    /// A list that revokes these.
+    pub fn revoke(&self, pairs: &[&Pair]) -> String {
+        let revoked = |pair: &&Pair| RevokedCertParams {
+            serial_number: SerialNumber::from(pair.serial),
+            revocation_time: date_time_ymd(2024, 1, 1),
+            reason_code: Some(RevocationReason::KeyCompromise),
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2024, 1, 1),
+            next_update: date_time_ymd(3000, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: pairs.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.issuer).expect("a list can be signed");
+        self.write("crl.pem", &list.pem().expect("a list can be written"));
+        self.path("crl.pem")
+    }
+
+    /// Where a file of this name is, or would be.
+    pub fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().expect("a temporary path is text").to_owned()
+    }
+
+    pub fn write(&self, name: &str, pem: &str) -> String {
+        let path: PathBuf = self.directory.path().join(name);
+        fs::write(&path, pem).expect("the directory takes a file");
+        self.path(name)
+    }
+}

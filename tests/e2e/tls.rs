@@ -1,0 +1,358 @@
+//! TLS: the certificate and its key, versions, replacing them while connections are open, and clients that show
+//! certificates of their own.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+
+use rustix::process::Signal;
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{
+    ClientConfig, ClientConnection, ProtocolVersion, RootCertStore, StreamOwned, SupportedProtocolVersion, version,
+};
+
+use crate::book::curl;
+use crate::certificates::{Authority, Kind, Pair};
+use crate::server::{Server, serve_refused};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+/// Versions of TLS that a client speaks.
+type Versions = &'static [&'static SupportedProtocolVersion];
+static TLS12: Versions = &[&version::TLS12];
+static TLS13: Versions = &[&version::TLS13];
+static BOTH: Versions = &[&version::TLS13, &version::TLS12];
+
+type Secure = StreamOwned<ClientConnection, TcpStream>;
+
+/// A server with a good certificate and these flags, and who issued it.
+fn start(args: &[&str]) -> (Authority, Server) {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let server = Server::start(&[&["--tls-cert", &pair.certificate, "--tls-key", &pair.key], args].concat());
+    (authority, server)
+}
+
+/// What a client knows and shows.
+struct Client<'c> {
+    authority: &'c Authority,
+    shows: Option<&'c Pair>,
+    versions: Versions,
+}
+
+impl<'c> Client<'c> {
+    fn of(authority: &'c Authority) -> Self {
+        Self { authority, shows: None, versions: BOTH }
+    }
+
+    fn shows(self, pair: &'c Pair) -> Self {
+        Self { shows: Some(pair), ..self }
+    }
+
+    /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
+    fn open(&self, address: SocketAddr) -> io::Result<Connection<Secure>> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(self.authority.file()).expect("a certificate")).expect("an authority");
+        let config = ClientConfig::builder_with_provider(Arc::new(default_provider()));
+        let config = config.with_protocol_versions(self.versions).expect("versions").with_root_certificates(roots);
+        let config = match self.shows {
+            None => config.with_no_client_auth(),
+            Some(pair) => config
+                .with_client_auth_cert(
+                    vec![CertificateDer::from_pem_file(&pair.certificate).expect("a certificate")],
+                    PrivateKeyDer::from_pem_file(&pair.key).expect("a key"),
+                )
+                .expect("a pair"),
+        };
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(crate::server::PATIENCE))?;
+        while tls.is_handshaking() {
+            tls.complete_io(&mut stream)?;
+        }
+        Ok(Connection::over(StreamOwned::new(tls, stream)))
+    }
+
+    /// What the guest says to GET.
+    fn get(&self, server: &Server, path: &str) -> io::Result<String> {
+        Ok(self.open(server.address())?.try_ask("GET", path, b"")?.text().to_owned())
+    }
+}
+
+/// The subject of the certificate that a server shows.
+fn shown(connection: &Connection<Secure>) -> Vec<u8> {
+    connection.stream().conn.peer_certificates().expect("a server shows a certificate")[0].to_vec()
+}
+
+#[test]
+fn the_books_session_over_https_through_curl() {
+    let (authority, server) = start(&[]);
+    let url = format!("https://localhost:{}/v1/key-a", server.address().port());
+    for trust in [&["--insecure"][..], &["--cacert", &authority.file()]] {
+        let ask = |args: &[&str]| curl(&[trust, args, &[&url]].concat());
+        let (status, answer) = ask(&["-i", "-X", "PUT", "-d", "Hello, key-value store!"]);
+        assert_eq!(status, 201);
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+        assert_eq!(ask(&[]), (200, b"Hello, key-value store!".to_vec()));
+        assert_eq!(ask(&["-X", "DELETE"]), (200, vec![]));
+        assert_eq!(ask(&[]), (404, b"no such key\n".to_vec()));
+    }
+}
+
+#[test]
+fn common_kinds_of_keys_are_taken() {
+    let authority = Authority::new();
+    let (certificate, key) = (authority.path("any.pem"), authority.path("any.key"));
+    for newkey in [
+        &["rsa:2048"][..],
+        &["ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
+        &["ec", "-pkeyopt", "ec_paramgen_curve:P-384"],
+        &["ed25519"],
+    ] {
+        openssl(
+            &[&["req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=any", "-newkey"], newkey].concat(),
+            &["-out", &certificate, "-keyout", &key],
+        );
+        let mut forms = vec![key.clone()];
+        // The older way to write these.
+        if newkey[0] != "ed25519" {
+            let traditional = authority.path("traditional.key");
+            openssl(&["pkey", "-traditional", "-in", &key, "-out", &traditional], &[]);
+            forms.push(traditional);
+        }
+        for key in forms {
+            let server = Server::start(&["--tls-cert", &certificate, "--tls-key", &key]);
+            let url = format!("https://localhost:{}/v1/a", server.address().port());
+            assert_eq!(curl(&["--insecure", &url]).0, 404, "{newkey:?}");
+        }
+    }
+}
+
+fn openssl(args: &[&str], more: &[&str]) {
+    let output = Command::new("openssl").args(args).args(more).output().expect("openssl is installed");
+    assert!(output.status.success(), "openssl {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
+    let authority = Authority::new();
+    let good = authority.issue("good", Kind::Server, 1);
+    let other = authority.issue("other", Kind::Server, 2);
+    let expired = authority.issue("expired", Kind::ExpiredServer, 3);
+    let early = authority.issue("early", Kind::EarlyServer, 4);
+    let (missing, empty) = (authority.path("missing.pem"), authority.write("empty.pem", ""));
+    let encrypted = authority.path("encrypted.key");
+    openssl(&["pkey", "-aes256", "-passout", "pass:secret", "-in", &good.key, "-out", &encrypted], &[]);
+    let cut = authority.write("cut.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n");
+    let nonsense = authority.write("nonsense.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
+    let directory = authority.path("");
+    for (certificate, key, told) in [
+        (&missing, &good.key, &["--tls-cert", &missing, "cannot be read", "No such file"][..]),
+        (&directory, &good.key, &["--tls-cert", &directory, "cannot be read"]),
+        (&empty, &good.key, &["--tls-cert", &empty, "no certificate"]),
+        (&cut, &good.key, &["--tls-cert", &cut]),
+        (&nonsense, &good.key, &["--tls-cert", &nonsense]),
+        (&good.certificate, &missing, &["--tls-key", &missing, "cannot be read"]),
+        (&good.certificate, &good.certificate, &["--tls-key", &good.certificate, "no private key"]),
+        (&good.certificate, &encrypted, &["--tls-key", &encrypted, "encrypted", "openssl"]),
+        (&good.certificate, &other.key, &[&good.certificate, &other.key, "does not belong"]),
+        (&expired.certificate, &expired.key, &["--tls-cert", &expired.certificate, "expired at 2020"]),
+        (&early.certificate, &early.key, &["--tls-cert", &early.certificate, "not valid before 3000"]),
+    ] {
+        serve_refused(&["--tls-cert", certificate, "--tls-key", key]).with(1, told);
+    }
+    for (flag, file) in [("--client-ca", &missing), ("--client-ca", &empty), ("--client-crl", &empty)] {
+        let pair = ["--tls-cert", &good.certificate, "--tls-key", &good.key];
+        let authority = ["--client-ca", &authority.file()];
+        // The last of two is meant.
+        let wrong = [flag, file];
+        let args =
+            if flag == "--client-ca" { [&pair[..], &wrong].concat() } else { [&pair[..], &authority, &wrong].concat() };
+        serve_refused(&args).with(1, &[flag, file]);
+    }
+}
+
+#[test]
+fn half_of_what_tls_needs_is_a_usage_error() {
+    serve_refused(&["--tls-cert", "cert.pem"]).with(2, &["--tls-key"]);
+    serve_refused(&["--tls-key", "cert.key"]).with(2, &["--tls-cert"]);
+    serve_refused(&["--client-ca", "ca.pem"]).with(2, &["--tls-cert"]);
+    serve_refused(&["--client-crl", "crl.pem"]).with(2, &["--client-ca"]);
+    serve_refused(&["--tls-min", "1.1"]).with(2, &["--tls-min", "1.1", "1.2", "1.3"]);
+}
+
+#[test]
+fn the_oldest_version_is_set_by_its_flag() {
+    let (authority, server) = start(&[guest()]);
+    let old = Client { versions: TLS12, ..Client::of(&authority) };
+    let new = Client { versions: TLS13, ..Client::of(&authority) };
+    assert_eq!(old.get(&server, "/tls").expect("1.2 is spoken"), "Some(\"TLSv1.2\") None");
+    assert_eq!(new.get(&server, "/tls").expect("1.3 is spoken"), "Some(\"TLSv1.3\") None");
+
+    let (authority, server) = start(&["--tls-min", "1.3", guest()]);
+    let old = Client { versions: TLS12, ..Client::of(&authority) };
+    let connection = Client::of(&authority).open(server.address()).expect("1.3 is spoken");
+    assert_eq!(connection.stream().conn.protocol_version(), Some(ProtocolVersion::TLSv1_3));
+    let refused = old.get(&server, "/tls").expect_err("1.2 is spoken all the same");
+    assert!(refused.to_string().contains("ProtocolVersion"), "{refused}");
+}
+
+#[test]
+fn what_is_not_tls_is_closed() {
+    let (authority, server) = start(&["--log-filter", "info,kvs::edge=debug"]);
+    for bytes in [&b"GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n"[..], b"\0\0\0\0\0\0\0\0", b"SSH-2.0-x\r\n"] {
+        let mut plain = Connection::open(server.address());
+        plain.send(bytes);
+        let answer = plain.end();
+        assert!(!answer.contains("HTTP"), "{answer:?}");
+        server.says(&format!("corrupt message of type InvalidContentType peer=127.0.0.1:{}", plain.port()));
+    }
+    assert_eq!(Client::of(&authority).get(&server, "/v1/a").expect("others are served"), "no such key\n");
+}
+
+#[test]
+fn a_client_that_does_not_shake_hands_is_cut() {
+    let (_authority, server) = start(&["--handshake-timeout", "300ms"]);
+    assert_eq!(Connection::open(server.address()).end(), "");
+    let mut slow = Connection::open(server.address());
+    slow.send(b"\x16\x03\x01");
+    assert_eq!(slow.end(), "");
+}
+
+#[test]
+fn a_handshake_under_way_does_not_hold_up_the_stop() {
+    let (authority, server) = start(&["--handshake-timeout", "1h", "--drain", "1h"]);
+    let mut silent = Connection::open(server.address());
+    // It was accepted after the silent one.
+    Client::of(&authority).get(&server, "/v1/a").expect("others are served");
+    server.terminate();
+    assert_eq!(silent.end(), "");
+}
+
+#[test]
+fn a_new_pair_is_taken_up_and_open_connections_stay() {
+    let (authority, server) = start(&[]);
+    let client = Client::of(&authority);
+    let mut open = client.open(server.address()).expect("it is served");
+    open.ask("PUT", "/v1/a", b"value");
+    let first = shown(&open);
+
+    // Both are replaced in place, as its own line says; nobody tells the server.
+    authority.issue("server", Kind::Server, 2);
+    server.says("the TLS certificate was read again");
+    let second = shown(&client.open(server.address()).expect("it is served"));
+    assert!(first != second, "the first certificate is still in use");
+
+    authority.issue("server", Kind::Server, 3);
+    server.signal(Signal::HUP);
+    server.says_again("the TLS certificate was read again", 2);
+    let third = shown(&client.open(server.address()).expect("it is served"));
+    assert!(third != second, "the second certificate is still in use");
+
+    assert_eq!(open.ask("GET", "/v1/a", b"").body, b"value");
+    server.terminate();
+}
+
+#[test]
+fn a_bad_pair_is_told_and_the_old_one_stays() {
+    let (authority, server) = start(&[]);
+    let client = Client::of(&authority);
+    let first = shown(&client.open(server.address()).expect("it is served"));
+    let other = authority.issue("other", Kind::Server, 2);
+    let expired = authority.issue("expired", Kind::ExpiredServer, 3);
+    let (certificate, key) = (authority.path("server.pem"), authority.path("server.key"));
+
+    let mut times = 0;
+    let mut refuses = |why: &str| {
+        times += 1;
+        server.signal(Signal::HUP);
+        let line = server.says_again("the old one stays in force", times);
+        assert!(line.contains(why), "{line}");
+        assert!(first == shown(&client.open(server.address()).expect("it is served")), "{why}: it is in use");
+    };
+    fs::copy(&other.key, &key).expect("a file can be replaced");
+    refuses("does not belong");
+    fs::copy(&expired.key, &key).expect("a file can be replaced");
+    fs::copy(&expired.certificate, &certificate).expect("a file can be replaced");
+    refuses("expired at 2020");
+    fs::remove_file(&certificate).expect("a file can be removed");
+    refuses("cannot be read");
+    fs::copy(&other.certificate, &certificate).expect("a file can be replaced");
+    fs::copy(&other.key, &key).expect("a file can be replaced");
+    server.says("was read again and is in force");
+    assert!(first != shown(&client.open(server.address()).expect("it is served")), "the good pair is not used");
+}
+
+/// A server that knows clients by the authority that issued its own certificate.
+fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
+    let pair = authority.issue("server", Kind::Server, 1);
+    let args = [&["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()], args];
+    Server::start(&[&args.concat()[..], &[guest()]].concat())
+}
+
+#[test]
+fn a_client_with_a_good_certificate_is_known_to_the_guest() {
+    let authority = Authority::new();
+    let server = start_mutual(&authority, &[]);
+    let alice = authority.issue("alice", Kind::Client, 2);
+    let client = Client::of(&authority).shows(&alice);
+    assert_eq!(client.get(&server, "/tls").expect("it is served"), "Some(\"TLSv1.3\") Some(\"CN=alice\")");
+    assert_eq!(client.get(&server, "/principal").expect("it is served"), "Some(\"CN=alice\")");
+}
+
+#[test]
+fn a_client_without_a_good_certificate_is_refused() {
+    let authority = Authority::new();
+    let stranger = Authority::named("stranger");
+    let impostor = Authority::new();
+    let good = authority.issue("good", Kind::Client, 2);
+    let revoked = authority.issue("revoked", Kind::Client, 3);
+    let expired = authority.issue("expired", Kind::ExpiredClient, 4);
+    let for_servers = authority.issue("for-servers", Kind::Server, 5);
+    let of_stranger = stranger.issue("of-stranger", Kind::Client, 6);
+    let of_impostor = impostor.issue("of-impostor", Kind::Client, 2);
+    let list = authority.revoke(&[&revoked]);
+    for demand in ["required", "optional"] {
+        let server = start_mutual(&authority, &["--client-auth", demand, "--client-crl", &list]);
+        for versions in [TLS12, TLS13] {
+            let client = |shows| Client { shows, versions, ..Client::of(&authority) };
+            assert_eq!(client(Some(&good)).get(&server, "/principal").expect("a good one"), "Some(\"CN=good\")");
+            for (bad, why) in [
+                (&revoked, "Revoked"),
+                (&expired, "Expired"),
+                (&for_servers, "UnsupportedCertificate"),
+                (&of_stranger, "UnknownCA"),
+                (&of_impostor, "DecryptError"),
+            ] {
+                let refused = client(Some(bad)).get(&server, "/principal").expect_err(&bad.certificate);
+                assert!(refused.to_string().contains(why), "{}: {refused}", bad.certificate);
+            }
+            match client(None).get(&server, "/principal") {
+                Ok(principal) => assert_eq!((demand, principal.as_str()), ("optional", "None")),
+                Err(refused) => {
+                    assert!(demand == "required" && refused.to_string().contains("CertificateRequired"), "{refused}")
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_list_of_revoked_certificates_is_taken_up() {
+    let authority = Authority::new();
+    let (alice, bob) = (authority.issue("alice", Kind::Client, 2), authority.issue("bob", Kind::Client, 3));
+    let list = authority.revoke(&[&bob]);
+    let server = start_mutual(&authority, &["--client-crl", &list]);
+    let client = Client::of(&authority).shows(&alice);
+    assert_eq!(client.get(&server, "/principal").expect("it is good"), "Some(\"CN=alice\")");
+    authority.revoke(&[&alice, &bob]);
+    server.signal(Signal::HUP);
+    server.says("the TLS certificate was read again");
+    client.get(&server, "/principal").expect_err("it was revoked");
+}
