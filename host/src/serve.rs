@@ -10,7 +10,7 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Health, Phase};
@@ -24,6 +24,8 @@ use crate::log::file::{FileLog, Options};
 const GROUP_BYTES: u64 = 64 << 10;
 /// How often the guest is asked to do its housekeeping.
 const TICK: Duration = Duration::from_secs(1);
+/// The pause before it goes on with what it left undone: longer than a tick takes, so that requests have most of the time.
+const SOON: Duration = Duration::from_millis(10);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
 
@@ -193,7 +195,10 @@ async fn tick(shard: Arc<Shard>) {
     let mut interval = interval(TICK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        interval.tick().await;
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = shard.more_to_tick() => sleep(SOON).await,
+        }
         shard.tick();
     }
 }

@@ -1,8 +1,8 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a server trusts;
-//! `components`, `unruly` and `hostile` what a bad guest can do;
+//! `conditions`, `expiry`, `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a
+//! server trusts; `components`, `unruly` and `hostile` what a bad guest can do;
 //! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
 mod admin;
@@ -10,8 +10,10 @@ mod book;
 mod certificates;
 mod client;
 mod components;
+mod conditions;
 mod crash;
 mod durability;
+mod expiry;
 mod hostile;
 mod limits;
 mod operator;

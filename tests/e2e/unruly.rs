@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::server::Server;
+use crate::server::{PATIENCE, Server};
 use crate::wire::{Connection, Response};
 
 const TARGET: &str = "wasm32-wasip2";
@@ -239,6 +239,16 @@ fn housekeeping_is_asked_for() {
     let first = ticks(&mut client);
     let more = (0..1_000_000).find(|_| ticks(&mut client) > first);
     assert!(more.is_some(), "no tick in a million requests");
+}
+
+#[test]
+fn housekeeping_that_is_not_done_goes_on_soon_and_requests_are_served_meanwhile() {
+    let (_server, mut client) = start(&["--guest-config", "fault=tick-again"]);
+    // At one a second this would take longer than anything may.
+    let deadline = Instant::now() + PATIENCE;
+    while get(&mut client, "/ticks").text().parse::<u64>().expect("a count") < 200 {
+        assert!(Instant::now() < deadline, "it is asked no more often than others");
+    }
 }
 
 #[test]

@@ -120,6 +120,15 @@ impl<S: Read + Write> Connection<S> {
         self.try_ask(method, path, body).unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
     }
 
+    /// As `ask`, with these headers too.
+    #[track_caller]
+    pub fn ask_with(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        self.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{headers}content-length: {}\r\n\r\n", body.len()));
+        self.send(body);
+        self.try_read(method == "HEAD").unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+    }
+
     /// As `ask`; an error when the connection ended before the whole response was here.
     pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
         let mut request = format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -155,7 +164,7 @@ impl<S: Read + Write> Connection<S> {
             headers.push((name.to_owned(), value.trim().to_owned()));
         }
         let mut response = Response { status, headers, body: Vec::new() };
-        if !head_only && status >= 200 {
+        if !head_only && status >= 200 && status != 304 {
             let length = response.header("content-length").and_then(|length| length.parse().ok());
             response.body.resize(length.ok_or_else(|| io::Error::other("the response has no length"))?, 0);
             self.stream.read_exact(&mut response.body)?;

@@ -5,6 +5,7 @@
 
 use thiserror::Error;
 
+use crate::item::Item;
 use crate::kvs::store::http::Header;
 
 /// The header, and the metadata that keeps it.
@@ -42,8 +43,8 @@ pub fn sent(headers: Vec<Header>) -> Result<Option<String>, Unfit> {
 }
 
 /// The content type to answer with. Another guest may have kept one that no response can carry.
-pub fn kept(metadata: &[(String, String)]) -> &str {
-    let kept = metadata.iter().find(|(name, _)| name == NAME).map(|(_, value)| value.as_str());
+pub fn kept(item: &Item) -> &str {
+    let kept = item.metadata().find(|(name, _)| *name == NAME).map(|(_, value)| value);
     kept.filter(|value| !value.is_empty() && check(value).is_ok()).unwrap_or(DEFAULT)
 }
 
@@ -66,6 +67,7 @@ fn says_something(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvs::store::transaction_log::Put;
 
     /// Another header, and these content types.
     fn headers(values: &[&[u8]]) -> Vec<Header> {
@@ -109,6 +111,10 @@ mod tests {
         }
     }
 
+    fn item(metadata: Vec<(String, String)>) -> Item {
+        Item::new(1, &Put { key: "a".to_owned(), value: vec![], metadata, expires: None })
+    }
+
     #[test]
     fn what_no_response_can_carry_is_not_answered() {
         let too_long = "x".repeat(257);
@@ -121,8 +127,8 @@ mod tests {
             (&too_long, DEFAULT),
         ] {
             let metadata = [("x", "y"), (NAME, value)].map(|(name, value)| (name.to_owned(), value.to_owned()));
-            assert_eq!(kept(&metadata), answered, "{value:?}");
+            assert_eq!(kept(&item(metadata.into())), answered, "{value:?}");
         }
-        assert_eq!(kept(&[]), DEFAULT);
+        assert_eq!(kept(&item(vec![])), DEFAULT);
     }
 }

@@ -8,6 +8,8 @@ use std::borrow::Cow;
 
 use thiserror::Error;
 
+use crate::percent::{self, Undecodable};
+
 /// The longest key, in bytes, after decoding.
 pub const MAX_BYTES: usize = 1_024;
 
@@ -46,38 +48,12 @@ pub fn in_path(path: &str) -> Result<Cow<'_, str>, NoKey> {
         None if short.contains('/') => return Err(NoKey::RawSlash),
         None => short,
     };
-    let key = decode(raw)?;
+    let key = percent::decode(raw).map_err(|undecodable| match undecodable {
+        Undecodable::NotUtf8 => NoKey::NotUtf8,
+        Undecodable::BadEscape(at) => NoKey::BadEscape(at),
+    })?;
     check(&key)?;
     Ok(key)
-}
-
-/// Percent-decodes once, without a copy when there is nothing to decode.
-///
-/// Own code because the percent-encoding crate leaves a bad escape as it stands. A key must have one meaning, and `%zz`
-/// left alone would be the key that `%25zz` names too.
-fn decode(raw: &str) -> Result<Cow<'_, str>, NoKey> {
-    if !raw.contains('%') {
-        return Ok(Cow::Borrowed(raw));
-    }
-    let mut decoded = Vec::with_capacity(raw.len());
-    let mut rest = raw.as_bytes();
-    while let [byte, after @ ..] = rest {
-        if *byte == b'%' {
-            let escape = hex_pair(after).ok_or(NoKey::BadEscape(raw.len() - rest.len() + 1))?;
-            decoded.push(escape);
-            rest = &after[2..];
-        } else {
-            decoded.push(*byte);
-            rest = after;
-        }
-    }
-    String::from_utf8(decoded).map(Cow::Owned).map_err(|_| NoKey::NotUtf8)
-}
-
-/// The byte that the first two characters of `text` write in hexadecimal.
-fn hex_pair(text: &[u8]) -> Option<u8> {
-    let digit = |at: usize| char::from(*text.get(at)?).to_digit(16);
-    u8::try_from(digit(0)? * 16 + digit(1)?).ok()
 }
 
 /// The rules for a decoded key.

@@ -4,10 +4,19 @@
 //! Must never know: what a request means (`rest`), what a key is (`key`), or how entries become state (`store`). Those
 //! are plain functions of their arguments, so that they run and are tested natively, without a host.
 
+pub mod answer;
+pub mod conditions;
 pub mod content_type;
+pub mod item;
 pub mod key;
+mod order;
+mod percent;
+pub mod query;
+mod range;
 pub mod rest;
 pub mod store;
+mod table;
+mod value;
 
 use std::cell::RefCell;
 
@@ -45,13 +54,13 @@ impl lifecycle::Guest for Component {
     fn apply(entries: Vec<Entry>) {
         STORE.with_borrow_mut(|store| {
             for entry in entries {
-                store.apply(entry.sequence, entry.event);
+                store.apply(entry.sequence, &entry.event);
             }
         });
     }
 
-    fn tick(now: u64) {
-        STORE.with_borrow_mut(|store| store.tick(now, append));
+    fn tick(now: u64) -> bool {
+        STORE.with_borrow_mut(|store| store.tick(now, append))
     }
 
     fn stats() -> Statistics {

@@ -4,31 +4,29 @@
 //! Must never know: HTTP, or who wrote an entry. Keys and metadata are taken as they come, since any guest may have
 //! written them.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::slice;
 
-use crate::kvs::store::transaction_log::{AppendError, Event, Put};
+use crate::item::Item;
+use crate::kvs::store::transaction_log::{AppendError, Event};
+use crate::order::Order;
+use crate::table::Table;
 
 /// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
 const DELETES_PER_TICK: usize = 1_000;
 
-/// What a key has.
-#[derive(Debug, PartialEq)]
-pub struct Item {
-    /// Of the entry that put it.
-    pub sequence: u64,
-    pub value: Vec<u8>,
-    pub metadata: Vec<(String, String)>,
-    /// From this moment on no reader finds it.
-    expires: Option<u64>,
-}
-
-/// Two stores are equal when they came from the same entries, however those were cut into batches.
-#[derive(Debug, Default, PartialEq)]
+/// Items lie in slots, which are found by key and walked in order. A slot keeps its number when its item is overwritten.
+#[derive(Debug, Default)]
 pub struct Store {
-    items: BTreeMap<String, Item>,
-    /// The keys of items that expire, by that moment and the item's sequence, which makes it unique.
-    expiries: BTreeMap<(u64, u64), String>,
+    /// Empty ones are listed in `free`.
+    slots: Vec<Item>,
+    free: Vec<u32>,
+    table: Table,
+    order: Order,
+    /// The slots of items that expire, by that moment and the item's sequence, which makes it unique.
+    expiries: BTreeMap<(u64, u64), u32>,
     /// Of all keys and values.
     bytes: u64,
     /// The sequence of the newest entry that took a key away.
@@ -41,64 +39,113 @@ impl Store {
     /// Which delete took this key away is not kept, so its absence rests on the newest of all; and that of an expired
     /// item on its put too, since without it the key might still have an older item that has not expired.
     pub fn get(&self, key: &str, now: u64) -> Result<&Item, u64> {
-        match self.items.get(key) {
-            Some(item) if item.expires.is_some_and(|expires| expires <= now) => {
-                Err(item.sequence.max(self.newest_delete))
-            }
+        match self.slot(key.as_bytes()).map(|slot| &self.slots[slot as usize]) {
+            Some(item) if item.is_expired(now) => Err(item.sequence().max(self.newest_delete)),
             Some(item) => Ok(item),
             None => Err(self.newest_delete),
         }
     }
 
+    /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
+    pub fn range(&self, from: Bound<&[u8]>) -> impl Iterator<Item = &Item> {
+        let slots = self.order.from(move |slot| {
+            let key = self.slots[slot as usize].key();
+            match from {
+                Bound::Included(from) => key.cmp(from),
+                Bound::Excluded(from) if key <= from => Ordering::Less,
+                Bound::Excluded(_) | Bound::Unbounded => Ordering::Greater,
+            }
+        });
+        slots.map(|slot| &self.slots[slot as usize])
+    }
+
     /// Takes in what an entry did, in the order of the log: on replay, and right after it was appended.
-    pub fn apply(&mut self, sequence: u64, event: Event) {
+    pub fn apply(&mut self, sequence: u64, event: &Event) {
         match event {
-            Event::Put(Put { key, value, metadata, expires }) => {
+            Event::Put(put) => {
+                let item = Item::new(sequence, put);
+                let (expires, bytes) = (item.expires(), item.bytes());
+                let slot = match self.slot(item.key()) {
+                    Some(slot) => {
+                        let old = std::mem::replace(&mut self.slots[slot as usize], item);
+                        self.forget(&old);
+                        slot
+                    }
+                    None => self.insert(item),
+                };
+                self.bytes += bytes;
                 if let Some(expires) = expires {
-                    self.expiries.insert((expires, sequence), key.clone());
-                }
-                let key_bytes = key.len();
-                self.bytes += size(key_bytes, &value);
-                if let Some(old) = self.items.insert(key, Item { sequence, value, metadata, expires }) {
-                    self.forget(key_bytes, &old);
+                    self.expiries.insert((expires, sequence), slot);
                 }
             }
             Event::Delete(key) => {
-                if let Some(old) = self.items.remove(&key) {
-                    self.forget(key.len(), &old);
+                if let Some(old) = self.remove(key.as_bytes()) {
+                    self.forget(&old);
                     self.newest_delete = sequence;
                 }
             }
         }
     }
 
-    /// Undoes the traces of an item that is no longer in the map.
-    fn forget(&mut self, key_bytes: usize, item: &Item) {
-        self.bytes -= size(key_bytes, &item.value);
-        if let Some(expires) = item.expires {
-            self.expiries.remove(&(expires, item.sequence));
+    fn slot(&self, key: &[u8]) -> Option<u32> {
+        self.table.find(key, |slot| self.slots[slot as usize].key() == key)
+    }
+
+    /// Puts an item whose key is not there yet into a slot.
+    fn insert(&mut self, item: Item) -> u32 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Item::default());
+            (self.slots.len() - 1) as u32
+        });
+        self.slots[slot as usize] = item;
+        let key = |slot: u32| self.slots[slot as usize].key();
+        self.table.insert(slot, key);
+        self.order.insert(slot, |other| key(other).cmp(key(slot)));
+        slot
+    }
+
+    fn remove(&mut self, key: &[u8]) -> Option<Item> {
+        let slot = self.table.remove(key, |slot| self.slots[slot as usize].key() == key)?;
+        self.order.remove(|other| self.slots[other as usize].key().cmp(key));
+        self.free.push(slot);
+        Some(std::mem::take(&mut self.slots[slot as usize]))
+    }
+
+    /// Undoes the traces of an item that is no longer in its slot.
+    fn forget(&mut self, item: &Item) {
+        self.bytes -= item.bytes();
+        if let Some(expires) = item.expires() {
+            self.expiries.remove(&(expires, item.sequence()));
         }
     }
 
-    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike.
+    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns whether
+    /// there are more than one tick deletes.
     ///
     /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
     /// up the others. Readers miss an expired key whether it is deleted or not.
-    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) {
+    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) -> bool {
         let expired = self.expiries.range(..=(now, u64::MAX)).take(DELETES_PER_TICK);
-        let deletes: Vec<Event> = expired.map(|(_, key)| Event::Delete(key.clone())).collect();
-        for delete in deletes {
-            match append(slice::from_ref(&delete)) {
-                Ok(sequence) => self.apply(sequence, delete),
+        let key = |slot: u32| String::from_utf8_lossy(self.slots[slot as usize].key()).into_owned();
+        let deletes: Vec<Event> = expired.map(|(_, slot)| Event::Delete(key(*slot))).collect();
+        let mut deleted = 0;
+        for delete in &deletes {
+            match append(slice::from_ref(delete)) {
+                Ok(sequence) => {
+                    self.apply(sequence, delete);
+                    deleted += 1;
+                }
                 Err(AppendError::TooLarge(_)) => {}
-                Err(AppendError::Full | AppendError::Unavailable | AppendError::ReadOnly) => return,
+                Err(AppendError::Full | AppendError::Unavailable | AppendError::ReadOnly) => return false,
             }
         }
+        // Were none deleted, the next tick would not get further.
+        deletes.len() == DELETES_PER_TICK && deleted > 0
     }
 
     /// How many keys are held, with those that have expired and wait for a tick.
     pub fn keys(&self) -> u64 {
-        self.items.len() as u64
+        (self.slots.len() - self.free.len()) as u64
     }
 
     /// The bytes of all keys and values held.
@@ -107,13 +154,19 @@ impl Store {
     }
 }
 
-fn size(key_bytes: usize, value: &[u8]) -> u64 {
-    (key_bytes + value.len()) as u64
+/// Two stores are equal when they came from the same entries, however those were cut into batches.
+impl PartialEq for Store {
+    fn eq(&self, other: &Self) -> bool {
+        self.range(Bound::Unbounded).eq(other.range(Bound::Unbounded))
+            && self.expiries.keys().eq(other.expiries.keys())
+            && (self.keys(), self.bytes, self.newest_delete) == (other.keys(), other.bytes, other.newest_delete)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvs::store::transaction_log::Put;
 
     fn put(key: &str, value: &str, expires: Option<u64>) -> Event {
         Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: Vec::new(), expires })
@@ -125,12 +178,12 @@ mod tests {
 
     fn store_of(entries: impl IntoIterator<Item = (u64, Event)>) -> Store {
         let mut store = Store::default();
-        entries.into_iter().for_each(|(sequence, event)| store.apply(sequence, event));
+        entries.into_iter().for_each(|(sequence, event)| store.apply(sequence, &event));
         store
     }
 
     fn value<'s>(store: &'s Store, key: &str, now: u64) -> Result<&'s [u8], u64> {
-        store.get(key, now).map(|item| item.value.as_slice())
+        store.get(key, now).map(Item::value)
     }
 
     /// An `append` that gives out sequences from 101 on and keeps what it was given.
@@ -145,7 +198,7 @@ mod tests {
     fn the_newest_entry_of_a_key_is_what_it_has() {
         let store = store_of([(1, put("a", "old", None)), (4, put("a", "new", None)), (5, put("b", "b", None))]);
         assert_eq!(value(&store, "a", 0), Ok(&b"new"[..]));
-        assert_eq!(store.get("a", 0).map(|item| item.sequence), Ok(4));
+        assert_eq!(store.get("a", 0).map(Item::sequence), Ok(4));
         assert_eq!((store.keys(), store.bytes()), (2, 6));
     }
 
@@ -153,7 +206,7 @@ mod tests {
     fn nothing_of_an_overwritten_item_stays() {
         let old = Put { key: "a".into(), value: vec![1], metadata: vec![("x".into(), "y".into())], expires: Some(10) };
         let mut store = store_of([(1, Event::Put(old)), (2, put("a", "new", None))]);
-        assert_eq!(store.get("a", 10).map(|item| item.metadata.len()), Ok(0));
+        assert_eq!(store.get("a", 10).map(|item| item.metadata().count()), Ok(0));
         store.tick(10, |_| panic!("nothing has expired"));
     }
 
@@ -175,8 +228,8 @@ mod tests {
         let mut store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", Some(10)))]);
         assert_eq!(value(&store, "b", 9), Ok(&b""[..]));
         assert_eq!(value(&store, "b", 10), Err(3));
-        store.apply(4, put("a", "", None));
-        store.apply(5, delete("a"));
+        store.apply(4, &put("a", "", None));
+        store.apply(5, &delete("a"));
         assert_eq!(value(&store, "b", 10), Err(5));
     }
 
@@ -193,9 +246,8 @@ mod tests {
     #[test]
     fn a_tick_does_a_bounded_amount_and_the_next_ones_the_rest() {
         let mut store = store_of((1..=2_500).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
-        for left in [1_500, 500, 0, 0] {
-            store.tick(2_500, log(&mut Vec::new()));
-            assert_eq!(store.keys(), left);
+        for (left, more) in [(1_500, true), (500, true), (0, false), (0, false)] {
+            assert_eq!((store.tick(2_500, log(&mut Vec::new())), store.keys()), (more, left));
         }
     }
 

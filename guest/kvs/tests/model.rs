@@ -16,12 +16,17 @@ enum Step {
         key: String,
         value: Vec<u8>,
         content_type: Option<String>,
+        /// In seconds.
+        ttl: Option<u64>,
+        condition: Option<Condition>,
     },
     Delete {
         key: String,
+        condition: Option<Condition>,
     },
     Get {
         key: String,
+        condition: Option<Condition>,
     },
     /// A put whose append fails, and a delete.
     Refused {
@@ -43,6 +48,40 @@ enum Step {
     Tick,
 }
 
+/// What a request depends on.
+#[derive(Clone, Debug)]
+struct Condition {
+    /// `If-Match`, or else `If-None-Match`.
+    positive: bool,
+    /// `*`, or else the tag of what is there, less this.
+    older: Option<u64>,
+    weak: bool,
+}
+
+impl Condition {
+    fn header(&self, there: Option<u64>) -> Header {
+        let name = if self.positive { "if-match" } else { "if-none-match" };
+        let value = match self.older {
+            None => "*".to_owned(),
+            Some(older) => {
+                let tag = there.unwrap_or(7).wrapping_sub(older);
+                format!("\"x\", {}\"{tag}\"", if self.weak { "W/" } else { "" })
+            }
+        };
+        Header { name: name.to_owned(), value: value.into() }
+    }
+
+    fn holds(&self, there: Option<u64>) -> bool {
+        let matches = there.is_some() && self.older.is_none_or(|older| older == 0 && !(self.positive && self.weak));
+        matches == self.positive
+    }
+}
+
+fn condition() -> impl Strategy<Value = Option<Condition>> {
+    let condition = (any::<bool>(), prop::option::of(0..2_u64), prop::bool::weighted(0.2));
+    prop::option::of(condition.prop_map(|(positive, older, weak)| Condition { positive, older, weak }))
+}
+
 /// Few keys, so that steps meet; with what keys may hold in all of them.
 fn key() -> impl Strategy<Value = String> {
     prop_oneof![
@@ -53,7 +92,7 @@ fn key() -> impl Strategy<Value = String> {
 
 fn foreign_put() -> impl Strategy<Value = Put> {
     let metadata = prop::collection::vec((prop_oneof![Just("content-type".to_owned()), ".*"], ".*"), 0..3);
-    let expires = prop::option::of(0..200_u64);
+    let expires = prop::option::of(0..5_000_u64);
     let put = |(key, value, metadata, expires)| Put { key, value, metadata, expires };
     (prop_oneof![3 => key(), 1 => ".*"], any::<Vec<u8>>(), metadata, expires).prop_map(put)
 }
@@ -61,15 +100,15 @@ fn foreign_put() -> impl Strategy<Value = Put> {
 fn step() -> impl Strategy<Value = Step> {
     let content_type = prop::option::of("[a-z]{1,9}/[ -~]{0,9}[!-~]");
     prop_oneof![
-        4 => (key(), any::<Vec<u8>>(), content_type)
-            .prop_map(|(key, value, content_type)| Step::Put { key, value, content_type }),
-        3 => key().prop_map(|key| Step::Delete { key }),
-        4 => key().prop_map(|key| Step::Get { key }),
+        4 => (key(), any::<Vec<u8>>(), content_type, prop::option::of(1..3_u64), condition())
+            .prop_map(|(key, value, content_type, ttl, condition)| Step::Put { key, value, content_type, ttl, condition }),
+        3 => (key(), condition()).prop_map(|(key, condition)| Step::Delete { key, condition }),
+        4 => (key(), condition()).prop_map(|(key, condition)| Step::Get { key, condition }),
         1 => key().prop_map(|key| Step::Refused { key }),
         3 => foreign_put().prop_map(|put| Step::Foreign { put }),
         1 => key().prop_map(|key| Step::ForeignDelete { key }),
         1 => Just(Step::Gap),
-        3 => (0..50_u64).prop_map(|milliseconds| Step::Wait { milliseconds }),
+        3 => (0..1_500_u64).prop_map(|milliseconds| Step::Wait { milliseconds }),
         2 => Just(Step::Tick),
     ]
 }
@@ -86,19 +125,14 @@ struct Run {
 }
 
 impl Run {
-    fn ask(&mut self, method: &str, key: &str, body: Vec<u8>, content_type: Option<&str>) -> Response {
-        let headers = content_type
-            .map(|value| Header { name: "content-type".to_owned(), value: value.into() })
-            .into_iter()
-            .collect();
-        let request = Request { headers, body, ..request(method, key, self.now) };
+    fn ask(&mut self, request: Request) -> Response {
         rest::handle(&mut self.store, request, |events| Ok(append(&mut self.log, &mut self.sequence, events)))
     }
 
     /// What another guest appended reaches this one by `apply`.
     fn apply(&mut self, event: Event) {
         let sequence = append(&mut self.log, &mut self.sequence, std::slice::from_ref(&event));
-        self.store.apply(sequence, event);
+        self.store.apply(sequence, &event);
     }
 
     /// What the model has at a key that has not expired.
@@ -108,29 +142,45 @@ impl Run {
 
     fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
         match step {
-            Step::Put { key, value, content_type } => {
-                let response = self.ask("PUT", &key, value.clone(), content_type.as_deref());
+            Step::Put { key, value, content_type, ttl, condition } => {
+                let there = self.expected(&key).map(|(sequence, _)| *sequence);
+                let mut request = Request { body: value.clone(), ..request("PUT", &key, self.now) };
+                request.target.extend(ttl.map(|ttl| format!("?ttl={ttl}")));
+                request.headers.extend(condition.as_ref().map(|condition| condition.header(there)));
+                let sent = content_type.as_ref();
+                request
+                    .headers
+                    .extend(sent.map(|value| Header { name: "content-type".to_owned(), value: value.clone().into() }));
+                let response = self.ask(request);
+                if condition.is_some_and(|condition| !condition.holds(there)) {
+                    prop_assert_eq!(response.status, 412);
+                    return self.get(&key, None);
+                }
                 prop_assert_eq!((response.status, response.depends_on), (201, Some(self.sequence)));
                 let metadata = content_type.map(|value| ("content-type".to_owned(), value)).into_iter().collect();
-                let put = Put { key: key.clone(), value, metadata, expires: None };
+                let expires = ttl.map(|ttl| self.now + 1_000 * ttl);
+                let put = Put { key: key.clone(), value, metadata, expires };
                 prop_assert_eq!(self.log.last(), Some(&(self.sequence, Event::Put(put.clone()))));
                 self.model.insert(key, (self.sequence, put));
             }
-            Step::Delete { key } => {
-                let (there, entries) = (self.expected(&key).is_some(), self.log.len());
-                prop_assert_eq!(self.ask("DELETE", &key, Vec::new(), None).status, 200);
-                prop_assert_eq!(self.log.len(), entries + usize::from(there));
-                if there {
+            Step::Delete { key, condition } => {
+                let (there, entries) = (self.expected(&key).map(|(sequence, _)| *sequence), self.log.len());
+                let mut request = request("DELETE", &key, self.now);
+                request.headers.extend(condition.as_ref().map(|condition| condition.header(there)));
+                let holds = condition.is_none_or(|condition| condition.holds(there));
+                prop_assert_eq!(self.ask(request).status, if holds { 200 } else { 412 });
+                prop_assert_eq!(self.log.len(), entries + usize::from(holds && there.is_some()));
+                if holds && there.is_some() {
                     self.model.remove(&key);
                 }
             }
-            Step::Get { key } => self.get(&key)?,
+            Step::Get { key, condition } => self.get(&key, condition)?,
             Step::Refused { key } => {
                 for method in ["PUT", "DELETE"] {
                     let request = request(method, &key, self.now);
                     rest::handle(&mut self.store, request, |_| Err(AppendError::Unavailable));
                 }
-                self.get(&key)?;
+                self.get(&key, None)?;
             }
             Step::Foreign { put } => {
                 self.apply(Event::Put(put.clone()));
@@ -156,19 +206,37 @@ impl Run {
 
     /// The answer is the model's, and rests on no more of the log than it says: a guest that has seen only the entries
     /// up to `depends-on` gives the same one.
-    fn get(&mut self, key: &str) -> Result<(), TestCaseError> {
-        let response = self.ask("GET", key, Vec::new(), None);
-        match self.expected(key) {
+    fn get(&mut self, key: &str, condition: Option<Condition>) -> Result<(), TestCaseError> {
+        let expected = self.expected(key);
+        let there = expected.map(|(sequence, _)| *sequence);
+        let mut request = request("GET", key, self.now);
+        request.headers.extend(condition.as_ref().map(|condition| condition.header(there)));
+        let mut store = replayed(self.log.iter());
+        let response = rest::handle(&mut store, request.clone(), |_| panic!("appended"));
+        match expected {
             Some((sequence, put)) => {
-                prop_assert_eq!((response.status, &response.body), (200, &put.value));
+                let holds = condition.as_ref().is_none_or(|condition| condition.holds(there));
+                let positive = condition.is_some_and(|condition| condition.positive);
+                let status = if holds {
+                    200
+                } else if positive {
+                    412
+                } else {
+                    304
+                };
+                prop_assert_eq!(response.status, status);
+                if status == 200 {
+                    prop_assert_eq!(&response.body, &put.value);
+                }
                 let etag = Header { name: "etag".to_owned(), value: format!("\"{sequence}\"").into() };
                 prop_assert!(response.headers.contains(&etag));
             }
             None => prop_assert_eq!((response.status, response.body.as_slice()), (404, &b"no such key\n"[..])),
         }
+        prop_assert_eq!(&self.ask(request.clone()), &response);
         let durable = response.depends_on.expect("said by every answer");
         let mut store = replayed(self.log.iter().filter(|(sequence, _)| *sequence <= durable));
-        let again = rest::handle(&mut store, request("GET", key, self.now), |_| panic!("appended"));
+        let again = rest::handle(&mut store, request, |_| panic!("appended"));
         prop_assert_eq!(again, response);
         Ok(())
     }
@@ -196,8 +264,12 @@ fn append(log: &mut Vec<(u64, Event)>, sequence: &mut u64, events: &[Event]) -> 
 
 fn replayed<'e>(entries: impl Iterator<Item = &'e (u64, Event)>) -> Store {
     let mut store = Store::default();
-    entries.cloned().for_each(|(sequence, event)| store.apply(sequence, event));
+    entries.for_each(|(sequence, event)| store.apply(*sequence, event));
     store
+}
+
+fn header_value() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![any::<Vec<u8>>(), r#"(\*|W/|"[0-9]*"|[, ]|bytes=|[0-9]+|-){0,9}"#.prop_map(String::into_bytes)]
 }
 
 proptest! {
@@ -213,11 +285,11 @@ proptest! {
     #[test]
     fn any_request_gets_an_answer(
         method in "GET|HEAD|PUT|DELETE|.*",
-        target in "(/v1/)?(key/)?.{0,9}[%?/&=.]*.*",
-        headers: Vec<(bool, Vec<u8>)>,
+        target in r"(/v1/)?(key/)?.{0,9}[%?/&=.]*(ttl=[0-9]{0,30}&?)*.*",
+        headers in prop::collection::vec((prop::sample::select(rest::HEADERS.map(str::to_owned).to_vec()), header_value()), 0..4),
         body: Vec<u8>,
     ) {
-        let header = |(wanted, value)| Header { name: (if wanted { "content-type" } else { "x" }).to_owned(), value };
+        let header = |(name, value)| Header { name, value };
         let headers = headers.into_iter().map(header).collect();
         let request = Request { method, target, headers, body, principal: None, time: 0 };
         let response = rest::handle(&mut Store::default(), request, |_| Ok(1));

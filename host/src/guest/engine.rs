@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use wasmtime::component::{Component, Linker};
 
+use super::clock::Clock;
 use super::instance::{self, Instance, State};
 use super::sandbox;
 use crate::contract::ExportsPre;
@@ -56,6 +57,7 @@ pub struct Limits {
 pub struct Engine {
     linker: Linker<State>,
     limits: Limits,
+    clock: Arc<Clock>,
 }
 
 impl Engine {
@@ -79,7 +81,7 @@ impl Engine {
                 thread::sleep(EPOCH);
             }
         })?;
-        Ok(Self { linker, limits })
+        Ok(Self { linker, limits, clock: Arc::default() })
     }
 
     /// Compiles the guest in `file`, or the default one, and checks that it fits the contract. `config` is what it will
@@ -92,7 +94,7 @@ impl Engine {
             }
             None => self.check(DEFAULT_GUEST).context("the default guest cannot be run"),
         };
-        Ok(Guest { exports: exports?, limits: self.limits, config: config.into() })
+        Ok(Guest { exports: exports?, limits: self.limits, config: config.into(), clock: self.clock.clone() })
     }
 
     fn check(&self, bytes: &[u8]) -> Result<ExportsPre<State>> {
@@ -135,12 +137,13 @@ pub struct Guest {
     exports: ExportsPre<State>,
     limits: Limits,
     config: Arc<[(String, String)]>,
+    clock: Arc<Clock>,
 }
 
 impl Guest {
     /// A new instance, which has described itself and knows nothing yet. What it appends goes to `log`.
     pub fn instantiate(&self, log: Arc<dyn TransactionLog>) -> Result<Instance> {
-        Instance::new(&self.exports, self.limits, State::new(log, self.config.clone(), self.limits))
+        Instance::new(&self.exports, self.limits, State::new(log, self.config.clone(), self.limits, self.clock.clone()))
     }
 }
 

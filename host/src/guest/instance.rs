@@ -5,7 +5,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
@@ -15,6 +14,7 @@ use tracing::{error, warn};
 use wasmtime::component::{HasSelf, Linker};
 use wasmtime::{Store, Trap, WasmBacktrace};
 
+use super::clock::Clock;
 use super::engine::{Limits, epochs};
 use super::memory::Memory;
 use super::sandbox::Sandbox;
@@ -108,17 +108,21 @@ impl Instance {
     /// Takes in entries of the log. An error names the entries.
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
-        self.store.data_mut().time = self.store.data().time.max(last.time);
+        self.store.data().clock.not_before(last.time);
         self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_apply(store, entries))
             .with_context(|| format!("apply of entries {} to {} failed", first.sequence, last.sequence))
     }
 
-    pub fn tick(&mut self) -> Result<(), Trapped> {
+    /// Housekeeping. Returns whether the guest wants to go on with it soon.
+    pub fn tick(&mut self) -> Result<bool, Trapped> {
         let now = self.store.data_mut().now();
-        self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
+        let more = self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
             exports.kvs_store_lifecycle().call_tick(store, now)
         })?;
-        if self.store.data().memory.is_full() { self.count() } else { Ok(()) }
+        if self.store.data().memory.is_full() {
+            self.count()?;
+        }
+        Ok(more)
     }
 
     /// Sees how much of what the guest stored when it was full is gone.
@@ -238,7 +242,8 @@ pub struct State {
     memory: Memory,
     sandbox: Sandbox,
     call: Call,
-    /// The newest time the guest has seen, in milliseconds since 1970.
+    clock: Arc<Clock>,
+    /// What the call in progress was told, in milliseconds since 1970.
     time: u64,
 }
 
@@ -256,19 +261,22 @@ struct Call {
 }
 
 impl State {
-    pub(super) fn new(log: Arc<dyn TransactionLog>, config: Arc<[(String, String)]>, limits: Limits) -> Self {
+    pub(super) fn new(
+        log: Arc<dyn TransactionLog>,
+        config: Arc<[(String, String)]>,
+        limits: Limits,
+        clock: Arc<Clock>,
+    ) -> Self {
         let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
-        Self { log, config, limits, memory, sandbox, call: Call::default(), time: 0 }
+        Self { log, config, limits, memory, sandbox, call: Call::default(), clock, time: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
         &mut self.sandbox
     }
 
-    /// The system's clock, but never behind what the guest has seen.
     fn now(&mut self) -> u64 {
-        let system = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        self.time = self.time.max(u64::try_from(system.as_millis()).unwrap_or(u64::MAX));
+        self.time = self.clock.now();
         self.time
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! Read `engine` first (what may run), then `instance` (one call), then `shard` (many calls, one at a time).
 
+mod clock;
 mod engine;
 mod instance;
 mod memory;

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task;
 use tokio::time::{sleep, timeout_at};
 use tracing::{error, info};
@@ -45,6 +45,7 @@ pub struct Shard {
     description: Description,
     log: Arc<dyn TransactionLog>,
     state: Mutex<State>,
+    more_to_tick: Notify,
 }
 
 #[derive(Default)]
@@ -92,7 +93,10 @@ impl Shard {
         let (instance, replayed) = build(&guest, &log)?;
         let description = instance.description().clone();
         let state = State { free: Some(instance), ..State::default() };
-        Ok((Arc::new(Self { guest, description, log, state: Mutex::new(state) }), replayed))
+        Ok((
+            Arc::new(Self { guest, description, log, state: Mutex::new(state), more_to_tick: Notify::new() }),
+            replayed,
+        ))
     }
 
     pub fn description(&self) -> &Description {
@@ -145,6 +149,11 @@ impl Shard {
         } else {
             state.tick_due = true;
         }
+    }
+
+    /// Waits until a tick left something undone.
+    pub async fn more_to_tick(&self) {
+        self.more_to_tick.notified().await;
     }
 
     /// Takes a request out of the queue, if it is still there.
@@ -220,7 +229,12 @@ impl Turn {
     fn tick(&mut self) {
         let Some(mut instance) = self.instance.take() else { return };
         match instance.tick() {
-            Ok(()) => self.instance = Some(instance),
+            Ok(more) => {
+                self.instance = Some(instance);
+                if more {
+                    self.shard.more_to_tick.notify_one();
+                }
+            }
             Err(trapped) => error!(guest = self.shard.description.name, "the guest trapped in tick: {trapped}"),
         }
     }

@@ -94,10 +94,12 @@ impl lifecycle::Guest for Component {
         });
     }
 
-    fn tick(_now: u64) {
+    fn tick(_now: u64) -> bool {
         STATE.with_borrow_mut(|state| state.ticks += 1);
-        if fault() == "tick-traps" {
-            fall_over();
+        match fault().as_str() {
+            "tick-traps" => fall_over(),
+            // Is never done.
+            fault => fault == "tick-again",
         }
     }
 

@@ -1,0 +1,49 @@
+//! The words of answers that are much the same everywhere: one line of text, and headers.
+
+use crate::conditions::tag_of;
+use crate::content_type;
+use crate::kvs::store::http::{Header, Response};
+use crate::kvs::store::transaction_log::AppendError;
+
+/// What an answer rests on that would be the same in any state.
+pub const NO_STATE: Option<u64> = Some(0);
+
+/// A response of one line of text.
+pub fn line(status: u16, text: &str) -> Response {
+    Response {
+        status,
+        headers: vec![header(content_type::NAME, "text/plain; charset=utf-8"), nosniff()],
+        body: format!("{text}\n").into_bytes(),
+        depends_on: NO_STATE,
+    }
+}
+
+/// Why a write was not appended, for the one who asked for it.
+pub fn not_stored(error: AppendError) -> Response {
+    match error {
+        AppendError::Full => line(507, "no room is left, on disk or in memory; nothing was stored"),
+        AppendError::Unavailable => {
+            with(line(503, "the log takes no writes at the moment; nothing was stored"), header("retry-after", "1"))
+        }
+        AppendError::ReadOnly => line(403, "writes are not allowed here; nothing was stored"),
+        AppendError::TooLarge(_) => line(413, "this is too large for the log; nothing was stored"),
+    }
+}
+
+pub fn with(mut response: Response, header: Header) -> Response {
+    response.headers.push(header);
+    response
+}
+
+pub fn header(name: &str, value: impl Into<Vec<u8>>) -> Header {
+    Header { name: name.to_owned(), value: value.into() }
+}
+
+pub fn etag(sequence: u64) -> Header {
+    header("etag", tag_of(sequence))
+}
+
+/// No browser is to guess that something is a script.
+pub fn nosniff() -> Header {
+    header("x-content-type-options", "nosniff")
+}

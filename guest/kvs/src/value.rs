@@ -1,0 +1,416 @@
+//! One key: GET, HEAD, PUT and DELETE.
+//!
+//! Owns: what each of them means, and what its answer rests on. Must never know: how items are kept.
+
+use std::borrow::Cow;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crate::answer::{etag, header, line, nosniff, not_stored, with};
+use crate::conditions::{Conditions, IF_MATCH, IF_NONE_MATCH, Unmet};
+use crate::content_type;
+use crate::item::Item;
+use crate::kvs::store::http::{Header, Request, Response};
+use crate::kvs::store::transaction_log::{AppendError, Event, Put};
+use crate::query::{self, BadQuery};
+use crate::range::Part;
+use crate::store::Store;
+
+/// The longest time to live, in seconds: 100 years.
+pub const MAX_TTL: u64 = 100 * 365 * 24 * 60 * 60;
+
+/// The last second of the year 9999, which is the last that HTTP can write.
+const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
+
+/// GET, and HEAD: the host drops the body.
+pub fn get(store: &Store, key: &str, query: &str, request: &Request) -> Response {
+    if let Err(bad) = query::nothing(query) {
+        return line(400, &bad.to_string());
+    }
+    let conditions = match Conditions::sent(&request.headers) {
+        Ok(conditions) => conditions,
+        Err(malformed) => return line(400, &malformed.to_string()),
+    };
+    let item = match store.get(key, request.time) {
+        Ok(item) => item,
+        // Conditions are for what would succeed without them.
+        Err(rests_on) => return Response { depends_on: Some(rests_on), ..line(404, "no such key") },
+    };
+    match conditions.check(Some(item.sequence())) {
+        Ok(()) => {}
+        Err(Unmet::IfNoneMatch) => return of(item, 304, caching(item), Vec::new()),
+        Err(unmet) => return not_met(unmet, Ok(item)),
+    }
+    let mut headers = vec![header(content_type::NAME, content_type::kept(item))];
+    headers.extend(caching(item));
+    headers.extend([
+        header("accept-ranges", "bytes"),
+        // A value may be anything, and whoever put it must not script whoever reads it.
+        nosniff(),
+        header("content-security-policy", "sandbox"),
+    ]);
+    let (value, length) = (item.value(), item.value().len());
+    let part =
+        if request.method == "GET" { Part::sent(&request.headers, item.sequence(), length) } else { Part::Whole };
+    match part {
+        Part::Whole => of(item, 200, headers, value.into()),
+        Part::Bytes(range) => {
+            headers.push(header("content-range", format!("bytes {}-{}/{length}", range.start, range.end - 1)));
+            of(item, 206, headers, value[range].into())
+        }
+        Part::Unsatisfiable => {
+            let refusal = line(416, &format!("the value has {length} bytes, and the range begins after them"));
+            let refusal = with(refusal, header("content-range", format!("bytes */{length}")));
+            Response { depends_on: Some(item.sequence()), ..refusal }
+        }
+    }
+}
+
+pub fn put(
+    store: &mut Store,
+    key: Cow<'_, str>,
+    query: &str,
+    request: Request,
+    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+) -> Response {
+    let conditions = match Conditions::sent(&request.headers) {
+        Ok(conditions) => conditions,
+        Err(malformed) => return line(400, &malformed.to_string()),
+    };
+    let expires = match expiry(query, request.time) {
+        Ok(expires) => expires,
+        Err(bad) => return line(400, &bad.to_string()),
+    };
+    let metadata = match content_type::sent(request.headers) {
+        Ok(content_type) => content_type.map(|value| (content_type::NAME.to_owned(), value)).into_iter().collect(),
+        Err(unfit) => return line(400, &unfit.to_string()),
+    };
+    if !conditions.is_empty() {
+        let there = store.get(&key, request.time);
+        if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
+            return not_met(unmet, there);
+        }
+    }
+    let event = Event::Put(Put { key: key.into_owned(), value: request.body, metadata, expires });
+    match write(store, event, append) {
+        Ok(sequence) => {
+            Response { status: 201, headers: vec![etag(sequence)], body: Vec::new(), depends_on: Some(sequence) }
+        }
+        Err(error) => not_stored(error),
+    }
+}
+
+/// 200 also when there is nothing to delete, so that a client can try again without asking what became of the first try.
+pub fn delete(
+    store: &mut Store,
+    key: Cow<'_, str>,
+    query: &str,
+    request: &Request,
+    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+) -> Response {
+    if let Err(bad) = query::nothing(query) {
+        return line(400, &bad.to_string());
+    }
+    let conditions = match Conditions::sent(&request.headers) {
+        Ok(conditions) => conditions,
+        Err(malformed) => return line(400, &malformed.to_string()),
+    };
+    let there = store.get(&key, request.time);
+    if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
+        return not_met(unmet, there);
+    }
+    let rests_on = match there {
+        Ok(_) => match write(store, Event::Delete(key.into_owned()), append) {
+            Ok(sequence) => sequence,
+            Err(error) => return not_stored(error),
+        },
+        Err(rests_on) => rests_on,
+    };
+    Response { status: 200, headers: Vec::new(), body: Vec::new(), depends_on: Some(rests_on) }
+}
+
+/// Appends first, then changes.
+fn write(
+    store: &mut Store,
+    event: Event,
+    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+) -> Result<u64, AppendError> {
+    let events = [event];
+    let sequence = append(&events)?;
+    store.apply(sequence, &events[0]);
+    Ok(sequence)
+}
+
+/// From which moment on a value is gone that is put now.
+fn expiry(query: &str, now: u64) -> Result<Option<u64>, BadQuery> {
+    let [ttl] = query::parameters(query, ["ttl"])?;
+    let seconds = ttl.map(|ttl| ttl.number(1..=MAX_TTL)).transpose()?;
+    Ok(seconds.map(|seconds| now.saturating_add(seconds * 1_000)))
+}
+
+/// An answer that rests on an item.
+fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response {
+    Response { status, headers, body, depends_on: Some(item.sequence()) }
+}
+
+/// What a cache needs to know.
+fn caching(item: &Item) -> Vec<Header> {
+    let mut headers = vec![etag(item.sequence())];
+    headers.extend(item.expires().map(|expires| {
+        // In whole seconds, and not later than it is gone.
+        let date = Duration::from_secs(expires / 1_000).min(LAST_DATE);
+        header("expires", httpdate::fmt_http_date(UNIX_EPOCH + date))
+    }));
+    headers
+}
+
+fn not_met(unmet: Unmet, there: Result<&Item, u64>) -> Response {
+    let name = match unmet {
+        Unmet::IfMatch => IF_MATCH,
+        Unmet::IfNoneMatch => IF_NONE_MATCH,
+    };
+    match there {
+        Ok(item) => {
+            let tag = etag(item.sequence());
+            let refusal = line(412, &format!("{name} does not hold: the key has the etag \"{}\"", item.sequence()));
+            Response { depends_on: Some(item.sequence()), ..with(refusal, tag) }
+        }
+        Err(rests_on) => {
+            Response { depends_on: Some(rests_on), ..line(412, &format!("{name} does not hold: there is no such key")) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rest::handle;
+
+    const CONTENT_TYPE: &str = content_type::NAME;
+    const NOW: u64 = 1_000;
+
+    /// A request without headers, to `/v1/a` unless said otherwise.
+    fn request(method: &str) -> Request {
+        Request {
+            method: method.to_owned(),
+            target: "/v1/a".to_owned(),
+            headers: Vec::new(),
+            body: Vec::new(),
+            principal: None,
+            time: NOW,
+        }
+    }
+
+    fn put_with(content_types: &[&str]) -> Request {
+        let headers = content_types.iter().map(|value| header(CONTENT_TYPE, *value)).collect();
+        Request { headers, body: b"value".into(), ..request("PUT") }
+    }
+
+    /// `/v1/a` with this metadata and expiry, put by some guest at sequence 7.
+    fn store_with(metadata: &[(&str, &str)], expires: Option<u64>) -> Store {
+        let metadata = metadata.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+        let mut store = Store::default();
+        store.apply(7, &Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires }));
+        store
+    }
+
+    fn unasked(_: &[Event]) -> Result<u64, AppendError> {
+        panic!("appended")
+    }
+
+    fn header_of<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
+        let header = response.headers.iter().find(|header| header.name == name)?;
+        Some(str::from_utf8(&header.value).expect("text"))
+    }
+
+    fn text_of(response: &Response) -> &str {
+        str::from_utf8(&response.body).expect("text")
+    }
+
+    #[test]
+    fn a_value_comes_with_all_its_headers_to_get_and_to_head() {
+        let mut store = store_with(&[("x", "y"), (CONTENT_TYPE, "text/html")], None);
+        for method in ["GET", "HEAD"] {
+            let expected = Response {
+                status: 200,
+                headers: vec![
+                    header("content-type", "text/html"),
+                    header("etag", "\"7\""),
+                    header("accept-ranges", "bytes"),
+                    header("x-content-type-options", "nosniff"),
+                    header("content-security-policy", "sandbox"),
+                ],
+                body: b"value".into(),
+                depends_on: Some(7),
+            };
+            assert_eq!(handle(&mut store, request(method), unasked), expected, "{method}");
+        }
+    }
+
+    #[test]
+    fn a_put_is_appended_with_its_content_type_and_answered_with_its_sequence() {
+        let kept = vec![(CONTENT_TYPE.to_owned(), "text/plain".to_owned())];
+        for (content_types, metadata) in [(&["text/plain"][..], kept), (&[], vec![])] {
+            let expected = [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires: None })];
+            let response = handle(&mut store_with(&[], None), put_with(content_types), |events| {
+                assert_eq!(events, expected);
+                Ok(8)
+            });
+            let created =
+                Response { status: 201, headers: vec![header("etag", "\"8\"")], body: vec![], depends_on: Some(8) };
+            assert_eq!(response, created);
+        }
+    }
+
+    #[test]
+    fn a_put_with_an_unfit_content_type_is_refused() {
+        let response = handle(&mut Store::default(), put_with(&["text/plain", "text/plain"]), unasked);
+        assert_eq!(response, line(400, "content-type was sent twice"));
+    }
+
+    #[test]
+    fn a_delete_is_appended_only_when_there_is_something() {
+        let empty = |depends_on| Response { status: 200, headers: vec![], body: vec![], depends_on };
+        let mut store = store_with(&[], None);
+        let response = handle(&mut store, request("DELETE"), |events| {
+            assert_eq!(events, [Event::Delete("a".to_owned())]);
+            Ok(8)
+        });
+        assert_eq!(response, empty(Some(8)));
+        assert_eq!(handle(&mut store, request("DELETE"), unasked), empty(Some(8)));
+        assert_eq!(handle(&mut store_with(&[], Some(NOW)), request("DELETE"), unasked), empty(Some(7)));
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_found() {
+        for (mut store, rests_on) in [(Store::default(), 0), (store_with(&[], Some(NOW)), 7)] {
+            let response = handle(&mut store, request("GET"), unasked);
+            assert_eq!(response, Response { depends_on: Some(rests_on), ..line(404, "no such key") });
+            assert_eq!(text_of(&response), "no such key\n");
+            assert_eq!(header_of(&response, CONTENT_TYPE), Some("text/plain; charset=utf-8"));
+            assert_eq!(header_of(&response, "x-content-type-options"), Some("nosniff"));
+        }
+    }
+
+    #[test]
+    fn a_write_that_was_not_appended_changes_nothing() {
+        for (error, status, text, retry_after) in [
+            (AppendError::Full, 507, "no room is left, on disk or in memory; nothing was stored\n", None),
+            (AppendError::Unavailable, 503, "the log takes no writes at the moment; nothing was stored\n", Some("1")),
+            (AppendError::ReadOnly, 403, "writes are not allowed here; nothing was stored\n", None),
+            (AppendError::TooLarge(9), 413, "this is too large for the log; nothing was stored\n", None),
+        ] {
+            for method in ["PUT", "DELETE"] {
+                let mut store = store_with(&[], None);
+                let response = handle(&mut store, request(method), |_| Err(error));
+                assert_eq!((response.status, text_of(&response)), (status, text));
+                assert_eq!(header_of(&response, "retry-after"), retry_after);
+                assert_eq!(store, store_with(&[], None), "{method} {error:?}");
+            }
+        }
+    }
+
+    fn request_with(method: &str, query: &str, headers: &[(&str, &str)]) -> Request {
+        let headers = headers.iter().map(|(name, value)| header(name, *value)).collect();
+        Request { target: format!("/v1/a?{query}"), headers, ..request(method) }
+    }
+
+    #[test]
+    fn what_a_client_has_is_not_sent_again() {
+        for method in ["GET", "HEAD"] {
+            let request = request_with(method, "", &[(IF_NONE_MATCH, "W/\"7\"")]);
+            let response = handle(&mut store_with(&[], Some(61_999)), request, unasked);
+            let headers = vec![header("etag", "\"7\""), header("expires", "Thu, 01 Jan 1970 00:01:01 GMT")];
+            assert_eq!(response, Response { status: 304, headers, body: vec![], depends_on: Some(7) });
+        }
+    }
+
+    #[test]
+    fn a_condition_that_does_not_hold_is_412_and_tells_what_is_there() {
+        for (method, name, value) in [
+            ("GET", IF_MATCH, "\"6\""),
+            ("PUT", IF_MATCH, "\"6\""),
+            ("PUT", IF_NONE_MATCH, "*"),
+            ("DELETE", IF_MATCH, "W/\"7\""),
+        ] {
+            let response = handle(&mut store_with(&[], None), request_with(method, "", &[(name, value)]), unasked);
+            assert_eq!((response.status, response.depends_on), (412, Some(7)), "{method} {name}");
+            assert_eq!(text_of(&response), format!("{name} does not hold: the key has the etag \"7\"\n"));
+            assert_eq!(header_of(&response, "etag"), Some("\"7\""));
+        }
+        for method in ["PUT", "DELETE"] {
+            let request = request_with(method, "", &[(IF_MATCH, "*")]);
+            let response = handle(&mut store_with(&[], Some(NOW)), request, unasked);
+            assert_eq!((response.status, response.depends_on), (412, Some(7)), "{method}");
+            assert_eq!(text_of(&response), "if-match does not hold: there is no such key\n");
+        }
+    }
+
+    #[test]
+    fn a_condition_on_what_is_not_there_to_read_is_not_asked() {
+        let request = request_with("GET", "", &[(IF_MATCH, "*")]);
+        assert_eq!(handle(&mut Store::default(), request, unasked).status, 404);
+    }
+
+    #[test]
+    fn what_is_malformed_is_refused_before_anything_is_looked_up() {
+        for method in ["GET", "HEAD", "PUT", "DELETE"] {
+            for name in [IF_MATCH, IF_NONE_MATCH] {
+                let response = handle(&mut Store::default(), request_with(method, "", &[(name, "7")]), unasked);
+                assert_eq!(response.status, 400);
+                assert!(text_of(&response).starts_with(&format!("{name} is malformed")), "{}", text_of(&response));
+            }
+        }
+        for (method, query, told) in [
+            ("PUT", "ttl=0", "query parameter `ttl` must be a whole number from 1 to 3153600000\n"),
+            ("PUT", "ttl=1&ttl=1", "query parameter `ttl` was given twice\n"),
+            ("PUT", "tll=1", "unknown query parameter `tll`\n"),
+            ("DELETE", "ttl=1", "unknown query parameter `ttl`\n"),
+            ("HEAD", "ttl=1", "unknown query parameter `ttl`\n"),
+        ] {
+            let response = handle(&mut Store::default(), request_with(method, query, &[]), unasked);
+            assert_eq!((response.status, text_of(&response)), (400, told), "{method} {query}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_value_comes_with_its_place() {
+        for (range, status, body, place) in [
+            ("bytes=1-3", 206, "alu", Some("bytes 1-3/5")),
+            ("bytes=-2", 206, "ue", Some("bytes 3-4/5")),
+            ("bytes=5-", 416, "the value has 5 bytes, and the range begins after them\n", Some("bytes */5")),
+            ("bytes=3-1", 200, "value", None),
+        ] {
+            let response = handle(&mut store_with(&[], None), request_with("GET", "", &[("range", range)]), unasked);
+            assert_eq!((response.status, text_of(&response), response.depends_on), (status, body, Some(7)), "{range}");
+            assert_eq!(header_of(&response, "content-range"), place, "{range}");
+            let response = handle(&mut store_with(&[], None), request_with("HEAD", "", &[("range", range)]), unasked);
+            assert_eq!((response.status, text_of(&response)), (200, "value"), "HEAD {range}");
+        }
+    }
+
+    #[test]
+    fn a_time_to_live_ends_in_the_log_and_without_one_there_is_no_end() {
+        for (query, expires) in
+            [("ttl=60", Some(NOW + 60_000)), ("ttl=3153600000", Some(NOW + 3_153_600_000_000)), ("", None)]
+        {
+            let request = Request { body: b"value".into(), ..request_with("PUT", query, &[]) };
+            let mut store = store_with(&[], Some(NOW + 5));
+            let expected = [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata: vec![], expires })];
+            let response = handle(&mut store, request, |events| {
+                assert_eq!(events, expected);
+                Ok(8)
+            });
+            assert_eq!(response.status, 201);
+            assert_eq!(
+                header_of(&handle(&mut store, self::request("GET"), unasked), "expires").is_some(),
+                expires.is_some()
+            );
+        }
+    }
+
+    #[test]
+    fn an_expiry_that_no_date_can_write_is_answered_with_the_last_date() {
+        let response = handle(&mut store_with(&[], Some(u64::MAX)), request("GET"), unasked);
+        assert_eq!(header_of(&response, "expires"), Some("Fri, 31 Dec 9999 23:59:59 GMT"));
+    }
+}
