@@ -25,8 +25,8 @@ pub struct Segment {
     pub after: u32,
     /// The checksum of its own last frame; `before` when it has none.
     pub tip: u32,
-    /// Where its frames end, once known: that of an older segment is found by reading it.
-    pub end: Option<u64>,
+    /// Where its frames end. Of an older segment this is found by reading it, and is the end of the file until then.
+    pub end: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
 }
@@ -35,21 +35,20 @@ impl Segment {
     /// A segment made ahead, at the moment the writer comes to it.
     pub fn empty(number: u64, last: u64, chain: u32) -> Self {
         let (before, after, tip) = (chain, chain, chain);
-        let end = Some(HEAD_BYTES);
+        let end = HEAD_BYTES;
         Self { numbers: Numbers::one(number), first: last.wrapping_add(1), last, before, after, tip, end, forgotten: 0 }
     }
 
     pub fn compacted(numbers: Numbers, compacted: &Compacted) -> Self {
         let Compacted { first, last, before, after, tip, end, forgotten } = *compacted;
-        Self { numbers, first, last, before, after, tip, end: Some(end), forgotten }
+        Self { numbers, first, last, before, after, tip, end, forgotten }
     }
 }
 
 impl Segment {
     /// Its frames, from the first.
-    pub fn scan(&self, file: Arc<dyn File>, log: Uuid) -> io::Result<Scan> {
-        let end = self.end.map_or_else(|| file.size(), Ok)?;
-        Ok(Scan::new(file, log, HEAD_BYTES, end, Some(self.before)))
+    pub fn scan(&self, file: Arc<dyn File>, log: Uuid) -> Scan {
+        Scan::new(file, log, HEAD_BYTES, self.end, Some(self.before))
     }
 
     /// Whether a scan that came to its end saw the whole segment.
@@ -118,15 +117,15 @@ impl Catalog {
         self.segments().clone()
     }
 
-    /// Bytes of frames, where known.
+    /// Bytes of frames, heads of segments included.
     pub fn bytes(&self) -> u64 {
-        self.segments().iter().map(|segment| segment.end.unwrap_or(0)).sum()
+        self.segments().iter().map(|segment| segment.end).sum()
     }
 
     /// Notes where a segment was found to end.
     pub fn set_end(&self, numbers: Numbers, end: u64) {
         if let Some(segment) = self.segments().iter_mut().find(|segment| segment.numbers == numbers) {
-            segment.end = Some(end);
+            segment.end = end;
         }
     }
 
@@ -155,7 +154,7 @@ impl Catalog {
     /// The newest segment was written to.
     pub fn extend(&self, end: u64, last: u64, chain: u32) {
         if let Some(segment) = self.segments().last_mut() {
-            (segment.end, segment.last, segment.after, segment.tip) = (Some(end), last, chain, chain);
+            (segment.end, segment.last, segment.after, segment.tip) = (end, last, chain, chain);
         }
     }
 

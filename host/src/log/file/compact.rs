@@ -40,6 +40,8 @@ pub struct Outcome {
     pub needed_entries: u64,
     /// See [`Garbage::expiring`].
     pub expiring: [u64; 40],
+    /// How often the log was read to find what can go.
+    pub passes: u64,
     /// In bytes of files.
     pub saved: u64,
 }
@@ -50,7 +52,7 @@ pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut P
     let sum = |of: fn(&Share) -> u64| garbage.shares.iter().map(of).sum::<u64>();
     let (entries, bytes, needed) = (sum(|share| share.entries), sum(|share| share.bytes), sum(Share::needed));
     let needed_entries = (entries * needed).checked_div(bytes).unwrap_or(0);
-    let mut outcome = Outcome { needed, needed_entries, expiring: garbage.expiring, saved: 0 };
+    let mut outcome = Outcome { needed, needed_entries, expiring: garbage.expiring, passes: garbage.passes, saved: 0 };
 
     // What is void may go when everything that was superseded goes: only then no older put of its key stays.
     let goes_with_void = |share: &Share| share.superseded + share.forgettable + share.void;
@@ -94,7 +96,7 @@ fn plan(
         }
     }
     let worth = |(group, stays): &(Range<usize>, u64)| {
-        let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.end.unwrap_or(0)).sum();
+        let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.end).sum();
         let bytes = bytes.max(garbage.shares[group.clone()].iter().map(|share| share.bytes).sum());
         let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
         let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
@@ -156,7 +158,9 @@ impl Rewrite<'_> {
             let (tip, end) = (output.chain, output.end);
             let (first, last, before, after) = (oldest.first, newest.last, oldest.before, newest.after);
             let compacted = Compacted { first, last, before, after, tip, end, forgotten };
-            output.file.write_at(&Head { log: shared.log, numbers, compacted: Some(compacted) }.encode(), 0)?;
+            output
+                .file
+                .write_at(&Head { log: shared.log, numbers, size: end, compacted: Some(compacted) }.encode(), 0)?;
             output.sync()?;
             Ok((compacted, old_bytes.saturating_sub(end)))
         });

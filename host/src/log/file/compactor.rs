@@ -1,10 +1,15 @@
-//! The compactor: decides when compaction is worth its while, and how hard it may press the disk.
+//! The compactor: decides when compaction is worth its while, how hard it may press the disk, and how far the log may
+//! grow meanwhile.
 //!
 //! What is dead is not known without reading the log, but bounded: since the last run, whose result is known, each put
 //! can have superseded at most about its own size, and each delete about the size of a mean entry. When what may be dead
 //! has grown to a third of the log, a run is due. A run that finds nothing has read as much as was written since the
 //! last, so the cost stays in proportion.
+//!
+//! The log stays at most twice the entries that are needed, and two segments. Mostly because a run is over long before;
+//! where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`].
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -16,7 +21,7 @@ use super::{Damage, Shared};
 const DEBOUNCE: Duration = Duration::from_millis(20);
 /// Entries expire although nothing is written.
 const LOOK: Duration = Duration::from_secs(1);
-/// For each second of work, this many of rest, as long as the log is not too large.
+/// For each second of work, this many of rest, as long as the log does not grow faster than the work goes on.
 const REST: u32 = 3;
 /// At most at once, so that a stop is not kept waiting.
 const LONGEST_REST: Duration = Duration::from_millis(100);
@@ -24,48 +29,28 @@ const LONGEST_REST: Duration = Duration::from_millis(100);
 const AGAIN: Duration = Duration::from_secs(5);
 const LONGEST_AGAIN: Duration = Duration::from_secs(320);
 const WORTH_PERCENT: u64 = 25;
+const NO_LIMIT: u64 = u64::MAX;
 
-#[derive(Default)]
 pub struct Compactor {
     state: Mutex<State>,
     changed: Condvar,
+    /// How large the log may be, in bytes of frames, when the writer goes on.
+    limit: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
-    sealed: bool,
+    /// The thread is there, and not recovering from a failure.
+    ready: bool,
     stopped: bool,
-}
-
-impl Compactor {
-    /// A segment is not written any more.
-    pub fn sealed(&self) {
-        self.lock().sealed = true;
-        self.changed.notify_all();
-    }
-
-    pub fn stop(&self) {
-        self.lock().stopped = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits until there may be something to do; true when it is to stop.
-    fn wait_for_work(&self) -> bool {
-        let state = self.lock();
-        let waited = self.changed.wait_timeout_while(state, LOOK, |state| !state.sealed && !state.stopped);
-        waited.unwrap_or_else(PoisonError::into_inner).0.sealed = false;
-        self.rest(DEBOUNCE)
-    }
-
-    /// Waits; true when it is to stop.
-    fn rest(&self, time: Duration) -> bool {
-        let waited = self.changed.wait_timeout_while(self.lock(), time, |state| !state.stopped);
-        waited.unwrap_or_else(PoisonError::into_inner).0.stopped
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    /// A segment is not written any more, and nobody looked at that yet.
+    sealed: bool,
+    /// The writer waits.
+    held: bool,
+    /// None where the log was not empty when it was opened, and nothing is known of it yet.
+    known: Option<Known>,
+    /// A run is due or under way.
+    debt: Option<Debt>,
 }
 
 /// What was known of the log after the last run, and when that was.
@@ -75,6 +60,8 @@ struct Known {
     expiring: [u64; 40],
     deletes: u64,
     at: Instant,
+    /// How often the log had to be read to find what can go.
+    passes: u64,
     /// So much more than what is needed made no run worth its while.
     floor: u64,
 }
@@ -89,53 +76,207 @@ impl Known {
     }
 }
 
+/// A run that is due, as the writer sees it. The log may grow by a quarter of what is left to its bound at once, and by
+/// the rest as the run goes on. So it never passes the bound, and no commit waits for a whole run: it waits for as much
+/// of the run as is in proportion to what it writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Debt {
+    /// The size of the log when the run fell due, and what it may be when the run is over.
+    pub begin: u64,
+    pub bound: u64,
+    /// Bytes that the run has to read, once it is known, and has read.
+    pub work: u64,
+    pub done: u64,
+}
+
+impl Debt {
+    pub fn new(begin: u64, sealed: u64, needed: Option<u64>, segment_bytes: u64) -> Self {
+        let bound = match needed {
+            Some(needed) => (2 * (needed + segment_bytes)).max(begin + segment_bytes / 2),
+            // Nothing is known yet, so nothing can be kept; the first run is not to take for ever all the same.
+            None => begin + segment_bytes.max(sealed / 2),
+        };
+        Self { begin, bound, work: u64::MAX, done: 0 }
+    }
+
+    /// How large the log may be now.
+    pub fn limit(&self) -> u64 {
+        let room = self.bound - self.begin;
+        let earned = u128::from(room - room / 4) * u128::from(self.done.min(self.work)) / u128::from(self.work);
+        self.begin + room / 4 + earned as u64
+    }
+}
+
+impl Default for Compactor {
+    fn default() -> Self {
+        Self { state: Mutex::default(), changed: Condvar::new(), limit: NO_LIMIT.into() }
+    }
+}
+
+impl Compactor {
+    /// A segment is not written any more.
+    pub fn sealed(&self, shared: &Shared) {
+        let mut state = self.lock();
+        state.sealed = true;
+        self.consider(&mut state, shared);
+    }
+
+    /// The writer is about to write so many bytes: waits until the log may grow by them.
+    pub fn admit(&self, shared: &Shared, bytes: u64) {
+        let is_held = || {
+            let limit = self.limit.load(Ordering::Acquire);
+            limit != NO_LIMIT && shared.catalog.bytes() + bytes > limit
+        };
+        if !is_held() {
+            return;
+        }
+        let mut state = self.lock();
+        while is_held() {
+            state.held = true;
+            self.changed.notify_all();
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.held = false;
+    }
+
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.stopped = true;
+        self.forgive(&mut state);
+    }
+
+    /// Decides whether a run is due: what may be dead has grown enough.
+    fn consider(&self, state: &mut State, shared: &Shared) {
+        if state.ready && !state.stopped && state.debt.is_none() {
+            let deletes = shared.queue.deletes();
+            let sealed = shared.catalog.sealed().iter().map(|segment| segment.end).sum();
+            let needed = state.known.as_ref().map(|known| known.needed(deletes));
+            let floor = state.known.as_ref().map_or(0, |known| known.floor);
+            if needed.is_none_or(|needed| sealed > needed + needed / 2 + floor) && sealed > 0 {
+                state.debt = Some(Debt::new(shared.catalog.bytes(), sealed, needed, shared.segment_bytes));
+            }
+        }
+        self.limit_now(state);
+    }
+
+    /// No run is due, and the writer goes on as it likes.
+    fn forgive(&self, state: &mut State) {
+        state.debt = None;
+        self.limit_now(state);
+    }
+
+    fn limit_now(&self, state: &State) {
+        self.limit.store(state.debt.map_or(NO_LIMIT, |debt| debt.limit()), Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Waits until a run is due; false when it is to stop.
+    fn wait_until_due(&self, shared: &Shared) -> bool {
+        let mut state = self.lock();
+        while !state.stopped && state.debt.is_none() {
+            let idle = |state: &mut State| !state.stopped && !std::mem::take(&mut state.sealed);
+            state = self.changed.wait_timeout_while(state, LOOK, idle).unwrap_or_else(PoisonError::into_inner).0;
+            self.consider(&mut state, shared);
+        }
+        drop(state);
+        self.rest(DEBOUNCE)
+    }
+
+    /// Waits, unless the writer does; false when it is to stop.
+    fn rest(&self, time: Duration) -> bool {
+        let resting = |state: &mut State| !state.stopped && !state.held;
+        let waited = self.changed.wait_timeout_while(self.lock(), time, resting);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.stopped
+    }
+
+    /// A run over so many bytes begins.
+    fn begin(&self, sealed: u64) {
+        let mut state = self.lock();
+        let passes = state.known.as_ref().map_or(1, |known| known.passes);
+        if let Some(debt) = &mut state.debt {
+            // Once more to write what stays.
+            debt.work = (passes + 1) * sealed;
+        }
+    }
+
+    /// The run has read so many bytes more. Returns whether the log comes close to what it may be.
+    fn advance(&self, shared: &Shared, bytes: u64) -> bool {
+        let mut state = self.lock();
+        let Some(debt) = &mut state.debt else { return false };
+        debt.done += bytes;
+        let (limit, room) = (debt.limit(), debt.bound - debt.begin);
+        self.limit_now(&state);
+        shared.catalog.bytes() + room / 8 > limit
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The thread that compacts until it is stopped.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
-    // What a log holds when it is opened is not known: the first run finds out, without haste.
-    let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), floor: 0 };
-    let mut known = shared.catalog.sealed().is_empty().then_some(nothing);
+    let compactor = &shared.compactor;
+    {
+        let nothing =
+            Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), passes: 1, floor: 0 };
+        let mut state = compactor.lock();
+        state.known = shared.catalog.sealed().is_empty().then_some(nothing);
+        state.ready = true;
+        compactor.consider(&mut state, shared);
+    }
     let mut again = AGAIN;
-    while !shared.compactor.wait_for_work() {
-        let deletes = shared.queue.deletes();
-        let sealed = shared.catalog.sealed();
-        let size: u64 = sealed.iter().map(|segment| segment.end.unwrap_or(shared.segment_bytes)).sum();
-        let needed = known.as_ref().map_or(0, |known| known.needed(deletes));
-        if size <= needed + needed / 2 + known.as_ref().map_or(0, |known| known.floor) {
-            continue;
-        }
-        let effort = Effort { now: now().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
-        let begun = Instant::now();
-        let bound = known.as_ref().map_or(u64::MAX, |_| 2 * needed + shared.segment_bytes);
-        let mut pace = Pace { shared, since: Instant::now(), bound };
-        match compact::run(shared, &sealed, &effort, &mut |_| pace.pause()) {
-            Ok(outcome) => {
-                let Outcome { needed, needed_entries, expiring, saved, .. } = outcome;
-                tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
-                let mean = needed.checked_div(needed_entries).unwrap_or(0);
-                // Where a run could do little, the next must not come for the same.
-                let left = size.saturating_sub(saved);
-                let floor = (left + left / 8).saturating_sub(needed + needed / 2);
-                known = Some(Known { needed, mean, expiring, deletes, at: Instant::now(), floor });
+    while compactor.wait_until_due(shared) {
+        match compact(shared) {
+            Ok(known) => {
+                let mut state = compactor.lock();
+                (state.known, state.debt) = (Some(known), None);
+                // At once, for what was sealed meanwhile.
+                compactor.consider(&mut state, shared);
                 again = AGAIN;
             }
-            Err(error) if error.is::<Stopped>() => return Ok(()),
+            Err(error) if error.is::<Stopped>() => break,
             Err(error) if error.is::<SyncFailed>() => return Err(error),
-            // The store goes on with what it has in memory; what is on disk is left as it is for whoever repairs it.
-            Err(error) if error.is::<Damage>() => {
-                tracing::error!("the log is not compacted any more: {error:#}");
-                return Ok(());
-            }
-            // The log is as it was, only larger than need be.
             Err(error) => {
+                let mut state = compactor.lock();
+                state.ready = false;
+                compactor.forgive(&mut state);
+                // The store goes on with what it has in memory; what is on disk is left to whoever repairs it.
+                if error.is::<Damage>() {
+                    tracing::error!("the log is not compacted any more: {error:#}");
+                    break;
+                }
+                // The log is as it was, only larger than need be.
                 tracing::warn!("the log could not be compacted, next try in {again:.0?}: {error:#}");
-                if shared.compactor.rest(again) {
-                    return Ok(());
+                drop(state);
+                if !compactor.rest(again) {
+                    break;
                 }
                 again = (2 * again).min(LONGEST_AGAIN);
+                compactor.lock().ready = true;
             }
         }
     }
     Ok(())
+}
+
+/// One run over all that is sealed, and what is known after it.
+fn compact(shared: &Shared) -> anyhow::Result<Known> {
+    let deletes = shared.queue.deletes();
+    let sealed = shared.catalog.sealed();
+    let size: u64 = sealed.iter().map(|segment| segment.end).sum();
+    let effort = Effort { now: now().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
+    shared.compactor.begin(size);
+    let begun = Instant::now();
+    let mut pace = Pace { shared, since: begun };
+    let outcome = compact::run(shared, &sealed, &effort, &mut |bytes| pace.pause(bytes))?;
+    let Outcome { needed, needed_entries, expiring, passes, saved } = outcome;
+    tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
+    let mean = needed.checked_div(needed_entries).unwrap_or(0);
+    // Where a run could do little, the next must not come for the same.
+    let left = size.saturating_sub(saved);
+    let floor = (left + left / 8).saturating_sub(needed + needed / 2);
+    Ok(Known { needed, mean, expiring, deletes, at: Instant::now(), passes, floor })
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -146,14 +287,14 @@ struct Stopped;
 struct Pace<'a> {
     shared: &'a Shared,
     since: Instant,
-    bound: u64,
 }
 
 impl Pace<'_> {
-    fn pause(&mut self) -> anyhow::Result<()> {
-        let behind = self.shared.catalog.bytes() > self.bound;
+    fn pause(&mut self, bytes: u64) -> anyhow::Result<()> {
+        let compactor = &self.shared.compactor;
+        let behind = compactor.advance(self.shared, bytes);
         let rest = if behind { Duration::ZERO } else { (self.since.elapsed() * REST).min(LONGEST_REST) };
-        if self.shared.compactor.rest(rest) {
+        if !compactor.rest(rest) {
             return Err(Stopped.into());
         }
         self.since = Instant::now();

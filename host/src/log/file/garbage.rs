@@ -44,6 +44,8 @@ pub struct Garbage {
     pub shares: Vec<Share>,
     /// Bytes of needed entries that will expire within 2^n seconds and not within half of that.
     pub expiring: [u64; 40],
+    /// How often the log was read.
+    pub passes: u64,
 }
 
 /// Of one segment, in bytes of entries.
@@ -86,11 +88,12 @@ pub fn find(
     pause: &mut Pause<'_>,
 ) -> anyhow::Result<Garbage> {
     let shares = vec![Share::default(); segments.len()];
-    let mut garbage = Garbage { fates: Vec::new(), shares, expiring: [0; 40] };
+    let mut garbage = Garbage { fates: Vec::new(), shares, expiring: [0; 40], passes: 0 };
     // The key of the hash is secret, so nobody can make two keys meet.
     let hasher = SipHasher13::new_with_key(Uuid::new_v4().as_bytes());
     let (mut low, mut first) = (0, true);
     loop {
+        garbage.passes += 1;
         let mut pass = Pass { newest: HashMap::new(), keys, low, high: u64::MAX, now };
         let mut at = 0;
         for (number, segment) in segments.iter().enumerate() {
@@ -214,7 +217,7 @@ pub fn walk(
 ) -> anyhow::Result<u64> {
     let Shared { home, log, .. } = shared;
     let name = segment.numbers.file_name();
-    let mut scan = segment.scan(home.disk.open(&name)?, *log)?;
+    let mut scan = segment.scan(home.disk.open(&name)?, *log);
     let mut from = scan.offset();
     while scan.advance()? {
         for frame in scan.frames() {

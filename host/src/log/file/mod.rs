@@ -20,15 +20,16 @@
 //! All numbers are little-endian, all checksums CRC32C. A segment:
 //!
 //! ```text
-//! byte 0      8   12   16         32        40       48                                   508      512
-//!      magic  ver kind log (UUID) first no. last no. compacted: see below, otherwise zero checksum frames, zeros ...
+//! byte 0      8   12   16         32        40       48                       96          508      512
+//!      magic  ver kind log (UUID) first no. last no. compacted: see below ... file's size checksum frames, zeros ...
 //!
 //! byte 48          56         64   72            76            80                 88
 //!      first seq.  last seq.  end  chain before  chain after   own last checksum  forgotten
 //! ```
 //!
 //! "kvs log\n", version 1, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
-//! so that a version this binary does not read is told from damage. A compacted segment stands for the segments from
+//! so that a version this binary does not read is told from damage. A file that is shorter than its head says was cut
+//! off. Bytes 48 to 96 are zero in a written segment, and so is what is between the size and the checksum. A compacted segment stands for the segments from
 //! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
 //! hands on the checksum of their last frame, so that the chain of frames goes on after it. `forgotten` is the newest
 //! sequence of a dropped delete.

@@ -42,9 +42,9 @@ impl Offline {
         replay::replay(&self.shared, 0, receive)
     }
 
-    /// Bytes of frames as far as they are known, and of segments where they are not.
+    /// Bytes of frames, or of their files as long as nobody has read them.
     pub fn bytes(&self) -> u64 {
-        self.written().iter().map(|segment| segment.end.unwrap_or(DEFAULT_SEGMENT_BYTES)).sum()
+        self.written().iter().map(|segment| segment.end).sum()
     }
 
     /// Drops all that can be dropped, and returns the bytes saved. `progress` hears of the bytes read.

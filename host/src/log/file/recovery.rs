@@ -98,7 +98,7 @@ pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
     // now on, so it must be durable from now on. Older segments were synced before a newer one was begun.
     file.sync()?;
     home.disk.sync()?;
-    let end = segments.last().and_then(|segment| segment.end).unwrap_or(HEAD_BYTES);
+    let end = segments.last().map_or(HEAD_BYTES, |segment| segment.end);
     let writer = Writer { file, size, end, chain, last, synced: last, closed, marked };
     Ok(Recovered { log, segments, writer, spares, next })
 }
@@ -166,7 +166,7 @@ fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::R
             return Err(home.damage(&new.name, 0, "it stands for other segments and is not compacted"));
         };
         let segment = Segment::compacted(new.numbers, compacted);
-        let mut scan = segment.scan(new.file.clone(), new.log)?;
+        let mut scan = segment.scan(new.file.clone(), new.log);
         while scan.advance()? {}
         segment.ended(home, &scan)?;
     }
@@ -189,7 +189,7 @@ pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found
     if head.numbers != numbers {
         bail!("{} was named {}; give it that name again", home.path(&name).display(), head.numbers.file_name());
     }
-    if head.compacted.is_some_and(|compacted| compacted.end > size) {
+    if size < head.size {
         return Err(home.damage(&name, size, "it is cut off"));
     }
     Ok(Found { name, file, size, log: head.log, numbers, compacted: head.compacted })
@@ -221,7 +221,7 @@ fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Se
     for older in found.iter().rev().skip(1) {
         let Some(next) = segments.last() else { break };
         let (first, before) = (next.first, next.before);
-        let blank = Segment { end: None, ..Segment::empty(older.numbers.first, first.wrapping_sub(1), before) };
+        let blank = Segment { end: older.size, ..Segment::empty(older.numbers.first, first.wrapping_sub(1), before) };
         let segment = match (&older.compacted, first_frame(home, older)?) {
             (Some(compacted), _) => {
                 if compacted.last.wrapping_add(1) != first || compacted.after != before {

@@ -60,7 +60,7 @@ fn read(
     receive: &mut Receive<'_>,
 ) -> anyhow::Result<()> {
     let name = segment.numbers.file_name();
-    let mut scan = segment.scan(file, log)?;
+    let mut scan = segment.scan(file, log);
     while scan.advance()? {
         let mut batch = Batch::default();
         for frame in scan.frames() {

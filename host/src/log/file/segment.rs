@@ -50,6 +50,8 @@ impl Numbers {
 pub struct Head {
     pub log: Uuid,
     pub numbers: Numbers,
+    /// Of its file, which never becomes smaller.
+    pub size: u64,
     /// In a segment that compaction made.
     pub compacted: Option<Compacted>,
 }
@@ -92,6 +94,7 @@ impl Head {
             put(80, &compacted.tip.to_le_bytes());
             put(88, &compacted.forgotten.to_le_bytes());
         }
+        put(96, &self.size.to_le_bytes());
         let checksum = crc32c::crc32c(&bytes[..CHECKSUM_AT]);
         bytes[CHECKSUM_AT..].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -130,6 +133,7 @@ impl Head {
         Ok(Self {
             log: Uuid::from_bytes(array(bytes, 16)),
             numbers: Numbers { first: u64_at(bytes, 32), last: u64_at(bytes, 40) },
+            size: u64_at(bytes, 96),
             compacted,
         })
     }

@@ -135,7 +135,7 @@ pub fn make(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Ar
     let temporary = format!("{name}.tmp");
     let made = disk.create(&temporary).and_then(|file| {
         file.allocate(size)?;
-        file.write_at(&Head { log, numbers: Numbers::one(number), compacted: None }.encode(), 0)?;
+        file.write_at(&Head { log, numbers: Numbers::one(number), size, compacted: None }.encode(), 0)?;
         zero(&*file, HEAD_BYTES, size)?;
         file.sync()?;
         disk.rename(&temporary, &name)?;

@@ -61,7 +61,7 @@ pub fn read(found: &Found) -> io::Result<Content> {
         (segment.after, segment.tip) = (newest.checksum, newest.checksum);
     }
     let at = scan.offset();
-    segment.end = Some(at);
+    segment.end = at;
     let tear = tear(found, at, scan.stop())?;
     let closed = newest.is_some_and(|frame| frame.count == 0);
     Ok(Content { segment, holds_frames: first.is_some(), closed, tear })

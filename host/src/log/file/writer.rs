@@ -59,6 +59,7 @@ impl Writer {
 
     /// Writes one frame, makes it durable, and only then lets go of the responses that wait for it.
     fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
+        shared.compactor.admit(shared, super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
             self.rotate(shared)?;
         }
@@ -104,7 +105,7 @@ impl Writer {
         let Some(spare) = shared.spares.take() else { bail!("no room for another segment of the log") };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain));
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
-        shared.compactor.sealed();
+        shared.compactor.sealed(shared);
         Ok(())
     }
 

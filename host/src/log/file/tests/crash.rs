@@ -33,18 +33,18 @@ const SECOND: u64 = 80;
 
 /// One entry as it was appended; its sequence is its place.
 #[derive(Clone)]
-struct Appended {
-    time: u64,
-    event: Event,
-    ends_group: bool,
+pub struct Appended {
+    pub time: u64,
+    pub event: Event,
+    pub ends_group: bool,
 }
 
 /// What the log was told, and what compaction was allowed to drop.
 #[derive(Clone, Default)]
-struct Model {
-    entries: Vec<Appended>,
+pub struct Model {
+    pub entries: Vec<Appended>,
     /// At which operation compaction ran, and when that was to the store.
-    compactions: Vec<(usize, u64)>,
+    pub compactions: Vec<(usize, u64)>,
 }
 
 impl Model {
@@ -221,7 +221,7 @@ fn recover(disk: &FakeDisk, options: &Options, mutant: Option<Mutant>) -> Outcom
 }
 
 /// Every promised entry is there, whole groups may follow, nothing is wrong, and what is missing the store does not need.
-fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -> Outcome<()> {
+pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -> Outcome<()> {
     let newest = shared.watermark.durable();
     let appended = model.entries.len() as u64;
     if newest < promised || newest > appended {

@@ -21,8 +21,6 @@ struct State {
     /// Shared with copies of the disk until one of them writes.
     files: Vec<Arc<Vec<u8>>>,
     full: bool,
-    sync_fails: bool,
-    write_fails: bool,
     /// The process is killed after this many operations more.
     left: Option<usize>,
     record: Option<Record>,
@@ -30,8 +28,8 @@ struct State {
     before_each: Option<Hook>,
 }
 
-/// Called before something is done to the disk, which can be used meanwhile.
-type Hook = Arc<dyn Fn(&Operation) + Send + Sync>;
+/// Called before something is done to the disk, which can be used meanwhile. An error is that of the operation.
+type Hook = Arc<dyn Fn(&Operation) -> io::Result<()> + Send + Sync>;
 
 /// Tells how far the log says that it is durable.
 type Promised = Arc<dyn Fn() -> u64 + Send + Sync>;
@@ -80,12 +78,18 @@ impl FakeDisk {
         self.state().full = full;
     }
 
-    pub fn fail_syncs(&self, fail: bool) {
-        self.state().sync_fails = fail;
+    pub fn fail_syncs(&self) {
+        self.before_each(|operation| match operation {
+            Operation::Sync { .. } | Operation::SyncNames => Err(io::Error::other("sync failed")),
+            _ => Ok(()),
+        });
     }
 
-    pub fn fail_writes(&self, fail: bool) {
-        self.state().write_fails = fail;
+    pub fn fail_writes(&self) {
+        self.before_each(|operation| match operation {
+            Operation::Write { .. } => Err(io::Error::other("write failed")),
+            _ => Ok(()),
+        });
     }
 
     /// Does so many operations more and then none, as if the process had been killed; with none, goes on for ever.
@@ -154,7 +158,7 @@ impl FakeDisk {
         self.state().record.take().unwrap().operations
     }
 
-    pub fn before_each(&self, hook: impl Fn(&Operation) + Send + Sync + 'static) {
+    pub fn before_each(&self, hook: impl Fn(&Operation) -> io::Result<()> + Send + Sync + 'static) {
         self.state().before_each = Some(Arc::new(hook));
     }
 
@@ -169,7 +173,7 @@ impl FakeDisk {
             (state.before_each.clone(), state.record.as_ref().map(|record| record.promised.clone()))
         };
         if let Some(before) = before {
-            before(&operation);
+            before(&operation)?;
         }
         let promised = promised.map_or(0, |promised| promised());
         let mut state = self.state();
@@ -192,8 +196,6 @@ impl State {
             Operation::Resize { file, size } if self.full && *size > self.files[*file].len() => {
                 Err(io::ErrorKind::StorageFull.into())
             }
-            Operation::Write { .. } if self.write_fails => Err(io::Error::other("write failed")),
-            Operation::Sync { .. } | Operation::SyncNames if self.sync_fails => Err(io::Error::other("sync failed")),
             _ => Ok(()),
         }
     }

@@ -187,7 +187,7 @@ fn a_failing_sync_is_final() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", b"1"));
-    disk.fail_syncs(true);
+    disk.fail_syncs();
     let sequence = log.append(1, &[put("a", b"2")]).unwrap();
     assert!(!durable(&log, sequence));
     assert_eq!(log.watermark().durable(), 1);
@@ -202,7 +202,7 @@ fn a_failing_write_is_final() {
     let log = open(&disk).unwrap();
     // The spare is written to as well.
     eventually(|| disk.names().contains(&"0000000002.seg".into()));
-    disk.fail_writes(true);
+    disk.fail_writes();
     let sequence = log.append(1, &[put("a", b"2")]).unwrap();
     assert!(!durable(&log, sequence));
     assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));

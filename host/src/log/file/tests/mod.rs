@@ -2,6 +2,7 @@
 
 mod compaction;
 mod crash;
+mod damage;
 mod disk;
 mod life;
 mod model;
@@ -81,16 +82,11 @@ pub fn describe_owned(event: &Event) -> String {
     }
 }
 
-/// Waits until the log is durable up to a sequence; false when it failed before.
+/// Waits until the log is durable up to a sequence; false when it failed before, or takes so long that this may never be.
 pub fn durable(log: &FileLog, sequence: u64) -> bool {
-    block_on(log.watermark().reached(sequence)).is_ok()
-}
-
-/// The same, and false when that takes so long that it may never come.
-pub fn durable_in_time(log: &FileLog, sequence: u64) -> bool {
     block_on(async {
         let reached = log.watermark().reached(sequence);
-        tokio::time::timeout(Duration::from_secs(20), reached).await.is_ok_and(|reached| reached.is_ok())
+        tokio::time::timeout(Duration::from_secs(30), reached).await.is_ok_and(|reached| reached.is_ok())
     })
 }
 
@@ -103,7 +99,10 @@ pub fn append(log: &FileLog, time: u64, events: &[Event]) -> u64 {
     loop {
         match log.append(time, events) {
             Ok(sequence) => return sequence,
-            Err(AppendError::Unavailable) => std::thread::yield_now(),
+            Err(AppendError::Unavailable) => {
+                assert_eq!(log.failure(), None);
+                std::thread::yield_now();
+            }
             Err(error) => panic!("{error:?}"),
         }
     }
