@@ -7,6 +7,8 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use crate::edge::auth::TokenCommand;
+use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
@@ -27,6 +29,9 @@ pub struct Cli {
 pub enum Command {
     /// Serve a store over HTTP
     Serve(Box<Serve>),
+    /// Make tokens for those who may use a store
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Check, print, carry and compact a log that nobody serves from
     #[command(subcommand)]
     Log(LogCommand),
@@ -61,6 +66,9 @@ pub struct Serve {
     #[command(flatten)]
     pub tls: Tls,
 
+    #[command(flatten)]
+    pub access: Access,
+
     /// Longest request to wait for, from its first byte to its response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
           help_heading = "Limits")]
@@ -76,6 +84,26 @@ pub struct Serve {
           help_heading = "Limits")]
     pub max_header_bytes: ByteSize,
 
+    /// Most headers of a request (answered 431)
+    #[arg(long, env = "KVS_MAX_HEADERS", value_name = "COUNT", default_value = "100", value_parser = count,
+          help_heading = "Limits")]
+    pub max_headers: usize,
+
+    /// Longest target of a request, which is its path and query (answered 414)
+    #[arg(long, env = "KVS_MAX_TARGET_BYTES", value_name = "SIZE", default_value = "8KiB", value_parser = target_bytes,
+          help_heading = "Limits")]
+    pub max_target_bytes: ByteSize,
+
+    /// The slowest that a body may come, in bytes a second, after its first two seconds (answered 408)
+    #[arg(long, env = "KVS_MIN_BODY_RATE", value_name = "SIZE", default_value = "1KiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub min_body_rate: ByteSize,
+
+    /// Most requests under way at once, on all connections (answered 503)
+    #[arg(long, env = "KVS_MAX_REQUESTS", value_name = "COUNT", default_value = "1024", value_parser = count,
+          help_heading = "Limits")]
+    pub max_requests: usize,
+
     /// Largest value (answered 413)
     #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
           help_heading = "Limits")]
@@ -85,6 +113,11 @@ pub struct Serve {
     #[arg(long, env = "KVS_MAX_CONNECTIONS", value_name = "COUNT", default_value = "1000", value_parser = count,
           help_heading = "Limits")]
     pub max_connections: usize,
+
+    /// Most connections of one address, or of one network of 64 bits; more are closed. A proxy in front needs many
+    #[arg(long, env = "KVS_MAX_CONNECTIONS_PER_ADDRESS", value_name = "COUNT", default_value = "500",
+          value_parser = count, help_heading = "Limits")]
+    pub max_connections_per_address: usize,
 
     /// How long requests under way may take to finish when the server is stopped
     #[arg(long, env = "KVS_DRAIN", value_name = "TIME", default_value = "10s", value_parser = duration,
@@ -182,6 +215,39 @@ impl Tls {
     }
 }
 
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Access")]
+pub struct Access {
+    /// Ask for a token with every request: a file that `kvs token new` writes; read again when it changes
+    #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+
+    /// Serve whoever can reach an address that is not loopback, without TLS and tokens
+    #[arg(long, env = "KVS_INSECURE")]
+    pub insecure: bool,
+
+    /// Requests of one client, by its name or else its address: 1000/s, 600/m (answered 429)
+    #[arg(long, env = "KVS_RATE_LIMIT", value_name = "COUNT/TIME", value_parser = rate)]
+    pub rate_limit: Option<(u32, Duration)>,
+
+    /// Requests of one client at once, before the rate counts; without it, those of one second or minute
+    #[arg(long, env = "KVS_RATE_BURST", value_name = "COUNT", requires = "rate_limit",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub rate_burst: Option<u32>,
+
+    /// How long a request above the rate may wait for its turn, rather than be refused at once
+    #[arg(long, env = "KVS_RATE_QUEUE", value_name = "TIME", requires = "rate_limit", value_parser = duration)]
+    pub rate_queue: Option<Duration>,
+}
+
+impl Access {
+    /// How often one client may ask, when that is limited.
+    pub fn rate(&self) -> Option<Rate> {
+        let (count, per) = self.rate_limit?;
+        Rate::new(count, per, self.rate_burst, self.rate_queue.unwrap_or_default())
+    }
+}
+
 fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
         text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
@@ -200,6 +266,22 @@ fn count(text: &str) -> Result<usize, String> {
         .ok()
         .filter(|count| (1..=1 << 24).contains(count))
         .ok_or_else(|| "a count from 1 to 16777216".to_owned())
+}
+
+fn rate(text: &str) -> Result<(u32, Duration), String> {
+    let (count, per) = text.split_once('/').ok_or("a rate looks like 1000/s or 600/m")?;
+    let count = count.parse().ok().filter(|count| (1..=1_000_000).contains(count));
+    let per = match per {
+        "s" => Some(Duration::from_secs(1)),
+        "m" => Some(Duration::from_secs(60)),
+        _ => None,
+    };
+    count.zip(per).ok_or_else(|| "a rate is from 1 to 1000000 a second or minute, like 1000/s or 600/m".to_owned())
+}
+
+fn target_bytes(text: &str) -> Result<ByteSize, String> {
+    // What hyper takes.
+    size(text, 256, 65_534)
 }
 
 fn header_bytes(text: &str) -> Result<ByteSize, String> {

@@ -48,6 +48,7 @@ fn run(cli: Cli) -> Result<()> {
         .init();
     match cli.command {
         Command::Serve(args) => kvs::serve::run(&args),
+        Command::Token(command) => kvs::edge::auth::run(command),
         Command::Log(command) => kvs::log::command::run(command),
     }
 }

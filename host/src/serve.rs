@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,6 +16,8 @@ use tracing::{info, warn};
 
 use crate::admin::{Admin, Health, Phase};
 use crate::cli::Serve;
+use crate::edge::auth::Tokens;
+use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Service};
 use crate::guest::{self, Engine, Shard};
 use crate::log::TransactionLog;
@@ -41,11 +44,15 @@ pub fn run(args: &Serve) -> Result<()> {
 async fn serve(args: &Serve) -> Result<()> {
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal()?;
-    let hangup = signal(SignalKind::hangup())?;
+    // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
+    let hangup = || signal(SignalKind::hangup());
+    let _heard = hangup()?;
     let tls = args.tls.files().map(edge::tls::load).transpose()?;
+    let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
+    let exposures = exposed(args)?;
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let health = watched(args.admin)?;
+    let health = watched(args.admin, tokens.clone())?;
 
     let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(Options {
         data: args.data.clone(),
@@ -84,6 +91,10 @@ async fn serve(args: &Serve) -> Result<()> {
 
     let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
     let description = shard.description().clone();
+    for exposure in exposures {
+        warn!("{exposure}");
+    }
+    health.reached(Phase::Serving);
     let scheme = if tls.is_some() { "https" } else { "http" };
     info!(
         data = %args.data.display(),
@@ -95,21 +106,32 @@ async fn serve(args: &Serve) -> Result<()> {
         "serving on {scheme}://{address}",
     );
 
-    health.reached(Phase::Serving);
     let ticking = task::spawn(tick(Arc::clone(&shard)));
     if let Some(tls) = &tls {
-        task::spawn(Arc::clone(tls).keep(hangup));
+        task::spawn(Arc::clone(tls).keep(hangup()?));
+    }
+    if let Some(tokens) = &tokens {
+        task::spawn(Arc::clone(tokens).keep(hangup()?));
+    }
+    let throttle = args.access.rate().map(Throttle::new);
+    if let Some(throttle) = &throttle {
+        task::spawn(Arc::clone(throttle).sweep());
     }
     let limits = edge::Limits {
         connections: args.max_connections,
+        connections_per_address: args.max_connections_per_address,
         handshake_timeout: args.tls.handshake_timeout,
         header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
+        headers: args.max_headers,
+        target_bytes: usize::try_from(args.max_target_bytes.as_u64())?,
         header_timeout: args.header_timeout,
         body_bytes: args.max_value_bytes.as_u64(),
+        body_rate: args.min_body_rate.as_u64(),
+        requests: args.max_requests,
         request_timeout: args.request_timeout,
         drain: args.drain,
     };
-    let service = Service { shard, log: Arc::clone(&log), limits };
+    let service = Service { shard, log: Arc::clone(&log), limits, tokens, throttle, under_way: AtomicUsize::new(0) };
     let mut failure = None;
     let cut_off = Edge { tls, service, limits }.serve(listener, async {
         tokio::select! {
@@ -137,6 +159,32 @@ async fn serve(args: &Serve) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to be open to a network by oversight. Gives what is to be told when it is by intent.
+fn exposed(args: &Serve) -> Result<Vec<String>> {
+    let mut exposures = Vec::new();
+    let outside = |address: SocketAddr| !address.ip().to_canonical().is_loopback();
+    let (tls, tokens) = (args.tls.tls_cert.is_some(), args.access.tokens.is_some());
+    if outside(args.listen) && !tls {
+        ensure!(
+            tokens || args.access.insecure,
+            "--listen {} can be reached from elsewhere, without TLS and tokens; give those, or --insecure",
+            args.listen
+        );
+        let open = if tokens { "tokens can be overheard" } else { "everybody can read and change everything" };
+        exposures.push(format!("--listen {} can be reached from elsewhere, without TLS: {open}", args.listen));
+    }
+    if outside(args.admin) {
+        ensure!(
+            tokens,
+            "--admin {} can be reached from elsewhere; give --tokens, with one of scope admin, or listen on 127.0.0.1",
+            args.admin
+        );
+        let open = "tokens can be overheard";
+        exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+    }
+    Ok(exposures)
+}
+
 /// Changes when the process is told to stop. Told twice, it stops at once.
 fn on_signal() -> Result<watch::Receiver<()>> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -162,11 +210,13 @@ fn on_signal() -> Result<watch::Receiver<()>> {
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr) -> Result<Arc<Health>> {
+fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<Arc<Health>> {
+    // Who is on this machine may ask for its health without a token.
+    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
     let listener = bind(address, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
     let health = Arc::new(Health::new());
-    Admin { health: Arc::clone(&health) }.start(listener.into_std()?)?;
+    Admin { health: Arc::clone(&health), tokens }.start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(health)
 }

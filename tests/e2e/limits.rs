@@ -91,3 +91,81 @@ fn many_clients_at_once_are_all_served() {
         }
     });
 }
+
+#[test]
+fn a_body_that_drips_is_408() {
+    let server = Server::start(&["--request-timeout", "1h", "--min-body-rate", "1MiB"]);
+    let mut client = Connection::open(server.address());
+    client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\nhalf");
+    client.read().says(408, "the body did not arrive in time");
+    assert_eq!(client.end(), "");
+}
+
+#[test]
+fn more_headers_than_allowed_are_431() {
+    let server = Server::start(&["--max-headers", "10"]);
+    let ask = |count: usize| {
+        let mut client = Connection::open(server.address());
+        client.send(format!("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n{}\r\n", "x: y\r\n".repeat(count - 1)));
+        client.read().status
+    };
+    assert_eq!(ask(10), 404);
+    assert_eq!(ask(11), 431);
+}
+
+#[test]
+fn a_target_longer_than_allowed_is_414() {
+    let server = Server::start(&["--max-target-bytes", "1KiB"]);
+    let mut client = Connection::open(server.address());
+    let path = |length: usize| format!("/v1/{}", "k".repeat(length - 4));
+    client.ask("GET", &path(1_024), b"").says(404, "no such key");
+    client.ask("GET", &path(1_025), b"").says(414, "the target of the request is too long");
+    assert_eq!(client.end(), "");
+    // Longer than the parser takes.
+    let mut client = Connection::open(server.address());
+    let _ = client.try_send(format!("GET {} HTTP/1.1\r\nhost: kvs\r\n\r\n", path(65_600)));
+    assert!(matches!(client.read().status, 414 | 431));
+}
+
+#[test]
+fn connections_of_one_address_beyond_its_limit_are_closed() {
+    let server = Server::start(&["--max-connections-per-address", "2"]);
+    let ask = |client: &mut Connection| client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    let (mut first, mut second) = (Connection::open(server.address()), Connection::open(server.address()));
+    ask(&mut first);
+    ask(&mut second);
+    assert_eq!(Connection::open(server.address()).end(), "");
+    ask(&mut Connection::open_from("127.0.0.2", server.address()));
+    drop(first);
+    // The server hears of it in its own time.
+    let mut again = loop {
+        let mut client = Connection::open(server.address());
+        if client.try_ask("GET", "/v1/a", b"").is_ok() {
+            break client;
+        }
+    };
+    ask(&mut again);
+    ask(&mut second);
+}
+
+#[test]
+fn requests_beyond_the_limit_are_503_at_once() {
+    let server = Server::start(&["--max-requests", "2"]);
+    let mut slow: Vec<_> = (0..2)
+        .map(|_| {
+            let mut client = Connection::open(server.address());
+            client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
+            assert_eq!(client.read().status, 100);
+            client
+        })
+        .collect();
+    let mut client = Connection::open(server.address());
+    let refused = client.ask("GET", "/v1/a", b"");
+    refused.says(503, "too many requests at once");
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    for client in &mut slow {
+        client.send("value");
+        assert_eq!(client.read().status, 201);
+    }
+    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
+}

@@ -5,6 +5,7 @@
 //! server trusts; `components`, `unruly` and `hostile` what a bad guest can do;
 //! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
 
+mod access;
 mod admin;
 mod book;
 mod certificates;

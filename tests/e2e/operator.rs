@@ -85,7 +85,7 @@ fn an_address_that_is_not_of_this_machine() {
     let data = temporary();
     let mut command = kvs();
     // Set aside for documentation: nobody has it.
-    command.args(["serve", "--listen", "192.0.2.1:8080", "--data"]).arg(data.path());
+    command.args(["serve", "--insecure", "--listen", "192.0.2.1:8080", "--data"]).arg(data.path());
     refused(command).with(1, &["192.0.2.1:8080", "--listen"]);
 }
 

@@ -7,6 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use socket2::{Domain, Socket, Type};
 
 use crate::server::PATIENCE;
 
@@ -69,7 +70,21 @@ impl Connection {
     }
 
     pub fn try_open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        Self::new(TcpStream::connect_timeout(&address, PATIENCE)?)
+    }
+
+    /// As another address of this machine.
+    pub fn open_from(local: &str, address: SocketAddr) -> Self {
+        let connect = || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.bind(&SocketAddr::new(local.parse().expect("an address"), 0).into())?;
+            socket.connect(&address.into())?;
+            Self::new(socket.into())
+        };
+        connect().unwrap_or_else(|error| panic!("no connection from {local} to {address}: {error}"))
+    }
+
+    fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;

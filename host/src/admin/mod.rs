@@ -31,6 +31,8 @@ use tracing::{debug, warn};
 
 pub use health::{Health, Phase};
 
+use crate::edge::auth::Tokens;
+
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
 /// Longest wait for the head of a request, also between requests.
@@ -41,6 +43,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Arc<Health>,
+    /// Asked for a token of scope admin, where there are any.
+    pub tokens: Option<Arc<Tokens>>,
 }
 
 impl Admin {
@@ -92,6 +96,11 @@ impl Admin {
 
     /// The paths there are, and what answers them.
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        if let Some(tokens) = &self.tokens
+            && let Err(refusal) = tokens.get().check_admin(request.headers())
+        {
+            return *refusal;
+        }
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
             ("/readyz", &Method::GET | &Method::HEAD) => {

@@ -60,7 +60,8 @@ impl Edge {
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new())
             .header_read_timeout(self.limits.header_timeout)
-            .max_buf_size(self.limits.header_bytes);
+            .max_buf_size(self.limits.header_bytes)
+            .max_headers(self.limits.headers);
         let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
         tokio::select! {
             biased;

@@ -3,11 +3,18 @@
 //! Owns: connections and who is at their other end, the limits of what comes in, deadlines.
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
-//! Read `connection` first (from the socket to HTTP), then `service` (one request).
+//! Read `connection` first (from the socket to HTTP), then `service` (one request) and what it admits requests by: `head`,
+//! `auth`, `throttle`, `body`.
 
+mod addresses;
+pub mod auth;
+mod body;
 mod connection;
 mod fresh;
+mod head;
+mod refusal;
 mod service;
+pub mod throttle;
 pub mod tls;
 
 use std::io;
@@ -19,6 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
+use addresses::Addresses;
 pub use service::Service;
 use tls::Tls;
 
@@ -29,10 +37,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub connections: usize,
+    pub connections_per_address: usize,
     pub handshake_timeout: Duration,
     pub header_bytes: usize,
+    pub headers: usize,
+    pub target_bytes: usize,
     pub header_timeout: Duration,
     pub body_bytes: u64,
+    /// The slowest that a body may come, in bytes a second.
+    pub body_rate: u64,
+    /// Requests under way at once, on all connections.
+    pub requests: usize,
     pub request_timeout: Duration,
     /// How long requests under way may take when the server stops.
     pub drain: Duration,
@@ -51,6 +66,7 @@ impl Edge {
     pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) -> usize {
         let edge = Arc::new(self);
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
+        let addresses = Arc::new(Addresses::default());
         // Each connection holds a receiver to its end.
         let (stopping, _) = watch::channel(());
         let mut stop = std::pin::pin!(stop);
@@ -71,13 +87,17 @@ impl Edge {
                     }
                 },
             };
+            let Some(counted) = addresses.enter(peer.ip(), edge.limits.connections_per_address) else {
+                debug!(%peer, "closed: this address has {} connections", edge.limits.connections_per_address);
+                continue;
+            };
             let edge = Arc::clone(&edge);
             let stop = stopping.subscribe();
             tokio::spawn(async move {
                 if let Err(error) = edge.connected(stream, peer, stop).await {
                     debug!(%peer, "connection ended: {error:#}");
                 }
-                drop(place);
+                drop((place, counted));
             });
         }
         drop(listener);

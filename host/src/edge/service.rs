@@ -1,43 +1,59 @@
-//! One request: read whole within its limits, answered by the guest, held back until the answer is safe to give.
+//! One request: admitted, read whole within its limits, answered by the guest, held back until the answer is safe to
+//! give.
 //!
 //! Must never know: sockets, what the request means.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Body, Incoming as Arriving};
-use hyper::header::{self, HeaderValue};
+use http_body_util::Full;
+use hyper::body::Incoming as Arriving;
 use hyper::http::request::Parts;
-use hyper::{Request, Response, StatusCode};
-use tokio::time::{Instant, timeout, timeout_at};
-use tracing::debug;
+use hyper::{Request, StatusCode};
+use tokio::time::{Instant, timeout_at};
 
-use super::Limits;
+use super::auth::Tokens;
+use super::refusal::{Answer, Refusal, refuse, unread};
+use super::throttle::Throttle;
+use super::{Limits, body, head};
 use crate::guest::{CallError, Client, Incoming, Shard};
 use crate::log::TransactionLog;
-
-/// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
-/// resets it, and the response is lost.
-const LINGER_BYTES: usize = 16 << 20;
-const LINGER: Duration = Duration::from_secs(2);
 
 /// Answers requests.
 pub struct Service {
     pub shard: Arc<Shard>,
     pub log: Arc<dyn TransactionLog>,
     pub limits: Limits,
+    /// Without, everybody may do everything.
+    pub tokens: Option<Arc<Tokens>>,
+    pub throttle: Option<Arc<Throttle>>,
+    /// Requests under way.
+    pub under_way: AtomicUsize,
+}
+
+/// A request under way, until it is dropped.
+struct UnderWay<'s>(&'s AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Full<Bytes>> {
+    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Answer {
         let deadline = Instant::now() + self.limits.request_timeout;
-        let request = match self.read(request, deadline).await {
-            Ok(request) => request,
-            Err(refusal) => return refusal,
+        let (head, body) = request.into_parts();
+        let (_under_way, principal) = match self.admit(&head, &client).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => return unread(&head.headers, body, *refusal),
         };
-        let answer = match self.shard.call(Incoming { request, client }, deadline).await {
+        let body = match body::read(&head.headers, body, &self.limits, deadline).await {
+            Ok(body) => body,
+            Err(refusal) => return *refusal,
+        };
+        let incoming = Incoming { request: Request::from_parts(head, body), client, principal };
+        let answer = match self.shard.call(incoming, deadline).await {
             Ok(answer) => answer,
             Err(error @ CallError::Trapped) => return refuse(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
             Err(error @ CallError::Late) => return refuse(StatusCode::SERVICE_UNAVAILABLE, &error.to_string()),
@@ -55,78 +71,21 @@ impl Service {
         }
     }
 
-    /// Reads the whole body, or says why not.
-    async fn read(
-        &self,
-        request: Request<Arriving>,
-        deadline: Instant,
-    ) -> Result<Request<Bytes>, Response<Full<Bytes>>> {
-        let (head, mut body) = request.into_parts();
-        if head_bytes(&head) > self.limits.header_bytes {
-            return Err(closing(refuse(
-                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                "the head of the request is too large",
-            )));
+    /// Whether anything is done for a request at all, and for whom.
+    async fn admit(&self, head: &Parts, client: &Client) -> Result<(UnderWay<'_>, Option<Arc<str>>), Refusal> {
+        let before = self.under_way.fetch_add(1, Ordering::Relaxed);
+        let under_way = UnderWay(&self.under_way);
+        head::check(head, &self.limits)?;
+        if before >= self.limits.requests {
+            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once").into());
         }
-        if body.is_end_stream() {
-            return Ok(Request::from_parts(head, Bytes::new()));
+        let principal = match &self.tokens {
+            Some(tokens) => Some(tokens.get().check(head)?),
+            None => client.identity.clone(),
+        };
+        if let Some(throttle) = &self.throttle {
+            throttle.admit(principal.as_ref(), client.address.ip()).await?;
         }
-        let limit = self.limits.body_bytes;
-        if let Some(announced) = body.size_hint().exact()
-            && announced > limit
-        {
-            // Who asked first (Expect: 100-continue) has sent nothing, and reading on would tell it to go on.
-            if !head.headers.contains_key(header::EXPECT) {
-                tokio::spawn(discard(body));
-            }
-            return Err(too_large(&format!("the body is {announced} bytes, at most {limit} are allowed")));
-        }
-        let whole = Limited::new(&mut body, usize::try_from(limit).unwrap_or(usize::MAX)).collect();
-        match timeout_at(deadline, whole).await {
-            Ok(Ok(whole)) => Ok(Request::from_parts(head, whole.to_bytes())),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                tokio::spawn(discard(body));
-                Err(too_large(&format!("the body is more than the {limit} bytes that are allowed")))
-            }
-            // Nobody is left to read this, unless only the framing was wrong.
-            Ok(Err(error)) => {
-                debug!("body: {error}");
-                Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")))
-            }
-            Err(_) => Err(closing(refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time"))),
-        }
+        Ok((under_way, principal))
     }
-}
-
-/// The size of a request's head, near enough. hyper's own limit is one of its buffer, which it may pass by a read.
-fn head_bytes(head: &Parts) -> usize {
-    let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
-    target + head.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
-}
-
-async fn discard(body: Arriving) {
-    // However it ends, the connection is closed next.
-    let _ = timeout(LINGER, Limited::new(body, LINGER_BYTES).collect()).await;
-}
-
-fn too_large(reason: &str) -> Response<Full<Bytes>> {
-    closing(refuse(StatusCode::PAYLOAD_TOO_LARGE, reason))
-}
-
-/// One line of plain text.
-fn refuse(status: StatusCode, reason: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(format!("{reason}\n"))));
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-    }
-    response
-}
-
-/// The rest of the body was not read, so nothing can follow on this connection.
-fn closing(mut response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
-    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    response
 }

@@ -161,9 +161,9 @@ pub fn version(stream: &TlsStream<TcpStream>) -> &'static str {
 }
 
 /// The subject of the certificate that the client showed and that was found good, as RFC 4514 writes it.
-pub fn identity(stream: &TlsStream<TcpStream>) -> Option<String> {
+pub fn identity(stream: &TlsStream<TcpStream>) -> Option<Arc<str>> {
     let shown = stream.get_ref().1.peer_certificates()?.first()?;
     let subject = Certificate::from_der(shown).ok()?.tbs_certificate.subject.to_string();
     // A certificate can be without a subject; then it says that the client may come in, and not who it is.
-    if subject.is_empty() { None } else { Some(subject) }
+    if subject.is_empty() { None } else { Some(subject.into()) }
 }

@@ -57,13 +57,15 @@ pub struct Client {
     pub address: SocketAddr,
     pub tls_version: Option<&'static str>,
     /// The subject of its certificate, which was found good.
-    pub identity: Option<String>,
+    pub identity: Option<Arc<str>>,
 }
 
 /// A request, read whole.
 pub struct Incoming {
     pub request: Request<Bytes>,
     pub client: Arc<Client>,
+    /// Who asks, when that is known.
+    pub principal: Option<Arc<str>>,
 }
 
 /// What a call gave.
@@ -151,7 +153,7 @@ impl Instance {
             target: request.uri().path_and_query().map_or("", |target| target.as_str()),
             headers: &headers,
             body: request.body(),
-            principal: incoming.client.identity.as_deref(),
+            principal: incoming.principal.as_deref(),
             time,
         };
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
@@ -324,7 +326,7 @@ impl connection::Host for State {
         Some(self.call.client.as_ref()?.tls_version?.to_owned())
     }
     fn client_identity(&mut self) -> Option<String> {
-        self.call.client.as_ref()?.identity.clone()
+        Some(self.call.client.as_ref()?.identity.as_ref()?.to_string())
     }
 }
 

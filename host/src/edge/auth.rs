@@ -1,0 +1,269 @@
+//! Who may do what: bearer tokens, each with a scope.
+//!
+//! A file has one token a line: a name, a scope, the SHA-256 of the token in hexadecimal, and, for a token that is bound
+//! to some keys, the prefix of their paths. The token itself is nowhere; it is 256 random bits, so its hash says nothing
+//! of it, and how long it takes to find a hash among others says nothing either.
+//!
+//! Must never know: what a path means. Scopes go by method, and prefixes by the bytes of the path as it was sent.
+
+use std::collections::HashMap;
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::ValueEnum;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::{Method, StatusCode};
+use sha2::{Digest, Sha256};
+
+use super::fresh::Fresh;
+use super::refusal::{Answer, Refusal, refuse};
+
+/// What a token starts with, so that those who look for leaked secrets know it.
+const MARK: &str = "kvs_";
+
+/// What a token allows. Each allows what those before it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Scope {
+    /// GET, HEAD and OPTIONS
+    Read,
+    /// Every method
+    Write,
+    /// The admin listener too
+    Admin,
+}
+
+struct Token {
+    name: Arc<str>,
+    scope: Scope,
+    prefix: Option<String>,
+}
+
+/// The tokens that are in force.
+pub type Tokens = Fresh<Known>;
+
+/// Tokens by their hashes.
+pub struct Known(HashMap<[u8; 32], Token>);
+
+/// Reads the file, again whenever it changes.
+pub fn load(file: &Path) -> Result<Arc<Tokens>> {
+    let file = file.to_owned();
+    Fresh::new("the file of tokens", vec![file.clone()], move || {
+        let text = fs::read_to_string(&file).with_context(|| format!("--tokens {} cannot be read", file.display()))?;
+        Known::parse(&text).with_context(|| format!("--tokens {}", file.display()))
+    })
+}
+
+impl Known {
+    fn parse(text: &str) -> Result<Self> {
+        let mut tokens = HashMap::new();
+        let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
+        for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
+            // The line is not shown: somebody may have put the token itself there.
+            let (hash, token) = parse_line(line).with_context(|| format!("line {number}"))?;
+            ensure!(tokens.insert(hash, token).is_none(), "line {number}: this token is there twice");
+        }
+        Ok(Self(tokens))
+    }
+
+    /// Finds out who asks, and whether that is allowed. Gives the name.
+    pub fn check(&self, head: &Parts) -> Result<Arc<str>, Refusal> {
+        let token = self.find(&head.headers)?;
+        let needed = match head.method {
+            Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
+            _ => Scope::Write,
+        };
+        if token.scope < needed {
+            return Err(forbidden("this token is for reading only"));
+        }
+        if let Some(prefix) = &token.prefix
+            && !within(prefix, head.uri.path())
+        {
+            return Err(forbidden("this token is for other paths"));
+        }
+        Ok(Arc::clone(&token.name))
+    }
+
+    /// The same for the admin listener.
+    pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let token = self.find(headers)?;
+        let admin = token.scope == Scope::Admin && token.prefix.is_none();
+        if admin { Ok(()) } else { Err(forbidden("this token is not for the admin listener")) }
+    }
+
+    fn find(&self, headers: &HeaderMap) -> Result<&Token, Refusal> {
+        let mut given = headers.get_all(header::AUTHORIZATION).iter();
+        let token = match (given.next(), given.next()) {
+            (None, _) => return Err(unauthorized("a token is needed: Authorization: Bearer TOKEN", "")),
+            (Some(only), None) => bearer(only.as_bytes()),
+            _ => None,
+        };
+        let token = token.and_then(|token| self.0.get(&hash(token)));
+        token.ok_or_else(|| unauthorized("this token is not known", ", error=\"invalid_token\""))
+    }
+}
+
+fn parse_line(line: &str) -> Result<([u8; 32], Token)> {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let (name, scope, hash, prefix) = match words[..] {
+        [name, scope, hash] => (name, scope, hash, None),
+        [name, scope, hash, prefix] => (name, scope, hash, Some(prefix.to_owned())),
+        _ => return Err(anyhow!("a line is: NAME SCOPE SHA256 [PATH-PREFIX]")),
+    };
+    check_name(name)?;
+    let scope = Scope::from_str(scope, false).map_err(|_| anyhow!("the scope is not read, write or admin"))?;
+    let hash = from_hex(hash).context("the hash is not 64 hexadecimal digits")?;
+    ensure!(prefix.as_ref().is_none_or(|prefix| prefix.starts_with('/')), "a path prefix starts with a slash");
+    Ok((hash, Token { name: name.into(), scope, prefix }))
+}
+
+/// Names are never mistaken for the subject of a certificate, which has an equals sign.
+fn check_name(name: &str) -> Result<()> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    ensure!((1..=64).contains(&name.len()) && name.bytes().all(fits), "a name is 1 to 64 letters, digits, - _ and .");
+    Ok(())
+}
+
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// Whether a path, as it was sent, lies below a prefix, however the guest reads it: one with dot segments may not.
+fn within(prefix: &str, path: &str) -> bool {
+    let plain =
+        path.to_ascii_lowercase().replace("%2e", ".").replace("%2f", "/").replace("%5c", "/").replace('\\', "/");
+    path.starts_with(prefix) && !plain.split('/').any(|segment| matches!(segment, "." | ".."))
+}
+
+fn unauthorized(reason: &str, error: &str) -> Refusal {
+    challenge(refuse(StatusCode::UNAUTHORIZED, reason), error)
+}
+
+fn forbidden(reason: &str) -> Refusal {
+    challenge(refuse(StatusCode::FORBIDDEN, reason), ", error=\"insufficient_scope\"")
+}
+
+/// As RFC 6750 has it.
+fn challenge(mut response: Answer, error: &str) -> Refusal {
+    if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"kvs\"{error}")) {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
+    }
+    response.into()
+}
+
+fn hash(token: &[u8]) -> [u8; 32] {
+    Sha256::digest(token).into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum TokenCommand {
+    /// Make a token: its hash goes into the file, the token itself to standard output, this once
+    New {
+        /// Whose it is; the principal that the guest is told
+        name: String,
+        /// What it allows
+        #[arg(long, default_value = "read")]
+        scope: Scope,
+        /// Allow only paths that start with this
+        #[arg(long, value_name = "PREFIX")]
+        path_prefix: Option<String>,
+        /// The file of tokens, made when it is not there
+        #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
+        tokens: PathBuf,
+    },
+}
+
+/// `kvs token`.
+pub fn run(command: TokenCommand) -> Result<()> {
+    let TokenCommand::New { name, scope, path_prefix, tokens } = command;
+    let file = tokens.display();
+    check_name(&name)?;
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(|error| anyhow!("no randomness: {error}"))?;
+    let token = format!("{MARK}{}", hex(&secret));
+    let scope = scope.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+    let prefix = path_prefix.map(|prefix| format!(" {prefix}")).unwrap_or_default();
+    let line = format!("{name} {scope} {}{prefix}", hex(&hash(token.as_bytes())));
+    parse_line(&line)?;
+    let mut before = match fs::read_to_string(&tokens) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(error).with_context(|| format!("{file} cannot be read")),
+    };
+    let known = Known::parse(&before).with_context(|| format!("{file}"))?;
+    ensure!(
+        known.0.values().all(|token| *token.name != *name),
+        "{file} has a token of this name; take another, or remove it"
+    );
+    before.clear();
+    let mut options = OpenOptions::new();
+    let opened = options.append(true).create(true).mode(0o600).open(&tokens);
+    let written = opened.and_then(|mut opened| opened.write_all(format!("{line}\n").as_bytes()));
+    written.with_context(|| format!("{file} cannot be written"))?;
+    println!("{token}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_lies_below_a_prefix_only_when_nobody_can_read_it_otherwise() {
+        for (path, below) in [
+            ("/v1/team-a", true),
+            ("/v1/team-a/x", true),
+            ("/v1/team-b", false),
+            ("/v1", false),
+            ("/v1/team%2Da", false),
+            ("/v1/team-a/../team-b", false),
+            ("/v1/team-a/%2e%2E/team-b", false),
+            ("/v1/team-a/..%2Fteam-b", false),
+            ("/v1/team-a%2f..%2Fteam-b", false),
+            ("/v1/team-a/..\\team-b", false),
+            ("/v1/team-a/..%5cteam-b", false),
+            ("/v1/team-a/./x", false),
+            ("/v1/team-a/..x", true),
+        ] {
+            assert_eq!(within("/v1/team-a", path), below, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_wrong_is_told_by_its_line_and_not_by_its_contents() {
+        let hash = "0".repeat(64);
+        assert!(Known::parse(&format!("# people\n\nalice read {hash}\n")).is_ok());
+        for (text, line) in [
+            ("alice".to_owned(), 1),
+            (format!("\nalice all {hash}"), 2),
+            (format!("alice read {hash}0"), 1),
+            ("alice read kvs_secret".to_owned(), 1),
+            (format!("al=ice read {hash}"), 1),
+            (format!("alice read {hash} v1"), 1),
+            (format!("alice read {hash}\nbob read {hash}"), 2),
+        ] {
+            let error = format!("{:#}", Known::parse(&text).err().expect("it is wrong"));
+            assert!(error.starts_with(&format!("line {line}: ")) && !error.contains("secret"), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Reads a body whole, within its limits of size, time and pace.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::StatusCode;
+use hyper::body::{Body, Incoming as Arriving};
+use hyper::header::HeaderMap;
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+use super::Limits;
+use super::refusal::{Refusal, closing, refuse, unread};
+
+/// A body is not called slow before this.
+const GRACE: Duration = Duration::from_secs(2);
+
+pub async fn read(
+    headers: &HeaderMap,
+    mut body: Arriving,
+    limits: &Limits,
+    deadline: Instant,
+) -> Result<Bytes, Refusal> {
+    if body.is_end_stream() {
+        return Ok(Bytes::new());
+    }
+    let limit = limits.body_bytes;
+    if let Some(announced) = body.size_hint().exact()
+        && announced > limit
+    {
+        let reason = format!("the body is {announced} bytes, at most {limit} are allowed");
+        return Err(unread(headers, body, refuse(StatusCode::PAYLOAD_TOO_LARGE, &reason)).into());
+    }
+    let begun = Instant::now();
+    let mut whole = Bytes::new();
+    loop {
+        let pace = begun + GRACE + Duration::from_secs_f64(whole.len() as f64 / limits.body_rate as f64);
+        let frame = match timeout_at(deadline.min(pace), body.frame()).await {
+            Ok(None) => return Ok(whole),
+            Ok(Some(Ok(frame))) => frame,
+            // Nobody is left to read this, unless only the framing was wrong.
+            Ok(Some(Err(error))) => {
+                debug!("body: {error}");
+                return Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")).into());
+            }
+            Err(_) => {
+                return Err(closing(refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")).into());
+            }
+        };
+        // Trailers are not for guests.
+        let Ok(data) = frame.into_data() else { continue };
+        if (whole.len() + data.len()) as u64 > limit {
+            let reason = format!("the body is more than the {limit} bytes that are allowed");
+            return Err(unread(headers, body, refuse(StatusCode::PAYLOAD_TOO_LARGE, &reason)).into());
+        }
+        if whole.is_empty() {
+            whole = data;
+        } else {
+            // In place, as long as nobody else holds it.
+            let mut grown = whole.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+            grown.extend_from_slice(&data);
+            whole = grown.freeze();
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Answers the host gives itself: a status and one line that says why.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Incoming as Arriving};
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Response, StatusCode};
+use tokio::time::timeout;
+
+/// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
+/// resets it, and the response is lost.
+const LINGER_BYTES: usize = 16 << 20;
+const LINGER: Duration = Duration::from_secs(2);
+
+pub type Answer = Response<Full<Bytes>>;
+
+/// An answer in place of what was wanted. Boxed, since most requests have none.
+pub type Refusal = Box<Answer>;
+
+/// One line of plain text.
+pub fn refuse(status: StatusCode, reason: &str) -> Answer {
+    let mut response = Response::new(Full::new(Bytes::from(format!("{reason}\n"))));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+/// Nothing can follow on this connection.
+pub fn closing(mut response: Answer) -> Answer {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// Refuses a request whose body was not read.
+pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
+    if body.is_end_stream() {
+        return response;
+    }
+    // Who asked first (Expect: 100-continue) has sent nothing, and reading on would tell it to go on.
+    if !headers.contains_key(header::EXPECT) {
+        tokio::spawn(discard(body));
+    }
+    closing(response)
+}
+
+async fn discard(body: Arriving) {
+    // However it ends, the connection is closed next.
+    let _ = timeout(LINGER, Limited::new(body, LINGER_BYTES).collect()).await;
+}

@@ -1,0 +1,107 @@
+//! A token bucket for each client: so many requests a second, and a burst.
+//!
+//! A client is a principal, or else an address (of IPv6, the network of 64 bits that one customer has).
+
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use hyper::StatusCode;
+use hyper::header::{self, HeaderName, HeaderValue};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use super::addresses::network;
+use super::refusal::{Refusal, refuse};
+
+/// Clients that are told apart. When there are more, those without a name share a bucket until some have gone.
+const CLIENTS: usize = 100_000;
+/// How often buckets that are full again are forgotten.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// How often a client may ask.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate {
+    pub quota: Quota,
+    /// How long a request may wait for its turn instead of being refused.
+    pub queue: Duration,
+}
+
+impl Rate {
+    /// `None` when one of these allows nothing.
+    pub fn new(count: u32, per: Duration, burst: Option<u32>, queue: Duration) -> Option<Self> {
+        let count = NonZeroU32::new(count)?;
+        let burst = burst.map_or(Some(count), NonZeroU32::new)?;
+        Some(Self { quota: Quota::with_period(per / count.get())?.allow_burst(burst), queue })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Key {
+    Principal(Arc<str>),
+    Address(IpAddr),
+    Crowd,
+}
+
+pub struct Throttle {
+    buckets: DefaultKeyedRateLimiter<Key>,
+    rate: Rate,
+    crowded: AtomicBool,
+}
+
+impl Throttle {
+    pub fn new(rate: Rate) -> Arc<Self> {
+        Arc::new(Self { buckets: RateLimiter::keyed(rate.quota), rate, crowded: AtomicBool::new(false) })
+    }
+
+    /// Takes a token, or waits for one within the time for that.
+    pub async fn admit(&self, principal: Option<&Arc<str>>, address: IpAddr) -> Result<(), Refusal> {
+        let key = match principal {
+            Some(name) => Key::Principal(Arc::clone(name)),
+            None if self.crowded.load(Ordering::Relaxed) => Key::Crowd,
+            None => Key::Address(network(address)),
+        };
+        let latest = Instant::now() + self.rate.queue;
+        loop {
+            let Err(not_yet) = self.buckets.check_key(&key) else { return Ok(()) };
+            let wait = not_yet.wait_time_from(DefaultClock::default().now());
+            if Instant::now() + wait > latest {
+                return Err(self.refusal(wait));
+            }
+            sleep(wait).await;
+        }
+    }
+
+    fn refusal(&self, wait: Duration) -> Refusal {
+        let mut response = refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests; wait and try again");
+        // A second is the smallest wait these can say.
+        let wait = wait.as_secs_f64().ceil().max(1.0);
+        let (burst, window) = (self.rate.quota.burst_size(), self.rate.quota.burst_size_replenished_in());
+        let window = window.as_secs_f64().ceil().max(1.0);
+        for (name, value) in [
+            (header::RETRY_AFTER, format!("{wait}")),
+            (HeaderName::from_static("ratelimit-policy"), format!("\"client\";q={burst};w={window}")),
+            (HeaderName::from_static("ratelimit"), format!("\"client\";r=0;t={wait}")),
+        ] {
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        response.into()
+    }
+
+    /// Forgets clients that have not asked for a while, to the end of the process.
+    pub async fn sweep(self: Arc<Self>) {
+        let mut interval = interval(SWEEP);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            self.buckets.retain_recent();
+            self.buckets.shrink_to_fit();
+            self.crowded.store(self.buckets.len() > CLIENTS, Ordering::Relaxed);
+        }
+    }
+}

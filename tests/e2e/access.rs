@@ -1,0 +1,263 @@
+//! Who may do what, and how often: tokens and their scopes, and the limit of requests for each client.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::server::{Server, kvs, refused, serve, serve_refused};
+use crate::unruly::guest;
+use crate::wire::{Connection, Response};
+
+/// A file of tokens, and the tokens themselves.
+struct Tokens {
+    directory: TempDir,
+}
+
+impl Tokens {
+    fn new() -> Self {
+        Self { directory: TempDir::new().expect("a temporary directory can be made") }
+    }
+
+    fn file(&self) -> String {
+        self.directory.path().join("tokens").to_str().expect("a temporary path is text").to_owned()
+    }
+
+    /// Makes one as an operator would.
+    fn add(&self, args: &[&str]) -> String {
+        let mut command = kvs();
+        command.args(["token", "new", "--tokens", &self.file()]).args(args);
+        let output = command.stdout(std::process::Stdio::piped()).output().expect("the binary can be started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("a token is text").trim().to_owned()
+    }
+}
+
+fn ask(server: &Server, method: &str, path: &str, authorization: &str) -> Response {
+    let mut client = Connection::open(server.address());
+    client.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n{authorization}\r\n"));
+    client.try_read(method == "HEAD").expect("it is answered")
+}
+
+fn with(token: &str) -> String {
+    format!("authorization: Bearer {token}\r\n")
+}
+
+#[test]
+fn a_token_allows_what_its_scope_says() {
+    let tokens = Tokens::new();
+    let read = tokens.add(&["reader"]);
+    let write = tokens.add(&["writer", "--scope", "write"]);
+    let admin = tokens.add(&["boss", "--scope", "admin"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let challenge = |response: &Response| response.header("www-authenticate").unwrap_or_default().to_owned();
+
+    for method in ["GET", "PUT", "DELETE", "POST", "BREW"] {
+        let response = ask(&server, method, "/v1/a", "");
+        response.says(401, "a token is needed: Authorization: Bearer TOKEN");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\"");
+    }
+    let wrong = format!("kvs_{}", "0".repeat(64));
+    for authorization in [
+        with(&wrong),
+        with(""),
+        with(&read[..read.len() - 1]),
+        with(&format!("{read} {read}")),
+        format!("authorization: Basic {read}\r\n"),
+        format!("authorization: {read}\r\n"),
+        with(&read) + &with(&write),
+    ] {
+        let response = ask(&server, "GET", "/v1/a", &authorization);
+        response.says(401, "this token is not known");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"invalid_token\"");
+    }
+
+    for token in [&read, &write, &admin] {
+        ask(&server, "GET", "/v1/a", &with(token)).says(404, "no such key");
+        assert_eq!(ask(&server, "HEAD", "/v1/a", &with(token)).status, 404);
+        ask(&server, "GET", "/v1/a", &format!("Authorization: bearer  {token} \r\n")).says(404, "no such key");
+    }
+    for method in ["PUT", "DELETE", "POST", "BREW"] {
+        let response = ask(&server, method, "/v1/a", &with(&read));
+        response.says(403, "this token is for reading only");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"insufficient_scope\"");
+    }
+    ask(&server, "GET", "/v1/a", &with(&read)).says(404, "no such key");
+    for token in [&write, &admin] {
+        assert_eq!(ask(&server, "PUT", "/v1/a", &with(token)).status, 201);
+        assert_eq!(ask(&server, "DELETE", "/v1/a", &with(token)).status, 200);
+    }
+    let said = server.terminate().stderr().join("\n");
+    for secret in [&read, &write, &admin, &wrong] {
+        assert!(!said.contains(secret.as_str()), "a token was logged:\n{said}");
+    }
+}
+
+#[test]
+fn a_token_can_be_bound_to_paths() {
+    let tokens = Tokens::new();
+    let bound = tokens.add(&["team-a", "--scope", "admin", "--path-prefix", "/v1/a-"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    assert_eq!(ask(&server, "PUT", "/v1/a-1", &with(&bound)).status, 201);
+    assert_eq!(ask(&server, "GET", "/v1/a-1?x=y", &with(&bound)).status, 400);
+    for path in ["/v1/b", "/v1", "/", "/v1/%61-1", "/v1/key/a-1", "/v1/a-/../b", "/v1/a-%2F..%2Fb", "//v1/a-1"] {
+        ask(&server, "GET", path, &with(&bound)).says(403, "this token is for other paths");
+    }
+}
+
+#[test]
+fn the_guest_is_told_the_name_and_not_the_token() {
+    let tokens = Tokens::new();
+    let read = tokens.add(&["reader"]);
+    let server = Server::start(&["--tokens", &tokens.file(), guest()]);
+    assert_eq!(ask(&server, "GET", "/principal", &with(&read)).text(), "Some(\"reader\")");
+}
+
+#[test]
+fn tokens_are_read_again() {
+    let tokens = Tokens::new();
+    let first = tokens.add(&["first"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let second = tokens.add(&["second"]);
+    // Nobody tells the server.
+    server.says("the file of tokens was read again");
+    ask(&server, "GET", "/v1/a", &with(&second)).says(404, "no such key");
+
+    fs::write(tokens.file(), "nonsense\n").expect("the file can be written");
+    server.signal(Signal::HUP);
+    let line = server.says("the old one stays in force");
+    assert!(line.contains("line 1: a line is: NAME SCOPE SHA256"), "{line}");
+    ask(&server, "GET", "/v1/a", &with(&first)).says(404, "no such key");
+
+    fs::write(tokens.file(), "").expect("the file can be written");
+    server.signal(Signal::HUP);
+    server.says_again("the file of tokens was read again", 2);
+    ask(&server, "GET", "/v1/a", &with(&first)).says(401, "this token is not known");
+}
+
+#[test]
+fn a_token_is_made_once_and_kept_as_a_hash() {
+    let tokens = Tokens::new();
+    let token = tokens.add(&["alice"]);
+    assert!(token.starts_with("kvs_") && token.len() == 68, "{token}");
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    assert!(text.starts_with("alice read ") && !text.contains(&token[4..]), "{text}");
+    let mode = fs::metadata(tokens.file()).expect("the file is there").permissions().mode();
+    assert_eq!(mode & 0o077, 0, "others may read it");
+    assert_ne!(tokens.add(&["bob"]), token);
+
+    let refuses = |args: &[&str]| {
+        let mut command = kvs();
+        command.args(["token", "new", "--tokens", &tokens.file()]).args(args);
+        refused(command)
+    };
+    refuses(&["alice"]).with(1, &[&tokens.file(), "a token of this name"]);
+    refuses(&["a b"]).with(1, &["a name is 1 to 64 letters"]);
+    refuses(&["carol", "--path-prefix", "v1"]).with(1, &["slash"]);
+    refuses(&["carol", "--scope", "all"]).with(2, &["--scope", "read", "write", "admin"]);
+    assert_eq!(fs::read_to_string(tokens.file()).expect("the file is there").lines().count(), 2);
+}
+
+#[test]
+fn a_file_of_tokens_that_cannot_be_used() {
+    let tokens = Tokens::new();
+    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot be read"]);
+    fs::write(tokens.file(), "alice read\n").expect("the file can be written");
+    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "line 1"]);
+}
+
+#[test]
+fn to_be_open_to_a_network_needs_intent() {
+    let everywhere = |data: &Path, args: &[&str]| {
+        let mut command = kvs();
+        command.args(["serve", "--listen", "0.0.0.0:0", "--data"]).arg(data).args(args);
+        command
+    };
+    let data = || TempDir::new().expect("a temporary directory can be made");
+    refused(everywhere(data().path(), &[])).with(1, &["--listen 0.0.0.0:0", "without TLS and tokens", "--insecure"]);
+    let directory = data();
+    let server = Server::spawn(everywhere(directory.path(), &["--insecure"]), directory);
+    server.says("WARN --listen 0.0.0.0:0 can be reached from elsewhere, without TLS: everybody can read and change");
+
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let directory = data();
+    let server = Server::spawn(everywhere(directory.path(), &["--tokens", &tokens.file()]), directory);
+    server.says("WARN --listen 0.0.0.0:0 can be reached from elsewhere, without TLS: tokens can be overheard");
+}
+
+#[test]
+fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
+    serve_refused(&["--admin", "0.0.0.0:0"]).with(1, &["--admin 0.0.0.0:0", "--tokens"]);
+    let tokens = Tokens::new();
+    let write = tokens.add(&["writer", "--scope", "write"]);
+    let bound = tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/"]);
+    let admin = tokens.add(&["boss", "--scope", "admin"]);
+    let ask = |server: &Server, authorization: &str| {
+        let mut client = Connection::open(server.admin());
+        client.send(format!("GET /livez HTTP/1.1\r\nhost: kvs\r\n{authorization}\r\n"));
+        client.read()
+    };
+    let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", &tokens.file()]);
+    assert_eq!(ask(&server, "").status, 401);
+    ask(&server, &with(&write)).says(403, "this token is not for the admin listener");
+    ask(&server, &with(&bound)).says(403, "this token is not for the admin listener");
+    ask(&server, &with(&admin)).says(200, "ok");
+
+    // On this machine it does not.
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    ask(&server, "").says(200, "ok");
+}
+
+#[test]
+fn a_client_above_its_rate_is_told_when_to_come_again() {
+    let tokens = Tokens::new();
+    let (alice, bob) = (tokens.add(&["alice"]), tokens.add(&["bob"]));
+    // One a minute, so that no time that a test takes gives another.
+    let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "3", "--tokens", &tokens.file()]);
+    for _ in 0..3 {
+        ask(&server, "GET", "/v1/a", &with(&alice)).says(404, "no such key");
+    }
+    let refused = ask(&server, "GET", "/v1/a", &with(&alice));
+    refused.says(429, "too many requests; wait and try again");
+    let wait: u64 = refused.header("retry-after").and_then(|wait| wait.parse().ok()).expect("a number of seconds");
+    assert!((1..=60).contains(&wait), "{wait}");
+    assert_eq!(refused.header("ratelimit"), Some(format!("\"client\";r=0;t={wait}").as_str()));
+    assert_eq!(refused.header("ratelimit-policy"), Some("\"client\";q=3;w=180"));
+    ask(&server, "GET", "/v1/a", &with(&bob)).says(404, "no such key");
+}
+
+#[test]
+fn clients_without_a_name_are_told_apart_by_address() {
+    let server = Server::start(&["--rate-limit", "1/m"]);
+    ask(&server, "GET", "/v1/a", "").says(404, "no such key");
+    assert_eq!(ask(&server, "GET", "/v1/a", "").status, 429);
+    let mut elsewhere = Connection::open_from("127.0.0.2", server.address());
+    elsewhere.ask("GET", "/v1/a", b"").says(404, "no such key");
+}
+
+#[test]
+fn a_request_above_the_rate_can_wait_for_its_turn() {
+    let server = Server::start(&["--rate-limit", "10/s", "--rate-burst", "1", "--rate-queue", "10s"]);
+    let mut client = Connection::open(server.address());
+    let begun = std::time::Instant::now();
+    for _ in 0..4 {
+        client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    }
+    // The first is free. Never early, however slow the machine is.
+    assert!(begun.elapsed().as_millis() >= 290, "they did not wait: {:?}", begun.elapsed());
+}
+
+#[test]
+fn a_limit_that_is_none_is_a_usage_error() {
+    for rate in ["", "10", "0/s", "10/h", "fast/s", "10/"] {
+        serve_refused(&["--rate-limit", rate]).with(2, &["--rate-limit"]);
+    }
+    serve_refused(&["--rate-burst", "3"]).with(2, &["--rate-limit"]);
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(["--rate-limit", "1/s", "--rate-burst", "0"]);
+    refused(command).with(2, &["--rate-burst"]);
+}
