@@ -7,9 +7,11 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use crate::admin::command::Swap;
 use crate::edge::auth::TokenCommand;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
+use crate::guest;
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
 
@@ -32,6 +34,10 @@ pub enum Command {
     /// Make tokens for those who may use a store
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Put another guest in the place of the one that serves, under load
+    Swap(Swap),
+    /// Tell what a component is, and whether it could serve
+    Inspect(Box<Inspect>),
     /// Check, print, carry and compact a log that nobody serves from
     #[command(subcommand)]
     Log(LogCommand),
@@ -39,9 +45,12 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// The component to run; without it, the store that came with this binary
-    #[arg(env = "KVS_GUEST", value_name = "GUEST.wasm")]
-    pub guest: Option<PathBuf>,
+    #[command(flatten)]
+    pub guest: Guest,
+
+    /// Swap the guest whenever its file changes; SIGHUP does so once
+    #[arg(long, env = "KVS_WATCH", requires = "guest")]
+    pub watch: bool,
 
     /// Where to listen for HTTP; port 0 takes a free one
     #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
@@ -124,49 +133,55 @@ pub struct Serve {
           help_heading = "Limits")]
     pub drain: Duration,
 
-    /// CPU time of one call of the guest
-    #[arg(long, env = "KVS_GUEST_CALL_TIMEOUT", value_name = "TIME", default_value = "1s", value_parser = duration,
+    /// How long the guest before is kept after a swap, and put back when the new one traps
+    #[arg(long, env = "KVS_PROBATION", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Guest")]
+    pub probation: Duration,
+}
+
+/// Which guest, and what it may use.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct Guest {
+    /// The component; without it, the store that came with this binary, or to serve the one swapped in last
+    #[arg(id = "guest", env = "KVS_GUEST", value_name = "GUEST.wasm", help_heading = "Arguments")]
+    pub file: Option<PathBuf>,
+
+    /// CPU time of one call of the guest
+    #[arg(long, env = "KVS_GUEST_CALL_TIMEOUT", value_name = "TIME", default_value = "1s", value_parser = duration)]
     pub guest_call_timeout: Duration,
 
     /// Memory of the guest, which holds all keys and values; at most 4 GiB
-    #[arg(long, env = "KVS_GUEST_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB", value_parser = memory_bytes,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB", value_parser = memory_bytes)]
     pub guest_memory_bytes: ByteSize,
 
     /// Elements of all tables of the guest, which hold its functions
-    #[arg(long, env = "KVS_GUEST_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000", value_parser = count,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000", value_parser = count)]
     pub guest_table_elements: usize,
 
     /// Core instances that the guest may be made of; as many memories, and as many tables
-    #[arg(long, env = "KVS_GUEST_INSTANCES", value_name = "COUNT", default_value = "100", value_parser = count,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_INSTANCES", value_name = "COUNT", default_value = "100", value_parser = count)]
     pub guest_instances: usize,
 
     /// Largest body the guest may answer with (else answered 500); never less than --max-value-bytes
-    #[arg(long, env = "KVS_MAX_RESPONSE_BYTES", value_name = "SIZE", default_value = "64MiB", value_parser = value_bytes,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_MAX_RESPONSE_BYTES", value_name = "SIZE", default_value = "64MiB", value_parser = value_bytes)]
     pub max_response_bytes: ByteSize,
 
     /// How often the guest may append to the log in one call; it is told `unavailable` beyond (the default one answers 503)
     #[arg(long, env = "KVS_GUEST_APPENDS", value_name = "COUNT", default_value = "10000",
-          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Guest")]
+          value_parser = clap::value_parser!(u32).range(1..))]
     pub guest_appends: u32,
 
     /// What the guest may print in a second; the rest is dropped
-    #[arg(long, env = "KVS_GUEST_LOG_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = value_bytes,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_LOG_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = value_bytes)]
     pub guest_log_bytes: ByteSize,
 
     /// Longest line the guest may print; a longer one is cut into several
-    #[arg(long, env = "KVS_GUEST_LOG_LINE_BYTES", value_name = "SIZE", default_value = "2KiB", value_parser = value_bytes,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_LOG_LINE_BYTES", value_name = "SIZE", default_value = "2KiB", value_parser = value_bytes)]
     pub guest_log_line_bytes: ByteSize,
 
     /// A setting for the guest, which finds it in wasi:config/store; can be repeated
-    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting,
-          help_heading = "Guest")]
+    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting)]
     pub guest_config: Vec<(String, String)>,
 }
 
@@ -246,6 +261,29 @@ impl Access {
         let (count, per) = self.rate_limit?;
         Rate::new(count, per, self.rate_burst, self.rate_queue.unwrap_or_default())
     }
+}
+
+impl Guest {
+    /// `value_bytes` is the largest value that comes in.
+    pub fn limits(&self, value_bytes: ByteSize) -> anyhow::Result<guest::Limits> {
+        Ok(guest::Limits {
+            call: self.guest_call_timeout,
+            memory_bytes: usize::try_from(self.guest_memory_bytes.as_u64())?,
+            table_elements: self.guest_table_elements,
+            instances: self.guest_instances,
+            value_bytes: usize::try_from(value_bytes.as_u64())?,
+            response_bytes: usize::try_from(self.max_response_bytes.max(value_bytes).as_u64())?,
+            appends: self.guest_appends,
+            log_bytes: usize::try_from(self.guest_log_bytes.as_u64())?,
+            log_line_bytes: usize::try_from(self.guest_log_line_bytes.as_u64())?,
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    #[command(flatten)]
+    pub guest: Guest,
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

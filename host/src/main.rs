@@ -49,6 +49,8 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Serve(args) => kvs::serve::run(&args),
         Command::Token(command) => kvs::edge::auth::run(command),
+        Command::Swap(args) => kvs::admin::command::swap(&args),
+        Command::Inspect(args) => kvs::guest::inspect(&args.guest),
         Command::Log(command) => kvs::log::command::run(command),
     }
 }

@@ -14,12 +14,12 @@ use tokio::task;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
-use crate::admin::{Admin, Health, Phase};
+use crate::admin::{Admin, Phase};
 use crate::cli::Serve;
 use crate::edge::auth::Tokens;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Service};
-use crate::guest::{self, Engine, Shard};
+use crate::guest::{Engine, Reload, Shard, Source, Swapper};
 use crate::log::TransactionLog;
 use crate::log::file::{FileLog, Options};
 
@@ -47,12 +47,14 @@ async fn serve(args: &Serve) -> Result<()> {
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
     let hangup = || signal(SignalKind::hangup());
     let _heard = hangup()?;
+    let reload = Reload::new(args.guest.file.as_deref(), args.watch)?;
     let tls = args.tls.files().map(edge::tls::load).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let health = watched(args.admin, tokens.clone())?;
+    let admin = watched(args.admin, tokens.clone())?;
+    let health = &admin.health;
 
     let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(Options {
         data: args.data.clone(),
@@ -63,18 +65,12 @@ async fn serve(args: &Serve) -> Result<()> {
 
     health.set_log(Arc::clone(&log));
 
-    let engine = Engine::new(guest::Limits {
-        call: args.guest_call_timeout,
-        memory_bytes: usize::try_from(args.guest_memory_bytes.as_u64())?,
-        table_elements: args.guest_table_elements,
-        instances: args.guest_instances,
-        value_bytes: usize::try_from(args.max_value_bytes.as_u64())?,
-        response_bytes: usize::try_from(args.max_response_bytes.max(args.max_value_bytes).as_u64())?,
-        appends: args.guest_appends,
-        log_bytes: usize::try_from(args.guest_log_bytes.as_u64())?,
-        log_line_bytes: usize::try_from(args.guest_log_line_bytes.as_u64())?,
-    })?;
-    let guest = engine.load(args.guest.as_deref(), args.guest_config.clone())?;
+    let engine = Engine::new(
+        args.guest.limits(args.max_value_bytes)?,
+        args.guest.guest_config.clone(),
+        Some(&args.data.join("cache")),
+    )?;
+    let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data))?;
     health.reached(Phase::Replaying);
     let building = {
         let log = Arc::clone(&log);
@@ -90,12 +86,15 @@ async fn serve(args: &Serve) -> Result<()> {
     };
 
     let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
-    let description = shard.description().clone();
+    let description = shard.serving().description;
     for exposure in exposures {
         warn!("{exposure}");
     }
-    health.reached(Phase::Serving);
     let scheme = if tls.is_some() { "https" } else { "http" };
+    let swapper = Swapper::new(engine, Arc::clone(&shard), Arc::clone(&log), args.data.clone(), args.probation);
+    admin.set_swapper(Arc::clone(&swapper));
+    let reloading = task::spawn(reload.run(swapper));
+    health.reached(Phase::Serving);
     info!(
         data = %args.data.display(),
         guest = description.name,
@@ -145,6 +144,7 @@ async fn serve(args: &Serve) -> Result<()> {
     });
     let cut_off = cut_off.await;
     ticking.abort();
+    reloading.abort();
     if cut_off > 0 {
         warn!("{cut_off} connections were cut off after {:?}", args.drain);
     }
@@ -210,15 +210,15 @@ fn on_signal() -> Result<watch::Receiver<()>> {
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<Arc<Health>> {
+fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<Arc<Admin>> {
     // Who is on this machine may ask for its health without a token.
     let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
     let listener = bind(address, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
-    let health = Arc::new(Health::new());
-    Admin { health: Arc::clone(&health), tokens }.start(listener.into_std()?)?;
+    let admin = Arc::new(Admin::new(tokens));
+    Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
-    Ok(health)
+    Ok(admin)
 }
 
 fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {

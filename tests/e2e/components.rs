@@ -1,7 +1,9 @@
-//! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong.
+//! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong. `kvs
+//! inspect` tells it without starting anything.
 
 use std::fs::File;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 use wasm_encoder::{
@@ -9,12 +11,12 @@ use wasm_encoder::{
     ComponentTypeRef, ComponentTypeSection, InstanceType, Module,
 };
 
-use crate::server::{Refused, Server, serve_refused};
+use crate::server::{self, Refused, Server, kvs, serve_refused};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
 /// The component that came with the binary under test.
-const DEFAULT_GUEST: &str = env!("KVS_DEFAULT_GUEST");
+pub const DEFAULT_GUEST: &str = env!("KVS_DEFAULT_GUEST");
 
 /// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {
@@ -32,7 +34,7 @@ fn refused_file(file: &Path) -> Refused {
 }
 
 /// A component that imports an empty instance of this name.
-fn importing(name: &str) -> Vec<u8> {
+pub fn importing(name: &str) -> Vec<u8> {
     let mut types = ComponentTypeSection::new();
     types.instance(&InstanceType::new());
     let mut imports = ComponentImportSection::new();
@@ -43,7 +45,7 @@ fn importing(name: &str) -> Vec<u8> {
 }
 
 /// A component that exports empty instances of these names.
-fn exporting(names: &[&str]) -> Vec<u8> {
+pub fn exporting(names: &[&str]) -> Vec<u8> {
     let mut instances = ComponentInstanceSection::new();
     let mut exports = ComponentExportSection::new();
     for (index, name) in names.iter().enumerate() {
@@ -183,4 +185,47 @@ fn a_guest_that_traps_on_an_entry_of_the_log() {
     // The log is as it was.
     let server = stopped.restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/b", b"").body, b"value");
+}
+
+fn inspect(args: &[&str]) -> Command {
+    let mut command = kvs();
+    command.arg("inspect").args(args).stdout(Stdio::piped());
+    command
+}
+
+#[test]
+fn inspect_tells_what_a_guest_is() {
+    for (args, name) in [(&[][..], "kvs"), (&[DEFAULT_GUEST], "kvs"), (&[guest()], "unruly")] {
+        let output = inspect(args).output().expect("the binary under test can be started");
+        let said = String::from_utf8(output.stdout).expect("it says text");
+        assert!(output.status.success(), "{said}");
+        for told in
+            [&format!("name     {name} 0.1.0"), "kvs:store/handler@0.1.0", "sha256   ", " bytes", "fits     yes"]
+        {
+            assert!(said.contains(told), "it does not tell {told:?}:\n{said}");
+        }
+    }
+}
+
+#[test]
+fn inspect_tells_why_a_component_is_no_guest() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("other.wasm");
+    let file = file.to_str().expect("a temporary path is text");
+    std::fs::write(file, importing("wasi:sockets/tcp@0.2.0")).expect("the directory takes a file");
+    let output = inspect(&[file]).output().expect("the binary under test can be started");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("imports  wasi:sockets/tcp@0.2.0"));
+    let why = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        why.starts_with(&format!("kvs: {file} cannot be run as a guest: it imports wasi:sockets/tcp@0.2.0")),
+        "{why}"
+    );
+    assert!(why.contains("; it does not export kvs:store/lifecycle@0.1.0") && why.lines().count() == 1, "{why}");
+
+    std::fs::write(file, "text").expect("the directory takes a file");
+    server::refused(inspect(&[file])).with(1, &["it is not WebAssembly"]);
+    let traps = ["--guest-config", "fault=describe-traps", guest()];
+    let why = String::from_utf8(inspect(&traps).output().expect("it can be started").stderr).expect("text");
+    assert!(why.contains("describe failed") && why.lines().count() == 1, "{why}");
 }

@@ -21,6 +21,7 @@ mod operator;
 mod rest;
 mod server;
 mod signals;
+mod swap;
 mod tls;
 mod unruly;
 mod wire;

@@ -1,4 +1,4 @@
-//! The admin listener: is the server alive, and is it ready.
+//! The admin listener: is the server alive, is it ready, which guest serves, and another in its place.
 //!
 //! It has a thread and a runtime of its own, and waits for nothing that requests to the store wait for: it answers when
 //! every guest is busy, being built, or gone.
@@ -6,11 +6,13 @@
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+pub mod command;
+mod guest;
 mod health;
 
 use std::convert::Infallible;
 use std::net::TcpListener as Bound;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -29,9 +31,10 @@ use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
-pub use health::{Health, Phase};
-
+use self::guest::Guests;
+pub use self::health::{Health, Phase};
 use crate::edge::auth::Tokens;
+use crate::guest::Swapper;
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
@@ -42,14 +45,25 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers the requests of the admin listener.
 pub struct Admin {
-    pub health: Arc<Health>,
+    pub health: Health,
     /// Asked for a token of scope admin, where there are any.
-    pub tokens: Option<Arc<Tokens>>,
+    tokens: Option<Arc<Tokens>>,
+    /// None until there is a guest.
+    guests: OnceLock<Guests>,
 }
 
 impl Admin {
+    pub fn new(tokens: Option<Arc<Tokens>>) -> Self {
+        Self { health: Health::new(), tokens, guests: OnceLock::new() }
+    }
+
+    pub fn set_swapper(&self, swapper: Arc<Swapper>) {
+        // One guest is started in the life of a process; the others are swapped in.
+        let _ = self.guests.set(Guests::new(swapper));
+    }
+
     /// Serves `listener` from a thread of its own, to the end of the process.
-    pub fn start(self, listener: Bound) -> Result<()> {
+    pub fn start(self: Arc<Self>, listener: Bound) -> Result<()> {
         let runtime =
             Builder::new_current_thread().enable_all().build().context("no runtime for the admin listener")?;
         listener.set_nonblocking(true)?;
@@ -65,8 +79,7 @@ impl Admin {
         Ok(())
     }
 
-    async fn serve(self, listener: TcpListener) {
-        let admin = Arc::new(self);
+    async fn serve(self: Arc<Self>, listener: TcpListener) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let place = Arc::clone(&connections).acquire_owned().await;
@@ -78,7 +91,7 @@ impl Admin {
                     continue;
                 }
             };
-            let admin = Arc::clone(&admin);
+            let admin = Arc::clone(&self);
             tokio::spawn(async move {
                 let service = service_fn(|request| {
                     let admin = Arc::clone(&admin);
@@ -108,7 +121,11 @@ impl Admin {
                 text(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
             ("/livez" | "/readyz", _) => not_allowed("GET, HEAD"),
-            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez and /readyz\n"),
+            ("/guest", _) => match self.guests.get() {
+                Some(guests) => guests.respond(request).await,
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
+            },
+            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz and /guest\n"),
         }
     }
 }

@@ -3,29 +3,24 @@
 //! Owns: what is checked before a guest may run, and the clock that ends its calls.
 //! Must never know: requests, the state of a guest, why another one is wanted.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use wasmtime::component::{Component, Linker};
 
+use super::cache::Cache;
 use super::clock::Clock;
 use super::instance::{self, Instance, State};
 use super::sandbox;
+use super::source::{Digest, Source};
 use crate::contract::ExportsPre;
 use crate::log::TransactionLog;
 
-/// The default guest, `guest/kvs`, built beside the host.
-static DEFAULT_GUEST: &[u8] = include_bytes!(env!("KVS_DEFAULT_GUEST"));
-
 /// The grain of CPU time limits: a call is ended this much late at most.
 const EPOCH: Duration = Duration::from_millis(10);
-/// Larger files are no guests. A whole JavaScript engine is 12 MiB.
-const GUEST_BYTES: u64 = 256 << 20;
 
 /// What a guest exports (`world store`).
 const WANTED: [&str; 3] = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
@@ -58,15 +53,18 @@ pub struct Engine {
     linker: Linker<State>,
     limits: Limits,
     clock: Arc<Clock>,
+    config: Arc<[(String, String)]>,
+    cache: Option<Cache>,
 }
 
 impl Engine {
-    pub fn new(limits: Limits) -> Result<Self> {
-        let mut config = wasmtime::Config::new();
+    /// Every guest finds `config` in `wasi:config/store`. What was compiled is kept in the directory `cache`.
+    pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>) -> Result<Self> {
+        let mut settings = wasmtime::Config::new();
         // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
-        config.concurrency_support(false);
-        config.epoch_interruption(true);
-        let engine = wasmtime::Engine::new(&config).map_err(anyhow::Error::from);
+        settings.concurrency_support(false);
+        settings.epoch_interruption(true);
+        let engine = wasmtime::Engine::new(&settings).map_err(anyhow::Error::from);
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
         let mut linker = Linker::new(&engine);
@@ -81,66 +79,111 @@ impl Engine {
                 thread::sleep(EPOCH);
             }
         })?;
-        Ok(Self { linker, limits, clock: Arc::default() })
+        Ok(Self { linker, limits, clock: Arc::default(), config: config.into(), cache: cache.map(Cache::new) })
     }
 
-    /// Compiles the guest in `file`, or the default one, and checks that it fits the contract. `config` is what it will
-    /// find in `wasi:config/store`.
-    pub fn load(&self, file: Option<&Path>, config: Vec<(String, String)>) -> Result<Guest> {
-        let exports = match file {
-            Some(file) => {
-                let refused = || format!("{} cannot be run as a guest", file.display());
-                read(file).and_then(|bytes| self.check(&bytes)).with_context(refused)
-            }
-            None => self.check(DEFAULT_GUEST).context("the default guest cannot be run"),
-        };
-        Ok(Guest { exports: exports?, limits: self.limits, config: config.into(), clock: self.clock.clone() })
+    pub fn limits(&self) -> Limits {
+        self.limits
     }
 
-    fn check(&self, bytes: &[u8]) -> Result<ExportsPre<State>> {
+    /// Reads and compiles a guest, and checks that it fits the contract.
+    pub fn load(&self, source: Source) -> Result<Guest> {
+        let loaded = source.read().and_then(|bytes| self.compile(source.clone(), &bytes));
+        loaded.with_context(|| source.cannot_be_run())
+    }
+
+    /// Compiles a component, which came from `source`, and checks that it fits the contract.
+    pub fn compile(&self, source: Source, bytes: &[u8]) -> Result<Guest> {
+        let component = self.component(bytes)?;
+        let world = self.world(&component);
+        if let Some(misfit) = world.misfit() {
+            bail!(misfit);
+        }
+        let exports = self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?;
+        let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
+        Ok(Guest { exports, source, digest: Digest::of(bytes), limits, clock, config })
+    }
+
+    /// Compiles a component, whatever it imports and exports.
+    pub fn component(&self, bytes: &[u8]) -> Result<Component> {
         match bytes.get(..8) {
             Some(b"\0asm\x0d\0\x01\0") => {}
             Some(b"\0asm\x01\0\0\0") => bail!("it is a core module, not a component; build it for wasm32-wasip2"),
             _ => bail!("it is not WebAssembly"),
         }
         let engine = self.linker.engine();
-        let component = Component::from_binary(engine, bytes)?;
-        let world = component.component_type();
+        match &self.cache {
+            Some(cache) => cache.component(engine, bytes),
+            None => Ok(Component::from_binary(engine, bytes)?),
+        }
+    }
 
-        let refused = world.imports(engine).map(|(name, _)| name).filter(|name| !is_offered(name));
-        let refused = refused.collect::<Vec<_>>().join(", ");
-        ensure!(refused.is_empty(), "it imports {refused}, which this host does not offer");
-
-        let missing = WANTED.into_iter().filter(|name| world.get_export(engine, name).is_none());
-        let missing = missing.collect::<Vec<_>>().join(", ");
-        ensure!(missing.is_empty(), "it does not export {missing}");
-
-        Ok(self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?)
+    pub fn world(&self, component: &Component) -> World {
+        let (engine, world) = (self.linker.engine(), component.component_type());
+        let imports = world.imports(engine).map(|(name, _)| name.to_owned()).collect();
+        let exports = world.exports(engine).map(|(name, _)| name.to_owned()).collect();
+        World { imports, exports }
     }
 }
 
-/// Whether an import, `namespace:package/interface@version`, is one of ours, in whatever version.
+/// What a component wants of its host and gives to it: names as `namespace:package/interface@version`.
+pub struct World {
+    pub imports: Vec<String>,
+    pub exports: Vec<String>,
+}
+
+impl World {
+    /// Why it does not fit the contract: every import that is not offered, and every export that is missing.
+    pub fn misfit(&self) -> Option<String> {
+        let refused: Vec<_> = self.imports.iter().filter(|name| !is_offered(name)).cloned().collect();
+        let missing = WANTED.into_iter().filter(|wanted| !self.exports.iter().any(|name| name == wanted));
+        let missing: Vec<_> = missing.map(|wanted| self.other_version(wanted)).collect();
+        let refused =
+            (!refused.is_empty()).then(|| format!("it imports {}, which this host does not offer", refused.join(", ")));
+        let missing = (!missing.is_empty()).then(|| format!("it does not export {}", missing.join(", ")));
+        let reasons: Vec<_> = refused.into_iter().chain(missing).collect();
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+
+    /// The name of a missing export, and what is there in its place.
+    fn other_version(&self, wanted: &str) -> String {
+        match self.exports.iter().find(|name| interface(name) == interface(wanted)) {
+            Some(other) => format!("{wanted} (but {other})"),
+            None => wanted.to_owned(),
+        }
+    }
+}
+
+/// Whether an import is one of ours, in whatever version.
 fn is_offered(import: &str) -> bool {
-    let interface = import.split('@').next().unwrap_or(import);
+    let interface = interface(import);
     instance::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
 }
 
-fn read(file: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(file)?.take(GUEST_BYTES + 1).read_to_end(&mut bytes)?;
-    ensure!(bytes.len() as u64 <= GUEST_BYTES, "it is larger than {GUEST_BYTES} bytes");
-    Ok(bytes)
+/// A name without its version.
+fn interface(name: &str) -> &str {
+    name.split('@').next().unwrap_or(name)
 }
 
 /// A compiled guest that fits the contract.
 pub struct Guest {
     exports: ExportsPre<State>,
+    source: Source,
+    digest: Digest,
     limits: Limits,
     config: Arc<[(String, String)]>,
     clock: Arc<Clock>,
 }
 
 impl Guest {
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
     /// A new instance, which has described itself and knows nothing yet. What it appends goes to `log`.
     pub fn instantiate(&self, log: Arc<dyn TransactionLog>) -> Result<Instance> {
         Instance::new(&self.exports, self.limits, State::new(log, self.config.clone(), self.limits, self.clock.clone()))

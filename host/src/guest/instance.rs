@@ -107,6 +107,10 @@ impl Instance {
         &self.description
     }
 
+    pub fn memory_bytes(&self) -> usize {
+        self.store.data().memory.held()
+    }
+
     /// Takes in entries of the log. An error names the entries.
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };

@@ -1,17 +1,29 @@
 //! The guest: the component that holds the store and gives HTTP its meaning.
 //!
-//! Owns: compiling and checking guests, calling them within their limits, and giving them back their state.
+//! Owns: compiling and checking guests, calling them within their limits, giving them back their state, replacing them.
 //! Must never know: sockets, TLS, how the log keeps its promise.
 //!
-//! Read `engine` first (what may run), then `instance` (one call), then `shard` (many calls, one at a time).
+//! Read `engine` first (what may run), then `instance` (one call), `shard` (many calls, one at a time), `replica` (how an
+//! instance comes by its state) and `swap` (another guest takes over).
 
+mod cache;
 mod clock;
 mod engine;
+mod inspect;
 mod instance;
 mod memory;
+mod reload;
+mod replica;
 mod sandbox;
 mod shard;
+mod source;
+mod swap;
 
 pub use engine::{Engine, Guest, Limits};
+pub use inspect::inspect;
 pub use instance::{Answer, Client, Incoming};
-pub use shard::{CallError, Replayed, Shard};
+pub use reload::Reload;
+pub use replica::Replayed;
+pub use shard::{CallError, Shard};
+pub use source::{GUEST_BYTES, Source, read as read_component};
+pub use swap::{Outcome, SwapError, Swapper};

@@ -1,10 +1,12 @@
-//! A shard: one instance of the guest, its queue, and its resurrection.
+//! A shard: one instance of the guest, its queue, its resurrection, and its replacement.
 //!
 //! There is no thread for the guest. Whoever finds the instance free calls it on the spot, and then serves those who
 //! queued meanwhile; whoever finds it busy queues and awaits the answer. When a call traps, the instance is dropped and a
-//! new one is built from the log, while those who queue wait within their deadlines.
+//! new one is built from the log, while those who queue wait within their deadlines. Another guest takes the place of
+//! this one between two calls, once it has the whole log.
 //!
-//! Owns: whose turn it is. Must never know: what is asked, how the log keeps its promise.
+//! Owns: whose turn it is, and which guest serves. Must never know: what is asked, how the log keeps its promise, why
+//! another guest is wanted.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,7 @@ use tracing::{error, info};
 
 use super::engine::Guest;
 use super::instance::{Answer, Incoming, Instance};
+use super::replica::{Replayed, Replica};
 use crate::contract::Description;
 use crate::log::TransactionLog;
 
@@ -27,9 +30,6 @@ const OTHERS: usize = 16;
 const QUIET: Duration = Duration::from_secs(10);
 /// The pauses before rebuilds that follow on each other: doubled from the first to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
-/// How often a long replay tells how far it is.
-const PROGRESS: Duration = Duration::from_secs(1);
-
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// It was called and trapped. What it had appended stays.
@@ -41,23 +41,49 @@ pub enum CallError {
 }
 
 pub struct Shard {
-    guest: Guest,
-    description: Description,
     log: Arc<dyn TransactionLog>,
     state: Mutex<State>,
     more_to_tick: Notify,
 }
 
-#[derive(Default)]
 struct State {
+    /// What is rebuilt after a trap.
+    serving: Serving,
     /// The instance, when it is nobody's turn. Else it is with the caller whose turn it is, or being rebuilt.
     free: Option<Box<Instance>>,
     /// Bounded by the connections: each has one request under way.
     queue: VecDeque<Waiting>,
     tickets: u64,
     tick_due: bool,
+    /// Wants the turn for itself, before all others.
+    visitor: Option<oneshot::Sender<Turn>>,
+    probation: Option<Probation>,
     last_rebuild: Option<Instant>,
     pause: Duration,
+}
+
+/// The guest that serves, and what it says it is.
+#[derive(Clone)]
+pub struct Serving {
+    pub guest: Arc<Guest>,
+    pub description: Arc<Description>,
+}
+
+/// While a new guest has yet to prove itself, the one before it is kept.
+struct Probation {
+    before: Serving,
+    /// None when it had trapped and was being rebuilt.
+    replica: Option<Replica>,
+    /// Told when the new guest trapped and was taken out.
+    failed: oneshot::Sender<String>,
+}
+
+/// Another guest serves.
+pub struct Switched {
+    /// How long no call was made.
+    pub pause: Duration,
+    /// Tells why, when the guest traps on probation and is taken out.
+    pub failed: oneshot::Receiver<String>,
 }
 
 struct Waiting {
@@ -79,28 +105,28 @@ impl Drop for Place<'_> {
     }
 }
 
-/// How an instance came by its state.
-pub struct Replayed {
-    pub entries: u64,
-    /// Keys the guest holds after it.
-    pub keys: u64,
-    pub took: Duration,
-}
-
 impl Shard {
     /// Builds the instance from the log. Blocks until it is ready to be called.
     pub fn build(guest: Guest, log: Arc<dyn TransactionLog>) -> Result<(Arc<Self>, Replayed)> {
-        let (instance, replayed) = build(&guest, &log)?;
-        let description = instance.description().clone();
-        let state = State { free: Some(instance), ..State::default() };
-        Ok((
-            Arc::new(Self { guest, description, log, state: Mutex::new(state), more_to_tick: Notify::new() }),
-            replayed,
-        ))
+        let (Replica { instance, .. }, replayed) = Replica::build(&guest, &log)?;
+        let state = State {
+            serving: Serving::new(guest, &instance),
+            free: Some(instance),
+            queue: VecDeque::new(),
+            tickets: 0,
+            tick_due: false,
+            visitor: None,
+            probation: None,
+            last_rebuild: None,
+            pause: Duration::ZERO,
+        };
+        let more_to_tick = Notify::new();
+        Ok((Arc::new(Self { log, state: Mutex::new(state), more_to_tick }), replayed))
     }
 
-    pub fn description(&self) -> &Description {
-        &self.description
+    /// The guest that serves now.
+    pub fn serving(&self) -> Serving {
+        self.state().serving.clone()
     }
 
     /// Calls the guest with one request, when its turn has come.
@@ -113,7 +139,7 @@ impl Shard {
             let mut state = self.state();
             if let Some(instance) = state.free.take() {
                 drop(state);
-                let mut turn = Turn { shard: Arc::clone(self), instance: Some(instance), over: false };
+                let mut turn = Turn::new(self, instance);
                 let answer = turn.handle(&incoming);
                 turn.serve_others();
                 return answer;
@@ -143,7 +169,7 @@ impl Shard {
         let mut state = self.state();
         if let Some(instance) = state.free.take() {
             drop(state);
-            let mut turn = Turn { shard: Arc::clone(self), instance: Some(instance), over: false };
+            let mut turn = Turn::new(self, instance);
             turn.tick();
             turn.serve_others();
         } else {
@@ -163,26 +189,99 @@ impl Shard {
         found.and_then(|index| state.queue.remove(index)).is_some()
     }
 
+    /// Puts another guest in the place of the one that serves, between two calls. It is given what it misses of the log
+    /// while no call is made, so it should miss little. An error leaves everything as it was.
+    ///
+    /// When the new guest traps while it is on probation, the one before is put back.
+    pub async fn switch(self: &Arc<Self>, guest: Guest, mut replica: Replica) -> Result<Switched> {
+        let mut turn = self.visit().await?;
+        let paused = Instant::now();
+        let newest = self.log.appended();
+        let caught_up = async {
+            self.log.watermark().reached(newest).await?;
+            task::spawn_blocking(move || replica.catch_up(&mut |_, _| {}).map(|_| replica)).await?
+        };
+        let replica = match caught_up.await {
+            Ok(replica) => replica,
+            Err(error) => {
+                turn.serve_others();
+                return Err(error);
+            }
+        };
+        let serving = Serving::new(guest, &replica.instance);
+        let before = turn.instance.replace(replica.instance);
+        let replica = before.map(|instance| Replica::served(instance, Arc::clone(&self.log), newest));
+        let (failing, failed) = oneshot::channel();
+        {
+            let mut state = self.state();
+            let before = std::mem::replace(&mut state.serving, serving);
+            state.probation = Some(Probation { before, replica, failed: failing });
+        }
+        let pause = paused.elapsed();
+        turn.serve_others();
+        Ok(Switched { pause, failed })
+    }
+
+    /// Lets go of the guest that served before. False when it serves again, or is about to.
+    pub fn end_probation(&self) -> bool {
+        let probation = self.state().probation.take();
+        probation.is_some()
+    }
+
+    /// Waits for a turn between two calls, or, while there is no instance, between two attempts to rebuild it.
+    async fn visit(self: &Arc<Self>) -> Result<Turn> {
+        let turn = {
+            let mut state = self.state();
+            if let Some(instance) = state.free.take() {
+                return Ok(Turn::new(self, instance));
+            }
+            let (visitor, turn) = oneshot::channel();
+            state.visitor = Some(visitor);
+            turn
+        };
+        turn.await.context("the store is shutting down")
+    }
+
     /// Builds a new instance in the background, and gives it to those who wait.
-    fn rebuild(self: Arc<Self>) {
+    fn rebuild(self: Arc<Self>, failure: String) {
         task::spawn(async move {
+            let mut before = self.take_back(failure);
             loop {
                 sleep(self.next_pause()).await;
                 // The guest is rebuilt from what is durable, so all it appended has to be.
                 if self.log.watermark().reached(self.log.appended()).await.is_err() {
                     return; // The log failed, and the process is about to stop.
                 }
-                let shard = Arc::clone(&self);
-                match task::spawn_blocking(move || build(&shard.guest, &shard.log)).await {
+                let visitor = self.state().visitor.take();
+                if let Some(visitor) = visitor {
+                    // Should it fail, this begins anew.
+                    let _ = visitor.send(Turn { shard: self, instance: None, failure: None, over: false });
+                    return;
+                }
+                let (guest, log, kept) = (self.serving().guest, Arc::clone(&self.log), before.take());
+                match task::spawn_blocking(move || bring_back(&guest, &log, kept)).await {
                     Ok(Ok((instance, replayed))) => {
                         info!(entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "the guest is rebuilt");
-                        return Turn { shard: self, instance: Some(instance), over: false }.serve_others();
+                        return Turn::new(&self, instance).serve_others();
                     }
                     Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
                     Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
                 }
             }
         });
+    }
+
+    /// Ends the probation of a guest that trapped: the one before serves again. Gives its instance, which has yet to catch
+    /// up.
+    fn take_back(&self, failure: String) -> Option<Replica> {
+        let mut state = self.state();
+        let Probation { before, replica, failed } = state.probation.take()?;
+        let out = std::mem::replace(&mut state.serving, before);
+        let (out, back) = (&out.description.name, &state.serving.description.name);
+        error!("{out} trapped on probation and is taken out, {back} serves again");
+        // Nobody may be left to hear it.
+        let _ = failed.send(failure);
+        replica
     }
 
     /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
@@ -206,10 +305,16 @@ struct Turn {
     shard: Arc<Shard>,
     /// Taken out during a call, so that it is lost with a panic.
     instance: Option<Box<Instance>>,
+    /// Why it was lost, when it was not by a panic.
+    failure: Option<String>,
     over: bool,
 }
 
 impl Turn {
+    fn new(shard: &Arc<Shard>, instance: Box<Instance>) -> Self {
+        Self { shard: Arc::clone(shard), instance: Some(instance), failure: None, over: false }
+    }
+
     fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
         let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
         match instance.handle(incoming) {
@@ -218,9 +323,9 @@ impl Turn {
                 Ok(answer)
             }
             Err(trapped) => {
-                let request = &incoming.request;
-                let guest = &self.shard.description.name;
+                let (guest, request) = (&instance.description().name, &incoming.request);
                 error!(guest, method = %request.method(), target = %request.uri(), "the guest trapped: {trapped}");
+                self.failure = Some(trapped.to_string());
                 Err(CallError::Trapped)
             }
         }
@@ -235,7 +340,10 @@ impl Turn {
                     self.shard.more_to_tick.notify_one();
                 }
             }
-            Err(trapped) => error!(guest = self.shard.description.name, "the guest trapped in tick: {trapped}"),
+            Err(trapped) => {
+                error!(guest = instance.description().name, "the guest trapped in tick: {trapped}");
+                self.failure = Some(format!("in tick: {trapped}"));
+            }
         }
     }
 
@@ -259,6 +367,15 @@ impl Turn {
         }
         let instance = self.instance.take()?;
         let mut state = self.shard.state();
+        if let Some(visitor) = state.visitor.take() {
+            drop(state);
+            self.over = true;
+            if let Err(turn) = visitor.send(Self::new(&self.shard, instance)) {
+                // It did not wait for it.
+                turn.serve_others();
+            }
+            return None;
+        }
         let next = state.queue.pop_front();
         match next {
             Some(_) => self.instance = Some(instance),
@@ -279,30 +396,33 @@ impl Drop for Turn {
         match self.instance.take() {
             // The runtime is going down with the task that held the turn.
             Some(instance) => self.shard.state().free = Some(instance),
-            None => Arc::clone(&self.shard).rebuild(),
+            None => {
+                let failure = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
+                Arc::clone(&self.shard).rebuild(failure);
+            }
         }
     }
 }
 
-/// A new instance of the guest, with everything the log has.
-fn build(guest: &Guest, log: &Arc<dyn TransactionLog>) -> Result<(Box<Instance>, Replayed)> {
-    let started = Instant::now();
-    let mut told = started;
-    let mut instance = guest.instantiate(Arc::clone(log))?;
-    let mut entries = 0;
-    let newest = log.appended();
-    log.replay(0, &mut |batch| {
-        instance.apply(batch)?;
-        entries += batch.len() as u64;
-        if let Some(last) = batch.last()
-            && told.elapsed() >= PROGRESS
-        {
-            told = Instant::now();
-            let rate = entries as f64 / started.elapsed().as_secs_f64();
-            info!("replaying: {entries} entries, sequence {} of {newest}, {rate:.0} entries/s", last.sequence);
+impl Serving {
+    fn new(guest: Guest, instance: &Instance) -> Self {
+        Self { guest: Arc::new(guest), description: Arc::new(instance.description().clone()) }
+    }
+}
+
+/// An instance with the whole log: the one that was kept, or a new one where that cannot be brought up to date.
+fn bring_back(
+    guest: &Guest,
+    log: &Arc<dyn TransactionLog>,
+    kept: Option<Replica>,
+) -> Result<(Box<Instance>, Replayed)> {
+    if let Some(mut replica) = kept {
+        let started = Instant::now();
+        match replica.catch_up(&mut |_, _| {}).and_then(|_| replica.replayed(started)) {
+            Ok(replayed) => return Ok((replica.instance, replayed)),
+            Err(error) => error!("the guest cannot catch up, and is rebuilt: {error:#}"),
         }
-        Ok(())
-    })?;
-    let keys = instance.stats().context("stats failed")?.keys;
-    Ok((Box::new(instance), Replayed { entries, keys, took: started.elapsed() }))
+    }
+    let (replica, replayed) = Replica::build(guest, log)?;
+    Ok((replica.instance, replayed))
 }

@@ -32,11 +32,21 @@ pub trait TransactionLog: Send + Sync + 'static {
     /// of at most [`REPLAY_ENTRIES`] and about [`REPLAY_BYTES`]. Returns the newest durable sequence it covered: calling
     /// again with that as `after` catches up. Reads while the writer goes on writing.
     ///
-    /// Stops with the first error, its own (damage, with file and offset) or the receiver's.
+    /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
 
     /// Makes what was appended durable, then gives the log up. Appends fail from the moment this is called.
     fn close(&self) -> anyhow::Result<()>;
+}
+
+/// Deletes were dropped that whoever asks has not heard of. Replay from the start.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"
+)]
+pub struct Forgotten {
+    pub after: u64,
+    pub newest: u64,
 }
 
 /// Takes a batch of replayed entries; an error stops the replay.

@@ -13,6 +13,9 @@ use super::disk::{Disk, File};
 use super::scan::{Scan, Stop};
 use super::segment::{Compacted, HEAD_BYTES, Numbers};
 
+/// How far apart the marks in a segment are.
+const MARK_BYTES: u64 = 1 << 20;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub numbers: Numbers,
@@ -29,26 +32,44 @@ pub struct Segment {
     pub end: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
+    /// Places to begin reading at, in a segment written by this process: who catches up need not read it all.
+    pub marks: Vec<Mark>,
+}
+
+/// A border between two frames: the newest sequence before it, its offset, and the checksum of the frame before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    sequence: u64,
+    offset: u64,
+    chain: u32,
 }
 
 impl Segment {
     /// A segment made ahead, at the moment the writer comes to it.
     pub fn empty(number: u64, last: u64, chain: u32) -> Self {
         let (before, after, tip) = (chain, chain, chain);
-        let end = HEAD_BYTES;
-        Self { numbers: Numbers::one(number), first: last.wrapping_add(1), last, before, after, tip, end, forgotten: 0 }
+        let (numbers, first, end) = (Numbers::one(number), last.wrapping_add(1), HEAD_BYTES);
+        Self { numbers, first, last, before, after, tip, end, forgotten: 0, marks: Vec::new() }
     }
 
     pub fn compacted(numbers: Numbers, compacted: &Compacted) -> Self {
         let Compacted { first, last, before, after, tip, end, forgotten } = *compacted;
-        Self { numbers, first, last, before, after, tip, end, forgotten }
+        Self { numbers, first, last, before, after, tip, end, forgotten, marks: Vec::new() }
     }
 }
 
 impl Segment {
     /// Its frames, from the first.
     pub fn scan(&self, file: Arc<dyn File>, log: Uuid) -> Scan {
-        Scan::new(file, log, HEAD_BYTES, self.end, Some(self.before))
+        self.scan_after(0, file, log)
+    }
+
+    /// Its frames, from one that is not far before the first entry after `sequence`.
+    pub fn scan_after(&self, sequence: u64, file: Arc<dyn File>, log: Uuid) -> Scan {
+        let passed = self.marks.partition_point(|mark| mark.sequence <= sequence);
+        let begin = self.marks[..passed].last();
+        let (offset, chain) = begin.map_or((HEAD_BYTES, self.before), |mark| (mark.offset, mark.chain));
+        Scan::new(file, log, offset, self.end, Some(chain))
     }
 
     /// Whether a scan that came to its end saw the whole segment.
@@ -154,6 +175,10 @@ impl Catalog {
     /// The newest segment was written to.
     pub fn extend(&self, end: u64, last: u64, chain: u32) {
         if let Some(segment) = self.segments().last_mut() {
+            let marked = segment.marks.last().map_or(HEAD_BYTES, |mark| mark.offset);
+            if segment.end - marked >= MARK_BYTES {
+                segment.marks.push(Mark { sequence: segment.last, offset: segment.end, chain: segment.tip });
+            }
             (segment.end, segment.last, segment.after, segment.tip) = (end, last, chain, chain);
         }
     }

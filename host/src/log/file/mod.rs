@@ -107,7 +107,6 @@ use anyhow::{Context, anyhow, bail};
 use uuid::Uuid;
 
 pub use self::offline::Offline;
-pub use self::replay::Forgotten;
 pub use self::verify::{Finding, verify};
 
 use self::catalog::Catalog;

@@ -6,21 +6,11 @@ use super::catalog::Segment;
 use super::disk::File;
 use super::entry::Raw;
 use super::{Home, Shared};
-use crate::log::{REPLAY_BYTES, REPLAY_ENTRIES, Receive};
+use crate::log::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
 use std::sync::Arc;
 
 use uuid::Uuid;
-
-/// Deletes were dropped that whoever asks has not heard of. Replay from the start.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"
-)]
-pub struct Forgotten {
-    after: u64,
-    newest: u64,
-}
 
 /// See [`TransactionLog::replay`](crate::log::TransactionLog::replay).
 pub fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
@@ -60,7 +50,7 @@ fn read(
     receive: &mut Receive<'_>,
 ) -> anyhow::Result<()> {
     let name = segment.numbers.file_name();
-    let mut scan = segment.scan(file, log);
+    let mut scan = segment.scan_after(span.after, file, log);
     while scan.advance()? {
         let mut batch = Batch::default();
         for frame in scan.frames() {

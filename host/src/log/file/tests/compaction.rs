@@ -8,11 +8,11 @@ use proptest::prelude::*;
 
 use super::disk::Operation;
 use super::*;
+use crate::log::Forgotten;
 use crate::log::file::Damage;
 use crate::log::file::compact::{self, Effort, Outcome};
 use crate::log::file::compactor::Debt;
 use crate::log::file::disk::Disk;
-use crate::log::file::replay::Forgotten;
 
 type Store = BTreeMap<String, (u64, Vec<u8>)>;
 

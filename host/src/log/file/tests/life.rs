@@ -143,6 +143,24 @@ fn many_append_at_once_and_a_replay_runs_beside_them() {
     }
 }
 
+/// Seen by damage at the beginning, which whoever reads all meets and whoever catches up does not.
+#[test]
+fn catching_up_reads_only_what_is_near_its_end() {
+    let disk = FakeDisk::default();
+    let options = Options { segment_bytes: 8 << 20, group_bytes: 1 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+    let newest = (0..40).map(|number| commit(&log, put(&format!("{number}"), &[1; 100_000]))).last().unwrap();
+    let name = &disk.names()[0];
+    let mut bytes = disk.read(name);
+    bytes[1_000] ^= 1;
+    disk.put(name, bytes);
+
+    assert!(replayed_after(&log, 0).is_err());
+    for after in newest - 8..=newest {
+        assert_eq!(replayed_after(&log, after).unwrap().len() as u64, newest - after);
+    }
+}
+
 #[test]
 fn the_receiver_stops_a_replay() {
     let log = open(&FakeDisk::default()).unwrap();

@@ -1,0 +1,66 @@
+//! `kvs inspect`: what a component is, and whether it could serve here.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use bytesize::ByteSize;
+
+use super::engine::Engine;
+use super::source::{Digest, Source};
+use crate::cli;
+use crate::contract::{AppendError, Description, Event};
+use crate::log::{Receive, TransactionLog, Watermark};
+
+/// Prints what there is to know, and fails when it does not fit.
+pub fn inspect(args: &cli::Guest) -> Result<()> {
+    let source = args.file.clone().map_or(Source::BuiltIn, Source::File);
+    // What is sent to it makes no difference to whether it fits.
+    let limits = args.limits(ByteSize(0))?;
+    let engine = Engine::new(limits, args.guest_config.clone(), None)?;
+    let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
+    let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
+    let world = engine.world(&component);
+    println!("source   {source}, {} bytes", bytes.len());
+    println!("sha256   {}", Digest::of(&bytes));
+    println!("imports  {}", list(&world.imports));
+    println!("exports  {}", list(&world.exports));
+    let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
+        let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))))?;
+        let Description { name, version, headers } = instance.description();
+        println!("name     {name} {version}");
+        println!("headers  {}", list(headers));
+        println!("memory   {} KiB before the first entry", instance.memory_bytes() >> 10);
+        Ok(())
+    });
+    println!("limits   {} of memory, {:?} a call", args.guest_memory_bytes, limits.call);
+    match described {
+        Ok(()) => println!("fits     yes"),
+        Err(error) => bail!("{}: {error:#}", source.cannot_be_run()),
+    }
+    Ok(())
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join("\n         ") }
+}
+
+/// A guest that is only looked at finds nothing in its log and can add nothing.
+struct NoLog(Watermark);
+
+impl TransactionLog for NoLog {
+    fn append(&self, _: u64, _: &[Event]) -> Result<u64, AppendError> {
+        Err(AppendError::ReadOnly)
+    }
+    fn appended(&self) -> u64 {
+        0
+    }
+    fn watermark(&self) -> &Watermark {
+        &self.0
+    }
+    fn replay(&self, _: u64, _: &mut Receive<'_>) -> Result<u64> {
+        Ok(0)
+    }
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}

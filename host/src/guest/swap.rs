@@ -1,0 +1,283 @@
+//! The swap: another guest takes over while requests are in flight.
+//!
+//! It is compiled and checked, built from the log beside the guest that serves, caught up, and put in its place between
+//! two calls. Until then the one that serves notices nothing; after that it is kept for a while, and put back when the new
+//! one traps. The guest that is replaced is never asked for anything.
+//!
+//! Owns: the steps of a swap, and what is told of them. Must never know: who asked for it, or how.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+use tokio::task;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::engine::{Engine, Guest};
+use super::instance::Trapped;
+use super::replica::{Replayed, Replica};
+use super::shard::{Serving, Shard};
+use super::source::{self, Source};
+use crate::log::{Forgotten, TransactionLog};
+
+/// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
+const FEW: u64 = 2_000;
+/// Rounds of catching up. A guest that takes in the log more slowly than it grows would need ever more.
+const ROUNDS: usize = 100;
+/// How often the log is read from the start again because compaction went past where the new guest was.
+const ATTEMPTS: usize = 3;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SwapError {
+    #[error("another swap is under way")]
+    Busy,
+    /// It is no guest, or one that cannot take in this log.
+    #[error("{0:#}")]
+    Unfit(anyhow::Error),
+    #[error("{guest} trapped on probation and was taken out, the guest before serves again: {reason}")]
+    TakenBack { guest: String, reason: String },
+    /// Nothing is known to be wrong with the guest.
+    #[error("{0:#}")]
+    Failed(anyhow::Error),
+}
+
+/// What a swap came to.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub guest: String,
+    pub version: String,
+    pub digest: String,
+    pub replayed: Replayed,
+    /// The guest's memory, with what it took in.
+    pub memory_bytes: usize,
+    /// How long no call was made; none in a dry run, after which the same guest serves as before.
+    pub pause: Option<Duration>,
+}
+
+/// Swaps the guest of a shard, one swap at a time.
+pub struct Swapper {
+    engine: Engine,
+    shard: Arc<Shard>,
+    log: Arc<dyn TransactionLog>,
+    data: PathBuf,
+    probation: Duration,
+    /// Where requests are served, whoever asks for the swap.
+    runtime: Handle,
+    under_way: tokio::sync::Mutex<()>,
+    status: Mutex<Status>,
+}
+
+struct Status {
+    /// Since when the guest serves, in milliseconds since 1970.
+    since: u64,
+    phase: Option<Phase>,
+    /// How the last swap ended.
+    last: Value,
+}
+
+/// Where the swap under way is.
+struct Phase {
+    name: &'static str,
+    begun: Instant,
+    entries: u64,
+    sequence: u64,
+}
+
+impl Swapper {
+    /// `probation` is how long the guest before is kept. To be called where requests are served.
+    pub fn new(
+        engine: Engine,
+        shard: Arc<Shard>,
+        log: Arc<dyn TransactionLog>,
+        data: PathBuf,
+        probation: Duration,
+    ) -> Arc<Self> {
+        let status = Status { since: now(), phase: None, last: Value::Null };
+        let (runtime, under_way, status) = (Handle::current(), tokio::sync::Mutex::default(), Mutex::new(status));
+        Arc::new(Self { engine, shard, log, data, probation, runtime, under_way, status })
+    }
+
+    pub fn serving(&self) -> Serving {
+        self.shard.serving()
+    }
+
+    /// The guest that serves, the swap under way, and how the last one ended.
+    pub fn status(&self) -> Value {
+        let serving = self.serving();
+        let status = self.lock();
+        let under_way = status.phase.as_ref().map(|phase| {
+            let seconds = phase.begun.elapsed().as_secs_f64();
+            json!({
+                "phase": phase.name,
+                "seconds": seconds,
+                "entries": phase.entries,
+                "sequence": phase.sequence,
+                "newest": self.log.appended(),
+                "entries_per_second": (phase.entries as f64 / seconds).round(),
+            })
+        });
+        json!({
+            "name": serving.description.name,
+            "version": serving.description.version,
+            "sha256": serving.guest.digest().to_string(),
+            "source": serving.guest.source().to_string(),
+            "since": status.since,
+            "swap": under_way,
+            "last_swap": status.last,
+        })
+    }
+
+    /// Swaps the guest for `component`, which came from `source`. Goes on to its end whether or not anybody waits for it.
+    /// In a dry run everything is done but the switch.
+    pub async fn swap(
+        self: &Arc<Self>,
+        source: Source,
+        component: Vec<u8>,
+        dry_run: bool,
+    ) -> Result<Outcome, SwapError> {
+        let me = Arc::clone(self);
+        let swap = self.runtime.spawn(async move {
+            let Ok(_alone) = me.under_way.try_lock() else { return Err(SwapError::Busy) };
+            let outcome = me.steps(source, component, dry_run).await;
+            me.ended(&outcome);
+            outcome
+        });
+        swap.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+    }
+
+    async fn steps(self: &Arc<Self>, source: Source, component: Vec<u8>, dry_run: bool) -> Result<Outcome, SwapError> {
+        self.phase("compiling");
+        let component = Arc::new(component);
+        let (me, from, bytes) = (Arc::clone(self), source.clone(), Arc::clone(&component));
+        let guest = blocking(move || me.engine.compile(from, &bytes).map_err(SwapError::Unfit)).await?;
+
+        let me = Arc::clone(self);
+        let (guest, replica, replayed) = blocking(move || me.replay(guest)).await?;
+        let description = replica.instance.description();
+        let mut outcome = Outcome {
+            guest: description.name.clone(),
+            version: description.version.clone(),
+            digest: guest.digest().to_string(),
+            replayed,
+            memory_bytes: replica.instance.memory_bytes(),
+            pause: None,
+        };
+        if dry_run {
+            // Memory is given back in its own time.
+            task::spawn_blocking(move || drop(replica));
+            return Ok(outcome);
+        }
+
+        self.phase("switching");
+        let switched = self.shard.switch(guest, replica).await.map_err(blame)?;
+        outcome.pause = Some(switched.pause);
+        self.lock().since = now();
+        info!(guest = outcome.guest, version = outcome.version, pause = ?switched.pause, "another guest serves, on probation");
+
+        self.phase("probation");
+        let mut failed = switched.failed;
+        let mut reason = timeout(self.probation, &mut failed).await.ok();
+        if reason.is_none() {
+            let shard = Arc::clone(&self.shard);
+            if !blocking(move || Ok(shard.end_probation())).await? {
+                // It trapped in the last moment.
+                reason = Some(failed.await);
+            }
+        }
+        if let Some(reason) = reason {
+            self.lock().since = now();
+            let reason = reason.unwrap_or_else(|_| "for a reason unknown".to_owned());
+            return Err(SwapError::TakenBack { guest: outcome.guest, reason });
+        }
+        // A file that was named at the start is named again at the next.
+        let remembered = match &source {
+            Source::Sent => source::remember(&self.data, Some(&component)),
+            Source::BuiltIn => source::remember(&self.data, None),
+            Source::File(_) | Source::Remembered(_) => Ok(()),
+        };
+        remembered.context("it serves, and will not after the next start").map_err(SwapError::Failed)?;
+        Ok(outcome)
+    }
+
+    /// Builds an instance from the log, up to the last few entries.
+    fn replay(&self, guest: Guest) -> Result<(Guest, Replica, Replayed), SwapError> {
+        for _ in 0..ATTEMPTS {
+            self.phase("replaying");
+            let started = Instant::now();
+            let mut replica = Replica::new(&guest, &self.log).map_err(SwapError::Unfit)?;
+            match self.catch_up(&mut replica) {
+                Err(error) if error.is::<Forgotten>() => warn!("the swap replays the log once more: {error}"),
+                Err(error) => return Err(blame(error)),
+                Ok(false) => {
+                    return Err(SwapError::Unfit(anyhow!("it takes in the log more slowly than the log grows")));
+                }
+                Ok(true) => {
+                    let replayed = replica.replayed(started).map_err(SwapError::Unfit)?;
+                    return Ok((guest, replica, replayed));
+                }
+            }
+        }
+        Err(SwapError::Failed(anyhow!("the log was compacted under it {ATTEMPTS} times; try again")))
+    }
+
+    /// False when it does not get there.
+    fn catch_up(&self, replica: &mut Replica) -> Result<bool> {
+        let mut progress = |entries, sequence| {
+            if let Some(phase) = &mut self.lock().phase {
+                (phase.entries, phase.sequence) = (entries, sequence);
+            }
+        };
+        for _ in 0..ROUNDS {
+            if replica.catch_up(&mut progress)? < FEW {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn phase(&self, name: &'static str) {
+        self.lock().phase = Some(Phase { name, begun: Instant::now(), entries: 0, sequence: 0 });
+    }
+
+    fn ended(&self, outcome: &Result<Outcome, SwapError>) {
+        let told = match outcome {
+            Ok(Outcome { guest, version, replayed, pause, .. }) => {
+                let what = if pause.is_some() { "the guest was swapped" } else { "the guest could be swapped" };
+                info!(guest, version, entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "{what}");
+                json!({ "at": now(), "guest": guest, "version": version, "outcome": what })
+            }
+            Err(error) => {
+                warn!("the guest was not swapped: {error}");
+                json!({ "at": now(), "outcome": "the guest was not swapped", "reason": error.to_string() })
+            }
+        };
+        let mut status = self.lock();
+        (status.phase, status.last) = (None, told);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Status> {
+        // Every change under this lock is whole.
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whose fault it is that the new guest does not have the log.
+fn blame(error: anyhow::Error) -> SwapError {
+    if error.is::<Trapped>() { SwapError::Unfit(error) } else { SwapError::Failed(error) }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SwapError> + Send + 'static,
+) -> Result<T, SwapError> {
+    let done = task::spawn_blocking(work).await;
+    done.unwrap_or_else(|panic| Err(SwapError::Failed(anyhow!(panic))))
+}
+
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
