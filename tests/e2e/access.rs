@@ -205,6 +205,13 @@ fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
     ask(&server, &with(&write)).says(403, "this token is not for the admin listener");
     ask(&server, &with(&bound)).says(403, "this token is not for the admin listener");
     ask(&server, &with(&admin)).says(200, "ok");
+    let swap = |token: &str| {
+        let mut command = kvs();
+        command.args(["swap", "--dry-run", "--admin", &server.admin().to_string(), "--token", token]);
+        command
+    };
+    refused(swap(&write)).with(1, &["not swapped", "403"]);
+    assert!(swap(&admin).status().expect("the binary under test can be started").success());
 
     // On this machine it does not.
     let server = Server::start(&["--tokens", &tokens.file()]);

@@ -62,7 +62,9 @@ pub fn swap(args: &Swap) -> Result<()> {
     let response = loop {
         match end.recv_timeout(PROGRESS) {
             Ok(response) => break response,
-            Err(RecvTimeoutError::Timeout) => bar.set_message(progress(&base, args.token.as_deref()).unwrap_or_default()),
+            Err(RecvTimeoutError::Timeout) => {
+                bar.set_message(progress(&base, args.token.as_deref()).unwrap_or_default())
+            }
             Err(RecvTimeoutError::Disconnected) => bail!("the request to {url} ended half-way"),
         }
     };
