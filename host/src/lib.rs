@@ -5,6 +5,7 @@
 //! speak of; [`serve`] puts them together, and [`admin`] tells how they are. ARCHITECTURE.md has the map and the invariants.
 
 pub mod admin;
+mod changes;
 pub mod cli;
 pub mod contract;
 pub mod edge;

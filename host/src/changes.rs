@@ -1,0 +1,52 @@
+//! Whether files have changed: certificates, tokens and guests are all read again when they have.
+//!
+//! Asking now and again beats being told by the system here: it also sees links that are turned to another directory, as
+//! container platforms do, and file systems of other machines.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How often to look.
+pub const LOOK: Duration = Duration::from_secs(1);
+
+pub struct Changes {
+    files: Vec<PathBuf>,
+    /// The files as they were when they were last read, and as they were when last looked at.
+    read: Marks,
+    looked: Marks,
+}
+
+/// What tells one state of the files from another.
+type Marks = Vec<Option<(u64, u64, i64, i64, u64)>>;
+
+impl Changes {
+    /// Of files that are about to be read.
+    pub fn of(files: Vec<PathBuf>) -> Self {
+        let read = marks(&files);
+        Self { files, looked: read.clone(), read }
+    }
+
+    /// Whether the files are others than those that were read, and have been for a while: who replaces two files does it
+    /// one after the other, and a large one is written in pieces.
+    pub fn settled(&mut self) -> bool {
+        let now = marks(&self.files);
+        let settled = now == self.looked;
+        self.looked = now;
+        settled && self.looked != self.read
+    }
+
+    /// They are about to be read. To be said before, so that a change in between is seen as one.
+    pub fn reading(&mut self) {
+        self.read = marks(&self.files);
+    }
+}
+
+fn marks(files: &[PathBuf]) -> Marks {
+    let mark = |file: &PathBuf| {
+        let metadata = fs::metadata(file).ok()?;
+        Some((metadata.dev(), metadata.ino(), metadata.mtime(), metadata.mtime_nsec(), metadata.len()))
+    };
+    files.iter().map(mark).collect()
+}
