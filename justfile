@@ -44,6 +44,18 @@ test *FILTER: _target (_tool "curl") (_tool "openssl")
 bench: _target (_tool "wrk")
     cargo bench --bench bench
 
+# The log under a million power cuts and every kind of damage, and what became of its mutants: some minutes
+[group('develop')]
+soak: _target
+    KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
+
+# Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
+[group('develop')]
+fuzz SECONDS="60":
+    @command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing; install it with: cargo install cargo-fuzz --locked" >&2; exit 1; }
+    @rustup toolchain list | grep -q ^nightly || { echo "a nightly compiler is missing; install it with: rustup toolchain install nightly" >&2; exit 1; }
+    for target in frames text; do cargo +nightly fuzz run --fuzz-dir tests/fuzz "$target" -- -max_total_time={{ SECONDS }}; done
+
 # Format, lint and check the documentation, as CI does
 [group('develop')]
 lint: _target

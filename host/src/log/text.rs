@@ -219,10 +219,5 @@ mod tests {
                 prop_assert_eq!(words(line.as_bytes(), Format::Kvs), expected);
             }
         }
-
-        #[test]
-        fn no_line_is_too_strange(line: Vec<u8>, book: bool) {
-            let _ = parse(&line, if book { Format::Book } else { Format::Kvs }, 1);
-        }
     }
 }

@@ -54,19 +54,16 @@ pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut P
     let needed_entries = (entries * needed).checked_div(bytes).unwrap_or(0);
     let mut outcome = Outcome { needed, needed_entries, expiring: garbage.expiring, passes: garbage.passes, saved: 0 };
 
-    // What is void may go when everything that was superseded goes: only then no older put of its key stays.
-    let goes_with_void = |share: &Share| share.superseded + share.forgettable + share.void;
-    let mut plan = plan(shared, segments, &garbage, effort, goes_with_void);
-    let left = |at: usize| garbage.shares[at].superseded > 0 && !plan.iter().any(|group| group.contains(&at));
-    let void = !(0..segments.len()).any(left);
-    if !void {
-        plan = self::plan(shared, segments, &garbage, effort, |share| share.superseded + share.forgettable);
+    let mut plan = Plan::new(shared, segments, &garbage, effort.worth_percent);
+    // Where leaving alone what is hardly worth it would leave too much in all, nothing is left alone.
+    if plan.left > needed + needed / 3 {
+        plan = Plan::new(shared, segments, &garbage, 0);
     }
-    for group in plan {
+    for group in plan.groups {
         let shares = &garbage.shares[group.clone()];
         // Readers are in the way of forgetting, and of nothing else.
         let forget = !shared.catalog.is_read();
-        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void, forget };
+        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void: plan.void, forget };
         let saved = match rewrite.run(shares, pause)? {
             None => Rewrite { forget: false, ..rewrite }.run(shares, pause)?,
             saved => saved,
@@ -76,13 +73,40 @@ pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut P
     Ok(outcome)
 }
 
-/// Which segments become one. Neighbours go together as long as what is needed of them fits one segment.
-fn plan(
+/// What a run is to do.
+struct Plan {
+    /// Which segments become one.
+    groups: Vec<Range<usize>>,
+    /// Whether what is void may go.
+    void: bool,
+    /// Bytes of entries that will be there afterwards.
+    left: u64,
+}
+
+impl Plan {
+    /// A group is rewritten when that saves at least this share of it, in percent.
+    fn new(shared: &Shared, segments: &[Segment], garbage: &Garbage, worth_percent: u64) -> Self {
+        let with_void = |share: &Share| share.superseded + share.forgettable + share.void;
+        let without = |share: &Share| share.superseded + share.forgettable;
+        // What is void may go when everything that was superseded goes: only then no older put of its key stays.
+        let groups = groups(shared, segments, garbage, worth_percent, with_void);
+        let stays = |at: usize| garbage.shares[at].superseded > 0 && !groups.iter().any(|group| group.contains(&at));
+        let void = !(0..segments.len()).any(stays);
+        let groups = if void { groups } else { self::groups(shared, segments, garbage, worth_percent, without) };
+        let goes = if void { with_void } else { without };
+        let gone: u64 = groups.iter().flat_map(|group| &garbage.shares[group.clone()]).map(goes).sum();
+        let left = garbage.shares.iter().map(|share| share.bytes).sum::<u64>() - gone;
+        Self { groups, void, left }
+    }
+}
+
+/// Neighbours go together as long as what stays of them fits one segment.
+fn groups(
     shared: &Shared,
     segments: &[Segment],
     garbage: &Garbage,
-    effort: &Effort,
-    goes: impl Fn(&Share) -> u64,
+    worth_percent: u64,
+    goes: fn(&Share) -> u64,
 ) -> Vec<Range<usize>> {
     let mut groups: Vec<(Range<usize>, u64)> = Vec::new();
     for (at, share) in garbage.shares.iter().enumerate() {
@@ -101,7 +125,7 @@ fn plan(
         let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
         let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
         // Many small frames take more than one large one with the same entries.
-        (some || saved * 4 >= bytes) && saved * 100 >= bytes * effort.worth_percent
+        (some || saved * 4 >= bytes) && saved * 100 >= bytes * worth_percent
     };
     groups.into_iter().filter(worth).map(|(group, _)| group).collect()
 }

@@ -75,6 +75,8 @@
 //! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
 //! the difference; in between nothing on one disk can.
 
+#[cfg(test)]
+mod anything;
 mod bytes;
 mod catalog;
 mod compact;

@@ -114,6 +114,34 @@ fn a_delete_stays_while_an_older_put_does() {
 }
 
 #[test]
+fn a_little_that_is_dead_in_each_segment_is_too_much_in_all() {
+    let options = Options { segment_bytes: 16 << 10, ..options() };
+    let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
+    let key = |round: i32, number: i32| format!("{round:0100}/{number:050}");
+    let live = |round: i32| (2..8).map(move |number| put(&key(round, number), b""));
+    for round in 1..15 {
+        let first = append(&log, 1, &live(-round).collect::<Vec<_>>());
+        assert!(durable(&log, first + 5));
+    }
+    // All but worth it in each segment: a fifth was deleted later, and as much deletes what was before. It may go only
+    // when all that was deleted does, the little in the first segment too.
+    append(&log, 1, &[Event::Delete(key(-1, 2))]);
+    for round in 0..100 {
+        let doomed = (0..2).map(|number| put(&key(round, number), b""));
+        let deletes = (0..2).map(|number| Event::Delete(key(round - 1, number)));
+        let group: Vec<_> = live(round).chain(doomed).chain(deletes).collect();
+        let first = append(&log, 1, &group);
+        assert!(durable(&log, first + 9));
+    }
+    let before = store(&log);
+    let sealed: u64 = log.shared.catalog.sealed().iter().map(|segment| segment.end).sum();
+    let outcome = compact_at(&log, 1, 25, 1000);
+    let left: u64 = log.shared.catalog.sealed().iter().map(|segment| segment.end).sum();
+    assert!(sealed * 3 > outcome.needed * 4 && left * 3 <= outcome.needed * 4, "{sealed} {left} {outcome:?}");
+    assert_eq!(store(&log), before);
+}
+
+#[test]
 fn what_has_expired_goes_and_what_is_younger_than_the_grace_stays() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
@@ -219,15 +247,16 @@ fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
     let options = Options { segment_bytes, group_bytes: 1 << 20, ..options() };
     let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
     for number in 0..40 {
-        commit(&log, put(&format!("key {}", number % 20), &vec![1; 1_000_000]));
+        commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
     }
     disk.record();
     assert!(compact_at(&log, 1, 0, 100).saved > 0);
-    let (mut unsynced, mut most) = (0, 0);
+    let (mut compacted, mut unsynced, mut most) = (None, 0, 0);
     for recorded in disk.take_record() {
         match recorded.operation {
-            Operation::Write { bytes, .. } => unsynced += bytes.len() as u64,
-            Operation::Sync { .. } => (most, unsynced) = (most.max(unsynced), 0),
+            Operation::Create { name, file } if name.contains('-') => compacted = Some(file),
+            Operation::Write { file, bytes, .. } if compacted == Some(file) => unsynced += bytes.len() as u64,
+            Operation::Sync { file } if compacted == Some(file) => (most, unsynced) = (most.max(unsynced), 0),
             _ => {}
         }
     }

@@ -20,6 +20,8 @@ struct State {
     names: BTreeMap<String, usize>,
     /// Shared with copies of the disk until one of them writes.
     files: Vec<Arc<Vec<u8>>>,
+    /// What is on disk of a file, where that is not what is in memory and is believed to be.
+    on_disk: BTreeMap<usize, Vec<u8>>,
     full: bool,
     /// The process is killed after this many operations more.
     left: Option<usize>,
@@ -115,6 +117,13 @@ impl FakeDisk {
         let id = state.files.len();
         state.files.push(Arc::new(bytes));
         state.names.insert(name.into(), id);
+    }
+
+    /// What is on disk of a file; what it holds by now is in memory only, as after a sync that failed.
+    pub fn put_on_disk(&self, name: &str, bytes: Vec<u8>) {
+        let mut state = self.state();
+        let file = state.names[name];
+        state.on_disk.insert(file, bytes);
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -317,6 +326,10 @@ impl File for FakeFile {
     }
 
     fn forget_cached(&self) -> io::Result<()> {
+        let mut state = self.disk.state();
+        if let Some(bytes) = state.on_disk.remove(&self.file) {
+            state.files[self.file] = Arc::new(bytes);
+        }
         Ok(())
     }
 }

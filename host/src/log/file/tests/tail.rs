@@ -140,6 +140,15 @@ fn the_watermark_file_tells_that_the_end_is_missing() {
 }
 
 #[test]
+fn what_a_failed_sync_left_in_memory_is_not_believed() {
+    let (disk, offsets) = crashed(3);
+    let mut bytes = disk.read(NAME);
+    bytes[offsets[2] as usize..].fill(0);
+    disk.put_on_disk(NAME, bytes);
+    assert_eq!(entries(&disk).unwrap(), 2);
+}
+
+#[test]
 fn frames_written_without_a_sync_prove_nothing() {
     let disk = FakeDisk::default();
     let options = Options { durability: Durability::Os, ..options() };
