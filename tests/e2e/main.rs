@@ -17,6 +17,7 @@ mod durability;
 mod expiry;
 mod hostile;
 mod limits;
+mod log_command;
 mod operator;
 mod rest;
 mod server;

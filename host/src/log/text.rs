@@ -8,7 +8,9 @@
 //!
 //! The first four fields are those of the service in *Cloud Native Go*: 1 is a delete, 2 a put. Every byte that is not a
 //! printable ASCII character is written as `%` and two digits, and so are `%`, `+` and `=`: any key and any value
-//! survives, and whoever decodes the value as that service does gets it right.
+//! survives, and whoever decodes the value as that service does gets it right. Sequences grow from line to line.
+//!
+//! Reading is strict: a line that neither of the two writes is refused, and never taken for something else.
 
 use std::fmt::Write;
 
@@ -17,16 +19,18 @@ use crate::contract::{Entry, Event, EventRef, Put};
 /// Which program wrote the text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// `kvs log export`.
+    /// `kvs log export`
     #[default]
     Kvs,
-    /// The service in the book: the key is as it is, a `+` in the value is a space, and no other fields follow.
+    /// The service in *Cloud Native Go*: the key is as it is, a + in the value is a space, and no other fields follow
     Book,
 }
 
-/// An entry that was read from a line. Its sequence only says where it was.
+/// An entry that was read from a line.
 #[derive(Debug)]
 pub struct Line {
+    /// What it had where the text comes from.
+    pub sequence: u64,
     pub time: u64,
     pub event: Event,
 }
@@ -65,20 +69,18 @@ pub fn print(entry: &Entry<'_>, line: &mut String) {
 pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
     let mut fields = line.split(|byte| *byte == b'\t');
     let mut field = |what: &str| fields.next().ok_or_else(|| format!("the {what} is missing"));
-    number(field("sequence")?, "sequence")?;
+    let sequence = number(field("sequence")?, "sequence")?;
     let kind = field("type")?;
     let raw_key = field("key")?;
     let key = match format {
-        Format::Kvs => unescape(raw_key, false),
-        Format::Book => Some(raw_key.to_vec()),
+        Format::Kvs => unescape(raw_key, "key", false)?,
+        Format::Book => raw_key.to_vec(),
     };
-    let key = key.ok_or("the key has a % that is not followed by two hexadecimal digits")?;
     let key = String::from_utf8(key).map_err(|_| "the key is not UTF-8")?;
     let value = match kind {
         b"1" => Vec::new(),
-        b"2" => unescape(field("value")?, format == Format::Book)
-            .ok_or("the value has a % that is not followed by two hexadecimal digits")?,
-        kind => return Err(format!("the type is {:?}, and only 1 and 2 are known", String::from_utf8_lossy(kind))),
+        b"2" => unescape(field("value")?, "value", format == Format::Book)?,
+        kind => return Err(format!("the type is {}, and only 1 and 2 are known", quoted(kind))),
     };
     let delete = kind == b"1";
     if delete && fields.next().is_some_and(|value| !value.is_empty()) {
@@ -90,7 +92,7 @@ pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
     let time = fields.next().map_or(Ok(now), |time| number(time, "time"))?;
     if delete {
         return match fields.next() {
-            None => Ok(Line { time, event: Event::Delete(key) }),
+            None => Ok(Line { sequence, time, event: Event::Delete(key) }),
             Some(_) => Err("there is something after the time of a delete".into()),
         };
     }
@@ -99,16 +101,18 @@ pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
     let mut metadata = Vec::new();
     for pair in fields {
         let at = pair.iter().position(|byte| *byte == b'=').ok_or("metadata is not name=value")?;
-        let text = |bytes| unescape(bytes, false).and_then(|bytes| String::from_utf8(bytes).ok());
-        let pair = text(&pair[..at]).zip(text(&pair[at + 1..])).ok_or("metadata is not escaped UTF-8")?;
+        let text = |bytes| {
+            String::from_utf8(unescape(bytes, "metadata", false)?).map_err(|_| "the metadata is not UTF-8".to_owned())
+        };
+        let pair = (text(&pair[..at])?, text(&pair[at + 1..])?);
         metadata.push(pair);
     }
-    Ok(Line { time, event: Event::Put(Put { key, value, metadata, expires }) })
+    Ok(Line { sequence, time, event: Event::Put(Put { key, value, metadata, expires }) })
 }
 
 fn number(field: &[u8], what: &str) -> Result<u64, String> {
     let text = std::str::from_utf8(field).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
-    let wrong = || format!("the {what} is {:?}, not a number", String::from_utf8_lossy(field));
+    let wrong = || format!("the {what} is {}, not a number", quoted(field));
     text.and_then(|text| text.parse().ok()).ok_or_else(wrong)
 }
 
@@ -126,23 +130,37 @@ fn escape(bytes: &[u8], line: &mut String) {
     }
 }
 
-fn unescape(field: &[u8], plus_is_space: bool) -> Option<Vec<u8>> {
+fn unescape(field: &[u8], what: &str, plus_is_space: bool) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
     while let [byte, after @ ..] = rest {
         rest = after;
         match byte {
             b'%' => {
-                let (digits, after) = rest.split_at_checked(2)?;
-                let [high, low] = [digits[0], digits[1]].map(|digit| char::from(digit).to_digit(16));
-                bytes.push((high? * 16 + low?) as u8);
-                rest = after;
+                let digit = |digit: u8| char::from(digit).to_digit(16);
+                let byte = rest.split_at_checked(2).and_then(|(digits, after)| {
+                    rest = after;
+                    Some((digit(digits[0])? * 16 + digit(digits[1])?) as u8)
+                });
+                let wrong = || format!("the {what} has a % that is not followed by two hexadecimal digits");
+                bytes.push(byte.ok_or_else(wrong)?);
             }
             b'+' if plus_is_space => bytes.push(b' '),
+            // For instance the end of a line as other systems write it.
+            byte if byte.is_ascii_control() => {
+                return Err(format!("the {what} has the control character {byte:#04x}, which would be escaped"));
+            }
             byte => bytes.push(*byte),
         }
     }
-    Some(bytes)
+    Ok(bytes)
+}
+
+/// What is wrong may be anything, of any length.
+fn quoted(field: &[u8]) -> String {
+    const ENOUGH: usize = 40;
+    let text = String::from_utf8_lossy(&field[..field.len().min(ENOUGH)]);
+    if field.len() > ENOUGH { format!("{text:?}...") } else { format!("{text:?}") }
 }
 
 #[cfg(test)]
@@ -154,8 +172,8 @@ mod tests {
 
     fn words(line: &[u8], format: Format) -> String {
         match parse(line, format, 9) {
-            Ok(Line { time, event: Event::Delete(key) }) => format!("{time} delete {key:?}"),
-            Ok(Line { time, event: Event::Put(put) }) => {
+            Ok(Line { time, event: Event::Delete(key), .. }) => format!("{time} delete {key:?}"),
+            Ok(Line { time, event: Event::Put(put), .. }) => {
                 format!("{time} put {:?} {:?} {:?} {:?}", put.key, put.value, put.metadata, put.expires)
             }
             Err(error) => error,
@@ -191,10 +209,21 @@ mod tests {
             ("1\t2\ta\tb\tnow", "the time is \"now\", not a number"),
             ("1\t2\ta\tb\t1\t-", "the expiry is \"-\", not a number"),
             ("1\t2\ta\tb\t1\t\tname", "metadata is not name=value"),
+            ("1\t2\ta\tb\t1\t\tn=%F", "the metadata has a % that is not followed by two hexadecimal digits"),
+            ("1\t2\ta\tb\t1\t\tn=%FF", "the metadata is not UTF-8"),
+            ("1\t2\ta\tb\r", "the value has the control character 0x0d, which would be escaped"),
+            ("1\t2\ta\0\tb", "the key has the control character 0x00, which would be escaped"),
+            ("1\t1\ta\r", "the key has the control character 0x0d, which would be escaped"),
         ] {
             assert_eq!(words(line.as_bytes(), Format::Kvs), what, "{line:?}");
         }
         assert_eq!(words(b"1\t2\ta\tb\tc", Format::Book), "there is something after the value");
+        assert_eq!(
+            words(b"1\t2\ta\tb\r", Format::Book),
+            "the value has the control character 0x0d, which would be escaped"
+        );
+        let long = [&[b'x'; 100][..], b"\t2\ta\tb"].concat();
+        assert_eq!(words(&long, Format::Kvs), format!("the sequence is {:?}..., not a number", "x".repeat(40)));
     }
 
     proptest! {
@@ -217,6 +246,7 @@ mod tests {
                     false => format!("{time} put {key:?} {value:?} {metadata:?} {expires:?}"),
                 };
                 prop_assert_eq!(words(line.as_bytes(), Format::Kvs), expected);
+                prop_assert_eq!(parse(line.as_bytes(), Format::Kvs, 9).unwrap().sequence, 7);
             }
         }
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::disk::sync_directory;
+use super::disk::{is_full, sync_directory};
 
 /// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
 /// The file itself stays for ever: removing it would let two processes lock two files of one name.
@@ -45,9 +45,13 @@ impl Lock {
                 bail!("cannot lock {}: {error}; give a directory on a local disk with --data", path.display())
             }
         }
-        file.set_len(0)
-            .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        match file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
+            // A full disk must not keep the log from opening; whoever comes second is told less.
+            Err(error) if !is_full(&error) => {
+                return Err(error).with_context(|| format!("cannot write {}", path.display()));
+            }
+            _ => {}
+        }
         Ok(Self { _file: file })
     }
 }

@@ -42,11 +42,6 @@ impl Offline {
         replay::replay(&self.shared, 0, receive)
     }
 
-    /// Bytes of frames, or of their files as long as nobody has read them.
-    pub fn bytes(&self) -> u64 {
-        self.written().iter().map(|segment| segment.end).sum()
-    }
-
     /// Drops all that can be dropped, and returns the bytes saved. `progress` hears of the bytes read.
     pub fn compact(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<u64> {
         let effort = Effort { now: now(), worth_percent: 0, keys: KEYS };

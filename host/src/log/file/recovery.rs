@@ -15,7 +15,7 @@ use super::catalog::Segment;
 use super::disk::File;
 use super::frame::{self, Head as FrameHead};
 use super::scan::is_zero;
-use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
+use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, SUFFIX};
 use super::spare::{self, Spare};
 use super::tail::{self, Content};
 use super::writer::Writer;
@@ -113,8 +113,8 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
             home.disk.remove(&name)?;
         } else if let Some(numbers) = Numbers::parse(&name) {
             found.push(open(home, name, numbers)?);
-        } else if name.ends_with(".seg") {
-            bail!("{} is not a segment of a log; move it away", home.path(&name).display());
+        } else if name.ends_with(SUFFIX) {
+            bail!(not_a_segment(home, &name));
         } else if !is_ours(&name) {
             strangers.push(name);
         }
@@ -205,13 +205,22 @@ fn marked(home: &Home, found: &[Found]) -> anyhow::Result<u64> {
     match (mark, found.first()) {
         (Some((log, durable)), Some(segment)) if log == segment.log => return Ok(durable),
         (Some(_), Some(_)) => tracing::warn!("{} is of another log and says nothing about this one", path.display()),
-        (Some(_), None) => bail!(
-            "the log has no segments, and {} says that it had some; bring them back, or remove that file to begin anew",
-            path.display()
-        ),
+        (Some(_), None) => bail!(no_segments(home)),
         (None, _) => tracing::warn!("{} is damaged and says nothing; the log does not need it", path.display()),
     }
     Ok(0)
+}
+
+pub fn not_a_segment(home: &Home, name: &str) -> String {
+    format!("{} is not a segment of a log; move it away", home.path(name).display())
+}
+
+pub fn no_segments(home: &Home) -> String {
+    let path = home.path(mark::NAME);
+    format!(
+        "the log has no segments, and {} says that it had some; bring them back, or remove that file to begin anew",
+        path.display()
+    )
 }
 
 /// The catalogue of segments that hold what the newest of them rests on: each must follow the one before it, and says

@@ -9,6 +9,9 @@ use super::bytes::{array, u32_at, u64_at};
 /// Frames begin here. The head has the first sector for itself.
 pub const HEAD_BYTES: u64 = 512;
 
+/// The names of segment files end with this.
+pub const SUFFIX: &str = ".seg";
+
 const MAGIC: [u8; 8] = *b"kvs log\n";
 const VERSION: u32 = 1;
 /// Magic, version and the place of this checksum stay as they are in every version of the format, so that a binary can
@@ -30,11 +33,11 @@ impl Numbers {
     /// `0000000003.seg`, or `0000000003-0000000007.seg`.
     pub fn file_name(self) -> String {
         let Self { first, last } = self;
-        if first == last { format!("{first:010}.seg") } else { format!("{first:010}-{last:010}.seg") }
+        if first == last { format!("{first:010}{SUFFIX}") } else { format!("{first:010}-{last:010}{SUFFIX}") }
     }
 
     pub fn parse(name: &str) -> Option<Self> {
-        let numbers = name.strip_suffix(".seg")?;
+        let numbers = name.strip_suffix(SUFFIX)?;
         let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
         let numbers = Self { first: first.parse().ok()?, last: last.parse().ok()? };
         // Written another way it is not one of ours: `3.seg` beside `0000000003.seg`.

@@ -6,13 +6,13 @@ use std::path::Path;
 use super::frame::Frame;
 use super::recovery::{self, Found};
 use super::scan::{Scan, Stop};
-use super::segment::{Compacted, HEAD_BYTES, Numbers};
+use super::segment::{Compacted, HEAD_BYTES, Numbers, SUFFIX};
 use super::tail::{self, Tear};
 use super::{Home, mark, offline};
 
 /// What verification has to say.
 pub enum Finding {
-    /// A segment is as it should be.
+    /// A segment is as it should be. It covers the sequences from `first` to `last`; compaction can leave fewer entries.
     Sound {
         file: String,
         entries: u64,
@@ -32,10 +32,16 @@ pub fn verify(data: &Path, report: &mut dyn FnMut(Finding), progress: &mut dyn F
 }
 
 pub fn verify_in(home: &Home, report: &mut dyn FnMut(Finding), progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-    let mut all: Vec<_> =
-        home.disk.list()?.into_iter().filter_map(|name| Some((Numbers::parse(&name)?, name))).collect();
-    all.sort_by_key(|(numbers, _)| (numbers.first, std::cmp::Reverse(numbers.last)));
     let mut state = State { home, report, next: Some((1, 0)), number: 1, log: None, tear: None };
+    let mut all = Vec::new();
+    for name in home.disk.list()? {
+        match Numbers::parse(&name) {
+            Some(numbers) => all.push((numbers, name)),
+            None if name.ends_with(SUFFIX) => (state.report)(Finding::Wrong(recovery::not_a_segment(home, &name))),
+            None => {}
+        }
+    }
+    all.sort_by_key(|(numbers, _)| (numbers.first, std::cmp::Reverse(numbers.last)));
     for (numbers, name) in all {
         if numbers.last < state.number {
             // Compaction was stopped before it removed this one; the next start does.
@@ -116,8 +122,9 @@ impl State<'_> {
         if frames.chain != Some(head.tip) || frames.last() > head.last {
             return Ok(Err((frames.end, "frames are missing at its end".into())));
         }
-        self.next = Some((head.last.saturating_add(1), head.after));
-        Ok(Ok((frames, None)))
+        let next = head.last.saturating_add(1);
+        self.next = Some((next, head.after));
+        Ok(Ok((Frames { first: head.first, next: Some(next), ..frames }, None)))
     }
 
     fn written(&mut self, found: &Found) -> io::Result<Result<(Frames, Option<Tear>), Wrong>> {
@@ -149,7 +156,11 @@ impl State<'_> {
             let what = format!("{} at byte {at}: {what}: {} bytes of an unfinished write", file.display(), end - at);
             (self.report)(Finding::Torn(what));
         }
-        let marked = mark::read(&*self.home.disk).ok().flatten().filter(|(log, _)| Some(*log) == self.log);
+        let marked = mark::read(&*self.home.disk).ok().flatten();
+        if self.log.is_none() && self.number == 1 && marked.is_some() {
+            self.wrong(recovery::no_segments(self.home));
+        }
+        let marked = marked.filter(|(log, _)| Some(*log) == self.log);
         if let (Some((_, durable)), Some((next, _))) = (marked, self.next)
             && next <= durable
         {

@@ -1,0 +1,273 @@
+//! `kvs log`: looks at a log that nobody uses, and carries one from place to place.
+//!
+//! Owns: what an operator is told of a log. Must never know: what is in its files but through `file`.
+
+mod import;
+mod print;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use bytesize::ByteSize;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::file::{Finding, Offline, verify};
+use super::text::{self, Format};
+
+#[derive(Debug, clap::Subcommand)]
+pub enum LogCommand {
+    /// Check every checksum, the chain of frames and the sequences; change nothing
+    ///
+    /// Prints what each file holds, and what is wrong with which file at which byte. Exit code 1 when something is.
+    Verify {
+        #[command(flatten)]
+        at: At,
+    },
+    /// Print every entry, oldest first, for people or as JSON
+    Dump {
+        #[command(flatten)]
+        at: At,
+        /// One object a line; a value that is not text is `value_base64`, times are milliseconds since 1970
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the log as text that `import` reads: kvs log export > backup.txt
+    ///
+    /// An entry is a line: sequence TAB type TAB key TAB value TAB time TAB expiry TAB name=value ..., with type 1 for a
+    /// delete and 2 for a put. All but printable ASCII is written as in URLs, so that every key and value survives.
+    Export {
+        #[command(flatten)]
+        at: At,
+    },
+    /// Append what a text says, in its order and under new sequences, to a log that is there or is begun
+    ///
+    /// A file is checked whole before anything is appended. What comes through a pipe is appended as it comes, up to the
+    /// first line that is malformed.
+    Import {
+        #[command(flatten)]
+        at: At,
+        /// Who wrote the text
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+        /// The file to read; - is standard input
+        file: PathBuf,
+    },
+    /// Drop what the store does not need any more: what was overwritten, deleted or has expired
+    Compact {
+        #[command(flatten)]
+        at: At,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct At {
+    /// The directory that holds the log
+    #[arg(long, env = "KVS_DATA", value_name = "DIR", default_value = "./data")]
+    data: PathBuf,
+}
+
+pub fn run(command: LogCommand) -> anyhow::Result<()> {
+    let done = match command {
+        LogCommand::Verify { at } => verify_log(&at.data, &mut io::stdout().lock()),
+        LogCommand::Dump { at, json: true } => print::all(&at.data, &mut io::stdout().lock(), print::json),
+        LogCommand::Dump { at, json: false } => print::all(&at.data, &mut io::stdout().lock(), print::plain),
+        LogCommand::Export { at } => print::all(&at.data, &mut io::stdout().lock(), text::print),
+        LogCommand::Import { at, format, file } => import::run(&at.data, format, &file),
+        LogCommand::Compact { at } => compact(&at.data),
+    };
+    match done {
+        // `kvs log dump | head`
+        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+    let bar = bar(directory_bytes(data), "bytes checked");
+    let (mut wrong, mut first_wrong, mut all, mut newest, mut printed) = (0, String::new(), 0, 0, Ok(()));
+    let mut say = |line: String| {
+        if printed.is_ok() {
+            printed = bar.suspend(|| writeln!(out, "{line}"));
+        }
+    };
+    verify(
+        data,
+        &mut |finding| match finding {
+            Finding::Sound { file, entries, first, last, bytes } => {
+                (all, newest) = (all + entries, newest.max(last));
+                match entries {
+                    0 => say(format!("{file}: no entries, {bytes} bytes")),
+                    _ => say(format!("{file}: {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                }
+            }
+            Finding::Torn(what) => say(format!("{what}; the next start cuts it off")),
+            Finding::Wrong(what) => {
+                say(format!("WRONG: {what}"));
+                if wrong == 0 {
+                    first_wrong = what;
+                }
+                wrong += 1;
+            }
+        },
+        &mut |bytes| bar.inc(bytes),
+    )?;
+    bar.finish_and_clear();
+    // Before a failure to print: whoever looks at the exit code alone must learn of damage.
+    if wrong > 0 {
+        bail!(
+            "the log in {} is damaged in {wrong} place(s), first: {first_wrong}; restore a backup, or begin anew in an \
+             empty directory",
+            data.display()
+        );
+    }
+    printed.and_then(|()| writeln!(out, "the log is sound: {all} entries, newest sequence {newest}"))?;
+    Ok(())
+}
+
+fn compact(data: &Path) -> anyhow::Result<()> {
+    let log = Offline::open(data)?;
+    let before = directory_bytes(data);
+    // Read once to find what can go, and once to write the rest.
+    let bar = bar(2 * before, "bytes read");
+    log.compact(&mut |bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    let after = directory_bytes(data);
+    let saved = ByteSize(before.saturating_sub(after));
+    eprintln!("compacted: the log takes {}, {saved} less than before", ByteSize(after));
+    Ok(())
+}
+
+/// What the files of the log take.
+fn directory_bytes(data: &Path) -> u64 {
+    let files = data.join("log").read_dir().into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
+/// On standard error, and only where that is a terminal.
+fn bar(length: u64, what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(length).with_message(what);
+    let style = ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left");
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// As [`bar`], beside entries that are printed: none where both would come to the same terminal.
+fn bar_beside_output(length: u64, what: &'static str) -> ProgressBar {
+    if io::stdout().is_terminal() { ProgressBar::hidden() } else { bar(length, what) }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::super::TransactionLog;
+    use super::super::file::{Durability, FileLog, Options};
+    use super::*;
+    use crate::contract::{Event, Put};
+
+    pub fn directory_with(events: &[Event]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let options = Options {
+            data: directory.path().into(),
+            segment_bytes: 1 << 16,
+            group_bytes: 1 << 15,
+            durability: Durability::Os,
+        };
+        let log = FileLog::open(options).unwrap();
+        for (time, event) in (1000..).zip(events) {
+            log.append(time, std::slice::from_ref(event)).unwrap();
+        }
+        log.close().unwrap();
+        directory
+    }
+
+    pub fn events() -> Vec<Event> {
+        let metadata = vec![("content-type".into(), "text/plain; charset=utf-8".into())];
+        vec![
+            Event::Put(Put { key: "a\tb\n%ü".into(), value: (0..=255).collect(), metadata, expires: Some(5) }),
+            Event::Put(Put { key: "plain".into(), value: b"1\t2\tx\ty\n".to_vec(), metadata: vec![], expires: None }),
+            Event::Delete("plain".into()),
+        ]
+    }
+
+    fn verified(data: &Path) -> (String, String) {
+        let mut out = Vec::new();
+        let failed = verify_log(data, &mut out).err();
+        (String::from_utf8(out).unwrap(), failed.map_or(String::new(), |error| format!("{error:#}")))
+    }
+
+    #[test]
+    fn verification_fails_with_the_place() {
+        let directory = directory_with(&events());
+        let (text, failed) = verified(directory.path());
+        assert!(text.ends_with("the log is sound: 3 entries, newest sequence 3\n"), "{text}");
+        assert_eq!(failed, "");
+
+        let segment = directory.path().join("log/0000000001.seg");
+        let mut bytes = std::fs::read(&segment).unwrap();
+        bytes[600] ^= 1;
+        std::fs::write(&segment, bytes).unwrap();
+        let (text, failed) = verified(directory.path());
+        let place = format!("{} at byte 512: ", segment.display());
+        assert!(text.contains(&format!("WRONG: {place}")), "{text}");
+        assert!(failed.contains(&place) && failed.contains("1 place(s)"), "{failed}");
+    }
+
+    #[test]
+    fn damage_is_told_even_where_nothing_can_be_printed() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let directory = directory_with(&events());
+        let error = verify_log(directory.path(), &mut Closed).unwrap_err();
+        assert!(error.is::<io::Error>(), "{error:#}");
+        std::fs::write(directory.path().join("log/0000000001.seg"), [b'x'; 600]).unwrap();
+        let error = verify_log(directory.path(), &mut Closed).unwrap_err();
+        assert!(error.to_string().contains("is damaged"), "{error:#}");
+    }
+
+    #[test]
+    fn nothing_that_a_start_refuses_is_sound() {
+        type Spoil = fn(&Path);
+        let spoils: [(&str, Spoil); 6] = [
+            ("is missing", |log| std::fs::remove_file(log.join("0000000001.seg")).unwrap()),
+            ("the log has no segments", |log| {
+                for number in 1..=2 {
+                    std::fs::remove_file(log.join(format!("000000000{number}.seg"))).unwrap();
+                }
+            }),
+            ("is not a segment of a log", |log| std::fs::write(log.join("1.seg"), "").unwrap()),
+            ("was named 0000000002.seg", |log| {
+                std::fs::rename(log.join("0000000002.seg"), log.join("0000000003.seg")).unwrap();
+            }),
+            ("belongs to another log", |log| {
+                let other = directory_with(&events());
+                std::fs::copy(other.path().join("log/0000000002.seg"), log.join("0000000002.seg")).unwrap();
+            }),
+            ("is cut off", |log| std::fs::write(log.join("0000000002.seg"), "").unwrap()),
+        ];
+        for (told, spoil) in spoils {
+            let directory = directory_with(&events());
+            spoil(&directory.path().join("log"));
+            let (text, failed) = verified(directory.path());
+            let refused = format!("{:#}", Offline::open(directory.path()).err().expect(told));
+            assert!(failed.contains("is damaged") && text.contains(told), "{told}: {failed:?}, {text:?}");
+            assert!(refused.contains(told), "{told}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_compacted_log_keeps_its_newest_sequence() {
+        let directory = directory_with(&events());
+        compact(directory.path()).unwrap();
+        let (text, _) = verified(directory.path());
+        // The first has expired, the second was deleted, and nothing is left of the delete but that it was the third.
+        assert!(text.ends_with("the log is sound: 0 entries, newest sequence 3\n"), "{text}");
+    }
+}
