@@ -36,7 +36,7 @@ certs: (_tool "openssl")
 
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl")
+test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace")
     cargo test --release {{ FILTER }}
 
 # Measure requests beside a plain hyper map, in one run
@@ -44,10 +44,11 @@ test *FILTER: _target (_tool "curl") (_tool "openssl")
 bench: _target (_tool "wrk")
     cargo bench --bench bench
 
-# The log under a million power cuts and every kind of damage, and what became of its mutants: some minutes
+# The log under a million power cuts and every kind of damage, what became of its mutants, and the server killed thousands of times: hours
 [group('develop')]
-soak: _target
+soak: _target (_tool "strace")
     KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
+    KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
 
 # Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
 [group('develop')]

@@ -149,10 +149,7 @@ async fn serve(args: &Serve) -> Result<()> {
         warn!("{cut_off} connections were cut off after {:?}", args.drain);
     }
     if let Some(reason) = failure {
-        bail!(
-            "the log in {} failed: {reason}; what was acknowledged is safe, start again to recover",
-            args.data.display()
-        );
+        bail!("{reason}; what was acknowledged is safe, start again to recover");
     }
     log.close()?;
     info!(data = %args.data.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::server::{Refused, Server, Stopped, kvs, refused};
+use crate::server::{Refused, Server, Stopped, kvs, refused, serve};
 use crate::wire::{Connection, short};
 use crate::zoo;
 
@@ -144,7 +144,7 @@ fn a_log_is_checked_carried_elsewhere_and_compacted() {
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/next", b"").etag(), Some(962));
     let imported = temporary();
     fs::rename(by_pipe.join("log"), imported.path().join("log")).expect("a directory can be moved");
-    let server = Server::spawn(crate::server::serve(imported.path()), imported);
+    let server = Server::spawn(serve(imported.path()), imported);
     holds(&server, &model);
     let typed = Connection::open(server.address()).ask("GET", "/v1/typed", b"");
     assert_eq!((typed.text(), typed.header("content-type")), ("x", Some("image/x=y%20+")));
@@ -213,10 +213,13 @@ fn damage_is_told_with_its_place_and_exit_code_1() {
     assert_eq!(dumped.status.code(), Some(1));
     let lines = String::from_utf8(dumped.stdout).expect("it is text").lines().count();
     assert!(0 < lines && lines < 800, "{lines} entries were printed");
-    let whole = segment.display().to_string();
-    for refused in [refused(log("export", data, &[])), refused(log("compact", data, &[])), stopped.refuses(&SMALL)] {
-        refused.with(1, &[&whole, "damaged at byte ", "kvs log verify --data "]);
+    let told = [&segment.display().to_string(), "damaged at byte ", "kvs log verify --data "];
+    for refused in [refused(log("export", data, &[])), refused(log("compact", data, &[]))] {
+        refused.with(1, &told);
     }
+    let Err((status, stopped)) = Server::try_spawn(serve(data), temporary()) else { panic!("it serves") };
+    let last = stopped.stderr().last().expect("it says why");
+    assert!(status.code() == Some(1) && told.iter().all(|told| last.contains(told)), "{status}: {last}");
     assert!(fs::read(&segment).expect("it is still there") == bytes, "damage is left as it is");
 }
 
@@ -260,6 +263,9 @@ fn a_malformed_text_is_refused_by_its_line() {
 #[test]
 fn output_may_end_early_and_may_not_be_lost() {
     let stopped = store().0.terminate();
+    let server = Server::start(&[]);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
+    let small = server.terminate();
     for command in ["dump", "export"] {
         // More than a pipe holds, so that it is still writing when nobody reads any more.
         let mut shell = Command::new("bash");
@@ -268,9 +274,12 @@ fn output_may_end_early_and_may_not_be_lost() {
         let (printed, said) = done(shell);
         assert_eq!((printed.lines().count(), said.as_str()), (1, ""), "{command}");
 
-        let mut full = log(command, stopped.data(), &[]);
-        full.stdout(File::create("/dev/full").expect("every Linux has it"));
-        refused(full).with(1, &["cannot write to standard output", "No space left"]);
+        // Much or little: what is held back to the end must not be lost either.
+        for data in [stopped.data(), small.data()] {
+            let mut full = log(command, data, &[]);
+            full.stdout(File::create("/dev/full").expect("every Linux has it"));
+            refused(full).with(1, &["cannot write to standard output", "No space left"]);
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
 //! `conditions`, `expiry`, `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a
-//! server trusts; `components`, `unruly` and `hostile` what a bad guest can do;
-//! `durability` and `crash`, with the data of `zoo`, that nothing is lost.
+//! server trusts; `components`, `unruly` and `hostile` what a bad guest can do; `durability`, and under the clients of
+//! `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what can be done with a log at rest.
 
 mod access;
 mod admin;
@@ -15,8 +15,11 @@ mod conditions;
 mod crash;
 mod durability;
 mod expiry;
+mod faults;
+mod full_disk;
 mod hostile;
 mod limits;
+mod load;
 mod log_command;
 mod operator;
 mod rest;

@@ -53,13 +53,18 @@ impl Server {
 
     /// Runs a command that is to serve `data`.
     pub fn spawn(command: Command, data: TempDir) -> Self {
-        let process = Process::spawn(command);
-        let admin = process.admin();
-        let address = process
-            .stderr
-            .find(|line| address(line, "serving on http://").or_else(|| address(line, "serving on https://")));
-        let address = address.unwrap_or_else(|said| panic!("it ended without serving; it said:\n{said}"));
-        Self { process, data, address, admin }
+        Self::try_spawn(command, data)
+            .unwrap_or_else(|(_, stopped)| panic!("it ended without serving; it said:\n{}", stopped.stderr.join("\n")))
+    }
+
+    /// As `spawn`; an error when it ended before it served.
+    pub fn try_spawn(command: Command, data: TempDir) -> Result<Self, (ExitStatus, Stopped)> {
+        let mut process = Process::spawn(command);
+        let serving = |line: &str| address(line, "serving on http://").or_else(|| address(line, "serving on https://"));
+        match process.stderr.find(serving) {
+            Ok(address) => Ok(Self { admin: process.admin(), process, data, address }),
+            Err(_) => Err((process.wait(), Stopped { data, stderr: process.stderr.so_far() })),
+        }
     }
 
     pub fn address(&self) -> SocketAddr {

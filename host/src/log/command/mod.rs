@@ -169,8 +169,8 @@ pub mod tests {
         let directory = tempfile::tempdir().unwrap();
         let options = Options {
             data: directory.path().into(),
-            segment_bytes: 1 << 16,
-            group_bytes: 1 << 15,
+            segment_bytes: 1 << 18,
+            group_bytes: 1 << 17,
             durability: Durability::Os,
         };
         let log = FileLog::open(options).unwrap();
@@ -263,11 +263,13 @@ pub mod tests {
     }
 
     #[test]
-    fn a_compacted_log_keeps_its_newest_sequence() {
-        let directory = directory_with(&events());
+    fn a_compacted_log_covers_what_it_did() {
+        let kept = Event::Put(Put { key: "kept".into(), value: vec![], metadata: vec![], expires: None });
+        let directory = directory_with(&[vec![kept], events()].concat());
         compact(directory.path()).unwrap();
         let (text, _) = verified(directory.path());
-        // The first has expired, the second was deleted, and nothing is left of the delete but that it was the third.
-        assert!(text.ends_with("the log is sound: 0 entries, newest sequence 3\n"), "{text}");
+        // The second has expired, the third was deleted, and nothing is left of the delete but that it was the fourth.
+        assert!(text.contains(".seg: 1 entries, sequences 1 to 4, "), "{text}");
+        assert!(text.ends_with("the log is sound: 1 entries, newest sequence 4\n"), "{text}");
     }
 }

@@ -150,9 +150,6 @@ pub fn largest_group(segment_bytes: u64) -> u64 {
     segment_bytes.saturating_sub(segment::HEAD_BYTES + FRAME_OVERHEAD)
 }
 
-/// A batch larger than this is written as several frames: it bounds what recovery and replay hold in memory.
-const FRAME_BYTES: u64 = 4 << 20;
-
 pub struct FileLog {
     shared: Arc<Shared>,
     running: Mutex<Option<Running>>,
@@ -192,6 +189,7 @@ impl FileLog {
 
     fn open_on(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>) -> anyhow::Result<Self> {
         let (shared, writer) = Shared::recover(disk, options)?;
+        shared.spares.begin(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
             spares: start("log spare", &shared, spare::run)?,
@@ -290,14 +288,15 @@ impl Shared {
         let recovered = recovery::recover(&home, segment_bytes)
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
         let writer = recovered.writer;
-        let frame_bytes = FRAME_BYTES.min(segment_bytes - segment::HEAD_BYTES - FRAME_OVERHEAD);
+        let (room, segment_room) = (writer.size - writer.end, segment_bytes - segment::HEAD_BYTES);
+        let full = recovered.spares.is_empty();
         let shared = Self {
             home,
             log: recovered.log,
             segment_bytes,
             durability,
             catalog: Catalog::new(recovered.segments),
-            queue: Queue::new(writer.last, writer.size - writer.end, frame_bytes, group_bytes),
+            queue: Queue::new(writer.last, room, full, segment_room, group_bytes),
             spares: Spares::new(recovered.spares, recovered.next),
             compactor: Compactor::default(),
             watermark: Watermark::new(writer.last),

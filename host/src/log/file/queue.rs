@@ -15,6 +15,9 @@ use crate::contract::{AppendError, Event};
 /// What may wait at most. A disk that is this far behind will not catch up within a request's deadline.
 const QUEUE_BYTES: u64 = 32 << 20;
 
+/// A batch larger than this is written as several frames: it bounds what recovery and replay hold in memory.
+pub const FRAME_BYTES: u64 = 4 << 20;
+
 /// What a frame needs beside its entries: its head, and padding to be aligned.
 pub const FRAME_OVERHEAD: u64 = (frame::HEAD_BYTES + frame::ALIGNMENT - 1) as u64;
 
@@ -28,6 +31,8 @@ pub struct Queue {
     /// The size at which a frame is closed and the next begun.
     frame_bytes: u64,
     group_bytes: u64,
+    /// What may wait at most, and never more than a segment can hold.
+    queue_bytes: u64,
 }
 
 #[derive(Default)]
@@ -66,11 +71,14 @@ pub enum Work {
 }
 
 impl Queue {
-    pub fn new(appended: u64, room: u64, frame_bytes: u64, group_bytes: u64) -> Self {
-        let state = State { next: appended + 1, room, ..State::default() };
+    /// `room` is what is left in the newest segment, `segment_room` what a new one has.
+    pub fn new(appended: u64, room: u64, full: bool, segment_room: u64, group_bytes: u64) -> Self {
+        let state = State { next: appended + 1, room, full, ..State::default() };
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
         let deletes = AtomicU64::new(0);
-        Self { state, ready, appended, deletes, frame_bytes, group_bytes }
+        let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
+        let queue_bytes = QUEUE_BYTES.min(segment_room);
+        Self { state, ready, appended, deletes, frame_bytes, group_bytes, queue_bytes }
     }
 
     pub fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -90,9 +98,10 @@ impl Queue {
         let fits = state.frames.back().is_some_and(|frame| frame.len() as u64 + size <= self.frame_bytes);
         let added = if fits { size } else { size + FRAME_OVERHEAD };
         // One group is taken into an empty queue however large it is.
-        if state.bytes > 0 && state.bytes + added > QUEUE_BYTES {
+        if state.bytes > 0 && state.bytes + added > self.queue_bytes {
             return Err(AppendError::Unavailable);
         }
+        // What is accepted has its place: in the newest segment, or all of it in the next.
         if state.full && state.bytes + added > state.room {
             return Err(AppendError::Full);
         }
@@ -162,6 +171,12 @@ impl Queue {
         if buffer.capacity() as u64 <= 2 * self.frame_bytes {
             state.buffer = buffer;
         }
+    }
+
+    /// The writer goes on in a segment with this much room. All that waits fits: no more is ever accepted.
+    pub fn begin_segment(&self, room: u64, full: bool) {
+        let mut state = self.lock();
+        (state.room, state.full) = (room, full);
     }
 
     pub fn set_full(&self, full: bool) {

@@ -1,6 +1,8 @@
 //! The spare: the next segment, made ahead, so that a full disk is met before a write is accepted and not after.
 //!
-//! Owns: the making of segments, and the thread that does it.
+//! Owns: the making of segments, and the thread that does it. The space for the segment after the next is taken before
+//! anything is written to the next: what is accepted always has its place, and whatever else happens on the disk, the
+//! queue knows when there is none.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,6 +33,8 @@ struct State {
     /// More than one only when they were found at the start.
     ready: VecDeque<Spare>,
     next: u64,
+    /// The file of that, when its space is taken and nothing is in it yet.
+    begun: Option<Arc<dyn File>>,
     full: bool,
     /// A writer that waits on a full disk gives up.
     closing: bool,
@@ -39,23 +43,30 @@ struct State {
 
 impl Spares {
     pub fn new(ready: VecDeque<Spare>, next: u64) -> Self {
-        let state = State { ready, next, full: false, closing: false, stopped: false };
+        let state = State { ready, next, begun: None, full: false, closing: false, stopped: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Takes the spare, and waits for it where it is not ready. None when there will be none.
-    pub fn take(&self) -> Option<Spare> {
+    pub fn take(&self, shared: &Shared) -> anyhow::Result<Option<Spare>> {
         let mut state = self.lock();
         loop {
             if let Some(spare) = state.ready.pop_front() {
+                state.begin(shared)?;
+                shared.queue.begin_segment(spare.size - HEAD_BYTES, state.full);
                 self.changed.notify_all();
-                return Some(spare);
+                return Ok(Some(spare));
             }
             if state.stopped || (state.full && state.closing) {
-                return None;
+                return Ok(None);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Takes the space for one where there is none.
+    pub fn begin(&self, shared: &Shared) -> anyhow::Result<()> {
+        self.lock().begin(shared)
     }
 
     pub fn close(&self) {
@@ -91,60 +102,102 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
             break;
         }
     }
+    let mut state = spares.lock();
+    if state.begun.take().is_some() {
+        // Nothing is in it. Where this fails, the next start does it.
+        let _ = shared.home.disk.remove(&temporary(state.next));
+    }
     Ok(())
 }
 
 /// Makes a spare where there is none; false when there is no room for it.
 pub fn fill(shared: &Shared) -> anyhow::Result<bool> {
     let spares = &shared.spares;
-    let state = spares.lock();
-    if !state.ready.is_empty() {
-        return Ok(true);
-    }
-    let number = state.next;
-    drop(state);
-    let made = make(&*shared.home.disk, shared.log, number, shared.segment_bytes);
+    spares.begin(shared)?;
     let mut state = spares.lock();
-    let full = match made {
-        Ok(file) => {
-            state.next += 1;
-            state.ready.push_back(Spare { number, file, size: shared.segment_bytes });
-            None
-        }
-        // Not the end: nothing was promised yet, and there may be room again.
-        Err(error) if is_full(&error) => Some(error),
-        // A disk that fails is not trusted with what comes next.
-        Err(error) => return Err(error.into()),
-    };
-    match &full {
-        Some(error) if !state.full => {
-            tracing::warn!("no room for the next segment of the log, writes will be refused: {error}");
-        }
-        None if state.full => tracing::info!("there is room for the log again"),
-        _ => {}
+    let Some(file) = state.begun.take() else { return Ok(!state.full) };
+    let (number, size) = (state.next, shared.segment_bytes);
+    drop(state);
+    let made = finish(&*shared.home.disk, shared.log, number, size, &*file);
+    let mut state = spares.lock();
+    if let Some(file) = state.unless_full(shared, made)? {
+        state.next += 1;
+        state.ready.push_back(Spare { number, file, size });
     }
-    state.full = full.is_some();
-    shared.queue.set_full(state.full);
     spares.changed.notify_all();
     Ok(!state.full)
 }
 
+impl State {
+    fn begin(&mut self, shared: &Shared) -> anyhow::Result<()> {
+        if self.ready.is_empty() && self.begun.is_none() {
+            let begun = begin(&*shared.home.disk, self.next, shared.segment_bytes);
+            self.begun = self.unless_full(shared, begun)?;
+        }
+        Ok(())
+    }
+
+    /// A full disk is not the end: nothing was promised yet, and there may be room again. A disk that fails is not
+    /// trusted with what comes next.
+    fn unless_full(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
+        let was_full = std::mem::replace(&mut self.full, file.as_ref().is_err_and(is_full));
+        // Before it is told.
+        shared.queue.set_full(self.full);
+        match file {
+            Err(error) if self.full => {
+                if !was_full {
+                    tracing::warn!("no room for the next segment of the log, writes will be refused: {error}");
+                }
+                Ok(None)
+            }
+            Ok(file) => {
+                if was_full {
+                    tracing::info!("there is room for the log again");
+                }
+                Ok(Some(file))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Makes an empty segment under a temporary name, so that one found under its own name is always whole.
 pub fn make(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
-    let name = Numbers::one(number).file_name();
-    let temporary = format!("{name}.tmp");
-    let made = disk.create(&temporary).and_then(|file| {
+    finish(disk, log, number, size, &*begin(disk, number, size)?)
+}
+
+/// Takes the space for a segment.
+fn begin(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
+    let temporary = temporary(number);
+    let begun = disk.create(&temporary).and_then(|file| {
         file.allocate(size)?;
+        Ok(file)
+    });
+    give_back_when_full(disk, &temporary, begun)
+}
+
+fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -> io::Result<Arc<dyn File>> {
+    let (name, temporary) = (Numbers::one(number).file_name(), temporary(number));
+    let write = || {
         file.write_at(&Head { log, numbers: Numbers::one(number), size, compacted: None }.encode(), 0)?;
-        zero(&*file, HEAD_BYTES, size)?;
+        zero(file, HEAD_BYTES, size)?;
         file.sync()?;
         disk.rename(&temporary, &name)?;
         disk.sync()?;
-        Ok(file)
-    });
+        // Under the name that errors are to tell from now on.
+        disk.open(&name)
+    };
+    give_back_when_full(disk, &temporary, write())
+}
+
+fn temporary(number: u64) -> String {
+    format!("{}.tmp", Numbers::one(number).file_name())
+}
+
+/// What little there was. Where even this fails, the next attempt empties the file.
+fn give_back_when_full(disk: &dyn Disk, name: &str, made: io::Result<Arc<dyn File>>) -> io::Result<Arc<dyn File>> {
     if made.as_ref().is_err_and(is_full) {
-        // Gives back what little there was. Where even this fails, the next attempt empties the file.
-        let _ = disk.remove(&temporary);
+        let _ = disk.remove(name);
     }
     made
 }

@@ -102,7 +102,7 @@ impl Writer {
         if self.synced < self.last {
             self.sync()?;
         }
-        let Some(spare) = shared.spares.take() else { bail!("no room for another segment of the log") };
+        let Some(spare) = shared.spares.take(shared)? else { bail!("no room for another segment of the log") };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain));
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
         shared.compactor.sealed(shared);

@@ -114,7 +114,7 @@ impl History {
             17 => self.writer.mark(&self.shared),
             18 => {
                 // What is in memory only is lost with the process, and nobody was told of it.
-                self.append();
+                self.append()?;
                 self.start_again().map_err(anyhow::Error::msg)
             }
             _ => {
@@ -130,8 +130,12 @@ impl History {
 
     fn append_and_commit(&mut self) -> anyhow::Result<()> {
         for _ in 0..self.dice.usize(1..4) {
-            self.append();
+            self.append()?;
         }
+        self.commit()
+    }
+
+    fn commit(&mut self) -> anyhow::Result<()> {
         while self.shared.watermark.durable() < self.shared.queue.appended() {
             spare::fill(&self.shared)?;
             self.writer.step(&self.shared)?;
@@ -139,13 +143,21 @@ impl History {
         Ok(())
     }
 
-    fn append(&mut self) {
+    fn append(&mut self) -> anyhow::Result<()> {
         let group: Vec<_> = (0..self.dice.usize(1..4)).map(|_| self.event()).collect();
-        let first = self.shared.queue.append(self.time, &group).unwrap();
+        let mut appended = self.shared.queue.append(self.time, &group);
+        if appended.is_err() {
+            // Too much waits, or nobody has asked yet whether there is room for more.
+            self.commit()?;
+            spare::fill(&self.shared)?;
+            appended = self.shared.queue.append(self.time, &group);
+        }
+        let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
         assert_eq!(first, self.model.entries.len() as u64 + 1);
         let (time, ends_group) = (self.time, false);
         self.model.entries.extend(group.into_iter().map(|event| Appended { time, event, ends_group }));
         self.model.entries.last_mut().unwrap().ends_group = true;
+        Ok(())
     }
 
     fn event(&mut self) -> Event {
@@ -309,8 +321,9 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let (shared, mut writer) = recover(disk, options, mutant)?;
     check_content(&shared, model, at, promised)?;
     let more = put("more", &[0x5a; 100]);
+    spare::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
     let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
-    spare::fill(&shared).and_then(|_| writer.step(&shared)).map_err(|error| format!("it cannot go on: {error:#}"))?;
+    writer.step(&shared).map_err(|error| format!("it cannot go on: {error:#}"))?;
     if shared.watermark.durable() != sequence {
         return Err("what was written after it is not durable".into());
     }

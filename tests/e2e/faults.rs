@@ -1,0 +1,191 @@
+//! A disk that fails: strace makes chosen system calls of the server fail, and the server must say so, stop, and have
+//! lost nothing that it had acknowledged.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use tempfile::TempDir;
+
+use crate::load::{Clients, SMALL_SEGMENTS, count};
+use crate::server::{Server, serve};
+use crate::zoo;
+
+/// What happens instead of a call.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// It fails with an error of this name.
+    Error(&'static str),
+    /// It says that it wrote nothing.
+    Nothing,
+    /// The process is killed.
+    Kill,
+}
+
+/// A command under strace, which lets the `at`-th of these calls go wrong: of each thread, as strace counts. strace
+/// stands aside, so that the command itself is the child, and notes in `trace` beside the data what it did.
+pub fn inject(command: Command, call: &str, fault: Fault, at: u64, data: &Path) -> Command {
+    let fault = match fault {
+        Fault::Error(name) => format!("error={name}"),
+        Fault::Nothing => "retval=0".into(),
+        Fault::Kill => "signal=KILL".into(),
+    };
+    let mut strace = Command::new("strace");
+    strace.args(["-D", "-f", "--seccomp-bpf", "-qq", "-e", "signal=none", "-e", &format!("trace={call}")]);
+    strace.args(["-e", &format!("inject={call}:{fault}:when={at}"), "-o"]).arg(data.join("trace"));
+    strace.arg("--").arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => strace.env(name, value),
+            None => strace.env_remove(name),
+        };
+    }
+    strace.stdin(Stdio::null()).stdout(Stdio::null());
+    strace
+}
+
+/// Whether the call that was to go wrong was made.
+fn was_met(data: &Path) -> bool {
+    fs::read_to_string(data.join("trace")).expect("strace notes what it does").contains("(INJECTED)")
+}
+
+/// Serves, under load, with the first, second, third ... of these calls going wrong, on one directory. Each time the
+/// server must fail, and what was acknowledged be there afterwards.
+fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
+    let mut rng = zoo::dice();
+    let mut clients = Clients::new(&mut rng);
+    let mut data = TempDir::new().expect("a temporary directory can be made");
+    let (mut served, unknown) = (0, AtomicU64::new(0));
+    for at in 1..=count("KVS_TEST_FAULTS", 20) {
+        let mut command = inject(serve(data.path()), call, fault, at, data.path());
+        command.args(SMALL_SEGMENTS);
+        let (status, stopped) = match Server::try_spawn(command, data) {
+            Ok(server) => {
+                served += 1;
+                let answers = AtomicU64::new(0);
+                let answered = |status| {
+                    assert_ne!(status, 507, "the disk is not full");
+                    unknown.fetch_add((status == 500).into(), Ordering::Relaxed);
+                    // It goes on as if nothing had happened.
+                    if answers.fetch_add(1, Ordering::Relaxed) == 100_000 {
+                        server.signal(Signal::KILL);
+                    }
+                };
+                clients.run(server.address(), answered, || ());
+                server.ends()
+            }
+            Err(ended) => ended,
+        };
+        let said = stopped.stderr().join("\n");
+        assert!(was_met(stopped.data()), "{call} {at}: it ended without the fault: {said}");
+        assert_eq!(status.code(), Some(1), "{call} {at}: {status}, it said: {said}");
+        let last = stopped.stderr().last().expect("it says why");
+        for text in told {
+            assert!(last.contains(text), "{call} {at}: it does not tell {text:?}, but: {last}");
+        }
+        let file = last.split([' ', ':']).find(|word| word.contains("/log/00"));
+        assert!(
+            file.is_some_and(|file| Path::new(file).exists()),
+            "{call} {at}: it names no file that is there: {last}"
+        );
+
+        let server = stopped.restart(&SMALL_SEGMENTS);
+        clients.settle(server.address());
+        data = server.terminate().into_data();
+    }
+    let unknown = unknown.into_inner();
+    assert!(served > 10 && unknown > served, "it served {served} times, and told {unknown} times that nobody knows");
+}
+
+#[test]
+fn a_sync_that_fails_ends_the_server_and_loses_nothing() {
+    fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"]);
+}
+
+#[test]
+fn a_write_that_fails_ends_the_server_and_loses_nothing() {
+    fails_and_loses_nothing("pwrite64", Fault::Error("EIO"), &["write ", "Input/output error"]);
+}
+
+#[test]
+fn a_write_of_nothing_ends_the_server_and_loses_nothing() {
+    fails_and_loses_nothing("pwrite64", Fault::Nothing, &["write "]);
+}
+
+/// The space was allocated, but there are file systems that need more even so.
+#[test]
+fn a_write_without_space_loses_nothing() {
+    stays_or_fails_and_loses_nothing("pwrite64");
+}
+
+#[test]
+fn an_allocation_without_space_loses_nothing() {
+    stays_or_fails_and_loses_nothing("fallocate");
+}
+
+/// A full disk met by one call only. The server may not start, refuse writes for a while, or fail as above.
+fn stays_or_fails_and_loses_nothing(call: &str) {
+    let mut rng = zoo::dice();
+    let mut clients = Clients::new(&mut rng);
+    let mut data = TempDir::new().expect("a temporary directory can be made");
+    for at in 1..=count("KVS_TEST_FAULTS", 20) {
+        let mut command = inject(serve(data.path()), call, Fault::Error("ENOSPC"), at, data.path());
+        command.args(SMALL_SEGMENTS);
+        let stopped = match Server::try_spawn(command, data) {
+            Ok(server) => {
+                let answers = AtomicU64::new(0);
+                let answered = |_| {
+                    // For a while after the fault. If it failed by it, it is gone.
+                    if answers.fetch_add(1, Ordering::Relaxed) % 500 == 499 && was_met(server.data()) {
+                        server.signal(Signal::KILL);
+                    }
+                };
+                clients.run(server.address(), answered, || ());
+                let (status, stopped) = server.ends();
+                assert!(matches!(status.code(), None | Some(1)), "{call} {at}: {status}");
+                stopped
+            }
+            Err((status, stopped)) => {
+                let [.., last] = stopped.stderr() else { panic!("{call} {at}: it said nothing") };
+                assert_eq!(status.code(), Some(1), "{call} {at}: {last}");
+                assert!(last.contains("No space left on device"), "{call} {at}: {last}");
+                stopped
+            }
+        };
+        assert!(was_met(stopped.data()), "{call} {at}: it ended without the fault");
+        let server = stopped.restart(&SMALL_SEGMENTS);
+        clients.settle(server.address());
+        data = server.terminate().into_data();
+    }
+}
+
+/// No fault of the disk, but a write that the system really cuts short: it crosses the largest size that a file may have.
+#[test]
+fn a_write_cut_short_ends_the_server_and_loses_nothing() {
+    let mut rng = zoo::dice();
+    let mut clients = Clients::new(&mut rng);
+    let mut data = TempDir::new().expect("a temporary directory can be made");
+    for _ in 0..count("KVS_TEST_FAULTS", 20) {
+        // Who ignores the signal that comes with it gets an error.
+        let serve = serve(data.path());
+        let mut command = Command::new("env");
+        command.arg("--ignore-signal=XFSZ").arg(serve.get_program()).args(serve.get_args()).args(SMALL_SEGMENTS);
+        command.envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let server = Server::spawn(command, data);
+        let pid = Pid::from_raw(server.pid().cast_signed());
+        // Somewhere within a segment, of 128 KiB.
+        let limit = rng.u64(1_000..100_000);
+        let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+        prlimit(pid, Resource::Fsize, limit).expect("a child can be limited");
+        clients.run(server.address(), |_| (), || ());
+        let (status, stopped) = server.ends();
+        let last = stopped.stderr().last().expect("it says why");
+        assert!(status.code() == Some(1) && last.contains("File too large"), "{status}, it said: {last}");
+        let server = stopped.restart(&SMALL_SEGMENTS);
+        clients.settle(server.address());
+        data = server.terminate().into_data();
+    }
+}

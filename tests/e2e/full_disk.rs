@@ -1,0 +1,171 @@
+//! Disks that are full: small file systems, mounted for a test.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::load::{Clients, SMALL_SEGMENTS};
+use crate::server::{Server, kvs, refused, serve};
+use crate::wire::Connection;
+use crate::zoo;
+
+/// A file system of its own, gone after the test.
+struct Mount {
+    directory: TempDir,
+}
+
+impl Mount {
+    const SIZE: u64 = 24 << 20;
+
+    /// In memory.
+    fn tmpfs() -> Self {
+        Self::of(&["-t", "tmpfs", "-o", &format!("size={}", Self::SIZE), "none"])
+    }
+
+    /// In a file, made by the system's own tools.
+    fn ext4() -> Self {
+        let image = tempfile::NamedTempFile::new().expect("a temporary file can be made");
+        image.as_file().set_len(Self::SIZE).expect("a file can be made longer");
+        let path = image.path().to_str().expect("a temporary path is text");
+        // Nothing kept back for root, who runs this.
+        run("mkfs.ext4", &["-q", "-m", "0", path]);
+        Self::of(&["-o", "loop", path])
+    }
+
+    fn of(what: &[&str]) -> Self {
+        let directory = TempDir::new().expect("a temporary directory can be made");
+        let path = directory.path().to_str().expect("a temporary path is text").to_owned();
+        run("mount", &[what, &[&path]].concat());
+        Self { directory }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// Takes this much of the space, until the file is removed.
+    fn filler(&self, bytes: u64) -> PathBuf {
+        let path = self.directory.path().join("filler");
+        let zeros = vec![0; usize::try_from(bytes).expect("it is not much")];
+        fs::write(&path, zeros).expect("there is room so far");
+        File::open(&path).and_then(|file| file.sync_all()).expect("there is room so far");
+        path
+    }
+
+    fn serve(&self) -> Server {
+        let mut command = serve(&self.data());
+        command.args(SMALL_SEGMENTS);
+        // The directory that is removed with the server is another.
+        Server::spawn(command, TempDir::new().expect("a temporary directory can be made"))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let path = self.directory.path();
+        let unmounted = Command::new("umount").arg(path).status();
+        if !unmounted.is_ok_and(|status| status.success()) {
+            eprintln!("{} stays mounted", path.display());
+        }
+    }
+}
+
+fn run(program: &str, args: &[&str]) {
+    let output = Command::new(program).args(args).output();
+    let output = output.unwrap_or_else(|error| panic!("this test needs {program}: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "this test mounts a file system, for which it must be root: {program}: {said}");
+}
+
+/// Puts values until there is no room, and gives how many there are.
+fn fill(client: &mut Connection, first: u64) -> u64 {
+    for number in first.. {
+        let response = client.ask("PUT", &path(number), &value(number));
+        if response.status == 507 {
+            response.says(507, "no room is left, on disk or in memory; nothing was stored");
+            assert_eq!(client.ask("GET", &path(number), b"").status, 404, "nothing was stored");
+            return number;
+        }
+        assert_eq!(response.status, 201, "{}", response.text());
+    }
+    unreachable!("a disk has an end")
+}
+
+fn path(number: u64) -> String {
+    format!("/v1/fill-{number}")
+}
+
+fn value(number: u64) -> Vec<u8> {
+    format!("value {number} ").into_bytes().into_iter().cycle().take(16_000).collect()
+}
+
+fn is_full_of(client: &mut Connection, count: u64) {
+    for number in 0..count {
+        assert!(client.ask("GET", &path(number), b"").body == value(number), "value {number} of {count}");
+    }
+}
+
+fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
+    let filler = disk.filler(8 << 20);
+    let server = disk.serve();
+    let mut client = Connection::open(server.address());
+    let count = fill(&mut client, 0);
+    server.says("no room for the next segment of the log, writes will be refused");
+    assert!(count > 500, "{count} values filled it");
+    is_full_of(&mut client, count);
+
+    // Under load, and killed there.
+    let mut clients = Clients::new(&mut zoo::dice());
+    let (answers, refused) = (AtomicU64::new(0), AtomicU64::new(0));
+    let answered = |status| {
+        refused.fetch_add((status == 507).into(), Ordering::Relaxed);
+        if answers.fetch_add(1, Ordering::Relaxed) == 2_000 {
+            server.signal(Signal::KILL);
+        }
+    };
+    clients.run(server.address(), answered, || ());
+    assert!(refused.into_inner() > 100, "the disk was not full");
+    server.ends();
+
+    // It starts without any room, and reads go on.
+    let server = disk.serve();
+    clients.settle(server.address());
+    let mut client = Connection::open(server.address());
+    is_full_of(&mut client, count);
+    let count = fill(&mut client, count);
+
+    fs::remove_file(filler).expect("it is there");
+    server.says("there is room for the log again");
+    let more = fill(&mut client, count);
+    assert!(more > count + 100, "only {} more values after room was made", more - count);
+    is_full_of(&mut client, more);
+    server.terminate();
+    let server = disk.serve();
+    clients.settle(server.address());
+    is_full_of(&mut Connection::open(server.address()), more);
+}
+
+#[test]
+fn a_full_disk_in_memory_refuses_writes_until_there_is_room() {
+    a_full_disk_refuses_writes_until_there_is_room(&Mount::tmpfs());
+}
+
+#[test]
+fn a_full_ext4_refuses_writes_until_there_is_room() {
+    a_full_disk_refuses_writes_until_there_is_room(&Mount::ext4());
+}
+
+#[test]
+fn a_full_disk_ends_an_import_and_keeps_what_was_before() {
+    let disk = Mount::tmpfs();
+    let text = disk.directory.path().join("text");
+    fs::write(&text, "1\t2\ta\tb\n").expect("there is room for this");
+    let _filler = disk.filler(8 << 20);
+    let mut command = kvs();
+    command.args(["log", "import", "--data"]).arg(disk.data()).arg(&text);
+    refused(command).with(1, &["No space left on device", disk.data().to_str().expect("a temporary path is text")]);
+}
