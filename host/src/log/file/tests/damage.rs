@@ -40,6 +40,8 @@ impl Sound {
                 model.compactions.push((0, 1));
             }
         }
+        // The spare is whole, and nothing else was begun.
+        eventually(|| disk.names().iter().all(|name| !name.ends_with(".tmp")));
         let disk = disk.copy();
         // Written by a log that was idle for a moment; without it, nothing is wrong.
         let _ = disk.remove("watermark");
