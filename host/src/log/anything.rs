@@ -15,7 +15,7 @@ pub fn read(text: &[u8]) {
     }
 }
 
-fn printed(Line { time, event }: &Line) -> String {
+fn printed(Line { sequence, time, event }: &Line) -> String {
     let mut metadata = Vec::new();
     let event = match event {
         Event::Put(Put { key, value, metadata: pairs, expires }) => {
@@ -25,7 +25,7 @@ fn printed(Line { time, event }: &Line) -> String {
         Event::Delete(key) => EventRef::Delete(key),
     };
     let mut line = String::new();
-    print(&Entry { sequence: 1, time: *time, event }, &mut line);
+    print(&Entry { sequence: *sequence, time: *time, event }, &mut line);
     line.trim_end_matches('\n').into()
 }
 
@@ -50,7 +50,7 @@ mod tests {
             changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 0..4),
         ) {
             let put = Put { key: key.clone(), value, metadata: vec![("name".into(), key)], expires };
-            let mut line = printed(&Line { time, event: Event::Put(put) }).into_bytes();
+            let mut line = printed(&Line { sequence: 7, time, event: Event::Put(put) }).into_bytes();
             for (at, byte) in changes {
                 let at = at % line.len();
                 line[at] = byte;
