@@ -22,6 +22,7 @@ mod limits;
 mod load;
 mod log_command;
 mod operator;
+mod raw;
 mod rest;
 mod server;
 mod signals;

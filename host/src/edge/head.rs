@@ -12,9 +12,6 @@ use super::refusal::{Refusal, closing, refuse};
 
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
-    if !framed_once(&head.headers) {
-        return bad("a body has one length: Transfer-Encoding, or else Content-Length");
-    }
     if head.version == Version::HTTP_11 && !one_host(&head.headers) {
         return bad("a request names one Host");
     }
@@ -33,11 +30,6 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
         return Err(closing(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, reason)).into());
     }
     Ok(())
-}
-
-/// Both together are how requests are smuggled past whoever reads the other one.
-fn framed_once(headers: &HeaderMap) -> bool {
-    !(headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH))
 }
 
 fn one_host(headers: &HeaderMap) -> bool {
