@@ -1,6 +1,6 @@
 //! Power cuts and kills at every step of histories nobody thought of.
 //!
-//! A history appends, commits, compacts, closes, is killed and starts again, on a disk that remembers. Then, before each
+//! A history appends, commits, compacts, fails, closes, is killed and starts again, on a disk that remembers. Then, before each
 //! thing that was done to the disk, the power is cut, in several ways each time; what can be left is said at the head of
 //! `surface`. On every disk that is left the log must open, hold what was promised and nothing that was not appended, and
 //! be fit to go on. Some of these disks are the beginning of another history, with power cuts of its own.
@@ -107,11 +107,12 @@ impl History {
     }
 
     fn step(&mut self) -> anyhow::Result<()> {
-        match self.dice.u8(0..20) {
+        match self.dice.u8(0..21) {
             0..12 => self.append_and_commit(),
             12..15 => self.compact(),
             15..17 => spare::fill(&self.shared).map(drop),
             17 => self.writer.mark(&self.shared),
+            19 if self.options.durability == Durability::Sync => self.fail(),
             18 => {
                 // What is in memory only is lost with the process, and nobody was told of it.
                 self.append()?;
@@ -125,6 +126,17 @@ impl History {
                 }
                 self.start_again().map_err(anyhow::Error::msg)
             }
+        }
+    }
+
+    /// A sync fails, and the log with it.
+    fn fail(&mut self) -> anyhow::Result<()> {
+        self.disk.lose_at_next_sync(Some(self.dice.fork()));
+        let done = if self.dice.bool() { self.append_and_commit() } else { self.compact() };
+        self.disk.lose_at_next_sync(None);
+        match done {
+            Err(_) if !self.disk.is_killed() => self.start_again().map_err(anyhow::Error::msg),
+            done => done,
         }
     }
 
@@ -454,7 +466,7 @@ fn every_mutant_is_found() {
     println!("| mutant | found after | as |\n|---|---|---|");
     let mut missed = Vec::new();
     for (mutant, name) in Mutant::ALL {
-        let (counts, found) = search(100_000, Some(mutant));
+        let (counts, found) = search(300_000, Some(mutant));
         let images = counts.images.into_inner();
         match found {
             Ok(()) => missed.push(name),

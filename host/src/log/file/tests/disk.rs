@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use fastrand::Rng;
+
 use super::super::disk::{Disk, File};
 use super::super::segment::Numbers;
 
@@ -21,7 +23,7 @@ struct State {
     /// Shared with copies of the disk until one of them writes.
     files: Vec<Arc<Vec<u8>>>,
     /// What is on disk of a file, where that is not what is in memory and is believed to be.
-    on_disk: BTreeMap<usize, Vec<u8>>,
+    on_disk: BTreeMap<usize, Arc<Vec<u8>>>,
     full: bool,
     /// The process is killed after this many operations more.
     left: Option<usize>,
@@ -39,18 +41,46 @@ type Promised = Arc<dyn Fn() -> u64 + Send + Sync>;
 struct Record {
     operations: Vec<Recorded>,
     promised: Promised,
+    /// What the files held at their last sync.
+    synced: BTreeMap<usize, Arc<Vec<u8>>>,
+    /// The next sync of a file fails, and some of what it was to make durable is lost.
+    lose: Option<Rng>,
 }
 
 /// Something done to the disk. Files are known by numbers, since names come and go.
 #[derive(Clone, Debug)]
 pub enum Operation {
-    Create { name: String, file: usize },
-    Rename { from: String, to: String, file: usize },
-    Remove { name: String, file: usize },
+    Create {
+        name: String,
+        file: usize,
+    },
+    Rename {
+        from: String,
+        to: String,
+        file: usize,
+    },
+    Remove {
+        name: String,
+        file: usize,
+    },
     SyncNames,
-    Write { file: usize, offset: usize, bytes: Vec<u8> },
-    Resize { file: usize, size: usize },
-    Sync { file: usize },
+    Write {
+        file: usize,
+        offset: usize,
+        bytes: Vec<u8>,
+    },
+    Resize {
+        file: usize,
+        size: usize,
+    },
+    Sync {
+        file: usize,
+    },
+    /// A sync that failed: this is what is on disk, and what is in memory is taken for it.
+    Lost {
+        file: usize,
+        left: Arc<Vec<u8>>,
+    },
 }
 
 pub struct Recorded {
@@ -72,6 +102,8 @@ pub enum Lie {
     CompactedSync,
     /// Zeros written into a segment: a torn tail stays.
     Zeros,
+    /// What is in memory is not dropped.
+    Forget,
 }
 
 impl FakeDisk {
@@ -123,7 +155,7 @@ impl FakeDisk {
     pub fn put_on_disk(&self, name: &str, bytes: Vec<u8>) {
         let mut state = self.state();
         let file = state.names[name];
-        state.on_disk.insert(file, bytes);
+        state.on_disk.insert(file, Arc::new(bytes));
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -147,8 +179,9 @@ impl FakeDisk {
 
     /// Remembers what is done from now on.
     pub fn record(&self) {
-        let record = Record { operations: Vec::new(), promised: Arc::new(|| 0) };
-        self.state().record = Some(record);
+        let mut state = self.state();
+        let synced = state.files.iter().cloned().enumerate().collect();
+        state.record = Some(Record { operations: Vec::new(), promised: Arc::new(|| 0), synced, lose: None });
     }
 
     pub fn set_promised(&self, promised: impl Fn() -> u64 + Send + Sync + 'static) {
@@ -157,6 +190,10 @@ impl FakeDisk {
 
     pub fn set_lie(&self, lie: Option<Lie>) {
         self.state().lie = lie;
+    }
+
+    pub fn lose_at_next_sync(&self, dice: Option<Rng>) {
+        self.state().record.as_mut().unwrap().lose = dice;
     }
 
     pub fn recorded(&self) -> usize {
@@ -188,6 +225,10 @@ impl FakeDisk {
         let mut state = self.state();
         state.fails(&operation)?;
         state.left = state.left.map(|left| left - 1);
+        if let Some(lost) = state.loses(&operation) {
+            state.record.as_mut().unwrap().operations.push(Recorded { operation: lost, promised });
+            return Err(io::Error::other("sync failed"));
+        }
         if !state.lies(&operation) {
             apply(&mut state, &operation);
             if let Some(record) = &mut state.record {
@@ -207,6 +248,22 @@ impl State {
             }
             _ => Ok(()),
         }
+    }
+
+    fn loses(&mut self, operation: &Operation) -> Option<Operation> {
+        let (Operation::Sync { file }, Some(record)) = (operation, &mut self.record) else { return None };
+        let mut dice = record.lose.take()?;
+        let new = &self.files[*file];
+        let mut left = record.synced.get(file).map_or(Vec::new(), |synced| synced.to_vec());
+        if dice.bool() {
+            left.resize(new.len(), 0);
+        }
+        for (left, new) in left.chunks_mut(512).zip(new.chunks(512)).filter(|_| dice.bool()) {
+            left.copy_from_slice(&new[..left.len()]);
+        }
+        let left = Arc::new(left);
+        self.on_disk.insert(*file, left.clone());
+        Some(Operation::Lost { file: *file, left })
     }
 
     fn lies(&self, operation: &Operation) -> bool {
@@ -230,7 +287,11 @@ impl State {
 
 fn apply(state: &mut State, operation: &Operation) {
     match operation {
-        Operation::Sync { .. } => {}
+        Operation::Sync { file } => {
+            if let Some(record) = &mut state.record {
+                record.synced.insert(*file, state.files[*file].clone());
+            }
+        }
         Operation::Write { file, offset, bytes } => write(&mut state.files[*file], *offset, bytes),
         Operation::Resize { file, size } => Arc::make_mut(&mut state.files[*file]).resize(*size, 0),
         names => name(&mut state.names, names),
@@ -327,8 +388,10 @@ impl File for FakeFile {
 
     fn forget_cached(&self) -> io::Result<()> {
         let mut state = self.disk.state();
-        if let Some(bytes) = state.on_disk.remove(&self.file) {
-            state.files[self.file] = Arc::new(bytes);
+        if state.lie != Some(Lie::Forget)
+            && let Some(bytes) = state.on_disk.remove(&self.file)
+        {
+            state.files[self.file] = bytes;
         }
         Ok(())
     }

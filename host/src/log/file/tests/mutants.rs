@@ -15,10 +15,11 @@ pub enum Mutant {
     CompactedNotSynced,
     RecoveryNotSynced,
     ReplacedRemovedAtOnce,
+    MemoryBelieved,
 }
 
 impl Mutant {
-    pub const ALL: [(Self, &'static str); 9] = [
+    pub const ALL: [(Self, &'static str); 10] = [
         (Self::NoFileSync, "no fdatasync"),
         (Self::NoDirectorySync, "no sync of the directory"),
         (Self::EarlyAnswer, "answered before the sync"),
@@ -28,6 +29,7 @@ impl Mutant {
         (Self::CompactedNotSynced, "a compacted segment is not synced"),
         (Self::RecoveryNotSynced, "what recovery read is not synced"),
         (Self::ReplacedRemovedAtOnce, "recovery removes replaced segments before it syncs the directory"),
+        (Self::MemoryBelieved, "recovery believes what a failed sync left in memory"),
     ];
 
     /// The disk that is all it takes; none when code of the log asks for the mutant itself.
@@ -47,6 +49,7 @@ impl Mutant {
         match self {
             Self::RecoveryNotSynced => Some(Lie::SegmentSync),
             Self::ReplacedRemovedAtOnce => Some(Lie::NameSyncWhileReplaced),
+            Self::MemoryBelieved => Some(Lie::Forget),
             _ => self.lie(),
         }
     }

@@ -10,6 +10,8 @@
 //! - A change of a file's size since is there or not. What was written beyond the end of the file is lost.
 //! - Each file made, renamed or removed since is there under the old name, the new, both, or none: each operation on
 //!   names was done or not, apart from all others; one rename is done wholly or not at all.
+//! - Of what a sync that failed was to make certain, each sector is what it was or what was written. No later sync makes
+//!   more of it certain, although what is read is what was written, until that is dropped from memory.
 //! - Nothing else ever changes.
 
 use std::collections::BTreeMap;
@@ -49,6 +51,10 @@ impl Surface {
                         _ => {}
                     }
                 }
+            }
+            Operation::Lost { file, left } => {
+                self.pending.remove(file);
+                *self.file(*file) = left.clone();
             }
             Operation::SyncNames => {
                 for done in self.pending_names.drain(..) {
