@@ -41,8 +41,8 @@ test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace")
 
 # Measure requests beside a plain hyper map, in one run
 [group('develop')]
-bench: _target (_tool "wrk")
-    cargo bench --bench bench
+bench *WHAT: _target (_tool "wrk") (_tool "redis-server")
+    cargo bench --bench bench -- {{ WHAT }}
 
 # The log under a million power cuts and every kind of damage, what became of its mutants, and the server killed thousands of times: hours
 [group('develop')]

@@ -14,7 +14,7 @@ use crate::wire::Connection;
 use crate::zoo;
 
 /// A file system of its own, gone after the test.
-struct Mount {
+pub struct Mount {
     directory: TempDir,
 }
 
@@ -22,7 +22,7 @@ impl Mount {
     const SIZE: u64 = 24 << 20;
 
     /// In memory.
-    fn tmpfs() -> Self {
+    pub fn tmpfs() -> Self {
         Self::of(&["-t", "tmpfs", "-o", &format!("size={}", Self::SIZE), "none"])
     }
 
@@ -43,8 +43,13 @@ impl Mount {
         Self { directory }
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.directory.path().join("data")
+    }
+
+    pub fn remount(&self, option: &str) {
+        let path = self.directory.path().to_str().expect("a temporary path is text");
+        run("mount", &["-o", &format!("remount,{option}"), path]);
     }
 
     /// Takes this much of the space, until the file is removed.
@@ -56,7 +61,7 @@ impl Mount {
         path
     }
 
-    fn serve(&self) -> Server {
+    pub fn serve(&self) -> Server {
         let mut command = serve(&self.data());
         command.args(SMALL_SEGMENTS);
         // The directory that is removed with the server is another.

@@ -3,10 +3,12 @@
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
 //! `conditions`, `expiry`, `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a
 //! server trusts; `components`, `unruly` and `hostile` what a bad guest can do; `durability`, and under the clients of
-//! `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what can be done with a log at rest.
+//! `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what can be done with a log at rest,
+//! and `bad_log` what is done with one that is not right.
 
 mod access;
 mod admin;
+mod bad_log;
 mod book;
 mod certificates;
 mod client;

@@ -136,7 +136,9 @@ pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// The error of a call says on which file it failed; its kind, by which callers decide, stays.
+/// The error of a call says on which file it failed, and what helps where that is known; its kind, by which callers
+/// decide, stays.
 fn naming(call: &str, path: &Path, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{call} {}: {error}", path.display()))
+    let help = if error.kind() == io::ErrorKind::PermissionDenied { "; change its owner or mode" } else { "" };
+    io::Error::new(error.kind(), format!("{call} {}: {error}{help}", path.display()))
 }

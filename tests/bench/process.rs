@@ -1,0 +1,149 @@
+//! The servers that are measured: started, put under load, and gone in the end.
+//!
+//! Server CPU is user and system time of the server's process alone; the load generators run on the same machine and take
+//! their share of the throughput.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Linux counts the CPU time of processes in these, whatever the kernel was built with.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+pub struct Server {
+    pub name: &'static str,
+    process: Child,
+    address: SocketAddr,
+}
+
+/// What a server did under load.
+pub struct Load {
+    pub per_second: f64,
+    pub cpu_us: f64,
+}
+
+impl Server {
+    /// Starts a server that says `... http://ADDRESS` on its standard error once it serves.
+    pub fn start(name: &'static str, program: &Path, args: &[String]) -> Result<Self> {
+        let mut process = Command::new(program).args(args).stderr(Stdio::piped()).spawn()?;
+        let mut lines = BufReader::new(process.stderr.take().context("stderr is piped")?).lines();
+        let address = loop {
+            let line = lines.next().with_context(|| format!("{name} stopped at once"))??;
+            if let Some((_, rest)) = line.split_once("serving on http://") {
+                break rest.split_whitespace().next().context("no address")?.parse()?;
+            }
+        };
+        // Nobody reads on, and a full pipe would stop the server.
+        std::thread::spawn(move || lines.for_each(drop));
+        Ok(Self { name, process, address })
+    }
+
+    /// `kvs serve` on a data directory, with these flags beside.
+    pub fn kvs(name: &'static str, data: &Path, flags: &[&str]) -> Result<Self> {
+        let data = data.to_str().context("a path that is not text")?;
+        let args = ["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data", data];
+        let args: Vec<_> = args.iter().chain(flags).map(|arg| (*arg).to_owned()).collect();
+        Self::start(name, Path::new(env!("CARGO_BIN_EXE_kvs")), &args)
+    }
+
+    /// redis-server, which has every write on disk before it answers it, and does nothing else beside.
+    pub fn redis(data: &Path) -> Result<Self> {
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let port = address.port().to_string();
+        let mut redis = Command::new("redis-server");
+        redis.args(["--bind", "127.0.0.1", "--port", &port, "--dir"]).arg(data);
+        redis.args(["--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0"]);
+        redis.args(["--save", ""]).stdout(Stdio::null());
+        let process = redis.spawn().context("redis-server does not start; `just bench` installs it")?;
+        let began = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            ensure!(began.elapsed() < Duration::from_secs(10), "redis-server does not serve");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(Self { name: "redis, appendfsync always", process, address })
+    }
+
+    /// Requests from so many connections for a time. The script is one of those beside this file.
+    pub fn load(&self, script: &str, connections: u32, time: Duration) -> Result<Load> {
+        let script = format!("{}/tests/bench/{script}.lua", env!("CARGO_MANIFEST_DIR"));
+        let before = self.cpu_seconds()?;
+        let mut wrk = Command::new("wrk");
+        wrk.args(["--threads", "1", "--connections", &connections.to_string()]);
+        wrk.args(["--duration", &format!("{}s", time.as_secs()), "--script", &script]);
+        let output = wrk.arg(format!("http://{}", self.address)).output();
+        let output = output.context("wrk does not start; `just bench` installs it")?;
+        let cpu = self.cpu_seconds()? - before;
+        // The script ends with one line: requests, microseconds, failures.
+        let report = String::from_utf8(output.stdout)?;
+        let line = report.lines().find_map(|line| line.strip_prefix("result ")).with_context(|| report.clone())?;
+        let numbers = line.split(' ').map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+        let [requests, microseconds, failures] = numbers[..] else { bail!("wrk said {line:?}") };
+        ensure!(failures == 0.0 && requests > 0.0, "{}: {failures} of {requests} requests failed", self.name);
+        Ok(Load { per_second: requests / microseconds * 1e6, cpu_us: cpu / requests * 1e6 })
+    }
+
+    /// As `load` with PUTs, by redis's own tool, which knows a number of requests and no time.
+    pub fn redis_load(&self, connections: u32, requests: u32) -> Result<Load> {
+        let before = self.cpu_seconds()?;
+        let mut benchmark = Command::new("redis-benchmark");
+        benchmark.args(["-p", &self.address.port().to_string(), "-c", &connections.to_string()]);
+        benchmark.args(["-n", &requests.to_string(), "-d", "100", "-r", "10000", "-t", "set", "--csv"]);
+        let output = benchmark.output().context("redis-benchmark does not start; `just bench` installs it")?;
+        let cpu = self.cpu_seconds()? - before;
+        let report = String::from_utf8(output.stdout)?;
+        let line = report.lines().find_map(|line| line.strip_prefix("\"SET\",\"")).with_context(|| report.clone())?;
+        let per_second = line.split('"').next().unwrap_or_default().parse()?;
+        Ok(Load { per_second, cpu_us: cpu / f64::from(requests) * 1e6 })
+    }
+
+    pub fn id(&self) -> String {
+        self.process.id().to_string()
+    }
+
+    fn cpu_seconds(&self) -> Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
+        // The name, in parentheses, may hold spaces; user and system time are the 12th and 13th field after it.
+        let (_, fields) = stat.rsplit_once(") ").context("no such process")?;
+        let times = fields.split(' ').skip(11).take(2).map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+        Ok(times.iter().sum::<f64>() / TICKS_PER_SECOND)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A line of `/proc/PROCESS/status` that is a size.
+pub fn status_bytes(process: &str, line: &str) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let kilobytes = status.lines().find_map(|text| text.strip_prefix(line)).context("no such line")?;
+    Ok(kilobytes.trim().trim_end_matches(" kB").parse::<f64>()? * 1024.0)
+}
+
+/// The CPU time of the threads of a process whose names begin like this, in seconds.
+pub fn thread_seconds(process: &str, name: &str) -> Result<f64> {
+    let mut nanoseconds = 0.0;
+    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+        let thread = thread?.path();
+        if fs::read_to_string(thread.join("comm"))?.starts_with(name) {
+            let times = fs::read_to_string(thread.join("schedstat"))?;
+            nanoseconds += times.split(' ').next().unwrap_or_default().parse::<f64>()?;
+        }
+    }
+    Ok(nanoseconds / 1e9)
+}
+
+/// The middle one.
+pub fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<_> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,103 @@
+//! The way back: what it costs to read a log of so many entries alone, and to read it into the default guest.
+//!
+//! Both are the work of one thread, and what counts is its CPU time: the machine has other things to do.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, bail, ensure};
+use kvs::contract::{AppendError, Event, Put};
+use kvs::log::TransactionLog;
+use kvs::log::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Offline, Options};
+
+use crate::process::{Server, median, status_bytes, thread_seconds};
+
+/// The argument that makes the benchmark's binary read a log and nothing else.
+pub const SCAN: &str = "scan";
+
+const ROUNDS: usize = 3;
+/// With more entries a round is long enough to be the only one.
+const LONG: u64 = 1_000_000;
+const ENTRIES: [u64; 4] = [10_000, 100_000, 1_000_000, 10_000_000];
+
+/// One round: seconds of CPU, and bytes of memory.
+struct Round {
+    scan: (f64, f64),
+    guest: (f64, f64),
+}
+
+pub fn run(data: &Path) -> Result<()> {
+    println!("\nReplay: 100-byte values, every key once, {ROUNDS} rounds\n");
+    println!(
+        "| entries | log alone, entries/s of CPU | memory | into the default guest | memory | a byte of key and value |"
+    );
+    println!("|---:|---:|---:|---:|---:|---:|");
+    for entries in ENTRIES {
+        let data = data.join(entries.to_string());
+        let bytes = write(&data, entries)?;
+        let mut rounds = Vec::new();
+        for _ in 0..if entries > LONG { 1 } else { ROUNDS } {
+            rounds.push(Round { scan: scan_apart(&data, entries)?, guest: serve(&data)? });
+        }
+        fs::remove_dir_all(&data)?;
+        let median = |of: fn(&Round) -> f64| median(rounds.iter().map(of));
+        println!(
+            "| {entries} | {:.0} | {:.0} MB | {:.0} | {:.0} MB | {:.1} |",
+            entries as f64 / median(|round| round.scan.0),
+            median(|round| round.scan.1) / 1e6,
+            entries as f64 / median(|round| round.guest.0),
+            median(|round| round.guest.1) / 1e6,
+            median(|round| round.guest.1) / bytes,
+        );
+    }
+    Ok(())
+}
+
+/// Writes a log, and gives the bytes of its keys and values.
+fn write(data: &Path, entries: u64) -> Result<f64> {
+    let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
+    let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability: Durability::Os })?;
+    let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+    let mut bytes = 0;
+    for number in 0..entries {
+        // In no order, as keys come.
+        let key = format!("key-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        bytes += key.len() + 100;
+        let put = Event::Put(Put { key, value: vec![b'x'; 100], metadata: Vec::new(), expires: None });
+        while let Err(error) = log.append(time, std::slice::from_ref(&put)) {
+            ensure!(matches!(error, AppendError::Unavailable) && log.failure().is_none(), "cannot append: {error:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    log.close()?;
+    Ok(bytes as f64)
+}
+
+/// Reads the log in a process of its own, whose memory is nothing else.
+fn scan_apart(data: &Path, entries: u64) -> Result<(f64, f64)> {
+    let output = Command::new(std::env::current_exe()?).arg(SCAN).arg(data).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let numbers = text.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+    let [read, seconds, bytes] = numbers[..] else { bail!("the scan said {text:?}") };
+    ensure!(read == entries as f64, "{read} of {entries} entries are there");
+    Ok((seconds, bytes))
+}
+
+/// That process: says how many entries there were, how long it took, and the most memory it had.
+pub fn scan(data: &Path) -> Result<()> {
+    let mut entries = 0;
+    Offline::open(data)?.replay(&mut |batch| {
+        entries += batch.len();
+        Ok(())
+    })?;
+    println!("{entries} {} {}", thread_seconds("self", "")?, status_bytes("self", "VmHWM:")?);
+    Ok(())
+}
+
+/// Serves from the log. Until it serves, its threads named tokio do nothing but replay.
+fn serve(data: &Path) -> Result<(f64, f64)> {
+    let server = Server::kvs("kvs", data, &[])?;
+    Ok((thread_seconds(&server.id(), "tokio")?, status_bytes(&server.id(), "VmRSS:")?))
+}
