@@ -1,10 +1,10 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `conditions`, `expiry`, `client` and `operator` say what each kind of user gets, `tls` and its `certificates` whom a
-//! server trusts; `components`, `unruly` and `hostile` what a bad guest can do; `durability`, and under the clients of
-//! `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what can be done with a log at rest,
-//! and `bad_log` what is done with one that is not right.
+//! `conditions`, `expiry`, `lists`, `transactions`, `client` and `operator` say what each kind of user
+//! gets, `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do;
+//! `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what
+//! can be done with a log at rest, and `bad_log` what is done with one that is not right.
 
 mod access;
 mod admin;
@@ -21,6 +21,7 @@ mod faults;
 mod full_disk;
 mod hostile;
 mod limits;
+mod lists;
 mod load;
 mod log_command;
 mod operator;
@@ -30,6 +31,7 @@ mod server;
 mod signals;
 mod swap;
 mod tls;
+mod transactions;
 mod unruly;
 mod wire;
 mod zoo;

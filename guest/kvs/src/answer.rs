@@ -1,5 +1,7 @@
 //! The words of answers that are much the same everywhere: one line of text, and headers.
 
+use serde::Serialize;
+
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::kvs::store::http::{Header, Response};
@@ -15,6 +17,17 @@ pub fn line(status: u16, text: &str) -> Response {
         headers: vec![header(content_type::NAME, "text/plain; charset=utf-8"), nosniff()],
         body: format!("{text}\n").into_bytes(),
         depends_on: NO_STATE,
+    }
+}
+
+/// What is asked for, in JSON. Without a word on what it rests on, it rests on all there is.
+pub fn json(body: &impl Serialize) -> Response {
+    match serde_json::to_vec(body) {
+        Ok(body) => {
+            let headers = vec![header(content_type::NAME, "application/json"), nosniff()];
+            Response { status: 200, headers, body, depends_on: None }
+        }
+        Err(error) => line(500, &error.to_string()),
     }
 }
 

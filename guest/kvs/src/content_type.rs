@@ -37,15 +37,24 @@ pub fn sent(headers: Vec<Header>) -> Result<Option<String>, Unfit> {
     if values.next().is_some() {
         return Err(Unfit::Twice);
     }
-    let value = String::from_utf8(value).map_err(|_| Unfit::NotPrintable)?;
+    fit(String::from_utf8(value).map_err(|_| Unfit::NotPrintable)?)
+}
+
+/// The content type to keep, of one that was sent.
+pub fn fit(value: String) -> Result<Option<String>, Unfit> {
     check(&value)?;
     Ok(Some(value).filter(|value| says_something(value)))
 }
 
-/// The content type to answer with. Another guest may have kept one that no response can carry.
+/// The content type to answer with.
 pub fn kept(item: &Item) -> &str {
-    let kept = item.metadata().find(|(name, _)| *name == NAME).map(|(_, value)| value);
-    kept.filter(|value| !value.is_empty() && check(value).is_ok()).unwrap_or(DEFAULT)
+    of(item.metadata()).unwrap_or(DEFAULT)
+}
+
+/// The content type that was kept, if there is one that a response can carry: another guest may have kept any.
+pub fn of<'m>(mut metadata: impl Iterator<Item = (&'m str, &'m str)>) -> Option<&'m str> {
+    let kept = metadata.find(|(name, _)| *name == NAME).map(|(_, value)| value);
+    kept.filter(|value| !value.is_empty() && check(value).is_ok())
 }
 
 fn check(value: &str) -> Result<(), Unfit> {

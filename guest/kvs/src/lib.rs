@@ -9,13 +9,17 @@ pub mod conditions;
 pub mod content_type;
 pub mod item;
 pub mod key;
+mod list;
 mod order;
 mod percent;
+mod problem;
 pub mod query;
 mod range;
 pub mod rest;
 pub mod store;
 mod table;
+mod text;
+mod transaction;
 mod value;
 
 use std::cell::RefCell;
@@ -75,12 +79,16 @@ impl handler::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(_method: String, target: String) -> Placement {
-        rest::place(&target)
+    fn place(method: String, target: String) -> Placement {
+        rest::place(&method, &target)
     }
 
-    fn merge(_request: Request, responses: Vec<Response>) -> Response {
-        rest::merge(responses)
+    fn keys(body: Vec<u8>) -> Vec<String> {
+        transaction::places(&body)
+    }
+
+    fn merge(request: Request, responses: Vec<Response>) -> Response {
+        rest::merge(&request, responses)
     }
 }
 

@@ -18,7 +18,7 @@ pub struct Order {
 
 /// Where a number is, or would be.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+pub struct Place {
     chunk: usize,
     index: usize,
 }
@@ -62,19 +62,15 @@ impl Order {
         }
     }
 
-    /// The numbers from the first that `compare` does not say is less, in order.
-    pub fn from(&self, compare: impl FnMut(u32) -> Ordering) -> impl Iterator<Item = u32> {
-        let Place { chunk, index } = self.place(compare);
-        let (first, others) = self
-            .chunks
-            .get(chunk..)
-            .and_then(<[_]>::split_first)
-            .map_or((&[][..], &[][..]), |(first, others)| (&first[index..], others));
-        first.iter().chain(others.iter().flatten()).copied()
+    /// The numbers from a place on, in order.
+    pub fn walk(&self, from: Place) -> impl Iterator<Item = u32> {
+        let mut chunks = self.chunks.get(from.chunk..).unwrap_or_default().iter();
+        let first = chunks.next().and_then(|numbers| numbers.get(from.index..)).unwrap_or_default();
+        first.iter().chain(chunks.flatten()).copied()
     }
 
     /// The first place whose number is not less.
-    fn place(&self, mut compare: impl FnMut(u32) -> Ordering) -> Place {
+    pub fn place(&self, mut compare: impl FnMut(u32) -> Ordering) -> Place {
         // The last chunk that begins with less has it, unless all in it is less: then it is that chunk's end.
         let after = self.chunks.partition_point(|numbers| compare(numbers[0]) == Ordering::Less);
         let chunk = after.saturating_sub(1);
@@ -109,7 +105,7 @@ mod tests {
     use super::*;
 
     fn check(order: &Order, expected: &BTreeSet<u32>) {
-        assert!(order.from(|_| Ordering::Greater).eq(expected.iter().copied()));
+        assert!(order.walk(order.place(|_| Ordering::Greater)).eq(expected.iter().copied()));
         assert!(order.chunks.iter().all(|numbers| (1..=MOST).contains(&numbers.len())));
         // No two neighbours are few, but right after an insertion cut one in two.
         let few = (0..order.chunks.len()).filter(|first| order.few(*first)).count();
@@ -131,7 +127,7 @@ mod tests {
                     }
                 }
                 check(&order, &set);
-                prop_assert!(order.from(|other| other.cmp(&first)).eq(set.range(first..).copied()));
+                prop_assert!(order.walk(order.place(|other| other.cmp(&first))).eq(set.range(first..).copied()));
             }
         }
     }
@@ -148,12 +144,11 @@ mod tests {
             scattered(count).for_each(|number| order.insert(number, |other| other.cmp(&number)));
             for number in scattered(count).step_by(997) {
                 let mut compared = 0;
-                let found = order
-                    .from(|other| {
-                        compared += 1;
-                        other.cmp(&number)
-                    })
-                    .next();
+                let place = order.place(|other| {
+                    compared += 1;
+                    other.cmp(&number)
+                });
+                let found = order.walk(place).next();
                 assert_eq!(found, Some(number));
                 assert!(compared <= steps, "{compared} steps in {count}");
             }

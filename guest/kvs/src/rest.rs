@@ -1,9 +1,12 @@
 //! The REST interface, version 1: which path and method is what.
 //!
-//! Owns: paths, methods, and the request headers that are read. What is asked of one key is in `value`.
+//! Owns: paths, methods, and the request headers that are read. What is asked of one key is in `value`, of all in `list`,
+//! of several at once in `transaction`.
 //! Must never know: how items are kept, where sequences come from, or how bytes travel.
 
-use crate::answer::{header, line, with};
+use std::borrow::Cow;
+
+use crate::answer::{NO_STATE, header, line, nosniff, with};
 use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
 use crate::exports::kvs::store::sharding::Placement;
@@ -12,41 +15,94 @@ use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::range::{IF_RANGE, RANGE};
 use crate::store::Store;
-use crate::value;
+use crate::{list, problem, query, transaction, value};
 
 /// The request headers that are read.
-pub const HEADERS: [&str; 5] = [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE];
+pub const HEADERS: [&str; 6] = [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, problem::ACCEPT];
+
+/// The interface, for programs.
+const OPENAPI: &str = include_str!("../openapi.json");
+
+/// What a target is about.
+enum Resource<'t> {
+    Key(Cow<'t, str>),
+    AllKeys,
+    Description,
+}
 
 /// Answers a request. Changes the store only when `append` has taken the change.
 pub fn handle(
+    store: &mut Store,
+    request: Request,
+    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+) -> Response {
+    let wants_problems = problem::is_wanted(&request.headers);
+    let response = answer(store, request, append);
+    if wants_problems { problem::of(response) } else { response }
+}
+
+fn answer(
     store: &mut Store,
     mut request: Request,
     append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
 ) -> Response {
     let target = std::mem::take(&mut request.target);
     let (path, query) = split(&target);
-    let key = match key::in_path(path) {
-        Ok(key) => key,
+    let resource = match resource(path) {
+        Ok(resource) => resource,
         Err(no_key @ (NoKey::UnknownPath | NoKey::RawSlash)) => return line(404, &no_key.to_string()),
         Err(no_key) => return line(400, &no_key.to_string()),
     };
-    match request.method.as_str() {
-        "GET" | "HEAD" => value::get(store, &key, query, &request),
-        "PUT" => value::put(store, key, query, request, append),
-        "DELETE" => value::delete(store, key, query, &request, append),
-        _ => with(line(405, "a key has GET, HEAD, PUT and DELETE"), header("allow", "GET, HEAD, PUT, DELETE")),
+    match (request.method.as_str(), resource) {
+        ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request),
+        ("PUT", Resource::Key(key)) => value::put(store, key, query, request, append),
+        ("DELETE", Resource::Key(key)) => value::delete(store, key, query, &request, append),
+        (_, Resource::Key(_)) => not_allowed("a key has", "GET, HEAD, PUT, DELETE"),
+        ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time),
+        ("POST", Resource::AllKeys) => transaction::post(store, query, request, append),
+        (_, Resource::AllKeys) => not_allowed("the list of keys has", "GET, HEAD, POST"),
+        ("GET" | "HEAD", Resource::Description) => describe(query),
+        (_, Resource::Description) => not_allowed("this document has", "GET, HEAD"),
     }
 }
 
-/// Where the host finds the key of a target. What names no key is refused alike everywhere.
-pub fn place(target: &str) -> Placement {
-    let (path, _) = split(target);
-    key::in_path(path).map_or(Placement::Anywhere, |key| Placement::Key(key.into_owned()))
+fn resource(path: &str) -> Result<Resource<'_>, NoKey> {
+    match path {
+        "/v1" => Ok(Resource::AllKeys),
+        "/openapi.json" => Ok(Resource::Description),
+        path => key::in_path(path).map(Resource::Key),
+    }
 }
 
-/// One response of many. No target is placed `everywhere`, so there is never more than one to choose from.
-pub fn merge(responses: Vec<Response>) -> Response {
-    responses.into_iter().next().unwrap_or_else(|| line(500, "no instance answered"))
+fn not_allowed(what_has: &str, methods: &str) -> Response {
+    let (others, last) = methods.rsplit_once(", ").unwrap_or_default();
+    with(line(405, &format!("{what_has} {others} and {last}")), header("allow", methods))
+}
+
+fn describe(query: &str) -> Response {
+    if let Err(bad) = query::nothing(query) {
+        return line(400, &bad.to_string());
+    }
+    let headers = vec![header(content_type::NAME, "application/json"), nosniff()];
+    Response { status: 200, headers, body: OPENAPI.into(), depends_on: NO_STATE }
+}
+
+/// Where the host finds what a target is about. What is refused is refused alike everywhere.
+pub fn place(method: &str, target: &str) -> Placement {
+    let (path, _) = split(target);
+    match (method, resource(path)) {
+        (_, Ok(Resource::Key(key))) => Placement::Key(key::placed_by(&key).to_owned()),
+        ("GET" | "HEAD", Ok(Resource::AllKeys)) => Placement::Everywhere,
+        ("POST", Ok(Resource::AllKeys)) => Placement::InBody,
+        _ => Placement::Anywhere,
+    }
+}
+
+/// One response of those of all instances; none came when the keys of a transaction lie in several.
+pub fn merge(request: &Request, responses: Vec<Response>) -> Response {
+    let (_, query) = split(&request.target);
+    let response = if responses.is_empty() { transaction::scattered() } else { list::merge(query, responses) };
+    if problem::is_wanted(&request.headers) { problem::of(response) } else { response }
 }
 
 /// Path and query.
@@ -57,7 +113,6 @@ fn split(target: &str) -> (&str, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::answer::NO_STATE;
     use crate::kvs::store::transaction_log::Put;
 
     const NOW: u64 = 1_000;
@@ -100,8 +155,8 @@ mod tests {
         let long_name = format!("/v1/a?{}", "ä".repeat(65));
         let cut_name = format!("unknown query parameter `{}`\n", "ä".repeat(64));
         for (method, target, status, text) in [
-            ("GET", "/v1", 404, "unknown path; keys live at /v1/{key}, or at /v1/key/{key} when they hold a slash\n"),
-            ("GET", "/v1?a", 404, "unknown path; keys live at /v1/{key}, or at /v1/key/{key} when they hold a slash\n"),
+            ("GET", "/v2", 404, "unknown path; keys live at /v1/{key}, or at /v1/key/{key} when they hold a slash\n"),
+            ("GET", "/?a", 404, "unknown path; keys live at /v1/{key}, or at /v1/key/{key} when they hold a slash\n"),
             (
                 "POST",
                 "/v1/a/b",
@@ -135,12 +190,28 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_placed_by_its_key_alone() {
-        for target in ["/v1/%61", "/v1/key/a?x"] {
-            assert!(matches!(place(target), Placement::Key(key) if key == "a"), "{target}");
+    fn a_target_is_placed_by_what_it_is_about() {
+        for target in ["/v1/%61", "/v1/key/a?x", "/v1/b{a}"] {
+            assert!(matches!(place("GET", target), Placement::Key(key) if key == "a"), "{target}");
         }
-        for target in ["/", "/v1/", "/v1/a/b", "/v1/%00"] {
-            assert!(matches!(place(target), Placement::Anywhere), "{target}");
+        assert!(matches!(place("GET", "/v1?prefix=a"), Placement::Everywhere));
+        assert!(matches!(place("POST", "/v1"), Placement::InBody));
+        for target in ["/", "/v1/", "/v1/a/b", "/v1/%00", "/openapi.json"] {
+            assert!(matches!(place("GET", target), Placement::Anywhere), "{target}");
         }
+    }
+
+    #[test]
+    fn a_transaction_across_instances_is_422() {
+        assert_eq!(merge(&request("POST"), Vec::new()).status, 422);
+    }
+
+    #[test]
+    fn the_description_is_json_and_names_every_resource() {
+        let request = Request { target: "/openapi.json".to_owned(), ..request("GET") };
+        let response = handle(&mut Store::default(), request, unasked);
+        let description: serde_json::Value = serde_json::from_slice(&response.body).expect("JSON");
+        let paths: Vec<_> = description["paths"].as_object().expect("paths").keys().collect();
+        assert_eq!(paths, ["/openapi.json", "/v1", "/v1/key/{key}", "/v1/{key}"]);
     }
 }

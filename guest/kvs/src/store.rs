@@ -4,9 +4,7 @@
 //! Must never know: HTTP, or who wrote an entry. Keys and metadata are taken as they come, since any guest may have
 //! written them.
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::slice;
 
 use crate::item::Item;
@@ -47,16 +45,9 @@ impl Store {
     }
 
     /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
-    pub fn range(&self, from: Bound<&[u8]>) -> impl Iterator<Item = &Item> {
-        let slots = self.order.from(move |slot| {
-            let key = self.slots[slot as usize].key();
-            match from {
-                Bound::Included(from) => key.cmp(from),
-                Bound::Excluded(from) if key <= from => Ordering::Less,
-                Bound::Excluded(_) | Bound::Unbounded => Ordering::Greater,
-            }
-        });
-        slots.map(|slot| &self.slots[slot as usize])
+    pub fn range<'s>(&'s self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
+        let place = self.order.place(|slot| self.slots[slot as usize].key().cmp(from));
+        self.order.walk(place).map(|slot| &self.slots[slot as usize])
     }
 
     /// Takes in what an entry did, in the order of the log: on replay, and right after it was appended.
@@ -157,7 +148,7 @@ impl Store {
 /// Two stores are equal when they came from the same entries, however those were cut into batches.
 impl PartialEq for Store {
     fn eq(&self, other: &Self) -> bool {
-        self.range(Bound::Unbounded).eq(other.range(Bound::Unbounded))
+        self.range(b"").eq(other.range(b""))
             && self.expiries.keys().eq(other.expiries.keys())
             && (self.keys(), self.bytes, self.newest_delete) == (other.keys(), other.bytes, other.newest_delete)
     }

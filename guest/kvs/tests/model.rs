@@ -8,6 +8,7 @@ use kvs_guest::rest;
 use kvs_guest::store::Store;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 
 /// What can happen to a guest.
 #[derive(Clone, Debug)]
@@ -28,6 +29,11 @@ enum Step {
         key: String,
         condition: Option<Condition>,
     },
+    /// Several at once, of which each sees those before it.
+    Transaction {
+        operations: Vec<Operation>,
+    },
+    List,
     /// A put whose append fails, and a delete.
     Refused {
         key: String,
@@ -46,6 +52,27 @@ enum Step {
         milliseconds: u64,
     },
     Tick,
+}
+
+#[derive(Clone, Debug)]
+enum Operation {
+    /// Whether there is something.
+    Check(String, bool),
+    /// Whether it has the tag it had before, or another.
+    CheckTag(String, bool),
+    Put(String, String, Option<u64>),
+    Delete(String),
+    Get(String),
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        1 => (key(), any::<bool>()).prop_map(|(key, there)| Operation::Check(key, there)),
+        1 => (key(), prop::bool::weighted(0.8)).prop_map(|(key, same)| Operation::CheckTag(key, same)),
+        4 => (key(), ".{0,9}", prop::option::of(1..3_u64)).prop_map(|(key, value, ttl)| Operation::Put(key, value, ttl)),
+        2 => key().prop_map(Operation::Delete),
+        2 => key().prop_map(Operation::Get),
+    ]
 }
 
 /// What a request depends on.
@@ -104,6 +131,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(key, value, content_type, ttl, condition)| Step::Put { key, value, content_type, ttl, condition }),
         3 => (key(), condition()).prop_map(|(key, condition)| Step::Delete { key, condition }),
         4 => (key(), condition()).prop_map(|(key, condition)| Step::Get { key, condition }),
+        2 => prop::collection::vec(operation(), 0..6).prop_map(|operations| Step::Transaction { operations }),
+        1 => Just(Step::List),
         1 => key().prop_map(|key| Step::Refused { key }),
         3 => foreign_put().prop_map(|put| Step::Foreign { put }),
         1 => key().prop_map(|key| Step::ForeignDelete { key }),
@@ -175,6 +204,20 @@ impl Run {
                 }
             }
             Step::Get { key, condition } => self.get(&key, condition)?,
+            Step::Transaction { operations } => self.transact(operations)?,
+            Step::List => {
+                let response =
+                    self.ask(Request { target: "/v1?values=true".to_owned(), ..request("GET", "", self.now) });
+                let page: Value = serde_json::from_slice(&response.body).expect("JSON");
+                let listed = page["keys"].as_array().expect("a list").iter().map(|entry| {
+                    let size = entry["size"].as_u64().expect("a number");
+                    (entry["name"].as_str().expect("text").to_owned(), entry["etag"].clone(), size)
+                });
+                let there = self.model.iter().filter(|(key, _)| self.expected(key).is_some());
+                let expected =
+                    there.map(|(key, (sequence, put))| (key.clone(), json!(tag(*sequence)), put.value.len() as u64));
+                prop_assert_eq!(listed.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+            }
             Step::Refused { key } => {
                 for method in ["PUT", "DELETE"] {
                     let request = request(method, &key, self.now);
@@ -201,6 +244,83 @@ impl Run {
         let (keys, bytes) =
             (self.model.len() as u64, self.model.iter().map(|(key, (_, put))| key.len() + put.value.len()));
         prop_assert_eq!((self.store.keys(), self.store.bytes()), (keys, bytes.sum::<usize>() as u64));
+        Ok(())
+    }
+
+    /// Plays the operations on the model, one after the other, with the sequences they will get.
+    fn transact(&mut self, operations: Vec<Operation>) -> Result<(), TestCaseError> {
+        let (mut model, mut expected, mut fails) = (self.model.clone(), Vec::new(), None);
+        let (mut sent, mut next) = (Vec::new(), self.sequence + 1);
+        let first = next;
+        for (at, operation) in operations.into_iter().enumerate() {
+            let there = |model: &BTreeMap<String, (u64, Put)>, key: &str| {
+                let found = model.get(key).filter(|(_, put)| put.expires.is_none_or(|expires| expires > self.now));
+                found.map(|(sequence, put)| (*sequence, put.value.clone()))
+            };
+            let (op, key) = match operation {
+                Operation::Check(key, wanted) => {
+                    sent.push(json!({"op": "check", "key": key, "etag": wanted.then_some("*")}));
+                    if there(&model, &key).is_some() != wanted {
+                        fails.get_or_insert(at);
+                    }
+                    ("check", key)
+                }
+                Operation::CheckTag(key, same) => {
+                    let sequence = there(&self.model, &key).map_or(0, |(sequence, _)| sequence);
+                    let wanted = if same { sequence } else { sequence + 1 };
+                    sent.push(json!({"op": "check", "key": key, "etag": tag(wanted)}));
+                    // A tag that the transaction itself gives cannot be known when it is sent.
+                    if there(&model, &key).is_none_or(|(sequence, _)| sequence != wanted || sequence >= first) {
+                        fails.get_or_insert(at);
+                    }
+                    ("check", key)
+                }
+                Operation::Put(key, value, ttl) => {
+                    let mut put = json!({"op": "put", "key": key, "value": value});
+                    ttl.into_iter().for_each(|ttl| put["ttl"] = json!(ttl));
+                    sent.push(put);
+                    let expires = ttl.map(|ttl| self.now + 1_000 * ttl);
+                    let put = Put { key: key.clone(), value: value.into_bytes(), metadata: vec![], expires };
+                    model.insert(key.clone(), (next, put));
+                    next += 1;
+                    ("put", key)
+                }
+                Operation::Delete(key) => {
+                    sent.push(json!({"op": "delete", "key": key}));
+                    if there(&model, &key).is_some() {
+                        model.remove(&key);
+                        next += 1;
+                    }
+                    ("delete", key)
+                }
+                Operation::Get(key) => {
+                    sent.push(json!({"op": "get", "key": key}));
+                    ("get", key)
+                }
+            };
+            let tag = there(&model, &key).map(|(sequence, _)| tag(sequence));
+            let value = there(&model, &key).filter(|_| op == "get").map(|(_, value)| value);
+            expected.push((op, key, tag, value));
+        }
+        let body = Value::Array(sent).to_string().into_bytes();
+        let response = self.ask(Request { target: "/v1".to_owned(), body, ..request("POST", "", self.now) });
+        let text = String::from_utf8_lossy(&response.body).into_owned();
+        if let Some(at) = fails {
+            prop_assert_eq!(response.status, 409);
+            prop_assert!(text.starts_with(&format!("operation {at}: ")), "{}", text);
+            prop_assert_eq!(self.sequence + 1, first);
+            return Ok(());
+        }
+        prop_assert_eq!((response.status, self.sequence + 1), (200, next), "{}", text);
+        self.model = model;
+        let given: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+        prop_assert_eq!(given.len(), expected.len());
+        for (given, (op, key, tag, value)) in given.iter().zip(expected) {
+            prop_assert_eq!((&given["op"], &given["key"], &given["etag"]), (&json!(op), &json!(key), &json!(tag)));
+            let text = value.as_ref().and_then(|value| str::from_utf8(value).ok());
+            prop_assert_eq!(given.get("value").and_then(Value::as_str), text);
+            prop_assert_eq!(given.get("value_base64").is_some(), value.is_some() && text.is_none());
+        }
         Ok(())
     }
 
@@ -242,6 +362,10 @@ impl Run {
     }
 }
 
+fn tag(sequence: u64) -> String {
+    format!("\"{sequence}\"")
+}
+
 fn request(method: &str, key: &str, time: u64) -> Request {
     Request {
         method: method.to_owned(),
@@ -268,6 +392,12 @@ fn replayed<'e>(entries: impl Iterator<Item = &'e (u64, Event)>) -> Store {
     store
 }
 
+/// JSON, more or less.
+fn body() -> impl Strategy<Value = Vec<u8>> {
+    let json = r#"\[(\{("(op|key|value|value_base64|content_type|etag|ttl)":("(put|get|check|delete|a|b|\*)"|null|[0-9]{1,20}|\[)(,|\}))*,?){0,4}\]?"#;
+    prop_oneof![any::<Vec<u8>>(), json.prop_map(String::into_bytes)]
+}
+
 fn header_value() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![any::<Vec<u8>>(), r#"(\*|W/|"[0-9]*"|[, ]|bytes=|[0-9]+|-){0,9}"#.prop_map(String::into_bytes)]
 }
@@ -284,10 +414,10 @@ proptest! {
 
     #[test]
     fn any_request_gets_an_answer(
-        method in "GET|HEAD|PUT|DELETE|.*",
-        target in r"(/v1/)?(key/)?.{0,9}[%?/&=.]*(ttl=[0-9]{0,30}&?)*.*",
+        method in "GET|HEAD|PUT|DELETE|POST|.*",
+        target in r"(/v1|/openapi.json)?(\?(prefix|limit|cursor|values|delimiter)=[a-z0-9%/]*(&|$))*|(/v1/)?(key/)?.{0,9}[%?/&=.]*(ttl=[0-9]{0,30}&?)*.*",
         headers in prop::collection::vec((prop::sample::select(rest::HEADERS.map(str::to_owned).to_vec()), header_value()), 0..4),
-        body: Vec<u8>,
+        body in body(),
     ) {
         let header = |(name, value)| Header { name, value };
         let headers = headers.into_iter().map(header).collect();

@@ -122,6 +122,10 @@ impl sharding::Guest for Component {
         Placement::Anywhere
     }
 
+    fn keys(_body: Vec<u8>) -> Vec<String> {
+        Vec::new()
+    }
+
     fn merge(_request: Request, mut responses: Vec<Response>) -> Response {
         responses.remove(0)
     }

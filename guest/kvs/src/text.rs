@@ -1,0 +1,46 @@
+//! Values in JSON: `value` when it is text, `value_base64` when it is not.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
+/// The two fields, of which one is set.
+pub fn fields(value: &[u8]) -> (Option<String>, Option<String>) {
+    match str::from_utf8(value) {
+        Ok(text) => (Some(text.to_owned()), None),
+        Err(_) => (None, Some(STANDARD.encode(value))),
+    }
+}
+
+/// The value of the two fields, of which one is to be set, or what is wrong with them.
+pub fn value(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, &'static str> {
+    match (text, base64) {
+        (Some(text), None) => Ok(text.into_bytes()),
+        (None, Some(base64)) => STANDARD.decode(base64).map_err(|_| "`value_base64` is not base64"),
+        (None, None) => Err("`value` or `value_base64` is missing"),
+        (Some(_), Some(_)) => Err("`value` and `value_base64` are both there"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_value_comes_back() {
+        for bytes in [&b""[..], b"text", "ä".as_bytes(), b"\xff\x00"] {
+            let (text, base64) = fields(bytes);
+            assert_eq!(value(text, base64).as_deref(), Ok(bytes));
+        }
+        assert_eq!(fields(b"\xff"), (None, Some("/w==".to_owned())));
+    }
+
+    #[test]
+    fn one_of_the_two_is_wanted() {
+        let some = || Some("AA==".to_owned());
+        assert_eq!(value(None, None), Err("`value` or `value_base64` is missing"));
+        assert_eq!(value(some(), some()), Err("`value` and `value_base64` are both there"));
+        for base64 in ["AA", "AA=", "A===", "-_==", "AA==\n", "AB=="] {
+            assert_eq!(value(None, Some(base64.to_owned())), Err("`value_base64` is not base64"), "{base64}");
+        }
+    }
+}

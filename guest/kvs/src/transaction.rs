@@ -1,0 +1,570 @@
+//! `POST /v1`: several operations, all or nothing.
+//!
+//! Owns: what a transaction may say, in which order it happens, and what each operation gives. They happen one after the
+//! other: each sees what those before it did. Nothing is appended when one of them cannot be done.
+//! Must never know: how items are kept, or how many instances there are.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::answer::{json, line, not_stored};
+use crate::conditions::tag_of;
+use crate::content_type;
+use crate::item::Item;
+use crate::key;
+use crate::kvs::store::http::{Request, Response};
+use crate::kvs::store::transaction_log::{AppendError, Event, Put};
+use crate::query;
+use crate::store::Store;
+use crate::text;
+use crate::value::MAX_TTL;
+
+const MAX_OPERATIONS: usize = 1_000;
+const MAX_BYTES: usize = 1 << 20;
+/// Characters of a parser's message that are worth repeating.
+const ECHOED_CHARACTERS: usize = 300;
+/// Bytes of all values that are got, at most.
+const MAX_GOT_BYTES: usize = 1 << 20;
+
+/// An operation as it is sent.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sent {
+    op: Op,
+    key: String,
+    value: Option<String>,
+    value_base64: Option<String>,
+    content_type: Option<String>,
+    ttl: Option<u64>,
+    /// `null` says something, and is not the same as nothing.
+    #[serde(default, deserialize_with = "said")]
+    etag: Option<Option<String>>,
+}
+
+#[derive(Clone, Copy, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Op {
+    Check,
+    Put,
+    Delete,
+    Get,
+}
+
+/// What is to be done.
+enum Operation {
+    Check(Expected),
+    Put(Put),
+    Delete,
+    Get,
+}
+
+/// What a check wants to find.
+enum Expected {
+    Nothing,
+    Something,
+    Tag(String),
+}
+
+/// What an operation gives: the key as it is after it.
+#[derive(Serialize)]
+struct Given<'o> {
+    op: Op,
+    key: &'o str,
+    /// Null when there is no such key.
+    etag: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value_base64: Option<String>,
+    /// The event whose sequence is to be the tag.
+    #[serde(skip)]
+    event: Option<usize>,
+}
+
+/// Why a transaction is refused: the status, and one line.
+type Refused = (u16, String);
+
+pub fn post(
+    store: &mut Store,
+    query: &str,
+    request: Request,
+    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+) -> Response {
+    if let Err(bad) = query::nothing(query) {
+        return line(400, &bad.to_string());
+    }
+    let operations = match operations(&request.body, request.time) {
+        Ok(operations) => operations,
+        Err((status, reason)) => return line(status, &reason),
+    };
+    let (mut given, events) = match play(store, &operations, request.time) {
+        Ok(played) => played,
+        // What it saw may not be durable yet.
+        Err((status, reason)) => return Response { depends_on: None, ..line(status, &reason) },
+    };
+    if !events.is_empty() {
+        let first = match append(&events) {
+            Ok(first) => first,
+            Err(error) => return not_stored(error),
+        };
+        for (sequence, event) in (first..).zip(&events) {
+            store.apply(sequence, event);
+        }
+        for given in &mut given {
+            given.etag = given.event.map(|event| tag_of(first + event as u64)).or(given.etag.take());
+        }
+    }
+    json(&given)
+}
+
+/// What the keys of a transaction are placed by; nothing when it is malformed.
+pub fn places(body: &[u8]) -> Vec<String> {
+    let operations = operations(body, 0).unwrap_or_default();
+    operations.iter().map(|(key, _)| key::placed_by(key).to_owned()).collect()
+}
+
+/// The answer to a transaction whose keys lie in different instances.
+pub fn scattered() -> Response {
+    line(
+        422,
+        "the keys lie in different shards; those that share a {tag}, like {cart7}:items and {cart7}:total, share a shard",
+    )
+}
+
+fn operations(body: &[u8], now: u64) -> Result<Vec<(String, Operation)>, Refused> {
+    if body.len() > MAX_BYTES {
+        let length = body.len();
+        return Err((413, format!("the transaction is {length} bytes, at most {MAX_BYTES} are allowed")));
+    }
+    let Transaction(sents) = serde_json::from_slice(body).map_err(|error| (400, printable(&error)))?;
+    let operation =
+        |(at, sent): (usize, Sent)| operation(sent, now).map_err(|reason| (400, format!("operation {at}: {reason}")));
+    sents.into_iter().enumerate().map(operation).collect()
+}
+
+/// Checks what JSON cannot say.
+fn operation(sent: Sent, now: u64) -> Result<(String, Operation), String> {
+    let Sent { op, key, value, value_base64, content_type, ttl, etag } = sent;
+    key::check(&key).map_err(|no_key| no_key.to_string())?;
+    let given = [
+        ("value", value.is_some(), op == Op::Put),
+        ("value_base64", value_base64.is_some(), op == Op::Put),
+        ("content_type", content_type.is_some(), op == Op::Put),
+        ("ttl", ttl.is_some(), op == Op::Put),
+        ("etag", etag.is_some(), op == Op::Check),
+    ];
+    if let Some((name, ..)) = given.into_iter().find(|(_, is_there, belongs)| *is_there && !belongs) {
+        return Err(format!("`{name}` does not belong to it"));
+    }
+    let operation = match op {
+        Op::Check => Operation::Check(match etag.ok_or("`etag` is missing")? {
+            None => Expected::Nothing,
+            Some(any) if any == "*" => Expected::Something,
+            Some(tag) if is_tag(&tag) => Expected::Tag(tag),
+            Some(_) => return Err(r#"`etag` must be null, "*", or an entity tag like "\"5\"""#.to_owned()),
+        }),
+        Op::Put => {
+            let value = text::value(value, value_base64)?;
+            let content_type = content_type.map(content_type::fit).transpose().map_err(|unfit| unfit.to_string())?;
+            let metadata = content_type.flatten().map(|value| (content_type::NAME.to_owned(), value));
+            if ttl.is_some_and(|ttl| !(1..=MAX_TTL).contains(&ttl)) {
+                return Err(format!("`ttl` must be a whole number from 1 to {MAX_TTL}"));
+            }
+            let expires = ttl.map(|ttl| now.saturating_add(ttl * 1_000));
+            Operation::Put(Put { key: key.clone(), value, metadata: metadata.into_iter().collect(), expires })
+        }
+        Op::Delete => Operation::Delete,
+        Op::Get => Operation::Get,
+    };
+    Ok((key, operation))
+}
+
+fn is_tag(text: &str) -> bool {
+    let opaque = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    opaque.is_some_and(|opaque| !opaque.contains('"'))
+}
+
+/// Does the operations one after the other, without changing the store. Gives what they give, and the events that make it
+/// so.
+fn play<'o>(
+    store: &Store,
+    operations: &'o [(String, Operation)],
+    now: u64,
+) -> Result<(Vec<Given<'o>>, Vec<Event>), Refused> {
+    let (mut given, mut events) = (Vec::with_capacity(operations.len()), Vec::new());
+    // The newest event of each key that has one.
+    let mut changed: HashMap<&str, usize> = HashMap::new();
+    let mut got = 0;
+    for (at, (key, operation)) in operations.iter().enumerate() {
+        let event = changed.get(key.as_str()).copied();
+        let there = match event.map(|event| (event, &events[event])) {
+            Some((event, Event::Put(put))) => There::Put(event, put),
+            Some((_, Event::Delete(_))) => There::Nothing,
+            None => store.get(key, now).map_or(There::Nothing, There::Item),
+        };
+        match operation {
+            Operation::Check(expected) => {
+                if !there.is(expected) {
+                    return Err((409, format!("operation {at}: the check of `{key}` failed: {}", there.found())));
+                }
+                given.push(Given::of(Op::Check, key, &there));
+            }
+            Operation::Get => {
+                let mut result = Given::of(Op::Get, key, &there);
+                if let Some((value, content_type)) = there.content() {
+                    got += value.len();
+                    if got > MAX_GOT_BYTES {
+                        return Err((
+                            413,
+                            format!("operation {at}: the values to get are together more than {MAX_GOT_BYTES} bytes"),
+                        ));
+                    }
+                    (result.value, result.value_base64) = text::fields(value);
+                    result.content_type = content_type.map(str::to_owned);
+                }
+                given.push(result);
+            }
+            Operation::Put(put) => {
+                changed.insert(key, events.len());
+                given.push(Given::of(Op::Put, key, &There::Put(events.len(), put)));
+                events.push(Event::Put(put.clone()));
+            }
+            Operation::Delete => {
+                given.push(Given::of(Op::Delete, key, &There::Nothing));
+                if !matches!(there, There::Nothing) {
+                    changed.insert(key, events.len());
+                    events.push(Event::Delete(key.clone()));
+                }
+            }
+        }
+    }
+    Ok((given, events))
+}
+
+/// What is at a key when its turn has come.
+enum There<'s> {
+    Nothing,
+    Item(&'s Item),
+    /// Put by an operation before, with the event of this number.
+    Put(usize, &'s Put),
+}
+
+impl There<'_> {
+    fn is(&self, expected: &Expected) -> bool {
+        match (expected, self) {
+            (Expected::Nothing, there) => matches!(there, Self::Nothing),
+            (Expected::Something, there) => !matches!(there, Self::Nothing),
+            (Expected::Tag(tag), Self::Item(item)) => *tag == tag_of(item.sequence()),
+            // What this transaction puts has a tag that nobody can know yet.
+            (Expected::Tag(_), _) => false,
+        }
+    }
+
+    /// What a failed check tells.
+    fn found(&self) -> String {
+        match self {
+            Self::Nothing => "there is no such key".to_owned(),
+            Self::Item(item) => format!("the key has the etag {}", tag_of(item.sequence())),
+            Self::Put(..) => "the key was put by an operation before".to_owned(),
+        }
+    }
+
+    fn content(&self) -> Option<(&[u8], Option<&str>)> {
+        match self {
+            Self::Nothing => None,
+            Self::Item(item) => Some((item.value(), content_type::of(item.metadata()))),
+            Self::Put(_, put) => {
+                let metadata = put.metadata.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+                Some((&put.value, content_type::of(metadata)))
+            }
+        }
+    }
+}
+
+impl<'o> Given<'o> {
+    fn of(op: Op, key: &'o str, there: &There<'_>) -> Self {
+        let (etag, expires, event) = match there {
+            There::Nothing => (None, None, None),
+            There::Item(item) => (Some(tag_of(item.sequence())), item.expires(), None),
+            There::Put(event, put) => (None, put.expires, Some(*event)),
+        };
+        Self { op, key, etag, expires, content_type: None, value: None, value_base64: None, event }
+    }
+}
+
+fn said<'de, D: Deserializer<'de>>(etag: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(etag).map(Some)
+}
+
+/// All operations of a transaction, in order. An error names the one it is in.
+#[derive(Default)]
+struct Transaction(Vec<Sent>);
+
+impl<'de> Deserialize<'de> for Transaction {
+    fn deserialize<D: Deserializer<'de>>(body: D) -> Result<Self, D::Error> {
+        body.deserialize_seq(Self::default())
+    }
+}
+
+impl<'de> Visitor<'de> for Transaction {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of operations")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Self, A::Error> {
+        loop {
+            let at = self.0.len();
+            match list.next_element() {
+                Ok(None) => return Ok(self),
+                Ok(Some(_)) if at == MAX_OPERATIONS => {
+                    return Err(A::Error::custom(format!("at most {MAX_OPERATIONS} operations are allowed")));
+                }
+                Ok(Some(Object(sent))) => self.0.push(sent),
+                Err(error) => return Err(A::Error::custom(format!("operation {at}: {error}"))),
+            }
+        }
+    }
+}
+
+/// An operation that is an object. Without this, a list of all values of its fields would do too.
+struct Object(Sent);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(operation: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Object;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an operation")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Object, A::Error> {
+                Sent::deserialize(MapAccessDeserializer::new(fields)).map(Object)
+            }
+        }
+        operation.deserialize_map(Fields)
+    }
+}
+
+/// What a parser says, which repeats what was sent, as a line.
+fn printable(error: &serde_json::Error) -> String {
+    error.to_string().chars().filter(|character| !character.is_control()).take(ECHOED_CHARACTERS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_000;
+
+    /// `a` and `b`, put at sequences 1 and 2; `old`, expired; `bytes`, which is not text.
+    fn store() -> Store {
+        let mut store = Store::default();
+        let puts =
+            [("a", &b"1"[..], None), ("b", b"2", Some(9_000)), ("old", b"3", Some(NOW)), ("bytes", b"\xff", None)];
+        for (sequence, (key, value, expires)) in (1..).zip(puts) {
+            let metadata = vec![("content-type".to_owned(), "text/plain".to_owned())];
+            store.apply(sequence, &Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires }));
+        }
+        store
+    }
+
+    fn request(body: &str) -> Request {
+        let (method, target) = ("POST".to_owned(), String::new());
+        Request { method, target, headers: vec![], body: body.into(), principal: None, time: NOW }
+    }
+
+    fn text(response: &Response) -> &str {
+        str::from_utf8(&response.body).expect("text")
+    }
+
+    /// Posts what must change nothing.
+    fn refused(body: &str) -> (u16, String) {
+        let mut store = store();
+        let response = post(&mut store, "", request(body), |_| panic!("appended"));
+        assert_eq!(store, self::store());
+        (response.status, text(&response).to_owned())
+    }
+
+    #[test]
+    fn operations_happen_in_order_and_each_sees_those_before_it() {
+        let mut store = store();
+        let body = r#"[
+            {"op": "check", "key": "a", "etag": "\"1\""}, {"op": "check", "key": "b", "etag": "*"},
+            {"op": "check", "key": "new", "etag": null}, {"op": "check", "key": "old", "etag": null},
+            {"op": "get", "key": "a"}, {"op": "put", "key": "a", "value": "new", "ttl": 5, "content_type": "a/b"},
+            {"op": "get", "key": "a"}, {"op": "delete", "key": "b"}, {"op": "get", "key": "b"},
+            {"op": "check", "key": "b", "etag": null}, {"op": "delete", "key": "b"}, {"op": "delete", "key": "old"},
+            {"op": "put", "key": "b", "value_base64": "/w=="}, {"op": "check", "key": "b", "etag": "*"},
+            {"op": "get", "key": "bytes"}, {"op": "put", "key": "a", "value": ""}
+        ]"#;
+        let put = |key: &str, value: &[u8], content_type: &[&str], expires| {
+            let metadata = content_type.iter().map(|value| ("content-type".to_owned(), value.to_string())).collect();
+            Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires })
+        };
+        let expected = [
+            put("a", b"new", &["a/b"], Some(NOW + 5_000)),
+            Event::Delete("b".to_owned()),
+            put("b", b"\xff", &[], None),
+            put("a", b"", &[], None),
+        ];
+        let response = post(&mut store, "", request(body), |events| {
+            assert_eq!(events, expected);
+            Ok(10)
+        });
+        let given = r#"[
+            {"op":"check","key":"a","etag":"\"1\""}, {"op":"check","key":"b","etag":"\"2\"","expires":9000},
+            {"op":"check","key":"new","etag":null}, {"op":"check","key":"old","etag":null},
+            {"op":"get","key":"a","etag":"\"1\"","content_type":"text/plain","value":"1"},
+            {"op":"put","key":"a","etag":"\"10\"","expires":6000},
+            {"op":"get","key":"a","etag":"\"10\"","expires":6000,"content_type":"a/b","value":"new"},
+            {"op":"delete","key":"b","etag":null}, {"op":"get","key":"b","etag":null},
+            {"op":"check","key":"b","etag":null}, {"op":"delete","key":"b","etag":null},
+            {"op":"delete","key":"old","etag":null}, {"op":"put","key":"b","etag":"\"12\""},
+            {"op":"check","key":"b","etag":"\"12\""},
+            {"op":"get","key":"bytes","etag":"\"4\"","content_type":"text/plain","value_base64":"/w=="},
+            {"op":"put","key":"a","etag":"\"13\""}
+        ]"#;
+        assert_eq!((response.status, response.depends_on), (200, None), "{}", text(&response));
+        let read = |text| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+        assert_eq!(read(text(&response)), read(given));
+        let mut replayed = self::store();
+        (10..).zip(&expected).for_each(|(sequence, event)| replayed.apply(sequence, event));
+        assert_eq!(store, replayed);
+    }
+
+    #[test]
+    fn the_first_check_that_fails_undoes_all() {
+        for (check, told) in [
+            (r#""key": "a", "etag": "\"2\"""#, "operation 1: the check of `a` failed: the key has the etag \"1\"\n"),
+            (r#""key": "a", "etag": null"#, "operation 1: the check of `a` failed: the key has the etag \"1\"\n"),
+            (r#""key": "old", "etag": "*""#, "operation 1: the check of `old` failed: there is no such key\n"),
+            (
+                r#""key": "new", "etag": "\"9\"""#,
+                "operation 1: the check of `new` failed: the key was put by an operation before\n",
+            ),
+        ] {
+            let body = format!(
+                r#"[{{"op": "put", "key": "new", "value": ""}}, {{"op": "check", {check}}}, {{"op": "check", "key": "a", "etag": "\"7\""}}]"#
+            );
+            assert_eq!(refused(&body), (409, told.to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_is_malformed_is_refused_with_its_place() {
+        let deep = "[".repeat(100_000);
+        let deep_value = format!(r#"[{{"op": {deep}"#);
+        let (many, long) = (format!("[{}]", vec![r#"{"op":"get","key":"a"}"#; 1_001].join(",")), "k".repeat(1_025));
+        let long = format!(r#"[{{"op": "get", "key": "{long}"}}]"#);
+        let get = |more: &str| format!(r#"[{{"op":"get","key":"a"}},{{"op":"get","key":"a"{more}}}]"#);
+        let put = |more: &str| format!(r#"[{{"op":"put","key":"a"{more}}}]"#);
+        let check = |more: &str| format!(r#"[{{"op":"check","key":"a"{more}}}]"#);
+        for (body, told) in [
+            ("", "EOF while parsing a value at line 1 column 0"),
+            ("{}", "invalid type: map, expected a list of operations at line 1 column 0"),
+            ("[1]", "operation 0: invalid type: integer `1`, expected an operation at line 1 column 2"),
+            ("[] x", "trailing characters at line 1 column 4"),
+            ("[", "operation 0: EOF while parsing a list at line 1 column 1"),
+            (&deep, "operation 0: invalid type: sequence, expected"),
+            (&deep_value, "operation 0: "),
+            (r#"[["get", "a", null, null, null, null]]"#, "operation 0: invalid type: sequence, expected an operation"),
+            (&many, "at most 1000 operations are allowed"),
+            (r#"[{"op":"get"}]"#, "operation 0: missing field `key`"),
+            (r#"[{"key":"a"}]"#, "operation 0: missing field `op`"),
+            (
+                r#"[{"op":"GET","key":"a"}]"#,
+                "operation 0: unknown variant `GET`, expected one of `check`, `put`, `delete`, `get` at line 1 column 12",
+            ),
+            (r#"[{"op":"get","key":""}]"#, "operation 0: key is empty"),
+            (r#"[{"op":"get","key":"a\u0000"}]"#, "operation 0: key holds the control character U+0000"),
+            (r#"[{"op":"get","key":"\ud800"}]"#, "operation 0: "),
+            (&long, "operation 0: key is 1025 bytes long, at most 1024 are allowed"),
+            (&get(r#","key":"b""#), "operation 1: duplicate field `key` at line 1 column 51"),
+            (&get(r#","wert":"b""#), "operation 1: unknown field `wert`, expected one of"),
+            (&get(r#","we\nrt":"b""#), "operation 1: unknown field `wert`, expected one of"),
+            (&get(r#","value":"b""#), "operation 1: `value` does not belong to it"),
+            (&get(r#","value_base64":"b""#), "operation 1: `value_base64` does not belong to it"),
+            (&get(r#","content_type":"b""#), "operation 1: `content_type` does not belong to it"),
+            (&get(r#","ttl":1"#), "operation 1: `ttl` does not belong to it"),
+            (&get(r#","etag":null"#), "operation 1: `etag` does not belong to it"),
+            (&put(r#","value":"","etag":"*""#), "operation 0: `etag` does not belong to it"),
+            (&put(""), "operation 0: `value` or `value_base64` is missing"),
+            (&put(r#","value":1"#), "operation 0: invalid type: integer `1`, expected a string at line 1 column 32"),
+            (&put(r#","value":"","value_base64":"""#), "operation 0: `value` and `value_base64` are both there"),
+            (&put(r#","value_base64":"?""#), "operation 0: `value_base64` is not base64"),
+            (&put(r#","value":"","ttl":0"#), "operation 0: `ttl` must be a whole number from 1 to 3153600000"),
+            (&put(r#","value":"","ttl":-1"#), "operation 0: invalid value: integer `-1`, expected u64"),
+            (&put(r#","value":"","ttl":1.5"#), "operation 0: invalid type: floating point `1.5`, expected u64"),
+            (&put(r#","value":"","content_type":"a\n""#), "operation 0: content-type holds a character that is not"),
+            (&check(""), "operation 0: `etag` is missing"),
+            (&check(r#","etag":5"#), "operation 0: invalid type: integer `5`, expected a string"),
+            (&check(r#","etag":"5""#), r#"operation 0: `etag` must be null, "*", or an entity tag like "\"5\"""#),
+        ] {
+            let (status, line) = refused(body);
+            assert_eq!(status, 400, "{line}");
+            assert!(line.starts_with(told), "{line} instead of {told}");
+            assert_eq!(line.find('\n'), Some(line.len() - 1), "{line} is not one line");
+        }
+        let unknown = format!(r#"[{{"{}": 1}}]"#, "x".repeat(1 << 16));
+        assert!(refused(&unknown).1.len() < 1_000);
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused() {
+        let large = format!(r#"[{{"op":"put","key":"a","value":"{}"}}]"#, "x".repeat(1 << 20));
+        assert_eq!(refused(&large).0, 413);
+        let mut store = store();
+        let put = Put { key: "large".to_owned(), value: vec![b'x'; (1 << 20) - 1], metadata: vec![], expires: None };
+        store.apply(9, &Event::Put(put));
+        for (body, status) in [
+            (r#"[{"op":"get","key":"large"},{"op":"get","key":"a"}]"#, 200),
+            (r#"[{"op":"get","key":"large"},{"op":"get","key":"a"},{"op":"get","key":"a"}]"#, 413),
+        ] {
+            let response = post(&mut store, "", request(body), |_| panic!("appended"));
+            assert_eq!(response.status, status, "{}", text(&response));
+        }
+    }
+
+    #[test]
+    fn what_was_not_appended_did_not_happen() {
+        for (error, status) in [
+            (AppendError::Full, 507),
+            (AppendError::Unavailable, 503),
+            (AppendError::ReadOnly, 403),
+            (AppendError::TooLarge(1), 413),
+        ] {
+            let mut store = store();
+            let response = post(&mut store, "", request(r#"[{"op":"put","key":"a","value":""}]"#), |_| Err(error));
+            assert_eq!((response.status, &store), (status, &self::store()));
+        }
+    }
+
+    #[test]
+    fn nothing_is_a_transaction_too() {
+        assert_eq!(refused("[]"), (200, "[]".to_owned()));
+        assert_eq!(
+            refused(r#"[{"op":"delete","key":"old"}]"#),
+            (200, r#"[{"op":"delete","key":"old","etag":null}]"#.to_owned())
+        );
+    }
+
+    #[test]
+    fn it_is_placed_by_its_keys() {
+        let body = br#"[{"op":"get","key":"{cart7}:items"},{"op":"delete","key":"x"}]"#;
+        assert_eq!(places(body), ["cart7", "x"]);
+        assert_eq!(places(b"nonsense"), [""; 0]);
+        assert_eq!(scattered().status, 422);
+    }
+}
