@@ -36,8 +36,8 @@ certs: (_tool "openssl")
 
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace")
-    cargo test --release {{ FILTER }}
+test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") _schemathesis
+    PATH="$PWD/target/schemathesis/bin:$PATH" cargo test --release {{ FILTER }}
 
 # Measure requests beside a plain hyper map, in one run
 [group('develop')]
@@ -67,6 +67,12 @@ lint: _target
 # The target that guests are compiled for
 _target:
     @rustup target list --installed | grep -qx wasm32-wasip2 || { echo "adding the target wasm32-wasip2"; rustup target add wasm32-wasip2; }
+
+# What makes requests out of a description of an interface
+_schemathesis: (_tool "python3")
+    @command -v schemathesis >/dev/null || [ -x target/schemathesis/bin/schemathesis ] || { \
+        echo "installing schemathesis in target/schemathesis"; python3 -m venv target/schemathesis; \
+        target/schemathesis/bin/pip install --quiet schemathesis==4.32.5; }
 
 # A tool from the system's packages
 _tool NAME:

@@ -1,7 +1,7 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `conditions`, `expiry`, `lists`, `transactions`, `client` and `operator` say what each kind of user
+//! `conditions`, `expiry`, `lists`, `transactions`, `openapi`, `client` and `operator` say what each kind of user
 //! gets, `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do;
 //! `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that nothing is lost; `log_command` what
 //! can be done with a log at rest, and `bad_log` what is done with one that is not right.
@@ -24,6 +24,7 @@ mod limits;
 mod lists;
 mod load;
 mod log_command;
+mod openapi;
 mod operator;
 mod raw;
 mod rest;

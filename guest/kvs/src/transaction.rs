@@ -36,11 +36,15 @@ const MAX_GOT_BYTES: usize = 1 << 20;
 struct Sent {
     op: Op,
     key: String,
+    #[serde(default, deserialize_with = "said")]
     value: Option<String>,
+    #[serde(default, deserialize_with = "said")]
     value_base64: Option<String>,
+    #[serde(default, deserialize_with = "said")]
     content_type: Option<String>,
+    #[serde(default, deserialize_with = "said")]
     ttl: Option<u64>,
-    /// `null` says something, and is not the same as nothing.
+    /// `null` is no such key.
     #[serde(default, deserialize_with = "said")]
     etag: Option<Option<String>>,
 }
@@ -300,8 +304,9 @@ impl<'o> Given<'o> {
     }
 }
 
-fn said<'de, D: Deserializer<'de>>(etag: D) -> Result<Option<Option<String>>, D::Error> {
-    Option::deserialize(etag).map(Some)
+/// A field that is there. `null` is a value of its own, and only good where it means something.
+fn said<'de, D: Deserializer<'de>, T: Deserialize<'de>>(field: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(field).map(Some)
 }
 
 /// All operations of a transaction, in order. An error names the one it is in.
@@ -504,6 +509,8 @@ mod tests {
             (&put(r#","value":1"#), "operation 0: invalid type: integer `1`, expected a string at line 1 column 32"),
             (&put(r#","value":"","value_base64":"""#), "operation 0: `value` and `value_base64` are both there"),
             (&put(r#","value_base64":"?""#), "operation 0: `value_base64` is not base64"),
+            (&put(r#","value":null"#), "operation 0: invalid type: null, expected a string"),
+            (&put(r#","value":"","ttl":null"#), "operation 0: invalid type: null, expected u64"),
             (&put(r#","value":"","ttl":0"#), "operation 0: `ttl` must be a whole number from 1 to 3153600000"),
             (&put(r#","value":"","ttl":-1"#), "operation 0: invalid value: integer `-1`, expected u64"),
             (&put(r#","value":"","ttl":1.5"#), "operation 0: invalid type: floating point `1.5`, expected u64"),

@@ -1,0 +1,33 @@
+//! The description of the interface is true: schemathesis makes requests out of it, good ones and bad ones, and finds no
+//! answer that is not described.
+
+use std::process::Command;
+
+use crate::server::Server;
+
+#[test]
+fn no_answer_is_undescribed() {
+    let server = Server::start(&["--durability", "os"]);
+    // For each operation, beside those that try the borders of every parameter.
+    let examples = std::env::var("KVS_TEST_API_EXAMPLES").unwrap_or_else(|_| "20".to_owned());
+    let mut schemathesis = Command::new("schemathesis");
+    schemathesis.args(["run", &server.url("/openapi.json"), "--max-examples", &examples]);
+    schemathesis.args(["--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--no-color"]);
+    // What is refused though it is described cannot be said in a schema: dots between slashes, bytes of UTF-8, cursors.
+    schemathesis.args([
+        "--exclude-checks",
+        "positive_data_acceptance",
+        "--warnings",
+        "off",
+        "--generation-database",
+        "none",
+    ]);
+    // A proxy in the environment has nothing to do with a server on this machine.
+    let run = schemathesis.env("NO_PROXY", "*").current_dir(server.data()).output();
+    let run = run.unwrap_or_else(|error| panic!("schemathesis cannot be run ({error}): `just test` installs it"));
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{said}\n{}", String::from_utf8_lossy(&run.stderr));
+    let generated =
+        said.lines().find_map(|line| line.trim().strip_suffix(" passed")?.split(" generated").next()?.parse().ok());
+    assert!(generated > Some(500_u32), "hardly anything was tried:\n{said}");
+}
