@@ -39,6 +39,38 @@ certs: (_tool "openssl")
 test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") _schemathesis
     PATH="$PWD/target/schemathesis/bin:$PATH" cargo test --release {{ FILTER }}
 
+# Begin a guest, guest/NAME, from a store in one file
+[group('guests')]
+new-guest NAME:
+    @[[ "{{ NAME }}" =~ ^[a-z][a-z0-9-]*$ ]] || { echo "a guest's name is of small letters, digits and -: just new-guest my-store" >&2; exit 1; }
+    @[ ! -e "guest/{{ NAME }}" ] || { echo "guest/{{ NAME }} is there already; choose another name" >&2; exit 1; }
+    cp -r guest/template "guest/{{ NAME }}"
+    sed -i 's/template/{{ NAME }}/g' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
+    @echo "it is in guest/{{ NAME }}/src/lib.rs; test and build it with: just guest {{ NAME }}"
+
+# Test a guest in Rust, guest/NAME, and build it as a component: target/guests/NAME.wasm
+[group('guests')]
+guest NAME: _target
+    cargo test --release --package {{ NAME }}-guest
+    cargo build --package {{ NAME }}-guest --profile guest --target wasm32-wasip2
+    mkdir -p target/guests
+    cp target/wasm32-wasip2/guest/{{ replace(NAME, '-', '_') }}_guest.wasm target/guests/{{ NAME }}.wasm
+
+# Build the guest in JavaScript as a component, target/guests/js.wasm
+[group('guests')]
+guest-js:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    command -v npm >/dev/null || { echo "npm is missing; install Node.js 20 or newer, from https://nodejs.org" >&2; exit 1; }
+    component=target/guests/js.wasm
+    [ -e "$component" ] && [ -z "$(find wit guest/js -maxdepth 1 -newer "$component" -type f)" ] && exit
+    mkdir -p target/guests
+    cd guest/js
+    [ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --no-audit --no-fund
+    # Nothing that is switched off here has anything behind it in the sandbox.
+    npx --no-install componentize-js store.js --wit ../../wit --world-name store \
+        --disable random stdio clocks http fetch-event --out "../../$component"
+
 # Measure requests beside a plain hyper map, in one run
 [group('develop')]
 bench *WHAT: _target (_tool "wrk") (_tool "redis-server")
@@ -62,6 +94,7 @@ fuzz SECONDS="60":
 lint: _target
     cargo fmt --all --check
     cargo clippy --release --all-targets -- -D warnings
+    cargo clippy --release --package schema-guest -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
 
 # The target that guests are compiled for

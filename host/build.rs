@@ -1,4 +1,4 @@
-//! Builds the default guest, `guest/kvs`, as a component, so that the host can embed it.
+//! Builds the default guest, `guest/default`, as a component, so that the host can embed it.
 //!
 //! It has a target directory of its own: the build that runs this script holds the lock on the other one.
 
@@ -9,12 +9,12 @@ use std::process::Command;
 const TARGET: &str = "wasm32-wasip2";
 
 fn main() {
-    for path in ["guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
+    for path in ["guest/default", "guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
         println!("cargo::rerun-if-changed={path}");
     }
     let target_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("guest");
     let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
-    cargo.args(["build", "--package", "kvs-guest", "--profile", "guest", "--target", TARGET, "--target-dir"]);
+    cargo.args(["build", "--package", "default-guest", "--profile", "guest", "--target", TARGET, "--target-dir"]);
     cargo.arg(&target_dir);
     // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
     for (name, _) in env::vars_os() {
@@ -28,6 +28,6 @@ fn main() {
         println!("cargo::error=the default guest does not build; if its target is missing: rustup target add {TARGET}");
         return;
     }
-    let guest = target_dir.join(TARGET).join("guest").join("kvs_guest.wasm");
+    let guest = target_dir.join(TARGET).join("guest").join("default_guest.wasm");
     println!("cargo::rustc-env=KVS_DEFAULT_GUEST={}", guest.display());
 }

@@ -180,8 +180,8 @@ pub struct Guest {
     #[arg(long, env = "KVS_GUEST_LOG_LINE_BYTES", value_name = "SIZE", default_value = "2KiB", value_parser = value_bytes)]
     pub guest_log_line_bytes: ByteSize,
 
-    /// A setting for the guest, which finds it in wasi:config/store; can be repeated
-    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = setting)]
+    /// A setting for the guest, which finds it in wasi:config/store; can be repeated (in the variable, one a line)
+    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = '\n', value_parser = setting)]
     pub guest_config: Vec<(String, String)>,
 }
 

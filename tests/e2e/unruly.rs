@@ -2,41 +2,18 @@
 //!
 //! The guest is `tests/guests/unruly`, where the paths asked for here have their meaning. It is built once per run.
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::guests::built;
 use crate::server::{PATIENCE, Server};
 use crate::wire::{Connection, Response};
 
-const TARGET: &str = "wasm32-wasip2";
-
 /// The file of the guest, as an argument of `kvs serve`.
 pub fn guest() -> &'static str {
-    static GUEST: LazyLock<String> = LazyLock::new(build);
+    static GUEST: LazyLock<String> = LazyLock::new(|| built("unruly"));
     &GUEST
-}
-
-fn build() -> String {
-    // Where the build script built the default guest, so that what the two share is not built twice.
-    let target_dir = Path::new(env!("KVS_DEFAULT_GUEST")).ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it");
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
-    cargo.args(["build", "--locked", "--package", "unruly-guest", "--profile", "guest", "--target", TARGET]);
-    cargo.arg("--target-dir").arg(target_dir);
-    // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
-    for (name, _) in std::env::vars_os() {
-        let meant_for_host = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
-        if meant_for_host.iter().any(|host| name == *host) {
-            cargo.env_remove(name);
-        }
-    }
-    let output = cargo.output().expect("cargo can be started, since it started this");
-    assert!(output.status.success(), "the guest does not build:\n{}", String::from_utf8_lossy(&output.stderr));
-    let guest = target_dir.join(TARGET).join("guest").join("unruly_guest.wasm");
-    guest.to_str().expect("the path is text").to_owned()
 }
 
 /// A server with the guest, and a client.

@@ -34,13 +34,15 @@ wit_bindgen::generate!({
     path: "../../wit",
     world: "store",
     generate_all,
+    // What is exported is said by the component: `guest/default`, or a guest that builds on this one.
+    pub_export_macro: true,
     // For the tests, which compare what was answered and appended.
     additional_derives: [PartialEq],
 });
 
 thread_local! {
     /// No two calls overlap, so a borrow of this never meets another.
-    static STORE: RefCell<store::Store> = RefCell::default();
+    pub static STORE: RefCell<store::Store> = RefCell::default();
 }
 
 /// What the host instantiates.
@@ -91,7 +93,3 @@ impl sharding::Guest for Component {
         rest::merge(&request, responses)
     }
 }
-
-// The names under which a component exports its calls are none that a native linker takes.
-#[cfg(target_arch = "wasm32")]
-export!(Component);

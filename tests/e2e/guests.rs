@@ -1,0 +1,249 @@
+//! The guests that come with the project beside the default one (`guest/`), each built from source once per run: what each
+//! does, and that it shares its data with the default one.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::LazyLock;
+
+use tempfile::TempDir;
+
+use crate::server::{Process, Server, serve};
+use crate::wire::Connection;
+
+const TARGET: &str = "wasm32-wasip2";
+
+/// Where the build script built the default guest, so that what guests share is not built twice.
+fn target_dir() -> PathBuf {
+    let built = Path::new(env!("KVS_DEFAULT_GUEST"));
+    built.ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it").to_owned()
+}
+
+/// Builds the package `NAME-guest`. Gives the file, as an argument of `kvs serve`.
+pub fn built(name: &str) -> String {
+    let target_dir = target_dir();
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.args(["build", "--locked", "--package", &format!("{name}-guest"), "--profile", "guest", "--target", TARGET]);
+    cargo.arg("--target-dir").arg(&target_dir);
+    succeeds(cargo, name);
+    let guest = target_dir.join(TARGET).join("guest").join(format!("{name}_guest.wasm"));
+    guest.to_str().expect("the path is text").to_owned()
+}
+
+/// Runs a command that builds something.
+fn succeeds(mut command: Command, what: &str) {
+    // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
+    for (name, _) in std::env::vars_os() {
+        let meant_for_host = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
+        if meant_for_host.iter().any(|host| name == *host) {
+            command.env_remove(name);
+        }
+    }
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{what} does not build, with {command:?}:\n{said}");
+}
+
+/// `just RECIPE` in the project's directory, or in a copy of it.
+fn just(directory: &Path, recipe: &[&str]) {
+    let mut just = Command::new("just");
+    just.current_dir(directory).args(recipe);
+    succeeds(just, recipe[0]);
+}
+
+fn counters() -> &'static str {
+    static GUEST: LazyLock<String> = LazyLock::new(|| built("counters"));
+    &GUEST
+}
+
+fn schema() -> &'static str {
+    static GUEST: LazyLock<String> = LazyLock::new(|| built("schema"));
+    &GUEST
+}
+
+fn js() -> &'static str {
+    static GUEST: LazyLock<String> = LazyLock::new(|| {
+        let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+        just(project, &["guest-js"]);
+        project.join("target/guests/js.wasm").to_str().expect("the path is text").to_owned()
+    });
+    &GUEST
+}
+
+#[test]
+fn counters_count_and_their_values_are_the_default_guests() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/visits", b"41").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/name", b"kvs").status, 201);
+    client.ask("PATCH", "/v1/visits", b"+1").says(405, "a key has GET, HEAD, PUT and DELETE");
+
+    let server = server.terminate().restart(&[counters()]);
+    let mut client = Connection::open(server.address());
+    let counted = client.ask("PATCH", "/v1/visits", b"+1");
+    assert_eq!((counted.status, counted.text(), counted.etag()), (200, "42", Some(3)));
+    assert_eq!(client.ask("PATCH", "/v1/key/a/new/one", b"-7\n").text(), "-7");
+    client.ask("PATCH", "/v1/name", b"+1").says(409, "the value is no number, so that nothing can be added");
+    client.ask("PATCH", "/v1/visits", b"lots").says(422, "the body is no number with a sign: +1, -5");
+    client.ask("PATCH", "/v1/a/b", b"+1");
+    assert_eq!(client.ask("POST", "/v1/visits", b"").header("allow"), Some("GET, HEAD, PUT, DELETE, PATCH"));
+    assert_eq!(client.ask("GET", "/v1/name", b"").text(), "kvs");
+
+    let server = server.kill().restart(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("GET", "/v1/visits", b"").text(), "42");
+    assert_eq!(client.ask("GET", "/v1/a%2Fnew%2Fone", b"").text(), "-7");
+}
+
+const USERS: &str = r#"schema.users/={"type":"object","properties":{"age":{"type":"integer"}},"required":["name"]}"#;
+
+#[test]
+fn what_does_not_match_its_schema_is_refused_and_not_appended() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/key/users/old", b"no JSON").status, 201);
+
+    let flags = r#"schema.flags/={"type":"boolean"}"#;
+    let server = server.terminate().restart(&[schema(), "--guest-config", USERS, "--guest-config", flags]);
+    let mut client = Connection::open(server.address());
+    for (path, value, status) in [
+        ("/v1/key/users/ann", r#"{"name":"Ann","age":40}"#, 201),
+        ("/v1/key/users/bob", r#"{"name":"Bob","age":"old"}"#, 422),
+        ("/v1/key/users/bob", r#"{"age":1}"#, 422),
+        ("/v1/key/users/bob", "Bob", 422),
+        ("/v1/key/users/bob", "", 422),
+        ("/v1/users%2Fbob", "[]", 422),
+        ("/v1/key/flags/on", "true", 201),
+        ("/v1/key/flags/on", "1", 422),
+        ("/v1/users", "anything", 201),
+        ("/v1/other", "{", 201),
+    ] {
+        let got = client.ask("PUT", path, value.as_bytes());
+        assert_eq!(got.status, status, "{path} {value}: {}", got.text());
+    }
+    let why = client.ask("PUT", "/v1/key/users/bob", br#"{"name":"Bob","age":"old"}"#);
+    why.says(422, "a value under users/ must match its schema: \"old\" is not of type \"integer\", at \"/age\"");
+    client.ask("GET", "/v1/key/users/bob", b"").says(404, "no such key");
+    assert_eq!(client.ask("PUT", "/v1/next", b"").etag(), Some(6), "something of all that was refused was appended");
+
+    // What was stored before is not asked for its schema.
+    assert_eq!(client.ask("GET", "/v1/key/users/old", b"").text(), "no JSON");
+    assert_eq!(client.ask("DELETE", "/v1/key/users/old", b"").status, 200);
+    client.ask("GET", "/v1/key/users/old", b"").says(404, "no such key");
+}
+
+#[test]
+fn a_setting_that_is_no_schema_is_told_at_the_start() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args([schema(), "--guest-config", r#"schema.a/={"type":"number of things"}"#]);
+    let mut process = Process::spawn(command);
+    let told = |line: &str| line.contains("the setting schema.a/ is no JSON schema").then_some(());
+    process.stderr.find(told).unwrap_or_else(|said| panic!("it does not tell why:\n{said}"));
+    assert_eq!(process.wait().code(), Some(1));
+}
+
+/// Requests that every guest with the REST interface answers alike.
+const DIALOGUE: [(&str, &str, &[u8]); 25] = [
+    ("GET", "/v1/old", b""),
+    ("GET", "/v1/a", b""),
+    ("PUT", "/v1/a", b"first"),
+    ("GET", "/v1/a", b""),
+    ("HEAD", "/v1/a", b""),
+    ("PUT", "/v1/a", b"second"),
+    ("GET", "/v1/key/a", b""),
+    ("PUT", "/v1/key/b/c", b"\x00\xff binary"),
+    ("GET", "/v1/b%2Fc", b""),
+    ("PUT", "/v1/%C3%A4%20%F0%9F%A6%80", "ä".as_bytes()),
+    ("GET", "/v1/%C3%A4%20%F0%9F%A6%80", b""),
+    ("PUT", "/v1/empty", b""),
+    ("GET", "/v1/empty", b""),
+    ("DELETE", "/v1/a", b""),
+    ("DELETE", "/v1/a", b""),
+    ("GET", "/v1/a", b""),
+    ("PUT", "/v1/%zz", b"x"),
+    ("PUT", "/v1/%FF", b"x"),
+    ("PUT", "/v1/%00", b"x"),
+    ("PUT", "/v1/%2E%2E", b"x"),
+    ("PUT", "/v1/", b"x"),
+    ("PUT", "/v1/x/y", b"x"),
+    ("GET", "/", b""),
+    ("BREW", "/v1/b%2Fc", b""),
+    ("PUT", "/v1/last", b"x"),
+];
+
+/// What the dialogue brings: for each request the status, and of a success the headers and the body.
+fn dialogue(server: &Server) -> Vec<String> {
+    let mut client = Connection::open(server.address());
+    let mut ask = |(method, path, body): (&str, &str, &[u8])| {
+        let got = client.ask(method, path, body);
+        let headers = ["etag", "content-type", "content-length", "allow", "x-content-type-options"];
+        let headers: Vec<_> = headers.iter().filter(|_| got.status < 300).map(|name| got.header(name)).collect();
+        let body = if got.status < 300 { got.body.as_slice() } else { b"" };
+        format!("{method} {path}: {} {headers:?} {:?}", got.status, String::from_utf8_lossy(body))
+    };
+    DIALOGUE.into_iter().map(&mut ask).collect()
+}
+
+#[test]
+fn javascript_answers_as_the_default_guest_does_and_shares_its_data() {
+    let [default, javascript] = [&[][..], &[js()]].map(|guest| {
+        let server = Server::start(&[]);
+        let put = Connection::open(server.address()).ask("PUT", "/v1/old", b"of the default guest");
+        assert_eq!(put.status, 201);
+        server.terminate().restart(guest)
+    });
+    assert_eq!(dialogue(&javascript), dialogue(&default));
+
+    let read = |server: &Server| {
+        let mut client = Connection::open(server.address());
+        let mut get = |path: &str| client.ask("GET", path, b"").body;
+        ["/v1/a", "/v1/old", "/v1/b%2Fc", "/v1/%C3%A4%20%F0%9F%A6%80", "/v1/empty", "/v1/last"].map(&mut get)
+    };
+    let expected = read(&default);
+    assert_eq!(read(&javascript), expected);
+    assert_eq!(read(&javascript.terminate().restart(&[])), expected, "what the default guest finds of it");
+}
+
+/// Copies what belongs to the project, and nothing that was built or fetched.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("the directory can be made");
+    for entry in fs::read_dir(from).expect("the project can be read") {
+        let entry = entry.expect("the project can be read");
+        let name = entry.file_name();
+        if entry.path().is_dir() {
+            if !["target", "node_modules", ".git", "data"].iter().any(|left| name == *left) {
+                copy(&entry.path(), &to.join(name));
+            }
+        } else {
+            fs::copy(entry.path(), to.join(name)).expect("the file can be copied");
+        }
+    }
+}
+
+#[test]
+fn a_new_guest_builds_passes_its_test_and_serves() {
+    // Always the same place, so that nothing is built again that is as it was.
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-guest");
+    let _ = fs::remove_dir_all(&project);
+    copy(Path::new(env!("CARGO_MANIFEST_DIR")), &project);
+    symlink(target_dir(), project.join("target")).expect("the directory takes a link");
+
+    just(&project, &["new-guest", "note-book"]);
+    just(&project, &["guest", "note-book"]);
+    let server = Server::start(&[project.join("target/guests/note-book.wasm").to_str().expect("the path is text")]);
+    assert!(server.says("serving on").contains("note-book"));
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
+    let server = server.terminate().restart(&[]);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
+
+    for (name, why) in [("note-book", "is there already"), ("Note_Book", "small letters"), ("../x", "small letters")] {
+        let again = Command::new("just").current_dir(&project).args(["new-guest", name]).output().expect("just starts");
+        let said = String::from_utf8_lossy(&again.stderr);
+        assert!(!again.status.success() && said.contains(why), "{name}: {said}");
+    }
+}
