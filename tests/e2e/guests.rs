@@ -10,6 +10,7 @@ use std::sync::LazyLock;
 use tempfile::TempDir;
 
 use crate::server::{Process, Server, serve};
+use crate::swap::{component, serving, swaps, under_load};
 use crate::wire::Connection;
 
 const TARGET: &str = "wasm32-wasip2";
@@ -205,6 +206,58 @@ fn javascript_answers_as_the_default_guest_does_and_shares_its_data() {
     let expected = read(&default);
     assert_eq!(read(&javascript), expected);
     assert_eq!(read(&javascript.terminate().restart(&[])), expected, "what the default guest finds of it");
+}
+
+/// Puts a guest in the place of the default one, and takes it out again, while clients write and read. `meanwhile` is what can
+/// be seen of it in between.
+#[track_caller]
+fn comes_and_goes_under_load(guest: &str, args: &[&str], meanwhile: impl FnOnce(&Server, &mut Connection)) -> Server {
+    let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
+    let component = component(guest);
+    // Compiled before there is load, which is hard on a large one.
+    let tried = Connection::open(server.admin()).ask("PUT", "/guest?dry-run", &component);
+    assert_eq!(tried.status, 200, "{}", tried.text());
+    under_load(&server, |_| {
+        swaps(&server, &component);
+        meanwhile(&server, &mut Connection::open(server.address()));
+        let back = Connection::open(server.admin()).ask("DELETE", "/guest", b"");
+        assert_eq!(back.status, 200, "{}", back.text());
+        assert_eq!(serving(&server), "kvs");
+    });
+    server
+}
+
+#[test]
+fn counters_come_and_go_under_load() {
+    let server = comes_and_goes_under_load(counters(), &[], |_, client| {
+        for n in 1..=20 {
+            assert_eq!(client.ask("PATCH", "/v1/visits", b"+1").text(), n.to_string());
+        }
+    });
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/visits", b"").text(), "20");
+    server.terminate();
+}
+
+#[test]
+fn schemas_come_and_go_under_load() {
+    let server = comes_and_goes_under_load(schema(), &["--guest-config", USERS], |_, client| {
+        assert_eq!(client.ask("PUT", "/v1/key/users/bob", b"Bob").status, 422);
+        assert_eq!(client.ask("PUT", "/v1/key/users/bob", br#"{"name":"Bob"}"#).status, 201);
+    });
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("GET", "/v1/key/users/bob", b"").text(), r#"{"name":"Bob"}"#);
+    assert_eq!(client.ask("PUT", "/v1/key/users/bob", b"Bob").status, 201);
+    server.terminate();
+}
+
+#[test]
+fn javascript_comes_and_goes_under_load() {
+    let server = comes_and_goes_under_load(js(), &[], |server, client| {
+        assert_eq!(serving(server), "js");
+        assert_eq!(client.ask("PUT", "/v1/from", b"JavaScript").status, 201);
+    });
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/from", b"").text(), "JavaScript");
+    server.terminate();
 }
 
 /// Copies what belongs to the project, and nothing that was built or fetched.

@@ -2,6 +2,7 @@
 //! turned away or taken out again.
 
 use std::fs;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -19,7 +20,7 @@ const PROBATION: [&str; 2] = ["--probation", "300ms"];
 /// Never over while a test runs.
 const LONG_PROBATION: [&str; 2] = ["--probation", "1h"];
 
-fn component(file: &str) -> Vec<u8> {
+pub fn component(file: &str) -> Vec<u8> {
     fs::read(file).expect("the guest is built")
 }
 
@@ -29,7 +30,7 @@ fn swap(server: &Server, component: &[u8]) -> Response {
 }
 
 #[track_caller]
-fn swaps(server: &Server, component: &[u8]) {
+pub fn swaps(server: &Server, component: &[u8]) {
     let answer = swap(server, component);
     assert_eq!(answer.status, 200, "{}", answer.text());
 }
@@ -41,7 +42,7 @@ fn status(server: &Server) -> serde_json::Value {
     serde_json::from_slice(&answer.body).expect("the status is JSON")
 }
 
-fn serving(server: &Server) -> String {
+pub fn serving(server: &Server) -> String {
     status(server)["name"].as_str().expect("a guest has a name").to_owned()
 }
 
@@ -92,10 +93,9 @@ fn another_guest_finds_all_that_the_one_before_has_stored() {
     server.terminate();
 }
 
-/// Each client writes its own key and reads it back: what it reads must be what it wrote last, whichever guest answers.
-#[test]
-fn under_load_no_request_fails_and_no_read_is_stale() {
-    let server = Server::start(&PROBATION);
+/// Does some work while clients write and read. Each has a key of its own: what it reads must be what it wrote last, whichever
+/// guest answers. The work finds the number of requests so far.
+pub fn under_load(server: &Server, work: impl FnOnce(&AtomicU64)) {
     let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         for client in 0..8 {
@@ -120,13 +120,23 @@ fn under_load_no_request_fails_and_no_read_is_stale() {
                 }
             });
         }
+        // Also when the work panics, or nobody would ever stop.
+        let result = panic::catch_unwind(AssertUnwindSafe(|| work(&requests)));
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|panic| panic::resume_unwind(panic));
+    });
+}
+
+#[test]
+fn under_load_no_request_fails_and_no_read_is_stale() {
+    let server = Server::start(&PROBATION);
+    under_load(&server, |requests| {
         let guests = [copy_of(DEFAULT_GUEST), component(DEFAULT_GUEST)];
         for component in guests.iter().cycle().take(6) {
             let before = requests.load(Ordering::Relaxed);
             swaps(&server, component);
             assert!(requests.load(Ordering::Relaxed) > before, "requests were served meanwhile");
         }
-        stop.store(true, Ordering::Relaxed);
     });
     server.terminate();
 }

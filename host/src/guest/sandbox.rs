@@ -73,6 +73,8 @@ pub struct Sandbox {
     /// When the span in progress began, and the bytes that may still become lines in it.
     span: Instant,
     output_left: usize,
+    /// Whether it was said that output of this span is dropped.
+    told: bool,
     started: Instant,
 }
 
@@ -93,7 +95,7 @@ impl Sandbox {
         let mut handles = ResourceTable::new();
         handles.set_max_capacity(HANDLES);
         let (guest, line, now) = (String::new(), Vec::new(), Instant::now());
-        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, started: now }
+        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, told: false, started: now }
     }
 
     /// The name that the guest's lines carry.
@@ -110,10 +112,7 @@ impl Sandbox {
 
     fn print(&mut self, bytes: &[u8]) {
         if self.span.elapsed() >= SPAN {
-            (self.span, self.output_left) = (Instant::now(), self.limits.log_bytes);
-        }
-        if self.output_left == 0 {
-            return;
+            (self.span, self.output_left, self.told) = (Instant::now(), self.limits.log_bytes, false);
         }
         let (taken, dropped) = bytes.split_at(bytes.len().min(self.output_left));
         self.output_left -= taken.len();
@@ -128,8 +127,8 @@ impl Sandbox {
                 }
             }
         }
-        if !dropped.is_empty() {
-            self.output_left = 0;
+        if !dropped.is_empty() && !self.told {
+            self.told = true;
             self.end_call();
             warn!(guest = self.guest, "output beyond {} bytes in {SPAN:?} is dropped", self.limits.log_bytes);
         }
