@@ -113,6 +113,10 @@ impl sharding::Guest for Component {
         Default::place(method, target)
     }
 
+    fn keys(body: Vec<u8>) -> Vec<String> {
+        Default::keys(body)
+    }
+
     fn merge(request: Request, responses: Vec<Response>) -> Response {
         Default::merge(request, responses)
     }

@@ -118,6 +118,11 @@ impl sharding::Guest for Component {
         target.strip_prefix("/v1/").map_or(Placement::Anywhere, |key| Placement::Key(key.to_owned()))
     }
 
+    fn keys(_body: Vec<u8>) -> Vec<String> {
+        // Keys are in paths only.
+        Vec::new()
+    }
+
     fn merge(_request: Request, responses: Vec<Response>) -> Response {
         responses.into_iter().next().unwrap_or_else(|| answer(500, "no instance answered\n"))
     }
