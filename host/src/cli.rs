@@ -128,6 +128,16 @@ pub struct Serve {
           value_parser = count, help_heading = "Limits")]
     pub max_connections_per_address: usize,
 
+    /// How often a stream of events says that it goes on, when nothing happens
+    #[arg(long, env = "KVS_STREAM_HEARTBEAT", value_name = "TIME", default_value = "15s", value_parser = duration,
+          help_heading = "Limits")]
+    pub stream_heartbeat: Duration,
+
+    /// How far behind the reader of a stream of events may be before the stream ends
+    #[arg(long, env = "KVS_STREAM_LAG_BYTES", value_name = "SIZE", default_value = "4MiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub stream_lag_bytes: ByteSize,
+
     /// How long requests under way may take to finish when the server is stopped
     #[arg(long, env = "KVS_DRAIN", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Limits")]

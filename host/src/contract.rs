@@ -19,6 +19,6 @@ pub use store::kvs::store::transaction_log::{
 };
 
 // The calls: what the host offers (a trait for each imported interface), and what it makes.
-pub use store::kvs::store::{connection, http, transaction_log};
+pub use store::kvs::store::{changes, connection, http, transaction_log};
 pub use store::wasi::config::store as config;
 pub use store::{Store as Exports, StorePre as ExportsPre};

@@ -21,6 +21,7 @@ use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Service};
 use crate::guest::{Engine, Reload, Shard, Source, Swapper};
 use crate::log::TransactionLog;
+use crate::log::changes::Changes;
 use crate::log::file::{FileLog, Options};
 
 /// What an append group may hold beside the largest value: key, metadata, and what comes with them.
@@ -56,12 +57,15 @@ async fn serve(args: &Serve) -> Result<()> {
     let admin = watched(args.admin, tokens.clone())?;
     let health = &admin.health;
 
-    let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(Options {
+    let log = FileLog::open(Options {
         data: args.data.clone(),
         segment_bytes: args.segment_bytes.as_u64(),
         group_bytes: args.max_value_bytes.as_u64() + GROUP_BYTES,
         durability: args.durability,
-    })?);
+    })?;
+    let changes = Changes::new(Arc::new(log), usize::try_from(args.stream_lag_bytes.as_u64())?);
+    let log: Arc<dyn TransactionLog> = changes.clone();
+    task::spawn(Arc::clone(&changes).run());
 
     health.set_log(Arc::clone(&log));
 
@@ -128,9 +132,11 @@ async fn serve(args: &Serve) -> Result<()> {
         body_rate: args.min_body_rate.as_u64(),
         requests: args.max_requests,
         request_timeout: args.request_timeout,
+        stream_heartbeat: args.stream_heartbeat,
         drain: args.drain,
     };
-    let service = Service { shard, log: Arc::clone(&log), limits, tokens, throttle, under_way: AtomicUsize::new(0) };
+    let service =
+        Service { shard, changes: Arc::clone(&changes), limits, tokens, throttle, under_way: AtomicUsize::new(0) };
     let mut failure = None;
     let cut_off = Edge { tls, service, limits }.serve(listener, async {
         tokio::select! {
@@ -138,6 +144,7 @@ async fn serve(args: &Serve) -> Result<()> {
             reason = log.watermark().latched() => failure = Some(reason),
         }
         health.reached(Phase::Stopping);
+        changes.end();
         if failure.is_none() {
             info!("stopping: finishing what is under way");
         }

@@ -1,7 +1,7 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `conditions`, `expiry`, `lists`, `transactions`, `openapi`, `client` and `operator` say what each kind of user gets,
+//! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `openapi`, `client` and `operator` say what each kind of user gets,
 //! `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do, `swap`
 //! and `guests` what good ones can; `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that
 //! nothing is lost; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not
@@ -36,5 +36,6 @@ mod swap;
 mod tls;
 mod transactions;
 mod unruly;
+mod watch;
 mod wire;
 mod zoo;

@@ -144,6 +144,25 @@ impl<S: Read + Write> Connection<S> {
         self.try_read(method == "HEAD").unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
     }
 
+    /// Asks, and reads no more than the head of the response.
+    #[track_caller]
+    pub fn ask_for_head(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        self.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{headers}\r\n"));
+        self.try_read(true).unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+    }
+
+    /// The next piece of a chunked body; none at its end.
+    #[track_caller]
+    pub fn chunk(&mut self) -> Option<Vec<u8>> {
+        let length = self.line().unwrap_or_else(|error| panic!("no chunk: {error}"));
+        let length = usize::from_str_radix(&length, 16).unwrap_or_else(|_| panic!("not a length: {length:?}"));
+        let mut chunk = vec![0; length + 2];
+        self.stream.read_exact(&mut chunk).unwrap_or_else(|error| panic!("half a chunk: {error}"));
+        assert_eq!(chunk.split_off(length), b"\r\n");
+        (length > 0).then_some(chunk)
+    }
+
     /// As `ask`; an error when the connection ended before the whole response was here.
     pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
         let mut request = format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: {}\r\n\r\n", body.len());

@@ -5,7 +5,16 @@ use serde::Serialize;
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::kvs::store::http::{Header, Response};
-use crate::kvs::store::transaction_log::AppendError;
+use crate::kvs::store::transaction_log::{AppendError, Event};
+
+/// What a request may ask of the host.
+pub trait Host {
+    /// See `transaction-log.append`.
+    fn append(&mut self, events: &[Event]) -> Result<u64, AppendError>;
+
+    /// See `changes.follow`.
+    fn follow(&mut self, prefix: &str, after: Option<u64>);
+}
 
 /// What an answer rests on that would be the same in any state.
 pub const NO_STATE: Option<u64> = Some(0);

@@ -21,14 +21,16 @@ mod table;
 mod text;
 mod transaction;
 mod value;
+mod watch;
 
 use std::cell::RefCell;
 
 use exports::kvs::store::lifecycle::{Description, Statistics};
 use exports::kvs::store::sharding::Placement;
 use exports::kvs::store::{handler, lifecycle, sharding};
+use kvs::store::changes::follow;
 use kvs::store::http::{Request, Response};
-use kvs::store::transaction_log::{Entry, append};
+use kvs::store::transaction_log::{AppendError, Entry, Event, append};
 
 wit_bindgen::generate!({
     path: "../../wit",
@@ -43,6 +45,19 @@ wit_bindgen::generate!({
 thread_local! {
     /// No two calls overlap, so a borrow of this never meets another.
     pub static STORE: RefCell<store::Store> = RefCell::default();
+}
+
+/// What the host offers.
+struct Imports;
+
+impl answer::Host for Imports {
+    fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
+        append(events)
+    }
+
+    fn follow(&mut self, prefix: &str, after: Option<u64>) {
+        follow(prefix, after);
+    }
 }
 
 /// What the host instantiates.
@@ -76,7 +91,7 @@ impl lifecycle::Guest for Component {
 
 impl handler::Guest for Component {
     fn handle(request: Request) -> Response {
-        STORE.with_borrow_mut(|store| rest::handle(store, request, append))
+        STORE.with_borrow_mut(|store| rest::respond(store, request, &mut Imports))
     }
 }
 

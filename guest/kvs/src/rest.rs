@@ -1,12 +1,12 @@
 //! The REST interface, version 1: which path and method is what.
 //!
 //! Owns: paths, methods, and the request headers that are read. What is asked of one key is in `value`, of all in `list`,
-//! of several at once in `transaction`.
+//! of several at once in `transaction`, of what happens to them in `watch`.
 //! Must never know: how items are kept, where sequences come from, or how bytes travel.
 
 use std::borrow::Cow;
 
-use crate::answer::{NO_STATE, header, line, nosniff, with};
+use crate::answer::{Host, NO_STATE, header, line, nosniff, with};
 use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
 use crate::exports::kvs::store::sharding::Placement;
@@ -15,10 +15,11 @@ use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::range::{IF_RANGE, RANGE};
 use crate::store::Store;
-use crate::{list, problem, query, transaction, value};
+use crate::{list, problem, query, transaction, value, watch};
 
 /// The request headers that are read.
-pub const HEADERS: [&str; 6] = [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, problem::ACCEPT];
+pub const HEADERS: [&str; 7] =
+    [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, problem::ACCEPT, watch::LAST_EVENT_ID];
 
 /// The interface, for programs.
 const OPENAPI: &str = include_str!("../openapi.json");
@@ -30,22 +31,30 @@ enum Resource<'t> {
     Description,
 }
 
-/// Answers a request. Changes the store only when `append` has taken the change.
-pub fn handle(
-    store: &mut Store,
-    request: Request,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
+/// Answers a request. Changes the store only when the host has taken the change into the log.
+pub fn respond(store: &mut Store, request: Request, host: &mut impl Host) -> Response {
     let wants_problems = problem::is_wanted(&request.headers);
-    let response = answer(store, request, append);
+    let response = answer(store, request, host);
     if wants_problems { problem::of(response) } else { response }
 }
 
-fn answer(
+/// As `respond`, for a host that follows nothing.
+pub fn handle(
     store: &mut Store,
-    mut request: Request,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
+    request: Request,
+    append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
 ) -> Response {
+    struct Appending<A>(A);
+    impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for Appending<A> {
+        fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
+            (self.0)(events)
+        }
+        fn follow(&mut self, _prefix: &str, _after: Option<u64>) {}
+    }
+    respond(store, request, &mut Appending(append))
+}
+
+fn answer(store: &mut Store, mut request: Request, host: &mut impl Host) -> Response {
     let target = std::mem::take(&mut request.target);
     let (path, query) = split(&target);
     let resource = match resource(path) {
@@ -55,11 +64,12 @@ fn answer(
     };
     match (request.method.as_str(), resource) {
         ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request),
-        ("PUT", Resource::Key(key)) => value::put(store, key, query, request, append),
-        ("DELETE", Resource::Key(key)) => value::delete(store, key, query, &request, append),
+        ("PUT", Resource::Key(key)) => value::put(store, key, query, request, |events| host.append(events)),
+        ("DELETE", Resource::Key(key)) => value::delete(store, key, query, &request, |events| host.append(events)),
         (_, Resource::Key(_)) => not_allowed("a key has", "GET, HEAD, PUT, DELETE"),
+        ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(query, &request, host),
         ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time),
-        ("POST", Resource::AllKeys) => transaction::post(store, query, request, append),
+        ("POST", Resource::AllKeys) => transaction::post(store, query, request, |events| host.append(events)),
         (_, Resource::AllKeys) => not_allowed("the list of keys has", "GET, HEAD, POST"),
         ("GET" | "HEAD", Resource::Description) => describe(query),
         (_, Resource::Description) => not_allowed("this document has", "GET, HEAD"),
@@ -89,9 +99,11 @@ fn describe(query: &str) -> Response {
 
 /// Where the host finds what a target is about. What is refused is refused alike everywhere.
 pub fn place(method: &str, target: &str) -> Placement {
-    let (path, _) = split(target);
+    let (path, query) = split(target);
     match (method, resource(path)) {
         (_, Ok(Resource::Key(key))) => Placement::Key(key::placed_by(&key).to_owned()),
+        // The log is one, whatever the instance.
+        ("GET" | "HEAD", Ok(Resource::AllKeys)) if watch::is_wanted(query) => Placement::Anywhere,
         ("GET" | "HEAD", Ok(Resource::AllKeys)) => Placement::Everywhere,
         ("POST", Ok(Resource::AllKeys)) => Placement::InBody,
         _ => Placement::Anywhere,
@@ -195,6 +207,7 @@ mod tests {
             assert!(matches!(place("GET", target), Placement::Key(key) if key == "a"), "{target}");
         }
         assert!(matches!(place("GET", "/v1?prefix=a"), Placement::Everywhere));
+        assert!(matches!(place("GET", "/v1?watch&prefix=a"), Placement::Anywhere));
         assert!(matches!(place("POST", "/v1"), Placement::InBody));
         for target in ["/", "/v1/", "/v1/a/b", "/v1/%00", "/openapi.json"] {
             assert!(matches!(place("GET", target), Placement::Anywhere), "{target}");

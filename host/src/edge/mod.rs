@@ -4,7 +4,7 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP), then `service` (one request) and what it admits requests by: `head`,
-//! `auth`, `throttle`, `body`.
+//! `auth`, `throttle`, `body`; `stream` has the responses that go on.
 
 mod addresses;
 pub mod auth;
@@ -13,7 +13,9 @@ mod connection;
 mod fresh;
 mod head;
 mod refusal;
+mod reply;
 mod service;
+mod stream;
 pub mod throttle;
 pub mod tls;
 
@@ -49,6 +51,8 @@ pub struct Limits {
     /// Requests under way at once, on all connections.
     pub requests: usize,
     pub request_timeout: Duration,
+    /// How often a stream of events says that it goes on, when nothing happens.
+    pub stream_heartbeat: Duration,
     /// How long requests under way may take when the server stops.
     pub drain: Duration,
 }

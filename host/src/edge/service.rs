@@ -6,23 +6,24 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use http_body_util::Full;
 use hyper::body::Incoming as Arriving;
 use hyper::http::request::Parts;
-use hyper::{Request, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use super::auth::Tokens;
-use super::refusal::{Answer, Refusal, refuse, unread};
+use super::refusal::{Refusal, refuse, unread};
+use super::reply::Reply;
 use super::throttle::Throttle;
-use super::{Limits, body, head};
+use super::{Limits, body, head, stream};
 use crate::guest::{CallError, Client, Incoming, Shard};
 use crate::log::TransactionLog;
+use crate::log::changes::Changes;
 
 /// Answers requests.
 pub struct Service {
     pub shard: Arc<Shard>,
-    pub log: Arc<dyn TransactionLog>,
+    pub changes: Arc<Changes>,
     pub limits: Limits,
     /// Without, everybody may do everything.
     pub tokens: Option<Arc<Tokens>>,
@@ -41,34 +42,46 @@ impl Drop for UnderWay<'_> {
 }
 
 impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Answer {
+    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Reply> {
+        let answered = self.answer(request, client).await;
+        answered.unwrap_or_else(|refusal| refusal.map(Reply::Whole))
+    }
+
+    async fn answer(&self, request: Request<Arriving>, client: Arc<Client>) -> Result<Response<Reply>, Refusal> {
         let deadline = Instant::now() + self.limits.request_timeout;
         let (head, body) = request.into_parts();
         let (_under_way, principal) = match self.admit(&head, &client).await {
             Ok(admitted) => admitted,
-            Err(refusal) => return unread(&head.headers, body, *refusal),
+            Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
-        let body = match body::read(&head.headers, body, &self.limits, deadline).await {
-            Ok(body) => body,
-            Err(refusal) => return *refusal,
-        };
+        let body = body::read(&head.headers, body, &self.limits, deadline).await?;
         let incoming = Incoming { request: Request::from_parts(head, body), client, principal };
-        let answer = match self.shard.call(incoming, deadline).await {
-            Ok(answer) => answer,
-            Err(error @ CallError::Trapped) => return refuse(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-            Err(error @ CallError::Late) => return refuse(StatusCode::SERVICE_UNAVAILABLE, &error.to_string()),
-        };
+        let answer = self.shard.call(incoming, deadline).await.map_err(|error| {
+            let status = match error {
+                CallError::Trapped => StatusCode::INTERNAL_SERVER_ERROR,
+                CallError::Late => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            refuse(status, &error.to_string())
+        })?;
         // Nothing a client has seen may be taken back by a crash.
-        match timeout_at(deadline, self.log.watermark().reached(answer.rests_on)).await {
-            Ok(Ok(())) => answer.response.map(Full::new),
-            Ok(Err(unknown)) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()),
+        match timeout_at(deadline, self.changes.watermark().reached(answer.rests_on)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(unknown)) => return Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
             Err(_) if answer.appended => {
-                refuse(StatusCode::GATEWAY_TIMEOUT, "outcome unknown: this was not known to be durable in time")
+                let unknown = "outcome unknown: this was not known to be durable in time";
+                return Err(refuse(StatusCode::GATEWAY_TIMEOUT, unknown).into());
             }
             Err(_) => {
-                refuse(StatusCode::SERVICE_UNAVAILABLE, "what this would show was not known to be durable in time")
+                let late = "what this would show was not known to be durable in time";
+                return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, late).into());
             }
         }
+        let (head, body) = answer.response.into_parts();
+        let reply = match answer.follow {
+            Some(follow) => stream::open(&self.changes, follow, self.limits.stream_heartbeat).await?,
+            None => Reply::from(body),
+        };
+        Ok(Response::from_parts(head, reply))
     }
 
     /// Whether anything is done for a request at all, and for whom.

@@ -19,14 +19,14 @@ use super::engine::{Limits, epochs};
 use super::memory::Memory;
 use super::sandbox::Sandbox;
 use crate::contract::{
-    self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Statistics, config, connection, http,
-    transaction_log,
+    self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Statistics, changes, config,
+    connection, http, transaction_log,
 };
 use crate::log::TransactionLog;
 
 /// The contract's own imports. `http` has types only, and a component that names those imports it too.
-pub const OFFERED: [&str; 4] =
-    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/http", "wasi:config/store"];
+pub const OFFERED: [&str; 5] =
+    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/changes", "kvs:store/http", "wasi:config/store"];
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
@@ -75,6 +75,14 @@ pub struct Answer {
     pub rests_on: u64,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
+    /// What comes after the head of the response, in place of its body.
+    pub follow: Option<Follow>,
+}
+
+/// Changes that a response goes on with: of keys that begin so, and newer than this.
+pub struct Follow {
+    pub prefix: String,
+    pub after: u64,
 }
 
 pub struct Instance {
@@ -163,6 +171,7 @@ impl Instance {
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
+        let follow = self.store.data_mut().call.follow.take();
         let state = self.store.data();
         let (appended, refused) = (state.call.appended, state.call.refused);
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
@@ -180,7 +189,7 @@ impl Instance {
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             response
         });
-        Ok(Answer { response, rests_on, appended: appended.is_some() })
+        Ok(Answer { response, rests_on, appended: appended.is_some(), follow })
     }
 
     /// Makes one call, within the limits of a call.
@@ -264,6 +273,7 @@ struct Call {
     appends: u32,
     /// Whether an append was refused because the guest is near its limit of memory.
     refused: bool,
+    follow: Option<Follow>,
 }
 
 impl State {
@@ -319,6 +329,13 @@ fn taken_in(event: &Event) -> Option<u64> {
     match event {
         Event::Put(put) => Some((put.key.len() + put.value.len()).max(1) as u64),
         Event::Delete(_) => None,
+    }
+}
+
+impl changes::Host for State {
+    fn follow(&mut self, prefix: String, after: Option<u64>) {
+        let after = after.unwrap_or_else(|| self.log.appended());
+        self.call.follow = Some(Follow { prefix, after });
     }
 }
 

@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod anything;
+pub mod changes;
 pub mod command;
 pub mod file;
 mod text;

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use exports::kvs::store::lifecycle::{Description, Statistics};
 use exports::kvs::store::sharding::Placement;
 use exports::kvs::store::{handler, lifecycle, sharding};
-use kvs::store::connection;
 use kvs::store::http::{Header, Request, Response};
 use kvs::store::transaction_log::{Entry, Event, Put, append};
+use kvs::store::{changes, connection};
 use wasi::config::store as config;
 
 wit_bindgen::generate!({
@@ -151,6 +151,11 @@ fn answer(state: &mut State, request: Request) -> Response {
             let asked: usize = rest.parse().expect("a number");
             let taken = (0..asked).take_while(|_| append(&[put("often", Vec::new())]).is_ok()).count();
             text(200, taken)
+        }
+        (_, "follow") => {
+            changes::follow(rest, None);
+            let headers = vec![Header { name: "content-type".to_owned(), value: b"text/event-stream".to_vec() }];
+            Response { headers, ..text(200, "") }
         }
         (_, "append-nothing") => text(200, format!("{:?}", append(&[]))),
 

@@ -1,0 +1,115 @@
+//! Responses that go on: changes of keys as Server-Sent Events, for as long as the client stays.
+//!
+//! Owns: how changes are written, and the heartbeat. Must never know: who may watch, which the guest decided.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use hyper::StatusCode;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::warn;
+
+use super::refusal::{Refusal, refuse};
+use super::reply::Reply;
+use crate::contract::Event;
+use crate::guest::Follow;
+use crate::log::changes::{Change, Changes, Past};
+use crate::log::{Forgotten, TransactionLog};
+
+const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
+
+/// How far behind a watcher can be and still be caught up while new changes wait for it.
+const NEAR: u64 = 1_000;
+
+/// The body of a response that goes on with these changes. What happened since `follow.after` comes first, without a gap.
+pub async fn open(changes: &Arc<Changes>, follow: Follow, heartbeat: Duration) -> Result<Reply, Refusal> {
+    // Before the head leaves, since it can still say that this cannot be told.
+    let past = changes.past(&follow.prefix, follow.after).await.map_err(|error| match error.downcast_ref() {
+        Some(Forgotten { after, newest }) => {
+            let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
+            refuse(StatusCode::GONE, &told)
+        }
+        None => {
+            warn!("the log could not be read for a watch: {error:#}");
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
+        }
+    })?;
+    let (text, body) = mpsc::channel(1);
+    tokio::spawn(tell(Arc::clone(changes), follow.prefix, past, heartbeat, text));
+    Ok(Reply::Stream(body))
+}
+
+/// Tells until the client leaves, or falls too far behind, or the server stops.
+async fn tell(
+    changes: Arc<Changes>,
+    prefix: String,
+    past: Past,
+    heartbeat: Duration,
+    text: mpsc::Sender<Bytes>,
+) -> Option<()> {
+    // At once, so that the client sees that it watches.
+    text.send(HEARTBEAT).await.ok()?;
+    let mut after = send(past, &text).await?;
+    while changes.watermark().durable() > after + NEAR {
+        after = send(changes.past(&prefix, after).await.ok()?, &text).await?;
+    }
+    let mut watcher = changes.watch(&prefix)?;
+    // What was appended before it began to watch comes by the log, as soon as it is durable.
+    changes.watermark().reached(watcher.from).await.ok()?;
+    while after < watcher.from {
+        let mut past = changes.past(&prefix, after).await.ok()?;
+        past.changes.retain(|change| change.sequence <= watcher.from);
+        past.until = past.until.min(watcher.from);
+        after = send(past, &text).await?;
+    }
+    let mut heartbeats = interval(heartbeat);
+    heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    heartbeats.tick().await;
+    loop {
+        let next = tokio::select! {
+            change = watcher.next() => match change? {
+                // It came by the log.
+                change if change.sequence <= after => continue,
+                change => change.text.get_or_init(|| print(&change)).clone(),
+            },
+            _ = heartbeats.tick() => HEARTBEAT,
+            () = text.closed() => return None,
+        };
+        text.send(next).await.ok()?;
+    }
+}
+
+async fn send(past: Past, text: &mpsc::Sender<Bytes>) -> Option<u64> {
+    for change in &past.changes {
+        text.send(print(change)).await.ok()?;
+    }
+    Some(past.until)
+}
+
+/// An event: its sequence, what happened, and what the key has now.
+fn print(change: &Change) -> Bytes {
+    let (event, data) = match &change.event {
+        Event::Delete(key) => ("delete", json!({ "key": key })),
+        Event::Put(put) => {
+            let mut data = json!({ "key": put.key });
+            match std::str::from_utf8(&put.value) {
+                Ok(text) => data["value"] = text.into(),
+                Err(_) => data["value_base64"] = STANDARD.encode(&put.value).into(),
+            }
+            if let Some(expires) = put.expires {
+                data["expires"] = expires.into();
+            }
+            for (name, value) in &put.metadata {
+                data["metadata"][name] = value.as_str().into();
+            }
+            ("put", data)
+        }
+    };
+    // JSON has no line breaks of its own, so the data is one line.
+    Bytes::from(format!("id: {}\nevent: {event}\ndata: {data}\n\n", change.sequence))
+}

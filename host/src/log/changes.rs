@@ -1,0 +1,479 @@
+//! Durable changes, for those who watch.
+//!
+//! Stands in front of a log: what is appended goes to it, and, while somebody watches, stays here until it is durable and
+//! then goes to whoever watches its key. What happened before somebody began to watch is read from the log. So a write
+//! costs nothing more while nobody watches, and a watcher of other keys costs it nothing at all.
+//!
+//! Owns: who watches what, and how far behind a watcher may fall. Must never know: HTTP, or why somebody watches.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use anyhow::Result;
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::task;
+
+use super::{OutcomeUnknown, Receive, TransactionLog, Watermark};
+use crate::contract::{AppendError, Entry, Event, EventRef, Put};
+
+/// Entries that are read at a time of what happened before.
+const PAST_ENTRIES: usize = 10_000;
+/// Bytes of their keys and values after which no more are read.
+const PAST_BYTES: usize = 4 << 20;
+
+/// What an entry of the log did.
+pub struct Change {
+    pub sequence: u64,
+    pub event: Event,
+    /// The change as those who watch are told, written once for all of them.
+    pub text: OnceLock<Bytes>,
+}
+
+pub struct Changes {
+    log: Arc<dyn TransactionLog>,
+    /// What a watcher may have waiting before it is given up, in bytes of keys and values.
+    lag_bytes: usize,
+    /// Taken before `pending`.
+    watchers: Mutex<Watchers>,
+    pending: Mutex<Pending>,
+    appended: Notify,
+}
+
+/// What was appended and has not gone to the watchers.
+#[derive(Default)]
+struct Pending {
+    watched: bool,
+    changes: VecDeque<Arc<Change>>,
+    /// All up to this sequence has gone to those who watched then.
+    told: u64,
+}
+
+#[derive(Default)]
+struct Watchers {
+    ended: bool,
+    next: u64,
+    /// By the prefix they watch, so that a change looks at those only that it concerns.
+    by_prefix: HashMap<Box<str>, HashMap<u64, Arc<Queue>>>,
+    /// How many prefixes there are of each length.
+    lengths: BTreeMap<usize, usize>,
+}
+
+/// One who watches, until it is dropped.
+pub struct Watcher {
+    changes: Arc<Changes>,
+    prefix: Box<str>,
+    number: u64,
+    queue: Arc<Queue>,
+    /// All later changes come by the queue.
+    pub from: u64,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    ready: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    changes: VecDeque<Arc<Change>>,
+    bytes: usize,
+    /// It fell too far behind, or the log ended: nothing more comes.
+    over: bool,
+}
+
+/// Some of what happened before.
+pub struct Past {
+    pub changes: Vec<Change>,
+    /// All up to this sequence was looked at.
+    pub until: u64,
+}
+
+/// Ends a replay that has brought enough.
+#[derive(Debug, thiserror::Error)]
+#[error("enough")]
+struct Enough;
+
+impl Changes {
+    pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize) -> Arc<Self> {
+        let (watchers, pending, appended) = (Mutex::default(), Mutex::default(), Notify::new());
+        Arc::new(Self { log, lag_bytes, watchers, pending, appended })
+    }
+
+    /// Hands out changes as they become durable, for as long as the log lives.
+    pub async fn run(self: Arc<Self>) -> Result<(), OutcomeUnknown> {
+        loop {
+            let next = lock(&self.pending).changes.front().map(|change| change.sequence);
+            match next {
+                None => self.appended.notified().await,
+                Some(sequence) => match self.log.watermark().reached(sequence).await {
+                    Ok(()) => self.hand_out(self.log.watermark().durable()),
+                    Err(unknown) => {
+                        self.end();
+                        return Err(unknown);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Begins to watch the keys that begin with `prefix`. None when the end has come.
+    pub fn watch(self: &Arc<Self>, prefix: &str) -> Option<Watcher> {
+        let (prefix, queue) = (Box::<str>::from(prefix), Arc::<Queue>::default());
+        let mut watchers = lock(&self.watchers);
+        if watchers.ended {
+            return None;
+        }
+        let number = watchers.next;
+        watchers.next += 1;
+        let same = watchers.by_prefix.entry(prefix.clone()).or_default();
+        same.insert(number, Arc::clone(&queue));
+        if same.len() == 1 {
+            *watchers.lengths.entry(prefix.len()).or_default() += 1;
+        }
+        let mut pending = lock(&self.pending);
+        if !pending.watched {
+            pending.watched = true;
+            // Nothing is appended while this lock is held.
+            pending.told = self.log.appended();
+        }
+        let from = pending.told;
+        Some(Watcher { changes: Arc::clone(self), prefix, number, queue, from })
+    }
+
+    /// Some of the changes to such keys after a sequence, and how far that goes: to what is durable when nothing is left.
+    pub async fn past(&self, prefix: &str, after: u64) -> Result<Past> {
+        let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
+        task::spawn_blocking(move || {
+            let mut past = Past { changes: Vec::new(), until: after };
+            let (mut seen, mut bytes) = (0, 0);
+            let replayed = log.replay(after, &mut |entries| {
+                for entry in entries {
+                    past.until = entry.sequence;
+                    seen += 1;
+                    let change = Change::of(entry);
+                    if change.key().starts_with(&prefix) {
+                        bytes += change.bytes();
+                        past.changes.push(change);
+                    }
+                    if seen >= PAST_ENTRIES || bytes >= PAST_BYTES {
+                        return Err(Enough.into());
+                    }
+                }
+                Ok(())
+            });
+            match replayed {
+                Ok(until) => past.until = until,
+                Err(error) if error.is::<Enough>() => {}
+                Err(error) => return Err(error),
+            }
+            Ok(past)
+        })
+        .await?
+    }
+
+    /// Nobody watches any more, and nobody begins to.
+    pub fn end(&self) {
+        let mut watchers = lock(&self.watchers);
+        watchers.ended = true;
+        watchers.by_prefix.values().flat_map(HashMap::values).for_each(|queue| queue.end());
+    }
+
+    fn hand_out(&self, durable: u64) {
+        let watchers = lock(&self.watchers);
+        let ready: Vec<_> = {
+            let mut pending = lock(&self.pending);
+            pending.told = pending.told.max(durable);
+            let count = pending.changes.partition_point(|change| change.sequence <= durable);
+            pending.changes.drain(..count).collect()
+        };
+        for change in ready {
+            let key = change.key();
+            for prefix in watchers.lengths.keys().filter_map(|length| key.get(..*length)) {
+                let concerned = watchers.by_prefix.get(prefix).into_iter().flat_map(HashMap::values);
+                concerned.for_each(|queue| queue.push(&change, self.lag_bytes));
+            }
+        }
+    }
+}
+
+impl TransactionLog for Changes {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        let mut pending = lock(&self.pending);
+        let first = self.log.append(time, events)?;
+        if pending.watched && !events.is_empty() {
+            let changes = (first..).zip(events);
+            pending.changes.extend(changes.map(|(sequence, event)| Arc::new(Change::new(sequence, event.clone()))));
+            self.appended.notify_one();
+        }
+        Ok(first)
+    }
+
+    fn appended(&self) -> u64 {
+        self.log.appended()
+    }
+
+    fn watermark(&self) -> &Watermark {
+        self.log.watermark()
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        self.log.replay(after, receive)
+    }
+
+    fn close(&self) -> Result<()> {
+        self.end();
+        self.log.close()
+    }
+}
+
+impl Change {
+    fn new(sequence: u64, event: Event) -> Self {
+        Self { sequence, event, text: OnceLock::new() }
+    }
+
+    fn of(entry: &Entry<'_>) -> Self {
+        let event = match &entry.event {
+            EventRef::Delete(key) => Event::Delete((*key).to_owned()),
+            EventRef::Put(put) => Event::Put(Put {
+                key: put.key.to_owned(),
+                value: put.value.to_owned(),
+                metadata: put.metadata.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+                expires: put.expires,
+            }),
+        };
+        Self::new(entry.sequence, event)
+    }
+
+    pub fn key(&self) -> &str {
+        match &self.event {
+            Event::Put(put) => &put.key,
+            Event::Delete(key) => key,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match &self.event {
+            Event::Put(put) => put.key.len() + put.value.len(),
+            Event::Delete(key) => key.len(),
+        }
+    }
+}
+
+impl Watcher {
+    /// The next change, once it is durable. None when the watcher fell too far behind, or the end has come.
+    pub async fn next(&mut self) -> Option<Arc<Change>> {
+        loop {
+            {
+                let mut waiting = lock(&self.queue.waiting);
+                if let Some(change) = waiting.changes.pop_front() {
+                    waiting.bytes -= change.bytes();
+                    return Some(change);
+                }
+                if waiting.over {
+                    return None;
+                }
+            }
+            self.queue.ready.notified().await;
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let mut watchers = lock(&self.changes.watchers);
+        let Some(same) = watchers.by_prefix.get_mut(&self.prefix) else { return };
+        same.remove(&self.number);
+        if !same.is_empty() {
+            return;
+        }
+        watchers.by_prefix.remove(&self.prefix);
+        let length = self.prefix.len();
+        if let Some(count) = watchers.lengths.get_mut(&length) {
+            *count -= 1;
+            if *count == 0 {
+                watchers.lengths.remove(&length);
+            }
+        }
+        if watchers.by_prefix.is_empty() {
+            let mut pending = lock(&self.changes.pending);
+            pending.watched = false;
+            pending.changes = VecDeque::new();
+        }
+    }
+}
+
+impl Queue {
+    fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
+        let mut waiting = lock(&self.waiting);
+        if waiting.over {
+            return;
+        }
+        waiting.bytes += change.bytes();
+        // A single large change is no reason.
+        if waiting.bytes > lag_bytes && !waiting.changes.is_empty() {
+            *waiting = Waiting { over: true, ..Waiting::default() };
+        } else {
+            waiting.changes.push_back(Arc::clone(change));
+        }
+        self.ready.notify_one();
+    }
+
+    fn end(&self) {
+        lock(&self.waiting).over = true;
+        self.ready.notify_one();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is called under these locks that could panic and leave something half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    /// A log in memory, durable when a test says so.
+    struct Memory {
+        entries: Mutex<Vec<String>>,
+        watermark: Watermark,
+    }
+
+    impl TransactionLog for Memory {
+        fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
+            let mut entries = lock(&self.entries);
+            let first = entries.len() as u64 + 1;
+            entries.extend(events.iter().map(|event| Change::new(0, event.clone()).key().to_owned()));
+            Ok(first)
+        }
+
+        fn appended(&self) -> u64 {
+            lock(&self.entries).len() as u64
+        }
+
+        fn watermark(&self) -> &Watermark {
+            &self.watermark
+        }
+
+        fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+            let (entries, durable) = (lock(&self.entries), self.watermark.durable());
+            for sequence in after + 1..=durable {
+                let event = EventRef::Delete(&entries[sequence as usize - 1]);
+                receive(&[Entry { sequence, time: 0, event }])?;
+            }
+            Ok(durable.max(after))
+        }
+
+        fn close(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn changes(lag_bytes: usize) -> Arc<Changes> {
+        let memory = Memory { entries: Mutex::default(), watermark: Watermark::new(0) };
+        Changes::new(Arc::new(memory), lag_bytes)
+    }
+
+    fn delete(changes: &Changes, key: &str) -> u64 {
+        changes.append(0, &[Event::Delete(key.to_owned())]).expect("memory takes everything")
+    }
+
+    /// What is told next, if anything is.
+    fn told(watcher: &mut Watcher) -> Poll<Option<(u64, String)>> {
+        let next = pin!(watcher.next()).poll(&mut Context::from_waker(Waker::noop()));
+        next.map(|change| change.map(|change| (change.sequence, change.key().to_owned())))
+    }
+
+    fn durable(changes: &Changes, sequence: u64) {
+        changes.log.watermark().advance(sequence);
+        changes.hand_out(sequence);
+    }
+
+    #[test]
+    fn a_watcher_is_told_what_is_durable_of_its_keys_and_nothing_else() {
+        let changes = changes(1_000);
+        delete(&changes, "a0");
+        let (mut all, mut some) = (changes.watch("").expect("open"), changes.watch("a").expect("open"));
+        assert_eq!((all.from, some.from), (1, 1));
+        for key in ["a1", "b2", "ä", ""] {
+            delete(&changes, key);
+        }
+        assert!(told(&mut all).is_pending());
+        durable(&changes, 3);
+        assert_eq!(told(&mut all), Poll::Ready(Some((2, "a1".to_owned()))));
+        assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
+        assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
+        assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
+        assert_eq!(changes.watch("b").expect("open").from, 3);
+        durable(&changes, 5);
+        assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
+        assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
+        assert!(told(&mut some).is_pending());
+    }
+
+    #[test]
+    fn nothing_is_kept_while_nobody_watches() {
+        let changes = changes(1_000);
+        delete(&changes, "a");
+        assert!(lock(&changes.pending).changes.is_empty());
+        let (first, second) = (changes.watch("a").expect("open"), changes.watch("a").expect("open"));
+        delete(&changes, "a");
+        drop(first);
+        assert_eq!(lock(&changes.pending).changes.len(), 1);
+        drop(second);
+        assert!(lock(&changes.pending).changes.is_empty());
+        delete(&changes, "a");
+        assert!(lock(&changes.pending).changes.is_empty());
+        let watchers = lock(&changes.watchers);
+        assert!(watchers.by_prefix.is_empty() && watchers.lengths.is_empty());
+    }
+
+    #[test]
+    fn a_watcher_that_falls_behind_is_given_up_and_the_others_are_not() {
+        let changes = changes(10);
+        let (mut slow, mut fast) = (changes.watch("").expect("open"), changes.watch("").expect("open"));
+        // One change is let through however large it is.
+        for (key, length) in [("a", 30), ("b", 6), ("c", 6)] {
+            let sequence = delete(&changes, &key.repeat(length));
+            durable(&changes, sequence);
+            assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(length)))));
+        }
+        assert_eq!(told(&mut slow), Poll::Ready(None));
+        assert_eq!(lock(&slow.queue.waiting).bytes, 0);
+    }
+
+    #[test]
+    fn the_end_is_told_to_those_who_watch_and_those_who_come() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch("").expect("open");
+        changes.close().expect("memory closes");
+        assert_eq!(told(&mut watcher), Poll::Ready(None));
+        assert!(changes.watch("").is_none());
+    }
+
+    #[tokio::test]
+    async fn the_past_comes_in_pieces_and_ends_with_what_is_durable() {
+        let changes = changes(1_000);
+        for n in 0..25_000 {
+            delete(&changes, if n % 5 == 0 { "a" } else { "b" });
+        }
+        changes.watermark().advance(24_000);
+        let (mut after, mut pieces) = (0, Vec::new());
+        loop {
+            let past = changes.past("a", after).await.expect("memory tells");
+            assert!(past.changes.iter().all(|change| change.sequence > after && change.key() == "a"));
+            if past.until == after {
+                break;
+            }
+            after = past.until;
+            pieces.push((past.changes.len(), past.until));
+        }
+        assert_eq!(pieces, [(2_000, 10_000), (2_000, 20_000), (800, 24_000)]);
+    }
+}

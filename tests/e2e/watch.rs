@@ -1,0 +1,237 @@
+//! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
+
+use std::thread;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::server::{Server, kvs, serve};
+use crate::unruly;
+use crate::wire::{Connection, Response};
+
+/// A stream of events.
+struct Events {
+    connection: Connection,
+    text: String,
+}
+
+#[derive(Debug, PartialEq)]
+struct Event {
+    id: u64,
+    event: String,
+    data: Value,
+}
+
+impl Events {
+    fn open(server: &Server, target: &str, headers: &[(&str, &str)]) -> Self {
+        let mut connection = Connection::open(server.address());
+        let head = connection.ask_for_head("GET", target, headers);
+        assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
+        let mut events = Self { connection, text: String::new() };
+        assert_eq!(events.block().as_deref(), Some(":"), "it says that it watches");
+        events
+    }
+
+    /// The next comment or event, as it is written. None when the stream ended.
+    fn block(&mut self) -> Option<String> {
+        loop {
+            if let Some((block, rest)) = self.text.split_once("\n\n") {
+                let (block, rest) = (block.to_owned(), rest.to_owned());
+                self.text = rest;
+                return Some(block);
+            }
+            let chunk = self.connection.chunk()?;
+            self.text += str::from_utf8(&chunk).expect("text");
+        }
+    }
+
+    fn next(&mut self) -> Option<Event> {
+        loop {
+            let block = self.block()?;
+            if block == ":" {
+                continue;
+            }
+            let mut fields = block.lines();
+            let mut field = |name| fields.next().and_then(|line| line.strip_prefix(name)).expect(name).to_owned();
+            let (id, event, data) = (field("id: "), field("event: "), field("data: "));
+            assert_eq!(fields.next(), None, "{block}");
+            return Some(Event {
+                id: id.parse().expect("a sequence"),
+                event,
+                data: serde_json::from_str(&data).expect("JSON"),
+            });
+        }
+    }
+}
+
+fn event(id: u64, event: &str, data: Value) -> Option<Event> {
+    Some(Event { id, event: event.to_owned(), data })
+}
+
+fn refused(server: &Server, target: &str) -> Response {
+    Connection::open(server.address()).ask("GET", target, b"")
+}
+
+#[test]
+fn a_watcher_sees_what_happens_to_its_keys() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    client.ask("PUT", "/v1/a1", b"before");
+    let mut all = Events::open(&server, "/v1?watch", &[]);
+    let mut some = Events::open(&server, "/v1?watch=true&prefix=a", &[]);
+    client.ask_with("PUT", "/v1/a2", &[("content-type", "text/plain")], b"a \"value\"\nof two lines");
+    client.ask("PUT", "/v1/b", b"\xff");
+    client.ask("DELETE", "/v1/a1", b"");
+    let put = json!({"key": "a2", "value": "a \"value\"\nof two lines", "metadata": {"content-type": "text/plain"}});
+    for events in [&mut all, &mut some] {
+        assert_eq!(events.next(), event(2, "put", put.clone()));
+    }
+    assert_eq!(all.next(), event(3, "put", json!({"key": "b", "value_base64": "/w=="})));
+    for events in [&mut all, &mut some] {
+        assert_eq!(events.next(), event(4, "delete", json!({"key": "a1"})));
+    }
+    // What expires is deleted, and told.
+    let expires = client.ask("PUT", "/v1/a3?ttl=1", b"").etag();
+    let put = some.next().expect("a put");
+    assert_eq!((Some(put.id), put.data["expires"].is_u64()), (expires, true));
+    assert_eq!(some.next(), event(6, "delete", json!({"key": "a3"})));
+}
+
+#[test]
+fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
+    let server = Server::start(&["--segment-bytes", "2MiB"]);
+    let count = 2_000;
+    thread::scope(|scope| {
+        for writer in 0..4 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut client = Connection::open(server.address());
+                for n in 0..count / 4 {
+                    assert_eq!(client.ask("PUT", &format!("/v1/{writer}-{n}"), &[b'x'; 1_000]).status, 201);
+                }
+            });
+        }
+        let (mut last, mut round) = (0, 0);
+        while last < count {
+            let id = last.to_string();
+            // In the place where a browser puts it, or where a program does.
+            let (target, headers) = match round % 2 {
+                0 => (format!("/v1?watch&since={last}"), vec![]),
+                _ => ("/v1?watch&since=0".to_owned(), vec![("last-event-id", id.as_str())]),
+            };
+            let mut events = Events::open(&server, &target, &headers);
+            round += 1;
+            for _ in 0..(round * 13).min(count - last) {
+                let event = events.next().expect("the stream goes on");
+                assert_eq!(event.id, last + 1);
+                last = event.id;
+            }
+        }
+    });
+    // Also from before a restart.
+    let server = server.kill().restart(&["--segment-bytes", "2MiB"]);
+    let mut events = Events::open(&server, "/v1?watch&since=1000", &[]);
+    for id in 1_001..=count {
+        assert_eq!(events.next().map(|event| event.id), Some(id));
+    }
+    Connection::open(server.address()).ask("PUT", "/v1/new", b"");
+    assert_eq!(events.next().map(|event| event.data), Some(json!({"key": "new", "value": ""})));
+}
+
+#[test]
+fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let text = data.path().join("text");
+    // Long ago, since a delete is kept for a while for those who come back.
+    let lines = "1\t2\tgone\tvalue\t1000\t\n2\t1\tgone\t\t1000\n3\t2\tstays\tvalue\t1000\t\n";
+    std::fs::write(&text, lines).expect("the directory takes a file");
+    for args in [&["import", text.to_str().expect("a temporary path is text")][..], &["compact"]] {
+        let mut log = kvs();
+        log.arg("log").args(args).arg("--data").arg(data.path());
+        let done = log.output().expect("the binary under test can be started");
+        assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+    let server = Server::spawn(serve(data.path()), data);
+    refused(&server, "/v1?watch&since=1")
+        .says(410, "what happened after 1 is forgotten; read the keys, and watch since=2");
+    let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
+    assert_eq!(events.next(), event(3, "put", json!({"key": "stays", "value": "value"})));
+}
+
+#[test]
+fn a_watch_that_cannot_be_is_refused() {
+    let server = Server::start(&[]);
+    Connection::open(server.address()).ask("PUT", "/v1/a", b"");
+    for (query, told) in [
+        ("watch&since=2", "there is nothing since 2 yet, the newest sequence is 1"),
+        ("watch&since=x", "query parameter `since` must be a whole number from 0 to 18446744073709551615"),
+        ("watch&limit=5", "unknown query parameter `limit`"),
+        ("since=0", "unknown query parameter `since`"),
+    ] {
+        refused(&server, &format!("/v1?{query}")).says(400, told);
+    }
+}
+
+#[test]
+fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
+    let server = Server::start(&["--stream-lag-bytes", "64KiB", "--durability", "os"]);
+    let mut slow = Events::open(&server, "/v1?watch", &[]);
+    let mut client = Connection::open(server.address());
+    // More than sockets hold.
+    let count = 60;
+    for n in 0..count {
+        assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &vec![b'x'; 1 << 20]).status, 201);
+    }
+    let mut last = 0;
+    while let Some(event) = slow.next() {
+        assert_eq!(event.id, last + 1);
+        last = event.id;
+    }
+    assert!(last < count, "all {last} were kept for it");
+    let mut again = Events::open(&server, "/v1?watch", &[("last-event-id", &last.to_string())]);
+    for id in last + 1..=count {
+        assert_eq!(again.next().map(|event| event.id), Some(id));
+    }
+}
+
+#[test]
+fn a_watch_that_sees_nothing_is_kept_alive() {
+    let server = Server::start(&["--stream-heartbeat", "50ms"]);
+    let mut events = Events::open(&server, "/v1?watch", &[]);
+    for _ in 0..3 {
+        assert_eq!(events.block().as_deref(), Some(":"));
+    }
+}
+
+#[test]
+fn a_watch_goes_on_through_a_trap() {
+    let server = Server::start(&[unruly::guest()]);
+    let mut client = Connection::open(server.address());
+    let mut events = Events::open(&server, "/follow/key", &[]);
+    assert_eq!(client.ask("GET", "/trap", b"").status, 500);
+    assert_eq!(client.ask("PUT", "/store/other", b"value").status, 201);
+    assert_eq!(client.ask("PUT", "/store/key", b"value").status, 201);
+    assert_eq!(events.next(), event(2, "put", json!({"key": "key", "value": "value"})));
+}
+
+#[test]
+fn a_server_that_stops_ends_the_watches() {
+    let server = Server::start(&["--drain", "10m"]);
+    let mut events = Events::open(&server, "/v1?watch", &[]);
+    server.terminate();
+    assert_eq!(events.next(), None);
+}
+
+#[test]
+fn many_who_watch_other_keys_slow_nobody_down() {
+    let server = Server::start(&["--max-connections", "1100", "--max-connections-per-address", "1100"]);
+    let mut watchers: Vec<_> =
+        (0..1_000).map(|n| Events::open(&server, &format!("/v1?watch&prefix=other{n}"), &[])).collect();
+    let mut client = Connection::open(server.address());
+    for _ in 0..100 {
+        assert_eq!(client.ask("PUT", "/v1/key", b"value").status, 201);
+    }
+    client.ask("PUT", "/v1/other7", b"value");
+    let told = event(101, "put", json!({"key": "other7", "value": "value"}));
+    assert_eq!(watchers[7].next(), told);
+}
