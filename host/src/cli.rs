@@ -83,7 +83,7 @@ pub struct Serve {
           help_heading = "Limits")]
     pub request_timeout: Duration,
 
-    /// Longest wait for the head of a request, also between requests
+    /// Longest wait for the head of a request, also between requests; a response must be taken in twice this
     #[arg(long, env = "KVS_HEADER_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration,
           help_heading = "Limits")]
     pub header_timeout: Duration,
@@ -112,6 +112,16 @@ pub struct Serve {
     #[arg(long, env = "KVS_MAX_REQUESTS", value_name = "COUNT", default_value = "1024", value_parser = count,
           help_heading = "Limits")]
     pub max_requests: usize,
+
+    /// Most requests at once on one HTTP/2 connection (more are refused, to be tried again)
+    #[arg(long, env = "KVS_MAX_STREAMS", value_name = "COUNT", default_value = "100",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub max_streams: u32,
+
+    /// Most requests that a client may take back on one HTTP/2 connection, while they wait to be read, before it is closed
+    #[arg(long, env = "KVS_MAX_RESETS", value_name = "COUNT", default_value = "20", value_parser = count,
+          help_heading = "Limits")]
+    pub max_resets: usize,
 
     /// Largest value (answered 413)
     #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,

@@ -131,6 +131,8 @@ async fn serve(args: &Serve) -> Result<()> {
         body_bytes: args.max_value_bytes.as_u64(),
         body_rate: args.min_body_rate.as_u64(),
         requests: args.max_requests,
+        streams: args.max_streams,
+        resets: args.max_resets,
         request_timeout: args.request_timeout,
         stream_heartbeat: args.stream_heartbeat,
         drain: args.drain,

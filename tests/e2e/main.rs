@@ -22,6 +22,7 @@ mod faults;
 mod full_disk;
 mod guests;
 mod hostile;
+mod http2;
 mod limits;
 mod lists;
 mod load;

@@ -1,5 +1,7 @@
 //! How a server is stopped: politely, impatiently, and before it has begun.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -138,4 +140,42 @@ fn a_server_can_be_started_again_at_the_same_address() {
 
     let server = on(&address, stopped.into_data());
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
+}
+
+#[test]
+fn no_acknowledged_request_is_cut_off_under_load() {
+    const CLIENTS: usize = 16;
+    let server = Server::start(&[]);
+    let acknowledged = AtomicUsize::new(0);
+    let load = &|client: usize| {
+        let mut keys = Vec::new();
+        let mut connection = Connection::open(server.address());
+        loop {
+            let path = format!("/v1/{client}-{}", keys.len());
+            match connection.try_ask("PUT", &path, b"value") {
+                Ok(response) => assert_eq!(response.status, 201, "{}", response.text()),
+                Err(error) => return (keys, error.to_string()),
+            }
+            keys.push(path);
+            acknowledged.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let clients: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..CLIENTS).map(|client| scope.spawn(move || load(client))).collect();
+        while acknowledged.load(Ordering::Relaxed) < 20 * CLIENTS {
+            thread::yield_now();
+        }
+        server.signal(Signal::TERM);
+        threads.into_iter().map(|thread| thread.join().expect("a client sees what it is to see")).collect()
+    });
+    for (_, error) in &clients {
+        // Between two requests: not a byte of an answer came.
+        let between = ["ended after \"\"", "reset by peer", "Broken pipe"];
+        assert!(between.iter().any(|end| error.contains(end)), "cut off in mid-answer: {error}");
+    }
+    let server = server.ends_well().restart(&[]);
+    let mut connection = Connection::open(server.address());
+    for path in clients.iter().flat_map(|(keys, _)| keys) {
+        assert_eq!(connection.ask("GET", path, b"").body, b"value", "{path} was acknowledged and is gone");
+    }
 }

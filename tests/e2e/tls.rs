@@ -8,11 +8,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use rustix::process::Signal;
-use rustls::crypto::ring::default_provider;
+use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{
-    ClientConfig, ClientConnection, ProtocolVersion, RootCertStore, StreamOwned, SupportedProtocolVersion, version,
+    ClientConfig, ClientConnection, NamedGroup, ProtocolVersion, RootCertStore, StreamOwned, SupportedProtocolVersion,
+    version,
 };
 
 use crate::book::curl;
@@ -98,7 +99,7 @@ fn the_books_session_over_https_through_curl() {
         let (status, answer) = ask(&["-i", "-X", "PUT", "-d", "Hello, key-value store!"]);
         assert_eq!(status, 201);
         let answer = String::from_utf8_lossy(&answer);
-        assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+        assert!(answer.starts_with("HTTP/2 201 "), "{answer}");
         assert_eq!(ask(&[]), (200, b"Hello, key-value store!".to_vec()));
         assert_eq!(ask(&["-X", "DELETE"]), (200, vec![]));
         assert_eq!(ask(&[]), (404, b"no such key\n".to_vec()));
@@ -201,6 +202,14 @@ fn the_oldest_version_is_set_by_its_flag() {
     assert_eq!(connection.stream().conn.protocol_version(), Some(ProtocolVersion::TLSv1_3));
     let refused = old.get(&server, "/tls").expect_err("1.2 is spoken all the same");
     assert!(refused.to_string().contains("ProtocolVersion"), "{refused}");
+}
+
+#[test]
+fn keys_are_exchanged_in_a_way_that_outlasts_quantum_computers() {
+    let (authority, server) = start(&[]);
+    let connection = Client::of(&authority).open(server.address()).expect("it is served");
+    let group = connection.stream().conn.negotiated_key_exchange_group().expect("keys were exchanged");
+    assert_eq!(group.name(), NamedGroup::X25519MLKEM768);
 }
 
 #[test]

@@ -48,6 +48,9 @@ pub struct Limits {
     pub body_bytes: u64,
     /// The slowest that a body may come, in bytes a second.
     pub body_rate: u64,
+    /// Of one HTTP/2 connection: requests at once, and requests that its client takes back before they are answered.
+    pub streams: u32,
+    pub resets: usize,
     /// Requests under way at once, on all connections.
     pub requests: usize,
     pub request_timeout: Duration,

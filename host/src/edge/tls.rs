@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -20,6 +20,9 @@ use x509_cert::Certificate;
 use x509_cert::der::Decode;
 
 use super::fresh::Fresh;
+
+/// HTTP/2, as ALPN names it.
+const HTTP2: &[u8] = b"h2";
 
 /// The files TLS is made of, and how much it asks of a client.
 #[derive(Clone, Debug)]
@@ -72,7 +75,7 @@ fn config(files: &Files) -> Result<ServerConfig> {
         valid_now(certificate).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
     }
     let key = key(&files.key)?;
-    let provider = Arc::new(ring::default_provider());
+    let provider = Arc::new(aws_lc_rs::default_provider());
     let versions = match files.least {
         Least::Tls12 => &[&version::TLS13, &version::TLS12][..],
         Least::Tls13 => &[&version::TLS13],
@@ -90,7 +93,7 @@ fn config(files: &Files) -> Result<ServerConfig> {
         ),
         error => anyhow!("--tls-key {}: {error}; give a key of type RSA, ECDSA or Ed25519", files.key.display()),
     })?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }
 
@@ -150,6 +153,11 @@ fn valid_now(certificate: &CertificateDer<'_>) -> Result<()> {
     );
     ensure!(now <= to.to_system_time(), "the certificate expired at {to}; give a new one");
     Ok(())
+}
+
+/// Whether HTTP/2 was agreed on.
+pub fn speaks_http2(stream: &TlsStream<TcpStream>) -> bool {
+    stream.get_ref().1.alpn_protocol() == Some(HTTP2)
 }
 
 /// The version that a connection speaks, in the field's own words.

@@ -1,0 +1,306 @@
+//! HTTP/2: on TLS by ALPN, on plain connections by prior knowledge; its limits, and what those who attack by them get.
+//!
+//! Frames are made by hand where a library would not send them.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::book::curl;
+use crate::server::{PATIENCE, Server};
+use crate::wire::Connection;
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+/// `:method: GET`, `:scheme: http`, `:path: /v1/a`, `:authority: kvs`, in HPACK.
+const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
+/// The same for PUT, of one byte.
+const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
+
+/// A client that sends whatever frames it is told to.
+struct Frames {
+    stream: TcpStream,
+}
+
+#[derive(Debug)]
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
+}
+
+impl Frame {
+    /// Why a connection or a stream was ended.
+    fn error(&self) -> u32 {
+        let from = if self.kind == GOAWAY { 4 } else { 0 };
+        u32::from_be_bytes(self.payload[from..from + 4].try_into().expect("four bytes"))
+    }
+}
+
+impl Frames {
+    fn open(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).expect("the server listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
+        stream.set_write_timeout(Some(PATIENCE)).expect("the time is not zero");
+        let mut frames = Self { stream };
+        frames.stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expect("it is taken");
+        assert!(frames.send(SETTINGS, 0, 0, b""));
+        frames
+    }
+
+    /// False when the server does not listen any more.
+    fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
+        let length = u32::try_from(payload.len()).expect("a frame is short").to_be_bytes();
+        let frame = [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat();
+        self.stream.write_all(&frame).is_ok()
+    }
+
+    /// The next frame, or nothing when the connection is at its end.
+    fn next(&mut self) -> Option<Frame> {
+        let mut head = [0; 9];
+        match self.stream.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => panic!("silence"),
+            Err(_) => return None,
+        }
+        let [a, b, c, kind, flags, stream @ ..] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        self.stream.read_exact(&mut payload).ok()?;
+        Some(Frame { kind, flags, stream: u32::from_be_bytes(stream), payload })
+    }
+
+    /// The next frame of one of these kinds.
+    fn wait(&mut self, kinds: &[u8]) -> Option<Frame> {
+        loop {
+            let frame = self.next()?;
+            if kinds.contains(&frame.kind) {
+                return Some(frame);
+            }
+        }
+    }
+
+    /// Why the server ended the connection, which it must.
+    fn ended(mut self) -> Option<u32> {
+        let mut reason = None;
+        while let Some(frame) = self.next() {
+            if frame.kind == GOAWAY {
+                reason = Some(frame.error());
+            }
+        }
+        reason
+    }
+}
+
+fn is_served(server: &Server) {
+    Connection::open(server.address()).ask("GET", "/v1/never", b"").says(404, "no such key");
+}
+
+/// Resident memory of the server, in KiB.
+fn memory(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux counts it");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+#[test]
+fn the_books_session_with_prior_knowledge() {
+    let server = Server::start(&[]);
+    let url = server.url("/v1/key-a");
+    let ask = |args: &[&str]| curl(&[&["--http2-prior-knowledge"], args, &[&url]].concat());
+    let (status, answer) = ask(&["-i", "-X", "PUT", "-d", "Hello, key-value store!"]);
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(status == 201 && answer.starts_with("HTTP/2 201 "), "{answer}");
+    assert_eq!(ask(&[]), (200, b"Hello, key-value store!".to_vec()));
+    assert_eq!(ask(&["-X", "DELETE"]), (200, vec![]));
+    assert_eq!(ask(&[]), (404, b"no such key\n".to_vec()));
+}
+
+#[test]
+fn the_first_bytes_can_come_one_by_one() {
+    let server = Server::start(&[]);
+    let mut one = Connection::open(server.address());
+    for byte in b"PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n" {
+        one.send([*byte]);
+    }
+    assert_eq!(one.read().status, 201);
+    let mut two = Frames { stream: TcpStream::connect(server.address()).expect("the server listens") };
+    two.stream.set_nodelay(true).expect("a connection");
+    for byte in b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" {
+        two.stream.write_all(&[*byte]).expect("it is taken");
+    }
+    assert!(two.send(SETTINGS, 0, 0, b"") && two.send(HEADERS, END_STREAM | END_HEADERS, 1, GET));
+    let answer = two.wait(&[HEADERS]).expect("an answer");
+    // `:status: 200`, in HPACK.
+    assert_eq!((answer.stream, answer.flags & END_HEADERS, answer.payload[0]), (1, END_HEADERS, 0x88));
+}
+
+#[test]
+fn a_client_that_says_nothing_more_is_cut() {
+    let server = Server::start(&["--header-timeout", "300ms"]);
+    // Nothing at all, half a preface, no request, half a request.
+    assert_eq!(Connection::open(server.address()).end(), "");
+    let mut half = Connection::open(server.address());
+    half.send("PRI * HTTP");
+    half.end();
+    assert_eq!(Frames::open(server.address()).ended(), Some(0));
+    let mut half = Frames::open(server.address());
+    half.send(HEADERS, END_STREAM, 1, GET);
+    half.ended();
+    is_served(&server);
+}
+
+#[test]
+fn a_request_under_way_is_finished_after_the_signal() {
+    let server = Server::start(&[]);
+    let mut client = Frames::open(server.address());
+    client.send(HEADERS, END_HEADERS, 1, PUT);
+    client.send(DATA, 0, 1, b"half");
+    client.send(PING, 0, 0, b"received");
+    client.wait(&[PING]).expect("it is there");
+    server.signal(Signal::TERM);
+    let away = client.wait(&[GOAWAY]).expect("it says that it goes");
+    assert_eq!(away.error(), 0);
+    client.send(DATA, END_STREAM, 1, b" whole");
+    let answer = client.wait(&[HEADERS]).expect("an answer");
+    // `:status: 201`, with the name from the table.
+    assert!(answer.payload.starts_with(b"\x48") || answer.payload.windows(3).any(|text| text == b"201"), "{answer:?}");
+    client.ended();
+    let server = server.ends_well().restart(&[]);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"half whole");
+}
+
+#[test]
+fn a_client_is_told_how_many_requests_it_may_have_at_once() {
+    let server = Server::start(&["--max-streams", "3"]);
+    let mut client = Frames::open(server.address());
+    let settings = client.wait(&[SETTINGS]).expect("its settings");
+    let told = settings.payload.chunks(6).find(|setting| setting[..2] == [0, 3]).expect("MAX_CONCURRENT_STREAMS");
+    assert_eq!(told[2..], [0, 0, 0, 3]);
+    for stream in [1, 3, 5, 7] {
+        client.send(HEADERS, END_HEADERS, stream, PUT);
+    }
+    // REFUSED_STREAM: it can be tried again.
+    let refused = client.wait(&[RST_STREAM, GOAWAY]).expect("one too many is refused");
+    assert_eq!((refused.kind, refused.stream, refused.error()), (RST_STREAM, 7, 7));
+    client.send(DATA, END_STREAM, 1, b"value");
+    assert_eq!(client.wait(&[HEADERS]).expect("an answer").stream, 1);
+}
+
+#[test]
+fn more_headers_than_allowed_are_431() {
+    let server = Server::start(&["--max-header-bytes", "8KiB"]);
+    let large = format!("x-large: {}", "x".repeat(9_000));
+    let (status, _) = curl(&["--http2-prior-knowledge", "-H", &large, &server.url("/v1/a")]);
+    assert_eq!(status, 431);
+}
+
+#[test]
+fn requests_that_are_taken_back_end_the_connection() {
+    let server = Server::start(&[]);
+    is_served(&server);
+    let before = memory(&server);
+    for _ in 0..20 {
+        let mut client = Frames::open(server.address());
+        for stream in (1..20_000).step_by(2) {
+            let cancel = 8_u32.to_be_bytes();
+            if !client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET)
+                || !client.send(RST_STREAM, 0, stream, &cancel)
+            {
+                break;
+            }
+        }
+        let reason = client.ended();
+        assert!(reason.is_none_or(|reason| reason == ENHANCE_YOUR_CALM), "{reason:?}");
+        is_served(&server);
+    }
+    let after = memory(&server);
+    assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
+}
+
+#[test]
+fn headers_without_end_end_the_connection() {
+    let server = Server::start(&[]);
+    is_served(&server);
+    let before = memory(&server);
+    for _ in 0..20 {
+        let mut client = Frames::open(server.address());
+        client.send(HEADERS, END_STREAM, 1, GET);
+        // A name and a value that take as much room as they look, none of them for a table.
+        let line = [b"\x00\x01x\x7f\x81\x7e".as_slice(), &[b'y'; 16_000]].concat();
+        let sent = (0..1_000).take_while(|_| client.send(CONTINUATION, 0, 1, &line)).count();
+        assert!(sent < 1_000, "all was taken");
+        client.ended();
+        is_served(&server);
+    }
+    let after = memory(&server);
+    assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
+}
+
+#[test]
+fn data_without_content_ends_nothing_but_itself() {
+    let server = Server::start(&["--request-timeout", "1s"]);
+    let mut client = Frames::open(server.address());
+    client.send(HEADERS, END_HEADERS, 1, PUT);
+    while client.send(DATA, 0, 1, b"") {
+        client.stream.set_read_timeout(Some(Duration::from_millis(1))).expect("the time is not zero");
+        // The server refuses it in its time; until then it gets frames of nothing.
+        let mut byte = [0];
+        if client.stream.peek(&mut byte).is_ok_and(|seen| seen > 0) {
+            client.stream.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
+            match client.wait(&[HEADERS, RST_STREAM, GOAWAY]) {
+                Some(_) | None => break,
+            }
+        }
+    }
+    is_served(&server);
+}
+
+#[test]
+fn a_client_that_takes_no_answers_is_cut() {
+    let server = Server::start(&["--header-timeout", "300ms"]);
+    let value = vec![b'x'; 1 << 20];
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
+    let mut client = Frames::open(server.address());
+    // INITIAL_WINDOW_SIZE: nothing may be sent to it.
+    client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    for stream in (1..100).step_by(2) {
+        client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET);
+    }
+    client.ended();
+    is_served(&server);
+}
+
+#[test]
+fn frames_that_break_the_rules_end_the_connection() {
+    let server = Server::start(&[]);
+    let cases: [(&str, u8, u8, u32, &[u8]); 8] = [
+        ("DATA of no stream", DATA, 0, 0, b"x"),
+        ("DATA of a stream that is not open", DATA, 0, 1, b"x"),
+        ("HEADERS of a stream of the server", HEADERS, END_STREAM | END_HEADERS, 2, GET),
+        ("HEADERS that are no HPACK", HEADERS, END_STREAM | END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff\xff"),
+        ("SETTINGS of a broken length", SETTINGS, 0, 0, b"12345"),
+        ("WINDOW_UPDATE of nothing", WINDOW_UPDATE, 0, 0, &[0, 0, 0, 0]),
+        ("PING of a broken length", PING, 0, 0, b"short"),
+        ("CONTINUATION of nothing", CONTINUATION, END_HEADERS, 1, GET),
+    ];
+    for (about, kind, flags, stream, payload) in cases {
+        let mut client = Frames::open(server.address());
+        client.send(kind, flags, stream, payload);
+        let reason = client.ended();
+        assert!(reason.is_some_and(|reason| reason != 0), "{about}: {reason:?}");
+    }
+    is_served(&server);
+}
