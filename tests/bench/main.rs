@@ -1,5 +1,5 @@
-//! `just bench`: what a request costs, what the group commit is worth, and how fast the way back is. `just bench commit`
-//! measures one of them.
+//! `just bench`: what a request costs, what the group commit is worth, how fast the way back is, and what a swap does to
+//! those who ask meanwhile. `just bench commit` measures one of them.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
@@ -9,6 +9,7 @@ mod plain_map;
 mod process;
 mod replay;
 mod requests;
+mod swap;
 
 use std::path::Path;
 
@@ -16,7 +17,8 @@ use anyhow::{Result, bail};
 
 type Benchmark = fn(&Path) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 3] = [("requests", requests::run), ("commit", commit::run), ("replay", replay::run)];
+const ALL: [(&str, Benchmark); 4] =
+    [("requests", requests::run), ("commit", commit::run), ("replay", replay::run), ("swap", swap::run)];
 
 fn main() -> Result<()> {
     // cargo adds a flag of its own.

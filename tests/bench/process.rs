@@ -19,6 +19,8 @@ pub struct Server {
     pub name: &'static str,
     process: Child,
     address: SocketAddr,
+    /// Where the admin listener of kvs is.
+    pub admin: Option<SocketAddr>,
 }
 
 /// What a server did under load.
@@ -32,15 +34,17 @@ impl Server {
     pub fn start(name: &'static str, program: &Path, args: &[String]) -> Result<Self> {
         let mut process = Command::new(program).args(args).stderr(Stdio::piped()).spawn()?;
         let mut lines = BufReader::new(process.stderr.take().context("stderr is piped")?).lines();
+        let mut admin = None;
         let address = loop {
             let line = lines.next().with_context(|| format!("{name} stopped at once"))??;
-            if let Some((_, rest)) = line.split_once("serving on http://") {
-                break rest.split_whitespace().next().context("no address")?.parse()?;
+            admin = admin.or(address_in(&line, "admin on http://"));
+            if let Some(address) = address_in(&line, "serving on http://") {
+                break address;
             }
         };
         // Nobody reads on, and a full pipe would stop the server.
         std::thread::spawn(move || lines.for_each(drop));
-        Ok(Self { name, process, address })
+        Ok(Self { name, process, address, admin })
     }
 
     /// `kvs serve` on a data directory, with these flags beside.
@@ -65,11 +69,16 @@ impl Server {
             ensure!(began.elapsed() < Duration::from_secs(10), "redis-server does not serve");
             std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(Self { name: "redis, appendfsync always", process, address })
+        Ok(Self { name: "redis, appendfsync always", process, address, admin: None })
     }
 
     /// Requests from so many connections for a time. The script is one of those beside this file.
     pub fn load(&self, script: &str, connections: u32, time: Duration) -> Result<Load> {
+        self.load_telling(script, connections, time).map(|(load, _)| load)
+    }
+
+    /// As `load`; also gives what else the script tells in the end.
+    pub fn load_telling(&self, script: &str, connections: u32, time: Duration) -> Result<(Load, String)> {
         let script = format!("{}/tests/bench/{script}.lua", env!("CARGO_MANIFEST_DIR"));
         let before = self.cpu_seconds()?;
         let mut wrk = Command::new("wrk");
@@ -84,7 +93,7 @@ impl Server {
         let numbers = line.split(' ').map(str::parse).collect::<Result<Vec<f64>, _>>()?;
         let [requests, microseconds, failures] = numbers[..] else { bail!("wrk said {line:?}") };
         ensure!(failures == 0.0 && requests > 0.0, "{}: {failures} of {requests} requests failed", self.name);
-        Ok(Load { per_second: requests / microseconds * 1e6, cpu_us: cpu / requests * 1e6 })
+        Ok((Load { per_second: requests / microseconds * 1e6, cpu_us: cpu / requests * 1e6 }, report))
     }
 
     /// As `load` with PUTs, by redis's own tool, which knows a number of requests and no time.
@@ -119,6 +128,12 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// The address in a line that holds this before it.
+fn address_in(line: &str, before: &str) -> Option<SocketAddr> {
+    let (_, rest) = line.split_once(before)?;
+    rest.split_whitespace().next()?.parse().ok()
 }
 
 /// A line of `/proc/PROCESS/status` that is a size.

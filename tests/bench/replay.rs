@@ -36,7 +36,7 @@ pub fn run(data: &Path) -> Result<()> {
     println!("|---:|---:|---:|---:|---:|---:|");
     for entries in ENTRIES {
         let data = data.join(entries.to_string());
-        let bytes = write(&data, entries)?;
+        let bytes = write(&data, entries, scattered)?;
         let mut rounds = Vec::new();
         for _ in 0..if entries > LONG { 1 } else { ROUNDS } {
             rounds.push(Round { scan: scan_apart(&data, entries)?, guest: serve(&data)? });
@@ -55,15 +55,19 @@ pub fn run(data: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a log, and gives the bytes of its keys and values.
-fn write(data: &Path, entries: u64) -> Result<f64> {
+/// Keys in no order, as they come.
+fn scattered(number: u64) -> String {
+    format!("key-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// Writes a log of so many keys, and gives the bytes of its keys and values.
+pub fn write(data: &Path, entries: u64, key: impl Fn(u64) -> String) -> Result<f64> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability: Durability::Os })?;
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
     let mut bytes = 0;
     for number in 0..entries {
-        // In no order, as keys come.
-        let key = format!("key-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let key = key(number);
         bytes += key.len() + 100;
         let put = Event::Put(Put { key, value: vec![b'x'; 100], metadata: Vec::new(), expires: None });
         while let Err(error) = log.append(time, std::slice::from_ref(&put)) {
