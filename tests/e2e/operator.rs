@@ -152,7 +152,7 @@ fn the_environment_stands_in_for_flags() {
         ("KVS_MAX_VALUE_BYTES", "10"),
         ("KVS_REQUEST_TIMEOUT", "300ms"),
         ("KVS_GUEST", guest()),
-        ("KVS_GUEST_CONFIG", "color=blue,shape=round"),
+        ("KVS_GUEST_CONFIG", "color=blue\nshape=round"),
     ]);
     command.env("KVS_DATA", data.path());
     let server = Server::spawn(command, data);
