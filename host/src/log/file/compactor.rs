@@ -116,6 +116,16 @@ impl Default for Compactor {
 }
 
 impl Compactor {
+    /// Its thread is about to be there. From now on the log keeps to its bound, however long the thread takes to come.
+    pub fn begin_with(&self, shared: &Shared) {
+        let nothing =
+            Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), passes: 1, floor: 0 };
+        let mut state = self.lock();
+        state.known = shared.catalog.sealed().is_empty().then_some(nothing);
+        state.ready = true;
+        self.consider(&mut state, shared);
+    }
+
     /// A segment is not written any more.
     pub fn sealed(&self, shared: &Shared) {
         let mut state = self.lock();
@@ -219,14 +229,6 @@ impl Compactor {
 /// The thread that compacts until it is stopped.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
     let compactor = &shared.compactor;
-    {
-        let nothing =
-            Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), passes: 1, floor: 0 };
-        let mut state = compactor.lock();
-        state.known = shared.catalog.sealed().is_empty().then_some(nothing);
-        state.ready = true;
-        compactor.consider(&mut state, shared);
-    }
     let mut again = AGAIN;
     while compactor.wait_until_due(shared) {
         match compact(shared) {

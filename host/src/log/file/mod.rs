@@ -206,6 +206,7 @@ impl FileLog {
 
     fn compact_in_background(&self) -> anyhow::Result<()> {
         if let Some(running) = &mut *self.running.lock().unwrap_or_else(PoisonError::into_inner) {
+            self.shared.compactor.begin_with(&self.shared);
             running.compactor = Some(start("log compactor", &self.shared, compactor::run)?);
         }
         Ok(())
