@@ -82,10 +82,6 @@ impl Engine {
         Ok(Self { linker, limits, clock: Arc::default(), config: config.into(), cache: cache.map(Cache::new) })
     }
 
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
     /// Reads and compiles a guest, and checks that it fits the contract.
     pub fn load(&self, source: Source) -> Result<Guest> {
         let loaded = source.read().and_then(|bytes| self.compile(source.clone(), &bytes));
