@@ -8,6 +8,7 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
 use crate::admin::command::Swap;
+use crate::client::ClientCommand;
 use crate::edge::auth::TokenCommand;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
@@ -41,6 +42,8 @@ pub enum Command {
     /// Check, print, carry and compact a log that nobody serves from
     #[command(subcommand)]
     Log(LogCommand),
+    #[command(flatten)]
+    Client(ClientCommand),
 }
 
 #[derive(Debug, Args)]

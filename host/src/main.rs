@@ -52,5 +52,6 @@ fn run(cli: Cli) -> Result<()> {
         Command::Swap(args) => kvs::admin::command::swap(&args),
         Command::Inspect(args) => kvs::guest::inspect(&args.guest),
         Command::Log(command) => kvs::log::command::run(command),
+        Command::Client(command) => kvs::client::run(command),
     }
 }

@@ -4,7 +4,7 @@
 //! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `openapi`, `client` and `operator` say what each kind of user gets,
 //! `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do, `swap`
 //! and `guests` what good ones can; `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that
-//! nothing is lost; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not
+//! nothing is lost; `commands` what the client in the binary does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not
 //! right.
 
 mod access;
@@ -13,6 +13,7 @@ mod bad_log;
 mod book;
 mod certificates;
 mod client;
+mod commands;
 mod components;
 mod conditions;
 mod crash;

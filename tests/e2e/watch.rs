@@ -13,6 +13,8 @@ use crate::wire::{Connection, Response};
 struct Events {
     connection: Connection,
     text: String,
+    /// Where it begins, to go on from when nothing happens.
+    begin: u64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -27,8 +29,9 @@ impl Events {
         let mut connection = Connection::open(server.address());
         let head = connection.ask_for_head("GET", target, headers);
         assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
-        let mut events = Self { connection, text: String::new() };
-        assert_eq!(events.block().as_deref(), Some(":"), "it says that it watches");
+        let mut events = Self { connection, text: String::new(), begin: 0 };
+        let begin = events.block().expect("it says that it watches");
+        events.begin = begin.strip_prefix("id: ").and_then(|id| id.parse().ok()).expect(&begin);
         events
     }
 
@@ -79,6 +82,7 @@ fn a_watcher_sees_what_happens_to_its_keys() {
     client.ask("PUT", "/v1/a1", b"before");
     let mut all = Events::open(&server, "/v1?watch", &[]);
     let mut some = Events::open(&server, "/v1?watch=true&prefix=a", &[]);
+    assert_eq!((all.begin, some.begin, Events::open(&server, "/v1?watch&since=0", &[]).begin), (1, 1, 0));
     client.ask_with("PUT", "/v1/a2", &[("content-type", "text/plain")], b"a \"value\"\nof two lines");
     client.ask("PUT", "/v1/b", b"\xff");
     client.ask("DELETE", "/v1/a1", b"");

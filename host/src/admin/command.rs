@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
-use ureq::{Agent, RequestBuilder};
 
+use crate::client::{Ask, Failure, Server, Token};
 use crate::guest::read_component;
 
 /// How often a swap is asked how far it is.
@@ -28,9 +28,8 @@ pub struct Swap {
     #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
     admin: String,
 
-    /// A token of scope admin, for a listener that asks for one
-    #[arg(long, env = "KVS_TOKEN", hide_env_values = true)]
-    token: Option<String>,
+    #[command(flatten)]
+    token: Token,
 
     /// Do everything but the switch: check it, give it the log, and tell how that went
     #[arg(long)]
@@ -38,9 +37,10 @@ pub struct Swap {
 }
 
 pub fn swap(args: &Swap) -> Result<()> {
-    let base = if args.admin.contains("://") { args.admin.clone() } else { format!("http://{}", args.admin) };
-    let base = base.trim_end_matches('/').to_owned();
-    let url = format!("{base}/guest{}", if args.dry_run { "?dry-run" } else { "" });
+    // It answers when the new guest's probation is over.
+    let server = Server::new(&args.admin, "--admin", &args.token, None, None)?;
+    let watched = Server::new(&args.admin, "--admin", &args.token, None, Some(ANSWER))?;
+    let base = server.base().to_owned();
     let component = match &args.guest {
         Some(file) => Some(read_component(file).with_context(|| format!("cannot read {}", file.display()))?),
         None => None,
@@ -49,40 +49,29 @@ pub fn swap(args: &Swap) -> Result<()> {
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
     bar.enable_steady_tick(PROGRESS);
     let (ended, end) = channel();
-    let (asked, token) = (url.clone(), args.token.clone());
+    let target = if args.dry_run { "/guest?dry-run" } else { "/guest" };
     // Nobody waits for the thread when there is no answer: the process ends.
     thread::spawn(move || {
-        let agent = agent(None);
-        let response = match component {
-            Some(component) => bearing(agent.put(&asked), token.as_deref()).send(&component[..]),
-            None => bearing(agent.delete(&asked), token.as_deref()).call(),
-        };
-        let _ = ended.send(response);
+        let method = if component.is_some() { "PUT" } else { "DELETE" };
+        let _ = ended.send(server.ask(&Ask { method, target, headers: &[], body: component.as_deref() }));
     });
-    let response = loop {
+    let answer = loop {
         match end.recv_timeout(PROGRESS) {
-            Ok(response) => break response,
-            Err(RecvTimeoutError::Timeout) => {
-                bar.set_message(progress(&base, args.token.as_deref()).unwrap_or_default())
-            }
-            Err(RecvTimeoutError::Disconnected) => bail!("the request to {url} ended half-way"),
+            Ok(answer) => break answer,
+            Err(RecvTimeoutError::Timeout) => bar.set_message(progress(&watched).unwrap_or_default()),
+            Err(RecvTimeoutError::Disconnected) => bail!("the request to {base} ended half-way"),
         }
     };
     bar.finish_and_clear();
 
-    let mut response =
-        response.with_context(|| format!("no answer from {url}; is the server running, and is this its --admin?"))?;
-    let mut body = String::new();
-    response
-        .body_mut()
-        .as_reader()
-        .take(1 << 20)
-        .read_to_string(&mut body)
-        .with_context(|| format!("no answer from {url}"))?;
-    if response.status() != 200 {
-        bail!("not swapped, the server says {}: {}", response.status().as_u16(), body.trim());
-    }
-    let report: Value = serde_json::from_str(&body).with_context(|| format!("{url} is no admin listener of kvs"))?;
+    let response = match answer {
+        Err(refused @ Failure::Refused { .. }) => return Err(refused).context("not swapped"),
+        answer => answer?,
+    };
+    let mut body = Vec::new();
+    let read = response.into_body().into_reader().take(1 << 20).read_to_end(&mut body);
+    read.map_err(|error| watched.unanswered(&error))?;
+    let report: Value = serde_json::from_slice(&body).with_context(|| format!("{base} is no admin listener of kvs"))?;
     println!("{}", tell(&report));
     Ok(())
 }
@@ -106,10 +95,9 @@ fn tell(report: &Value) -> String {
     }
 }
 
-fn progress(base: &str, token: Option<&str>) -> Option<String> {
-    let asking = bearing(agent(Some(ANSWER)).get(format!("{base}/guest")), token);
-    let mut response = asking.call().ok()?;
-    let status: Value = serde_json::from_str(&response.body_mut().read_to_string().ok()?).ok()?;
+fn progress(server: &Server) -> Option<String> {
+    let response = server.ask(&Ask { method: "GET", target: "/guest", headers: &[], body: None }).ok()?;
+    let status: Value = serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()?;
     let swap = status.get("swap").filter(|swap| !swap.is_null())?;
     let phase = swap["phase"].as_str()?;
     Some(match phase {
@@ -119,15 +107,4 @@ fn progress(base: &str, token: Option<&str>) -> Option<String> {
         ),
         _ => format!("{phase}: {:.0} s", swap["seconds"].as_f64()?),
     })
-}
-
-fn agent(timeout: Option<Duration>) -> Agent {
-    Agent::config_builder().http_status_as_error(false).timeout_global(timeout).proxy(None).build().into()
-}
-
-fn bearing<B>(request: RequestBuilder<B>, token: Option<&str>) -> RequestBuilder<B> {
-    match token {
-        Some(token) => request.header("authorization", format!("Bearer {token}")),
-        None => request,
-    }
 }

@@ -40,20 +40,20 @@ pub async fn open(changes: &Arc<Changes>, follow: Follow, heartbeat: Duration) -
         }
     })?;
     let (text, body) = mpsc::channel(1);
-    tokio::spawn(tell(Arc::clone(changes), follow.prefix, past, heartbeat, text));
+    tokio::spawn(tell(Arc::clone(changes), follow, past, heartbeat, text));
     Ok(Reply::Stream(body))
 }
 
 /// Tells until the client leaves, or falls too far behind, or the server stops.
 async fn tell(
     changes: Arc<Changes>,
-    prefix: String,
+    Follow { prefix, after }: Follow,
     past: Past,
     heartbeat: Duration,
     text: mpsc::Sender<Bytes>,
 ) -> Option<()> {
-    // At once, so that the client sees that it watches.
-    text.send(HEARTBEAT).await.ok()?;
+    // At once, so that the client sees that it watches, and knows where it is before anything happens.
+    text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
     let mut after = send(past, &text).await?;
     while changes.watermark().durable() > after + NEAR {
         after = send(changes.past(&prefix, after).await.ok()?, &text).await?;

@@ -12,8 +12,8 @@ use indicatif::ProgressBar;
 use super::super::TransactionLog;
 use super::super::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
 use super::super::text::{self, Format};
-use super::bar;
 use crate::contract::AppendError;
+use crate::terminal::bar;
 
 /// Longer than any entry can be, every byte of it escaped. It bounds what is held of a text without lines.
 const LINE_BYTES: u64 = 4 * DEFAULT_SEGMENT_BYTES;

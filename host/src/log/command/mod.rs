@@ -5,15 +5,15 @@
 mod import;
 mod print;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use bytesize::ByteSize;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::file::{Finding, Offline, verify};
 use super::text::{self, Format};
+use crate::terminal::{bar, unless_nobody_reads};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum LogCommand {
@@ -68,21 +68,14 @@ pub struct At {
 }
 
 pub fn run(command: LogCommand) -> anyhow::Result<()> {
-    let done = match command {
+    unless_nobody_reads(match command {
         LogCommand::Verify { at } => verify_log(&at.data, &mut io::stdout().lock()),
         LogCommand::Dump { at, json: true } => print::all(&at.data, &mut io::stdout().lock(), print::json),
         LogCommand::Dump { at, json: false } => print::all(&at.data, &mut io::stdout().lock(), print::plain),
         LogCommand::Export { at } => print::all(&at.data, &mut io::stdout().lock(), text::print),
         LogCommand::Import { at, format, file } => import::run(&at.data, format, &file),
         LogCommand::Compact { at } => compact(&at.data),
-    };
-    match done {
-        // `kvs log dump | head`
-        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
-            Ok(())
-        }
-        done => done,
-    }
+    })
 }
 
 fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -144,18 +137,6 @@ fn compact(data: &Path) -> anyhow::Result<()> {
 fn directory_bytes(data: &Path) -> u64 {
     let files = data.join("log").read_dir().into_iter().flatten().flatten();
     files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
-}
-
-/// On standard error, and only where that is a terminal.
-fn bar(length: u64, what: &'static str) -> ProgressBar {
-    let bar = ProgressBar::new(length).with_message(what);
-    let style = ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left");
-    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-/// As [`bar`], beside entries that are printed: none where both would come to the same terminal.
-fn bar_beside_output(length: u64, what: &'static str) -> ProgressBar {
-    if io::stdout().is_terminal() { ProgressBar::hidden() } else { bar(length, what) }
 }
 
 #[cfg(test)]

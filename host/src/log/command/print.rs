@@ -10,8 +10,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::super::file::Offline;
-use super::bar_beside_output;
 use crate::contract::{Entry, EventRef};
+use crate::terminal::bar_beside_output;
 
 /// Prints all entries of the log of a data directory. Where damage stops it, what was before is printed.
 pub fn all(data: &Path, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {

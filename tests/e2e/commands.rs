@@ -1,0 +1,427 @@
+//! `kvs get`, `put`, `delete`, `list`, `watch`, `load` and `dump`, as people and scripts use them: through pipes, over TLS, in
+//! vain, and interrupted.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::certificates::{Authority, Kind};
+use crate::server::{PATIENCE, Refused, Server, Stopped, kvs, refused};
+use crate::wire::{Connection, short};
+use crate::zoo;
+
+/// `kvs COMMAND` on a server.
+fn client(server: &Server, args: &[&str]) -> Command {
+    let mut command = kvs();
+    command.args(args).env("KVS_URL", server.url(""));
+    command
+}
+
+/// Runs a command with this on its standard input.
+fn run(mut command: Command, input: &[u8]) -> Output {
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().expect("the binary can be started");
+    let mut stdin = child.stdin.take().expect("it is piped");
+    thread::scope(|scope| {
+        // One that is not read is none of this test's business.
+        scope.spawn(move || stdin.write_all(input));
+        child.wait_with_output().expect("a child can be waited for")
+    })
+}
+
+/// Runs a command that must succeed, and gives what it printed.
+#[track_caller]
+fn printed(command: Command, input: &[u8]) -> Vec<u8> {
+    let output = run(command, input);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}, it said: {said}", output.status);
+    output.stdout
+}
+
+#[track_caller]
+fn lines(command: Command) -> Vec<String> {
+    String::from_utf8(printed(command, b"")).expect("text").lines().map(str::to_owned).collect()
+}
+
+fn objects(command: Command) -> Vec<Value> {
+    lines(command).iter().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+}
+
+fn refuses(server: &Server, args: &[&str]) -> Refused {
+    refused(client(server, args))
+}
+
+#[test]
+fn a_session_at_a_terminal() {
+    let server = Server::start(&[]);
+    let kvs = |args: &[&str]| client(&server, args);
+    refuses(&server, &["get", "key-a"]).with(1, &["kvs: get key-a: no such key (404)"]);
+    assert_eq!(printed(kvs(&["put", "key-a", "Hello, key-value store!"]), b""), b"1\n");
+    assert_eq!(printed(kvs(&["get", "key-a"]), b""), b"Hello, key-value store!");
+
+    refuses(&server, &["put", "key-a", "x", "--create"]).with(1, &["put key-a", "the key has the etag \"1\"", "(412)"]);
+    refuses(&server, &["put", "key-a", "x", "--if-match", "7"]).with(1, &["put key-a", "(412)"]);
+    refuses(&server, &["delete", "key-a", "--if-match", "7"]).with(1, &["delete key-a", "(412)"]);
+    assert_eq!(printed(kvs(&["put", "key-a", "again", "--if-match", "1"]), b""), b"2\n");
+    assert_eq!(printed(kvs(&["put", "key-b", "--create", "--content-type", "image/x"]), b"\xff\0"), b"3\n");
+    assert_eq!(printed(kvs(&["get", "key-b"]), b""), b"\xff\0");
+    let file = server.data().join("file");
+    fs::write(&file, "from a file").expect("the directory takes a file");
+    let file = format!("@{}", file.display());
+    assert_eq!(printed(kvs(&["put", "c", &file, "--ttl", "1h"]), b""), b"4\n");
+
+    assert_eq!(lines(kvs(&["list"])), ["c", "key-a", "key-b"]);
+    assert_eq!(lines(kvs(&["list", "key-"])), ["key-a", "key-b"]);
+    let listed = objects(kvs(&["list", "--json"]));
+    assert_eq!(listed[1], json!({"key": "key-a", "etag": "\"2\"", "size": 5}));
+    assert!(listed[0]["expires"].is_u64(), "{}", listed[0]);
+    let dumped = objects(kvs(&["dump", "key-"]));
+    assert_eq!(dumped[0], json!({"key": "key-a", "etag": "\"2\"", "value": "again"}));
+    assert_eq!(dumped[1], json!({"key": "key-b", "etag": "\"3\"", "value_base64": "/wA=", "content_type": "image/x"}));
+
+    assert_eq!(printed(kvs(&["delete", "key-a"]), b""), b"");
+    assert_eq!(printed(kvs(&["delete", "key-a"]), b""), b"");
+    assert_eq!(lines(kvs(&["list", "key-"])), ["key-b"]);
+}
+
+#[test]
+fn every_key_and_value_comes_back() {
+    let mut rng = zoo::dice();
+    let server = Server::start(&[]);
+    let mut curl = Connection::open(server.address());
+    for key in zoo::keys(&mut rng, 140).into_iter().take(40) {
+        let value = zoo::value(&mut rng);
+        printed(client(&server, &["put", "--", &key]), &value);
+        assert_eq!(curl.ask("GET", &short(&key), b"").body, value, "{key:?}");
+        assert_eq!(printed(client(&server, &["get", "--", &key]), b""), value, "{key:?}");
+        assert_eq!(lines(client(&server, &["list", "--", &key])), [&*key]);
+        printed(client(&server, &["delete", "--", &key]), b"");
+        assert_eq!(curl.ask("GET", &short(&key), b"").status, 404, "{key:?}");
+    }
+    let large = zoo::large_value(&mut rng);
+    printed(client(&server, &["put", "large"]), &large);
+    assert_eq!(printed(client(&server, &["get", "large"]), b""), large);
+    for more in [1, 1 << 20, 40 << 20] {
+        let output = run(client(&server, &["put", "large"]), &vec![0; large.len() + more]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("(413)"), "{}: {said}", output.status);
+    }
+}
+
+#[test]
+fn what_went_wrong_is_one_line() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = |name: &str, content: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, content).expect("the directory takes a file");
+        path.to_str().expect("a temporary path is text").to_owned()
+    };
+    let tokens = directory.path().join("tokens");
+    let tokens = tokens.to_str().expect("a temporary path is text");
+    let token = |args: &[&str]| {
+        let mut command = kvs();
+        command.args(["token", "new", "--tokens", tokens]).args(args);
+        String::from_utf8(printed(command, b"")).expect("a token is text")
+    };
+    let (reader, bound) = (token(&["reader"]), token(&["bound", "--scope", "write", "--path-prefix", "/v1/team-a_1:"]));
+    let server = Server::start(&["--tokens", tokens]);
+
+    let nobody = |args: &[&str]| refuses(&server, args);
+    for args in [&["get", "a"][..], &["put", "a", "x"], &["list"], &["watch"], &["dump"], &["delete", "a"]] {
+        nobody(args).with(1, &["a token is needed", "KVS_TOKEN or --token-file", "(401)"]);
+    }
+    let unknown = file("unknown", "kvs_0\n");
+    nobody(&["get", "a", "--token-file", &unknown]).with(1, &["this token is not known", "(401)"]);
+    nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token has characters"]);
+    nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["--token-file /nowhere cannot be read"]);
+    nobody(&["get", "a", "--token-file", &unknown, "--token", "x"]).with(2, &["--token", "cannot be used with"]);
+    let reader = file("reader", &reader);
+    nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);
+    nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["this token is for reading only (403)"]);
+    // What needs no escape has none.
+    let by_variable = |args: &[&str]| {
+        let mut command = client(&server, args);
+        command.env("KVS_TOKEN", bound.trim());
+        command
+    };
+    assert_eq!(printed(by_variable(&["put", "team-a_1:~!$&'()*+,;=@/1", "x"]), b""), b"1\n");
+    refused(by_variable(&["put", "team-b", "x"])).with(1, &["this token is for other paths (403)"]);
+
+    let open = Server::start(&["--guest-memory-bytes", "16MiB"]);
+    refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
+    refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["/nowhere cannot be read"]);
+    refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
+    refuses(&open, &["watch", "--since", "7"]).with(1, &["there is nothing since 7 yet", "(400)"]);
+    let many: String =
+        (0..200).map(|n| format!("{{\"key\": \"{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
+    let many = file("many", &many);
+    let full = refuses(&open, &["load", &many]);
+    full.with(1, &["kvs: line ", "of ", "put ", "(507)", "lines are stored, go on with kvs load --resume"]);
+
+    for command in [&["get", "a"][..], &["list"], &["watch"], &["load", &many]] {
+        let mut unreachable = kvs();
+        unreachable.args(command).args(["--url", "127.0.0.1:1"]);
+        let told = ["no answer from http://127.0.0.1:1", "is the server running, and is this its --url?"];
+        refused(unreachable).with(1, &told);
+    }
+}
+
+#[test]
+fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
+    let mut rng = zoo::dice();
+    let from = Server::start(&[]);
+    let mut wire = Connection::open(from.address());
+    let mut model = BTreeMap::new();
+    for key in zoo::keys(&mut rng, 1_200) {
+        let value = zoo::value(&mut rng);
+        assert_eq!(wire.ask("PUT", &short(&key), &value).status, 201);
+        model.insert(key, value);
+    }
+    wire.ask_with("PUT", "/v1/typed?ttl=5000", &[("content-type", "image/x")], b"x");
+    wire.ask("PUT", "/v1/soon?ttl=1", b"x");
+    let dump = printed(client(&from, &["dump"]), b"");
+    assert_eq!(dump.split(|byte| *byte == b'\n').count(), 1_203);
+
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let tls = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key];
+    let to = Server::start(&tls);
+    let url = format!("https://localhost:{}", to.address().port());
+    let secure = |args: &[&str]| {
+        let mut command = kvs();
+        command.args(args).env("KVS_URL", &url).env("KVS_CACERT", authority.file());
+        command
+    };
+    // It is over when it arrives.
+    while String::from_utf8_lossy(&printed(client(&from, &["list", "soon"]), b"")).contains("soon") {}
+    let output = run(secure(&["load"]), &dump);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "loaded 1202 lines\n");
+    for (key, value) in model.iter().take(20) {
+        assert_eq!(printed(secure(&["get", "--", key]), b""), *value, "{key:?}");
+    }
+    let content = |command| {
+        let with_etag = objects(command).into_iter().filter(|object| object["key"] != "typed");
+        let entries =
+            with_etag.map(|object| (object["key"].clone(), object["value"].clone(), object["value_base64"].clone()));
+        entries.collect::<Vec<_>>()
+    };
+    let carried = content(secure(&["dump"]));
+    assert_eq!(carried.len(), 1_200);
+    assert_eq!(carried, content(client(&from, &["dump"])));
+    let typed =
+        [secure(&["dump", "typed"]), client(&from, &["dump", "typed"])].map(|command| objects(command).remove(0));
+    assert_eq!(typed[0]["content_type"], "image/x");
+    let expires = typed.map(|typed| typed["expires"].as_u64().expect("it expires"));
+    assert!(expires[0].abs_diff(expires[1]) < 1_000 * PATIENCE.as_secs(), "{expires:?}");
+
+    // Whoever cannot be trusted is not told anything.
+    let mut untrusting = kvs();
+    untrusting.args(["get", "a", "--url", &url]);
+    refused(untrusting).with(1, &["no answer from https://localhost", "--cacert"]);
+    let mut wrong = kvs();
+    wrong.args(["get", "a", "--url", &url, "--cacert", "Cargo.toml"]);
+    refused(wrong).with(1, &["--cacert Cargo.toml holds no certificate"]);
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
+    let server = Server::start(&[]);
+    let lines: String = (0..20_000).map(|n| format!("{{\"key\": \"key-{n}\", \"value\": \"{n}\"}}\n")).collect();
+    printed(client(&server, &["load", "-"]), lines.as_bytes());
+    for command in ["list", "dump"] {
+        let mut child = client(&server, &[command]);
+        let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it can be started");
+        let mut first = String::new();
+        BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut first).expect("it prints");
+        assert!(first.contains("key-0"), "{first}");
+        let output = child.wait_with_output().expect("a child can be waited for");
+        assert_eq!((output.status.code(), output.stderr), (Some(0), vec![]), "{command}");
+    }
+}
+
+#[test]
+fn a_malformed_line_is_named() {
+    let server = Server::start(&[]);
+    let good = "{\"key\": \"a\", \"value\": \"1\"}\n";
+    for (bad, told) in [
+        ("{\"key\": \"b\"}", "`value` or `value_base64` is missing"),
+        ("{\"key\": \"b\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
+        ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
+        ("", "EOF while parsing a value"),
+        ("{\"key\": \"b\", ", "EOF while parsing"),
+    ] {
+        let file = server.data().join("lines");
+        fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
+        let file = file.to_str().expect("a temporary path is text");
+        // A file is looked at whole before anything is put, a pipe as it comes.
+        refuses(&server, &["load", file]).with(1, &["kvs: line 2 of ", file, told]);
+        assert_eq!(lines(client(&server, &["list"])), [""; 0]);
+    }
+    let output = run(client(&server, &["load"]), [good, "nonsense\n", good].concat().as_bytes());
+    let said = String::from_utf8_lossy(&output.stderr);
+    let told = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
+    assert_eq!((output.status.code(), said.as_ref()), (Some(1), told));
+    assert_eq!(lines(client(&server, &["list"])), ["a"]);
+    // The server has its own rules.
+    let output = run(client(&server, &["load"]), b"{\"key\": \"..\", \"value\": \"\"}\n");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("line 1 of standard input: put ..: key has a `..` segment (400)"), "{said}");
+}
+
+/// How far a load came, by the file it keeps.
+fn mark(file: &Path) -> usize {
+    let text = fs::read(file.with_added_extension("kvs-load")).expect("a load keeps how far it came");
+    let mark: Value = serde_json::from_slice(&text).expect("it is JSON");
+    mark["line"].as_u64().expect("a number") as usize
+}
+
+/// A server that takes the place of one that was killed, at its address.
+fn again(stopped: Stopped, address: SocketAddr, args: &[&str]) -> Server {
+    let mut command = kvs();
+    let data = stopped.into_data();
+    command.args(["serve", "--listen", &address.to_string(), "--data"]).arg(data.path()).args(args);
+    Server::spawn(command, data)
+}
+
+/// Waits until so many puts have happened from now on.
+struct Puts(Connection);
+
+impl Puts {
+    fn of(server: &Server) -> Self {
+        let mut connection = Connection::open(server.address());
+        assert_eq!(connection.ask_for_head("GET", "/v1?watch", &[]).status, 200);
+        connection.chunk().expect("it begins");
+        Self(connection)
+    }
+
+    fn wait(&mut self, count: usize) {
+        let (mut seen, mut text) = (0, Vec::new());
+        while seen < count {
+            text.extend(self.0.chunk().expect("the stream goes on"));
+            let end = text.windows(2).rposition(|window| window == b"\n\n").map_or(0, |at| at + 2);
+            let events = text.drain(..end).collect::<Vec<_>>();
+            seen += events.windows(10).filter(|window| window == b"event: put").count();
+        }
+    }
+}
+
+#[test]
+fn a_load_goes_on_wherever_it_was_interrupted() {
+    const LINES: usize = 6_000;
+    // So that a load takes longer than a second, which is how often it keeps how far it came.
+    const SLOW: [&str; 2] = ["--rate-limit", "1000/s"];
+    let mut server = Server::start(&SLOW);
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("lines.jsonl");
+    let name = file.to_str().expect("a temporary path is text");
+    // Each key several times: the last one counts, whatever was put again.
+    let key = |line: usize| format!("key-{}", line % 700);
+    let text: Vec<_> =
+        (0..LINES).map(|line| json!({"key": key(line), "value": line.to_string()}).to_string()).collect();
+    let write = |lines: &[String]| fs::write(&file, lines.join("\n")).expect("the directory takes a file");
+    write(&text);
+    let stored = |server: &Server| -> BTreeMap<String, usize> {
+        let objects = objects(client(server, &["dump"])).into_iter();
+        let pair = |object: Value| (object["key"].as_str()?.to_owned(), object["value"].as_str()?.parse().ok()?).into();
+        objects.filter_map(pair).collect()
+    };
+
+    let mut marks = vec![0];
+    for round in 0..3 {
+        let mut puts = Puts::of(&server);
+        let mut load = client(&server, &["load", "--resume", name]);
+        let mut load = load.stderr(Stdio::piped()).spawn().expect("the binary can be started");
+        puts.wait(1_500);
+        if round < 2 {
+            load.kill().expect("a child can be killed");
+            load.wait().expect("a child can be waited for");
+        } else {
+            let address = server.address();
+            let stopped = server.kill();
+            let output = load.wait_with_output().expect("a child can be waited for");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(said.starts_with("kvs: line ") && said.lines().count() == 1, "{said}");
+            assert!(said.contains("no answer from") && said.contains("go on with kvs load --resume"), "{said}");
+            server = again(stopped, address, &SLOW);
+        }
+        let mark = mark(&file);
+        assert!(mark > *marks.last().expect("there is one"), "in round {round} it came from {marks:?} to {mark}");
+        marks.push(mark);
+        // All up to the mark is stored, unless a later line, or one that was put again, has the same key.
+        let (stored, again) = (stored(&server), marks[round]);
+        for line in again..mark {
+            let there = stored.get(&key(line)).copied();
+            assert!(there.is_some_and(|there| there >= line), "line {line} of {mark} is not stored, but {there:?}");
+        }
+    }
+
+    let mut changed = text.clone();
+    changed[5] = changed[5].replace("5", "6");
+    write(&changed);
+    refuses(&server, &["load", "--resume", name]).with(1, &["what was loaded of ", "is not the same any more"]);
+    write(&text);
+    let elsewhere = Server::start(&[]);
+    refuses(&elsewhere, &["load", "--resume", name]).with(1, &["kvs-load is of a load into", "load without --resume"]);
+
+    let output = run(client(&server, &["load", "--resume", name]), b"");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(said, format!("loaded {} lines\n", LINES - marks[3]));
+    let last = (LINES - 700..LINES).map(|line| (key(line), line)).collect::<BTreeMap<_, _>>();
+    assert_eq!(stored(&server), last);
+    let left: Vec<_> =
+        directory.path().read_dir().expect("it is there").flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["lines.jsonl"]);
+}
+
+#[test]
+fn a_watch_goes_on_when_the_server_comes_back() {
+    let mut server = Server::start(&[]);
+    let address = server.address();
+    let mut wire = Connection::open(address);
+    wire.ask("PUT", "/v1/a0", b"before");
+    let watch = |args: &[&str]| {
+        let mut command = client(&server, args);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it can be started");
+        let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        (Killed(child), lines)
+    };
+    let (_plain, mut plain) = watch(&["watch", "--since", "0"]);
+    let (_json, mut json) = watch(&["watch", "a", "--since", "0", "--json"]);
+    let mut plain = || plain.next().expect("it goes on").expect("it is text");
+    let mut json = || -> Value {
+        serde_json::from_str(&json.next().expect("it goes on").expect("it is text")).expect("a line is JSON")
+    };
+    assert_eq!(plain(), "1 put \"a0\" = \"before\"");
+    assert_eq!(json()["sequence"], 1);
+    for round in 1..=3 {
+        wire.ask("PUT", "/v1/a1", b"two\nlines");
+        wire.ask("DELETE", "/v1/b", b"");
+        wire.ask("PUT", "/v1/b", b"\xff");
+        server = again(server.kill(), address, &[]);
+        wire = Connection::open(address);
+        wire.ask("DELETE", "/v1/b", b"");
+        let first = 3 * round - 1;
+        assert_eq!(plain(), format!("{first} put \"a1\" = \"two\\nlines\""));
+        assert_eq!(plain(), format!("{} put \"b\" = b\"\\xff\"", first + 1));
+        assert_eq!(plain(), format!("{} delete \"b\"", first + 2));
+        assert_eq!(json(), json!({"key": "a1", "value": "two\nlines", "type": "put", "sequence": first}));
+    }
+}
+
+/// A child that ends with the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Fails only when it is gone, which is what is wanted.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
