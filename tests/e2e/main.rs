@@ -4,8 +4,8 @@
 //! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `openapi`, `client` and `operator` say what each kind of user gets,
 //! `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do, `swap`
 //! and `guests` what good ones can; `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that
-//! nothing is lost; `commands` what the client in the binary does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not
-//! right.
+//! nothing is lost; `linear` that all clients see one store, whatever happens to it; `commands` what the client in the
+//! binary does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right.
 
 mod access;
 mod admin;
@@ -25,6 +25,7 @@ mod guests;
 mod hostile;
 mod http2;
 mod limits;
+mod linear;
 mod lists;
 mod load;
 mod log_command;

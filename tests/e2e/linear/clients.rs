@@ -1,0 +1,281 @@
+//! Clients that ask this and that of a few keys they share, and record what they were told.
+//!
+//! Owns: how steps are asked over HTTP and what an answer says of them. Must never know: what becomes of the server.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::thread;
+
+use fastrand::Rng;
+use serde_json::{Value, json};
+
+use super::history::{Item, Key, Operation, Outcome, Step, resolve};
+use crate::server::PATIENCE;
+use crate::wire::{Connection, Response};
+
+const CLIENTS: usize = 8;
+pub const OPERATIONS: u64 = 500;
+
+/// Keys that a transaction can have together. Few, so that clients meet.
+const GROUPS: [&[Key]; 3] = [&[0], &[1, 2], &[3, 4, 5]];
+const KEYS: usize = 6;
+
+/// Where the server is, and how much was asked of it: what clients and those who trouble the server know of each other.
+#[derive(Default)]
+pub struct Stage {
+    state: Mutex<(Option<SocketAddr>, u64)>,
+    changed: Condvar,
+    clock: AtomicU64,
+    values: AtomicU64,
+}
+
+impl Stage {
+    /// The server is there, or is about to go. Clients wait for it to come back.
+    pub fn set(&self, address: Option<SocketAddr>) {
+        self.state.lock().unwrap().0 = address;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many operations were recorded.
+    pub fn wait_for(&self, operations: u64) {
+        self.wait(|(_, recorded)| (*recorded >= operations).then_some(()));
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.wait(|(address, _)| *address)
+    }
+
+    fn wait<T>(&self, wanted: impl Fn(&(Option<SocketAddr>, u64)) -> Option<T>) -> T {
+        let mut state = self.state.lock().unwrap();
+        loop {
+            if let Some(found) = wanted(&state) {
+                return found;
+            }
+            let waited = self.changed.wait_timeout(state, PATIENCE).unwrap();
+            assert!(!waited.1.timed_out(), "nothing happened for {PATIENCE:?}");
+            state = waited.0;
+        }
+    }
+
+    fn recorded(&self) {
+        self.state.lock().unwrap().1 += 1;
+        self.changed.notify_all();
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::SeqCst)
+    }
+}
+
+/// Lets clients loose on keys of their own, and gives their history.
+pub fn record(stage: &Stage, name: &str, rng: &mut Rng) -> Vec<Operation> {
+    let left = AtomicU64::new(OPERATIONS);
+    let mut history: Vec<Operation> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|number| {
+                let client = Client { stage, name, number, rng: rng.fork(), seen: [None; KEYS] };
+                scope.spawn(|| client.run(&left))
+            })
+            .collect();
+        clients.into_iter().flat_map(|client| client.join().expect("a client does not panic")).collect()
+    });
+    resolve(&mut history);
+    history
+}
+
+struct Client<'s> {
+    stage: &'s Stage,
+    name: &'s str,
+    number: usize,
+    rng: Rng,
+    /// What it last saw of each key, for its conditions.
+    seen: [Option<Item>; KEYS],
+}
+
+/// How steps are asked.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Plain,
+    Transaction,
+}
+
+impl Client<'_> {
+    fn run(mut self, left: &AtomicU64) -> Vec<Operation> {
+        let mut operations = Vec::new();
+        let mut connection = None;
+        while left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            operations.push(loop {
+                if let Some(operation) = self.ask(&mut connection) {
+                    break operation;
+                }
+            });
+            self.stage.recorded();
+        }
+        operations
+    }
+
+    /// None when nothing can have happened.
+    fn ask(&mut self, kept: &mut Option<Connection>) -> Option<Operation> {
+        let mut connection = match kept.take() {
+            Some(connection) => connection,
+            None => Connection::try_open(self.stage.address()).ok()?,
+        };
+        let (form, mut steps) = self.plan();
+        let asked = self.stage.now();
+        let answer = self.exchange(&mut connection, form, &steps);
+        let answered = self.stage.now();
+        let outcome = match answer {
+            // It may have arrived, and may be in the middle of what is done.
+            Err(_) => Outcome::Unknown,
+            Ok(answer) => {
+                *kept = Some(connection);
+                outcome(&answer, form, &mut steps)?
+            }
+        };
+        if outcome == Outcome::Done {
+            for step in &steps {
+                match *step {
+                    Step::Get(key, seen) => self.seen[key] = seen,
+                    Step::Put(key, item) => self.seen[key] = Some(item),
+                    Step::Delete(key) => self.seen[key] = None,
+                    Step::Check(..) => {}
+                }
+            }
+        }
+        let operation = Operation { client: self.number, asked, answered, steps, outcome };
+        (!operation.is_unknown() || !operation.changes_nothing()).then_some(operation)
+    }
+
+    fn plan(&mut self) -> (Form, Vec<Step>) {
+        let group = self.rng.choice(GROUPS).expect("there are some");
+        let key = self.rng.choice(group.iter().copied()).expect("there are some");
+        let seen = self.seen[key].map(|item| item.tag);
+        match self.rng.u8(0..20) {
+            0..6 => (Form::Plain, vec![Step::Get(key, None)]),
+            6..10 => (Form::Plain, vec![self.put(key)]),
+            10..12 => (Form::Plain, vec![Step::Delete(key)]),
+            12..15 => (Form::Plain, vec![Step::Check(key, seen), self.put(key)]),
+            15 if seen.is_some() => (Form::Plain, vec![Step::Check(key, seen), Step::Delete(key)]),
+            _ => {
+                let mut steps = Vec::new();
+                for key in group.iter().copied() {
+                    if self.rng.u8(0..3) == 0 {
+                        steps.push(Step::Check(key, self.seen[key].map(|item| item.tag)));
+                    }
+                    steps.push(match self.rng.u8(0..4) {
+                        0 => Step::Get(key, None),
+                        1 => Step::Delete(key),
+                        _ => self.put(key),
+                    });
+                    if self.rng.u8(0..3) == 0 {
+                        steps.push(Step::Get(key, None));
+                    }
+                }
+                (Form::Transaction, steps)
+            }
+        }
+    }
+
+    fn put(&self, key: Key) -> Step {
+        // Which tag it gets is told by the answer.
+        Step::Put(key, Item { value: self.stage.values.fetch_add(1, Ordering::Relaxed), tag: 0 })
+    }
+
+    fn exchange(&mut self, connection: &mut Connection, form: Form, steps: &[Step]) -> io::Result<Response> {
+        let (method, mut target, condition, body) = match form {
+            Form::Plain => self.plain(steps),
+            Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
+        };
+        // A guest that knows this path traps there, after it has done what was asked.
+        if method != "GET" && self.rng.u8(..) == 0 {
+            target.insert_str(0, "/trap");
+        }
+        let length = body.len();
+        let head = format!("{method} {target} HTTP/1.1\r\nhost: kvs\r\n{condition}content-length: {length}\r\n\r\n");
+        connection.try_send(head + &body)?;
+        connection.try_read(false)
+    }
+
+    fn name_of(&self, key: Key) -> String {
+        format!("{}-{key}", self.name)
+    }
+
+    fn plain(&self, steps: &[Step]) -> (&'static str, String, String, String) {
+        let (condition, last) = match steps {
+            [Step::Check(_, None), last] => ("if-none-match: *\r\n".to_owned(), last),
+            [Step::Check(_, Some(tag)), last] => (format!("if-match: \"{tag}\"\r\n"), last),
+            [last] => (String::new(), last),
+            _ => panic!("{steps:?} is more than one request can say"),
+        };
+        let (method, body) = match last {
+            Step::Put(_, item) => ("PUT", item.value.to_string()),
+            Step::Delete(_) => ("DELETE", String::new()),
+            _ => ("GET", String::new()),
+        };
+        (method, format!("/v1/{}", self.name_of(last.key())), condition, body)
+    }
+
+    fn transaction(&self, steps: &[Step]) -> String {
+        let operations = steps.iter().map(|step| {
+            let key = self.name_of(step.key());
+            match step {
+                Step::Check(_, tag) => json!({"op": "check", "key": key, "etag": tag.map(quoted)}),
+                Step::Get(..) => json!({"op": "get", "key": key}),
+                Step::Put(_, item) => json!({"op": "put", "key": key, "value": item.value.to_string()}),
+                Step::Delete(_) => json!({"op": "delete", "key": key}),
+            }
+        });
+        Value::Array(operations.collect()).to_string()
+    }
+}
+
+fn quoted(tag: u64) -> String {
+    format!("\"{tag}\"")
+}
+
+/// What an answer says, also of what was seen. None when it says that nothing happened.
+fn outcome(answer: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome> {
+    match answer.status {
+        200 | 201 | 404 if form == Form::Plain => {
+            let tag = answer.etag();
+            match steps.last_mut().expect("there is one") {
+                Step::Get(_, seen) => *seen = tag.map(|tag| Item { value: number(answer.text()), tag }),
+                // The path that a guest does not know.
+                _ if answer.status == 404 => return None,
+                Step::Put(_, item) => item.tag = tag.expect("a put is answered with its tag"),
+                Step::Delete(_) | Step::Check(..) => {}
+            }
+            Some(Outcome::Done)
+        }
+        200 => {
+            let given: Vec<Value> = serde_json::from_slice(&answer.body).expect("a list in JSON");
+            assert_eq!(given.len(), steps.len(), "{}", answer.text());
+            for (given, step) in given.iter().zip(steps) {
+                let tag = given["etag"].as_str().map(|tag| number(tag.trim_matches('"')));
+                match step {
+                    Step::Get(_, seen) => {
+                        let value = given["value"].as_str().map(number);
+                        *seen = tag.zip(value).map(|(tag, value)| Item { value, tag });
+                    }
+                    Step::Put(_, item) => item.tag = tag.expect("a put is answered with its tag"),
+                    Step::Delete(_) | Step::Check(..) => {}
+                }
+            }
+            Some(Outcome::Done)
+        }
+        412 => Some(Outcome::Failed(0)),
+        409 => {
+            let at = answer.text().strip_prefix("operation ").and_then(|text| text.split_once(':')?.0.parse().ok());
+            Some(Outcome::Failed(at.unwrap_or_else(|| panic!("no place in {}", answer.text()))))
+        }
+        404 | 503 => None,
+        500 | 504 => Some(Outcome::Unknown),
+        status => panic!("{status}: {}", answer.text()),
+    }
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_else(|_| panic!("nobody put {text:?}"))
+}

@@ -1,0 +1,237 @@
+//! A small server of its own for the checker to find out: it keeps its promises, or breaks one of them.
+//!
+//! It answers over real sockets what the clients ask. Its disk is a list of which only the beginning is safe, until the next
+//! sync; when it is killed, the rest is gone, which is what a power cut does to files and a kill of a process does not.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// How long its disk takes.
+const SYNC: Duration = Duration::from_millis(3);
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    None,
+    /// A write is answered before it is safe.
+    AnswersEarly,
+    /// A read is answered before what it saw is safe.
+    ReadsWithoutWaiting,
+    /// Now and then a write is answered, and the one before is still there.
+    LosesUpdates,
+}
+
+/// A value and its tag.
+type Item = (String, u64);
+
+#[derive(Default)]
+struct Store {
+    items: HashMap<String, Item>,
+    /// What was written: a key, and what it had from then on.
+    log: Vec<(String, Option<Item>)>,
+    safe: usize,
+    connections: Vec<TcpStream>,
+    /// How often it was killed.
+    kills: u64,
+    over: bool,
+}
+
+pub struct Faulty {
+    shared: Arc<(Mutex<Store>, Condvar)>,
+    pub address: SocketAddr,
+}
+
+impl Faulty {
+    pub fn start(fault: Fault) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+        let address = listener.local_addr().expect("a listener has an address");
+        let shared = Arc::<(Mutex<Store>, Condvar)>::default();
+        let (disk, acceptor) = (Arc::clone(&shared), Arc::clone(&shared));
+        thread::spawn(move || {
+            while !lock(&disk.0).over {
+                thread::sleep(SYNC);
+                let mut store = lock(&disk.0);
+                store.safe = store.log.len();
+                disk.1.notify_all();
+            }
+        });
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let shared = Arc::clone(&acceptor);
+                let mut store = lock(&acceptor.0);
+                if store.over {
+                    return;
+                }
+                store.connections.push(stream.try_clone().expect("a socket can be shared"));
+                let life = store.kills;
+                // However it ends, the client sees that there is no answer.
+                thread::spawn(move || serve(&shared, stream, life, fault));
+            }
+        });
+        Self { shared, address }
+    }
+
+    /// What is not safe is gone, and so are all connections.
+    pub fn kill(&self) {
+        let mut store = lock(&self.shared.0);
+        store.kills += 1;
+        let safe = store.safe;
+        store.log.truncate(safe);
+        store.items.clear();
+        for (key, item) in store.log.clone() {
+            match item {
+                Some(item) => store.items.insert(key, item),
+                None => store.items.remove(&key),
+            };
+        }
+        for connection in store.connections.drain(..) {
+            // Fails only when the client left.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        self.shared.1.notify_all();
+    }
+}
+
+impl Drop for Faulty {
+    fn drop(&mut self) {
+        lock(&self.shared.0).over = true;
+        self.kill();
+        // For the acceptor to see it.
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+fn lock(store: &Mutex<Store>) -> MutexGuard<'_, Store> {
+    store.lock().expect("nobody panics with it")
+}
+
+struct Request {
+    method: String,
+    target: String,
+    condition: Option<String>,
+    body: String,
+}
+
+fn serve(shared: &(Mutex<Store>, Condvar), stream: TcpStream, life: u64, fault: Fault) -> io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    loop {
+        let request = read(&mut stream)?;
+        let mut store = lock(&shared.0);
+        if store.kills != life {
+            return Ok(());
+        }
+        let before = store.log.len();
+        let answer = answer(&mut store, &request, fault);
+        let written = store.log.len() > before;
+        let waits = match fault {
+            Fault::AnswersEarly => !written,
+            Fault::ReadsWithoutWaiting => written,
+            Fault::None | Fault::LosesUpdates => true,
+        };
+        // On all so far: what was seen is among it.
+        let rests_on = store.log.len();
+        while waits && store.safe < rests_on && store.kills == life {
+            store = shared.1.wait(store).expect("nobody panics with it");
+        }
+        if store.kills != life {
+            return Ok(());
+        }
+        drop(store);
+        stream.get_mut().write_all(answer.as_bytes())?;
+    }
+}
+
+fn read(stream: &mut impl BufRead) -> io::Result<Request> {
+    let mut line = || {
+        let mut line = String::new();
+        match stream.read_line(&mut line)? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok::<_, io::Error>(line.trim_end().to_owned()),
+        }
+    };
+    let first = line()?;
+    let mut words = first.split(' ').map(str::to_owned);
+    let (method, target) = words.next().zip(words.next()).ok_or(io::ErrorKind::InvalidData)?;
+    let (mut condition, mut length) = (None, 0);
+    loop {
+        let header = line()?;
+        match header.split_once(": ") {
+            None => break,
+            Some(("content-length", value)) => length = value.parse().map_err(io::Error::other)?,
+            Some(("if-match", value)) => condition = Some(value.to_owned()),
+            Some(("if-none-match", _)) => condition = Some(String::new()),
+            Some(_) => {}
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body)?;
+    Ok(Request { method, target, condition, body: String::from_utf8(body).map_err(io::Error::other)? })
+}
+
+fn answer(store: &mut Store, request: &Request, fault: Fault) -> String {
+    let Request { method, target, condition, body } = request;
+    let Some(key) = target.strip_prefix("/v1").map(|key| key.trim_start_matches('/')) else {
+        return text(404, "", "unknown path\n");
+    };
+    if method == "POST" {
+        let operations: Vec<Value> = serde_json::from_str(body).expect("clients write JSON");
+        return match play(store, &operations, fault) {
+            Ok(given) => text(200, "", &Value::Array(given).to_string()),
+            Err(at) => text(409, "", &format!("operation {at}: the check failed\n")),
+        };
+    }
+    let mut operations = Vec::new();
+    if let Some(tag) = condition {
+        let tag = if tag.is_empty() { Value::Null } else { tag.as_str().into() };
+        operations.push(json!({"op": "check", "key": key, "etag": tag}));
+    }
+    operations.push(json!({"op": method.to_lowercase(), "key": key, "value": body}));
+    let Ok(given) = play(store, &operations, fault) else { return text(412, "", "it does not hold\n") };
+    let given = given.last().expect("there is one");
+    let tag = given["etag"].as_str().map_or(String::new(), |tag| format!("etag: {tag}\r\n"));
+    match (method.as_str(), given["value"].as_str()) {
+        ("GET", Some(value)) => text(200, &tag, value),
+        ("GET", None) => text(404, "", "no such key\n"),
+        ("PUT", _) => text(201, &tag, ""),
+        _ => text(200, "", ""),
+    }
+}
+
+fn text(status: u16, headers: &str, body: &str) -> String {
+    format!("HTTP/1.1 {status} Said\r\n{headers}content-length: {}\r\n\r\n{body}", body.len())
+}
+
+/// All operations, or, when a check fails, none and its place.
+fn play(store: &mut Store, operations: &[Value], fault: Fault) -> Result<Vec<Value>, usize> {
+    let (mut items, mut log) = (store.items.clone(), store.log.clone());
+    let mut given = Vec::new();
+    for (at, operation) in operations.iter().enumerate() {
+        let key = operation["key"].as_str().expect("clients name keys").to_owned();
+        let there = items.get(&key).cloned();
+        let tag = there.as_ref().map(|(_, tag)| format!("\"{tag}\""));
+        match operation["op"].as_str() {
+            Some("check") if operation["etag"].as_str() != tag.as_deref() => return Err(at),
+            Some("put") => {
+                let item = (operation["value"].as_str().expect("it has one").to_owned(), log.len() as u64 + 1);
+                log.push((key.clone(), Some(item.clone())));
+                given.push(json!({"etag": format!("\"{}\"", item.1)}));
+                if fault != Fault::LosesUpdates || item.1 % 61 != 0 {
+                    items.insert(key, item);
+                }
+            }
+            Some("delete") => {
+                log.push((key.clone(), None));
+                items.remove(&key);
+                given.push(json!({}));
+            }
+            _ => given.push(json!({"etag": tag, "value": there.map(|(value, _)| value)})),
+        }
+    }
+    (store.items, store.log) = (items, log);
+    Ok(given)
+}

@@ -1,0 +1,58 @@
+//! The default store, but that `/trap/v1/{key}` does what `/v1/{key}` does and traps then: its clients do not learn what
+//! became of what they asked.
+
+use kvs_guest::exports::kvs::store::lifecycle::{Description, Statistics};
+use kvs_guest::exports::kvs::store::sharding::Placement;
+use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
+use kvs_guest::kvs::store::http::{Request, Response};
+use kvs_guest::kvs::store::transaction_log::Entry;
+
+type Default = kvs_guest::Component;
+
+/// What the host instantiates.
+pub struct Component;
+
+impl handler::Guest for Component {
+    fn handle(mut request: Request) -> Response {
+        let Some(target) = request.target.strip_prefix("/trap") else { return Default::handle(request) };
+        request.target = target.to_owned();
+        let answer = Default::handle(request);
+        panic!("as it was asked to, rather than answer {}", answer.status)
+    }
+}
+
+impl lifecycle::Guest for Component {
+    fn describe() -> Description {
+        Description { name: "brittle".to_owned(), ..Default::describe() }
+    }
+
+    fn apply(entries: Vec<Entry>) {
+        Default::apply(entries);
+    }
+
+    fn tick(now: u64) -> bool {
+        Default::tick(now)
+    }
+
+    fn stats() -> Statistics {
+        Default::stats()
+    }
+}
+
+impl sharding::Guest for Component {
+    fn place(method: String, target: String) -> Placement {
+        Default::place(method, target)
+    }
+
+    fn keys(body: Vec<u8>) -> Vec<String> {
+        Default::keys(body)
+    }
+
+    fn merge(request: Request, responses: Vec<Response>) -> Response {
+        Default::merge(request, responses)
+    }
+}
+
+// The names under which a component exports its calls are none that a native linker takes.
+#[cfg(target_arch = "wasm32")]
+kvs_guest::export!(Component with_types_in kvs_guest);
