@@ -146,7 +146,7 @@ fn found(fault: Fault, most: usize, rng: &mut Rng) -> Option<usize> {
             }
             recording.join().expect("it is recorded")
         });
-        check(&history).inspect_err(|violation| println!("{fault:?}: {}", told(&history, violation))).is_err()
+        check(&history).inspect_err(|violation| println!("{fault:?}: {violation}")).is_err()
     })
 }
 
