@@ -76,12 +76,14 @@ guest-js:
 bench *WHAT: _target (_tool "wrk") (_tool "redis-server")
     cargo bench --bench bench -- {{ WHAT }}
 
-# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, and what its clients saw: hours
+# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, and anything asked of it: hours
 [group('develop')]
-soak: _target (_tool "strace")
+soak: _target (_tool "strace") _schemathesis
     KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_HISTORIES=10000 cargo test --release --test e2e -- --nocapture linear::
+    PATH="$PWD/target/schemathesis/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
+        cargo test --release --test e2e -- --nocapture openapi::
 
 # Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
 [group('develop')]

@@ -69,7 +69,7 @@ fn store_with_garbage() -> (Stopped, Model) {
             _ => {}
         }
     }
-    client.send("PUT /v1/typed HTTP/1.1\r\nhost: kvs\r\ncontent-type: image/x=y%20+\r\ncontent-length: 1\r\n\r\nx");
+    client.send("PUT /v1/typed HTTP/1.1\r\nhost: kvs\r\ncontent-type: image/x;a=y%20+\r\ncontent-length: 1\r\n\r\nx");
     assert_eq!(client.read().etag(), Some(961));
     (server.terminate(), model)
 }
@@ -147,7 +147,7 @@ fn a_log_is_checked_carried_elsewhere_and_compacted() {
     let server = Server::spawn(serve(imported.path()), imported);
     holds(&server, &model);
     let typed = Connection::open(server.address()).ask("GET", "/v1/typed", b"");
-    assert_eq!((typed.text(), typed.header("content-type")), ("x", Some("image/x=y%20+")));
+    assert_eq!((typed.text(), typed.header("content-type")), ("x", Some("image/x;a=y%20+")));
 }
 
 /// What each command says that must not succeed.

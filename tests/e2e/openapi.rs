@@ -10,12 +10,12 @@ fn no_answer_is_undescribed() {
     let server = Server::start(&["--durability", "os"]);
     let mut schemathesis = Command::new("schemathesis");
     schemathesis.args(["run", &server.url("/openapi.json"), "--max-examples"]);
-    // For each operation, beside those that try the borders of every parameter.
-    match std::env::var("KVS_TEST_API_EXAMPLES") {
-        Ok(examples) => schemathesis.arg(examples),
-        // The same in every run: what is found by chance is found by whoever asks for more.
-        Err(_) => schemathesis.args(["20", "--seed", "1"]),
-    };
+    // For each operation, beside those that try the borders of every parameter. Another seed finds other things, and the
+    // same one the same.
+    let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let examples: u32 = setting("KVS_TEST_API_EXAMPLES", "50").parse().expect("KVS_TEST_API_EXAMPLES is a number");
+    schemathesis.arg(examples.to_string());
+    schemathesis.args(["--seed", &setting("KVS_TEST_API_SEED", "1")]);
     schemathesis.args(["--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--no-color"]);
     // What is refused though it is described cannot be said in a schema: dots between slashes, bytes of UTF-8, cursors.
     schemathesis.args([
@@ -33,5 +33,7 @@ fn no_answer_is_undescribed() {
     assert!(run.status.success(), "{said}\n{}", String::from_utf8_lossy(&run.stderr));
     let generated =
         said.lines().find_map(|line| line.trim().strip_suffix(" passed")?.split(" generated").next()?.parse().ok());
-    assert!(generated > Some(500_u32), "hardly anything was tried:\n{said}");
+    let generated: u32 = generated.unwrap_or_default();
+    println!("{generated} requests");
+    assert!(generated >= 10 * examples, "hardly anything was tried:\n{said}");
 }

@@ -80,6 +80,16 @@ fn the_content_type_of_a_value_is_kept() {
 }
 
 #[test]
+fn a_content_type_that_is_none_stores_nothing() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    client
+        .ask_with("PUT", "/v1/a", &[("content-type", "0")], b"value")
+        .says(400, "content-type is malformed: it is a type like text/plain, and parameters like ; charset=utf-8");
+    client.ask("GET", "/v1/a", b"").says(404, "no such key");
+}
+
+#[test]
 fn a_value_does_not_run_in_a_browser() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());

@@ -28,6 +28,8 @@ pub enum Unfit {
     TooLong(usize),
     #[error("content-type holds a character that is not printable ASCII")]
     NotPrintable,
+    #[error("content-type is malformed: it is a type like text/plain, and parameters like ; charset=utf-8")]
+    Malformed,
 }
 
 /// The content type to keep, of the headers that a value was sent with.
@@ -57,6 +59,7 @@ pub fn of<'m>(mut metadata: impl Iterator<Item = (&'m str, &'m str)>) -> Option<
     kept.filter(|value| !value.is_empty() && check(value).is_ok())
 }
 
+/// Whether it is one, in printable ASCII. Nothing at all is fit too, and says nothing.
 fn check(value: &str) -> Result<(), Unfit> {
     if value.len() > MAX_BYTES {
         return Err(Unfit::TooLong(value.len()));
@@ -64,17 +67,49 @@ fn check(value: &str) -> Result<(), Unfit> {
     if !value.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return Err(Unfit::NotPrintable);
     }
-    Ok(())
+    if value.is_empty() { Ok(()) } else { media_type(value).ok_or(Unfit::Malformed) }
+}
+
+/// `type "/" subtype *( OWS ";" OWS [ parameter ] )` (RFC 9110, section 8.3.1)
+fn media_type(text: &str) -> Option<()> {
+    let mut rest = token(token(text)?.strip_prefix('/')?)?.trim_start();
+    while !rest.is_empty() {
+        rest = rest.strip_prefix(';')?.trim_start();
+        if !rest.is_empty() && !rest.starts_with(';') {
+            let value = token(rest)?.strip_prefix('=')?;
+            rest = value.strip_prefix('"').map_or_else(|| token(value), quoted)?.trim_start();
+        }
+    }
+    Some(())
+}
+
+/// What comes after a token, which is at least one character.
+fn token(text: &str) -> Option<&str> {
+    let rest = text.trim_start_matches(|next: char| next.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(next));
+    (rest.len() < text.len()).then_some(rest)
+}
+
+/// What comes after the rest of a quoted string, in which a backslash takes away what the next character means.
+fn quoted(text: &str) -> Option<&str> {
+    let mut characters = text.chars();
+    loop {
+        match characters.next()? {
+            '"' => return Some(characters.as_str()),
+            '\\' => characters.next().map(|_| ())?,
+            _ => {}
+        }
+    }
 }
 
 fn says_something(value: &str) -> bool {
     let (media_type, _parameters) = value.split_once(';').unwrap_or((value, ""));
-    let media_type = media_type.trim();
-    !media_type.is_empty() && !media_type.eq_ignore_ascii_case(OF_CURL)
+    !value.is_empty() && !media_type.trim_end().eq_ignore_ascii_case(OF_CURL)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::kvs::store::transaction_log::Put;
 
@@ -95,8 +130,9 @@ mod tests {
             ("application/x-www-form-urlencoded-not", true),
             ("application/x-www-form-urlencoded", false),
             ("Application/X-WWW-Form-Urlencoded ; charset=utf-8", false),
+            ("a/b;;c=d ; E=\"f;\\\"g\" ;", true),
+            ("!#$%&'*+-.^_`|~/0;x=\"\"", true),
             ("", false),
-            ("; charset=utf-8", false),
         ] {
             assert_eq!(sent(headers(&[value.as_bytes()])), Ok(kept.then(|| value.to_owned())), "{value}");
         }
@@ -120,6 +156,52 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_no_media_type_is_refused() {
+        for value in [
+            "0",
+            "text",
+            "/",
+            "a/",
+            "/b",
+            "a /b",
+            "a/ b",
+            " a/b",
+            "a/b/c",
+            "a/b,c/d",
+            "a/b c",
+            "a/b; c",
+            "a/b; c=",
+            "a/b; =d",
+            "a/b; c =d",
+            "a/b; c= d",
+            "a/b; c=d e",
+            "a/b; c=\"d",
+            "a/b; c=\"d\\\"",
+            "a/b; c=\"d\"e",
+            "a(b)/c",
+            "; charset=utf-8",
+            " ",
+        ] {
+            assert_eq!(sent(headers(&[value.as_bytes()])), Err(Unfit::Malformed), "{value}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_media_type_is_fit_and_any_text_gets_an_answer(
+            media_type in r#"[!#a-z0-9.+]{1,9}/[!#a-z0-9.+]{1,9}( ?; ?([a-z]{1,5}=([a-z]{1,5}|"([ !-~&&[^"\\]]|\\[ -~]){0,5}"))?){0,3}"#,
+            text: String,
+            like in r#"[a/;=" \\]{0,12}"#,
+        ) {
+            prop_assert!(fit(media_type).is_ok());
+            for value in [text, like] {
+                let named = value.is_empty() || value.split(';').next().is_some_and(|named| named.contains('/'));
+                prop_assert!(fit(value).is_err() || named);
+            }
+        }
+    }
+
     fn item(metadata: Vec<(String, String)>) -> Item {
         Item::new(1, &Put { key: "a".to_owned(), value: vec![], metadata, expires: None })
     }
@@ -132,6 +214,7 @@ mod tests {
             (OF_CURL, OF_CURL),
             ("", DEFAULT),
             ("a\r\nset-cookie: b", DEFAULT),
+            ("0", DEFAULT),
             ("ä", DEFAULT),
             (&too_long, DEFAULT),
         ] {

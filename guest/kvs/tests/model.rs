@@ -125,7 +125,8 @@ fn foreign_put() -> impl Strategy<Value = Put> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let content_type = prop::option::of("[a-z]{1,9}/[ -~]{0,9}[!-~]");
+    let content_type =
+        prop::option::of(r#"[a-z]{1,9}/[a-z0-9.+-]{1,9}(; ?[a-z]{1,9}=([a-z0-9!]{1,9}|"[ a-z,;=/]{0,9}"))?"#);
     prop_oneof![
         4 => (key(), any::<Vec<u8>>(), content_type, prop::option::of(1..3_u64), condition())
             .prop_map(|(key, value, content_type, ttl, condition)| Step::Put { key, value, content_type, ttl, condition }),
