@@ -36,7 +36,7 @@ certs: (_tool "openssl")
 
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") _schemathesis
+test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") _schemathesis
     PATH="$PWD/target/schemathesis/bin:$PATH" cargo test --release {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file

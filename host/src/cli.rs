@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
+use hyper::header::HeaderValue;
 
 use crate::admin::command::Swap;
 use crate::client::ClientCommand;
 use crate::edge::auth::TokenCommand;
+use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest;
@@ -151,6 +153,11 @@ pub struct Serve {
           help_heading = "Limits")]
     pub stream_lag_bytes: ByteSize,
 
+    /// Longest that a request may wait for a key to change, whatever it asks for
+    #[arg(long, env = "KVS_MAX_HOLD", value_name = "TIME", default_value = "5m", value_parser = duration,
+          help_heading = "Limits")]
+    pub max_hold: Duration,
+
     /// How long requests under way may take to finish when the server is stopped
     #[arg(long, env = "KVS_DRAIN", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Limits")]
@@ -276,6 +283,10 @@ pub struct Access {
     /// How long a request above the rate may wait for its turn, rather than be refused at once
     #[arg(long, env = "KVS_RATE_QUEUE", value_name = "TIME", requires = "rate_limit", value_parser = duration)]
     pub rate_queue: Option<Duration>,
+
+    /// Let web pages of this origin, or with * of any, ask and read what is answered; can be repeated
+    #[arg(long, env = "KVS_CORS_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', value_parser = origin)]
+    pub cors_origin: Vec<HeaderValue>,
 }
 
 impl Access {

@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use crate::admin::{Admin, Phase};
 use crate::cli::Serve;
 use crate::edge::auth::Tokens;
+use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Service};
 use crate::guest::{Engine, Reload, Shard, Source, Swapper};
@@ -135,10 +136,12 @@ async fn serve(args: &Serve) -> Result<()> {
         resets: args.max_resets,
         request_timeout: args.request_timeout,
         stream_heartbeat: args.stream_heartbeat,
+        hold: args.max_hold,
         drain: args.drain,
     };
-    let service =
-        Service { shard, changes: Arc::clone(&changes), limits, tokens, throttle, under_way: AtomicUsize::new(0) };
+    let cors = Cors::new(args.access.cors_origin.clone());
+    let (changes_told, under_way) = (Arc::clone(&changes), AtomicUsize::new(0));
+    let service = Service { shard, changes: changes_told, limits, tokens, throttle, cors, under_way };
     let mut failure = None;
     let cut_off = Edge { tls, service, limits }.serve(listener, async {
         tokio::select! {

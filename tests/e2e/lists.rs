@@ -99,4 +99,7 @@ fn a_program_gets_problems_when_it_asks_for_them() {
     let refused = client.ask_with("GET", "/v1/%2e", &accept, b"");
     problem(refused, 400, "Bad Request", "key has a `.` segment");
     client.ask_with("GET", "/v1/a", &[("accept", "application/json")], b"").says(404, "no such key");
+    // The same for what the store never sees.
+    let refused = client.ask_with("PUT", "/v1/a", &accept, &[b'x'; 11]);
+    problem(refused, 413, "Payload Too Large", "the body is 11 bytes, at most 10 are allowed");
 }

@@ -1,8 +1,8 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
-//! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `openapi`, `client` and `operator` say what each kind of user gets,
-//! `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do, `swap`
+//! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `long_poll`, `cors`, `openapi`, `client` and `operator` say what
+//! each kind of user gets, `tls` and its `certificates` whom a server trusts; `components`, `unruly` and `hostile` what a bad guest can do, `swap`
 //! and `guests` what good ones can; `durability`, and under the clients of `load` `crash`, `faults` and `full_disk`, that
 //! nothing is lost; `linear` that all clients see one store, whatever happens to it; `commands` what the client in the
 //! binary does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right.
@@ -16,6 +16,7 @@ mod client;
 mod commands;
 mod components;
 mod conditions;
+mod cors;
 mod crash;
 mod durability;
 mod expiry;
@@ -29,6 +30,7 @@ mod linear;
 mod lists;
 mod load;
 mod log_command;
+mod long_poll;
 mod openapi;
 mod operator;
 mod raw;

@@ -1,11 +1,15 @@
 //! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::components::DEFAULT_GUEST;
 use crate::server::{Server, kvs, serve};
+use crate::swap::{component, copy_of, swaps, under_load};
 use crate::unruly;
 use crate::wire::{Connection, Response};
 
@@ -227,15 +231,86 @@ fn a_server_that_stops_ends_the_watches() {
 }
 
 #[test]
-fn many_who_watch_other_keys_slow_nobody_down() {
-    let server = Server::start(&["--max-connections", "1100", "--max-connections-per-address", "1100"]);
-    let mut watchers: Vec<_> =
-        (0..1_000).map(|n| Events::open(&server, &format!("/v1?watch&prefix=other{n}"), &[])).collect();
-    let mut client = Connection::open(server.address());
-    for _ in 0..100 {
-        assert_eq!(client.ask("PUT", "/v1/key", b"value").status, 201);
+fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
+    let server = Server::start(&["--probation", "1ms"]);
+    let mut events = Events::open(&server, "/v1?watch", &[]);
+    under_load(&server, |_| {
+        for guest in [copy_of(DEFAULT_GUEST), component(DEFAULT_GUEST), copy_of(DEFAULT_GUEST)] {
+            swaps(&server, &guest);
+        }
+    });
+    let last = Connection::open(server.address()).ask("PUT", "/v1/last", b"").etag().expect("a PUT has an ETag");
+    for id in 1..=last {
+        assert_eq!(events.next().map(|event| event.id), Some(id));
     }
-    client.ask("PUT", "/v1/other7", b"value");
-    let told = event(101, "put", json!({"key": "other7", "value": "value"}));
+}
+
+/// Who comes back is not told less than happened, though the newest puts would make up for those that are gone.
+#[test]
+fn puts_that_were_compacted_away_are_410_too() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    for n in 0..3 {
+        client.ask("PUT", "/v1/a", n.to_string().as_bytes());
+    }
+    client.ask("PUT", "/v1/b", b"stays");
+    let stopped = server.terminate();
+    let mut compact = kvs();
+    compact.args(["log", "compact", "--data"]).arg(stopped.data());
+    assert!(compact.status().expect("the binary under test can be started").success());
+    let server = stopped.restart(&[]);
+    for since in [0, 1] {
+        let told = format!("what happened after {since} is forgotten; read the keys, and watch since=4");
+        refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &told);
+    }
+    let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
+    assert_eq!(events.next(), event(3, "put", json!({"key": "a", "value": "2"})));
+    assert_eq!(events.next(), event(4, "put", json!({"key": "b", "value": "stays"})));
+}
+
+/// Resident memory of a server, in KiB.
+fn memory(server: &Server) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// The time of a PUT and of a GET: the median of some.
+fn pace(client: &mut Connection) -> [Duration; 2] {
+    ["PUT", "GET"].map(|method| {
+        let mut times: Vec<_> = (0..500)
+            .map(|_| {
+                let begun = Instant::now();
+                assert!(client.ask(method, "/v1/key", b"value").status < 300);
+                begun.elapsed()
+            })
+            .collect();
+        times.sort();
+        times[times.len() / 2]
+    })
+}
+
+#[test]
+fn ten_thousand_idle_watchers_cost_little_and_slow_nobody_down() {
+    let count: u32 = 10_000;
+    // This process has the other ends.
+    let least = 2 * u64::from(count);
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| current < least) {
+        let raised = Rlimit { current: Some(least), maximum: limit.maximum.map(|most| most.max(least)) };
+        setrlimit(Resource::Nofile, raised).expect("20,000 files may be open, as `ulimit -Hn 20000` allows");
+    }
+    let places = ["--max-connections", "11000", "--max-connections-per-address", "11000"];
+    let server = Server::start(&[&places[..], &["--durability", "os", "--stream-heartbeat", "1h"]].concat());
+    let mut client = Connection::open(server.address());
+    let (memory_before, pace_before) = (memory(&server), pace(&mut client));
+    let mut watchers: Vec<_> =
+        (0..count).map(|n| Events::open(&server, &format!("/v1?watch&prefix=other{n}."), &[])).collect();
+    let each = (memory(&server) - memory_before) as f64 / f64::from(count);
+    let [put, get] = [0, 1].map(|at| pace(&mut client)[at].div_duration_f64(pace_before[at]));
+    println!("a watcher holds {each:.1} KiB; with {count} a PUT takes {put:.2} times as long, a GET {get:.2} times");
+    assert!(each < 64.0 && put < 5.0 && get < 5.0);
+    let id = client.ask("PUT", "/v1/other7.a", b"value").etag().expect("a PUT has an ETag");
+    let told = event(id, "put", json!({"key": "other7.a", "value": "value"}));
     assert_eq!(watchers[7].next(), told);
 }

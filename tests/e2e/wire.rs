@@ -198,7 +198,7 @@ impl<S: Read + Write> Connection<S> {
             headers.push((name.to_owned(), value.trim().to_owned()));
         }
         let mut response = Response { status, headers, body: Vec::new() };
-        if !head_only && status >= 200 && status != 304 {
+        if !head_only && status >= 200 && !matches!(status, 204 | 304) {
             let length = response.header("content-length").and_then(|length| length.parse().ok());
             response.body.resize(length.ok_or_else(|| io::Error::other("the response has no length"))?, 0);
             self.stream.read_exact(&mut response.body)?;

@@ -6,15 +6,15 @@
 
 use std::{slice, str};
 
-use kvs_guest::answer::{etag, header, line, not_stored};
+use kvs_guest::answer::{Host, etag, header, line, not_stored};
 use kvs_guest::exports::kvs::store::lifecycle::{Description, Statistics};
 use kvs_guest::exports::kvs::store::sharding::Placement;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::item::Item;
 use kvs_guest::kvs::store::http::{Request, Response};
-use kvs_guest::kvs::store::transaction_log::{AppendError, Entry, Event, Put, append};
+use kvs_guest::kvs::store::transaction_log::{Entry, Event, Put};
 use kvs_guest::store::Store;
-use kvs_guest::{content_type, key, rest};
+use kvs_guest::{Imports, content_type, key, rest};
 
 type Default = kvs_guest::Component;
 
@@ -23,36 +23,27 @@ pub struct Component;
 
 impl handler::Guest for Component {
     fn handle(request: Request) -> Response {
-        kvs_guest::STORE.with_borrow_mut(|store| answer(store, request, append))
+        kvs_guest::STORE.with_borrow_mut(|store| answer(store, request, &mut Imports))
     }
 }
 
 /// PATCH on a key, and everything else as ever.
-pub fn answer(
-    store: &mut Store,
-    request: Request,
-    append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
+pub fn answer(store: &mut Store, request: Request, host: &mut impl Host) -> Response {
     let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
     match key::in_path(path) {
         Ok(_) if request.method == "PATCH" && !query.is_empty() => line(400, "PATCH takes no query parameters"),
-        Ok(key) if request.method == "PATCH" => add(store, &key, &request, append),
+        Ok(key) if request.method == "PATCH" => add(store, &key, &request, host),
         Ok(_) => {
-            let mut response = rest::handle(store, request, append);
+            let mut response = rest::respond(store, request, host);
             let allow = response.headers.iter_mut().find(|header| header.name == "allow");
             allow.into_iter().for_each(|allow| allow.value.extend(b", PATCH"));
             response
         }
-        Err(_) => rest::handle(store, request, append),
+        Err(_) => rest::respond(store, request, host),
     }
 }
 
-fn add(
-    store: &mut Store,
-    key: &str,
-    request: &Request,
-    mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
+fn add(store: &mut Store, key: &str, request: &Request, host: &mut impl Host) -> Response {
     let Some(change) = change(&request.body) else {
         return line(422, "the body is no number with a sign: +1, -5");
     };
@@ -67,7 +58,7 @@ fn add(
     let body = value.clone();
     let event = Event::Put(Put { key: key.to_owned(), value, metadata, expires });
     // Appended first, then changed.
-    let sequence = match append(slice::from_ref(&event)) {
+    let sequence = match host.append(slice::from_ref(&event)) {
         Ok(sequence) => sequence,
         Err(error) => return not_stored(error),
     };
@@ -140,7 +131,7 @@ mod tests {
             principal: None,
             time: 10,
         };
-        let response = answer(store, request, |_| Ok(7));
+        let response = answer(store, request, &mut |_: &[Event]| Ok(7));
         (response.status, String::from_utf8(response.body).expect("text"))
     }
 
@@ -205,7 +196,7 @@ mod tests {
             principal: None,
             time: 0,
         };
-        let response = answer(&mut Store::default(), request, |_| Ok(1));
+        let response = answer(&mut Store::default(), request, &mut |_: &[Event]| Ok(1));
         let allow = response.headers.iter().find(|header| header.name == "allow").expect("it is told");
         assert_eq!((response.status, allow.value.ends_with(b", PATCH")), (405, true));
     }

@@ -14,6 +14,20 @@ pub trait Host {
 
     /// See `changes.follow`.
     fn follow(&mut self, prefix: &str, after: Option<u64>);
+
+    /// See `changes.hold`.
+    fn hold(&mut self, key: &str, milliseconds: u64);
+}
+
+/// One that takes what is appended and tells nothing of what happens.
+impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for A {
+    fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
+        self(events)
+    }
+
+    fn follow(&mut self, _prefix: &str, _after: Option<u64>) {}
+
+    fn hold(&mut self, _key: &str, _milliseconds: u64) {}
 }
 
 /// What an answer rests on that would be the same in any state.

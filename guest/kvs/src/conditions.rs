@@ -51,6 +51,11 @@ impl Conditions {
         *self == Self::default()
     }
 
+    /// Whether the client names values that it has.
+    pub fn name_values(&self) -> bool {
+        self.if_none_match.is_some()
+    }
+
     /// Whether they hold for what is there: the sequence of an item, or nothing. `If-Match` comes first.
     pub fn check(&self, there: Option<u64>) -> Result<(), Unmet> {
         // A weak tag never matches strongly, and always matches as if it were strong otherwise.

@@ -12,12 +12,13 @@ pub mod key;
 mod list;
 mod order;
 mod percent;
-mod problem;
 pub mod query;
 mod range;
 pub mod rest;
 pub mod store;
 mod table;
+#[cfg(test)]
+mod testing;
 mod text;
 mod transaction;
 mod value;
@@ -28,7 +29,7 @@ use std::cell::RefCell;
 use exports::kvs::store::lifecycle::{Description, Statistics};
 use exports::kvs::store::sharding::Placement;
 use exports::kvs::store::{handler, lifecycle, sharding};
-use kvs::store::changes::follow;
+use kvs::store::changes::{follow, hold};
 use kvs::store::http::{Request, Response};
 use kvs::store::transaction_log::{AppendError, Entry, Event, append};
 
@@ -48,7 +49,7 @@ thread_local! {
 }
 
 /// What the host offers.
-struct Imports;
+pub struct Imports;
 
 impl answer::Host for Imports {
     fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
@@ -57,6 +58,10 @@ impl answer::Host for Imports {
 
     fn follow(&mut self, prefix: &str, after: Option<u64>) {
         follow(prefix, after);
+    }
+
+    fn hold(&mut self, key: &str, milliseconds: u64) {
+        hold(key, milliseconds);
     }
 }
 

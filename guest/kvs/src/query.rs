@@ -70,6 +70,14 @@ impl Parameter<'_> {
             .ok_or_else(|| self.unfit(format!("a whole number from {} to {}", allowed.start(), allowed.end())))
     }
 
+    /// A time in whole seconds: `10s`.
+    pub fn seconds(&self, allowed: RangeInclusive<u64>) -> Result<u64, BadQuery> {
+        let number = self.value.strip_suffix('s').filter(|number| !number.is_empty()).and_then(digits);
+        number.filter(|number| allowed.contains(number)).ok_or_else(|| {
+            self.unfit(format!("a whole number of seconds from {}s to {}s", allowed.start(), allowed.end()))
+        })
+    }
+
     /// What is wrong with its value.
     pub fn unfit(&self, must_be: impl Into<String>) -> BadQuery {
         BadQuery::Unfit(self.name, must_be.into())
@@ -121,6 +129,16 @@ mod tests {
         for value in ["0", "11", "", "+1", "-1", "1.0", " 1", "١", "99999999999999999999"] {
             let told = number(value).expect_err(value).to_string();
             assert_eq!(told, "query parameter `a` must be a whole number from 1 to 10", "{value}");
+        }
+    }
+
+    #[test]
+    fn a_time_is_a_number_of_seconds_within_its_bounds() {
+        let seconds = |value: &'static str| Parameter { name: "a", value: value.into() }.seconds(1..=10);
+        assert_eq!((seconds("1s"), seconds("10s")), (Ok(1), Ok(10)));
+        for value in ["0s", "11s", "", "s", "10", "1 s", "1S", "1ms", "1.0s", "-1s", "1ss", "99999999999999999999s"] {
+            let told = seconds(value).expect_err(value).to_string();
+            assert_eq!(told, "query parameter `a` must be a whole number of seconds from 1s to 10s", "{value}");
         }
     }
 }

@@ -15,11 +15,10 @@ use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::range::{IF_RANGE, RANGE};
 use crate::store::Store;
-use crate::{list, problem, query, transaction, value, watch};
+use crate::{list, query, transaction, value, watch};
 
 /// The request headers that are read.
-pub const HEADERS: [&str; 7] =
-    [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, problem::ACCEPT, watch::LAST_EVENT_ID];
+pub const HEADERS: [&str; 6] = [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, watch::LAST_EVENT_ID];
 
 /// The interface, for programs.
 const OPENAPI: &str = include_str!("../openapi.json");
@@ -31,30 +30,17 @@ enum Resource<'t> {
     Description,
 }
 
-/// Answers a request. Changes the store only when the host has taken the change into the log.
-pub fn respond(store: &mut Store, request: Request, host: &mut impl Host) -> Response {
-    let wants_problems = problem::is_wanted(&request.headers);
-    let response = answer(store, request, host);
-    if wants_problems { problem::of(response) } else { response }
-}
-
-/// As `respond`, for a host that follows nothing.
+/// As `respond`, for a host that only takes what is appended.
 pub fn handle(
     store: &mut Store,
     request: Request,
-    append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
+    mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
 ) -> Response {
-    struct Appending<A>(A);
-    impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for Appending<A> {
-        fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
-            (self.0)(events)
-        }
-        fn follow(&mut self, _prefix: &str, _after: Option<u64>) {}
-    }
-    respond(store, request, &mut Appending(append))
+    respond(store, request, &mut append)
 }
 
-fn answer(store: &mut Store, mut request: Request, host: &mut impl Host) -> Response {
+/// Answers a request. Changes the store only when the host has taken the change into the log.
+pub fn respond(store: &mut Store, mut request: Request, host: &mut impl Host) -> Response {
     let target = std::mem::take(&mut request.target);
     let (path, query) = split(&target);
     let resource = match resource(path) {
@@ -63,7 +49,7 @@ fn answer(store: &mut Store, mut request: Request, host: &mut impl Host) -> Resp
         Err(no_key) => return line(400, &no_key.to_string()),
     };
     match (request.method.as_str(), resource) {
-        ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request),
+        ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request, host),
         ("PUT", Resource::Key(key)) => value::put(store, key, query, request, |events| host.append(events)),
         ("DELETE", Resource::Key(key)) => value::delete(store, key, query, &request, |events| host.append(events)),
         (_, Resource::Key(_)) => not_allowed("a key has", "GET, HEAD, PUT, DELETE"),
@@ -113,8 +99,7 @@ pub fn place(method: &str, target: &str) -> Placement {
 /// One response of those of all instances; none came when the keys of a transaction lie in several.
 pub fn merge(request: &Request, responses: Vec<Response>) -> Response {
     let (_, query) = split(&request.target);
-    let response = if responses.is_empty() { transaction::scattered() } else { list::merge(query, responses) };
-    if problem::is_wanted(&request.headers) { problem::of(response) } else { response }
+    if responses.is_empty() { transaction::scattered() } else { list::merge(query, responses) }
 }
 
 /// Path and query.
@@ -125,42 +110,7 @@ fn split(target: &str) -> (&str, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvs::store::transaction_log::Put;
-
-    const NOW: u64 = 1_000;
-
-    /// A request without headers, to `/v1/a` unless said otherwise.
-    fn request(method: &str) -> Request {
-        Request {
-            method: method.to_owned(),
-            target: "/v1/a".to_owned(),
-            headers: Vec::new(),
-            body: Vec::new(),
-            principal: None,
-            time: NOW,
-        }
-    }
-
-    /// `/v1/a` with this metadata and expiry, put by some guest at sequence 7.
-    fn store_with(metadata: &[(&str, &str)], expires: Option<u64>) -> Store {
-        let metadata = metadata.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        let mut store = Store::default();
-        store.apply(7, &Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires }));
-        store
-    }
-
-    fn unasked(_: &[Event]) -> Result<u64, AppendError> {
-        panic!("appended")
-    }
-
-    fn header_of<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
-        let header = response.headers.iter().find(|header| header.name == name)?;
-        Some(str::from_utf8(&header.value).expect("text"))
-    }
-
-    fn text_of(response: &Response) -> &str {
-        str::from_utf8(&response.body).expect("text")
-    }
+    use crate::testing::{header_of, request, store_with, text_of, unasked};
 
     #[test]
     fn what_cannot_be_served_in_any_state_is_refused_with_a_reason() {

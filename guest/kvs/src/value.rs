@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::answer::{etag, header, line, nosniff, not_stored, with};
+use crate::answer::{Host, etag, header, line, nosniff, not_stored, with};
 use crate::conditions::{Conditions, IF_MATCH, IF_NONE_MATCH, Unmet};
 use crate::content_type;
 use crate::item::Item;
@@ -18,26 +18,40 @@ use crate::store::Store;
 /// The longest time to live, in seconds: 100 years.
 pub const MAX_TTL: u64 = 100 * 365 * 24 * 60 * 60;
 
+/// The longest time to wait for a change, in seconds.
+const MAX_WAIT: u64 = 300;
+
 /// The last second of the year 9999, which is the last that HTTP can write.
 const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
 
-/// GET, and HEAD: the host drops the body.
-pub fn get(store: &Store, key: &str, query: &str, request: &Request) -> Response {
-    if let Err(bad) = query::nothing(query) {
-        return line(400, &bad.to_string());
-    }
+/// GET, and HEAD: the host drops the body. With `wait` the client learns when something else is there than it has: the
+/// values of `If-None-Match`, or none.
+pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut impl Host) -> Response {
+    let wait = match wait(query) {
+        Ok(wait) => wait,
+        Err(bad) => return line(400, &bad.to_string()),
+    };
     let conditions = match Conditions::sent(&request.headers) {
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
+    let mut hold = || wait.into_iter().for_each(|milliseconds| host.hold(key, milliseconds));
     let item = match store.get(key, request.time) {
         Ok(item) => item,
         // Conditions are for what would succeed without them.
-        Err(rests_on) => return Response { depends_on: Some(rests_on), ..line(404, "no such key") },
+        Err(rests_on) => {
+            if !conditions.name_values() {
+                hold();
+            }
+            return Response { depends_on: Some(rests_on), ..line(404, "no such key") };
+        }
     };
     match conditions.check(Some(item.sequence())) {
         Ok(()) => {}
-        Err(Unmet::IfNoneMatch) => return of(item, 304, caching(item), Vec::new()),
+        Err(Unmet::IfNoneMatch) => {
+            hold();
+            return of(item, 304, caching(item), Vec::new());
+        }
         Err(unmet) => return not_met(unmet, Ok(item)),
     }
     let mut headers = vec![header(content_type::NAME, content_type::kept(item))];
@@ -140,6 +154,13 @@ fn write(
     Ok(sequence)
 }
 
+/// How long the client waits for something else than it has, in milliseconds.
+fn wait(query: &str) -> Result<Option<u64>, BadQuery> {
+    let [wait] = query::parameters(query, ["wait"])?;
+    let seconds = wait.map(|wait| wait.seconds(1..=MAX_WAIT)).transpose()?;
+    Ok(seconds.map(|seconds| seconds * 1_000))
+}
+
 /// From which moment on a value is gone that is put now.
 fn expiry(query: &str, now: u64) -> Result<Option<u64>, BadQuery> {
     let [ttl] = query::parameters(query, ["ttl"])?;
@@ -155,11 +176,13 @@ fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response
 /// What a cache needs to know.
 fn caching(item: &Item) -> Vec<Header> {
     let mut headers = vec![etag(item.sequence())];
-    headers.extend(item.expires().map(|expires| {
+    if let Some(expires) = item.expires() {
         // In whole seconds, and not later than it is gone.
         let date = Duration::from_secs(expires / 1_000).min(LAST_DATE);
-        header("expires", httpdate::fmt_http_date(UNIX_EPOCH + date))
-    }));
+        headers.push(header("expires", httpdate::fmt_http_date(UNIX_EPOCH + date)));
+        // It can be overwritten before, so a cache is to ask whether it still has the value.
+        headers.push(header("cache-control", "no-cache"));
+    }
     headers
 }
 
@@ -183,47 +206,19 @@ fn not_met(unmet: Unmet, there: Result<&Item, u64>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rest::handle;
+    use crate::rest::{handle, respond};
+    use crate::testing::{NOW, header_of, request, store_with, text_of, unasked};
 
     const CONTENT_TYPE: &str = content_type::NAME;
-    const NOW: u64 = 1_000;
-
-    /// A request without headers, to `/v1/a` unless said otherwise.
-    fn request(method: &str) -> Request {
-        Request {
-            method: method.to_owned(),
-            target: "/v1/a".to_owned(),
-            headers: Vec::new(),
-            body: Vec::new(),
-            principal: None,
-            time: NOW,
-        }
-    }
 
     fn put_with(content_types: &[&str]) -> Request {
         let headers = content_types.iter().map(|value| header(CONTENT_TYPE, *value)).collect();
         Request { headers, body: b"value".into(), ..request("PUT") }
     }
 
-    /// `/v1/a` with this metadata and expiry, put by some guest at sequence 7.
-    fn store_with(metadata: &[(&str, &str)], expires: Option<u64>) -> Store {
-        let metadata = metadata.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        let mut store = Store::default();
-        store.apply(7, &Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires }));
-        store
-    }
-
-    fn unasked(_: &[Event]) -> Result<u64, AppendError> {
-        panic!("appended")
-    }
-
-    fn header_of<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
-        let header = response.headers.iter().find(|header| header.name == name)?;
-        Some(str::from_utf8(&header.value).expect("text"))
-    }
-
-    fn text_of(response: &Response) -> &str {
-        str::from_utf8(&response.body).expect("text")
+    fn request_with(method: &str, query: &str, headers: &[(&str, &str)]) -> Request {
+        let headers = headers.iter().map(|(name, value)| header(name, *value)).collect();
+        Request { target: format!("/v1/a?{query}"), headers, ..request(method) }
     }
 
     #[test]
@@ -309,18 +304,55 @@ mod tests {
         }
     }
 
-    fn request_with(method: &str, query: &str, headers: &[(&str, &str)]) -> Request {
-        let headers = headers.iter().map(|(name, value)| header(name, *value)).collect();
-        Request { target: format!("/v1/a?{query}"), headers, ..request(method) }
-    }
-
     #[test]
     fn what_a_client_has_is_not_sent_again() {
         for method in ["GET", "HEAD"] {
             let request = request_with(method, "", &[(IF_NONE_MATCH, "W/\"7\"")]);
             let response = handle(&mut store_with(&[], Some(61_999)), request, unasked);
-            let headers = vec![header("etag", "\"7\""), header("expires", "Thu, 01 Jan 1970 00:01:01 GMT")];
+            let headers = vec![
+                header("etag", "\"7\""),
+                header("expires", "Thu, 01 Jan 1970 00:01:01 GMT"),
+                header("cache-control", "no-cache"),
+            ];
             assert_eq!(response, Response { status: 304, headers, body: vec![], depends_on: Some(7) });
+        }
+    }
+
+    #[test]
+    fn who_waits_is_held_as_long_as_there_is_what_it_has() {
+        /// Remembers what was held.
+        #[derive(Default)]
+        struct Holding(Option<(String, u64)>);
+
+        impl Host for Holding {
+            fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
+                panic!("appended")
+            }
+            fn follow(&mut self, _prefix: &str, _after: Option<u64>) {
+                panic!("followed")
+            }
+            fn hold(&mut self, key: &str, milliseconds: u64) {
+                self.0 = Some((key.to_owned(), milliseconds));
+            }
+        }
+
+        for (there, condition, status, held) in [
+            (true, Some((IF_NONE_MATCH, "\"7\"")), 304, true),
+            (true, Some((IF_NONE_MATCH, "*")), 304, true),
+            (true, Some((IF_NONE_MATCH, "\"6\"")), 200, false),
+            (true, Some((IF_MATCH, "\"6\"")), 412, false),
+            (true, None, 200, false),
+            (false, Some((IF_NONE_MATCH, "\"7\"")), 404, false),
+            (false, Some((IF_MATCH, "*")), 404, true),
+            (false, None, 404, true),
+        ] {
+            for method in ["GET", "HEAD"] {
+                let mut store = if there { store_with(&[], None) } else { Store::default() };
+                let (mut host, asked) = (Holding::default(), request_with(method, "wait=10s", condition.as_slice()));
+                let response = respond(&mut store, asked, &mut host);
+                let expected = held.then(|| ("a".to_owned(), 10_000));
+                assert_eq!((response.status, host.0), (status, expected), "{method} {there} {condition:?}");
+            }
         }
     }
 
@@ -364,6 +396,9 @@ mod tests {
             ("PUT", "ttl=0", "query parameter `ttl` must be a whole number from 1 to 3153600000\n"),
             ("PUT", "ttl=1&ttl=1", "query parameter `ttl` was given twice\n"),
             ("PUT", "tll=1", "unknown query parameter `tll`\n"),
+            ("GET", "wait=10", "query parameter `wait` must be a whole number of seconds from 1s to 300s\n"),
+            ("HEAD", "wait=301s", "query parameter `wait` must be a whole number of seconds from 1s to 300s\n"),
+            ("PUT", "wait=10s", "unknown query parameter `wait`\n"),
             ("DELETE", "ttl=1", "unknown query parameter `ttl`\n"),
             ("HEAD", "ttl=1", "unknown query parameter `ttl`\n"),
         ] {

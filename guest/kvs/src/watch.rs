@@ -71,6 +71,10 @@ mod tests {
         fn follow(&mut self, prefix: &str, after: Option<u64>) {
             self.0 = Some((prefix.to_owned(), after));
         }
+
+        fn hold(&mut self, _key: &str, _milliseconds: u64) {
+            panic!("held")
+        }
     }
 
     fn watch(method: &str, query: &str, last: &[&str]) -> (Response, Option<(String, Option<u64>)>) {

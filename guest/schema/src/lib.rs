@@ -8,14 +8,14 @@
 use std::cell::OnceCell;
 
 use jsonschema::Validator;
-use kvs_guest::answer::line;
+use kvs_guest::answer::{Host, line};
 use kvs_guest::exports::kvs::store::lifecycle::{Description, Statistics};
 use kvs_guest::exports::kvs::store::sharding::Placement;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::kvs::store::http::{Request, Response};
-use kvs_guest::kvs::store::transaction_log::{AppendError, Entry, Event, append};
-use kvs_guest::rest;
+use kvs_guest::kvs::store::transaction_log::{AppendError, Entry, Event};
 use kvs_guest::wasi::config::store as config;
+use kvs_guest::{Imports, rest};
 use serde_json::Value;
 
 /// Characters of the reason that are worth telling; it repeats what was sent.
@@ -33,16 +33,33 @@ pub struct Component;
 
 impl handler::Guest for Component {
     fn handle(request: Request) -> Response {
-        let mut violation = None;
-        let checked = |events: &[Event]| {
-            violation = events.iter().find_map(violation_of);
-            if violation.is_some() { Err(AppendError::ReadOnly) } else { append(events) }
-        };
-        let response = kvs_guest::STORE.with_borrow_mut(|store| rest::handle(store, request, checked));
-        match violation {
+        let mut checked = Checked::default();
+        let response = kvs_guest::STORE.with_borrow_mut(|store| rest::respond(store, request, &mut checked));
+        match checked.violation {
             Some(why) => line(422, &why),
             None => response,
         }
+    }
+}
+
+/// The host, but for what the policy does not let happen.
+#[derive(std::default::Default)]
+struct Checked {
+    violation: Option<String>,
+}
+
+impl Host for Checked {
+    fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
+        self.violation = events.iter().find_map(violation_of);
+        if self.violation.is_some() { Err(AppendError::ReadOnly) } else { Imports.append(events) }
+    }
+
+    fn follow(&mut self, prefix: &str, after: Option<u64>) {
+        Imports.follow(prefix, after);
+    }
+
+    fn hold(&mut self, key: &str, milliseconds: u64) {
+        Imports.hold(key, milliseconds);
     }
 }
 

@@ -112,7 +112,7 @@ impl Admin {
         if let Some(tokens) = &self.tokens
             && let Err(refusal) = tokens.get().check_admin(request.headers())
         {
-            return *refusal;
+            return refusal.map(Full::new);
         }
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),

@@ -4,14 +4,16 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP), then `service` (one request) and what it admits requests by: `head`,
-//! `auth`, `throttle`, `body`; `stream` has the responses that go on.
+//! `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on, `problem` errors for programs.
 
 mod addresses;
 pub mod auth;
 mod body;
 mod connection;
+pub mod cors;
 mod fresh;
 mod head;
+mod problem;
 mod refusal;
 mod reply;
 mod service;
@@ -56,6 +58,8 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// How often a stream of events says that it goes on, when nothing happens.
     pub stream_heartbeat: Duration,
+    /// How long a guest may hold a request.
+    pub hold: Duration,
     /// How long requests under way may take when the server stops.
     pub drain: Duration,
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Response, StatusCode};
@@ -14,14 +14,14 @@ use tokio::time::timeout;
 const LINGER_BYTES: usize = 16 << 20;
 const LINGER: Duration = Duration::from_secs(2);
 
-pub type Answer = Response<Full<Bytes>>;
+pub type Answer = Response<Bytes>;
 
 /// An answer in place of what was wanted. Boxed, since most requests have none.
 pub type Refusal = Box<Answer>;
 
 /// One line of plain text.
 pub fn refuse(status: StatusCode, reason: &str) -> Answer {
-    let mut response = Response::new(Full::new(Bytes::from(format!("{reason}\n"))));
+    let mut response = Response::new(Bytes::from(format!("{reason}\n")));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

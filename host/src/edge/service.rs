@@ -7,18 +7,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hyper::body::Incoming as Arriving;
+use hyper::header;
 use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use super::auth::Tokens;
+use super::cors::Cors;
 use super::refusal::{Refusal, refuse, unread};
 use super::reply::Reply;
 use super::throttle::Throttle;
-use super::{Limits, body, head, stream};
-use crate::guest::{CallError, Client, Incoming, Shard};
+use super::{Limits, body, head, problem, stream};
+use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shard};
 use crate::log::TransactionLog;
 use crate::log::changes::Changes;
+use crate::log::watchers::Keys;
 
 /// Answers requests.
 pub struct Service {
@@ -28,6 +31,8 @@ pub struct Service {
     /// Without, everybody may do everything.
     pub tokens: Option<Arc<Tokens>>,
     pub throttle: Option<Arc<Throttle>>,
+    /// Without, only pages of this server's own origin may read what it answers.
+    pub cors: Option<Cors>,
     /// Requests under way.
     pub under_way: AtomicUsize,
 }
@@ -43,45 +48,87 @@ impl Drop for UnderWay<'_> {
 
 impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Reply> {
+        let wants_problems = problem::is_wanted(request.headers());
+        let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let answered = self.answer(request, client).await;
-        answered.unwrap_or_else(|refusal| refusal.map(Reply::Whole))
+        let mut response = answered.unwrap_or_else(|refusal| refusal.map(Reply::Whole));
+        if wants_problems {
+            response = problem::of(response);
+        }
+        if let Some(cors) = &self.cors {
+            cors.share(origin.as_ref(), &mut response);
+        }
+        response
     }
 
     async fn answer(&self, request: Request<Arriving>, client: Arc<Client>) -> Result<Response<Reply>, Refusal> {
-        let deadline = Instant::now() + self.limits.request_timeout;
+        let mut deadline = Instant::now() + self.limits.request_timeout;
         let (head, body) = request.into_parts();
-        let (_under_way, principal) = match self.admit(&head, &client).await {
+        let (under_way, principal) = match self.admit(&head, &client).await {
             Ok(admitted) => admitted,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
         let body = body::read(&head.headers, body, &self.limits, deadline).await?;
         let incoming = Incoming { request: Request::from_parts(head, body), client, principal };
-        let answer = self.shard.call(incoming, deadline).await.map_err(|error| {
+        let mut answer = self.call(incoming, deadline).await?;
+        if let Some(Sequel::Hold(hold)) = answer.sequel {
+            // Who waits keeps nobody from being served.
+            drop(under_way);
+            (answer, deadline) = self.held(hold).await?;
+        }
+        self.release(&answer, deadline).await?;
+        let (head, body) = answer.response.into_parts();
+        let reply = match answer.sequel {
+            Some(Sequel::Follow(follow)) => stream::open(&self.changes, follow, self.limits.stream_heartbeat).await?,
+            Some(Sequel::Hold(_)) | None => Reply::Whole(body),
+        };
+        Ok(Response::from_parts(head, reply))
+    }
+
+    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
+        let answer = self.shard.call(incoming, deadline).await;
+        answer.map_err(|error| {
             let status = match error {
                 CallError::Trapped => StatusCode::INTERNAL_SERVER_ERROR,
                 CallError::Late => StatusCode::SERVICE_UNAVAILABLE,
             };
-            refuse(status, &error.to_string())
-        })?;
-        // Nothing a client has seen may be taken back by a crash.
+            refuse(status, &error.to_string()).into()
+        })
+    }
+
+    /// Asks again whenever something happens to the key, until the guest no longer holds the answer back or the time is
+    /// over.
+    async fn held(&self, mut hold: Box<Hold>) -> Result<(Answer, Instant), Refusal> {
+        let until = Instant::now() + hold.time.min(self.limits.hold);
+        loop {
+            // Before the guest is asked, so that nothing is missed of what happens from then on.
+            let watcher = self.changes.watch(Keys::One(hold.key.into()));
+            let deadline = Instant::now() + self.limits.request_timeout;
+            let answer = self.call(hold.incoming, deadline).await?;
+            match (answer.sequel, watcher) {
+                (Some(Sequel::Hold(again)), Some(mut watcher)) if Instant::now() < until => {
+                    let _ = timeout_at(until, watcher.next()).await;
+                    hold = again;
+                }
+                (sequel, _) => return Ok((Answer { sequel, ..answer }, deadline)),
+            }
+        }
+    }
+
+    /// Waits until nothing that the answer shows can be taken back by a crash.
+    async fn release(&self, answer: &Answer, deadline: Instant) -> Result<(), Refusal> {
         match timeout_at(deadline, self.changes.watermark().reached(answer.rests_on)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(unknown)) => return Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
             Err(_) if answer.appended => {
                 let unknown = "outcome unknown: this was not known to be durable in time";
-                return Err(refuse(StatusCode::GATEWAY_TIMEOUT, unknown).into());
+                Err(refuse(StatusCode::GATEWAY_TIMEOUT, unknown).into())
             }
             Err(_) => {
                 let late = "what this would show was not known to be durable in time";
-                return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, late).into());
+                Err(refuse(StatusCode::SERVICE_UNAVAILABLE, late).into())
             }
         }
-        let (head, body) = answer.response.into_parts();
-        let reply = match answer.follow {
-            Some(follow) => stream::open(&self.changes, follow, self.limits.stream_heartbeat).await?,
-            None => Reply::from(body),
-        };
-        Ok(Response::from_parts(head, reply))
     }
 
     /// Whether anything is done for a request at all, and for whom.
@@ -91,6 +138,9 @@ impl Service {
         head::check(head, &self.limits)?;
         if before >= self.limits.requests {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once").into());
+        }
+        if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
+            return Err(answer.into());
         }
         let principal = match &self.tokens {
             Some(tokens) => Some(tokens.get().check(head)?),

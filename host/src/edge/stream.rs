@@ -19,6 +19,7 @@ use super::reply::Reply;
 use crate::contract::Event;
 use crate::guest::Follow;
 use crate::log::changes::{Change, Changes, Past};
+use crate::log::watchers::Keys;
 use crate::log::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
@@ -58,7 +59,7 @@ async fn tell(
     while changes.watermark().durable() > after + NEAR {
         after = send(changes.past(&prefix, after).await.ok()?, &text).await?;
     }
-    let mut watcher = changes.watch(&prefix)?;
+    let mut watcher = changes.watch(Keys::begin(&prefix))?;
     // What was appended before it began to watch comes by the log, as soon as it is durable.
     changes.watermark().reached(watcher.from).await.ok()?;
     while after < watcher.from {

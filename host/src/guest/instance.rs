@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
@@ -75,14 +76,29 @@ pub struct Answer {
     pub rests_on: u64,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
-    /// What comes after the head of the response, in place of its body.
-    pub follow: Option<Follow>,
+    /// What the guest asked for in place of the response as it is.
+    pub sequel: Option<Sequel>,
+}
+
+pub enum Sequel {
+    /// The head, and then changes.
+    Follow(Follow),
+    /// Another response, later. Boxed, since hardly any request waits.
+    Hold(Box<Hold>),
 }
 
 /// Changes that a response goes on with: of keys that begin so, and newer than this.
 pub struct Follow {
     pub prefix: String,
     pub after: u64,
+}
+
+/// A request that waits until something happens to a key, or the time is over.
+pub struct Hold {
+    pub key: String,
+    pub time: Duration,
+    /// To be handled again.
+    pub incoming: Incoming,
 }
 
 pub struct Instance {
@@ -171,7 +187,13 @@ impl Instance {
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
-        let follow = self.store.data_mut().call.follow.take();
+        let sequel = match self.store.data_mut().call.asked.take() {
+            Some(Asked::Follow { prefix, after }) => Some(Sequel::Follow(Follow { prefix, after })),
+            Some(Asked::Hold { key, time }) => {
+                Some(Sequel::Hold(Box::new(Hold { key, time, incoming: incoming.without_body() })))
+            }
+            None => None,
+        };
         let state = self.store.data();
         let (appended, refused) = (state.call.appended, state.call.refused);
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
@@ -187,9 +209,11 @@ impl Instance {
             error!(guest = self.description.name, "invalid response: {invalid:#}");
             let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            let text = HeaderValue::from_static("text/plain; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, text);
             response
         });
-        Ok(Answer { response, rests_on, appended: appended.is_some(), follow })
+        Ok(Answer { response, rests_on, appended: appended.is_some(), sequel })
     }
 
     /// Makes one call, within the limits of a call.
@@ -273,7 +297,22 @@ struct Call {
     appends: u32,
     /// Whether an append was refused because the guest is near its limit of memory.
     refused: bool,
-    follow: Option<Follow>,
+    asked: Option<Asked>,
+}
+
+/// What it asked for in place of its response as it is.
+enum Asked {
+    Follow { prefix: String, after: u64 },
+    Hold { key: String, time: Duration },
+}
+
+impl Incoming {
+    fn without_body(&self) -> Self {
+        let mut request = Request::new(Bytes::new());
+        (*request.method_mut(), *request.uri_mut()) = (self.request.method().clone(), self.request.uri().clone());
+        (*request.version_mut(), *request.headers_mut()) = (self.request.version(), self.request.headers().clone());
+        Self { request, client: Arc::clone(&self.client), principal: self.principal.clone() }
+    }
 }
 
 impl State {
@@ -335,7 +374,11 @@ fn taken_in(event: &Event) -> Option<u64> {
 impl changes::Host for State {
     fn follow(&mut self, prefix: String, after: Option<u64>) {
         let after = after.unwrap_or_else(|| self.log.appended());
-        self.call.follow = Some(Follow { prefix, after });
+        self.call.asked = Some(Asked::Follow { prefix, after });
+    }
+
+    fn hold(&mut self, key: String, milliseconds: u64) {
+        self.call.asked = Some(Asked::Hold { key, time: Duration::from_millis(milliseconds) });
     }
 }
 

@@ -21,7 +21,7 @@ mod swap;
 
 pub use engine::{Engine, Guest, Limits};
 pub use inspect::inspect;
-pub use instance::{Answer, Client, Follow, Incoming};
+pub use instance::{Answer, Client, Follow, Hold, Incoming, Sequel};
 pub use reload::Reload;
 pub use replica::Replayed;
 pub use shard::{CallError, Shard};

@@ -4,9 +4,9 @@
 //! then goes to whoever watches its key. What happened before somebody began to watch is read from the log. So a write
 //! costs nothing more while nobody watches, and a watcher of other keys costs it nothing at all.
 //!
-//! Owns: who watches what, and how far behind a watcher may fall. Must never know: HTTP, or why somebody watches.
+//! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Result;
@@ -14,7 +14,8 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::task;
 
-use super::{OutcomeUnknown, Receive, TransactionLog, Watermark};
+use super::watchers::{Keys, Queue, Watchers};
+use super::{Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::contract::{AppendError, Entry, Event, EventRef, Put};
 
 /// Entries that are read at a time of what happened before.
@@ -49,38 +50,14 @@ struct Pending {
     told: u64,
 }
 
-#[derive(Default)]
-struct Watchers {
-    ended: bool,
-    next: u64,
-    /// By the prefix they watch, so that a change looks at those only that it concerns.
-    by_prefix: HashMap<Box<str>, HashMap<u64, Arc<Queue>>>,
-    /// How many prefixes there are of each length.
-    lengths: BTreeMap<usize, usize>,
-}
-
 /// One who watches, until it is dropped.
 pub struct Watcher {
     changes: Arc<Changes>,
-    prefix: Box<str>,
+    keys: Keys,
     number: u64,
     queue: Arc<Queue>,
     /// All later changes come by the queue.
     pub from: u64,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
-    ready: Notify,
-}
-
-#[derive(Default)]
-struct Waiting {
-    changes: VecDeque<Arc<Change>>,
-    bytes: usize,
-    /// It fell too far behind, or the log ended: nothing more comes.
-    over: bool,
 }
 
 /// Some of what happened before.
@@ -118,20 +95,10 @@ impl Changes {
         }
     }
 
-    /// Begins to watch the keys that begin with `prefix`. None when the end has come.
-    pub fn watch(self: &Arc<Self>, prefix: &str) -> Option<Watcher> {
-        let (prefix, queue) = (Box::<str>::from(prefix), Arc::<Queue>::default());
+    /// Begins to watch. None when the end has come.
+    pub fn watch(self: &Arc<Self>, keys: Keys) -> Option<Watcher> {
         let mut watchers = lock(&self.watchers);
-        if watchers.ended {
-            return None;
-        }
-        let number = watchers.next;
-        watchers.next += 1;
-        let same = watchers.by_prefix.entry(prefix.clone()).or_default();
-        same.insert(number, Arc::clone(&queue));
-        if same.len() == 1 {
-            *watchers.lengths.entry(prefix.len()).or_default() += 1;
-        }
+        let (number, queue) = watchers.enter(&keys)?;
         let mut pending = lock(&self.pending);
         if !pending.watched {
             pending.watched = true;
@@ -139,17 +106,24 @@ impl Changes {
             pending.told = self.log.appended();
         }
         let from = pending.told;
-        Some(Watcher { changes: Arc::clone(self), prefix, number, queue, from })
+        Some(Watcher { changes: Arc::clone(self), keys, number, queue, from })
     }
 
     /// Some of the changes to such keys after a sequence, and how far that goes: to what is durable when nothing is left.
+    ///
+    /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
+    /// there any more is not passed over in silence, however well the newer ones make up for it.
     pub async fn past(&self, prefix: &str, after: u64) -> Result<Past> {
         let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
         task::spawn_blocking(move || {
             let mut past = Past { changes: Vec::new(), until: after };
             let (mut seen, mut bytes) = (0, 0);
+            let gap = || Forgotten { after, newest: log.watermark().durable() };
             let replayed = log.replay(after, &mut |entries| {
                 for entry in entries {
+                    if entry.sequence != past.until + 1 {
+                        return Err(gap().into());
+                    }
                     past.until = entry.sequence;
                     seen += 1;
                     let change = Change::of(entry);
@@ -164,7 +138,8 @@ impl Changes {
                 Ok(())
             });
             match replayed {
-                Ok(until) => past.until = until,
+                Ok(until) if until > past.until => return Err(gap().into()),
+                Ok(_) => {}
                 Err(error) if error.is::<Enough>() => {}
                 Err(error) => return Err(error),
             }
@@ -175,9 +150,7 @@ impl Changes {
 
     /// Nobody watches any more, and nobody begins to.
     pub fn end(&self) {
-        let mut watchers = lock(&self.watchers);
-        watchers.ended = true;
-        watchers.by_prefix.values().flat_map(HashMap::values).for_each(|queue| queue.end());
+        lock(&self.watchers).end();
     }
 
     fn hand_out(&self, durable: u64) {
@@ -189,11 +162,7 @@ impl Changes {
             pending.changes.drain(..count).collect()
         };
         for change in ready {
-            let key = change.key();
-            for prefix in watchers.lengths.keys().filter_map(|length| key.get(..*length)) {
-                let concerned = watchers.by_prefix.get(prefix).into_iter().flat_map(HashMap::values);
-                concerned.for_each(|queue| queue.push(&change, self.lag_bytes));
-            }
+            watchers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
         }
     }
 }
@@ -253,7 +222,7 @@ impl Change {
         }
     }
 
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         match &self.event {
             Event::Put(put) => put.key.len() + put.value.len(),
             Event::Delete(key) => key.len(),
@@ -264,39 +233,15 @@ impl Change {
 impl Watcher {
     /// The next change, once it is durable. None when the watcher fell too far behind, or the end has come.
     pub async fn next(&mut self) -> Option<Arc<Change>> {
-        loop {
-            {
-                let mut waiting = lock(&self.queue.waiting);
-                if let Some(change) = waiting.changes.pop_front() {
-                    waiting.bytes -= change.bytes();
-                    return Some(change);
-                }
-                if waiting.over {
-                    return None;
-                }
-            }
-            self.queue.ready.notified().await;
-        }
+        self.queue.next().await
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
         let mut watchers = lock(&self.changes.watchers);
-        let Some(same) = watchers.by_prefix.get_mut(&self.prefix) else { return };
-        same.remove(&self.number);
-        if !same.is_empty() {
-            return;
-        }
-        watchers.by_prefix.remove(&self.prefix);
-        let length = self.prefix.len();
-        if let Some(count) = watchers.lengths.get_mut(&length) {
-            *count -= 1;
-            if *count == 0 {
-                watchers.lengths.remove(&length);
-            }
-        }
-        if watchers.by_prefix.is_empty() {
+        watchers.leave(&self.keys, self.number);
+        if watchers.is_empty() {
             let mut pending = lock(&self.changes.pending);
             pending.watched = false;
             pending.changes = VecDeque::new();
@@ -304,29 +249,7 @@ impl Drop for Watcher {
     }
 }
 
-impl Queue {
-    fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
-        let mut waiting = lock(&self.waiting);
-        if waiting.over {
-            return;
-        }
-        waiting.bytes += change.bytes();
-        // A single large change is no reason.
-        if waiting.bytes > lag_bytes && !waiting.changes.is_empty() {
-            *waiting = Waiting { over: true, ..Waiting::default() };
-        } else {
-            waiting.changes.push_back(Arc::clone(change));
-        }
-        self.ready.notify_one();
-    }
-
-    fn end(&self) {
-        lock(&self.waiting).over = true;
-        self.ready.notify_one();
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is called under these locks that could panic and leave something half changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -399,7 +322,8 @@ mod tests {
     fn a_watcher_is_told_what_is_durable_of_its_keys_and_nothing_else() {
         let changes = changes(1_000);
         delete(&changes, "a0");
-        let (mut all, mut some) = (changes.watch("").expect("open"), changes.watch("a").expect("open"));
+        let (mut all, mut some) =
+            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("a")).expect("open"));
         assert_eq!((all.from, some.from), (1, 1));
         for key in ["a1", "b2", "ä", ""] {
             delete(&changes, key);
@@ -410,7 +334,7 @@ mod tests {
         assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
         assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
         assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
-        assert_eq!(changes.watch("b").expect("open").from, 3);
+        assert_eq!(changes.watch(Keys::begin("b")).expect("open").from, 3);
         durable(&changes, 5);
         assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
         assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
@@ -418,11 +342,25 @@ mod tests {
     }
 
     #[test]
+    fn who_watches_one_key_is_told_of_no_other() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Keys::One("a".into())).expect("open");
+        for key in ["", "ab", "a", "b"] {
+            durable(&changes, delete(&changes, key));
+        }
+        assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "a".to_owned()))));
+        assert!(told(&mut watcher).is_pending());
+        drop(watcher);
+        assert!(lock(&changes.watchers).is_empty());
+    }
+
+    #[test]
     fn nothing_is_kept_while_nobody_watches() {
         let changes = changes(1_000);
         delete(&changes, "a");
         assert!(lock(&changes.pending).changes.is_empty());
-        let (first, second) = (changes.watch("a").expect("open"), changes.watch("a").expect("open"));
+        let (first, second) =
+            (changes.watch(Keys::begin("a")).expect("open"), changes.watch(Keys::begin("a")).expect("open"));
         delete(&changes, "a");
         drop(first);
         assert_eq!(lock(&changes.pending).changes.len(), 1);
@@ -430,14 +368,14 @@ mod tests {
         assert!(lock(&changes.pending).changes.is_empty());
         delete(&changes, "a");
         assert!(lock(&changes.pending).changes.is_empty());
-        let watchers = lock(&changes.watchers);
-        assert!(watchers.by_prefix.is_empty() && watchers.lengths.is_empty());
+        assert!(lock(&changes.watchers).is_empty());
     }
 
     #[test]
     fn a_watcher_that_falls_behind_is_given_up_and_the_others_are_not() {
         let changes = changes(10);
-        let (mut slow, mut fast) = (changes.watch("").expect("open"), changes.watch("").expect("open"));
+        let (mut slow, mut fast) =
+            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("")).expect("open"));
         // One change is let through however large it is.
         for (key, length) in [("a", 30), ("b", 6), ("c", 6)] {
             let sequence = delete(&changes, &key.repeat(length));
@@ -445,16 +383,15 @@ mod tests {
             assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(length)))));
         }
         assert_eq!(told(&mut slow), Poll::Ready(None));
-        assert_eq!(lock(&slow.queue.waiting).bytes, 0);
     }
 
     #[test]
     fn the_end_is_told_to_those_who_watch_and_those_who_come() {
         let changes = changes(1_000);
-        let mut watcher = changes.watch("").expect("open");
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
         changes.close().expect("memory closes");
         assert_eq!(told(&mut watcher), Poll::Ready(None));
-        assert!(changes.watch("").is_none());
+        assert!(changes.watch(Keys::begin("")).is_none());
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ pub mod changes;
 pub mod command;
 pub mod file;
 mod text;
+pub mod watchers;
 mod watermark;
 
 pub use watermark::{OutcomeUnknown, Watermark};
@@ -42,7 +43,7 @@ pub trait TransactionLog: Send + Sync + 'static {
     fn close(&self) -> anyhow::Result<()>;
 }
 
-/// Deletes were dropped that whoever asks has not heard of. Replay from the start.
+/// Entries were dropped that whoever asks has not heard of and would miss. Replay from the start.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"

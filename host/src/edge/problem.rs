@@ -1,0 +1,84 @@
+//! Errors for programs: `application/problem+json` (RFC 9457) in place of a line of text, for those who ask for it.
+//!
+//! What the host refuses and what a guest does come out alike, and a guest has only to write the line. Must never know:
+//! what the line says.
+
+use bytes::Bytes;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Response, StatusCode};
+use serde_json::json;
+
+use super::reply::Reply;
+
+const MEDIA_TYPE: &str = "application/problem+json";
+
+/// Whether the headers of a request ask for it by name.
+pub fn is_wanted(headers: &HeaderMap) -> bool {
+    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
+    accepts.flat_map(|accept| accept.split(',')).any(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case(MEDIA_TYPE));
+        named && !parts.any(|parameter| matches!(parameter, "q=0" | "q=0.0" | "q=0.00" | "q=0.000"))
+    })
+}
+
+/// The same answer as a problem, when it is an error that is told in text.
+pub fn of(response: Response<Reply>) -> Response<Reply> {
+    let status = response.status();
+    let is_text = |kind: &HeaderValue| kind.as_bytes().starts_with(b"text/plain");
+    let told = response.headers().get(header::CONTENT_TYPE).is_some_and(is_text);
+    if !told || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let Reply::Whole(line) = body else { return Response::from_parts(head, body) };
+    head.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    Response::from_parts(head, Reply::Whole(problem(status, &line)))
+}
+
+fn problem(status: StatusCode, line: &Bytes) -> Bytes {
+    let (title, detail) = (status.canonical_reason(), String::from_utf8_lossy(line));
+    let detail = detail.trim_end();
+    let problem = json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail });
+    Bytes::from(problem.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::refusal::refuse;
+
+    fn headers(accepts: &[&'static str]) -> HeaderMap {
+        accepts.iter().map(|accept| (header::ACCEPT, HeaderValue::from_static(accept))).collect()
+    }
+
+    #[test]
+    fn it_is_wanted_when_it_is_named() {
+        for (accept, wanted) in [
+            ("application/problem+json", true),
+            ("text/html, Application/Problem+JSON;q=0.5", true),
+            ("application/problem+json; q=0", false),
+            ("application/json", false),
+            ("*/*", false),
+            ("application/*", false),
+            ("", false),
+        ] {
+            assert_eq!(is_wanted(&headers(&[accept])), wanted, "{accept}");
+        }
+        assert!(!is_wanted(&HeaderMap::new()));
+        assert!(is_wanted(&headers(&["text/html", MEDIA_TYPE])));
+    }
+
+    #[test]
+    fn it_says_what_the_line_said_and_only_of_errors() {
+        let problem = of(refuse(StatusCode::SERVICE_UNAVAILABLE, "a \"line\"").map(Reply::Whole));
+        assert_eq!(problem.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
+        assert_eq!(problem.headers()[header::RETRY_AFTER], "1");
+        let Reply::Whole(body) = problem.into_body() else { panic!("a stream") };
+        let expected =
+            json!({"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "a \"line\""});
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&body).expect("JSON"), expected);
+        let fine = of(refuse(StatusCode::OK, "fine").map(Reply::Whole));
+        assert_eq!(fine.headers()[header::CONTENT_TYPE], "text/plain; charset=utf-8");
+    }
+}
