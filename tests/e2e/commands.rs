@@ -316,7 +316,7 @@ impl Puts {
 fn a_load_goes_on_wherever_it_was_interrupted() {
     const LINES: usize = 6_000;
     // So that a load takes longer than a second, which is how often it keeps how far it came.
-    const SLOW: [&str; 2] = ["--rate-limit", "1000/s"];
+    const SLOW: [&str; 4] = ["--rate-limit", "1000/s", "--rate-burst", "100"];
     let mut server = Server::start(&SLOW);
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("lines.jsonl");
