@@ -2,8 +2,36 @@
 
 use std::thread;
 
-use crate::server::Server;
+use crate::components::DEFAULT_GUEST;
+use crate::server::{Server, kvs};
+use crate::swap::{copy_of, swaps};
 use crate::wire::Connection;
+
+#[test]
+fn an_etag_is_the_same_after_compaction_a_restart_and_a_swap() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    for n in 0..10 {
+        assert_eq!(client.ask("PUT", "/v1/a", n.to_string().as_bytes()).etag(), Some(2 * n + 1));
+        assert_eq!(client.ask("PUT", "/v1/gone", b"value").status, 201);
+    }
+    client.ask("DELETE", "/v1/gone", b"");
+    let stopped = server.terminate();
+    let mut compact = kvs();
+    compact.args(["log", "compact", "--data"]).arg(stopped.data());
+    assert!(compact.status().expect("the binary under test can be started").success());
+    let server = stopped.restart(&["--probation", "1ms"]);
+    let mut client = Connection::open(server.address());
+    let same = |client: &mut Connection| {
+        let unchanged = client.ask_with("GET", "/v1/a", &[("if-none-match", "\"19\"")], b"");
+        assert_eq!((unchanged.status, unchanged.etag()), (304, Some(19)));
+    };
+    same(&mut client);
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+    same(&mut client);
+    // None that was there before is given again, though what had it is gone.
+    assert_eq!(client.ask("PUT", "/v1/gone", b"again").etag(), Some(22));
+}
 
 #[test]
 fn a_client_creates_only_what_is_not_there() {

@@ -10,6 +10,7 @@ pub mod content_type;
 pub mod item;
 pub mod key;
 mod list;
+mod operation;
 mod order;
 mod percent;
 pub mod query;

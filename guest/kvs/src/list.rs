@@ -221,6 +221,7 @@ impl Entry {
 mod tests {
     use std::cell::Cell;
     use std::collections::BTreeSet;
+    use std::time::Instant;
 
     use proptest::prelude::*;
 
@@ -303,6 +304,27 @@ mod tests {
         let mut store = store_of(["a", "z"]);
         (3..25_003).for_each(|n| store.apply(n, &put(&format!("b{n}"), b"", Some(NOW))));
         assert_eq!(lengths(pages(&store, "")), [1, 0, 1]);
+    }
+
+    #[test]
+    fn a_page_costs_the_same_however_many_keys_there_are() {
+        let page = |count: usize| {
+            let store = store_of((0..count).map(|n| format!("{n:07}")));
+            let query = format!("cursor={}", cursor(format!("{:07}", count - 1_000).as_bytes()));
+            let mut times: Vec<_> = (0..101)
+                .map(|_| {
+                    let begun = Instant::now();
+                    assert_eq!(read(&get(&store, &query, NOW)).keys.len(), 1_000);
+                    begun.elapsed()
+                })
+                .collect();
+            times.sort();
+            times[times.len() / 2]
+        };
+        let (few, many) = (page(1_000), page(1_000_000));
+        println!("a page of 1,000 keys takes {few:?} among 1,000, {many:?} among 1,000,000");
+        // A walk over all would be hundreds of times as long.
+        assert!(many < 20 * few);
     }
 
     #[test]

@@ -416,7 +416,7 @@ proptest! {
     #[test]
     fn any_request_gets_an_answer(
         method in "GET|HEAD|PUT|DELETE|POST|.*",
-        target in r"(/v1|/openapi.json)?(\?(prefix|limit|cursor|values|delimiter)=[a-z0-9%/]*&?)*|(/v1/)?(key/)?.{0,9}[%?/&=.]*(ttl=[0-9]{0,30}&?)*.*",
+        target in r"(/v1|/openapi.json)?(\?(prefix|limit|cursor|values|delimiter|watch|since)=[a-z0-9%/]*&?)*|(/v1/)?(key/)?.{0,9}[%?/&=.]*((ttl|wait)=[0-9]{0,30}s?&?)*.*",
         headers in prop::collection::vec((prop::sample::select(rest::HEADERS.map(str::to_owned).to_vec()), header_value()), 0..4),
         body in body(),
     ) {
