@@ -1,7 +1,9 @@
 //! Keys in order: a sorted list of numbers, each of which stands for a key that is kept elsewhere.
 //!
-//! It lies in chunks, so that a change moves little and a million take 6 bytes each. Finding a place costs about 20
-//! comparisons at a million, and walking on from there one step each. Must never know: what the numbers stand for.
+//! It lies in chunks, so that a change moves little. Beside each number lie four bytes of its key, those behind what all
+//! keys of the chunk begin with: they settle most comparisons, and the keys themselves, which are spread all over the memory, are
+//! looked at a few times where a million would ask for 20 looks. A million numbers take 12 bytes each. Must never know:
+//! where keys are kept.
 
 use std::cmp::Ordering;
 
@@ -13,7 +15,7 @@ const FEW: usize = MOST / 2;
 /// None of the chunks is empty.
 #[derive(Debug, Default)]
 pub struct Order {
-    chunks: Vec<Vec<u32>>,
+    chunks: Vec<Chunk>,
 }
 
 /// Where a number is, or would be.
@@ -23,66 +25,83 @@ pub struct Place {
     index: usize,
 }
 
+#[derive(Debug)]
+struct Chunk {
+    /// As many bytes, or more, all its keys begin with alike.
+    shared: usize,
+    members: Vec<Member>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    /// Of its key, the bytes from `shared` on.
+    hint: u32,
+    number: u32,
+}
+
 impl Order {
-    /// Puts a number where `compare`, which tells how a number there relates to it, says it belongs.
-    pub fn insert(&mut self, number: u32, compare: impl FnMut(u32) -> Ordering) {
-        let Place { mut chunk, mut index } = self.place(compare);
+    /// Puts in a number whose key is not there yet.
+    pub fn insert<'k>(&mut self, number: u32, key: impl Fn(u32) -> &'k [u8]) {
+        let Place { mut chunk, mut index } = self.place(key(number), &key);
         let is_last = chunk + 1 == self.chunks.len();
-        let Some(numbers) = self.chunks.get_mut(chunk) else {
-            return self.chunks.push(vec![number]);
+        let Some(full) = self.chunks.get_mut(chunk) else {
+            return self.chunks.push(Chunk::new(vec![Member { hint: 0, number }], &key));
         };
-        if numbers.len() == MOST {
-            // In halves; but when keys come in order, the last one stays full and the next begins empty.
-            let half = if is_last && index == MOST { MOST } else { MOST / 2 };
+        if full.members.len() == MOST {
+            // In halves; but when keys come in order, the last one stays full and the next begins with this one.
+            if is_last && index == MOST {
+                let mut members = Vec::with_capacity(MOST);
+                members.push(Member { hint: 0, number });
+                return self.chunks.push(Chunk::new(members, &key));
+            }
             let mut second = Vec::with_capacity(MOST);
-            second.extend(numbers.drain(half..));
-            self.chunks.insert(chunk + 1, second);
-            if index >= half {
-                (chunk, index) = (chunk + 1, index - half);
+            second.extend(full.members.drain(MOST / 2..));
+            full.hint_anew(&key);
+            self.chunks.insert(chunk + 1, Chunk::new(second, &key));
+            if index >= MOST / 2 {
+                (chunk, index) = (chunk + 1, index - MOST / 2);
             }
         }
-        self.chunks[chunk].insert(index, number);
+        self.chunks[chunk].insert(index, number, &key);
     }
 
-    /// Takes out the number that `compare` says is equal.
-    pub fn remove(&mut self, mut compare: impl FnMut(u32) -> Ordering) {
-        let Place { chunk, index } = self.place(&mut compare);
-        let Some(numbers) = self.chunks.get_mut(chunk) else { return };
-        if numbers.get(index).is_none_or(|number| compare(*number) != Ordering::Equal) {
+    /// Takes out the number of a key.
+    pub fn remove<'k>(&mut self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) {
+        let Place { chunk, index } = self.place(wanted, &key);
+        let Some(Chunk { members, .. }) = self.chunks.get_mut(chunk) else { return };
+        if members.get(index).is_none_or(|member| key(member.number) != wanted) {
             return;
         }
-        numbers.remove(index);
-        if numbers.is_empty() {
+        members.remove(index);
+        if members.is_empty() {
             self.chunks.remove(chunk);
         } else if let Some(first) =
             [chunk.checked_sub(1), Some(chunk)].into_iter().flatten().find(|first| self.few(*first))
         {
             let second = self.chunks.remove(first + 1);
-            self.chunks[first].extend(second);
+            self.chunks[first].members.extend(second.members);
+            self.chunks[first].hint_anew(&key);
         }
     }
 
     /// The numbers from a place on, in order.
     pub fn walk(&self, from: Place) -> impl Iterator<Item = u32> {
-        let mut chunks = self.chunks.get(from.chunk..).unwrap_or_default().iter();
-        let first = chunks.next().and_then(|numbers| numbers.get(from.index..)).unwrap_or_default();
-        first.iter().chain(chunks.flatten()).copied()
+        let mut chunks = self.chunks.get(from.chunk..).unwrap_or_default().iter().map(|chunk| &chunk.members);
+        let first = chunks.next().and_then(|members| members.get(from.index..)).unwrap_or_default();
+        first.iter().chain(chunks.flatten()).map(|member| member.number)
     }
 
-    /// The first place whose number is not less.
-    pub fn place(&self, mut compare: impl FnMut(u32) -> Ordering) -> Place {
+    /// The first place whose key is not less.
+    pub fn place<'k>(&self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) -> Place {
         // The last chunk that begins with less has it, unless all in it is less: then it is that chunk's end.
-        let after = self.chunks.partition_point(|numbers| compare(numbers[0]) == Ordering::Less);
+        let first = |chunk: &Chunk| key(chunk.members[0].number);
+        let after = self.chunks.partition_point(|chunk| first(chunk) < wanted);
         let chunk = after.saturating_sub(1);
-        let index = self
-            .chunks
-            .get(chunk)
-            .map_or(0, |numbers| numbers.partition_point(|number| compare(*number) == Ordering::Less));
+        let index = self.chunks.get(chunk).map_or(0, |chunk| chunk.place(wanted, &key));
         match self.chunks.get(chunk) {
             // An equal one begins the next chunk, when there is one.
-            Some(numbers)
-                if index == numbers.len()
-                    && self.chunks.get(after).is_some_and(|next| compare(next[0]) == Ordering::Equal) =>
+            Some(Chunk { members, .. })
+                if index == members.len() && self.chunks.get(after).is_some_and(|next| first(next) == wanted) =>
             {
                 Place { chunk: after, index: 0 }
             }
@@ -92,8 +111,66 @@ impl Order {
 
     fn few(&self, first: usize) -> bool {
         let second = self.chunks.get(first + 1);
-        second.is_some_and(|second| self.chunks[first].len() + second.len() <= FEW)
+        second.is_some_and(|second| self.chunks[first].members.len() + second.members.len() <= FEW)
     }
+}
+
+impl Chunk {
+    /// Of members in order, whose hints are not set yet.
+    fn new<'k>(members: Vec<Member>, key: impl Fn(u32) -> &'k [u8]) -> Self {
+        let mut chunk = Self { shared: 0, members };
+        chunk.hint_anew(key);
+        chunk
+    }
+
+    fn hint_anew<'k>(&mut self, key: impl Fn(u32) -> &'k [u8]) {
+        let [first, .., last] = &self.members[..] else {
+            self.shared = self.members.first().map_or(0, |only| key(only.number).len());
+            return;
+        };
+        // What the two ends begin with, all between them do.
+        self.shared = alike(key(first.number), key(last.number));
+        for member in &mut self.members {
+            member.hint = hint(key(member.number), self.shared);
+        }
+    }
+
+    fn insert<'k>(&mut self, index: usize, number: u32, key: impl Fn(u32) -> &'k [u8]) {
+        let new = key(number);
+        let fits = alike(new, key(self.members[0].number)) >= self.shared;
+        self.members.insert(index, Member { hint: hint(new, self.shared), number });
+        if !fits {
+            self.hint_anew(key);
+        }
+    }
+
+    /// The index of the first member whose key is not less.
+    fn place<'k>(&self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) -> usize {
+        let shared = &key(self.members[0].number)[..self.shared];
+        match shared.cmp(&wanted[..self.shared.min(wanted.len())]) {
+            Ordering::Less => self.members.len(),
+            Ordering::Greater => 0,
+            Ordering::Equal => {
+                let hint = hint(wanted, self.shared);
+                self.members.partition_point(|member| match member.hint.cmp(&hint) {
+                    Ordering::Equal => key(member.number) < wanted,
+                    other => other == Ordering::Less,
+                })
+            }
+        }
+    }
+}
+
+/// How many bytes two keys begin with alike.
+fn alike(one: &[u8], other: &[u8]) -> usize {
+    one.iter().zip(other).take_while(|(one, other)| one == other).count()
+}
+
+/// Four bytes of a key as a number that is never greater than that of a greater key which begins alike.
+fn hint(key: &[u8], from: usize) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.iter_mut().zip(key.get(from..).unwrap_or_default()).for_each(|(byte, of_key)| *byte = *of_key);
+    u32::from_be_bytes(bytes)
 }
 
 #[cfg(test)]
@@ -104,72 +181,98 @@ mod tests {
 
     use super::*;
 
-    fn check(order: &Order, expected: &BTreeSet<u32>) {
-        assert!(order.walk(order.place(|_| Ordering::Greater)).eq(expected.iter().copied()));
-        assert!(order.chunks.iter().all(|numbers| (1..=MOST).contains(&numbers.len())));
+    /// Keys of many kinds, that begin alike for none, some or many bytes, and their order is not that of their numbers.
+    fn keys() -> Vec<Vec<u8>> {
+        let scattered = |n: u32| n.wrapping_mul(2_654_435_761);
+        let key = |n: u32| match n % 4 {
+            0 => format!("{:x}", scattered(n)),
+            1 => format!("user:{:08}", n / 4),
+            2 => format!("{}{:04}", "/a/long/way/down".repeat(1 + n as usize % 3), scattered(n) % 10_000 + n),
+            _ => "\0".repeat(n as usize % 7) + &n.to_string(),
+        };
+        (0..4_500).map(|n| key(n).into_bytes()).collect()
+    }
+
+    fn check(order: &Order, expected: &BTreeSet<&[u8]>, keys: &[Vec<u8>]) {
+        let key = |number: u32| &keys[number as usize][..];
+        assert!(order.walk(order.place(b"", key)).map(key).eq(expected.iter().copied()));
+        for chunk in &order.chunks {
+            assert!((1..=MOST).contains(&chunk.members.len()));
+            let shared = &key(chunk.members[0].number)[..chunk.shared];
+            assert!(chunk.members.iter().all(|member| key(member.number).starts_with(shared)));
+        }
         // No two neighbours are few, but right after an insertion cut one in two.
         let few = (0..order.chunks.len()).filter(|first| order.few(*first)).count();
         assert_eq!(few, 0);
     }
 
     proptest! {
-        /// Numbers that stand for themselves.
         #[test]
         fn it_is_a_sorted_set(changes in prop::collection::vec((any::<bool>(), 0..3_000_u32, 1..1_500_u32), 0..30)) {
+            let keys = keys();
+            let key = |number: u32| &keys[number as usize][..];
             let (mut order, mut set) = (Order::default(), BTreeSet::new());
             for (insert, first, count) in changes {
                 for number in first..first + count {
-                    if insert && set.insert(number) {
-                        order.insert(number, |other| other.cmp(&number));
+                    if insert && set.insert(key(number)) {
+                        order.insert(number, key);
                     } else if !insert {
-                        set.remove(&number);
-                        order.remove(|other| other.cmp(&number));
+                        set.remove(key(number));
+                        order.remove(key(number), key);
                     }
                 }
-                check(&order, &set);
-                prop_assert!(order.walk(order.place(|other| other.cmp(&first))).eq(set.range(first..).copied()));
+                check(&order, &set, &keys);
+                prop_assert!(order.walk(order.place(key(first), key)).map(key).eq(set.range(key(first)..).copied()));
             }
         }
     }
 
-    /// Numbers below 2^32 in an order that looks like none.
-    fn scattered(count: u32) -> impl Iterator<Item = u32> {
-        (0..count).map(|n| n.wrapping_mul(2_654_435_761))
+    /// As many keys, in an order that looks like none.
+    fn scattered(count: u64) -> Vec<Vec<u8>> {
+        (0..count).map(|n| format!("key-{:016x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).into_bytes()).collect()
     }
 
     #[test]
-    fn finding_a_place_takes_steps_in_the_logarithm_of_what_is_there() {
-        for (count, steps) in [(1_000, 16), (1_000_000, 26)] {
+    fn finding_a_place_takes_few_looks_at_keys() {
+        for (count, most) in [(1_000, 8), (1_000_000, 20)] {
+            let keys = scattered(count);
+            let key = |number: u32| &keys[number as usize][..];
             let mut order = Order::default();
-            scattered(count).for_each(|number| order.insert(number, |other| other.cmp(&number)));
-            for number in scattered(count).step_by(997) {
-                let mut compared = 0;
-                let place = order.place(|other| {
-                    compared += 1;
-                    other.cmp(&number)
+            (0..count as u32).for_each(|number| order.insert(number, key));
+            for number in (0..count as u32).step_by(997) {
+                let looked = std::cell::Cell::new(0);
+                let place = order.place(key(number), |number| {
+                    looked.set(looked.get() + 1);
+                    key(number)
                 });
-                let found = order.walk(place).next();
-                assert_eq!(found, Some(number));
-                assert!(compared <= steps, "{compared} steps in {count}");
+                assert_eq!(order.walk(place).next(), Some(number));
+                assert!(looked.get() <= most, "{} looks at {count}", looked.get());
             }
         }
     }
 
     #[test]
     fn memory_is_a_few_bytes_a_number_however_they_come() {
-        let spread: Vec<u32> = scattered(300_000).collect();
-        for numbers in [(0..300_000).collect(), (0..300_000).rev().collect(), spread] {
+        let keys = scattered(300_000);
+        let key = |number: u32| &keys[number as usize][..];
+        let in_order = {
+            let mut numbers: Vec<u32> = (0..300_000).collect();
+            numbers.sort_by_key(|number| key(*number));
+            numbers
+        };
+        for numbers in [in_order.clone(), in_order.into_iter().rev().collect(), (0..300_000).collect()] {
             let mut order = Order::default();
             for number in &numbers {
-                order.insert(*number, |other| other.cmp(number));
+                order.insert(*number, key);
             }
-            let held = |order: &Order| order.chunks.iter().map(|numbers| 4 * numbers.capacity() + 32).sum::<usize>();
-            assert!(held(&order) < 9 * numbers.len(), "{} bytes", held(&order));
+            let bytes = |chunk: &Chunk| 8 * chunk.members.capacity() + size_of::<Chunk>();
+            let held = |order: &Order| order.chunks.iter().map(bytes).sum::<usize>();
+            assert!(held(&order) < 17 * numbers.len(), "{} bytes", held(&order));
             // Nearly all of them gone again, and the memory with them.
             for number in numbers.iter().filter(|number| *number % 100 != 0) {
-                order.remove(|other| other.cmp(number));
+                order.remove(key(*number), key);
             }
-            assert!(held(&order) < 40 * numbers.len() / 100, "{} bytes", held(&order));
+            assert!(held(&order) < 80 * numbers.len() / 100, "{} bytes", held(&order));
         }
     }
 }

@@ -46,7 +46,7 @@ impl Store {
 
     /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
     pub fn range<'s>(&'s self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
-        let place = self.order.place(|slot| self.slots[slot as usize].key().cmp(from));
+        let place = self.order.place(from, |slot| self.slots[slot as usize].key());
         self.order.walk(place).map(|slot| &self.slots[slot as usize])
     }
 
@@ -91,13 +91,13 @@ impl Store {
         self.slots[slot as usize] = item;
         let key = |slot: u32| self.slots[slot as usize].key();
         self.table.insert(slot, key);
-        self.order.insert(slot, |other| key(other).cmp(key(slot)));
+        self.order.insert(slot, key);
         slot
     }
 
     fn remove(&mut self, key: &[u8]) -> Option<Item> {
         let slot = self.table.remove(key, |slot| self.slots[slot as usize].key() == key)?;
-        self.order.remove(|other| self.slots[other as usize].key().cmp(key));
+        self.order.remove(key, |slot| self.slots[slot as usize].key());
         self.free.push(slot);
         Some(std::mem::take(&mut self.slots[slot as usize]))
     }
