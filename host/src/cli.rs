@@ -202,6 +202,11 @@ pub struct Guest {
           value_parser = clap::value_parser!(u32).range(1..))]
     pub guest_appends: u32,
 
+    /// The largest group of events the guest may append at once, as the log counts; it is told `too-large` beyond (the default one
+    /// answers 413). Without it, the largest value and 64 KiB for what comes with it
+    #[arg(long, env = "KVS_GUEST_APPEND_BYTES", value_name = "SIZE", value_parser = value_bytes)]
+    pub guest_append_bytes: Option<ByteSize>,
+
     /// What the guest may print in a second; the rest is dropped
     #[arg(long, env = "KVS_GUEST_LOG_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = value_bytes)]
     pub guest_log_bytes: ByteSize,
@@ -298,6 +303,11 @@ impl Access {
 }
 
 impl Guest {
+    /// The largest group of events, where `value_bytes` is the largest value that comes in.
+    pub fn group_bytes(&self, value_bytes: ByteSize) -> u64 {
+        self.guest_append_bytes.unwrap_or(value_bytes + ByteSize::kib(64)).as_u64()
+    }
+
     /// `value_bytes` is the largest value that comes in.
     pub fn limits(&self, value_bytes: ByteSize) -> anyhow::Result<guest::Limits> {
         Ok(guest::Limits {

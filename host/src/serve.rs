@@ -25,8 +25,6 @@ use crate::log::TransactionLog;
 use crate::log::changes::Changes;
 use crate::log::file::{FileLog, Options};
 
-/// What an append group may hold beside the largest value: key, metadata, and what comes with them.
-const GROUP_BYTES: u64 = 64 << 10;
 /// How often the guest is asked to do its housekeeping.
 const TICK: Duration = Duration::from_secs(1);
 /// The pause before it goes on with what it left undone: longer than a tick takes, so that requests have most of the time.
@@ -61,7 +59,7 @@ async fn serve(args: &Serve) -> Result<()> {
     let log = FileLog::open(Options {
         data: args.data.clone(),
         segment_bytes: args.segment_bytes.as_u64(),
-        group_bytes: args.max_value_bytes.as_u64() + GROUP_BYTES,
+        group_bytes: args.guest.group_bytes(args.max_value_bytes),
         durability: args.durability,
     })?;
     let changes = Changes::new(Arc::new(log), usize::try_from(args.stream_lag_bytes.as_u64())?);
@@ -79,9 +77,13 @@ async fn serve(args: &Serve) -> Result<()> {
     health.reached(Phase::Replaying);
     let building = {
         let log = Arc::clone(&log);
-        task::spawn_blocking(move || Shard::build(guest, log))
+        task::spawn_blocking(move || {
+            let (shard, replayed) = Shard::build(guest, log)?;
+            engine.keep(&shard.serving().guest);
+            Ok::<_, anyhow::Error>((engine, shard, replayed))
+        })
     };
-    let (shard, replayed) = tokio::select! {
+    let (engine, shard, replayed) = tokio::select! {
         built = building => built??,
         _ = stop.changed() => {
             log.close()?;

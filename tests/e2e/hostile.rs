@@ -134,6 +134,72 @@ fn a_call_appends_so_often_and_no_more() {
 }
 
 #[test]
+fn a_group_has_a_size_and_no_more() {
+    let server = Server::start(&["--guest-append-bytes", "1KiB"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 900]).status, 201);
+    assert_eq!(client.ask("PUT", "/v1/a", &[b'y'; 1024]).status, 413);
+    assert!(client.ask("GET", "/v1/a", b"").body == [b'x'; 900]);
+    server.terminate();
+}
+
+/// Traps wherever the log is taken in: while it serves nothing can be answered from memory, and yet nothing is lost.
+#[test]
+fn a_trap_in_apply() {
+    let args = [guest(), "--guest-config", "fault=apply-traps", "--request-timeout", "1s"];
+    let server = Server::start(&args);
+    let mut client = Connection::open(server.address());
+    let keys = ["before", "and-this"];
+    for key in keys {
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
+    }
+    assert_eq!(client.ask("PUT", "/store-and-trap/harm", b"harm").status, 500);
+    server.says("the guest cannot be rebuilt");
+    let before = peak(&server);
+    for _ in 0..3 {
+        // Others are answered, if with what there is to say, and the host is there for whoever looks after it.
+        assert_eq!(Connection::open(server.address()).ask("GET", "/store/before", b"").status, 503);
+        assert_eq!(Connection::open(server.admin()).ask("GET", "/livez", b"").status, 200);
+    }
+    let grown = peak(&server) - before;
+    assert!(grown < BOUND, "instances that could not be rebuilt took {grown} KiB");
+    holds(server, &keys.into_iter().chain(["harm"]).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_trap_in_tick() {
+    let server = Server::start(&[guest(), "--guest-config", "fault=tick-traps", "--request-timeout", "30s"]);
+    let mut client = Connection::open(server.address());
+    let before = peak(&server);
+    let keys: Vec<_> = (0..200).map(|n| format!("key-{n}")).collect();
+    for (n, key) in keys.iter().enumerate() {
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
+        // What was stored before the instance was lost is there in the next, again and again.
+        let earlier = &keys[n / 2];
+        assert_eq!(get(&mut client, &format!("/store/{earlier}")).text(), *earlier);
+        if n % 100 == 50 {
+            server.says_again("the guest trapped in tick", 1 + n / 100);
+        }
+    }
+    let grown = peak(&server) - before;
+    assert!(grown < BOUND, "the host grew by {grown} KiB");
+    holds(server, &keys);
+}
+
+/// Whatever the guest was, the log holds these keys, each with its name as its value, and nothing else.
+#[track_caller]
+fn holds(server: Server, keys: &[impl AsRef<str>]) {
+    let server = server.terminate().restart(&[]);
+    let mut client = Connection::open(server.address());
+    for key in keys.iter().map(AsRef::as_ref) {
+        assert_eq!(client.ask("GET", &format!("/v1/{key}"), b"").text(), key);
+    }
+    let (line, count) = (server.says("serving on"), format!(" keys={} ", keys.len()));
+    assert!(line.contains(&count), "the log holds more than was appended, {count}were expected: {line}");
+    server.terminate();
+}
+
+#[test]
 fn a_flood_of_lines_over_many_calls_is_cut_short() {
     let server = Server::start(&[guest(), "--guest-log-bytes", "1KiB", "--guest-log-line-bytes", "100"]);
     let mut client = Connection::open(server.address());

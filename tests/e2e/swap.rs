@@ -151,7 +151,7 @@ fn a_dry_run_does_everything_but_the_switch() {
     assert_eq!((&report["name"], &report["entries"], &report["keys"]), (&"unruly".into(), &1.into(), &1.into()));
     assert!(report["pause_seconds"].is_null(), "{report}");
     assert_eq!(serving(&server), "kvs");
-    assert!(!server.data().join("guest.wasm").exists());
+    assert_no_trace(&server);
     Connection::open(server.admin()).ask("PUT", "/guest?dry", b"").says(400, "unknown query; there is ?dry-run");
     server.terminate();
 }
@@ -191,8 +191,15 @@ fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
     assert!(why.contains("unreachable") && why.contains("fall_over"), "{why}");
     server.says("unruly trapped on probation and is taken out, kvs serves again");
     assert_eq!(serving(&server), "kvs");
-    assert!(!server.data().join("guest.wasm").exists(), "it is not remembered");
+    assert_no_trace(&server);
     server.terminate();
+}
+
+/// In the data directory there is nothing of a guest that was not swapped in.
+#[track_caller]
+fn assert_no_trace(server: &Server) {
+    cached(server.data());
+    assert!(!server.data().join("guest.wasm").exists(), "it is remembered");
 }
 
 #[test]
@@ -215,6 +222,7 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
     assert!(answer.text().contains("apply of entries 1 to 1 failed"), "{}", answer.text());
     assert_eq!(status(&server)["last_swap"]["reason"], answer.text().trim_end());
     assert_eq!(get(&mut client, "/v1/a").text(), "value");
+    assert_no_trace(&server);
     server.terminate();
 }
 
@@ -258,6 +266,7 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
         assert_eq!(answer.text().lines().count(), 1);
     }
     assert_eq!(serving(&server), "kvs");
+    assert_no_trace(&server);
     server.terminate();
 }
 

@@ -1,7 +1,7 @@
 //! Compiled guests on disk, so that a start need not compile.
 //!
 //! Each file is named for the component and the engine it was made from, and begins with the checksum of what follows: a
-//! compiled guest is machine code, and one that is damaged in any way is compiled anew.
+//! compiled guest is machine code, and one that is damaged in any way is compiled anew. Only what has served is kept.
 //!
 //! Owns: the files in `DIR/cache`. Must never know: what a component does. A cache that cannot be read or written costs
 //! time, never a start.
@@ -33,25 +33,31 @@ impl Cache {
         Self { directory: directory.to_owned() }
     }
 
-    /// The compiled component, from the cache when it is there whole.
-    pub fn component(&self, engine: &Engine, bytes: &[u8]) -> Result<Component> {
-        let mut hasher = DefaultHasher::new();
-        engine.precompile_compatibility_hash().hash(&mut hasher);
-        let file = self.directory.join(format!("{}-{:016x}.cwasm", Digest::of(bytes), hasher.finish()));
-        match load(engine, &file) {
-            Ok(Some(component)) => return Ok(component),
-            Ok(None) => {}
-            Err(error) => warn!("the compiled guest {} is not used, and made anew: {error:#}", file.display()),
-        }
-        let component = Component::from_binary(engine, bytes)?;
-        if let Err(error) = component.serialize().map_err(anyhow::Error::from).and_then(|code| self.keep(&file, &code))
-        {
-            debug!("the compiled guest is not kept in {}: {error:#}", file.display());
-        }
-        Ok(component)
+    /// What was made of the component before, when it is there whole.
+    pub fn load(&self, engine: &Engine, digest: &Digest) -> Option<Component> {
+        let file = self.file(engine, digest);
+        load(engine, &file).unwrap_or_else(|error| {
+            warn!("the compiled guest {} is not used, and made anew: {error:#}", file.display());
+            None
+        })
     }
 
-    fn keep(&self, file: &Path, code: &[u8]) -> Result<()> {
+    /// Keeps what was made of a component, until others were made since.
+    pub fn keep(&self, engine: &Engine, digest: &Digest, component: &Component) {
+        let file = self.file(engine, digest);
+        let kept = component.serialize().map_err(anyhow::Error::from).and_then(|code| self.write(&file, &code));
+        if let Err(error) = kept {
+            debug!("the compiled guest is not kept in {}: {error:#}", file.display());
+        }
+    }
+
+    fn file(&self, engine: &Engine, digest: &Digest) -> PathBuf {
+        let mut hasher = DefaultHasher::new();
+        engine.precompile_compatibility_hash().hash(&mut hasher);
+        self.directory.join(format!("{digest}-{:016x}.cwasm", hasher.finish()))
+    }
+
+    fn write(&self, file: &Path, code: &[u8]) -> Result<()> {
         fs::create_dir_all(&self.directory)?;
         let unfinished = file.with_extension("new");
         let checksum: [u8; CHECKSUM_BYTES] = Sha256::digest(code).into();

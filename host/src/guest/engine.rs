@@ -58,7 +58,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Every guest finds `config` in `wasi:config/store`. What was compiled is kept in the directory `cache`.
+    /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) is told to keep is in the directory
+    /// `cache`.
     pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>) -> Result<Self> {
         let mut settings = wasmtime::Config::new();
         // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
@@ -90,14 +91,25 @@ impl Engine {
 
     /// Compiles a component, which came from `source`, and checks that it fits the contract.
     pub fn compile(&self, source: Source, bytes: &[u8]) -> Result<Guest> {
-        let component = self.component(bytes)?;
+        let digest = Digest::of(bytes);
+        let cached = self.cache.as_ref().and_then(|cache| cache.load(self.linker.engine(), &digest));
+        let is_cached = cached.is_some();
+        let component = cached.map_or_else(|| self.component(bytes), Ok)?;
         let world = self.world(&component);
         if let Some(misfit) = world.misfit() {
             bail!(misfit);
         }
         let exports = self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?;
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
-        Ok(Guest { exports, source, digest: Digest::of(bytes), limits, clock, config })
+        Ok(Guest { exports, source, digest, is_cached, limits, clock, config })
+    }
+
+    /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
+    /// leaves nothing behind.
+    pub fn keep(&self, guest: &Guest) {
+        if let Some(cache) = self.cache.as_ref().filter(|_| !guest.is_cached) {
+            cache.keep(self.linker.engine(), &guest.digest, guest.exports.instance_pre().component());
+        }
     }
 
     /// Compiles a component, whatever it imports and exports.
@@ -107,11 +119,7 @@ impl Engine {
             Some(b"\0asm\x01\0\0\0") => bail!("it is a core module, not a component; build it for wasm32-wasip2"),
             _ => bail!("it is not WebAssembly"),
         }
-        let engine = self.linker.engine();
-        match &self.cache {
-            Some(cache) => cache.component(engine, bytes),
-            None => Ok(Component::from_binary(engine, bytes)?),
-        }
+        Ok(Component::from_binary(self.linker.engine(), bytes)?)
     }
 
     pub fn world(&self, component: &Component) -> World {
@@ -166,6 +174,8 @@ pub struct Guest {
     exports: ExportsPre<State>,
     source: Source,
     digest: Digest,
+    /// Whether it came out of the cache.
+    is_cached: bool,
     limits: Limits,
     config: Arc<[(String, String)]>,
     clock: Arc<Clock>,

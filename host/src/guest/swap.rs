@@ -193,6 +193,12 @@ impl Swapper {
             let reason = reason.unwrap_or_else(|_| "for a reason unknown".to_owned());
             return Err(SwapError::TakenBack { guest: outcome.guest, reason });
         }
+        let (me, guest) = (Arc::clone(self), self.serving().guest);
+        blocking(move || {
+            me.engine.keep(&guest);
+            Ok(())
+        })
+        .await?;
         // A file that was named at the start is named again at the next.
         let remembered = match &source {
             Source::Sent => source::remember(&self.data, Some(&component)),
