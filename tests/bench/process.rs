@@ -18,7 +18,7 @@ const TICKS_PER_SECOND: f64 = 100.0;
 pub struct Server {
     pub name: &'static str,
     process: Child,
-    address: SocketAddr,
+    pub address: SocketAddr,
     /// Where the admin listener of kvs is.
     pub admin: Option<SocketAddr>,
 }
