@@ -275,7 +275,9 @@ fn compact(shared: &Shared) -> anyhow::Result<Known> {
     let mut pace = Pace { shared, since: begun };
     let outcome = compact::run(shared, &sealed, &effort, &mut |bytes| pace.pause(bytes))?;
     let Outcome { needed, needed_entries, expiring, passes, saved } = outcome;
-    tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
+    if saved > 0 {
+        tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
+    }
     let mean = needed.checked_div(needed_entries).unwrap_or(0);
     // Where a run could do little, the next must not come for the same.
     let left = size.saturating_sub(saved);

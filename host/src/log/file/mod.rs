@@ -29,10 +29,10 @@
 //!
 //! "kvs log\n", version 1, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
 //! so that a version this binary does not read is told from damage. A file that is shorter than its head says was cut
-//! off. Bytes 48 to 96 are zero in a written segment, and so is what is between the size and the checksum. A compacted segment stands for the segments from
-//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
-//! hands on the checksum of their last frame, so that the chain of frames goes on after it. `forgotten` is the newest
-//! sequence of a dropped delete.
+//! off. Bytes 48 to 96 are zero in a written segment, and so is what is between the size and the checksum. A compacted
+//! segment stands for the segments from `first no.` to `last no.`. It covers their sequences, so that those of dropped
+//! entries are never given again, and it hands on the checksum of their last frame, so that the chain of frames goes on
+//! after it. `forgotten` is the newest sequence of a dropped delete.
 //!
 //! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
 //!
@@ -58,6 +58,30 @@
 //!
 //! After the last frame there are zeros to the end of the segment. A segment that is not the newest may hold no frame at
 //! all: a spare that was too small.
+//!
+//! The watermark file:
+//!
+//! ```text
+//! byte 0           8            24               32          36
+//!      "kvs mark"  log (UUID)   newest durable   checksum
+//!                               sequence         of the above
+//! ```
+//!
+//! # How a write survives, and where that stands
+//!
+//! 1. One process has the directory: `lock`.
+//! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
+//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`.
+//! 3. A batch is one frame, which says what it follows on and what was durable; no length in it is believed before the
+//!    file is known to be so long: `frame`, `entry`, `scan`.
+//! 4. It is written at a place that is kept track of, never at "the end of the file": `writer`.
+//! 5. It is synced, then the watermark moves, and only then whoever waits for it goes on: `writer`, `super::watermark`.
+//! 6. A sync that failed ends the log; what was not known to be durable never will be: `writer`, [`FileLog::append`].
+//! 7. Recovery drops what is only in memory, reads all, and syncs what it read before anything rests on it: `recovery`.
+//! 8. A tear is what was not yet durable, or damage; frames behind it tell which: `tail`.
+//! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `garbage` (what),
+//!    `compact` (how).
+//! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`, and see below.
 //!
 //! # What is assumed of the disk
 //!

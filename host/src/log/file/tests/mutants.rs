@@ -9,6 +9,7 @@ pub enum Mutant {
     NoFileSync,
     NoDirectorySync,
     EarlyAnswer,
+    NoGate,
     NoChecksum,
     TailNotCut,
     OldRemovedFirst,
@@ -19,10 +20,11 @@ pub enum Mutant {
 }
 
 impl Mutant {
-    pub const ALL: [(Self, &'static str); 10] = [
+    pub const ALL: [(Self, &'static str); 11] = [
         (Self::NoFileSync, "no fdatasync"),
         (Self::NoDirectorySync, "no sync of the directory"),
         (Self::EarlyAnswer, "answered before the sync"),
+        (Self::NoGate, "a read shows what is not durable yet"),
         (Self::NoChecksum, "no checksum is checked"),
         (Self::TailNotCut, "a torn tail is not cut"),
         (Self::OldRemovedFirst, "old segments removed before the new one's name is synced"),
