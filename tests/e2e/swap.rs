@@ -371,13 +371,13 @@ fn from_file(args: &[&str]) -> (Server, TempDir, String) {
     let file = directory.path().join("guest.wasm");
     fs::copy(DEFAULT_GUEST, &file).expect("the guest can be copied");
     let file = file.to_str().expect("a temporary path is text").to_owned();
-    let server = Server::start(&[&[file.as_str()], &PROBATION[..], args].concat());
+    let server = Server::start(&[&[file.as_str()], args].concat());
     (server, directory, file)
 }
 
 #[test]
 fn a_file_is_read_again_on_sighup() {
-    let (server, _directory, file) = from_file(&[]);
+    let (server, _directory, file) = from_file(&PROBATION);
     server.signal(Signal::HUP);
     server.says("serves already");
     fs::copy(guest(), &file).expect("the guest can be copied");
@@ -395,8 +395,23 @@ fn a_file_is_read_again_on_sighup() {
 }
 
 #[test]
+fn a_file_is_not_swapped_in_while_another_swap_is_under_way() {
+    let (server, _directory, file) = from_file(&LONG_PROBATION);
+    thread::scope(|scope| {
+        scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &copy_of(DEFAULT_GUEST)));
+        in_phase(&server, "probation");
+        fs::copy(guest(), &file).expect("the guest can be copied");
+        server.signal(Signal::HUP);
+        server.says("the guest was not swapped: another swap is under way");
+        assert_eq!(serving(&server), "kvs");
+        server.signal(Signal::TERM);
+    });
+    server.ends_well();
+}
+
+#[test]
 fn a_file_that_is_watched_is_read_again_when_it_changes() {
-    let (server, _directory, file) = from_file(&["--watch"]);
+    let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch"]);
     // As a compiler does it, and as an editor does it.
     fs::write(&file, component(guest())).expect("it can be written");
     server.says("the guest was swapped guest=\"unruly\"");
