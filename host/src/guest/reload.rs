@@ -8,11 +8,11 @@ use std::sync::Arc;
 use anyhow::Result;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use super::source::{Digest, Source};
-use super::swap::Swapper;
+use super::swap::{SwapError, Swapper};
 use crate::changes::{Changes, LOOK};
 
 pub struct Reload {
@@ -54,17 +54,27 @@ impl Reload {
 
 async fn reload(file: PathBuf, swapper: &Arc<Swapper>) {
     let source = Source::File(file);
-    let (from, serving) = (source.clone(), swapper.serving());
-    let read = task::spawn_blocking(move || from.read()).await;
-    match read.map_err(Into::into).flatten() {
-        Err(error) => warn!("the guest cannot be read again from {source}: {error:#}"),
-        Ok(component) if Digest::of(&component) == *serving.guest.digest() => {
-            info!("the guest in {source} serves already")
-        }
-        Ok(component) => {
+    let mut waits = false;
+    loop {
+        let (from, serving) = (source.clone(), swapper.serving());
+        let read = task::spawn_blocking(move || from.read()).await;
+        let component = match read.map_err(Into::into).flatten() {
+            Err(error) => return warn!("the guest cannot be read again from {source}: {error:#}"),
+            Ok(component) if Digest::of(&component) == *serving.guest.digest() => {
+                return info!("the guest in {source} serves already");
+            }
+            Ok(component) => component,
+        };
+        if !waits {
             info!("the guest in {source} is another now");
-            // How it ended is told by the swap.
-            let _ = swapper.swap(source, component, false).await;
         }
+        match swapper.swap(source.clone(), component, false).await {
+            Err(SwapError::Busy) if waits => {}
+            Err(SwapError::Busy) => info!("another swap is under way; the guest in {source} comes after it"),
+            // How it ended is told by the swap.
+            Ok(_) | Err(_) => return,
+        }
+        waits = true;
+        sleep(LOOK).await;
     }
 }
