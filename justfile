@@ -36,8 +36,8 @@ certs: (_tool "openssl")
 
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") _schemathesis
-    PATH="$PWD/target/schemathesis/bin:$PATH" cargo test --release {{ FILTER }}
+test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _python
+    PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file
 [group('guests')]
@@ -78,11 +78,11 @@ bench *WHAT: _target (_tool "wrk") (_tool "redis-server")
 
 # The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, and anything asked of it: hours
 [group('develop')]
-soak: _target (_tool "strace") _schemathesis
+soak: _target (_tool "strace") _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_HISTORIES=10000 cargo test --release --test e2e -- --nocapture linear::
-    PATH="$PWD/target/schemathesis/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --test e2e -- --nocapture openapi::
 
 # Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
@@ -104,11 +104,11 @@ lint: _target
 _target:
     @rustup target list --installed | grep -qx wasm32-wasip2 || { echo "adding the target wasm32-wasip2"; rustup target add wasm32-wasip2; }
 
-# What makes requests out of a description of an interface
-_schemathesis: (_tool "python3")
-    @command -v schemathesis >/dev/null || [ -x target/schemathesis/bin/schemathesis ] || { \
-        echo "installing schemathesis in target/schemathesis"; python3 -m venv target/schemathesis; \
-        target/schemathesis/bin/pip install --quiet schemathesis==4.32.5; }
+# What tests have from Python: requests made out of a description of an interface, and a reader of metrics
+_python: (_tool "python3")
+    @target/python/bin/python3 -c 'import schemathesis, prometheus_client' 2>/dev/null || { \
+        echo "installing schemathesis and prometheus-client in target/python"; python3 -m venv target/python; \
+        target/python/bin/pip install --quiet schemathesis==4.32.5 prometheus-client==0.26.0; }
 
 # A tool from the system's packages
 _tool NAME:

@@ -15,6 +15,7 @@ use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest;
+use crate::lines::Format;
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
 
@@ -28,6 +29,10 @@ pub struct Cli {
     /// What to log: error, warn, info, debug or trace, or directives like `info,kvs::edge=debug`
     #[arg(long, global = true, env = "KVS_LOG_FILTER", value_name = "FILTER", default_value = "info")]
     pub log_filter: String,
+
+    /// How to write what is logged: for people, or each line a JSON object
+    #[arg(long, global = true, env = "KVS_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub log_format: Format,
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,7 +66,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
     pub listen: SocketAddr,
 
-    /// Where to listen for those who look after the server: /livez, /readyz; port 0 takes a free one
+    /// Where to listen for those who look after the server: /livez, /readyz, /metrics, /guest; port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
@@ -77,6 +82,10 @@ pub struct Serve {
     #[arg(long, env = "KVS_SEGMENT_BYTES", value_name = "SIZE", default_value = "64MiB")]
     pub segment_bytes: ByteSize,
 
+    /// Log requests, so many a second at most; what is above is left out, and counted
+    #[arg(long, env = "KVS_ACCESS_LOG", value_name = "COUNT", value_parser = count)]
+    pub access_log: Option<usize>,
+
     #[command(flatten)]
     pub tls: Tls,
 
@@ -88,10 +97,15 @@ pub struct Serve {
           help_heading = "Limits")]
     pub request_timeout: Duration,
 
-    /// Longest wait for the head of a request, also between requests; a response must be taken in twice this
+    /// Longest wait for the head of a request, from its first byte; for that of the first, from the beginning
     #[arg(long, env = "KVS_HEADER_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration,
           help_heading = "Limits")]
     pub header_timeout: Duration,
+
+    /// How long a connection may ask nothing before it is closed; a response must be taken in twice this
+    #[arg(long, env = "KVS_IDLE_TIMEOUT", value_name = "TIME", default_value = "75s", value_parser = duration,
+          help_heading = "Limits")]
+    pub idle_timeout: Duration,
 
     /// Largest head of a request (answered 431), at least 8 KiB
     #[arg(long, env = "KVS_MAX_HEADER_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = header_bytes,

@@ -1,13 +1,12 @@
 //! The binary: reads the command line, runs the command, and tells how it ended.
 
-use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use clap::error::ErrorKind;
 use kvs::cli::{Cli, Command};
-use tracing_subscriber::EnvFilter;
+use kvs::lines::{self, Format};
 
 /// Exit codes beside 0: the command failed, or was not understood.
 const FAILED: u8 = 1;
@@ -22,30 +21,25 @@ fn main() -> ExitCode {
             let paragraphs = rendered.split("\n\n").map(str::trim);
             let told = paragraphs.take_while(|text| !text.starts_with("Usage:") && !text.starts_with("For more"));
             let told = told.collect::<Vec<_>>().join("; ");
-            return fail(USAGE, &format!("{}; see kvs --help", told.trim_start_matches("error: ")));
+            return fail(USAGE, Format::Text, &format!("{}; see kvs --help", told.trim_start_matches("error: ")));
         }
         Err(help_or_version) => help_or_version.exit(),
     };
+    let format = cli.log_format;
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(FAILED, &format!("{error:#}")),
+        Err(error) => fail(FAILED, format, &format!("{error:#}")),
     }
 }
 
 /// Tells it in one line, whatever the libraries below put into their messages.
-fn fail(code: u8, reason: &str) -> ExitCode {
-    eprintln!("kvs: {}", reason.split_whitespace().collect::<Vec<_>>().join(" "));
+fn fail(code: u8, format: Format, reason: &str) -> ExitCode {
+    lines::failed(format, &reason.split_whitespace().collect::<Vec<_>>().join(" "));
     ExitCode::from(code)
 }
 
 fn run(cli: Cli) -> Result<()> {
-    let filter = EnvFilter::try_new(&cli.log_filter).with_context(|| format!("--log-filter {}", cli.log_filter))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(stderr().is_terminal())
-        .with_writer(stderr)
-        .init();
+    lines::begin(cli.log_format, &cli.log_filter)?;
     match cli.command {
         Command::Serve(args) => kvs::serve::run(&args),
         Command::Token(command) => kvs::edge::auth::run(command),

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,10 +15,11 @@ use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
 use crate::cli::Serve;
+use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, Service};
+use crate::edge::{self, Edge, RequestIds, Service};
 use crate::guest::{Engine, Reload, Shard, Source, Swapper};
 use crate::log::TransactionLog;
 use crate::log::changes::Changes;
@@ -62,7 +62,9 @@ async fn serve(args: &Serve) -> Result<()> {
         group_bytes: args.guest.group_bytes(args.max_value_bytes),
         durability: args.durability,
     })?;
-    let changes = Changes::new(Arc::new(log), usize::try_from(args.stream_lag_bytes.as_u64())?);
+    let log = Arc::new(log);
+    admin.metrics.add(log.clone());
+    let changes = Changes::new(log, usize::try_from(args.stream_lag_bytes.as_u64())?);
     let log: Arc<dyn TransactionLog> = changes.clone();
     task::spawn(Arc::clone(&changes).run());
 
@@ -98,6 +100,9 @@ async fn serve(args: &Serve) -> Result<()> {
         warn!("{exposure}");
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
+    admin.metrics.add(shard.clone());
+    let metrics = Arc::new(edge::Metrics::default());
+    admin.metrics.add(metrics.clone());
     let swapper = Swapper::new(engine, Arc::clone(&shard), Arc::clone(&log), args.data.clone(), args.probation);
     admin.set_swapper(Arc::clone(&swapper));
     let reloading = task::spawn(reload.run(swapper));
@@ -131,6 +136,7 @@ async fn serve(args: &Serve) -> Result<()> {
         headers: args.max_headers,
         target_bytes: usize::try_from(args.max_target_bytes.as_u64())?,
         header_timeout: args.header_timeout,
+        idle_timeout: args.idle_timeout,
         body_bytes: args.max_value_bytes.as_u64(),
         body_rate: args.min_body_rate.as_u64(),
         requests: args.max_requests,
@@ -141,9 +147,21 @@ async fn serve(args: &Serve) -> Result<()> {
         hold: args.max_hold,
         drain: args.drain,
     };
-    let cors = Cors::new(args.access.cors_origin.clone());
-    let (changes_told, under_way) = (Arc::clone(&changes), AtomicUsize::new(0));
-    let service = Service { shard, changes: changes_told, limits, tokens, throttle, cors, under_way };
+    let access_log = args.access_log.map(AccessLog::new);
+    if let Some(access_log) = &access_log {
+        task::spawn(Arc::clone(access_log).keep());
+    }
+    let service = Service {
+        shard,
+        changes: Arc::clone(&changes),
+        limits,
+        tokens,
+        throttle,
+        cors: Cors::new(args.access.cors_origin.clone()),
+        metrics,
+        ids: RequestIds::default(),
+        access_log,
+    };
     let mut failure = None;
     let cut_off = Edge { tls, service, limits }.serve(listener, async {
         tokio::select! {

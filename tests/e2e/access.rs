@@ -12,21 +12,21 @@ use crate::unruly::guest;
 use crate::wire::{Connection, Response};
 
 /// A file of tokens, and the tokens themselves.
-struct Tokens {
+pub struct Tokens {
     directory: TempDir,
 }
 
 impl Tokens {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self { directory: TempDir::new().expect("a temporary directory can be made") }
     }
 
-    fn file(&self) -> String {
+    pub fn file(&self) -> String {
         self.directory.path().join("tokens").to_str().expect("a temporary path is text").to_owned()
     }
 
     /// Makes one as an operator would.
-    fn add(&self, args: &[&str]) -> String {
+    pub fn add(&self, args: &[&str]) -> String {
         let mut command = kvs();
         command.args(["token", "new", "--tokens", &self.file()]).args(args);
         let output = command.stdout(std::process::Stdio::piped()).output().expect("the binary can be started");

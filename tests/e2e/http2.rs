@@ -30,7 +30,7 @@ const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
 const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
 
 /// A client that sends whatever frames it is told to.
-struct Frames {
+pub struct Frames {
     stream: TcpStream,
 }
 
@@ -109,7 +109,7 @@ fn is_served(server: &Server) {
 }
 
 /// Resident memory of the server, in KiB.
-fn memory(server: &Server) -> u64 {
+pub fn memory(server: &Server) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux counts it");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
@@ -207,27 +207,42 @@ fn more_headers_than_allowed_are_431() {
     assert_eq!(status, 431);
 }
 
+/// Asks and takes it back, so often or until the connection is ended. Gives why that was.
+pub fn takes_back(server: &Server, times: u32) -> Option<u32> {
+    let mut client = Frames::open(server.address());
+    for stream in (1..2 * times).step_by(2) {
+        let cancel = 8_u32.to_be_bytes();
+        if !client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET) || !client.send(RST_STREAM, 0, stream, &cancel)
+        {
+            break;
+        }
+    }
+    client.ended()
+}
+
 #[test]
 fn requests_that_are_taken_back_end_the_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
     for _ in 0..20 {
-        let mut client = Frames::open(server.address());
-        for stream in (1..20_000).step_by(2) {
-            let cancel = 8_u32.to_be_bytes();
-            if !client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET)
-                || !client.send(RST_STREAM, 0, stream, &cancel)
-            {
-                break;
-            }
-        }
-        let reason = client.ended();
+        let reason = takes_back(&server, 10_000);
         assert!(reason.is_none_or(|reason| reason == ENHANCE_YOUR_CALM), "{reason:?}");
         is_served(&server);
     }
     let after = memory(&server);
     assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
+}
+
+/// A head that goes on, so often or until the connection is ended. Gives how much was taken.
+pub fn goes_on_with_headers(server: &Server, times: usize) -> usize {
+    let mut client = Frames::open(server.address());
+    client.send(HEADERS, END_STREAM, 1, GET);
+    // A name and a value that take as much room as they look, none of them for a table.
+    let line = [b"\x00\x01x\x7f\x81\x7e".as_slice(), &[b'y'; 16_000]].concat();
+    let sent = (0..times).take_while(|_| client.send(CONTINUATION, 0, 1, &line)).count();
+    client.ended();
+    sent
 }
 
 #[test]
@@ -236,17 +251,22 @@ fn headers_without_end_end_the_connection() {
     is_served(&server);
     let before = memory(&server);
     for _ in 0..20 {
-        let mut client = Frames::open(server.address());
-        client.send(HEADERS, END_STREAM, 1, GET);
-        // A name and a value that take as much room as they look, none of them for a table.
-        let line = [b"\x00\x01x\x7f\x81\x7e".as_slice(), &[b'y'; 16_000]].concat();
-        let sent = (0..1_000).take_while(|_| client.send(CONTINUATION, 0, 1, &line)).count();
+        let sent = goes_on_with_headers(&server, 1_000);
         assert!(sent < 1_000, "all was taken");
-        client.ended();
         is_served(&server);
     }
     let after = memory(&server);
     assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
+}
+
+/// The body of a request, of so many frames without content.
+pub fn sends_nothing(server: &Server, times: usize) {
+    let mut client = Frames::open(server.address());
+    client.send(HEADERS, END_HEADERS, 1, PUT);
+    let all = (0..times).all(|_| client.send(DATA, 0, 1, b""));
+    if all && client.send(DATA, END_STREAM, 1, b"") {
+        client.wait(&[HEADERS, GOAWAY]);
+    }
 }
 
 #[test]
@@ -268,18 +288,24 @@ fn data_without_content_ends_nothing_but_itself() {
     is_served(&server);
 }
 
-#[test]
-fn a_client_that_takes_no_answers_is_cut() {
-    let server = Server::start(&["--header-timeout", "300ms"]);
-    let value = vec![b'x'; 1 << 20];
-    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
+/// Asks so often for what it will not take, and sees that it is there.
+pub fn takes_nothing(server: &Server, times: u32) -> Frames {
     let mut client = Frames::open(server.address());
     // INITIAL_WINDOW_SIZE: nothing may be sent to it.
     client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
-    for stream in (1..100).step_by(2) {
+    for stream in (1..2 * times).step_by(2) {
         client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET);
     }
-    client.ended();
+    client.wait(&[HEADERS]).expect("the first head comes all the same");
+    client
+}
+
+#[test]
+fn a_client_that_takes_no_answers_is_cut() {
+    let server = Server::start(&["--idle-timeout", "300ms"]);
+    let value = vec![b'x'; 1 << 20];
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
+    takes_nothing(&server, 50).ended();
     is_served(&server);
 }
 

@@ -30,10 +30,46 @@ fn a_client_that_says_nothing_is_cut() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     let mut silent = Connection::open(server.address());
     assert_eq!(silent.end(), "");
-    // Also between two requests.
+}
+
+#[test]
+fn a_client_that_asks_nothing_more_is_cut() {
+    let server = Server::start(&["--idle-timeout", "300ms"]);
     let mut idle = Connection::open(server.address());
     idle.ask("GET", "/v1/a", b"").says(404, "no such key");
     assert_eq!(idle.end(), "");
+}
+
+#[test]
+fn to_be_idle_is_not_to_be_slow() {
+    let server = Server::start(&["--header-timeout", "300ms"]);
+    let mut client = Connection::open(server.address());
+    for _ in 0..2 {
+        client.ask("GET", "/v1/a", b"").says(404, "no such key");
+        assert!(client.is_silent_for(Duration::from_millis(900)), "an idle client was cut as a slow one");
+    }
+    client.send("GET /v1/a HT");
+    assert_eq!(client.end(), "", "half a head after others has all the time in the world");
+
+    let server = Server::start(&["--idle-timeout", "300ms"]);
+    let mut client = Connection::open(server.address());
+    assert!(client.is_silent_for(Duration::from_millis(900)), "a client that has yet to ask was cut as an idle one");
+    client.send("GET /v1/a HT");
+    assert!(client.is_silent_for(Duration::from_millis(900)), "a slow client was cut as an idle one");
+    client.send("TP/1.1\r\nhost: kvs\r\n\r\n");
+    client.read().says(404, "no such key");
+}
+
+#[test]
+fn a_client_that_takes_no_answer_is_cut() {
+    let server = Server::start(&["--idle-timeout", "300ms", "--max-value-bytes", "32MiB"]);
+    let value = vec![b'x'; 32 << 20];
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
+    let mut client = Connection::open(server.address());
+    client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    // The server's end of it is gone.
+    crate::metrics::counts(&server, "kvs_rejected_total{limit=\"idle-timeout\"}", 1.0);
+    assert!(client.end().len() < value.len());
 }
 
 #[test]

@@ -172,7 +172,9 @@ impl Stopped {
 
 /// The address that follows this on a line.
 fn address(line: &str, after: &str) -> Option<SocketAddr> {
-    line.split_once(after)?.1.split_whitespace().next()?.parse().ok()
+    let address = line.split_once(after)?.1;
+    // Up to the next word, or to the end of a string in JSON.
+    address.split([' ', '"']).next()?.parse().ok()
 }
 
 /// `kvs`, with none of the settings that happen to be in the environment, and a free port for its admin listener.
@@ -204,7 +206,7 @@ pub fn refused(command: Command) -> Refused {
     let said = process.stderr.so_far();
     let code = status.code().unwrap_or_else(|| panic!("{status}, after saying:\n{}", said.join("\n")));
     assert_ne!(code, 0, "it was to fail, but ended well, after saying:\n{}", said.join("\n"));
-    let failed: Vec<_> = said.iter().filter(|line| !line.contains(" INFO ")).collect();
+    let failed: Vec<_> = said.iter().filter(|line| !line.contains(" INFO ") && !line.contains("\"INFO\"")).collect();
     let [line] = failed[..] else {
         panic!("it failed with {code} as it should, but with {} lines instead of one:\n{}", said.len(), said.join("\n"))
     };

@@ -46,7 +46,7 @@ fn sigint_finishes_what_is_under_way_and_exits_0() {
 
 #[test]
 fn idle_connections_do_not_hold_up_the_stop() {
-    let server = Server::start(&["--drain", "1h", "--header-timeout", "1h"]);
+    let server = Server::start(&["--drain", "1h", "--idle-timeout", "1h"]);
     let mut idle = Connection::open(server.address());
     idle.ask("GET", "/v1/a", b"").says(404, "no such key");
     server.terminate();

@@ -6,6 +6,8 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use rustix::process::Signal;
 use rustls::crypto::aws_lc_rs::default_provider;
@@ -266,6 +268,70 @@ fn a_new_pair_is_taken_up_and_open_connections_stay() {
 
     assert_eq!(open.ask("GET", "/v1/a", b"").body, b"value");
     server.terminate();
+}
+
+#[test]
+fn a_thousand_new_pairs_and_no_handshake_fails() {
+    let (authority, server) = start(&[]);
+    let pairs = [authority.issue("one", Kind::Server, 2), authority.issue("two", Kind::Server, 3)];
+    let (certificate, key) = (authority.path("server.pem"), authority.path("server.key"));
+    let (over, shaken) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let client = Client::of(&authority);
+                while !over.load(Ordering::Relaxed) {
+                    // Once over, it may be that there is no server any more.
+                    let answer = client.get(&server, "/v1/a").expect("a handshake failed");
+                    assert_eq!(answer, "no such key\n");
+                    shaken.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let in_force = "the TLS certificate was read again and is in force";
+        let times = || server.stderr().iter().filter(|line| line.contains(in_force)).count();
+        for round in 0..1_000 {
+            let pair = &pairs[round % 2];
+            let seen = times();
+            fs::copy(&pair.key, &key).expect("a file can be replaced");
+            fs::copy(&pair.certificate, &certificate).expect("a file can be replaced");
+            server.signal(Signal::HUP);
+            server.says_again(in_force, seen + 1);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    let shaken = shaken.into_inner();
+    println!("{shaken} handshakes beside 1000 new pairs");
+    assert!(shaken > 200, "only {shaken} handshakes");
+}
+
+#[test]
+fn a_scanner_finds_nothing_to_complain_of() {
+    let (_authority, server) = start(&[]);
+    let scan = Command::new("sslscan").args(["--no-colour", "--xml=-", &server.address().to_string()]).output();
+    let scan = scan.unwrap_or_else(|error| panic!("sslscan cannot be run ({error}): `just test` installs it"));
+    let found = String::from_utf8_lossy(&scan.stdout);
+    let told = |tag: &str| found.lines().map(str::trim).filter(move |line| line.starts_with(tag)).collect::<Vec<_>>();
+    let has = |line: &str, all: &[&str]| all.iter().all(|text| line.contains(text));
+    for line in told("<protocol ") {
+        let good = has(line, &["type=\"tls\""]) && (has(line, &["\"1.2\""]) || has(line, &["\"1.3\""]));
+        assert!(has(line, &[if good { "enabled=\"1\"" } else { "enabled=\"0\"" }]), "{line}");
+    }
+    assert!(
+        told("<protocol ").len() >= 6 && told("<cipher ").len() >= 6 && !told("<heartbleed ").is_empty(),
+        "{found}"
+    );
+    for line in told("<cipher ") {
+        assert!(line.contains("strength=\"strong\"") || line.contains("strength=\"acceptable\""), "{line}");
+        assert!(has(line, &["ecdhebits="]), "without forward secrecy: {line}");
+    }
+    for line in [told("<heartbleed "), told("<compression ")].concat() {
+        assert!(has(line, &["vulnerable=\"0\""]) || has(line, &["supported=\"0\""]), "{line}");
+    }
+    for line in told("<renegotiation ") {
+        assert!(has(line, &["supported=\"0\""]) || has(line, &["secure=\"1\""]), "{line}");
+    }
+    assert!(found.contains("<expired>false</expired>") && !found.contains("error=\"true\""), "{found}");
 }
 
 #[test]

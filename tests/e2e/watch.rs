@@ -314,3 +314,15 @@ fn ten_thousand_idle_watchers_cost_little_and_slow_nobody_down() {
     let told = event(id, "put", json!({"key": "other7.a", "value": "value"}));
     assert_eq!(watchers[7].next(), told);
 }
+
+#[test]
+fn a_watcher_is_never_idle() {
+    let server =
+        Server::start(&["--header-timeout", "100ms", "--idle-timeout", "100ms", "--stream-heartbeat", "100ms"]);
+    let mut events = Events::open(&server, "/v1?watch", &[]);
+    for _ in 0..15 {
+        assert_eq!(events.block().as_deref(), Some(":"), "the stream ended");
+    }
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
+    assert_eq!(events.next(), event(1, "put", json!({"key": "a", "value": "value"})));
+}

@@ -1,4 +1,4 @@
-//! The admin listener: is the server alive, is it ready, which guest serves, and another in its place.
+//! The admin listener: is the server alive, is it ready, what has it counted, which guest serves, and another in its place.
 //!
 //! It has a thread and a runtime of its own, and waits for nothing that requests to the store wait for: it answers when
 //! every guest is busy, being built, or gone.
@@ -11,6 +11,7 @@ mod guest;
 mod health;
 
 use std::convert::Infallible;
+use std::fmt;
 use std::net::TcpListener as Bound;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -35,6 +36,7 @@ use self::guest::Guests;
 pub use self::health::{Health, Phase};
 use crate::edge::auth::Tokens;
 use crate::guest::Swapper;
+use crate::metrics::{MEDIA_TYPE, Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
@@ -46,6 +48,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Health,
+    pub metrics: Metrics,
     /// Asked for a token of scope admin, where there are any.
     tokens: Option<Arc<Tokens>>,
     /// None until there is a guest.
@@ -54,7 +57,9 @@ pub struct Admin {
 
 impl Admin {
     pub fn new(tokens: Option<Arc<Tokens>>) -> Self {
-        Self { health: Health::new(), tokens, guests: OnceLock::new() }
+        let metrics = Metrics::default();
+        metrics.add(Arc::new(Build));
+        Self { health: Health::new(), metrics, tokens, guests: OnceLock::new() }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -120,13 +125,27 @@ impl Admin {
                 let (ready, report) = self.health.report();
                 text(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
-            ("/livez" | "/readyz", _) => not_allowed("GET, HEAD"),
+            ("/metrics", &Method::GET | &Method::HEAD) => {
+                let mut response = text(StatusCode::OK, self.metrics.text());
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+                response
+            }
+            ("/livez" | "/readyz" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/guest", _) => match self.guests.get() {
                 Some(guests) => guests.respond(request).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz and /guest\n"),
+            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /metrics and /guest\n"),
         }
+    }
+}
+
+/// What is known when it was built.
+struct Build;
+
+impl Measured for Build {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.info("build", "The program", [("version", env!("CARGO_PKG_VERSION"))])
     }
 }
 

@@ -2,12 +2,13 @@
 //!
 //! A file has one token a line: a name, a scope, the SHA-256 of the token in hexadecimal, and, for a token that is bound
 //! to some keys, the prefix of their paths. The token itself is nowhere; it is 256 random bits, so its hash says nothing
-//! of it, and how long it takes to find a hash among others says nothing either.
+//! of it.
 //!
 //! Must never know: what a path means. Scopes go by method, and prefixes by the bytes of the path as it was sent.
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
+use std::hint::black_box;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,12 +20,13 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode};
 use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
 
 use super::fresh::Fresh;
 use super::refusal::{Answer, Refusal, refuse};
 
 /// What a token starts with, so that those who look for leaked secrets know it.
-const MARK: &str = "kvs_";
+pub const MARK: &str = "kvs_";
 
 /// What a token allows. Each allows what those before it do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -46,8 +48,17 @@ struct Token {
 /// The tokens that are in force.
 pub type Tokens = Fresh<Known>;
 
-/// Tokens by their hashes.
-pub struct Known(HashMap<[u8; 32], Token>);
+/// Tokens by the first bytes of their hashes, with the whole of them.
+///
+/// Hashes are compared in constant time, also when there is none to compare with. How long it takes to find the first
+/// bytes of one says nothing of a token that has them.
+pub struct Known(HashMap<First, Vec<(Hash, Token)>>);
+
+type Hash = [u8; 32];
+type First = [u8; 8];
+
+/// The hash of nothing that anybody has.
+const NOBODY: Hash = [0; 32];
 
 /// Reads the file, again whenever it changes.
 pub fn load(file: &Path) -> Result<Arc<Tokens>> {
@@ -65,7 +76,9 @@ impl Known {
         for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
             // The line is not shown: somebody may have put the token itself there.
             let (hash, token) = parse_line(line).with_context(|| format!("line {number}"))?;
-            ensure!(tokens.insert(hash, token).is_none(), "line {number}: this token is there twice");
+            let alike: &mut Vec<(Hash, Token)> = tokens.entry(first(&hash)).or_default();
+            ensure!(alike.iter().all(|(other, _)| *other != hash), "line {number}: this token is there twice");
+            alike.push((hash, token));
         }
         Ok(Self(tokens))
     }
@@ -95,6 +108,16 @@ impl Known {
         if admin { Ok(()) } else { Err(forbidden("this token is not for the admin listener")) }
     }
 
+    fn known(&self, hash: &Hash) -> Option<&Token> {
+        match self.0.get(&first(hash)) {
+            Some(alike) => alike.iter().find(|(other, _)| other.ct_eq(hash).into()).map(|(_, token)| token),
+            None => {
+                black_box(NOBODY.ct_eq(hash));
+                None
+            }
+        }
+    }
+
     fn find(&self, headers: &HeaderMap) -> Result<&Token, Refusal> {
         let mut given = headers.get_all(header::AUTHORIZATION).iter();
         let token = match (given.next(), given.next()) {
@@ -102,12 +125,16 @@ impl Known {
             (Some(only), None) => bearer(only.as_bytes()),
             _ => None,
         };
-        let token = token.and_then(|token| self.0.get(&hash(token)));
+        let token = token.and_then(|token| self.known(&hash(token)));
         token.ok_or_else(|| unauthorized("this token is not known", ", error=\"invalid_token\""))
     }
 }
 
-fn parse_line(line: &str) -> Result<([u8; 32], Token)> {
+fn first(hash: &Hash) -> First {
+    std::array::from_fn(|index| hash[index])
+}
+
+fn parse_line(line: &str) -> Result<(Hash, Token)> {
     let words: Vec<_> = line.split_whitespace().collect();
     let (name, scope, hash, prefix) = match words[..] {
         [name, scope, hash] => (name, scope, hash, None),
@@ -156,7 +183,7 @@ fn challenge(mut response: Answer, error: &str) -> Refusal {
     response.into()
 }
 
-fn hash(token: &[u8]) -> [u8; 32] {
+fn hash(token: &[u8]) -> Hash {
     Sha256::digest(token).into()
 }
 
@@ -164,7 +191,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn from_hex(text: &str) -> Option<[u8; 32]> {
+fn from_hex(text: &str) -> Option<Hash> {
     let mut bytes = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
         return None;
@@ -212,7 +239,7 @@ pub fn run(command: TokenCommand) -> Result<()> {
     };
     let known = Known::parse(&before).with_context(|| format!("{file}"))?;
     ensure!(
-        known.0.values().all(|token| *token.name != *name),
+        known.0.values().flatten().all(|(_, token)| *token.name != *name),
         "{file} has a token of this name; take another, or remove it"
     );
     before.clear();

@@ -11,7 +11,8 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::Limits;
-use super::refusal::{Refusal, closing, refuse, unread};
+use super::metrics::Limit;
+use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
 
 /// A body is not called slow before this.
 const GRACE: Duration = Duration::from_secs(2);
@@ -30,7 +31,7 @@ pub async fn read(
         && announced > limit
     {
         let reason = format!("the body is {announced} bytes, at most {limit} are allowed");
-        return Err(unread(headers, body, refuse(StatusCode::PAYLOAD_TOO_LARGE, &reason)).into());
+        return Err(unread(headers, body, too_large(&reason)).into());
     }
     let begun = Instant::now();
     let mut whole = Bytes::new();
@@ -45,14 +46,15 @@ pub async fn read(
                 return Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")).into());
             }
             Err(_) => {
-                return Err(closing(refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")).into());
+                let refusal = refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
+                return Err(closing(beyond(Limit::BodyTimeout, refusal)).into());
             }
         };
         // Trailers are not for guests.
         let Ok(data) = frame.into_data() else { continue };
         if (whole.len() + data.len()) as u64 > limit {
             let reason = format!("the body is more than the {limit} bytes that are allowed");
-            return Err(unread(headers, body, refuse(StatusCode::PAYLOAD_TOO_LARGE, &reason)).into());
+            return Err(unread(headers, body, too_large(&reason)).into());
         }
         if whole.is_empty() {
             whole = data;
@@ -63,4 +65,8 @@ pub async fn read(
             whole = grown.freeze();
         }
     }
+}
+
+fn too_large(reason: &str) -> Answer {
+    beyond(Limit::ValueBytes, refuse(StatusCode::PAYLOAD_TOO_LARGE, reason))
 }

@@ -6,10 +6,9 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -21,6 +20,9 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
+use super::counted::Counted;
+use super::metrics::Limit;
+use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
 use crate::guest::Client;
 
@@ -29,12 +31,10 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
 
-/// What a connection has been asked.
-#[derive(Default)]
-struct Activity {
-    begun: AtomicUsize,
-    under_way: AtomicUsize,
-}
+/// A connection was ended because of a limit.
+#[derive(Debug, thiserror::Error)]
+#[error("--{0}")]
+pub struct Beyond(pub Limit);
 
 impl Edge {
     /// Serves one connection. When told to stop it finishes the requests under way, if there are any.
@@ -48,36 +48,54 @@ impl Edge {
         if let Err(error) = stream.set_nodelay(true) {
             debug!(peer = %address, "TCP_NODELAY: {error}");
         }
+        let metrics = &self.service.metrics;
         let Some(tls) = &self.tls else {
             let client = Client { address, tls_version: None, identity: None };
             let http2 = tokio::select! {
-                begun = timeout(self.limits.header_timeout, speaks_http2(&stream)) => begun.context("it said nothing")??,
+                begun = timeout(self.limits.header_timeout, speaks_http2(&stream)) => match begun {
+                    Ok(http2) => http2?,
+                    Err(_) => bail!(Beyond(Limit::HeaderTimeout)),
+                },
                 _ = stop.changed() => return Ok(()),
             };
-            return self.http(stream, http2, client, stop).await;
+            let activity = Arc::<Activity>::default();
+            return self.http(Counted::new(stream, metrics, &activity), http2, client, activity, stop).await;
         };
-        let shaking = TlsAcceptor::from(tls.get()).accept(stream);
+        let activity = Arc::<Activity>::default();
+        let shaking = TlsAcceptor::from(tls.get()).accept(Counted::new(stream, metrics, &activity));
         let stream = tokio::select! {
-            shaken = timeout(self.limits.handshake_timeout, shaking) => shaken.context("no TLS handshake in time")??,
+            shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
+                Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
+                Err(_) => bail!(Beyond(Limit::HandshakeTimeout)),
+            },
             // Nothing was asked yet, so nothing is lost.
             _ = stop.changed() => return Ok(()),
         };
         let client = Client { address, tls_version: Some(tls::version(&stream)), identity: tls::identity(&stream) };
         let http2 = tls::speaks_http2(&stream);
-        self.http(stream, http2, client, stop).await
+        self.http(stream, http2, client, activity, stop).await
     }
 
-    async fn http<S>(self: &Arc<Self>, stream: S, http2: bool, client: Client, stop: watch::Receiver<()>) -> Result<()>
+    async fn http<S>(
+        self: &Arc<Self>,
+        stream: S,
+        http2: bool,
+        client: Client,
+        activity: Arc<Activity>,
+        stop: watch::Receiver<()>,
+    ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (edge, client, activity) = (Arc::clone(self), Arc::new(client), Arc::new(Activity::default()));
+        let (edge, client) = (Arc::clone(self), Arc::new(client));
         let asked = Arc::clone(&activity);
+        let patience = Patience::new(activity, http2, &self.limits);
         let service = service_fn(move |request| {
             let (edge, client, activity) = (Arc::clone(&edge), Arc::clone(&client), Arc::clone(&asked));
             async move {
-                let _under_way = activity.begin();
-                Ok::<_, Infallible>(edge.service.respond(request, client).await)
+                let under_way = activity.begin();
+                let response = edge.service.respond(request, client).await;
+                Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
         let (limits, stream) = (&self.limits, TokioIo::new(stream));
@@ -88,28 +106,26 @@ impl Edge {
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), &activity, stop, limits.header_timeout).await
+            drive(http.serve_connection(stream, service), patience, stop).await
         } else {
             let mut http = http1::Builder::new();
-            http.timer(TokioTimer::new())
-                .header_read_timeout(limits.header_timeout)
-                .max_buf_size(limits.header_bytes)
-                .max_headers(limits.headers);
-            drive(http.serve_connection(stream, service), &activity, stop, limits.header_timeout).await
+            // Without a timer, which would be set for each request: patience is kept for less.
+            http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
+            drive(http.serve_connection(stream, service), patience, stop).await
         }
     }
 }
 
-/// Serves a connection to its end: the client's, ours when told to stop, or that of our patience with a client that asks
-/// nothing and does not take its answers.
+/// Serves a connection to its end: the client's, ours when told to stop, or that of our patience.
+///
+/// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
-    activity: &Activity,
+    mut patience: Patience,
     mut stop: watch::Receiver<()>,
-    patience: Duration,
 ) -> Result<()> {
     let mut connection = pin!(connection);
-    let (mut stopping, mut ending, mut before) = (false, false, None);
+    let mut stopping = false;
     loop {
         tokio::select! {
             biased;
@@ -118,17 +134,10 @@ async fn drive(
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
-            () = sleep(patience) => {
-                let begun = activity.begun.load(Ordering::Relaxed);
-                let idle = activity.under_way.load(Ordering::Relaxed) == 0 && before == Some(begun);
-                before = Some(begun);
-                if idle && ending {
-                    bail!("it asked nothing for long, and did not take what it was answered");
-                }
-                if idle {
-                    ending = true;
-                    connection.as_mut().graceful_shutdown();
-                }
+            () = sleep(patience.next_look()) => match patience.look() {
+                Verdict::GoOn => {}
+                Verdict::End => connection.as_mut().graceful_shutdown(),
+                Verdict::CutOff(limit) => bail!(Beyond(limit)),
             }
         }
     }
@@ -146,22 +155,5 @@ async fn speaks_http2(stream: &TcpStream) -> Result<bool> {
             return Ok(true);
         }
         sleep(PEEK).await;
-    }
-}
-
-impl Activity {
-    fn begin(&self) -> UnderWay<'_> {
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        self.under_way.fetch_add(1, Ordering::Relaxed);
-        UnderWay(self)
-    }
-}
-
-/// A request under way, until it is dropped.
-struct UnderWay<'a>(&'a Activity);
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
     }
 }

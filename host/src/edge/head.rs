@@ -8,7 +8,8 @@ use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
 
 use super::Limits;
-use super::refusal::{Refusal, closing, refuse};
+use super::metrics::Limit;
+use super::refusal::{Refusal, beyond, closing, refuse};
 
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
@@ -23,11 +24,12 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
         return bad("the target is a path that starts with a slash");
     }
     if target.len() > limits.target_bytes {
-        return Err(closing(refuse(StatusCode::URI_TOO_LONG, "the target of the request is too long")).into());
+        let refusal = refuse(StatusCode::URI_TOO_LONG, "the target of the request is too long");
+        return Err(closing(beyond(Limit::TargetBytes, refusal)).into());
     }
     if head_bytes(target, &head.headers) > limits.header_bytes {
-        let reason = "the head of the request is too large";
-        return Err(closing(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, reason)).into());
+        let refusal = refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the head of the request is too large");
+        return Err(closing(beyond(Limit::HeaderBytes, refusal)).into());
     }
     Ok(())
 }

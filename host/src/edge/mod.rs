@@ -4,18 +4,24 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP), then `service` (one request) and what it admits requests by: `head`,
-//! `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on, `problem` errors for programs.
+//! `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on, `problem` errors for programs, `metrics` what
+//! is counted and `access_log` what is told.
 
+pub mod access_log;
 mod addresses;
 pub mod auth;
 mod body;
 mod connection;
 pub mod cors;
+mod counted;
 mod fresh;
 mod head;
+mod metrics;
+mod patience;
 mod problem;
 mod refusal;
 mod reply;
+mod request_id;
 mod service;
 mod stream;
 pub mod throttle;
@@ -31,6 +37,9 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use addresses::Addresses;
+use metrics::Limit;
+pub use metrics::Metrics;
+pub use request_id::RequestIds;
 pub use service::Service;
 use tls::Tls;
 
@@ -47,6 +56,7 @@ pub struct Limits {
     pub headers: usize,
     pub target_bytes: usize,
     pub header_timeout: Duration,
+    pub idle_timeout: Duration,
     pub body_bytes: u64,
     /// The slowest that a body may come, in bytes a second.
     pub body_rate: u64,
@@ -99,16 +109,19 @@ impl Edge {
                 },
             };
             let Some(counted) = addresses.enter(peer.ip(), edge.limits.connections_per_address) else {
+                edge.service.metrics.rejected(Limit::ConnectionsPerAddress);
                 debug!(%peer, "closed: this address has {} connections", edge.limits.connections_per_address);
                 continue;
             };
             let edge = Arc::clone(&edge);
+            let open = edge.service.metrics.open();
             let stop = stopping.subscribe();
             tokio::spawn(async move {
                 if let Err(error) = edge.connected(stream, peer, stop).await {
+                    edge.service.metrics.connection_failed(&error);
                     debug!(%peer, "connection ended: {error:#}");
                 }
-                drop((place, counted));
+                drop((place, counted, open));
             });
         }
         drop(listener);

@@ -9,6 +9,8 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Response, StatusCode};
 use tokio::time::timeout;
 
+use super::metrics::Limit;
+
 /// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
 /// resets it, and the response is lost.
 const LINGER_BYTES: usize = 16 << 20;
@@ -28,6 +30,12 @@ pub fn refuse(status: StatusCode, reason: &str) -> Answer {
     if status == StatusCode::SERVICE_UNAVAILABLE {
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
+    response
+}
+
+/// It is refused because of this limit, which is counted.
+pub fn beyond(limit: Limit, mut response: Answer) -> Answer {
+    response.extensions_mut().insert(limit);
     response
 }
 

@@ -9,10 +9,25 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
+use super::patience::UnderWay;
+
 pub enum Reply {
     Whole(Bytes),
-    /// Ends with the sender.
-    Stream(mpsc::Receiver<Bytes>),
+    /// Ends with the sender. Its request is under way until then.
+    Stream {
+        pieces: mpsc::Receiver<Bytes>,
+        _under_way: Option<UnderWay>,
+    },
+}
+
+impl Reply {
+    /// Keeps the request under way for as long as this goes on.
+    pub fn keeping(self, under_way: UnderWay) -> Self {
+        match self {
+            Self::Whole(body) => Self::Whole(body),
+            Self::Stream { pieces, .. } => Self::Stream { pieces, _under_way: Some(under_way) },
+        }
+    }
 }
 
 impl Body for Reply {
@@ -25,21 +40,23 @@ impl Body for Reply {
                 let body = mem::take(body);
                 Poll::Ready((!body.is_empty()).then(|| Ok(Frame::data(body))))
             }
-            Self::Stream(pieces) => pieces.poll_recv(context).map(|piece| piece.map(|piece| Ok(Frame::data(piece)))),
+            Self::Stream { pieces, .. } => {
+                pieces.poll_recv(context).map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(body) => body.is_empty(),
-            Self::Stream(_) => false,
+            Self::Stream { .. } => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(body) => SizeHint::with_exact(body.len() as u64),
-            Self::Stream(_) => SizeHint::default(),
+            Self::Stream { .. } => SizeHint::default(),
         }
     }
 }

@@ -6,16 +6,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use hyper::body::Incoming as Arriving;
-use hyper::header;
+use hyper::body::{Body, Incoming as Arriving};
+use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
+use super::access_log::{AccessLog, Line};
 use super::auth::Tokens;
 use super::cors::Cors;
-use super::refusal::{Refusal, refuse, unread};
+use super::metrics::{self, Limit, Metrics};
+use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
+use super::request_id::{self, RequestIds};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
 use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shard};
@@ -33,8 +36,9 @@ pub struct Service {
     pub throttle: Option<Arc<Throttle>>,
     /// Without, only pages of this server's own origin may read what it answers.
     pub cors: Option<Cors>,
-    /// Requests under way.
-    pub under_way: AtomicUsize,
+    pub metrics: Arc<Metrics>,
+    pub ids: RequestIds,
+    pub access_log: Option<Arc<AccessLog>>,
 }
 
 /// A request under way, until it is dropped.
@@ -48,29 +52,52 @@ impl Drop for UnderWay<'_> {
 
 impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Reply> {
+        let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
-        let answered = self.answer(request, client).await;
-        let mut response = answered.unwrap_or_else(|refusal| refusal.map(Reply::Whole));
+        let id = self.ids.of(request.headers());
+        let (peer, mut principal) = (client.address, None);
+        let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
+        let deadline = begun + self.limits.request_timeout;
+        let answered = self.answer(request, client, &id, deadline, &mut principal).await;
+        let mut response = answered.unwrap_or_else(|refusal| {
+            if let Some(limit) = refusal.extensions().get() {
+                self.metrics.rejected(*limit);
+            }
+            refusal.map(Reply::Whole)
+        });
         if wants_problems {
             response = problem::of(response);
         }
         if let Some(cors) = &self.cors {
             cors.share(origin.as_ref(), &mut response);
         }
+        let (status, took) = (response.status(), begun.elapsed());
+        self.metrics.answered(method, status, took);
+        if let Some((log, method, uri)) = &logged {
+            let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
+            log.tell(&Line { id: &id, peer, principal, method, uri, status, bytes, took });
+        }
+        response.headers_mut().insert(request_id::HEADER, id);
         response
     }
 
-    async fn answer(&self, request: Request<Arriving>, client: Arc<Client>) -> Result<Response<Reply>, Refusal> {
-        let mut deadline = Instant::now() + self.limits.request_timeout;
+    async fn answer(
+        &self,
+        request: Request<Arriving>,
+        client: Arc<Client>,
+        id: &HeaderValue,
+        mut deadline: Instant,
+        principal: &mut Option<Arc<str>>,
+    ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
-        let (under_way, principal) = match self.admit(&head, &client).await {
-            Ok(admitted) => admitted,
+        let under_way = match self.admit(&head, &client, principal).await {
+            Ok(under_way) => under_way,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
         let body = body::read(&head.headers, body, &self.limits, deadline).await?;
-        let incoming = Incoming { request: Request::from_parts(head, body), client, principal };
-        let mut answer = self.call(incoming, deadline).await?;
+        let (request, principal) = (Request::from_parts(head, body), principal.clone());
+        let mut answer = self.call(Incoming { request, client, id: id.clone(), principal }, deadline).await?;
         if let Some(Sequel::Hold(hold)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
@@ -88,11 +115,11 @@ impl Service {
     async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
         let answer = self.shard.call(incoming, deadline).await;
         answer.map_err(|error| {
-            let status = match error {
-                CallError::Trapped => StatusCode::INTERNAL_SERVER_ERROR,
-                CallError::Late => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            refuse(status, &error.to_string()).into()
+            let told = error.to_string();
+            match error {
+                CallError::Trapped => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
+                CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
+            }
         })
     }
 
@@ -122,33 +149,46 @@ impl Service {
             Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
             Err(_) if answer.appended => {
                 let unknown = "outcome unknown: this was not known to be durable in time";
-                Err(refuse(StatusCode::GATEWAY_TIMEOUT, unknown).into())
+                Err(beyond(Limit::RequestTimeout, refuse(StatusCode::GATEWAY_TIMEOUT, unknown)).into())
             }
             Err(_) => {
                 let late = "what this would show was not known to be durable in time";
-                Err(refuse(StatusCode::SERVICE_UNAVAILABLE, late).into())
+                Err(beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, late)).into())
             }
         }
     }
 
     /// Whether anything is done for a request at all, and for whom.
-    async fn admit(&self, head: &Parts, client: &Client) -> Result<(UnderWay<'_>, Option<Arc<str>>), Refusal> {
-        let before = self.under_way.fetch_add(1, Ordering::Relaxed);
-        let under_way = UnderWay(&self.under_way);
+    async fn admit(
+        &self,
+        head: &Parts,
+        client: &Client,
+        principal: &mut Option<Arc<str>>,
+    ) -> Result<UnderWay<'_>, Refusal> {
+        let before = self.metrics.under_way.fetch_add(1, Ordering::Relaxed);
+        let under_way = UnderWay(&self.metrics.under_way);
         head::check(head, &self.limits)?;
         if before >= self.limits.requests {
-            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once").into());
+            let refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
+            return Err(beyond(Limit::Requests, refusal).into());
         }
         if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
             return Err(answer.into());
         }
-        let principal = match &self.tokens {
+        *principal = match &self.tokens {
             Some(tokens) => Some(tokens.get().check(head)?),
             None => client.identity.clone(),
         };
         if let Some(throttle) = &self.throttle {
-            throttle.admit(principal.as_ref(), client.address.ip()).await?;
+            match throttle.admit(principal.as_ref(), client.address.ip()).await {
+                Ok(false) => {}
+                Ok(true) => self.metrics.delayed.add(1),
+                Err(refusal) => {
+                    self.metrics.throttled.add(1);
+                    return Err(refusal);
+                }
+            }
         }
-        Ok((under_way, principal))
+        Ok(under_way)
     }
 }

@@ -42,7 +42,7 @@ pub async fn open(changes: &Arc<Changes>, follow: Follow, heartbeat: Duration) -
     })?;
     let (text, body) = mpsc::channel(1);
     tokio::spawn(tell(Arc::clone(changes), follow, past, heartbeat, text));
-    Ok(Reply::Stream(body))
+    Ok(Reply::Stream { pieces: body, _under_way: None })
 }
 
 /// Tells until the client leaves, or falls too far behind, or the server stops.

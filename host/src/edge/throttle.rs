@@ -57,21 +57,23 @@ impl Throttle {
         Arc::new(Self { buckets: RateLimiter::keyed(rate.quota), rate, crowded: AtomicBool::new(false) })
     }
 
-    /// Takes a token, or waits for one within the time for that.
-    pub async fn admit(&self, principal: Option<&Arc<str>>, address: IpAddr) -> Result<(), Refusal> {
+    /// Takes a token, or waits for one within the time for that. Gives whether it had to wait.
+    pub async fn admit(&self, principal: Option<&Arc<str>>, address: IpAddr) -> Result<bool, Refusal> {
         let key = match principal {
             Some(name) => Key::Principal(Arc::clone(name)),
             None if self.crowded.load(Ordering::Relaxed) => Key::Crowd,
             None => Key::Address(network(address)),
         };
         let latest = Instant::now() + self.rate.queue;
+        let mut waited = false;
         loop {
-            let Err(not_yet) = self.buckets.check_key(&key) else { return Ok(()) };
+            let Err(not_yet) = self.buckets.check_key(&key) else { return Ok(waited) };
             let wait = not_yet.wait_time_from(DefaultClock::default().now());
             if Instant::now() + wait > latest {
                 return Err(self.refusal(wait));
             }
             sleep(wait).await;
+            waited = true;
         }
     }
 

@@ -14,7 +14,6 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{InconsistentKeys, ProtocolVersion, RootCertStore, ServerConfig, version};
-use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use x509_cert::Certificate;
 use x509_cert::der::Decode;
@@ -156,12 +155,12 @@ fn valid_now(certificate: &CertificateDer<'_>) -> Result<()> {
 }
 
 /// Whether HTTP/2 was agreed on.
-pub fn speaks_http2(stream: &TlsStream<TcpStream>) -> bool {
+pub fn speaks_http2<S>(stream: &TlsStream<S>) -> bool {
     stream.get_ref().1.alpn_protocol() == Some(HTTP2)
 }
 
 /// The version that a connection speaks, in the field's own words.
-pub fn version(stream: &TlsStream<TcpStream>) -> &'static str {
+pub fn version<S>(stream: &TlsStream<S>) -> &'static str {
     match stream.get_ref().1.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
         _ => "TLSv1.2",
@@ -169,7 +168,7 @@ pub fn version(stream: &TlsStream<TcpStream>) -> &'static str {
 }
 
 /// The subject of the certificate that the client showed and that was found good, as RFC 4514 writes it.
-pub fn identity(stream: &TlsStream<TcpStream>) -> Option<Arc<str>> {
+pub fn identity<S>(stream: &TlsStream<S>) -> Option<Arc<str>> {
     let shown = stream.get_ref().1.peer_certificates()?.first()?;
     let subject = Certificate::from_der(shown).ok()?.tbs_certificate.subject.to_string();
     // A certificate can be without a subject; then it says that the client may come in, and not who it is.

@@ -65,8 +65,16 @@ pub struct Client {
 pub struct Incoming {
     pub request: Request<Bytes>,
     pub client: Arc<Client>,
+    /// By which it is known outside.
+    pub id: HeaderValue,
     /// Who asks, when that is known.
     pub principal: Option<Arc<str>>,
+}
+
+impl Incoming {
+    pub fn id(&self) -> &str {
+        self.id.to_str().unwrap_or_default()
+    }
 }
 
 /// What a call gave.
@@ -206,7 +214,8 @@ impl Instance {
             self.count()?;
         }
         let response = message(response, self.limits.response_bytes).unwrap_or_else(|invalid| {
-            error!(guest = self.description.name, "invalid response: {invalid:#}");
+            let request_id = incoming.id();
+            error!(guest = self.description.name, request_id, "invalid response: {invalid:#}");
             let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             let text = HeaderValue::from_static("text/plain; charset=utf-8");
@@ -311,7 +320,7 @@ impl Incoming {
         let mut request = Request::new(Bytes::new());
         (*request.method_mut(), *request.uri_mut()) = (self.request.method().clone(), self.request.uri().clone());
         (*request.version_mut(), *request.headers_mut()) = (self.request.version(), self.request.headers().clone());
-        Self { request, client: Arc::clone(&self.client), principal: self.principal.clone() }
+        Self { request, client: Arc::clone(&self.client), id: self.id.clone(), principal: self.principal.clone() }
     }
 }
 

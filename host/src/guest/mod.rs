@@ -12,6 +12,7 @@ mod engine;
 mod inspect;
 mod instance;
 mod memory;
+mod metrics;
 mod reload;
 mod replica;
 mod sandbox;

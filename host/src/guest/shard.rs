@@ -19,7 +19,8 @@ use tokio::time::{sleep, timeout_at};
 use tracing::{error, info};
 
 use super::engine::Guest;
-use super::instance::{Answer, Incoming, Instance};
+use super::instance::{Answer, Incoming, Instance, Trapped};
+use super::metrics::{Metrics, next_count};
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
 use crate::log::TransactionLog;
@@ -44,6 +45,7 @@ pub struct Shard {
     log: Arc<dyn TransactionLog>,
     state: Mutex<State>,
     more_to_tick: Notify,
+    metrics: Metrics,
 }
 
 struct State {
@@ -55,6 +57,8 @@ struct State {
     queue: VecDeque<Waiting>,
     tickets: u64,
     tick_due: bool,
+    /// When the guest may be asked again what it holds.
+    count_from: Instant,
     /// Wants the turn for itself, before all others.
     visitor: Option<oneshot::Sender<Turn>>,
     probation: Option<Probation>,
@@ -115,18 +119,28 @@ impl Shard {
             queue: VecDeque::new(),
             tickets: 0,
             tick_due: false,
+            count_from: Instant::now(),
             visitor: None,
             probation: None,
             last_rebuild: None,
             pause: Duration::ZERO,
         };
-        let more_to_tick = Notify::new();
-        Ok((Arc::new(Self { log, state: Mutex::new(state), more_to_tick }), replayed))
+        let (more_to_tick, metrics) = (Notify::new(), Metrics::new());
+        Ok((Arc::new(Self { log, state: Mutex::new(state), more_to_tick, metrics }), replayed))
     }
 
     /// The guest that serves now.
     pub fn serving(&self) -> Serving {
         self.state().serving.clone()
+    }
+
+    /// How many requests wait for their turn.
+    pub fn waiting(&self) -> usize {
+        self.state().queue.len()
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Calls the guest with one request, when its turn has come.
@@ -244,6 +258,7 @@ impl Shard {
 
     /// Builds a new instance in the background, and gives it to those who wait.
     fn rebuild(self: Arc<Self>, failure: String) {
+        self.metrics.traps.add(1);
         task::spawn(async move {
             let mut before = self.take_back(failure);
             loop {
@@ -262,11 +277,13 @@ impl Shard {
                 match task::spawn_blocking(move || bring_back(&guest, &log, kept)).await {
                     Ok(Ok((instance, replayed))) => {
                         info!(entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "the guest is rebuilt");
+                        self.metrics.rebuilds.add(1);
                         return Turn::new(&self, instance).serve_others();
                     }
                     Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
                     Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
                 }
+                self.metrics.failed_rebuilds.add(1);
             }
         });
     }
@@ -317,14 +334,19 @@ impl Turn {
 
     fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
         let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
-        match instance.handle(incoming) {
+        let begun = Instant::now();
+        let handled = instance.handle(incoming);
+        self.shard.metrics.calls.observe_time(begun.elapsed());
+        self.shard.metrics.memory(instance.memory_bytes());
+        match handled {
             Ok(answer) => {
                 self.instance = Some(instance);
                 Ok(answer)
             }
             Err(trapped) => {
-                let (guest, request) = (&instance.description().name, &incoming.request);
-                error!(guest, method = %request.method(), target = %request.uri(), "the guest trapped: {trapped}");
+                let (guest, request, request_id) = (&instance.description().name, &incoming.request, incoming.id());
+                let (method, target) = (request.method(), request.uri());
+                error!(guest, request_id, %method, %target, "the guest trapped: {trapped}");
                 self.failure = Some(trapped.to_string());
                 Err(CallError::Trapped)
             }
@@ -333,7 +355,7 @@ impl Turn {
 
     fn tick(&mut self) {
         let Some(mut instance) = self.instance.take() else { return };
-        match instance.tick() {
+        match instance.tick().and_then(|more| self.count(&mut instance).map(|()| more)) {
             Ok(more) => {
                 self.instance = Some(instance);
                 if more {
@@ -345,6 +367,19 @@ impl Turn {
                 self.failure = Some(format!("in tick: {trapped}"));
             }
         }
+    }
+
+    /// Asks what the guest holds, now and again.
+    fn count(&self, instance: &mut Instance) -> Result<(), Trapped> {
+        let begun = Instant::now();
+        if begun < self.shard.state().count_from {
+            return Ok(());
+        }
+        let counted = instance.stats()?;
+        self.shard.metrics.holds(&counted);
+        self.shard.metrics.memory(instance.memory_bytes());
+        self.shard.state().count_from = next_count(begun.elapsed());
+        Ok(())
     }
 
     /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.

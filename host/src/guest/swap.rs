@@ -250,6 +250,13 @@ impl Swapper {
     }
 
     fn ended(&self, outcome: &Result<Outcome, SwapError>) {
+        let metrics = self.shard.metrics();
+        match outcome {
+            Ok(Outcome { pause: Some(_), .. }) => metrics.swaps.add(1),
+            Ok(_) => {}
+            Err(SwapError::TakenBack { .. }) => metrics.swaps_taken_back.add(1),
+            Err(_) => metrics.swaps_refused.add(1),
+        }
         let told = match outcome {
             Ok(Outcome { guest, version, replayed, pause, .. }) => {
                 let what = if pause.is_some() { "the guest was swapped" } else { "the guest could be swapped" };

@@ -151,6 +151,14 @@ impl Compactor {
         state.held = false;
     }
 
+    /// Bytes that may be dead, as far as is known.
+    pub fn dead(&self, shared: &Shared) -> u64 {
+        let state = self.lock();
+        let deletes = shared.queue.deletes();
+        let sealed: u64 = shared.catalog.sealed().iter().map(|segment| segment.end).sum();
+        state.known.as_ref().map_or(0, |known| sealed.saturating_sub(known.needed(deletes)))
+    }
+
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stopped = true;
@@ -275,6 +283,8 @@ fn compact(shared: &Shared) -> anyhow::Result<Known> {
     let mut pace = Pace { shared, since: begun };
     let outcome = compact::run(shared, &sealed, &effort, &mut |bytes| pace.pause(bytes))?;
     let Outcome { needed, needed_entries, expiring, passes, saved } = outcome;
+    shared.metrics.compactions.add(1);
+    shared.metrics.reclaimed.add(saved);
     if saved > 0 {
         tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
     }

@@ -2,6 +2,8 @@
 //!
 //! The bytes are drawn at the head of `mod.rs`.
 
+use std::time::Instant;
+
 use uuid::Uuid;
 
 use super::bytes::{u32_at, u64_at};
@@ -65,6 +67,7 @@ impl Head {
 pub struct Builder {
     pub first: u64,
     pub count: u32,
+    pub begun: Instant,
     bytes: Vec<u8>,
 }
 
@@ -73,7 +76,7 @@ impl Builder {
     pub fn new(first: u64, mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         buffer.resize(HEAD_BYTES, 0);
-        Self { first, count: 0, bytes: buffer }
+        Self { first, count: 0, begun: Instant::now(), bytes: buffer }
     }
 
     /// Where the next entry is encoded to. Whoever adds one counts it.

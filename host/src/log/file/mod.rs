@@ -111,6 +111,7 @@ mod frame;
 mod garbage;
 mod lock;
 mod mark;
+mod metrics;
 mod offline;
 mod queue;
 mod recovery;
@@ -139,6 +140,7 @@ use self::catalog::Catalog;
 use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
 use self::lock::Lock;
+use self::metrics::Metrics;
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::spare::Spares;
 use self::writer::Writer;
@@ -198,6 +200,7 @@ struct Shared {
     spares: Spares,
     compactor: Compactor,
     watermark: Watermark,
+    metrics: Metrics,
     failure: Mutex<Option<String>>,
 }
 
@@ -325,6 +328,7 @@ impl Shared {
             spares: Spares::new(recovered.spares, recovered.next),
             compactor: Compactor::default(),
             watermark: Watermark::new(writer.last),
+            metrics: Metrics::new(),
             failure: Mutex::default(),
         };
         Ok((Arc::new(shared), writer))

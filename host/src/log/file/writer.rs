@@ -4,7 +4,7 @@
 //! on that.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
@@ -64,7 +64,9 @@ impl Writer {
             self.rotate(shared)?;
         }
         let last = frame.first + u64::from(frame.count) - 1;
+        let begun = Instant::now();
         self.write(shared, &mut frame)?;
+        let written = Instant::now();
         self.last = last;
         self.closed = false;
         #[cfg(test)]
@@ -73,10 +75,17 @@ impl Writer {
         }
         if shared.durability == Durability::Sync {
             self.sync()?;
+            shared.metrics.sync.observe_time(written.elapsed());
         }
         // The catalogue first: whoever sees the watermark must find what it covers.
         shared.catalog.extend(self.end, self.last, self.chain);
         shared.watermark.advance(self.last);
+        // Those who waited for it are on their way.
+        let metrics = &shared.metrics;
+        metrics.append.observe_time(frame.begun.elapsed());
+        metrics.write.observe_time(written - begun);
+        metrics.batch.observe(frame.count.into());
+        metrics.written.add(frame.sealed_len());
         shared.queue.written(frame, self.size - self.end);
         Ok(())
     }

@@ -1,0 +1,44 @@
+//! The id by which a request is known to its client and in the host's log lines: the client's, if it sent one that can be
+//! shown anywhere, or else a new one.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+
+pub const HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+/// As long as ids of any kind are, and no longer.
+const LONGEST: usize = 128;
+
+/// Makes ids, each once. Those of two processes differ by where they begin, which is random.
+pub struct RequestIds(AtomicU64);
+
+impl Default for RequestIds {
+    fn default() -> Self {
+        Self(AtomicU64::new(RandomState::new().hash_one(())))
+    }
+}
+
+impl RequestIds {
+    pub fn of(&self, headers: &HeaderMap) -> HeaderValue {
+        let mut given = headers.get_all(HEADER).iter();
+        match (given.next(), given.next()) {
+            (Some(id), None) if is_sane(id) => id.clone(),
+            _ => self.next(),
+        }
+    }
+
+    fn next(&self) -> HeaderValue {
+        let id = format!("{:016x}", self.0.fetch_add(1, Ordering::Relaxed));
+        HeaderValue::from_maybe_shared(Bytes::from(id)).unwrap_or_else(|_| HeaderValue::from_static("-"))
+    }
+}
+
+/// Nothing that would need quotes anywhere.
+fn is_sane(id: &HeaderValue) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte);
+    let text = id.to_str().unwrap_or_default();
+    (1..=LONGEST).contains(&text.len()) && text.bytes().all(fits)
+}

@@ -1,0 +1,204 @@
+//! The access log and the ids of requests: what is told of them, how much of it, and what never is.
+
+use std::collections::HashSet;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::access::Tokens;
+use crate::server::{Refused, Server, serve_refused};
+use crate::unruly::guest;
+use crate::wire::{Connection, Response};
+
+const JSON: [&str; 2] = ["--log-format", "json"];
+const LOG: [&str; 2] = ["--access-log", "1000"];
+
+fn ask(server: &Server, method: &str, path: &str, headers: &str, body: &str) -> Response {
+    let mut client = Connection::open(server.address());
+    let length = body.len();
+    client.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{headers}content-length: {length}\r\n\r\n{body}"));
+    client.try_read(method == "HEAD").expect("it is answered")
+}
+
+fn id(response: &Response) -> String {
+    response.header("x-request-id").expect("every answer has an id").to_owned()
+}
+
+/// Lines that are JSON, each of them.
+fn parsed(lines: &[String]) -> Vec<Value> {
+    let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    lines.iter().map(parse).collect()
+}
+
+fn requests(lines: &[String]) -> Vec<Value> {
+    parsed(lines).into_iter().filter(|line| line["message"] == "request").collect()
+}
+
+/// A server that tells all.
+fn start(args: &[&str]) -> Server {
+    Server::start(&[&JSON[..], &LOG, args].concat())
+}
+
+#[test]
+fn a_request_is_a_line_of_json() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "write"]);
+    let server = start(&["--tokens", &tokens.file()]);
+    let bearer = format!("authorization: Bearer {alice}\r\n");
+    let put = ask(&server, "PUT", "/v1/a%20%22b%22?ttl=60", &bearer, "value");
+    let get = ask(&server, "GET", "/v1/a%20%22b%22", &bearer, "");
+    let refused = ask(&server, "DELETE", "/v1/a", "x-request-id: my-own.1\r\n", "");
+    assert_eq!((put.status, get.text(), refused.status), (201, "value", 401));
+    let lines = server.terminate().stderr().to_vec();
+    let told = requests(&lines);
+    let [first, second, third] = &told[..] else { panic!("{told:?}") };
+    for (line, (method, target, status, bytes), response) in
+        [(first, ("PUT", "/v1/a%20%22b%22?ttl=60", 201, 0), &put), (second, ("GET", "/v1/a%20%22b%22", 200, 5), &get)]
+    {
+        assert_eq!((&line["method"], &line["target"]), (&method.into(), &target.into()), "{line}");
+        assert_eq!((&line["status"], &line["bytes"]), (&status.into(), &bytes.into()), "{line}");
+        assert_eq!((&line["principal"], &line["request_id"]), (&"alice".into(), &id(response).into()), "{line}");
+        assert!(line["peer"].as_str().is_some_and(|peer| peer.starts_with("127.0.0.1:")), "{line}");
+        assert!(line["ms"].as_f64().is_some_and(|ms| ms > 0.0 && ms < 60_000.0), "{line}");
+        assert!(line["time"].as_str().is_some_and(|time| time.starts_with("20") && time.ends_with('Z')), "{line}");
+    }
+    assert_eq!((&third["status"], &third["principal"]), (&401.into(), &Value::Null), "{third}");
+    assert_eq!((&third["request_id"], id(&refused).as_str()), (&"my-own.1".into(), "my-own.1"));
+}
+
+#[test]
+fn a_request_is_a_line_for_people() {
+    let server = Server::start(&LOG);
+    let response = ask(&server, "GET", "/v1/a", "", "");
+    let line = server.says("request_id=");
+    let id = format!("request_id=\"{}\"", id(&response));
+    for told in ["INFO", "request", &id, "method=\"GET\"", "target=\"/v1/a\"", "status=404", "bytes=12", " ms="] {
+        assert!(line.contains(told), "{told} is not in {line}");
+    }
+}
+
+#[test]
+fn nobody_asked_for_an_access_log() {
+    let server = Server::start(&[]);
+    ask(&server, "GET", "/v1/a", "", "");
+    let lines = server.terminate().stderr().join("\n");
+    assert!(!lines.contains("/v1/a"), "{lines}");
+}
+
+#[test]
+fn every_answer_has_an_id_that_no_other_has() {
+    let tokens = Tokens::new();
+    let server = Server::start(&["--max-value-bytes", "1KiB"]);
+    tokens.add(&["alice"]);
+    let guarded = Server::start(&["--tokens", &tokens.file()]);
+    let mut ids = HashSet::new();
+    for response in [
+        ask(&server, "PUT", "/v1/a", "", "value"),
+        ask(&server, "GET", "/v1/a", "", ""),
+        ask(&server, "HEAD", "/v1/a", "", ""),
+        ask(&server, "GET", "/v1/a", "if-none-match: *\r\n", ""),
+        ask(&server, "PUT", "/v1/a", "", &"x".repeat(1_025)),
+        ask(&server, "GET", "/nothing", "", ""),
+        ask(&guarded, "GET", "/v1/a", "", ""),
+    ] {
+        let id = id(&response);
+        assert!(id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
+        assert!(ids.insert(id), "{ids:?}");
+    }
+}
+
+#[test]
+fn an_id_is_taken_over_when_it_can_be_shown_anywhere() {
+    let server = Server::start(&[]);
+    let answer = |headers: &str| id(&ask(&server, "GET", "/v1/a", headers, ""));
+    let longest = "x".repeat(128);
+    for good in ["1", "my-own.id_7", "2f1acc6c-9d7a-4b3f-8a52-cd1e3b1f6a10", "Root=1-67:a/b+c", &longest] {
+        assert_eq!(answer(&format!("x-request-id: {good}\r\n")), good);
+    }
+    let too_long = "x".repeat(129);
+    for bad in ["", "a b", "a\"b", "a,b", "a;b", "<b>", "\\", "\u{e9}", "{}", "a\tb", &too_long] {
+        let id = answer(&format!("x-request-id: {bad}\r\n"));
+        assert!(id.len() == 16 && id != bad, "{bad:?} became {id:?}");
+    }
+    assert_eq!(answer("x-request-id: a\r\nx-request-id: b\r\n").len(), 16, "which of two");
+}
+
+#[test]
+fn the_line_of_a_trap_has_the_id() {
+    for (args, quoted) in [(&[][..], "request_id=\"trace-7\""), (&JSON, "\"request_id\":\"trace-7\"")] {
+        let server = Server::start(&[args, &[guest()]].concat());
+        let response = ask(&server, "GET", "/trap", "x-request-id: trace-7\r\n", "");
+        assert_eq!((response.status, id(&response).as_str()), (500, "trace-7"));
+        let line = server.says("the guest trapped");
+        assert!(line.contains(quoted), "{line}");
+        ask(&server, "GET", "/status/9", "x-request-id: trace-8\r\n", "");
+        let line = server.says("invalid response");
+        assert!(line.contains("trace-8"), "{line}");
+    }
+}
+
+#[test]
+fn a_flood_is_sampled_and_what_is_left_out_is_told() {
+    const REQUESTS: u64 = 2_000;
+    let server = Server::start(&[&JSON[..], &["--access-log", "10"]].concat());
+    let begun = Instant::now();
+    let mut client = Connection::open(server.address());
+    for _ in 0..REQUESTS {
+        client.ask("GET", "/v1/a", b"");
+    }
+    let seconds = begun.elapsed().as_secs() + 2;
+    // Told without another request.
+    server.says("requests that the access log left out");
+    let in_all = |lines: &[String]| {
+        let lines = parsed(lines);
+        let left_out: u64 = lines.iter().filter_map(|line| line["left_out"].as_u64()).sum();
+        (lines.iter().filter(|line| line["message"] == "request").count() as u64, left_out)
+    };
+    let all = (0..).map(|_| in_all(&server.stderr())).find(|(told, left_out)| told + left_out >= REQUESTS);
+    let (told, left_out) = all.expect("it goes on for ever");
+    assert_eq!(told + left_out, REQUESTS);
+    assert!((10..=10 * seconds).contains(&told), "{told} lines in {seconds} s");
+}
+
+#[test]
+fn no_secret_is_logged_however_much_is() {
+    let tokens = Tokens::new();
+    let good = tokens.add(&["alice", "--scope", "admin"]);
+    let wrong = format!("kvs_{}", "0123456789abcdef".repeat(4));
+    let secrets = [&good, &wrong, "c2VjcmV0OnBhc3N3b3Jk", "the-secret-value", "the-secret-cookie", "another-value"];
+    for format in ["text", "json"] {
+        let server = Server::start(
+            &[&["--log-filter", "trace", "--log-format", format, "--tokens", &tokens.file()], &LOG[..]].concat(),
+        );
+        let with = |token: &str| format!("authorization: Bearer {token}\r\ncookie: the-secret-cookie\r\n");
+        assert_eq!(ask(&server, "PUT", "/v1/a", &with(&good), "the-secret-value").status, 201);
+        assert_eq!(ask(&server, "GET", "/v1/a", &with(&good), "").status, 200);
+        let transaction = "[{\"op\":\"put\",\"key\":\"b\",\"value\":\"another-value\"}]";
+        assert_eq!(ask(&server, "POST", "/v1", &with(&good), transaction).status, 200);
+        assert_eq!(ask(&server, "GET", "/v1/a", &with(&wrong), "").status, 401);
+        assert_eq!(ask(&server, "GET", "/v1/a", "authorization: Basic c2VjcmV0OnBhc3N3b3Jk\r\n", "").status, 401);
+        // Where none belongs.
+        ask(&server, "GET", &format!("/v1/{good}?token={wrong}"), &with(&good), "");
+        ask(&server, "GET", "/v1/a", &format!("x-request-id: {good}\r\n"), "");
+        let url = server.url("/v1/a");
+        let bearer = format!("authorization: Bearer {good}");
+        let http2 = ["--http2-prior-knowledge", "-H", &bearer, "-H", "cookie: the-secret-cookie", &url];
+        assert_eq!(crate::book::curl(&http2).0, 200);
+        let lines = server.terminate().stderr().join("\n");
+        assert!(lines.contains("/v1/kvs_…?token=kvs_…"), "the path is not told:\n{lines}");
+        for secret in secrets {
+            let told = lines.lines().find(|line| line.contains(secret));
+            assert!(told.is_none(), "{secret} is in: {}", told.unwrap_or_default());
+        }
+    }
+}
+
+#[test]
+fn a_start_that_fails_says_so_in_the_format_asked_for() {
+    let Refused { code, line } = serve_refused(&[&JSON[..], &["--tokens", "/nowhere"]].concat());
+    let told: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    assert_eq!((code, &told["level"]), (1, &"ERROR".into()));
+    assert!(told["message"].as_str().is_some_and(|message| message.contains("/nowhere")), "{line}");
+    serve_refused(&["--log-format", "xml"]).with(2, &["--log-format", "text", "json"]);
+    serve_refused(&["--access-log", "0"]).with(2, &["--access-log"]);
+}

@@ -1,0 +1,148 @@
+//! Attacks that go on, and what honest clients notice of them meanwhile: slowhttptest at the cap of connections, and what
+//! can be done with frames of HTTP/2.
+
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::http2;
+use crate::server::Server;
+use crate::wire::Connection;
+
+/// How long an attack goes on.
+const SECONDS: &str = "10";
+
+/// Asks on a connection of its own each time, as whoever has just come does, until told otherwise. Gives how many were
+/// served, of how many.
+fn honest(server: &Server, from: &str, over: &AtomicBool) -> (usize, usize) {
+    let (mut served, mut asked) = (0, 0);
+    while !over.load(Ordering::Relaxed) {
+        let mut client = Connection::open_from(from, server.address());
+        for _ in 0..10 {
+            let (value, begun) = (asked.to_string(), Instant::now());
+            let path = format!("/v1/{from}");
+            let put = client.try_ask("PUT", &path, value.as_bytes()).is_ok_and(|answer| answer.status == 201);
+            let got = put && client.try_ask("GET", &path, b"").is_ok_and(|answer| answer.body == value.as_bytes());
+            asked += 1;
+            served += usize::from(got && begun.elapsed() < Duration::from_secs(5));
+        }
+    }
+    (served, asked)
+}
+
+#[test]
+fn slow_clients_at_the_cap_of_connections() {
+    let server = Server::start(
+        &[
+            ["--max-connections", "400", "--max-connections-per-address", "300"],
+            ["--header-timeout", "3s", "--idle-timeout", "3s"],
+        ]
+        .concat(),
+    );
+    let large = vec![b'x'; 1 << 20];
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/large", &large).status, 201);
+    let url = server.url("/v1/large");
+    // Slow heads, slow bodies, ranges by the thousand, slow reading. Each has more connections than an address may have.
+    let attacks = [
+        &["-H", "-i", "1"][..],
+        &["-B", "-i", "1", "-s", "8192", "-t", "POST"],
+        &["-R", "-a", "1", "-b", "3000", "-t", "HEAD"],
+        &["-X", "-w", "512", "-y", "1024", "-n", "1", "-z", "32", "-k", "3"],
+    ];
+    let (over, most) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let results: Vec<_> = thread::scope(|scope| {
+        let clients: Vec<_> =
+            ["127.0.0.2", "127.0.0.3"].map(|from| scope.spawn(|| honest(&server, from, &over))).into();
+        let watching = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let open = crate::metrics::Metrics::of(&server).get("kvs_connections") as usize;
+                most.fetch_max(open, Ordering::Relaxed);
+                thread::yield_now();
+            }
+        });
+        let attacks = attacks.map(|attack| {
+            let mut tool = Command::new("slowhttptest");
+            tool.args(attack).args(["-c", "400", "-r", "200", "-l", SECONDS, "-p", "3", "-u", &url]);
+            tool.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            tool.spawn().unwrap_or_else(|error| panic!("slowhttptest cannot be run ({error}): `just test` installs it"))
+        });
+        for mut attack in attacks {
+            attack.wait().expect("it ends");
+        }
+        over.store(true, Ordering::Relaxed);
+        watching.join().expect("it ends");
+        clients.into_iter().map(|client| client.join().expect("it ends")).collect()
+    });
+    let (served, asked) = results.iter().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+    let most = most.into_inner();
+    println!("{served} of {asked} honest requests were served, beside {most} connections");
+    assert!(most >= 300, "the attack came to no more than {most} connections");
+    assert!(asked > 100 && served * 1_000 >= asked * 999, "{served} of {asked} were served");
+}
+
+/// The time within which 99% of an honest client's requests are answered.
+fn p99(server: &Server) -> Duration {
+    let mut client = Connection::open(server.address());
+    let mut times: Vec<_> = (0..2_000)
+        .map(|_| {
+            let begun = Instant::now();
+            client.ask("GET", "/v1/honest", b"");
+            begun.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    times[times.len() * 99 / 100]
+}
+
+/// What an attacker does again and again, each time on a connection of its own.
+type Attack = fn(&Server);
+
+const ATTACKS: [(&str, Attack); 4] = [
+    ("rapid reset", |server| {
+        http2::takes_back(server, 1_000);
+    }),
+    ("a flood of CONTINUATION", |server| {
+        http2::goes_on_with_headers(server, 100);
+    }),
+    ("empty DATA", |server| http2::sends_nothing(server, 1_000)),
+    ("a window of nothing", |server| drop(http2::takes_nothing(server, 50))),
+];
+
+#[test]
+fn frames_meant_to_do_harm() {
+    let server = Server::start(&["--idle-timeout", "1s", "--request-timeout", "1s"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/honest", &[b'x'; 100]).status, 201);
+    assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 100_000]).status, 201);
+    for (name, attack) in ATTACKS {
+        attack(&server);
+        let before = http2::memory(&server);
+        let (mut ratios, mut times) = (Vec::new(), 0);
+        for _ in 0..5 {
+            let alone = p99(&server);
+            let over = AtomicBool::new(false);
+            let attacked = thread::scope(|scope| {
+                let attacker = scope.spawn(|| {
+                    let mut times = 0;
+                    while !over.load(Ordering::Relaxed) {
+                        attack(&server);
+                        times += 1;
+                    }
+                    times
+                });
+                let attacked = p99(&server);
+                over.store(true, Ordering::Relaxed);
+                times += attacker.join().expect("it ends");
+                attacked
+            });
+            ratios.push(attacked.as_secs_f64() / alone.as_secs_f64());
+        }
+        ratios.sort_unstable_by(f64::total_cmp);
+        let grown = http2::memory(&server).saturating_sub(before);
+        println!("{name}: {times} times, p99 is {ratios:.2?} of what it is alone, memory grew by {grown} KiB");
+        assert!(grown < 32 << 10, "{name}: memory grew by {grown} KiB");
+        // Attacker, clients and server share this machine with whatever else runs: what is measured undisturbed counts.
+        assert!(ratios[0] < 2.0, "{name}: p99 is {ratios:.2?} of what it is alone");
+    }
+}
