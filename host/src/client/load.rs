@@ -206,7 +206,10 @@ impl Load<'_> {
                 let mut hash = DefaultHasher::new();
                 put.key.hash(&mut hash);
                 let worker = &workers[hash.finish() as usize % workers.len()];
-                worker.send(Job { line: source.mark.line, put }).map_err(|_| anyhow!("a request ended half-way"))?;
+                if worker.send(Job { line: source.mark.line, put }).is_err() {
+                    // It stopped because of another one, whose answer tells why.
+                    return Ok(());
+                }
             }
             while let Some(answer) = if self.is_far_ahead() { answers.recv().ok() } else { answers.try_recv().ok() } {
                 self.answered(answer, source)?;

@@ -62,7 +62,8 @@ pub struct Patience {
     /// Since when it does what it does.
     state: State,
     since: Instant,
-    ending: bool,
+    /// Since when it was told to end.
+    ending: Option<Instant>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,7 +83,7 @@ impl Patience {
     pub fn new(activity: Arc<Activity>, http2: bool, limits: &Limits) -> Self {
         let (header_timeout, idle_timeout) = (limits.header_timeout, limits.idle_timeout);
         let (state, since) = (State::Asking { ended: 0 }, Instant::now());
-        Self { activity, http2, header_timeout, idle_timeout, state, since, ending: false }
+        Self { activity, http2, header_timeout, idle_timeout, state, since, ending: None }
     }
 
     /// When to look again.
@@ -93,24 +94,25 @@ impl Patience {
     pub fn look(&mut self) -> Verdict {
         let state = self.now();
         if state != self.state {
-            (self.state, self.since, self.ending) = (state, Instant::now(), false);
+            (self.state, self.since, self.ending) = (state, Instant::now(), None);
         }
         let (timeout, limit) = match state {
             State::Busy => return Verdict::GoOn,
             State::Asking { .. } => (self.header_timeout, Limit::HeaderTimeout),
             State::Idle { .. } => (self.idle_timeout, Limit::IdleTimeout),
         };
-        let waited = self.since.elapsed();
+        let is_over = self.since.elapsed() >= timeout;
         // To half a head of HTTP/1.1 there is nothing to say.
         let at_once = !self.http2 && matches!(state, State::Asking { .. });
-        if waited >= 2 * timeout || (at_once && waited >= timeout) {
-            return Verdict::CutOff(limit);
+        match self.ending {
+            None if is_over && at_once => Verdict::CutOff(limit),
+            None if is_over => {
+                self.ending = Some(Instant::now());
+                Verdict::End
+            }
+            Some(told) if told.elapsed() >= timeout => Verdict::CutOff(limit),
+            None | Some(_) => Verdict::GoOn,
         }
-        if waited < timeout || self.ending {
-            return Verdict::GoOn;
-        }
-        self.ending = true;
-        Verdict::End
     }
 
     fn now(&self) -> State {
