@@ -226,6 +226,24 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
     server.terminate();
 }
 
+#[test]
+fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
+    let server = Server::start(&["--guest-config", "fault=describe-loops-aloud", "--guest-call-timeout", "2s"]);
+    let mut client = Connection::open(server.address());
+    put(&mut client, "/v1/a", "value");
+    thread::scope(|scope| {
+        let swapping = scope.spawn(|| swap(&server, &component(guest())));
+        server.says("going round in circles");
+        put(&mut client, "/v1/b", "meanwhile");
+        assert_eq!(get(&mut client, "/v1/a").text(), "value");
+        let answer = swapping.join().expect("the swap is answered");
+        assert_eq!(answer.status, 422);
+        assert!(answer.text().contains("longer than 2s"), "{}", answer.text());
+    });
+    assert_no_trace(&server);
+    server.terminate();
+}
+
 /// The one that serves can be beyond help: it traps, and traps again on what it had stored itself.
 #[test]
 fn a_guest_that_cannot_be_rebuilt_is_replaced() {

@@ -83,6 +83,8 @@ fn damaged_options() -> Options {
 }
 
 fn bytes(disk: &FakeDisk) -> usize {
+    // A copy holds still while the log goes on renaming.
+    let disk = disk.copy();
     disk.names().iter().map(|name| disk.bytes(name).len()).sum()
 }
 
