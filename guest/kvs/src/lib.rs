@@ -69,6 +69,46 @@ impl answer::Host for Imports {
 /// What the host instantiates.
 pub struct Component;
 
+/// For a guest that answers some requests in its own way and is the default store otherwise: what its `lifecycle` has beside
+/// `describe`.
+#[macro_export]
+macro_rules! default_lifecycle {
+    () => {
+        fn apply(entries: Vec<$crate::kvs::store::transaction_log::Entry>) {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(entries);
+        }
+
+        fn tick(now: u64) -> bool {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::tick(now)
+        }
+
+        fn stats() -> $crate::exports::kvs::store::lifecycle::Statistics {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::stats()
+        }
+    };
+}
+
+/// For the same guests: all of `sharding`.
+#[macro_export]
+macro_rules! default_sharding {
+    () => {
+        fn place(method: String, target: String) -> $crate::exports::kvs::store::sharding::Placement {
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::place(method, target)
+        }
+
+        fn keys(body: Vec<u8>) -> Vec<String> {
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::keys(body)
+        }
+
+        fn merge(
+            request: $crate::kvs::store::http::Request,
+            responses: Vec<$crate::kvs::store::http::Response>,
+        ) -> $crate::kvs::store::http::Response {
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::merge(request, responses)
+        }
+    };
+}
+
 impl lifecycle::Guest for Component {
     fn describe() -> Description {
         Description {

@@ -9,11 +9,10 @@ use std::cell::OnceCell;
 
 use jsonschema::Validator;
 use kvs_guest::answer::{Host, line};
-use kvs_guest::exports::kvs::store::lifecycle::{Description, Statistics};
-use kvs_guest::exports::kvs::store::sharding::Placement;
+use kvs_guest::exports::kvs::store::lifecycle::Description;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::kvs::store::http::{Request, Response};
-use kvs_guest::kvs::store::transaction_log::{AppendError, Entry, Event};
+use kvs_guest::kvs::store::transaction_log::{AppendError, Event};
 use kvs_guest::wasi::config::store as config;
 use kvs_guest::{Imports, rest};
 use serde_json::Value;
@@ -110,31 +109,11 @@ impl lifecycle::Guest for Component {
         Description { name: "schema".to_owned(), ..Default::describe() }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        Default::apply(entries);
-    }
-
-    fn tick(now: u64) -> bool {
-        Default::tick(now)
-    }
-
-    fn stats() -> Statistics {
-        Default::stats()
-    }
+    kvs_guest::default_lifecycle!();
 }
 
 impl sharding::Guest for Component {
-    fn place(method: String, target: String) -> Placement {
-        Default::place(method, target)
-    }
-
-    fn keys(body: Vec<u8>) -> Vec<String> {
-        Default::keys(body)
-    }
-
-    fn merge(request: Request, responses: Vec<Response>) -> Response {
-        Default::merge(request, responses)
-    }
+    kvs_guest::default_sharding!();
 }
 
 // The names under which a component exports its calls are none that a native linker takes.

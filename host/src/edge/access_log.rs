@@ -3,13 +3,14 @@
 //!
 //! Owns: what is told of a request. Never a body or a header but its id.
 
+use std::mem;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use hyper::{Method, StatusCode, Uri};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -21,8 +22,9 @@ pub struct AccessLog {
     second: Mutex<Second>,
 }
 
+/// The second under way; [`AccessLog::keep`] ends it.
+#[derive(Default)]
 struct Second {
-    begun: Instant,
     told: usize,
     left_out: usize,
 }
@@ -43,11 +45,11 @@ pub struct Line<'l> {
 impl AccessLog {
     /// Tells of at most so many requests a second.
     pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, second: Mutex::new(Second { begun: Instant::now(), told: 0, left_out: 0 }) })
+        Arc::new(Self { most, second: Mutex::default() })
     }
 
     pub fn tell(&self, line: &Line<'_>) {
-        if !self.has_room(Instant::now()) {
+        if !self.has_room() {
             return;
         }
         let target = target(line.uri);
@@ -57,11 +59,8 @@ impl AccessLog {
         info!(request_id, %peer, principal, method, target, status, bytes, ms, "request");
     }
 
-    fn has_room(&self, now: Instant) -> bool {
+    fn has_room(&self) -> bool {
         let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        if now >= second.begun + SECOND {
-            second.end(now);
-        }
         let room = second.told < self.most;
         if room {
             second.told += 1;
@@ -71,23 +70,17 @@ impl AccessLog {
         room
     }
 
-    /// Tells what was left out when no request comes that would, to the end of the process.
+    /// Tells what was left out in each second, to the end of the process.
     pub async fn keep(self: Arc<Self>) {
         let mut interval = interval(SECOND);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let now = interval.tick().await;
-            self.second.lock().unwrap_or_else(PoisonError::into_inner).end(now);
+            interval.tick().await;
+            let Second { left_out, .. } = mem::take(&mut *self.second.lock().unwrap_or_else(PoisonError::into_inner));
+            if left_out > 0 {
+                warn!(left_out, "requests that the access log left out");
+            }
         }
-    }
-}
-
-impl Second {
-    fn end(&mut self, now: Instant) {
-        if self.left_out > 0 {
-            warn!(left_out = self.left_out, "requests that the access log left out");
-        }
-        *self = Self { begun: now, told: 0, left_out: 0 };
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Stands in front of a log: what is appended goes to it, and, while somebody watches, stays here until it is durable and
 //! then goes to whoever watches its key. What happened before somebody began to watch is read from the log. So a write
-//! costs nothing more while nobody watches, and a watcher of other keys costs it nothing at all.
+//! costs nothing more while nobody watches. While anybody does it costs a copy, whatever its key, and then as much as its
+//! watchers are many.
 //!
 //! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 

@@ -1,11 +1,9 @@
 //! The default store, but that `/trap/v1/{key}` does what `/v1/{key}` does and traps then: its clients do not learn what
 //! became of what they asked.
 
-use kvs_guest::exports::kvs::store::lifecycle::{Description, Statistics};
-use kvs_guest::exports::kvs::store::sharding::Placement;
+use kvs_guest::exports::kvs::store::lifecycle::Description;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::kvs::store::http::{Request, Response};
-use kvs_guest::kvs::store::transaction_log::Entry;
 
 type Default = kvs_guest::Component;
 
@@ -26,31 +24,11 @@ impl lifecycle::Guest for Component {
         Description { name: "brittle".to_owned(), ..Default::describe() }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        Default::apply(entries);
-    }
-
-    fn tick(now: u64) -> bool {
-        Default::tick(now)
-    }
-
-    fn stats() -> Statistics {
-        Default::stats()
-    }
+    kvs_guest::default_lifecycle!();
 }
 
 impl sharding::Guest for Component {
-    fn place(method: String, target: String) -> Placement {
-        Default::place(method, target)
-    }
-
-    fn keys(body: Vec<u8>) -> Vec<String> {
-        Default::keys(body)
-    }
-
-    fn merge(request: Request, responses: Vec<Response>) -> Response {
-        Default::merge(request, responses)
-    }
+    kvs_guest::default_sharding!();
 }
 
 // The names under which a component exports its calls are none that a native linker takes.
