@@ -1,8 +1,13 @@
--- Nine GETs to a PUT, of 100 bytes, at random keys of a million that are all there.
+-- Nine GETs to a PUT, of 100 bytes, at random keys of so many that are all there.
 local value = string.rep("x", 100)
+local keys
+
+function init(args)
+  keys = tonumber(args[1])
+end
 
 function request()
-  local path = "/v1/key-" .. math.random(0, 999999)
+  local path = "/v1/key-" .. math.random(0, keys - 1)
   if math.random(10) == 1 then
     return wrk.format("PUT", path, nil, value)
   end

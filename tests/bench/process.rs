@@ -74,17 +74,23 @@ impl Server {
 
     /// Requests from so many connections for a time. The script is one of those beside this file.
     pub fn load(&self, script: &str, connections: u32, time: Duration) -> Result<Load> {
-        self.load_telling(script, connections, time).map(|(load, _)| load)
+        self.load_telling(script, &[], connections, time).map(|(load, _)| load)
     }
 
-    /// As `load`; also gives what else the script tells in the end.
-    pub fn load_telling(&self, script: &str, connections: u32, time: Duration) -> Result<(Load, String)> {
+    /// As `load`, with arguments for the script; also gives what else it tells in the end.
+    pub fn load_telling(
+        &self,
+        script: &str,
+        args: &[String],
+        connections: u32,
+        time: Duration,
+    ) -> Result<(Load, String)> {
         let script = format!("{}/tests/bench/{script}.lua", env!("CARGO_MANIFEST_DIR"));
         let before = self.cpu_seconds()?;
         let mut wrk = Command::new("wrk");
         wrk.args(["--threads", "1", "--connections", &connections.to_string()]);
         wrk.args(["--duration", &format!("{}s", time.as_secs()), "--script", &script]);
-        let output = wrk.arg(format!("http://{}", self.address)).output();
+        let output = wrk.arg(format!("http://{}", self.address)).arg("--").args(args).output();
         let output = output.context("wrk does not start; `just bench` installs it")?;
         let cpu = self.cpu_seconds()? - before;
         // The script ends with one line: requests, microseconds, failures.

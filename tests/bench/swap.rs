@@ -14,6 +14,8 @@ use crate::replay;
 const KEYS: u64 = 1_000_000;
 const CONNECTIONS: u32 = 64;
 const TIME: Duration = Duration::from_secs(60);
+const FEW_KEYS: u64 = 1_000;
+const FEW_TIME: Duration = Duration::from_secs(240);
 /// Clients beside the load that check what they read.
 const CHECKING: usize = 4;
 /// Upper ends of the classes that pauses are counted in, in milliseconds.
@@ -25,9 +27,11 @@ struct Swap {
     pause: f64,
 }
 
+/// Under full load, and all the keys there are: what clients see of it.
+/// Many more of few keys, which takes no time: how long the rarest of the pauses are. What a pause waits for (the last
+/// entries before the switch) does not depend on what was replayed before.
 pub fn run(data: &Path) -> Result<()> {
-    replay::write(data, KEYS, |number| format!("key-{number}"))?;
-    let server = Server::kvs("kvs", data, &["--probation", "200ms"])?;
+    let server = server(&data.join("many"), KEYS, &[])?;
     println!("\nSwaps: {KEYS} keys, {CONNECTIONS} connections, 9 GETs to a PUT, {} s each\n", TIME.as_secs());
     println!("| | requests/s | half of them within | 99% | 99.9% | all |");
     println!("|---|---:|---:|---:|---:|---:|");
@@ -37,12 +41,78 @@ pub fn run(data: &Path) -> Result<()> {
         println!("| {name} | {:.0} | {} |", load.per_second, milliseconds.collect::<Result<Vec<_>>>()?.join(" | "));
         Ok::<_, anyhow::Error>(())
     };
-    row("without swaps", server.load_telling("mixed", CONNECTIONS, TIME)?)?;
+    row("without swaps", mixed(&server, KEYS, TIME)?)?;
+    let many = under_load(&server, KEYS, TIME)?;
+    drop(server);
+    row(&format!("with {} swaps, one after the other", many.swaps.len()), many.load)?;
+    println!(
+        "\nRequests were held for {:.2} ms (median; at most {:.2} ms); a replay took {:.1} s; no request failed.",
+        median(pauses(&many.swaps)),
+        pauses(&many.swaps).fold(0.0, f64::max),
+        median(many.swaps.iter().map(|swap| swap.replay)),
+    );
+    println!(
+        "{} reads of clients' own last writes, none stale; the slowest pair of a write and a read took {:.1} ms.\n",
+        many.checked.iter().map(|checked| checked.reads).sum::<u64>(),
+        1e3 * many.checked.iter().map(|checked| checked.slowest.as_secs_f64()).fold(0.0, f64::max),
+    );
+
+    let server = self::server(&data.join("few"), FEW_KEYS, &["--segment-bytes", "4MiB"])?;
+    let few = under_load(&server, FEW_KEYS, FEW_TIME)?;
+    let mut sorted: Vec<_> = pauses(&few.swaps).collect();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
+    println!(
+        "The same with {FEW_KEYS} keys for {} s, {} swaps: requests were held for",
+        FEW_TIME.as_secs(),
+        sorted.len()
+    );
+    println!(
+        "{:.2} ms (median), {:.2} ms (99%), {:.2} ms (99.9%), {:.2} ms (all)\n",
+        at(0.5),
+        at(0.99),
+        at(0.999),
+        at(1.0)
+    );
+    println!("| requests held, at most | swaps of {KEYS} keys | of {FEW_KEYS} |");
+    println!("|---:|---:|---:|");
+    let mut least = 0.0;
+    for most in CLASSES.into_iter().chain([f64::INFINITY]) {
+        let count = |swaps| pauses(swaps).filter(|pause| (least..most).contains(pause)).count();
+        println!("| {most} ms | {} | {} |", count(&many.swaps), count(&few.swaps));
+        least = most;
+    }
+    Ok(())
+}
+
+/// A server of so many keys, that lets a guest off its probation soon.
+fn server(data: &Path, keys: u64, flags: &[&str]) -> Result<Server> {
+    replay::write(data, keys, |number| format!("key-{number}"))?;
+    Server::kvs("kvs", data, &[&["--probation", "10ms"], flags].concat())
+}
+
+fn mixed(server: &Server, keys: u64, time: Duration) -> Result<(Load, String)> {
+    server.load_telling("mixed", &[keys.to_string()], CONNECTIONS, time)
+}
+
+/// In milliseconds.
+fn pauses(swaps: &[Swap]) -> impl Iterator<Item = f64> {
+    swaps.iter().map(|swap| 1e3 * swap.pause)
+}
+
+/// Swaps one after the other, and what was seen meanwhile.
+struct Seen {
+    load: (Load, String),
+    swaps: Vec<Swap>,
+    checked: Vec<Checked>,
+}
+
+fn under_load(server: &Server, keys: u64, time: Duration) -> Result<Seen> {
     let over = AtomicBool::new(false);
-    let (loaded, swaps, checked) = thread::scope(|scope| {
-        let (server, over) = (&server, &over);
+    thread::scope(|scope| {
+        let over = &over;
         let checking: Vec<_> = (0..CHECKING).map(|client| scope.spawn(move || check(server, client, over))).collect();
-        let load = scope.spawn(|| server.load_telling("mixed", CONNECTIONS, TIME));
+        let load = scope.spawn(|| mixed(server, keys, time));
         let mut swaps = Vec::new();
         let swapped = loop {
             if load.is_finished() {
@@ -57,30 +127,8 @@ pub fn run(data: &Path) -> Result<()> {
         let checked = checking.into_iter().map(|client| client.join().expect("a client does not panic"));
         let checked: Vec<Checked> = checked.collect::<Result<_>>()?;
         swapped?;
-        Ok::<_, anyhow::Error>((load.join().expect("the load does not panic")?, swaps, checked))
-    })?;
-    row(&format!("with {} swaps, one after the other", swaps.len()), loaded)?;
-    let pauses = || swaps.iter().map(|swap| 1e3 * swap.pause);
-    println!(
-        "\nRequests were held for {:.2} ms (median; at most {:.2} ms); a replay took {:.1} s; no request failed.",
-        median(pauses()),
-        pauses().fold(0.0, f64::max),
-        median(swaps.iter().map(|swap| swap.replay)),
-    );
-    println!(
-        "{} reads of clients' own last writes, none stale; the slowest pair of a write and a read took {:.1} ms.\n",
-        checked.iter().map(|checked| checked.reads).sum::<u64>(),
-        1e3 * checked.iter().map(|checked| checked.slowest.as_secs_f64()).fold(0.0, f64::max),
-    );
-    println!("| requests held, at most | swaps |");
-    println!("|---:|---:|");
-    let mut least = 0.0;
-    for most in CLASSES.into_iter().chain([f64::INFINITY]) {
-        let count = pauses().filter(|pause| (least..most).contains(pause)).count();
-        println!("| {most} ms | {count} |");
-        least = most;
-    }
-    Ok(())
+        Ok(Seen { load: load.join().expect("the load does not panic")?, swaps, checked })
+    })
 }
 
 /// What a client saw that reads what it has just written.
@@ -120,7 +168,7 @@ fn swap(server: &Server, copy: bool) -> Result<Swap> {
         ureq::delete(&url).call()?
     };
     let report: Value = serde_json::from_str(&response.body_mut().read_to_string()?)?;
-    ensure!(report["entries"].as_u64() >= Some(KEYS), "{report}");
+    ensure!(report["entries"].as_u64() >= Some(FEW_KEYS), "{report}");
     let seconds = |name: &str| report[name].as_f64().with_context(|| format!("no {name} in {report}"));
     Ok(Swap { replay: seconds("seconds")?, pause: seconds("pause_seconds")? })
 }

@@ -36,6 +36,11 @@ impl Item {
         Self(bytes.into())
     }
 
+    /// Whether it is none: what `default` gives.
+    pub fn is_none(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Of the entry that put it.
     pub fn sequence(&self) -> u64 {
         u64::from_le_bytes(array(&self.0))

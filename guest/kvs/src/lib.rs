@@ -121,7 +121,7 @@ impl lifecycle::Guest for Component {
     fn apply(entries: Vec<Entry>) {
         STORE.with_borrow_mut(|store| {
             for entry in entries {
-                store.apply(entry.sequence, &entry.event);
+                store.replay(entry.sequence, &entry.event);
             }
         });
     }
@@ -131,7 +131,11 @@ impl lifecycle::Guest for Component {
     }
 
     fn stats() -> Statistics {
-        STORE.with_borrow(|store| Statistics { keys: store.keys(), bytes: store.bytes() })
+        STORE.with_borrow_mut(|store| {
+            // The host asks when a replay is over, and before the guest serves.
+            store.settle();
+            Statistics { keys: store.keys(), bytes: store.bytes() }
+        })
     }
 }
 

@@ -67,7 +67,8 @@ struct Entry {
 }
 
 /// GET, and HEAD: the host drops the body.
-pub fn get(store: &Store, query: &str, now: u64) -> Response {
+pub fn get(store: &mut Store, query: &str, now: u64) -> Response {
+    let store = store.in_order();
     match asked(query) {
         Ok(asked) => json(&page(&asked, now, |from| store.range(from))),
         Err(bad) => line(400, &bad.to_string()),
@@ -252,7 +253,7 @@ mod tests {
     }
 
     /// All pages of a list, by their cursors.
-    fn pages(store: &Store, query: &str) -> Vec<Page> {
+    fn pages(store: &mut Store, query: &str) -> Vec<Page> {
         let mut pages = vec![read(&get(store, query, NOW))];
         while let Some(cursor) = &pages[pages.len() - 1].cursor {
             pages.push(read(&get(store, &format!("{query}&cursor={cursor}"), NOW)));
@@ -265,13 +266,13 @@ mod tests {
         let mut store = store_of(["b", "ä", "a/", "a", "Z", "a b"]);
         store.apply(7, &put("z", b"\xff", Some(NOW + 1)));
         store.apply(8, &put("gone", b"", Some(NOW)));
-        let response = get(&store, "", NOW);
+        let response = get(&mut store, "", NOW);
         let expected = r#"{"keys":[{"name":"Z","etag":"\"5\"","size":5},{"name":"a","etag":"\"4\"","size":5},{"name":"a b","etag":"\"6\"","size":5},{"name":"a/","etag":"\"3\"","size":5},{"name":"b","etag":"\"1\"","size":5},{"name":"z","etag":"\"7\"","size":1,"expires":1001},{"name":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
         assert_eq!(String::from_utf8_lossy(&response.body), expected);
         assert_eq!(response.depends_on, None);
-        assert_eq!(rows(&read(&get(&store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);
-        assert_eq!(rows(&read(&get(&store, "prefix=a+", NOW))).0, ["a b"]);
-        assert_eq!(rows(&read(&get(&store, "prefix=nothing", NOW))).0, [""; 0]);
+        assert_eq!(rows(&read(&get(&mut store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);
+        assert_eq!(rows(&read(&get(&mut store, "prefix=a+", NOW))).0, ["a b"]);
+        assert_eq!(rows(&read(&get(&mut store, "prefix=nothing", NOW))).0, [""; 0]);
     }
 
     #[test]
@@ -281,40 +282,40 @@ mod tests {
         let metadata = vec![("content-type".to_owned(), "a/b".to_owned())];
         let text = Put { key: "text".to_owned(), value: b"value".into(), metadata, expires: None };
         store.apply(2, &Event::Put(text));
-        let page = read(&get(&store, "values=true", NOW));
+        let page = read(&get(&mut store, "values=true", NOW));
         assert_eq!(page.keys[0].value_base64.as_deref(), Some("/w=="));
         assert_eq!((page.keys[1].value.as_deref(), page.keys[1].content_type.as_deref()), (Some("value"), Some("a/b")));
-        let page = read(&get(&store, "values=false", NOW));
+        let page = read(&get(&mut store, "values=false", NOW));
         assert!(page.keys.iter().all(|entry| entry.value.is_none() && entry.content_type.is_none()));
     }
 
     #[test]
     fn a_page_ends_at_its_limit_its_bytes_and_its_steps() {
-        let store = store_of((0..2_500).map(|n| format!("{n:04}")));
+        let mut store = store_of((0..2_500).map(|n| format!("{n:04}")));
         let lengths = |pages: Vec<Page>| pages.iter().map(|page| page.keys.len()).collect::<Vec<_>>();
-        assert_eq!(lengths(pages(&store, "")), [1_000, 1_000, 500]);
-        assert_eq!(lengths(pages(&store, "limit=1000&prefix=1")), [1_000]);
-        assert_eq!(lengths(pages(&store, "limit=999&prefix=1")), [999, 1]);
+        assert_eq!(lengths(pages(&mut store, "")), [1_000, 1_000, 500]);
+        assert_eq!(lengths(pages(&mut store, "limit=1000&prefix=1")), [1_000]);
+        assert_eq!(lengths(pages(&mut store, "limit=999&prefix=1")), [999, 1]);
 
         let mut store = Store::default();
         (1..=5).for_each(|n| store.apply(n, &put(&format!("{n}"), &[b'x'; 600_000], None)));
-        assert_eq!(lengths(pages(&store, "values=true")), [2, 2, 1]);
-        assert_eq!(lengths(pages(&store, "")), [5]);
+        assert_eq!(lengths(pages(&mut store, "values=true")), [2, 2, 1]);
+        assert_eq!(lengths(pages(&mut store, "")), [5]);
 
         let mut store = store_of(["a", "z"]);
         (3..25_003).for_each(|n| store.apply(n, &put(&format!("b{n}"), b"", Some(NOW))));
-        assert_eq!(lengths(pages(&store, "")), [1, 0, 1]);
+        assert_eq!(lengths(pages(&mut store, "")), [1, 0, 1]);
     }
 
     #[test]
     fn a_page_costs_the_same_however_many_keys_there_are() {
         let page = |count: usize| {
-            let store = store_of((0..count).map(|n| format!("{n:07}")));
+            let mut store = store_of((0..count).map(|n| format!("{n:07}")));
             let query = format!("cursor={}", cursor(format!("{:07}", count - 1_000).as_bytes()));
             let mut times: Vec<_> = (0..101)
                 .map(|_| {
                     let begun = Instant::now();
-                    assert_eq!(read(&get(&store, &query, NOW)).keys.len(), 1_000);
+                    assert_eq!(read(&get(&mut store, &query, NOW)).keys.len(), 1_000);
                     begun.elapsed()
                 })
                 .collect();
@@ -329,14 +330,14 @@ mod tests {
 
     #[test]
     fn a_delimiter_groups_what_begins_alike() {
-        let store = store_of(["a", "a/1", "a/2", "a/b/3", "b/", "c/1", "c0", "d"]);
-        let page = read(&get(&store, "delimiter=/", NOW));
+        let mut store = store_of(["a", "a/1", "a/2", "a/b/3", "b/", "c/1", "c0", "d"]);
+        let page = read(&get(&mut store, "delimiter=/", NOW));
         assert_eq!(rows(&page), (vec!["a", "c0", "d"], vec!["a/", "b/", "c/"]));
-        let page = read(&get(&store, "delimiter=/&prefix=a/", NOW));
+        let page = read(&get(&mut store, "delimiter=/&prefix=a/", NOW));
         assert_eq!(rows(&page), (vec!["a/1", "a/2"], vec!["a/b/"]));
-        let page = read(&get(&store, "delimiter=/1&prefix=a", NOW));
+        let page = read(&get(&mut store, "delimiter=/1&prefix=a", NOW));
         assert_eq!(rows(&page), (vec!["a", "a/2", "a/b/3"], vec!["a/1"]));
-        let pages = pages(&store, "delimiter=/&limit=2");
+        let pages = pages(&mut store, "delimiter=/&limit=2");
         let rows: Vec<_> = pages.iter().map(rows).collect();
         assert_eq!(rows, [(vec!["a"], vec!["a/"]), (vec![], vec!["b/", "c/"]), (vec!["c0", "d"], vec![])]);
     }
@@ -344,13 +345,13 @@ mod tests {
     #[test]
     fn a_cursor_goes_on_where_it_was_while_keys_change() {
         let mut store = store_of(["a", "b", "c", "d"]);
-        let page = read(&get(&store, "limit=2", NOW));
+        let page = read(&get(&mut store, "limit=2", NOW));
         store.apply(5, &Event::Delete("b".to_owned()));
         store.apply(6, &put("aa", b"", None));
         store.apply(7, &put("bb", b"", None));
         let cursor = page.cursor.expect("there is more");
-        assert_eq!(rows(&read(&get(&store, &format!("cursor={cursor}"), NOW))).0, ["bb", "c", "d"]);
-        assert_eq!(rows(&read(&get(&store, &format!("prefix=d&cursor={cursor}"), NOW))).0, ["d"]);
+        assert_eq!(rows(&read(&get(&mut store, &format!("cursor={cursor}"), NOW))).0, ["bb", "c", "d"]);
+        assert_eq!(rows(&read(&get(&mut store, &format!("prefix=d&cursor={cursor}"), NOW))).0, ["d"]);
     }
 
     #[test]
@@ -369,14 +370,15 @@ mod tests {
             ("prefix=%ff", "query parameter `prefix` is not valid UTF-8\n"),
             ("Prefix=a", "unknown query parameter `Prefix`\n"),
         ] {
-            let response = get(&Store::default(), query, NOW);
+            let response = get(&mut Store::default(), query, NOW);
             assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, told), "{query}");
         }
     }
 
     #[test]
     fn a_page_costs_what_it_holds_whatever_else_there_is() {
-        let looked_at = |store: &Store, query: &str| {
+        let looked_at = |store: &mut Store, query: &str| {
+            let store = store.in_order();
             let (seeks, items) = (Cell::new(0), Cell::new(0));
             let page = page(&asked(query).expect("well-formed"), NOW, |from| {
                 seeks.set(seeks.get() + 1);
@@ -387,10 +389,10 @@ mod tests {
         };
         // How many steps one seek takes is shown in `order`.
         for count in [1_000, 1_000_000] {
-            let store = store_of((0..count).map(|n| format!("{:02}/{n}", n % 10)));
-            assert_eq!(looked_at(&store, "limit=10"), (1, 11));
-            assert_eq!(looked_at(&store, "prefix=05/&limit=10"), (1, 11));
-            assert_eq!(looked_at(&store, "delimiter=/"), (11, 10));
+            let mut store = store_of((0..count).map(|n| format!("{:02}/{n}", n % 10)));
+            assert_eq!(looked_at(&mut store, "limit=10"), (1, 11));
+            assert_eq!(looked_at(&mut store, "prefix=05/&limit=10"), (1, 11));
+            assert_eq!(looked_at(&mut store, "delimiter=/"), (11, 10));
         }
     }
 
@@ -402,9 +404,9 @@ mod tests {
         /// Whatever the limit, the pages together are what the model has.
         #[test]
         fn pages_are_the_list(keys in keys(), prefix in "[ab/]{0,2}", limit in 1..7_usize, grouped: bool) {
-            let store = store_of(&keys);
+            let mut store = store_of(&keys);
             let query = format!("prefix={prefix}&limit={limit}{}", if grouped { "&delimiter=/" } else { "" });
-            let pages = pages(&store, &query);
+            let pages = pages(&mut store, &query);
             let mut expected = BTreeSet::new();
             for key in keys.iter().filter(|key| key.starts_with(&prefix)) {
                 let group = key[prefix.len()..].find('/').filter(|_| grouped);
@@ -422,14 +424,14 @@ mod tests {
         /// Several instances, merged, answer as one that has it all.
         #[test]
         fn merged_pages_are_the_page_of_all(keys in keys(), parts in 1..4_usize, limit in 1..7_usize, grouped: bool) {
-            let whole = store_of(&keys);
+            let mut whole = store_of(&keys);
             let part = |part| keys.iter().enumerate().filter(move |(n, _)| n % parts == part).map(|(_, key)| key);
-            let stores: Vec<_> = (0..parts).map(|n| store_of(part(n))).collect();
+            let mut stores: Vec<_> = (0..parts).map(|n| store_of(part(n))).collect();
             let mut query = format!("limit={limit}{}", if grouped { "&delimiter=/" } else { "" });
             loop {
                 let (one, many) = (
-                    read(&get(&whole, &query, NOW)),
-                    read(&merge(&query, stores.iter().map(|store| get(store, &query, NOW)).collect())),
+                    read(&get(&mut whole, &query, NOW)),
+                    read(&merge(&query, stores.iter_mut().map(|store| get(store, &query, NOW)).collect())),
                 );
                 prop_assert_eq!(rows(&one), rows(&many));
                 prop_assert_eq!((one.list_complete, &one.cursor), (many.list_complete, &many.cursor));
@@ -442,6 +444,6 @@ mod tests {
     #[test]
     fn a_page_that_one_instance_refuses_is_refused() {
         let refusal = line(503, "not now");
-        assert_eq!(merge("", vec![get(&Store::default(), "", NOW), refusal.clone()]), refusal);
+        assert_eq!(merge("", vec![get(&mut Store::default(), "", NOW), refusal.clone()]), refusal);
     }
 }

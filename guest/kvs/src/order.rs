@@ -6,6 +6,7 @@
 //! where keys are kept.
 
 use std::cmp::Ordering;
+use std::mem;
 
 /// Numbers in a chunk, at most. A chunk that would be larger is cut in two.
 const MOST: usize = 512;
@@ -65,6 +66,40 @@ impl Order {
         self.chunks[chunk].insert(index, number, &key);
     }
 
+    /// Puts in many numbers whose keys are not there yet, for far less than one by one.
+    pub fn insert_all<'k>(&mut self, numbers: Vec<u32>, key: impl Fn(u32) -> &'k [u8]) {
+        if numbers.len() < self.chunks.len() {
+            return numbers.into_iter().for_each(|number| self.insert(number, &key));
+        }
+        let sorted = sorted(numbers, &key);
+        let mut rest = &sorted[..];
+        let mut chunks = mem::take(&mut self.chunks).into_iter().peekable();
+        if chunks.peek().is_none() {
+            return self.cut(sorted.into_iter().map(|number| Member { hint: 0, number }).collect(), &key);
+        }
+        while let Some(mut chunk) = chunks.next() {
+            let next = chunks.peek().map(|next| key(next.members[0].number));
+            let before = rest.iter().take_while(|number| next.is_none_or(|next| key(**number) < next)).count();
+            let run = rest.split_off(..before).unwrap_or_default();
+            chunk.merge(run, &key);
+            if chunk.members.len() > MOST {
+                self.cut(chunk.members, &key);
+            } else {
+                self.chunks.push(chunk);
+            }
+        }
+    }
+
+    /// Appends members in order as chunks of about the same size.
+    fn cut<'k>(&mut self, members: Vec<Member>, key: impl Fn(u32) -> &'k [u8]) {
+        let size = members.len().div_ceil(members.len().div_ceil(MOST).max(1)).max(1);
+        self.chunks.extend(members.chunks(size).map(|piece| {
+            let mut members = Vec::with_capacity(MOST);
+            members.extend_from_slice(piece);
+            Chunk::new(members, &key)
+        }));
+    }
+
     /// Takes out the number of a key.
     pub fn remove<'k>(&mut self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) {
         let Place { chunk, index } = self.place(wanted, &key);
@@ -97,7 +132,7 @@ impl Order {
         let first = |chunk: &Chunk| key(chunk.members[0].number);
         let after = self.chunks.partition_point(|chunk| first(chunk) < wanted);
         let chunk = after.saturating_sub(1);
-        let index = self.chunks.get(chunk).map_or(0, |chunk| chunk.place(wanted, &key));
+        let index = self.chunks.get(chunk).map_or(0, |chunk| chunk.place(&chunk.members, wanted, &key));
         match self.chunks.get(chunk) {
             // An equal one begins the next chunk, when there is one.
             Some(Chunk { members, .. })
@@ -144,15 +179,38 @@ impl Chunk {
         }
     }
 
-    /// The index of the first member whose key is not less.
-    fn place<'k>(&self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) -> usize {
-        let shared = &key(self.members[0].number)[..self.shared];
+    /// Puts in numbers in order, none of which belongs into another chunk.
+    fn merge<'k>(&mut self, run: &[u32], key: impl Fn(u32) -> &'k [u8]) {
+        let first = key(self.members[0].number);
+        let fits = |number: Option<&u32>| number.is_none_or(|number| alike(key(*number), first) >= self.shared);
+        // What is between two that begin so begins so.
+        let fit = fits(run.first()) && fits(run.last());
+        // From behind, so that all members move once: those up to `end` have not moved, and from `free` on all is done.
+        let (mut end, mut free) = (self.members.len(), self.members.len() + run.len());
+        self.members.resize(free, Member { hint: 0, number: 0 });
+        for number in run.iter().rev() {
+            let new = key(*number);
+            let index = self.place(&self.members[..end], new, &key);
+            self.members.copy_within(index..end, free - (end - index));
+            free -= end - index + 1;
+            self.members[free] = Member { hint: hint(new, self.shared), number: *number };
+            end = index;
+        }
+        if !fit {
+            self.hint_anew(key);
+        }
+    }
+
+    /// The index of the first member, among some from the beginning on, whose key is not less.
+    fn place<'k>(&self, among: &[Member], wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) -> usize {
+        let Some(first) = among.first() else { return 0 };
+        let shared = &key(first.number)[..self.shared];
         match shared.cmp(&wanted[..self.shared.min(wanted.len())]) {
-            Ordering::Less => self.members.len(),
+            Ordering::Less => among.len(),
             Ordering::Greater => 0,
             Ordering::Equal => {
                 let hint = hint(wanted, self.shared);
-                self.members.partition_point(|member| match member.hint.cmp(&hint) {
+                among.partition_point(|member| match member.hint.cmp(&hint) {
                     Ordering::Equal => key(member.number) < wanted,
                     other => other == Ordering::Less,
                 })
@@ -168,9 +226,27 @@ fn alike(one: &[u8], other: &[u8]) -> usize {
 
 /// Four bytes of a key as a number that is never greater than that of a greater key which begins alike.
 fn hint(key: &[u8], from: usize) -> u32 {
-    let mut bytes = [0; 4];
-    bytes.iter_mut().zip(key.get(from..).unwrap_or_default()).for_each(|(byte, of_key)| *byte = *of_key);
-    u32::from_be_bytes(bytes)
+    u32::from_be_bytes(bytes(key, from))
+}
+
+/// Some bytes of a key, and zeros behind its end.
+fn bytes<const N: usize>(key: &[u8], from: usize) -> [u8; N] {
+    let rest = key.get(from..).unwrap_or_default();
+    rest.first_chunk().copied().unwrap_or_else(|| {
+        let mut bytes = [0; N];
+        bytes[..rest.len()].copy_from_slice(rest);
+        bytes
+    })
+}
+
+/// In the order of their keys. Each key is looked at a few times, where it is not for its first bytes.
+fn sorted<'k>(numbers: Vec<u32>, key: impl Fn(u32) -> &'k [u8]) -> Vec<u32> {
+    let Some(first) = numbers.first().map(|first| key(*first)) else { return numbers };
+    let shared = numbers.iter().map(|number| alike(key(*number), first)).min().unwrap_or_default();
+    let hinted = numbers.into_iter().map(|number| (u64::from_be_bytes(bytes(key(number), shared)), number));
+    let mut hinted: Vec<_> = hinted.collect();
+    hinted.sort_unstable_by(|one, other| one.0.cmp(&other.0).then_with(|| key(one.1).cmp(key(other.1))));
+    hinted.into_iter().map(|(_, number)| number).collect()
 }
 
 #[cfg(test)]
@@ -208,11 +284,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_sorted_set(changes in prop::collection::vec((any::<bool>(), 0..3_000_u32, 1..1_500_u32), 0..30)) {
+        fn it_is_a_sorted_set(changes in prop::collection::vec((0..3, 0..3_000_u32, 1..1_500_u32), 0..30)) {
             let keys = keys();
             let key = |number: u32| &keys[number as usize][..];
             let (mut order, mut set) = (Order::default(), BTreeSet::new());
-            for (insert, first, count) in changes {
+            for (change, first, count) in changes {
+                if change == 2 {
+                    order.insert_all((first..first + count).filter(|number| set.insert(key(*number))).collect(), key);
+                    check(&order, &set, &keys);
+                    continue;
+                }
+                let insert = change == 1;
                 for number in first..first + count {
                     if insert && set.insert(key(number)) {
                         order.insert(number, key);

@@ -5,7 +5,7 @@
 //! written them.
 
 use std::collections::BTreeMap;
-use std::slice;
+use std::{mem, slice};
 
 use crate::item::Item;
 use crate::kvs::store::transaction_log::{AppendError, Event};
@@ -15,6 +15,9 @@ use crate::table::Table;
 /// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
 const DELETES_PER_TICK: usize = 1_000;
 
+/// Slots that a replay fills before it puts them in order: many, so that it costs little, and few enough for one call.
+const DISORDER: usize = 1 << 17;
+
 /// Items lie in slots, which are found by key and walked in order. A slot keeps its number when its item is overwritten.
 #[derive(Debug, Default)]
 pub struct Store {
@@ -23,6 +26,8 @@ pub struct Store {
     free: Vec<u32>,
     table: Table,
     order: Order,
+    /// Slots from here on are not in the order yet.
+    ordered: usize,
     /// The slots of items that expire, by that moment and the item's sequence, which makes it unique.
     expiries: BTreeMap<(u64, u64), u32>,
     /// Of all keys and values.
@@ -44,26 +49,25 @@ impl Store {
         }
     }
 
-    /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
-    pub fn range<'s>(&'s self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
-        let place = self.order.place(from, |slot| self.slots[slot as usize].key());
-        self.order.walk(place).map(|slot| &self.slots[slot as usize])
+    /// The store for those who read in order.
+    pub fn in_order(&mut self) -> InOrder<'_> {
+        self.settle();
+        InOrder(self)
     }
 
-    /// Takes in what an entry did, in the order of the log: on replay, and right after it was appended.
+    /// Takes in what was just appended.
     pub fn apply(&mut self, sequence: u64, event: &Event) {
+        self.replay(sequence, event);
+        self.settle();
+    }
+
+    /// Takes in what an entry did, in the order of the log. Puts off some work, which is less for many at once.
+    pub fn replay(&mut self, sequence: u64, event: &Event) {
         match event {
             Event::Put(put) => {
                 let item = Item::new(sequence, put);
                 let (expires, bytes) = (item.expires(), item.bytes());
-                let slot = match self.slot(item.key()) {
-                    Some(slot) => {
-                        let old = std::mem::replace(&mut self.slots[slot as usize], item);
-                        self.forget(&old);
-                        slot
-                    }
-                    None => self.insert(item),
-                };
+                let slot = self.put(item);
                 self.bytes += bytes;
                 if let Some(expires) = expires {
                     self.expiries.insert((expires, sequence), slot);
@@ -78,28 +82,53 @@ impl Store {
         }
     }
 
+    /// Does what was put off.
+    pub fn settle(&mut self) {
+        let slots = self.ordered..self.slots.len();
+        if slots.is_empty() {
+            return;
+        }
+        self.ordered = slots.end;
+        let key = |slot: u32| self.slots[slot as usize].key();
+        let filled = slots.filter(|slot| !self.slots[*slot].is_none()).map(|slot| slot as u32);
+        self.order.insert_all(filled.collect(), key);
+    }
+
     fn slot(&self, key: &[u8]) -> Option<u32> {
         self.table.find(key, |slot| self.slots[slot as usize].key() == key)
     }
 
-    /// Puts an item whose key is not there yet into a slot.
-    fn insert(&mut self, item: Item) -> u32 {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Item::default());
-            (self.slots.len() - 1) as u32
-        });
-        self.slots[slot as usize] = item;
-        let key = |slot: u32| self.slots[slot as usize].key();
-        self.table.insert(slot, key);
-        self.order.insert(slot, key);
+    /// Puts an item into the slot of its key, or into one that is empty.
+    fn put(&mut self, item: Item) -> u32 {
+        let free = self.free.last().copied();
+        let slot = free.unwrap_or(self.slots.len() as u32);
+        let key = item.key();
+        if let Some(slot) = self.table.find_or_insert(key, slot, |slot| self.slots[slot as usize].key() == key) {
+            let old = mem::replace(&mut self.slots[slot as usize], item);
+            self.forget(&old);
+            return slot;
+        }
+        if free.is_some() {
+            self.free.pop();
+            self.slots[slot as usize] = item;
+        } else {
+            self.slots.push(item);
+        }
+        if (slot as usize) < self.ordered {
+            self.order.insert(slot, |slot| self.slots[slot as usize].key());
+        } else if self.slots.len() - self.ordered >= DISORDER {
+            self.settle();
+        }
         slot
     }
 
     fn remove(&mut self, key: &[u8]) -> Option<Item> {
         let slot = self.table.remove(key, |slot| self.slots[slot as usize].key() == key)?;
-        self.order.remove(key, |slot| self.slots[slot as usize].key());
+        if (slot as usize) < self.ordered {
+            self.order.remove(key, |slot| self.slots[slot as usize].key());
+        }
         self.free.push(slot);
-        Some(std::mem::take(&mut self.slots[slot as usize]))
+        Some(mem::take(&mut self.slots[slot as usize]))
     }
 
     /// Undoes the traces of an item that is no longer in its slot.
@@ -145,10 +174,27 @@ impl Store {
     }
 }
 
+/// A store with nothing put off.
+pub struct InOrder<'s>(&'s Store);
+
+impl<'s> InOrder<'s> {
+    /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
+    pub fn range(&self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
+        let Store { slots, order, .. } = self.0;
+        let place = order.place(from, |slot| slots[slot as usize].key());
+        order.walk(place).map(|slot| &slots[slot as usize])
+    }
+}
+
 /// Two stores are equal when they came from the same entries, however those were cut into batches.
 impl PartialEq for Store {
     fn eq(&self, other: &Self) -> bool {
-        self.range(b"").eq(other.range(b""))
+        let items = |store: &Self| {
+            let mut items: Vec<_> = store.slots.iter().filter(|item| !item.is_none()).cloned().collect();
+            items.sort_unstable_by(|one, other| one.key().cmp(other.key()));
+            items
+        };
+        items(self) == items(other)
             && self.expiries.keys().eq(other.expiries.keys())
             && (self.keys(), self.bytes, self.newest_delete) == (other.keys(), other.bytes, other.newest_delete)
     }

@@ -389,7 +389,7 @@ fn append(log: &mut Vec<(u64, Event)>, sequence: &mut u64, events: &[Event]) -> 
 
 fn replayed<'e>(entries: impl Iterator<Item = &'e (u64, Event)>) -> Store {
     let mut store = Store::default();
-    entries.for_each(|(sequence, event)| store.apply(*sequence, event));
+    entries.for_each(|(sequence, event)| store.replay(*sequence, event));
     store
 }
 
@@ -410,7 +410,9 @@ proptest! {
         for step in steps {
             run.take(step)?;
         }
-        prop_assert_eq!(replayed(run.log.iter()), run.store);
+        let mut replayed = replayed(run.log.iter());
+        prop_assert_eq!(&replayed, &run.store);
+        prop_assert!(replayed.in_order().range(b"").eq(run.store.in_order().range(b"")));
     }
 
     #[test]

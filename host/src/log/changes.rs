@@ -1,14 +1,13 @@
 //! Durable changes, for those who watch.
 //!
-//! Stands in front of a log: what is appended goes to it, and, while somebody watches, stays here until it is durable and
-//! then goes to whoever watches its key. What happened before somebody began to watch is read from the log. So a write
-//! costs nothing more while nobody watches. While anybody does it costs a copy, whatever its key, and then as much as its
-//! watchers are many.
+//! Stands in front of a log: what is appended goes to it, and, when somebody watches its key, stays here until it is durable
+//! and then goes to whoever watches it. What happened before somebody began to watch is read from the log. So a write
+//! costs nothing more than a look while nobody watches its key, and else a copy, and as much as its watchers are many.
 //!
 //! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -36,19 +35,11 @@ pub struct Changes {
     log: Arc<dyn TransactionLog>,
     /// What a watcher may have waiting before it is given up, in bytes of keys and values.
     lag_bytes: usize,
-    /// Taken before `pending`.
-    watchers: Mutex<Watchers>,
-    pending: Mutex<Pending>,
+    /// Taken before `pending`; while it is held to write, nothing is appended.
+    watchers: RwLock<Watchers>,
+    /// What was appended, is watched, and has not gone to the watchers; in the order of the log.
+    pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
-}
-
-/// What was appended and has not gone to the watchers.
-#[derive(Default)]
-struct Pending {
-    watched: bool,
-    changes: VecDeque<Arc<Change>>,
-    /// All up to this sequence has gone to those who watched then.
-    told: u64,
 }
 
 /// One who watches, until it is dropped.
@@ -57,7 +48,7 @@ pub struct Watcher {
     keys: Keys,
     number: u64,
     queue: Arc<Queue>,
-    /// All later changes come by the queue.
+    /// All later changes come by the queue; some earlier ones may come too.
     pub from: u64,
 }
 
@@ -75,14 +66,14 @@ struct Enough;
 
 impl Changes {
     pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize) -> Arc<Self> {
-        let (watchers, pending, appended) = (Mutex::default(), Mutex::default(), Notify::new());
+        let (watchers, pending, appended) = (RwLock::default(), Mutex::default(), Notify::new());
         Arc::new(Self { log, lag_bytes, watchers, pending, appended })
     }
 
     /// Hands out changes as they become durable, for as long as the log lives.
     pub async fn run(self: Arc<Self>) -> Result<(), OutcomeUnknown> {
         loop {
-            let next = lock(&self.pending).changes.front().map(|change| change.sequence);
+            let next = lock(&self.pending).front().map(|change| change.sequence);
             match next {
                 None => self.appended.notified().await,
                 Some(sequence) => match self.log.watermark().reached(sequence).await {
@@ -98,15 +89,9 @@ impl Changes {
 
     /// Begins to watch. None when the end has come.
     pub fn watch(self: &Arc<Self>, keys: Keys) -> Option<Watcher> {
-        let mut watchers = lock(&self.watchers);
+        let mut watchers = self.watchers_to_write();
         let (number, queue) = watchers.enter(&keys)?;
-        let mut pending = lock(&self.pending);
-        if !pending.watched {
-            pending.watched = true;
-            // Nothing is appended while this lock is held.
-            pending.told = self.log.appended();
-        }
-        let from = pending.told;
+        let from = self.log.appended();
         Some(Watcher { changes: Arc::clone(self), keys, number, queue, from })
     }
 
@@ -151,30 +136,41 @@ impl Changes {
 
     /// Nobody watches any more, and nobody begins to.
     pub fn end(&self) {
-        lock(&self.watchers).end();
+        self.watchers_to_write().end();
     }
 
     fn hand_out(&self, durable: u64) {
-        let watchers = lock(&self.watchers);
+        let watchers = self.watchers();
         let ready: Vec<_> = {
             let mut pending = lock(&self.pending);
-            pending.told = pending.told.max(durable);
-            let count = pending.changes.partition_point(|change| change.sequence <= durable);
-            pending.changes.drain(..count).collect()
+            let count = pending.partition_point(|change| change.sequence <= durable);
+            pending.drain(..count).collect()
         };
         for change in ready {
             watchers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
         }
     }
+
+    fn watchers(&self) -> RwLockReadGuard<'_, Watchers> {
+        self.watchers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watchers_to_write(&self) -> RwLockWriteGuard<'_, Watchers> {
+        self.watchers.write().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl TransactionLog for Changes {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        let watchers = self.watchers();
+        if watchers.is_empty() {
+            return self.log.append(time, events);
+        }
         let mut pending = lock(&self.pending);
         let first = self.log.append(time, events)?;
-        if pending.watched && !events.is_empty() {
-            let changes = (first..).zip(events);
-            pending.changes.extend(changes.map(|(sequence, event)| Arc::new(Change::new(sequence, event.clone()))));
+        let watched = (first..).zip(events).filter(|(_, event)| watchers.concerned(key(event)).next().is_some());
+        pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, event.clone()))));
+        if !pending.is_empty() {
             self.appended.notify_one();
         }
         Ok(first)
@@ -217,10 +213,7 @@ impl Change {
     }
 
     pub fn key(&self) -> &str {
-        match &self.event {
-            Event::Put(put) => &put.key,
-            Event::Delete(key) => key,
-        }
+        key(&self.event)
     }
 
     pub fn bytes(&self) -> usize {
@@ -228,6 +221,13 @@ impl Change {
             Event::Put(put) => put.key.len() + put.value.len(),
             Event::Delete(key) => key.len(),
         }
+    }
+}
+
+fn key(event: &Event) -> &str {
+    match event {
+        Event::Put(put) => &put.key,
+        Event::Delete(key) => key,
     }
 }
 
@@ -240,13 +240,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        let mut watchers = lock(&self.changes.watchers);
-        watchers.leave(&self.keys, self.number);
-        if watchers.is_empty() {
-            let mut pending = lock(&self.changes.pending);
-            pending.watched = false;
-            pending.changes = VecDeque::new();
-        }
+        self.changes.watchers_to_write().leave(&self.keys, self.number);
     }
 }
 
@@ -335,7 +329,7 @@ mod tests {
         assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
         assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
         assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
-        assert_eq!(changes.watch(Keys::begin("b")).expect("open").from, 3);
+        assert_eq!(changes.watch(Keys::begin("b")).expect("open").from, 5);
         durable(&changes, 5);
         assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
         assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
@@ -352,24 +346,30 @@ mod tests {
         assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "a".to_owned()))));
         assert!(told(&mut watcher).is_pending());
         drop(watcher);
-        assert!(lock(&changes.watchers).is_empty());
+        assert!(changes.watchers().is_empty());
     }
 
     #[test]
-    fn nothing_is_kept_while_nobody_watches() {
+    fn nothing_is_kept_of_what_nobody_watches() {
         let changes = changes(1_000);
+        let kept = || lock(&changes.pending).len();
         delete(&changes, "a");
-        assert!(lock(&changes.pending).changes.is_empty());
+        assert_eq!(kept(), 0);
         let (first, second) =
-            (changes.watch(Keys::begin("a")).expect("open"), changes.watch(Keys::begin("a")).expect("open"));
+            (changes.watch(Keys::begin("a")).expect("open"), changes.watch(Keys::One("a".into())).expect("open"));
+        delete(&changes, "b");
+        assert_eq!(kept(), 0);
         delete(&changes, "a");
         drop(first);
-        assert_eq!(lock(&changes.pending).changes.len(), 1);
-        drop(second);
-        assert!(lock(&changes.pending).changes.is_empty());
         delete(&changes, "a");
-        assert!(lock(&changes.pending).changes.is_empty());
-        assert!(lock(&changes.watchers).is_empty());
+        delete(&changes, "ab");
+        assert_eq!(kept(), 2);
+        drop(second);
+        let newest = delete(&changes, "a");
+        assert_eq!(kept(), 2);
+        durable(&changes, newest);
+        assert_eq!(kept(), 0);
+        assert!(changes.watchers().is_empty());
     }
 
     #[test]
