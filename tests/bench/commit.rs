@@ -1,5 +1,6 @@
 //! The group commit: durable PUTs from more and more connections, beside what the disk gives a program that does nothing
-//! but write and sync, beside the same server without syncs, and beside redis.
+//! but write and sync, beside the same server without syncs, and beside redis. And how much the plain hyper map would take, which
+//! keeps nothing: more than that no server behind hyper can do here.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::plain_map;
 use crate::process::{Server, median};
 
 const ROUNDS: usize = 5;
@@ -20,17 +22,19 @@ struct Round {
     sync: f64,
     os: f64,
     redis: f64,
+    map: f64,
 }
 
 pub fn run(data: &Path) -> Result<()> {
     let sync = Server::kvs("sync", &data.join("sync"), &[])?;
     let os = Server::kvs("os", &data.join("os"), &["--durability", "os"])?;
     let redis = Server::redis(data)?;
+    let map = plain_map::start()?;
     println!("\nDurable PUTs: 100-byte values, 10,000 keys, {ROUNDS} rounds of {} s each\n", TIME.as_secs());
     println!(
-        "| connections | PUT/s | of bare `pwrite` and `fdatasync` | of `--durability os` | of redis, `appendfsync always` |"
+        "| connections | PUT/s | of bare `pwrite` and `fdatasync` | of `--durability os` | of redis, `appendfsync always` | the plain map in memory, of redis |"
     );
-    println!("|---:|---:|---:|---:|---:|");
+    println!("|---:|---:|---:|---:|---:|---:|");
     for connections in CONNECTIONS {
         let mut rounds = Vec::new();
         // As much work as the round before took its time for.
@@ -43,15 +47,17 @@ pub fn run(data: &Path) -> Result<()> {
                 sync: sync.load("put", connections, TIME)?.per_second,
                 os: os.load("put", connections, TIME)?.per_second,
                 redis,
+                map: map.load("put", connections, TIME)?.per_second,
             });
         }
         let median = |of: fn(&Round) -> f64| median(rounds.iter().map(of));
         println!(
-            "| {connections} | {:.0} | {:.2} | {:.2} | {:.2} |",
+            "| {connections} | {:.0} | {:.2} | {:.2} | {:.2} | {:.2} |",
             median(|round| round.sync),
             median(|round| round.sync / round.bare),
             median(|round| round.sync / round.os),
             median(|round| round.sync / round.redis),
+            median(|round| round.map / round.redis),
         );
     }
     Ok(())

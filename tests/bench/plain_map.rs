@@ -14,8 +14,15 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
+use crate::process::Server;
+
 /// The argument that makes the benchmark's binary this server.
 pub const NAME: &str = "plain-map";
+
+/// Starts it, in a process of its own.
+pub fn start() -> Result<Server> {
+    Server::start("plain hyper map", &std::env::current_exe()?, &[NAME.to_owned()])
+}
 
 type Map = Arc<Mutex<HashMap<String, Bytes>>>;
 

@@ -14,7 +14,7 @@ const CONNECTIONS: u32 = 64;
 
 pub fn run(data: &Path) -> Result<()> {
     let servers = [
-        Server::start("plain hyper map", &std::env::current_exe()?, &[plain_map::NAME.to_owned()])?,
+        plain_map::start()?,
         Server::kvs("kvs", &data.join("sync"), &[])?,
         Server::kvs("kvs `--durability os`", &data.join("os"), &["--durability", "os"])?,
     ];

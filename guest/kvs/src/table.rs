@@ -37,7 +37,9 @@ impl Table {
     /// The number for which `is_key` holds, among those that could be the key's.
     pub fn find(&self, key: &[u8], is_key: impl Fn(u32) -> bool) -> Option<u32> {
         let (part, hash) = self.place(key);
-        self.parts[part].find(spread(hash), |member| member.hash == hash && is_key(member.number)).map(|found| found.number)
+        self.parts[part]
+            .find(spread(hash), |member| member.hash == hash && is_key(member.number))
+            .map(|found| found.number)
     }
 
     /// As `find`; puts in a number for the key when there is none.
