@@ -310,6 +310,32 @@ fn a_client_that_takes_no_answers_is_cut() {
 }
 
 #[test]
+fn a_connection_of_many_streams_gets_no_more_of_the_guest_than_others() {
+    let server = Server::start(&["--access-log", "1000"]);
+    let mut client = Connection::open(server.address());
+    let put = |n| format!(r#"{{"op": "put", "key": "{n}", "value": "{:01000}"}}"#, 0);
+    let puts: Vec<_> = (0..900).map(put).collect();
+    assert_eq!(client.ask("POST", "/v1", format!("[{}]", puts.join(",")).as_bytes()).status, 200);
+    let mut many = Frames::open(server.address());
+    // `:method: HEAD`: all the work of a list, and nothing to send.
+    for stream in (1..200).step_by(2) {
+        let head = b"\x02\x04HEAD\x86\x04\x0f/v1?values=true\x41\x03kvs";
+        assert!(many.send(HEADERS, END_STREAM | END_HEADERS, stream, head));
+    }
+    // By now the others are there too.
+    assert!(many.wait(&[HEADERS]).is_some());
+    (0..5).for_each(|_| assert_eq!(client.ask("GET", "/v1/never", b"").status, 404));
+    for _ in 0..99 {
+        assert!(many.wait(&[HEADERS]).is_some());
+    }
+    drop(many);
+    let told = server.terminate().stderr().to_vec();
+    let answered: Vec<_> = told.iter().filter(|line| line.contains("request") && line.contains("/v1")).collect();
+    let place = answered.iter().rposition(|line| line.contains("/v1/never")).expect("it was answered");
+    assert!(answered.len() > 100 && place < 50, "the fifth request was number {place} of {}", answered.len());
+}
+
+#[test]
 fn frames_that_break_the_rules_end_the_connection() {
     let server = Server::start(&[]);
     let cases: [(&str, u8, u8, u32, &[u8]); 8] = [

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
@@ -50,7 +50,7 @@ impl Edge {
         }
         let metrics = &self.service.metrics;
         let Some(tls) = &self.tls else {
-            let client = Client { address, tls_version: None, identity: None };
+            let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
             let http2 = tokio::select! {
                 begun = timeout(self.limits.header_timeout, speaks_http2(&stream)) => match begun {
                     Ok(http2) => http2?,
@@ -71,7 +71,8 @@ impl Edge {
             // Nothing was asked yet, so nothing is lost.
             _ = stop.changed() => return Ok(()),
         };
-        let client = Client { address, tls_version: Some(tls::version(&stream)), identity: tls::identity(&stream) };
+        let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
+        let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
         self.http(stream, http2, client, activity, stop).await
     }

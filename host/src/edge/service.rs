@@ -113,7 +113,11 @@ impl Service {
     }
 
     async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
-        let answer = self.shard.call(incoming, deadline).await;
+        let client = Arc::clone(&incoming.client);
+        let answer = match timeout_at(deadline, client.turn.lock()).await {
+            Ok(_turn) => self.shard.call(incoming, deadline).await,
+            Err(_) => Err(CallError::Late),
+        };
         answer.map_err(|error| {
             let told = error.to_string();
             match error {

@@ -59,6 +59,9 @@ pub struct Client {
     pub tls_version: Option<&'static str>,
     /// The subject of its certificate, which was found good.
     pub identity: Option<Arc<str>>,
+    /// Its requests are called for one after the other: a hundred streams of one connection get no more of the guest than
+    /// one request of another.
+    pub turn: tokio::sync::Mutex<()>,
 }
 
 /// A request, read whole.
