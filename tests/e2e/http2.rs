@@ -2,8 +2,11 @@
 //!
 //! Frames are made by hand where a library would not send them.
 
+use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -21,6 +24,7 @@ const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
+const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
@@ -307,6 +311,64 @@ fn a_client_that_takes_no_answers_is_cut() {
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
     takes_nothing(&server, 50).ended();
     is_served(&server);
+}
+
+/// Streams that a client opened, ten at a time, those that were answered, and the last that the server took.
+fn puts_until_the_end(server: &Server, client: usize, answered: &AtomicUsize) -> (Vec<u32>, BTreeSet<u32>, u32) {
+    let mut frames = Frames::open(server.address());
+    let (mut opened, mut done, mut last) = (Vec::new(), BTreeSet::new(), None);
+    loop {
+        while last.is_none() && opened.len() < done.len() + 10 {
+            let stream = 2 * opened.len() as u32 + 1;
+            let path = format!("/v1/{client}-{stream}");
+            let head = [b"\x02\x03PUT\x86\x04", &[path.len() as u8][..], path.as_bytes(), b"\x41\x03kvs"].concat();
+            frames.send(HEADERS, END_HEADERS, stream, &head);
+            frames.send(DATA, END_STREAM, stream, b"x");
+            opened.push(stream);
+        }
+        match frames.wait(&[HEADERS, PING, GOAWAY]) {
+            Some(Frame { kind: HEADERS, stream, .. }) => {
+                done.insert(stream);
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(Frame { kind: PING, flags, payload, .. }) if flags & ACK == 0 => {
+                frames.send(PING, ACK, 0, &payload);
+            }
+            Some(frame) if frame.kind == GOAWAY => {
+                assert_eq!(frame.error(), 0, "it goes in peace");
+                last = Some(u32::from_be_bytes(frame.payload[..4].try_into().expect("four bytes")));
+            }
+            Some(_) => {}
+            None => return (opened, done, last.expect("it said that it goes")),
+        }
+    }
+}
+
+#[test]
+fn a_stop_under_load_answers_every_stream_that_was_taken() {
+    const CLIENTS: usize = 8;
+    let server = Server::start(&[]);
+    let answered = AtomicUsize::new(0);
+    let clients: Vec<_> = thread::scope(|scope| {
+        let (server, answered) = (&server, &answered);
+        let threads: Vec<_> =
+            (0..CLIENTS).map(|client| scope.spawn(move || puts_until_the_end(server, client, answered))).collect();
+        while answered.load(Ordering::Relaxed) < 50 * CLIENTS {
+            thread::yield_now();
+        }
+        server.signal(Signal::TERM);
+        threads.into_iter().map(|thread| thread.join().expect("a client sees what it is to see")).collect()
+    });
+    let server = server.ends_well().restart(&[]);
+    let mut connection = Connection::open(server.address());
+    for (client, (opened, done, last)) in clients.iter().enumerate() {
+        let unanswered: Vec<_> = opened.iter().filter(|stream| *stream <= last && !done.contains(stream)).collect();
+        assert!(unanswered.is_empty(), "{unanswered:?} were taken, up to {last}, and not answered");
+        for stream in done {
+            let path = format!("/v1/{client}-{stream}");
+            assert_eq!(connection.ask("GET", &path, b"").body, b"x", "{path} was acknowledged and is gone");
+        }
+    }
 }
 
 #[test]
