@@ -17,6 +17,22 @@ serve-tls *FLAGS: _target certs
     cargo build --release
     exec ./target/release/kvs serve --listen 127.0.0.1:8443 --tls-cert target/certs/server.pem --tls-key target/certs/server.key {{ FLAGS }}
 
+# Serve with the log in a PostgreSQL that is thrown away in the end; flags go to `kvs serve`
+[group('run')]
+serve-postgres *FLAGS: _target _postgres
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release
+    programs=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
+    home=$(mktemp -d) as=()
+    # It does not run as root.
+    [ "$(id -u)" != 0 ] || { chown postgres: "$home"; as=(setpriv --reuid=postgres --regid=postgres --clear-groups --); }
+    "${as[@]}" "$programs/initdb" --no-sync -U postgres -A trust -D "$home/cluster" >/dev/null
+    "${as[@]}" "$programs/pg_ctl" -w -s -D "$home/cluster" -l "$home/log" -o "-h 127.0.0.1 -p 54329 -k $home" start
+    trap '"${as[@]}" "$programs/pg_ctl" -s -D "$home/cluster" -m fast stop; rm -rf "$home"' EXIT
+    echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
+    ./target/release/kvs serve --data "$home/data" --log 'postgres://postgres@127.0.0.1:54329/postgres?sslmode=disable' {{ FLAGS }}
+
 # Make development certificates in target/certs, unless they are there: an authority, a server, a client
 [group('run')]
 certs: (_tool "openssl")
@@ -36,7 +52,7 @@ certs: (_tool "openssl")
 
 # Run all tests; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _python
+test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file
@@ -109,6 +125,13 @@ _python: (_tool "python3")
     @target/python/bin/python3 -c 'import schemathesis, prometheus_client' 2>/dev/null || { \
         echo "installing schemathesis and prometheus-client in target/python"; python3 -m venv target/python; \
         target/python/bin/pip install --quiet schemathesis==4.32.5 prometheus-client==0.26.0; }
+
+# PostgreSQL, whose programs are not in the path
+_postgres:
+    @ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+            echo "installing postgresql"; apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; \
+        else echo "PostgreSQL is missing; install it, for instance with: sudo apt-get install postgresql" >&2; exit 1; fi; }
 
 # A tool from the system's packages
 _tool NAME:

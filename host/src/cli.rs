@@ -18,6 +18,7 @@ use crate::guest;
 use crate::lines::Format;
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
+use crate::log::postgres;
 
 /// A key-value store whose logic is a WebAssembly component.
 #[derive(Debug, Parser)]
@@ -70,9 +71,18 @@ pub struct Serve {
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
-    /// The directory that holds the log
+    /// The directory that holds the log, and what else is kept from one run to the next
     #[arg(long, env = "KVS_DATA", value_name = "DIR", default_value = "./data")]
     pub data: PathBuf,
+
+    /// Where the log is: in files, or in a database, postgres://USER@HOST/DATABASE; see the README. Its password is best in
+    /// PGPASSWORD or a file
+    #[arg(long, env = "KVS_LOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
+    pub log: Log,
+
+    /// Longest wait for one call of the database that holds the log
+    #[arg(long, env = "KVS_LOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub log_timeout: Duration,
 
     /// When a write is answered: after it is on disk, or as soon as the operating system has it
     #[arg(long, env = "KVS_DURABILITY", default_value = "sync")]
@@ -181,6 +191,20 @@ pub struct Serve {
     #[arg(long, env = "KVS_PROBATION", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Guest")]
     pub probation: Duration,
+}
+
+/// Where the log is.
+#[derive(Clone, Debug)]
+pub enum Log {
+    File,
+    Postgres(postgres::Url),
+}
+
+// What is wrong with a URL is told when it is used: here all of it would be shown, password included.
+impl From<&str> for Log {
+    fn from(text: &str) -> Self {
+        if text == "file" { Self::File } else { Self::Postgres(text.into()) }
+    }
 }
 
 /// Which guest, and what it may use.

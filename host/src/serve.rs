@@ -14,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
-use crate::cli::Serve;
+use crate::cli::{Log, Serve};
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
@@ -23,7 +23,9 @@ use crate::edge::{self, Edge, RequestIds, Service};
 use crate::guest::{Engine, Reload, Shard, Source, Swapper};
 use crate::log::TransactionLog;
 use crate::log::changes::Changes;
-use crate::log::file::{FileLog, Options};
+use crate::log::file::{self, FileLog};
+use crate::log::postgres::{self, PostgresLog};
+use crate::metrics::Metrics;
 
 /// How often the guest is asked to do its housekeeping.
 const TICK: Duration = Duration::from_secs(1);
@@ -56,14 +58,7 @@ async fn serve(args: &Serve) -> Result<()> {
     let admin = watched(args.admin, tokens.clone())?;
     let health = &admin.health;
 
-    let log = FileLog::open(Options {
-        data: args.data.clone(),
-        segment_bytes: args.segment_bytes.as_u64(),
-        group_bytes: args.guest.group_bytes(args.max_value_bytes),
-        durability: args.durability,
-    })?;
-    let log = Arc::new(log);
-    admin.metrics.add(log.clone());
+    let log = open_log(args, &admin.metrics).await?;
     let changes = Changes::new(log, usize::try_from(args.stream_lag_bytes.as_u64())?);
     let log: Arc<dyn TransactionLog> = changes.clone();
     task::spawn(Arc::clone(&changes).run());
@@ -186,6 +181,26 @@ async fn serve(args: &Serve) -> Result<()> {
     log.close()?;
     info!(data = %args.data.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
     Ok(())
+}
+
+async fn open_log(args: &Serve, metrics: &Metrics) -> Result<Arc<dyn TransactionLog>> {
+    let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
+    match &args.log {
+        Log::File => {
+            let (data, segment_bytes) = (args.data.clone(), args.segment_bytes.as_u64());
+            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability })?);
+            metrics.add(log.clone());
+            Ok(log)
+        }
+        Log::Postgres(url) => {
+            let data = args.data.display();
+            std::fs::create_dir_all(&args.data).with_context(|| format!("cannot make the directory {data}"))?;
+            let options = postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.log_timeout };
+            let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
+            metrics.add(log.clone());
+            Ok(log)
+        }
+    }
 }
 
 /// Refuses to be open to a network by oversight. Gives what is to be told when it is by intent.

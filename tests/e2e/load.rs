@@ -21,8 +21,9 @@ const KEYS_PER_CLIENT: u64 = 50;
 /// Small segments, so that what happens to the server also meets the change from one to the next.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-bytes", "128KiB", "--max-value-bytes", "16KiB"];
 
-/// The status that says so. No other failure of a request to the store itself has it here.
-const OUTCOME_UNKNOWN: u16 = 500;
+/// The statuses that say so: the log failed, or it took too long. No other failure of a request to the store itself has
+/// them here.
+const OUTCOME_UNKNOWN: [u16; 2] = [500, 504];
 
 /// How often a test does what it does many times: its own count, or the one a variable asks for.
 pub fn count(variable: &str, count: u64) -> u64 {
@@ -60,6 +61,15 @@ impl Clients {
 
     /// Lets all clients loose until there is no answer; `answered` hears of every answer, `meanwhile` runs beside them.
     pub fn run(&mut self, address: SocketAddr, answered: impl Fn(u16) + Sync, meanwhile: impl FnOnce()) {
+        let go_on = |status| {
+            answered(status);
+            true
+        };
+        self.run_while(address, go_on, meanwhile);
+    }
+
+    /// As `run`, for as long as `answered` says.
+    pub fn run_while(&mut self, address: SocketAddr, answered: impl Fn(u16) -> bool + Sync, meanwhile: impl FnOnce()) {
         let answered = &answered;
         thread::scope(|scope| {
             for client in &mut self.0 {
@@ -109,11 +119,10 @@ impl Client {
     }
 
     /// Asks this and that until there is no answer, or the answer is that nobody knows.
-    fn run(&mut self, address: SocketAddr, answered: &impl Fn(u16)) {
+    fn run(&mut self, address: SocketAddr, answered: &impl Fn(u16) -> bool) {
         let Ok(mut connection) = Connection::try_open(address) else { return };
         while let Some(status) = self.ask_something(&mut connection) {
-            answered(status);
-            if status == OUTCOME_UNKNOWN {
+            if !answered(status) || OUTCOME_UNKNOWN.contains(&status) {
                 return;
             }
         }
@@ -165,9 +174,9 @@ impl Client {
             }
         };
         match response.status {
-            OUTCOME_UNKNOWN => assert!(response.text().starts_with("outcome unknown: "), "{}", response.text()),
+            500 | 504 => assert!(response.text().starts_with("outcome unknown: "), "{}", response.text()),
             // Done, or refused before anything happened.
-            200 | 201 | 404 | 503 | 507 => self.unknown = None,
+            200 | 201 | 403 | 404 | 503 | 507 => self.unknown = None,
             status => panic!("{status}: {}", response.text()),
         }
         Some(response.status)

@@ -6,7 +6,8 @@
 //! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `durability`, and under the
 //! clients of `load` `crash`, `faults` and `full_disk`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it; `metrics` and `access_log` what an operator sees of it; `commands` what the client in the binary
-//! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right.
+//! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
+//! database.
 
 mod access;
 mod access_log;
@@ -37,6 +38,7 @@ mod long_poll;
 mod metrics;
 mod openapi;
 mod operator;
+mod postgres;
 mod raw;
 mod rest;
 mod server;

@@ -262,6 +262,13 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).expect("a child that was not waited for can be signalled");
     }
 
+    /// The processes it has started.
+    pub fn children(&self) -> Vec<i32> {
+        let id = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).expect("it is running");
+        children.split_whitespace().map(|child| child.parse().expect("it is a number")).collect()
+    }
+
     pub fn wait(&mut self) -> ExitStatus {
         self.stderr.end();
         self.child.wait().expect("a child can be waited for")

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::log::TransactionLog;
+use crate::log::{Condition, TransactionLog};
 
 /// How far the server is in its life. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,23 +41,27 @@ impl Health {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let log = match self.log.get() {
             None => Err("not open yet".to_owned()),
-            Some(log) => log.watermark().failure().map_or(Ok(()), |reason| Err(format!("failed: {reason}"))),
+            Some(log) => match log.condition() {
+                Condition::Well => Ok("ok".to_owned()),
+                Condition::But(reason) => Ok(format!("ok, but {reason}")),
+                Condition::Unfit(reason) => Err(reason),
+            },
         };
         let guest = match phase {
             Phase::Starting => Err("not started yet".to_owned()),
             Phase::Replaying => Err("replaying the log".to_owned()),
-            Phase::Serving | Phase::Stopping => Ok(()),
+            Phase::Serving | Phase::Stopping => Ok("ok".to_owned()),
         };
         let edge = match phase {
             Phase::Starting | Phase::Replaying => Err("not listening yet".to_owned()),
-            Phase::Serving => Ok(()),
+            Phase::Serving => Ok("ok".to_owned()),
             Phase::Stopping => Err("stopping".to_owned()),
         };
         let mut ready = true;
         let mut report = String::new();
         for (name, check) in [("log", log), ("guest", guest), ("edge", edge)] {
             match check {
-                Ok(()) => report.push_str(&format!("[+]{name} ok\n")),
+                Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
                 Err(reason) => {
                     ready = false;
                     report.push_str(&format!("[-]{name} {reason}\n"));

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::task;
 
 use super::watchers::{Keys, Queue, Watchers};
-use super::{Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
+use super::{Condition, Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::contract::{AppendError, Entry, Event, EventRef, Put};
 
 /// Entries that are read at a time of what happened before.
@@ -186,6 +186,10 @@ impl TransactionLog for Changes {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.log.replay(after, receive)
+    }
+
+    fn condition(&self) -> Condition {
+        self.log.condition()
     }
 
     fn close(&self) -> Result<()> {

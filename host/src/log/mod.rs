@@ -8,6 +8,7 @@ mod anything;
 pub mod changes;
 pub mod command;
 pub mod file;
+pub mod postgres;
 mod text;
 pub mod watchers;
 mod watermark;
@@ -39,8 +40,24 @@ pub trait TransactionLog: Send + Sync + 'static {
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
 
+    /// How it is, for those who look after it.
+    fn condition(&self) -> Condition {
+        let failure = self.watermark().failure();
+        failure.map_or(Condition::Well, |reason| Condition::Unfit(format!("failed: {reason}")))
+    }
+
     /// Makes what was appended durable, then gives the log up. Appends fail from the moment this is called.
     fn close(&self) -> anyhow::Result<()>;
+}
+
+/// How a log is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Condition {
+    Well,
+    /// It can be served from, but there is something to know.
+    But(String),
+    /// Requests are better sent elsewhere.
+    Unfit(String),
 }
 
 /// Entries were dropped that whoever asks has not heard of and would miss. Replay from the start.

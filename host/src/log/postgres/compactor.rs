@@ -1,0 +1,86 @@
+//! Compaction: rows that no store needs any more are deleted, a few at a time.
+//!
+//! A put goes when its key is written again, a delete or an expired put when nothing older of its key is left. The newest
+//! dropped delete is noted, since whoever has read an older entry of that key would miss it. The space is reused when the database has vacuumed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use super::Shared;
+
+/// How often it looks whether a run is due.
+const LOOK: Duration = Duration::from_secs(10);
+/// Entries that must have come since the last run.
+const WORTH: u64 = 100_000;
+/// Rows that one step looks at.
+const ROWS: i64 = 2_000;
+/// The database rests this many times longer than a step takes.
+const REST: u32 = 3;
+/// A delete or an expired put is kept for so long: clocks differ, and somebody may be reading.
+const GRACE: Duration = Duration::from_secs(3600);
+
+/// $1 epoch, $2 where to begin, $3 the newest there is, $4 how many rows to look at, $5 the time an hour ago. Gives where
+/// it ended, how many rows it looked at, and how many of them it dropped.
+const STEP: &str = "WITH step AS (SELECT sequence, event_type, key, time, expires FROM kvs.transactions \
+     WHERE sequence > $2 AND sequence <= $3 ORDER BY sequence LIMIT $4), \
+     fate AS (SELECT sequence, EXISTS (SELECT FROM kvs.transactions newer WHERE newer.key = step.key \
+     AND substr(sha256(newer.key), 1, 16) = substr(sha256(step.key), 1, 16) \
+     AND newer.sequence > step.sequence AND newer.sequence <= $3) AS superseded, \
+     (event_type = 1 AND time < $5 OR expires BETWEEN 0 AND $5) AND NOT EXISTS (SELECT FROM kvs.transactions older \
+     WHERE older.key = step.key AND substr(sha256(older.key), 1, 16) = substr(sha256(step.key), 1, 16) \
+     AND older.sequence < step.sequence) AS over FROM step), \
+     gone AS (DELETE FROM kvs.transactions entry USING fate WHERE entry.sequence = fate.sequence AND (superseded OR over) \
+     AND EXISTS (SELECT FROM kvs.writer WHERE epoch = $1) RETURNING entry.sequence, NOT superseded AS missed), \
+     noted AS (UPDATE kvs.writer SET forgotten = greatest(forgotten, (SELECT max(sequence) FROM gone WHERE missed)) \
+     WHERE EXISTS (SELECT FROM gone WHERE missed)) \
+     SELECT (SELECT max(sequence) FROM step), (SELECT count(*) FROM step), (SELECT count(*) FROM gone)";
+
+/// Compacts whenever it is worth it, for as long as the log is this process's.
+pub async fn run(shared: Arc<Shared>, mut compacted: u64) {
+    let mut kept = 0;
+    loop {
+        sleep(LOOK).await;
+        if shared.queue.ended().is_some() {
+            return;
+        }
+        let newest = shared.watermark.durable();
+        if newest.saturating_sub(compacted) < WORTH.max(kept) || !shared.breaker.is_well() {
+            continue;
+        }
+        match compact(&shared, newest, REST).await {
+            Ok(left) => (compacted, kept) = (newest, left),
+            // The log is as it was, only larger than need be.
+            Err(error) => warn!("the log could not be compacted: {error:#}"),
+        }
+    }
+}
+
+/// Goes once through the log up to `newest`, and gives how many entries it left. After each step the database rests `rest`
+/// times as long as that took.
+pub async fn compact(shared: &Shared, newest: u64, rest: u32) -> Result<u64> {
+    let session = shared.connect().await?;
+    let step = session.prepare(STEP).await?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let over = i64::try_from(now.saturating_sub(GRACE).as_millis())?;
+    let (begun, mut position, mut kept, mut dropped) = (Instant::now(), Some(0_i64), 0, 0);
+    while let Some(after) = position {
+        let step_begun = Instant::now();
+        let row = session.one(&step, &[&shared.epoch, &after, &newest.cast_signed(), &ROWS, &over]).await?;
+        position = row.try_get(0)?;
+        let [seen, gone]: [i64; 2] = [row.try_get(1)?, row.try_get(2)?];
+        kept += (seen - gone).cast_unsigned();
+        dropped += gone.cast_unsigned();
+        shared.metrics.compacted.add(gone.cast_unsigned());
+        sleep(step_begun.elapsed() * rest).await;
+    }
+    let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
+    session.execute(done, &[&shared.epoch, &newest.cast_signed()]).await?;
+    if dropped > 0 {
+        info!("compacted the log: {dropped} of {} entries less, in {:.1?}", dropped + kept, begun.elapsed());
+    }
+    Ok(kept)
+}

@@ -1,0 +1,60 @@
+//! What is counted of the log: how long it takes, and how the database is.
+
+use std::fmt;
+
+use super::breaker::Position;
+use super::{PostgresLog, Shared};
+use crate::log::TransactionLog;
+use crate::metrics::{Counter, Histogram, Measured, Page};
+
+pub struct Metrics {
+    pub append: Histogram,
+    pub write: Histogram,
+    pub batch: Histogram,
+    pub written: Counter,
+    pub connections: Counter,
+    pub lookups: Counter,
+    pub compacted: Counter,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        Self {
+            append: Histogram::of_times(),
+            write: Histogram::of_times(),
+            batch: Histogram::of_counts(),
+            written: Counter::default(),
+            connections: Counter::default(),
+            lookups: Counter::default(),
+            compacted: Counter::default(),
+        }
+    }
+}
+
+impl Measured for PostgresLog {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let Shared { metrics, breaker, .. } = &*self.shared;
+        let help = "Time from the first append of a batch until the batch is durable";
+        page.histogram("log_append_duration_seconds", help, &metrics.append)?;
+        page.histogram("log_write_duration_seconds", "Time the database took to commit a batch", &metrics.write)?;
+        page.histogram("log_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.counter("log_written_bytes", "Bytes of batches written", metrics.written.get())?;
+        let (durable, newest) = (self.watermark().durable(), self.appended());
+        page.gauge("log_sequence", "The newest durable sequence", durable)?;
+        page.gauge("log_pending_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        let breaker_is = |position| u64::from(breaker.position() == position);
+        let help = "Whether the breaker is closed (the database answers), half open (it is tried) or open (it is away)";
+        page.gauges(
+            "log_breaker",
+            help,
+            [("closed", Position::Closed), ("half-open", Position::HalfOpen), ("open", Position::Open)]
+                .map(|(name, position)| ([("state", name)], breaker_is(position))),
+        )?;
+        page.counter("log_breaker_opened", "How often the breaker opened", breaker.opened.get())?;
+        page.counter("log_failures", "Calls of the database that failed, and were made again", breaker.failures.get())?;
+        page.counter("log_connections", "Connections made anew to the database", metrics.connections.get())?;
+        let help = "Batches whose outcome was unknown, or that somebody else was before, and that were looked up";
+        page.counter("log_lookups", help, metrics.lookups.get())?;
+        page.counter("log_compacted_entries", "Entries that compaction dropped", metrics.compacted.get())
+    }
+}

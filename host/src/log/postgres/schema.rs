@@ -1,0 +1,47 @@
+//! The schema `kvs`, and how it becomes what this version needs.
+
+use anyhow::{Context, Result, ensure};
+
+use super::session::Session;
+
+/// Each makes the next version of what the one before left. They are never changed, only followed by others.
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+
+/// Held by whoever changes the schema, until the end of the transaction.
+const LOCK: i64 = 0x6b76_7300;
+
+/// Makes the schema, or brings it up to date.
+pub async fn prepare(session: &Session) -> Result<()> {
+    let there =
+        session.one("SELECT to_regclass('kvs.migrations') IS NOT NULL, current_setting('server_encoding')", &[]);
+    let there = there.await?;
+    let encoding: String = there.try_get(1)?;
+    ensure!(encoding == "UTF8", "its encoding is {encoding}, and the log needs UTF8");
+    let version = if there.try_get(0)? { version(session).await? } else { 0 };
+    let known = MIGRATIONS.len();
+    ensure!(version <= known, "its schema kvs is of version {version}, this kvs knows up to {known}: use a newer one");
+    if version < known {
+        migrate(session).await.context("the schema kvs cannot be made or brought up to date")?;
+    }
+    Ok(())
+}
+
+async fn version(session: &Session) -> Result<usize> {
+    let row = session.one("SELECT coalesce(max(version), 0)::bigint FROM kvs.migrations", &[]).await?;
+    Ok(usize::try_from(row.try_get::<_, i64>(0)?)?)
+}
+
+async fn migrate(session: &Session) -> Result<()> {
+    let begin = format!(
+        "BEGIN; SELECT pg_advisory_xact_lock({LOCK}); CREATE SCHEMA IF NOT EXISTS kvs; CREATE TABLE IF NOT EXISTS \
+         kvs.migrations (version int PRIMARY KEY, time timestamptz NOT NULL DEFAULT now())"
+    );
+    session.run(&begin).await?;
+    // Another one may have been faster.
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(version(session).await?) {
+        session.run(migration).await?;
+        session.run(&format!("INSERT INTO kvs.migrations (version) VALUES ({})", index + 1)).await?;
+    }
+    session.run("COMMIT").await?;
+    Ok(())
+}

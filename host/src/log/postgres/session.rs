@@ -1,0 +1,157 @@
+//! One connection to the database: made, bounded in time, and what its errors mean.
+//!
+//! Owns: the words of the protocol. Must never know: what is asked for, or whether to ask again.
+
+use std::error::Error as _;
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use tokio::task::{self, AbortHandle};
+use tokio::time;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Error, NoTls, Row, RowStream, Statement, ToStatement};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::target::Target;
+use super::tls::Verify;
+
+/// What did not go well.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct Failure {
+    pub reason: String,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// There is no answer, and there will be none on this connection: what was asked may have been done or not.
+    Silent,
+    /// The database answered that it did not do it.
+    Refused,
+    /// That, for want of space.
+    Full,
+    /// That, since rows are there that should not be, or the other way round.
+    Damaged,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let Some(answer) = error.as_db_error() else {
+            let reason = match error.source() {
+                Some(source) => source.to_string(),
+                None => error.to_string(),
+            };
+            // What cannot be written or read never will be.
+            return Self { reason, kind: Kind::Silent };
+        };
+        let kind = match answer.code() {
+            &SqlState::DISK_FULL => Kind::Full,
+            code if code.code().starts_with("23") => Kind::Damaged,
+            // The connection, or the server, comes to its end.
+            code if code.code().starts_with("57P") || code.code().starts_with("08") => Kind::Silent,
+            _ => Kind::Refused,
+        };
+        Self { reason: format!("{} ({})", answer.message(), answer.code().code()), kind }
+    }
+}
+
+/// A connection. Gone when it is dropped.
+pub struct Session {
+    client: Client,
+    /// What is made of every connection runs beside.
+    connection: AbortHandle,
+    timeout: Duration,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+pub type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
+
+impl Session {
+    /// `timeout` is for every call, and the server is told so. `settings` are run before all else.
+    pub async fn connect(target: &Target, timeout: Duration, settings: &str) -> Result<Self, Failure> {
+        let failed = |reason: String| Failure { reason, kind: Kind::Silent };
+        let connecting = async {
+            if target.trust.verify == Verify::Disable {
+                let (client, connection) = target.config.connect(NoTls).await?;
+                return Ok((client, task::spawn(async move { drop(connection.await) }).abort_handle()));
+            }
+            let tls = target.trust.config().map_err(|error| failed(format!("{error:#}")))?;
+            let (client, connection) = target.config.connect(MakeRustlsConnect::new(tls)).await?;
+            Ok((client, task::spawn(async move { drop(connection.await) }).abort_handle()))
+        };
+        let connected: Result<_, Failure> = match time::timeout(timeout, connecting).await {
+            Ok(connected) => connected,
+            Err(_) => Err(failed(format!("no connection within {timeout:?}"))),
+        };
+        let (client, connection) = connected.map_err(|mut failure| {
+            if target.trust.verify > Verify::Prefer && failure.reason.contains("server does not support TLS") {
+                failure.reason.push_str("; if the way to it is safe, add sslmode=disable");
+            }
+            failure
+        })?;
+        let session = Self { client, connection, timeout };
+        // The server gives up a little earlier than this side, so that it can still say so.
+        let milliseconds = (timeout * 4 / 5).as_millis().max(1);
+        session.run(&format!("SET statement_timeout = {milliseconds}; {settings}")).await?;
+        Ok(session)
+    }
+
+    async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+        match time::timeout(self.timeout, call).await {
+            Ok(answered) => Ok(answered?),
+            Err(_) => Err(Failure { reason: format!("no answer within {:?}", self.timeout), kind: Kind::Silent }),
+        }
+    }
+
+    /// Statements without parameters.
+    pub async fn run(&self, statements: &str) -> Result<(), Failure> {
+        self.within(self.client.batch_execute(statements)).await
+    }
+
+    pub async fn prepare(&self, statement: &str) -> Result<Statement, Failure> {
+        self.within(self.client.prepare(statement)).await
+    }
+
+    pub async fn execute(
+        &self,
+        statement: &(impl ToStatement + Sync + ?Sized),
+        with: Parameters<'_>,
+    ) -> Result<u64, Failure> {
+        self.within(self.client.execute(statement, with)).await
+    }
+
+    pub async fn one(
+        &self,
+        statement: &(impl ToStatement + Sync + ?Sized),
+        with: Parameters<'_>,
+    ) -> Result<Row, Failure> {
+        self.within(self.client.query_one(statement, with)).await
+    }
+
+    /// Rows as they come, never all at once.
+    pub async fn rows(&self, statement: &str, with: &[i64]) -> Result<Rows<'_>, Failure> {
+        let rows = self.within(self.client.query_raw(statement, with)).await?;
+        Ok(Rows { rows: Box::pin(rows), session: self })
+    }
+}
+
+pub struct Rows<'s> {
+    rows: Pin<Box<RowStream>>,
+    session: &'s Session,
+}
+
+impl Rows<'_> {
+    /// None after the last.
+    pub async fn next(&mut self) -> Result<Option<Row>, Failure> {
+        self.session.within(self.rows.try_next()).await
+    }
+}

@@ -1,0 +1,206 @@
+//! The writer: the one task that writes the log, batch by batch.
+//!
+//! Owns: the epoch, and what is known of the batch under way. A batch is one statement, one round trip, one transaction:
+//! it moves `last` in `kvs.writer` from the entry before it to its own last one, if the epoch is still this writer's, and
+//! only then are its rows there. So it is never there twice, whoever asked for it how often, and never without the one
+//! before it. When a connection is lost, `epoch` and `last` tell whether it was committed; a statement that the server is
+//! still at holds the row, and whoever looks again by repeating it waits for that.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::Statement;
+use tokio_postgres::types::ToSql;
+
+use super::Shared;
+use super::batch::Batch;
+use super::queue::Work;
+use super::session::{Failure, Kind, Session};
+
+/// How often an idle writer says that it is there, and learns whether the log is still its own.
+pub const HEARTBEAT: Duration = Duration::from_secs(2);
+/// How long the end waits for a database that is away.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Held by the connection of whoever writes.
+pub const LOCK: i64 = 0x6b76_7301;
+
+/// $1 epoch, $2 the entry before, $3 the last, then the columns.
+const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
+     RETURNING true) INSERT INTO kvs.transactions (sequence, time, event_type, key, value, metadata, expires) \
+     SELECT $2 + entry.number, entry.time, entry.event_type, entry.key, entry.value, entry.metadata::json, entry.expires \
+     FROM writer, unnest($4::bigint[], $5::smallint[], $6::bytea[], $7::bytea[], $8::text[], $9::bigint[]) WITH ORDINALITY \
+     AS entry (time, event_type, key, value, metadata, expires, number)";
+
+pub struct Writer {
+    epoch: i64,
+    session: Option<(Session, Statement)>,
+}
+
+/// What became of a batch.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    Durable,
+    /// Somebody else has a newer epoch.
+    Lost,
+}
+
+impl Writer {
+    pub fn new(epoch: i64, session: Session, append: Statement) -> Self {
+        Self { epoch, session: Some((session, append)) }
+    }
+
+    /// Writes until the log is closed, fails, or is somebody else's.
+    pub async fn run(mut self, shared: Arc<Shared>) {
+        loop {
+            // One that failed is looked after at once.
+            let idle = if shared.breaker.is_well() { HEARTBEAT } else { Duration::ZERO };
+            match shared.queue.take(idle).await {
+                Work::Write(batch) => {
+                    if !self.commit(&shared, &batch).await {
+                        return;
+                    }
+                }
+                Work::Idle => {
+                    let beat = self.beat(&shared).await;
+                    if !self.heard(&shared, beat).await {
+                        return;
+                    }
+                }
+                Work::Closed => {
+                    // Its absence is found out soon, said or not.
+                    let _ = timeout(FAREWELL, self.leave(&shared)).await;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Writes one batch, however long that takes. False when it never will be written.
+    async fn commit(&mut self, shared: &Shared, batch: &Batch) -> bool {
+        let mut closing = None;
+        loop {
+            let begun = Instant::now();
+            shared.breaker.try_again();
+            let attempt = self.attempt(shared, batch).await;
+            let durable = matches!(attempt, Ok(Outcome::Durable));
+            if durable {
+                shared.watermark.advance(batch.last());
+                let metrics = &shared.metrics;
+                metrics.append.observe_time(batch.begun.elapsed());
+                metrics.write.observe_time(begun.elapsed());
+                metrics.batch.observe(batch.len());
+                metrics.written.add(batch.bytes);
+                shared.queue.written(batch);
+            }
+            if !self.heard(shared, attempt.map(|outcome| outcome == Outcome::Durable)).await {
+                return false;
+            }
+            if durable {
+                return true;
+            }
+            if shared.queue.ended().is_some() && closing.get_or_insert_with(Instant::now).elapsed() > FAREWELL {
+                let reason = shared.breaker.reason().unwrap_or_default();
+                shared.fail(&anyhow!("entries from {} on were not known to be written: {reason}", batch.first));
+                return false;
+            }
+        }
+    }
+
+    /// What a call means for the log: waits before the next when it failed. `Ok(false)` is that the epoch was lost, and so
+    /// is the end.
+    async fn heard(&mut self, shared: &Shared, called: Result<bool, Failure>) -> bool {
+        match called {
+            Ok(true) => shared.breaker.succeeded(),
+            Ok(false) => {
+                shared.step_down();
+                return false;
+            }
+            Err(failure) => {
+                match failure.kind {
+                    Kind::Silent => self.session = None,
+                    Kind::Full => shared.queue.set_full(),
+                    Kind::Refused => {}
+                    Kind::Damaged => {
+                        shared.fail(&anyhow!("{failure}"));
+                        return false;
+                    }
+                }
+                sleep(shared.breaker.failed(&failure.reason)).await;
+            }
+        }
+        true
+    }
+
+    /// Tries once to have a batch written.
+    async fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Outcome, Failure> {
+        let (before, last) = ((batch.first - 1).cast_signed(), batch.last().cast_signed());
+        let epoch = self.epoch;
+        let (session, append) = self.session(shared).await?;
+        let with: [&(dyn ToSql + Sync); 9] = [
+            &epoch,
+            &before,
+            &last,
+            &batch.times,
+            &batch.types,
+            &batch.keys,
+            &batch.values,
+            &batch.metadata,
+            &batch.expires,
+        ];
+        if session.execute(append, &with).await? > 0 {
+            return Ok(Outcome::Durable);
+        }
+        shared.metrics.lookups.add(1);
+        let row = session.one("SELECT epoch, last FROM kvs.writer", &[]).await?;
+        let [holder, newest]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
+        if holder != epoch {
+            Ok(Outcome::Lost)
+        } else if newest == last {
+            Ok(Outcome::Durable)
+        } else {
+            let reason = format!("its newest entry is {newest}, where {before} was written last");
+            Err(Failure { reason, kind: Kind::Damaged })
+        }
+    }
+
+    /// Says that it is there.
+    async fn beat(&mut self, shared: &Shared) -> Result<bool, Failure> {
+        shared.breaker.try_again();
+        let epoch = self.epoch;
+        let (session, _) = self.session(shared).await?;
+        let seen = "UPDATE kvs.writer SET seen = clock_timestamp() WHERE epoch = $1";
+        Ok(session.execute(seen, &[&epoch]).await? == 1)
+    }
+
+    /// The connection, made anew when there is none.
+    async fn session(&mut self, shared: &Shared) -> Result<&(Session, Statement), Failure> {
+        let session = match self.session.take() {
+            Some(session) => session,
+            None => {
+                shared.metrics.connections.add(1);
+                let session = shared.connect().await?;
+                // Lost with the connection before, unless the server has not noticed yet.
+                session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?;
+                let append = prepare(&session).await?;
+                (session, append)
+            }
+        };
+        Ok(self.session.insert(session))
+    }
+
+    /// Lets others write.
+    async fn leave(&mut self, shared: &Shared) -> Result<(), Failure> {
+        let epoch = self.epoch;
+        let (session, _) = self.session(shared).await?;
+        session.execute("UPDATE kvs.writer SET holder = NULL WHERE epoch = $1", &[&epoch]).await?;
+        Ok(())
+    }
+}
+
+/// The statement that appends. An error tells that the tables are not what they should be.
+pub async fn prepare(session: &Session) -> Result<Statement, Failure> {
+    session.prepare(APPEND).await
+}

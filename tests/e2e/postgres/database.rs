@@ -1,0 +1,163 @@
+//! A PostgreSQL of a test's own, on a free port: started, killed, paused, asked.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, geteuid, kill_process};
+use tempfile::TempDir;
+
+use crate::server::{PATIENCE, Process};
+
+pub const PASSWORD: &str = "p:a%s+s wörd";
+
+pub struct Database {
+    data: TempDir,
+    port: u16,
+    /// None while it is down.
+    process: Option<Process>,
+}
+
+/// Where the programs of the newest version are.
+fn programs() -> PathBuf {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
+    let newest = versions.map(|version| version.expect("it can be listed").path().join("bin")).max();
+    newest.expect("PostgreSQL is installed; `just test` does that")
+}
+
+/// One of its programs, as somebody it lets run it: root may not.
+fn program(name: &str) -> Command {
+    let program = programs().join(name);
+    if !geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(program);
+    command
+}
+
+impl Database {
+    pub fn start() -> Self {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        if geteuid().is_root() {
+            let home = fs::metadata("/var/lib/postgresql").expect("its package made a home for it");
+            chown(data.path(), Some(home.uid()), Some(home.gid())).expect("root may do that");
+        }
+        let password = data.path().with_extension("password");
+        fs::write(&password, PASSWORD).expect("a file can be written");
+        let mut command = program("initdb");
+        command.args(["--no-sync", "-U", "postgres", "-E", "UTF8", "--locale=C", "-A", "scram-sha-256", "--pwfile"]);
+        let made = command.arg(&password).arg("-D").arg(data.path().join("cluster")).stdout(Stdio::null()).output();
+        fs::remove_file(&password).expect("it is there");
+        let made = made.expect("initdb can be run");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        fs::write(data.path().join("passwords"), format!("*:*:*:*:{}", PASSWORD.replace(':', "\\:")))
+            .expect("a file can be written");
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let mut database = Self { data, port: free.expect("a port is free").port(), process: None };
+        database.start_again();
+        database
+    }
+
+    /// Starts it when it is down. What is left of a killed one can keep it from that for a moment.
+    pub fn start_again(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.process.is_none() {
+            let mut command = program("postgres");
+            command.arg("-D").arg(self.data.path().join("cluster")).args([
+                "-p",
+                &self.port.to_string(),
+                "-h",
+                "127.0.0.1",
+            ]);
+            command.args(["-c", "unix_socket_directories=", "-c", "lc_messages=C"]).stdout(Stdio::null());
+            let process = Process::spawn(command);
+            let ready = process.stderr.find(|line| line.contains("ready to accept connections").then_some(()));
+            match ready {
+                Ok(()) => self.process = Some(process),
+                Err(said) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{said}"),
+            }
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How kvs finds it.
+    pub fn url(&self) -> String {
+        self.url_at(self.port)
+    }
+
+    /// By a proxy on another port.
+    pub fn url_at(&self, port: u16) -> String {
+        let passwords = self.data.path().join("passwords");
+        format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&passfile={}", passwords.display())
+    }
+
+    /// SIGKILL: those that serve its connections find out by themselves.
+    pub fn kill(&mut self) {
+        let mut process = self.process.take().expect("it is running");
+        process.signal(Signal::KILL);
+        process.wait();
+    }
+
+    /// Stops or continues it with all that belongs to it.
+    pub fn signal(&self, signal: Signal) {
+        let process = self.process.as_ref().expect("it is running");
+        process.signal(signal);
+        for child in process.children() {
+            // One that is gone needs no signal.
+            let _ = kill_process(Pid::from_raw(child).expect("a process has a number"), signal);
+        }
+    }
+
+    fn psql(&self) -> Command {
+        let mut psql = Command::new(programs().join("psql"));
+        psql.args([
+            "-XAtq",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &self.port.to_string(),
+            "-U",
+            "postgres",
+        ]);
+        psql.env("PGPASSWORD", PASSWORD).env("PGOPTIONS", "-c client_min_messages=warning");
+        psql
+    }
+
+    /// Runs SQL, and gives the rows, with | between columns.
+    pub fn sql(&self, statements: &str) -> Vec<String> {
+        let ran = self.psql().args(["-c", statements]).output().expect("psql can be run");
+        assert!(ran.status.success(), "{statements}: {}", String::from_utf8_lossy(&ran.stderr));
+        String::from_utf8(ran.stdout).expect("it is text").lines().map(str::to_owned).collect()
+    }
+
+    /// Waits until a query gives this.
+    pub fn becomes(&self, query: &str, wanted: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.sql(query) != [wanted] {
+            assert!(Instant::now() < deadline, "{query} never gave {wanted}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Holds the table for itself until it is dropped.
+    pub fn lock(&self, table: &str) -> Process {
+        let mut psql = self.psql();
+        psql.args(["-c", &format!("BEGIN; LOCK TABLE {table}; SELECT pg_sleep(600)")]);
+        let process = Process::spawn(psql);
+        let held = format!(
+            "SELECT count(*) FROM pg_locks WHERE relation = '{table}'::regclass AND mode = 'AccessExclusiveLock'"
+        );
+        self.becomes(&format!("{held} AND granted"), "1");
+        process
+    }
+}

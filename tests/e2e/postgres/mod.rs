@@ -1,0 +1,345 @@
+//! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
+
+mod database;
+mod proxy;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use self::database::Database;
+use self::proxy::{Proxy, Way};
+use crate::components::DEFAULT_GUEST;
+use crate::load::Clients;
+use crate::server::{PATIENCE, Server, serve_refused};
+use crate::swap::{component, swaps};
+use crate::wire::Connection;
+use crate::zoo;
+
+/// All that was ever written is there once, in order, without a gap: nothing was compacted.
+const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND max(sequence) = (SELECT last FROM kvs.writer) \
+     FROM kvs.transactions";
+
+fn start(url: &str) -> Server {
+    Server::start(&["--log", url, "--log-timeout", "1s", "--request-timeout", "3s"])
+}
+
+fn put(server: &Server, key: &str, value: &str) -> u16 {
+    Connection::open(server.address()).ask("PUT", &format!("/v1/{key}"), value.as_bytes()).status
+}
+
+fn get(server: &Server, key: &str) -> (u16, String) {
+    let answer = Connection::open(server.address()).ask("GET", &format!("/v1/{key}"), b"");
+    (answer.status, answer.text().to_owned())
+}
+
+fn ready(server: &Server) -> (u16, String) {
+    let answer = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    (answer.status, answer.text().to_owned())
+}
+
+/// Waits until readiness tells this.
+fn becomes_ready(server: &Server, status: u16, told: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (now, text) = ready(server);
+        if now == status && text.contains(told) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "it is not {status} {told:?}, but {now}: {text}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+const WELL: &str = "[+]log ok\n";
+const AWAY: &str = "[+]log ok, but the database is away";
+
+/// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
+/// outcome nobody tells, or when `trouble` is over and so many have come again.
+fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
+    let count = AtomicU64::new(0);
+    let (enough, awaited) = sync_channel(1);
+    let over = AtomicBool::new(false);
+    clients.run_while(
+        server.address(),
+        |_| {
+            if count.fetch_add(1, Ordering::Relaxed) + 1 == answers {
+                enough.send(()).expect("it is awaited");
+            }
+            !over.load(Ordering::Relaxed)
+        },
+        || {
+            awaited.recv_timeout(PATIENCE).expect("the server goes on answering");
+            trouble();
+            over.store(true, Ordering::Relaxed);
+        },
+    );
+}
+
+#[test]
+fn what_is_stored_is_rows_of_a_table_and_there_after_a_kill() {
+    let database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"1").etag(), Some(1));
+    assert_eq!(client.ask("PUT", "/v1/%C3%A4?ttl=1000", b"\x00\xff").etag(), Some(2));
+    assert_eq!(client.ask("DELETE", "/v1/a", b"").status, 200);
+    let typed = [("content-type", "text/plain; charset=\"utf-8\"")];
+    assert_eq!(client.ask_with("PUT", "/v1/typed", &typed, b"x").status, 201);
+    let rows = "SELECT sequence, event_type, convert_from(key, 'UTF8'), value, metadata, expires - time BETWEEN 999000 AND 1001000 \
+                FROM kvs.transactions ORDER BY sequence";
+    assert_eq!(
+        database.sql(rows),
+        [
+            r"1|2|a|\x31||",
+            r"2|2|ä|\x00ff||t",
+            "3|1|a|||",
+            r#"4|2|typed|\x78|[["content-type","text/plain; charset=\"utf-8\""]]|"#
+        ]
+    );
+    // Another directory: nothing of the log is in it.
+    drop(server.kill());
+    let server = start(&url);
+    let mut client = Connection::open(server.address());
+    client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    let value = client.ask("GET", "/v1/%C3%A4", b"");
+    assert_eq!((value.status, value.etag(), &value.body[..]), (200, Some(2), &b"\x00\xff"[..]));
+    assert!(value.header("expires").is_some());
+    assert_eq!(client.ask("GET", "/v1/typed", b"").header("content-type"), Some("text/plain; charset=\"utf-8\""));
+    assert_eq!(client.ask("PUT", "/v1/a", b"2").etag(), Some(5));
+    server.terminate();
+    assert_eq!(database.sql("SELECT epoch, holder, last FROM kvs.writer"), ["2||5"]);
+}
+
+#[test]
+fn kills_of_the_server_under_load_lose_nothing() {
+    let database = Database::start();
+    let url = database.url();
+    let mut clients = Clients::new(&mut zoo::dice());
+    for _ in 0..3 {
+        let server = start(&url);
+        clients.settle(server.address());
+        under_load(&server, &mut clients, 1_000, || server.signal(Signal::KILL));
+        assert!(clients.unknown() > 0, "the kill met no write in flight, and showed nothing");
+        server.ends();
+        assert_eq!(database.sql(WHOLE), ["t"]);
+    }
+    clients.settle(start(&url).address());
+}
+
+#[test]
+fn a_database_that_is_killed_costs_no_write_and_reads_go_on_without_it() {
+    let mut database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "kept", "here"), 201);
+    let mut clients = Clients::new(&mut zoo::dice());
+    for _ in 0..3 {
+        under_load(&server, &mut clients, 500, || {
+            database.kill();
+            becomes_ready(&server, 200, AWAY);
+        });
+        assert_eq!(get(&server, "kept"), (200, "here".into()));
+        let refused = Connection::open(server.address()).ask("PUT", "/v1/new", b"");
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+        database.start_again();
+        becomes_ready(&server, 200, WELL);
+        assert_eq!(put(&server, "new", "x"), 201);
+        clients.settle(server.address());
+        assert_eq!(database.sql(WHOLE), ["t"]);
+    }
+    let said = server.stderr();
+    let told = |text: &str| said.iter().filter(|line| line.contains(text)).count();
+    assert_eq!((told("the database is away"), told("the database is back")), (3, 3), "a line for each change");
+    // What the server has is what the log has.
+    server.terminate();
+    clients.settle(start(&database.url()).address());
+}
+
+#[test]
+fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_request_may_take() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let mut clients = Clients::new(&mut zoo::dice());
+    under_load(&server, &mut clients, 500, || {
+        database.signal(Signal::STOP);
+        becomes_ready(&server, 200, AWAY);
+    });
+    database.signal(Signal::CONT);
+    becomes_ready(&server, 200, WELL);
+    clients.settle(server.address());
+    under_load(&server, &mut clients, 500, || {
+        let lock = database.lock("kvs.transactions");
+        becomes_ready(&server, 200, AWAY);
+        drop(lock);
+        database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'");
+        becomes_ready(&server, 200, WELL);
+    });
+    clients.settle(server.address());
+    assert_eq!(database.sql(WHOLE), ["t"]);
+}
+
+#[test]
+fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    thread::scope(|scope| {
+        proxy.set(Way::Deaf);
+        let writing = scope.spawn(|| put(&server, "a", "2"));
+        proxy.kept_something();
+        // It is committed, and nobody was told.
+        database.becomes("SELECT last FROM kvs.writer", "2");
+        proxy.set(Way::Reset);
+        proxy.set(Way::Open);
+        assert_eq!(writing.join().expect("it is answered"), 201);
+    });
+    assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), ["2"]);
+    let looked_up = Connection::open(server.admin()).ask("GET", "/metrics", b"");
+    assert!(looked_up.text().contains("\nkvs_log_lookups_total 1\n"), "{}", looked_up.text());
+
+    let mut clients = Clients::new(&mut zoo::dice());
+    for way in [Way::Slow(Duration::from_millis(2)), Way::Deaf, Way::Lost, Way::Reset] {
+        under_load(&server, &mut clients, 300, || {
+            proxy.set(way);
+            if !matches!(way, Way::Slow(_)) {
+                becomes_ready(&server, 200, AWAY);
+                proxy.reset();
+            }
+            proxy.set(Way::Open);
+            becomes_ready(&server, 200, WELL);
+        });
+        clients.settle(server.address());
+        assert_eq!(database.sql(WHOLE), ["t"], "after {way:?}");
+    }
+}
+
+#[test]
+fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
+    let database = Database::start();
+    let url = database.url();
+    let paused = start(&url);
+    assert_eq!(put(&paused, "a", "1"), 201);
+    serve_refused(&["--log", &url])
+        .with(1, &["cannot open the log in the database \"postgres\" at 127.0.0.1", "writes it"]);
+    let mut clients = Clients::new(&mut zoo::dice());
+    let mut taken = None;
+    under_load(&paused, &mut clients, 500, || {
+        paused.signal(Signal::STOP);
+        // The end of a lease is a matter of time.
+        let unseen = "SELECT clock_timestamp() - seen > interval '10 seconds' FROM kvs.writer";
+        database.becomes(unseen, "t");
+        let server = start(&url);
+        assert_eq!(put(&server, "a", "2"), 201);
+        taken = Some(server);
+        paused.signal(Signal::CONT);
+        becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+    });
+    let server = taken.expect("it was started");
+    assert_eq!(put(&paused, "a", "3"), 403);
+    assert_eq!(get(&server, "a"), (200, "2".into()));
+    assert_eq!(ready(&server).0, 200);
+    clients.settle(server.address());
+    assert_eq!(database.sql(WHOLE), ["t"]);
+    paused.terminate();
+    assert_eq!(put(&server, "a", "4"), 201);
+    server.terminate();
+}
+
+#[test]
+fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
+    let mut database = Database::start();
+    let url = database.url();
+    let secret = |rest: &str| {
+        format!("postgres://postgres:secret@127.0.0.1:{}", rest.replace("PORT", &database.port().to_string()))
+    };
+    let refused = |url: &str, told: &[&str]| {
+        let refused = serve_refused(&["--log", url, "--log-timeout", "1s"]);
+        refused.with(1, told);
+        assert!(!refused.line.contains("secret"), "{refused}");
+    };
+    refused(
+        &secret("PORT/postgres?sslmode=disable"),
+        &["password authentication failed for user \"postgres\"", "28P01"],
+    );
+    refused(&secret("1/postgres?sslmode=disable"), &["127.0.0.1:1", "refused"]);
+    refused(&secret("PORT/postgres"), &["does not support TLS", "sslmode=disable"]);
+    refused(&secret("PORT/postgres?colour=red"), &["URL of the log", "colour"]);
+    refused(&secret("PORT/postgres?passfile=/nowhere&sslmode=never"), &["sslmode is disable, prefer"]);
+    refused("postgress://postgres:secret@localhost/postgres", &["a log is `file` or looks like postgres://"]);
+    refused(&url.replace("/postgres?", "/nothere?"), &["database \"nothere\" does not exist"]);
+
+    database.sql("CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'");
+    refused(&url.replace("//postgres@", "//weak@"), &["the schema kvs cannot be made", "permission denied"]);
+    database.sql("CREATE DATABASE latin ENCODING 'SQL_ASCII' TEMPLATE template0");
+    refused(&url.replace("/postgres?", "/latin?"), &["its encoding is SQL_ASCII"]);
+    database.sql("CREATE SCHEMA kvs; CREATE TABLE kvs.transactions (colour text)");
+    refused(&url, &["the schema kvs cannot be made", "\"transactions\" already exists"]);
+    database.sql("DROP SCHEMA kvs CASCADE");
+
+    let server = start(&url);
+    assert_eq!((put(&server, "a", "1"), put(&server, "b", "2")), (201, 201));
+    server.terminate();
+    database.sql("INSERT INTO kvs.migrations VALUES (7)");
+    refused(&url, &["its schema kvs is of version 7, this kvs knows up to 1"]);
+    database.sql(
+        "DELETE FROM kvs.migrations WHERE version = 7; ALTER TABLE kvs.transactions RENAME COLUMN expires TO ends",
+    );
+    refused(&url, &["the tables in the schema kvs are not those", "\"expires\""]);
+    database.sql("ALTER TABLE kvs.transactions RENAME COLUMN ends TO expires");
+    database.sql("INSERT INTO kvs.transactions VALUES (3, 0, 1, 'c')");
+    refused(&url, &["kvs.transactions holds the sequence 3", "newest is 2"]);
+    database.sql(
+        "DELETE FROM kvs.transactions WHERE sequence = 3; UPDATE kvs.transactions SET key = '\\xff' WHERE sequence = 2",
+    );
+    refused(&url, &["sequence Some(2) is damaged: its key is not UTF-8"]);
+    database.sql("UPDATE kvs.transactions SET key = 'b', metadata = '{}' WHERE sequence = 2");
+    refused(&url, &["sequence Some(2) is damaged: its metadata"]);
+    database.sql("UPDATE kvs.transactions SET metadata = NULL");
+    database.kill();
+    refused(&url, &["127.0.0.1", "refused"]);
+}
+
+#[test]
+fn a_database_that_may_forget_is_told_of() {
+    let database = Database::start();
+    database.sql("ALTER SYSTEM SET fsync = off");
+    database.sql("ALTER ROLE postgres SET synchronous_commit = off; SELECT pg_reload_conf()");
+    database.becomes("SHOW fsync", "off");
+    let server = start(&database.url());
+    server.says("WARN fsync is off");
+    let (status, told) = ready(&server);
+    assert_eq!(status, 200);
+    assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
+}
+
+#[test]
+fn rows_that_nobody_needs_any_more_are_deleted_and_watchers_are_told() {
+    let database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let mut client = Connection::open(server.address());
+    assert_eq!(put(&server, "gone", "x"), 201);
+    client.ask("DELETE", "/v1/gone", b"");
+    for round in 0..101 {
+        let puts: Vec<_> =
+            (0..1_000).map(|n| json!({"op": "put", "key": format!("key-{n}"), "value": format!("{round}")})).collect();
+        assert_eq!(client.ask("POST", "/v1", json!(puts).to_string().as_bytes()).status, 200);
+    }
+    // The delete is younger than an hour, and stays.
+    database.becomes("SELECT count(*) FROM kvs.transactions", "1001");
+    assert_eq!(client.ask("GET", "/v1?watch&since=1", b"").status, 410);
+    database.becomes("SELECT last, forgotten, compacted > 0 FROM kvs.writer", "101002|0|t");
+    server.terminate();
+    let server = start(&url);
+    assert_eq!((get(&server, "key-7"), get(&server, "gone").0), ((200, "100".into()), 404));
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/key-7", b"").etag(), Some(101_003));
+    swaps(&server, &component(DEFAULT_GUEST));
+    assert_eq!(get(&server, "key-8"), (200, "100".into()));
+}
