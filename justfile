@@ -89,7 +89,7 @@ guest-js:
 
 # Measure requests beside a plain hyper map, in one run
 [group('develop')]
-bench *WHAT: _target (_tool "wrk") (_tool "redis-server")
+bench *WHAT: _target (_tool "wrk") (_tool "redis-server") _postgres
     cargo bench --bench bench -- {{ WHAT }}
 
 # The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, and anything asked of it: hours

@@ -16,9 +16,9 @@ use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest;
 use crate::lines::Format;
+use crate::log::Place;
 use crate::log::command::LogCommand;
 use crate::log::file::Durability;
-use crate::log::postgres;
 
 /// A key-value store whose logic is a WebAssembly component.
 #[derive(Debug, Parser)]
@@ -78,11 +78,15 @@ pub struct Serve {
     /// Where the log is: in files, or in a database, postgres://USER@HOST/DATABASE; see the README. Its password is best in
     /// PGPASSWORD or a file
     #[arg(long, env = "KVS_LOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
-    pub log: Log,
+    pub log: Place,
 
     /// Longest wait for one call of the database that holds the log
     #[arg(long, env = "KVS_LOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub log_timeout: Duration,
+
+    /// While another process writes the log in a database, wait, and take over when it is gone
+    #[arg(long, env = "KVS_STANDBY")]
+    pub standby: bool,
 
     /// When a write is answered: after it is on disk, or as soon as the operating system has it
     #[arg(long, env = "KVS_DURABILITY", default_value = "sync")]
@@ -191,20 +195,6 @@ pub struct Serve {
     #[arg(long, env = "KVS_PROBATION", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Guest")]
     pub probation: Duration,
-}
-
-/// Where the log is.
-#[derive(Clone, Debug)]
-pub enum Log {
-    File,
-    Postgres(postgres::Url),
-}
-
-// What is wrong with a URL is told when it is used: here all of it would be shown, password included.
-impl From<&str> for Log {
-    fn from(text: &str) -> Self {
-        if text == "file" { Self::File } else { Self::Postgres(text.into()) }
-    }
 }
 
 /// Which guest, and what it may use.

@@ -14,17 +14,17 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
-use crate::cli::{Log, Serve};
+use crate::cli::Serve;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
 use crate::guest::{Engine, Reload, Shard, Source, Swapper};
-use crate::log::TransactionLog;
 use crate::log::changes::Changes;
 use crate::log::file::{self, FileLog};
 use crate::log::postgres::{self, PostgresLog};
+use crate::log::{Place, TransactionLog};
 use crate::metrics::Metrics;
 
 /// How often the guest is asked to do its housekeeping.
@@ -58,7 +58,13 @@ async fn serve(args: &Serve) -> Result<()> {
     let admin = watched(args.admin, tokens.clone())?;
     let health = &admin.health;
 
-    let log = open_log(args, &admin.metrics).await?;
+    let log = tokio::select! {
+        log = open_log(args, &admin.metrics) => log?,
+        _ = stop.changed() => {
+            info!("stopped before the log was opened");
+            return Ok(());
+        }
+    };
     let changes = Changes::new(log, usize::try_from(args.stream_lag_bytes.as_u64())?);
     let log: Arc<dyn TransactionLog> = changes.clone();
     task::spawn(Arc::clone(&changes).run());
@@ -186,16 +192,19 @@ async fn serve(args: &Serve) -> Result<()> {
 async fn open_log(args: &Serve, metrics: &Metrics) -> Result<Arc<dyn TransactionLog>> {
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.log {
-        Log::File => {
+        Place::File => {
+            ensure!(!args.standby, "--standby is for a log in a database: give one with --log");
             let (data, segment_bytes) = (args.data.clone(), args.segment_bytes.as_u64());
             let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability })?);
             metrics.add(log.clone());
             Ok(log)
         }
-        Log::Postgres(url) => {
+        Place::Postgres(url) => {
             let data = args.data.display();
             std::fs::create_dir_all(&args.data).with_context(|| format!("cannot make the directory {data}"))?;
-            let options = postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.log_timeout };
+            let manner = postgres::Manner { begin: true, standby: args.standby };
+            let options =
+                postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.log_timeout, manner };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             Ok(log)

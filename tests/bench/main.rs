@@ -1,4 +1,5 @@
-//! `just bench`: what a request costs, what the group commit is worth, how fast the way back is, and what a swap does to
+//! `just bench`: what a request costs, what the group commit is worth, on a disk and
+//! in a database, how fast the way back is, and what a swap does to
 //! those who ask meanwhile. `just bench commit` measures one of them.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
@@ -6,6 +7,7 @@
 
 mod commit;
 mod plain_map;
+mod postgres;
 mod process;
 mod replay;
 mod requests;
@@ -17,8 +19,13 @@ use anyhow::{Result, bail};
 
 type Benchmark = fn(&Path) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 4] =
-    [("requests", requests::run), ("commit", commit::run), ("replay", replay::run), ("swap", swap::run)];
+const ALL: [(&str, Benchmark); 5] = [
+    ("requests", requests::run),
+    ("commit", commit::run),
+    ("postgres", postgres::run),
+    ("replay", replay::run),
+    ("swap", swap::run),
+];
 
 fn main() -> Result<()> {
     // cargo adds a flag of its own.

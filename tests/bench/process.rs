@@ -3,14 +3,16 @@
 //! Server CPU is user and system time of the server's process alone; the load generators run on the same machine and take
 //! their share of the throughput.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::geteuid;
 
 /// Linux counts the CPU time of processes in these, whatever the kernel was built with.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -70,6 +72,41 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(Self { name: "redis, appendfsync always", process, address, admin: None })
+    }
+
+    /// A PostgreSQL of its own, with the settings it comes with.
+    pub fn postgres(data: &Path) -> Result<Self> {
+        let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+        let newest = versions.map(|version| version.path().join("bin")).max();
+        let programs = newest.context("there is no PostgreSQL; `just bench` installs it")?;
+        let (home, root) = (data.join("postgres"), geteuid().is_root());
+        fs::create_dir(&home)?;
+        if root {
+            // It does not run as root, and has to reach its own directory.
+            let owner = fs::metadata("/var/lib/postgresql")?;
+            chown(&home, Some(owner.uid()), Some(owner.gid()))?;
+            fs::set_permissions(data, Permissions::from_mode(0o755))?;
+        }
+        let program = |name: &str| {
+            let mut command = Command::new(if root { "setpriv".into() } else { programs.join(name) });
+            if root {
+                command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(programs.join(name));
+            }
+            command.arg("-D").arg(home.join("cluster")).stdout(Stdio::null()).stderr(Stdio::null());
+            command
+        };
+        ensure!(program("initdb").args(["-U", "postgres", "-A", "trust"]).status()?.success(), "initdb failed");
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let mut postgres = program("postgres");
+        postgres.args(["-h", "127.0.0.1", "-p", &address.port().to_string(), "-c", "unix_socket_directories="]);
+        let mut postgres = Self { name: "postgres", process: postgres.spawn()?, address, admin: None };
+        let began = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            let ended = postgres.process.try_wait()?.is_some();
+            ensure!(!ended && began.elapsed() < Duration::from_secs(30), "postgres does not serve");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(postgres)
     }
 
     /// Requests from so many connections for a time. The script is one of those beside this file.

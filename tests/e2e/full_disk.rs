@@ -53,7 +53,7 @@ impl Mount {
     }
 
     /// Takes this much of the space, until the file is removed.
-    fn filler(&self, bytes: u64) -> PathBuf {
+    pub fn filler(&self, bytes: u64) -> PathBuf {
         let path = self.directory.path().join("filler");
         let zeros = vec![0; usize::try_from(bytes).expect("it is not much")];
         fs::write(&path, zeros).expect("there is room so far");

@@ -50,6 +50,20 @@ pub trait TransactionLog: Send + Sync + 'static {
     fn close(&self) -> anyhow::Result<()>;
 }
 
+/// Where a log is.
+#[derive(Clone, Debug)]
+pub enum Place {
+    File,
+    Postgres(postgres::Url),
+}
+
+// What is wrong with a URL is told when it is used: a refused flag is shown whole, password included.
+impl From<&str> for Place {
+    fn from(text: &str) -> Self {
+        if text == "file" { Self::File } else { Self::Postgres(text.into()) }
+    }
+}
+
 /// How a log is.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Condition {

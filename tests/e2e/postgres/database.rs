@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::{MetadataExt, chown};
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
 
+use crate::certificates::Pair;
 use crate::server::{PATIENCE, Process};
 
 pub const PASSWORD: &str = "p:a%s+s wörd";
@@ -36,17 +37,22 @@ fn program(name: &str) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(program);
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--pdeathsig=KILL", "--"]).arg(program);
     command
+}
+
+/// Makes it the database's.
+pub fn give(path: &Path) {
+    if geteuid().is_root() {
+        let home = fs::metadata("/var/lib/postgresql").expect("its package made a home for it");
+        chown(path, Some(home.uid()), Some(home.gid())).expect("root may do that");
+    }
 }
 
 impl Database {
     pub fn start() -> Self {
         let data = TempDir::new().expect("a temporary directory can be made");
-        if geteuid().is_root() {
-            let home = fs::metadata("/var/lib/postgresql").expect("its package made a home for it");
-            chown(data.path(), Some(home.uid()), Some(home.gid())).expect("root may do that");
-        }
+        give(data.path());
         let password = data.path().with_extension("password");
         fs::write(&password, PASSWORD).expect("a file can be written");
         let mut command = program("initdb");
@@ -74,7 +80,9 @@ impl Database {
                 "-h",
                 "127.0.0.1",
             ]);
-            command.args(["-c", "unix_socket_directories=", "-c", "lc_messages=C"]).stdout(Stdio::null());
+            command
+                .args(["-c", "unix_socket_directories=", "-c", "lc_messages=C", "-c", "max_connections=300"])
+                .stdout(Stdio::null());
             let process = Process::spawn(command);
             let ready = process.stderr.find(|line| line.contains("ready to accept connections").then_some(()));
             match ready {
@@ -82,6 +90,21 @@ impl Database {
                 Err(said) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{said}"),
             }
         }
+    }
+
+    /// From now on it offers TLS.
+    pub fn serve_tls(&self, pair: &Pair) {
+        for (name, file) in [("certificate", &pair.certificate), ("key", &pair.key)] {
+            let copy = self.data.path().join(name);
+            fs::copy(file, &copy).expect("the directory takes a file");
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o600)).expect("it is the test's");
+            give(&copy);
+            let setting = if name == "key" { "ssl_key_file" } else { "ssl_cert_file" };
+            self.sql(&format!("ALTER SYSTEM SET {setting} = '{}'", copy.display()));
+        }
+        self.sql("ALTER SYSTEM SET ssl = on");
+        self.sql("SELECT pg_reload_conf()");
+        self.becomes("SHOW ssl", "on");
     }
 
     pub fn port(&self) -> u16 {

@@ -1,6 +1,8 @@
 //! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
 
+mod commands;
 mod database;
+mod opening;
 mod proxy;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
+use tempfile::TempDir;
 
-use self::database::Database;
+use self::database::{Database, give};
 use self::proxy::{Proxy, Way};
 use crate::components::DEFAULT_GUEST;
+use crate::full_disk::Mount;
 use crate::load::Clients;
-use crate::server::{PATIENCE, Server, serve_refused};
+use crate::server::{PATIENCE, Process, Server, serve, serve_refused};
 use crate::swap::{component, swaps};
 use crate::wire::Connection;
 use crate::zoo;
@@ -234,13 +238,13 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
         // The end of a lease is a matter of time.
         let unseen = "SELECT clock_timestamp() - seen > interval '10 seconds' FROM kvs.writer";
         database.becomes(unseen, "t");
-        let server = start(&url);
-        assert_eq!(put(&server, "a", "2"), 201);
-        taken = Some(server);
+        taken = Some(start(&url));
+        // Before the other has written anything: the entry before is the right one, and only the epoch is not.
         paused.signal(Signal::CONT);
         becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
     });
     let server = taken.expect("it was started");
+    assert_eq!(put(&server, "a", "2"), 201);
     assert_eq!(put(&paused, "a", "3"), 403);
     assert_eq!(get(&server, "a"), (200, "2".into()));
     assert_eq!(ready(&server).0, 200);
@@ -252,70 +256,71 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
 }
 
 #[test]
-fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
-    let mut database = Database::start();
-    let url = database.url();
-    let secret = |rest: &str| {
-        format!("postgres://postgres:secret@127.0.0.1:{}", rest.replace("PORT", &database.port().to_string()))
+fn a_database_without_room_refuses_writes_and_takes_them_again_when_there_is_some() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let mount = Mount::tmpfs();
+    let filler = mount.filler(12 << 20);
+    std::fs::create_dir(mount.data()).expect("there is room so far");
+    give(&mount.data());
+    database.sql(&format!("CREATE TABLESPACE small LOCATION '{}'", mount.data().display()));
+    database.sql("ALTER TABLE kvs.transactions SET TABLESPACE small");
+    let (mut client, mut rng) = (Connection::open(server.address()), zoo::dice());
+    let mut put = |number: u64| {
+        let value: Vec<u8> = (0..100_000).map(|_| rng.u8(..)).collect();
+        client.ask("PUT", &format!("/v1/key-{number}"), &value).status
     };
-    let refused = |url: &str, told: &[&str]| {
-        let refused = serve_refused(&["--log", url, "--log-timeout", "1s"]);
-        refused.with(1, told);
-        assert!(!refused.line.contains("secret"), "{refused}");
-    };
-    refused(
-        &secret("PORT/postgres?sslmode=disable"),
-        &["password authentication failed for user \"postgres\"", "28P01"],
-    );
-    refused(&secret("1/postgres?sslmode=disable"), &["127.0.0.1:1", "refused"]);
-    refused(&secret("PORT/postgres"), &["does not support TLS", "sslmode=disable"]);
-    refused(&secret("PORT/postgres?colour=red"), &["URL of the log", "colour"]);
-    refused(&secret("PORT/postgres?passfile=/nowhere&sslmode=never"), &["sslmode is disable, prefer"]);
-    refused("postgress://postgres:secret@localhost/postgres", &["a log is `file` or looks like postgres://"]);
-    refused(&url.replace("/postgres?", "/nothere?"), &["database \"nothere\" does not exist"]);
-
-    database.sql("CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'");
-    refused(&url.replace("//postgres@", "//weak@"), &["the schema kvs cannot be made", "permission denied"]);
-    database.sql("CREATE DATABASE latin ENCODING 'SQL_ASCII' TEMPLATE template0");
-    refused(&url.replace("/postgres?", "/latin?"), &["its encoding is SQL_ASCII"]);
-    database.sql("CREATE SCHEMA kvs; CREATE TABLE kvs.transactions (colour text)");
-    refused(&url, &["the schema kvs cannot be made", "\"transactions\" already exists"]);
-    database.sql("DROP SCHEMA kvs CASCADE");
-
-    let server = start(&url);
-    assert_eq!((put(&server, "a", "1"), put(&server, "b", "2")), (201, 201));
+    let statuses: Vec<_> = (0..).map(&mut put).take_while(|status| *status != 507).collect();
+    let stored = statuses.iter().filter(|status| **status == 201).count();
+    assert!(stored > 50 && statuses.ends_with(&[504]) && statuses.len() == stored + 1, "{statuses:?}");
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/key-7", b"").status, 200);
+    let (status, told) = ready(&server);
+    assert!(status == 200 && told.contains("(53100)"), "{told}");
+    std::fs::remove_file(filler).expect("it is there");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(1_000), 201);
+    // The one whose outcome was unknown was written in the end.
+    assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), [format!("{}", stored + 2)]);
+    assert_eq!(database.sql(WHOLE), ["t"]);
     server.terminate();
-    database.sql("INSERT INTO kvs.migrations VALUES (7)");
-    refused(&url, &["its schema kvs is of version 7, this kvs knows up to 1"]);
-    database.sql(
-        "DELETE FROM kvs.migrations WHERE version = 7; ALTER TABLE kvs.transactions RENAME COLUMN expires TO ends",
-    );
-    refused(&url, &["the tables in the schema kvs are not those", "\"expires\""]);
-    database.sql("ALTER TABLE kvs.transactions RENAME COLUMN ends TO expires");
-    database.sql("INSERT INTO kvs.transactions VALUES (3, 0, 1, 'c')");
-    refused(&url, &["kvs.transactions holds the sequence 3", "newest is 2"]);
-    database.sql(
-        "DELETE FROM kvs.transactions WHERE sequence = 3; UPDATE kvs.transactions SET key = '\\xff' WHERE sequence = 2",
-    );
-    refused(&url, &["sequence Some(2) is damaged: its key is not UTF-8"]);
-    database.sql("UPDATE kvs.transactions SET key = 'b', metadata = '{}' WHERE sequence = 2");
-    refused(&url, &["sequence Some(2) is damaged: its metadata"]);
-    database.sql("UPDATE kvs.transactions SET metadata = NULL");
-    database.kill();
-    refused(&url, &["127.0.0.1", "refused"]);
+    database.sql("ALTER TABLE kvs.transactions SET TABLESPACE pg_default");
 }
 
 #[test]
-fn a_database_that_may_forget_is_told_of() {
-    let database = Database::start();
-    database.sql("ALTER SYSTEM SET fsync = off");
-    database.sql("ALTER ROLE postgres SET synchronous_commit = off; SELECT pg_reload_conf()");
-    database.becomes("SHOW fsync", "off");
-    let server = start(&database.url());
-    server.says("WARN fsync is off");
-    let (status, told) = ready(&server);
-    assert_eq!(status, 200);
-    assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
+fn one_that_stands_by_takes_over_when_the_writer_is_gone() {
+    let mut database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let mut clients = Clients::new(&mut zoo::dice());
+    let standby = || {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        let mut command = serve(data.path());
+        command.args(["--log", &url, "--standby"]);
+        (Process::spawn(command), data)
+    };
+    let waits = |process: &Process| {
+        let told = process.stderr.find(|line| line.contains("standing by while process").then_some(()));
+        told.unwrap_or_else(|said| panic!("it does not stand by, but says:\n{said}"));
+        let ready = Connection::open(process.admin()).ask("GET", "/readyz", b"");
+        assert_eq!(ready.status, 503);
+        assert!(ready.text().starts_with("[-]log not open yet\n"), "{}", ready.text());
+    };
+    let (mut told_to_stop, _data) = standby();
+    waits(&told_to_stop);
+    told_to_stop.signal(Signal::TERM);
+    assert!(told_to_stop.wait().success());
+    let (process, data) = standby();
+    waits(&process);
+    // It outlives the database, as the writer does.
+    database.kill();
+    process.stderr.find(|line| line.contains("the database is away").then_some(())).expect("it says so");
+    database.start_again();
+    becomes_ready(&server, 200, WELL);
+    under_load(&server, &mut clients, 500, || server.signal(Signal::KILL));
+    server.ends();
+    let server = Server::of(process, data);
+    clients.settle(server.address());
+    assert_eq!(database.sql(WHOLE), ["t"]);
 }
 
 #[test]

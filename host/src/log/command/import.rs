@@ -9,46 +9,87 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
 
-use super::super::TransactionLog;
 use super::super::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
+use super::super::postgres::{PostgresLog, Url, book};
 use super::super::text::{self, Format};
-use crate::contract::AppendError;
+use super::super::{Place, TransactionLog};
+use super::At;
+use crate::contract::{AppendError, Event};
 use crate::terminal::bar;
 
 /// Longer than any entry can be, every byte of it escaped. It bounds what is held of a text without lines.
 const LINE_BYTES: u64 = 4 * DEFAULT_SEGMENT_BYTES;
 
-pub fn run(data: &Path, format: Format, file: &Path) -> anyhow::Result<()> {
-    let (segment_bytes, durability) = (DEFAULT_SEGMENT_BYTES, Durability::Sync);
-    let group_bytes = largest_group(segment_bytes);
-    import(&Source::open(file, format)?, Options { data: data.into(), segment_bytes, group_bytes, durability })
+pub fn run(at: &At, format: Format, from: Option<&Url>, file: Option<&Path>) -> anyhow::Result<()> {
+    let source = match (from, file) {
+        (Some(url), _) => Source::Table(url),
+        (None, file) => Source::Text(Text::open(file.unwrap_or(Path::new("-")), format)?),
+    };
+    source.check()?;
+    match &at.log {
+        Place::File => {
+            let (data, segment_bytes, durability) = (at.data.clone(), DEFAULT_SEGMENT_BYTES, Durability::Sync);
+            let group_bytes = largest_group(segment_bytes);
+            import(&source, &FileLog::open(Options { data, segment_bytes, group_bytes, durability })?)
+        }
+        Place::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
+    }
 }
 
-fn import(source: &Source, into: Options) -> anyhow::Result<()> {
-    if let Some(size) = source.size {
-        let checking = bar(size, "bytes checked");
-        source.each_line(&checking, &mut |_| Ok(()))?;
-        checking.finish_and_clear();
-    }
-
-    let log = FileLog::open(into)?;
-    let writing = source.size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported"));
+fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
     let mut count = 0_u64;
-    let imported = source.each_line(&writing, &mut |line| {
-        append(&log, &line)?;
+    let imported = source.each(&mut |time, event| {
+        append(log, time, &event)?;
         count += 1;
         Ok(())
     });
     // What was appended is made durable, whatever came after it.
     log.close()?;
-    writing.finish_and_clear();
     imported.map_err(|error| anyhow!("{error:#}; the {count} entries before it were imported"))?;
     eprintln!("imported {count} entries; the newest sequence is {}", log.appended());
     Ok(())
 }
 
+enum Source<'s> {
+    Text(Text),
+    /// The book's, in a database.
+    Table(&'s Url),
+}
+
+impl Source<'_> {
+    /// Reads it all before anything is appended, where that can be done twice.
+    fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Text(Text { size: Some(size), .. }) => self.read(&bar(*size, "bytes checked"), &mut |_, _| Ok(())),
+            Self::Text(_) => Ok(()),
+            Self::Table(_) => self.read(&ProgressBar::no_length(), &mut |_, _| Ok(())),
+        }
+    }
+
+    fn each(&self, each: &mut dyn FnMut(u64, Event) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let size = if let Self::Text(text) = self { text.size } else { None };
+        self.read(&size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported")), each)
+    }
+
+    fn read(&self, bar: &ProgressBar, each: &mut dyn FnMut(u64, Event) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let read = match self {
+            Self::Text(text) => text.each_line(bar, &mut |line| each(line.time, line.event)),
+            Self::Table(url) => {
+                let now = now();
+                book::each(url, &mut |event| each(now, event))
+            }
+        };
+        bar.finish_and_clear();
+        read
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 /// A text to read.
-struct Source {
+struct Text {
     file: File,
     name: String,
     format: Format,
@@ -59,11 +100,10 @@ struct Source {
     size: Option<u64>,
 }
 
-impl Source {
+impl Text {
     fn open(path: &Path, format: Format) -> anyhow::Result<Self> {
         let standard = path == Path::new("-");
         let name = if standard { "standard input".into() } else { path.display().to_string() };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let opened = || {
             let mut file = if standard { io::stdin().as_fd().try_clone_to_owned()?.into() } else { File::open(path)? };
             let metadata = file.metadata()?;
@@ -72,7 +112,7 @@ impl Source {
             Ok::<_, io::Error>((file, begin, size))
         };
         let (file, begin, size) = opened().with_context(|| format!("cannot read {name}"))?;
-        Ok(Self { file, name, format, now, begin, size })
+        Ok(Self { file, name, format, now: now(), begin, size })
     }
 
     /// Hands over what each line says. An error names the line.
@@ -112,11 +152,11 @@ impl Source {
 }
 
 /// Waits where the log is only behind.
-fn append(log: &FileLog, line: &text::Line) -> anyhow::Result<()> {
+fn append(log: &dyn TransactionLog, time: u64, event: &Event) -> anyhow::Result<()> {
     loop {
-        return match log.append(line.time, std::slice::from_ref(&line.event)) {
+        return match log.append(time, std::slice::from_ref(event)) {
             Ok(_) => Ok(()),
-            Err(AppendError::Unavailable) => match log.failure() {
+            Err(AppendError::Unavailable) => match log.watermark().failure() {
                 Some(reason) => bail!("{reason}"),
                 None => {
                     std::thread::sleep(Duration::from_millis(1));
@@ -138,9 +178,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::print::{self, tests::printed};
-    use super::super::tests::{directory_with, events};
+    use super::super::tests::{at, directory_with, events};
     use super::*;
-    use crate::contract::{Event, Put};
+    use crate::contract::Put;
 
     /// Writes a text to a file beside the log and imports it. Segments are small, and quick to make.
     fn import_text(data: &Path, format: Format, text: &str) {
@@ -148,7 +188,8 @@ mod tests {
         fs::write(&file, text).unwrap();
         let (segment_bytes, group_bytes, durability) = (1 << 16, 1 << 15, Durability::Os);
         let options = Options { data: data.into(), segment_bytes, group_bytes, durability };
-        import(&Source::open(&file, format).unwrap(), options).unwrap();
+        let log = FileLog::open(options).unwrap();
+        import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }
 
     /// What the store holds after a log: its newest put of each key, without its sequence.
@@ -175,12 +216,12 @@ mod tests {
             ("\n", "the sequence is \"\", not a number"),
         ] {
             fs::write(&file, [good, bad].concat()).unwrap();
-            let error = format!("{:#}", run(&data, Format::Book, &file).unwrap_err());
+            let error = format!("{:#}", run(&at(&data), Format::Book, None, Some(&file)).unwrap_err());
             assert_eq!(error, format!("line 3 of {}: {what}", file.display()));
             assert!(!data.exists());
         }
         fs::write(&file, [good, "3\t2\tkey-b\t"].concat()).unwrap();
-        run(&data, Format::Book, &file).unwrap();
+        run(&at(&data), Format::Book, None, Some(&file)).unwrap();
         let text = printed(&data, print::plain);
         assert!(text.lines().next().unwrap().ends_with("put \"key-a\" = \"Hello, world\""), "{text}");
         assert!(text.lines().nth(1).unwrap().ends_with("delete \"key-a\""), "{text}");

@@ -1,6 +1,7 @@
 //! `kvs log`: looks at a log that nobody uses, and carries one from place to place.
 //!
-//! Owns: what an operator is told of a log. Must never know: what is in its files but through `file`.
+//! Owns: what an operator is told of a log. Must never know: what is in its files but through `file`, or in its rows but
+//! through `postgres`.
 
 mod import;
 mod print;
@@ -12,7 +13,9 @@ use anyhow::bail;
 use bytesize::ByteSize;
 
 use super::file::{Finding, Offline, verify};
+use super::postgres::{PostgresLog, Url};
 use super::text::{self, Format};
+use super::{Place, TransactionLog};
 use crate::terminal::{bar, unless_nobody_reads};
 
 #[derive(Debug, clap::Subcommand)]
@@ -50,8 +53,12 @@ pub enum LogCommand {
         /// Who wrote the text
         #[arg(long, value_enum, default_value_t)]
         format: Format,
+        /// Read the table of the service in *Cloud Native Go* instead: postgres://USER@HOST/DATABASE
+        #[arg(long, value_name = "URL", conflicts_with_all = ["file", "format"])]
+        from: Option<Url>,
         /// The file to read; - is standard input
-        file: PathBuf,
+        #[arg(required_unless_present = "from")]
+        file: Option<PathBuf>,
     },
     /// Drop what the store does not need any more: what was overwritten, deleted or has expired
     Compact {
@@ -65,17 +72,46 @@ pub struct At {
     /// The directory that holds the log
     #[arg(long, env = "KVS_DATA", value_name = "DIR", default_value = "./data")]
     data: PathBuf,
+
+    /// Where the log is: in files, or in a database, postgres://USER@HOST/DATABASE
+    #[arg(long, env = "KVS_LOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
+    log: Place,
 }
 
 pub fn run(command: LogCommand) -> anyhow::Result<()> {
+    let out = &mut io::stdout().lock();
     unless_nobody_reads(match command {
-        LogCommand::Verify { at } => verify_log(&at.data, &mut io::stdout().lock()),
-        LogCommand::Dump { at, json: true } => print::all(&at.data, &mut io::stdout().lock(), print::json),
-        LogCommand::Dump { at, json: false } => print::all(&at.data, &mut io::stdout().lock(), print::plain),
-        LogCommand::Export { at } => print::all(&at.data, &mut io::stdout().lock(), text::print),
-        LogCommand::Import { at, format, file } => import::run(&at.data, format, &file),
-        LogCommand::Compact { at } => compact(&at.data),
+        LogCommand::Verify { at } => match &at.log {
+            Place::File => verify_log(&at.data, out),
+            Place::Postgres(url) => verify_rows(url, out),
+        },
+        LogCommand::Dump { at, json: true } => print::all(&at, out, print::json),
+        LogCommand::Dump { at, json: false } => print::all(&at, out, print::plain),
+        LogCommand::Export { at } => print::all(&at, out, text::print),
+        LogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
+        LogCommand::Compact { at } => match &at.log {
+            Place::File => compact(&at.data),
+            Place::Postgres(url) => {
+                let left = PostgresLog::at_rest(url, false)?.compact()?;
+                eprintln!("compacted: {left} entries are left");
+                Ok(())
+            }
+        },
     })
+}
+
+/// Reads all rows as a start does, which refuses what is damaged.
+fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
+    let log = PostgresLog::at_rest(url, false)?;
+    let (bar, mut all) = (bar(log.appended(), "entries"), 0);
+    let newest = log.replay(0, &mut |entries| {
+        all += entries.len();
+        bar.set_position(entries.last().map_or(0, |entry| entry.sequence));
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
+    Ok(())
 }
 
 fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -141,10 +177,13 @@ fn directory_bytes(data: &Path) -> u64 {
 
 #[cfg(test)]
 pub mod tests {
-    use super::super::TransactionLog;
     use super::super::file::{Durability, FileLog, Options};
     use super::*;
     use crate::contract::{Event, Put};
+
+    pub fn at(data: &Path) -> At {
+        At { data: data.into(), log: Place::File }
+    }
 
     pub fn directory_with(events: &[Event]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();

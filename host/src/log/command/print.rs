@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::io::{BufWriter, Write};
-use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -10,17 +9,37 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::super::file::Offline;
+use super::super::postgres::PostgresLog;
+use super::super::{Place, Receive, TransactionLog};
+use super::At;
 use crate::contract::{Entry, EventRef};
 use crate::terminal::bar_beside_output;
 
-/// Prints all entries of the log of a data directory. Where damage stops it, what was before is printed.
-pub fn all(data: &Path, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
+/// Prints all entries of a log. Where damage stops it, what was before is printed.
+pub fn all(at: &At, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
+    match &at.log {
+        Place::File => {
+            let log = Offline::open(&at.data)?;
+            entries(log.newest(), |receive| log.replay(receive), out, print)
+        }
+        Place::Postgres(url) => {
+            let log = PostgresLog::at_rest(url, false)?;
+            entries(log.appended(), |receive| log.replay(0, receive), out, print)
+        }
+    }
+}
+
+fn entries(
+    newest: u64,
+    replay: impl FnOnce(&mut Receive<'_>) -> anyhow::Result<u64>,
+    out: &mut dyn Write,
+    print: fn(&Entry<'_>, &mut String),
+) -> anyhow::Result<()> {
     const CANNOT: &str = "cannot write to standard output";
-    let log = Offline::open(data)?;
-    let bar = bar_beside_output(log.newest(), "entries");
+    let bar = bar_beside_output(newest, "entries");
     let mut out = BufWriter::new(out);
     let mut line = String::new();
-    log.replay(&mut |entries| {
+    replay(&mut |entries| {
         for entry in entries {
             line.clear();
             print(entry, &mut line);
@@ -88,12 +107,14 @@ pub fn json(entry: &Entry<'_>, line: &mut String) {
 
 #[cfg(test)]
 pub mod tests {
-    use super::super::tests::{directory_with, events};
+    use std::path::Path;
+
+    use super::super::tests::{at, directory_with, events};
     use super::*;
 
     pub fn printed(data: &Path, print: fn(&Entry<'_>, &mut String)) -> String {
         let mut out = Vec::new();
-        all(data, &mut out, print).unwrap();
+        all(&at(data), &mut out, print).unwrap();
         String::from_utf8(out).unwrap()
     }
 

@@ -23,7 +23,7 @@ const REST: u32 = 3;
 /// A delete or an expired put is kept for so long: clocks differ, and somebody may be reading.
 const GRACE: Duration = Duration::from_secs(3600);
 
-/// $1 epoch, $2 where to begin, $3 the newest there is, $4 how many rows to look at, $5 the time an hour ago. Gives where
+/// $1 epoch, $2 where to begin, $3 the newest there is, $4 how many rows to look at, $5 the time before which what is over is dropped. Gives where
 /// it ended, how many rows it looked at, and how many of them it dropped.
 const STEP: &str = "WITH step AS (SELECT sequence, event_type, key, time, expires FROM kvs.transactions \
      WHERE sequence > $2 AND sequence <= $3 ORDER BY sequence LIMIT $4), \
@@ -51,7 +51,7 @@ pub async fn run(shared: Arc<Shared>, mut compacted: u64) {
         if newest.saturating_sub(compacted) < WORTH.max(kept) || !shared.breaker.is_well() {
             continue;
         }
-        match compact(&shared, newest, REST).await {
+        match compact(&shared, newest, Effort { rest: REST, grace: GRACE }).await {
             Ok(left) => (compacted, kept) = (newest, left),
             // The log is as it was, only larger than need be.
             Err(error) => warn!("the log could not be compacted: {error:#}"),
@@ -59,13 +59,20 @@ pub async fn run(shared: Arc<Shared>, mut compacted: u64) {
     }
 }
 
-/// Goes once through the log up to `newest`, and gives how many entries it left. After each step the database rests `rest`
-/// times as long as that took.
-pub async fn compact(shared: &Shared, newest: u64, rest: u32) -> Result<u64> {
+/// How hard it is tried.
+pub struct Effort {
+    /// After each step the database rests this many times as long as that took.
+    pub rest: u32,
+    /// How old a delete has to be, or what has expired, to be dropped.
+    pub grace: Duration,
+}
+
+/// Goes once through the log up to `newest`, and gives how many entries it left.
+pub async fn compact(shared: &Shared, newest: u64, effort: Effort) -> Result<u64> {
     let session = shared.connect().await?;
     let step = session.prepare(STEP).await?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let over = i64::try_from(now.saturating_sub(GRACE).as_millis())?;
+    let over = i64::try_from(now.saturating_sub(effort.grace).as_millis())?;
     let (begun, mut position, mut kept, mut dropped) = (Instant::now(), Some(0_i64), 0, 0);
     while let Some(after) = position {
         let step_begun = Instant::now();
@@ -75,7 +82,7 @@ pub async fn compact(shared: &Shared, newest: u64, rest: u32) -> Result<u64> {
         kept += (seen - gone).cast_unsigned();
         dropped += gone.cast_unsigned();
         shared.metrics.compacted.add(gone.cast_unsigned());
-        sleep(step_begun.elapsed() * rest).await;
+        sleep(step_begun.elapsed() * effort.rest).await;
     }
     let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
     session.execute(done, &[&shared.epoch, &newest.cast_signed()]).await?;

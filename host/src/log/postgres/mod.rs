@@ -24,6 +24,7 @@
 //! deadline; the batch is asked for again until the database tells what became of it. New writes are refused at once.
 
 mod batch;
+pub mod book;
 mod breaker;
 mod compactor;
 mod metrics;
@@ -45,9 +46,11 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tracing::error;
 
+pub use self::opening::Manner;
 pub use self::target::Url;
 
 use self::breaker::Breaker;
+use self::compactor::Effort;
 use self::metrics::Metrics;
 use self::queue::{End, Queue};
 use self::session::{Failure, Session};
@@ -69,6 +72,7 @@ pub struct Options {
     pub durability: Durability,
     /// Longest wait for one call of the database.
     pub timeout: Duration,
+    pub manner: Manner,
 }
 
 pub struct PostgresLog {
@@ -108,7 +112,7 @@ impl PostgresLog {
     }
 
     fn open_at(target: Target, options: &Options) -> Result<Self> {
-        let Options { group_bytes, durability, timeout, .. } = *options;
+        let Options { group_bytes, durability, timeout, manner, .. } = *options;
         ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
         let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
         let runtime = threads.context("no thread for the log")?;
@@ -116,7 +120,7 @@ impl PostgresLog {
             Durability::Sync => "SET default_transaction_isolation = 'read committed'",
             Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
         };
-        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability))?;
+        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
         let (epoch, last) = (opened.epoch, opened.last);
         let shared = Arc::new(Shared {
             target,
@@ -134,6 +138,19 @@ impl PostgresLog {
         runtime.spawn(compactor::run(Arc::clone(&shared), opened.compacted));
         let handle = runtime.handle().clone();
         Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, writer })) })
+    }
+
+    /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
+    pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
+        let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
+        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability: Durability::Sync, timeout, manner })
+    }
+
+    /// Drops all that can be dropped, and returns how many entries are left.
+    pub fn compact(&self) -> Result<u64> {
+        let newest = self.shared.watermark.durable();
+        let effort = Effort { rest: 0, grace: Duration::ZERO };
+        self.handle.block_on(compactor::compact(&self.shared, newest, effort))
     }
 }
 

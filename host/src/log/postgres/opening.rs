@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tokio::time::sleep;
 use tokio_postgres::Statement;
-use tracing::warn;
+use tracing::{info, warn};
 
-use super::session::Session;
+use super::session::{Failure, Session};
 use super::target::Target;
 use super::{schema, writer};
 use crate::log::file::Durability;
@@ -17,6 +17,8 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// The connection of a process that was just killed takes a moment to be missed.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(50);
+/// How often one that stands by looks.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 pub struct Opened {
     pub epoch: i64,
@@ -27,16 +29,46 @@ pub struct Opened {
     pub doubts: Vec<String>,
 }
 
-pub async fn open(target: &Target, timeout: Duration, settings: &str, durability: Durability) -> Result<Opened> {
-    let session = Session::connect(target, timeout, settings).await?;
-    schema::prepare(&session).await?;
+/// Whether there may be no log yet, and what is done when another process writes it.
+#[derive(Clone, Copy)]
+pub struct Manner {
+    pub begin: bool,
+    /// To wait for as long as that takes, also for a database that is away.
+    pub standby: bool,
+}
+
+pub async fn open(
+    target: &Target,
+    timeout: Duration,
+    settings: &str,
+    durability: Durability,
+    manner: Manner,
+) -> Result<Opened> {
+    loop {
+        let session = Session::connect(target, timeout, settings).await;
+        let opened = match session {
+            Ok(session) => take(session, durability, manner).await,
+            Err(failure) => Err(failure.into()),
+        };
+        match opened {
+            Err(error) if manner.standby && error.downcast_ref().is_some_and(Failure::is_silence) => {
+                warn!("standing by, and the database is away: {error:#}");
+                sleep(LOOK_AGAIN).await;
+            }
+            opened => return opened,
+        }
+    }
+}
+
+async fn take(session: Session, durability: Durability, Manner { begin, standby }: Manner) -> Result<Opened> {
+    schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
     let doubts = doubts(&session, durability).await?;
     for doubt in &doubts {
         warn!("{doubt}");
     }
-    await_turn(&session).await?;
+    await_turn(&session, standby).await?;
     let holder = format!("process {}", std::process::id());
     let take = "UPDATE kvs.writer SET epoch = epoch + 1, holder = $1 || coalesce(' at ' || host(inet_client_addr()), ''), \
          seen = clock_timestamp() RETURNING epoch, last, compacted";
@@ -46,28 +78,39 @@ pub async fn open(target: &Target, timeout: Duration, settings: &str, durability
     Ok(Opened { epoch, last, compacted, session, append, doubts })
 }
 
-/// Waits until nobody else writes, or whoever does is not seen any more.
-async fn await_turn(session: &Session) -> Result<()> {
+/// Waits until nobody else writes, or whoever does is not seen any more. One that stands by takes nothing from a writer that
+/// has merely lost its connection, as all do when the database is started again: it goes by what it sees itself.
+async fn await_turn(session: &Session, standby: bool) -> Result<()> {
     let begun = Instant::now();
+    let (mut known, mut since, mut told) = (String::new(), begun, false);
     loop {
-        let locked = session.one("SELECT pg_try_advisory_lock($1)", &[&writer::LOCK]).await?;
-        if locked.try_get(0)? {
+        let look = "SELECT holder, seen::text, extract(epoch FROM clock_timestamp() - seen)::float8 FROM kvs.writer";
+        let row = session.one(look, &[]).await?;
+        let (holder, seen, ago): (Option<String>, String, f64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        if known != seen {
+            (known, since) = (seen, Instant::now());
+        }
+        let unseen = if standby { since.elapsed() } else { Duration::try_from_secs_f64(ago).unwrap_or_default() };
+        if (holder.is_none() || !standby || unseen > LEASE)
+            && session.one("SELECT pg_try_advisory_lock($1)", &[&writer::LOCK]).await?.try_get(0)?
+        {
             return Ok(());
         }
-        let seen = "SELECT holder, extract(epoch FROM clock_timestamp() - seen)::float8 FROM kvs.writer";
-        let row = session.one(seen, &[]).await?;
-        let (holder, ago): (Option<String>, f64) = (row.try_get(0)?, row.try_get(1)?);
-        if ago > LEASE.as_secs_f64() {
-            warn!("{} has not been seen for {ago:.0} s: it writes no more", holder.unwrap_or_default());
+        let holder = holder.unwrap_or("another process".into());
+        if unseen > LEASE {
+            warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
             return Ok(());
         }
-        if begun.elapsed() > PATIENCE {
-            bail!(
-                "{} writes it, and did so {ago:.1} s ago: stop that first",
-                holder.unwrap_or("another process".into())
-            );
+        if begun.elapsed() <= PATIENCE {
+            sleep(LOOK).await;
+        } else if standby {
+            if !std::mem::replace(&mut told, true) {
+                info!("standing by while {holder} writes the log");
+            }
+            sleep(LOOK_AGAIN).await;
+        } else {
+            bail!("{holder} writes it, and did so {ago:.1} s ago: stop that first");
         }
-        sleep(LOOK).await;
     }
 }
 

@@ -6,7 +6,7 @@ use tokio_postgres::Row;
 use tracing::warn;
 
 use super::batch::{DELETE, PUT};
-use super::session::{Failure, Kind};
+use super::session::Failure;
 use super::{Shared, breaker};
 use crate::contract::{Entry, EventRef, PutRef};
 use crate::log::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
@@ -31,7 +31,7 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
             Ok(until) => return Ok(until.max(after)),
             Err(error) => error,
         };
-        if !error.downcast_ref().is_some_and(|failure: &Failure| failure.kind == Kind::Silent) {
+        if !error.downcast_ref().is_some_and(Failure::is_silence) {
             return Err(error);
         }
         if position > before {

@@ -38,6 +38,13 @@ pub enum Kind {
     Damaged,
 }
 
+impl Failure {
+    /// Whether it may be another matter on another connection.
+    pub fn is_silence(&self) -> bool {
+        self.kind == Kind::Silent
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let Some(answer) = error.as_db_error() else {

@@ -1,0 +1,120 @@
+//! What is found out at the start: what cannot be used, whom to trust, what a database may forget.
+
+use super::database::Database;
+use super::{get, put, ready, start};
+use crate::certificates::{Authority, Kind};
+use crate::server::serve_refused;
+
+#[test]
+fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
+    let mut database = Database::start();
+    let url = database.url();
+    let secret = |rest: &str| {
+        format!("postgres://postgres:secret@127.0.0.1:{}", rest.replace("PORT", &database.port().to_string()))
+    };
+    let refused = |url: &str, told: &[&str]| {
+        let refused = serve_refused(&["--log", url, "--log-timeout", "1s"]);
+        refused.with(1, told);
+        assert!(!refused.line.contains("secret"), "{refused}");
+    };
+    refused(
+        &secret("PORT/postgres?sslmode=disable"),
+        &["password authentication failed for user \"postgres\"", "28P01"],
+    );
+    refused(&secret("1/postgres?sslmode=disable"), &["127.0.0.1:1", "refused"]);
+    refused(&secret("PORT/postgres"), &["does not support TLS", "sslmode=disable"]);
+    refused(&secret("PORT/postgres?colour=red"), &["URL of the log", "colour"]);
+    refused(&secret("PORT/postgres?passfile=/nowhere&sslmode=never"), &["sslmode is disable, prefer"]);
+    refused("postgress://postgres:secret@localhost/postgres", &["a log is `file` or looks like postgres://"]);
+    refused(&url.replace("/postgres?", "/nothere?"), &["database \"nothere\" does not exist"]);
+
+    database.sql("CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'");
+    refused(&url.replace("//postgres@", "//weak@"), &["the schema kvs cannot be made", "permission denied"]);
+    database.sql("CREATE DATABASE latin ENCODING 'SQL_ASCII' TEMPLATE template0");
+    refused(&url.replace("/postgres?", "/latin?"), &["its encoding is SQL_ASCII"]);
+    database.sql("CREATE SCHEMA kvs; CREATE TABLE kvs.transactions (colour text)");
+    refused(&url, &["the schema kvs cannot be made", "\"transactions\" already exists"]);
+    database.sql("DROP SCHEMA kvs CASCADE");
+
+    let server = start(&url);
+    assert_eq!((put(&server, "a", "1"), put(&server, "b", "2")), (201, 201));
+    server.terminate();
+    database.sql("INSERT INTO kvs.migrations VALUES (7)");
+    refused(&url, &["its schema kvs is of version 7, this kvs knows up to 1"]);
+    database.sql(
+        "DELETE FROM kvs.migrations WHERE version = 7; ALTER TABLE kvs.transactions RENAME COLUMN expires TO ends",
+    );
+    refused(&url, &["the tables in the schema kvs are not those", "\"expires\""]);
+    database.sql("ALTER TABLE kvs.transactions RENAME COLUMN ends TO expires");
+    database.sql("INSERT INTO kvs.transactions VALUES (3, 0, 1, 'c')");
+    refused(&url, &["kvs.transactions holds the sequence 3", "newest is 2"]);
+    database.sql(
+        "DELETE FROM kvs.transactions WHERE sequence = 3; UPDATE kvs.transactions SET key = '\\xff' WHERE sequence = 2",
+    );
+    refused(&url, &["sequence Some(2) is damaged: its key is not UTF-8"]);
+    database.sql("UPDATE kvs.transactions SET key = 'b', metadata = '{}' WHERE sequence = 2");
+    refused(&url, &["sequence Some(2) is damaged: its metadata"]);
+    database.sql("UPDATE kvs.transactions SET metadata = NULL");
+    database.kill();
+    refused(&url, &["127.0.0.1", "refused"]);
+}
+
+#[test]
+fn a_server_is_verified_as_far_as_sslmode_says() {
+    let database = Database::start();
+    let (authority, other) = (Authority::new(), Authority::named("somebody else"));
+    database.serve_tls(&authority.issue("database", Kind::Server, 1));
+    let url = |tls: &str| database.url().replace("sslmode=disable", tls);
+    let trusting = |tls: &str, authority: &Authority| url(&format!("{tls}sslrootcert={}", authority.file()));
+    // The same machine under a name that is not in the certificate.
+    let named = |url: String| url.replace("@127.0.0.1:", "@elsewhere.example:") + "&hostaddr=127.0.0.1";
+    for (number, good) in [
+        trusting("", &authority),
+        trusting("sslmode=verify-full&", &authority),
+        named(trusting("sslmode=verify-ca&", &authority)),
+        named(url("sslmode=require")),
+        url("sslmode=prefer"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let server = start(good);
+        assert_eq!(put(&server, "a", &number.to_string()), 201, "{good}");
+        assert_eq!(
+            database.sql(
+                "SELECT count(*) > 0 FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE ssl AND \
+             application_name = 'kvs'"
+            ),
+            ["t"],
+            "{good}"
+        );
+        server.terminate();
+    }
+    for (bad, told) in [
+        (url(""), "certificate"),
+        (trusting("", &other), "certificate"),
+        (trusting("sslmode=verify-ca&", &other), "certificate"),
+        (named(trusting("", &authority)), "not valid for name"),
+        (trusting("sslcert=/nowhere&", &authority), "sslcert and sslkey go together"),
+        (url("sslrootcert=/nowhere"), "cannot be read from /nowhere"),
+    ] {
+        serve_refused(&["--log", &bad, "--log-timeout", "2s"]).with(1, &["cannot open the log", told]);
+    }
+    // One without TLS will do for whoever only prefers it.
+    let plain = Database::start();
+    let server = start(&plain.url().replace("sslmode=disable", "sslmode=prefer"));
+    assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
+}
+
+#[test]
+fn a_database_that_may_forget_is_told_of() {
+    let database = Database::start();
+    database.sql("ALTER SYSTEM SET fsync = off");
+    database.sql("ALTER ROLE postgres SET synchronous_commit = off; SELECT pg_reload_conf()");
+    database.becomes("SHOW fsync", "off");
+    let server = start(&database.url());
+    server.says("WARN fsync is off");
+    let (status, told) = ready(&server);
+    assert_eq!(status, 200);
+    assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
+}
