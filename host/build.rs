@@ -1,4 +1,5 @@
-//! Builds the default guest, `guest/default`, as a component, so that the host can embed it.
+//! Builds the default guest, `guest/default`, as a component, so that the host can embed it; or has it embed one
+//! that is compiled already, as it must be where the host has no compiler.
 //!
 //! It has a target directory of its own: the build that runs this script holds the lock on the other one.
 
@@ -7,10 +8,25 @@ use std::path::PathBuf;
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
+/// The variable that names the compiled guest.
+const COMPILED: &str = "COMPILED_GUEST";
 
 fn main() {
     for path in ["guest/default", "guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
         println!("cargo::rerun-if-changed={path}");
+    }
+    println!("cargo::rerun-if-env-changed={COMPILED}");
+    if let Ok(guest) = env::var(COMPILED) {
+        println!("cargo::rerun-if-changed={guest}");
+        println!("cargo::rustc-env=DEFAULT_GUEST={guest}");
+        return;
+    }
+    if env::var_os("CARGO_FEATURE_COMPILER").is_none() {
+        println!(
+            "cargo::error=without its compiler kvs embeds a guest that another one compiled: kvs compile --output FILE, \
+             then {COMPILED}=FILE with its whole path; deploy/build.sh does both"
+        );
+        return;
     }
     let target_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("guest");
     let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
@@ -29,5 +45,5 @@ fn main() {
         return;
     }
     let guest = target_dir.join(TARGET).join("guest").join("default_guest.wasm");
-    println!("cargo::rustc-env=KVS_DEFAULT_GUEST={}", guest.display());
+    println!("cargo::rustc-env=DEFAULT_GUEST={}", guest.display());
 }

@@ -1,20 +1,23 @@
 //! The command line: flags, their `KVS_` variables and their defaults.
 
+use std::collections::BTreeSet;
+use std::env;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use hyper::header::HeaderValue;
+use strsim::jaro;
 
-use crate::admin::command::Swap;
+use crate::admin::command::{Health, Swap};
 use crate::client::ClientCommand;
 use crate::edge::auth::TokenCommand;
 use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
-use crate::guest;
+use crate::guest::{self, Compile};
 use crate::lines::Format;
 use crate::log::Place;
 use crate::log::command::LogCommand;
@@ -45,6 +48,10 @@ pub enum Command {
     Token(TokenCommand),
     /// Put another guest in the place of the one that serves, under load
     Swap(Swap),
+    /// Ask a server whether it is ready; exit code 1 when it is not
+    Health(Health),
+    /// Compile a guest ahead of time, for a binary without a compiler
+    Compile(Compile),
     /// Tell what a component is, and whether it could serve
     Inspect(Box<Inspect>),
     /// Check, print, carry and compact a log that nobody serves from
@@ -52,6 +59,32 @@ pub enum Command {
     Log(LogCommand),
     #[command(flatten)]
     Client(ClientCommand),
+}
+
+/// What the variables of all settings begin with.
+const PREFIX: &str = "KVS_";
+
+/// Why a variable of the environment is refused that looks like a setting and is none.
+pub fn unknown_variable() -> Option<String> {
+    let mut known = BTreeSet::new();
+    add_variables(&Cli::command(), &mut known);
+    let given: BTreeSet<_> = env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
+    let unknown = given.into_iter().find(|name| name.starts_with(PREFIX) && !known.contains(name))?;
+    let nearest = known.iter().max_by(|a, b| jaro(a, &unknown).total_cmp(&jaro(b, &unknown)))?;
+    // Kubernetes tells every pod so of a service that has this name.
+    let advice = match env::var_os("KUBERNETES_SERVICE_HOST") {
+        Some(_) if unknown.contains("SERVICE") || unknown.contains("PORT") => {
+            "give the pod enableServiceLinks: false".to_owned()
+        }
+        _ => format!("is {nearest} meant? Unset it, or see kvs serve --help"),
+    };
+    Some(format!("the variable {unknown} is no setting of kvs; {advice}"))
+}
+
+fn add_variables(command: &clap::Command, known: &mut BTreeSet<String>) {
+    let named = command.get_arguments().filter_map(|argument| argument.get_env());
+    known.extend(named.map(|name| name.to_string_lossy().into_owned()));
+    command.get_subcommands().for_each(|command| add_variables(command, known));
 }
 
 #[derive(Debug, Args)]
@@ -422,8 +455,6 @@ fn setting(text: &str) -> Result<(String, String), String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -9,11 +9,13 @@ use clap::ValueEnum;
 use serde_json::Value;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::edge::auth::MARK;
 
@@ -28,11 +30,11 @@ pub enum Format {
 
 /// From here on lines are written.
 pub fn begin(format: Format, filter: &str) -> Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log-filter {filter}"))?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Stderr);
+    let filter: Targets = filter.parse().with_context(|| format!("--log-filter {filter}"))?;
+    let lines = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).with_writer(|| Stderr);
     match format {
-        Format::Text => lines.with_target(false).with_ansi(stderr().is_terminal()).init(),
-        Format::Json => lines.event_format(Json).init(),
+        Format::Text => lines.with_target(false).with_ansi(stderr().is_terminal()).finish().with(filter).init(),
+        Format::Json => lines.event_format(Json).finish().with(filter).init(),
     }
     Ok(())
 }

@@ -5,8 +5,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use clap::error::ErrorKind;
-use kvs::cli::{Cli, Command};
+use kvs::cli::{Cli, Command, unknown_variable};
 use kvs::lines::{self, Format};
+
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Exit codes beside 0: the command failed, or was not understood.
 const FAILED: u8 = 1;
@@ -26,6 +30,9 @@ fn main() -> ExitCode {
         Err(help_or_version) => help_or_version.exit(),
     };
     let format = cli.log_format;
+    if let Some(unknown) = unknown_variable() {
+        return fail(USAGE, format, &unknown);
+    }
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, format, &format!("{error:#}")),
@@ -44,6 +51,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Serve(args) => kvs::serve::run(&args),
         Command::Token(command) => kvs::edge::auth::run(command),
         Command::Swap(args) => kvs::admin::command::swap(&args),
+        Command::Health(args) => kvs::admin::command::health(&args),
+        Command::Compile(args) => kvs::guest::compile(&args),
         Command::Inspect(args) => kvs::guest::inspect(&args.guest),
         Command::Log(command) => kvs::log::command::run(command),
         Command::Client(command) => kvs::client::run(command),

@@ -1,16 +1,43 @@
 //! The admin listener: alive and ready are told apart, and both are told when nothing else is.
 
 use std::net::{SocketAddr, TcpListener};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::server::{Process, Server, serve, serve_refused};
+use crate::server::{Process, Server, kvs, refused, serve, serve_refused};
 use crate::unruly::guest;
 use crate::wire::{Connection, Response};
 
 fn get(admin: SocketAddr, path: &str) -> Response {
     Connection::open(admin).ask("GET", path, b"")
+}
+
+/// `kvs health`, told where to ask by the variable that told the server.
+fn health(admin: SocketAddr, args: &[&str]) -> Command {
+    let mut command = kvs();
+    command.arg("health").args(args).env("KVS_ADMIN", admin.to_string()).stdout(Stdio::piped());
+    command
+}
+
+#[track_caller]
+fn is_well(admin: SocketAddr, args: &[&str], told: &str) {
+    let output = health(admin, args).output().expect("the binary under test can be started");
+    assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), told);
+}
+
+#[test]
+fn health_has_a_line_and_an_exit_code() {
+    let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", "/dev/null"]);
+    let admin = server.admin();
+    // No token is asked for, and the address that was listened on will do.
+    is_well(admin, &[], "ready\n");
+    is_well(admin, &["--live"], "alive\n");
+    drop(server);
+    refused(health(admin, &[])).with(1, &["no answer", &admin.to_string(), "--admin"]);
+    refused(health(admin, &["--live"])).with(1, &["no answer"]);
 }
 
 #[test]
@@ -37,6 +64,8 @@ fn a_server_that_replays_is_alive_and_not_ready() {
     going.unwrap_or_else(|said| panic!("it ended before it replayed:\n{said}"));
     get(admin, "/livez").says(200, "ok");
     get(admin, "/readyz").says(503, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet");
+    refused(health(admin, &[])).with(1, &["kvs: not ready: ", "[-]guest replaying the log", "(503)"]);
+    is_well(admin, &["--live"], "alive\n");
 }
 
 #[test]

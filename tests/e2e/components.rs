@@ -16,7 +16,7 @@ use crate::unruly::guest;
 use crate::wire::Connection;
 
 /// The component that came with the binary under test.
-pub const DEFAULT_GUEST: &str = env!("KVS_DEFAULT_GUEST");
+pub const DEFAULT_GUEST: &str = env!("DEFAULT_GUEST");
 
 /// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {

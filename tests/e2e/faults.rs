@@ -3,14 +3,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use tempfile::TempDir;
 
 use crate::load::{Clients, SMALL_SEGMENTS, count};
-use crate::server::{Server, serve};
+use crate::server::{Server, serve, through};
 use crate::zoo;
 
 /// What happens instead of a call.
@@ -32,17 +32,10 @@ pub fn inject(command: Command, call: &str, fault: Fault, at: u64, data: &Path) 
         Fault::Nothing => "retval=0".into(),
         Fault::Kill => "signal=KILL".into(),
     };
-    let mut strace = Command::new("strace");
+    let mut strace = through("strace", &command);
     strace.args(["-D", "-f", "--seccomp-bpf", "-qq", "-e", "signal=none", "-e", &format!("trace={call}")]);
     strace.args(["-e", &format!("inject={call}:{fault}:when={at}"), "-o"]).arg(data.join("trace"));
     strace.arg("--").arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => strace.env(name, value),
-            None => strace.env_remove(name),
-        };
-    }
-    strace.stdin(Stdio::null()).stdout(Stdio::null());
     strace
 }
 
@@ -170,10 +163,8 @@ fn a_write_cut_short_ends_the_server_and_loses_nothing() {
     for _ in 0..count("KVS_TEST_FAULTS", 20) {
         // Who ignores the signal that comes with it gets an error.
         let serve = serve(data.path());
-        let mut command = Command::new("env");
+        let mut command = through("env", &serve);
         command.arg("--ignore-signal=XFSZ").arg(serve.get_program()).args(serve.get_args()).args(SMALL_SEGMENTS);
-        command.envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        command.stdin(Stdio::null()).stdout(Stdio::null());
         let server = Server::spawn(command, data);
         let pid = Pid::from_raw(server.pid().cast_signed());
         // Somewhere within a segment, of 128 KiB.

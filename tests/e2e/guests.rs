@@ -17,7 +17,7 @@ const TARGET: &str = "wasm32-wasip2";
 
 /// Where the build script built the default guest, so that what guests share is not built twice.
 fn target_dir() -> PathBuf {
-    let built = Path::new(env!("KVS_DEFAULT_GUEST"));
+    let built = Path::new(env!("DEFAULT_GUEST"));
     built.ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it").to_owned()
 }
 

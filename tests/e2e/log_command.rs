@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::server::{Refused, Server, Stopped, kvs, refused, serve};
+use crate::server::{Refused, Server, Stopped, kvs, refused, serve, through};
 use crate::wire::{Connection, short};
 use crate::zoo;
 
@@ -268,7 +268,7 @@ fn output_may_end_early_and_may_not_be_lost() {
     let small = server.terminate();
     for command in ["dump", "export"] {
         // More than a pipe holds, so that it is still writing when nobody reads any more.
-        let mut shell = Command::new("bash");
+        let mut shell = through("bash", &kvs());
         shell.args(["-c", "set -o pipefail; \"$0\" log \"$1\" --data \"$2\" | head -n 1"]);
         shell.args([env!("CARGO_BIN_EXE_kvs"), command]).arg(stopped.data());
         let (printed, said) = done(shell);
@@ -321,9 +321,9 @@ fn long_work_shows_its_progress_on_a_terminal_only() {
         (format!("compact --data {data}"), "bytes read"),
     ] {
         // It gives the command a terminal of its own.
-        let mut script = Command::new("script");
+        let mut script = through("script", &kvs());
         let command = format!("{} log {rest}", env!("CARGO_BIN_EXE_kvs"));
-        script.args(["--quiet", "--return", "--command", &command, "/dev/null"]).stdin(Stdio::null());
+        script.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
         let (seen, _) = done(script);
         assert!(seen.contains(shown), "{rest}: {seen}");
     }

@@ -184,3 +184,33 @@ fn a_variable_that_is_wrong_is_a_usage_error() {
     command.env("KVS_DRAIN", "eventually");
     refused(command).with(2, &["eventually", "--drain"]);
 }
+
+#[test]
+fn a_variable_that_is_no_setting_is_a_usage_error() {
+    for (variable, told) in [
+        ("KVS_LISTN", "is KVS_LISTEN meant?"),
+        ("KVS_MAX_VALUE", "is KVS_MAX_VALUE_BYTES meant?"),
+        ("KVS_", "see kvs serve --help"),
+    ] {
+        let data = temporary();
+        let mut command = serve(data.path());
+        command.env(variable, "1");
+        refused(command).with(2, &[&format!("the variable {variable} is no setting of kvs"), told]);
+        assert!(!data.path().join("LOCK").exists(), "it began nevertheless");
+    }
+    let mut command = kvs();
+    command.args(["get", "a"]).env("KVS_ULR", "http://127.0.0.1:1");
+    refused(command).with(2, &["KVS_ULR", "KVS_URL"]);
+    // In a pod, beside a service that is named kvs.
+    let mut command = kvs();
+    command.arg("serve").envs([("KVS_SERVICE_HOST", "10.0.0.1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.2")]);
+    refused(command).with(2, &["KVS_SERVICE_HOST", "enableServiceLinks: false"]);
+}
+
+#[test]
+fn a_variable_of_another_command_is_left_alone() {
+    let data = temporary();
+    let mut command = serve(data.path());
+    command.envs([("KVS_URL", "http://127.0.0.1:1"), ("KVS_TOKEN", "x"), ("KVSX", "x"), ("kvs_x", "x")]);
+    Server::spawn(command, data).terminate();
+}

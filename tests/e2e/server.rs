@@ -197,6 +197,19 @@ pub fn kvs() -> Command {
     command
 }
 
+/// Another program that is to run `kvs`, with the environment that `command` has.
+pub fn through(program: &str, command: &Command) -> Command {
+    let mut other = Command::new(program);
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => other.env(name, value),
+            None => other.env_remove(name),
+        };
+    }
+    other.stdin(Stdio::null()).stdout(Stdio::null());
+    other
+}
+
 /// `kvs serve` on a free port.
 pub fn serve(data: &Path) -> Command {
     let mut command = kvs();

@@ -1,4 +1,4 @@
-//! `kvs swap`: asks the admin listener of a running server for another guest.
+//! `kvs swap` and `kvs health`: ask the admin listener of a running server for another guest, and how it is.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -34,6 +34,30 @@ pub struct Swap {
     /// Do everything but the switch: check it, give it the log, and tell how that went
     #[arg(long)]
     dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Health {
+    /// The admin listener of the server: an address or a URL
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    /// Ask whether it lives, not whether requests should be sent to it
+    #[arg(long)]
+    live: bool,
+}
+
+pub fn health(args: &Health) -> Result<()> {
+    let server = Server::new(&args.admin, "--admin", &Token::default(), None, Some(ANSWER))?;
+    let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
+    match server.ask(&Ask { method: "GET", target, headers: &[], body: None }) {
+        Err(refused @ Failure::Refused { .. }) => Err(refused).context(format!("not {state}")),
+        answer => {
+            answer?;
+            println!("{state}");
+            Ok(())
+        }
+    }
 }
 
 pub fn swap(args: &Swap) -> Result<()> {

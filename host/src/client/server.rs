@@ -45,7 +45,7 @@ const ASK_FIRST_BYTES: usize = 1 << 20;
 /// What is read of an answer that says why something was not done.
 const REASON_BYTES: u64 = 4 << 10;
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct Token {
     /// The token to show. Others on this machine see it on the command line, and not in the variable or a file
     #[arg(long, env = "KVS_TOKEN", hide_env_values = true, conflicts_with = "token_file")]

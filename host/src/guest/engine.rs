@@ -3,16 +3,18 @@
 //! Owns: what is checked before a guest may run, and the clock that ends its calls.
 //! Must never know: requests, the state of a guest, why another one is wanted.
 
+use std::env::consts::ARCH;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use wasmtime::component::{Component, Linker};
 
-use super::cache::Cache;
 use super::clock::Clock;
+use super::compiled;
+use super::compiler::Compiler;
 use super::instance::{self, Instance, State};
 use super::sandbox;
 use super::source::{Digest, Source};
@@ -54,18 +56,14 @@ pub struct Engine {
     limits: Limits,
     clock: Arc<Clock>,
     config: Arc<[(String, String)]>,
-    cache: Option<Cache>,
+    compiler: Compiler,
 }
 
 impl Engine {
     /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) is told to keep is in the directory
     /// `cache`.
     pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>) -> Result<Self> {
-        let mut settings = wasmtime::Config::new();
-        // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
-        settings.concurrency_support(false);
-        settings.epoch_interruption(true);
-        let engine = wasmtime::Engine::new(&settings).map_err(anyhow::Error::from);
+        let engine = wasmtime::Engine::new(&settings(Cpu::This)?).map_err(anyhow::Error::from);
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
         let mut linker = Linker::new(&engine);
@@ -80,7 +78,7 @@ impl Engine {
                 thread::sleep(EPOCH);
             }
         })?;
-        Ok(Self { linker, limits, clock: Arc::default(), config: config.into(), cache: cache.map(Cache::new) })
+        Ok(Self { linker, limits, clock: Arc::default(), config: config.into(), compiler: Compiler::new(cache) })
     }
 
     /// Reads and compiles a guest, and checks that it fits the contract.
@@ -91,42 +89,69 @@ impl Engine {
 
     /// Compiles a component, which came from `source`, and checks that it fits the contract.
     pub fn compile(&self, source: Source, bytes: &[u8]) -> Result<Guest> {
-        let digest = Digest::of(bytes);
-        let cached = self.cache.as_ref().and_then(|cache| cache.load(self.linker.engine(), &digest));
-        let is_cached = cached.is_some();
-        let component = cached.map_or_else(|| self.component(bytes), Ok)?;
+        let is_sent = source == Source::Sent;
+        ensure!(
+            !(is_sent && bytes.starts_with(compiled::MARK)),
+            "it is compiled, and taken only from disk: send the component"
+        );
+        let (component, is_kept) = component(&self.compiler, self.linker.engine(), bytes)?;
         let world = self.world(&component);
         if let Some(misfit) = world.misfit() {
             bail!(misfit);
         }
         let exports = self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?;
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
-        Ok(Guest { exports, source, digest, is_cached, limits, clock, config })
+        Ok(Guest { exports, source, digest: Digest::of(bytes), is_kept, limits, clock, config })
     }
 
     /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
     /// leaves nothing behind.
     pub fn keep(&self, guest: &Guest) {
-        if let Some(cache) = self.cache.as_ref().filter(|_| !guest.is_cached) {
-            cache.keep(self.linker.engine(), &guest.digest, guest.exports.instance_pre().component());
+        if !guest.is_kept {
+            self.compiler.keep(self.linker.engine(), &guest.digest, guest.exports.instance_pre().component());
         }
     }
 
     /// Compiles a component, whatever it imports and exports.
     pub fn component(&self, bytes: &[u8]) -> Result<Component> {
-        match bytes.get(..8) {
-            Some(b"\0asm\x0d\0\x01\0") => {}
-            Some(b"\0asm\x01\0\0\0") => bail!("it is a core module, not a component; build it for wasm32-wasip2"),
-            _ => bail!("it is not WebAssembly"),
-        }
-        Ok(Component::from_binary(self.linker.engine(), bytes)?)
+        component(&self.compiler, self.linker.engine(), bytes).map(|(component, _)| component)
     }
 
     pub fn world(&self, component: &Component) -> World {
-        let (engine, world) = (self.linker.engine(), component.component_type());
-        let imports = world.imports(engine).map(|(name, _)| name.to_owned()).collect();
-        let exports = world.exports(engine).map(|(name, _)| name.to_owned()).collect();
-        World { imports, exports }
+        World::of(self.linker.engine(), component)
+    }
+}
+
+/// Which CPUs a guest is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// This one, and those that can do all that it can.
+    This,
+    /// Every one of its kind.
+    Any,
+}
+
+/// How guests are compiled and run.
+pub fn settings(cpu: Cpu) -> Result<wasmtime::Config> {
+    let mut settings = wasmtime::Config::new();
+    // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
+    settings.concurrency_support(false);
+    settings.epoch_interruption(true);
+    if cpu == Cpu::Any {
+        // Named, a target has no more than all its CPUs have. What is compiled for one libc runs beside the other.
+        let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
+        settings.target(&format!("{ARCH}-unknown-linux-{libc}"))?;
+    }
+    Ok(settings)
+}
+
+/// The component in these bytes, compiled now or before, whatever it imports and exports; true when it is on disk compiled.
+pub fn component(compiler: &Compiler, engine: &wasmtime::Engine, bytes: &[u8]) -> Result<(Component, bool)> {
+    match bytes.get(..8) {
+        Some(b"\0asm\x0d\0\x01\0") => compiler.compile(engine, bytes),
+        Some(b"\0asm\x01\0\0\0") => bail!("it is a core module, not a component; build it for wasm32-wasip2"),
+        Some(mark) if mark == compiled::MARK => Ok((compiled::open(engine, bytes)?, true)),
+        _ => bail!("it is not WebAssembly"),
     }
 }
 
@@ -137,6 +162,13 @@ pub struct World {
 }
 
 impl World {
+    pub fn of(engine: &wasmtime::Engine, component: &Component) -> Self {
+        let world = component.component_type();
+        let imports = world.imports(engine).map(|(name, _)| name.to_owned()).collect();
+        let exports = world.exports(engine).map(|(name, _)| name.to_owned()).collect();
+        Self { imports, exports }
+    }
+
     /// Why it does not fit the contract: every import that is not offered, and every export that is missing.
     pub fn misfit(&self) -> Option<String> {
         let refused: Vec<_> = self.imports.iter().filter(|name| !is_offered(name)).cloned().collect();
@@ -174,8 +206,8 @@ pub struct Guest {
     exports: ExportsPre<State>,
     source: Source,
     digest: Digest,
-    /// Whether it came out of the cache.
-    is_cached: bool,
+    /// Whether it is on disk compiled.
+    is_kept: bool,
     limits: Limits,
     config: Arc<[(String, String)]>,
     clock: Arc<Clock>,

@@ -6,8 +6,11 @@
 //! Read `engine` first (what may run), then `instance` (one call), `shard` (many calls, one at a time), `replica` (how an
 //! instance comes by its state) and `swap` (another guest takes over).
 
-mod cache;
 mod clock;
+mod compile;
+mod compiled;
+#[cfg_attr(not(feature = "compiler"), path = "no_compiler.rs")]
+mod compiler;
 mod engine;
 mod inspect;
 mod instance;
@@ -20,6 +23,7 @@ mod shard;
 mod source;
 mod swap;
 
+pub use compile::{Compile, compile};
 pub use engine::{Engine, Guest, Limits};
 pub use inspect::inspect;
 pub use instance::{Answer, Client, Follow, Hold, Incoming, Sequel};

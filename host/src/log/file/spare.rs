@@ -206,10 +206,10 @@ fn give_back_when_full(disk: &dyn Disk, name: &str, made: io::Result<Arc<dyn Fil
 /// the file system's journal that the space is now in use. On ext4, zeros made a commit of 8 KiB take 93 us instead of
 /// 146, and of 64 KiB 115 instead of 189.
 pub fn zero(file: &dyn File, from: u64, to: u64) -> io::Result<()> {
-    const ZEROS: &[u8] = &[0; 1 << 20];
+    let zeros = vec![0; to.saturating_sub(from).min(1 << 20) as usize];
     let mut at = from;
     while at < to {
-        let chunk = &ZEROS[..(to - at).min(ZEROS.len() as u64) as usize];
+        let chunk = &zeros[..(to - at).min(zeros.len() as u64) as usize];
         file.write_at(chunk, at)?;
         at += chunk.len() as u64;
     }

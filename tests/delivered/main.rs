@@ -1,0 +1,187 @@
+//! What is delivered: the image is built from the Dockerfile and run as it says. `just image-test` does so.
+//!
+//! No registry of images is asked. The base of the build is this machine's own toolchain, in an image that is made here, and
+//! buildah builds without a daemon. The image is run without one too: with its environment, user and command, its file
+//! system read-only, in a mount namespace of its own. All of it takes root.
+
+#[allow(dead_code, reason = "the tests of every day use the rest")]
+#[path = "../e2e/server.rs"]
+mod server;
+
+mod image;
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::process::Command;
+use std::time::Instant;
+
+use tempfile::TempDir;
+
+use crate::image::Image;
+use crate::server::{Server, refused};
+
+/// The user of the image.
+const USER: u32 = 65532;
+
+/// The largest that a binary may be, and with it all that is in the image but the system's list of authorities.
+const FULL_BYTES: u64 = 16 << 20;
+const SMALL_BYTES: u64 = 6656 << 10;
+
+#[test]
+fn the_full_flavour() {
+    let image = Image::build("full");
+    assert!(image.binary_bytes() <= FULL_BYTES, "the binary has {} bytes", image.binary_bytes());
+    says_what_it_is(&image);
+    holds_nothing_else(&image);
+    is_the_same_when_built_again(&image, "full");
+    serves_a_session_and_keeps_it(&image, &[]);
+    refuses_what_is_wrong(&image);
+}
+
+#[test]
+fn the_small_flavour() {
+    let image = Image::build("small");
+    assert!(image.binary_bytes() <= SMALL_BYTES, "the binary has {} bytes", image.binary_bytes());
+    says_what_it_is(&image);
+    holds_nothing_else(&image);
+    serves_a_session_and_keeps_it(&image, &[]);
+    refuses_what_is_wrong(&image);
+    runs_compiled_guests_alone(&image);
+}
+
+/// An empty volume, as a new one in the image's place for data.
+fn volume() -> TempDir {
+    let volume = TempDir::new().expect("a temporary directory can be made");
+    chown(volume.path(), Some(USER), Some(USER)).expect("this test is run by root");
+    volume
+}
+
+fn says_what_it_is(image: &Image) {
+    let config = image.config();
+    assert_eq!(config["User"], "65532:65532");
+    assert_eq!(config["Entrypoint"][0], "/kvs");
+    assert_eq!(config["Cmd"][0], "serve");
+    assert!(config["ExposedPorts"]["8080/tcp"].is_object(), "{config}");
+    assert!(config["Volumes"]["/data"].is_object(), "{config}");
+    assert_eq!(config["Healthcheck"]["Test"], serde_json::json!(["CMD", "/kvs", "health"]));
+    for label in ["title", "description", "licenses", "version", "revision"] {
+        assert!(config["Labels"][format!("org.opencontainers.image.{label}")].is_string(), "{label}: {config}");
+    }
+}
+
+/// No shell, no library, nothing that somebody else could write.
+fn holds_nothing_else(image: &Image) {
+    let mut found: Vec<_> = image.files().into_iter().map(|(name, _)| name).collect();
+    found.sort();
+    assert_eq!(found, ["data", "etc", "etc/ssl", "etc/ssl/certs", "etc/ssl/certs/ca-certificates.crt", "kvs"]);
+    for (name, owner) in image.files() {
+        assert_eq!(owner, if name == "data" { USER } else { 0 }, "whose is {name}?");
+    }
+    let ldd = Command::new("ldd").arg(image.binary()).output().expect("ldd is part of every system");
+    let said = String::from_utf8_lossy(&[ldd.stdout, ldd.stderr].concat()).into_owned();
+    assert!(said.contains("statically linked") || said.contains("not a dynamic"), "{said}");
+}
+
+fn is_the_same_when_built_again(image: &Image, flavour: &str) {
+    assert_eq!(Image::build_anew(flavour).digest(), image.digest(), "the same files gave another image");
+}
+
+/// With curl, as anybody would.
+fn serves_a_session_and_keeps_it(image: &Image, args: &[&str]) {
+    let volume = volume();
+    let command = |volume: &TempDir| {
+        let mut command = image.run(volume.path(), args);
+        command.envs([("KVS_LISTEN", "127.0.0.1:0"), ("KVS_ADMIN", "127.0.0.1:0")]);
+        command
+    };
+    let started = Instant::now();
+    let first = command(&volume);
+    let server = Server::spawn(first, volume);
+    println!("{}: it serves after {:?}, with {} KiB of memory", image.flavour(), started.elapsed(), resident(&server));
+    assert_eq!(curl(&server, &["-X", "PUT", "-d", "Hello, key-value store!"]), "201");
+    assert_eq!(curl(&server, &[]), "Hello, key-value store!200");
+    let health = |server: &Server| {
+        let mut health = image.exec(server.data(), &["health"]);
+        health.env("KVS_ADMIN", server.admin().to_string());
+        health.status().expect("it can be started").code()
+    };
+    assert_eq!(health(&server), Some(0));
+
+    let stopped = server.terminate();
+    let volume = stopped.into_data();
+    let again = command(&volume);
+    let server = Server::spawn(again, volume);
+    assert_eq!(curl(&server, &[]), "Hello, key-value store!200");
+    assert_eq!(curl(&server, &["-X", "DELETE"]), "200");
+    assert_eq!(curl(&server, &[]), "no such key\n404");
+    server.terminate();
+}
+
+fn refuses_what_is_wrong(image: &Image) {
+    // It is not open to a network by oversight.
+    let volume = volume();
+    refused(image.run(volume.path(), &[])).with(1, &["--listen 0.0.0.0:8080", "--insecure"]);
+
+    let strangers = TempDir::new().expect("a temporary directory can be made");
+    let mut command = image.run(strangers.path(), &[]);
+    command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
+    refused(command).with(1, &["data directory /data is not writable", "change its owner or mode"]);
+
+    let mut command = image.run(volume.path(), &["--data", "/elsewhere"]);
+    command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
+    refused(command).with(1, &["data directory /elsewhere is on a read-only file system"]);
+
+    let mut command = image.run(volume.path(), &[]);
+    command.env("KVS_DTAA", "/data");
+    refused(command).with(2, &["KVS_DTAA", "KVS_DATA"]);
+}
+
+/// In the small flavour: a guest that another binary compiled, and no component.
+fn runs_compiled_guests_alone(image: &Image) {
+    let volume = volume();
+    let component = volume.path().join("guest.wasm.component");
+    fs::copy(env!("DEFAULT_GUEST"), &component).expect("the default guest was built with the binary");
+    let mut command = image.run(volume.path(), &["/data/guest.wasm.component"]);
+    command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
+    refused(command).with(1, &["/data/guest.wasm.component cannot be run", "has no compiler", "kvs compile"]);
+    refused(image.exec(volume.path(), &["compile", "-o", "/data/x"])).with(1, &["cannot compile built in", "already"]);
+
+    let compiled = volume.path().join("guest.cwasm");
+    let status = server::kvs().arg("compile").arg(&component).arg("-o").arg(&compiled).status();
+    assert!(status.expect("the binary under test can be started").success());
+    serves_a_session_and_keeps_it_with(image, &compiled);
+}
+
+fn serves_a_session_and_keeps_it_with(image: &Image, guest: &std::path::Path) {
+    let volume = volume();
+    fs::copy(guest, volume.path().join("guest.cwasm")).expect("the volume takes a file");
+    let mut command = image.run(volume.path(), &["/data/guest.cwasm"]);
+    command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
+    let server = Server::spawn(command, volume);
+    assert_eq!(curl(&server, &["-X", "PUT", "-d", "x"]), "201");
+    // A component that is sent is refused, and so is a compiled one; back to the one in the binary is possible.
+    let admin = format!("http://{}/guest", server.admin());
+    let put = |file: &str| ask(&["-T", file, &admin]);
+    assert!(put(env!("DEFAULT_GUEST")).contains("has no compiler"));
+    assert!(put(guest.to_str().expect("a temporary path is text")).contains("taken only from disk"));
+    assert!(ask(&["-X", "DELETE", &format!("{admin}?dry-run")]).contains("\"name\": \"kvs\""));
+    server.terminate();
+}
+
+/// Asks for one key: the body, and the status behind it.
+fn curl(server: &Server, args: &[&str]) -> String {
+    ask(&[&["-w", "%{http_code}", &server.url("/v1/key-a")], args].concat())
+}
+
+fn ask(args: &[&str]) -> String {
+    let output = Command::new("curl").args(["-s", "--max-time", "60"]).args(args).output().expect("curl is installed");
+    assert!(output.status.success(), "curl {args:?}: {}", output.status);
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Memory that it has, in KiB.
+fn resident(server: &Server) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
