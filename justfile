@@ -108,23 +108,86 @@ fuzz SECONDS="60":
     @rustup toolchain list | grep -q ^nightly || { echo "a nightly compiler is missing; install it with: rustup toolchain install nightly" >&2; exit 1; }
     for target in frames text; do cargo +nightly fuzz run --fuzz-dir tests/fuzz "$target" -- -max_total_time={{ SECONDS }}; done
 
-# Format, lint and check the documentation, as CI does
+# Static binaries of both flavours in target/delivered, with checksums, bills of materials, completions and man pages; half an hour
+[group('deliver')]
+dist: _target _static (_cargo_tool "cargo-cyclonedx")
+    #!/usr/bin/env bash
+    set -euo pipefail
+    version=$(cargo pkgid | sed 's/.*[#@]//') target=$(uname -m)-unknown-linux-musl
+    rm -rf target/delivered && mkdir -p target/delivered
+    deploy/build.sh guest "$PWD/target/default.cwasm"
+    deploy/build.sh full "$PWD/target/default.cwasm" "target/delivered/kvs-$version-$target"
+    deploy/build.sh small "$PWD/target/default.cwasm" "target/delivered/kvs-small-$version-$target"
+    cargo run --release --quiet --example documents -- target/delivered
+    bill() { cargo cyclonedx --quiet --manifest-path Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"; mv kvs.sbom.json "target/delivered/$1-$version.cdx.json"; }
+    bill kvs
+    bill kvs-small --no-default-features
+    cd target/delivered
+    tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$(git log -1 --format=%ct)" -cf - completions man | gzip -n > "kvs-documents-$version.tar.gz"
+    sha256sum kvs-* > SHA256SUMS
+    ls -l
+
+# The image, with docker, podman or buildah; FLAVOUR is full or small
+[group('deliver')]
+image FLAVOUR="full":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    version=$(cargo pkgid | sed 's/.*[#@]//') name=kvs
+    [ "{{ FLAVOUR }}" = full ] || name=kvs-{{ FLAVOUR }}
+    arguments=(--target "{{ FLAVOUR }}" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" --tag "$name:$version")
+    # The same files give the same image: all of it is as old as the commit.
+    SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) && export SOURCE_DATE_EPOCH
+    if docker info >/dev/null 2>&1; then docker build "${arguments[@]}" .
+    elif command -v podman >/dev/null; then podman build --format docker --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" .
+    elif command -v buildah >/dev/null; then buildah build --format docker --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" .
+    else echo "docker, podman and buildah are missing; install one, for instance with: sudo apt-get install buildah" >&2; exit 1; fi
+
+# Build the images of both flavours and run them, with buildah and what this machine has; half an hour, takes root
+[group('deliver')]
+image-test: _target _static (_tool "buildah") (_tool "curl")
+    cargo test --release --test delivered -- --nocapture --test-threads 1
+
+# Write deploy/settings.md again, out of the definition of the command line
+[group('deliver')]
+settings:
+    cargo run --release --quiet --example documents -- target/documents
+    cp target/documents/settings.md deploy/settings.md
+
+# Licences, advisories and duplicates among the dependencies
+[group('deliver')]
+audit: (_cargo_tool "cargo-deny")
+    cargo deny --all-features check
+
+# Format, lint, check the documentation and what is in deploy, as CI does
 [group('develop')]
-lint: _target
+lint: _target _python (_tool "systemd-analyze" "systemd")
     cargo fmt --all --check
     cargo clippy --release --all-targets -- -D warnings
     cargo clippy --release --package schema-guest -- -D warnings
+    cargo clippy --release --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
+    systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
+    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
+    target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/kvs.yaml deploy/kubernetes/monitor.yaml
 
 # The target that guests are compiled for
 _target:
     @rustup target list --installed | grep -qx wasm32-wasip2 || { echo "adding the target wasm32-wasip2"; rustup target add wasm32-wasip2; }
 
-# What tests have from Python: requests made out of a description of an interface, and a reader of metrics
+# What static binaries are built with
+_static: (_tool "cmake") (_tool "musl-gcc" "musl-tools")
+    @rustup target list --installed | grep -qx "$(uname -m)-unknown-linux-musl" || rustup target add "$(uname -m)-unknown-linux-musl"
+
+# A command of cargo's
+_cargo_tool NAME:
+    @command -v {{ NAME }} >/dev/null || cargo install --locked {{ NAME }}
+
+# What there is in Python: requests made out of a description of an interface, a reader of metrics, and checks of what is in deploy
 _python: (_tool "python3")
-    @target/python/bin/python3 -c 'import schemathesis, prometheus_client' 2>/dev/null || { \
-        echo "installing schemathesis and prometheus-client in target/python"; python3 -m venv target/python; \
-        target/python/bin/pip install --quiet schemathesis==4.32.5 prometheus-client==0.26.0; }
+    @target/python/bin/python3 -c 'import schemathesis, prometheus_client, check_jsonschema, kubernetes_validate' 2>/dev/null || { \
+        echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
+        python3 -m venv target/python; target/python/bin/pip install --quiet \
+        schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
 
 # PostgreSQL, whose programs are not in the path
 _postgres:
@@ -134,8 +197,8 @@ _postgres:
         else echo "PostgreSQL is missing; install it, for instance with: sudo apt-get install postgresql" >&2; exit 1; fi; }
 
 # A tool from the system's packages
-_tool NAME:
+_tool NAME PACKAGE=NAME:
     @command -v {{ NAME }} >/dev/null || { \
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-            echo "installing {{ NAME }}"; apt-get update -qq && apt-get install -y -qq {{ NAME }} >/dev/null; \
-        else echo "{{ NAME }} is missing; install it, for instance with: sudo apt-get install {{ NAME }}" >&2; exit 1; fi; }
+            echo "installing {{ PACKAGE }}"; apt-get update -qq && apt-get install -y -qq {{ PACKAGE }} >/dev/null; \
+        else echo "{{ NAME }} is missing; install it, for instance with: sudo apt-get install {{ PACKAGE }}" >&2; exit 1; fi; }
