@@ -261,7 +261,10 @@ mod tests {
             prop_assert_eq!(exported.lines().count(), events.len());
             let to = tempfile::tempdir().unwrap();
             import_text(to.path(), Format::Kvs, &exported);
-            prop_assert_eq!(&printed(to.path(), text::print), &exported);
+            // Where that took longer than a second, compaction may have dropped what was overwritten or deleted.
+            let kept = printed(to.path(), text::print);
+            prop_assert!(kept.lines().all(|line| exported.lines().any(|other| other == line)));
+            prop_assert_eq!(store(to.path()), store(from.path()));
             // Again, and the store is as it was.
             let before = store(to.path());
             import_text(to.path(), Format::Kvs, &exported);
