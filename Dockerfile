@@ -32,18 +32,18 @@ RUN for package in guest/* tests/guests/*; do mkdir "$package/src" && touch "$pa
 
 FROM dependencies AS guest
 COPY . .
-# Newer than the program that does nothing.
+# Newer than what was built of the program that does nothing, or of others.
 RUN find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
     && deploy/build.sh guest /guest.cwasm
 # Whom `kvs get https://…` trusts, and a directory that belongs to the user below.
-RUN install -D /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/ca-certificates.crt \
+RUN install -D -m 644 /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/ca-certificates.crt \
     && install -d -o 65532 -g 65532 /out/data
 
 FROM guest AS build-full
-RUN deploy/build.sh full /guest.cwasm /out/kvs
+RUN touch host/build.rs host/src/*.rs && deploy/build.sh full /guest.cwasm /out/kvs
 
 FROM guest AS build-small
-RUN deploy/build.sh small /guest.cwasm /out/kvs
+RUN touch host/build.rs host/src/*.rs && deploy/build.sh small /guest.cwasm /out/kvs
 
 FROM scratch AS image
 ARG VERSION=unknown
