@@ -80,7 +80,7 @@ fn setting(argument: &Arg) -> Setting {
     }
     Setting {
         variable: argument.get_env().unwrap_or_default().to_string_lossy().into_owned(),
-        flag: flag.trim_end().to_owned(),
+        flag: flag.trim_end().replace('|', "\\|"),
         default: default.map_or(String::new(), |default| format!("`{}`", default.to_string_lossy())),
         what,
         commands: Vec::new(),
