@@ -92,6 +92,11 @@ guest-js:
 bench *WHAT: _target (_tool "wrk") (_tool "redis-server") _postgres
     cargo bench --bench bench -- {{ WHAT }}
 
+# Count the instructions of a request and of a replay beside those in the tree, and fail where they are a tenth more: under a minute. With `update`, write them
+[group('develop')]
+bench-quick *UPDATE: _target (_tool "valgrind")
+    cargo bench --bench bench -- quick {{ UPDATE }}
+
 # The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, and anything asked of it: hours
 [group('develop')]
 soak: _target (_tool "strace") _python

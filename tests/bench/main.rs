@@ -1,6 +1,6 @@
-//! `just bench`: what a request costs, what the group commit is worth, on a disk and
-//! in a database, how fast the way back is, and what a swap does to
-//! those who ask meanwhile. `just bench commit` measures one of them.
+//! `just bench`: what a request costs, what the group commit is worth, on a disk and in a database, how fast the way back is,
+//! and what a swap does to those who ask meanwhile. `just bench commit` measures one of them. `just bench-quick` is apart: it
+//! counts instructions.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
@@ -9,6 +9,7 @@ mod commit;
 mod plain_map;
 mod postgres;
 mod process;
+mod quick;
 mod replay;
 mod requests;
 mod swap;
@@ -34,6 +35,8 @@ fn main() -> Result<()> {
         // Parts that run apart are this binary, started again as a process of its own.
         [plain_map::NAME] => return plain_map::serve(),
         [replay::SCAN, data] => return replay::scan(Path::new(data)),
+        ["quick"] => return quick::run(tempfile::tempdir()?.path(), false),
+        ["quick", "update"] => return quick::run(tempfile::tempdir()?.path(), true),
         [] => {}
         [name] if ALL.iter().any(|(known, _)| *known == name) => {}
         _ => bail!("there are {}", ALL.map(|(name, _)| name).join(", ")),

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::geteuid;
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 /// Linux counts the CPU time of processes in these, whatever the kernel was built with.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -151,6 +151,14 @@ impl Server {
         let line = report.lines().find_map(|line| line.strip_prefix("\"SET\",\"")).with_context(|| report.clone())?;
         let per_second = line.split('"').next().unwrap_or_default().parse()?;
         Ok(Load { per_second, cpu_us: cpu / f64::from(requests) * 1e6 })
+    }
+
+    /// Tells it to stop, and waits until it has.
+    pub fn stop(mut self) -> Result<()> {
+        let id = Pid::from_raw(self.process.id().try_into()?).context("it has an id")?;
+        kill_process(id, Signal::TERM)?;
+        self.process.wait()?;
+        Ok(())
     }
 
     pub fn id(&self) -> String {

@@ -1,0 +1,154 @@
+//! `just bench-quick`: how many instructions of its own the server spends on a request and on an entry of a replay, guest and
+//! host together, beside what it spent when `quick.json` was written.
+//!
+//! They are counted by valgrind, on one worker thread, so the noise of the machine does not matter: what is left is the
+//! chance of hash seeds and wake-ups, a percent or two. A count is the difference of two runs, so that the start is not in
+//! it. What the kernel does for a request is not in it either.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::plain_map;
+use crate::process::Server;
+use crate::replay;
+
+/// What was counted before, in the order of names.
+const BEFORE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/quick.json");
+/// More than this, and it fails.
+const MOST: f64 = 1.10;
+/// What one run does less than the other.
+const FEW: u64 = 1_000;
+const MANY: u64 = 4_000;
+/// Requests that are on their way at once, so that waking up for them is not what is counted.
+const AT_ONCE: u64 = 50;
+
+const GET: &str = "GET /v1/key-1 HTTP/1.1\r\nhost: kvs\r\n\r\n";
+const PUT: &str = "PUT /v1/key-1 HTTP/1.1\r\nhost: kvs\r\ncontent-length: 100\r\n\r\n";
+
+/// Counts, and compares. With `update`, what was counted is what the next runs are compared with.
+pub fn run(data: &Path, update: bool) -> Result<()> {
+    let value = "x".repeat(100);
+    let put = format!("{PUT}{value}");
+    let list = "GET /v1?limit=100 HTTP/1.1\r\nhost: kvs\r\n\r\n";
+    // A start compiles the guest, and keeps it for the next ones.
+    let kvs = data.join("kvs");
+    replay::write(&kvs, 1_000, |number| format!("key-{number}"))?;
+    counted(data, Program::Kvs(&kvs), "", 0)?;
+    let each = |program: Program<'_>, request: &str| {
+        let [few, many] = [FEW, MANY].map(|times| counted(data, program, request, times));
+        Ok::<_, anyhow::Error>((many? - few?) / (MANY - FEW))
+    };
+    let entry = || {
+        let [few, many] = [FEW, MANY].map(|entries| {
+            let log = data.join(entries.to_string());
+            replay::write(&log, 10 * entries, |number| format!("key-{number}"))?;
+            fs::create_dir_all(log.join("cache"))?;
+            for compiled in fs::read_dir(kvs.join("cache"))? {
+                let compiled = compiled?;
+                fs::copy(compiled.path(), log.join("cache").join(compiled.file_name()))?;
+            }
+            counted(data, Program::Kvs(&log), "", 0)
+        });
+        Ok::<_, anyhow::Error>((many? - few?) / (10 * (MANY - FEW)))
+    };
+    let now = BTreeMap::from([
+        ("GET".to_owned(), each(Program::Kvs(&kvs), GET)?),
+        ("GET of 100 keys".to_owned(), each(Program::Kvs(&kvs), list)?),
+        ("GET, plain hyper map".to_owned(), each(Program::PlainMap, GET)?),
+        ("PUT".to_owned(), each(Program::Kvs(&kvs), &put)?),
+        ("PUT, plain hyper map".to_owned(), each(Program::PlainMap, &put)?),
+        ("an entry of a replay".to_owned(), entry()?),
+    ]);
+    let before: BTreeMap<String, u64> = serde_json::from_str(&fs::read_to_string(BEFORE).unwrap_or("{}".into()))?;
+    println!("\n| | instructions | before | change |\n|---|---:|---:|---:|");
+    let mut worse = Vec::new();
+    for (name, now) in &now {
+        let Some(before) = before.get(name) else {
+            println!("| {name} | {now} | | |");
+            continue;
+        };
+        let change = *now as f64 / *before as f64;
+        println!("| {name} | {now} | {before} | {:+.1}% |", 100.0 * (change - 1.0));
+        if change > MOST {
+            worse.push(name.as_str());
+        }
+    }
+    if update {
+        fs::write(BEFORE, serde_json::to_string_pretty(&now)? + "\n")?;
+        return Ok(());
+    }
+    let worse = worse.join(", ");
+    ensure!(
+        worse.is_empty(),
+        "more than 10% slower than before: {worse}; when that is its price: just bench-quick update"
+    );
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Program<'d> {
+    Kvs(&'d Path),
+    PlainMap,
+}
+
+/// The instructions of a server that starts, answers so many requests, and stops.
+fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Result<u64> {
+    let report = data.join("report");
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
+    let mut args =
+        ["TOKIO_WORKER_THREADS=1", "valgrind", "--tool=cachegrind", "--cache-sim=no"].map(str::to_owned).to_vec();
+    args.extend(["--cachegrind-out-file=/dev/null".to_owned(), format!("--log-file={}", text(&report)?)]);
+    match program {
+        Program::Kvs(log) => {
+            let serve = ["serve", "--durability", "os", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data"];
+            args.push(env!("CARGO_BIN_EXE_kvs").to_owned());
+            args.extend(serve.map(str::to_owned));
+            args.push(text(log)?);
+        }
+        Program::PlainMap => args.extend([text(&std::env::current_exe()?)?, plain_map::NAME.to_owned()]),
+    }
+    let server = Server::start("valgrind", Path::new("env"), &args)?;
+    if matches!(program, Program::PlainMap) {
+        ask(server.address, &format!("{PUT}{}", "x".repeat(100)), 1)?;
+    }
+    ask(server.address, request, times)?;
+    server.stop()?;
+    let report = fs::read_to_string(report)?;
+    let count = report.lines().find_map(|line| line.split_once(" refs:")).with_context(|| report.clone())?;
+    Ok(count.1.trim().replace(',', "").parse()?)
+}
+
+/// Sends a request so many times, and reads the answers, none of which may be a refusal.
+fn ask(address: SocketAddr, request: &str, times: u64) -> Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    let mut left = times;
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        stream.write_all(request.repeat(now as usize).as_bytes())?;
+        (0..now).try_for_each(|_| read(&mut stream))?;
+        left -= now;
+    }
+    Ok(())
+}
+
+/// One answer.
+fn read(stream: &mut TcpStream) -> Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head)?.to_lowercase();
+    ensure!(head.starts_with("http/1.1 2"), "{head}");
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.unwrap_or("0").parse()?];
+    stream.read_exact(&mut body)?;
+    Ok(())
+}
