@@ -98,19 +98,18 @@ kvs_guest::export!(Component with_types_in kvs_guest);
 
 #[cfg(test)]
 mod tests {
+    use kvs_guest::kvs::store::transaction_log::AppendError;
+
     use super::*;
+
+    fn request(method: &str, target: &str, body: &str) -> Request {
+        let (method, target) = (method.to_owned(), target.to_owned());
+        Request { method, target, headers: Vec::new(), body: body.into(), principal: None, time: 10 }
+    }
 
     /// Answers, for which all that is appended has sequence 7.
     fn ask(store: &mut Store, method: &str, body: &str) -> (u16, String) {
-        let request = Request {
-            method: method.to_owned(),
-            target: "/v1/n".to_owned(),
-            headers: Vec::new(),
-            body: body.into(),
-            principal: None,
-            time: 10,
-        };
-        let response = answer(store, request, &mut |_: &[Event]| Ok(7));
+        let response = answer(store, request(method, "/v1/n", body), &mut |_: &[Event]| Ok(7));
         (response.status, String::from_utf8(response.body).expect("text"))
     }
 
@@ -155,6 +154,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_appended_is_not_added() {
+        let mut store = Store::default();
+        let refused = answer(&mut store, request("PATCH", "/v1/n", "+1"), &mut |_: &[Event]| Err(AppendError::Full));
+        assert_eq!((refused.status, store), (507, Store::default()));
+    }
+
+    #[test]
+    fn a_change_has_no_parameters() {
+        let mut store = Store::default();
+        let refused = answer(&mut store, request("PATCH", "/v1/n?ttl=5", "+1"), &mut |_: &[Event]| Ok(7));
+        assert_eq!((refused.status, store), (400, Store::default()));
+    }
+
+    #[test]
     fn metadata_and_expiry_stay_with_the_value() {
         let mut store = Store::default();
         let metadata = vec![("content-type".to_owned(), "text/csv".to_owned())];
@@ -167,15 +180,7 @@ mod tests {
 
     #[test]
     fn methods_are_told_with_the_one_that_came_with_it() {
-        let request = Request {
-            method: "BREW".to_owned(),
-            target: "/v1/n".to_owned(),
-            headers: Vec::new(),
-            body: Vec::new(),
-            principal: None,
-            time: 0,
-        };
-        let response = answer(&mut Store::default(), request, &mut |_: &[Event]| Ok(1));
+        let response = answer(&mut Store::default(), request("BREW", "/v1/n", ""), &mut |_: &[Event]| Ok(1));
         let allow = response.headers.iter().find(|header| header.name == "allow").expect("it is told");
         assert_eq!((response.status, allow.value.ends_with(b", PATCH")), (405, true));
     }

@@ -162,6 +162,18 @@ mod tests {
     }
 
     #[test]
+    fn what_another_guest_gave_an_end_is_gone_then() {
+        let put =
+            |expires| Event::Put(Put { key: "a".to_owned(), value: vec![], metadata: vec![], expires: Some(expires) });
+        for (expires, status) in [(1, 200), (0, 404)] {
+            let mut store = Store::default();
+            store.apply(1, put(expires));
+            // It is asked at the time 0.
+            assert_eq!(ask(&mut store, &mut Vec::new(), "GET", "").0, status);
+        }
+    }
+
+    #[test]
     fn what_was_not_appended_is_not_stored() {
         let mut store = Store::default();
         let (method, target) = ("PUT".to_owned(), "/v1/a".to_owned());
