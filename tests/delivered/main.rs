@@ -82,7 +82,7 @@ fn holds_nothing_else(image: &Image) {
     assert!(said.contains("statically linked") || said.contains("not a dynamic"), "{said}");
 }
 
-fn is_the_same_when_built_again(image: &Image, flavour: &str) {
+fn is_the_same_when_built_again(image: &Image, flavour: &'static str) {
     assert_eq!(Image::build_anew(flavour).digest(), image.digest(), "the same files gave another image");
 }
 
