@@ -125,7 +125,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_DURABILITY", default_value = "sync")]
     pub durability: Durability,
 
-    /// Size of one file of the log
+    /// Size of a file of the log; the first ones are smaller
     #[arg(long, env = "KVS_SEGMENT_BYTES", value_name = "SIZE", default_value = "64MiB")]
     pub segment_bytes: ByteSize,
 

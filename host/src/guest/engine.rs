@@ -5,11 +5,13 @@
 
 use std::env::consts::ARCH;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
 use wasmtime::component::{Component, Linker};
 
 use super::clock::Clock;
@@ -23,6 +25,9 @@ use crate::log::TransactionLog;
 
 /// The grain of CPU time limits: a call is ended this much late at most.
 const EPOCH: Duration = Duration::from_millis(10);
+
+/// A call that takes longer than so many epochs makes way for what else its thread is there for.
+pub(super) const LONG: u64 = 2;
 
 /// What a guest exports (`world store`).
 const WANTED: [&str; 3] = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
@@ -233,4 +238,21 @@ pub(super) fn epochs(limit: Duration) -> u64 {
     let epochs = limit.as_nanos().div_ceil(EPOCH.as_nanos());
     // The epoch in progress does not count: it may end at once.
     u64::try_from(epochs).unwrap_or(u64::MAX - 1) + 1
+}
+
+/// Gives what this thread has to do beside a call to another thread. A thread of the runtime may be the one that watches the
+/// sockets, and holds tasks that no other can take from it: connections would hang as long as the call goes on.
+///
+/// It may not succeed every time, and can be called again.
+pub(super) fn make_way() {
+    let Ok(runtime) = Handle::try_current() else { return };
+    if runtime.runtime_flavor() == RuntimeFlavor::CurrentThread {
+        return; // There is no other.
+    }
+    block_in_place(|| {
+        // What was given away is taken back at the end of this, unless another thread has begun with it.
+        let (begun, begins) = mpsc::channel();
+        runtime.spawn(async move { begun.send(()) });
+        let _ = begins.recv_timeout(EPOCH);
+    });
 }

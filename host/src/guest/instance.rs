@@ -13,10 +13,10 @@ use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use tracing::{error, warn};
 use wasmtime::component::{HasSelf, Linker};
-use wasmtime::{Store, Trap, WasmBacktrace};
+use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
 use super::clock::Clock;
-use super::engine::{Limits, epochs};
+use super::engine::{LONG, Limits, epochs, make_way};
 use super::memory::Memory;
 use super::sandbox::Sandbox;
 use crate::contract::{
@@ -127,7 +127,8 @@ impl Instance {
         store.limiter(|state| &mut state.memory);
         // A response that is a little too large can still be looked at and refused, which costs less than a trap.
         store.set_hostcall_fuel(2 * limits.response_bytes + TRANSFER_BYTES);
-        store.set_epoch_deadline(epochs(limits.call));
+        store.epoch_deadline_callback(overdue);
+        begin(&mut store, limits);
         let mut told = |error| anyhow!(trapped(&error, limits));
         let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
         let description =
@@ -233,11 +234,31 @@ impl Instance {
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
         self.store.data_mut().call = call;
-        self.store.set_epoch_deadline(epochs(self.limits.call));
+        begin(&mut self.store, self.limits);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox.end_call();
         result.map_err(|error| trapped(&error, self.limits))
     }
+}
+
+/// The time of a call begins.
+fn begin(store: &mut Store<State>, limits: Limits) {
+    let all = epochs(limits.call);
+    let first = all.min(LONG);
+    store.data_mut().rest = all - first;
+    store.set_epoch_deadline(first);
+}
+
+/// A call has taken all the epochs it was given so far.
+fn overdue(mut store: StoreContextMut<'_, State>) -> wasmtime::Result<UpdateDeadline> {
+    let rest = &mut store.data_mut().rest;
+    let more = (*rest).min(LONG);
+    if more == 0 {
+        return Ok(UpdateDeadline::Interrupt);
+    }
+    *rest -= more;
+    make_way();
+    Ok(UpdateDeadline::Continue(more))
 }
 
 /// The description is shown in logs and used on every request; refuses what is not fit for that.
@@ -294,6 +315,8 @@ pub struct State {
     clock: Arc<Clock>,
     /// What the call in progress was told, in milliseconds since 1970.
     time: u64,
+    /// Epochs that it may take beyond those it has been given.
+    rest: u64,
 }
 
 /// What the call in progress may do, and has done.
@@ -333,7 +356,7 @@ impl State {
         clock: Arc<Clock>,
     ) -> Self {
         let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
-        Self { log, config, limits, memory, sandbox, call: Call::default(), clock, time: 0 }
+        Self { log, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {

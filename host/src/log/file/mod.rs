@@ -71,7 +71,8 @@
 //!
 //! 1. One process has the directory: `lock`.
 //! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
-//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`.
+//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`. The
+//!    first of a log is small, for a start waits for it, and each is larger than the one before up to `--segment-bytes`.
 //! 3. A batch is one frame, which says what it follows on and what was durable; no length in it is believed before the
 //!    file is known to be so long: `frame`, `entry`, `scan`.
 //! 4. It is written at a place that is kept track of, never at "the end of the file": `writer`.
@@ -142,7 +143,7 @@ use self::disk::{Directory, Disk};
 use self::lock::Lock;
 use self::metrics::Metrics;
 use self::queue::{FRAME_OVERHEAD, Queue};
-use self::spare::Spares;
+use self::spare::{Sizes, Spares};
 use self::writer::Writer;
 use super::{Receive, TransactionLog, Watermark};
 use crate::contract::{AppendError, Event};
@@ -161,14 +162,14 @@ pub enum Durability {
 pub struct Options {
     /// The data directory; the log is in `log` under it.
     pub data: PathBuf,
-    /// The size of a segment file.
+    /// The size of a segment file, from the third on at the latest: the first are smaller.
     pub segment_bytes: u64,
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
 }
 
-/// The size of a segment file where nobody says otherwise.
+/// The size of segment files where nobody says otherwise.
 pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 
 /// The largest group that segments of a size can hold.
@@ -313,10 +314,11 @@ impl Shared {
             );
         }
         let home = Home { disk, data };
-        let recovered = recovery::recover(&home, segment_bytes)
+        let sizes = Sizes::new(needed, segment_bytes);
+        let recovered = recovery::recover(&home, sizes)
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
         let writer = recovered.writer;
-        let (room, segment_room) = (writer.size - writer.end, segment_bytes - segment::HEAD_BYTES);
+        let (room, segment_room) = (writer.size - writer.end, sizes.smallest_spare() - segment::HEAD_BYTES);
         let full = recovered.spares.is_empty();
         let shared = Self {
             home,
@@ -325,7 +327,7 @@ impl Shared {
             durability,
             catalog: Catalog::new(recovered.segments),
             queue: Queue::new(writer.last, room, full, segment_room, group_bytes),
-            spares: Spares::new(recovered.spares, recovered.next),
+            spares: Spares::new(recovered.spares, recovered.next, recovered.next_size, sizes),
             compactor: Compactor::default(),
             watermark: Watermark::new(writer.last),
             metrics: Metrics::new(),

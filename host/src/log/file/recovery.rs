@@ -16,7 +16,7 @@ use super::disk::File;
 use super::frame::{self, Head as FrameHead};
 use super::scan::is_zero;
 use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, SUFFIX};
-use super::spare::{self, Spare};
+use super::spare::{self, Sizes, Spare};
 use super::tail::{self, Content};
 use super::writer::Writer;
 use super::{Home, mark};
@@ -26,8 +26,9 @@ pub struct Recovered {
     pub segments: Vec<Segment>,
     pub writer: Writer,
     pub spares: VecDeque<Spare>,
-    /// The number of the next spare to be made.
+    /// The number of the next spare to be made, and its size.
     pub next: u64,
+    pub next_size: u64,
 }
 
 /// A segment file whose head was read and found right.
@@ -41,7 +42,7 @@ pub struct Found {
 }
 
 /// Opens the log of a directory, or begins one. Nothing but this process may use the directory.
-pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
+pub fn recover(home: &Home, sizes: Sizes) -> anyhow::Result<Recovered> {
     let found = find(home)?;
     let marked = marked(home, &found)?;
     let log = found.first().map_or_else(Uuid::new_v4, |segment| segment.log);
@@ -82,14 +83,15 @@ pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
     let writable = held - usize::from(held > 0 && found[held - 1].compacted.is_none());
     let newest = tear.map_or(writable, |(at, _)| at);
     let next = found.last().map_or(1, |segment| segment.numbers.last + 1);
+    let next_size = sizes.after(found.last().map_or(0, |segment| segment.size));
     segments
         .extend(found.iter().take(newest + 1).skip(held).map(|found| Segment::empty(found.numbers.first, last, chain)));
     let mut rest = found.into_iter().skip(newest);
-    let (file, size, next) = match rest.next() {
-        Some(found) => (found.file, found.size, next),
+    let (file, size, next, next_size) = match rest.next() {
+        Some(found) => (found.file, found.size, next, next_size),
         None => {
             segments.push(Segment::empty(next, last, chain));
-            (spare::make(&*home.disk, log, next, segment_bytes)?, segment_bytes, next + 1)
+            (spare::make(&*home.disk, log, next, next_size)?, next_size, next + 1, sizes.after(next_size))
         }
     };
     let spares = rest.map(|found| Spare { number: found.numbers.first, file: found.file, size: found.size }).collect();
@@ -100,7 +102,7 @@ pub fn recover(home: &Home, segment_bytes: u64) -> anyhow::Result<Recovered> {
     home.disk.sync()?;
     let end = segments.last().map_or(HEAD_BYTES, |segment| segment.end);
     let writer = Writer { file, size, end, chain, last, synced: last, closed, marked };
-    Ok(Recovered { log, segments, writer, spares, next })
+    Ok(Recovered { log, segments, writer, spares, next, next_size })
 }
 
 /// Opens the segments, oldest first: all of one log, and each number there once.

@@ -18,6 +18,36 @@ use super::segment::{HEAD_BYTES, Head, Numbers};
 /// How long a full disk is left alone before it is asked again.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// A start makes the first segment of a log before it serves, and reads the newest of one that is there.
+const FIRST_BYTES: u64 = 8 << 20;
+/// How many times as large as the one before the next is.
+const GROWTH: u64 = 4;
+
+/// How large segments are: the first small, so that a new log is begun at once, and each larger than the one before until
+/// they are as large as they may be.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    first: u64,
+    largest: u64,
+}
+
+impl Sizes {
+    /// None is smaller than what the largest group needs, which is at most `largest`.
+    pub fn new(needed: u64, largest: u64) -> Self {
+        Self { first: FIRST_BYTES.max(needed).min(largest), largest }
+    }
+
+    /// Of the segment that follows on one of this size, 0 for none.
+    pub fn after(self, size: u64) -> u64 {
+        size.saturating_mul(GROWTH).clamp(self.first, self.largest)
+    }
+
+    /// The smallest that is made while another is written.
+    pub fn smallest_spare(self) -> u64 {
+        self.after(self.first)
+    }
+}
+
 pub struct Spare {
     pub number: u64,
     pub file: Arc<dyn File>,
@@ -27,13 +57,16 @@ pub struct Spare {
 pub struct Spares {
     state: Mutex<State>,
     changed: Condvar,
+    sizes: Sizes,
 }
 
 struct State {
     /// More than one only when they were found at the start.
     ready: VecDeque<Spare>,
     next: u64,
-    /// The file of that, when its space is taken and nothing is in it yet.
+    /// The size of that.
+    size: u64,
+    /// Its file, when its space is taken and nothing is in it yet.
     begun: Option<Arc<dyn File>>,
     full: bool,
     /// A writer that waits on a full disk gives up.
@@ -42,9 +75,10 @@ struct State {
 }
 
 impl Spares {
-    pub fn new(ready: VecDeque<Spare>, next: u64) -> Self {
-        let state = State { ready, next, begun: None, full: false, closing: false, stopped: false };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+    /// `next` and `size` are the number and the size of the next that is made.
+    pub fn new(ready: VecDeque<Spare>, next: u64, size: u64, sizes: Sizes) -> Self {
+        let state = State { ready, next, size, begun: None, full: false, closing: false, stopped: false };
+        Self { state: Mutex::new(state), changed: Condvar::new(), sizes }
     }
 
     /// Takes the spare, and waits for it where it is not ready. None when there will be none.
@@ -116,12 +150,12 @@ pub fn fill(shared: &Shared) -> anyhow::Result<bool> {
     spares.begin(shared)?;
     let mut state = spares.lock();
     let Some(file) = state.begun.take() else { return Ok(!state.full) };
-    let (number, size) = (state.next, shared.segment_bytes);
+    let (number, size) = (state.next, state.size);
     drop(state);
     let made = finish(&*shared.home.disk, shared.log, number, size, &*file);
     let mut state = spares.lock();
     if let Some(file) = state.unless_full(shared, made)? {
-        state.next += 1;
+        (state.next, state.size) = (number + 1, spares.sizes.after(size));
         state.ready.push_back(Spare { number, file, size });
     }
     spares.changed.notify_all();
@@ -131,7 +165,7 @@ pub fn fill(shared: &Shared) -> anyhow::Result<bool> {
 impl State {
     fn begin(&mut self, shared: &Shared) -> anyhow::Result<()> {
         if self.ready.is_empty() && self.begun.is_none() {
-            let begun = begin(&*shared.home.disk, self.next, shared.segment_bytes);
+            let begun = begin(&*shared.home.disk, self.next, self.size);
             self.begun = self.unless_full(shared, begun)?;
         }
         Ok(())
