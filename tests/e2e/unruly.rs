@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::guests::built;
 use crate::server::{PATIENCE, Server};
