@@ -13,7 +13,10 @@ mod store {
 }
 
 pub use store::exports::kvs::store::lifecycle::{Description, Statistics};
-pub use store::kvs::store::http::{HeaderParam as HeaderRef, Request, ResponseResult as Response};
+pub use store::exports::kvs::store::sharding::Placement;
+pub use store::kvs::store::http::{
+    HeaderParam as HeaderRef, Request, ResponseParam as ResponseRef, ResponseResult as Response,
+};
 pub use store::kvs::store::transaction_log::{
     AppendError, Entry, EventParam as EventRef, EventResult as Event, PutParam as PutRef, PutResult as Put,
 };
@@ -22,3 +25,21 @@ pub use store::kvs::store::transaction_log::{
 pub use store::kvs::store::{changes, connection, http, transaction_log};
 pub use store::wasi::config::store as config;
 pub use store::{Store as Exports, StorePre as ExportsPre};
+
+impl Event {
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Put(put) => &put.key,
+            Self::Delete(key) => key,
+        }
+    }
+}
+
+impl<'e> EventRef<'e> {
+    pub fn key(&self) -> &'e str {
+        match self {
+            Self::Put(put) => put.key,
+            Self::Delete(key) => key,
+        }
+    }
+}

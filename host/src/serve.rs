@@ -20,7 +20,7 @@ use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
-use crate::guest::{Engine, Reload, Shard, Source, Swapper};
+use crate::guest::{Engine, Reload, Shards, Source, Swapper};
 use crate::log::changes::Changes;
 use crate::log::file::{self, FileLog};
 use crate::log::postgres::{self, PostgresLog};
@@ -79,14 +79,14 @@ async fn serve(args: &Serve) -> Result<()> {
     let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data))?;
     health.reached(Phase::Replaying);
     let building = {
-        let log = Arc::clone(&log);
+        let (log, shards) = (Arc::clone(&log), usize::from(args.guest.shards));
         task::spawn_blocking(move || {
-            let (shard, replayed) = Shard::build(guest, log)?;
-            engine.keep(&shard.serving().guest);
-            Ok::<_, anyhow::Error>((engine, shard, replayed))
+            let (shards, replayed) = Shards::build(guest, log, shards)?;
+            engine.keep(&shards.serving().guest);
+            Ok::<_, anyhow::Error>((engine, shards, replayed))
         })
     };
-    let (engine, shard, replayed) = tokio::select! {
+    let (engine, shards, replayed) = tokio::select! {
         built = building => built??,
         _ = stop.changed() => {
             log.close()?;
@@ -96,15 +96,15 @@ async fn serve(args: &Serve) -> Result<()> {
     };
 
     let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
-    let description = shard.serving().description;
+    let description = shards.serving().description;
     for exposure in exposures {
         warn!("{exposure}");
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
-    admin.metrics.add(shard.clone());
+    admin.metrics.add(shards.clone());
     let metrics = Arc::new(edge::Metrics::default());
     admin.metrics.add(metrics.clone());
-    let swapper = Swapper::new(engine, Arc::clone(&shard), Arc::clone(&log), args.data.clone(), args.probation);
+    let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data.clone(), args.probation);
     admin.set_swapper(Arc::clone(&swapper));
     let reloading = task::spawn(reload.run(swapper));
     health.reached(Phase::Serving);
@@ -118,7 +118,7 @@ async fn serve(args: &Serve) -> Result<()> {
         "serving on {scheme}://{address}",
     );
 
-    let ticking = task::spawn(tick(Arc::clone(&shard)));
+    let ticking = task::spawn(tick(Arc::clone(&shards)));
     if let Some(tls) = &tls {
         task::spawn(Arc::clone(tls).keep(hangup()?));
     }
@@ -153,7 +153,7 @@ async fn serve(args: &Serve) -> Result<()> {
         task::spawn(Arc::clone(access_log).keep());
     }
     let service = Service {
-        shard,
+        shards,
         changes: Arc::clone(&changes),
         limits,
         tokens,
@@ -294,14 +294,14 @@ fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
 
-async fn tick(shard: Arc<Shard>) {
+async fn tick(shards: Arc<Shards>) {
     let mut interval = interval(TICK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = interval.tick() => {}
-            () = shard.more_to_tick() => sleep(SOON).await,
+            () = shards.more_to_tick() => sleep(SOON).await,
         }
-        shard.tick();
+        shards.tick();
     }
 }

@@ -56,13 +56,6 @@ pub fn in_path(path: &str) -> Result<Cow<'_, str>, NoKey> {
     Ok(key)
 }
 
-/// What a key is placed by when there are several instances: its first `{tag}`, or all of it. Keys with the same tag share
-/// an instance.
-pub fn placed_by(key: &str) -> &str {
-    let tag = key.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map(|(tag, _)| tag);
-    tag.filter(|tag| !tag.is_empty()).unwrap_or(key)
-}
-
 /// The rules for a decoded key.
 pub fn check(key: &str) -> Result<(), NoKey> {
     if key.is_empty() {
@@ -176,23 +169,6 @@ mod tests {
     #[test]
     fn nothing_is_copied_when_nothing_is_escaped() {
         assert!(matches!(in_path("/v1/key/a/ä"), Ok(Cow::Borrowed(_))));
-    }
-
-    #[test]
-    fn a_tag_is_what_a_key_is_placed_by() {
-        for (key, placed_by) in [
-            ("{cart7}:items", "cart7"),
-            ("items of {cart7} and {cart8}", "cart7"),
-            ("plain", "plain"),
-            ("{}", "{}"),
-            ("{}{a}", "{}{a}"),
-            ("{open", "{open"),
-            ("close}", "close}"),
-            ("}{a}", "a"),
-            ("{{a}}", "{a"),
-        ] {
-            assert_eq!(super::placed_by(key), placed_by, "{key}");
-        }
     }
 
     /// What a key may be, said again without the code under test.

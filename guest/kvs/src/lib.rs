@@ -151,7 +151,7 @@ impl sharding::Guest for Component {
     }
 
     fn keys(body: Vec<u8>) -> Vec<String> {
-        transaction::places(&body)
+        transaction::keys(&body)
     }
 
     fn merge(request: Request, responses: Vec<Response>) -> Response {

@@ -76,10 +76,9 @@ pub fn post(
     json(&given)
 }
 
-/// What the keys of a transaction are placed by; nothing when it is malformed.
-pub fn places(body: &[u8]) -> Vec<String> {
-    let operations = operations(body, 0).unwrap_or_default();
-    operations.iter().map(|(key, _)| key::placed_by(key).to_owned()).collect()
+/// The keys of a transaction; none when it is malformed.
+pub fn keys(body: &[u8]) -> Vec<String> {
+    operations(body, 0).unwrap_or_default().into_iter().map(|(key, _)| key).collect()
 }
 
 /// The answer to a transaction whose keys lie in different instances.
@@ -401,8 +400,8 @@ mod tests {
     #[test]
     fn it_is_placed_by_its_keys() {
         let body = br#"[{"op":"get","key":"{cart7}:items"},{"op":"delete","key":"x"}]"#;
-        assert_eq!(places(body), ["cart7", "x"]);
-        assert_eq!(places(b"nonsense"), [""; 0]);
+        assert_eq!(keys(body), ["{cart7}:items", "x"]);
+        assert_eq!(keys(b"nonsense"), [""; 0]);
         assert_eq!(scattered().status, 422);
     }
 }

@@ -21,14 +21,14 @@ use super::reply::Reply;
 use super::request_id::{self, RequestIds};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
-use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shard};
+use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shards};
 use crate::log::TransactionLog;
 use crate::log::changes::Changes;
 use crate::log::watchers::Keys;
 
 /// Answers requests.
 pub struct Service {
-    pub shard: Arc<Shard>,
+    pub shards: Arc<Shards>,
     pub changes: Arc<Changes>,
     pub limits: Limits,
     /// Without, everybody may do everything.
@@ -115,13 +115,13 @@ impl Service {
     async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
         let client = Arc::clone(&incoming.client);
         let answer = match timeout_at(deadline, client.turn.lock()).await {
-            Ok(_turn) => self.shard.call(incoming, deadline).await,
+            Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),
         };
         answer.map_err(|error| {
             let told = error.to_string();
             match error {
-                CallError::Trapped => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
+                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
                 CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
             }
         })

@@ -5,6 +5,7 @@
 
 use std::env::consts::ARCH;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use super::clock::Clock;
 use super::compiled;
 use super::compiler::Compiler;
 use super::instance::{self, Instance, State};
+use super::owner::Part;
 use super::sandbox;
 use super::source::{Digest, Source};
 use crate::contract::ExportsPre;
@@ -62,6 +64,8 @@ pub struct Engine {
     clock: Arc<Clock>,
     config: Arc<[(String, String)]>,
     compiler: Compiler,
+    /// How many guests were made.
+    guests: AtomicU64,
 }
 
 impl Engine {
@@ -83,7 +87,14 @@ impl Engine {
                 thread::sleep(EPOCH);
             }
         })?;
-        Ok(Self { linker, limits, clock: Arc::default(), config: config.into(), compiler: Compiler::new(cache) })
+        Ok(Self {
+            linker,
+            limits,
+            clock: Arc::default(),
+            config: config.into(),
+            compiler: Compiler::new(cache),
+            guests: AtomicU64::default(),
+        })
     }
 
     /// Reads and compiles a guest, and checks that it fits the contract.
@@ -106,7 +117,8 @@ impl Engine {
         }
         let exports = self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?;
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
-        Ok(Guest { exports, source, digest: Digest::of(bytes), is_kept, limits, clock, config })
+        let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
+        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config })
     }
 
     /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
@@ -211,6 +223,7 @@ pub struct Guest {
     exports: ExportsPre<State>,
     source: Source,
     digest: Digest,
+    number: u64,
     /// Whether it is on disk compiled.
     is_kept: bool,
     limits: Limits,
@@ -227,9 +240,16 @@ impl Guest {
         &self.digest
     }
 
-    /// A new instance, which has described itself and knows nothing yet. What it appends goes to `log`.
-    pub fn instantiate(&self, log: Arc<dyn TransactionLog>) -> Result<Instance> {
-        Instance::new(&self.exports, self.limits, State::new(log, self.config.clone(), self.limits, self.clock.clone()))
+    /// Another for each guest, the same for all its instances.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// A new instance, which has described itself and knows nothing yet. What it appends goes to `log`, when the keys are
+    /// its part.
+    pub fn instantiate(&self, log: Arc<dyn TransactionLog>, part: Part) -> Result<Instance> {
+        let state = State::new(log, part, self.config.clone(), self.limits, self.clock.clone());
+        Instance::new(&self.exports, self.number, self.limits, state)
     }
 }
 

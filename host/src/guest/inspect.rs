@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 
 use super::engine::Engine;
+use super::owner::Owners;
 use super::source::{Digest, Source};
 use crate::cli;
 use crate::contract::{AppendError, Description, Event};
@@ -25,7 +26,7 @@ pub fn inspect(args: &cli::Guest) -> Result<()> {
     println!("imports  {}", list(&world.imports));
     println!("exports  {}", list(&world.exports));
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
-        let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))))?;
+        let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1).part(0))?;
         let Description { name, version, headers } = instance.description();
         println!("name     {name} {version}");
         println!("headers  {}", list(headers));

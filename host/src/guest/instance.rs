@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
-use hyper::header::{self, HeaderName, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use tracing::{error, warn};
 use wasmtime::component::{HasSelf, Linker};
@@ -18,10 +18,11 @@ use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 use super::clock::Clock;
 use super::engine::{LONG, Limits, epochs, make_way};
 use super::memory::Memory;
+use super::owner::Part;
 use super::sandbox::Sandbox;
 use crate::contract::{
-    self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Statistics, changes, config,
-    connection, http, transaction_log,
+    self, AppendError, Description, Entry, Event, Exports, ExportsPre, HeaderRef, Placement, ResponseRef, Statistics,
+    changes, config, connection, http, transaction_log,
 };
 use crate::log::TransactionLog;
 
@@ -65,6 +66,7 @@ pub struct Client {
 }
 
 /// A request, read whole.
+#[derive(Clone)]
 pub struct Incoming {
     pub request: Request<Bytes>,
     pub client: Arc<Client>,
@@ -115,14 +117,15 @@ pub struct Hold {
 pub struct Instance {
     store: Store<State>,
     exports: Exports,
+    /// The number of its guest.
+    guest: u64,
     limits: Limits,
     description: Description,
-    /// Shared, so that they can be read while the store is being called.
-    wanted_headers: Arc<[HeaderName]>,
+    wanted_headers: Box<[HeaderName]>,
 }
 
 impl Instance {
-    pub(super) fn new(exports: &ExportsPre<State>, limits: Limits, state: State) -> Result<Self> {
+    pub(super) fn new(exports: &ExportsPre<State>, guest: u64, limits: Limits, state: State) -> Result<Self> {
         let mut store = Store::new(exports.engine(), state);
         store.limiter(|state| &mut state.memory);
         // A response that is a little too large can still be looked at and refused, which costs less than a trap.
@@ -136,11 +139,16 @@ impl Instance {
         let wanted_headers = check(&description)?;
         store.data_mut().sandbox.set_name(&description.name);
         store.data_mut().sandbox.end_call();
-        Ok(Self { store, exports, limits, description, wanted_headers })
+        Ok(Self { store, exports, guest, limits, description, wanted_headers })
     }
 
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// The number of the guest that this is an instance of.
+    pub fn guest(&self) -> u64 {
+        self.guest
     }
 
     pub fn memory_bytes(&self) -> usize {
@@ -178,22 +186,41 @@ impl Instance {
         self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_stats(store))
     }
 
+    /// Where a request belongs.
+    pub fn place(&mut self, incoming: &Incoming) -> Result<Placement, Trapped> {
+        let (method, target) = (incoming.request.method().as_str(), incoming.target());
+        self.call(Call::default(), |exports, store| exports.kvs_store_sharding().call_place(store, method, target))
+    }
+
+    /// The keys in its body.
+    pub fn keys(&mut self, incoming: &Incoming) -> Result<Vec<String>, Trapped> {
+        let body = incoming.request.body();
+        self.call(Call::default(), |exports, store| exports.kvs_store_sharding().call_keys(store, body))
+    }
+
+    /// One answer of those that all instances gave.
+    pub fn merge(&mut self, incoming: &Incoming, answers: &[Answer]) -> Result<Answer, Trapped> {
+        let time = self.store.data_mut().now();
+        let headers = self.headers(incoming);
+        let record = incoming.record(&headers, time);
+        let all = |_: &_| true;
+        let heads: Vec<_> = answers.iter().map(|answer| header_refs(answer.response.headers(), all)).collect();
+        let responses: Vec<_> = answers.iter().zip(&heads).map(|(answer, head)| answer.record(head)).collect();
+        let merged = self.call(Call::default(), |exports, store| {
+            exports.kvs_store_sharding().call_merge(store, record, &responses)
+        })?;
+        Ok(Answer {
+            response: self.checked(incoming, merged),
+            rests_on: answers.iter().map(|answer| answer.rests_on).max().unwrap_or(0),
+            appended: answers.iter().any(|answer| answer.appended),
+            sequel: None,
+        })
+    }
+
     pub fn handle(&mut self, incoming: &Incoming) -> Result<Answer, Trapped> {
         let time = self.store.data_mut().now();
-        let request = &incoming.request;
-        let wanted = Arc::clone(&self.wanted_headers);
-        // There are fewer of those that came than of those that can be asked for, and to look for each costs a hash.
-        let headers = request.headers().iter().filter(|(name, _)| wanted.contains(name));
-        let headers: Vec<_> =
-            headers.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect();
-        let record = contract::Request {
-            method: request.method().as_str(),
-            target: request.uri().path_and_query().map_or("", |target| target.as_str()),
-            headers: &headers,
-            body: request.body(),
-            principal: incoming.principal.as_deref(),
-            time,
-        };
+        let headers = self.headers(incoming);
+        let record = incoming.record(&headers, time);
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
 
@@ -215,7 +242,18 @@ impl Instance {
             warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
             self.count()?;
         }
-        let response = message(response, self.limits.response_bytes).unwrap_or_else(|invalid| {
+        Ok(Answer { response: self.checked(incoming, response), rests_on, appended: appended.is_some(), sequel })
+    }
+
+    /// What the guest is shown of the headers.
+    fn headers<'r>(&self, incoming: &'r Incoming) -> Vec<HeaderRef<'r>> {
+        // There are fewer of those that came than of those that can be asked for, and to look for each costs a hash.
+        header_refs(incoming.request.headers(), |name| self.wanted_headers.contains(name))
+    }
+
+    /// The response to a request; another in its place when it is none.
+    fn checked(&self, incoming: &Incoming, record: contract::Response) -> Response<Bytes> {
+        message(record, self.limits.response_bytes).unwrap_or_else(|invalid| {
             let request_id = incoming.id();
             error!(guest = self.description.name, request_id, "invalid response: {invalid:#}");
             let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
@@ -223,8 +261,7 @@ impl Instance {
             let text = HeaderValue::from_static("text/plain; charset=utf-8");
             response.headers_mut().insert(header::CONTENT_TYPE, text);
             response
-        });
-        Ok(Answer { response, rests_on, appended: appended.is_some(), sequel })
+        })
     }
 
     /// Makes one call, within the limits of a call.
@@ -262,7 +299,7 @@ fn overdue(mut store: StoreContextMut<'_, State>) -> wasmtime::Result<UpdateDead
 }
 
 /// The description is shown in logs and used on every request; refuses what is not fit for that.
-fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
+fn check(description: &Description) -> Result<Box<[HeaderName]>> {
     let is_word = |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
     ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");
@@ -291,6 +328,12 @@ fn message(record: contract::Response, most: usize) -> Result<Response<Bytes>> {
     Ok(response)
 }
 
+/// Those of these names, for the guest to see.
+fn header_refs(headers: &HeaderMap, is_shown: impl Fn(&HeaderName) -> bool) -> Vec<HeaderRef<'_>> {
+    let shown = headers.iter().filter(|(name, _)| is_shown(name));
+    shown.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect()
+}
+
 /// What happened and in which functions, in one line.
 fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
     let cause = match error.downcast_ref::<Trap>() {
@@ -307,6 +350,7 @@ fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
 /// What an instance holds on the host's side.
 pub struct State {
     log: Arc<dyn TransactionLog>,
+    part: Part,
     config: Arc<[(String, String)]>,
     limits: Limits,
     memory: Memory,
@@ -340,6 +384,21 @@ enum Asked {
 }
 
 impl Incoming {
+    fn target(&self) -> &str {
+        self.request.uri().path_and_query().map_or("", |target| target.as_str())
+    }
+
+    fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>], time: u64) -> contract::Request<'r> {
+        contract::Request {
+            method: self.request.method().as_str(),
+            target: self.target(),
+            headers,
+            body: self.request.body(),
+            principal: self.principal.as_deref(),
+            time,
+        }
+    }
+
     fn without_body(&self) -> Self {
         let mut request = Request::new(Bytes::new());
         (*request.method_mut(), *request.uri_mut()) = (self.request.method().clone(), self.request.uri().clone());
@@ -348,15 +407,23 @@ impl Incoming {
     }
 }
 
+impl Answer {
+    fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
+        let (status, body) = (self.response.status().as_u16(), self.response.body());
+        ResponseRef { status, headers, body, depends_on: Some(self.rests_on) }
+    }
+}
+
 impl State {
     pub(super) fn new(
         log: Arc<dyn TransactionLog>,
+        part: Part,
         config: Arc<[(String, String)]>,
         limits: Limits,
         clock: Arc<Clock>,
     ) -> Self {
         let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
-        Self { log, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
+        Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
@@ -375,7 +442,8 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 
 impl transaction_log::Host for State {
     fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
-        if !self.call.may_append {
+        // What it does not own, it would not be given again.
+        if !self.call.may_append || !events.iter().all(|event| self.part.owns(event.key())) {
             return Err(AppendError::ReadOnly);
         }
         self.call.appends += 1;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::shard::Shard;
+use super::shards::Shards;
 use crate::contract::Statistics;
 use crate::metrics::{Counter, Histogram, Measured, Page};
 
@@ -20,7 +20,11 @@ pub struct Metrics {
     pub swaps: Counter,
     pub swaps_taken_back: Counter,
     pub swaps_refused: Counter,
-    // Of the instance that serves, set by whoever has the turn.
+}
+
+/// What the instance of a shard holds, set by whoever has the turn.
+#[derive(Default)]
+pub struct Held {
     memory_bytes: AtomicU64,
     keys: AtomicU64,
     stored_bytes: AtomicU64,
@@ -36,12 +40,11 @@ impl Metrics {
             swaps: Counter::default(),
             swaps_taken_back: Counter::default(),
             swaps_refused: Counter::default(),
-            memory_bytes: AtomicU64::default(),
-            keys: AtomicU64::default(),
-            stored_bytes: AtomicU64::default(),
         }
     }
+}
 
+impl Held {
     pub fn memory(&self, bytes: usize) {
         self.memory_bytes.store(bytes as u64, Ordering::Relaxed);
     }
@@ -57,15 +60,19 @@ pub fn next_count(took: Duration) -> Instant {
     Instant::now() + took * SELDOM
 }
 
-impl Measured for Shard {
+impl Measured for Shards {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
         let metrics = self.metrics();
-        let (serving, get) = (self.serving(), |number: &AtomicU64| number.load(Ordering::Relaxed));
+        let serving = self.serving();
+        let sum = |number: fn(&Held) -> &AtomicU64| {
+            self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
+        };
         let (name, version) = (serving.description.name.as_str(), serving.description.version.as_str());
         let digest = serving.guest.digest().to_string();
         let labels = [("name", name), ("version", version), ("sha256", digest.as_str())];
         page.info("guest", "The guest that serves", labels)?;
-        page.gauge("requests_waiting", "Requests that wait for their turn at the guest", self.waiting() as u64)?;
+        let waiting: usize = self.each().iter().map(|shard| shard.waiting()).sum();
+        page.gauge("requests_waiting", "Requests that wait for their turn at the guest", waiting as u64)?;
         page.histogram("guest_call_duration_seconds", "Time of a request in the guest", &metrics.calls)?;
         page.counter("guest_traps", "Calls in which the guest trapped", metrics.traps.get())?;
         let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
@@ -78,9 +85,9 @@ impl Measured for Shard {
         ];
         let swaps = swaps.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_swaps", "Swaps of the guest, by how they ended", swaps)?;
-        page.gauge("guest_memory_bytes", "Linear memory of the guest", get(&metrics.memory_bytes))?;
-        page.gauge("keys", "Keys, as the guest counts them now and again", get(&metrics.keys))?;
+        page.gauge("guest_memory_bytes", "Linear memory of the guest, in all shards", sum(|held| &held.memory_bytes))?;
+        page.gauge("keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
-        page.gauge("stored_bytes", help, get(&metrics.stored_bytes))
+        page.gauge("stored_bytes", help, sum(|held| &held.stored_bytes))
     }
 }

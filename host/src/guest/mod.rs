@@ -3,9 +3,10 @@
 //! Owns: compiling and checking guests, calling them within their limits, giving them back their state, replacing them.
 //! Must never know: sockets, TLS, how the log keeps its promise.
 //!
-//! Read `engine` first (what may run), then `instance` (one call), `shard` (many calls, one at a time), `replica` (how an
-//! instance comes by its state) and `swap` (another guest takes over).
+//! Read `engine` first (what may run), then `instance` (one call), `shard` (many calls, one at a time), `shards` (which of
+//! several is called), `replica` (how an instance comes by its state) and `swap` (another guest takes over).
 
+mod alarm;
 mod clock;
 mod compile;
 mod compiled;
@@ -16,10 +17,13 @@ mod inspect;
 mod instance;
 mod memory;
 mod metrics;
+mod owner;
+mod placers;
 mod reload;
 mod replica;
 mod sandbox;
 mod shard;
+mod shards;
 mod source;
 mod swap;
 
@@ -29,6 +33,7 @@ pub use inspect::inspect;
 pub use instance::{Answer, Client, Follow, Hold, Incoming, Sequel};
 pub use reload::Reload;
 pub use replica::Replayed;
-pub use shard::{CallError, Shard};
+pub use shard::CallError;
+pub use shards::Shards;
 pub use source::{GUEST_BYTES, Source, read as read_component};
 pub use swap::{Outcome, SwapError, Swapper};

@@ -1,8 +1,10 @@
 //! An instance that takes in the log: at the start, after a trap, and beside a guest that serves, to take its place.
 //!
-//! Owns: how far it is in the log. Must never know: whether it will ever serve.
+//! Owns: how far it is in the log, and that it is given its part of it. Must never know: whether it will ever serve.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -10,6 +12,7 @@ use tracing::info;
 
 use super::engine::Guest;
 use super::instance::Instance;
+use super::owner::{Owners, Part};
 use crate::log::TransactionLog;
 
 /// How often a long replay tells how far it is.
@@ -18,60 +21,69 @@ const PROGRESS: Duration = Duration::from_secs(1);
 pub struct Replica {
     pub instance: Box<Instance>,
     log: Arc<dyn TransactionLog>,
+    part: Part,
     /// It has the log up to here.
     sequence: u64,
     entries: u64,
 }
 
-/// How an instance came by its state.
+/// How a guest came by its state.
 #[derive(Clone, Copy, Debug)]
 pub struct Replayed {
     pub entries: u64,
-    /// Keys the guest holds after it.
+    /// Keys it holds after it.
     pub keys: u64,
     pub took: Duration,
 }
 
-/// Hears of the entries taken in so far, and of the sequence of the newest.
-pub type Progress<'p> = dyn FnMut(u64, u64) + 'p;
+/// Hears how many entries were taken in now, and of the sequence of the newest.
+pub type Progress<'p> = dyn Fn(u64, u64) + Sync + 'p;
 
 impl Replica {
     /// A new instance of the guest, which has nothing of the log yet. What goes wrong here is the guest's doing.
-    pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>) -> Result<Self> {
-        let instance = Box::new(guest.instantiate(Arc::clone(log))?);
-        Ok(Self { instance, log: Arc::clone(log), sequence: 0, entries: 0 })
+    pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<Self> {
+        let instance = Box::new(guest.instantiate(Arc::clone(log), part.clone())?);
+        Ok(Self { instance, log: Arc::clone(log), part, sequence: 0, entries: 0 })
     }
 
-    /// A new instance with everything in the log that is durable now.
-    pub fn build(guest: &Guest, log: &Arc<dyn TransactionLog>) -> Result<(Self, Replayed)> {
+    /// A new instance with everything in the log that is durable now, and its own.
+    pub fn build(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<(Self, Replayed)> {
         let started = Instant::now();
-        let mut replica = Self::new(guest, log)?;
-        replica.catch_up(&mut |_, _| {})?;
+        let mut replica = Self::new(guest, log, part)?;
+        replica.catch_up(&|_, _| {})?;
         let replayed = replica.replayed(started)?;
         Ok((replica, replayed))
     }
 
     /// An instance that has served, and has everything up to `sequence`.
-    pub fn served(instance: Box<Instance>, log: Arc<dyn TransactionLog>, sequence: u64) -> Self {
-        Self { instance, log, sequence, entries: 0 }
+    pub fn served(instance: Box<Instance>, log: Arc<dyn TransactionLog>, part: Part, sequence: u64) -> Self {
+        Self { instance, log, part, sequence, entries: 0 }
     }
 
     /// Takes in what has become durable since, and returns how many entries that were. An error that is
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
-    pub fn catch_up(&mut self, progress: &mut Progress<'_>) -> Result<u64> {
-        let Self { instance, log, sequence, entries } = self;
+    pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
+        let Self { instance, log, part, sequence, entries } = self;
         let (before, started) = (*entries, Instant::now());
         let mut told = started;
         let newest = log.appended();
         *sequence = log.replay(*sequence, &mut |batch| {
+            let Some(last) = batch.last().map(|last| last.sequence) else { return Ok(()) };
+            let own: Vec<_>;
+            let batch = if part.is_all() {
+                batch
+            } else {
+                own = batch.iter().filter(|entry| part.owns(entry.event.key())).cloned().collect();
+                &own
+            };
             instance.apply(batch)?;
             *entries += batch.len() as u64;
-            let Some(last) = batch.last() else { return Ok(()) };
-            progress(*entries, last.sequence);
+            progress(batch.len() as u64, last);
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let rate = (*entries - before) as f64 / started.elapsed().as_secs_f64();
-                info!("replaying: {entries} entries, sequence {} of {newest}, {rate:.0} entries/s", last.sequence);
+                let shard = part.told();
+                info!(shard, "replaying: {entries} entries, sequence {last} of {newest}, {rate:.0} entries/s");
             }
             Ok(())
         })?;
@@ -83,4 +95,35 @@ impl Replica {
         let keys = self.instance.stats().context("stats failed")?.keys;
         Ok(Replayed { entries: self.entries, keys, took: started.elapsed() })
     }
+}
+
+/// New instances of the guest, one for each part, which have nothing of the log yet.
+pub fn new_of_all(guest: &Guest, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Result<Vec<Replica>> {
+    owners.parts().map(|part| Replica::new(guest, log, part)).collect()
+}
+
+/// [`Replica::catch_up`] for each, beside each other: together they took in so many entries.
+pub fn catch_up_all(replicas: &mut [Replica], progress: &Progress<'_>) -> Result<u64> {
+    in_each(replicas, |replica| replica.catch_up(progress)).into_iter().sum()
+}
+
+/// [`Replica::replayed`] of all.
+pub fn replayed_by_all(replicas: &mut [Replica], started: Instant) -> Result<Replayed> {
+    let each: Result<Vec<_>> = in_each(replicas, |replica| replica.replayed(started)).into_iter().collect();
+    let each = each?;
+    let (entries, keys) = (each.iter().map(|one| one.entries).sum(), each.iter().map(|one| one.keys).sum());
+    Ok(Replayed { entries, keys, took: started.elapsed() })
+}
+
+/// Does this with each, on as many threads.
+fn in_each<T: Send>(replicas: &mut [Replica], work: impl Fn(&mut Replica) -> T + Sync) -> Vec<T> {
+    if let [only] = replicas {
+        return vec![work(only)];
+    }
+    thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = replicas.iter_mut().map(|replica| scope.spawn(move || work(replica))).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, T>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        threads.into_iter().map(join).collect()
+    })
 }

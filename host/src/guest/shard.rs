@@ -1,11 +1,11 @@
-//! A shard: one instance of the guest, its queue, its resurrection, and its replacement.
+//! A shard: one instance of the guest, its queue, and its resurrection.
 //!
 //! There is no thread for the guest. Whoever finds the instance free calls it on the spot, and then serves those who
 //! queued meanwhile; whoever finds it busy queues and awaits the answer. When a call traps, the instance is dropped and a
-//! new one is built from the log, while those who queue wait within their deadlines. Another guest takes the place of
-//! this one between two calls, once it has the whole log.
+//! new one is built from the log, while those who queue wait within their deadlines. Who puts another in its place takes a
+//! turn for it, between two calls.
 //!
-//! Owns: whose turn it is, and which guest serves. Must never know: what is asked, how the log keeps its promise, why
+//! Owns: whose turn it is. Must never know: what is asked, how the log keeps its promise, what other shards do, why
 //! another guest is wanted.
 
 use std::collections::VecDeque;
@@ -18,9 +18,11 @@ use tokio::task;
 use tokio::time::{sleep, timeout_at};
 use tracing::{error, info};
 
+use super::alarm::Alarm;
 use super::engine::Guest;
 use super::instance::{Answer, Incoming, Instance, Trapped};
-use super::metrics::{Metrics, next_count};
+use super::metrics::{Held, Metrics, next_count};
+use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
 use crate::log::TransactionLog;
@@ -31,6 +33,7 @@ const OTHERS: usize = 16;
 const QUIET: Duration = Duration::from_secs(10);
 /// The pauses before rebuilds that follow on each other: doubled from the first to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// It was called and trapped. What it had appended stays.
@@ -39,13 +42,31 @@ pub enum CallError {
     /// The deadline passed before the guest was called: nothing happened.
     #[error("the store was not free in time")]
     Late,
+    /// Some shards were called, and then another guest served.
+    #[error("the store was replaced while this was done")]
+    Replaced,
+}
+
+/// What came of a call.
+pub enum Called {
+    Answered(Answer),
+    /// It was not made: another guest serves than the one that placed the request here.
+    Moved(Incoming),
 }
 
 pub struct Shard {
-    log: Arc<dyn TransactionLog>,
+    shared: Arc<Shared>,
+    part: Part,
     state: Mutex<State>,
-    more_to_tick: Notify,
-    metrics: Metrics,
+    held: Held,
+}
+
+/// What all shards share.
+pub struct Shared {
+    pub log: Arc<dyn TransactionLog>,
+    pub more_to_tick: Notify,
+    pub metrics: Metrics,
+    pub alarm: Alarm,
 }
 
 struct State {
@@ -61,7 +82,6 @@ struct State {
     count_from: Instant,
     /// Wants the turn for itself, before all others.
     visitor: Option<oneshot::Sender<Turn>>,
-    probation: Option<Probation>,
     last_rebuild: Option<Instant>,
     pause: Duration,
 }
@@ -73,27 +93,11 @@ pub struct Serving {
     pub description: Arc<Description>,
 }
 
-/// While a new guest has yet to prove itself, the one before it is kept.
-struct Probation {
-    before: Serving,
-    /// None when it had trapped and was being rebuilt.
-    replica: Option<Replica>,
-    /// Told when the new guest trapped and was taken out.
-    failed: oneshot::Sender<String>,
-}
-
-/// Another guest serves.
-pub struct Switched {
-    /// How long no call was made.
-    pub pause: Duration,
-    /// Tells why, when the guest traps on probation and is taken out.
-    pub failed: oneshot::Receiver<String>,
-}
-
 struct Waiting {
     ticket: u64,
     incoming: Incoming,
-    reply: oneshot::Sender<Result<Answer, CallError>>,
+    placed_by: Option<u64>,
+    reply: oneshot::Sender<Result<Called, CallError>>,
 }
 
 /// A place in the queue. Without its end, clients that come and go while the guest is rebuilt would leave their requests
@@ -110,23 +114,20 @@ impl Drop for Place<'_> {
 }
 
 impl Shard {
-    /// Builds the instance from the log. Blocks until it is ready to be called.
-    pub fn build(guest: Guest, log: Arc<dyn TransactionLog>) -> Result<(Arc<Self>, Replayed)> {
-        let (Replica { instance, .. }, replayed) = Replica::build(&guest, &log)?;
+    /// The shard of a part of the keys, with an instance that has them.
+    pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, instance: Box<Instance>) -> Self {
         let state = State {
-            serving: Serving::new(guest, &instance),
+            serving,
             free: Some(instance),
             queue: VecDeque::new(),
             tickets: 0,
             tick_due: false,
             count_from: Instant::now(),
             visitor: None,
-            probation: None,
             last_rebuild: None,
             pause: Duration::ZERO,
         };
-        let (more_to_tick, metrics) = (Notify::new(), Metrics::new());
-        Ok((Arc::new(Self { log, state: Mutex::new(state), more_to_tick, metrics }), replayed))
+        Self { shared, part, state: Mutex::new(state), held: Held::default() }
     }
 
     /// The guest that serves now.
@@ -139,29 +140,35 @@ impl Shard {
         self.state().queue.len()
     }
 
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
+    pub fn part(&self) -> &Part {
+        &self.part
     }
 
-    /// Calls the guest with one request, when its turn has come.
+    /// What the instance holds.
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
+    /// Calls the guest with one request, when its turn has come; if it was placed here, only the guest that did that.
     pub async fn call(
         self: &Arc<Self>,
         incoming: Incoming,
+        placed_by: Option<u64>,
         deadline: tokio::time::Instant,
-    ) -> Result<Answer, CallError> {
+    ) -> Result<Called, CallError> {
         let (ticket, mut answer) = {
             let mut state = self.state();
             if let Some(instance) = state.free.take() {
                 drop(state);
                 let mut turn = Turn::new(self, instance);
-                let answer = turn.handle(&incoming);
+                let called = turn.call(incoming, placed_by);
                 turn.serve_others();
-                return answer;
+                return called;
             }
             let ticket = state.tickets;
             state.tickets += 1;
             let (reply, answer) = oneshot::channel();
-            state.queue.push_back(Waiting { ticket, incoming, reply });
+            state.queue.push_back(Waiting { ticket, incoming, placed_by, reply });
             (ticket, answer)
         };
         // Whoever stops waiting, because the client left, takes the request out of the queue.
@@ -191,11 +198,6 @@ impl Shard {
         }
     }
 
-    /// Waits until a tick left something undone.
-    pub async fn more_to_tick(&self) {
-        self.more_to_tick.notified().await;
-    }
-
     /// Takes a request out of the queue, if it is still there.
     fn withdraw(&self, ticket: u64) -> bool {
         let mut state = self.state();
@@ -203,47 +205,8 @@ impl Shard {
         found.and_then(|index| state.queue.remove(index)).is_some()
     }
 
-    /// Puts another guest in the place of the one that serves, between two calls. It is given what it misses of the log
-    /// while no call is made, so it should miss little. An error leaves everything as it was.
-    ///
-    /// When the new guest traps while it is on probation, the one before is put back.
-    pub async fn switch(self: &Arc<Self>, guest: Guest, mut replica: Replica) -> Result<Switched> {
-        let mut turn = self.visit().await?;
-        let paused = Instant::now();
-        let newest = self.log.appended();
-        let caught_up = async {
-            self.log.watermark().reached(newest).await?;
-            task::spawn_blocking(move || replica.catch_up(&mut |_, _| {}).map(|_| replica)).await?
-        };
-        let replica = match caught_up.await {
-            Ok(replica) => replica,
-            Err(error) => {
-                turn.serve_others();
-                return Err(error);
-            }
-        };
-        let serving = Serving::new(guest, &replica.instance);
-        let before = turn.instance.replace(replica.instance);
-        let replica = before.map(|instance| Replica::served(instance, Arc::clone(&self.log), newest));
-        let (failing, failed) = oneshot::channel();
-        {
-            let mut state = self.state();
-            let before = std::mem::replace(&mut state.serving, serving);
-            state.probation = Some(Probation { before, replica, failed: failing });
-        }
-        let pause = paused.elapsed();
-        turn.serve_others();
-        Ok(Switched { pause, failed })
-    }
-
-    /// Lets go of the guest that served before. False when it serves again, or is about to.
-    pub fn end_probation(&self) -> bool {
-        let probation = self.state().probation.take();
-        probation.is_some()
-    }
-
     /// Waits for a turn between two calls, or, while there is no instance, between two attempts to rebuild it.
-    async fn visit(self: &Arc<Self>) -> Result<Turn> {
+    pub async fn visit(self: &Arc<Self>) -> Result<Turn> {
         let turn = {
             let mut state = self.state();
             if let Some(instance) = state.free.take() {
@@ -257,48 +220,30 @@ impl Shard {
     }
 
     /// Builds a new instance in the background, and gives it to those who wait.
-    fn rebuild(self: Arc<Self>, failure: String) {
-        self.metrics.traps.add(1);
+    fn rebuild(self: Arc<Self>) {
         task::spawn(async move {
-            let mut before = self.take_back(failure);
+            let Shared { log, metrics, .. } = &*self.shared;
             loop {
                 sleep(self.next_pause()).await;
                 // The guest is rebuilt from what is durable, so all it appended has to be.
-                if self.log.watermark().reached(self.log.appended()).await.is_err() {
+                if log.watermark().reached(log.appended()).await.is_err() {
                     return; // The log failed, and the process is about to stop.
                 }
                 let visitor = self.state().visitor.take();
                 if let Some(visitor) = visitor {
                     // Should it fail, this begins anew.
-                    let _ = visitor.send(Turn { shard: self, instance: None, failure: None, over: false });
+                    let _ = visitor.send(Turn::without_instance(&self));
                     return;
                 }
-                let (guest, log, kept) = (self.serving().guest, Arc::clone(&self.log), before.take());
-                match task::spawn_blocking(move || bring_back(&guest, &log, kept)).await {
-                    Ok(Ok((instance, replayed))) => {
-                        info!(entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "the guest is rebuilt");
-                        self.metrics.rebuilds.add(1);
-                        return Turn::new(&self, instance).serve_others();
-                    }
+                let (guest, log, part) = (self.serving().guest, Arc::clone(log), self.part.clone());
+                match task::spawn_blocking(move || Replica::build(&guest, &log, part)).await {
+                    Ok(Ok((replica, replayed))) => return Turn::new(&self, replica.instance).rebuilt(replayed),
                     Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
                     Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
                 }
-                self.metrics.failed_rebuilds.add(1);
+                metrics.failed_rebuilds.add(1);
             }
         });
-    }
-
-    /// Ends the probation of a guest that trapped: the one before serves again. Gives its instance, which has yet to catch
-    /// up.
-    fn take_back(&self, failure: String) -> Option<Replica> {
-        let mut state = self.state();
-        let Probation { before, replica, failed } = state.probation.take()?;
-        let out = std::mem::replace(&mut state.serving, before);
-        let (out, back) = (&out.description.name, &state.serving.description.name);
-        error!("{out} trapped on probation and is taken out, {back} serves again");
-        // Nobody may be left to hear it.
-        let _ = failed.send(failure);
-        replica
     }
 
     /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
@@ -317,27 +262,65 @@ impl Shard {
 }
 
 /// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
-/// panicked, to nobody ever: then the shard is rebuilt.
-struct Turn {
+/// panicked, to nobody ever: then the shard is rebuilt, unless the guest was on probation.
+pub struct Turn {
     shard: Arc<Shard>,
     /// Taken out during a call, so that it is lost with a panic.
     instance: Option<Box<Instance>>,
     /// Why it was lost, when it was not by a panic.
     failure: Option<String>,
+    /// That it was lost is known.
+    told: bool,
     over: bool,
 }
 
 impl Turn {
     fn new(shard: &Arc<Shard>, instance: Box<Instance>) -> Self {
-        Self { shard: Arc::clone(shard), instance: Some(instance), failure: None, over: false }
+        Self { shard: Arc::clone(shard), instance: Some(instance), failure: None, told: false, over: false }
+    }
+
+    /// For one who brings another: else one is built when this is dropped.
+    fn without_instance(shard: &Arc<Shard>) -> Self {
+        Self { shard: Arc::clone(shard), instance: None, failure: None, told: true, over: false }
+    }
+
+    /// Whether it is a turn at this shard.
+    pub fn is_at(&self, shard: &Arc<Shard>) -> bool {
+        Arc::ptr_eq(&self.shard, shard)
+    }
+
+    /// Puts another guest in the place of the one that serves, with an instance or, where it has none yet, without.
+    pub fn replace(&mut self, serving: Serving, instance: Option<Box<Instance>>) -> Option<Box<Instance>> {
+        self.shard.state().serving = serving;
+        std::mem::replace(&mut self.instance, instance)
+    }
+
+    /// Goes on with an instance that was brought back from the log.
+    pub fn brought_back(mut self, instance: Box<Instance>, replayed: Replayed) {
+        self.instance = Some(instance);
+        self.rebuilt(replayed);
+    }
+
+    fn rebuilt(self, Replayed { entries, keys, took }: Replayed) {
+        info!(shard = self.shard.part.told(), entries, keys, ?took, "the guest is rebuilt");
+        self.shard.shared.metrics.rebuilds.add(1);
+        self.serve_others();
+    }
+
+    fn call(&mut self, incoming: Incoming, placed_by: Option<u64>) -> Result<Called, CallError> {
+        let serves = self.instance.as_ref().map(|instance| instance.guest());
+        if placed_by.is_some() && placed_by != serves {
+            return Ok(Called::Moved(incoming));
+        }
+        self.handle(&incoming).map(Called::Answered)
     }
 
     fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
         let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
         let begun = Instant::now();
         let handled = instance.handle(incoming);
-        self.shard.metrics.calls.observe_time(begun.elapsed());
-        self.shard.metrics.memory(instance.memory_bytes());
+        self.shard.shared.metrics.calls.observe_time(begun.elapsed());
+        self.shard.held.memory(instance.memory_bytes());
         match handled {
             Ok(answer) => {
                 self.instance = Some(instance);
@@ -359,7 +342,7 @@ impl Turn {
             Ok(more) => {
                 self.instance = Some(instance);
                 if more {
-                    self.shard.more_to_tick.notify_one();
+                    self.shard.shared.more_to_tick.notify_one();
                 }
             }
             Err(trapped) => {
@@ -376,19 +359,19 @@ impl Turn {
             return Ok(());
         }
         let counted = instance.stats()?;
-        self.shard.metrics.holds(&counted);
-        self.shard.metrics.memory(instance.memory_bytes());
+        self.shard.held.holds(&counted);
+        self.shard.held.memory(instance.memory_bytes());
         self.shard.state().count_from = next_count(begun.elapsed());
         Ok(())
     }
 
     /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.
-    fn serve_others(mut self) {
+    pub fn serve_others(mut self) {
         for _ in 0..OTHERS {
-            let Some(Waiting { incoming, reply, .. }) = self.next() else { return };
+            let Some(Waiting { incoming, placed_by, reply, .. }) = self.next() else { return };
             // A client that left is not called for.
             if !reply.is_closed() {
-                let _ = reply.send(self.handle(&incoming));
+                let _ = reply.send(self.call(incoming, placed_by));
             }
         }
         task::spawn(async move { self.serve_others() });
@@ -431,33 +414,18 @@ impl Drop for Turn {
         match self.instance.take() {
             // The runtime is going down with the task that held the turn.
             Some(instance) => self.shard.state().free = Some(instance),
+            None if self.told => Arc::clone(&self.shard).rebuild(),
             None => {
-                let failure = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
-                Arc::clone(&self.shard).rebuild(failure);
+                let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
+                self.shard.shared.metrics.traps.add(1);
+                self.shard.shared.alarm.raise(reason, Some(Self::without_instance(&self.shard)));
             }
         }
     }
 }
 
 impl Serving {
-    fn new(guest: Guest, instance: &Instance) -> Self {
+    pub fn new(guest: Guest, instance: &Instance) -> Self {
         Self { guest: Arc::new(guest), description: Arc::new(instance.description().clone()) }
     }
-}
-
-/// An instance with the whole log: the one that was kept, or a new one where that cannot be brought up to date.
-fn bring_back(
-    guest: &Guest,
-    log: &Arc<dyn TransactionLog>,
-    kept: Option<Replica>,
-) -> Result<(Box<Instance>, Replayed)> {
-    if let Some(mut replica) = kept {
-        let started = Instant::now();
-        match replica.catch_up(&mut |_, _| {}).and_then(|_| replica.replayed(started)) {
-            Ok(replayed) => return Ok((replica.instance, replayed)),
-            Err(error) => error!("the guest cannot catch up, and is rebuilt: {error:#}"),
-        }
-    }
-    let (replica, replayed) = Replica::build(guest, log)?;
-    Ok((replica.instance, replayed))
 }

@@ -17,10 +17,12 @@ use tokio::task;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use super::alarm::Raised;
 use super::engine::{Engine, Guest};
 use super::instance::Trapped;
-use super::replica::{Replayed, Replica};
-use super::shard::{Serving, Shard};
+use super::replica::{self, Replayed, Replica};
+use super::shard::Serving;
+use super::shards::{Shards, Switched};
 use super::source::{self, Source};
 use crate::log::{Forgotten, TransactionLog};
 
@@ -58,10 +60,10 @@ pub struct Outcome {
     pub pause: Option<Duration>,
 }
 
-/// Swaps the guest of a shard, one swap at a time.
+/// Swaps the guest, one swap at a time.
 pub struct Swapper {
     engine: Engine,
-    shard: Arc<Shard>,
+    shards: Arc<Shards>,
     log: Arc<dyn TransactionLog>,
     data: PathBuf,
     probation: Duration,
@@ -91,18 +93,18 @@ impl Swapper {
     /// `probation` is how long the guest before is kept. To be called where requests are served.
     pub fn new(
         engine: Engine,
-        shard: Arc<Shard>,
+        shards: Arc<Shards>,
         log: Arc<dyn TransactionLog>,
         data: PathBuf,
         probation: Duration,
     ) -> Arc<Self> {
         let status = Status { since: now(), phase: None, last: Value::Null };
         let (runtime, under_way, status) = (Handle::current(), tokio::sync::Mutex::default(), Mutex::new(status));
-        Arc::new(Self { engine, shard, log, data, probation, runtime, under_way, status })
+        Arc::new(Self { engine, shards, log, data, probation, runtime, under_way, status })
     }
 
     pub fn serving(&self) -> Serving {
-        self.shard.serving()
+        self.shards.serving()
     }
 
     /// The guest that serves, the swap under way, and how the last one ended.
@@ -156,43 +158,44 @@ impl Swapper {
         let guest = blocking(move || me.engine.compile(from, &bytes).map_err(SwapError::Unfit)).await?;
 
         let me = Arc::clone(self);
-        let (guest, replica, replayed) = blocking(move || me.replay(guest)).await?;
-        let description = replica.instance.description();
+        let (guest, replicas, replayed) = blocking(move || me.replay(guest)).await?;
+        let description = replicas[0].instance.description();
         let mut outcome = Outcome {
             guest: description.name.clone(),
             version: description.version.clone(),
             digest: guest.digest().to_string(),
             replayed,
-            memory_bytes: replica.instance.memory_bytes(),
+            memory_bytes: replicas.iter().map(|replica| replica.instance.memory_bytes()).sum(),
             pause: None,
         };
         if dry_run {
             // Memory is given back in its own time.
-            task::spawn_blocking(move || drop(replica));
+            task::spawn_blocking(move || drop(replicas));
             return Ok(outcome);
         }
 
         self.phase("switching");
-        let switched = self.shard.switch(guest, replica).await.map_err(blame)?;
-        outcome.pause = Some(switched.pause);
+        let switched = self.shards.switch(guest, replicas).await.map_err(blame)?;
+        let Switched { pause, mut alarm, before } = switched;
+        outcome.pause = Some(pause);
         self.lock().since = now();
-        info!(guest = outcome.guest, version = outcome.version, pause = ?switched.pause, "another guest serves, on probation");
+        info!(guest = outcome.guest, version = outcome.version, ?pause, "another guest serves, on probation");
 
         self.phase("probation");
-        let mut failed = switched.failed;
-        let mut reason = timeout(self.probation, &mut failed).await.ok();
-        if reason.is_none() {
-            let shard = Arc::clone(&self.shard);
-            if !blocking(move || Ok(shard.end_probation())).await? {
-                // It trapped in the last moment.
-                reason = Some(failed.await);
-            }
+        let mut raised = timeout(self.probation, &mut alarm).await.ok();
+        if raised.is_none() && !self.shards.end_probation() {
+            // It trapped in the last moment.
+            raised = Some(alarm.await);
         }
-        if let Some(reason) = reason {
+        if let Some(raised) = raised {
+            let Raised { reason, turn } =
+                raised.context("nobody watches over it any more").map_err(SwapError::Failed)?;
+            self.shards.put_back(before, turn).await.map_err(SwapError::Failed)?;
             self.lock().since = now();
-            let reason = reason.unwrap_or_else(|_| "for a reason unknown".to_owned());
             return Err(SwapError::TakenBack { guest: outcome.guest, reason });
         }
+        // Memory is given back in its own time.
+        task::spawn_blocking(move || drop(before));
         let (me, guest) = (Arc::clone(self), self.serving().guest);
         blocking(move || {
             me.engine.keep(&guest);
@@ -209,21 +212,21 @@ impl Swapper {
         Ok(outcome)
     }
 
-    /// Builds an instance from the log, up to the last few entries.
-    fn replay(&self, guest: Guest) -> Result<(Guest, Replica, Replayed), SwapError> {
+    /// Builds its instances from the log, up to the last few entries.
+    fn replay(&self, guest: Guest) -> Result<(Guest, Vec<Replica>, Replayed), SwapError> {
         for _ in 0..ATTEMPTS {
             self.phase("replaying");
             let started = Instant::now();
-            let mut replica = Replica::new(&guest, &self.log).map_err(SwapError::Unfit)?;
-            match self.catch_up(&mut replica) {
+            let mut replicas = self.shards.replicas(&guest).map_err(SwapError::Unfit)?;
+            match self.catch_up(&mut replicas) {
                 Err(error) if error.is::<Forgotten>() => warn!("the swap replays the log once more: {error}"),
                 Err(error) => return Err(blame(error)),
                 Ok(false) => {
                     return Err(SwapError::Unfit(anyhow!("it takes in the log more slowly than the log grows")));
                 }
                 Ok(true) => {
-                    let replayed = replica.replayed(started).map_err(SwapError::Unfit)?;
-                    return Ok((guest, replica, replayed));
+                    let replayed = replica::replayed_by_all(&mut replicas, started).map_err(SwapError::Unfit)?;
+                    return Ok((guest, replicas, replayed));
                 }
             }
         }
@@ -231,14 +234,14 @@ impl Swapper {
     }
 
     /// False when it does not get there.
-    fn catch_up(&self, replica: &mut Replica) -> Result<bool> {
-        let mut progress = |entries, sequence| {
+    fn catch_up(&self, replicas: &mut [Replica]) -> Result<bool> {
+        let progress = |entries, sequence| {
             if let Some(phase) = &mut self.lock().phase {
-                (phase.entries, phase.sequence) = (entries, sequence);
+                (phase.entries, phase.sequence) = (phase.entries + entries, phase.sequence.max(sequence));
             }
         };
         for _ in 0..ROUNDS {
-            if replica.catch_up(&mut progress)? < FEW {
+            if replica::catch_up_all(replicas, &progress)? < FEW {
                 return Ok(true);
             }
         }
@@ -250,7 +253,7 @@ impl Swapper {
     }
 
     fn ended(&self, outcome: &Result<Outcome, SwapError>) {
-        let metrics = self.shard.metrics();
+        let metrics = self.shards.metrics();
         match outcome {
             Ok(Outcome { pause: Some(_), .. }) => metrics.swaps.add(1),
             Ok(_) => {}

@@ -168,7 +168,7 @@ impl TransactionLog for Changes {
         }
         let mut pending = lock(&self.pending);
         let first = self.log.append(time, events)?;
-        let watched = (first..).zip(events).filter(|(_, event)| watchers.concerned(key(event)).next().is_some());
+        let watched = (first..).zip(events).filter(|(_, event)| watchers.concerned(event.key()).next().is_some());
         pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, event.clone()))));
         if !pending.is_empty() {
             self.appended.notify_one();
@@ -217,7 +217,7 @@ impl Change {
     }
 
     pub fn key(&self) -> &str {
-        key(&self.event)
+        self.event.key()
     }
 
     pub fn bytes(&self) -> usize {
@@ -225,13 +225,6 @@ impl Change {
             Event::Put(put) => put.key.len() + put.value.len(),
             Event::Delete(key) => key.len(),
         }
-    }
-}
-
-fn key(event: &Event) -> &str {
-    match event {
-        Event::Put(put) => &put.key,
-        Event::Delete(key) => key,
     }
 }
 

@@ -118,8 +118,14 @@ impl handler::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(_method: String, _target: String) -> Placement {
-        Placement::Anywhere
+    fn place(_method: String, target: String) -> Placement {
+        match target[1..].split_once('/') {
+            Some(("store" | "store-and-trap" | "store-early", key)) => Placement::Key(key.to_owned()),
+            _ if target == "/place-traps" => fall_over(),
+            _ if target == "/everywhere" => Placement::Everywhere,
+            // All that is not about a key is asked of one instance, which remembers.
+            _ => Placement::Key(String::new()),
+        }
     }
 
     fn keys(_body: Vec<u8>) -> Vec<String> {
@@ -146,6 +152,8 @@ fn answer(state: &mut State, request: Request) -> Response {
             Some(value) => text(200, String::from_utf8_lossy(value)),
             None => text(404, "nothing there"),
         },
+        // Wherever that key belongs.
+        (_, "append-to") => text(200, format!("{:?}", append(&[put(rest, Vec::new())]))),
         (_, "append-too-much") => text(200, format!("{:?}", append(&[put("large", vec![0; 2 << 20])]))),
         (_, "append-often") => {
             let asked: usize = rest.parse().expect("a number");

@@ -1,0 +1,282 @@
+//! The store: one shard, or several that share out the keys, and the guest that serves in all of them.
+//!
+//! With one shard every request is its. With several the guest is asked where a request belongs: to the shard that owns its
+//! key, to all, whose answers it makes one of, or to any. Another guest takes the place of the one that serves in all
+//! shards at once, so that none is asked what another has placed.
+//!
+//! Owns: which shard is asked, and which guest serves. Must never know: what is asked, whose turn it is in a shard, why
+//! another guest is wanted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use arc_swap::ArcSwap;
+use futures_util::future::join_all;
+use tokio::sync::{Notify, oneshot};
+use tokio::task;
+use tracing::error;
+
+use super::alarm::{Alarm, Raised};
+use super::engine::Guest;
+use super::instance::{Answer, Incoming, Instance, Trapped};
+use super::metrics::Metrics;
+use super::owner::{Owners, Part};
+use super::placers::Placers;
+use super::replica::{self, Replayed, Replica};
+use super::shard::{CallError, Called, Serving, Shard, Shared, Turn};
+use crate::contract::Placement;
+use crate::log::TransactionLog;
+
+pub struct Shards {
+    shards: Box<[Arc<Shard>]>,
+    owners: Owners,
+    shared: Arc<Shared>,
+    placers: ArcSwap<Placers>,
+    /// Whose turn it is to answer what any shard can.
+    next: AtomicUsize,
+}
+
+/// Another guest serves.
+pub struct Switched {
+    /// How long no call was made.
+    pub pause: Duration,
+    /// Hears of the first trap of the guest, while it is on probation.
+    pub alarm: oneshot::Receiver<Raised>,
+    pub before: Before,
+}
+
+/// The guest that served before, to be put back.
+pub struct Before {
+    serving: Serving,
+    placers: Arc<Placers>,
+    /// One for each shard; none where there was no instance.
+    replicas: Vec<Option<Replica>>,
+}
+
+/// Where a request belongs.
+enum Place {
+    One(usize),
+    All,
+    /// Its keys lie in several shards.
+    Nowhere,
+}
+
+impl Shards {
+    /// So many, built from the log. Blocks until they are ready to be called.
+    pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize) -> Result<(Arc<Self>, Replayed)> {
+        let (started, owners) = (Instant::now(), Owners::new(count));
+        let mut replicas = replica::new_of_all(&guest, &log, &owners)?;
+        replica::catch_up_all(&mut replicas, &|_, _| {})?;
+        let replayed = replica::replayed_by_all(&mut replicas, started)?;
+
+        let serving = Serving::new(guest, &replicas[0].instance);
+        let placers = ArcSwap::from_pointee(placers(&serving, &log, &owners));
+        let (more_to_tick, metrics, alarm) = (Notify::new(), Metrics::new(), Alarm::default());
+        let shared = Arc::new(Shared { log, more_to_tick, metrics, alarm });
+        let shard = |(part, replica): (_, Replica)| {
+            Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica.instance))
+        };
+        let shards = owners.parts().zip(replicas).map(shard).collect();
+        Ok((Arc::new(Self { shards, owners, shared, placers, next: AtomicUsize::new(0) }), replayed))
+    }
+
+    /// The guest that serves now.
+    pub fn serving(&self) -> Serving {
+        self.shards[0].serving()
+    }
+
+    pub fn each(&self) -> &[Arc<Shard>] {
+        &self.shards
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Asks the shard that a request belongs to.
+    pub async fn call(&self, mut incoming: Incoming, deadline: tokio::time::Instant) -> Result<Answer, CallError> {
+        loop {
+            let called = match &*self.shards {
+                [only] => only.call(incoming, None, deadline).await,
+                _ => self.call_placed(incoming, deadline).await,
+            };
+            match called? {
+                Called::Answered(answer) => return Ok(answer),
+                Called::Moved(moved) => incoming = moved,
+            }
+        }
+    }
+
+    async fn call_placed(&self, incoming: Incoming, deadline: tokio::time::Instant) -> Result<Called, CallError> {
+        let placers = &*self.placers.load_full();
+        let placed_by = Some(placers.guest());
+        match self.place(placers, &incoming)? {
+            Place::One(shard) => self.shards[shard].call(incoming, placed_by, deadline).await,
+            Place::All => {
+                let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), placed_by, deadline));
+                let mut answers = Vec::with_capacity(self.shards.len());
+                for called in join_all(calls).await {
+                    match called? {
+                        Called::Answered(answer) => answers.push(answer),
+                        Called::Moved(_) if answers.iter().any(|answer| answer.appended) => {
+                            return Err(CallError::Replaced);
+                        }
+                        Called::Moved(moved) => return Ok(Called::Moved(moved)),
+                    }
+                }
+                self.ask(placers, &incoming, "merge", |instance| instance.merge(&incoming, &answers))
+                    .map(Called::Answered)
+            }
+            Place::Nowhere => {
+                self.ask(placers, &incoming, "merge", |instance| instance.merge(&incoming, &[])).map(Called::Answered)
+            }
+        }
+    }
+
+    fn place(&self, placers: &Placers, incoming: &Incoming) -> Result<Place, CallError> {
+        let any = || Place::One(self.next.fetch_add(1, Ordering::Relaxed) % self.shards.len());
+        Ok(match self.ask(placers, incoming, "place", |instance| instance.place(incoming))? {
+            Placement::Key(key) => Place::One(self.owners.of(&key)),
+            Placement::Everywhere => Place::All,
+            Placement::Anywhere => any(),
+            Placement::InBody => {
+                let keys = self.ask(placers, incoming, "keys", |instance| instance.keys(incoming))?;
+                let mut owners = keys.iter().map(|key| self.owners.of(key));
+                match owners.next() {
+                    None => any(),
+                    Some(first) if owners.all(|owner| owner == first) => Place::One(first),
+                    Some(_) => Place::Nowhere,
+                }
+            }
+        })
+    }
+
+    fn ask<T>(
+        &self,
+        placers: &Placers,
+        incoming: &Incoming,
+        what: &str,
+        question: impl FnOnce(&mut Instance) -> Result<T, Trapped>,
+    ) -> Result<T, CallError> {
+        placers.ask(question).map_err(|error| {
+            let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
+            error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
+            self.shared.metrics.traps.add(1);
+            self.shared.alarm.raise(format!("in {what}: {error:#}"), None);
+            CallError::Trapped
+        })
+    }
+
+    /// Lets the guest do its housekeeping, in each shard as soon as its turn has come.
+    pub fn tick(&self) {
+        self.shards.iter().for_each(Shard::tick);
+    }
+
+    /// Waits until a tick left something undone.
+    pub async fn more_to_tick(&self) {
+        self.shared.more_to_tick.notified().await;
+    }
+
+    /// Instances of another guest, which have nothing of the log yet.
+    pub fn replicas(&self, guest: &Guest) -> Result<Vec<Replica>> {
+        replica::new_of_all(guest, &self.shared.log, &self.owners)
+    }
+
+    /// Puts another guest in the place of the one that serves, between two calls. It is given what it misses of the log
+    /// while no call is made, so it should miss little. An error leaves everything as it was.
+    pub async fn switch(&self, guest: Guest, mut replicas: Vec<Replica>) -> Result<Switched> {
+        let (mut turns, mut paused) = (Vec::with_capacity(self.shards.len()), None);
+        for shard in &self.shards {
+            turns.push(shard.visit().await?);
+            paused.get_or_insert_with(Instant::now);
+        }
+        let newest = self.shared.log.appended();
+        let caught_up = async {
+            self.shared.log.watermark().reached(newest).await?;
+            task::spawn_blocking(move || replica::catch_up_all(&mut replicas, &|_, _| {}).map(|_| replicas)).await?
+        };
+        let replicas = match caught_up.await {
+            Ok(replicas) => replicas,
+            Err(error) => {
+                turns.into_iter().for_each(Turn::serve_others);
+                return Err(error);
+            }
+        };
+        let serving = Serving::new(guest, &replicas[0].instance);
+        let placers = self.placers.swap(Arc::new(placers(&serving, &self.shared.log, &self.owners)));
+        let before = self.serving();
+        let replicas = turns.iter_mut().zip(replicas).zip(self.owners.parts()).map(|((turn, replica), part)| {
+            let before = turn.replace(serving.clone(), Some(replica.instance));
+            before.map(|instance| Replica::served(instance, Arc::clone(&self.shared.log), part, newest))
+        });
+        let before = Before { serving: before, placers, replicas: replicas.collect() };
+        let switched = Switched {
+            pause: paused.map_or(Duration::ZERO, |paused| paused.elapsed()),
+            alarm: self.shared.alarm.set(),
+            before,
+        };
+        turns.into_iter().for_each(Turn::serve_others);
+        Ok(switched)
+    }
+
+    /// The guest has proved itself. False when it has not: the alarm has gone off.
+    pub fn end_probation(&self) -> bool {
+        self.shared.alarm.unset()
+    }
+
+    /// Puts the guest back that served before the one that trapped. Its instances lack what was appended since.
+    pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
+        let (out, back) = (self.serving().description, &before.serving.description);
+        error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
+        let started = Instant::now();
+        let mut turns = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {
+                Some(turn) => turn,
+                None => shard.visit().await?,
+            });
+        }
+        self.placers.store(before.placers);
+        for turn in &mut turns {
+            turn.replace(before.serving.clone(), None);
+        }
+        let log = &self.shared.log;
+        log.watermark().reached(log.appended()).await?;
+        let bringing = before.replicas.into_iter().zip(self.owners.parts()).map(|(kept, part)| {
+            let (guest, log) = (Arc::clone(&before.serving.guest), Arc::clone(log));
+            task::spawn_blocking(move || bring_back(&guest, &log, part, kept, started))
+        });
+        for (turn, brought) in turns.into_iter().zip(join_all(bringing).await) {
+            match brought? {
+                Ok((instance, replayed)) => turn.brought_back(instance, replayed),
+                // It is tried again when the turn ends.
+                Err(error) => error!("the guest cannot be brought back: {error:#}"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn placers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Placers {
+    Placers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
+}
+
+/// An instance with its part of the whole log: the one that was kept, or a new one where that cannot be brought up to date.
+fn bring_back(
+    guest: &Guest,
+    log: &Arc<dyn TransactionLog>,
+    part: Part,
+    kept: Option<Replica>,
+    started: Instant,
+) -> Result<(Box<Instance>, Replayed)> {
+    if let Some(mut replica) = kept {
+        match replica.catch_up(&|_, _| {}).and_then(|_| replica.replayed(started)) {
+            Ok(replayed) => return Ok((replica.instance, replayed)),
+            Err(error) => error!("the guest cannot catch up, and is rebuilt: {error:#}"),
+        }
+    }
+    let (replica, replayed) = Replica::build(guest, log, part)?;
+    Ok((replica.instance, replayed))
+}
