@@ -3,7 +3,7 @@
 //! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
 //! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `long_poll`, `cors`, `openapi`, `client` and `operator` say what
 //! each kind of user gets, `tls` and its `certificates` whom a server trusts; `components`, `compiled`, `unruly` and `hostile` what a
-//! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `durability`, and under the
+//! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `shards` that several are one store; `durability`, and under the
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it; `metrics` and `access_log` what an operator sees of it; `commands` what the client in the binary
 //! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
@@ -44,6 +44,7 @@ mod postgres;
 mod raw;
 mod rest;
 mod server;
+mod shards;
 mod signals;
 mod swap;
 mod tls;

@@ -53,7 +53,12 @@ impl Metrics {
 
     #[track_caller]
     pub fn get(&self, name: &str) -> f64 {
-        *self.values.get(name).unwrap_or_else(|| panic!("{name} is missing in:\n{}", self.text))
+        self.find(name).unwrap_or_else(|| panic!("{name} is missing in:\n{}", self.text))
+    }
+
+    /// None of what has not happened yet.
+    pub fn find(&self, name: &str) -> Option<f64> {
+        self.values.get(name).copied()
     }
 
     /// What has moved since, by how much. Histograms by their counts.

@@ -193,6 +193,10 @@ pub fn kvs() -> Command {
         command.env_remove(name);
     }
     command.env("KVS_ADMIN", "127.0.0.1:0");
+    // All of it is done with one shard and with several.
+    if let Ok(shards) = std::env::var("KVS_TEST_SHARDS") {
+        command.env("KVS_SHARDS", shards);
+    }
     command.env("RUST_BACKTRACE", "1").stdin(Stdio::null()).stdout(Stdio::null());
     command
 }

@@ -12,7 +12,6 @@ use crate::answer::{json, line, not_stored};
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
-use crate::key;
 use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event, Put};
 use crate::operation::{Expected, Op, Operation, Refused, operations};

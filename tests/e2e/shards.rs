@@ -1,0 +1,245 @@
+//! Several shards are one store: whatever their number, and whatever happens to one of them.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use crate::components::DEFAULT_GUEST;
+use crate::metrics::Metrics;
+use crate::server::{PATIENCE, Server, serve_refused};
+use crate::swap::{component, serving, swaps};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+/// So many that each of a few shards has some.
+fn keys() -> impl Iterator<Item = String> {
+    (0..64).map(|n| format!("key-{n:02}"))
+}
+
+#[track_caller]
+fn puts(client: &mut Connection, value: &str) {
+    for key in keys() {
+        assert_eq!(
+            client.ask("PUT", &format!("/v1/{key}"), format!("{value} of {key}").as_bytes()).status,
+            201,
+            "{key}"
+        );
+    }
+}
+
+#[track_caller]
+fn holds(client: &mut Connection, path: &str, value: &str) {
+    let answer = client.ask("GET", path, b"");
+    assert_eq!((answer.status, answer.text()), (200, value), "{path}");
+}
+
+#[test]
+fn their_number_can_be_another_at_every_start() {
+    let mut server = Server::start(&["--shards", "1"]);
+    let mut deleted = Vec::<String>::new();
+    for (round, shards) in ["2", "7", "16", "1"].into_iter().enumerate() {
+        let mut client = Connection::open(server.address());
+        puts(&mut client, &format!("round {round}"));
+        for key in &deleted {
+            assert_eq!(client.ask("DELETE", key, b"").status, 200);
+        }
+        server = server.kill().restart(&["--shards", shards]);
+        client = Connection::open(server.address());
+        for key in keys() {
+            let (path, value) = (format!("/v1/{key}"), format!("round {round} of {key}"));
+            let found = client.ask("GET", &path, b"");
+            if deleted.contains(&path) {
+                assert_eq!(found.status, 404, "{path} in {shards} shards");
+            } else {
+                assert_eq!((found.status, found.text()), (200, value.as_str()), "{path} in {shards} shards");
+            }
+        }
+        deleted.push(format!("/v1/key-{round:02}"));
+    }
+}
+
+#[test]
+fn a_list_of_all_shards_is_one_list() {
+    let server = Server::start(&["--shards", "7"]);
+    let mut client = Connection::open(server.address());
+    puts(&mut client, "value");
+    let (mut listed, mut query) = (Vec::new(), "limit=10&values=true".to_owned());
+    loop {
+        let page = client.ask("GET", &format!("/v1?{query}"), b"");
+        assert_eq!(page.status, 200, "{}", page.text());
+        let page: serde_json::Value = serde_json::from_str(page.text()).expect("JSON");
+        let entries = page["keys"].as_array().expect("keys");
+        listed.extend(entries.iter().map(|entry| (entry["name"].to_string(), entry["value"].to_string())));
+        let Some(cursor) = page["cursor"].as_str() else { break };
+        query = format!("limit=10&values=true&cursor={cursor}");
+    }
+    let expected: Vec<_> = keys().map(|key| (format!("\"{key}\""), format!("\"value of {key}\""))).collect();
+    assert_eq!(listed, expected);
+}
+
+#[test]
+fn a_transaction_lies_in_one_shard() {
+    let server = Server::start(&["--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    let puts = |key: &dyn Fn(u32) -> String| {
+        let puts: Vec<_> = (0..16).map(|n| serde_json::json!({"op": "put", "key": key(n), "value": "1"})).collect();
+        serde_json::to_vec(&puts).expect("JSON")
+    };
+    let refused = client.ask("POST", "/v1", &puts(&|n| format!("{n}")));
+    assert_eq!(refused.status, 422);
+    assert!(refused.text().contains("{tag}"), "{}", refused.text());
+    assert_eq!(client.ask("GET", "/v1/0", b"").status, 404);
+    assert_eq!(client.ask("POST", "/v1", &puts(&|n| format!("{{cart7}}:{n}"))).status, 200);
+    assert_eq!(client.ask("GET", "/v1/%7Bcart7%7D:15", b"").status, 200);
+    assert_eq!(client.ask("POST", "/v1", b"[").status, 400);
+}
+
+#[test]
+fn a_slow_call_in_one_shard_holds_up_no_other() {
+    let server = Server::start(&[guest(), "--shards", "4", "--guest-call-timeout", "1h"]);
+    let mut busy = Connection::open(server.address());
+    busy.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    server.says("going round in circles");
+    let clients: Vec<_> = keys()
+        .map(|key| {
+            let mut client = Connection::open(server.address());
+            client.send(format!("GET /store/{key} HTTP/1.1\r\nhost: kvs\r\n\r\n"));
+            client
+        })
+        .collect();
+    let begun = Instant::now();
+    loop {
+        let metrics = Metrics::of(&server);
+        let answered = metrics.find("kvs_http_requests_total{method=\"GET\",status=\"404\"}").unwrap_or(0.0);
+        if answered + metrics.get("kvs_requests_waiting") == clients.len() as f64 {
+            // The shard that is busy has some of them, the other three the rest.
+            assert!((16.0..64.0).contains(&answered), "{answered} were answered");
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{answered} were answered");
+    }
+}
+
+#[test]
+fn a_guest_appends_to_no_key_that_another_shard_owns() {
+    let server = Server::start(&[guest(), "--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    let (mut taken, mut refused) = (Vec::new(), 0);
+    // All are asked of the same shard.
+    for key in keys() {
+        match client.ask("PUT", &format!("/append-to/{key}"), b"").text() {
+            text if text.starts_with("Ok") => taken.push(key),
+            text if text.contains("ReadOnly") => refused += 1,
+            text => panic!("{key}: {text}"),
+        }
+    }
+    assert!(!taken.is_empty() && refused > 16, "{taken:?} were taken, {refused} refused");
+    let server = server.kill().restart(&[guest(), "--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    for key in keys() {
+        let status = if taken.contains(&key) { 200 } else { 404 };
+        assert_eq!(client.ask("GET", &format!("/store/{key}"), b"").status, status, "{key}");
+    }
+}
+
+#[test]
+fn a_trap_where_a_request_is_placed_costs_that_request() {
+    let server = Server::start(&[guest(), "--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    for _ in 0..3 {
+        client.ask("GET", "/place-traps", b"").says(500, "the store failed on this request");
+        server.says("the guest trapped in place");
+        assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
+    }
+    assert_eq!(Metrics::of(&server).get("kvs_guest_traps_total"), 3.0);
+    // Nothing was lost, so nothing is rebuilt.
+    assert_eq!(Metrics::of(&server).get("kvs_guest_rebuilds_total{outcome=\"done\"}"), 0.0);
+}
+
+#[test]
+fn all_shards_are_asked_what_is_to_be_asked_everywhere() {
+    let server = Server::start(&[guest(), "--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    let before = Metrics::of(&server).get("kvs_guest_call_duration_seconds_count");
+    assert_eq!(client.ask("GET", "/everywhere", b"").status, 404);
+    assert_eq!(Metrics::of(&server).get("kvs_guest_call_duration_seconds_count") - before, 4.0);
+}
+
+#[test]
+fn a_trap_costs_one_shard_a_rebuild_and_the_others_nothing() {
+    let server = Server::start(&[guest(), "--shards", "4"]);
+    let mut client = Connection::open(server.address());
+    for key in keys() {
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
+    }
+    client.ask("PUT", "/store-and-trap/key-00", b"after").says(500, "the store failed on this request");
+    holds(&mut client, "/store/key-00", "after");
+    for key in keys().skip(1) {
+        holds(&mut client, &format!("/store/{key}"), &key);
+    }
+    let rebuilt = server.says("the guest is rebuilt");
+    let entries = rebuilt.split_once("entries=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+    assert!(entries.is_some_and(|entries: u32| (1..64).contains(&entries)), "its own entries and no others: {rebuilt}");
+}
+
+#[test]
+fn a_guest_that_traps_on_probation_in_one_shard_is_taken_out_of_all() {
+    let server = Server::start(&["--shards", "4", "--probation", "1h"]);
+    let mut client = Connection::open(server.address());
+    puts(&mut client, "before");
+    for trap in ["/trap", "/place-traps"] {
+        thread::scope(|scope| {
+            let swap =
+                scope.spawn(|| Connection::open(server.admin()).ask("PUT", "/guest", &component(guest())).status);
+            server.says("another guest serves, on probation");
+            for key in keys().take(32) {
+                let value = format!("{trap} of {key}");
+                assert_eq!(client.ask("PUT", &format!("/store/{key}"), value.as_bytes()).status, 201);
+            }
+            client.ask("GET", trap, b"").says(500, "the store failed on this request");
+            assert_eq!(swap.join().expect("it is answered"), 422);
+        });
+        assert_eq!(serving(&server), "kvs");
+        for key in keys().take(32) {
+            holds(&mut client, &format!("/v1/{key}"), &format!("{trap} of {key}"));
+        }
+        for key in keys().skip(32) {
+            holds(&mut client, &format!("/v1/{key}"), &format!("before of {key}"));
+        }
+    }
+}
+
+#[test]
+fn no_guest_is_asked_what_another_has_placed() {
+    let server = Server::start(&["--shards", "4", "--probation", "1ms"]);
+    puts(&mut Connection::open(server.address()), "value");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            let (server, stop) = (&server, &stop);
+            scope.spawn(move || {
+                let mut client = Connection::open(server.address());
+                for key in keys().collect::<Vec<_>>().iter().cycle().take_while(|_| !stop.load(Ordering::Relaxed)) {
+                    // The default guest knows no such path, and the other has the value.
+                    let answer = client.ask("GET", &format!("/store/{key}"), b"");
+                    assert!(answer.status == 200 || answer.text().contains("unknown path"), "{}", answer.text());
+                }
+            });
+        }
+        let swapping = panic::catch_unwind(AssertUnwindSafe(|| {
+            for file in [guest(), DEFAULT_GUEST].iter().cycle().take(20) {
+                swaps(&server, &component(file));
+            }
+        }));
+        stop.store(true, Ordering::Relaxed);
+        swapping.unwrap_or_else(|panic| panic::resume_unwind(panic));
+    });
+}
+
+#[test]
+fn a_number_that_is_none_is_refused() {
+    for shards in ["0", "65", "many"] {
+        serve_refused(&["--shards", shards]).with(2, &["--shards", shards]);
+    }
+}
