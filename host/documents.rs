@@ -96,4 +96,20 @@ mod tests {
         let written = include_str!("../deploy/settings.md");
         assert!(written == settings(), "deploy/settings.md is stale; write it again with: just settings");
     }
+
+    #[test]
+    fn what_is_in_deploy_has_no_other_settings() {
+        for (file, text) in [
+            ("Dockerfile", include_str!("../Dockerfile")),
+            ("compose.yaml", include_str!("../deploy/compose.yaml")),
+            ("kubernetes/kvs.yaml", include_str!("../deploy/kubernetes/kvs.yaml")),
+            ("kvs.env", include_str!("../deploy/kvs.env")),
+            ("kvs.service", include_str!("../deploy/kvs.service")),
+        ] {
+            let words = text.split(|character: char| !character.is_ascii_alphanumeric() && character != '_');
+            for variable in words.filter(|word| word.len() > "KVS_".len() && word.starts_with("KVS_")) {
+                assert!(settings().contains(&format!("| `{variable}` |")), "{variable} in {file} is no setting");
+            }
+        }
+    }
 }
