@@ -19,7 +19,7 @@ pub struct Placers {
     log: Arc<dyn TransactionLog>,
     /// Anyone's: they may not append.
     part: Part,
-    idle: Mutex<Vec<Box<Instance>>>,
+    idle: Mutex<Vec<Instance>>,
 }
 
 impl Placers {
@@ -40,7 +40,7 @@ impl Placers {
         let idle = self.idle().pop();
         let mut asked = match idle {
             Some(instance) => instance,
-            None => Box::new(self.guest.instantiate(Arc::clone(&self.log), self.part.clone())?),
+            None => self.guest.instantiate(Arc::clone(&self.log), self.part.clone())?,
         };
         let answer = question(&mut asked)?;
         if asked.memory_bytes() <= KEPT_BYTES {
@@ -49,7 +49,7 @@ impl Placers {
         Ok(answer)
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Box<Instance>>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Instance>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
