@@ -94,7 +94,10 @@ pub struct Debt {
 impl Debt {
     pub fn new(begin: u64, sealed: u64, needed: Option<u64>, segment_bytes: u64) -> Self {
         let bound = match needed {
-            Some(needed) => (2 * (needed + segment_bytes)).max(begin + segment_bytes / 2),
+            // However near it is: the writer may have gone on before this was looked at.
+            Some(needed) if begin < 2 * (needed + segment_bytes) => 2 * (needed + segment_bytes),
+            // Less is needed than there was.
+            Some(_) => begin + segment_bytes / 2,
             // Nothing is known yet, so nothing can be kept; the first run is not to take for ever all the same.
             None => begin + segment_bytes.max(sealed / 2),
         };
