@@ -228,6 +228,11 @@ pub struct Serve {
     #[arg(long, env = "KVS_PROBATION", value_name = "TIME", default_value = "10s", value_parser = duration,
           help_heading = "Guest")]
     pub probation: Duration,
+
+    /// Instances of the guest, which share out the keys: each is called beside the others and has its own memory
+    #[arg(long, env = "KVS_SHARDS", value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64),
+          help_heading = "Guest")]
+    pub shards: u8,
 }
 
 /// Which guest, and what it may use.
@@ -245,10 +250,6 @@ pub struct Guest {
     /// Memory of an instance of the guest, which holds its keys and values; at most 4 GiB
     #[arg(long, env = "KVS_GUEST_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB", value_parser = memory_bytes)]
     pub guest_memory_bytes: ByteSize,
-
-    /// Instances of the guest, which share out the keys: each is called beside the others and has its own memory
-    #[arg(long, env = "KVS_SHARDS", value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub shards: u8,
 
     /// Elements of all tables of the guest, which hold its functions
     #[arg(long, env = "KVS_GUEST_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000", value_parser = count)]

@@ -79,7 +79,7 @@ async fn serve(args: &Serve) -> Result<()> {
     let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data))?;
     health.reached(Phase::Replaying);
     let building = {
-        let (log, shards) = (Arc::clone(&log), usize::from(args.guest.shards));
+        let (log, shards) = (Arc::clone(&log), usize::from(args.shards));
         task::spawn_blocking(move || {
             let (shards, replayed) = Shards::build(guest, log, shards)?;
             engine.keep(&shards.serving().guest);
