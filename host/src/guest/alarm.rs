@@ -1,6 +1,6 @@
 //! The alarm: goes off with the first trap of a guest on probation, whichever shard it was in.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
@@ -36,7 +36,7 @@ impl Alarm {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<oneshot::Sender<Raised>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<oneshot::Sender<Raised>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,14 +4,13 @@
 //! start it may be another, since nothing rests on it then.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 
 /// Shares the keys out to instances.
 #[derive(Clone)]
 pub struct Owners {
     count: usize,
     /// Unknown outside, so that nobody can choose many keys with one owner.
-    hasher: Arc<RandomState>,
+    hasher: RandomState,
 }
 
 /// What one instance owns.
@@ -23,7 +22,7 @@ pub struct Part {
 
 impl Owners {
     pub fn new(count: usize) -> Self {
-        Self { count, hasher: Arc::default() }
+        Self { count, hasher: RandomState::new() }
     }
 
     /// The number of the instance that owns a key.

@@ -140,10 +140,6 @@ impl Shard {
         self.state().queue.len()
     }
 
-    pub fn part(&self) -> &Part {
-        &self.part
-    }
-
     /// What the instance holds.
     pub fn held(&self) -> &Held {
         &self.held
@@ -269,7 +265,7 @@ pub struct Turn {
     instance: Option<Box<Instance>>,
     /// Why it was lost, when it was not by a panic.
     failure: Option<String>,
-    /// That it was lost is known.
+    /// That there is none is known, and no trap of its own.
     told: bool,
     over: bool,
 }
@@ -292,12 +288,13 @@ impl Turn {
     /// Puts another guest in the place of the one that serves, with an instance or, where it has none yet, without.
     pub fn replace(&mut self, serving: Serving, instance: Option<Box<Instance>>) -> Option<Box<Instance>> {
         self.shard.state().serving = serving;
+        self.told = instance.is_none();
         std::mem::replace(&mut self.instance, instance)
     }
 
     /// Goes on with an instance that was brought back from the log.
     pub fn brought_back(mut self, instance: Box<Instance>, replayed: Replayed) {
-        self.instance = Some(instance);
+        (self.instance, self.told) = (Some(instance), false);
         self.rebuilt(replayed);
     }
 
