@@ -113,6 +113,10 @@ impl State {
                 self.kept_more.notify_all();
                 way = self.changed.wait(way).unwrap();
             }
+            // What was kept back is lost with its connection, also when this comes before the end of it.
+            if *way == Way::Reset {
+                return Ok(());
+            }
             if let (Way::Slow(time), true) = (*way, answers) {
                 drop(way);
                 // This is what it is for.
