@@ -23,7 +23,7 @@ COPY guest/schema/Cargo.toml guest/schema/
 COPY guest/template/Cargo.toml guest/template/
 COPY tests/guests/brittle/Cargo.toml tests/guests/brittle/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
-COPY deploy/build.sh deploy/
+COPY deploy/build.sh deploy/static.ld deploy/
 RUN for package in guest/* tests/guests/*; do mkdir "$package/src" && touch "$package/src/lib.rs"; done \
     && mkdir -p host/src tests/bench tests/delivered tests/e2e guest/kvs/tests && touch host/src/lib.rs guest/kvs/tests/model.rs \
     && for program in host/build host/documents host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \

@@ -19,7 +19,9 @@ export "CARGO_TARGET_$(echo "$target" | tr a-z- A-Z_)_RUSTFLAGS=$flags"
 
 export "CFLAGS_$(echo "$target" | tr - _)=-fno-asynchronous-unwind-tables -fno-unwind-tables"
 
-build() { cargo build --locked --package kvs --bin kvs --profile dist --target "$target" "$@"; }
+build() {
+    cargo rustc --locked --package kvs --bin kvs --profile dist --target "$target" "$@" -- -Clink-arg=-Wl,-T,deploy/static.ld
+}
 
 case $what in
 guest)

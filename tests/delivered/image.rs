@@ -2,8 +2,8 @@
 //!
 //! Owns: where images are kept, `target/image`, and the base of the build. Must never know: what kvs does.
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::fs::{self, Metadata};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -69,12 +69,8 @@ impl Image {
         self.root.join("kvs")
     }
 
-    pub fn binary_bytes(&self) -> u64 {
-        fs::metadata(self.binary()).expect("the image has a binary").len()
-    }
-
-    /// All there is in it, and whose it is.
-    pub fn files(&self) -> Vec<(String, u32)> {
+    /// All there is in it.
+    pub fn files(&self) -> Vec<(String, Metadata)> {
         let mut files = Vec::new();
         let mut directories = vec![self.root.clone()];
         while let Some(directory) = directories.pop() {
@@ -83,10 +79,10 @@ impl Image {
                 let metadata = fs::symlink_metadata(&path).expect("the image can be read");
                 let name =
                     path.strip_prefix(&self.root).expect("it is in the image").to_str().expect("text").to_owned();
-                files.push((name, metadata.uid()));
                 if metadata.is_dir() {
                     directories.push(path);
                 }
+                files.push((name, metadata));
             }
         }
         files

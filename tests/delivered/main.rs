@@ -11,7 +11,8 @@ mod server;
 mod image;
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -23,28 +24,30 @@ use crate::server::{Server, refused};
 /// The user of the image.
 const USER: u32 = 65532;
 
-/// The largest that a binary may be, and with it all that is in the image but the system's list of authorities.
+/// The largest that all files of an image may be together.
 const FULL_BYTES: u64 = 16 << 20;
 const SMALL_BYTES: u64 = 6656 << 10;
 
 #[test]
 fn the_full_flavour() {
     let image = Image::build("full");
-    assert!(image.binary_bytes() <= FULL_BYTES, "the binary has {} bytes", image.binary_bytes());
+    is_small(&image, FULL_BYTES);
     says_what_it_is(&image);
     holds_nothing_else(&image);
-    is_the_same_when_built_again(&image, "full");
     serves_a_session_and_keeps_it(&image, &[]);
+    outlives_a_trap(&image);
     refuses_what_is_wrong(&image);
 }
 
 #[test]
 fn the_small_flavour() {
     let image = Image::build("small");
-    assert!(image.binary_bytes() <= SMALL_BYTES, "the binary has {} bytes", image.binary_bytes());
+    is_small(&image, SMALL_BYTES);
     says_what_it_is(&image);
     holds_nothing_else(&image);
+    is_the_same_when_built_again(&image, "small");
     serves_a_session_and_keeps_it(&image, &[]);
+    outlives_a_trap(&image);
     refuses_what_is_wrong(&image);
     runs_compiled_guests_alone(&image);
 }
@@ -54,6 +57,13 @@ fn volume() -> TempDir {
     let volume = TempDir::new().expect("a temporary directory can be made");
     chown(volume.path(), Some(USER), Some(USER)).expect("this test is run by root");
     volume
+}
+
+fn is_small(image: &Image, limit: u64) {
+    let files = image.files().into_iter().filter(|(_, metadata)| metadata.is_file());
+    let sizes: Vec<_> = files.map(|(name, metadata)| (name, metadata.len())).collect();
+    println!("{}: {sizes:?}", image.flavour());
+    assert!(sizes.iter().map(|(_, bytes)| bytes).sum::<u64>() <= limit, "more than {limit} bytes: {sizes:?}");
 }
 
 fn says_what_it_is(image: &Image) {
@@ -74,8 +84,8 @@ fn holds_nothing_else(image: &Image) {
     let mut found: Vec<_> = image.files().into_iter().map(|(name, _)| name).collect();
     found.sort();
     assert_eq!(found, ["data", "etc", "etc/ssl", "etc/ssl/certs", "etc/ssl/certs/ca-certificates.crt", "kvs"]);
-    for (name, owner) in image.files() {
-        assert_eq!(owner, if name == "data" { USER } else { 0 }, "whose is {name}?");
+    for (name, metadata) in image.files() {
+        assert_eq!(metadata.uid(), if name == "data" { USER } else { 0 }, "whose is {name}?");
     }
     let ldd = Command::new("ldd").arg(image.binary()).output().expect("ldd is part of every system");
     let said = String::from_utf8_lossy(&[ldd.stdout, ldd.stderr].concat()).into_owned();
@@ -117,6 +127,33 @@ fn serves_a_session_and_keeps_it(image: &Image, args: &[&str]) {
     server.terminate();
 }
 
+/// Without tables to unwind by, neither in the binary nor in the guest.
+fn outlives_a_trap(image: &Image) {
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--locked", "--package", "unruly-guest", "--profile", "guest", "--target", "wasm32-wasip2"]);
+    assert!(build.status().expect("cargo can be started").success(), "the guest does not build");
+    let component = concat!(env!("CARGO_MANIFEST_DIR"), "/target/wasm32-wasip2/guest/unruly_guest.wasm");
+    let volume = volume();
+    compile(component, &volume.path().join("guest.cwasm"));
+    let mut command = image.run(volume.path(), &["/data/guest.cwasm"]);
+    command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
+    let server = Server::spawn(command, volume);
+    let status = |path: &str, args: &[&str]| {
+        ask(&[&["-w", "%{http_code}", "-o", "/dev/null", &server.url(path)], args].concat())
+    };
+    assert_eq!(status("/store/a", &["-X", "PUT", "-d", "x"]), "201");
+    assert_eq!(status("/panic", &[]), "500");
+    let trap = server.says("the guest trapped");
+    assert!(trap.contains("rust_panic"), "it does not say where: {trap}");
+    assert_eq!(status("/store/a", &[]), "200");
+    server.terminate();
+}
+
+fn compile(guest: &str, output: &Path) {
+    let status = server::kvs().args(["compile", guest, "-o"]).arg(output).status();
+    assert!(status.expect("the binary under test can be started").success());
+}
+
 fn refuses_what_is_wrong(image: &Image) {
     // It is not open to a network by oversight.
     let volume = volume();
@@ -147,12 +184,11 @@ fn runs_compiled_guests_alone(image: &Image) {
     refused(image.exec(volume.path(), &["compile", "-o", "/data/x"])).with(1, &["cannot compile built in", "already"]);
 
     let compiled = volume.path().join("guest.cwasm");
-    let status = server::kvs().arg("compile").arg(&component).arg("-o").arg(&compiled).status();
-    assert!(status.expect("the binary under test can be started").success());
+    compile(env!("DEFAULT_GUEST"), &compiled);
     serves_a_session_and_keeps_it_with(image, &compiled);
 }
 
-fn serves_a_session_and_keeps_it_with(image: &Image, guest: &std::path::Path) {
+fn serves_a_session_and_keeps_it_with(image: &Image, guest: &Path) {
     let volume = volume();
     fs::copy(guest, volume.path().join("guest.cwasm")).expect("the volume takes a file");
     let mut command = image.run(volume.path(), &["/data/guest.cwasm"]);

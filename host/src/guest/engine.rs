@@ -154,6 +154,8 @@ pub fn settings(cpu: Cpu) -> Result<wasmtime::Config> {
     // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
     settings.concurrency_support(false);
     settings.epoch_interruption(true);
+    // A line that tells of a trap has the names of functions, no more; wasmtime finds those without these tables.
+    settings.generate_address_map(false).native_unwind_info(false);
     if cpu == Cpu::Any {
         // Named, a target has no more than all its CPUs have. What is compiled for one libc runs beside the other.
         let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
