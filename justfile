@@ -23,15 +23,10 @@ serve-postgres *FLAGS: _target _postgres
     #!/usr/bin/env bash
     set -euo pipefail
     cargo build --release
-    programs=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
-    home=$(mktemp -d) as=()
-    # It does not run as root.
-    [ "$(id -u)" != 0 ] || { chown postgres: "$home"; as=(setpriv --reuid=postgres --regid=postgres --clear-groups --); }
-    "${as[@]}" "$programs/initdb" --no-sync -U postgres -A trust -D "$home/cluster" >/dev/null
-    "${as[@]}" "$programs/pg_ctl" -w -s -D "$home/cluster" -l "$home/log" -o "-h 127.0.0.1 -p 54329 -k $home" start
-    trap '"${as[@]}" "$programs/pg_ctl" -s -D "$home/cluster" -m fast stop; rm -rf "$home"' EXIT
+    data=$(mktemp -d)
+    trap 'rm -rf "$data"' EXIT
     echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
-    ./target/release/kvs serve --data "$home/data" --log 'postgres://postgres@127.0.0.1:54329/postgres?sslmode=disable' {{ FLAGS }}
+    tests/with-postgres 54329 KVS_LOG ./target/release/kvs serve --data "$data" {{ FLAGS }}
 
 # Make development certificates in target/certs, unless they are there: an authority, a server, a client
 [group('run')]
@@ -50,10 +45,16 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests; a filter picks some: just test book
+# Run all tests, those of the server on both logs; a filter picks some: just test book
 [group('develop')]
 test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
+    just _test-postgres {{ FILTER }}
+
+# The tests of the server with the log in Postgres, but those of what is in files, and those that bring a database of their own
+_test-postgres *FILTER: _postgres _python
+    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 54328 KVS_TEST_LOG cargo test --release --test e2e -- \
+        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file
 [group('guests')]

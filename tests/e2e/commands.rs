@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::certificates::{Authority, Kind};
+use crate::log::kvs_at;
 use crate::server::{PATIENCE, Refused, Server, Stopped, kvs, refused};
 use crate::wire::{Connection, short};
 use crate::zoo;
@@ -284,9 +285,9 @@ fn mark(file: &Path) -> usize {
 
 /// A server that takes the place of one that was killed, at its address.
 fn again(stopped: Stopped, address: SocketAddr, args: &[&str]) -> Server {
-    let mut command = kvs();
     let data = stopped.into_data();
-    command.args(["serve", "--listen", &address.to_string(), "--data"]).arg(data.path()).args(args);
+    let mut command = kvs_at(data.path());
+    command.args(["serve", "--listen", &address.to_string()]).args(args);
     Server::spawn(command, data)
 }
 

@@ -3,7 +3,8 @@
 use std::thread;
 
 use crate::components::DEFAULT_GUEST;
-use crate::server::{Server, kvs};
+use crate::log::kvs_at;
+use crate::server::Server;
 use crate::swap::{copy_of, swaps};
 use crate::wire::Connection;
 
@@ -17,8 +18,8 @@ fn an_etag_is_the_same_after_compaction_a_restart_and_a_swap() {
     }
     client.ask("DELETE", "/v1/gone", b"");
     let stopped = server.terminate();
-    let mut compact = kvs();
-    compact.args(["log", "compact", "--data"]).arg(stopped.data());
+    let mut compact = kvs_at(stopped.data());
+    compact.args(["log", "compact"]);
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&["--probation", "1ms"]);
     let mut client = Connection::open(server.address());

@@ -9,6 +9,7 @@ use fastrand::Rng;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::log::of_files;
 use crate::server::{Process, Server, refused, serve};
 use crate::unruly::guest;
 use crate::wire::{Connection, long, short};
@@ -178,6 +179,7 @@ fn what_only_the_system_has_survives_a_kill_of_the_server() {
 
 #[test]
 fn of_servers_that_start_at_once_on_a_directory_one_serves() {
+    of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let processes: Vec<_> = (0..6).map(|_| Process::spawn(serve(data.path()))).collect();
     let serving = |process: &Process| process.stderr.find(|line| line.contains("serving on").then_some(()));
@@ -193,6 +195,7 @@ fn of_servers_that_start_at_once_on_a_directory_one_serves() {
 
 #[test]
 fn a_second_server_on_a_directory_fails_at_once_and_names_the_first() {
+    of_files!();
     let first = Server::start(&[]);
     let mut client = Connection::open(first.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -220,6 +223,7 @@ fn a_directory_whose_server_was_killed_is_free() {
 
 #[test]
 fn a_data_directory_is_made_with_those_above_it() {
+    of_files!();
     let parent = TempDir::new().expect("a temporary directory can be made");
     let data = parent.path().join("not").join("yet").join("there");
     let server = Server::spawn(serve(&data), parent);

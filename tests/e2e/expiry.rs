@@ -4,7 +4,8 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Instant;
 
-use crate::server::{PATIENCE, Server, Stopped, kvs};
+use crate::log::kvs_at;
+use crate::server::{PATIENCE, Server, Stopped};
 use crate::wire::Connection;
 
 /// Asks until the key is gone. Each time it must be the value or nothing.
@@ -24,8 +25,8 @@ fn expires(client: &mut Connection, path: &str) {
 
 /// The lines of the log that delete.
 fn deletes(stopped: &Stopped) -> usize {
-    let mut dump = kvs();
-    dump.args(["log", "dump", "--data"]).arg(stopped.data());
+    let mut dump = kvs_at(stopped.data());
+    dump.args(["log", "dump"]);
     let output = dump.stdout(Stdio::piped()).output().expect("the binary under test can be started");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text").lines().filter(|line| line.contains("delete")).count()

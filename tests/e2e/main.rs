@@ -35,6 +35,7 @@ mod limits;
 mod linear;
 mod lists;
 mod load;
+mod log;
 mod log_command;
 mod long_poll;
 mod metrics;

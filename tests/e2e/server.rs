@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use crate::log::kvs_at;
+
 /// Longer than anything here takes on a busy machine. Running out of it is a failure, never a way to pass.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -216,8 +218,8 @@ pub fn through(program: &str, command: &Command) -> Command {
 
 /// `kvs serve` on a free port.
 pub fn serve(data: &Path) -> Command {
-    let mut command = kvs();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--data"]).arg(data);
+    let mut command = kvs_at(data);
+    command.args(["serve", "--listen", "127.0.0.1:0"]);
     command
 }
 

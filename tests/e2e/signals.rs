@@ -7,7 +7,8 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::server::{Process, Server, kvs, serve};
+use crate::log::kvs_at;
+use crate::server::{Process, Server, serve};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
@@ -126,8 +127,8 @@ fn sigterm_during_replay_exits_0_and_loses_nothing() {
 fn a_server_can_be_started_again_at_the_same_address() {
     // An address that no other test uses, so that nobody takes the port meanwhile.
     let on = |address: &str, data: TempDir| {
-        let mut command = kvs();
-        command.args(["serve", "--listen", address, "--data"]).arg(data.path());
+        let mut command = kvs_at(data.path());
+        command.args(["serve", "--listen", address]);
         Server::spawn(command, data)
     };
     let server = on("127.0.0.2:0", TempDir::new().expect("a temporary directory can be made"));

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::components::DEFAULT_GUEST;
-use crate::server::{Server, kvs, serve};
+use crate::log::kvs_at;
+use crate::server::{Server, serve};
 use crate::swap::{component, copy_of, swaps, under_load};
 use crate::unruly;
 use crate::wire::{Connection, Response};
@@ -153,8 +154,8 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
     let lines = "1\t2\tgone\tvalue\t1000\t\n2\t1\tgone\t\t1000\n3\t2\tstays\tvalue\t1000\t\n";
     std::fs::write(&text, lines).expect("the directory takes a file");
     for args in [&["import", text.to_str().expect("a temporary path is text")][..], &["compact"]] {
-        let mut log = kvs();
-        log.arg("log").args(args).arg("--data").arg(data.path());
+        let mut log = kvs_at(data.path());
+        log.arg("log").args(args);
         let done = log.output().expect("the binary under test can be started");
         assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
@@ -254,8 +255,8 @@ fn puts_that_were_compacted_away_are_410_too() {
     }
     client.ask("PUT", "/v1/b", b"stays");
     let stopped = server.terminate();
-    let mut compact = kvs();
-    compact.args(["log", "compact", "--data"]).arg(stopped.data());
+    let mut compact = kvs_at(stopped.data());
+    compact.args(["log", "compact"]);
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&[]);
     for since in [0, 1] {
