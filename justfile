@@ -45,14 +45,15 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests, those of the server on both logs; a filter picks some: just test book
+# Run all tests, many of those of the server on both logs; a filter picks some: just test book
 [group('develop')]
 test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-postgres {{ FILTER }}
 
-# The tests of the server with the log in Postgres, but those of what is in files, and those that bring a database of their own
-_test-postgres *FILTER: _postgres _python
+# The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
+# none of what is in files, and none that brings a database of its own
+_test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: swap:: transactions:: watch::": _postgres _python
     PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 54328 KVS_TEST_LOG cargo test --release --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod client;
 pub mod contract;
 pub mod edge;
+mod follow;
 pub mod guest;
 pub mod lines;
 pub mod log;

@@ -20,6 +20,7 @@ use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
+use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
 use crate::log::changes::Changes;
 use crate::log::file::{self, FileLog};
@@ -58,8 +59,8 @@ async fn serve(args: &Serve) -> Result<()> {
     let admin = watched(args.admin, tokens.clone())?;
     let health = &admin.health;
 
-    let log = tokio::select! {
-        log = open_log(args, &admin.metrics) => log?,
+    let (log, followed) = tokio::select! {
+        opened = open_log(args, &admin.metrics) => opened?,
         _ = stop.changed() => {
             info!("stopped before the log was opened");
             return Ok(());
@@ -118,6 +119,9 @@ async fn serve(args: &Serve) -> Result<()> {
         "serving on {scheme}://{address}",
     );
 
+    if let Some(followed) = followed {
+        task::spawn(follow::run(followed, Arc::clone(&changes), Arc::clone(&shards)));
+    }
     let ticking = task::spawn(tick(Arc::clone(&shards)));
     if let Some(tls) = &tls {
         task::spawn(Arc::clone(tls).keep(hangup()?));
@@ -189,7 +193,8 @@ async fn serve(args: &Serve) -> Result<()> {
     Ok(())
 }
 
-async fn open_log(args: &Serve, metrics: &Metrics) -> Result<Arc<dyn TransactionLog>> {
+/// Opens the log. Given twice when another process writes it, and it is to be followed.
+async fn open_log(args: &Serve, metrics: &Metrics) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.log {
         Place::File => {
@@ -197,7 +202,7 @@ async fn open_log(args: &Serve, metrics: &Metrics) -> Result<Arc<dyn Transaction
             let (data, segment_bytes) = (args.data.clone(), args.segment_bytes.as_u64());
             let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability })?);
             metrics.add(log.clone());
-            Ok(log)
+            Ok((log, None))
         }
         Place::Postgres(url) => {
             let data = args.data.display();
@@ -207,7 +212,8 @@ async fn open_log(args: &Serve, metrics: &Metrics) -> Result<Arc<dyn Transaction
                 postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.log_timeout, manner };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
-            Ok(log)
+            let followed = log.read_only().is_some().then(|| log.clone());
+            Ok((log, followed))
         }
     }
 }

@@ -90,7 +90,13 @@ fn more_than_is_given_at_once() {
     survives("a large write to stdout", &[], "GET", "/print-at-once", 500);
     survives("much randomness", &[], "GET", "/ask-for-randomness/4000000000", 500);
     survives("a group that is too large", &[], "GET", "/append-too-much", 200);
-    survives("many appends", &["--guest-appends", "1000000"], "GET", "/append-often/200000", 200);
+    survives(
+        "many appends",
+        &["--guest-appends", "1000000", "--request-timeout", "60s"],
+        "GET",
+        "/append-often/200000",
+        200,
+    );
 }
 
 #[test]

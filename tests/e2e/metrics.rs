@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
+use crate::log::of_files;
 use crate::server::{PATIENCE, Server};
 use crate::swap::{component, swaps};
 use crate::unruly::guest;
@@ -141,6 +142,7 @@ fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
 
 #[test]
 fn the_dashboard_shows_what_there_is() {
+    of_files!();
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"").status, 201);
@@ -288,6 +290,7 @@ fn the_life_of_the_guest_is_counted() {
 
 #[test]
 fn the_log_is_measured() {
+    of_files!();
     let server = Server::start(&["--segment-bytes", "128KiB", "--max-value-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     let value = vec![b'x'; 1_000];

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
+use crate::log::of_files;
 use crate::server::{Refused, Server, kvs, refused, serve, serve_refused};
 use crate::unruly::guest;
 use crate::wire::Connection;
@@ -42,12 +43,14 @@ fn a_data_directory_that_cannot_be_made() {
 
 #[test]
 fn a_data_directory_that_cannot_be_written() {
+    of_files!();
     // It is there, but takes no files, not even from root.
     refuses_data(Path::new("/proc/self/fdinfo"));
 }
 
 #[test]
 fn a_file_where_the_log_should_be() {
+    of_files!();
     let data = temporary();
     fs::write(data.path().join("log"), "").expect("the directory takes a file");
     refuses_data(data.path());
@@ -55,6 +58,7 @@ fn a_file_where_the_log_should_be() {
 
 #[test]
 fn a_lock_that_is_no_file() {
+    of_files!();
     let data = temporary();
     fs::create_dir(data.path().join("LOCK")).expect("the directory takes another");
     refuses_data(data.path());
@@ -139,6 +143,7 @@ fn a_log_filter_that_is_none_is_refused() {
 
 #[test]
 fn segments_too_small_for_the_largest_value_are_refused() {
+    of_files!();
     let refused = serve_refused(&["--segment-bytes", "1MiB", "--max-value-bytes", "8MiB"]);
     refused.with(1, &["--segment-bytes", "1048576"]);
 }
@@ -172,7 +177,8 @@ fn the_environment_stands_in_for_flags() {
 fn a_flag_goes_before_its_variable() {
     let data = temporary();
     let mut command = serve(data.path());
-    command.args(["--max-value-bytes", "10"]).env("KVS_MAX_VALUE_BYTES", "1").env("KVS_DATA", "/proc/kvs-data");
+    command.args(["--max-value-bytes", "10", "--data"]).arg(data.path());
+    command.env("KVS_MAX_VALUE_BYTES", "1").env("KVS_DATA", "/proc/kvs-data");
     let server = Server::spawn(command, data);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"ten bytes.").status, 201);
 }

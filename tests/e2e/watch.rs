@@ -14,7 +14,7 @@ use crate::unruly;
 use crate::wire::{Connection, Response};
 
 /// A stream of events.
-struct Events {
+pub struct Events {
     connection: Connection,
     text: String,
     /// Where it begins, to go on from when nothing happens.
@@ -22,14 +22,14 @@ struct Events {
 }
 
 #[derive(Debug, PartialEq)]
-struct Event {
-    id: u64,
+pub struct Event {
+    pub id: u64,
     event: String,
-    data: Value,
+    pub data: Value,
 }
 
 impl Events {
-    fn open(server: &Server, target: &str, headers: &[(&str, &str)]) -> Self {
+    pub fn open(server: &Server, target: &str, headers: &[(&str, &str)]) -> Self {
         let mut connection = Connection::open(server.address());
         let head = connection.ask_for_head("GET", target, headers);
         assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
@@ -52,7 +52,7 @@ impl Events {
         }
     }
 
-    fn next(&mut self) -> Option<Event> {
+    pub fn next(&mut self) -> Option<Event> {
         loop {
             let block = self.block()?;
             if block == ":" {

@@ -22,8 +22,6 @@ pub struct Replica {
     pub instance: Box<Instance>,
     log: Arc<dyn TransactionLog>,
     part: Part,
-    /// It has the log up to here.
-    sequence: u64,
     entries: u64,
 }
 
@@ -43,7 +41,7 @@ impl Replica {
     /// A new instance of the guest, which has nothing of the log yet. What goes wrong here is the guest's doing.
     pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<Self> {
         let instance = Box::new(guest.instantiate(Arc::clone(log), part.clone())?);
-        Ok(Self { instance, log: Arc::clone(log), part, sequence: 0, entries: 0 })
+        Ok(Self { instance, log: Arc::clone(log), part, entries: 0 })
     }
 
     /// A new instance with everything in the log that is durable now, and its own.
@@ -56,18 +54,19 @@ impl Replica {
     }
 
     /// An instance that has served, and has everything up to `sequence`.
-    pub fn served(instance: Box<Instance>, log: Arc<dyn TransactionLog>, part: Part, sequence: u64) -> Self {
-        Self { instance, log, part, sequence, entries: 0 }
+    pub fn served(mut instance: Box<Instance>, log: Arc<dyn TransactionLog>, part: Part, sequence: u64) -> Self {
+        instance.sequence = instance.sequence.max(sequence);
+        Self { instance, log, part, entries: 0 }
     }
 
     /// Takes in what has become durable since, and returns how many entries that were. An error that is
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
     pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
-        let Self { instance, log, part, sequence, entries } = self;
+        let Self { instance, log, part, entries } = self;
         let (before, started) = (*entries, Instant::now());
         let mut told = started;
         let newest = log.appended();
-        *sequence = log.replay(*sequence, &mut |batch| {
+        let sequence = log.replay(instance.sequence, &mut |batch| {
             let Some(last) = batch.last().map(|last| last.sequence) else { return Ok(()) };
             let own: Vec<_>;
             let batch = if part.is_all() {
@@ -87,6 +86,7 @@ impl Replica {
             }
             Ok(())
         })?;
+        instance.sequence = sequence;
         Ok(*entries - before)
     }
 

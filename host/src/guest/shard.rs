@@ -25,7 +25,8 @@ use super::metrics::{Held, Metrics, next_count};
 use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
-use crate::log::TransactionLog;
+use crate::log::changes::Change;
+use crate::log::{REPLAY_ENTRIES, TransactionLog};
 
 /// How many of the others one caller serves before its own answer has to wait no longer.
 const OTHERS: usize = 16;
@@ -82,6 +83,8 @@ struct State {
     count_from: Instant,
     /// Wants the turn for itself, before all others.
     visitor: Option<oneshot::Sender<Turn>>,
+    /// As well, when there is an instance.
+    follower: Option<oneshot::Sender<Turn>>,
     last_rebuild: Option<Instant>,
     pause: Duration,
 }
@@ -124,6 +127,7 @@ impl Shard {
             tick_due: false,
             count_from: Instant::now(),
             visitor: None,
+            follower: None,
             last_rebuild: None,
             pause: Duration::ZERO,
         };
@@ -203,13 +207,28 @@ impl Shard {
 
     /// Waits for a turn between two calls, or, while there is no instance, between two attempts to rebuild it.
     pub async fn visit(self: &Arc<Self>) -> Result<Turn> {
+        self.next_turn(|state| &mut state.visitor).await
+    }
+
+    /// Hands over what another process appended, up to `until`, as soon as the instance's turn has come.
+    pub async fn take_in(self: &Arc<Self>, changes: &[Change], until: u64) -> Result<()> {
+        let mut turn = self.next_turn(|state| &mut state.follower).await?;
+        turn.take_in(changes, until);
+        turn.serve_others();
+        Ok(())
+    }
+
+    async fn next_turn(
+        self: &Arc<Self>,
+        place: impl FnOnce(&mut State) -> &mut Option<oneshot::Sender<Turn>>,
+    ) -> Result<Turn> {
         let turn = {
             let mut state = self.state();
             if let Some(instance) = state.free.take() {
                 return Ok(Turn::new(self, instance));
             }
-            let (visitor, turn) = oneshot::channel();
-            state.visitor = Some(visitor);
+            let (sender, turn) = oneshot::channel();
+            *place(&mut state) = Some(sender);
             turn
         };
         turn.await.context("the store is shutting down")
@@ -349,6 +368,25 @@ impl Turn {
         }
     }
 
+    /// An instance that was built meanwhile has some of it already.
+    fn take_in(&mut self, changes: &[Change], until: u64) {
+        let Some(mut instance) = self.instance.take() else { return };
+        let (shard, known) = (&self.shard, instance.sequence);
+        let is_new = |change: &&Change| change.sequence > known && shard.part.owns(change.key());
+        let new: Vec<_> = changes.iter().filter(is_new).collect();
+        for some in new.chunks(REPLAY_ENTRIES) {
+            let metadata: Vec<_> = some.iter().map(|change| change.metadata()).collect();
+            let entries: Vec<_> = some.iter().zip(&metadata).map(|(change, metadata)| change.entry(metadata)).collect();
+            if let Err(error) = instance.apply(&entries) {
+                error!(guest = instance.description().name, "the guest trapped: {error:#}");
+                self.failure = Some(format!("{error:#}"));
+                return;
+            }
+        }
+        instance.sequence = until.max(known);
+        self.instance = Some(instance);
+    }
+
     /// Asks what the guest holds, now and again.
     fn count(&self, instance: &mut Instance) -> Result<(), Trapped> {
         let begun = Instant::now();
@@ -382,7 +420,7 @@ impl Turn {
         }
         let instance = self.instance.take()?;
         let mut state = self.shard.state();
-        if let Some(visitor) = state.visitor.take() {
+        if let Some(visitor) = state.visitor.take().or_else(|| state.follower.take()) {
             drop(state);
             self.over = true;
             if let Err(turn) = visitor.send(Self::new(&self.shard, instance)) {

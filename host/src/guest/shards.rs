@@ -28,6 +28,7 @@ use super::replica::{self, Replayed, Replica};
 use super::shard::{CallError, Called, Serving, Shard, Shared, Turn};
 use crate::contract::Placement;
 use crate::log::TransactionLog;
+use crate::log::changes::Change;
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -167,6 +168,23 @@ impl Shards {
             self.shared.alarm.raise(format!("in {what}: {error:#}"), None);
             CallError::Trapped
         })
+    }
+
+    /// Hands over what another process appended, up to `until`, to the shards that own it.
+    pub async fn take_in(&self, changes: &[Change], until: u64) -> Result<()> {
+        for shard in &self.shards {
+            shard.take_in(changes, until).await?;
+        }
+        Ok(())
+    }
+
+    /// Has all of it built from the log once more, while those who ask wait.
+    pub async fn rebuild(&self) -> Result<()> {
+        for shard in &self.shards {
+            // A turn that ends without an instance is followed by one.
+            shard.visit().await?.replace(self.serving(), None);
+        }
+        Ok(())
     }
 
     /// Lets the guest do its housekeeping, in each shard as soon as its turn has come.

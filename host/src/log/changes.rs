@@ -9,14 +9,14 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::task;
 
 use super::watchers::{Keys, Queue, Watchers};
 use super::{Condition, Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
-use crate::contract::{AppendError, Entry, Event, EventRef, Put};
+use crate::contract::{AppendError, Entry, Event, EventRef, Put, PutRef};
 
 /// Entries that are read at a time of what happened before.
 const PAST_ENTRIES: usize = 10_000;
@@ -26,6 +26,8 @@ const PAST_BYTES: usize = 4 << 20;
 /// What an entry of the log did.
 pub struct Change {
     pub sequence: u64,
+    /// When it was appended.
+    pub time: u64,
     pub event: Event,
     /// The change as those who watch are told, written once for all of them.
     pub text: OnceLock<Bytes>,
@@ -57,6 +59,8 @@ pub struct Past {
     pub changes: Vec<Change>,
     /// All up to this sequence was looked at.
     pub until: u64,
+    /// Compaction has left something out.
+    pub gap: bool,
 }
 
 /// Ends a replay that has brought enough.
@@ -100,16 +104,20 @@ impl Changes {
     /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
     /// there any more is not passed over in silence, however well the newer ones make up for it.
     pub async fn past(&self, prefix: &str, after: u64) -> Result<Past> {
+        let past = self.read(prefix, after).await?;
+        ensure!(!past.gap, Forgotten { after, newest: self.log.watermark().durable() });
+        Ok(past)
+    }
+
+    /// [`Changes::past`], of what is left of it.
+    pub async fn read(&self, prefix: &str, after: u64) -> Result<Past> {
         let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
         task::spawn_blocking(move || {
-            let mut past = Past { changes: Vec::new(), until: after };
+            let mut past = Past { changes: Vec::new(), until: after, gap: false };
             let (mut seen, mut bytes) = (0, 0);
-            let gap = || Forgotten { after, newest: log.watermark().durable() };
             let replayed = log.replay(after, &mut |entries| {
                 for entry in entries {
-                    if entry.sequence != past.until + 1 {
-                        return Err(gap().into());
-                    }
+                    past.gap |= entry.sequence != past.until + 1;
                     past.until = entry.sequence;
                     seen += 1;
                     let change = Change::of(entry);
@@ -124,14 +132,32 @@ impl Changes {
                 Ok(())
             });
             match replayed {
-                Ok(until) if until > past.until => return Err(gap().into()),
-                Ok(_) => {}
+                Ok(until) => {
+                    past.gap |= until > past.until;
+                    past.until = until;
+                }
                 Err(error) if error.is::<Enough>() => {}
                 Err(error) => return Err(error),
             }
             Ok(past)
         })
         .await?
+    }
+
+    /// Hands out what another process appended, after the log was told that it is there.
+    pub fn tell(&self, past: Past) {
+        if past.gap {
+            return self.dismiss();
+        }
+        let watchers = self.watchers();
+        for change in past.changes.into_iter().map(Arc::new) {
+            watchers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
+        }
+    }
+
+    /// Who watches now would miss something, is told nothing more, and finds out by asking for what it missed.
+    pub fn dismiss(&self) {
+        self.watchers().dismiss();
     }
 
     /// Nobody watches any more, and nobody begins to.
@@ -169,7 +195,7 @@ impl TransactionLog for Changes {
         let mut pending = lock(&self.pending);
         let first = self.log.append(time, events)?;
         let watched = (first..).zip(events).filter(|(_, event)| watchers.concerned(event.key()).next().is_some());
-        pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, event.clone()))));
+        pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, time, event.clone()))));
         if !pending.is_empty() {
             self.appended.notify_one();
         }
@@ -188,6 +214,10 @@ impl TransactionLog for Changes {
         self.log.replay(after, receive)
     }
 
+    fn read_only(&self) -> Option<&'static str> {
+        self.log.read_only()
+    }
+
     fn condition(&self) -> Condition {
         self.log.condition()
     }
@@ -199,8 +229,8 @@ impl TransactionLog for Changes {
 }
 
 impl Change {
-    fn new(sequence: u64, event: Event) -> Self {
-        Self { sequence, event, text: OnceLock::new() }
+    fn new(sequence: u64, time: u64, event: Event) -> Self {
+        Self { sequence, time, event, text: OnceLock::new() }
     }
 
     fn of(entry: &Entry<'_>) -> Self {
@@ -213,7 +243,26 @@ impl Change {
                 expires: put.expires,
             }),
         };
-        Self::new(entry.sequence, event)
+        Self::new(entry.sequence, entry.time, event)
+    }
+
+    /// What [`Change::entry`] has for metadata.
+    pub fn metadata(&self) -> Vec<(&str, &str)> {
+        match &self.event {
+            Event::Delete(_) => Vec::new(),
+            Event::Put(put) => put.metadata.iter().map(|(name, value)| (&**name, &**value)).collect(),
+        }
+    }
+
+    /// As it comes out of the log.
+    pub fn entry<'c>(&'c self, metadata: &'c [(&'c str, &'c str)]) -> Entry<'c> {
+        let event = match &self.event {
+            Event::Delete(key) => EventRef::Delete(key),
+            Event::Put(Put { key, value, expires, .. }) => {
+                EventRef::Put(PutRef { key, value, metadata, expires: *expires })
+            }
+        };
+        Entry { sequence: self.sequence, time: self.time, event }
     }
 
     pub fn key(&self) -> &str {
@@ -264,7 +313,7 @@ mod tests {
         fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
             let mut entries = lock(&self.entries);
             let first = entries.len() as u64 + 1;
-            entries.extend(events.iter().map(|event| Change::new(0, event.clone()).key().to_owned()));
+            entries.extend(events.iter().map(|event| Change::new(0, 0, event.clone()).key().to_owned()));
             Ok(first)
         }
 

@@ -40,6 +40,11 @@ pub trait TransactionLog: Send + Sync + 'static {
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
 
+    /// Why nothing can be appended, where another process writes it.
+    fn read_only(&self) -> Option<&'static str> {
+        None
+    }
+
     /// How it is, for those who look after it.
     fn condition(&self) -> Condition {
         let failure = self.watermark().failure();

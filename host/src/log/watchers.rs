@@ -98,6 +98,11 @@ impl Watchers {
     /// Nobody watches any more, and nobody begins to.
     pub fn end(&mut self) {
         self.ended = true;
+        self.dismiss();
+    }
+
+    /// Nothing more comes for those who watch.
+    pub fn dismiss(&self) {
         for queue in self.by_prefix.values().chain(self.by_key.values()).flat_map(HashMap::values) {
             lock(&queue.waiting).over = true;
             queue.ready.notify_one();

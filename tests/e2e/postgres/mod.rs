@@ -4,6 +4,7 @@ mod commands;
 mod database;
 mod opening;
 mod proxy;
+mod standby;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -12,14 +13,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
-use tempfile::TempDir;
 
 use self::database::{Database, give};
 use self::proxy::{Proxy, Way};
 use crate::components::DEFAULT_GUEST;
 use crate::full_disk::Mount;
 use crate::load::Clients;
-use crate::server::{PATIENCE, Process, Server, serve, serve_refused};
+use crate::server::{PATIENCE, Server, serve_refused};
 use crate::swap::{component, swaps};
 use crate::wire::Connection;
 use crate::zoo;
@@ -245,7 +245,7 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
     });
     let server = taken.expect("it was started");
     assert_eq!(put(&server, "a", "2"), 201);
-    assert_eq!(put(&paused, "a", "3"), 403);
+    assert_eq!(put(&paused, "a", "3"), 503);
     assert_eq!(get(&server, "a"), (200, "2".into()));
     assert_eq!(ready(&server).0, 200);
     clients.settle(server.address());
@@ -285,43 +285,6 @@ fn a_database_without_room_refuses_writes_and_takes_them_again_when_there_is_som
     assert_eq!(database.sql(WHOLE), ["t"]);
     server.terminate();
     database.sql("ALTER TABLE kvs.transactions SET TABLESPACE pg_default");
-}
-
-#[test]
-fn one_that_stands_by_takes_over_when_the_writer_is_gone() {
-    let mut database = Database::start();
-    let url = database.url();
-    let server = start(&url);
-    let mut clients = Clients::new(&mut zoo::dice());
-    let standby = || {
-        let data = TempDir::new().expect("a temporary directory can be made");
-        let mut command = serve(data.path());
-        command.args(["--log", &url, "--standby"]);
-        (Process::spawn(command), data)
-    };
-    let waits = |process: &Process| {
-        let told = process.stderr.find(|line| line.contains("standing by while process").then_some(()));
-        told.unwrap_or_else(|said| panic!("it does not stand by, but says:\n{said}"));
-        let ready = Connection::open(process.admin()).ask("GET", "/readyz", b"");
-        assert_eq!(ready.status, 503);
-        assert!(ready.text().starts_with("[-]log not open yet\n"), "{}", ready.text());
-    };
-    let (mut told_to_stop, _data) = standby();
-    waits(&told_to_stop);
-    told_to_stop.signal(Signal::TERM);
-    assert!(told_to_stop.wait().success());
-    let (process, data) = standby();
-    waits(&process);
-    // It outlives the database, as the writer does.
-    database.kill();
-    process.stderr.find(|line| line.contains("the database is away").then_some(())).expect("it says so");
-    database.start_again();
-    becomes_ready(&server, 200, WELL);
-    under_load(&server, &mut clients, 500, || server.signal(Signal::KILL));
-    server.ends();
-    let server = Server::of(process, data);
-    clients.settle(server.address());
-    assert_eq!(database.sql(WHOLE), ["t"]);
 }
 
 #[test]

@@ -103,7 +103,7 @@ impl Breaker {
     pub fn succeeded(&self) {
         let mut state = self.lock();
         if let State::Open { since, .. } = &*state {
-            info!("the database is back after {:.1?}, writes are taken again", since.elapsed());
+            info!("the database is back after {:.1?}", since.elapsed());
         }
         self.open.store(false, Ordering::Release);
         if !matches!(&*state, State::Closed { failures: 0, .. }) {

@@ -1,6 +1,7 @@
 //! Compaction: rows that no store needs any more are deleted, a few at a time.
 //!
-//! A put goes when its key is written again, a delete or an expired put when nothing older of its key is left. The newest
+//! A put goes when its key is written again, a delete or an expired put when nothing older of its key is left, which what
+//! goes in the same step is not. The newest
 //! dropped delete is noted, since whoever has read an older entry of that key would miss it. The space is reused when the database has vacuumed.
 
 use std::sync::Arc;
@@ -32,7 +33,7 @@ const STEP: &str = "WITH step AS (SELECT sequence, event_type, key, time, expire
      AND newer.sequence > step.sequence AND newer.sequence <= $3) AS superseded, \
      (event_type = 1 AND time < $5 OR expires BETWEEN 0 AND $5) AND NOT EXISTS (SELECT FROM kvs.transactions older \
      WHERE older.key = step.key AND substr(sha256(older.key), 1, 16) = substr(sha256(step.key), 1, 16) \
-     AND older.sequence < step.sequence) AS over FROM step), \
+     AND older.sequence <= $2) AS over FROM step), \
      gone AS (DELETE FROM kvs.transactions entry USING fate WHERE entry.sequence = fate.sequence AND (superseded OR over) \
      AND EXISTS (SELECT FROM kvs.writer WHERE epoch = $1) RETURNING entry.sequence, NOT superseded AS missed), \
      noted AS (UPDATE kvs.writer SET forgotten = greatest(forgotten, (SELECT max(sequence) FROM gone WHERE missed)) \
@@ -40,7 +41,7 @@ const STEP: &str = "WITH step AS (SELECT sequence, event_type, key, time, expire
      SELECT (SELECT max(sequence) FROM step), (SELECT count(*) FROM step), (SELECT count(*) FROM gone)";
 
 /// Compacts whenever it is worth it, for as long as the log is this process's.
-pub async fn run(shared: Arc<Shared>, mut compacted: u64) {
+pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
     let mut kept = 0;
     loop {
         sleep(LOOK).await;
@@ -51,7 +52,7 @@ pub async fn run(shared: Arc<Shared>, mut compacted: u64) {
         if newest.saturating_sub(compacted) < WORTH.max(kept) || !shared.breaker.is_well() {
             continue;
         }
-        match compact(&shared, newest, Effort { rest: REST, grace: GRACE }).await {
+        match compact(&shared, epoch, newest, Effort { rest: REST, grace: GRACE }).await {
             Ok(left) => (compacted, kept) = (newest, left),
             // The log is as it was, only larger than need be.
             Err(error) => warn!("the log could not be compacted: {error:#}"),
@@ -68,7 +69,7 @@ pub struct Effort {
 }
 
 /// Goes once through the log up to `newest`, and gives how many entries it left.
-pub async fn compact(shared: &Shared, newest: u64, effort: Effort) -> Result<u64> {
+pub async fn compact(shared: &Shared, epoch: i64, newest: u64, effort: Effort) -> Result<u64> {
     let session = shared.connect().await?;
     let step = session.prepare(STEP).await?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -76,7 +77,7 @@ pub async fn compact(shared: &Shared, newest: u64, effort: Effort) -> Result<u64
     let (begun, mut position, mut kept, mut dropped) = (Instant::now(), Some(0_i64), 0, 0);
     while let Some(after) = position {
         let step_begun = Instant::now();
-        let row = session.one(&step, &[&shared.epoch, &after, &newest.cast_signed(), &ROWS, &over]).await?;
+        let row = session.one(&step, &[&epoch, &after, &newest.cast_signed(), &ROWS, &over]).await?;
         position = row.try_get(0)?;
         let [seen, gone]: [i64; 2] = [row.try_get(1)?, row.try_get(2)?];
         kept += (seen - gone).cast_unsigned();
@@ -85,7 +86,7 @@ pub async fn compact(shared: &Shared, newest: u64, effort: Effort) -> Result<u64
         sleep(step_begun.elapsed() * effort.rest).await;
     }
     let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
-    session.execute(done, &[&shared.epoch, &newest.cast_signed()]).await?;
+    session.execute(done, &[&epoch, &newest.cast_signed()]).await?;
     if dropped > 0 {
         info!("compacted the log: {dropped} of {} entries less, in {:.1?}", dropped + kept, begun.elapsed());
     }

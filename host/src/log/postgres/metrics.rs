@@ -33,7 +33,7 @@ impl Metrics {
 
 impl Measured for PostgresLog {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Shared { metrics, breaker, .. } = &*self.shared;
+        let Shared { metrics, breaker, queue, .. } = &*self.shared;
         let help = "Time from the first append of a batch until the batch is durable";
         page.histogram("log_append_duration_seconds", help, &metrics.append)?;
         page.histogram("log_write_duration_seconds", "Time the database took to commit a batch", &metrics.write)?;
@@ -42,6 +42,9 @@ impl Measured for PostgresLog {
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("log_sequence", "The newest durable sequence", durable)?;
         page.gauge("log_pending_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        let behind = self.shared.news.borrow().newest.saturating_sub(newest);
+        page.gauge("log_standby", "1 while another process writes the log", u64::from(!queue.begun()))?;
+        page.gauge("log_behind_entries", "Entries another process wrote that were not taken in yet", behind)?;
         let breaker_is = |position| u64::from(breaker.position() == position);
         let help = "Whether the breaker is closed (the database answers), half open (it is tried) or open (it is away)";
         page.gauges(

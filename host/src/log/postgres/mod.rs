@@ -2,8 +2,8 @@
 //!
 //! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
 //! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
-//! they become durable, once and in order), `breaker` (what happens while the database is away), `opening` (who may write)
-//! and `replay` (how they come out).
+//! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
+//! `standby` (who waits for that) and `replay` (how they come out).
 //!
 //! # Who writes
 //!
@@ -11,7 +11,14 @@
 //! under a newer one: a process that was paused, or cut off, for however long, cannot write after another took over. It
 //! steps down: reads go on with what it has, writes are refused, and it is not ready. The epoch is taken at the start, when
 //! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
-//! ten seconds.
+//! ten seconds; or later, by one that stands by.
+//!
+//! # While another process writes
+//!
+//! One that stands by looks ten times a second how far the log has come. Whoever serves from it takes in what is new by
+//! [`TransactionLog::replay`] and says so ([`PostgresLog::follow`]); nothing can be appended. When the epoch is to be had
+//! it is taken at once, which makes an end of what can come; the rest is taken in, and then the log begins to take appends
+//! ([`PostgresLog::begin`]).
 //!
 //! # What an answered write has behind it
 //!
@@ -27,31 +34,37 @@ mod batch;
 pub mod book;
 mod breaker;
 mod compactor;
+mod epoch;
 mod metrics;
 mod opening;
 mod queue;
 mod replay;
 mod schema;
 mod session;
+mod standby;
 mod target;
 mod tls;
 mod writer;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
-use tracing::error;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{self, JoinHandle};
+use tokio_postgres::Statement;
+use tracing::{error, info};
 
 pub use self::opening::Manner;
+pub use self::standby::News;
 pub use self::target::Url;
 
 use self::breaker::Breaker;
 use self::compactor::Effort;
+use self::epoch::Epoch;
 use self::metrics::Metrics;
+use self::opening::{Holding, Opened};
 use self::queue::{End, Queue};
 use self::session::{Failure, Session};
 use self::target::Target;
@@ -93,11 +106,15 @@ struct Shared {
     timeout: Duration,
     /// What every connection begins with.
     settings: &'static str,
-    epoch: i64,
+    /// Set when this process takes it.
+    epoch: OnceLock<i64>,
+    news: watch::Sender<News>,
     queue: Queue,
     watermark: Watermark,
     breaker: Breaker,
     readers: Semaphore,
+    /// The connection of the last reader, for one that stands by and reads again soon.
+    idle: Mutex<Option<Session>>,
     metrics: Metrics,
     /// What an operator should know of the database, however well it is.
     doubts: Vec<String>,
@@ -121,21 +138,35 @@ impl PostgresLog {
             Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
         };
         let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
-        let (epoch, last) = (opened.epoch, opened.last);
+        let Opened { session, append, doubts, holding } = opened;
+        let news = match &holding {
+            Holding::Ours(epoch) => News { newest: epoch.last, holder: None },
+            Holding::Theirs(look) => News { newest: look.newest, holder: Some(look.holder.clone()) },
+        };
         let shared = Arc::new(Shared {
             target,
             timeout,
             settings,
-            epoch,
-            queue: Queue::new(last, group_bytes),
-            watermark: Watermark::new(last),
+            epoch: OnceLock::new(),
+            queue: Queue::new(news.newest, group_bytes),
+            watermark: Watermark::new(news.newest),
+            news: watch::Sender::new(news),
             breaker: Breaker::new(),
             readers: Semaphore::new(READERS),
+            idle: Mutex::default(),
             metrics: Metrics::new(),
-            doubts: opened.doubts,
+            doubts,
         });
-        let writer = runtime.spawn(Writer::new(epoch, opened.session, opened.append).run(Arc::clone(&shared)));
-        runtime.spawn(compactor::run(Arc::clone(&shared), opened.compacted));
+        let writer = match holding {
+            Holding::Ours(epoch) => {
+                shared.queue.begin();
+                runtime.spawn(Arc::clone(&shared).write(epoch, Some((session, append))))
+            }
+            Holding::Theirs(look) => {
+                info!("standing by while {} writes the log", look.holder);
+                runtime.spawn(standby::run(Arc::clone(&shared), session, append))
+            }
+        };
         let handle = runtime.handle().clone();
         Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, writer })) })
     }
@@ -146,11 +177,30 @@ impl PostgresLog {
         Self::open(&Options { url, group_bytes: GROUP_BYTES, durability: Durability::Sync, timeout, manner })
     }
 
+    /// What there is to be taken in; changes for as long as another process writes.
+    pub fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    /// What another process wrote was taken in, up to this sequence.
+    pub fn follow(&self, sequence: u64) {
+        self.shared.queue.follow(sequence);
+        self.shared.watermark.advance(sequence);
+    }
+
+    /// Everything was taken in, and the epoch is this process's: from now on appends are.
+    pub fn begin(&self) {
+        self.shared.queue.begin();
+        *self.shared.idle() = None;
+        info!("this process writes the log now, after sequence {}", self.appended());
+    }
+
     /// Drops all that can be dropped, and returns how many entries are left.
     pub fn compact(&self) -> Result<u64> {
+        let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
         let effort = Effort { rest: 0, grace: Duration::ZERO };
-        self.handle.block_on(compactor::compact(&self.shared, newest, effort))
+        self.handle.block_on(compactor::compact(&self.shared, epoch, newest, effort))
     }
 }
 
@@ -171,6 +221,16 @@ impl TransactionLog for PostgresLog {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
     }
 
+    fn read_only(&self) -> Option<&'static str> {
+        if self.shared.queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and takes writes")
+        } else if !self.shared.queue.begun() {
+            Some("this server stands by; another one takes writes")
+        } else {
+            None
+        }
+    }
+
     fn condition(&self) -> Condition {
         let Shared { queue, watermark, breaker, doubts, .. } = &*self.shared;
         if let Some(reason) = watermark.failure() {
@@ -180,6 +240,11 @@ impl TransactionLog for PostgresLog {
             return Condition::Unfit("read-only: another process writes this log now".into());
         }
         let mut told = doubts.clone();
+        if !queue.begun() {
+            let News { newest, holder } = &*self.shared.news.borrow();
+            let (holder, behind) = (holder.as_deref().unwrap_or("nobody"), newest.saturating_sub(queue.appended()));
+            told.push(format!("standing by while {holder} writes it, {behind} entries behind"));
+        }
         // Reads go on. Who takes a server out of service for a database makes more of it than it is.
         told.extend(breaker.reason().map(|reason| format!("the database is away, writes are refused: {reason}")));
         if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
@@ -213,6 +278,18 @@ impl Drop for PostgresLog {
 }
 
 impl Shared {
+    /// Writes as long as the epoch is this process's.
+    async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
+        // It is taken once.
+        let _ = self.epoch.set(epoch.number);
+        task::spawn(compactor::run(Arc::clone(&self), epoch.number, epoch.compacted));
+        Writer::new(epoch.number, connection).run(self).await;
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Option<Session>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn connect(&self) -> Result<Session, Failure> {
         Session::connect(&self.target, self.timeout, self.settings).await
     }

@@ -1,39 +1,44 @@
-//! What is done before anything is read or written: the schema, the settings of the database, and the epoch.
+//! What is done before anything is read or written: the schema, the settings of the database, and whether the epoch is to
+//! be had.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tokio::time::sleep;
 use tokio_postgres::Statement;
-use tracing::{info, warn};
+use tracing::warn;
 
+use super::epoch::{self, Epoch, Holder, Look};
 use super::session::{Failure, Session};
 use super::target::Target;
 use super::{schema, writer};
 use crate::log::file::Durability;
 
-/// A writer that was not seen for this long has lost its right.
-pub const LEASE: Duration = Duration::from_secs(10);
 /// The connection of a process that was just killed takes a moment to be missed.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(50);
-/// How often one that stands by looks.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often one that stands by tries a database that is away.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 pub struct Opened {
-    pub epoch: i64,
-    pub last: u64,
-    pub compacted: u64,
     pub session: Session,
     pub append: Statement,
     pub doubts: Vec<String>,
+    pub holding: Holding,
+}
+
+/// Who writes.
+pub enum Holding {
+    Ours(Epoch),
+    /// Another process, which has come as far as this look tells.
+    Theirs(Look),
 }
 
 /// Whether there may be no log yet, and what is done when another process writes it.
 #[derive(Clone, Copy)]
 pub struct Manner {
     pub begin: bool,
-    /// To wait for as long as that takes, also for a database that is away.
+    /// To follow it meanwhile, and to wait for a database that is away.
     pub standby: bool,
 }
 
@@ -47,20 +52,20 @@ pub async fn open(
     loop {
         let session = Session::connect(target, timeout, settings).await;
         let opened = match session {
-            Ok(session) => take(session, durability, manner).await,
+            Ok(session) => begin(session, durability, manner).await,
             Err(failure) => Err(failure.into()),
         };
         match opened {
             Err(error) if manner.standby && error.downcast_ref().is_some_and(Failure::is_silence) => {
                 warn!("standing by, and the database is away: {error:#}");
-                sleep(LOOK_AGAIN).await;
+                sleep(TRY_AGAIN).await;
             }
             opened => return opened,
         }
     }
 }
 
-async fn take(session: Session, durability: Durability, Manner { begin, standby }: Manner) -> Result<Opened> {
+async fn begin(session: Session, durability: Durability, Manner { begin, standby }: Manner) -> Result<Opened> {
     schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
@@ -68,50 +73,21 @@ async fn take(session: Session, durability: Durability, Manner { begin, standby 
     for doubt in &doubts {
         warn!("{doubt}");
     }
-    await_turn(&session, standby).await?;
-    let holder = format!("process {}", std::process::id());
-    let take = "UPDATE kvs.writer SET epoch = epoch + 1, holder = $1 || coalesce(' at ' || host(inet_client_addr()), ''), \
-         seen = clock_timestamp() RETURNING epoch, last, compacted";
-    let row = session.one(take, &[&holder]).await.context("the epoch cannot be taken from kvs.writer")?;
-    let (epoch, last): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-    let (last, compacted) = (last.cast_unsigned(), row.try_get::<_, i64>(2)?.cast_unsigned());
-    Ok(Opened { epoch, last, compacted, session, append, doubts })
-}
-
-/// Waits until nobody else writes, or whoever does is not seen any more. One that stands by takes nothing from a writer that
-/// has merely lost its connection, as all do when the database is started again: it goes by what it sees itself.
-async fn await_turn(session: &Session, standby: bool) -> Result<()> {
-    let begun = Instant::now();
-    let (mut known, mut since, mut told) = (String::new(), begun, false);
-    loop {
-        let look = "SELECT holder, seen::text, extract(epoch FROM clock_timestamp() - seen)::float8 FROM kvs.writer";
-        let row = session.one(look, &[]).await?;
-        let (holder, seen, ago): (Option<String>, String, f64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        if known != seen {
-            (known, since) = (seen, Instant::now());
+    let (begun, mut holder) = (Instant::now(), Holder::new(standby));
+    let holding = loop {
+        let look = holder.look(&session).await?;
+        if look.is_free {
+            break Holding::Ours(epoch::take(&session).await.context("the epoch cannot be taken from kvs.writer")?);
         }
-        let unseen = if standby { since.elapsed() } else { Duration::try_from_secs_f64(ago).unwrap_or_default() };
-        if (holder.is_none() || !standby || unseen > LEASE)
-            && session.one("SELECT pg_try_advisory_lock($1)", &[&writer::LOCK]).await?.try_get(0)?
-        {
-            return Ok(());
+        if standby {
+            break Holding::Theirs(look);
         }
-        let holder = holder.unwrap_or("another process".into());
-        if unseen > LEASE {
-            warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
-            return Ok(());
+        if begun.elapsed() > PATIENCE {
+            bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);
         }
-        if begun.elapsed() <= PATIENCE {
-            sleep(LOOK).await;
-        } else if standby {
-            if !std::mem::replace(&mut told, true) {
-                info!("standing by while {holder} writes the log");
-            }
-            sleep(LOOK_AGAIN).await;
-        } else {
-            bail!("{holder} writes it, and did so {ago:.1} s ago: stop that first");
-        }
-    }
+        sleep(LOOK).await;
+    };
+    Ok(Opened { session, append, doubts, holding })
 }
 
 /// What a committed transaction may not survive.

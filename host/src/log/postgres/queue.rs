@@ -35,6 +35,8 @@ struct State {
     /// Of all batches here and the one being written.
     bytes: u64,
     next: u64,
+    /// The log is this process's to write.
+    begun: bool,
     /// The database said that it has no room.
     full: bool,
     end: Option<End>,
@@ -58,9 +60,20 @@ pub enum Work {
 }
 
 impl Queue {
+    /// One that takes nothing before it is begun.
     pub fn new(appended: u64, group_bytes: u64) -> Self {
-        let state = Mutex::new(State { next: appended + 1, ..State::default() });
-        Self { state, ready: Notify::new(), appended: AtomicU64::new(appended), group_bytes }
+        Self { state: Mutex::default(), ready: Notify::new(), appended: AtomicU64::new(appended), group_bytes }
+    }
+
+    /// What others wrote is taken in up to this sequence.
+    pub fn follow(&self, appended: u64) {
+        self.appended.store(appended, Ordering::Release);
+    }
+
+    /// The log is this process's, and goes on from there.
+    pub fn begin(&self) {
+        let mut state = self.lock();
+        (state.begun, state.next) = (true, self.appended() + 1);
     }
 
     pub fn append(&self, breaker: &Breaker, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -69,6 +82,7 @@ impl Queue {
         match state.end {
             Some(End::ReadOnly) => return Err(AppendError::ReadOnly),
             Some(_) => return Err(AppendError::Unavailable),
+            None if !state.begun => return Err(AppendError::ReadOnly),
             None => {}
         }
         let first = state.next;
@@ -141,6 +155,10 @@ impl Queue {
         }
         drop(state);
         self.ready.notify_one();
+    }
+
+    pub fn begun(&self) -> bool {
+        self.lock().begun
     }
 
     pub fn ended(&self) -> Option<End> {

@@ -19,7 +19,7 @@ const ENTRIES: &str = "SELECT sequence, time, event_type, key, value, metadata::
 
 /// See [`TransactionLog::replay`](crate::log::TransactionLog::replay).
 pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
-    if after >= shared.watermark.durable() {
+    if shared.queue.begun() && after >= shared.watermark.durable() {
         return Ok(after);
     }
     let _reader = shared.readers.acquire().await?;
@@ -47,12 +47,16 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
 /// Hands over what is after `position`, and moves it along. All that is read is of one moment, in which compaction has
 /// dropped nothing for the sake of what is not there yet.
 async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Receive<'_>) -> Result<u64> {
-    let session = shared.connect().await?;
+    let idle = shared.idle().take();
+    let session = match idle {
+        Some(session) => session,
+        None => shared.connect().await?,
+    };
     session.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let writer = session.one("SELECT epoch, last, forgotten FROM kvs.writer", &[]).await?;
     let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
     // What it wrote is not this process's to show, and what it dropped is not known here.
-    ensure!(epoch == shared.epoch, "another process writes this log now");
+    ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process writes this log now");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     ensure!(after == 0 || newest <= after, Forgotten { after, newest });
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
@@ -68,9 +72,15 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
             bytes = 0;
         }
         if ended {
-            return Ok(last.cast_unsigned());
+            break;
         }
     }
+    drop(rows);
+    if !shared.queue.begun() {
+        session.run("COMMIT").await?;
+        *shared.idle() = Some(session);
+    }
+    Ok(last.cast_unsigned())
 }
 
 fn hand_over(rows: &[Row], newest: i64, position: &mut u64, receive: &mut Receive<'_>) -> Result<()> {

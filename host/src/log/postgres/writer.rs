@@ -16,6 +16,7 @@ use tokio_postgres::types::ToSql;
 
 use super::Shared;
 use super::batch::Batch;
+use super::epoch;
 use super::queue::Work;
 use super::session::{Failure, Kind, Session};
 
@@ -23,9 +24,6 @@ use super::session::{Failure, Kind, Session};
 pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the end waits for a database that is away.
 const FAREWELL: Duration = Duration::from_secs(10);
-
-/// Held by the connection of whoever writes.
-pub const LOCK: i64 = 0x6b76_7301;
 
 /// $1 epoch, $2 the entry before, $3 the last, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
@@ -48,8 +46,8 @@ enum Outcome {
 }
 
 impl Writer {
-    pub fn new(epoch: i64, session: Session, append: Statement) -> Self {
-        Self { epoch, session: Some((session, append)) }
+    pub fn new(epoch: i64, session: Option<(Session, Statement)>) -> Self {
+        Self { epoch, session }
     }
 
     /// Writes until the log is closed, fails, or is somebody else's.
@@ -183,7 +181,7 @@ impl Writer {
                 shared.metrics.connections.add(1);
                 let session = shared.connect().await?;
                 // Lost with the connection before, unless the server has not noticed yet.
-                session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?;
+                session.one("SELECT pg_try_advisory_lock($1)", &[&epoch::LOCK]).await?;
                 let append = prepare(&session).await?;
                 (session, append)
             }

@@ -1,0 +1,200 @@
+//! Servers that stand by: what they show, what they refuse, and what becomes of writes and watches when they take over.
+
+use std::thread;
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use super::database::Database;
+use super::{AWAY, WELL, WHOLE, becomes_ready, get, put, ready, start, under_load};
+use crate::load::Clients;
+use crate::server::{PATIENCE, Server, kvs};
+use crate::unruly::guest;
+use crate::watch::Events;
+use crate::wire::Connection;
+use crate::zoo;
+
+const STANDS_BY: &str = "[+]log ok, but standing by while process ";
+const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
+
+fn stand_by(url: &str, args: &[&str]) -> Server {
+    let server = Server::start(&[&["--log", url, "--log-timeout", "1s", "--standby"], args].concat());
+    becomes_ready(&server, 200, STANDS_BY);
+    server
+}
+
+/// Waits until it answers so.
+fn shows(server: &Server, key: &str, status: u16, value: &str) {
+    let begun = std::time::Instant::now();
+    loop {
+        let (now, shown) = get(server, key);
+        if now == status && (status != 200 || shown == value) {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{key} is not {status} {value:?}, but {now} {shown:?}");
+        thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
+    let mut database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    assert_eq!((put(&server, "a", "1"), put(&server, "b", "1")), (201, 201));
+    let standby = stand_by(&url, &["--shards", "3"]);
+    assert_eq!(get(&standby, "a"), (200, "1".into()));
+
+    // Who waits is woken.
+    let waiting = Connection::open(standby.address());
+    let mut watching = Events::open(&standby, "/v1?watch&prefix=a", &[]);
+    thread::scope(|scope| {
+        let mut waiting = waiting;
+        let woken = scope.spawn(move || waiting.ask_with("GET", "/v1/a?wait=100s", &[("if-none-match", "\"1\"")], b""));
+        assert_eq!(put(&server, "a", "2"), 201);
+        assert_eq!(woken.join().expect("it is answered").text(), "2");
+    });
+    let seen = watching.next().expect("it goes on");
+    assert_eq!((seen.id, seen.data), (3, json!({"key": "a", "value": "2"})));
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("DELETE", "/v1/b", b"").status, 200);
+    shows(&standby, "b", 404, "");
+    let typed = [("content-type", "text/plain")];
+    assert_eq!(client.ask_with("PUT", "/v1/c?ttl=1", &typed, b"short").status, 201);
+    shows(&standby, "c", 200, "short");
+    shows(&standby, "c", 404, "");
+    let list = Connection::open(standby.address()).ask("GET", "/v1", b"");
+    assert!(list.text().contains("\"name\":\"a\"") && !list.text().contains("\"name\":\"c\""), "{}", list.text());
+
+    // What was deleted for being over was deleted by the one that writes.
+    database.becomes("SELECT last FROM kvs.writer", "6");
+    becomes_ready(&standby, 200, UP_TO_DATE);
+    let operation = json!([{"op": "check", "key": "a", "if_none_match": "*"}]).to_string();
+    for (method, path, body) in [("PUT", "/v1/a", ""), ("DELETE", "/v1/nothing", ""), ("POST", "/v1", &*operation)] {
+        let refused = Connection::open(standby.address()).ask(method, path, body.as_bytes());
+        refused.says(503, "this server stands by; another one takes writes");
+        assert_eq!(refused.header("retry-after"), Some("1"));
+    }
+    let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
+    assert!(metrics.text().contains("\nkvs_log_standby 1\n"), "{}", metrics.text());
+
+    // It outlives the database, as the one that writes does.
+    database.kill();
+    becomes_ready(&standby, 200, AWAY.trim_start_matches("[+]log ok, but "));
+    assert_eq!(get(&standby, "a"), (200, "2".into()));
+    database.start_again();
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "d", "new"), 201);
+    shows(&standby, "d", 200, "new");
+    assert_eq!(database.sql("SELECT epoch, last FROM kvs.writer"), ["1|7"]);
+    standby.terminate();
+    assert_eq!(put(&server, "a", "3"), 201);
+}
+
+#[test]
+fn a_guest_that_appends_while_its_server_stands_by_is_told_that_it_may_not() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let standby = stand_by(&database.url(), &[guest()]);
+    let told = Connection::open(standby.address()).ask("GET", "/append-to/a", b"");
+    assert!(told.text().contains("ReadOnly"), "{}", told.text());
+    assert_eq!(put(&server, "a", "1"), 201);
+    assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["1"]);
+}
+
+#[test]
+fn one_that_stands_by_takes_over_from_a_writer_that_was_killed() {
+    let database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let standby = stand_by(&url, &["--shards", "3"]);
+    let mut clients = Clients::new(&mut zoo::dice());
+    let mut watching = Events::open(&standby, "/v1?watch&since=0", &[]);
+    thread::scope(|scope| {
+        // All that is ever written, in order, and each once.
+        let watching = scope.spawn(move || {
+            for number in 1.. {
+                let event = watching.next().expect("a watch goes on over a takeover");
+                assert_eq!(event.id, number);
+                if event.data["key"] == "the end" {
+                    return number;
+                }
+            }
+            unreachable!("there is an end");
+        });
+        under_load(&server, &mut clients, 1_000, || server.signal(Signal::KILL));
+        server.ends();
+        becomes_ready(&standby, 200, WELL);
+        clients.settle(standby.address());
+        assert_eq!(database.sql(WHOLE), ["t"]);
+        under_load(&standby, &mut clients, 1_000, || {});
+        clients.settle(standby.address());
+        assert_eq!(put(&standby, "the%20end", ""), 201);
+        let told = watching.join().expect("it was told of everything");
+        assert_eq!(database.sql("SELECT last FROM kvs.writer"), [told.to_string()]);
+    });
+    assert_eq!(database.sql(WHOLE), ["t"]);
+    // What it has is what the log has.
+    standby.terminate();
+    clients.settle(start(&url).address());
+}
+
+#[test]
+fn one_that_stands_by_takes_over_from_a_writer_that_is_paused_and_that_one_never_writes_again() {
+    let database = Database::start();
+    let url = database.url();
+    let paused = start(&url);
+    let standby = stand_by(&url, &[]);
+    let mut clients = Clients::new(&mut zoo::dice());
+    under_load(&paused, &mut clients, 1_000, || {
+        paused.signal(Signal::STOP);
+        becomes_ready(&standby, 200, WELL);
+        // Before the other has written anything: the entry before is the right one, and only the epoch is not.
+        paused.signal(Signal::CONT);
+        becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+    });
+    let refused = Connection::open(paused.address()).ask("DELETE", "/v1/nothing", b"");
+    refused.says(503, "another server took the log over from this one, and takes writes");
+    clients.settle(standby.address());
+    under_load(&standby, &mut clients, 500, || {});
+    clients.settle(standby.address());
+    assert_eq!(database.sql(WHOLE), ["t"]);
+    // Its own state may hold what was never written.
+    paused.terminate();
+    standby.terminate();
+    clients.settle(start(&url).address());
+}
+
+#[test]
+fn what_is_compacted_before_it_was_followed_hides_nothing() {
+    let database = Database::start();
+    let url = database.url();
+    let mut server = start(&url);
+    let standby = stand_by(&url, &[]);
+    assert_eq!((put(&server, "gone", "1"), put(&server, "kept", "1")), (201, 201));
+    for (round, deleted) in [("2", false), ("3", true)] {
+        shows(&standby, "kept", 200, if deleted { "2" } else { "1" });
+        let mut watching = Events::open(&standby, "/v1?watch", &[]);
+        standby.signal(Signal::STOP);
+        assert_eq!((put(&server, "kept", "superseded"), put(&server, "kept", round)), (201, 201));
+        if deleted {
+            assert_eq!(Connection::open(server.address()).ask("DELETE", "/v1/gone", b"").status, 200);
+        }
+        server.terminate();
+        let compacted = kvs().args(["log", "compact", "--log", &url]).output().expect("the binary can be started");
+        assert!(compacted.status.success(), "{}", String::from_utf8_lossy(&compacted.stderr));
+        server = start(&url);
+        assert_eq!(put(&server, "more", round), 201);
+        standby.signal(Signal::CONT);
+        shows(&standby, "more", 200, round);
+        assert_eq!(get(&standby, "kept"), (200, round.into()));
+        assert_eq!(get(&standby, "gone").0, if deleted { 404 } else { 200 });
+        // One that would miss something is told nothing, and learns why when it asks.
+        assert!(watching.next().is_none(), "it would miss what was superseded");
+        assert_eq!(Connection::open(standby.address()).ask("GET", "/v1?watch&since=2", b"").status, 410);
+    }
+    server.terminate();
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((put(&standby, "gone", "again"), get(&standby, "kept")), (201, (200, "3".into())));
+    assert!(ready(&standby).1.starts_with(WELL));
+}
