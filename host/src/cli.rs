@@ -117,7 +117,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_LOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub log_timeout: Duration,
 
-    /// While another process writes the log in a database, wait, and take over when it is gone
+    /// While another process writes the log in a database, follow it and serve reads; take over when it is gone
     #[arg(long, env = "KVS_STANDBY")]
     pub standby: bool,
 

@@ -61,15 +61,7 @@ impl Server {
 
     /// As `spawn`; an error when it ended before it served.
     pub fn try_spawn(command: Command, data: TempDir) -> Result<Self, (ExitStatus, Stopped)> {
-        Self::try_of(Process::spawn(command), data)
-    }
-
-    /// Waits until a process that was started serves `data`.
-    pub fn of(process: Process, data: TempDir) -> Self {
-        Self::try_of(process, data).unwrap_or_else(|(_, stopped)| panic!("it said:\n{}", stopped.stderr.join("\n")))
-    }
-
-    fn try_of(mut process: Process, data: TempDir) -> Result<Self, (ExitStatus, Stopped)> {
+        let mut process = Process::spawn(command);
         let serving = |line: &str| address(line, "serving on http://").or_else(|| address(line, "serving on https://"));
         match process.stderr.find(serving) {
             Ok(address) => Ok(Self { admin: process.admin(), process, data, address }),

@@ -3,7 +3,7 @@
 use super::database::Database;
 use super::{get, put, ready, start};
 use crate::certificates::{Authority, Kind};
-use crate::server::serve_refused;
+use crate::server::{Server, serve_refused};
 
 #[test]
 fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
@@ -78,7 +78,7 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
     .iter()
     .enumerate()
     {
-        let server = start(good);
+        let server = Server::start(&["--log", good]);
         assert_eq!(put(&server, "a", &number.to_string()), 201, "{good}");
         assert_eq!(
             database.sql(

@@ -139,15 +139,15 @@ impl PostgresLog {
         };
         let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
         let Opened { session, append, doubts, holding } = opened;
-        let news = match &holding {
-            Holding::Ours(epoch) => News { newest: epoch.last, holder: None },
-            Holding::Theirs(look) => News { newest: look.newest, holder: Some(look.holder.clone()) },
+        let (epoch, news) = match &holding {
+            Holding::Ours(epoch) => (OnceLock::from(epoch.number), News { newest: epoch.last, holder: None }),
+            Holding::Theirs(look) => (OnceLock::new(), News { newest: look.newest, holder: Some(look.holder.clone()) }),
         };
         let shared = Arc::new(Shared {
             target,
             timeout,
             settings,
-            epoch: OnceLock::new(),
+            epoch,
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
@@ -280,8 +280,6 @@ impl Drop for PostgresLog {
 impl Shared {
     /// Writes as long as the epoch is this process's.
     async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
-        // It is taken once.
-        let _ = self.epoch.set(epoch.number);
         task::spawn(compactor::run(Arc::clone(&self), epoch.number, epoch.compacted));
         Writer::new(epoch.number, connection).run(self).await;
     }

@@ -71,6 +71,10 @@ async fn look(
             format!("its newest entry is {newest}, where there were {known} before: the database was set back");
         return Err(Failure { reason, kind: Kind::Damaged });
     }
+    if let Some(epoch) = &epoch {
+        // Once in the life of a process.
+        let _ = shared.epoch.set(epoch.number);
+    }
     shared.news.send_replace(News { newest, holder: epoch.is_none().then_some(look.holder) });
     Ok(epoch)
 }
