@@ -11,8 +11,9 @@ target=$(uname -m)-unknown-linux-musl
 
 # Whole programs are optimized, which needs them whole.
 export CARGO_INCREMENTAL=0
-# No path of this machine is in what is built.
+# No path of this machine is in what is built, nor in the guest.
 flags="--remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo"
+export CARGO_TARGET_WASM32_WASIP2_RUSTFLAGS="$flags"
 # Addresses that are set at the start take two bits each; nothing unwinds.
 flags="$flags -Clink-arg=-Wl,-z,pack-relative-relocs -Cforce-unwind-tables=no"
 export "CARGO_TARGET_$(echo "$target" | tr a-z- A-Z_)_RUSTFLAGS=$flags"

@@ -130,7 +130,8 @@ fn shared() -> Vec<(PathBuf, PathBuf)> {
     shared
 }
 
-fn home(variable: &str, default: &str) -> PathBuf {
+/// Where a tool keeps its files on this machine.
+pub fn home(variable: &str, default: &str) -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").expect("there is a home")).join(default);
     std::env::var_os(variable).map_or_else(home, PathBuf::from)
 }
