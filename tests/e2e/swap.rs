@@ -25,7 +25,7 @@ pub fn component(file: &str) -> Vec<u8> {
 }
 
 /// Puts a guest in, and waits for the answer.
-fn swap(server: &Server, component: &[u8]) -> Response {
+pub fn swap(server: &Server, component: &[u8]) -> Response {
     Connection::open(server.admin()).ask("PUT", "/guest", component)
 }
 

@@ -7,8 +7,10 @@ use serde_json::json;
 
 use super::database::Database;
 use super::{AWAY, WELL, WHOLE, becomes_ready, get, put, ready, start, under_load};
+use crate::components::DEFAULT_GUEST;
 use crate::load::Clients;
 use crate::server::{PATIENCE, Server, kvs};
+use crate::swap::{component, swap};
 use crate::unruly::guest;
 use crate::watch::Events;
 use crate::wire::Connection;
@@ -159,10 +161,23 @@ fn one_that_stands_by_takes_over_from_a_writer_that_is_paused_and_that_one_never
     under_load(&standby, &mut clients, 500, || {});
     clients.settle(standby.address());
     assert_eq!(database.sql(WHOLE), ["t"]);
-    // Its own state may hold what was never written.
+    // Its own state may hold what was never written, and what another wrote is not its to show.
+    let swapped = swap(&paused, &component(DEFAULT_GUEST));
+    assert!(swapped.text().contains("another process writes this log now"), "{}", swapped.text());
     paused.terminate();
     standby.terminate();
     clients.settle(start(&url).address());
+}
+
+#[test]
+fn a_writer_that_has_nothing_to_write_finds_out_too_that_another_took_over() {
+    let database = Database::start();
+    let paused = start(&database.url());
+    let standby = stand_by(&database.url(), &[]);
+    paused.signal(Signal::STOP);
+    becomes_ready(&standby, 200, WELL);
+    paused.signal(Signal::CONT);
+    becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
 }
 
 #[test]

@@ -242,8 +242,11 @@ impl TransactionLog for PostgresLog {
         let mut told = doubts.clone();
         if !queue.begun() {
             let News { newest, holder } = &*self.shared.news.borrow();
-            let (holder, behind) = (holder.as_deref().unwrap_or("nobody"), newest.saturating_sub(queue.appended()));
-            told.push(format!("standing by while {holder} writes it, {behind} entries behind"));
+            let behind = newest.saturating_sub(queue.appended());
+            told.push(match holder {
+                Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
+                None => format!("taking it over, {behind} entries behind"),
+            });
         }
         // Reads go on. Who takes a server out of service for a database makes more of it than it is.
         told.extend(breaker.reason().map(|reason| format!("the database is away, writes are refused: {reason}")));
