@@ -100,8 +100,10 @@ impl Server {
         let mut postgres = program("postgres");
         postgres.args(["-h", "127.0.0.1", "-p", &address.port().to_string(), "-c", "unix_socket_directories="]);
         let mut postgres = Self { name: "postgres", process: postgres.spawn()?, address, admin: None };
+        let mut ready = Command::new(programs.join("pg_isready"));
+        ready.args(["-q", "-h", "127.0.0.1", "-p", &address.port().to_string()]);
         let began = Instant::now();
-        while TcpStream::connect(address).is_err() {
+        while !ready.status()?.success() {
             let ended = postgres.process.try_wait()?.is_some();
             ensure!(!ended && began.elapsed() < Duration::from_secs(30), "postgres does not serve");
             std::thread::sleep(Duration::from_millis(10));

@@ -208,8 +208,13 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
         assert!(watching.next().is_none(), "it would miss what was superseded");
         assert_eq!(Connection::open(standby.address()).ask("GET", "/v1?watch&since=2", b"").status, 410);
     }
+    // It takes in the last words of a writer that is gone when it looks again.
+    standby.signal(Signal::STOP);
+    assert_eq!(put(&server, "more", "4"), 201);
     server.terminate();
+    standby.signal(Signal::CONT);
     becomes_ready(&standby, 200, WELL);
+    assert_eq!(get(&standby, "more"), (200, "4".into()));
     assert_eq!((put(&standby, "gone", "again"), get(&standby, "kept")), (201, (200, "3".into())));
     assert!(ready(&standby).1.starts_with(WELL));
 }
