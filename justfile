@@ -142,7 +142,7 @@ image FLAVOUR="full":
     version=$(cargo pkgid | sed 's/.*[#@]//') name=kvs
     [ "{{ FLAVOUR }}" = full ] || name=kvs-{{ FLAVOUR }}
     arguments=(--target "{{ FLAVOUR }}" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" --tag "$name:$version")
-    # The same files give the same image: all of it is as old as the commit.
+    # The same files give the same layers: all of it is as old as the commit.
     SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) && export SOURCE_DATE_EPOCH
     if docker info >/dev/null 2>&1; then docker build "${arguments[@]}" .
     elif command -v podman >/dev/null; then podman build --format docker --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" .

@@ -54,15 +54,20 @@ impl Image {
         self.flavour
     }
 
-    pub fn digest(&self) -> String {
-        printed(&mut buildah(&["inspect", "--type", "image", "--format", "{{.FromImageID}}", &self.name]))
+    /// The digests of its layers. Its own digest is another each time: buildah notes the container it worked in.
+    pub fn layers(&self) -> Value {
+        self.inspected()["rootfs"]["diff_ids"].clone()
     }
 
     /// What it says of itself.
     pub fn config(&self) -> Value {
+        self.inspected()["config"].clone()
+    }
+
+    fn inspected(&self) -> Value {
         let inspected = printed(&mut buildah(&["inspect", "--type", "image", &self.name]));
         let inspected: Value = serde_json::from_str(&inspected).expect("buildah writes JSON");
-        inspected["Docker"]["config"].clone()
+        inspected["Docker"].clone()
     }
 
     pub fn binary(&self) -> PathBuf {

@@ -98,7 +98,10 @@ fn holds_nothing_else(image: &Image) {
 }
 
 fn is_the_same_when_built_again(image: &Image, flavour: &'static str) {
-    assert_eq!(Image::build_anew(flavour).digest(), image.digest(), "the same files gave another image");
+    // Asked for now: the new image takes over the name.
+    let layers = image.layers();
+    assert!(layers[0].is_string(), "{layers}");
+    assert_eq!(Image::build_anew(flavour).layers(), layers, "the same files gave another image");
 }
 
 /// With curl, as anybody would.
