@@ -11,7 +11,7 @@ use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use crate::full_disk::Mount;
-use crate::server::{Server, Stopped, kvs, refused, serve};
+use crate::server::{Server, Stopped, kvs, refused, serve, through};
 use crate::wire::Connection;
 
 /// Small segments, so that a short test has several.
@@ -164,9 +164,8 @@ fn what_this_user_may_not_use_is_refused() {
         fs::set_permissions(&path, Permissions::from_mode(0o777)).expect("it is ours");
     }
     let command = |args: &[&str]| {
-        let mut command = Command::new(&program);
-        command.args(args).arg("--data").arg(data).env("KVS_ADMIN", "127.0.0.1:0").env("KVS_LISTEN", "127.0.0.1:0");
-        command.stdout(Stdio::null());
+        let mut command = through(program.to_str().expect("a temporary path is text"), &kvs());
+        command.args(args).arg("--data").arg(data).env("KVS_LISTEN", "127.0.0.1:0").stdout(Stdio::null());
         by_nobody(command)
     };
     let all: [&[&str]; 4] = [&["serve"], &["log", "verify"], &["log", "dump"], &["log", "compact"]];

@@ -161,7 +161,7 @@ fn what_went_wrong_is_one_line() {
     refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
     refuses(&open, &["watch", "--since", "7"]).with(1, &["there is nothing since 7 yet", "(400)"]);
     let many: String =
-        (0..200).map(|n| format!("{{\"key\": \"{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
+        (0..200).map(|n| format!("{{\"key\": \"{{full}}{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
     let many = file("many", &many);
     let full = refuses(&open, &["load", &many]);
     full.with(1, &["kvs: line ", "of ", "put ", "(507)", "lines are stored, go on with kvs load --resume"]);

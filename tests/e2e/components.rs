@@ -176,15 +176,15 @@ fn a_guest_that_needs_more_memory_than_it_may_have() {
 fn a_guest_that_traps_on_an_entry_of_the_log() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
-    assert_eq!(client.ask("PUT", "/v1/b", b"value").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/{x}a", b"value").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/{x}b", b"value").status, 201);
     let stopped = server.terminate();
     stopped
         .refuses(&[guest(), "--guest-config", "fault=apply-traps"])
         .with(1, &["apply of entries 1 to 2", "fall_over"]);
     // The log is as it was.
     let server = stopped.restart(&[]);
-    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/b", b"").body, b"value");
+    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/{x}b", b"").body, b"value");
 }
 
 fn inspect(args: &[&str]) -> Command {

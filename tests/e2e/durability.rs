@@ -157,7 +157,7 @@ fn a_long_replay_tells_how_far_it_is() {
     let mut client = Connection::open(server.address());
     for n in 1..=3 {
         // Each is so large that the guest is handed it on its own.
-        assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &[b'x'; 1 << 20]).status, 201);
+        assert_eq!(client.ask("PUT", &format!("/v1/{{x}}{n}"), &[b'x'; 1 << 20]).status, 201);
     }
     let server = server.terminate().restart(&[guest(), "--guest-config", "fault=apply-dawdles"]);
     server.says("replaying: 2 entries, sequence 2 of 3");

@@ -375,7 +375,7 @@ fn a_stop_under_load_answers_every_stream_that_was_taken() {
 fn a_connection_of_many_streams_gets_no_more_of_the_guest_than_others() {
     let server = Server::start(&["--access-log", "1000"]);
     let mut client = Connection::open(server.address());
-    let put = |n| format!(r#"{{"op": "put", "key": "{n}", "value": "{:01000}"}}"#, 0);
+    let put = |n| format!(r#"{{"op": "put", "key": "{{all}}{n}", "value": "{:01000}"}}"#, 0);
     let puts: Vec<_> = (0..900).map(put).collect();
     assert_eq!(client.ask("POST", "/v1", format!("[{}]", puts.join(",")).as_bytes()).status, 200);
     let mut many = Frames::open(server.address());

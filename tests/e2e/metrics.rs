@@ -229,7 +229,7 @@ fn bytes_are_counted_as_they_go_over_the_wire() {
 fn what_is_under_way_and_what_waits_is_shown() {
     let server = Server::start(&[guest(), "--guest-call-timeout", "1h"]);
     let mut slow = Connection::open(server.address());
-    slow.send("PUT /store/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
+    slow.send("PUT /store/{own}a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
     assert_eq!(slow.read().status, 100);
     let metrics = Metrics::of(&server);
     assert_eq!(metrics.get("kvs_http_requests_in_flight"), 1.0);
@@ -243,7 +243,7 @@ fn what_is_under_way_and_what_waits_is_shown() {
     server.says("going round in circles");
     let clients = (0..8).map(|_| {
         let mut client = Connection::open(server.address());
-        client.send("GET /store/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
+        client.send("GET /store/{own}a HTTP/1.1\r\nhost: kvs\r\n\r\n");
         client
     });
     let _clients: Vec<_> = clients.collect();

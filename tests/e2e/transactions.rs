@@ -22,43 +22,43 @@ fn given(response: &Response) -> Value {
 fn a_transaction_is_done_whole_and_is_there_after_a_kill() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    client.ask("PUT", "/v1/a", b"1");
+    client.ask("PUT", "/v1/{x}a", b"1");
     let operations = json!([
-        {"op": "check", "key": "a", "etag": "\"1\""},
-        {"op": "check", "key": "b", "etag": null},
-        {"op": "get", "key": "a"},
-        {"op": "put", "key": "b", "value": "1", "content_type": "text/plain"},
-        {"op": "put", "key": "c/d", "value_base64": "/w==", "ttl": 3600},
-        {"op": "delete", "key": "a"},
+        {"op": "check", "key": "{x}a", "etag": "\"1\""},
+        {"op": "check", "key": "{x}b", "etag": null},
+        {"op": "get", "key": "{x}a"},
+        {"op": "put", "key": "{x}b", "value": "1", "content_type": "text/plain"},
+        {"op": "put", "key": "{x}c/d", "value_base64": "/w==", "ttl": 3600},
+        {"op": "delete", "key": "{x}a"},
     ]);
     let response = post(&mut client, &operations);
     let mut results = given(&response);
     let expires = results[4].as_object_mut().and_then(|result| result.remove("expires"));
     assert!(expires.is_some());
     let expected = json!([
-        {"op": "check", "key": "a", "etag": "\"1\""},
-        {"op": "check", "key": "b", "etag": null},
-        {"op": "get", "key": "a", "etag": "\"1\"", "value": "1"},
-        {"op": "put", "key": "b", "etag": "\"2\""},
-        {"op": "put", "key": "c/d", "etag": "\"3\""},
-        {"op": "delete", "key": "a", "etag": null},
+        {"op": "check", "key": "{x}a", "etag": "\"1\""},
+        {"op": "check", "key": "{x}b", "etag": null},
+        {"op": "get", "key": "{x}a", "etag": "\"1\"", "value": "1"},
+        {"op": "put", "key": "{x}b", "etag": "\"2\""},
+        {"op": "put", "key": "{x}c/d", "etag": "\"3\""},
+        {"op": "delete", "key": "{x}a", "etag": null},
     ]);
     assert_eq!(results, expected);
     let server = server.kill().restart(&[]);
     let mut client = Connection::open(server.address());
-    let got = client.ask("GET", "/v1/b", b"");
+    let got = client.ask("GET", "/v1/{x}b", b"");
     assert_eq!((got.text(), got.etag(), got.header("content-type")), ("1", Some(2), Some("text/plain")));
-    assert_eq!(client.ask("GET", "/v1/key/c/d", b"").body, b"\xff");
-    assert_eq!(client.ask("GET", "/v1/a", b"").status, 404);
+    assert_eq!(client.ask("GET", "/v1/key/{x}c/d", b"").body, b"\xff");
+    assert_eq!(client.ask("GET", "/v1/{x}a", b"").status, 404);
 }
 
 #[test]
 fn the_first_check_that_fails_is_told_and_nothing_is_done() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    let operations = json!([{"op": "put", "key": "a", "value": ""}, {"op": "check", "key": "b", "etag": "*"}]);
-    post(&mut client, &operations).says(409, "operation 1: the check of `b` failed: there is no such key");
-    assert_eq!(client.ask("GET", "/v1/a", b"").status, 404);
+    let operations = json!([{"op": "put", "key": "{x}a", "value": ""}, {"op": "check", "key": "{x}b", "etag": "*"}]);
+    post(&mut client, &operations).says(409, "operation 1: the check of `{x}b` failed: there is no such key");
+    assert_eq!(client.ask("GET", "/v1/{x}a", b"").status, 404);
     assert_eq!(client.ask("PUT", "/v1/next", b"").etag(), Some(1), "something was appended");
 }
 
@@ -103,8 +103,10 @@ fn a_transaction_is_limited_also_where_values_are_not() {
 fn money_moves_and_is_never_lost_also_when_the_host_is_killed() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
+    let key = |account: u8| format!("{{bank}}{account}");
+    let path = |account| format!("/v1/{}", key(account));
     for account in 0..4 {
-        client.ask("PUT", &format!("/v1/{account}"), b"100");
+        client.ask("PUT", &path(account), b"100");
     }
     thread::scope(|scope| {
         for teller in 0..4_u64 {
@@ -115,18 +117,18 @@ fn money_moves_and_is_never_lost_also_when_the_host_is_killed() {
                 loop {
                     let (from, to) = (dice.u8(0..4), dice.u8(0..4));
                     let mut seen = |account| {
-                        let got = client.try_ask("GET", &format!("/v1/{account}"), b"").ok()?;
+                        let got = client.try_ask("GET", &path(account), b"").ok()?;
                         Some((got.header("etag")?.to_owned(), got.text().parse::<i64>().ok()?))
                     };
                     let (Some((from_tag, has)), Some((to_tag, gets))) = (seen(from), seen(to)) else { return };
                     let amount = dice.i64(1..10);
                     let mut operations = json!([
-                        {"op": "check", "key": from.to_string(), "etag": from_tag},
-                        {"op": "check", "key": to.to_string(), "etag": to_tag},
-                        {"op": "put", "key": from.to_string(), "value": (has - amount).to_string()},
+                        {"op": "check", "key": key(from), "etag": from_tag},
+                        {"op": "check", "key": key(to), "etag": to_tag},
+                        {"op": "put", "key": key(from), "value": (has - amount).to_string()},
                     ]);
                     if from != to {
-                        let put = json!({"op": "put", "key": to.to_string(), "value": (gets + amount).to_string()});
+                        let put = json!({"op": "put", "key": key(to), "value": (gets + amount).to_string()});
                         operations.as_array_mut().expect("a list").push(put);
                     } else {
                         continue;
@@ -137,13 +139,12 @@ fn money_moves_and_is_never_lost_also_when_the_host_is_killed() {
             });
         }
         // The tellers have moved it about: four sequences for the accounts, and two for each time.
-        while client.ask("GET", "/v1/0", b"").etag() < Some(200) {}
+        while client.ask("GET", &path(0), b"").etag() < Some(200) {}
         server.signal(Signal::KILL);
     });
     let server = server.ends().1.restart(&[]);
     let mut client = Connection::open(server.address());
-    let total: i64 = (0..4)
-        .map(|account| client.ask("GET", &format!("/v1/{account}"), b"").text().parse::<i64>().expect("a number"))
-        .sum();
+    let total: i64 =
+        (0..4).map(|account| client.ask("GET", &path(account), b"").text().parse::<i64>().expect("a number")).sum();
     assert_eq!(total, 400);
 }

@@ -73,14 +73,14 @@ fn another_guest_is_served_in_place_of_the_default() {
 fn a_guest_is_rebuilt_from_what_another_guest_stored() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    assert_eq!(client.ask("PUT", "/v1/a", b"first").status, 201);
-    assert_eq!(client.ask("PUT", "/v1/b", b"second").status, 201);
-    assert_eq!(client.ask("DELETE", "/v1/b", b"").status, 200);
+    assert_eq!(client.ask("PUT", "/v1/{own}a", b"first").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/{own}b", b"second").status, 201);
+    assert_eq!(client.ask("DELETE", "/v1/{own}b", b"").status, 200);
     let server = server.terminate().restart(&[guest()]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/applied").text(), "3");
-    assert_eq!(get(&mut client, "/store/a").text(), "first");
-    assert_eq!(get(&mut client, "/store/b").status, 404);
+    assert_eq!(get(&mut client, "/store/{own}a").text(), "first");
+    assert_eq!(get(&mut client, "/store/{own}b").status, 404);
 }
 
 #[test]
@@ -166,11 +166,11 @@ fn clients_that_leave_while_the_guest_is_busy_leave_nothing_behind() {
 #[test]
 fn what_was_appended_before_a_trap_stays() {
     let (server, mut client) = start(&[]);
-    client.ask("PUT", "/store-and-trap/a", b"value").says(500, "the store failed on this request");
-    assert_eq!(get(&mut client, "/store/a").text(), "value");
+    client.ask("PUT", "/store-and-trap/{own}a", b"value").says(500, "the store failed on this request");
+    assert_eq!(get(&mut client, "/store/{own}a").text(), "value");
     assert_eq!(get(&mut client, "/applied").text(), "1");
     let server = server.kill().restart(&[guest()]);
-    assert_eq!(get(&mut Connection::open(server.address()), "/store/a").text(), "value");
+    assert_eq!(get(&mut Connection::open(server.address()), "/store/{own}a").text(), "value");
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn a_group_that_is_too_large_is_refused_and_appends_nothing() {
 #[test]
 fn an_append_during_replay_is_refused() {
     let (server, mut client) = start(&[]);
-    assert_eq!(client.ask("PUT", "/store/a", b"").text(), "1");
+    assert_eq!(client.ask("PUT", "/store/{own}a", b"").text(), "1");
     let server = server.terminate().restart(&[guest(), "--guest-config", "fault=apply-appends"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/refusal").text(), "Err(AppendError::ReadOnly)");

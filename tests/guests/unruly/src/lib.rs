@@ -19,6 +19,9 @@ use kvs::store::transaction_log::{Entry, Event, Put, append};
 use kvs::store::{changes, connection};
 use wasi::config::store as config;
 
+/// Whose instance is asked all that is not about a key; keys with this tag are its own.
+const OWN: &str = "{own}";
+
 wit_bindgen::generate!({
     path: "../../../wit",
     // Calls the sandbox by its own names too, where the standard library behaves.
@@ -84,7 +87,7 @@ impl lifecycle::Guest for Component {
                     circle()
                 }
                 "apply-dawdles" => dawdle(Duration::from_millis(700)),
-                "apply-appends" => state.refusal = format!("{:?}", append(&[put("from apply", Vec::new())])),
+                "apply-appends" => state.refusal = format!("{:?}", append(&[put("{own}from apply", Vec::new())])),
                 _ => {}
             }
             for entry in entries {
@@ -123,8 +126,7 @@ impl sharding::Guest for Component {
             Some(("store" | "store-and-trap" | "store-early", key)) => Placement::Key(key.to_owned()),
             _ if target == "/place-traps" => fall_over(),
             _ if target == "/everywhere" => Placement::Everywhere,
-            // All that is not about a key is asked of one instance, which remembers.
-            _ => Placement::Key(String::new()),
+            _ => Placement::Key(OWN.to_owned()),
         }
     }
 
@@ -154,10 +156,10 @@ fn answer(state: &mut State, request: Request) -> Response {
         },
         // Wherever that key belongs.
         (_, "append-to") => text(200, format!("{:?}", append(&[put(rest, Vec::new())]))),
-        (_, "append-too-much") => text(200, format!("{:?}", append(&[put("large", vec![0; 2 << 20])]))),
+        (_, "append-too-much") => text(200, format!("{:?}", append(&[put("{own}large", vec![0; 2 << 20])]))),
         (_, "append-often") => {
             let asked: usize = rest.parse().expect("a number");
-            let taken = (0..asked).take_while(|_| append(&[put("often", Vec::new())]).is_ok()).count();
+            let taken = (0..asked).take_while(|_| append(&[put("{own}often", Vec::new())]).is_ok()).count();
             text(200, taken)
         }
         (_, "follow") => {
