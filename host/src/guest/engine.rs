@@ -18,7 +18,8 @@ use wasmtime::component::{Component, Linker};
 use super::clock::Clock;
 use super::compiled;
 use super::compiler::Compiler;
-use super::instance::{self, Instance, State};
+use super::imports::{self, State};
+use super::instance::Instance;
 use super::owner::Part;
 use super::sandbox;
 use super::source::{Digest, Source};
@@ -76,7 +77,7 @@ impl Engine {
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
         let mut linker = Linker::new(&engine);
-        instance::add_to_linker(&mut linker)?;
+        imports::add_to_linker(&mut linker)?;
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
         let ticking = engine.weak();
@@ -212,7 +213,7 @@ impl World {
 /// Whether an import is one of ours, in whatever version.
 fn is_offered(import: &str) -> bool {
     let interface = interface(import);
-    instance::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
+    imports::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
 }
 
 /// A name without its version.

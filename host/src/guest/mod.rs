@@ -3,8 +3,9 @@
 //! Owns: compiling and checking guests, calling them within their limits, giving them back their state, replacing them.
 //! Must never know: sockets, TLS, how the log keeps its promise.
 //!
-//! Read `engine` first (what may run), then `instance` (one call), `shard` (many calls, one at a time), `shards` (which of
-//! several is called), `replica` (how an instance comes by its state) and `swap` (another guest takes over).
+//! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
+//! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
+//! called), `replica` (how an instance comes by its state) and `swap` (another guest takes over).
 
 mod alarm;
 mod clock;
@@ -13,9 +14,11 @@ mod compiled;
 #[cfg_attr(not(feature = "compiler"), path = "no_compiler.rs")]
 mod compiler;
 mod engine;
+mod imports;
 mod inspect;
 mod instance;
 mod memory;
+mod message;
 mod metrics;
 mod owner;
 mod placers;
@@ -30,7 +33,7 @@ mod swap;
 pub use compile::{Compile, compile};
 pub use engine::{Engine, Guest, Limits};
 pub use inspect::inspect;
-pub use instance::{Answer, Client, Follow, Hold, Incoming, Sequel};
+pub use message::{Answer, Client, Follow, Hold, Incoming, Sequel};
 pub use reload::Reload;
 pub use replica::Replayed;
 pub use shard::CallError;

@@ -20,7 +20,8 @@ use tracing::{error, info};
 
 use super::alarm::Alarm;
 use super::engine::Guest;
-use super::instance::{Answer, Incoming, Instance, Trapped};
+use super::instance::{Instance, Trapped};
+use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics, next_count};
 use super::owner::Part;
 use super::replica::{Replayed, Replica};

@@ -20,7 +20,8 @@ use tracing::error;
 
 use super::alarm::{Alarm, Raised};
 use super::engine::Guest;
-use super::instance::{Answer, Incoming, Instance, Trapped};
+use super::instance::{Instance, Trapped};
+use super::message::{Answer, Incoming};
 use super::metrics::Metrics;
 use super::owner::{Owners, Part};
 use super::placers::Placers;

@@ -1,0 +1,151 @@
+//! What an instance finds when it calls out: the contract's imports, for one call at a time.
+//!
+//! Owns: what a call may append, the time a guest is told, what it asked for beside its response. Must never know: what a
+//! request is, when calls are made. WASI is the `sandbox`'s.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmtime::component::{HasSelf, Linker};
+
+use super::clock::Clock;
+use super::engine::Limits;
+use super::memory::Memory;
+use super::message::Client;
+use super::owner::Part;
+use super::sandbox::Sandbox;
+use crate::contract::{AppendError, Event, Exports, changes, config, connection, http, transaction_log};
+use crate::log::TransactionLog;
+
+/// The contract's own imports. `http` has types only, and a component that names those imports it too.
+pub const OFFERED: [&str; 5] =
+    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/changes", "kvs:store/http", "wasi:config/store"];
+
+/// What an instance holds on the host's side.
+pub struct State {
+    pub(super) log: Arc<dyn TransactionLog>,
+    part: Part,
+    config: Arc<[(String, String)]>,
+    limits: Limits,
+    pub(super) memory: Memory,
+    pub(super) sandbox: Sandbox,
+    pub(super) call: Call,
+    pub(super) clock: Arc<Clock>,
+    /// What the call in progress was told, in milliseconds since 1970.
+    time: u64,
+    /// Epochs that it may take beyond those it has been given.
+    pub(super) rest: u64,
+}
+
+/// What the call in progress may do, and has done.
+#[derive(Default)]
+pub(super) struct Call {
+    pub(super) may_append: bool,
+    pub(super) client: Option<Arc<Client>>,
+    /// The newest sequence it appended.
+    pub(super) appended: Option<u64>,
+    /// How often it asked to append.
+    pub(super) appends: u32,
+    /// Whether an append was refused because the guest is near its limit of memory.
+    pub(super) refused: bool,
+    pub(super) asked: Option<Asked>,
+}
+
+/// What it asked for in place of its response as it is.
+pub(super) enum Asked {
+    Follow { prefix: String, after: u64 },
+    Hold { key: String, time: Duration },
+}
+
+impl State {
+    pub(super) fn new(
+        log: Arc<dyn TransactionLog>,
+        part: Part,
+        config: Arc<[(String, String)]>,
+        limits: Limits,
+        clock: Arc<Clock>,
+    ) -> Self {
+        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
+        Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
+    }
+
+    pub(super) fn sandbox(&mut self) -> &mut Sandbox {
+        &mut self.sandbox
+    }
+
+    /// The time that the next call is told.
+    pub(super) fn now(&mut self) -> u64 {
+        self.time = self.clock.now();
+        self.time
+    }
+}
+
+pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    Exports::add_to_linker::<_, HasSelf<State>>(linker, |state| state)
+}
+
+impl transaction_log::Host for State {
+    fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
+        // What it does not own, it would not be given again.
+        if !self.call.may_append || !events.iter().all(|event| self.part.owns(event.key())) {
+            return Err(AppendError::ReadOnly);
+        }
+        self.call.appends += 1;
+        if self.call.appends > self.limits.appends {
+            return Err(AppendError::Unavailable);
+        }
+        // Before anything changed. What only deletes goes on, for that is how a guest gets out of it.
+        let taken_in = events.iter().filter_map(taken_in).sum();
+        if taken_in > 0 && !self.memory.takes(taken_in) {
+            self.call.refused = true;
+            return Err(AppendError::Full);
+        }
+        let first = self.log.append(self.time, &events)?;
+        if let Some(others) = events.len().checked_sub(1) {
+            self.call.appended = Some(first + others as u64);
+        }
+        Ok(first)
+    }
+}
+
+/// What a guest is likely to keep of an event.
+fn taken_in(event: &Event) -> Option<u64> {
+    match event {
+        Event::Put(put) => Some((put.key.len() + put.value.len()).max(1) as u64),
+        Event::Delete(_) => None,
+    }
+}
+
+impl changes::Host for State {
+    fn follow(&mut self, prefix: String, after: Option<u64>) {
+        let after = after.unwrap_or_else(|| self.log.appended());
+        self.call.asked = Some(Asked::Follow { prefix, after });
+    }
+
+    fn hold(&mut self, key: String, milliseconds: u64) {
+        self.call.asked = Some(Asked::Hold { key, time: Duration::from_millis(milliseconds) });
+    }
+}
+
+impl connection::Host for State {
+    fn peer_address(&mut self) -> Option<String> {
+        Some(self.call.client.as_ref()?.address.to_string())
+    }
+    fn tls_version(&mut self) -> Option<String> {
+        Some(self.call.client.as_ref()?.tls_version?.to_owned())
+    }
+    fn client_identity(&mut self) -> Option<String> {
+        Some(self.call.client.as_ref()?.identity.as_ref()?.to_string())
+    }
+}
+
+impl config::Host for State {
+    fn get(&mut self, key: String) -> Result<Option<String>, config::Error> {
+        Ok(self.config.iter().find(|(name, _)| *name == key).map(|(_, value)| value.clone()))
+    }
+    fn get_all(&mut self) -> Result<Vec<(String, String)>, config::Error> {
+        Ok(self.config.to_vec())
+    }
+}
+
+impl http::Host for State {}

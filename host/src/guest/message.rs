@@ -1,0 +1,144 @@
+//! A request and its answer, as HTTP has them and as the contract does.
+//!
+//! Owns: the translation between HTTP messages and the contract's records, and what of a guest's response may leave. Must
+//! never know: how a guest is called.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use bytes::Bytes;
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Request, Response, StatusCode};
+
+use crate::contract::{self, HeaderRef, ResponseRef};
+
+/// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
+const RESPONSE_HEADERS: usize = 256;
+
+/// Headers that speak of the connection or the framing, which are the host's.
+const CONNECTION_HEADERS: [HeaderName; 7] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    HeaderName::from_static("keep-alive"),
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Who is at the other end of a connection.
+#[derive(Debug)]
+pub struct Client {
+    pub address: SocketAddr,
+    pub tls_version: Option<&'static str>,
+    /// The subject of its certificate, which was found good.
+    pub identity: Option<Arc<str>>,
+    /// Its requests are called for one after the other: a hundred streams of one connection get no more of the guest than
+    /// one request of another.
+    pub turn: tokio::sync::Mutex<()>,
+}
+
+/// A request, read whole.
+#[derive(Clone)]
+pub struct Incoming {
+    pub request: Request<Bytes>,
+    pub client: Arc<Client>,
+    /// By which it is known outside.
+    pub id: HeaderValue,
+    /// Who asks, when that is known.
+    pub principal: Option<Arc<str>>,
+}
+
+impl Incoming {
+    pub fn id(&self) -> &str {
+        self.id.to_str().unwrap_or_default()
+    }
+
+    pub(super) fn target(&self) -> &str {
+        self.request.uri().path_and_query().map_or("", |target| target.as_str())
+    }
+
+    pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>], time: u64) -> contract::Request<'r> {
+        contract::Request {
+            method: self.request.method().as_str(),
+            target: self.target(),
+            headers,
+            body: self.request.body(),
+            principal: self.principal.as_deref(),
+            time,
+        }
+    }
+
+    pub(super) fn without_body(&self) -> Self {
+        let mut request = Request::new(Bytes::new());
+        (*request.method_mut(), *request.uri_mut()) = (self.request.method().clone(), self.request.uri().clone());
+        (*request.version_mut(), *request.headers_mut()) = (self.request.version(), self.request.headers().clone());
+        Self { request, client: Arc::clone(&self.client), id: self.id.clone(), principal: self.principal.clone() }
+    }
+}
+
+/// What a call gave.
+pub struct Answer {
+    pub response: Response<Bytes>,
+    /// The response may leave when the log is durable up to this.
+    pub rests_on: u64,
+    /// Whether the call appended, so that it has an outcome at all.
+    pub appended: bool,
+    /// What the guest asked for in place of the response as it is.
+    pub sequel: Option<Sequel>,
+}
+
+impl Answer {
+    pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
+        let (status, body) = (self.response.status().as_u16(), self.response.body());
+        ResponseRef { status, headers, body, depends_on: Some(self.rests_on) }
+    }
+}
+
+pub enum Sequel {
+    /// The head, and then changes.
+    Follow(Follow),
+    /// Another response, later. Boxed, since hardly any request waits.
+    Hold(Box<Hold>),
+}
+
+/// Changes that a response goes on with: of keys that begin so, and newer than this.
+pub struct Follow {
+    pub prefix: String,
+    pub after: u64,
+}
+
+/// A request that waits until something happens to a key, or the time is over.
+pub struct Hold {
+    pub key: String,
+    pub time: Duration,
+    /// To be handled again.
+    pub incoming: Incoming,
+}
+
+/// The contract's response as an HTTP message, if it is one.
+pub(super) fn message(record: contract::Response, most: usize) -> Result<Response<Bytes>> {
+    ensure!((200..=599).contains(&record.status), "status {}", record.status);
+    let bytes = record.body.len();
+    ensure!(bytes <= most, "a body of {bytes} bytes, at most {most} are allowed");
+    let count = record.headers.len();
+    ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
+    let mut response = Response::new(Bytes::from(record.body));
+    *response.status_mut() = StatusCode::from_u16(record.status)?;
+    response.headers_mut().reserve(count);
+    for header in record.headers {
+        let name = HeaderName::from_bytes(header.name.as_bytes())?;
+        ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
+        let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
+        response.headers_mut().append(name, value);
+    }
+    Ok(response)
+}
+
+/// Those of these names, for the guest to see.
+pub(super) fn header_refs(headers: &HeaderMap, is_shown: impl Fn(&HeaderName) -> bool) -> Vec<HeaderRef<'_>> {
+    let shown = headers.iter().filter(|(name, _)| is_shown(name));
+    shown.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect()
+}
