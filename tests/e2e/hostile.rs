@@ -37,7 +37,7 @@ fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
     let grown = peak(&server) - before;
     assert!(grown < (MEMORY << 10) + BOUND, "{harm}: the host grew by {grown} KiB");
 
-    let others = ["harm", "often"];
+    let others = ["harm", "{own}often"];
     let server = server.terminate().restart(&[]);
     let mut client = Connection::open(server.address());
     for (key, value) in &model {
@@ -155,21 +155,21 @@ fn a_trap_in_apply() {
     let args = [guest(), "--guest-config", "fault=apply-traps", "--request-timeout", "1s"];
     let server = Server::start(&args);
     let mut client = Connection::open(server.address());
-    let keys = ["before", "and-this"];
+    let keys = ["{own}before", "{own}and-this"];
     for key in keys {
         assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
     }
-    assert_eq!(client.ask("PUT", "/store-and-trap/harm", b"harm").status, 500);
+    assert_eq!(client.ask("PUT", "/store-and-trap/{own}harm", b"harm").status, 500);
     server.says("the guest cannot be rebuilt");
     let before = peak(&server);
     for _ in 0..3 {
         // Others are answered, if with what there is to say, and the host is there for whoever looks after it.
-        assert_eq!(Connection::open(server.address()).ask("GET", "/store/before", b"").status, 503);
+        assert_eq!(Connection::open(server.address()).ask("GET", "/store/{own}before", b"").status, 503);
         assert_eq!(Connection::open(server.admin()).ask("GET", "/livez", b"").status, 200);
     }
     let grown = peak(&server) - before;
     assert!(grown < BOUND, "instances that could not be rebuilt took {grown} KiB");
-    holds(server, &keys.into_iter().chain(["harm"]).collect::<Vec<_>>());
+    holds(server, &keys.into_iter().chain(["{own}harm"]).collect::<Vec<_>>());
 }
 
 #[test]

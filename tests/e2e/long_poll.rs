@@ -53,7 +53,7 @@ fn who_waits_is_answered_when_the_key_changes() {
     expired.read().says(404, "no such key");
 
     let mut in_a_transaction = waits(&server, "/v1/a?wait=300s", None);
-    client.ask("POST", "/v1", br#"[{"op":"put","key":"b","value":""},{"op":"put","key":"a","value":"all"}]"#);
+    client.ask("POST", "/v1", br#"[{"op":"put","key":"{a}b","value":""},{"op":"put","key":"a","value":"all"}]"#);
     is_new(&in_a_transaction.read(), "all", 9);
 }
 

@@ -11,6 +11,7 @@ use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
+use tracing::error;
 
 use super::access_log::{AccessLog, Line};
 use super::auth::Tokens;
@@ -104,7 +105,12 @@ impl Service {
             (answer, deadline) = self.held(hold).await?;
         }
         self.release(&answer, deadline).await?;
-        let (head, body) = answer.response.into_parts();
+        let response = answer.response.message().map_err(|invalid| {
+            let (guest, request_id) = (self.shards.serving().description, id.to_str().unwrap_or_default());
+            error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
+        })?;
+        let (head, body) = response.into_parts();
         let reply = match answer.sequel {
             Some(Sequel::Follow(follow)) => stream::open(&self.changes, follow, self.limits.stream_heartbeat).await?,
             Some(Sequel::Hold(_)) | None => Reply::Whole(body),

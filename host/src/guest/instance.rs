@@ -6,16 +6,14 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use bytes::Bytes;
-use hyper::header::{self, HeaderName, HeaderValue};
-use hyper::{Response, StatusCode};
-use tracing::{error, warn};
+use hyper::header::HeaderName;
+use tracing::warn;
 use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
 use super::engine::{LONG, Limits, epochs, make_way};
 use super::imports::{Asked, Call, State};
-use super::message::{Answer, Follow, Hold, Incoming, Sequel, header_refs, message};
-use crate::contract::{self, Description, Entry, Exports, ExportsPre, HeaderRef, Placement, Statistics};
+use super::message::{Answer, Follow, Given, Hold, Incoming, Sequel};
+use crate::contract::{self, Description, Entry, Exports, ExportsPre, Placement, Statistics};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
@@ -116,16 +114,15 @@ impl Instance {
     /// One answer of those that all instances gave.
     pub fn merge(&mut self, incoming: &Incoming, answers: &[Answer]) -> Result<Answer, Trapped> {
         let time = self.store.data_mut().now();
-        let headers = self.headers(incoming);
+        let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
-        let all = |_: &_| true;
-        let heads: Vec<_> = answers.iter().map(|answer| header_refs(answer.response.headers(), all)).collect();
+        let heads: Vec<_> = answers.iter().map(|answer| answer.response.headers()).collect();
         let responses: Vec<_> = answers.iter().zip(&heads).map(|(answer, head)| answer.record(head)).collect();
         let merged = self.call(Call::default(), |exports, store| {
             exports.kvs_store_sharding().call_merge(store, record, &responses)
         })?;
         Ok(Answer {
-            response: self.checked(incoming, merged),
+            response: self.given(merged),
             rests_on: answers.iter().map(|answer| answer.rests_on).max().unwrap_or(0),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
@@ -134,7 +131,7 @@ impl Instance {
 
     pub fn handle(&mut self, incoming: &Incoming) -> Result<Answer, Trapped> {
         let time = self.store.data_mut().now();
-        let headers = self.headers(incoming);
+        let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
         let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
@@ -157,26 +154,11 @@ impl Instance {
             warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
             self.count()?;
         }
-        Ok(Answer { response: self.checked(incoming, response), rests_on, appended: appended.is_some(), sequel })
+        Ok(Answer { response: self.given(response), rests_on, appended: appended.is_some(), sequel })
     }
 
-    /// What the guest is shown of the headers.
-    fn headers<'r>(&self, incoming: &'r Incoming) -> Vec<HeaderRef<'r>> {
-        // There are fewer of those that came than of those that can be asked for, and to look for each costs a hash.
-        header_refs(incoming.request.headers(), |name| self.wanted_headers.contains(name))
-    }
-
-    /// The response to a request; another in its place when it is none.
-    fn checked(&self, incoming: &Incoming, record: contract::Response) -> Response<Bytes> {
-        message(record, self.limits.response_bytes).unwrap_or_else(|invalid| {
-            let request_id = incoming.id();
-            error!(guest = self.description.name, request_id, "invalid response: {invalid:#}");
-            let mut response = Response::new(Bytes::from_static(b"the store gave an invalid response\n"));
-            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
-            let text = HeaderValue::from_static("text/plain; charset=utf-8");
-            response.headers_mut().insert(header::CONTENT_TYPE, text);
-            response
-        })
+    fn given(&self, record: contract::Response) -> Given {
+        Given { record, most: self.limits.response_bytes }
     }
 
     /// Makes one call, within the limits of a call.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bytes::Bytes;
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 
 use crate::contract::{self, HeaderRef, ResponseRef};
@@ -60,6 +60,13 @@ impl Incoming {
         self.request.uri().path_and_query().map_or("", |target| target.as_str())
     }
 
+    /// Those of its headers that have one of these names, for the guest to see.
+    pub(super) fn headers(&self, names: &[HeaderName]) -> Vec<HeaderRef<'_>> {
+        // There are fewer of those that came than of those that can be asked for, and to look for each costs a hash.
+        let shown = self.request.headers().iter().filter(|(name, _)| names.contains(name));
+        shown.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect()
+    }
+
     pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>], time: u64) -> contract::Request<'r> {
         contract::Request {
             method: self.request.method().as_str(),
@@ -81,7 +88,7 @@ impl Incoming {
 
 /// What a call gave.
 pub struct Answer {
-    pub response: Response<Bytes>,
+    pub response: Given,
     /// The response may leave when the log is durable up to this.
     pub rests_on: u64,
     /// Whether the call appended, so that it has an outcome at all.
@@ -90,10 +97,43 @@ pub struct Answer {
     pub sequel: Option<Sequel>,
 }
 
+/// A response as the guest gave it. It is looked at by who asked, when others have their turn.
+pub struct Given {
+    pub(super) record: contract::Response,
+    /// How long its body may be.
+    pub(super) most: usize,
+}
+
+impl Given {
+    /// The HTTP message that it is, if it is one.
+    pub fn message(self) -> Result<Response<Bytes>> {
+        let Self { record, most } = self;
+        ensure!((200..=599).contains(&record.status), "status {}", record.status);
+        let bytes = record.body.len();
+        ensure!(bytes <= most, "a body of {bytes} bytes, at most {most} are allowed");
+        let count = record.headers.len();
+        ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
+        let mut response = Response::new(Bytes::from(record.body));
+        *response.status_mut() = StatusCode::from_u16(record.status)?;
+        response.headers_mut().reserve(count);
+        for header in record.headers {
+            let name = HeaderName::from_bytes(header.name.as_bytes())?;
+            ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
+            let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
+            response.headers_mut().append(name, value);
+        }
+        Ok(response)
+    }
+
+    pub(super) fn headers(&self) -> Vec<HeaderRef<'_>> {
+        self.record.headers.iter().map(|header| HeaderRef { name: &header.name, value: &header.value }).collect()
+    }
+}
+
 impl Answer {
     pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
-        let (status, body) = (self.response.status().as_u16(), self.response.body());
-        ResponseRef { status, headers, body, depends_on: Some(self.rests_on) }
+        let contract::Response { status, body, .. } = &self.response.record;
+        ResponseRef { status: *status, headers, body, depends_on: Some(self.rests_on) }
     }
 }
 
@@ -116,29 +156,4 @@ pub struct Hold {
     pub time: Duration,
     /// To be handled again.
     pub incoming: Incoming,
-}
-
-/// The contract's response as an HTTP message, if it is one.
-pub(super) fn message(record: contract::Response, most: usize) -> Result<Response<Bytes>> {
-    ensure!((200..=599).contains(&record.status), "status {}", record.status);
-    let bytes = record.body.len();
-    ensure!(bytes <= most, "a body of {bytes} bytes, at most {most} are allowed");
-    let count = record.headers.len();
-    ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
-    let mut response = Response::new(Bytes::from(record.body));
-    *response.status_mut() = StatusCode::from_u16(record.status)?;
-    response.headers_mut().reserve(count);
-    for header in record.headers {
-        let name = HeaderName::from_bytes(header.name.as_bytes())?;
-        ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
-        let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
-        response.headers_mut().append(name, value);
-    }
-    Ok(response)
-}
-
-/// Those of these names, for the guest to see.
-pub(super) fn header_refs(headers: &HeaderMap, is_shown: impl Fn(&HeaderName) -> bool) -> Vec<HeaderRef<'_>> {
-    let shown = headers.iter().filter(|(name, _)| is_shown(name));
-    shown.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect()
 }

@@ -199,7 +199,8 @@ impl Client<'_> {
     }
 
     fn name_of(&self, key: Key) -> String {
-        format!("{}-{key}", self.name)
+        // One tag, since transactions are of keys that share a shard.
+        format!("{{{}}}-{key}", self.name)
     }
 
     fn plain(&self, steps: &[Step]) -> (&'static str, String, String, String) {
