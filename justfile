@@ -45,10 +45,11 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests, many of those of the server on both logs; a filter picks some: just test book
+# Run all tests, those of the server with one shard and with four, many of them on both logs; a filter picks some: just test book
 [group('develop')]
 test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --test e2e {{ FILTER }}
     just _test-postgres {{ FILTER }}
 
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but

@@ -187,7 +187,7 @@ pub fn kvs() -> Command {
         command.env_remove(name);
     }
     command.env("KVS_ADMIN", "127.0.0.1:0");
-    // The same tests on several shards: not all of them pass there yet.
+    // The same tests on several shards.
     if let Ok(shards) = std::env::var("KVS_TEST_SHARDS") {
         command.env("KVS_SHARDS", shards);
     }
