@@ -159,7 +159,7 @@ fn a_trap_in_apply() {
     for key in keys {
         assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
     }
-    assert_eq!(client.ask("PUT", "/store-and-trap/{own}harm", b"harm").status, 500);
+    assert_eq!(client.ask("PUT", "/store-and-trap/{own}harm", b"{own}harm").status, 500);
     server.says("the guest cannot be rebuilt");
     let before = peak(&server);
     for _ in 0..3 {

@@ -173,16 +173,16 @@ fn one_swap_at_a_time() {
 fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
     let server = Server::start(&LONG_PROBATION);
     let mut client = Connection::open(server.address());
-    put(&mut client, "/v1/{x}a", "from the first");
+    put(&mut client, "/v1/{own}a", "from the first");
     let answer = thread::scope(|scope| {
         let swapping = scope.spawn(|| swap(&server, &component(guest())));
         in_phase(&server, "probation");
-        put(&mut client, "/store/{x}b", "from the second");
-        assert_eq!(client.ask("PUT", "/store-and-trap/{x}c", b"from its last call").status, 500);
+        put(&mut client, "/store/{own}b", "from the second");
+        assert_eq!(client.ask("PUT", "/store-and-trap/{own}c", b"from its last call").status, 500);
         // The very next request finds the first again, with what the second stored.
-        assert_eq!(get(&mut client, "/v1/{x}a").text(), "from the first");
-        assert_eq!(get(&mut client, "/v1/{x}b").text(), "from the second");
-        assert_eq!(get(&mut client, "/v1/{x}c").text(), "from its last call");
+        assert_eq!(get(&mut client, "/v1/{own}a").text(), "from the first");
+        assert_eq!(get(&mut client, "/v1/{own}b").text(), "from the second");
+        assert_eq!(get(&mut client, "/v1/{own}c").text(), "from its last call");
         swapping.join().expect("the swap is answered")
     });
     assert_eq!(answer.status, 422);
