@@ -55,7 +55,7 @@ test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
 # none of what is in files, and none that brings a database of its own
 _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: swap:: transactions:: watch::": _postgres _python
-    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 54328 KVS_TEST_LOG cargo test --release --test e2e -- \
+    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file
