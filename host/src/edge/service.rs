@@ -200,7 +200,9 @@ impl Service {
             }
         }
         // A guest may find that there is nothing to do, and would say it is done, where it is not where it is written.
-        if let Some(reason) = self.changes.read_only().filter(|_| !head.method.is_safe()) {
+        if !head.method.is_safe()
+            && let Some(reason) = self.changes.read_only()
+        {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
         Ok(under_way)

@@ -28,7 +28,7 @@ pub struct State {
     config: Arc<[(String, String)]>,
     limits: Limits,
     pub(super) memory: Memory,
-    pub(super) sandbox: Sandbox,
+    sandbox: Sandbox,
     pub(super) call: Call,
     pub(super) clock: Arc<Clock>,
     /// What the call in progress was told, in milliseconds since 1970.

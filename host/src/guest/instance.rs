@@ -50,8 +50,8 @@ impl Instance {
         let description =
             exports.kvs_store_lifecycle().call_describe(&mut store).map_err(told).context("describe failed")?;
         let wanted_headers = check(&description)?;
-        store.data_mut().sandbox.set_name(&description.name);
-        store.data_mut().sandbox.end_call();
+        store.data_mut().sandbox().set_name(&description.name);
+        store.data_mut().sandbox().end_call();
         Ok(Self { store, exports, sequence: 0, guest, limits, description, wanted_headers })
     }
 
@@ -170,7 +170,7 @@ impl Instance {
         self.store.data_mut().call = call;
         begin(&mut self.store, self.limits);
         let result = make(&self.exports, &mut self.store);
-        self.store.data_mut().sandbox.end_call();
+        self.store.data_mut().sandbox().end_call();
         result.map_err(|error| trapped(&error, self.limits))
     }
 }
