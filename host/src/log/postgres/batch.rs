@@ -23,6 +23,8 @@ pub struct Batch {
     pub metadata: Vec<Option<String>>,
     pub expires: Vec<Option<i64>>,
     pub bytes: u64,
+    /// Groups of entries that were appended at once, most of them for a client each.
+    pub appends: u64,
     pub begun: Instant,
 }
 
@@ -37,6 +39,7 @@ impl Batch {
             metadata: Vec::new(),
             expires: Vec::new(),
             bytes: 0,
+            appends: 0,
             begun: Instant::now(),
         }
     }

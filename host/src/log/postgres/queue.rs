@@ -34,6 +34,8 @@ struct State {
     batches: VecDeque<Batch>,
     /// Of all batches here and the one being written.
     bytes: u64,
+    /// Appends that the writer waits for.
+    wanted: u64,
     next: u64,
     /// The log is this process's to write.
     begun: bool,
@@ -57,6 +59,22 @@ pub enum Work {
     Idle,
     /// Nothing will come any more, and everything was written.
     Closed,
+}
+
+/// What a batch may wait for before it is taken.
+#[derive(Clone, Copy, Default)]
+pub struct Company {
+    pub appends: u64,
+    pub patience: Duration,
+}
+
+impl State {
+    /// Whether there is no reason to wait for so many appends any more.
+    fn has(&self, appends: u64) -> bool {
+        self.end.is_some()
+            || self.batches.len() > 1
+            || self.batches.front().is_some_and(|batch| batch.appends >= appends)
+    }
 }
 
 impl Queue {
@@ -105,11 +123,15 @@ impl Queue {
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
+        batch.appends += 1;
         state.bytes += size;
         state.next += events.len() as u64;
         self.appended.store(state.next - 1, Ordering::Release);
+        let is_awaited = state.has(state.wanted);
         drop(state);
-        self.ready.notify_one();
+        if is_awaited {
+            self.ready.notify_one();
+        }
         Ok(first)
     }
 
@@ -117,22 +139,33 @@ impl Queue {
         self.appended.load(Ordering::Acquire)
     }
 
-    /// Waits for work: all that came while the last batch was being written, up to a batch. Gives up after `idle`.
-    pub async fn take(&self, idle: Duration) -> Work {
-        loop {
-            {
-                let mut state = self.lock();
-                match (state.batches.pop_front(), state.end) {
-                    (Some(batch), _) => return Work::Write(batch),
-                    (None, Some(_)) => return Work::Closed,
-                    (None, None) => {}
-                }
-            }
-            // What came in between has left a permit.
-            if timeout(idle, self.ready.notified()).await.is_err() {
-                return Work::Idle;
-            }
+    /// Waits for work: all that came while the last batch was being written, up to a batch. Gives up after `idle`. Where
+    /// there is less than it would like, it gives more a moment to come.
+    pub async fn take(&self, idle: Duration, company: Company) -> Work {
+        if !self.comes(1, idle).await {
+            return Work::Idle;
         }
+        self.comes(company.appends, company.patience).await;
+        // Nothing is here any more only when the log has come to its end.
+        self.lock().batches.pop_front().map_or(Work::Closed, Work::Write)
+    }
+
+    /// Whether so many appends, or all that there will be, are here in time.
+    async fn comes(&self, appends: u64, time: Duration) -> bool {
+        let coming = async {
+            loop {
+                {
+                    let mut state = self.lock();
+                    if state.has(appends) {
+                        return;
+                    }
+                    state.wanted = appends;
+                }
+                // What came in between has left a permit.
+                self.ready.notified().await;
+            }
+        };
+        timeout(time, coming).await.is_ok()
     }
 
     /// A batch that was taken is durable.
@@ -169,5 +202,53 @@ impl Queue {
         // An append that panicked half-way may have left half a group. Nothing under this lock panics but running out of
         // memory, which aborts.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::runtime::Builder;
+    use tokio::{join, task};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    /// How many entries the next batch has, when `meanwhile` runs once the writer waits for it.
+    fn taken(queue: &Queue, company: Company, meanwhile: impl FnOnce()) -> Option<u64> {
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+        runtime.block_on(async {
+            let later = async {
+                task::yield_now().await;
+                meanwhile();
+            };
+            match join!(queue.take(LONG, company), later).0 {
+                Work::Write(batch) => Some(batch.len()),
+                Work::Idle | Work::Closed => None,
+            }
+        })
+    }
+
+    fn append(queue: &Queue, entries: usize) {
+        let event = Event::Delete("a".into());
+        queue.append(&Breaker::new(), 0, &vec![event; entries]).expect("it is taken");
+    }
+
+    #[test]
+    fn a_batch_waits_for_as_many_appends_as_it_is_to_have_and_no_longer_than_it_may() {
+        let queue = Queue::new(0, 1 << 20);
+        queue.begin();
+        let wanted = |appends| Company { appends, patience: LONG };
+        append(&queue, 1);
+        assert_eq!(taken(&queue, wanted(1), || ()), Some(1));
+        append(&queue, 10);
+        assert_eq!(taken(&queue, wanted(3), || (0..2).for_each(|_| append(&queue, 1))), Some(12));
+        assert_eq!(taken(&queue, wanted(2), || (0..5).for_each(|_| append(&queue, 1))), Some(5));
+        append(&queue, 1);
+        assert_eq!(taken(&queue, Company { appends: 2, patience: Duration::ZERO }, || ()), Some(1));
+        // What comes to its end, or is full, waits for nobody.
+        append(&queue, 1);
+        assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
+        assert_eq!(taken(&queue, wanted(2), || ()), None);
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use tokio_postgres::Statement;
 
 use super::epoch::{self, Epoch, Holder};
-use super::queue::Work;
+use super::queue::{Company, Work};
 use super::session::{Failure, Kind, Session};
 use super::{Shared, writer};
 
@@ -29,7 +29,7 @@ pub struct News {
 /// Looks until the epoch is to be had, and then writes. Ends with the log.
 pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
     let (mut connection, mut holder) = (Some((session, append)), Holder::new(true));
-    while !matches!(shared.queue.take(LOOK).await, Work::Closed) {
+    while !matches!(shared.queue.take(LOOK, Company::default()).await, Work::Closed) {
         shared.breaker.try_again();
         match look(&shared, &mut holder, &mut connection).await {
             Ok(None) => shared.breaker.succeeded(),

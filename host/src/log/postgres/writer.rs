@@ -17,13 +17,16 @@ use tokio_postgres::types::ToSql;
 use super::Shared;
 use super::batch::Batch;
 use super::epoch;
-use super::queue::Work;
+use super::queue::{Company, Work};
 use super::session::{Failure, Kind, Session};
 
 /// How often an idle writer says that it is there, and learns whether the log is still its own.
 pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the end waits for a database that is away.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// How long a batch waits for company at most, and never for more than half of what the one before took.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// $1 epoch, $2 the entry before, $3 the last, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
@@ -35,6 +38,7 @@ const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = cl
 pub struct Writer {
     epoch: i64,
     session: Option<(Session, Statement)>,
+    company: Company,
 }
 
 /// What became of a batch.
@@ -47,7 +51,7 @@ enum Outcome {
 
 impl Writer {
     pub fn new(epoch: i64, session: Option<(Session, Statement)>) -> Self {
-        Self { epoch, session }
+        Self { epoch, session, company: Company::default() }
     }
 
     /// Writes until the log is closed, fails, or is somebody else's.
@@ -55,7 +59,7 @@ impl Writer {
         loop {
             // One that failed is looked after at once.
             let idle = if shared.breaker.is_well() { HEARTBEAT } else { Duration::ZERO };
-            match shared.queue.take(idle).await {
+            match shared.queue.take(idle, self.company).await {
                 Work::Write(batch) => {
                     if !self.commit(&shared, &batch).await {
                         return;
@@ -88,7 +92,11 @@ impl Writer {
                 shared.watermark.advance(batch.last());
                 let metrics = &shared.metrics;
                 metrics.append.observe_time(batch.begun.elapsed());
-                metrics.write.observe_time(begun.elapsed());
+                let took = begun.elapsed();
+                metrics.write.observe_time(took);
+                // Who was answered asks again soon. Were the first not to wait, it would be committed alone, and all others
+                // after it: twice the commits.
+                self.company = Company { appends: batch.appends, patience: (took / 2).min(PATIENCE) };
                 metrics.batch.observe(batch.len());
                 metrics.written.add(batch.bytes);
                 shared.queue.written(batch);
