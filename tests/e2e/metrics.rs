@@ -383,7 +383,7 @@ fn what_a_limit_refuses_is_counted_under_its_name() {
     counts(&server, "kvs_connections", 0.0);
     let _busy = send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
-    assert_eq!(send("GET /store/a HTTP/1.1\r\nhost: kvs\r\n\r\n").read().status, 503);
+    assert_eq!(send("GET /store/{own}a HTTP/1.1\r\nhost: kvs\r\n\r\n").read().status, 503);
     counted("request-timeout");
 }
 
