@@ -90,9 +90,9 @@ guest-js:
     npx --no-install componentize-js store.js --wit ../../wit --world-name store \
         --disable random stdio clocks http fetch-event --out "../../$component"
 
-# Measure requests beside a plain hyper map, in one run
+# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, commit, postgres, replay or swap; half an hour in all
 [group('develop')]
-bench *WHAT: _target (_tool "wrk") (_tool "redis-server") _postgres
+bench *WHAT: _target (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --bench bench -- {{ WHAT }}
 
 # Count the instructions of a request and of a replay beside those in the tree, and fail where they are a tenth more: under a minute. With `update`, write them

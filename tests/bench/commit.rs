@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::plain_map;
+use crate::load::{Done, load};
 use crate::process::{Server, median};
+use crate::report::{Report, number};
+use crate::{peers, plain_map};
 
 const ROUNDS: usize = 5;
 const TIME: Duration = Duration::from_secs(2);
 const CONNECTIONS: [u32; 4] = [1, 8, 64, 256];
+const KEYS: u64 = 10_000;
 
 /// What was measured in one round, per second.
 struct Round {
@@ -25,56 +28,72 @@ struct Round {
     map: f64,
 }
 
-pub fn run(data: &Path) -> Result<()> {
+pub fn run(data: &Path, report: &mut Report) -> Result<()> {
+    report.uses("wrk", &["-v"]);
+    report.uses("redis-server", &["--version"]);
     let sync = Server::kvs("sync", &data.join("sync"), &[])?;
     let os = Server::kvs("os", &data.join("os"), &["--durability", "os"])?;
-    let redis = Server::redis(data)?;
-    let map = plain_map::start()?;
-    println!("\nDurable PUTs: 100-byte values, 10,000 keys, {ROUNDS} rounds of {} s each\n", TIME.as_secs());
-    println!(
-        "| connections | PUT/s | of bare `pwrite` and `fdatasync` | of `--durability os` | of redis, `appendfsync always` | the plain map in memory, of redis |"
+    let redis = peers::redis(data, true, KEYS, 100)?;
+    let map = plain_map::start(KEYS, 100)?;
+    report.table(
+        format!("Durable PUTs: 100-byte values, {KEYS} keys, medians of {ROUNDS} rounds of {} s each", TIME.as_secs()),
+        &[
+            "connections",
+            "PUT/s",
+            "of bare `pwrite` and `fdatasync`",
+            "of `--durability os`",
+            "of redis, `appendfsync always`",
+            "the plain map in memory, of redis",
+        ],
     );
-    println!("|---:|---:|---:|---:|---:|---:|");
     for connections in CONNECTIONS {
         let mut rounds = Vec::new();
         // As much work as the round before took its time for.
-        let mut redis_requests = 1_000 * connections;
+        let mut redis_requests = 1_000 * u64::from(connections);
+        let put = load("PUT", KEYS, connections, TIME);
         for _ in 0..ROUNDS {
-            let redis = redis.redis_load(connections, redis_requests)?.per_second;
-            redis_requests = (redis * TIME.as_secs_f64()) as u32;
+            let redis = put.redis(&redis, redis_requests)?.per_second;
+            redis_requests = (redis * TIME.as_secs_f64()) as u64;
+            let per_second = |server| put.wrk(server).map(|done: Done| done.per_second);
             rounds.push(Round {
-                bare: bare_syncs(&data.join("bare"))?,
-                sync: sync.load("put", connections, TIME)?.per_second,
-                os: os.load("put", connections, TIME)?.per_second,
+                bare: rate(&bare_syncs(&data.join("bare"), TIME / 2)?),
+                sync: per_second(&sync)?,
+                os: per_second(&os)?,
                 redis,
-                map: map.load("put", connections, TIME)?.per_second,
+                map: per_second(&map)?,
             });
         }
         let median = |of: fn(&Round) -> f64| median(rounds.iter().map(of));
-        println!(
-            "| {connections} | {:.0} | {:.2} | {:.2} | {:.2} | {:.2} |",
-            median(|round| round.sync),
-            median(|round| round.sync / round.bare),
-            median(|round| round.sync / round.os),
-            median(|round| round.sync / round.redis),
-            median(|round| round.map / round.redis),
-        );
+        report.row(vec![
+            connections.into(),
+            number(median(|round| round.sync), 0),
+            number(median(|round| round.sync / round.bare), 2),
+            number(median(|round| round.sync / round.os), 2),
+            number(median(|round| round.sync / round.redis), 2),
+            number(median(|round| round.map / round.redis), 2),
+        ]);
     }
     Ok(())
 }
 
-/// Writes of one small frame each into a file that is there already, every one synced: how many a second.
-fn bare_syncs(path: &Path) -> Result<f64> {
+/// Writes of one small frame each into a file that is there already, every one synced: how many seconds each took.
+pub fn bare_syncs(path: &Path, time: Duration) -> Result<Vec<f64>> {
     const BYTES: usize = 256;
     const FILE: u64 = 8 << 20;
     let file = File::create(path)?;
     file.write_all_at(&vec![0; FILE as usize], 0)?;
     file.sync_all()?;
-    let (begun, mut count) = (Instant::now(), 0_u64);
-    while begun.elapsed() < TIME / 2 {
-        file.write_all_at(&[1; BYTES], count * BYTES as u64 % FILE)?;
+    let (begun, mut taken) = (Instant::now(), Vec::new());
+    while begun.elapsed() < time {
+        let one = Instant::now();
+        file.write_all_at(&[1; BYTES], taken.len() as u64 * BYTES as u64 % FILE)?;
         file.sync_data()?;
-        count += 1;
+        taken.push(one.elapsed().as_secs_f64());
     }
-    Ok(count as f64 / begun.elapsed().as_secs_f64())
+    Ok(taken)
+}
+
+/// How many a second that were.
+fn rate(taken: &[f64]) -> f64 {
+    taken.len() as f64 / taken.iter().sum::<f64>()
 }

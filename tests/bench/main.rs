@@ -1,16 +1,21 @@
-//! `just bench`: what a request costs, what the group commit is worth, on a disk and in a database, how fast the way back is,
-//! and what a swap does to those who ask meanwhile. `just bench commit` measures one of them. `just bench-quick` is apart: it
-//! counts instructions.
+//! `just bench`: what a request costs, and how late it is, what the group commit is worth, on a disk and in a database, how fast
+//! the way back is, and what a swap does to those who ask meanwhile. `just bench commit` measures one of them. What was measured
+//! is written to `tests/bench/results.*`. `just bench-quick` is apart: it counts instructions.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
 
 mod commit;
+mod latency;
+mod load;
+mod peers;
 mod plain_map;
+mod plot;
 mod postgres;
 mod process;
 mod quick;
 mod replay;
+mod report;
 mod requests;
 mod swap;
 
@@ -18,10 +23,13 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-type Benchmark = fn(&Path) -> Result<()>;
+use report::Report;
 
-const ALL: [(&str, Benchmark); 5] = [
+type Benchmark = fn(&Path, &mut Report) -> Result<()>;
+
+const ALL: [(&str, Benchmark); 6] = [
     ("requests", requests::run),
+    ("latency", latency::run),
     ("commit", commit::run),
     ("postgres", postgres::run),
     ("replay", replay::run),
@@ -33,7 +41,7 @@ fn main() -> Result<()> {
     let args: Vec<_> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         // Parts that run apart are this binary, started again as a process of its own.
-        [plain_map::NAME] => return plain_map::serve(),
+        [plain_map::NAME, keys, bytes] => return plain_map::serve(keys, bytes),
         [replay::SCAN, data] => return replay::scan(Path::new(data)),
         ["quick"] => return quick::run(tempfile::tempdir()?.path(), false),
         ["quick", "update"] => return quick::run(tempfile::tempdir()?.path(), true),
@@ -41,11 +49,11 @@ fn main() -> Result<()> {
         [name] if ALL.iter().any(|(known, _)| *known == name) => {}
         _ => bail!("there are {}", ALL.map(|(name, _)| name).join(", ")),
     }
-    println!("{} cores shared with the load generators", std::thread::available_parallelism()?);
     for (name, run) in ALL {
         if args.is_empty() || args[0] == name {
-            let data = tempfile::tempdir()?;
-            run(data.path())?;
+            let (data, mut report) = (tempfile::tempdir()?, Report::new(name));
+            run(data.path(), &mut report)?;
+            report.keep(name)?;
         }
     }
     Ok(())

@@ -16,21 +16,31 @@ use tokio::net::TcpListener;
 
 use crate::process::Server;
 
-/// The argument that makes the benchmark's binary this server.
+/// The argument that makes the benchmark's binary this server, before the number of keys and the bytes of each.
 pub const NAME: &str = "plain-map";
 
-/// Starts it, in a process of its own.
-pub fn start() -> Result<Server> {
-    Server::start("plain hyper map", &std::env::current_exe()?, &[NAME.to_owned()])
+/// What it is called in tables.
+pub const TITLE: &str = "plain hyper map";
+
+/// Starts it, in a process of its own, with so many keys in it.
+pub fn start(keys: u64, bytes: usize) -> Result<Server> {
+    Server::start(TITLE, &std::env::current_exe()?, &args(keys, bytes))
+}
+
+/// What makes the benchmark's binary this server.
+pub fn args(keys: u64, bytes: usize) -> [String; 3] {
+    [NAME.to_owned(), keys.to_string(), bytes.to_string()]
 }
 
 type Map = Arc<Mutex<HashMap<String, Bytes>>>;
 
 #[tokio::main]
-pub async fn serve() -> Result<()> {
+pub async fn serve(keys: &str, bytes: &str) -> Result<()> {
+    let (keys, value) = (keys.parse::<u64>()?, "x".repeat(bytes.parse()?));
+    let filled = (0..keys).map(|number| (format!("/v1/key-{number}"), Bytes::from(value.clone())));
+    let map: Map = Arc::new(Mutex::new(filled.collect()));
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     eprintln!("serving on http://{}", listener.local_addr()?);
-    let map = Map::default();
     loop {
         let (stream, _) = listener.accept().await?;
         stream.set_nodelay(true)?;

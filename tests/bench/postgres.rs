@@ -10,7 +10,10 @@ use tokio::runtime::Builder;
 use tokio::task;
 use tokio_postgres::NoTls;
 
+use crate::load::load;
+use crate::peers;
 use crate::process::{Server, median};
+use crate::report::{Report, number};
 
 const ROUNDS: usize = 5;
 const TIME: Duration = Duration::from_secs(3);
@@ -20,8 +23,9 @@ const TABLE: &str =
     "CREATE TABLE transactions (sequence BIGSERIAL PRIMARY KEY, event_type SMALLINT, key TEXT, value TEXT)";
 const INSERT: &str = "INSERT INTO transactions (event_type, key, value) VALUES (2, $1, $2)";
 
-pub fn run(data: &Path) -> Result<()> {
-    let postgres = Server::postgres(data)?;
+pub fn run(data: &Path, report: &mut Report) -> Result<()> {
+    let postgres = peers::postgres(data)?;
+    report.uses("psql", &["--version"]);
     let url = format!("postgres://postgres@{}/postgres?sslmode=disable", postgres.address);
     let kvs = Server::kvs("kvs", &data.join("kvs"), &["--log", &url])?;
     let threads = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -30,21 +34,26 @@ pub fn run(data: &Path) -> Result<()> {
         task::spawn(connection);
         client.batch_execute(TABLE).await
     })?;
-    println!(
-        "\nLog in Postgres: {CONNECTIONS} connections, 100-byte values, {ROUNDS} rounds of {} s each\n",
-        TIME.as_secs()
+    report.table(
+        format!(
+            "Log in Postgres: {CONNECTIONS} connections, 100-byte values, medians of {ROUNDS} rounds of {} s each",
+            TIME.as_secs()
+        ),
+        &["PUT/s", "of one INSERT each, one after the other", "of one INSERT each, on as many connections"],
     );
-    println!("| PUT/s | of one INSERT each, one after the other | of one INSERT each, on {CONNECTIONS} connections |");
-    println!("|---:|---:|---:|");
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
         let one = threads.block_on(inserts(&url, 1))?;
-        let put = kvs.load("put", CONNECTIONS, TIME)?.per_second;
+        let put = load("PUT", 10_000, CONNECTIONS, TIME).wrk(&kvs)?.per_second;
         let many = threads.block_on(inserts(&url, CONNECTIONS))?;
         rounds.push((put, put / one, put / many));
     }
     let median = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of));
-    println!("| {:.0} | {:.1} | {:.1} |", median(|round| round.0), median(|round| round.1), median(|round| round.2));
+    report.row(vec![
+        number(median(|round| round.0), 0),
+        number(median(|round| round.1), 1),
+        number(median(|round| round.2), 1),
+    ]);
     Ok(())
 }
 

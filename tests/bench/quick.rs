@@ -37,7 +37,7 @@ pub fn run(data: &Path, update: bool) -> Result<()> {
     let list = "GET /v1?limit=100 HTTP/1.1\r\nhost: kvs\r\n\r\n";
     // A start compiles the guest, and keeps it for the next ones.
     let kvs = data.join("kvs");
-    replay::write(&kvs, 1_000, |number| format!("key-{number}"))?;
+    replay::write(&kvs, 1_000, 100, |number| format!("key-{number}"))?;
     counted(data, Program::Kvs(&kvs), "", 0)?;
     let each = |program: Program<'_>, request: &str| {
         let [few, many] = [FEW, MANY].map(|times| counted(data, program, request, times));
@@ -46,7 +46,7 @@ pub fn run(data: &Path, update: bool) -> Result<()> {
     let entry = || {
         let [few, many] = [FEW, MANY].map(|entries| {
             let log = data.join(entries.to_string());
-            replay::write(&log, 10 * entries, |number| format!("key-{number}"))?;
+            replay::write(&log, 10 * entries, 100, |number| format!("key-{number}"))?;
             fs::create_dir_all(log.join("cache"))?;
             for compiled in fs::read_dir(kvs.join("cache"))? {
                 let compiled = compiled?;
@@ -110,12 +110,12 @@ fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Resu
             args.extend(serve.map(str::to_owned));
             args.push(text(log)?);
         }
-        Program::PlainMap => args.extend([text(&std::env::current_exe()?)?, plain_map::NAME.to_owned()]),
+        Program::PlainMap => {
+            args.push(text(&std::env::current_exe()?)?);
+            args.extend(plain_map::args(10, 100));
+        }
     }
     let server = Server::start("valgrind", Path::new("env"), &args)?;
-    if matches!(program, Program::PlainMap) {
-        ask(server.address, &format!("{PUT}{}", "x".repeat(100)), 1)?;
-    }
     ask(server.address, request, times)?;
     server.stop()?;
     let report = fs::read_to_string(report)?;

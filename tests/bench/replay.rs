@@ -13,6 +13,7 @@ use kvs::log::TransactionLog;
 use kvs::log::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Offline, Options};
 
 use crate::process::{Server, median, status_bytes, thread_seconds};
+use crate::report::{Report, number};
 
 /// The argument that makes the benchmark's binary read a log and nothing else.
 pub const SCAN: &str = "scan";
@@ -22,35 +23,42 @@ const ROUNDS: usize = 3;
 const LONG: u64 = 1_000_000;
 const ENTRIES: [u64; 4] = [10_000, 100_000, 1_000_000, 10_000_000];
 
-/// One round: seconds of CPU, and bytes of memory.
+/// One round: seconds of CPU, and bytes of memory; and of those the guest's.
 struct Round {
     scan: (f64, f64),
-    guest: (f64, f64),
+    guest: (f64, f64, f64),
 }
 
-pub fn run(data: &Path) -> Result<()> {
-    println!("\nReplay: 100-byte values, every key once, {ROUNDS} rounds\n");
-    println!(
-        "| entries | log alone, entries/s of CPU | memory | into the default guest | memory | a byte of key and value |"
+pub fn run(data: &Path, report: &mut Report) -> Result<()> {
+    report.table(
+        format!("Replay: 100-byte values, every key once, medians of {ROUNDS} rounds"),
+        &[
+            "entries",
+            "log alone, entries/s of CPU",
+            "memory, MB",
+            "into the default guest, entries/s of CPU",
+            "memory, MB",
+            "of it the guest's, beside key and value, bytes an entry",
+        ],
     );
-    println!("|---:|---:|---:|---:|---:|---:|");
     for entries in ENTRIES {
         let data = data.join(entries.to_string());
-        let bytes = write(&data, entries, scattered)?;
+        let bytes = write(&data, entries, 100, scattered)?;
         let mut rounds = Vec::new();
         for _ in 0..if entries > LONG { 1 } else { ROUNDS } {
             rounds.push(Round { scan: scan_apart(&data, entries)?, guest: serve(&data)? });
         }
         fs::remove_dir_all(&data)?;
         let median = |of: fn(&Round) -> f64| median(rounds.iter().map(of));
-        println!(
-            "| {entries} | {:.0} | {:.0} MB | {:.0} | {:.0} MB | {:.1} |",
-            entries as f64 / median(|round| round.scan.0),
-            median(|round| round.scan.1) / 1e6,
-            entries as f64 / median(|round| round.guest.0),
-            median(|round| round.guest.1) / 1e6,
-            median(|round| round.guest.1) / bytes,
-        );
+        let beside = (median(|round| round.guest.2) - bytes) / entries as f64;
+        report.row(vec![
+            entries.into(),
+            number(entries as f64 / median(|round| round.scan.0), 0),
+            number(median(|round| round.scan.1) / 1e6, 0),
+            number(entries as f64 / median(|round| round.guest.0), 0),
+            number(median(|round| round.guest.1) / 1e6, 0),
+            number(beside, 0),
+        ]);
     }
     Ok(())
 }
@@ -60,16 +68,16 @@ fn scattered(number: u64) -> String {
     format!("key-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
-/// Writes a log of so many keys, and gives the bytes of its keys and values.
-pub fn write(data: &Path, entries: u64, key: impl Fn(u64) -> String) -> Result<f64> {
+/// Writes a log of so many keys with values of so many bytes, and gives the bytes of both.
+pub fn write(data: &Path, entries: u64, value: usize, key: impl Fn(u64) -> String) -> Result<f64> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability: Durability::Os })?;
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
     let mut bytes = 0;
     for number in 0..entries {
         let key = key(number);
-        bytes += key.len() + 100;
-        let put = Event::Put(Put { key, value: vec![b'x'; 100], metadata: Vec::new(), expires: None });
+        bytes += key.len() + value;
+        let put = Event::Put(Put { key, value: vec![b'x'; value], metadata: Vec::new(), expires: None });
         while let Err(error) = log.append(time, std::slice::from_ref(&put)) {
             ensure!(matches!(error, AppendError::Unavailable) && log.failure().is_none(), "cannot append: {error:?}");
             std::thread::sleep(Duration::from_millis(1));
@@ -101,7 +109,8 @@ pub fn scan(data: &Path) -> Result<()> {
 }
 
 /// Serves from the log. Until it serves, its threads named tokio do nothing but replay.
-fn serve(data: &Path) -> Result<(f64, f64)> {
+fn serve(data: &Path) -> Result<(f64, f64, f64)> {
     let server = Server::kvs("kvs", data, &[])?;
-    Ok((thread_seconds(&server.id(), "tokio")?, status_bytes(&server.id(), "VmRSS:")?))
+    let guest = server.metric("kvs_guest_memory_bytes")?;
+    Ok((thread_seconds(&server.id(), "tokio")?, status_bytes(&server.id(), "VmRSS:")?, guest))
 }

@@ -1,49 +1,254 @@
-//! What a request costs the server, beside a plain hyper map without guest or log.
+//! What a request costs, beside a plain hyper map without guest or log, which is the ceiling, and beside other stores.
+//!
+//! One thing at a time is varied: connections, the size of values, TLS, HTTP/2. Each server has the same keys in it, except
+//! where its name says otherwise.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::load::{Done, Load};
+use crate::peers::{self, Pair};
 use crate::plain_map;
-use crate::process::{Load, Server, median};
+use crate::process::{Server, median};
+use crate::replay;
+use crate::report::{Report, number};
 
 const ROUNDS: usize = 5;
-const TIME: Duration = Duration::from_secs(4);
+const TIME: Duration = Duration::from_secs(2);
+const KEYS: u64 = 1_000_000;
+const FEW_KEYS: u64 = 1_000;
+/// Of which the slowest to be filled has no more.
+const ETCD_KEYS: u64 = 10_000;
 const CONNECTIONS: u32 = 64;
 
-pub fn run(data: &Path) -> Result<()> {
-    let servers = [
-        plain_map::start()?,
-        Server::kvs("kvs", &data.join("sync"), &[])?,
-        Server::kvs("kvs `--durability os`", &data.join("os"), &["--durability", "os"])?,
+const KVS: &str = "kvs";
+const KVS_OS: &str = "kvs `--durability os`";
+const KVS_SHARDS: &str = "kvs `--shards 2`";
+const KVS_FEW: &str = "kvs, 1,000 keys";
+
+/// How a server is spoken to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Via {
+    Http,
+    Http2,
+    Etcd,
+    Redis,
+}
+
+struct Contender {
+    server: Server,
+    via: Via,
+    keys: u64,
+}
+
+pub fn run(data: &Path, report: &mut Report) -> Result<()> {
+    let asked = [
+        ("wrk", &["-v"][..]),
+        ("h2load", &["--version"]),
+        ("redis-server", &["--version"]),
+        ("etcd", &["--version"]),
+        ("go", &["version"]),
+        ("nginx", &["-v"]),
     ];
-    println!(
-        "\nRequests: {CONNECTIONS} connections, 100-byte values, 10,000 keys, {ROUNDS} rounds of {} s each\n",
-        TIME.as_secs()
-    );
-    println!(
-        "| request | server | requests/s | CPU us/request | throughput, of the plain map | CPU, of the plain map |"
-    );
-    println!("|---|---|---:|---:|---:|---:|");
-    // PUT first: it fills the store that GET reads.
-    for script in ["put", "get"] {
-        let mut rounds: Vec<Vec<Load>> = Vec::new();
-        for _ in 0..ROUNDS {
-            rounds.push(servers.iter().map(|server| server.load(script, CONNECTIONS, TIME)).collect::<Result<_>>()?);
-        }
-        for (index, server) in servers.iter().enumerate() {
-            let median = |of: &dyn Fn(&[Load]) -> f64| median(rounds.iter().map(|round| of(round)));
-            println!(
-                "| {} | {} | {:.0} | {:.1} | {:.2} | {:.2} |",
-                script.to_uppercase(),
-                server.name,
-                median(&|round| round[index].per_second),
-                median(&|round| round[index].cpu_us),
-                median(&|round| round[index].per_second / round[0].per_second),
-                median(&|round| round[index].cpu_us / round[0].cpu_us),
-            );
+    asked.into_iter().for_each(|(program, how)| report.uses(program, how));
+
+    let contenders = plain(&data.join("small"), KEYS, 100)?;
+    let base = compare(report, data, "HTTP/1.1", &contenders, 100, CONNECTIONS)?;
+    goals(report, &base);
+    for connections in [1, 256] {
+        compare(report, data, "HTTP/1.1", &contenders, 100, connections)?;
+    }
+    drop(contenders);
+    let contenders = plain(&data.join("large"), FEW_KEYS, 10 << 10)?;
+    compare(report, data, "HTTP/1.1", &contenders, 10 << 10, CONNECTIONS)?;
+    drop(contenders);
+    let mut contenders = encrypted(&data.join("encrypted"))?;
+    compare(report, data, "HTTP/1.1 and TLS", &contenders, 100, CONNECTIONS)?;
+    contenders.iter_mut().for_each(|contender| contender.via = Via::Http2);
+    compare(report, data, "HTTP/2 and TLS", &contenders, 100, CONNECTIONS)?;
+    Ok(())
+}
+
+/// All that speak HTTP/1.1 or something like it, with so many keys of values of so many bytes.
+fn plain(data: &Path, keys: u64, bytes: usize) -> Result<Vec<Contender>> {
+    let kvs = |name: &'static str, keys, flags: &[&str]| {
+        let data = data.join(name.replace([' ', '`', ','], "-"));
+        replay::write(&data, keys, bytes, |number| format!("key-{number}"))?;
+        Ok::<_, anyhow::Error>(Contender { server: Server::kvs(name, &data, flags)?, via: Via::Http, keys })
+    };
+    let other = |server, via, keys| Contender { server, via, keys };
+    let mut contenders = vec![
+        other(plain_map::start(keys, bytes)?, Via::Http, keys),
+        kvs(KVS, keys, &[])?,
+        kvs(KVS_OS, keys, &["--durability", "os"])?,
+        kvs(KVS_SHARDS, keys, &["--shards", "2"])?,
+        other(peers::redis(data, false, keys, bytes)?, Via::Redis, keys),
+        other(peers::redis(data, true, keys, bytes)?, Via::Redis, keys),
+        other(peers::etcd(data)?, Via::Etcd, ETCD_KEYS.min(keys)),
+        other(peers::book(data, keys, bytes, None)?, Via::Http, keys),
+        other(peers::nginx(data, bytes, None)?, Via::Http, keys),
+    ];
+    if keys > FEW_KEYS {
+        contenders.insert(2, kvs(KVS_FEW, FEW_KEYS, &[])?);
+    }
+    Ok(contenders)
+}
+
+/// Those that speak TLS and HTTP/2.
+fn encrypted(data: &Path) -> Result<Vec<Contender>> {
+    let kvs = data.join("kvs");
+    replay::write(&kvs, KEYS, 100, |number| format!("key-{number}"))?;
+    let pair = Pair::new(data)?;
+    let flags = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key];
+    let servers = [
+        Server::kvs(KVS, &kvs, &flags)?,
+        peers::book(data, KEYS, 100, Some(&pair))?,
+        peers::nginx(data, 100, Some(&pair))?,
+    ];
+    Ok(servers.map(|server| Contender { server, via: Via::Http, keys: KEYS }).into())
+}
+
+impl Contender {
+    fn takes(&self, request: &str) -> bool {
+        request == "GET" || self.server.name != peers::NGINX
+    }
+
+    /// `before` is what it did in the round before.
+    fn ask(&self, request: &str, bytes: usize, connections: u32, before: Option<&Done>, data: &Path) -> Result<Done> {
+        let etcd = format!("etcd {request}");
+        let kind = if self.via == Via::Etcd { &etcd } else { request };
+        let load = Load { kind, keys: self.keys, bytes, connections, time: TIME };
+        match self.via {
+            Via::Http | Via::Etcd => load.wrk(&self.server),
+            Via::Http2 => load.h2load(&self.server, data),
+            Via::Redis => {
+                let per_second = before.map_or(1_000.0 * f64::from(connections), |before| before.per_second);
+                load.redis(&self.server, (per_second * TIME.as_secs_f64()) as u64)
+            }
         }
     }
-    Ok(())
+}
+
+/// What each did in one round; none where it does not take such a request.
+type Round = Vec<Option<Done>>;
+
+/// What each did, by request and in the order of rounds.
+struct Measured<'c> {
+    names: Vec<&'c str>,
+    puts: Vec<Round>,
+    gets: Vec<Round>,
+}
+
+impl Measured<'_> {
+    fn rounds(&mut self, request: &str) -> &mut Vec<Round> {
+        if request == "PUT" { &mut self.puts } else { &mut self.gets }
+    }
+
+    fn all(&self, request: &str, name: &str) -> Vec<&Done> {
+        let rounds = if request == "PUT" { &self.puts } else { &self.gets };
+        let index = self.names.iter().position(|known| *known == name);
+        rounds.iter().filter_map(|round| round[index?].as_ref()).collect()
+    }
+
+    fn median(&self, request: &str, name: &str, of: fn(&Done) -> f64) -> f64 {
+        median(self.all(request, name).into_iter().map(of))
+    }
+
+    /// The median of what kvs did, in each round, of what another did.
+    fn ratio(&self, request: &str, other: &str, of: fn(&Done) -> f64) -> f64 {
+        let both = self.all(request, KVS).into_iter().zip(self.all(request, other));
+        median(both.map(|(kvs, other)| of(kvs) / of(other)))
+    }
+}
+
+fn throughput(done: &Done) -> f64 {
+    done.per_second
+}
+
+fn cpu(done: &Done) -> f64 {
+    done.cpu_us
+}
+
+/// Rounds in which all take turns, as a table.
+fn compare<'c>(
+    report: &mut Report,
+    data: &Path,
+    transport: &str,
+    contenders: &'c [Contender],
+    bytes: usize,
+    connections: u32,
+) -> Result<Measured<'c>> {
+    let names = contenders.iter().map(|contender| contender.server.name).collect();
+    let mut measured = Measured { names, puts: Vec::new(), gets: Vec::new() };
+    // PUT first: that is how etcd comes by what is asked for then.
+    for request in ["PUT", "GET"] {
+        let rounds = measured.rounds(request);
+        for _ in 0..ROUNDS {
+            let before = rounds.last();
+            let asked = contenders.iter().enumerate().map(|(index, contender)| {
+                let before = before.and_then(|round| round[index].as_ref());
+                let asked = || contender.ask(request, bytes, connections, before, data);
+                contender.takes(request).then(asked).transpose()
+            });
+            let round = asked.collect::<Result<_>>()?;
+            rounds.push(round);
+        }
+    }
+    let keys = contenders.first().map_or(0, |contender| contender.keys);
+    report.table(
+        format!("{transport}, {bytes}-byte values, {keys} keys, {connections} connections, medians of {ROUNDS} rounds"),
+        &[
+            "request",
+            "server",
+            "requests/s",
+            "CPU us/request",
+            "99% within ms",
+            "kvs has its throughput times",
+            "and its CPU times",
+        ],
+    );
+    for request in ["GET", "PUT"] {
+        for contender in contenders.iter().filter(|contender| contender.takes(request)) {
+            let name = contender.server.name;
+            let keys = if contender.via == Via::Etcd { format!(", {} keys", contender.keys) } else { String::new() };
+            report.row(vec![
+                request.into(),
+                format!("{name}{keys}").into(),
+                number(measured.median(request, name, throughput), 0),
+                number(measured.median(request, name, cpu), 1),
+                number(measured.median(request, name, |done| done.latency.get(1).map_or(f64::NAN, |us| us / 1e3)), 2),
+                number(measured.ratio(request, name, throughput), 2),
+                number(measured.ratio(request, name, cpu), 2),
+            ]);
+        }
+    }
+    Ok(measured)
+}
+
+/// What is aimed at, and how far it is.
+fn goals(report: &mut Report, base: &Measured<'_>) {
+    report.table("Goals", &["what", "goal", "measured"]);
+    let goals = [
+        ("GET, CPU, of the plain map's", "at most 1.15", base.ratio("GET", plain_map::TITLE, cpu)),
+        ("GET, CPU, of redis's", "at most 1.1", base.ratio("GET", peers::REDIS, cpu)),
+        ("durable PUT, CPU, of the plain map's in memory", "at most 1.6", base.ratio("PUT", plain_map::TITLE, cpu)),
+        (
+            "durable PUT, throughput, of redis's, `appendfsync always`",
+            "at least 1.5",
+            base.ratio("PUT", peers::REDIS_ALWAYS, throughput),
+        ),
+        ("durable PUT, throughput, of etcd's", "at least 8", base.ratio("PUT", peers::ETCD, throughput)),
+        ("GET, throughput, of the Go service's", "at least 2", base.ratio("GET", peers::BOOK, throughput)),
+        (
+            "durable PUT, throughput, of the Go service's, which does not sync",
+            "at least 1.3",
+            base.ratio("PUT", peers::BOOK, throughput),
+        ),
+        ("GET among 1,000,000 keys, CPU, of that among 1,000", "at most 1.2", base.ratio("GET", KVS_FEW, cpu)),
+    ];
+    for (what, goal, measured) in goals {
+        report.row(vec![what.into(), goal.into(), number(measured, 2)]);
+    }
 }

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::process::{Load, Server, median};
+use crate::load::{Done, load};
+use crate::process::{Server, median, quantile};
 use crate::replay;
+use crate::report::{Report, number};
 
 const KEYS: u64 = 1_000_000;
 const CONNECTIONS: u32 = 64;
@@ -30,56 +32,60 @@ struct Swap {
 /// Under full load, and all the keys there are: what clients see of it.
 /// Many more of few keys, which takes no time: how long the rarest of the pauses are. What a pause waits for (the last
 /// entries before the switch) does not depend on what was replayed before.
-pub fn run(data: &Path) -> Result<()> {
+pub fn run(data: &Path, report: &mut Report) -> Result<()> {
+    report.uses("wrk", &["-v"]);
     let server = server(&data.join("many"), KEYS, &[])?;
-    println!("\nSwaps: {KEYS} keys, {CONNECTIONS} connections, 9 GETs to a PUT, {} s each\n", TIME.as_secs());
-    println!("| | requests/s | half of them within | 99% | 99.9% | all |");
-    println!("|---|---:|---:|---:|---:|---:|");
-    let row = |name: &str, (load, report): (Load, String)| {
-        let latency = report.lines().find_map(|line| line.strip_prefix("latency ")).context("no latencies")?;
-        let milliseconds = latency.split(' ').map(|us| Ok(format!("{:.1} ms", us.parse::<f64>()? / 1e3)));
-        println!("| {name} | {:.0} | {} |", load.per_second, milliseconds.collect::<Result<Vec<_>>>()?.join(" | "));
-        Ok::<_, anyhow::Error>(())
+    report.table(
+        format!("Swaps: {KEYS} keys, {CONNECTIONS} connections, 9 GETs to a PUT, {} s each", TIME.as_secs()),
+        &["", "requests/s", "half of them within ms", "99%", "99.9%", "all"],
+    );
+    let mut row = |name: String, done: &Done| {
+        let latency = done.latency.iter().map(|us| number(us / 1e3, 1));
+        report.row([name.into(), number(done.per_second, 0)].into_iter().chain(latency).collect());
     };
-    row("without swaps", mixed(&server, KEYS, TIME)?)?;
+    row("without swaps".to_owned(), &mixed(&server, KEYS, TIME)?);
     let many = under_load(&server, KEYS, TIME)?;
     drop(server);
-    row(&format!("with {} swaps, one after the other", many.swaps.len()), many.load)?;
-    println!(
-        "\nRequests were held for {:.2} ms (median; at most {:.2} ms); a replay took {:.1} s; no request failed.",
-        median(pauses(&many.swaps)),
-        pauses(&many.swaps).fold(0.0, f64::max),
-        median(many.swaps.iter().map(|swap| swap.replay)),
-    );
-    println!(
-        "{} reads of clients' own last writes, none stale; the slowest pair of a write and a read took {:.1} ms.\n",
-        many.checked.iter().map(|checked| checked.reads).sum::<u64>(),
-        1e3 * many.checked.iter().map(|checked| checked.slowest.as_secs_f64()).fold(0.0, f64::max),
-    );
+    row(format!("with {} swaps, one after the other", many.swaps.len()), &many.load);
 
     let server = self::server(&data.join("few"), FEW_KEYS, &["--segment-bytes", "4MiB"])?;
     let few = under_load(&server, FEW_KEYS, FEW_TIME)?;
-    let mut sorted: Vec<_> = pauses(&few.swaps).collect();
-    sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
-    println!(
-        "The same with {FEW_KEYS} keys for {} s, {} swaps: requests were held for",
-        FEW_TIME.as_secs(),
-        sorted.len()
+    let both = [(KEYS, &many), (FEW_KEYS, &few)];
+    report.table(
+        "What swaps did meanwhile; no request failed, and no read of a client's own last write was stale",
+        &[
+            "keys",
+            "swaps",
+            "a replay took s",
+            "requests were held for ms, median",
+            "99%",
+            "99.9%",
+            "all",
+            "reads of own last writes",
+            "the slowest pair of both, ms",
+        ],
     );
-    println!(
-        "{:.2} ms (median), {:.2} ms (99%), {:.2} ms (99.9%), {:.2} ms (all)\n",
-        at(0.5),
-        at(0.99),
-        at(0.999),
-        at(1.0)
-    );
-    println!("| requests held, at most | swaps of {KEYS} keys | of {FEW_KEYS} |");
-    println!("|---:|---:|---:|");
+    for (keys, seen) in both {
+        let pause = |share| number(quantile(pauses(&seen.swaps).collect(), share), 2);
+        let slowest = seen.checked.iter().map(|checked| checked.slowest.as_secs_f64()).fold(0.0, f64::max);
+        report.row(vec![
+            keys.into(),
+            seen.swaps.len().into(),
+            number(median(seen.swaps.iter().map(|swap| swap.replay)), 1),
+            pause(0.5),
+            pause(0.99),
+            pause(0.999),
+            pause(1.0),
+            seen.checked.iter().map(|checked| checked.reads).sum::<u64>().into(),
+            number(1e3 * slowest, 1),
+        ]);
+    }
+    report.table("Swaps that held requests for so long", &["at most ms", "a million keys", "a thousand keys"]);
     let mut least = 0.0;
     for most in CLASSES.into_iter().chain([f64::INFINITY]) {
-        let count = |swaps| pauses(swaps).filter(|pause| (least..most).contains(pause)).count();
-        println!("| {most} ms | {} | {} |", count(&many.swaps), count(&few.swaps));
+        let count = |seen: &Seen| pauses(&seen.swaps).filter(|pause| (least..most).contains(pause)).count();
+        let most_told = if most.is_finite() { number(most, 2) } else { "more".into() };
+        report.row(vec![most_told, count(&many).into(), count(&few).into()]);
         least = most;
     }
     Ok(())
@@ -87,12 +93,12 @@ pub fn run(data: &Path) -> Result<()> {
 
 /// A server of so many keys, that lets a guest off its probation soon.
 fn server(data: &Path, keys: u64, flags: &[&str]) -> Result<Server> {
-    replay::write(data, keys, |number| format!("key-{number}"))?;
+    replay::write(data, keys, 100, |number| format!("key-{number}"))?;
     Server::kvs("kvs", data, &[&["--probation", "10ms"], flags].concat())
 }
 
-fn mixed(server: &Server, keys: u64, time: Duration) -> Result<(Load, String)> {
-    server.load_telling("mixed", &[keys.to_string()], CONNECTIONS, time)
+fn mixed(server: &Server, keys: u64, time: Duration) -> Result<Done> {
+    load("mixed", keys, CONNECTIONS, time).wrk(server)
 }
 
 /// In milliseconds.
@@ -102,7 +108,7 @@ fn pauses(swaps: &[Swap]) -> impl Iterator<Item = f64> {
 
 /// Swaps one after the other, and what was seen meanwhile.
 struct Seen {
-    load: (Load, String),
+    load: Done,
     swaps: Vec<Swap>,
     checked: Vec<Checked>,
 }

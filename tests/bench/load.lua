@@ -1,0 +1,60 @@
+-- Requests of a KIND to keys of so many KEYS, with values of so many BYTES, as wrk hands them over behind `--`.
+-- The keys are any of those there are, in no order; only what is written to etcd comes one key after the other.
+local kind, keys, value
+local key = 0
+
+local digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+local function base64(text)
+  local groups = text:gsub("..?.?", function(bytes)
+    local a, b, c = bytes:byte(1, 3)
+    local bits = a * 65536 + (b or 0) * 256 + (c or 0)
+    local group = ""
+    for place = 3, 0, -1 do
+      local digit = math.floor(bits / 64 ^ place) % 64 + 1
+      group = group .. digits:sub(digit, digit)
+    end
+    return group:sub(1, #bytes + 1) .. ("="):rep(3 - #bytes)
+  end)
+  return groups
+end
+
+local function any()
+  return "key-" .. math.random(0, keys - 1)
+end
+
+local kinds = {
+  GET = function() return wrk.format("GET", "/v1/" .. any()) end,
+  PUT = function() return wrk.format("PUT", "/v1/" .. any(), nil, value) end,
+  -- Nine GETs to a PUT.
+  mixed = function()
+    local put = math.random(10) == 1
+    return wrk.format(put and "PUT" or "GET", "/v1/" .. any(), nil, put and value or nil)
+  end,
+  -- The gateway of etcd has two calls, and bytes in base64.
+  ["etcd GET"] = function()
+    return wrk.format("POST", "/v3/kv/range", nil, '{"key":"' .. base64(any()) .. '"}')
+  end,
+  ["etcd PUT"] = function()
+    key = (key + 1) % keys
+    return wrk.format("POST", "/v3/kv/put", nil, '{"key":"' .. base64("key-" .. key) .. '","value":"' .. value .. '"}')
+  end,
+}
+
+function init(args)
+  kind, keys = args[1], tonumber(args[2])
+  value = ("x"):rep(tonumber(args[3]))
+  if kind == "etcd PUT" then
+    value = base64(value)
+  end
+  math.randomseed(os.time())
+  request = kinds[kind]
+end
+
+function done(summary, latency)
+  local errors = summary.errors
+  print(string.format("result %d %d %d", summary.requests, summary.duration,
+    errors.connect + errors.read + errors.write + errors.timeout + errors.status))
+  print(string.format("latency %d %d %d %d", latency:percentile(50), latency:percentile(99),
+    latency:percentile(99.9), latency.max))
+end
