@@ -6,3 +6,8 @@
 kvs_guest::export!(Component with_types_in kvs_guest);
 #[cfg(target_arch = "wasm32")]
 use kvs_guest::Component;
+
+#[cfg(target_arch = "wasm32")]
+#[global_allocator]
+static ALLOCATOR: kvs_guest::allocator::Allocator<std::alloc::System> =
+    kvs_guest::allocator::Allocator::new(std::alloc::System);

@@ -76,7 +76,7 @@ pub fn is_tag_of(value: &[u8], sequence: u64) -> bool {
 
 /// The entity tag of an item.
 pub fn tag_of(sequence: u64) -> String {
-    format!("\"{sequence}\"")
+    ["\"", itoa::Buffer::new().format(sequence), "\""].concat()
 }
 
 impl Tags {

@@ -4,6 +4,7 @@
 //! Must never know: what a request means (`rest`), what a key is (`key`), or how entries become state (`store`). Those
 //! are plain functions of their arguments, so that they run and are tested natively, without a host.
 
+pub mod allocator;
 pub mod answer;
 pub mod conditions;
 pub mod content_type;

@@ -18,6 +18,9 @@ use crate::store::Store;
 /// The longest time to live, in seconds: 100 years.
 pub const MAX_TTL: u64 = 100 * 365 * 24 * 60 * 60;
 
+/// That a value comes with: what it is, what caches need, what clients may do with it, and which part it is.
+const MOST_HEADERS: usize = 8;
+
 /// The longest time to wait for a change, in seconds.
 const MAX_WAIT: u64 = 300;
 
@@ -50,12 +53,15 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
         Ok(()) => {}
         Err(Unmet::IfNoneMatch) => {
             hold();
-            return of(item, 304, caching(item), Vec::new());
+            let mut headers = Vec::new();
+            caching(item, &mut headers);
+            return of(item, 304, headers, Vec::new());
         }
         Err(unmet) => return not_met(unmet, Ok(item)),
     }
-    let mut headers = vec![header(content_type::NAME, content_type::kept(item))];
-    headers.extend(caching(item));
+    let mut headers = Vec::with_capacity(MOST_HEADERS);
+    headers.push(header(content_type::NAME, content_type::kept(item)));
+    caching(item, &mut headers);
     headers.extend([
         header("accept-ranges", "bytes"),
         // A value may be anything, and whoever put it must not script whoever reads it.
@@ -174,8 +180,8 @@ fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response
 }
 
 /// What a cache needs to know.
-fn caching(item: &Item) -> Vec<Header> {
-    let mut headers = vec![etag(item.sequence())];
+fn caching(item: &Item, headers: &mut Vec<Header>) {
+    headers.push(etag(item.sequence()));
     if let Some(expires) = item.expires() {
         // In whole seconds, and not later than it is gone.
         let date = Duration::from_secs(expires / 1_000).min(LAST_DATE);
@@ -183,7 +189,6 @@ fn caching(item: &Item) -> Vec<Header> {
         // It can be overwritten before, so a cache is to ask whether it still has the value.
         headers.push(header("cache-control", "no-cache"));
     }
-    headers
 }
 
 fn not_met(unmet: Unmet, there: Result<&Item, u64>) -> Response {
