@@ -90,7 +90,7 @@ guest-js:
     npx --no-install componentize-js store.js --wit ../../wit --world-name store \
         --disable random stdio clocks http fetch-event --out "../../$component"
 
-# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, commit, postgres, replay or swap; half an hour in all
+# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay or swap; half an hour in all
 [group('develop')]
 bench *WHAT: _target (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --bench bench -- {{ WHAT }}
