@@ -8,7 +8,6 @@ use clap::error::ErrorKind;
 use kvs::cli::{Cli, Command, unknown_variable};
 use kvs::lines::{self, Format};
 
-#[cfg(target_env = "musl")]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

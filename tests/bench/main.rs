@@ -38,6 +38,10 @@ const ALL: [(&str, Benchmark); 7] = [
     ("swap", swap::run),
 ];
 
+/// That of kvs, so that what the plain map is compared with is not its allocator.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> Result<()> {
     // cargo adds a flag of its own.
     let args: Vec<_> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
