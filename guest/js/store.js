@@ -9,7 +9,6 @@ let newestDelete = 0n;
 const encode = (text) => new TextEncoder().encode(text);
 const header = (name, text) => ({ name, value: encode(text) });
 const etag = (sequence) => header('etag', `"${sequence}"`);
-const nosniff = header('x-content-type-options', 'nosniff');
 
 /** What an entry of the log does: on replay, and right after it was appended. */
 function change(sequence, { tag, val }) {
@@ -24,7 +23,7 @@ function change(sequence, { tag, val }) {
 }
 
 function line(status, text, dependsOn = 0n, more = []) {
-  const headers = [header('content-type', 'text/plain; charset=utf-8'), nosniff, ...more];
+  const headers = [header('content-type', 'text/plain; charset=utf-8'), ...more];
   return { status, headers, body: encode(`${text}\n`), dependsOn };
 }
 
@@ -80,7 +79,7 @@ export const handler = {
     if (!item) return line(404, 'no such key', absence);
     const kept = item.metadata.find(([name, type]) => name === 'content-type' && saysSomething(type));
     const type = header('content-type', kept?.[1] ?? 'application/octet-stream');
-    const answered = [type, etag(item.sequence), nosniff, header('content-security-policy', 'sandbox')];
+    const answered = [type, etag(item.sequence), header('content-security-policy', 'sandbox')];
     return { status: 200, headers: answered, body: item.value, dependsOn: item.sequence };
   },
 };

@@ -100,6 +100,19 @@ fn a_value_does_not_run_in_a_browser() {
 }
 
 #[test]
+fn no_browser_guesses_what_an_answer_is() {
+    let server = Server::start(&["--max-value-bytes", "1KiB"]);
+    let mut client = Connection::open(server.address());
+    for (method, path) in [("PUT", "/v1/a"), ("GET", "/v1/b"), ("GET", "/v1"), ("GET", "/nowhere"), ("BREW", "/v1/a")] {
+        let answer = client.ask(method, path, b"");
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{method} {path}");
+    }
+    // What the edge refuses too.
+    let refused = client.ask("PUT", "/v1/a", &[0; 1_025]);
+    assert_eq!((refused.status, refused.header("x-content-type-options")), (413, Some("nosniff")));
+}
+
+#[test]
 fn head_tells_the_length_and_sends_no_body() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());

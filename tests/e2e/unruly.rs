@@ -254,6 +254,13 @@ fn a_header_of_the_connection_is_not_the_guests_to_set() {
 }
 
 #[test]
+fn what_a_guest_says_of_guessing_stays() {
+    let (_server, mut client) = start(&[]);
+    let answer = get(&mut client, "/header/x-content-type-options");
+    assert_eq!((answer.status, answer.header("x-content-type-options")), (200, Some("x")));
+}
+
+#[test]
 fn more_headers_than_http_allows_are_500() {
     let (server, _) = start(&[]);
     is_invalid(&server, "/many-headers/40000", "headers");

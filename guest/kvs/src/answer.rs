@@ -37,7 +37,7 @@ pub const NO_STATE: Option<u64> = Some(0);
 pub fn line(status: u16, text: &str) -> Response {
     Response {
         status,
-        headers: vec![header(content_type::NAME, "text/plain; charset=utf-8"), nosniff()],
+        headers: vec![header(content_type::NAME, "text/plain; charset=utf-8")],
         body: format!("{text}\n").into_bytes(),
         depends_on: NO_STATE,
     }
@@ -47,7 +47,7 @@ pub fn line(status: u16, text: &str) -> Response {
 pub fn json(body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
         Ok(body) => {
-            let headers = vec![header(content_type::NAME, "application/json"), nosniff()];
+            let headers = vec![header(content_type::NAME, "application/json")];
             Response { status: 200, headers, body, depends_on: None }
         }
         Err(error) => line(500, &error.to_string()),
@@ -77,9 +77,4 @@ pub fn header(name: &str, value: impl Into<Vec<u8>>) -> Header {
 
 pub fn etag(sequence: u64) -> Header {
     header("etag", tag_of(sequence))
-}
-
-/// No browser is to guess that something is a script.
-pub fn nosniff() -> Header {
-    header("x-content-type-options", "nosniff")
 }

@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use crate::answer::{Host, NO_STATE, header, line, nosniff, with};
+use crate::answer::{Host, NO_STATE, header, line, with};
 use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
 use crate::exports::kvs::store::sharding::Placement;
@@ -79,7 +79,7 @@ fn describe(query: &str) -> Response {
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
     }
-    let headers = vec![header(content_type::NAME, "application/json"), nosniff()];
+    let headers = vec![header(content_type::NAME, "application/json")];
     Response { status: 200, headers, body: OPENAPI.into(), depends_on: NO_STATE }
 }
 

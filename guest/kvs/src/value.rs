@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::answer::{Host, etag, header, line, nosniff, not_stored, with};
+use crate::answer::{Host, etag, header, line, not_stored, with};
 use crate::conditions::{Conditions, IF_MATCH, IF_NONE_MATCH, Unmet};
 use crate::content_type;
 use crate::item::Item;
@@ -65,7 +65,6 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
     headers.extend([
         header("accept-ranges", "bytes"),
         // A value may be anything, and whoever put it must not script whoever reads it.
-        nosniff(),
         header("content-security-policy", "sandbox"),
     ]);
     let (value, length) = (item.value(), item.value().len());
@@ -236,7 +235,6 @@ mod tests {
                     header("content-type", "text/html"),
                     header("etag", "\"7\""),
                     header("accept-ranges", "bytes"),
-                    header("x-content-type-options", "nosniff"),
                     header("content-security-policy", "sandbox"),
                 ],
                 body: b"value".into(),
@@ -287,7 +285,6 @@ mod tests {
             assert_eq!(response, Response { depends_on: Some(rests_on), ..line(404, "no such key") });
             assert_eq!(text_of(&response), "no such key\n");
             assert_eq!(header_of(&response, CONTENT_TYPE), Some("text/plain; charset=utf-8"));
-            assert_eq!(header_of(&response, "x-content-type-options"), Some("nosniff"));
         }
     }
 

@@ -1,6 +1,6 @@
 //! `GET /v1?watch`: which changes a client may see, and from when on. The host streams them.
 
-use crate::answer::{Host, header, line, nosniff};
+use crate::answer::{Host, header, line};
 use crate::content_type;
 use crate::kvs::store::http::{Header, Request, Response};
 use crate::query;
@@ -35,7 +35,7 @@ pub fn get(query: &str, request: &Request, host: &mut impl Host) -> Response {
     {
         return line(400, &format!("there is nothing since {since} yet, the newest sequence is {}", next - 1));
     }
-    let headers = vec![header(content_type::NAME, "text/event-stream"), header("cache-control", "no-store"), nosniff()];
+    let headers = vec![header(content_type::NAME, "text/event-stream"), header("cache-control", "no-store")];
     // The head alone is the answer to HEAD.
     if request.method == "GET" {
         host.follow(prefix.as_ref().map_or("", |prefix| &prefix.value), since);

@@ -72,9 +72,8 @@ impl Store {
 
 fn answer(status: u16, body: impl Into<Vec<u8>>) -> Response {
     let kind = if status == 200 { "application/octet-stream" } else { "text/plain" };
-    let header = |name: &str, value: &str| Header { name: name.to_owned(), value: value.into() };
-    let headers = vec![header("content-type", kind), header("x-content-type-options", "nosniff")];
-    Response { status, headers, body: body.into(), depends_on: None }
+    let kind = Header { name: "content-type".to_owned(), value: kind.into() };
+    Response { status, headers: vec![kind], body: body.into(), depends_on: None }
 }
 
 thread_local! {

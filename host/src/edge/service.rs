@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hyper::body::{Body, Incoming as Arriving};
-use hyper::header::{self, HeaderValue};
+use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
@@ -79,6 +79,8 @@ impl Service {
             let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
             log.tell(&Line { id: &id, peer, principal, method, uri, status, bytes, took });
         }
+        // No browser is to guess that something is a script, whatever the guest thought of.
+        response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
         response.headers_mut().insert(request_id::HEADER, id);
         response
     }
