@@ -6,6 +6,7 @@
 //! before it. When a connection is lost, `epoch` and `last` tell whether it was committed; a statement that the server is
 //! still at holds the row, and whoever looks again by repeating it waits for that.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,8 @@ pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the end waits for a database that is away.
 const FAREWELL: Duration = Duration::from_secs(10);
 
-/// How long a batch waits for company at most, and never for more than half of what the one before took.
-const PATIENCE: Duration = Duration::from_millis(5);
+/// How long a batch waits for company. Less cannot be had from a timer, and commits that fast are better not waited for.
+const PATIENCE: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(5);
 
 /// $1 epoch, $2 the entry before, $3 the last, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
@@ -94,9 +95,7 @@ impl Writer {
                 metrics.append.observe_time(batch.begun.elapsed());
                 let took = begun.elapsed();
                 metrics.write.observe_time(took);
-                // Who was answered asks again soon. Were the first not to wait, it would be committed alone, and all others
-                // after it: twice the commits.
-                self.company = Company { appends: batch.appends, patience: (took / 2).min(PATIENCE) };
+                self.company = company(batch.appends, took);
                 metrics.batch.observe(batch.len());
                 metrics.written.add(batch.bytes);
                 shared.queue.written(batch);
@@ -203,6 +202,17 @@ impl Writer {
         let (session, _) = self.session(shared).await?;
         session.execute("UPDATE kvs.writer SET holder = NULL WHERE epoch = $1", &[&epoch]).await?;
         Ok(())
+    }
+}
+
+/// What the batch after one of so many appends waits for. Who was answered asks again soon. Were the first not to wait, it
+/// would be committed alone, and all others after it: twice the commits.
+fn company(appends: u64, took: Duration) -> Company {
+    let patience = took / 2;
+    if patience < *PATIENCE.start() {
+        Company::default()
+    } else {
+        Company { appends, patience: patience.min(*PATIENCE.end()) }
     }
 }
 
