@@ -7,7 +7,6 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use fastrand::Rng;
 use serde_json::{Value, json};
@@ -23,8 +22,7 @@ pub const OPERATIONS: u64 = 500;
 const GROUPS: [&[Key]; 3] = [&[0], &[1, 2], &[3, 4, 5]];
 const KEYS: usize = 6;
 
-/// Where the server is that is to be asked, and how much was asked of it: what clients and those who trouble the server
-/// know of each other.
+/// Where the server is, and how much was asked of it: what clients and those who trouble the server know of each other.
 #[derive(Default)]
 pub struct Stage {
     state: Mutex<(Option<SocketAddr>, u64)>,
@@ -59,11 +57,6 @@ impl Stage {
             assert!(!waited.1.timed_out(), "nothing happened for {PATIENCE:?}");
             state = waited.0;
         }
-    }
-
-    /// Whether the server is somewhere else by now.
-    fn has_left(&self, address: SocketAddr) -> bool {
-        self.state.lock().unwrap().0.is_some_and(|there| there != address)
     }
 
     fn recorded(&self) {
@@ -124,30 +117,20 @@ impl Client<'_> {
     }
 
     /// None when nothing can have happened.
-    fn ask(&mut self, kept: &mut Option<(SocketAddr, Connection)>) -> Option<Operation> {
-        let (address, mut connection) = match kept.take() {
-            Some(kept) => kept,
-            None => {
-                let address = self.stage.address();
-                (address, Connection::try_open(address).ok()?)
-            }
+    fn ask(&mut self, kept: &mut Option<Connection>) -> Option<Operation> {
+        let mut connection = match kept.take() {
+            Some(connection) => connection,
+            None => Connection::try_open(self.stage.address()).ok()?,
         };
         let (form, mut steps) = self.plan();
         let asked = self.stage.now();
-        // After that moment: who is asked was the right one when the operation began.
-        if self.stage.has_left(address) {
-            return None;
-        }
         let answer = self.exchange(&mut connection, form, &steps);
         let answered = self.stage.now();
         let outcome = match answer {
             // It may have arrived, and may be in the middle of what is done.
             Err(_) => Outcome::Unknown,
             Ok(answer) => {
-                // What is asked where nobody listens any more would have an outcome that is unknown for no reason.
-                if answer.header("connection") != Some("close") {
-                    *kept = Some((address, connection));
-                }
+                *kept = Some(connection);
                 outcome(&answer, form, &mut steps)?
             }
         };
@@ -216,7 +199,8 @@ impl Client<'_> {
     }
 
     fn name_of(&self, key: Key) -> String {
-        name_of(self.name, key)
+        // One tag, since transactions are of keys that share a shard.
+        format!("{{{}}}-{key}", self.name)
     }
 
     fn plain(&self, steps: &[Step]) -> (&'static str, String, String, String) {
@@ -246,31 +230,6 @@ impl Client<'_> {
         });
         Value::Array(operations.collect()).to_string()
     }
-}
-
-/// What a key of a history is called.
-fn name_of(history: &str, key: Key) -> String {
-    // One tag, since transactions are of keys that share a shard.
-    format!("{{{history}}}-{key}")
-}
-
-/// Reads the keys of a history now and then from a server that need not have the newest, for as long as this says. What it
-/// shows never goes back. Gives how often it showed something.
-pub fn read_on(address: SocketAddr, history: &str, go_on: impl Fn() -> bool) -> usize {
-    let mut connection = Connection::open(address);
-    let (mut newest, mut shown) = ([0; KEYS], 0);
-    while go_on() {
-        for (key, newest) in newest.iter_mut().enumerate() {
-            let answer = connection.ask("GET", &format!("/v1/{}", name_of(history, key)), b"");
-            if let (200, Some(tag)) = (answer.status, answer.etag()) {
-                assert!(tag >= *newest, "key {key} of {history} went back from {newest} to {tag}");
-                (*newest, shown) = (tag, shown + 1);
-            }
-        }
-        // News come ten times a second, and others need the processor.
-        thread::sleep(Duration::from_millis(5));
-    }
-    shown
 }
 
 fn quoted(tag: u64) -> String {

@@ -5,7 +5,6 @@ mod database;
 mod opening;
 mod proxy;
 mod standby;
-mod takeover;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
