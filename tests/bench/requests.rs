@@ -16,7 +16,7 @@ use crate::replay;
 use crate::report::{Report, number};
 
 const ROUNDS: usize = 5;
-const TIME: Duration = Duration::from_secs(2);
+const TIME: Duration = Duration::from_secs(1);
 const KEYS: u64 = 1_000_000;
 const FEW_KEYS: u64 = 1_000;
 /// Of which the slowest to be filled has no more.
