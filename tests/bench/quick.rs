@@ -2,7 +2,8 @@
 //! host together, beside what it spent when `quick.json` was written.
 //!
 //! They are counted by valgrind, on one worker thread, so the noise of the machine does not matter: what is left is the
-//! chance of hash seeds and wake-ups, a percent or two. A count is the difference of two runs, so that the start is not in
+//! chance of hash seeds and wake-ups, a percent or two; a PUT takes up to a seventh less where the machine is busy, as more of them
+//! share a sync then. A count is the difference of two runs, so that the start is not in
 //! it. What the kernel does for a request is not in it either.
 
 use std::collections::BTreeMap;
