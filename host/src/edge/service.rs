@@ -79,7 +79,7 @@ impl Service {
             let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
             log.tell(&Line { id: &id, peer, principal, method, uri, status, bytes, took });
         }
-        // No browser is to guess that something is a script, whatever the guest thought of.
+        // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
         response.headers_mut().insert(request_id::HEADER, id);
         response
