@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::book::curl;
+use crate::metrics::until;
 use crate::server::{PATIENCE, Server};
 use crate::wire::Connection;
 
@@ -199,6 +200,7 @@ fn a_client_is_told_how_many_requests_it_may_have_at_once() {
     // REFUSED_STREAM: it can be tried again.
     let refused = client.wait(&[RST_STREAM, GOAWAY]).expect("one too many is refused");
     assert_eq!((refused.kind, refused.stream, refused.error()), (RST_STREAM, 7, 7));
+    until(&server, "it is counted", |now| now.get("kvs_rejected_total{limit=\"max-streams\"}") == 1.0);
     client.send(DATA, END_STREAM, 1, b"value");
     assert_eq!(client.wait(&[HEADERS]).expect("an answer").stream, 1);
 }
@@ -290,6 +292,22 @@ fn data_without_content_ends_nothing_but_itself() {
         }
     }
     is_served(&server);
+}
+
+/// Asks so often at once, and takes all the answers.
+pub fn takes_all(server: &Server, times: u32) {
+    let mut client = Frames::open(server.address());
+    // INITIAL_WINDOW_SIZE, and as much for all together as there can be: nothing waits for more.
+    client.send(SETTINGS, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]);
+    client.send(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0, 0]);
+    for stream in (1..2 * times).step_by(2) {
+        client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET);
+    }
+    let mut left = times;
+    while left > 0 {
+        let frame = client.wait(&[HEADERS, DATA]).expect("all answers come");
+        left -= u32::from(frame.flags & END_STREAM);
+    }
 }
 
 /// Asks so often for what it will not take, and sees that it is there.

@@ -72,7 +72,7 @@ impl Metrics {
 
 /// Waits until this is true of the metrics, which come a moment after what they count.
 #[track_caller]
-fn until(server: &Server, what: &str, is_so: impl Fn(&Metrics) -> bool) -> Metrics {
+pub fn until(server: &Server, what: &str, is_so: impl Fn(&Metrics) -> bool) -> Metrics {
     let begun = Instant::now();
     loop {
         let metrics = Metrics::of(server);

@@ -3,6 +3,7 @@
 //! Must never know: what is asked.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -22,6 +23,8 @@ use tracing::debug;
 
 use super::counted::Counted;
 use super::metrics::Limit;
+use super::multiplex::Streams;
+use super::overheard::Overheard;
 use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
 use crate::guest::Client;
@@ -99,20 +102,22 @@ impl Edge {
                 Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
-        let (limits, stream) = (&self.limits, TokioIo::new(stream));
+        let limits = &self.limits;
         if http2 {
-            let mut http = http2::Builder::new(TokioExecutor::new());
+            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics));
+            let streams = Streams::default();
+            let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), patience, stop).await
+            drive(http.serve_connection(stream, service), streams.run(), patience, stop).await
         } else {
             let mut http = http1::Builder::new();
             // Without a timer, which would be set for each request: patience is kept for less.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
-            drive(http.serve_connection(stream, service), patience, stop).await
+            drive(http.serve_connection(TokioIo::new(stream), service), pending(), patience, stop).await
         }
     }
 }
@@ -122,15 +127,17 @@ impl Edge {
 /// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
+    streams: impl Future<Output = Infallible>,
     mut patience: Patience,
     mut stop: watch::Receiver<()>,
 ) -> Result<()> {
-    let mut connection = pin!(connection);
+    let (mut connection, mut streams) = (pin!(connection), pin!(streams));
     let mut stopping = false;
     loop {
         tokio::select! {
             biased;
             ended = connection.as_mut() => return Ok(ended?),
+            never = streams.as_mut() => match never {},
             _ = stop.changed(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();

@@ -31,10 +31,11 @@ pub enum Limit {
     BodyTimeout,
     Requests,
     RequestTimeout,
+    Streams,
     Resets,
 }
 
-const LIMITS: [(Limit, &str); 11] = [
+const LIMITS: [(Limit, &str); 12] = [
     (Limit::ConnectionsPerAddress, "max-connections-per-address"),
     (Limit::HandshakeTimeout, "handshake-timeout"),
     (Limit::HeaderTimeout, "header-timeout"),
@@ -45,6 +46,7 @@ const LIMITS: [(Limit, &str); 11] = [
     (Limit::BodyTimeout, "min-body-rate"),
     (Limit::Requests, "max-requests"),
     (Limit::RequestTimeout, "request-timeout"),
+    (Limit::Streams, "max-streams"),
     (Limit::Resets, "max-resets"),
 ];
 

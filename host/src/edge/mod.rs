@@ -3,9 +3,9 @@
 //! Owns: connections and who is at their other end, the limits of what comes in, deadlines.
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
-//! Read `connection` first (from the socket to HTTP), then `service` (one request) and what it admits requests by: `head`,
-//! `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on, `problem` errors for programs, `metrics` what
-//! is counted and `access_log` what is told.
+//! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
+//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on,
+//! `problem` errors for programs, `metrics` what is counted and `access_log` what is told.
 
 pub mod access_log;
 mod addresses;
@@ -17,6 +17,8 @@ mod counted;
 mod fresh;
 mod head;
 mod metrics;
+mod multiplex;
+mod overheard;
 mod patience;
 mod problem;
 mod refusal;
