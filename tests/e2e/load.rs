@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use fastrand::Rng;
@@ -28,6 +29,16 @@ const OUTCOME_UNKNOWN: [u16; 2] = [500, 504];
 /// How often a test does what it does many times: its own count, or the one a variable asks for.
 pub fn count(variable: &str, count: u64) -> u64 {
     std::env::var(variable).map_or(count, |count| count.parse().expect("the variable is a number"))
+}
+
+/// Says when it is dropped that something is over, also by a panic: those who go on until then would do so for ever, and a
+/// failure would hang.
+pub struct SaysOver<'b>(pub &'b AtomicBool);
+
+impl Drop for SaysOver<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A key: its owner, and a number.

@@ -1,11 +1,11 @@
 //! Several shards are one store: whatever their number, and whatever happens to one of them.
 
-use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use crate::components::DEFAULT_GUEST;
+use crate::load::SaysOver;
 use crate::metrics::Metrics;
 use crate::server::{PATIENCE, Server, serve_refused};
 use crate::swap::{component, serving, swaps};
@@ -227,13 +227,10 @@ fn no_guest_is_asked_what_another_has_placed() {
                 }
             });
         }
-        let swapping = panic::catch_unwind(AssertUnwindSafe(|| {
-            for file in [guest(), DEFAULT_GUEST].iter().cycle().take(20) {
-                swaps(&server, &component(file));
-            }
-        }));
-        stop.store(true, Ordering::Relaxed);
-        swapping.unwrap_or_else(|panic| panic::resume_unwind(panic));
+        let _over = SaysOver(&stop);
+        for file in [guest(), DEFAULT_GUEST].iter().cycle().take(20) {
+            swaps(&server, &component(file));
+        }
     });
 }
 

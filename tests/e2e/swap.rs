@@ -2,7 +2,6 @@
 //! turned away or taken out again.
 
 use std::fs;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -11,6 +10,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::components::{DEFAULT_GUEST, exporting, importing};
+use crate::load::SaysOver;
 use crate::server::{Process, Refused, Server, kvs, refused};
 use crate::unruly::guest;
 use crate::wire::{Connection, Response};
@@ -120,10 +120,8 @@ pub fn under_load(server: &Server, work: impl FnOnce(&AtomicU64)) {
                 }
             });
         }
-        // Also when the work panics, or nobody would ever stop.
-        let result = panic::catch_unwind(AssertUnwindSafe(|| work(&requests)));
-        stop.store(true, Ordering::Relaxed);
-        result.unwrap_or_else(|panic| panic::resume_unwind(panic));
+        let _over = SaysOver(&stop);
+        work(&requests);
     });
 }
 

@@ -20,6 +20,7 @@ use rustls::{
 
 use crate::book::curl;
 use crate::certificates::{Authority, Kind, Pair};
+use crate::load::SaysOver;
 use crate::server::{Server, serve_refused};
 use crate::unruly::guest;
 use crate::wire::Connection;
@@ -288,6 +289,7 @@ fn a_thousand_new_pairs_and_no_handshake_fails() {
                 }
             });
         }
+        let _over = SaysOver(&over);
         let in_force = "the TLS certificate was read again and is in force";
         let times = || server.stderr().iter().filter(|line| line.contains(in_force)).count();
         for round in 0..1_000 {
@@ -298,7 +300,6 @@ fn a_thousand_new_pairs_and_no_handshake_fails() {
             server.signal(Signal::HUP);
             server.says_again(in_force, seen + 1);
         }
-        over.store(true, Ordering::Relaxed);
     });
     let shaken = shaken.into_inner();
     println!("{shaken} handshakes beside 1000 new pairs");

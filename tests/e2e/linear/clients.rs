@@ -4,9 +4,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use fastrand::Rng;
 use serde_json::{Value, json};
@@ -22,11 +23,14 @@ pub const OPERATIONS: u64 = 500;
 const GROUPS: [&[Key]; 3] = [&[0], &[1, 2], &[3, 4, 5]];
 const KEYS: usize = 6;
 
-/// Where the server is, and how much was asked of it: what clients and those who trouble the server know of each other.
+/// Where the server is that is to be asked, and how much was asked of it: what clients and those who trouble the server
+/// know of each other.
 #[derive(Default)]
 pub struct Stage {
     state: Mutex<(Option<SocketAddr>, u64)>,
     changed: Condvar,
+    /// Something failed: clients would ask for ever what nobody answers any more.
+    given_up: AtomicBool,
     clock: AtomicU64,
     values: AtomicU64,
 }
@@ -59,6 +63,11 @@ impl Stage {
         }
     }
 
+    /// Whether the server is somewhere else by now.
+    fn has_left(&self, address: SocketAddr) -> bool {
+        self.state.lock().unwrap().0.is_some_and(|there| there != address)
+    }
+
     fn recorded(&self) {
         self.state.lock().unwrap().1 += 1;
         self.changed.notify_all();
@@ -66,6 +75,15 @@ impl Stage {
 
     fn now(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
+    }
+}
+
+/// Has all clients end when there is a panic where this is.
+pub struct GivenUp<'s>(pub &'s Stage);
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        self.0.given_up.store(thread::panicking(), Ordering::Relaxed);
     }
 }
 
@@ -107,6 +125,7 @@ impl Client<'_> {
         let mut connection = None;
         while left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
             operations.push(loop {
+                assert!(!self.stage.given_up.load(Ordering::Relaxed), "something else failed");
                 if let Some(operation) = self.ask(&mut connection) {
                     break operation;
                 }
@@ -117,20 +136,30 @@ impl Client<'_> {
     }
 
     /// None when nothing can have happened.
-    fn ask(&mut self, kept: &mut Option<Connection>) -> Option<Operation> {
-        let mut connection = match kept.take() {
-            Some(connection) => connection,
-            None => Connection::try_open(self.stage.address()).ok()?,
+    fn ask(&mut self, kept: &mut Option<(SocketAddr, Connection)>) -> Option<Operation> {
+        let (address, mut connection) = match kept.take() {
+            Some(kept) => kept,
+            None => {
+                let address = self.stage.address();
+                (address, Connection::try_open(address).ok()?)
+            }
         };
         let (form, mut steps) = self.plan();
         let asked = self.stage.now();
+        // After that moment: who is asked was the right one when the operation began.
+        if self.stage.has_left(address) {
+            return None;
+        }
         let answer = self.exchange(&mut connection, form, &steps);
         let answered = self.stage.now();
         let outcome = match answer {
             // It may have arrived, and may be in the middle of what is done.
             Err(_) => Outcome::Unknown,
             Ok(answer) => {
-                *kept = Some(connection);
+                // What is asked where nobody listens any more would have an outcome that is unknown for no reason.
+                if answer.header("connection") != Some("close") {
+                    *kept = Some((address, connection));
+                }
                 outcome(&answer, form, &mut steps)?
             }
         };
@@ -199,8 +228,7 @@ impl Client<'_> {
     }
 
     fn name_of(&self, key: Key) -> String {
-        // One tag, since transactions are of keys that share a shard.
-        format!("{{{}}}-{key}", self.name)
+        name_of(self.name, key)
     }
 
     fn plain(&self, steps: &[Step]) -> (&'static str, String, String, String) {
@@ -230,6 +258,31 @@ impl Client<'_> {
         });
         Value::Array(operations.collect()).to_string()
     }
+}
+
+/// What a key of a history is called.
+fn name_of(history: &str, key: Key) -> String {
+    // One tag, since transactions are of keys that share a shard.
+    format!("{{{history}}}-{key}")
+}
+
+/// Reads the keys of a history now and then from a server that need not have the newest, for as long as this says. What it
+/// shows never goes back. Gives how often it showed something.
+pub fn read_on(address: SocketAddr, history: &str, go_on: impl Fn() -> bool) -> usize {
+    let mut connection = Connection::open(address);
+    let (mut newest, mut shown) = ([0; KEYS], 0);
+    while go_on() {
+        for (key, newest) in newest.iter_mut().enumerate() {
+            let answer = connection.ask("GET", &format!("/v1/{}", name_of(history, key)), b"");
+            if let (200, Some(tag)) = (answer.status, answer.etag()) {
+                assert!(tag >= *newest, "key {key} of {history} went back from {newest} to {tag}");
+                (*newest, shown) = (tag, shown + 1);
+            }
+        }
+        // News come ten times a second, and others need the processor.
+        thread::sleep(Duration::from_millis(5));
+    }
+    shown
 }
 
 fn quoted(tag: u64) -> String {

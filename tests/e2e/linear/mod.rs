@@ -20,7 +20,8 @@ use fastrand::Rng;
 use rustix::process::Signal;
 
 use self::checker::{Violation, check};
-use self::clients::{OPERATIONS, Stage, record};
+use self::clients::{GivenUp, record};
+pub use self::clients::{OPERATIONS, Stage, read_on};
 use self::faulty::{Fault, Faulty};
 use self::history::Operation;
 use crate::components::DEFAULT_GUEST;
@@ -32,7 +33,7 @@ use crate::wire::Connection;
 use crate::zoo;
 
 /// Histories that are recorded at once, on one server.
-const AT_ONCE: u64 = 10;
+pub const AT_ONCE: u64 = 10;
 
 const ARGS: [&str; 2] = ["--probation", "100ms"];
 
@@ -54,28 +55,45 @@ fn whatever_happens_to_the_server_its_answers_can_have_happened_one_after_the_ot
         let stage = Stage::default();
         put_in(&server, &component(brittle()));
         stage.set(Some(server.address()));
-        let (recorded, troubled) = thread::scope(|scope| {
-            let recording = names.iter().map(|name| {
-                let (stage, mut rng) = (&stage, rng.fork());
-                scope.spawn(move || record(stage, name, &mut rng))
-            });
-            let recording: Vec<_> = recording.collect();
-            let troubled = trouble(server, &stage, &args, names.len() as u64 * OPERATIONS, &mut rng);
-            (recording.into_iter().map(|history| history.join().expect("it is recorded")).collect::<Vec<_>>(), troubled)
-        });
+        let (judged, troubled) =
+            judge(&stage, &names, &mut rng, |rng| trouble(server, &stage, &args, names.len() as u64 * OPERATIONS, rng));
         server = troubled.0;
         trapped += troubled.1 + traps(&server.stderr());
-        for (name, history) in names.iter().zip(&recorded) {
-            operations += history.len();
-            unknown += history.iter().filter(|operation| operation.is_unknown()).count();
-            check(history).unwrap_or_else(|violation| panic!("history {name}: {}", told(history, &violation)));
-        }
+        operations += judged.operations;
+        unknown += judged.unknown;
         // What it said is looked at once.
         server = server.terminate().restart(&args);
     }
     println!("{histories} histories of {operations} operations, {unknown} of unknown outcome, {trapped} traps");
     assert_eq!(operations as u64, histories * OPERATIONS);
     assert!(unknown as u64 > histories && trapped as u64 > histories / 10, "{unknown} unknown, {trapped} traps");
+}
+
+/// What histories were made of that can have happened.
+pub struct Judged {
+    pub operations: usize,
+    pub unknown: usize,
+}
+
+/// Records histories of these names at once while there is `trouble`, and judges them. Gives also what that gave.
+pub fn judge<T>(stage: &Stage, names: &[String], rng: &mut Rng, trouble: impl FnOnce(&mut Rng) -> T) -> (Judged, T) {
+    let (recorded, troubled) = thread::scope(|scope| {
+        let _given_up = GivenUp(stage);
+        let recording = names.iter().map(|name| {
+            let mut rng = rng.fork();
+            scope.spawn(move || record(stage, name, &mut rng))
+        });
+        let recording: Vec<_> = recording.collect();
+        let troubled = trouble(rng);
+        (recording.into_iter().map(|history| history.join().expect("it is recorded")).collect::<Vec<_>>(), troubled)
+    });
+    let mut judged = Judged { operations: 0, unknown: 0 };
+    for (name, history) in names.iter().zip(&recorded) {
+        judged.operations += history.len();
+        judged.unknown += history.iter().filter(|operation| operation.is_unknown()).count();
+        check(history).unwrap_or_else(|violation| panic!("history {name}: {}", told(history, &violation)));
+    }
+    (judged, troubled)
 }
 
 /// What happens to a server while so many operations are recorded: two kills, two pauses and two swaps, at moments and in
@@ -140,6 +158,7 @@ fn found(fault: Fault, most: usize, rng: &mut Rng) -> Option<usize> {
         stage.set(Some(server.address));
         let history = thread::scope(|scope| {
             let recording = scope.spawn(|| record(&stage, "faulty", &mut rng.fork()));
+            let _given_up = GivenUp(&stage);
             for kill in 1..=4 {
                 stage.wait_for(kill * OPERATIONS / 5);
                 server.kill();

@@ -5,6 +5,7 @@ mod database;
 mod opening;
 mod proxy;
 mod standby;
+mod takeover;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -18,7 +19,7 @@ use self::database::{Database, give};
 use self::proxy::{Proxy, Way};
 use crate::components::DEFAULT_GUEST;
 use crate::full_disk::Mount;
-use crate::load::Clients;
+use crate::load::{Clients, SaysOver};
 use crate::server::{PATIENCE, Server, serve_refused};
 use crate::swap::{component, swaps};
 use crate::wire::Connection;
@@ -77,9 +78,9 @@ fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: imp
             !over.load(Ordering::Relaxed)
         },
         || {
+            let _over = SaysOver(&over);
             awaited.recv_timeout(PATIENCE).expect("the server goes on answering");
             trouble();
-            over.store(true, Ordering::Relaxed);
         },
     );
 }

@@ -19,7 +19,7 @@ use crate::zoo;
 const STANDS_BY: &str = "[+]log ok, but standing by while process ";
 const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
 
-fn stand_by(url: &str, args: &[&str]) -> Server {
+pub fn stand_by(url: &str, args: &[&str]) -> Server {
     let server = Server::start(&[&["--log", url, "--log-timeout", "1s", "--standby"], args].concat());
     becomes_ready(&server, 200, STANDS_BY);
     server

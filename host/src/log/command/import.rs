@@ -156,7 +156,7 @@ fn append(log: &dyn TransactionLog, time: u64, event: &Event) -> anyhow::Result<
     loop {
         return match log.append(time, std::slice::from_ref(event)) {
             Ok(_) => Ok(()),
-            Err(AppendError::Unavailable) => match log.watermark().failure() {
+            Err(AppendError::Unavailable) => match log.watermark().failure().or(log.read_only().map(Into::into)) {
                 Some(reason) => bail!("{reason}"),
                 None => {
                     std::thread::sleep(Duration::from_millis(1));

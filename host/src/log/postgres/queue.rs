@@ -98,7 +98,7 @@ impl Queue {
         let size: u64 = events.iter().map(size).sum();
         let mut state = self.lock();
         match state.end {
-            Some(End::ReadOnly) => return Err(AppendError::ReadOnly),
+            // Also where another process took the log over while the guest was called: asked again, the client is told so.
             Some(_) => return Err(AppendError::Unavailable),
             None if !state.begun => return Err(AppendError::ReadOnly),
             None => {}
@@ -250,5 +250,16 @@ mod tests {
         append(&queue, 1);
         assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
         assert_eq!(taken(&queue, wanted(2), || ()), None);
+    }
+
+    #[test]
+    fn what_comes_too_late_for_this_process_can_be_tried_elsewhere() {
+        for end in [End::Closed, End::Failed, End::ReadOnly] {
+            let queue = Queue::new(0, 1 << 20);
+            queue.begin();
+            queue.end(end);
+            let refused = queue.append(&Breaker::new(), 0, &[Event::Delete("a".into())]);
+            assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
+        }
     }
 }

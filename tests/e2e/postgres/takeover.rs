@@ -1,0 +1,85 @@
+//! Linearizability over takeovers: clients record what they ask of whoever writes the log and what they are told, while that one
+//! is killed, or paused until another has taken over, and all of it must be something that can have happened one after the
+//! other.
+//!
+//! A server that stands by, or that has lost the log and not found out yet, shows what is old, by design. So clients ask a
+//! server only until its successor is asked; of one that stands by is asked that what it shows never goes back.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::Signal;
+
+use super::database::Database;
+use super::standby::stand_by;
+use super::{WELL, WHOLE, becomes_ready, start};
+use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
+use crate::load::{SaysOver, count};
+use crate::server::Server;
+use crate::zoo;
+
+#[test]
+fn whoever_writes_the_log_all_answers_can_have_happened_one_after_the_other() {
+    let mut rng = zoo::dice();
+    let (mut operations, mut unknown, mut shown) = (0, 0, 0);
+    // Each with one kill and one pause.
+    let rounds = count("KVS_TEST_TAKEOVERS", 2).div_ceil(2);
+    for round in 0..rounds {
+        let database = Database::start();
+        let url = database.url();
+        let (holder, standby) = (start(&url), stand_by(&url, &[]));
+        let names: Vec<_> = (0..AT_ONCE).map(|n| format!("{round}-{n}")).collect();
+        let stage = Stage::default();
+        stage.set(Some(holder.address()));
+        let (judged, servers) = judge(&stage, &names, &mut rng, |rng| {
+            let mut ways = [Signal::KILL, Signal::STOP];
+            rng.shuffle(&mut ways);
+            let mut servers = vec![holder, standby];
+            for (number, way) in ways.into_iter().enumerate() {
+                let part = AT_ONCE * OPERATIONS / 10 * if number == 0 { 1 } else { 5 };
+                stage.wait_for(part + rng.u64(..part / 2));
+                let [.., holder, standby] = &servers[..] else { panic!("there are two at least") };
+                let is_over = AtomicBool::new(false);
+                let next = thread::scope(|scope| {
+                    let reading =
+                        scope.spawn(|| read_on(standby.address(), &names[0], || !is_over.load(Ordering::Relaxed)));
+                    let says_over = SaysOver(&is_over);
+                    let next = take_over(holder, standby, way, &stage, &url);
+                    drop(says_over);
+                    shown += reading.join().expect("what it shows does not go back");
+                    next
+                });
+                servers.push(next);
+            }
+            servers
+        });
+        operations += judged.operations;
+        unknown += judged.unknown;
+        assert_eq!(database.sql(WHOLE), ["t"]);
+        assert_eq!(database.sql("SELECT epoch FROM kvs.writer"), ["3"], "each took over once");
+        drop(servers);
+    }
+    println!(
+        "{rounds} rounds of {operations} operations, {unknown} of unknown outcome, {shown} reads of one that stood by"
+    );
+    assert_eq!(operations as u64, rounds * AT_ONCE * OPERATIONS);
+    // How many are of unknown outcome is up to chance, down to none: a kill can meet clients that wait for an answer to a read.
+    assert!(shown > 0, "one that stood by showed nothing");
+}
+
+/// Has the one that writes lose the log, and gives one that stands by for its successor.
+fn take_over(holder: &Server, standby: &Server, way: Signal, stage: &Stage, url: &str) -> Server {
+    if way == Signal::KILL {
+        stage.set(None);
+    }
+    holder.signal(way);
+    becomes_ready(standby, 200, WELL);
+    if way == Signal::STOP {
+        // Clients go on asking it until it knows: before the other has written anything only the epoch is not the right one.
+        holder.signal(Signal::CONT);
+        becomes_ready(holder, 503, "[-]log read-only: another process writes this log now");
+    }
+    let next = stand_by(url, &[]);
+    stage.set(Some(standby.address()));
+    next
+}
