@@ -62,7 +62,7 @@ pub enum Work {
 }
 
 /// What a batch may wait for before it is taken.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Company {
     pub appends: u64,
     pub patience: Duration,

@@ -220,3 +220,16 @@ fn company(appends: u64, took: Duration) -> Company {
 pub async fn prepare(session: &Session) -> Result<Statement, Failure> {
     session.prepare(APPEND).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_waits_half_as_long_as_the_one_before_took_where_that_is_worth_it_and_not_for_long() {
+        let after = |milliseconds| company(64, Duration::from_millis(milliseconds));
+        assert_eq!((after(0), after(1)), (Company::default(), Company::default()));
+        let waits = |milliseconds| Company { appends: 64, patience: Duration::from_millis(milliseconds) };
+        assert_eq!((after(2), after(6), after(1_000)), (waits(1), waits(3), waits(5)));
+    }
+}
