@@ -19,33 +19,33 @@ use hyper::rt::Executor;
 /// together.
 const SLICE: Duration = Duration::from_micros(100);
 
+type Request = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// Takes the requests that begin, to be run.
 #[derive(Clone)]
-pub struct Streams(Arc<Mutex<State>>);
-
-struct State {
-    begun: Vec<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    /// When the time of this turn is over.
-    over: Instant,
+pub struct Streams {
+    begun: Arc<Mutex<Vec<Request>>>,
+    /// When the time of this turn is over. Apart, since requests know of it: what they stand in they would keep for ever.
+    over: Arc<Mutex<Instant>>,
 }
 
 impl Default for Streams {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(State { begun: Vec::new(), over: Instant::now() })))
+        Self { begun: Arc::default(), over: Arc::new(Mutex::new(Instant::now())) }
     }
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, request: F) {
-        let (streams, mut request) = (self.clone(), Box::pin(request));
+        let (over, mut request) = (Arc::clone(&self.over), Box::pin(request));
         let in_time = poll_fn(move |context: &mut Context<'_>| {
-            if Instant::now() < streams.state().over {
+            if Instant::now() < *lock(&over) {
                 return request.as_mut().poll(context);
             }
             context.waker().wake_by_ref();
             Poll::Pending
         });
-        self.state().begun.push(Box::pin(in_time));
+        lock(&self.begun).push(Box::pin(in_time));
     }
 }
 
@@ -54,19 +54,29 @@ impl Streams {
     pub async fn run(self) -> Infallible {
         let mut running = FuturesUnordered::new();
         poll_fn(|context: &mut Context<'_>| {
-            let begun = {
-                let mut state = self.state();
-                state.over = Instant::now() + SLICE;
-                mem::take(&mut state.begun)
-            };
-            running.extend(begun);
+            *lock(&self.over) = Instant::now() + SLICE;
+            running.extend(mem::take(&mut *lock(&self.begun)));
             while let Poll::Ready(Some(())) = running.poll_next_unpin(context) {}
             Poll::Pending
         })
         .await
     }
+}
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_ends_takes_what_it_has_just_begun_with_it() {
+        let (streams, held) = (Streams::default(), Arc::new(()));
+        let (executor, holds) = (streams.clone(), Arc::clone(&held));
+        executor.execute(async move { drop(holds) });
+        drop((executor, streams.run()));
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }
