@@ -294,22 +294,6 @@ fn data_without_content_ends_nothing_but_itself() {
     is_served(&server);
 }
 
-/// Asks so often at once, and takes all the answers.
-pub fn takes_all(server: &Server, times: u32) {
-    let mut client = Frames::open(server.address());
-    // INITIAL_WINDOW_SIZE, and as much for all together as there can be: nothing waits for more.
-    client.send(SETTINGS, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]);
-    client.send(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0, 0]);
-    for stream in (1..2 * times).step_by(2) {
-        client.send(HEADERS, END_STREAM | END_HEADERS, stream, GET);
-    }
-    let mut left = times;
-    while left > 0 {
-        let frame = client.wait(&[HEADERS, DATA]).expect("all answers come");
-        left -= u32::from(frame.flags & END_STREAM);
-    }
-}
-
 /// Asks so often for what it will not take, and sees that it is there.
 pub fn takes_nothing(server: &Server, times: u32) -> Frames {
     let mut client = Frames::open(server.address());

@@ -23,7 +23,7 @@ use tracing::debug;
 
 use super::counted::Counted;
 use super::metrics::Limit;
-use super::multiplex::Streams;
+use super::multiplex::{Streams, Turn};
 use super::overheard::Overheard;
 use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
@@ -104,8 +104,9 @@ impl Edge {
         });
         let limits = &self.limits;
         if http2 {
-            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics));
-            let streams = Streams::default();
+            let turn = Turn::default();
+            let streams = Streams::new(&turn);
+            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)

@@ -1,7 +1,7 @@
-//! The requests of one HTTP/2 connection, which run where their connection does.
+//! The turns of one HTTP/2 connection, and its requests, which run where it does.
 //!
 //! A task of its own for each would spread what one client asks at once over all threads, and everybody else would wait
-//! behind it. So a connection is one task, whatever comes on it, and goes to the end of the queue when its time is over.
+//! behind it. So a connection is one task, whatever comes on it, and goes to the end of the queue when its turn is over.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -15,9 +15,30 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use hyper::rt::Executor;
 
-/// How long requests are begun or gone on with before others have their turn: some small ones, whose answers leave
-/// together.
+/// How long a turn is: time for some small requests, whose answers leave together.
 const SLICE: Duration = Duration::from_micros(100);
+
+/// When the turn of a connection is over. It begins with whoever asks first.
+#[derive(Clone, Default)]
+pub struct Turn {
+    over: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Turn {
+    /// Whether others have theirs first. Who asks is woken for the next.
+    pub fn is_over(&self, context: &Context<'_>) -> bool {
+        let now = Instant::now();
+        let over = now >= *lock(&self.over).get_or_insert(now + SLICE);
+        if over {
+            context.waker().wake_by_ref();
+        }
+        over
+    }
+
+    fn end(&self) {
+        *lock(&self.over) = None;
+    }
+}
 
 type Request = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -25,38 +46,34 @@ type Request = Pin<Box<dyn Future<Output = ()> + Send>>;
 #[derive(Clone)]
 pub struct Streams {
     begun: Arc<Mutex<Vec<Request>>>,
-    /// When the time of this turn is over. Apart, since requests know of it: what they stand in they would keep for ever.
-    over: Arc<Mutex<Instant>>,
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self { begun: Arc::default(), over: Arc::new(Mutex::new(Instant::now())) }
-    }
+    /// Apart, since requests know of it: what they stand in they would keep for ever.
+    turn: Turn,
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     fn execute(&self, request: F) {
-        let (over, mut request) = (Arc::clone(&self.over), Box::pin(request));
-        let in_time = poll_fn(move |context: &mut Context<'_>| {
-            if Instant::now() < *lock(&over) {
-                return request.as_mut().poll(context);
-            }
-            context.waker().wake_by_ref();
-            Poll::Pending
-        });
-        lock(&self.begun).push(Box::pin(in_time));
+        let (turn, mut request) = (self.turn.clone(), Box::pin(request));
+        let in_turn = poll_fn(
+            move |context: &mut Context<'_>| {
+                if turn.is_over(context) { Poll::Pending } else { request.as_mut().poll(context) }
+            },
+        );
+        lock(&self.begun).push(Box::pin(in_turn));
     }
 }
 
 impl Streams {
-    /// Runs them. To be polled after the connection, which begins them.
+    pub fn new(turn: &Turn) -> Self {
+        Self { begun: Arc::default(), turn: turn.clone() }
+    }
+
+    /// Runs them. To be polled after the connection, which begins them, at the end of every turn.
     pub async fn run(self) -> Infallible {
         let mut running = FuturesUnordered::new();
         poll_fn(|context: &mut Context<'_>| {
-            *lock(&self.over) = Instant::now() + SLICE;
             running.extend(mem::take(&mut *lock(&self.begun)));
             while let Poll::Ready(Some(())) = running.poll_next_unpin(context) {}
+            self.turn.end();
             Poll::Pending
         })
         .await
@@ -73,7 +90,7 @@ mod tests {
 
     #[test]
     fn a_connection_that_ends_takes_what_it_has_just_begun_with_it() {
-        let (streams, held) = (Streams::default(), Arc::new(()));
+        let (streams, held) = (Streams::new(&Turn::default()), Arc::new(()));
         let (executor, holds) = (streams.clone(), Arc::clone(&held));
         executor.execute(async move { drop(holds) });
         drop((executor, streams.run()));

@@ -1,5 +1,5 @@
-//! An HTTP/2 stream of frames on which refusals are overheard: the library refuses streams beyond the limit by itself, and
-//! tells nobody but the client.
+//! An HTTP/2 stream of frames, read for no longer than a turn, on which refusals are overheard: the library reads for as
+//! long as something comes, and refuses streams beyond the limit by itself, and tells nobody but the client.
 //!
 //! Frames are those of RFC 9113, section 4.1.
 
@@ -12,16 +12,18 @@ use h2::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::metrics::{Limit, Metrics};
+use super::multiplex::Turn;
 
 pub struct Overheard<S> {
     stream: S,
     frames: Frames,
     metrics: Arc<Metrics>,
+    turn: Turn,
 }
 
 impl<S> Overheard<S> {
-    pub fn new(stream: S, metrics: &Arc<Metrics>) -> Self {
-        Self { stream, frames: Frames::default(), metrics: Arc::clone(metrics) }
+    pub fn new(stream: S, metrics: &Arc<Metrics>, turn: Turn) -> Self {
+        Self { stream, frames: Frames::default(), metrics: Arc::clone(metrics), turn }
     }
 
     fn hear(&mut self, bytes: &[u8]) {
@@ -37,6 +39,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.turn.is_over(context) {
+            return Poll::Pending;
+        }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
@@ -127,9 +132,32 @@ impl Frames {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use std::pin::pin;
+    use std::task::Waker;
 
+    use futures_util::FutureExt;
+    use proptest::prelude::*;
+    use tokio::io::{join, repeat, sink};
+
+    use super::super::multiplex::Streams;
     use super::*;
+
+    #[test]
+    fn however_much_comes_others_have_their_turn() {
+        let turn = Turn::default();
+        let mut turns = pin!(Streams::new(&turn).run());
+        let mut stream = pin!(Overheard::new(join(repeat(0), sink()), &Arc::default(), turn));
+        let context = &mut Context::from_waker(Waker::noop());
+        for _ in 0..10 {
+            let read = (0..1_000_000).take_while(|_| {
+                let mut buffer = [0; 1024];
+                stream.as_mut().poll_read(context, &mut ReadBuf::new(&mut buffer)).is_ready()
+            });
+            let count = read.count();
+            assert!(count > 0 && count < 1_000_000, "{count} reads");
+            assert!(turns.poll_unpin(context).is_pending());
+        }
+    }
 
     fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(payload.len()).expect("a frame is short").to_be_bytes();
