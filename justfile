@@ -100,11 +100,12 @@ bench *WHAT: _target (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "red
 bench-quick *UPDATE: _target (_tool "valgrind")
     cargo bench --bench bench -- quick {{ UPDATE }}
 
-# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, and anything asked of it: hours
+# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, and half an hour of everything at once, what its clients saw, and anything asked of it: hours
 [group('develop')]
 soak: _target (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
+    KVS_TEST_EVERYTHING=1800 cargo test --release --test e2e -- --nocapture everything::
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --test e2e -- --nocapture openapi::

@@ -23,7 +23,7 @@ use crate::certificates::{Authority, Kind, Pair};
 use crate::load::SaysOver;
 use crate::server::{Server, serve_refused};
 use crate::unruly::guest;
-use crate::wire::Connection;
+use crate::wire::{Connection, plain};
 
 /// Versions of TLS that a client speaks.
 type Versions = &'static [&'static SupportedProtocolVersion];
@@ -31,7 +31,7 @@ static TLS12: Versions = &[&version::TLS12];
 static TLS13: Versions = &[&version::TLS13];
 static BOTH: Versions = &[&version::TLS13, &version::TLS12];
 
-type Secure = StreamOwned<ClientConnection, TcpStream>;
+pub type Secure = StreamOwned<ClientConnection, TcpStream>;
 
 /// A server with a good certificate and these flags, and who issued it.
 fn start(args: &[&str]) -> (Authority, Server) {
@@ -42,14 +42,14 @@ fn start(args: &[&str]) -> (Authority, Server) {
 }
 
 /// What a client knows and shows.
-struct Client<'c> {
+pub struct Client<'c> {
     authority: &'c Authority,
     shows: Option<&'c Pair>,
     versions: Versions,
 }
 
 impl<'c> Client<'c> {
-    fn of(authority: &'c Authority) -> Self {
+    pub fn of(authority: &'c Authority) -> Self {
         Self { authority, shows: None, versions: BOTH }
     }
 
@@ -57,8 +57,12 @@ impl<'c> Client<'c> {
         Self { shows: Some(pair), ..self }
     }
 
-    /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
     fn open(&self, address: SocketAddr) -> io::Result<Connection<Secure>> {
+        self.connect(address).map(Connection::over)
+    }
+
+    /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
+    pub fn connect(&self, address: SocketAddr) -> io::Result<Secure> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.authority.file()).expect("a certificate")).expect("an authority");
         let config = ClientConfig::builder_with_provider(Arc::new(default_provider()));
@@ -74,12 +78,11 @@ impl<'c> Client<'c> {
         };
         let name = ServerName::try_from("localhost").expect("a name");
         let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
-        let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(crate::server::PATIENCE))?;
+        let mut stream = plain(address)?;
         while tls.is_handshaking() {
             tls.complete_io(&mut stream)?;
         }
-        Ok(Connection::over(StreamOwned::new(tls, stream)))
+        Ok(StreamOwned::new(tls, stream))
     }
 
     /// What the guest says to GET.

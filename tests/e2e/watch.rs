@@ -1,5 +1,7 @@
 //! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
 
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -14,11 +16,11 @@ use crate::unruly;
 use crate::wire::{Connection, Response};
 
 /// A stream of events.
-pub struct Events {
-    connection: Connection,
+pub struct Events<S: Read + Write = TcpStream> {
+    connection: Connection<S>,
     text: String,
     /// Where it begins, to go on from when nothing happens.
-    begin: u64,
+    pub begin: u64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -30,31 +32,50 @@ pub struct Event {
 
 impl Events {
     pub fn open(server: &Server, target: &str, headers: &[(&str, &str)]) -> Self {
-        let mut connection = Connection::open(server.address());
-        let head = connection.ask_for_head("GET", target, headers);
-        assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
+        let events = Self::over(Connection::open(server.address()), target, headers).expect("it is answered");
+        events.unwrap_or_else(|refused| panic!("{refused:?} in place of events"))
+    }
+}
+
+impl<S: Read + Write> Events<S> {
+    /// Those that are asked for on this connection, or what is answered in their place.
+    pub fn over(
+        mut connection: Connection<S>,
+        target: &str,
+        headers: &[(&str, &str)],
+    ) -> io::Result<Result<Self, Response>> {
+        let head = connection.try_ask_for_head("GET", target, headers)?;
+        if head.status != 200 {
+            return Ok(Err(head));
+        }
+        assert_eq!(head.header("content-type"), Some("text/event-stream"));
         let mut events = Self { connection, text: String::new(), begin: 0 };
-        let begin = events.block().expect("it says that it watches");
+        let begin = events.block()?.ok_or(ErrorKind::UnexpectedEof)?;
         events.begin = begin.strip_prefix("id: ").and_then(|id| id.parse().ok()).expect(&begin);
-        events
+        Ok(Ok(events))
     }
 
     /// The next comment or event, as it is written. None when the stream ended.
-    fn block(&mut self) -> Option<String> {
+    fn block(&mut self) -> io::Result<Option<String>> {
         loop {
             if let Some((block, rest)) = self.text.split_once("\n\n") {
                 let (block, rest) = (block.to_owned(), rest.to_owned());
                 self.text = rest;
-                return Some(block);
+                return Ok(Some(block));
             }
-            let chunk = self.connection.chunk()?;
+            let Some(chunk) = self.connection.try_chunk()? else { return Ok(None) };
             self.text += str::from_utf8(&chunk).expect("text");
         }
     }
 
     pub fn next(&mut self) -> Option<Event> {
+        self.try_next().unwrap_or_else(|error| panic!("the stream broke: {error}"))
+    }
+
+    /// As `next`; an error when the connection broke.
+    pub fn try_next(&mut self) -> io::Result<Option<Event>> {
         loop {
-            let block = self.block()?;
+            let Some(block) = self.block()? else { return Ok(None) };
             if block == ":" {
                 continue;
             }
@@ -62,11 +83,8 @@ impl Events {
             let mut field = |name| fields.next().and_then(|line| line.strip_prefix(name)).expect(name).to_owned();
             let (id, event, data) = (field("id: "), field("event: "), field("data: "));
             assert_eq!(fields.next(), None, "{block}");
-            return Some(Event {
-                id: id.parse().expect("a sequence"),
-                event,
-                data: serde_json::from_str(&data).expect("JSON"),
-            });
+            let (id, data) = (id.parse().expect("a sequence"), serde_json::from_str(&data).expect("JSON"));
+            return Ok(Some(Event { id, event, data }));
         }
     }
 }
@@ -207,7 +225,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
     let server = Server::start(&["--stream-heartbeat", "50ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..3 {
-        assert_eq!(events.block().as_deref(), Some(":"));
+        assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"));
     }
 }
 
@@ -336,7 +354,7 @@ fn a_watcher_is_never_idle() {
         Server::start(&["--header-timeout", "100ms", "--idle-timeout", "100ms", "--stream-heartbeat", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..15 {
-        assert_eq!(events.block().as_deref(), Some(":"), "the stream ended");
+        assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"), "the stream ended");
     }
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
     assert_eq!(events.next(), event(1, "put", json!({"key": "a", "value": "value"})));

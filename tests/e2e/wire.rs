@@ -27,6 +27,53 @@ pub fn long(key: &str) -> String {
 /// Plain, unless it was made over something else.
 pub struct Connection<S: Read = TcpStream> {
     stream: BufReader<S>,
+    /// Lines of the head of every request.
+    headers: String,
+}
+
+/// What a connection can be made over.
+pub trait Stream: Read + Write + Send {}
+
+impl<S: Read + Write + Send> Stream for S {}
+
+type Connect = dyn Fn(SocketAddr) -> io::Result<Box<dyn Stream>> + Send + Sync;
+
+/// How clients come to a server, and the lines by which it knows them.
+pub struct Way {
+    connect: Box<Connect>,
+    headers: String,
+}
+
+impl Way {
+    pub fn new(
+        connect: impl Fn(SocketAddr) -> io::Result<Box<dyn Stream>> + Send + Sync + 'static,
+        headers: &str,
+    ) -> Self {
+        Self { connect: Box::new(connect), headers: headers.to_owned() }
+    }
+
+    pub fn try_open(&self, address: SocketAddr) -> io::Result<Connection<Box<dyn Stream>>> {
+        Ok(Connection { headers: self.headers.clone(), ..Connection::over((self.connect)(address)?) })
+    }
+}
+
+impl Default for Way {
+    fn default() -> Self {
+        Self::new(|address| Ok(Box::new(plain(address)?)), "")
+    }
+}
+
+/// A connection on which nothing is waited for without end.
+pub fn plain(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    ready(&stream)?;
+    Ok(stream)
+}
+
+fn ready(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))
 }
 
 #[derive(Debug)]
@@ -70,7 +117,7 @@ impl Connection {
     }
 
     pub fn try_open(address: SocketAddr) -> io::Result<Self> {
-        Self::new(TcpStream::connect_timeout(&address, PATIENCE)?)
+        plain(address).map(Self::over)
     }
 
     /// As another address of this machine.
@@ -79,16 +126,10 @@ impl Connection {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
             socket.bind(&SocketAddr::new(local.parse().expect("an address"), 0).into())?;
             socket.connect(&address.into())?;
-            Self::new(socket.into())
+            let stream = socket.into();
+            ready(&stream).map(|()| Self::over(stream))
         };
         connect().unwrap_or_else(|error| panic!("no connection from {local} to {address}: {error}"))
-    }
-
-    fn new(stream: TcpStream) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self::over(stream))
     }
 
     /// Nothing more will be sent; what comes can still be read.
@@ -112,7 +153,7 @@ impl Connection {
 
 impl<S: Read + Write> Connection<S> {
     pub fn over(stream: S) -> Self {
-        Self { stream: BufReader::new(stream) }
+        Self { stream: BufReader::new(stream), headers: String::new() }
     }
 
     /// What it was made over.
@@ -139,39 +180,54 @@ impl<S: Read + Write> Connection<S> {
     #[track_caller]
     pub fn ask_with(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        self.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{headers}content-length: {}\r\n\r\n", body.len()));
-        self.send(body);
-        self.try_read(method == "HEAD").unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+        self.try_ask_with(method, path, &headers, body)
+            .unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
     }
 
     /// Asks, and reads no more than the head of the response.
     #[track_caller]
     pub fn ask_for_head(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+        self.try_ask_for_head(method, path, headers)
+            .unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+    }
+
+    pub fn try_ask_for_head(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> io::Result<Response> {
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        self.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{headers}\r\n"));
-        self.try_read(true).unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
+        self.try_send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{}{headers}\r\n", self.headers))?;
+        self.try_read(true)
     }
 
     /// The next piece of a chunked body; none at its end.
     #[track_caller]
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
-        let length = self.line().unwrap_or_else(|error| panic!("no chunk: {error}"));
-        let length = usize::from_str_radix(&length, 16).unwrap_or_else(|_| panic!("not a length: {length:?}"));
+        self.try_chunk().unwrap_or_else(|error| panic!("no chunk: {error}"))
+    }
+
+    pub fn try_chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let length = self.line()?;
+        let length =
+            usize::from_str_radix(&length, 16).map_err(|_| io::Error::other(format!("not a length: {length:?}")))?;
         let mut chunk = vec![0; length + 2];
-        self.stream.read_exact(&mut chunk).unwrap_or_else(|error| panic!("half a chunk: {error}"));
+        self.stream.read_exact(&mut chunk)?;
         assert_eq!(chunk.split_off(length), b"\r\n");
-        (length > 0).then_some(chunk)
+        Ok((length > 0).then_some(chunk))
     }
 
     /// As `ask`; an error when the connection ended before the whole response was here.
     pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
-        let mut request = format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: {}\r\n\r\n", body.len());
+        self.try_ask_with(method, path, "", body)
+    }
+
+    /// As `try_ask`, with these lines in the head too.
+    pub fn try_ask_with(&mut self, method: &str, path: &str, lines: &str, body: &[u8]) -> io::Result<Response> {
+        let (standing, length) = (&self.headers, body.len());
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{standing}{lines}content-length: {length}\r\n\r\n");
         // Together, so that small requests are one packet.
-        if body.len() <= 64 << 10 {
-            let whole = [request.as_bytes(), body].concat();
-            self.try_send(whole)?;
+        if length <= 64 << 10 {
+            self.try_send([head.as_bytes(), body].concat())?;
         } else {
-            self.try_send(&mut request)?;
+            self.try_send(head)?;
             self.try_send(body)?;
         }
         self.try_read(method == "HEAD")

@@ -120,6 +120,8 @@ impl Drop for Place<'_> {
 impl Shard {
     /// The shard of a part of the keys, with an instance that has them.
     pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, instance: Box<Instance>) -> Self {
+        let held = Held::default();
+        held.memory(instance.memory_bytes());
         let state = State {
             serving,
             free: Some(instance),
@@ -132,7 +134,7 @@ impl Shard {
             last_rebuild: None,
             pause: Duration::ZERO,
         };
-        Self { shared, part, state: Mutex::new(state), held: Held::default() }
+        Self { shared, part, state: Mutex::new(state), held }
     }
 
     /// The guest that serves now.

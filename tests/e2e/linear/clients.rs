@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::history::{Item, Key, Operation, Outcome, Step, resolve};
 use crate::server::PATIENCE;
-use crate::wire::{Connection, Response};
+use crate::wire::{Connection, Response, Stream, Way};
 
 const CLIENTS: usize = 8;
 pub const OPERATIONS: u64 = 500;
@@ -33,9 +33,20 @@ pub struct Stage {
     given_up: AtomicBool,
     clock: AtomicU64,
     values: AtomicU64,
+    way: Way,
 }
 
 impl Stage {
+    /// One that clients come to in this way.
+    pub fn by(way: Way) -> Self {
+        Self { way, ..Self::default() }
+    }
+
+    /// A connection to the server that is there, or will be.
+    pub fn open(&self) -> io::Result<Connection<Box<dyn Stream>>> {
+        self.way.try_open(self.address())
+    }
+
     /// The server is there, or is about to go. Clients wait for it to come back.
     pub fn set(&self, address: Option<SocketAddr>) {
         self.state.lock().unwrap().0 = address;
@@ -136,12 +147,12 @@ impl Client<'_> {
     }
 
     /// None when nothing can have happened.
-    fn ask(&mut self, kept: &mut Option<(SocketAddr, Connection)>) -> Option<Operation> {
+    fn ask(&mut self, kept: &mut Option<(SocketAddr, Connection<Box<dyn Stream>>)>) -> Option<Operation> {
         let (address, mut connection) = match kept.take() {
             Some(kept) => kept,
             None => {
                 let address = self.stage.address();
-                (address, Connection::try_open(address).ok()?)
+                (address, self.stage.way.try_open(address).ok()?)
             }
         };
         let (form, mut steps) = self.plan();
@@ -212,7 +223,12 @@ impl Client<'_> {
         Step::Put(key, Item { value: self.stage.values.fetch_add(1, Ordering::Relaxed), tag: 0 })
     }
 
-    fn exchange(&mut self, connection: &mut Connection, form: Form, steps: &[Step]) -> io::Result<Response> {
+    fn exchange(
+        &mut self,
+        connection: &mut Connection<Box<dyn Stream>>,
+        form: Form,
+        steps: &[Step],
+    ) -> io::Result<Response> {
         let (method, mut target, condition, body) = match form {
             Form::Plain => self.plain(steps),
             Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
@@ -221,10 +237,7 @@ impl Client<'_> {
         if method != "GET" && self.rng.u8(..) == 0 {
             target.insert_str(0, "/trap");
         }
-        let length = body.len();
-        let head = format!("{method} {target} HTTP/1.1\r\nhost: kvs\r\n{condition}content-length: {length}\r\n\r\n");
-        connection.try_send(head + &body)?;
-        connection.try_read(false)
+        connection.try_ask_with(method, &target, &condition, body.as_bytes())
     }
 
     fn name_of(&self, key: Key) -> String {
@@ -264,6 +277,11 @@ impl Client<'_> {
 fn name_of(history: &str, key: Key) -> String {
     // One tag, since transactions are of keys that share a shard.
     format!("{{{history}}}-{key}")
+}
+
+/// All keys of a history.
+pub fn keys_of(history: &str) -> impl Iterator<Item = String> {
+    (0..KEYS).map(move |key| name_of(history, key))
 }
 
 /// Reads the keys of a history now and then from a server that need not have the newest, for as long as this says. What it
@@ -324,7 +342,7 @@ fn outcome(answer: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome>
             let at = answer.text().strip_prefix("operation ").and_then(|text| text.split_once(':')?.0.parse().ok());
             Some(Outcome::Failed(at.unwrap_or_else(|| panic!("no place in {}", answer.text()))))
         }
-        404 | 503 => None,
+        404 | 429 | 503 => None,
         500 | 504 => Some(Outcome::Unknown),
         status => panic!("{status}: {}", answer.text()),
     }

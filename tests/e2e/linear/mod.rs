@@ -21,7 +21,7 @@ use rustix::process::Signal;
 
 use self::checker::{Violation, check};
 use self::clients::{GivenUp, record};
-pub use self::clients::{OPERATIONS, Stage, read_on};
+pub use self::clients::{OPERATIONS, Stage, keys_of, read_on};
 use self::faulty::{Fault, Faulty};
 use self::history::Operation;
 use crate::components::DEFAULT_GUEST;
@@ -130,7 +130,7 @@ fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rn
 }
 
 /// Swaps, where a trap can put back the guest that was there before.
-fn put_in(server: &Server, component: &[u8]) {
+pub fn put_in(server: &Server, component: &[u8]) {
     let answer = Connection::open(server.admin()).ask("PUT", "/guest", component);
     assert!(matches!(answer.status, 200 | 422), "{}: {}", answer.status, answer.text());
 }

@@ -1,17 +1,21 @@
 //! Compaction: rows that no store needs any more are deleted, a few at a time.
 //!
 //! A put goes when its key is written again, a delete or an expired put when nothing older of its key is left, which what
-//! goes in the same step is not. The newest
-//! dropped delete is noted, since whoever has read an older entry of that key would miss it. The space is reused when the database has vacuumed.
+//! goes in the same step is not. The newest dropped delete is noted, since whoever has read an older entry of that key
+//! would miss it. The space is reused when the database has vacuumed.
+//!
+//! To find what else is of a key takes an index, which is there for as long as this takes and no longer: kept up with every
+//! append it would cost more than the rest of the append, and made at once it costs little.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Shared;
+use super::session::Session;
 
 /// How often it looks whether a run is due.
 const LOOK: Duration = Duration::from_secs(10);
@@ -23,6 +27,19 @@ const ROWS: i64 = 2_000;
 const REST: u32 = 3;
 /// A delete or an expired put is kept for so long: clocks differ, and somebody may be reading.
 const GRACE: Duration = Duration::from_secs(3600);
+
+/// How long the database may take for the index.
+const INDEXING: Duration = Duration::from_secs(3600);
+
+/// None of these keeps anybody from appending. Keys are of any length, the entries of an index are not.
+const UNINDEX: &str = "DROP INDEX CONCURRENTLY IF EXISTS kvs.transactions_key";
+const INDEX: [&str; 3] = [
+    // Of one who did not come to an end.
+    UNINDEX,
+    "CREATE INDEX CONCURRENTLY transactions_key ON kvs.transactions (substr(sha256(key), 1, 16), sequence)",
+    // It is not used by who does not know what it holds.
+    "ANALYZE kvs.transactions",
+];
 
 /// $1 epoch, $2 where to begin, $3 the newest there is, $4 how many rows to look at, $5 the time before which what is over is dropped. Gives where
 /// it ended, how many rows it looked at, and how many of them it dropped.
@@ -55,7 +72,10 @@ pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
         match compact(&shared, epoch, newest, Effort { rest: REST, grace: GRACE }).await {
             Ok(left) => (compacted, kept) = (newest, left),
             // The log is as it was, only larger than need be.
-            Err(error) => warn!("the log could not be compacted: {error:#}"),
+            Err(error) => {
+                warn!("the log could not be compacted: {error:#}");
+                (compacted, kept) = (newest, 0);
+            }
         }
     }
 }
@@ -70,12 +90,17 @@ pub struct Effort {
 
 /// Goes once through the log up to `newest`, and gives how many entries it left.
 pub async fn compact(shared: &Shared, epoch: i64, newest: u64, effort: Effort) -> Result<u64> {
+    let indexing = Session::connect(&shared.target, INDEXING, shared.settings).await?;
+    for statement in INDEX {
+        indexing.run(statement).await?;
+    }
     let session = shared.connect().await?;
     let step = session.prepare(STEP).await?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let over = i64::try_from(now.saturating_sub(effort.grace).as_millis())?;
     let (begun, mut position, mut kept, mut dropped) = (Instant::now(), Some(0_i64), 0, 0);
     while let Some(after) = position {
+        ensure!(shared.queue.ended().is_none(), "this process writes it no more");
         let step_begun = Instant::now();
         let row = session.one(&step, &[&epoch, &after, &newest.cast_signed(), &ROWS, &over]).await?;
         position = row.try_get(0)?;
@@ -87,6 +112,7 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, effort: Effort) -
     }
     let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
     session.execute(done, &[&epoch, &newest.cast_signed()]).await?;
+    indexing.run(UNINDEX).await?;
     if dropped > 0 {
         info!("compacted the log: {dropped} of {} entries less, in {:.1?}", dropped + kept, begun.elapsed());
     }
