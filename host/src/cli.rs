@@ -17,7 +17,7 @@ use crate::edge::auth::TokenCommand;
 use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
-use crate::guest::{self, Compile};
+use crate::guest::{self, Compile, Source};
 use crate::lines::Format;
 use crate::log::Place;
 use crate::log::command::LogCommand;
@@ -369,6 +369,11 @@ impl Access {
 }
 
 impl Guest {
+    /// Where it comes from.
+    pub fn source(&self) -> Source {
+        self.file.clone().map_or(Source::BuiltIn, Source::File)
+    }
+
     /// The largest group of events, where `value_bytes` is the largest value that comes in.
     pub fn group_bytes(&self, value_bytes: ByteSize) -> u64 {
         self.guest_append_bytes.unwrap_or(value_bytes + ByteSize::kib(64)).as_u64()

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use bytesize::ByteSize;
 use clap::Parser;
 use clap::error::ErrorKind;
 use kvs::cli::{Cli, Command, unknown_variable};
@@ -52,7 +53,11 @@ fn run(cli: Cli) -> Result<()> {
         Command::Swap(args) => kvs::admin::command::swap(&args),
         Command::Health(args) => kvs::admin::command::health(&args),
         Command::Compile(args) => kvs::guest::compile(&args),
-        Command::Inspect(args) => kvs::guest::inspect(&args.guest),
+        Command::Inspect(args) => {
+            // What is sent to it makes no difference to whether it fits.
+            let limits = args.guest.limits(ByteSize(0))?;
+            kvs::guest::inspect(&args.guest.source(), limits, args.guest.guest_config)
+        }
         Command::Log(command) => kvs::log::command::run(command),
         Command::Client(command) => kvs::client::run(command),
     }

@@ -22,7 +22,7 @@ use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
 use super::counted::Counted;
-use super::metrics::Limit;
+use super::metrics::{Beyond, Limit};
 use super::multiplex::{Streams, Turn};
 use super::overheard::Overheard;
 use super::patience::{Activity, Patience, Verdict};
@@ -33,11 +33,6 @@ use crate::guest::Client;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
-
-/// A connection was ended because of a limit.
-#[derive(Debug, thiserror::Error)]
-#[error("--{0}")]
-pub struct Beyond(pub Limit);
 
 impl Edge {
     /// Serves one connection. When told to stop it finishes the requests under way, if there are any.

@@ -11,7 +11,6 @@ use h2::Reason;
 use hyper::{Method, StatusCode};
 use rustls::Error as TlsError;
 
-use super::connection::Beyond;
 use crate::metrics::{Counter, Histogram, Measured, Page};
 
 /// Methods that are told apart, in the order of their numbers; all others are one.
@@ -49,6 +48,11 @@ const LIMITS: [(Limit, &str); 12] = [
     (Limit::Streams, "max-streams"),
     (Limit::Resets, "max-resets"),
 ];
+
+/// A connection was ended because of a limit.
+#[derive(Debug, thiserror::Error)]
+#[error("--{0}")]
+pub struct Beyond(pub Limit);
 
 /// Why a TLS handshake failed.
 const TLS_ERRORS: [&str; 6] = ["not-tls", "client-certificate", "incompatible", "refused", "gone", "other"];

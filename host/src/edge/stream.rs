@@ -18,7 +18,8 @@ use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
 use crate::contract::Event;
 use crate::guest::Follow;
-use crate::log::changes::{Change, Changes, Past};
+use crate::log::change::Change;
+use crate::log::changes::{Changes, Past};
 use crate::log::watchers::Keys;
 use crate::log::{Forgotten, TransactionLog};
 

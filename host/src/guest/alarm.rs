@@ -4,20 +4,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-use super::shard::Turn;
+pub struct Alarm<T>(Mutex<Option<oneshot::Sender<T>>>);
 
-#[derive(Default)]
-pub struct Alarm(Mutex<Option<oneshot::Sender<Raised>>>);
-
-/// The guest trapped.
-pub struct Raised {
-    pub reason: String,
-    /// The turn in which it did. None when no shard lost its instance.
-    pub turn: Option<Turn>,
+impl<T> Default for Alarm<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
 }
 
-impl Alarm {
-    pub fn set(&self) -> oneshot::Receiver<Raised> {
+impl<T> Alarm<T> {
+    pub fn set(&self) -> oneshot::Receiver<T> {
         let (alarm, raised) = oneshot::channel();
         *self.lock() = Some(alarm);
         raised
@@ -28,15 +24,15 @@ impl Alarm {
         self.lock().take().is_some()
     }
 
-    /// Tells who set it. When nobody hears it, the turn goes its own way.
-    pub fn raise(&self, reason: String, turn: Option<Turn>) {
+    /// Tells who set it. When nobody hears it, what was to be told is dropped.
+    pub fn raise(&self, told: T) {
         let set = self.lock().take();
         if let Some(set) = set {
-            let _ = set.send(Raised { reason, turn });
+            let _ = set.send(told);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<oneshot::Sender<Raised>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<oneshot::Sender<T>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,64 +1,33 @@
 //! The engine that compiles guests, and a compiled guest that instances are made of.
 //!
-//! Owns: what is checked before a guest may run, and the clock that ends its calls.
+//! Owns: what is checked before a guest may run.
 //! Must never know: requests, the state of a guest, why another one is wanted.
 
 use std::env::consts::ARCH;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::task::block_in_place;
 use wasmtime::component::{Component, Linker};
 
 use super::clock::Clock;
 use super::compiled;
 use super::compiler::Compiler;
+use super::epoch;
 use super::imports::{self, State};
 use super::instance::Instance;
+use super::limits::Limits;
 use super::owner::Part;
 use super::sandbox;
 use super::source::{Digest, Source};
 use crate::contract::ExportsPre;
 use crate::log::TransactionLog;
 
-/// The grain of CPU time limits: a call is ended this much late at most.
-const EPOCH: Duration = Duration::from_millis(10);
-
-/// A call that takes longer than so many epochs makes way for what else its thread is there for.
-pub(super) const LONG: u64 = 2;
-
 /// What a guest exports (`world store`).
 const WANTED: [&str; 3] = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
 
-/// Limits of one instance.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// CPU time of one call.
-    pub call: Duration,
-    /// Of all linear memories.
-    pub memory_bytes: usize,
-    /// Of all tables.
-    pub table_elements: usize,
-    /// Core instances a component may be made of; as many memories, and as many tables.
-    pub instances: usize,
-    /// The largest value that comes in.
-    pub value_bytes: usize,
-    /// The largest body of a response.
-    pub response_bytes: usize,
-    /// How often one call may append.
-    pub appends: u32,
-    /// Output that becomes lines of the log, in a second.
-    pub log_bytes: usize,
-    /// A longer line is cut into lines of this many bytes.
-    pub log_line_bytes: usize,
-}
-
-/// Compiles guests, and ends calls that take too long.
+/// Compiles guests.
 pub struct Engine {
     linker: Linker<State>,
     limits: Limits,
@@ -80,14 +49,7 @@ impl Engine {
         imports::add_to_linker(&mut linker)?;
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
-        let ticking = engine.weak();
-        thread::Builder::new().name("epoch".into()).spawn(move || {
-            while let Some(engine) = ticking.upgrade() {
-                engine.increment_epoch();
-                drop(engine);
-                thread::sleep(EPOCH);
-            }
-        })?;
+        epoch::tick(engine.weak())?;
         Ok(Self {
             linker,
             limits,
@@ -254,28 +216,4 @@ impl Guest {
         let state = State::new(log, part, self.config.clone(), self.limits, self.clock.clone());
         Instance::new(&self.exports, self.number, self.limits, state)
     }
-}
-
-/// The number of epochs after which a call has certainly had `limit`.
-pub(super) fn epochs(limit: Duration) -> u64 {
-    let epochs = limit.as_nanos().div_ceil(EPOCH.as_nanos());
-    // The epoch in progress does not count: it may end at once.
-    u64::try_from(epochs).unwrap_or(u64::MAX - 1) + 1
-}
-
-/// Gives what this thread has to do beside a call to another thread. A thread of the runtime may be the one that watches the
-/// sockets, and holds tasks that no other can take from it: connections would hang as long as the call goes on.
-///
-/// It may not succeed every time, and can be called again.
-pub(super) fn make_way() {
-    let Ok(runtime) = Handle::try_current() else { return };
-    if runtime.runtime_flavor() == RuntimeFlavor::CurrentThread {
-        return; // There is no other.
-    }
-    block_in_place(|| {
-        // What was given away is taken back at the end of this, unless another thread has begun with it.
-        let (begun, begins) = mpsc::channel();
-        runtime.spawn(async move { begun.send(()) });
-        let _ = begins.recv_timeout(EPOCH);
-    });
 }

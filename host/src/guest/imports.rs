@@ -9,7 +9,7 @@ use std::time::Duration;
 use wasmtime::component::{HasSelf, Linker};
 
 use super::clock::Clock;
-use super::engine::Limits;
+use super::limits::Limits;
 use super::memory::Memory;
 use super::message::Client;
 use super::owner::Part;

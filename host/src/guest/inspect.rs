@@ -6,18 +6,15 @@ use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 
 use super::engine::Engine;
+use super::limits::Limits;
 use super::owner::Owners;
 use super::source::{Digest, Source};
-use crate::cli;
 use crate::contract::{AppendError, Description, Event};
 use crate::log::{Receive, TransactionLog, Watermark};
 
 /// Prints what there is to know, and fails when it does not fit.
-pub fn inspect(args: &cli::Guest) -> Result<()> {
-    let source = args.file.clone().map_or(Source::BuiltIn, Source::File);
-    // What is sent to it makes no difference to whether it fits.
-    let limits = args.limits(ByteSize(0))?;
-    let engine = Engine::new(limits, args.guest_config.clone(), None)?;
+pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>) -> Result<()> {
+    let engine = Engine::new(limits, config, None)?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);
@@ -33,7 +30,7 @@ pub fn inspect(args: &cli::Guest) -> Result<()> {
         println!("memory   {} KiB before the first entry", instance.memory_bytes() >> 10);
         Ok(())
     });
-    println!("limits   {} of memory, {:?} a call", args.guest_memory_bytes, limits.call);
+    println!("limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call);
     match described {
         Ok(()) => println!("fits     yes"),
         Err(error) => bail!("{}: {error:#}", source.cannot_be_run()),

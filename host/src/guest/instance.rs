@@ -10,8 +10,9 @@ use hyper::header::HeaderName;
 use tracing::warn;
 use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
-use super::engine::{LONG, Limits, epochs, make_way};
+use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
+use super::limits::Limits;
 use super::message::{Answer, Follow, Given, Hold, Incoming, Sequel};
 use crate::contract::{self, Description, Entry, Exports, ExportsPre, Placement, Statistics};
 

@@ -6,7 +6,7 @@
 
 use wasmtime::{ResourceLimiter, Result};
 
-use super::engine::Limits;
+use super::limits::Limits;
 use crate::log::REPLAY_BYTES;
 
 pub struct Memory {

@@ -14,9 +14,11 @@ mod compiled;
 #[cfg_attr(not(feature = "compiler"), path = "no_compiler.rs")]
 mod compiler;
 mod engine;
+mod epoch;
 mod imports;
 mod inspect;
 mod instance;
+mod limits;
 mod memory;
 mod message;
 mod metrics;
@@ -31,8 +33,9 @@ mod source;
 mod swap;
 
 pub use compile::{Compile, compile};
-pub use engine::{Engine, Guest, Limits};
+pub use engine::{Engine, Guest};
 pub use inspect::inspect;
+pub use limits::Limits;
 pub use message::{Answer, Client, Follow, Hold, Incoming, Sequel};
 pub use reload::Reload;
 pub use replica::Replayed;

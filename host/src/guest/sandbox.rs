@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
 
-use super::engine::Limits;
+use super::limits::Limits;
 
 mod bindings {
     wasmtime::component::bindgen!({

@@ -26,7 +26,7 @@ use super::metrics::{Held, Metrics, next_count};
 use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
-use crate::log::changes::Change;
+use crate::log::change::Change;
 use crate::log::{REPLAY_ENTRIES, TransactionLog};
 
 /// How many of the others one caller serves before its own answer has to wait no longer.
@@ -68,7 +68,7 @@ pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
     pub more_to_tick: Notify,
     pub metrics: Metrics,
-    pub alarm: Alarm,
+    pub alarm: Alarm<Raised>,
 }
 
 struct State {
@@ -279,6 +279,13 @@ impl Shard {
     }
 }
 
+/// The guest trapped.
+pub struct Raised {
+    pub reason: String,
+    /// The turn in which it did. None when no shard lost its instance.
+    pub turn: Option<Turn>,
+}
+
 /// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
 /// panicked, to nobody ever: then the shard is rebuilt, unless the guest was on probation.
 pub struct Turn {
@@ -456,7 +463,8 @@ impl Drop for Turn {
             None => {
                 let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
                 self.shard.shared.metrics.traps.add(1);
-                self.shard.shared.alarm.raise(reason, Some(Self::without_instance(&self.shard)));
+                let turn = Some(Self::without_instance(&self.shard));
+                self.shard.shared.alarm.raise(Raised { reason, turn });
             }
         }
     }

@@ -7,8 +7,9 @@
 //! Owns: which shard is asked, and which guest serves. Must never know: what is asked, whose turn it is in a shard, why
 //! another guest is wanted.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -18,18 +19,19 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task;
 use tracing::error;
 
-use super::alarm::{Alarm, Raised};
+use super::alarm::Alarm;
 use super::engine::Guest;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
-use super::metrics::Metrics;
+use super::metrics::{Held, Metrics};
 use super::owner::{Owners, Part};
 use super::placers::Placers;
 use super::replica::{self, Replayed, Replica};
-use super::shard::{CallError, Called, Serving, Shard, Shared, Turn};
+use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
 use crate::contract::Placement;
 use crate::log::TransactionLog;
-use crate::log::changes::Change;
+use crate::log::change::Change;
+use crate::metrics::{Measured, Page};
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -166,7 +168,7 @@ impl Shards {
             let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
             error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
             self.shared.metrics.traps.add(1);
-            self.shared.alarm.raise(format!("in {what}: {error:#}"), None);
+            self.shared.alarm.raise(Raised { reason: format!("in {what}: {error:#}"), turn: None });
             CallError::Trapped
         })
     }
@@ -298,4 +300,36 @@ fn bring_back(
     }
     let (replica, replayed) = Replica::build(guest, log, part)?;
     Ok((replica.instance, replayed))
+}
+
+impl Measured for Shards {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let metrics = self.metrics();
+        let serving = self.serving();
+        let sum = |number: fn(&Held) -> &AtomicU64| {
+            self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
+        };
+        let (name, version) = (serving.description.name.as_str(), serving.description.version.as_str());
+        let digest = serving.guest.digest().to_string();
+        let labels = [("name", name), ("version", version), ("sha256", digest.as_str())];
+        page.info("guest", "The guest that serves", labels)?;
+        let waiting: usize = self.each().iter().map(|shard| shard.waiting()).sum();
+        page.gauge("requests_waiting", "Requests that wait for their turn at the guest", waiting as u64)?;
+        page.histogram("guest_call_duration_seconds", "Time of a request in the guest", &metrics.calls)?;
+        page.counter("guest_traps", "Calls in which the guest trapped", metrics.traps.get())?;
+        let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
+        let rebuilds = rebuilds.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
+        page.counters("guest_rebuilds", "Attempts to build the guest again from the log", rebuilds)?;
+        let swaps = [
+            ("done", metrics.swaps.get()),
+            ("taken-back", metrics.swaps_taken_back.get()),
+            ("refused", metrics.swaps_refused.get()),
+        ];
+        let swaps = swaps.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
+        page.counters("guest_swaps", "Swaps of the guest, by how they ended", swaps)?;
+        page.gauge("guest_memory_bytes", "Linear memory of the guest, in all shards", sum(|held| &held.memory_bytes))?;
+        page.gauge("keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
+        let help = "Bytes of keys and values, as the guest counts them now and again";
+        page.gauge("stored_bytes", help, sum(|held| &held.stored_bytes))
+    }
 }

@@ -17,11 +17,10 @@ use tokio::task;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::alarm::Raised;
 use super::engine::{Engine, Guest};
 use super::instance::Trapped;
 use super::replica::{self, Replayed, Replica};
-use super::shard::Serving;
+use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
 use super::source::{self, Source};
 use crate::log::{Forgotten, TransactionLog};

@@ -7,31 +7,21 @@
 //! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Result, ensure};
-use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::task;
 
-use super::watchers::{Keys, Queue, Watchers};
+use super::change::Change;
+use super::watchers::{Keys, Queue, Watchers, lock};
 use super::{Condition, Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
-use crate::contract::{AppendError, Entry, Event, EventRef, Put, PutRef};
+use crate::contract::{AppendError, Event};
 
 /// Entries that are read at a time of what happened before.
 const PAST_ENTRIES: usize = 10_000;
 /// Bytes of their keys and values after which no more are read.
 const PAST_BYTES: usize = 4 << 20;
-
-/// What an entry of the log did.
-pub struct Change {
-    pub sequence: u64,
-    /// When it was appended.
-    pub time: u64,
-    pub event: Event,
-    /// The change as those who watch are told, written once for all of them.
-    pub text: OnceLock<Bytes>,
-}
 
 pub struct Changes {
     log: Arc<dyn TransactionLog>,
@@ -228,55 +218,6 @@ impl TransactionLog for Changes {
     }
 }
 
-impl Change {
-    fn new(sequence: u64, time: u64, event: Event) -> Self {
-        Self { sequence, time, event, text: OnceLock::new() }
-    }
-
-    fn of(entry: &Entry<'_>) -> Self {
-        let event = match &entry.event {
-            EventRef::Delete(key) => Event::Delete((*key).to_owned()),
-            EventRef::Put(put) => Event::Put(Put {
-                key: put.key.to_owned(),
-                value: put.value.to_owned(),
-                metadata: put.metadata.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
-                expires: put.expires,
-            }),
-        };
-        Self::new(entry.sequence, entry.time, event)
-    }
-
-    /// What [`Change::entry`] has for metadata.
-    pub fn metadata(&self) -> Vec<(&str, &str)> {
-        match &self.event {
-            Event::Delete(_) => Vec::new(),
-            Event::Put(put) => put.metadata.iter().map(|(name, value)| (&**name, &**value)).collect(),
-        }
-    }
-
-    /// As it comes out of the log.
-    pub fn entry<'c>(&'c self, metadata: &'c [(&'c str, &'c str)]) -> Entry<'c> {
-        let event = match &self.event {
-            Event::Delete(key) => EventRef::Delete(key),
-            Event::Put(Put { key, value, expires, .. }) => {
-                EventRef::Put(PutRef { key, value, metadata, expires: *expires })
-            }
-        };
-        Entry { sequence: self.sequence, time: self.time, event }
-    }
-
-    pub fn key(&self) -> &str {
-        self.event.key()
-    }
-
-    pub fn bytes(&self) -> usize {
-        match &self.event {
-            Event::Put(put) => put.key.len() + put.value.len(),
-            Event::Delete(key) => key.len(),
-        }
-    }
-}
-
 impl Watcher {
     /// The next change, once it is durable. None when the watcher fell too far behind, or the end has come.
     pub async fn next(&mut self) -> Option<Arc<Change>> {
@@ -290,11 +231,6 @@ impl Drop for Watcher {
     }
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing is called under these locks that could panic and leave something half changed.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use std::future::Future;
@@ -302,6 +238,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
+    use crate::contract::{Entry, EventRef};
 
     /// A log in memory, durable when a test says so.
     struct Memory {

@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod anything;
+pub mod change;
 pub mod changes;
 pub mod command;
 pub mod file;

@@ -3,11 +3,11 @@
 //! Owns: which keys concern whom, and how far behind a watcher may fall. Must never know: when a change may be told.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::changes::{Change, lock};
+use super::change::Change;
 
 /// Which keys somebody watches.
 #[derive(Clone, Debug)]
@@ -149,4 +149,9 @@ impl Queue {
         }
         self.ready.notify_one();
     }
+}
+
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is called under these locks that could panic and leave something half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -108,6 +108,7 @@ mod compact;
 mod compactor;
 mod disk;
 mod entry;
+mod found;
 mod frame;
 mod garbage;
 mod lock;

@@ -6,16 +6,15 @@
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
-use std::sync::Arc;
 
 use anyhow::bail;
 use uuid::Uuid;
 
 use super::catalog::Segment;
-use super::disk::File;
+use super::found::Found;
 use super::frame::{self, Head as FrameHead};
 use super::scan::is_zero;
-use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, SUFFIX};
+use super::segment::{HEAD_BYTES, Numbers, SUFFIX};
 use super::spare::{self, Sizes, Spare};
 use super::tail::{self, Content};
 use super::writer::Writer;
@@ -29,16 +28,6 @@ pub struct Recovered {
     /// The number of the next spare to be made, and its size.
     pub next: u64,
     pub next_size: u64,
-}
-
-/// A segment file whose head was read and found right.
-pub struct Found {
-    pub name: String,
-    pub file: Arc<dyn File>,
-    pub size: u64,
-    pub log: Uuid,
-    pub numbers: Numbers,
-    pub compacted: Option<Compacted>,
 }
 
 /// Opens the log of a directory, or begins one. Nothing but this process may use the directory.
@@ -114,7 +103,7 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
             // Begun and not finished; nothing rests on it.
             home.disk.remove(&name)?;
         } else if let Some(numbers) = Numbers::parse(&name) {
-            found.push(open(home, name, numbers)?);
+            found.push(Found::open(home, name, numbers)?);
         } else if name.ends_with(SUFFIX) {
             bail!(not_a_segment(home, &name));
         } else if !is_ours(&name) {
@@ -176,25 +165,6 @@ fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::R
         home.disk.sync()?;
     }
     replaced.iter().try_for_each(|old| Ok(home.disk.remove(&old.name)?))
-}
-
-pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Found> {
-    let file = home.disk.open(&name)?;
-    let size = file.size()?;
-    if size < HEAD_BYTES {
-        return Err(home.damage(&name, size, "it is cut off"));
-    }
-    file.forget_cached()?;
-    let mut head = [0; HEAD_BYTES as usize];
-    file.read_at(&mut head, 0)?;
-    let head = Head::decode(&head).map_err(|what| home.damage(&name, 0, what))?;
-    if head.numbers != numbers {
-        bail!("{} was named {}; give it that name again", home.path(&name).display(), head.numbers.file_name());
-    }
-    if size < head.size {
-        return Err(home.damage(&name, size, "it is cut off"));
-    }
-    Ok(Found { name, file, size, log: head.log, numbers, compacted: head.compacted })
 }
 
 /// How far the watermark file says that this log had been durable.

@@ -3,8 +3,9 @@
 use std::io;
 use std::path::Path;
 
+use super::found::Found;
 use super::frame::Frame;
-use super::recovery::{self, Found};
+use super::recovery;
 use super::scan::{Scan, Stop};
 use super::segment::{Compacted, HEAD_BYTES, Numbers, SUFFIX};
 use super::tail::{self, Tear};
@@ -52,7 +53,7 @@ pub fn verify_in(home: &Home, report: &mut dyn FnMut(Finding), progress: &mut dy
             state.wrong(format!("{} is missing", home.path(&missing.file_name()).display()));
         }
         state.number = numbers.last + 1;
-        match recovery::open(home, name, numbers) {
+        match Found::open(home, name, numbers) {
             Ok(found) => {
                 let size = found.size;
                 state.segment(found)?;

@@ -1,0 +1,41 @@
+//! A segment file as it is found, before anything but its head was read.
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use uuid::Uuid;
+
+use super::Home;
+use super::disk::File;
+use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
+
+/// A segment file whose head was read and found right.
+pub struct Found {
+    pub name: String,
+    pub file: Arc<dyn File>,
+    pub size: u64,
+    pub log: Uuid,
+    pub numbers: Numbers,
+    pub compacted: Option<Compacted>,
+}
+
+impl Found {
+    pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Self> {
+        let file = home.disk.open(&name)?;
+        let size = file.size()?;
+        if size < HEAD_BYTES {
+            return Err(home.damage(&name, size, "it is cut off"));
+        }
+        file.forget_cached()?;
+        let mut head = [0; HEAD_BYTES as usize];
+        file.read_at(&mut head, 0)?;
+        let head = Head::decode(&head).map_err(|what| home.damage(&name, 0, what))?;
+        if head.numbers != numbers {
+            bail!("{} was named {}; give it that name again", home.path(&name).display(), head.numbers.file_name());
+        }
+        if size < head.size {
+            return Err(home.damage(&name, size, "it is cut off"));
+        }
+        Ok(Self { name, file, size, log: head.log, numbers, compacted: head.compacted })
+    }
+}
