@@ -269,6 +269,9 @@ fn a_new_pair_is_taken_up_and_open_connections_stay() {
     server.says_again("the TLS certificate was read again", 2);
     let third = shown(&client.open(server.address()).expect("it is served"));
     assert!(third != second, "the second certificate is still in use");
+    // Told to, it reads what has not changed too.
+    server.signal(Signal::HUP);
+    server.says_again("the TLS certificate was read again", 3);
 
     assert_eq!(open.ask("GET", "/v1/a", b"").body, b"value");
     server.terminate();
