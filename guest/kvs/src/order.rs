@@ -2,8 +2,8 @@
 //!
 //! It lies in chunks, so that a change moves little. Beside each number lie four bytes of its key, those behind what all
 //! keys of the chunk begin with: they settle most comparisons, and the keys themselves, which are spread all over the memory, are
-//! looked at a few times where a million would ask for 20 looks. A number takes 8 bytes when many came at once, and 12 when each came alone. Must never know:
-//! where keys are kept.
+//! looked at a few times where a million would ask for 20 looks. A number takes 8 bytes when many came at once, and 12 when
+//! each came alone. Must never know: where keys are kept.
 
 use std::cmp::Ordering;
 use std::mem;

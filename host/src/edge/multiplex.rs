@@ -72,6 +72,8 @@ impl Streams {
         let mut running = FuturesUnordered::new();
         poll_fn(|context: &mut Context<'_>| {
             running.extend(mem::take(&mut *lock(&self.begun)));
+            // What was read has had its time, however much came: requests have their own.
+            self.turn.end();
             while let Poll::Ready(Some(())) = running.poll_next_unpin(context) {}
             self.turn.end();
             Poll::Pending

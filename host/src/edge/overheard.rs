@@ -133,9 +133,11 @@ impl Frames {
 #[cfg(test)]
 mod tests {
     use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::Waker;
 
     use futures_util::FutureExt;
+    use hyper::rt::Executor;
     use proptest::prelude::*;
     use tokio::io::{join, repeat, sink};
 
@@ -143,12 +145,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn however_much_comes_others_have_their_turn() {
+    fn however_much_comes_requests_and_others_have_their_turn() {
         let turn = Turn::default();
-        let mut turns = pin!(Streams::new(&turn).run());
+        let streams = Streams::new(&turn);
+        let (executor, answered) = (streams.clone(), Arc::new(AtomicUsize::new(0)));
+        let mut turns = pin!(streams.run());
         let mut stream = pin!(Overheard::new(join(repeat(0), sink()), &Arc::default(), turn));
         let context = &mut Context::from_waker(Waker::noop());
-        for _ in 0..10 {
+        for round in 1..=10 {
+            let answers = Arc::clone(&answered);
+            executor.execute(async move { drop(answers.fetch_add(1, Ordering::Relaxed)) });
             let read = (0..1_000_000).take_while(|_| {
                 let mut buffer = [0; 1024];
                 stream.as_mut().poll_read(context, &mut ReadBuf::new(&mut buffer)).is_ready()
@@ -156,6 +162,7 @@ mod tests {
             let count = read.count();
             assert!(count > 0 && count < 1_000_000, "{count} reads");
             assert!(turns.poll_unpin(context).is_pending());
+            assert_eq!(answered.load(Ordering::Relaxed), round);
         }
     }
 
