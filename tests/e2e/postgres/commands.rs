@@ -55,8 +55,10 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
     assert_eq!(done(&["import", "--log", &other, file]).1, "imported 32 entries; the newest sequence is 32\n");
     assert_eq!(done(&["export", "--log", &other]).0, text);
 
-    // What is left is the newest of nine keys and one that expires later.
+    // What is left is the newest of nine keys and one that expires later, and no index, not even of one who was killed at it.
+    database.sql("CREATE INDEX transactions_key ON kvs.transactions (sequence)");
     assert!(done(&["compact", "--log", &url]).1.ends_with("compacted: 10 entries are left\n"));
+    assert_eq!(database.sql("SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);
     assert_eq!(database.sql("SELECT last, forgotten FROM kvs.writer"), ["32|32"]);
     let server = start(&url);
     assert_eq!((get(&server, "key-4"), get(&server, "key-3").0), ((200, "24\t".into()), 404));
