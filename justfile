@@ -100,7 +100,7 @@ bench *WHAT: _target (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "red
 bench-quick *UPDATE: _target (_tool "valgrind")
     cargo bench --bench bench -- quick {{ UPDATE }}
 
-# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, and half an hour of everything at once, what its clients saw, and anything asked of it: hours
+# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, half an hour of everything at once, and anything asked of it: hours
 [group('develop')]
 soak: _target (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage

@@ -107,7 +107,7 @@ fn trouble(
     unreachable!("steps go on")
 }
 
-/// The last third takes no more than the first.
+/// The last third takes hardly more than the first: memory is what the moment of the kill makes of it.
 fn flat(lives: &[Life]) {
     let third = lives.len().div_ceil(3);
     let most = |lives: &[Life], of: fn(&Life) -> u64| lives.iter().map(of).max().expect("there was a life");
