@@ -34,6 +34,9 @@ const WATCHERS: usize = 4;
 /// Keys that one client writes by turns, each value the number of the write.
 const KEYS: usize = 100;
 const LAST: &str = "written-last";
+/// What a server may have open: its own are about thirty, and every history has eight clients, which may meet those of the
+/// histories before as they leave.
+const MAX_HANDLES: usize = 256;
 
 #[test]
 fn nothing_is_lost_when_everything_happens_at_once() {
@@ -45,7 +48,7 @@ fn nothing_is_lost_when_everything_happens_at_once() {
     let args = [
         &SMALL_SEGMENTS[..],
         &["--shards", "4", "--probation", "1s", "--tls-cert", &pair.certificate, "--tls-key", &pair.key],
-        &["--tokens", &file, "--rate-limit", "3000/s", "--rate-burst", "300", "--rate-queue", "50ms"],
+        &["--tokens", &file, "--rate-limit", "1000/s", "--rate-burst", "100", "--rate-queue", "50ms"],
     ]
     .concat();
     let guests = [DEFAULT_GUEST.to_owned(), built("brittle"), built("counters")].map(|file| component(&file));
@@ -64,22 +67,37 @@ fn nothing_is_lost_when_everything_happens_at_once() {
         let (histories, written) =
             (judging.join().expect("all can have happened"), writing.join().expect("nothing is lost"));
         let seen: Vec<_> = watching.into_iter().map(|watcher| watcher.join().expect("nothing is missed")).collect();
-        let metrics = Metrics::of(&server);
-        let (throttled, compacted) =
-            (metrics.get("kvs_http_requests_throttled_total"), metrics.get("kvs_log_compactions_total"));
         println!(
-            "{histories} histories, {written} writes beside them, of which watchers saw {seen:?}; {throttled} requests throttled and {compacted} compactions in the last life; KiB and file handles at the end of each: {lives:?}"
+            "{histories} histories, {written} writes beside them, of which watchers saw {seen:?}; what was seen at the end of each life: {lives:?}"
         );
-        assert!(throttled > 0.0 && compacted > 0.0);
+        assert!(lives.iter().any(|life| life.throttled > 0.0) && lives.iter().any(|life| life.compactions > 0.0));
         flat(&lives);
         server.terminate();
     });
 }
 
-/// What a server takes before it is killed: KiB, and file handles.
-type Life = (u64, usize);
+/// What is seen of a server before it is killed.
+#[derive(Debug)]
+struct Life {
+    kib: u64,
+    handles: usize,
+    throttled: f64,
+    compactions: f64,
+}
 
-/// Swaps and kills for so long. Gives the server that is there in the end, and what each of those before took.
+impl Life {
+    fn of(server: &Server) -> Self {
+        let metrics = Metrics::of(server);
+        Self {
+            kib: memory(server),
+            handles: fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("it runs").count(),
+            throttled: metrics.get("kvs_http_requests_throttled_total"),
+            compactions: metrics.get("kvs_log_compactions_total"),
+        }
+    }
+}
+
+/// Swaps and kills for so long. Gives the server that is there in the end, and what was seen of those before.
 fn trouble(
     mut server: Server,
     stage: &Stage,
@@ -97,8 +115,7 @@ fn trouble(
             return (server, lives);
         }
         if step % 3 == 0 {
-            let handles = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("it runs").count();
-            lives.push((memory(&server), handles));
+            lives.push(Life::of(&server));
             stage.set(None);
             server = server.kill().restart(args);
             stage.set(Some(server.address()));
@@ -107,15 +124,14 @@ fn trouble(
     unreachable!("steps go on")
 }
 
-/// The last third takes hardly more than the first: memory is what the moment of the kill makes of it.
+/// The last third takes hardly more memory than the first, which is what the moment of the kill makes of it, and none has
+/// more open than its clients want.
 fn flat(lives: &[Life]) {
     let third = lives.len().div_ceil(3);
-    let most = |lives: &[Life], of: fn(&Life) -> u64| lives.iter().map(of).max().expect("there was a life");
-    let (first, last) = (&lives[..third], &lives[lives.len() - third..]);
-    let (before, after) = (most(first, |life| life.0), most(last, |life| life.0));
+    let most = |lives: &[Life]| lives.iter().map(|life| life.kib).max().expect("there was a life");
+    let (before, after) = (most(&lives[..third]), most(&lives[lives.len() - third..]));
     assert!(after < before + before / 4 + (16 << 10), "{before} KiB became {after}");
-    let (before, after) = (most(first, |life| life.1 as u64), most(last, |life| life.1 as u64));
-    assert!(after < before + 32, "{before} file handles became {after}");
+    assert!(lives.iter().all(|life| life.handles < MAX_HANDLES));
 }
 
 /// Judges histories until it is over, and gives how many.
