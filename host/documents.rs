@@ -89,12 +89,156 @@ fn setting(argument: &Arg) -> Setting {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
     fn the_table_of_settings_is_what_the_code_says() {
         let written = include_str!("../deploy/settings.md");
         assert!(written == settings(), "deploy/settings.md is stale; write it again with: just settings");
+    }
+
+    const README: &str = include_str!("../README.md");
+    const JUSTFILE: &str = include_str!("../justfile");
+    /// Who tells people what to type.
+    const PAGES: [(&str, &str); 3] = [
+        ("README.md", README),
+        ("CONTRIBUTING.md", include_str!("../CONTRIBUTING.md")),
+        ("guest/README.md", include_str!("../guest/README.md")),
+    ];
+
+    /// What stands between backticks, and the lines that are typed; one of `kvs` without `$` is what it answers.
+    fn code(page: &str) -> impl Iterator<Item = &str> {
+        let inline =
+            page.lines().filter(|line| !line.starts_with("    ")).flat_map(|line| line.split('`').skip(1).step_by(2));
+        let typed = page.lines().filter_map(|line| line.strip_prefix("    ").filter(|line| !line.starts_with("kvs ")));
+        let typed = typed.map(|line| line.trim_start_matches("$ "));
+        inline.chain(typed)
+    }
+
+    /// The commands in a piece of code, each in words, as a shell takes them; what is in brackets can be there.
+    fn commands(code: &str) -> Vec<Vec<String>> {
+        let (mut all, mut words, mut word, mut quote) = (Vec::new(), Vec::new(), String::new(), None);
+        for character in code.chars().chain([' ', ';']) {
+            match (quote, character) {
+                (Some(open), close) if open == close => quote = None,
+                (None, '\'' | '"') => quote = Some(character),
+                (None, '#') if word.is_empty() => break,
+                (None, '[' | ']') => {}
+                (None, ' ' | '|' | ';' | '>' | '&') => {
+                    words.extend(Some(std::mem::take(&mut word)).filter(|word| !word.is_empty()));
+                    if character != ' ' {
+                        all.push(std::mem::take(&mut words));
+                    }
+                }
+                _ => word.push(character),
+            }
+        }
+        all.push(words);
+        all
+    }
+
+    fn leaves(command: &Command, path: &str) -> Vec<String> {
+        let below = command.get_subcommands().filter(|command| command.get_name() != "help");
+        let below: Vec<_> =
+            below.flat_map(|command| leaves(command, &format!("{path} {}", command.get_name()))).collect();
+        if below.is_empty() { vec![path.to_owned()] } else { below }
+    }
+
+    fn flags(command: &Command) -> Vec<(String, Option<String>)> {
+        let default = |argument: &Arg| Some(argument.get_default_values().first()?.to_string_lossy().into_owned());
+        let own = command
+            .get_arguments()
+            .filter_map(|argument| Some((format!("--{}", argument.get_long()?), default(argument))));
+        own.chain(command.get_subcommands().flat_map(flags)).collect()
+    }
+
+    #[test]
+    fn what_the_pages_say_to_type_is_understood() {
+        let mut seen = 0;
+        for (page, text) in PAGES {
+            for code in code(text) {
+                for words in commands(code).iter().filter(|words| words.len() > 1 && words[0] == "kvs") {
+                    // Not when it is only spoken of by its name: `kvs log import`.
+                    let (cli, path) = (Cli::command(), &words[1..]);
+                    let is_name = path.iter().try_fold(&cli, |command, word| command.find_subcommand(word)).is_some();
+                    if let Err(error) = Cli::try_parse_from(words) {
+                        assert!(is_name, "{page}: {code}: {error}");
+                    }
+                    seen += 1;
+                }
+                for words in commands(code).iter().filter(|words| words.len() > 1 && words[0] == "just") {
+                    let is_recipe = |line: &str| line.split([' ', ':']).next() == Some(&words[1]);
+                    assert!(JUSTFILE.lines().any(is_recipe), "{page}: {code}: no such recipe");
+                    seen += 1;
+                }
+            }
+        }
+        assert!(seen > 80, "{seen}");
+    }
+
+    #[test]
+    fn every_command_and_recipe_is_in_the_readme() {
+        let table: Vec<_> = README.lines().filter_map(|line| line.strip_prefix("| ")?.split('|').next()).collect();
+        for command in leaves(&Cli::command(), "kvs") {
+            let name = command.rsplit(' ').next().expect("it has a name");
+            // Short in a row that begins with another: `kvs get KEY`, `put KEY [VALUE]`.
+            let is_told =
+                |cell: &&str| cell.contains(&format!("`{command}")) || (cell.contains("`kvs ") && cell.contains(name));
+            assert!(table.iter().any(|cell| is_told(&cell)), "`{command}`");
+        }
+        let mut group = false;
+        for line in JUSTFILE.lines() {
+            let recipe = line.split([' ', ':']).next().filter(|_| group && !line.starts_with('['));
+            if let Some(name) = recipe {
+                assert!(table.iter().any(|cell| cell.contains(&format!("`just {name}"))), "`just {name}`");
+            }
+            group = line.starts_with("[group(");
+        }
+    }
+
+    #[test]
+    fn every_flag_of_the_pages_is_one_and_has_the_default_they_say() {
+        let flags = flags(&Cli::command());
+        let others = [
+            "--help",
+            "--http2-prior-knowledge",
+            "--stop-timeout",
+            "--read-only",
+            "--name",
+            "--env-file",
+            "--locked",
+            "--package",
+            "--release",
+        ];
+        for (page, text) in PAGES {
+            for part in text.split('`').skip(1) {
+                let flag: String = part
+                    .chars()
+                    .take_while(|character| character.is_ascii_alphanumeric() || *character == '-')
+                    .collect();
+                assert!(
+                    !flag.starts_with("--")
+                        || others.contains(&flag.as_str())
+                        || flags.iter().any(|known| known.0 == flag),
+                    "{page}: {flag}"
+                );
+            }
+        }
+        let mut seen = 0;
+        // `--log-timeout` (5 s)
+        for (before, after) in README.match_indices("` (").map(|(at, _)| README.split_at(at)) {
+            let flag = before.rsplit('`').next().expect("text has an end");
+            let said = after[3..].split([')', ',', ';']).next().expect("text has a beginning").replace(' ', "");
+            let known: Vec<_> =
+                flags.iter().filter(|known| known.0 == flag).filter_map(|known| known.1.as_deref()).collect();
+            if !known.is_empty() {
+                assert!(known.contains(&said.as_str()), "{flag} is {known:?}, and {said} in README.md");
+                seen += 1;
+            }
+        }
+        assert!(seen > 1, "{seen}");
     }
 
     #[test]
