@@ -1,6 +1,7 @@
 //! Disks that are full: small file systems, mounted for a test.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,6 +59,16 @@ impl Mount {
         let zeros = vec![0; usize::try_from(bytes).expect("it is not much")];
         fs::write(&path, zeros).expect("there is room so far");
         File::open(&path).and_then(|file| file.sync_all()).expect("there is room so far");
+        path
+    }
+
+    /// Takes what is left, to the last byte, until the file is removed.
+    fn brim(&self) -> PathBuf {
+        let path = self.directory.path().join("brim");
+        let mut file = File::create(&path).expect("a file can be empty");
+        for size in [1 << 20, 4096, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
         path
     }
 
@@ -162,6 +173,30 @@ fn a_full_disk_in_memory_refuses_writes_until_there_is_room() {
 #[test]
 fn a_full_ext4_refuses_writes_until_there_is_room() {
     a_full_disk_refuses_writes_until_there_is_room(&Mount::ext4());
+}
+
+/// Not even for what is only noted: who holds the lock, and how far the log is durable.
+#[test]
+fn a_disk_without_a_byte_left_is_served_from() {
+    let disk = Mount::tmpfs();
+    let server = disk.serve();
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"1").status, 201);
+    server.terminate();
+    fs::remove_file(disk.data().join("LOCK")).expect("it is there");
+    let brim = disk.brim();
+    let server = disk.serve();
+    let mut client = Connection::open(server.address());
+    // There is room in the segment.
+    assert_eq!(client.ask("PUT", "/v1/b", b"2").status, 201);
+    server.says("no room for the watermark file");
+    assert_eq!(client.ask("PUT", "/v1/c", b"3").status, 201);
+    fs::remove_file(brim).expect("it is there");
+    server.terminate();
+    let server = disk.serve();
+    let mut client = Connection::open(server.address());
+    for (path, value) in [("/v1/a", "1"), ("/v1/b", "2"), ("/v1/c", "3")] {
+        assert_eq!(client.ask("GET", path, b"").text(), value);
+    }
 }
 
 #[test]
