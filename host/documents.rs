@@ -186,7 +186,7 @@ mod tests {
             // Short in a row that begins with another: `kvs get KEY`, `put KEY [VALUE]`.
             let is_told =
                 |cell: &&str| cell.contains(&format!("`{command}")) || (cell.contains("`kvs ") && cell.contains(name));
-            assert!(table.iter().any(|cell| is_told(&cell)), "`{command}`");
+            assert!(table.iter().any(is_told), "`{command}`");
         }
         let mut group = false;
         for line in JUSTFILE.lines() {
