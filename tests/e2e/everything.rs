@@ -34,8 +34,8 @@ const WATCHERS: usize = 4;
 /// Keys that one client writes by turns, each value the number of the write.
 const KEYS: usize = 100;
 const LAST: &str = "written-last";
-/// What a server may have open: its own are about thirty, and every history has eight clients, which may meet those of the
-/// histories before as they leave.
+/// What a server may have open: about thirty of its own, and eight clients for each of the histories judged at once, who may
+/// meet those of the histories before as they leave.
 const MAX_HANDLES: usize = 256;
 
 #[test]
