@@ -367,6 +367,12 @@ mod tests {
             assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(length)))));
         }
         assert_eq!(told(&mut slow), Poll::Ready(None));
+        // Who has caught up is behind by nothing, however much that was.
+        let newest = ["d", "e"].map(|key| delete(&changes, &key.repeat(5)));
+        durable(&changes, newest[1]);
+        for (sequence, key) in newest.into_iter().zip(["d", "e"]) {
+            assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(5)))));
+        }
     }
 
     #[test]
@@ -376,6 +382,18 @@ mod tests {
         changes.close().expect("memory closes");
         assert_eq!(told(&mut watcher), Poll::Ready(None));
         assert!(changes.watch(Keys::begin("")).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_piece_of_the_past_ends_when_it_is_large() {
+        let changes = changes(1_000);
+        for _ in 0..9 {
+            delete(&changes, &"a".repeat(1 << 20));
+        }
+        changes.watermark().advance(9);
+        for (after, until) in [(0, 4), (4, 8), (8, 9)] {
+            assert_eq!(changes.past("a", after).await.expect("memory tells").until, until);
+        }
     }
 
     #[tokio::test]

@@ -192,6 +192,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_is_what_others_read() {
+        let metadata = [("content-type", "text/plain; x=1")];
+        let put = PutRef { key: "käy+1~", value: b"100% of !\0", metadata: &metadata, expires: Some(9) };
+        let mut lines = String::new();
+        print(&Entry { sequence: 7, time: 8, event: EventRef::Put(put) }, &mut lines);
+        print(&Entry { sequence: 8, time: 8, event: EventRef::Delete("a b") }, &mut lines);
+        let expected =
+            ["7\t2\tk%C3%A4y%2B1~\t100%25%20of%20!%00\t8\t9\tcontent-type=text/plain;%20x%3D1\n", "8\t1\ta%20b\t\t8\n"];
+        assert_eq!(lines, expected.concat());
+        assert_eq!(words(b"1\t2\ta+b\tc+d\t8\t", Format::Kvs), r#"8 put "a+b" [99, 43, 100] [] None"#);
+    }
+
+    #[test]
     fn what_is_malformed_is_told() {
         for (line, what) in [
             ("", "the sequence is \"\", not a number"),

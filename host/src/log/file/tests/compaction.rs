@@ -149,12 +149,19 @@ fn what_has_expired_goes_and_what_is_younger_than_the_grace_stays() {
     }
     append(&log, 15, &[put("deleted", &[1; 100]), Event::Delete("deleted".into())]);
     append(&log, 25, &[put("deleted later", &[1; 100]), Event::Delete("deleted later".into())]);
+    for expires in [4_020, 100_020] {
+        let put = Put { key: "much later".into(), value: vec![], metadata: vec![], expires: Some(expires) };
+        append(&log, 15, &[Event::Put(put)]);
+    }
     fill(&log, 7);
-    compact_at(&log, 20, 0, 100);
+    let outcome = compact_at(&log, 20, 0, 100);
+    let within: Vec<_> = (0..40).filter(|power| outcome.expiring[*power] > 0).collect();
+    assert_eq!(within, [0, 2, 7], "seconds, as powers of two");
     let keys: Vec<_> = replayed(&log).into_iter().map(|entry| entry.2).filter(|entry| !entry.contains("key")).collect();
-    assert_eq!(keys.len(), 2, "{keys:?}");
+    assert_eq!(keys.len(), 3, "{keys:?}");
     assert!(keys[0].starts_with("put \"until 30\"") && keys[0].contains("(\"a\", \"b\")"), "{keys:?}");
     assert_eq!(keys[1], "delete \"deleted later\"");
+    assert!(keys[2].starts_with("put \"much later\""), "{keys:?}");
 }
 
 #[test]

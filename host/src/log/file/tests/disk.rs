@@ -25,6 +25,7 @@ struct State {
     /// What is on disk of a file, where that is not what is in memory and is believed to be.
     on_disk: BTreeMap<usize, Arc<Vec<u8>>>,
     full: bool,
+    refused: Option<String>,
     /// The process is killed after this many operations more.
     left: Option<usize>,
     record: Option<Record>,
@@ -110,6 +111,10 @@ impl FakeDisk {
     /// From now on no file can be made to take more space, or again it can.
     pub fn set_full(&self, full: bool) {
         self.state().full = full;
+    }
+
+    pub fn refuse_to_open(&self, name: &str) {
+        self.state().refused = Some(name.into());
     }
 
     pub fn fail_syncs(&self) {
@@ -333,7 +338,11 @@ impl Disk for FakeDisk {
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn File>> {
-        let file = *self.state().names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        let state = self.state();
+        if state.refused.as_deref() == Some(name) {
+            return Err(io::Error::other(format!("open {name}: input/output error")));
+        }
+        let file = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
         Ok(Arc::new(FakeFile { disk: self.clone(), file }))
     }
 

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use super::*;
+use crate::log::file::disk::Disk;
+use crate::log::file::spare;
 
 #[test]
 fn what_was_appended_comes_back_in_order_and_whole() {
@@ -162,6 +164,24 @@ fn catching_up_reads_only_what_is_near_its_end() {
 }
 
 #[test]
+fn a_replay_hands_over_a_thousand_entries_or_a_megabyte_at_once() {
+    let options = Options { segment_bytes: 8 << 20, group_bytes: 2 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
+    let small: Vec<_> = (0..2_500).map(|number| put(&format!("{number}"), b"")).collect();
+    append(&log, 1, &small);
+    for size in [400_000, 400_000, 400_000, 1_500_000, 0, 0] {
+        commit(&log, put("large", &vec![1; size]));
+    }
+    let mut batches = Vec::new();
+    log.replay(0, &mut |entries| {
+        batches.push(entries.len());
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(batches, [1_000, 1_000, 502, 1, 1, 2]);
+}
+
+#[test]
 fn the_receiver_stops_a_replay() {
     let log = open(&FakeDisk::default()).unwrap();
     commit(&log, put("a", b"1"));
@@ -198,6 +218,37 @@ fn a_full_disk_refuses_what_does_not_certainly_fit_and_heals() {
     assert!(durable(&log, log.appended()));
     log.close().unwrap();
     assert_eq!(replayed(&open(&disk).unwrap()).len() as u64, accepted + 2);
+}
+
+#[test]
+fn a_disk_that_is_still_full_at_the_next_start_takes_only_what_fits() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.set_full(true);
+    while let Ok(sequence) = log.append(1, &[put("key", &[1; 1000])]) {
+        assert!(durable(&log, sequence));
+    }
+    log.close().unwrap();
+    let log = open(&disk).unwrap();
+    let known = log.appended();
+    assert!(matches!(log.append(1, &[put("key", &[1; 1000])]), Err(AppendError::Full)));
+    assert_eq!(commit(&log, put("small", b"")), known + 1);
+    disk.set_full(false);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, known + 2));
+}
+
+#[test]
+fn zeros_go_where_they_belong_and_no_further() {
+    let disk = FakeDisk::default();
+    disk.put("file", vec![1; 3 << 20]);
+    let (from, to) = (100, (3 << 19) + 100);
+    spare::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
+    let bytes = disk.read("file");
+    let (before, rest) = bytes.split_at(from);
+    let (zeros, after) = rest.split_at(to - from);
+    assert!(before.iter().chain(after).all(|byte| *byte == 1) && zeros.iter().all(|byte| *byte == 0));
 }
 
 #[test]

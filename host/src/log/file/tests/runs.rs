@@ -151,6 +151,48 @@ fn a_disk_that_fails_stops_compaction_and_one_that_fails_to_sync_stops_the_log()
     }
 }
 
+#[test]
+fn compaction_is_tried_again_after_the_disk_failed() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let (tried, attempts) = std::sync::mpsc::channel();
+    let before = AtomicU64::new(0);
+    disk.before_each(move |operation| match operation {
+        Operation::Create { name, .. } if name.contains('-') => {
+            let _ = tried.send(());
+            if before.fetch_add(1, Ordering::Relaxed) == 0 { Err(ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+        _ => Ok(()),
+    });
+    let all = log.shared.catalog.bytes();
+    log.compact_in_background().unwrap();
+    for _ in 0..2 {
+        attempts.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    eventually(|| log.shared.catalog.bytes() < all / 2);
+}
+
+#[test]
+fn what_is_deleted_makes_a_run_due() {
+    let log = open(&FakeDisk::default()).unwrap();
+    let keys: Vec<_> = (0..300).map(|number| format!("key {number}")).collect();
+    for some in keys.chunks(3) {
+        append(&log, 1, &some.iter().map(|key| put(key, &[1; 500])).collect::<Vec<_>>());
+    }
+    assert!(durable(&log, 300));
+    log.compact_in_background().unwrap();
+    eventually(|| log.shared.metrics.compactions.get() > 0);
+    let all = log.shared.catalog.bytes();
+    // Far too little to make one due by its size.
+    for some in keys.chunks(50) {
+        append(&log, 1, &some.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
+    }
+    assert!(durable(&log, 600));
+    eventually(|| log.shared.catalog.bytes() < all / 2);
+    assert_eq!(store(&log).len(), 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

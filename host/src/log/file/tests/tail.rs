@@ -1,5 +1,8 @@
 //! What a crash leaves at the end of the log, and what no crash leaves.
 
+use std::io::ErrorKind;
+
+use super::disk::Operation;
 use super::*;
 use crate::log::file::disk::Disk;
 
@@ -80,6 +83,28 @@ fn the_copy_of_a_torn_tail_holds_its_bytes() {
 }
 
 #[test]
+fn a_torn_tail_is_cut_unkept_only_where_there_is_no_room() {
+    let (torn, offsets) = crashed(2);
+    let mut bytes = torn.read(NAME);
+    bytes[offsets[1] as usize + 70] ^= 1;
+    torn.put(NAME, bytes.clone());
+    let failing = |error: ErrorKind| {
+        let disk = torn.copy();
+        disk.before_each(move |operation| match operation {
+            Operation::Create { name, .. } if name.contains(".torn") => Err(error.into()),
+            _ => Ok(()),
+        });
+        disk
+    };
+    let full = failing(ErrorKind::StorageFull);
+    assert_eq!(entries(&full).unwrap(), 1);
+    assert!(!full.names().iter().any(|name| name.contains(".torn")));
+    let broken = failing(ErrorKind::Other);
+    assert!(entries(&broken).is_err());
+    assert_eq!(broken.read(NAME), bytes, "nothing was cut");
+}
+
+#[test]
 fn damage_before_the_last_frame_is_refused_with_its_place() {
     let (disk, offsets) = crashed(3);
     for frame in [0, 1] {
@@ -137,6 +162,16 @@ fn the_watermark_file_tells_that_the_end_is_missing() {
     disk.put(NAME, bytes);
     let error = format!("{:#}", open(&disk).err().unwrap());
     assert!(error.contains("the log ends with sequence 1, but 2 had been durable"), "{error}");
+}
+
+#[test]
+fn a_watermark_file_that_cannot_be_read_is_not_taken_for_none() {
+    let (disk, _) = crashed(2);
+    assert_eq!(entries(&disk).unwrap(), 2, "it need not be there");
+    disk.put("watermark", vec![0; 36]);
+    disk.refuse_to_open("watermark");
+    let error = format!("{:#}", entries(&disk).unwrap_err());
+    assert!(error.contains("open watermark"), "{error}");
 }
 
 #[test]

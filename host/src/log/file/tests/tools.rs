@@ -40,6 +40,35 @@ fn a_sound_log_is_found_sound() {
     assert!((9..18).contains(&entries) && said.is_empty(), "{entries} {said:?}");
 }
 
+/// What no damage but only a fault of whoever wrote it makes: all checksums are right.
+#[test]
+fn a_sequence_that_is_left_out_is_wrong_where_nothing_was_compacted() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    append(&log, 1, &[put("a", b""), put("b", b"")]);
+    assert!(durable(&log, 2));
+    let (disk, name) = (disk.copy(), "0000000001.seg");
+    let sound = disk.read(name);
+    let (head, body) = (512, 512 + 64);
+    let mut forge = |at: usize, byte: u8| {
+        let mut bytes = sound.clone();
+        bytes[at] = byte;
+        for (from, to, checksum) in [(body, body + 56, head + 48), (head, head + 60, head + 60)] {
+            let right = crc32c::crc32c(&bytes[from..to]).to_le_bytes();
+            bytes[checksum..checksum + 4].copy_from_slice(&right);
+        }
+        disk.put(name, bytes);
+        verified(&disk)
+    };
+    assert_eq!(forge(head + 8, 1), (2, vec![]), "what is there is written once more");
+    let frame = format!("data/log/{name} at byte {head}: a frame has sequences that are out of order");
+    assert_eq!(forge(head + 8, 2), (0, vec![frame]));
+    let entry = format!("data/log/{name} at byte {head}: an entry has a sequence that is out of order");
+    for offset in [0, 2] {
+        assert_eq!(forge(body + 26, offset), (0, vec![entry.clone()]));
+    }
+}
+
 #[test]
 fn every_flipped_bit_is_found() {
     for compacted in [false, true] {
