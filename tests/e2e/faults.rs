@@ -47,6 +47,7 @@ fn was_met(data: &Path) -> bool {
 /// Serves, under load, with the first, second, third ... of these calls going wrong, on one directory. Each time the
 /// server must fail, and what was acknowledged be there afterwards.
 fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
+    let place = if call == "fsync" { "/log" } else { "/log/00" };
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");
@@ -78,10 +79,10 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
         for text in told {
             assert!(last.contains(text), "{call} {at}: it does not tell {text:?}, but: {last}");
         }
-        let file = last.split([' ', ':']).find(|word| word.contains("/log/00"));
+        let named = last.split([' ', ':']).find(|word| word.contains(place));
         assert!(
-            file.is_some_and(|file| Path::new(file).exists()),
-            "{call} {at}: it names no file that is there: {last}"
+            named.is_some_and(|named| Path::new(named).exists()),
+            "{call} {at}: it names nothing that is there: {last}"
         );
 
         let server = stopped.restart(&SMALL_SEGMENTS);
@@ -95,6 +96,11 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
 #[test]
 fn a_sync_that_fails_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"]);
+}
+
+#[test]
+fn a_directory_that_fails_to_sync_ends_the_server_and_loses_nothing() {
+    fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"]);
 }
 
 #[test]

@@ -351,7 +351,7 @@ fn ten_thousand_idle_watchers_cost_little() {
 #[test]
 fn a_watcher_is_never_idle() {
     let server =
-        Server::start(&["--header-timeout", "100ms", "--idle-timeout", "100ms", "--stream-heartbeat", "100ms"]);
+        Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--stream-heartbeat", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..15 {
         assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"), "the stream ended");
