@@ -47,7 +47,7 @@ fn was_met(data: &Path) -> bool {
 /// Serves, under load, with the first, second, third ... of these calls going wrong, on one directory. Each time the
 /// server must fail, and what was acknowledged be there afterwards.
 fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
-    let place = if call == "fsync" { "/log" } else { "/log/00" };
+    let place = if call == "fsync" { "/" } else { "/log/00" };
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");
