@@ -7,6 +7,7 @@ mod disk;
 mod life;
 mod model;
 pub mod mutants;
+mod queue;
 mod runs;
 mod surface;
 mod tail;

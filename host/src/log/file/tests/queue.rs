@@ -1,0 +1,67 @@
+//! The open batch by itself: whatever is accepted while the disk is full fits what is left of the segment.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::log::file::frame::Builder;
+use crate::log::file::queue::{Queue, Work};
+
+/// Room in a segment: so little that the end is met soon and often.
+const SEGMENT: u64 = 2_000;
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// Of keys with so many bytes.
+    Append(Vec<usize>),
+    Take,
+    Write,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => proptest::collection::vec(0..60_usize, 1..4).prop_map(Step::Append),
+        1 => Just(Step::Take),
+        1 => Just(Step::Write),
+    ]
+}
+
+fn take(queue: &Queue) -> Option<Builder> {
+    match queue.take(Some(Duration::ZERO)) {
+        Work::Write(frame) => Some(frame),
+        _ => None,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_accepted_fits_when_nothing_else_does(
+        mut room in 200..SEGMENT, steps in proptest::collection::vec(step(), 1..120),
+    ) {
+        let queue = Queue::new(0, room, true, SEGMENT, SEGMENT);
+        let (mut taken, mut full) = (None, false);
+        let mut write = |frame: Builder| {
+            prop_assert!(frame.sealed_len() <= room, "{} bytes into {room}", frame.sealed_len());
+            room -= frame.sealed_len();
+            queue.written(frame, room);
+            Ok(())
+        };
+        for step in steps {
+            match step {
+                Step::Append(keys) => {
+                    let events: Vec<_> = keys.iter().map(|bytes| Event::Delete("k".repeat(*bytes))).collect();
+                    full |= matches!(queue.append(1, &events), Err(AppendError::Full));
+                }
+                Step::Take if taken.is_none() => taken = take(&queue),
+                Step::Write if let Some(frame) = taken.take() => write(frame)?,
+                Step::Take | Step::Write => {}
+            }
+        }
+        while let Some(frame) = taken.take().or_else(|| take(&queue)) {
+            write(frame)?;
+        }
+        // Nor is anything refused that would fit without doubt: a frame of its own, with all its padding.
+        prop_assert!(!full || queue.append(1, &[Event::Delete(String::new())]).is_ok() == (room >= 25 + 71));
+    }
+}
