@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::log::file::entry;
 use crate::log::file::frame::Builder;
 use crate::log::file::queue::{Queue, Work};
 
@@ -11,15 +12,23 @@ const SEGMENT: u64 = 2_000;
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Of keys with so many bytes.
-    Append(Vec<usize>),
+    Append(Vec<Event>),
     Take,
     Write,
 }
 
+fn event() -> impl Strategy<Value = Event> {
+    let metadata = proptest::collection::vec(("[ä-ö]{0,4}", "[a-z]{0,9}"), 0..3);
+    let put = ("k{0,30}", proptest::collection::vec(any::<u8>(), 0..60), metadata, any::<Option<u64>>());
+    prop_oneof![
+        "k{0,60}".prop_map(Event::Delete),
+        put.prop_map(|(key, value, metadata, expires)| Event::Put(Put { key, value, metadata, expires })),
+    ]
+}
+
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => proptest::collection::vec(0..60_usize, 1..4).prop_map(Step::Append),
+        4 => proptest::collection::vec(event(), 1..4).prop_map(Step::Append),
         1 => Just(Step::Take),
         1 => Just(Step::Write),
     ]
@@ -36,6 +45,13 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
+    fn an_event_takes_the_bytes_it_is_counted_with(event in event()) {
+        let mut body = Vec::new();
+        entry::encode(&mut body, 1, 2, &event);
+        prop_assert_eq!(body.len(), entry::size(&event));
+    }
+
+    #[test]
     fn what_is_accepted_fits_when_nothing_else_does(
         mut room in 200..SEGMENT, steps in proptest::collection::vec(step(), 1..120),
     ) {
@@ -49,10 +65,7 @@ proptest! {
         };
         for step in steps {
             match step {
-                Step::Append(keys) => {
-                    let events: Vec<_> = keys.iter().map(|bytes| Event::Delete("k".repeat(*bytes))).collect();
-                    full |= matches!(queue.append(1, &events), Err(AppendError::Full));
-                }
+                Step::Append(events) => full |= matches!(queue.append(1, &events), Err(AppendError::Full)),
                 Step::Take if taken.is_none() => taken = take(&queue),
                 Step::Write if let Some(frame) = taken.take() => write(frame)?,
                 Step::Take | Step::Write => {}

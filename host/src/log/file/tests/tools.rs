@@ -50,7 +50,7 @@ fn a_sequence_that_is_left_out_is_wrong_where_nothing_was_compacted() {
     let (disk, name) = (disk.copy(), "0000000001.seg");
     let sound = disk.read(name);
     let (head, body) = (512, 512 + 64);
-    let mut forge = |at: usize, byte: u8| {
+    let forge = |at: usize, byte: u8| {
         let mut bytes = sound.clone();
         bytes[at] = byte;
         for (from, to, checksum) in [(body, body + 56, head + 48), (head, head + 60, head + 60)] {
