@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use super::*;
+use crate::contract::Entry;
 use crate::log::file::disk::Disk;
 use crate::log::file::spare;
 
@@ -165,20 +166,22 @@ fn catching_up_reads_only_what_is_near_its_end() {
 
 #[test]
 fn a_replay_hands_over_a_thousand_entries_or_a_megabyte_at_once() {
-    let options = Options { segment_bytes: 8 << 20, group_bytes: 2 << 20, ..options() };
+    let options = Options { segment_bytes: 8 << 20, group_bytes: 4 << 20, ..options() };
     let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
-    let small: Vec<_> = (0..2_500).map(|number| put(&format!("{number}"), b"")).collect();
-    append(&log, 1, &small);
-    for size in [400_000, 400_000, 400_000, 1_500_000, 0, 0] {
-        commit(&log, put("large", &vec![1; size]));
-    }
-    let mut batches = Vec::new();
-    log.replay(0, &mut |entries| {
-        batches.push(entries.len());
-        Ok(())
-    })
-    .unwrap();
-    assert_eq!(batches, [1_000, 1_000, 502, 1, 1, 2]);
+    let batches = |events: &[Event]| {
+        let after = append(&log, 1, events) - 1;
+        assert!(durable(&log, log.appended()));
+        let mut batches = Vec::new();
+        let count = |entries: &[Entry<'_>]| {
+            batches.push(entries.len());
+            Ok(())
+        };
+        log.replay(after, &mut { count }).unwrap();
+        batches
+    };
+    assert_eq!(batches(&vec![put("small", b""); 2_500]), [1_000, 1_000, 500]);
+    let large = [400_000, 400_000, 400_000, 1_500_000, 0, 0].map(|size| put("large", &vec![1; size]));
+    assert_eq!(batches(&large), [2, 1, 1, 2]);
 }
 
 #[test]

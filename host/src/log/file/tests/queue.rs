@@ -49,6 +49,11 @@ proptest! {
         let mut body = Vec::new();
         entry::encode(&mut body, 1, 2, &event);
         prop_assert_eq!(body.len(), entry::size(&event));
+        prop_assert_eq!(entry::decode(&mut &body[..], 7).map(|entry| entry.sequence), Some(8));
+        // Nor is it taken for a delete, with something in it that would be lost.
+        body[4] = 1;
+        let loses = matches!(&event, Event::Put(put) if !put.value.is_empty() || !put.metadata.is_empty());
+        prop_assert!(!loses || entry::decode(&mut &body[..], 7).is_none());
     }
 
     #[test]

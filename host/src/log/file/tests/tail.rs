@@ -258,6 +258,16 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
     assert_eq!(entries(&disk).unwrap(), 12);
 }
 
+/// Of a file that had been of that log before, for instance.
+#[test]
+fn frames_of_another_log_are_nothing() {
+    let [disk, other] = [(); 2].map(|()| crashed(2).0);
+    let mut bytes = disk.read(NAME);
+    bytes[512..].copy_from_slice(&other.read(NAME)[512..]);
+    disk.put(NAME, bytes);
+    assert_eq!(entries(&disk).unwrap(), 0);
+}
+
 #[test]
 fn a_newest_segment_with_garbage_after_its_end_is_cut() {
     let (disk, _) = crashed(3);
