@@ -209,9 +209,63 @@ fn a_delete_stays_while_somebody_reads() {
 }
 
 #[test]
+fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", &[1; 1000]));
+    commit(&log, Event::Delete("a".into()));
+    fill(&log, 20);
+    let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
+    let effort = Effort { now: 1, worth_percent: 0, keys: 100 };
+    let mut reader = None;
+    compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| {
+        if reader.is_none() && disk.names().iter().any(|name| name.ends_with(".tmp")) {
+            reader = Some(log.shared.catalog.reader(0).unwrap());
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert!(reader.is_some() && is_there());
+    drop(reader);
+    compact_at(&log, 1, 0, 100);
+    assert!(!is_there());
+}
+
+#[test]
+fn what_is_put_together_fits_one_segment() {
+    let log = open(&FakeDisk::default()).unwrap();
+    for number in 0..8 {
+        for key in [&format!("key {number}"), "dead", "dead"] {
+            commit(&log, put(key, &[1; 460]));
+        }
+    }
+    fill(&log, 7);
+    compact_at(&log, 1, 0, 100);
+    let ends: Vec<_> = log.shared.catalog.sealed().iter().map(|segment| segment.end).collect();
+    // Beside the entries a frame takes its head, and padding.
+    assert!(ends.len() == 2 && ends.iter().all(|end| *end <= SEGMENT_BYTES + 71), "{ends:?}");
+}
+
+#[test]
+fn where_segments_end_is_known_after_a_run() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for number in 0..20 {
+        commit(&log, put(&format!("key {number}"), &[1; 700]));
+    }
+    let ends = |log: &FileLog| log.shared.catalog.sealed().iter().map(|segment| segment.end).collect::<Vec<_>>();
+    let known = ends(&log);
+    log.close().unwrap();
+    let log = open(&disk).unwrap();
+    assert_ne!(ends(&log), known, "they are not read at the start");
+    compact_at(&log, 1, 100, 100);
+    assert_eq!(ends(&log), known);
+}
+
+#[test]
 fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
     let mut left = Vec::new();
-    for keys in [2, 7, 1000] {
+    for (keys, one_pass) in [(2, false), (7, false), (1000, true)] {
         let disk = FakeDisk::default();
         let log = open(&disk).unwrap();
         for round in 0..4 {
@@ -224,7 +278,7 @@ fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
         }
         fill(&log, 7);
         let before = store(&log);
-        compact_at(&log, 1, 0, keys);
+        assert_eq!(compact_at(&log, 1, 0, keys).passes == 1, one_pass);
         assert_eq!(store(&log), before);
         left.push(replayed(&log));
     }

@@ -79,6 +79,27 @@ fn it_goes_on_where_it_was_after_being_closed() {
 }
 
 #[test]
+fn that_it_was_closed_is_written_once_and_where_there_is_room() {
+    let (disk, name) = (FakeDisk::default(), "0000000001.seg");
+    let log = open(&disk).unwrap();
+    commit(&log, put("key", b""));
+    log.close().unwrap();
+    let closed = disk.read(name);
+    open(&disk).unwrap().close().unwrap();
+    assert!(disk.read(name) == closed);
+
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    // They take the segment to its last byte.
+    for _ in 0..2 {
+        commit(&log, put("key", &[1; 1700]));
+    }
+    log.close().unwrap();
+    assert_eq!(disk.read(name).len() as u64, SEGMENT_BYTES);
+    assert_eq!(replayed(&open(&disk).unwrap()).len(), 2);
+}
+
+#[test]
 fn segments_of_another_size_are_taken_over() {
     let disk = FakeDisk::default();
     let sizes = [4096, 65536, 4096, 8192];
@@ -153,6 +174,8 @@ fn catching_up_reads_only_what_is_near_its_end() {
     let options = Options { segment_bytes: 8 << 20, group_bytes: 1 << 20, ..options() };
     let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
     let newest = (0..40).map(|number| commit(&log, put(&format!("{number}"), &[1; 100_000]))).last().unwrap();
+    let marks = log.shared.catalog.all()[0].marks.len();
+    assert!((1..10).contains(&marks), "{marks} places kept of 40 frames");
     let name = &disk.names()[0];
     let mut bytes = disk.read(name);
     bytes[1_000] ^= 1;
