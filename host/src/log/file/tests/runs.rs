@@ -12,7 +12,7 @@ use crate::log::file::Damage;
 use crate::log::file::compact::{self, Effort};
 use crate::log::file::compactor::Debt;
 use crate::log::file::disk::Disk;
-use crate::log::file::segment::Numbers;
+use crate::log::file::segment::{self, Numbers};
 
 #[test]
 fn a_write_waits_for_nothing_that_compaction_does() {
@@ -75,6 +75,24 @@ fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
     }
     assert_eq!(unsynced, 0);
     assert!((1_000_000..=super::super::queue::FRAME_BYTES).contains(&most), "{most}");
+}
+
+#[test]
+fn a_run_tells_of_every_byte_it_reads_once() {
+    let options = Options { segment_bytes: 16 << 20, group_bytes: 1 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
+    for number in 0..40 {
+        commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
+    }
+    let sealed = log.shared.catalog.sealed();
+    let bytes: u64 = sealed.iter().map(|segment| segment.end - segment::HEAD_BYTES).sum();
+    let (effort, mut told) = (Effort { now: 1, worth_percent: 0, keys: 100 }, 0);
+    let pause = &mut |more| {
+        told += more;
+        Ok(())
+    };
+    assert_eq!(compact::run(&log.shared, &sealed, &effort, pause).unwrap().passes, 1);
+    assert_eq!(told, 2 * bytes, "to find what goes, and to copy what stays");
 }
 
 #[test]
