@@ -207,6 +207,26 @@ fn a_replay_hands_over_a_thousand_entries_or_a_megabyte_at_once() {
     assert_eq!(batches(&large), [2, 1, 1, 2]);
 }
 
+/// Zeros are the end of a log to whoever knows no better.
+#[test]
+fn a_replay_tells_that_the_end_of_a_segment_is_missing() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for number in 0..8 {
+        commit(&log, put(&format!("{number}"), &[1; 1000]));
+    }
+    let sealed = &log.shared.catalog.sealed()[0];
+    let name = sealed.numbers.file_name();
+    let mut bytes = disk.read(&name);
+    bytes[sealed.end as usize - 1096..].fill(0);
+    disk.put(&name, bytes);
+    let error = replayed_after(&log, 0).unwrap_err().to_string();
+    assert!(
+        error.contains(&format!("{name} is damaged")) && error.contains("frames are missing at its end"),
+        "{error}"
+    );
+}
+
 #[test]
 fn the_receiver_stops_a_replay() {
     let log = open(&FakeDisk::default()).unwrap();

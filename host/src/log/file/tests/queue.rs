@@ -1,4 +1,4 @@
-//! The open batch by itself: whatever is accepted while the disk is full fits what is left of the segment.
+//! The open batch by itself: what is accepted fits the segment, or what is left of it while the disk is full.
 
 use proptest::prelude::*;
 
@@ -39,6 +39,16 @@ fn take(queue: &Queue) -> Option<Builder> {
         Work::Write(frame) => Some(frame),
         _ => None,
     }
+}
+
+#[test]
+fn no_more_waits_than_a_segment_holds() {
+    let queue = Queue::new(0, SEGMENT, false, SEGMENT, SEGMENT);
+    // Of a hundred bytes each.
+    let append = || queue.append(1, &[Event::Delete("k".repeat(75))]);
+    let accepted = (0..100).take_while(|_| append().is_ok()).count();
+    assert_eq!(accepted, 18, "and the head of their frame");
+    assert!(matches!(append(), Err(AppendError::Unavailable)));
 }
 
 proptest! {
