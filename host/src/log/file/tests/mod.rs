@@ -119,7 +119,7 @@ pub fn commit(log: &FileLog, event: Event) -> u64 {
 
 /// Waits for what another thread is about to do.
 pub fn eventually(mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "this never came to be");
         std::thread::sleep(Duration::from_millis(1));
