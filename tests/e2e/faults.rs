@@ -13,6 +13,9 @@ use crate::load::{Clients, SMALL_SEGMENTS, count};
 use crate::server::{Server, serve, through};
 use crate::zoo;
 
+/// What is in the path of every segment.
+const SEGMENT: &str = "/log/00";
+
 /// What happens instead of a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
@@ -45,9 +48,8 @@ fn was_met(data: &Path) -> bool {
 }
 
 /// Serves, under load, with the first, second, third ... of these calls going wrong, on one directory. Each time the
-/// server must fail, and what was acknowledged be there afterwards.
-fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
-    let place = if call == "fsync" { "/" } else { "/log/00" };
+/// server must fail, tell why and where, by a path that has `place` in it, and what was acknowledged be there afterwards.
+fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str) {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");
@@ -95,22 +97,22 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str]) {
 
 #[test]
 fn a_sync_that_fails_ends_the_server_and_loses_nothing() {
-    fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"]);
+    fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"], SEGMENT);
 }
 
 #[test]
 fn a_directory_that_fails_to_sync_ends_the_server_and_loses_nothing() {
-    fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"]);
+    fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"], "/");
 }
 
 #[test]
 fn a_write_that_fails_ends_the_server_and_loses_nothing() {
-    fails_and_loses_nothing("pwrite64", Fault::Error("EIO"), &["write ", "Input/output error"]);
+    fails_and_loses_nothing("pwrite64", Fault::Error("EIO"), &["write ", "Input/output error"], SEGMENT);
 }
 
 #[test]
 fn a_write_of_nothing_ends_the_server_and_loses_nothing() {
-    fails_and_loses_nothing("pwrite64", Fault::Nothing, &["write "]);
+    fails_and_loses_nothing("pwrite64", Fault::Nothing, &["write "], SEGMENT);
 }
 
 /// The space was allocated, but there are file systems that need more even so.

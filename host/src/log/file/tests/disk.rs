@@ -25,6 +25,7 @@ struct State {
     /// What is on disk of a file, where that is not what is in memory and is believed to be.
     on_disk: BTreeMap<usize, Arc<Vec<u8>>>,
     full: bool,
+    /// Cannot be opened.
     refused: Option<String>,
     /// The process is killed after this many operations more.
     left: Option<usize>,

@@ -195,11 +195,11 @@ fn a_replay_hands_over_a_thousand_entries_or_a_megabyte_at_once() {
         let after = append(&log, 1, events) - 1;
         assert!(durable(&log, log.appended()));
         let mut batches = Vec::new();
-        let count = |entries: &[Entry<'_>]| {
+        let mut count = |entries: &[Entry<'_>]| {
             batches.push(entries.len());
             Ok(())
         };
-        log.replay(after, &mut { count }).unwrap();
+        log.replay(after, &mut count).unwrap();
         batches
     };
     assert_eq!(batches(&vec![put("small", b""); 2_500]), [1_000, 1_000, 500]);
@@ -235,26 +235,26 @@ fn the_receiver_stops_a_replay() {
     assert_eq!(error.to_string(), "enough");
 }
 
+/// Appends until there is no room for more; returns the newest sequence.
+fn fill_up(log: &FileLog) -> u64 {
+    loop {
+        match log.append(1, &[put("key", &[1; 1000])]) {
+            Ok(sequence) => assert!(durable(log, sequence), "what was accepted fits"),
+            Err(AppendError::Full) => return log.appended(),
+            Err(error) => panic!("{error:?}"),
+        }
+        // Where the spare was just taken, the writer does not know yet that there is no space for another.
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_full_disk_refuses_what_does_not_certainly_fit_and_heals() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     eventually(|| disk.names().contains(&"0000000002.seg".into()));
     disk.set_full(true);
-    let mut accepted = 0;
-    let refused = loop {
-        match log.append(1, &[put("key", &[1; 1000])]) {
-            Ok(sequence) => {
-                accepted = sequence;
-                assert!(durable(&log, sequence), "what was accepted fits");
-            }
-            Err(AppendError::Full) => break true,
-            Err(error) => panic!("{error:?}"),
-        }
-        // Where the spare was just taken, the writer does not know yet that there is no space for another.
-        thread::sleep(std::time::Duration::from_millis(5));
-    };
-    assert!(refused);
+    let accepted = fill_up(&log);
     assert_eq!(accepted, 6, "three in each segment");
     assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
     assert_eq!(commit(&log, put("small", b"")), accepted + 1, "and so do writes that fit");
@@ -272,12 +272,9 @@ fn a_disk_that_is_still_full_at_the_next_start_takes_only_what_fits() {
     let log = open(&disk).unwrap();
     eventually(|| disk.names().contains(&"0000000002.seg".into()));
     disk.set_full(true);
-    while let Ok(sequence) = log.append(1, &[put("key", &[1; 1000])]) {
-        assert!(durable(&log, sequence));
-    }
+    let known = fill_up(&log);
     log.close().unwrap();
     let log = open(&disk).unwrap();
-    let known = log.appended();
     assert!(matches!(log.append(1, &[put("key", &[1; 1000])]), Err(AppendError::Full)));
     assert_eq!(commit(&log, put("small", b"")), known + 1);
     disk.set_full(false);
