@@ -45,12 +45,20 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests, those of the server with one shard and with four, many of them on both logs; a filter picks some: just test book
+# Run all tests, those of the server with one shard and, where shards matter, with four, many of them on both logs; a filter picks some: just test book
 [group('develop')]
 test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --test e2e {{ FILTER }}
+    just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
+
+# The tests of the server with four shards, but for those of what lies before the shards or behind them: who may connect and ask,
+# the command line, what is no guest, and the files of the log
+_test-shards *FILTER:
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --test e2e -- \
+        --skip access:: --skip access_log:: --skip attacks:: --skip backup:: --skip bad_log:: --skip commands:: --skip compiled:: \
+        --skip components:: --skip cors:: --skip faults:: --skip full_disk:: --skip log_command:: --skip operator:: --skip raw:: \
+        --skip tls:: {{ FILTER }}
 
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
 # none of what is in files, and none that brings a database of its own

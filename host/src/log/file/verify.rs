@@ -129,7 +129,9 @@ impl State<'_> {
     }
 
     fn written(&mut self, found: &Found) -> io::Result<Result<(Frames, Option<Tear>), Wrong>> {
-        let frames = match read(found, found.size, self.next)? {
+        // After a tear nothing may follow, whatever it is.
+        let follows = self.next.filter(|_| self.tear.is_none());
+        let frames = match read(found, found.size, follows)? {
             Ok(frames) => frames,
             Err(wrong) => return Ok(Err(wrong)),
         };

@@ -118,6 +118,31 @@ fn a_torn_tail_is_no_damage() {
 }
 
 #[test]
+fn a_torn_segment_is_damage_when_a_later_one_was_begun() {
+    let disk = log_of(40, false);
+    let mut bytes = disk.read("0000000001.seg");
+    let last = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    bytes[last] ^= 1;
+    disk.put("0000000001.seg", bytes);
+    let (_, said) = verified(&disk);
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].starts_with("data/log/0000000001.seg at byte "), "{said:?}");
+    assert!(said[0].ends_with("and a later segment had been begun"), "{said:?}");
+}
+
+#[test]
+fn an_end_that_is_missing_is_found_before_a_segment_that_nothing_was_written_to() {
+    let disk = log_of(2, false);
+    assert!(disk.names().contains(&"0000000002.seg".into()));
+    let mut bytes = disk.read("0000000001.seg");
+    // The second of two frames of 600 bytes, after a head of 512.
+    bytes[1112..].fill(0);
+    disk.put("0000000001.seg", bytes);
+    let told = "the log ends with sequence 1, but 2 had been durable";
+    assert_eq!(verified(&disk), (1, vec![told.to_owned()]));
+}
+
+#[test]
 fn a_log_in_use_is_refused_and_one_that_is_not_is_compacted() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path();
