@@ -71,8 +71,8 @@ _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_p
 new-guest NAME:
     @[[ "{{ NAME }}" =~ ^[a-z][a-z0-9-]*$ ]] || { echo "a guest's name is of small letters, digits and -: just new-guest my-store" >&2; exit 1; }
     @[ ! -e "guest/{{ NAME }}" ] || { echo "guest/{{ NAME }} is there already; choose another name" >&2; exit 1; }
-    cp -r guest/template "guest/{{ NAME }}"
-    sed -i 's/template/{{ NAME }}/g' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
+    @cp -r guest/template "guest/{{ NAME }}"
+    @sed -i 's/template/{{ NAME }}/g' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
     @echo "it is in guest/{{ NAME }}/src/lib.rs; test and build it with: just guest {{ NAME }}"
 
 # Test a guest in Rust, guest/NAME, and build it as a component: target/guests/NAME.wasm

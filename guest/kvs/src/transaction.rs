@@ -359,9 +359,11 @@ mod tests {
 
     #[test]
     fn what_is_too_large_is_refused() {
-        let large = format!(r#"[{{"op":"put","key":"a","value":"{}"}}]"#, "x".repeat(1 << 20));
-        assert_eq!(refused(&large).0, 413);
         let mut store = store();
+        let get = r#"[{"op":"get","key":"a"}]"#;
+        let sized = |bytes: usize| get.to_owned() + &" ".repeat(bytes - get.len());
+        assert_eq!(refused(&sized((1 << 20) + 1)).0, 413);
+        assert_eq!(post(&mut store, "", request(&sized(1 << 20)), |_| panic!("appended")).status, 200);
         let put = Put { key: "large".to_owned(), value: vec![b'x'; (1 << 20) - 1], metadata: vec![], expires: None };
         store.apply(9, &Event::Put(put));
         for (body, status) in [
