@@ -293,6 +293,8 @@ mod tests {
                 r#"[{{"op": "put", "key": "new", "value": ""}}, {{"op": "check", {check}}}, {{"op": "check", "key": "a", "etag": "\"7\""}}]"#
             );
             assert_eq!(refused(&body), (409, told.to_owned()));
+            let response = post(&mut store(), "", request(&body), |_| panic!("appended"));
+            assert_eq!(response.depends_on, None, "on all that there is");
         }
     }
 

@@ -1,9 +1,11 @@
 //! The log from its first entry to its last, and the disk that fills up or fails under it.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use super::disk::Operation;
 use super::*;
 use crate::contract::Entry;
 use crate::log::file::disk::Disk;
@@ -318,6 +320,18 @@ fn a_failing_write_is_final() {
     let sequence = log.append(1, &[put("a", b"2")]).unwrap();
     assert!(!durable(&log, sequence));
     assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));
+}
+
+#[test]
+fn a_watermark_file_that_cannot_be_written_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    disk.before_each(|operation| match operation {
+        Operation::Rename { to, .. } if to == "watermark" => Err(io::Error::other("rename failed")),
+        _ => Ok(()),
+    });
+    assert!(log.close().unwrap_err().to_string().contains("rename failed"));
 }
 
 #[test]
