@@ -121,6 +121,26 @@ fn damage_before_the_last_frame_is_refused_with_its_place() {
 }
 
 #[test]
+fn what_proves_that_a_torn_frame_had_been_durable_is_found_however_far_away() {
+    // A megabyte is looked through at a time, from the eighth byte of the torn frame on.
+    let border = (1 << 20) + 8;
+    for size in [border - 64, border - 8, border, border + 8, 2 * border + 64] {
+        let disk = FakeDisk::default();
+        let options = Options { segment_bytes: 4 << 20, group_bytes: 3 << 20, ..options() };
+        let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+        commit(&log, put("key", b""));
+        commit(&log, put("key", &vec![1; size - 64 - 25 - 3]));
+        commit(&log, put("key", b""));
+        let (disk, torn) = (disk.copy(), 512 + 64 + 32);
+        let mut bytes = disk.read(NAME);
+        bytes[torn + 100] ^= 1;
+        disk.put(NAME, bytes);
+        let error = format!("{:#}", entries(&disk).expect_err("what had been durable is gone"));
+        assert!(error.contains(&format!("as the frame at byte {} says", torn + size)), "{error}");
+    }
+}
+
+#[test]
 fn after_a_clean_end_damage_to_the_last_entry_is_no_torn_tail() {
     let (disk, offsets) = crashed(2);
     open(&disk).unwrap().close().unwrap();
@@ -232,6 +252,18 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
     let disk = make();
     disk.put("0000000002.seg", make().read("0000000002.seg"));
     refused(&disk, "0000000002.seg belongs to another log than 0000000001.seg");
+
+    let disk = make();
+    let [one, two] = [700, 7].map(|bytes| {
+        let disk = disk.copy();
+        let log = open(&disk).unwrap();
+        for _ in 0..40 {
+            commit(&log, put("key", &vec![1; bytes]));
+        }
+        disk.copy()
+    });
+    one.put("0000000005.seg", two.read("0000000005.seg"));
+    refused(&one, "0000000006.seg is damaged at byte 512: it does not follow 0000000005.seg");
 
     let disk = make();
     let mut bytes = disk.read("0000000001.seg");
