@@ -136,7 +136,12 @@ dist: _target _static (_cargo_tool "cargo-cyclonedx")
     deploy/build.sh full "$PWD/target/default.cwasm" "target/delivered/kvs-$version-$target"
     deploy/build.sh small "$PWD/target/default.cwasm" "target/delivered/kvs-small-$version-$target"
     cargo run --release --quiet --example documents -- target/delivered
-    bill() { cargo cyclonedx --quiet --manifest-path Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"; mv kvs.sbom.json "target/delivered/$1-$version.cdx.json"; }
+    bill() {
+        cargo cyclonedx --quiet --manifest-path Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"
+        mv kvs.sbom.json "target/delivered/$1-$version.cdx.json"
+        # It makes one of every package beside.
+        find guest tests -name kvs.sbom.json -delete
+    }
     bill kvs
     bill kvs-small --no-default-features
     cd target/delivered

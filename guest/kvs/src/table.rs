@@ -14,9 +14,9 @@ use hashbrown::hash_table::Entry;
 const PARTS: usize = 256;
 
 #[derive(Debug)]
-pub struct Table {
+pub struct Table<S = RandomState> {
     /// Seeded at random: nobody outside can choose keys that collide.
-    hasher: RandomState,
+    hasher: S,
     parts: Vec<HashTable<Member>>,
 }
 
@@ -27,13 +27,13 @@ struct Member {
     number: u32,
 }
 
-impl Default for Table {
+impl<S: Default> Default for Table<S> {
     fn default() -> Self {
-        Self { hasher: RandomState::new(), parts: vec![HashTable::new(); PARTS] }
+        Self { hasher: S::default(), parts: vec![HashTable::new(); PARTS] }
     }
 }
 
-impl Table {
+impl<S: BuildHasher> Table<S> {
     /// The number for which `is_key` holds, among those that could be the key's.
     pub fn find(&self, key: &[u8], is_key: impl Fn(u32) -> bool) -> Option<u32> {
         let (part, hash) = self.place(key);
@@ -73,4 +73,38 @@ impl Table {
 /// As wide as tables take hashes, which look at the first bits and, on 64-bit machines, at the last ones too.
 fn spread(hash: u32) -> u64 {
     u64::from(hash) << 32 | u64::from(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::hash::{BuildHasherDefault, Hasher};
+
+    use super::*;
+
+    /// Hashes everything to the same.
+    #[derive(Default)]
+    struct Alike;
+
+    impl Hasher for Alike {
+        fn finish(&self) -> u64 {
+            7
+        }
+
+        fn write(&mut self, _: &[u8]) {}
+    }
+
+    #[test]
+    fn keys_whose_hashes_are_alike_are_told_apart() {
+        let mut table = Table::<BuildHasherDefault<Alike>>::default();
+        for number in 0..9 {
+            assert_eq!(table.find_or_insert(b"key", number, |there| there == number), None);
+        }
+        for number in 0..9 {
+            assert_eq!(table.find(b"key", |there| there == number), Some(number));
+        }
+        for number in 0..9 {
+            assert_eq!(table.remove(b"key", |there| there == number), Some(number));
+            assert_eq!(table.find(b"key", |there| there == number), None);
+        }
+    }
 }

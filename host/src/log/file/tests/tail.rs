@@ -204,19 +204,28 @@ fn what_a_failed_sync_left_in_memory_is_not_believed() {
 }
 
 #[test]
-fn frames_written_without_a_sync_prove_nothing() {
+fn frames_written_without_a_sync_prove_nothing_until_the_log_is_closed() {
     let disk = FakeDisk::default();
     let options = Options { durability: Durability::Os, ..options() };
     let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
     for _ in 0..3 {
         commit(&log, put("key", &[9; 50]));
     }
-    let disk = disk.copy();
-    let mut bytes = disk.read(NAME);
     // The second of three was lost in a power cut; the third was not.
-    bytes[700] ^= 1;
-    disk.put(NAME, bytes);
-    assert_eq!(entries(&disk).unwrap(), 1);
+    let lose = |disk: &FakeDisk| {
+        let mut bytes = disk.read(NAME);
+        bytes[700] ^= 1;
+        disk.put(NAME, bytes);
+    };
+    let crashed = disk.copy();
+    lose(&crashed);
+    assert_eq!(entries(&crashed).unwrap(), 1);
+
+    // To close the log is to sync it, and the frame at its end says so without the watermark file.
+    log.close().unwrap();
+    disk.remove("watermark").unwrap();
+    lose(&disk);
+    assert!(entries(&disk).is_err());
 }
 
 #[test]
