@@ -129,7 +129,7 @@ impl State<'_> {
     }
 
     fn written(&mut self, found: &Found) -> io::Result<Result<(Frames, Option<Tear>), Wrong>> {
-        // After a tear nothing may follow, whatever it is.
+        // What comes after a tear is wrong whatever it follows, and that is told once.
         let follows = self.next.filter(|_| self.tear.is_none());
         let frames = match read(found, found.size, follows)? {
             Ok(frames) => frames,

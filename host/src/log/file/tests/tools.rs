@@ -132,8 +132,13 @@ fn a_torn_segment_is_damage_when_a_later_one_was_begun() {
 
 #[test]
 fn an_end_that_is_missing_is_found_before_a_segment_that_nothing_was_written_to() {
-    let disk = log_of(2, false);
-    assert!(disk.names().contains(&"0000000002.seg".into()));
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    for key in ["key 1", "key 2"] {
+        commit(&log, put(key, &[1; 500]));
+    }
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    log.close().unwrap();
     let mut bytes = disk.read("0000000001.seg");
     // The second of two frames of 600 bytes, after a head of 512.
     bytes[1112..].fill(0);
