@@ -32,6 +32,8 @@ pub struct Segment {
     pub end: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
+    /// The deletes in it, where this process wrote or read it to its end and nothing of it was compacted yet.
+    pub deletes: u64,
     /// Places to begin reading at, in a segment written by this process: who catches up need not read it all.
     pub marks: Vec<Mark>,
 }
@@ -49,12 +51,12 @@ impl Segment {
     pub fn empty(number: u64, last: u64, chain: u32) -> Self {
         let (before, after, tip) = (chain, chain, chain);
         let (numbers, first, end) = (Numbers::one(number), last.wrapping_add(1), HEAD_BYTES);
-        Self { numbers, first, last, before, after, tip, end, forgotten: 0, marks: Vec::new() }
+        Self { numbers, first, last, before, after, tip, end, forgotten: 0, deletes: 0, marks: Vec::new() }
     }
 
     pub fn compacted(numbers: Numbers, compacted: &Compacted) -> Self {
         let Compacted { first, last, before, after, tip, end, forgotten } = *compacted;
-        Self { numbers, first, last, before, after, tip, end, forgotten, marks: Vec::new() }
+        Self { numbers, first, last, before, after, tip, end, forgotten, deletes: 0, marks: Vec::new() }
     }
 }
 
@@ -173,13 +175,14 @@ impl Catalog {
     }
 
     /// The newest segment was written to.
-    pub fn extend(&self, end: u64, last: u64, chain: u32) {
+    pub fn extend(&self, end: u64, last: u64, chain: u32, deletes: u32) {
         if let Some(segment) = self.segments().last_mut() {
             let marked = segment.marks.last().map_or(HEAD_BYTES, |mark| mark.offset);
             if segment.end - marked >= MARK_BYTES {
                 segment.marks.push(Mark { sequence: segment.last, offset: segment.end, chain: segment.tip });
             }
             (segment.end, segment.last, segment.after, segment.tip) = (end, last, chain, chain);
+            segment.deletes += u64::from(deletes);
         }
     }
 

@@ -4,7 +4,8 @@
 //! What is dead is not known without reading the log, but bounded: since the last run, whose result is known, each put
 //! can have superseded at most about its own size, and each delete about the size of a mean entry. When what may be dead
 //! has grown to a third of the log, a run is due. A run that finds nothing has read as much as was written since the
-//! last, so the cost stays in proportion.
+//! last, so the cost stays in proportion. Deletes count once the segment they are in is sealed, for until then no run
+//! can act on them; those of entries far larger than the mean are thought too little of, until the next run reads them.
 //!
 //! The log stays at most twice the entries that are needed, and two segments. Mostly because a run is over long before;
 //! where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the log the disk
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::catalog::Segment;
 use super::compact::{self, Effort, Outcome, SyncFailed};
 use super::garbage::{GRACE_MS, KEYS};
 use super::{Damage, Shared};
@@ -60,7 +62,8 @@ struct Known {
     needed: u64,
     mean: u64,
     expiring: [u64; 40],
-    deletes: u64,
+    /// The newest sequence that the run saw.
+    last: u64,
     at: Instant,
     /// How often the log had to be read to find what can go.
     passes: u64,
@@ -70,10 +73,12 @@ struct Known {
 
 impl Known {
     /// Bytes that are at least needed now.
-    fn needed(&self, deletes: u64) -> u64 {
+    fn needed(&self, sealed: &[Segment]) -> u64 {
         let passed = self.at.elapsed().as_secs();
         let expired: u64 = (0..40).filter(|power| 1 << power <= passed).map(|power| self.expiring[power]).sum();
-        let deleted = (deletes - self.deletes).saturating_mul(self.mean);
+        // Those that a run did not see: one that is not sealed yet makes nothing dead that could go.
+        let deletes: u64 = sealed.iter().filter(|one| one.first > self.last).map(|one| one.deletes).sum();
+        let deleted = deletes.saturating_mul(self.mean);
         self.needed.saturating_sub(expired).saturating_sub(deleted)
     }
 }
@@ -121,8 +126,7 @@ impl Default for Compactor {
 impl Compactor {
     /// Its thread is about to be there. From now on the log keeps to its bound, however long the thread takes to come.
     pub fn begin_with(&self, shared: &Shared) {
-        let nothing =
-            Known { needed: 0, mean: 0, expiring: [0; 40], deletes: 0, at: Instant::now(), passes: 1, floor: 0 };
+        let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], last: 0, at: Instant::now(), passes: 1, floor: 0 };
         let mut state = self.lock();
         state.known = shared.catalog.sealed().is_empty().then_some(nothing);
         state.ready = true;
@@ -157,9 +161,8 @@ impl Compactor {
     /// Bytes that may be dead, as far as is known.
     pub fn dead(&self, shared: &Shared) -> u64 {
         let state = self.lock();
-        let deletes = shared.queue.deletes();
-        let sealed: u64 = shared.catalog.sealed().iter().map(|segment| segment.end).sum();
-        state.known.as_ref().map_or(0, |known| sealed.saturating_sub(known.needed(deletes)))
+        let sealed = shared.catalog.sealed();
+        state.known.as_ref().map_or(0, |known| size(&sealed).saturating_sub(known.needed(&sealed)))
     }
 
     pub fn stop(&self) {
@@ -171,9 +174,9 @@ impl Compactor {
     /// Decides whether a run is due: what may be dead has grown enough.
     fn consider(&self, state: &mut State, shared: &Shared) {
         if state.ready && !state.stopped && state.debt.is_none() {
-            let deletes = shared.queue.deletes();
-            let sealed = shared.catalog.sealed().iter().map(|segment| segment.end).sum();
-            let needed = state.known.as_ref().map(|known| known.needed(deletes));
+            let sealed = shared.catalog.sealed();
+            let needed = state.known.as_ref().map(|known| known.needed(&sealed));
+            let sealed = size(&sealed);
             let floor = state.known.as_ref().map_or(0, |known| known.floor);
             if needed.is_none_or(|needed| sealed > needed + needed / 2 + floor) && sealed > 0 {
                 state.debt = Some(Debt::new(shared.catalog.bytes(), sealed, needed, shared.segment_bytes));
@@ -277,9 +280,8 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
 
 /// One run over all that is sealed, and what is known after it.
 fn compact(shared: &Shared) -> anyhow::Result<Known> {
-    let deletes = shared.queue.deletes();
     let sealed = shared.catalog.sealed();
-    let size: u64 = sealed.iter().map(|segment| segment.end).sum();
+    let size = size(&sealed);
     let effort = Effort { now: now().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
     shared.compactor.begin(size);
     let begun = Instant::now();
@@ -295,7 +297,13 @@ fn compact(shared: &Shared) -> anyhow::Result<Known> {
     // Where a run could do little, the next must not come for the same.
     let left = size.saturating_sub(saved);
     let floor = (left + left / 8).saturating_sub(needed + needed / 2);
-    Ok(Known { needed, mean, expiring, deletes, at: Instant::now(), passes, floor })
+    let last = sealed.last().map_or(0, |segment| segment.last);
+    Ok(Known { needed, mean, expiring, last, at: Instant::now(), passes, floor })
+}
+
+/// Bytes in these segments.
+fn size(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.end).sum()
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -67,6 +67,8 @@ impl Head {
 pub struct Builder {
     pub first: u64,
     pub count: u32,
+    /// Entries of these that are deletes.
+    pub deletes: u32,
     pub begun: Instant,
     bytes: Vec<u8>,
 }
@@ -76,7 +78,7 @@ impl Builder {
     pub fn new(first: u64, mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         buffer.resize(HEAD_BYTES, 0);
-        Self { first, count: 0, begun: Instant::now(), bytes: buffer }
+        Self { first, count: 0, deletes: 0, begun: Instant::now(), bytes: buffer }
     }
 
     /// Where the next entry is encoded to. Whoever adds one counts it.

@@ -26,8 +26,6 @@ pub struct Queue {
     /// Tells the writer that there is something to do.
     ready: Condvar,
     appended: AtomicU64,
-    /// Deletes appended so far.
-    deletes: AtomicU64,
     /// The size at which a frame is closed and the next begun.
     frame_bytes: u64,
     group_bytes: u64,
@@ -75,10 +73,9 @@ impl Queue {
     pub fn new(appended: u64, room: u64, full: bool, segment_room: u64, group_bytes: u64) -> Self {
         let state = State { next: appended + 1, room, full, ..State::default() };
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
-        let deletes = AtomicU64::new(0);
         let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
         let queue_bytes = QUEUE_BYTES.min(segment_room);
-        Self { state, ready, appended, deletes, frame_bytes, group_bytes, queue_bytes }
+        Self { state, ready, appended, frame_bytes, group_bytes, queue_bytes }
     }
 
     pub fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -113,8 +110,8 @@ impl Queue {
         for event in events {
             let offset = frame.count;
             entry::encode(frame.body(), offset, time, event);
-            self.deletes.fetch_add(matches!(event, Event::Delete(_)).into(), Ordering::Relaxed);
             frame.count += 1;
+            frame.deletes += u32::from(matches!(event, Event::Delete(_)));
         }
         state.bytes += added;
         state.next += events.len() as u64;
@@ -128,10 +125,6 @@ impl Queue {
 
     pub fn appended(&self) -> u64 {
         self.appended.load(Ordering::Acquire)
-    }
-
-    pub fn deletes(&self) -> u64 {
-        self.deletes.load(Ordering::Relaxed)
     }
 
     /// Waits for work: all that came while the last frame was being written, up to a frame. With `idle`, gives up after

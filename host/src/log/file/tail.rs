@@ -47,11 +47,12 @@ pub fn read(found: &Found) -> io::Result<Content> {
         return Ok(Content { segment, holds_frames: true, closed: false, tear: None });
     }
     let mut scan = Scan::new(found.file.clone(), found.log, HEAD_BYTES, found.size, None);
-    let (mut first, mut newest) = (None, None);
+    let (mut first, mut newest, mut deletes) = (None, None, 0);
     while scan.advance()? {
         for frame in scan.frames() {
             first.get_or_insert(frame.head);
             newest = Some(frame.head);
+            deletes += frame.entries().flatten().filter(|entry| entry.put.is_none()).count() as u64;
         }
     }
     let mut segment = Segment::empty(found.numbers.first, 0, 0);
@@ -61,7 +62,7 @@ pub fn read(found: &Found) -> io::Result<Content> {
         (segment.after, segment.tip) = (newest.checksum, newest.checksum);
     }
     let at = scan.offset();
-    segment.end = at;
+    (segment.end, segment.deletes) = (at, deletes);
     let tear = tear(found, at, scan.stop())?;
     let closed = newest.is_some_and(|frame| frame.count == 0);
     Ok(Content { segment, holds_frames: first.is_some(), closed, tear })

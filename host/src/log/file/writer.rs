@@ -78,7 +78,7 @@ impl Writer {
             shared.metrics.sync.observe_time(written.elapsed());
         }
         // The catalogue first: whoever sees the watermark must find what it covers.
-        shared.catalog.extend(self.end, self.last, self.chain);
+        shared.catalog.extend(self.end, self.last, self.chain, frame.deletes);
         shared.watermark.advance(self.last);
         // Those who waited for it are on their way.
         let metrics = &shared.metrics;
@@ -128,7 +128,7 @@ impl Writer {
         if !self.closed && self.end + trailer.sealed_len() <= self.size {
             self.write(shared, &mut trailer)?;
             self.sync()?;
-            shared.catalog.extend(self.end, self.last, self.chain);
+            shared.catalog.extend(self.end, self.last, self.chain, 0);
         }
         if self.marked < self.synced { self.mark(shared) } else { Ok(()) }
     }

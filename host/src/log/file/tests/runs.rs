@@ -211,6 +211,33 @@ fn what_is_deleted_makes_a_run_due() {
     assert_eq!(store(&log).len(), 0);
 }
 
+#[test]
+fn deletes_that_a_run_came_too_early_for_make_the_next_one_due() {
+    for is_reopened in [false, true] {
+        let disk = FakeDisk::default();
+        let mut log = open(&disk).unwrap();
+        let keys: Vec<_> = (0..50).map(|number| format!("key {number}")).collect();
+        for some in keys.chunks(3) {
+            append(&log, 1, &some.iter().map(|key| put(key, &[1; 500])).collect::<Vec<_>>());
+        }
+        // In the newest segment, which no run looks at.
+        append(&log, 1, &keys.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
+        assert!(durable(&log, 100));
+        if is_reopened {
+            drop(log);
+            log = open(&disk).unwrap();
+        }
+        log.compact_in_background().unwrap();
+        eventually(|| log.shared.metrics.compactions.get() > 0);
+        let all = log.shared.catalog.bytes();
+        // The next segment is begun, and no more is written than that.
+        for _ in 0..6 {
+            append(&log, 1, &[put("another", &[1; 500])]);
+        }
+        eventually(|| log.shared.catalog.bytes() < all / 2);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
