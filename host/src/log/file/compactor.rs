@@ -7,10 +7,11 @@
 //! last, so the cost stays in proportion. Deletes count once the segment they are in is sealed, for until then no run
 //! can act on them; those of entries far larger than the mean are thought too little of, until the next run reads them.
 //!
-//! The log stays at most twice the entries that are needed, and two segments. Mostly because a run is over long before;
-//! where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the log the disk
-//! holds the spare, the rest of the newest segment, and while a run is under way the file it writes. Where the log was not
-//! empty when it was opened, this begins with the end of the first run; where compaction fails, the log grows on.
+//! But for those, the log stays at most twice the entries that are needed, and two segments. Mostly because a run is over
+//! long before; where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the
+//! log the disk holds the spare, the rest of the newest segment, and while a run is under way the file it writes. Where
+//! the log was not empty when it was opened, this begins with the end of the first run; where compaction fails, the log
+//! grows on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
