@@ -307,4 +307,28 @@ mod tests {
         store.tick(10, |events| if events == [delete("long")] { Err(AppendError::TooLarge(3)) } else { Ok(3) });
         assert_eq!((store.keys(), value(&store, "long", 10)), (1, Err(3)));
     }
+
+    #[test]
+    fn a_tick_that_can_delete_nothing_asks_for_no_other() {
+        let mut store = store_of((1..=1_000).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
+        assert!(!store.tick(1_000, |_| Err(AppendError::TooLarge(3))));
+    }
+
+    #[test]
+    fn stores_are_equal_only_when_all_they_hold_is() {
+        let store = |value: &str, expires, last| store_of([(1, put("a", value, expires)), (2, last)]);
+        let one = store("1", Some(9), put("b", "", None));
+        assert_eq!(one, store("1", Some(9), put("b", "", None)));
+        for other in [
+            store("2", Some(9), put("b", "", None)),
+            store("1", Some(8), put("b", "", None)),
+            store("1", Some(9), put("c", "", None)),
+            store("1", Some(9), delete("b")),
+        ] {
+            assert_ne!(one, other);
+        }
+        // Nothing but when the last delete was tells these apart.
+        let with_deletes = |last| store_of([(1, put("a", "", None)), (last, delete("a"))]);
+        assert_ne!(with_deletes(2), with_deletes(3));
+    }
 }
