@@ -131,7 +131,7 @@ fn browse((url, reports): &(String, Receiver<String>)) -> String {
     let home = TempDir::new().expect("a temporary directory can be made");
     let mut chromium = Command::new("chromium");
     chromium.args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"]);
-    chromium.args(["--remote-debugging-port=0", url]).env("HOME", home.path());
+    chromium.args(["--remote-debugging-port=0", url]).envs([("HOME", home.path()), ("TMPDIR", home.path())]);
     chromium.stdout(Stdio::null()).stderr(Stdio::null());
     let mut chromium =
         chromium.spawn().unwrap_or_else(|error| panic!("no chromium ({error}): `just test` installs it"));

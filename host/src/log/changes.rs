@@ -237,12 +237,15 @@ mod tests {
     use std::pin::pin;
     use std::task::{Context, Poll, Waker};
 
+    use anyhow::Context as _;
+
     use super::*;
     use crate::contract::{Entry, EventRef};
 
     /// A log in memory, durable when a test says so.
     struct Memory {
-        entries: Mutex<Vec<String>>,
+        /// The keys that were deleted; none where that was compacted away.
+        entries: Mutex<Vec<Option<String>>>,
         watermark: Watermark,
     }
 
@@ -250,7 +253,7 @@ mod tests {
         fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
             let mut entries = lock(&self.entries);
             let first = entries.len() as u64 + 1;
-            entries.extend(events.iter().map(|event| Change::new(0, 0, event.clone()).key().to_owned()));
+            entries.extend(events.iter().map(|event| Some(event.key().to_owned())));
             Ok(first)
         }
 
@@ -265,8 +268,10 @@ mod tests {
         fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
             let (entries, durable) = (lock(&self.entries), self.watermark.durable());
             for sequence in after + 1..=durable {
-                let event = EventRef::Delete(&entries[sequence as usize - 1]);
-                receive(&[Entry { sequence, time: 0, event }])?;
+                let entry = entries.get(sequence as usize - 1).context("it is damaged")?;
+                if let Some(key) = entry {
+                    receive(&[Entry { sequence, time: 0, event: EventRef::Delete(key) }])?;
+                }
             }
             Ok(durable.max(after))
         }
@@ -276,9 +281,12 @@ mod tests {
         }
     }
 
+    fn memory() -> Arc<Memory> {
+        Arc::new(Memory { entries: Mutex::default(), watermark: Watermark::new(0) })
+    }
+
     fn changes(lag_bytes: usize) -> Arc<Changes> {
-        let memory = Memory { entries: Mutex::default(), watermark: Watermark::new(0) };
-        Changes::new(Arc::new(memory), lag_bytes)
+        Changes::new(memory(), lag_bytes)
     }
 
     fn delete(changes: &Changes, key: &str) -> u64 {
@@ -376,6 +384,19 @@ mod tests {
     }
 
     #[test]
+    fn who_leaves_takes_nothing_from_the_others() {
+        let changes = changes(1_000);
+        let mut stays = changes.watch(Keys::begin("a")).expect("open");
+        // As long as the other's, alike, and neither.
+        for prefix in ["b", "a", "ab"] {
+            drop(changes.watch(Keys::begin(prefix)));
+            let newest = delete(&changes, "abc");
+            durable(&changes, newest);
+            assert_eq!(told(&mut stays), Poll::Ready(Some((newest, "abc".to_owned()))));
+        }
+    }
+
+    #[test]
     fn the_end_is_told_to_those_who_watch_and_those_who_come() {
         let changes = changes(1_000);
         let mut watcher = changes.watch(Keys::begin("")).expect("open");
@@ -394,6 +415,28 @@ mod tests {
         for (after, until) in [(0, 4), (4, 8), (8, 9)] {
             assert_eq!(changes.past("a", after).await.expect("memory tells").until, until);
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_missing_of_the_past_is_told() {
+        let memory = memory();
+        let changes = Changes::new(Arc::clone(&memory) as _, 1_000);
+        for key in ["a", "b", "c"] {
+            delete(&changes, key);
+        }
+        changes.watermark().advance(3);
+        assert_eq!(changes.past("", 0).await.expect("memory tells").until, 3);
+        for missing in 0..3 {
+            let key = lock(&memory.entries)[missing].take();
+            let left = changes.read("", 0).await.expect("memory tells");
+            assert_eq!((left.changes.len(), left.until, left.gap), (2, 3, true));
+            assert!(changes.past("", 0).await.is_err_and(|error| error.is::<Forgotten>()));
+            // Whoever had seen it misses nothing.
+            assert!(changes.past("", missing as u64 + 1).await.is_ok());
+            lock(&memory.entries)[missing] = key;
+        }
+        changes.watermark().advance(4);
+        assert!(changes.read("", 0).await.is_err(), "what cannot be read is not passed over");
     }
 
     #[tokio::test]

@@ -333,3 +333,23 @@ impl Pace<'_> {
 pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_expired_and_what_was_deleted_since_is_needed_no_more() {
+        let mut expiring = [0; 40];
+        // Within a second, within four, and much later.
+        (expiring[0], expiring[2], expiring[20]) = (10, 200, 3_000);
+        let known = |seconds| {
+            let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("this machine runs for longer");
+            Known { needed: 10_000, mean: 100, expiring, last: 9, at, passes: 1, floor: 0 }
+        };
+        assert_eq!([0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&[])), [10_000, 9_990, 9_990, 9_790, 9_790]);
+        let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0) };
+        assert_eq!(known(0).needed(&[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
+        assert_eq!(known(0).needed(&[deletes(9, 1_000)]), 0);
+    }
+}

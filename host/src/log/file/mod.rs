@@ -264,15 +264,12 @@ impl TransactionLog for FileLog {
         self.shared.compactor.stop();
         self.shared.spares.close();
         self.shared.queue.close();
-        let compactor = running.compactor.map_or(Ok(()), JoinHandle::join);
-        let writer = running.writer.join();
+        // However they end, the failure says why.
+        let _ = running.compactor.map(JoinHandle::join);
+        let _ = running.writer.join();
         self.shared.spares.stop();
-        let spares = running.spares.join();
-        match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(reason) => bail!("{reason}"),
-            None if writer.is_err() || spares.is_err() || compactor.is_err() => bail!("a thread of the log panicked"),
-            None => Ok(()),
-        }
+        let _ = running.spares.join();
+        self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
     }
 }
 

@@ -209,6 +209,29 @@ fn a_delete_stays_while_somebody_reads() {
 }
 
 #[test]
+fn whoever_reads_is_given_the_newer_put_when_the_older_goes_meanwhile() {
+    let log = open(&FakeDisk::default()).unwrap();
+    fill(&log, 20);
+    commit(&log, put("a", b"old"));
+    fill(&log, 20);
+    let mut follower = Store::new();
+    let mut compacted = false;
+    replay_into(&mut follower, |receive| {
+        log.replay(0, &mut |entries| {
+            if !std::mem::replace(&mut compacted, true) {
+                commit(&log, put("a", b"new"));
+                fill(&log, 20);
+                compact_at(&log, 1, 0, 100);
+            }
+            receive(entries)
+        })
+    })
+    .unwrap();
+    assert!(follower.contains_key("a"));
+    assert_eq!(follower, store(&log));
+}
+
+#[test]
 fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();

@@ -58,10 +58,15 @@ fn a_group_that_is_too_large_is_refused_before_anything_changed() {
 }
 
 #[test]
-fn segments_that_cannot_hold_the_largest_group_are_refused() {
-    let options = Options { group_bytes: SEGMENT_BYTES - 582, ..options() };
-    let error = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).err().unwrap().to_string();
-    assert!(error.contains("between 4097 and"), "{error}");
+fn segments_that_cannot_hold_the_largest_group_or_are_too_large_are_refused() {
+    let too_small = Options { group_bytes: SEGMENT_BYTES - 582, ..options() };
+    let too_large = Options { segment_bytes: 1 << 32, ..options() };
+    for (options, least) in [(too_small, 4097), (too_large, 2631)] {
+        let error = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).err().unwrap().to_string();
+        assert!(error.contains(&format!("between {least} and 4294967295")), "{error}");
+    }
+    let largest = Options { segment_bytes: u32::MAX.into(), ..options() };
+    assert!(FileLog::open_on(Arc::new(FakeDisk::default()), largest, None).is_ok());
 }
 
 #[test]
