@@ -336,7 +336,9 @@ pub fn now() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{FakeDisk, append, commit, open, put, replayed};
     use super::*;
+    use crate::contract::{Event, Put};
 
     #[test]
     fn what_has_expired_and_what_was_deleted_since_is_needed_no_more() {
@@ -350,6 +352,74 @@ mod tests {
         assert_eq!([0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&[])), [10_000, 9_990, 9_990, 9_790, 9_790]);
         let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0) };
         assert_eq!(known(0).needed(&[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
-        assert_eq!(known(0).needed(&[deletes(9, 1_000)]), 0);
+        assert_eq!(known(0).needed(&[deletes(20, 1_000)]), 0);
+    }
+
+    #[test]
+    fn a_run_that_could_do_little_is_due_again_when_the_log_has_grown_by_an_eighth() {
+        let log = open(&FakeDisk::default()).unwrap();
+        let shared = &log.shared;
+        for number in 0..800 {
+            append(&log, 1, &[put(&format!("key {number}"), b"needed"), Event::Delete(format!("nothing {number}"))]);
+        }
+        // Until the last delete is in a sealed segment.
+        for _ in 0..9 {
+            commit(&log, put("a", &[1; 500]));
+        }
+        // Who reads is in the way of forgetting the deletes.
+        let reader = shared.catalog.reader(0).unwrap();
+        let known = compact(shared).unwrap();
+        drop(reader);
+        let left = size(&shared.catalog.sealed());
+        assert!(known.needed < left * 6 / 10, "{} of {left}", known.needed);
+        {
+            let mut state = shared.compactor.lock();
+            (state.ready, state.known) = (true, Some(known));
+            shared.compactor.consider(&mut state, shared);
+        }
+        let (least, mut most) = (left + left / 8, left);
+        while shared.compactor.lock().debt.is_none() {
+            most = size(&shared.catalog.sealed());
+            commit(&log, put("a", &[1; 500]));
+        }
+        let due = size(&shared.catalog.sealed());
+        assert!(most <= least && least < due, "{left}, then {most}, then {due}");
+    }
+
+    #[test]
+    fn the_log_may_grow_as_a_run_goes_on() {
+        let log = open(&FakeDisk::default()).unwrap();
+        let (shared, compactor) = (&log.shared, &log.shared.compactor);
+        let bytes = shared.catalog.bytes();
+        let begin = bytes - 150;
+        compactor.lock().debt = Some(Debt { begin, bound: begin + 800, work: u64::MAX, done: 0 });
+        // To be read once, and once more to write what stays.
+        compactor.begin(100);
+        // What was read more, by how much the log may have grown, and whether it comes close to that.
+        for (read, growth, is_close) in [(0, 200, true), (30, 290, false), (170, 800, false), (50, 800, false)] {
+            assert_eq!(compactor.advance(shared, read), is_close, "{read}");
+            assert_eq!(compactor.limit.load(Ordering::Acquire), begin + growth, "{read}");
+        }
+        // Nobody waits who need not.
+        compactor.admit(shared, begin + 800 - bytes);
+        let mut pace = Pace { shared, since: Instant::now() };
+        assert!(pace.pause(0).is_ok());
+        compactor.stop();
+        assert!(pace.pause(0).is_err_and(|error| error.is::<Stopped>()));
+    }
+
+    #[test]
+    fn what_goes_has_expired_by_the_clock_and_not_just_now() {
+        let log = open(&FakeDisk::default()).unwrap();
+        for (key, expires) in [("long ago", 5), ("just now", now() - 1), ("later", now() + 1_000_000)] {
+            let Event::Put(put) = put(key, b"") else { continue };
+            append(&log, 1, &[Event::Put(Put { expires: Some(expires), ..put })]);
+        }
+        for _ in 0..9 {
+            commit(&log, put("another", &[1; 500]));
+        }
+        compact(&log.shared).unwrap();
+        let keys = replayed(&log).into_iter().map(|(sequence, ..)| sequence).filter(|sequence| *sequence < 4);
+        assert_eq!(keys.collect::<Vec<_>>(), [2, 3]);
     }
 }

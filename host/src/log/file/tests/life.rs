@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use super::compaction::fill;
 use super::disk::Operation;
 use super::*;
 use crate::contract::Entry;
@@ -354,6 +355,17 @@ fn a_real_directory_is_locked_by_one() {
     );
     log.close().unwrap();
     assert_eq!(replayed(&FileLog::open(options).unwrap()).len(), 1);
+}
+
+#[test]
+fn what_was_compacted_is_gone_from_a_real_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FileLog::open(Options { data: directory.path().into(), ..options() }).unwrap();
+    fill(&log, 100);
+    eventually(|| log.shared.catalog.all().len() <= 2);
+    log.close().unwrap();
+    let is_there = |segment: &str| directory.path().join("log").join(segment).exists();
+    assert!(!is_there("0000000001.seg") && !is_there("0000000002.seg"));
 }
 
 #[test]

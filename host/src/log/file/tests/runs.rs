@@ -298,9 +298,14 @@ fn what_compaction_left_behind_in_a_crash_is_removed() {
 }
 
 #[test]
-fn a_log_of_few_keys_is_never_larger_than_twice_what_is_needed_and_two_segments() {
+fn a_log_is_never_larger_than_twice_what_is_needed_and_two_segments() {
+    for (keys, segment_bytes) in [(10, 256 << 10), (2_000, 64 << 10)] {
+        is_never_larger_than_twice_what_is_needed_and_two_segments(keys, segment_bytes);
+    }
+}
+
+fn is_never_larger_than_twice_what_is_needed_and_two_segments(keys: u64, segment_bytes: u64) {
     let disk = FakeDisk::default();
-    let segment_bytes = 256 << 10;
     let options = Options { segment_bytes, group_bytes: 4096, durability: Durability::Os, ..options() };
     let log = Arc::new(FileLog::open_on(Arc::new(disk.clone()), options.clone(), None).unwrap());
     log.compact_in_background().unwrap();
@@ -316,16 +321,16 @@ fn a_log_of_few_keys_is_never_larger_than_twice_what_is_needed_and_two_segments(
         }
     });
     for number in 0..60_000_u64 {
-        append(&log, 1, &[put(&format!("key {}", number % 10), &[number as u8; 400])]);
+        append(&log, 1, &[put(&format!("key {:04}", number % keys), &[number as u8; 400])]);
     }
     assert!(durable(&log, log.appended()));
-    let needed = 10 * super::super::entry::size(&put("key 0", &[0; 400])) as u64;
+    let needed = keys * super::super::entry::size(&put("key 0000", &[0; 400])) as u64;
     let most = most.load(Ordering::Relaxed);
     println!("at most {most} bytes, of 26 million written, {needed} needed, in segments of {segment_bytes}");
     assert!(most > segment_bytes, "something was written");
     assert!(most <= 2 * needed + 2 * segment_bytes, "{most}");
     let expected = store(&log);
-    assert_eq!(expected.len(), 10);
+    assert_eq!(expected.len() as u64, keys);
     disk.before_each(|_| Ok(()));
     log.close().unwrap();
     assert!(store(&FileLog::open_on(Arc::new(disk), options, None).unwrap()) == expected);

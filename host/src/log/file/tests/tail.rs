@@ -185,6 +185,24 @@ fn the_watermark_file_tells_that_the_end_is_missing() {
 }
 
 #[test]
+fn a_watermark_file_that_is_damaged_or_of_another_log_says_nothing() {
+    let other = FakeDisk::default();
+    let log = open(&other).unwrap();
+    for _ in 0..9 {
+        commit(&log, put("a", b""));
+    }
+    log.close().unwrap();
+    let of_another = other.read("watermark");
+    let mut damaged = of_another.clone();
+    damaged[30] ^= 1;
+    for bytes in [of_another, damaged, Vec::new()] {
+        let (disk, _) = crashed(2);
+        disk.put("watermark", bytes);
+        assert_eq!(entries(&disk).unwrap(), 2);
+    }
+}
+
+#[test]
 fn a_watermark_file_that_cannot_be_read_is_not_taken_for_none() {
     let (disk, _) = crashed(2);
     assert_eq!(entries(&disk).unwrap(), 2, "it need not be there");
