@@ -176,6 +176,16 @@ mod tests {
         prop::collection::vec(step, 0..if cfg!(miri) { 60 } else { 400 })
     }
 
+    #[test]
+    fn a_piece_is_as_large_as_what_it_is_for_and_less_than_a_step_larger() {
+        let size = |bytes, align| size_for(Layout::from_size_align(bytes, align).expect("a layout"));
+        for bytes in 1..=LARGEST {
+            let piece = size(bytes, ALIGN).map_or(0, |size| piece(size).size());
+            assert!((bytes..bytes.max(SMALLEST) + STEP).contains(&piece), "{piece} for {bytes}");
+        }
+        assert_eq!((size(LARGEST, ALIGN), size(LARGEST + 1, 1), size(1, 2 * ALIGN)), (Some(SIZES - 1), None, None));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, cases: if cfg!(miri) { 8 } else { 256 }, ..ProptestConfig::default() })]
 
