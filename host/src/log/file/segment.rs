@@ -141,3 +141,30 @@ impl Head {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_that_are_given_are_read() {
+        for (first, last) in [(1, 1), (3, 7), (9_999_999_999, 10_000_000_000)] {
+            assert_eq!(Numbers::parse(&Numbers { first, last }.file_name()), Some(Numbers { first, last }));
+        }
+        let none = [
+            "",
+            ".seg",
+            "3.seg",
+            "0000000000.seg",
+            "0000000003",
+            "+000000003.seg",
+            "0000000003-0000000003.seg",
+            "0000000007-0000000003.seg",
+            "0000000000-0000000003.seg",
+            "0000000001-3.seg",
+        ];
+        for name in none {
+            assert_eq!(Numbers::parse(name), None, "{name}");
+        }
+    }
+}

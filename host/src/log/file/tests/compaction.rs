@@ -301,7 +301,8 @@ fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
         }
         fill(&log, 7);
         let before = store(&log);
-        assert_eq!(compact_at(&log, 1, 0, keys).passes == 1, one_pass);
+        let passes = compact_at(&log, 1, 0, keys).passes;
+        assert!(if one_pass { passes == 1 } else { passes >= before.len() as u64 / keys as u64 }, "{passes}");
         assert_eq!(store(&log), before);
         left.push(replayed(&log));
     }

@@ -329,6 +329,31 @@ fn a_failing_write_is_final() {
 }
 
 #[test]
+fn a_segment_that_cannot_be_made_is_final_unless_it_is_for_want_of_room() {
+    for (error, fatal) in [(io::ErrorKind::Other, true), (io::ErrorKind::StorageFull, false)] {
+        let disk = FakeDisk::default();
+        let (tried, attempts) = std::sync::mpsc::channel();
+        let log = open(&disk).unwrap();
+        eventually(|| disk.names().contains(&"0000000002.seg".into()));
+        disk.before_each(move |operation| match operation {
+            Operation::Create { name, .. } if name.starts_with("0000000003") => {
+                let _ = tried.send(());
+                Err(error.into())
+            }
+            _ => Ok(()),
+        });
+        // Into the second segment, when the third is made.
+        let newest = append(&log, 1, &[put("a", &[1; 1_900])]).max(append(&log, 1, &[put("a", &[1; 1_900])]));
+        attempts.recv_timeout(Duration::from_secs(20)).unwrap();
+        if fatal {
+            eventually(|| log.failure().is_some());
+        } else {
+            assert!(durable(&log, newest) && log.failure().is_none());
+        }
+    }
+}
+
+#[test]
 fn a_watermark_file_that_cannot_be_written_is_final() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
