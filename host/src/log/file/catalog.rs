@@ -32,7 +32,7 @@ pub struct Segment {
     pub end: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
-    /// The deletes in it, where this process wrote or read it to its end and nothing of it was compacted yet.
+    /// The deletes in it that this process wrote or came upon, until it is compacted.
     pub deletes: u64,
     /// Places to begin reading at, in a segment written by this process: who catches up need not read it all.
     pub marks: Vec<Mark>,

@@ -1,17 +1,16 @@
 //! The compactor: decides when compaction is worth its while, how hard it may press the disk, and how far the log may
 //! grow meanwhile.
 //!
-//! What is dead is not known without reading the log, but bounded: since the last run, whose result is known, each put
-//! can have superseded at most about its own size, and each delete about the size of a mean entry. When what may be dead
-//! has grown to a third of the log, a run is due. A run that finds nothing has read as much as was written since the
-//! last, so the cost stays in proportion. Deletes count once the segment they are in is sealed, for until then no run
-//! can act on them; those of entries far larger than the mean are thought too little of, until the next run reads them.
+//! What is dead is not known without reading the log, but estimated: since the last run, whose result is known, each put
+//! can have superseded about its own size, and each delete the size of a mean entry. When what may be dead has grown to a
+//! third of the log, a run is due. A run that finds nothing has read as much as was written since the last, so the cost
+//! stays in proportion. A delete counts once its segment is sealed, for until then no run can act on it.
 //!
-//! But for those, the log stays at most twice the entries that are needed, and two segments. Mostly because a run is over
-//! long before; where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the
-//! log the disk holds the spare, the rest of the newest segment, and while a run is under way the file it writes. Where
-//! the log was not empty when it was opened, this begins with the end of the first run; where compaction fails, the log
-//! grows on.
+//! The log stays at most twice the entries that are needed, and two segments, but for what the estimate misses: values
+//! deleted or made small that were far larger than the mean stay until the next run. Mostly a run is over long before;
+//! where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the log the disk
+//! holds the spare, the rest of the newest segment, and while a run is under way the file it writes. Where the log was
+//! not empty when it was opened, this begins with the end of the first run; where compaction fails, the log grows on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
