@@ -241,7 +241,7 @@ fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
     let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
     let effort = Effort { now: 1, worth_percent: 0, keys: 100 };
     let mut reader = None;
-    compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| {
+    let outcome = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| {
         if reader.is_none() && disk.names().iter().any(|name| name.contains('-')) {
             reader = Some(log.shared.catalog.reader(0).unwrap());
         }
@@ -249,6 +249,7 @@ fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
     })
     .unwrap();
     assert!(reader.is_some() && is_there());
+    assert!(outcome.saved > 0, "all else goes: {outcome:?}");
     drop(reader);
     compact_at(&log, 1, 0, 100);
     assert!(!is_there());

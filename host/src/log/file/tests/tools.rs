@@ -7,15 +7,20 @@ use crate::log::file::{Finding, Home, Offline, disk::Disk};
 /// What verification says: how many entries, and what is wrong or torn.
 fn verified(disk: &FakeDisk) -> (u64, Vec<String>) {
     let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
-    let (mut all, mut said) = (0, Vec::new());
+    let (mut all, mut covered, mut said) = (0, Vec::new(), Vec::new());
     let names = disk.names();
     let mut report = |finding| match finding {
-        Finding::Sound { entries, .. } => all += entries,
+        Finding::Sound { entries, first, last, .. } => {
+            all += entries;
+            covered.push((first, last));
+        }
         Finding::Torn(what) => said.push(format!("torn: {what}")),
         Finding::Wrong(what) => said.push(what),
     };
     verify_in(&home, &mut report, &mut |_| ()).unwrap();
     assert_eq!(disk.names(), names, "nothing is changed");
+    let no_gaps = covered.is_sorted_by(|(_, last), (first, _)| last + 1 == *first);
+    assert!(no_gaps || !said.is_empty(), "{covered:?}");
     (all, said)
 }
 
@@ -38,6 +43,16 @@ fn a_sound_log_is_found_sound() {
     assert_eq!(verified(&log_of(40, false)), (40, vec![]));
     let (entries, said) = verified(&log_of(40, true));
     assert!((9..18).contains(&entries) && said.is_empty(), "{entries} {said:?}");
+    // Of one whose newest entries compaction has dropped.
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    while log.shared.catalog.sealed().len() < 2 {
+        commit(&log, Event::Delete("nothing".into()));
+    }
+    super::compaction::compact_at(&log, 1, 0, 100);
+    log.close().unwrap();
+    let (entries, said) = verified(&disk);
+    assert!(entries < log.appended() && said.is_empty(), "{entries} {said:?}");
 }
 
 /// What no damage but only a fault of whoever wrote it makes: all checksums are right.
