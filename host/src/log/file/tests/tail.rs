@@ -186,17 +186,19 @@ fn the_watermark_file_tells_that_the_end_is_missing() {
 
 #[test]
 fn a_watermark_file_that_is_damaged_or_of_another_log_says_nothing() {
-    let other = FakeDisk::default();
-    let log = open(&other).unwrap();
-    for _ in 0..9 {
-        commit(&log, put("a", b""));
-    }
-    log.close().unwrap();
-    let of_another = other.read("watermark");
-    let mut damaged = of_another.clone();
-    damaged[30] ^= 1;
-    for bytes in [of_another, damaged, Vec::new()] {
-        let (disk, _) = crashed(2);
+    let closed = |entries: u64| {
+        let disk = FakeDisk::default();
+        let log = open(&disk).unwrap();
+        for _ in 0..entries {
+            commit(&log, put("a", b""));
+        }
+        log.close().unwrap();
+        disk
+    };
+    let disk = closed(2);
+    let mut of_more = disk.read("watermark");
+    of_more[24] = 3;
+    for bytes in [of_more, closed(3).read("watermark"), Vec::new()] {
         disk.put("watermark", bytes);
         assert_eq!(entries(&disk).unwrap(), 2);
     }
@@ -329,12 +331,34 @@ fn frames_of_another_log_are_nothing() {
     assert_eq!(entries(&disk).unwrap(), 0);
 }
 
+/// As when files of one log that came from two backups are put together: every checksum is right.
+#[test]
+fn a_frame_that_followed_another_one_is_damage() {
+    let (start, offsets) = crashed(1);
+    let [disk, other] = [b"one", b"two"].map(|value| {
+        let disk = start.copy();
+        let log = open(&disk).unwrap();
+        for _ in 0..3 {
+            commit(&log, put("key", value));
+        }
+        disk.copy()
+    });
+    let second = offsets[1] as usize..offsets[1] as usize + 64 + (25 + 3 + 3_usize).next_multiple_of(8);
+    let mut bytes = disk.read(NAME);
+    bytes[second.clone()].copy_from_slice(&other.read(NAME)[second.clone()]);
+    disk.put(NAME, bytes);
+    let error = format!("{:#}", entries(&disk).unwrap_err());
+    let expected = format!("at byte {}: a frame does not follow the one before it", second.end);
+    assert!(error.contains(&expected), "{error}");
+}
+
 #[test]
 fn a_newest_segment_with_garbage_after_its_end_is_cut() {
-    let (disk, _) = crashed(3);
+    let (disk, offsets) = crashed(3);
     let mut bytes = disk.read(NAME);
     bytes.extend([0xa5; 1000]);
     disk.put(NAME, bytes);
     assert_eq!(entries(&disk).unwrap(), 3);
+    assert!(disk.read(NAME)[offsets[3] as usize..].iter().all(|byte| *byte == 0));
     assert_eq!(entries(&disk).unwrap(), 3);
 }
