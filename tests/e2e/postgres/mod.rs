@@ -121,6 +121,26 @@ fn what_is_stored_is_rows_of_a_table_and_there_after_a_kill() {
     assert_eq!(database.sql("SELECT epoch, holder, last FROM kvs.writer"), ["2||5"]);
 }
 
+/// Whoever holds a password of the database can write to it, and a server must not build on that.
+#[test]
+fn what_somebody_else_wrote_into_the_tables_ends_the_server_and_is_not_written_over() {
+    let row = "INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'theirs')";
+    for (theirs, said) in [(row, "23505"), ("UPDATE kvs.writer SET last = 7", "its newest entry is 7")] {
+        let database = Database::start();
+        let server = start(&database.url());
+        assert_eq!(put(&server, "a", "1"), 201);
+        database.sql(theirs);
+        assert_eq!(put(&server, "a", "2"), 500);
+        let (status, stopped) = server.ends();
+        let last = stopped.stderr().last().expect("it says why");
+        assert!(status.code() == Some(1) && last.contains(said), "{status}, it said: {last}");
+        assert_eq!(
+            database.sql("SELECT count(*) FROM kvs.transactions WHERE convert_from(value, 'UTF8') = '2'"),
+            ["0"]
+        );
+    }
+}
+
 #[test]
 fn kills_of_the_server_under_load_lose_nothing() {
     let database = Database::start();
@@ -170,12 +190,23 @@ fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_reques
     let database = Database::start();
     let server = start(&database.url());
     let mut clients = Clients::new(&mut zoo::dice());
+    let is_closed = |is: u8| {
+        let metrics = Connection::open(server.admin()).ask("GET", "/metrics", b"");
+        assert!(
+            metrics.text().contains(&format!("\nkvs_log_breaker{{state=\"closed\"}} {is}\n")),
+            "{}",
+            metrics.text()
+        );
+    };
+    is_closed(1);
     under_load(&server, &mut clients, 500, || {
         database.signal(Signal::STOP);
         becomes_ready(&server, 200, AWAY);
+        is_closed(0);
     });
     database.signal(Signal::CONT);
     becomes_ready(&server, 200, WELL);
+    is_closed(1);
     clients.settle(server.address());
     under_load(&server, &mut clients, 500, || {
         let lock = database.lock("kvs.transactions");
