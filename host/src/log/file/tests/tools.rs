@@ -118,6 +118,20 @@ fn damage_is_named_and_does_not_hide_what_comes_after() {
 }
 
 #[test]
+fn what_a_compacted_segment_lacks_and_what_has_another_name_is_told() {
+    let disk = log_of(40, true);
+    let name = disk.names().into_iter().find(|name| name.contains('-')).unwrap();
+    let mut bytes = disk.read(&name);
+    // All its frames, which are one.
+    bytes[512..].fill(0);
+    disk.put(&name, bytes);
+    disk.put("3.seg", Vec::new());
+    let missing = format!("data/log/{name} at byte 512: frames are missing at its end");
+    let stranger = "data/log/3.seg is not a segment of a log; move it away".to_owned();
+    assert_eq!(verified(&disk).1, [stranger, missing]);
+}
+
+#[test]
 fn a_torn_tail_is_no_damage() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
