@@ -311,6 +311,17 @@ fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
     assert_eq!(left[1], left[2]);
 }
 
+#[test]
+fn new_keys_do_not_make_the_table_larger_than_it_may_be() {
+    let log = open(&FakeDisk::default()).unwrap();
+    for number in 0..100 {
+        commit(&log, put(&format!("key {number}"), &[1; 100]));
+    }
+    let sealed = log.shared.catalog.sealed().last().unwrap().last;
+    let passes = compact_at(&log, 1, 0, 10).passes;
+    assert!(passes >= sealed / 10, "{passes} for {sealed}");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Append(Vec<(u8, Option<u16>, Option<u64>)>),
