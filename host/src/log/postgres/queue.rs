@@ -211,6 +211,7 @@ mod tests {
     use tokio::{join, task};
 
     use super::*;
+    use crate::contract::Put;
 
     const LONG: Duration = Duration::from_secs(3600);
 
@@ -250,6 +251,40 @@ mod tests {
         append(&queue, 1);
         assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
         assert_eq!(taken(&queue, wanted(2), || ()), None);
+    }
+
+    /// Appends what takes so many bytes, as limits count them.
+    fn append_bytes(queue: &Queue, bytes: u64) -> Result<u64, AppendError> {
+        let put =
+            |value| Put { key: "key".into(), value, metadata: vec![("name".into(), "of it".into())], expires: None };
+        let besides = size(&Event::Put(put(Vec::new())));
+        assert_eq!(besides, 32 + 3 + 8 + 9);
+        queue.append(&Breaker::new(), 0, &[Event::Put(put(vec![0; (bytes - besides) as usize]))])
+    }
+
+    #[test]
+    fn no_more_waits_than_may_and_no_batch_is_larger_than_it_may_be() {
+        let group_bytes = 2 << 20;
+        let queue = Queue::new(0, group_bytes);
+        queue.begin();
+        assert!(
+            matches!(append_bytes(&queue, group_bytes + 1), Err(AppendError::TooLarge(most)) if most == group_bytes)
+        );
+        for sequence in 1..=QUEUE_BYTES / group_bytes {
+            assert_eq!(append_bytes(&queue, group_bytes).ok(), Some(sequence));
+        }
+        assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
+        for _ in 0..QUEUE_BYTES / BATCH_BYTES {
+            assert_eq!(taken(&queue, Company::default(), || ()), Some(BATCH_BYTES / group_bytes));
+        }
+    }
+
+    #[test]
+    fn one_group_is_taken_into_an_empty_queue_however_large_it_is() {
+        let queue = Queue::new(0, 2 * QUEUE_BYTES);
+        queue.begin();
+        assert!(append_bytes(&queue, QUEUE_BYTES + 1).is_ok());
+        assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
     }
 
     #[test]
