@@ -220,6 +220,23 @@ fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_reques
 }
 
 #[test]
+fn a_server_that_is_stopped_while_its_database_is_away_says_from_where_on_nothing_is_known() {
+    let database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    database.signal(Signal::STOP);
+    assert_eq!(put(&server, "a", "2"), 504);
+    server.signal(Signal::TERM);
+    let (status, stopped) = server.ends();
+    let last = stopped.stderr().last().expect("it says why");
+    assert!(
+        status.code() == Some(1) && last.contains("entries from 2 on were not known to be written"),
+        "{status}: {last}"
+    );
+    database.signal(Signal::CONT);
+}
+
+#[test]
 fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
