@@ -67,7 +67,7 @@ impl Head {
 pub struct Builder {
     pub first: u64,
     pub count: u32,
-    /// Entries of these that are deletes.
+    /// Deletes among them. Those of a commit are counted, those that compaction copies are not.
     pub deletes: u32,
     pub begun: Instant,
     bytes: Vec<u8>,

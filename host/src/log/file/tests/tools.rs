@@ -19,6 +19,7 @@ fn verified(disk: &FakeDisk) -> (u64, Vec<String>) {
     };
     verify_in(&home, &mut report, &mut |_| ()).unwrap();
     assert_eq!(disk.names(), names, "nothing is changed");
+    // Every sequence is covered, each once.
     let no_gaps = covered.is_sorted_by(|(_, last), (first, _)| last + 1 == *first);
     assert!(no_gaps || !said.is_empty(), "{covered:?}");
     (all, said)
