@@ -277,6 +277,12 @@ mod tests {
         for _ in 0..QUEUE_BYTES / BATCH_BYTES {
             assert_eq!(taken(&queue, Company::default(), || ()), Some(BATCH_BYTES / group_bytes));
         }
+        // What is being written waits too, until it is durable.
+        assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
+        let mut batch = Batch::new(1);
+        batch.bytes = 100;
+        queue.written(&batch);
+        assert!(append_bytes(&queue, 101).is_err() && append_bytes(&queue, 100).is_ok());
     }
 
     #[test]
@@ -285,6 +291,16 @@ mod tests {
         queue.begin();
         assert!(append_bytes(&queue, QUEUE_BYTES + 1).is_ok());
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
+    }
+
+    #[test]
+    fn a_database_without_room_is_written_to_again_when_a_batch_was() {
+        let queue = Queue::new(0, 1 << 20);
+        queue.begin();
+        queue.set_full();
+        assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Full)));
+        queue.written(&Batch::new(1));
+        assert!(append_bytes(&queue, 100).is_ok());
     }
 
     #[test]
