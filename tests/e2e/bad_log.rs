@@ -149,15 +149,38 @@ fn by_nobody(mut command: Command) -> Command {
     command
 }
 
+/// The binary where everybody can run it. Written by a process of its own: a file that another test's child has open for
+/// writing, as it is between fork and exec, cannot be run.
+fn program_in(directory: &Path) -> PathBuf {
+    let program = directory.join("kvs");
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_kvs")).arg(&program).status();
+    assert!(copied.expect("cp is part of every system").success(), "it cannot be copied");
+    program
+}
+
+#[test]
+fn a_directory_is_served_from_where_this_user_may_not_see_what_is_beside_it() {
+    let (home, program) = (temporary(), temporary());
+    let data = home.path().join("data");
+    fs::create_dir(&data).expect("the directory takes another");
+    let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).expect("it is ours");
+    mode(&data, 0o777);
+    mode(program.path(), 0o755);
+    mode(home.path(), 0o311);
+    let serve = serve(&data);
+    let mut command = through(program_in(program.path()).to_str().expect("a temporary path is text"), &serve);
+    command.args(serve.get_args());
+    let stopped = Server::spawn(by_nobody(command), temporary()).terminate();
+    assert!(stopped.stderr().iter().all(|line| line.contains(" INFO ")), "{:?}", stopped.stderr());
+    mode(home.path(), 0o755);
+    assert!(segment(&data.join("log"), 1).exists());
+}
+
 #[test]
 fn what_this_user_may_not_use_is_refused() {
     let stopped = stored();
     let (data, log) = (stopped.data(), stopped.data().join("log"));
-    // The binary where everybody can run it. Written by a process of its own: a file that another test's child has open for
-    // writing, as it is between fork and exec, cannot be run.
-    let program = data.join("kvs");
-    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_kvs")).arg(&program).status();
-    assert!(copied.expect("cp is part of every system").success(), "it cannot be copied");
+    let program = program_in(data);
     // All of it open to everybody, at first.
     let files = fs::read_dir(&log).expect("it is there").map(|file| file.expect("it is there").path());
     for path in files.chain([data.to_owned(), log.clone(), data.join("LOCK")]) {

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use tempfile::TempDir;
 
 use crate::load::{Clients, SMALL_SEGMENTS, count};
-use crate::server::{Server, serve, through};
+use crate::server::{Server, refused, serve, through};
 use crate::zoo;
 
 /// What is in the path of every segment.
@@ -103,6 +103,16 @@ fn a_sync_that_fails_ends_the_server_and_loses_nothing() {
 #[test]
 fn a_directory_that_fails_to_sync_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"], "/");
+}
+
+/// Nobody would find the log in a directory whose name was lost.
+#[test]
+fn a_new_directory_whose_name_cannot_be_synced_is_not_served_from() {
+    let home = TempDir::new().expect("a temporary directory can be made");
+    let data = home.path().join("data");
+    let command = inject(serve(&data), "fsync", Fault::Error("EIO"), 1, home.path());
+    refused(command).with(1, &[&format!("cannot use data directory {}", data.display()), "Input/output error"]);
+    assert!(was_met(home.path()));
 }
 
 #[test]

@@ -155,3 +155,20 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is called under these locks that could panic and leave something half changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::{Event, Put};
+
+    #[test]
+    fn a_watcher_may_fall_behind_by_so_many_bytes_of_keys_and_values() {
+        let queue = Queue::default();
+        let is_over = |sequence| {
+            let put = Put { key: "ab".into(), value: b"cde".into(), metadata: Vec::new(), expires: None };
+            queue.push(&Arc::new(Change::new(sequence, 0, Event::Put(put))), 10);
+            lock(&queue.waiting).over
+        };
+        assert_eq!([1, 2, 3].map(is_over), [false, false, true]);
+    }
+}

@@ -107,6 +107,19 @@ impl Database {
         self.becomes("SHOW ssl", "on");
     }
 
+    /// From now on it knows this user by a certificate of this authority, and by nothing else.
+    pub fn asks_for_certificates(&self, user: &str, authority: &str) {
+        let (rules, copy) = (self.data.path().join("cluster/pg_hba.conf"), self.data.path().join("authority"));
+        fs::copy(authority, &copy).expect("the directory takes a file");
+        give(&copy);
+        self.sql(&format!("ALTER SYSTEM SET ssl_ca_file = '{}'", copy.display()));
+        let others = fs::read_to_string(&rules).expect("initdb made it");
+        // The first that fits is the one that counts.
+        fs::write(&rules, format!("hostssl all {user} 127.0.0.1/32 cert\n{others}")).expect("it is the test's");
+        self.sql("SELECT pg_reload_conf()");
+        self.becomes("SHOW ssl_ca_file", &copy.display().to_string());
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }

@@ -21,7 +21,7 @@ use crate::components::DEFAULT_GUEST;
 use crate::full_disk::Mount;
 use crate::load::{Clients, SaysOver};
 use crate::server::{PATIENCE, Server, serve_refused};
-use crate::swap::{component, swaps};
+use crate::swap::{component, swap, swaps};
 use crate::wire::Connection;
 use crate::zoo;
 
@@ -237,6 +237,26 @@ fn a_server_that_is_stopped_while_its_database_is_away_says_from_where_on_nothin
 }
 
 #[test]
+fn a_server_that_is_stopped_while_its_database_is_away_for_a_moment_writes_what_it_has() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    proxy.set(Way::Lost);
+    assert_eq!(put(&server, "a", "2"), 504);
+    server.signal(Signal::TERM);
+    for _ in 0..2 {
+        proxy.kept_something();
+        proxy.set(Way::Reset);
+        proxy.set(Way::Lost);
+    }
+    proxy.kept_something();
+    proxy.set(Way::Open);
+    server.ends_well();
+    assert_eq!(database.sql("SELECT convert_from(value, 'UTF8') FROM kvs.transactions WHERE sequence = 2"), ["2"]);
+}
+
+#[test]
 fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
@@ -270,6 +290,28 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
         clients.settle(server.address());
         assert_eq!(database.sql(WHOLE), ["t"], "after {way:?}");
     }
+}
+
+#[test]
+fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    let again = "reading the log after sequence 0 again";
+    proxy.set(Way::Reset);
+    let swapped = swap(&server, &component(DEFAULT_GUEST));
+    assert_eq!(swapped.status, 500, "{}", swapped.text());
+    let tries = server.stderr().iter().filter(|line| line.contains(again)).count();
+    assert_eq!(tries, 5);
+    thread::scope(|scope| {
+        let swapping = scope.spawn(|| swaps(&server, &component(DEFAULT_GUEST)));
+        server.says_again(again, tries + 1);
+        proxy.set(Way::Open);
+        swapping.join().expect("what is away for a moment is waited for");
+    });
+    becomes_ready(&server, 200, WELL);
+    assert_eq!((put(&server, "b", "2"), get(&server, "a")), (201, (200, "1".into())));
 }
 
 #[test]

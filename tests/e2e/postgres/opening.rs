@@ -24,7 +24,8 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
     refused(&secret("1/postgres?sslmode=disable"), &["127.0.0.1:1", "refused"]);
     refused(&secret("PORT/postgres"), &["does not support TLS", "sslmode=disable"]);
     refused(&secret("PORT/postgres?colour=red"), &["URL of the log", "colour"]);
-    refused(&secret("PORT/postgres?passfile=/nowhere&sslmode=never"), &["sslmode is disable, prefer"]);
+    refused(&secret("PORT/postgres?sslmode=never"), &["sslmode is disable, prefer"]);
+    refused("postgres://postgres@127.0.0.1?passfile=/nowhere", &["the file of passwords /nowhere cannot be read"]);
     refused("postgress://postgres:secret@localhost/postgres", &["a log is `file` or looks like postgres://"]);
     refused(&url.replace("/postgres?", "/nothere?"), &["database \"nothere\" does not exist"]);
 
@@ -107,6 +108,35 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
 }
 
 #[test]
+fn a_certificate_is_shown_to_a_database_that_asks_for_one() {
+    let database = Database::start();
+    let authority = Authority::new();
+    database.serve_tls(&authority.issue("database", Kind::Server, 1));
+    database.sql("CREATE ROLE keyholder LOGIN; GRANT CREATE ON DATABASE postgres TO keyholder");
+    database.asks_for_certificates("keyholder", &authority.file());
+    let (own, another) =
+        (authority.issue("keyholder", Kind::Client, 2), authority.issue("somebody else", Kind::Client, 3));
+    let url = |certificate: &str, key: &str| {
+        let tls = format!("sslrootcert={}&sslcert={certificate}&sslkey={key}", authority.file());
+        database.url().replace("//postgres@", "//keyholder@").replace("sslmode=disable", &tls)
+    };
+    let server = start(&url(&own.certificate, &own.key));
+    assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
+    assert_eq!(database.sql("SELECT usename FROM pg_stat_activity WHERE application_name = 'kvs'"), ["keyholder"]);
+    server.terminate();
+    let without = database.url().replace("//postgres@", "//keyholder@");
+    let without = without.replace("sslmode=disable", &format!("sslrootcert={}", authority.file()));
+    for (bad, told) in [
+        (without, "connection requires a valid client certificate"),
+        (url(&another.certificate, &another.key), "certificate authentication failed for user \"keyholder\""),
+        (url(&own.certificate, &another.key), "sslcert and sslkey do not fit"),
+        (url(&own.certificate, "/nowhere"), "sslkey cannot be read from /nowhere"),
+    ] {
+        serve_refused(&["--log", &bad, "--log-timeout", "2s"]).with(1, &["cannot open the log", told]);
+    }
+}
+
+#[test]
 fn a_database_that_may_forget_is_told_of() {
     let database = Database::start();
     database.sql("ALTER SYSTEM SET fsync = off");
@@ -117,4 +147,9 @@ fn a_database_that_may_forget_is_told_of() {
     let (status, told) = ready(&server);
     assert_eq!(status, 200);
     assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
+    server.terminate();
+    // Whoever asked for it is not told.
+    let server = Server::start(&["--log", &database.url(), "--durability", "os"]);
+    let (_, told) = ready(&server);
+    assert!(told.contains("[+]log ok, but fsync is off: ") && !told.contains("synchronous_commit"), "{told}");
 }

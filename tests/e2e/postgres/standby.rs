@@ -6,10 +6,11 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use super::database::Database;
+use super::proxy::{Proxy, Way};
 use super::{AWAY, WELL, WHOLE, becomes_ready, get, put, ready, start, under_load};
 use crate::components::DEFAULT_GUEST;
 use crate::load::Clients;
-use crate::server::{PATIENCE, Server, kvs};
+use crate::server::{PATIENCE, Server, kvs, serve_refused};
 use crate::swap::{component, swap};
 use crate::unruly::guest;
 use crate::watch::Events;
@@ -48,21 +49,24 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
 
     // Who waits is woken.
+    let typed = [("content-type", "text/plain")];
     let waiting = Connection::open(standby.address());
     let mut watching = Events::open(&standby, "/v1?watch&prefix=a", &[]);
     thread::scope(|scope| {
         let mut waiting = waiting;
         let woken = scope.spawn(move || waiting.ask_with("GET", "/v1/a?wait=100s", &[("if-none-match", "\"1\"")], b""));
-        assert_eq!(put(&server, "a", "2"), 201);
-        assert_eq!(woken.join().expect("it is answered").text(), "2");
+        let stored = Connection::open(server.address()).ask_with("PUT", "/v1/a", &typed, b"2");
+        assert_eq!(stored.status, 201);
+        let woken = woken.join().expect("it is answered");
+        assert_eq!((woken.text(), woken.header("content-type")), ("2", Some("text/plain")));
     });
     let seen = watching.next().expect("it goes on");
-    assert_eq!((seen.id, seen.data), (3, json!({"key": "a", "value": "2"})));
+    let metadata = json!({"content-type": "text/plain"});
+    assert_eq!((seen.id, seen.data), (3, json!({"key": "a", "value": "2", "metadata": metadata})));
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("DELETE", "/v1/b", b"").status, 200);
     shows(&standby, "b", 404, "");
-    let typed = [("content-type", "text/plain")];
-    assert_eq!(client.ask_with("PUT", "/v1/c?ttl=1", &typed, b"short").status, 201);
+    assert_eq!(client.ask("PUT", "/v1/c?ttl=1", b"short").status, 201);
     shows(&standby, "c", 200, "short");
     shows(&standby, "c", 404, "");
     let list = Connection::open(standby.address()).ask("GET", "/v1", b"");
@@ -91,6 +95,26 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     assert_eq!(database.sql("SELECT epoch, last FROM kvs.writer"), ["1|7"]);
     standby.terminate();
     assert_eq!(put(&server, "a", "3"), 201);
+}
+
+#[test]
+fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is_refused() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    thread::scope(|scope| {
+        proxy.set(Way::Deaf);
+        let standby = scope.spawn(|| stand_by(&database.url_at(proxy.port), &[]));
+        proxy.kept_something();
+        proxy.set(Way::Reset);
+        proxy.set(Way::Open);
+        let standby = standby.join().expect("it stands by");
+        standby.says("standing by, and the database is away");
+        assert_eq!(get(&standby, "a"), (200, "1".into()));
+    });
+    let nowhere = database.url().replace("/postgres?", "/nothere?");
+    serve_refused(&["--standby", "--log", &nowhere]).with(1, &["database \"nothere\" does not exist"]);
 }
 
 #[test]
@@ -178,6 +202,19 @@ fn a_writer_that_has_nothing_to_write_finds_out_too_that_another_took_over() {
     becomes_ready(&standby, 200, WELL);
     paused.signal(Signal::CONT);
     becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+}
+
+#[test]
+fn one_that_stands_by_leaves_the_log_to_a_writer_that_is_there_however_little_that_writes() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let standby = stand_by(&database.url(), &[]);
+    // The end of a lease is a matter of time.
+    let begun = database.sql("SELECT clock_timestamp()").remove(0);
+    database.becomes(&format!("SELECT seen - '{begun}' > interval '11 seconds' FROM kvs.writer"), "t");
+    assert_eq!(put(&server, "a", "1"), 201);
+    shows(&standby, "a", 200, "1");
+    assert_eq!(database.sql("SELECT epoch FROM kvs.writer"), ["1"]);
 }
 
 #[test]

@@ -191,6 +191,11 @@ mod tests {
     }
 
     #[test]
+    fn a_database_has_the_name_of_its_user_where_nothing_else_is_said() {
+        assert_eq!(target("postgres://me@db").expect("it is a good one").name(), "database \"me\" at db:5432");
+    }
+
+    #[test]
     fn without_a_word_about_tls_the_server_is_verified() {
         assert_eq!(target("postgres://me@db/logs").expect("it is a good one").trust.verify, Verify::Full);
     }

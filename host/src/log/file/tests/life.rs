@@ -10,7 +10,7 @@ use super::disk::Operation;
 use super::*;
 use crate::contract::Entry;
 use crate::log::file::disk::Disk;
-use crate::log::file::spare;
+use crate::log::file::{largest_group, spare};
 
 #[test]
 fn what_was_appended_comes_back_in_order_and_whole() {
@@ -60,14 +60,17 @@ fn a_group_that_is_too_large_is_refused_before_anything_changed() {
 
 #[test]
 fn segments_that_cannot_hold_the_largest_group_or_are_too_large_are_refused() {
-    let too_small = Options { group_bytes: SEGMENT_BYTES - 582, ..options() };
+    let group_bytes = largest_group(SEGMENT_BYTES);
+    let too_small = Options { group_bytes: group_bytes + 1, ..options() };
     let too_large = Options { segment_bytes: 1 << 32, ..options() };
     for (options, least) in [(too_small, 4097), (too_large, 2631)] {
         let error = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).err().unwrap().to_string();
         assert!(error.contains(&format!("between {least} and 4294967295")), "{error}");
     }
     let largest = Options { segment_bytes: u32::MAX.into(), ..options() };
-    assert!(FileLog::open_on(Arc::new(FakeDisk::default()), largest, None).is_ok());
+    for options in [Options { group_bytes, ..options() }, largest] {
+        assert!(FileLog::open_on(Arc::new(FakeDisk::default()), options, None).is_ok());
+    }
 }
 
 #[test]
