@@ -50,6 +50,12 @@ fn a_write_waits_for_nothing_that_compaction_does() {
     disk.before_each(|_| Ok(()));
 }
 
+/// From then on nothing is written but what is committed or compacted.
+fn until_the_spare_is_there(log: &FileLog, disk: &FakeDisk) {
+    let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
+    eventually(|| disk.names().contains(&spare));
+}
+
 #[test]
 fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
     let disk = FakeDisk::default();
@@ -59,9 +65,8 @@ fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
     for number in 0..40 {
         commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
     }
-    // The spare is written in larger pieces: once it is there, nothing else is.
-    let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
-    eventually(|| disk.names().contains(&spare));
+    // The spare is written in larger pieces.
+    until_the_spare_is_there(&log, &disk);
     disk.record();
     assert!(compact_at(&log, 1, 0, 100).saved > 0);
     let (mut compacted, mut unsynced, mut most) = (None, 0, 0);
@@ -267,6 +272,7 @@ fn damage_is_not_compacted_away() {
     let mut bytes = disk.read("0000000002.seg");
     bytes[600] ^= 1;
     disk.put("0000000002.seg", bytes);
+    until_the_spare_is_there(&log, &disk);
     let names = disk.names();
     let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
     let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap_err();
