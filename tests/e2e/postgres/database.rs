@@ -61,7 +61,9 @@ impl Database {
         fs::remove_file(&password).expect("it is there");
         let made = made.expect("initdb can be run");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        fs::write(data.path().join("passwords"), format!("*:*:*:*:{}", PASSWORD.replace(':', "\\:")))
+        // Both names that tests have for this machine.
+        let line = |host| format!("{host}:*:*:*:{}\n", PASSWORD.replace(':', "\\:"));
+        fs::write(data.path().join("passwords"), ["127.0.0.1", "elsewhere.example"].map(line).concat())
             .expect("a file can be written");
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let mut database = Self { data, port: free.expect("a port is free").port(), process: None };
