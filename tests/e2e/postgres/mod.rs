@@ -296,7 +296,8 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
 fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
-    let server = start(&database.url_at(proxy.port));
+    // Each shard reads for itself.
+    let server = Server::start(&["--log", &database.url_at(proxy.port), "--log-timeout", "1s", "--shards", "1"]);
     assert_eq!(put(&server, "a", "1"), 201);
     let again = "reading the log after sequence 0 again";
     proxy.set(Way::Reset);
