@@ -177,6 +177,7 @@ fn directory_bytes(data: &Path) -> u64 {
 
 #[cfg(test)]
 pub mod tests {
+    use super::super::file::tests::eventually;
     use super::super::file::{Durability, FileLog, Options};
     use super::*;
     use crate::contract::{Event, Put};
@@ -197,6 +198,9 @@ pub mod tests {
         for (time, event) in (1000..).zip(events) {
             log.append(time, std::slice::from_ref(event)).unwrap();
         }
+        // It is made beside what is appended, and not any more once the log is closed.
+        let spare = directory.path().join("log/0000000002.seg");
+        eventually(|| spare.exists());
         log.close().unwrap();
         directory
     }

@@ -123,7 +123,7 @@ mod segment;
 mod spare;
 mod tail;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 mod verify;
 mod writer;
 
