@@ -198,7 +198,7 @@ pub mod tests {
         for (time, event) in (1000..).zip(events) {
             log.append(time, std::slice::from_ref(event)).unwrap();
         }
-        // It is made beside what is appended, and not any more once the log is closed.
+        // The spare is made beside what is appended, and not any more once the log is closed.
         let spare = directory.path().join("log/0000000002.seg");
         eventually(|| spare.exists());
         log.close().unwrap();
