@@ -35,8 +35,8 @@ fn whatever_was_acknowledged_or_seen_survives_kills_in_mid_flight() {
     }
 }
 
-/// Lets all clients loose and kills the server after so many answers.
-fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
+/// Lets all clients loose and kills the server after so many answers; they go on until there are none.
+pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
     let count = AtomicU64::new(0);
     // Room for one: nobody waits to say that it is enough.
     let (enough, awaited) = sync_channel(1);

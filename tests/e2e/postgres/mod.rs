@@ -18,6 +18,7 @@ use serde_json::json;
 use self::database::{Database, give};
 use self::proxy::{Proxy, Way};
 use crate::components::DEFAULT_GUEST;
+use crate::crash::run_until_killed;
 use crate::full_disk::Mount;
 use crate::load::{Clients, SaysOver};
 use crate::server::{PATIENCE, Server, serve_refused};
@@ -64,7 +65,7 @@ const WELL: &str = "[+]log ok\n";
 const AWAY: &str = "[+]log ok, but the database is away";
 
 /// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
-/// outcome nobody tells, or when `trouble` is over and so many have come again.
+/// outcome nobody tells, or when `trouble` is over.
 fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
     let count = AtomicU64::new(0);
     let (enough, awaited) = sync_channel(1);
@@ -147,9 +148,9 @@ fn kills_of_the_server_under_load_lose_nothing() {
     let url = database.url();
     let mut clients = Clients::new(&mut zoo::dice());
     for _ in 0..3 {
-        let server = start(&url);
+        let server = Server::start(&["--log", &url]);
         clients.settle(server.address());
-        under_load(&server, &mut clients, 1_000, || server.signal(Signal::KILL));
+        run_until_killed(&server, &mut clients, 1_000);
         assert!(clients.unknown() > 0, "the kill met no write in flight, and showed nothing");
         server.ends();
         assert_eq!(database.sql(WHOLE), ["t"]);
