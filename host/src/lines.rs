@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, IsTerminal, Write, stderr};
+use std::mem::ManuallyDrop;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -41,10 +42,13 @@ pub fn begin(format: Format, filter: &str) -> Result<()> {
 
 /// The last words of the program: why it failed, in one line.
 pub fn failed(format: Format, reason: &str) {
-    match format {
-        Format::Text => eprintln!("kvs: {reason}"),
-        Format::Json => eprintln!("{{\"level\":\"ERROR\",\"message\":{}}}", Value::from(reason)),
-    }
+    // Never given back: threads that nobody waits for have nothing to say any more.
+    let mut stderr = ManuallyDrop::new(stderr().lock());
+    // Where it is gone there is nobody to tell.
+    let _ = match format {
+        Format::Text => writeln!(stderr, "kvs: {reason}"),
+        Format::Json => writeln!(stderr, "{{\"level\":\"ERROR\",\"message\":{}}}", Value::from(reason)),
+    };
 }
 
 /// Where whole lines go.
