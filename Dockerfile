@@ -53,7 +53,7 @@ LABEL org.opencontainers.image.title="kvs" \
     org.opencontainers.image.licenses="Apache-2.0 OR MIT" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-ENV KVS_LISTEN=0.0.0.0:8080 KVS_DATA=/data
+ENV KVS_LISTEN=0.0.0.0:8080 KVS_DATA_DIR=/data
 USER 65532:65532
 EXPOSE 8080
 # It is ready when the log is replayed.

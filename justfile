@@ -26,7 +26,7 @@ serve-postgres *FLAGS: _target _postgres
     data=$(mktemp -d)
     trap 'rm -rf "$data"' EXIT
     echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
-    tests/with-postgres 54329 KVS_LOG ./target/release/kvs serve --data "$data" {{ FLAGS }}
+    tests/with-postgres 54329 KVS_TXLOG ./target/release/kvs serve --data-dir "$data" {{ FLAGS }}
 
 # Make development certificates in target/certs, unless they are there: an authority, a server, a client
 [group('run')]

@@ -11,9 +11,11 @@ const TARGET: &str = "wasm32-wasip2";
 /// The variable that names the compiled guest.
 const COMPILED: &str = "COMPILED_GUEST";
 
+// Cargo reads what this prints.
+#[allow(clippy::print_stdout)]
 fn main() {
     for path in ["guest/default", "guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
-        println!("cargo::rerun-if-changed={path}");
+        println!("cargo::rerun-if-changed=../{path}");
     }
     println!("cargo::rerun-if-env-changed={COMPILED}");
     if let Ok(guest) = env::var(COMPILED) {

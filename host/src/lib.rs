@@ -1,20 +1,20 @@
-//! A key-value store whose logic is a WebAssembly component.
+//! kvs: an in-memory key-value store with a durable transaction log, whose logic is a WebAssembly component.
 //!
-//! Read it in the order data flows: [`edge`] takes requests from the network, [`guest`] calls the component that answers
-//! them, [`log`] makes durable what the component appended, and the edge lets the response go. [`contract`] is what they
-//! speak of; [`serve`] puts them together, and [`admin`] tells how they are, by the numbers in `metrics` too. [`client`] is
-//! at the other end. ARCHITECTURE.md has the map and the invariants.
+//! Read it in the order data flows: [`edge`] accepts requests from the network, [`guest`] calls the component that handles
+//! them, `kvs_txlog` makes durable what the component appended, and the edge releases the response. `contract` holds the
+//! types of the WIT world; [`commands`] has the command line, a file per command, with `commands/serve.rs` where everything
+//! is put together; [`admin`] is the listener for operators. `kvs_client` is the other end. ARCHITECTURE.md has the map and
+//! the invariants.
 
 pub mod admin;
 mod changes;
-pub mod cli;
-pub mod client;
-pub mod contract;
+pub mod commands;
+mod contract;
 pub mod edge;
 mod follow;
 pub mod guest;
 pub mod lines;
-pub mod log;
-mod metrics;
-pub mod serve;
+mod parse;
+pub mod renamed;
+mod settings;
 mod terminal;

@@ -2,12 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
-use bytesize::ByteSize;
 use clap::Parser;
-use clap::error::ErrorKind;
-use kvs::cli::{Cli, Command, unknown_variable};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use kvs::commands::{self, Cli, unknown_variable};
 use kvs::lines::{self, Format};
+use kvs::renamed;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -20,6 +19,9 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            if let Some(renamed) = renamed_in(&error) {
+                return fail(USAGE, Format::Text, &format!("{renamed}; see kvs --help"));
+            }
             // What is wrong and what was perhaps meant; how else to use it is a command away.
             let rendered = error.to_string();
             let paragraphs = rendered.split("\n\n").map(str::trim);
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
     if let Some(unknown) = unknown_variable() {
         return fail(USAGE, format, &unknown);
     }
-    match run(cli) {
+    match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, format, &format!("{error:#}")),
     }
@@ -45,20 +47,22 @@ fn fail(code: u8, format: Format, reason: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(cli: Cli) -> Result<()> {
-    lines::begin(cli.log_format, &cli.log_filter)?;
-    match cli.command {
-        Command::Serve(args) => kvs::serve::run(&args),
-        Command::Token(command) => kvs::edge::auth::run(command),
-        Command::Swap(args) => kvs::admin::command::swap(&args),
-        Command::Health(args) => kvs::admin::command::health(&args),
-        Command::Compile(args) => kvs::guest::compile(&args),
-        Command::Inspect(args) => {
-            // What is sent to it makes no difference to whether it fits.
-            let limits = args.guest.limits(ByteSize(0))?;
-            kvs::guest::inspect(&args.guest.source(), limits, args.guest.guest_config)
+/// The new name of what was not understood, when it is a former name.
+fn renamed_in(error: &clap::Error) -> Option<String> {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    match error.kind() {
+        ErrorKind::UnknownArgument => renamed::flag(text(ContextKind::InvalidArg)?),
+        ErrorKind::InvalidSubcommand => {
+            let name = text(ContextKind::InvalidSubcommand)?;
+            // The words before it are in the usage.
+            let usage = error.get(ContextKind::Usage)?.to_string();
+            let before = usage.split_whitespace().skip_while(|word| *word != "kvs");
+            let before = before.take_while(|word| !word.starts_with(['[', '<', '-']));
+            renamed::command(&before.chain([name]).collect::<Vec<_>>().join(" "))
         }
-        Command::Log(command) => kvs::log::command::run(command),
-        Command::Client(command) => kvs::client::run(command),
+        _ => None,
     }
 }

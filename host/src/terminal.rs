@@ -16,8 +16,8 @@ pub fn bar_beside_output(length: u64, what: &'static str) -> ProgressBar {
     if io::stdout().is_terminal() { ProgressBar::hidden() } else { bar(length, what) }
 }
 
-/// How a command ended that prints. Nothing is wrong when nobody wants the rest: `kvs log dump | head`.
-pub fn unless_nobody_reads(done: anyhow::Result<()>) -> anyhow::Result<()> {
+/// How a command ended that prints. Nothing is wrong when nobody wants the rest: `kvs txlog cat | head`.
+pub fn ignore_broken_pipe(done: anyhow::Result<()>) -> anyhow::Result<()> {
     match done {
         Err(error) if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => Ok(()),
         done => done,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kvs::guest::{Engine, Limits, Shards, Source};
-use kvs::log::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
+use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
 
 use crate::process::median;
 use crate::report::{Report, number};

@@ -42,7 +42,7 @@ impl Load<'_> {
         let mut wrk = Command::new("wrk");
         wrk.args(["--threads", "1", "--connections", &self.connections.to_string()]);
         wrk.args(["--duration", &format!("{}s", self.time.as_secs()), "--script"]);
-        wrk.args([concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/load.lua"), &server.url()]);
+        wrk.args([concat!(env!("CARGO_MANIFEST_DIR"), "/bench/load.lua"), &server.url()]);
         wrk.args(["--", self.kind, &self.keys.to_string(), &self.bytes.to_string()]);
         let (report, cpu) = run(server, wrk)?;
         // The script ends with two lines: requests, microseconds, failures; and latencies.
@@ -99,7 +99,7 @@ impl Load<'_> {
         h2load.args(["--threads", "1", "--clients", &self.connections.to_string(), "--max-concurrent-streams", "1"]);
         h2load.arg("--input-file").arg(&addresses);
         if self.kind == "PUT" {
-            h2load.args(["--header", ":method: PUT", "--data"]).arg(&value);
+            h2load.args(["--header", ":method: PUT", "--data-dir"]).arg(&value);
         }
         Ok((h2load, data.join("requests")))
     }

@@ -20,7 +20,7 @@ pub const ETCD: &str = "etcd";
 pub const BOOK: &str = "Go, net/http";
 pub const NGINX: &str = "nginx, one file";
 
-const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/peers");
+const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/peers");
 
 /// A certificate of its own, in files.
 pub struct Pair {

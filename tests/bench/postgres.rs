@@ -27,7 +27,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let postgres = peers::postgres(data)?;
     report.uses("psql", &["--version"]);
     let url = format!("postgres://postgres@{}/postgres?sslmode=disable", postgres.address);
-    let kvs = Server::kvs("kvs", &data.join("kvs"), &["--log", &url])?;
+    let kvs = Server::kvs("kvs", &data.join("kvs"), &["--txlog", &url])?;
     let threads = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     threads.block_on(async {
         let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;

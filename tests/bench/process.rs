@@ -62,9 +62,9 @@ impl Server {
     /// `kvs serve` on a data directory, with these flags beside.
     pub fn kvs(name: &'static str, data: &Path, flags: &[&str]) -> Result<Self> {
         let data = data.to_str().context("a path that is not text")?;
-        let args = ["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data", data];
+        let args = ["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir", data];
         let args: Vec<_> = args.iter().chain(flags).map(|arg| (*arg).to_owned()).collect();
-        Self::start(name, Path::new(env!("CARGO_BIN_EXE_kvs")), &args)
+        Self::start(name, Path::new(kvs_tests::binary()), &args)
     }
 
     pub fn over_tls(mut self, is_tls: bool) -> Self {

@@ -19,7 +19,7 @@ use crate::process::Server;
 use crate::replay;
 
 /// What was counted before, in the order of names.
-const BEFORE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/quick.json");
+const BEFORE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/quick.json");
 /// More than this, and it fails.
 const MOST: f64 = 1.10;
 /// What one run does less than the other.
@@ -106,8 +106,9 @@ fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Resu
     args.extend(["--cachegrind-out-file=/dev/null".to_owned(), format!("--log-file={}", text(&report)?)]);
     match program {
         Program::Kvs(log) => {
-            let serve = ["serve", "--durability", "os", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data"];
-            args.push(env!("CARGO_BIN_EXE_kvs").to_owned());
+            let serve =
+                ["serve", "--durability", "os", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir"];
+            args.push(kvs_tests::binary().to_owned());
             args.extend(serve.map(str::to_owned));
             args.push(text(log)?);
         }

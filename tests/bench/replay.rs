@@ -8,9 +8,8 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail, ensure};
-use kvs::contract::{AppendError, Event, Put};
-use kvs::log::TransactionLog;
-use kvs::log::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Offline, Options};
+use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Offline, Options};
+use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 
 use crate::process::{Server, median, status_bytes, thread_seconds};
 use crate::report::{Report, number};

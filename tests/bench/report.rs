@@ -85,7 +85,7 @@ impl Report {
     /// Keeps it beside what other benchmarks left.
     pub fn keep(self, name: &str) -> Result<()> {
         let [json, markdown, svg] = ["json", "md", "svg"]
-            .map(|kind| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/bench/results").with_extension(kind));
+            .map(|kind| PathBuf::from(kvs_tests::ROOT).join("tests/bench/results").with_extension(kind));
         let before = fs::read_to_string(&json).unwrap_or_else(|_| "{}".to_owned());
         let mut parts: BTreeMap<String, Part> = serde_json::from_str(&before)?;
         parts.insert(name.to_owned(), self.part);

@@ -166,7 +166,7 @@ fn check(server: &Server, client: usize, over: &AtomicBool) -> Result<Checked> {
 fn swap(server: &Server, copy: bool) -> Result<Swap> {
     let url = format!("http://{}/guest", server.admin.context("no admin listener")?);
     let mut response = if copy {
-        let mut component = std::fs::read(env!("DEFAULT_GUEST"))?;
+        let mut component = std::fs::read(kvs_tests::DEFAULT_GUEST)?;
         // A custom section: id, length, the length of its name, its name.
         component.extend(*b"\x00\x05\x04copy");
         ureq::put(&url).send(&component[..])?

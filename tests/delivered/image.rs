@@ -142,7 +142,7 @@ pub fn home(variable: &str, default: &str) -> PathBuf {
 }
 
 fn workspace() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    Path::new(kvs_tests::ROOT)
 }
 
 /// An image that has of this machine what is not shared with the build.

@@ -144,7 +144,7 @@ fn outlives_a_trap(image: &Image) {
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--locked", "--package", "unruly-guest", "--profile", "guest", "--target", "wasm32-wasip2"]);
     assert!(build.status().expect("cargo can be started").success(), "the guest does not build");
-    let component = concat!(env!("CARGO_MANIFEST_DIR"), "/target/wasm32-wasip2/guest/unruly_guest.wasm");
+    let component = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/wasm32-wasip2/guest/unruly_guest.wasm");
     let volume = volume();
     compile(component, &volume.path().join("guest.cwasm"));
     let mut command = image.run(volume.path(), &["/data/guest.cwasm"]);
@@ -176,27 +176,27 @@ fn refuses_what_is_wrong(image: &Image) {
     command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
     refused(command).with(1, &["data directory /data is not writable", "change its owner or mode"]);
 
-    let mut command = image.run(volume.path(), &["--data", "/elsewhere"]);
+    let mut command = image.run(volume.path(), &["--data-dir", "/elsewhere"]);
     command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
     refused(command).with(1, &["data directory /elsewhere is on a read-only file system"]);
 
     let mut command = image.run(volume.path(), &[]);
     command.env("KVS_DTAA", "/data");
-    refused(command).with(2, &["KVS_DTAA", "KVS_DATA"]);
+    refused(command).with(2, &["KVS_DTAA", "KVS_DATA_DIR"]);
 }
 
 /// In the small flavour: a guest that another binary compiled, and no component.
 fn runs_compiled_guests_alone(image: &Image) {
     let volume = volume();
     let component = volume.path().join("guest.wasm.component");
-    fs::copy(env!("DEFAULT_GUEST"), &component).expect("the default guest was built with the binary");
+    fs::copy(kvs_tests::DEFAULT_GUEST, &component).expect("the default guest was built with the binary");
     let mut command = image.run(volume.path(), &["/data/guest.wasm.component"]);
     command.env("KVS_LISTEN", "127.0.0.1:0").env("KVS_ADMIN", "127.0.0.1:0");
     refused(command).with(1, &["/data/guest.wasm.component cannot be run", "has no compiler", "kvs compile"]);
     refused(image.exec(volume.path(), &["compile", "-o", "/data/x"])).with(1, &["cannot compile built in", "already"]);
 
     let compiled = volume.path().join("guest.cwasm");
-    compile(env!("DEFAULT_GUEST"), &compiled);
+    compile(kvs_tests::DEFAULT_GUEST, &compiled);
     serves_a_session_and_keeps_it_with(image, &compiled);
 }
 
@@ -210,7 +210,7 @@ fn serves_a_session_and_keeps_it_with(image: &Image, guest: &Path) {
     // A component that is sent is refused, and so is a compiled one; back to the one in the binary is possible.
     let admin = format!("http://{}/guest", server.admin());
     let put = |file: &str| ask(&["-T", file, &admin]);
-    assert!(put(env!("DEFAULT_GUEST")).contains("has no compiler"));
+    assert!(put(kvs_tests::DEFAULT_GUEST).contains("has no compiler"));
     assert!(put(guest.to_str().expect("a temporary path is text")).contains("taken only from disk"));
     assert!(ask(&["-X", "DELETE", &format!("{admin}?dry-run")]).contains("\"name\": \"kvs\""));
     server.terminate();

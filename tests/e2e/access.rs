@@ -28,7 +28,7 @@ impl Tokens {
     /// Makes one as an operator would.
     pub fn add(&self, args: &[&str]) -> String {
         let mut command = kvs();
-        command.args(["token", "new", "--tokens", &self.file()]).args(args);
+        command.args(["token", "create", "--tokens", &self.file()]).args(args);
         let output = command.stdout(std::process::Stdio::piped()).output().expect("the binary can be started");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("a token is text").trim().to_owned()
@@ -150,7 +150,7 @@ fn a_token_is_made_once_and_kept_as_a_hash() {
 
     let refuses = |args: &[&str]| {
         let mut command = kvs();
-        command.args(["token", "new", "--tokens", &tokens.file()]).args(args);
+        command.args(["token", "create", "--tokens", &tokens.file()]).args(args);
         refused(command)
     };
     refuses(&["alice"]).with(1, &[&tokens.file(), "a token of this name"]);
@@ -172,7 +172,7 @@ fn a_file_of_tokens_that_cannot_be_used() {
 fn to_be_open_to_a_network_needs_intent() {
     let everywhere = |data: &Path, args: &[&str]| {
         let mut command = kvs();
-        command.args(["serve", "--listen", "0.0.0.0:0", "--data"]).arg(data).args(args);
+        command.args(["serve", "--listen", "0.0.0.0:0", "--data-dir"]).arg(data).args(args);
         command
     };
     let data = || TempDir::new().expect("a temporary directory can be made");

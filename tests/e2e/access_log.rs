@@ -11,7 +11,7 @@ use crate::unruly::guest;
 use crate::wire::{Connection, Response};
 
 const JSON: [&str; 2] = ["--log-format", "json"];
-const LOG: [&str; 2] = ["--access-log", "1000"];
+const LOG: [&str; 2] = ["--access-log-rate", "1000"];
 
 fn ask(server: &Server, method: &str, path: &str, headers: &str, body: &str) -> Response {
     let mut client = Connection::open(server.address());
@@ -140,7 +140,7 @@ fn the_line_of_a_trap_has_the_id() {
 #[test]
 fn a_flood_is_sampled_and_what_is_left_out_is_told() {
     const REQUESTS: u64 = 2_000;
-    let server = Server::start(&[&JSON[..], &["--access-log", "10"]].concat());
+    let server = Server::start(&[&JSON[..], &["--access-log-rate", "10"]].concat());
     let begun = Instant::now();
     let mut client = Connection::open(server.address());
     for _ in 0..REQUESTS {
@@ -200,5 +200,5 @@ fn a_start_that_fails_says_so_in_the_format_asked_for() {
     assert_eq!((code, &told["level"]), (1, &"ERROR".into()));
     assert!(told["message"].as_str().is_some_and(|message| message.contains("/nowhere")), "{line}");
     serve_refused(&["--log-format", "xml"]).with(2, &["--log-format", "text", "json"]);
-    serve_refused(&["--access-log", "0"]).with(2, &["--access-log"]);
+    serve_refused(&["--access-log-rate", "0"]).with(2, &["--access-log-rate"]);
 }

@@ -57,7 +57,7 @@ fn a_server_that_replays_is_alive_and_not_ready() {
     let stopped = server.kill();
 
     let mut command = serve(stopped.data());
-    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-call-timeout", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
     let process = Process::spawn(command);
     let admin = process.admin();
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
@@ -88,7 +88,7 @@ fn a_server_that_stops_is_alive_and_not_ready() {
 fn it_answers_while_the_guest_has_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
-    command.args(["--guest-call-timeout", "1h"]).arg(guest());
+    command.args(["--guest-cpu-limit", "1h"]).arg(guest());
     // As on a machine with one core: the call below keeps the only thread that serves requests.
     command.env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);

@@ -85,6 +85,6 @@ fn copy_all(server: &Server, copy: &TempDir) -> bool {
 fn verify(copy: &TempDir) {
     let mut command = crate::server::kvs();
     let status =
-        command.args(["log", "verify", "--data"]).arg(copy.path()).status().expect("the binary can be started");
+        command.args(["txlog", "verify", "--data-dir"]).arg(copy.path()).status().expect("the binary can be started");
     assert!(status.success(), "{status}");
 }

@@ -91,12 +91,12 @@ fn a_log_with_files_that_are_not_right_is_refused_by_name() {
         (
             "one is empty",
             |log| fs::write(segment(log, 2), "").unwrap(),
-            &["0000000002.seg", "at byte 0", "kvs log verify"],
+            &["0000000002.seg", "at byte 0", "kvs txlog verify"],
         ),
         (
             "one is cut off",
             |log| change(&segment(log, 2), |bytes| bytes.truncate(70_000)),
-            &["0000000002.seg", "at byte", "kvs log verify"],
+            &["0000000002.seg", "at byte", "kvs txlog verify"],
         ),
         (
             "one comes from the future",
@@ -117,7 +117,7 @@ fn a_log_with_files_that_are_not_right_is_refused_by_name() {
         spoil(&stopped.data().join("log"));
         refuses(stopped.data(), told);
         let mut verify = kvs();
-        verify.args(["log", "verify", "--data"]).arg(stopped.data());
+        verify.args(["txlog", "verify", "--data-dir"]).arg(stopped.data());
         refused(verify).with(1, &["is damaged in "]);
     }
 }
@@ -153,7 +153,7 @@ fn by_nobody(mut command: Command) -> Command {
 /// writing, as it is between fork and exec, cannot be run.
 fn program_in(directory: &Path) -> PathBuf {
     let program = directory.join("kvs");
-    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_kvs")).arg(&program).status();
+    let copied = Command::new("cp").arg(kvs_tests::binary()).arg(&program).status();
     assert!(copied.expect("cp is part of every system").success(), "it cannot be copied");
     program
 }
@@ -188,10 +188,10 @@ fn what_this_user_may_not_use_is_refused() {
     }
     let command = |args: &[&str]| {
         let mut command = through(program.to_str().expect("a temporary path is text"), &kvs());
-        command.args(args).arg("--data").arg(data).env("KVS_LISTEN", "127.0.0.1:0").stdout(Stdio::null());
+        command.args(args).arg("--data-dir").arg(data).env("KVS_LISTEN", "127.0.0.1:0").stdout(Stdio::null());
         by_nobody(command)
     };
-    let all: [&[&str]; 4] = [&["serve"], &["log", "verify"], &["log", "dump"], &["log", "compact"]];
+    let all: [&[&str]; 4] = [&["serve"], &["txlog", "verify"], &["txlog", "cat"], &["txlog", "compact"]];
     let closed = Permissions::from_mode(0o000);
     for (closed_now, told) in [(segment(&log, 2), "0000000002.seg"), (log.clone(), "/log"), (data.join("LOCK"), "data")]
     {
@@ -213,9 +213,9 @@ fn a_read_only_file_system_is_refused() {
     disk.remount("ro");
     let data = disk.data();
     refuses(&data, &[data.to_str().expect("a temporary path is text"), "read-only file system"]);
-    for command in ["verify", "dump", "export", "compact"] {
+    for command in ["verify", "cat", "export", "compact"] {
         let mut log = kvs();
-        log.args(["log", command, "--data"]).arg(&data);
+        log.args(["txlog", command, "--data-dir"]).arg(&data);
         refused(log).with(1, &[data.to_str().expect("a temporary path is text"), "read-only file system"]);
     }
     disk.remount("rw");

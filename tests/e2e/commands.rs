@@ -83,7 +83,7 @@ fn a_session_at_a_terminal() {
     let listed = objects(kvs(&["list", "--json"]));
     assert_eq!(listed[1], json!({"key": "key-a", "etag": "\"2\"", "size": 5}));
     assert!(listed[0]["expires"].is_u64(), "{}", listed[0]);
-    let dumped = objects(kvs(&["dump", "key-"]));
+    let dumped = objects(kvs(&["export", "key-"]));
     assert_eq!(dumped[0], json!({"key": "key-a", "etag": "\"2\"", "value": "again"}));
     assert_eq!(dumped[1], json!({"key": "key-b", "etag": "\"3\"", "value_base64": "/wA=", "content_type": "image/x"}));
 
@@ -128,14 +128,14 @@ fn what_went_wrong_is_one_line() {
     let tokens = tokens.to_str().expect("a temporary path is text");
     let token = |args: &[&str]| {
         let mut command = kvs();
-        command.args(["token", "new", "--tokens", tokens]).args(args);
+        command.args(["token", "create", "--tokens", tokens]).args(args);
         String::from_utf8(printed(command, b"")).expect("a token is text")
     };
     let (reader, bound) = (token(&["reader"]), token(&["bound", "--scope", "write", "--path-prefix", "/v1/team-a_1:"]));
     let server = Server::start(&["--tokens", tokens]);
 
     let nobody = |args: &[&str]| refuses(&server, args);
-    for args in [&["get", "a"][..], &["put", "a", "x"], &["list"], &["watch"], &["dump"], &["delete", "a"]] {
+    for args in [&["get", "a"][..], &["put", "a", "x"], &["list"], &["watch"], &["export"], &["delete", "a"]] {
         nobody(args).with(1, &["a token is needed", "KVS_TOKEN or --token-file", "(401)"]);
     }
     let unknown = file("unknown", "kvs_0\n");
@@ -155,7 +155,7 @@ fn what_went_wrong_is_one_line() {
     assert_eq!(printed(by_variable(&["put", "team-a_1:~!$&'()*+,;=@/1", "x"]), b""), b"1\n");
     refused(by_variable(&["put", "team-b", "x"])).with(1, &["this token is for other paths (403)"]);
 
-    let open = Server::start(&["--guest-memory-bytes", "16MiB"]);
+    let open = Server::start(&["--guest-max-memory-bytes", "16MiB"]);
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
     refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["/nowhere cannot be read"]);
     refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
@@ -163,10 +163,10 @@ fn what_went_wrong_is_one_line() {
     let many: String =
         (0..200).map(|n| format!("{{\"key\": \"{{full}}{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
     let many = file("many", &many);
-    let full = refuses(&open, &["load", &many]);
-    full.with(1, &["kvs: line ", "of ", "put ", "(507)", "lines are stored, go on with kvs load --resume"]);
+    let full = refuses(&open, &["import", &many]);
+    full.with(1, &["kvs: line ", "of ", "put ", "(507)", "lines are stored, resume with kvs import --resume"]);
 
-    for command in [&["get", "a"][..], &["list"], &["watch"], &["load", &many]] {
+    for command in [&["get", "a"][..], &["list"], &["watch"], &["import", &many]] {
         let mut unreachable = kvs();
         unreachable.args(command).args(["--url", "127.0.0.1:1"]);
         let told = ["no answer from http://127.0.0.1:1", "is the server running, and is this its --url?"];
@@ -187,7 +187,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     }
     wire.ask_with("PUT", "/v1/typed?ttl=5000", &[("content-type", "image/x")], b"x");
     wire.ask("PUT", "/v1/soon?ttl=1", b"x");
-    let dump = printed(client(&from, &["dump"]), b"");
+    let dump = printed(client(&from, &["export"]), b"");
     assert_eq!(dump.split(|byte| *byte == b'\n').count(), 1_203);
 
     let authority = Authority::new();
@@ -202,8 +202,8 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     };
     // It is over when it arrives.
     while String::from_utf8_lossy(&printed(client(&from, &["list", "soon"]), b"")).contains("soon") {}
-    let output = run(secure(&["load"]), &dump);
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "loaded 1202 lines\n");
+    let output = run(secure(&["import"]), &dump);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "imported 1202 lines\n");
     for (key, value) in model.iter().take(20) {
         assert_eq!(printed(secure(&["get", "--", key]), b""), *value, "{key:?}");
     }
@@ -213,11 +213,11 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
             with_etag.map(|object| (object["key"].clone(), object["value"].clone(), object["value_base64"].clone()));
         entries.collect::<Vec<_>>()
     };
-    let carried = content(secure(&["dump"]));
+    let carried = content(secure(&["export"]));
     assert_eq!(carried.len(), 1_200);
-    assert_eq!(carried, content(client(&from, &["dump"])));
+    assert_eq!(carried, content(client(&from, &["export"])));
     let typed =
-        [secure(&["dump", "typed"]), client(&from, &["dump", "typed"])].map(|command| objects(command).remove(0));
+        [secure(&["export", "typed"]), client(&from, &["export", "typed"])].map(|command| objects(command).remove(0));
     assert_eq!(typed[0]["content_type"], "image/x");
     let expires = typed.map(|typed| typed["expires"].as_u64().expect("it expires"));
     assert!(expires[0].abs_diff(expires[1]) < 1_000 * PATIENCE.as_secs(), "{expires:?}");
@@ -235,8 +235,8 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
 fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
     let server = Server::start(&[]);
     let lines: String = (0..20_000).map(|n| format!("{{\"key\": \"key-{n}\", \"value\": \"{n}\"}}\n")).collect();
-    printed(client(&server, &["load", "-"]), lines.as_bytes());
-    for command in ["list", "dump"] {
+    printed(client(&server, &["import", "-"]), lines.as_bytes());
+    for command in ["list", "export"] {
         let mut child = client(&server, &[command]);
         let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it can be started");
         let mut first = String::new();
@@ -262,23 +262,23 @@ fn a_malformed_line_is_named() {
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
         let file = file.to_str().expect("a temporary path is text");
         // A file is looked at whole before anything is put, a pipe as it comes.
-        refuses(&server, &["load", file]).with(1, &["kvs: line 2 of ", file, told]);
+        refuses(&server, &["import", file]).with(1, &["kvs: line 2 of ", file, told]);
         assert_eq!(lines(client(&server, &["list"])), [""; 0]);
     }
-    let output = run(client(&server, &["load"]), [good, "nonsense\n", good].concat().as_bytes());
+    let output = run(client(&server, &["import"]), [good, "nonsense\n", good].concat().as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
     let told = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
     assert_eq!((output.status.code(), said.as_ref()), (Some(1), told));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
     // The server has its own rules.
-    let output = run(client(&server, &["load"]), b"{\"key\": \"..\", \"value\": \"\"}\n");
+    let output = run(client(&server, &["import"]), b"{\"key\": \"..\", \"value\": \"\"}\n");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("line 1 of standard input: put ..: key has a `..` segment (400)"), "{said}");
 }
 
 /// How far a load came, by the file it keeps.
 fn mark(file: &Path) -> usize {
-    let text = fs::read(file.with_added_extension("kvs-load")).expect("a load keeps how far it came");
+    let text = fs::read(file.with_added_extension("kvs-import")).expect("a load keeps how far it came");
     let mark: Value = serde_json::from_slice(&text).expect("it is JSON");
     mark["line"].as_u64().expect("a number") as usize
 }
@@ -329,7 +329,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
     let write = |lines: &[String]| fs::write(&file, lines.join("\n")).expect("the directory takes a file");
     write(&text);
     let stored = |server: &Server| -> BTreeMap<String, usize> {
-        let objects = objects(client(server, &["dump"])).into_iter();
+        let objects = objects(client(server, &["export"])).into_iter();
         let pair = |object: Value| (object["key"].as_str()?.to_owned(), object["value"].as_str()?.parse().ok()?).into();
         objects.filter_map(pair).collect()
     };
@@ -337,7 +337,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
     let mut marks = vec![0];
     for round in 0..3 {
         let mut puts = Puts::of(&server);
-        let mut load = client(&server, &["load", "--resume", name]);
+        let mut load = client(&server, &["import", "--resume", name]);
         let mut load = load.stderr(Stdio::piped()).spawn().expect("the binary can be started");
         puts.wait(1_500);
         if round < 2 {
@@ -349,7 +349,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
             let output = load.wait_with_output().expect("a child can be waited for");
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(said.starts_with("kvs: line ") && said.lines().count() == 1, "{said}");
-            assert!(said.contains("no answer from") && said.contains("go on with kvs load --resume"), "{said}");
+            assert!(said.contains("no answer from") && said.contains("resume with kvs import --resume"), "{said}");
             server = again(stopped, address, &SLOW);
         }
         let mark = mark(&file);
@@ -366,14 +366,15 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
     let mut changed = text.clone();
     changed[5] = changed[5].replace("5", "6");
     write(&changed);
-    refuses(&server, &["load", "--resume", name]).with(1, &["what was loaded of ", "is not the same any more"]);
+    refuses(&server, &["import", "--resume", name]).with(1, &["the imported part of ", "has changed"]);
     write(&text);
     let elsewhere = Server::start(&[]);
-    refuses(&elsewhere, &["load", "--resume", name]).with(1, &["kvs-load is of a load into", "load without --resume"]);
+    refuses(&elsewhere, &["import", "--resume", name])
+        .with(1, &["kvs-import is of an import into", "import without --resume"]);
 
-    let output = run(client(&server, &["load", "--resume", name]), b"");
+    let output = run(client(&server, &["import", "--resume", name]), b"");
     let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(said, format!("loaded {} lines\n", LINES - marks[3]));
+    assert_eq!(said, format!("imported {} lines\n", LINES - marks[3]));
     let last = (LINES - 700..LINES).map(|line| (key(line), line)).collect::<BTreeMap<_, _>>();
     assert_eq!(stored(&server), last);
     let left: Vec<_> =

@@ -16,7 +16,7 @@ use crate::unruly::guest;
 use crate::wire::Connection;
 
 /// The component that came with the binary under test.
-pub const DEFAULT_GUEST: &str = env!("DEFAULT_GUEST");
+pub use kvs_tests::DEFAULT_GUEST;
 
 /// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {
@@ -163,13 +163,13 @@ fn a_guest_that_asks_for_too_many_headers() {
 
 #[test]
 fn a_guest_that_never_finishes_starting() {
-    let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-loops", "--guest-call-timeout", "100ms"]);
+    let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-loops", "--guest-cpu-limit", "100ms"]);
     refused.with(1, &["describe failed", "longer than 100ms", "circle"]);
 }
 
 #[test]
 fn a_guest_that_needs_more_memory_than_it_may_have() {
-    serve_refused(&["--guest-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
+    serve_refused(&["--guest-max-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn an_etag_is_the_same_after_compaction_a_restart_and_a_swap() {
     client.ask("DELETE", "/v1/gone", b"");
     let stopped = server.terminate();
     let mut compact = kvs_at(stopped.data());
-    compact.args(["log", "compact"]);
+    compact.args(["txlog", "compact"]);
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&["--probation", "1ms"]);
     let mut client = Connection::open(server.address());

@@ -92,7 +92,7 @@ impl Life {
             kib: memory(server),
             handles: fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("it runs").count(),
             throttled: metrics.get("kvs_http_requests_throttled_total"),
-            compactions: metrics.get("kvs_log_compactions_total"),
+            compactions: metrics.get("kvs_txlog_compactions_total"),
         }
     }
 }

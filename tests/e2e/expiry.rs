@@ -26,7 +26,7 @@ fn expires(client: &mut Connection, path: &str) {
 /// The lines of the log that delete.
 fn deletes(stopped: &Stopped) -> usize {
     let mut dump = kvs_at(stopped.data());
-    dump.args(["log", "dump"]);
+    dump.args(["txlog", "cat"]);
     let output = dump.stdout(Stdio::piped()).output().expect("the binary under test can be started");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text").lines().filter(|line| line.contains("delete")).count()

@@ -206,6 +206,6 @@ fn a_full_disk_ends_an_import_and_keeps_what_was_before() {
     fs::write(&text, "1\t2\ta\tb\n").expect("there is room for this");
     let _filler = disk.filler(8 << 20);
     let mut command = kvs();
-    command.args(["log", "import", "--data"]).arg(disk.data()).arg(&text);
+    command.args(["txlog", "import", "--data-dir"]).arg(disk.data()).arg(&text);
     refused(command).with(1, &["No space left on device", disk.data().to_str().expect("a temporary path is text")]);
 }

@@ -17,7 +17,7 @@ const TARGET: &str = "wasm32-wasip2";
 
 /// Where the build script built the default guest, so that what guests share is not built twice.
 fn target_dir() -> PathBuf {
-    let built = Path::new(env!("DEFAULT_GUEST"));
+    let built = Path::new(kvs_tests::DEFAULT_GUEST);
     built.ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it").to_owned()
 }
 
@@ -25,7 +25,7 @@ fn target_dir() -> PathBuf {
 pub fn built(name: &str) -> String {
     let target_dir = target_dir();
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.current_dir(kvs_tests::ROOT);
     cargo.args(["build", "--locked", "--package", &format!("{name}-guest"), "--profile", "guest", "--target", TARGET]);
     cargo.arg("--target-dir").arg(&target_dir);
     succeeds(cargo, name);
@@ -66,7 +66,7 @@ fn schema() -> &'static str {
 
 fn js() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| {
-        let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let project = Path::new(kvs_tests::ROOT);
         just(project, &["guest-js"]);
         project.join("target/guests/js.wasm").to_str().expect("the path is text").to_owned()
     });
@@ -281,7 +281,7 @@ fn a_new_guest_builds_passes_its_test_and_serves() {
     // Always the same place, so that nothing is built again that is as it was.
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-guest");
     let _ = fs::remove_dir_all(&project);
-    copy(Path::new(env!("CARGO_MANIFEST_DIR")), &project);
+    copy(Path::new(kvs_tests::ROOT), &project);
     symlink(target_dir(), project.join("target")).expect("the directory takes a link");
 
     just(&project, &["new-guest", "note-book"]);

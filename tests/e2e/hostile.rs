@@ -18,7 +18,7 @@ const MEMORY: u64 = 64;
 /// Does harm, and then demands everything that must hold after it.
 #[track_caller]
 fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
-    let server = Server::start(&[&[guest(), "--guest-memory-bytes", "64MiB"], args].concat());
+    let server = Server::start(&[&[guest(), "--guest-max-memory-bytes", "64MiB"], args].concat());
     let before = peak(&server);
     let mut model = BTreeMap::new();
     let mut put = |client: &mut Connection, key: &str| {
@@ -61,7 +61,7 @@ fn traps_and_ends_of_the_program() {
 
 #[test]
 fn what_has_no_end() {
-    let hasty = ["--guest-call-timeout", "200ms"];
+    let hasty = ["--guest-cpu-limit", "200ms"];
     survives("an endless loop", &hasty, "GET", "/loop", 500);
     survives("an endless recursion", &[], "GET", "/recurse", 500);
     survives("endless growth", &[], "GET", "/grow", 500);
@@ -92,7 +92,7 @@ fn more_than_is_given_at_once() {
     survives("a group that is too large", &[], "GET", "/append-too-much", 200);
     survives(
         "many appends",
-        &["--guest-appends", "1000000", "--request-timeout", "60s"],
+        &["--guest-max-appends", "1000000", "--request-timeout", "60s"],
         "GET",
         "/append-often/200000",
         200,
@@ -133,7 +133,7 @@ fn a_value_that_may_come_in_may_go_out() {
 
 #[test]
 fn a_call_appends_so_often_and_no_more() {
-    let server = Server::start(&[guest(), "--guest-appends", "10"]);
+    let server = Server::start(&[guest(), "--guest-max-appends", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/append-often/11").text(), "10");
     assert_eq!(get(&mut client, "/append-often/5").text(), "5", "the next call has its own");
@@ -141,7 +141,7 @@ fn a_call_appends_so_often_and_no_more() {
 
 #[test]
 fn a_group_has_a_size_and_no_more() {
-    let server = Server::start(&["--guest-append-bytes", "1KiB"]);
+    let server = Server::start(&["--guest-max-append-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 900]).status, 201);
     assert_eq!(client.ask("PUT", "/v1/a", &[b'y'; 1024]).status, 413);
@@ -232,19 +232,19 @@ fn a_flood_of_lines_over_many_calls_is_cut_short() {
 
 #[test]
 fn a_guest_that_never_starts() {
-    let args = [guest(), "--guest-config", "fault=start-loops", "--guest-call-timeout", "100ms"];
+    let args = [guest(), "--guest-config", "fault=start-loops", "--guest-cpu-limit", "100ms"];
     serve_refused(&args).with(1, &["the guest does not start", "longer than 100ms", "circle"]);
 }
 
 #[test]
 fn a_guest_that_is_made_of_too_much() {
-    serve_refused(&["--guest-table-elements", "2"]).with(1, &["the guest does not start", "table"]);
-    serve_refused(&["--guest-instances", "1"]).with(1, &["the guest does not start", "instance"]);
+    serve_refused(&["--guest-max-table-elements", "2"]).with(1, &["the guest does not start", "table"]);
+    serve_refused(&["--guest-max-instances", "1"]).with(1, &["the guest does not start", "instance"]);
 }
 
 #[test]
 fn a_guest_near_its_limit_of_memory_refuses_writes_and_goes_on_reading() {
-    let args = ["--guest-memory-bytes", "12MiB", "--request-timeout", "30s"];
+    let args = ["--guest-max-memory-bytes", "12MiB", "--request-timeout", "30s"];
     let server = Server::start(&args);
     let mut client = Connection::open(server.address());
     let value = vec![b'x'; 100 << 10];

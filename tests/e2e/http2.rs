@@ -189,7 +189,7 @@ fn a_request_under_way_is_finished_after_the_signal() {
 
 #[test]
 fn a_client_is_told_how_many_requests_it_may_have_at_once() {
-    let server = Server::start(&["--max-streams", "3"]);
+    let server = Server::start(&["--http2-max-streams", "3"]);
     let mut client = Frames::open(server.address());
     let settings = client.wait(&[SETTINGS]).expect("its settings");
     let told = settings.payload.chunks(6).find(|setting| setting[..2] == [0, 3]).expect("MAX_CONCURRENT_STREAMS");
@@ -200,7 +200,7 @@ fn a_client_is_told_how_many_requests_it_may_have_at_once() {
     // REFUSED_STREAM: it can be tried again.
     let refused = client.wait(&[RST_STREAM, GOAWAY]).expect("one too many is refused");
     assert_eq!((refused.kind, refused.stream, refused.error()), (RST_STREAM, 7, 7));
-    until(&server, "it is counted", |now| now.get("kvs_rejected_total{limit=\"max-streams\"}") == 1.0);
+    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"max-streams\"}") == 1.0);
     client.send(DATA, END_STREAM, 1, b"value");
     assert_eq!(client.wait(&[HEADERS]).expect("an answer").stream, 1);
 }
@@ -375,7 +375,7 @@ fn a_stop_under_load_answers_every_stream_that_was_taken() {
 
 #[test]
 fn a_connection_of_many_streams_gets_no_more_of_the_guest_than_others() {
-    let server = Server::start(&["--access-log", "1000"]);
+    let server = Server::start(&["--access-log-rate", "1000"]);
     let mut client = Connection::open(server.address());
     let put = |n| format!(r#"{{"op": "put", "key": "{{all}}{n}", "value": "{:01000}"}}"#, 0);
     let puts: Vec<_> = (0..900).map(put).collect();

@@ -68,7 +68,7 @@ fn a_client_that_takes_no_answer_is_cut() {
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
     // The server's end of it is gone.
-    crate::metrics::counts(&server, "kvs_rejected_total{limit=\"idle-timeout\"}", 1.0);
+    crate::metrics::counts(&server, "kvs_limit_exceeded_total{limit=\"idle-timeout\"}", 1.0);
     assert!(client.end().len() < value.len());
 }
 

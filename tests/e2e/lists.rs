@@ -27,10 +27,10 @@ fn keys_are_listed_as_they_are_there_also_after_a_restart() {
     let expires = page["keys"][2].as_object_mut().and_then(|entry| entry.remove("expires"));
     assert!(expires.and_then(|expires| expires.as_u64()) > Some(1_700_000_000_000));
     let expected = json!({"keys": [
-        {"name": "a/1", "etag": "\"3\"", "size": 0, "value": ""},
-        {"name": "a/2", "etag": "\"2\"", "size": 2, "value_base64": "/wA="},
-        {"name": "later", "etag": "\"5\"", "size": 5, "value": "value"},
-        {"name": "ä", "etag": "\"4\"", "size": 6, "value": "umlaut"},
+        {"key": "a/1", "etag": "\"3\"", "size": 0, "value": ""},
+        {"key": "a/2", "etag": "\"2\"", "size": 2, "value_base64": "/wA="},
+        {"key": "later", "etag": "\"5\"", "size": 5, "value": "value"},
+        {"key": "ä", "etag": "\"4\"", "size": 6, "value": "umlaut"},
     ], "list_complete": true});
     assert_eq!(page, expected);
     let groups = json!({"keys": [], "prefixes": ["a/"], "list_complete": true});
@@ -49,12 +49,12 @@ fn pages_by_their_cursors_have_every_key_once_while_others_change() {
     let (mut query, mut seen) = ("prefix=key&limit=7".to_owned(), Vec::new());
     loop {
         let page = list(&mut client, &query);
-        let names = page["keys"].as_array().expect("a list").iter().map(|entry| entry["name"].as_str().expect("text"));
+        let names = page["keys"].as_array().expect("a list").iter().map(|entry| entry["key"].as_str().expect("text"));
         seen.extend(names.map(str::to_owned));
         // The first that was listed goes, and one comes before all that are still to be listed.
         let [first, .., last] = page["keys"].as_array().expect("a list").as_slice() else { panic!("a page of few") };
-        client.ask("DELETE", &format!("/v1/{}", first["name"].as_str().expect("text")), b"");
-        client.ask("PUT", &format!("/v1/{}-", last["name"].as_str().expect("text")), b"value");
+        client.ask("DELETE", &format!("/v1/{}", first["key"].as_str().expect("text")), b"");
+        client.ask("PUT", &format!("/v1/{}-", last["key"].as_str().expect("text")), b"value");
         match page["cursor"].as_str() {
             Some(cursor) => query = format!("prefix=key&limit=7&cursor={cursor}"),
             None => break,

@@ -19,9 +19,9 @@ pub(crate) use of_files;
 /// `kvs`, with the log that belongs to a data directory.
 pub fn kvs_at(data: &Path) -> Command {
     let mut command = kvs();
-    command.env("KVS_DATA", data);
+    command.env("KVS_DATA_DIR", data);
     if let Ok(url) = std::env::var("KVS_TEST_LOG") {
-        command.env("KVS_LOG", database(&url, data));
+        command.env("KVS_TXLOG", database(&url, data));
     }
     command
 }

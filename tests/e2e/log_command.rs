@@ -1,4 +1,4 @@
-//! `kvs log`, as an operator uses it: a log is checked, printed, carried to another directory and compacted; and one that
+//! `kvs txlog`, as an operator uses it: a log is checked, printed, carried to another directory and compacted; and one that
 //! is in use, missing or damaged is refused in one line.
 
 use std::fs::{self, File};
@@ -19,10 +19,10 @@ fn temporary() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
 }
 
-/// `kvs log COMMAND --data DIR ...`.
+/// `kvs log COMMAND --data-dir DIR ...`.
 fn log(command: &str, data: &Path, args: &[&str]) -> Command {
     let mut kvs = kvs();
-    kvs.args(["log", command, "--data"]).arg(data).args(args);
+    kvs.args(["txlog", command, "--data-dir"]).arg(data).args(args);
     kvs
 }
 
@@ -105,8 +105,8 @@ fn a_log_is_checked_carried_elsewhere_and_compacted() {
 
     let (exported, said) = done(log("export", from, &[]));
     assert_eq!((exported.lines().count(), said.as_str()), (count, ""));
-    assert_eq!(done(log("dump", from, &[])).0.lines().count(), count);
-    let (objects, _) = done(log("dump", from, &["--json"]));
+    assert_eq!(done(log("cat", from, &[])).0.lines().count(), count);
+    let (objects, _) = done(log("cat", from, &["--json"]));
     let newest: serde_json::Value = serde_json::from_str(objects.lines().last().expect("there is one")).expect("JSON");
     assert_eq!((newest["sequence"].as_u64(), newest["value"].as_str()), (Some(961), Some("x")));
 
@@ -154,8 +154,8 @@ fn a_log_is_checked_carried_elsewhere_and_compacted() {
 fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
     [
         refused(log("verify", data, &[])),
-        refused(log("dump", data, &[])),
-        refused(log("dump", data, &["--json"])),
+        refused(log("cat", data, &[])),
+        refused(log("cat", data, &["--json"])),
         refused(log("export", data, &[])),
         refused(log("compact", data, &[])),
         refused(log("import", data, &[import])),
@@ -209,11 +209,11 @@ fn damage_is_told_with_its_place_and_exit_code_1() {
     refused(log("verify", data, &[])).with(1, &[&place, "restore a backup"]);
 
     // What is before the damage can be had.
-    let dumped = log("dump", data, &[]).stdout(Stdio::piped()).output().expect("the binary can be started");
+    let dumped = log("cat", data, &[]).stdout(Stdio::piped()).output().expect("the binary can be started");
     assert_eq!(dumped.status.code(), Some(1));
     let lines = String::from_utf8(dumped.stdout).expect("it is text").lines().count();
     assert!(0 < lines && lines < 800, "{lines} entries were printed");
-    let told = [&segment.display().to_string(), "damaged at byte ", "kvs log verify --data "];
+    let told = [&segment.display().to_string(), "damaged at byte ", "kvs txlog verify --data-dir "];
     for refused in [refused(log("export", data, &[])), refused(log("compact", data, &[]))] {
         refused.with(1, &told);
     }
@@ -245,14 +245,14 @@ fn a_malformed_text_is_refused_by_its_line() {
     let said = String::from_utf8(output.stderr).expect("it is text");
     assert_eq!(said, format!("kvs: line 2 of standard input: {what}; the 1 entries before it were imported\n"));
     assert_eq!(output.status.code(), Some(1));
-    let (printed, _) = done(log("dump", &data, &[]));
+    let (printed, _) = done(log("cat", &data, &[]));
     assert!(printed.lines().count() == 1 && printed.ends_with("put \"key-a\" = \"Hello\"\n"), "{printed}");
 
     // Standard input that is a file is read as a file is.
     let mut import = log("import", &data, &["-"]);
     import.stdin(File::open(&file).expect("it is there"));
     refused(import).with(1, &["line 2 of standard input: "]);
-    assert_eq!(done(log("dump", &data, &[])).0, printed);
+    assert_eq!(done(log("cat", &data, &[])).0, printed);
 
     refused(log("import", &data, &[])).with(2, &["<FILE>"]);
     refused(log("import", &data, &["--format", "other", path])).with(2, &["other", "book"]);
@@ -266,11 +266,11 @@ fn output_may_end_early_and_may_not_be_lost() {
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
     let small = server.terminate();
-    for command in ["dump", "export"] {
+    for command in ["cat", "export"] {
         // More than a pipe holds, so that it is still writing when nobody reads any more.
         let mut shell = through("bash", &kvs());
-        shell.args(["-c", "set -o pipefail; \"$0\" log \"$1\" --data \"$2\" | head -n 1"]);
-        shell.args([env!("CARGO_BIN_EXE_kvs"), command]).arg(stopped.data());
+        shell.args(["-c", "set -o pipefail; \"$0\" log \"$1\" --data-dir \"$2\" | head -n 1"]);
+        shell.args([kvs_tests::binary(), command]).arg(stopped.data());
         let (printed, said) = done(shell);
         assert_eq!((printed.lines().count(), said.as_str()), (1, ""), "{command}");
 
@@ -301,7 +301,7 @@ fn an_unfinished_write_is_told_and_is_no_damage() {
     assert!(printed.contains("the next start cuts it off\n"), "{printed}");
     assert!(printed.ends_with("the log is sound: 3 entries, newest sequence 3\n"), "{printed}");
     assert!(fs::read(&segment).expect("it is still there") == bytes, "verify changes nothing");
-    let (printed, said) = done(log("dump", stopped.data(), &[]));
+    let (printed, said) = done(log("cat", stopped.data(), &[]));
     assert_eq!(printed.lines().count(), 3);
     assert!(said.contains("unfinished write") && said.contains(".torn"), "{said}");
     stopped.restart(&[]).terminate();
@@ -315,14 +315,14 @@ fn long_work_shows_its_progress_on_a_terminal_only() {
     fs::write(&file, done(log("export", stopped.data(), &[])).0).expect("the directory takes a file");
     let (data, to) = (stopped.data().display(), elsewhere.path().join("data"));
     for (rest, shown) in [
-        (format!("verify --data {data}"), "bytes checked"),
-        (format!("export --data {data} >/dev/null"), "entries"),
-        (format!("import --data {} {}", to.display(), file.display()), "bytes imported"),
-        (format!("compact --data {data}"), "bytes read"),
+        (format!("verify --data-dir {data}"), "bytes checked"),
+        (format!("export --data-dir {data} >/dev/null"), "entries"),
+        (format!("import --data-dir {} {}", to.display(), file.display()), "bytes imported"),
+        (format!("compact --data-dir {data}"), "bytes read"),
     ] {
         // It gives the command a terminal of its own.
         let mut script = through("script", &kvs());
-        let command = format!("{} log {rest}", env!("CARGO_BIN_EXE_kvs"));
+        let command = format!("{} txlog {rest}", kvs_tests::binary());
         script.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
         let (seen, _) = done(script);
         assert!(seen.contains(shown), "{rest}: {seen}");

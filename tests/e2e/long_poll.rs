@@ -83,7 +83,7 @@ fn a_wait_that_is_over_says_that_nothing_changed() {
 
 #[test]
 fn no_wait_is_longer_than_its_flag_allows() {
-    let server = Server::start(&["--max-hold", "1ms"]);
+    let server = Server::start(&["--max-wait", "1ms"]);
     asks(&server, "/v1/a?wait=300s", None).read().says(404, "no such key");
 }
 
@@ -118,7 +118,7 @@ fn a_wait_goes_on_through_a_swap_and_a_trap() {
 
 #[test]
 fn a_server_that_stops_lets_nobody_wait() {
-    let server = Server::start(&["--drain", "10m"]);
+    let server = Server::start(&["--drain-timeout", "10m"]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"value");
     let mut waiting = waits(&server, "/v1/a?wait=300s", Some(1));
     let stopped = server.terminate();

@@ -148,7 +148,7 @@ fn the_dashboard_shows_what_there_is() {
     assert_eq!(client.ask("PUT", "/v1/a", b"").status, 201);
     let there: BTreeSet<String> =
         Metrics::of(&server).values.into_keys().map(|name| name.split('{').next().unwrap_or_default().into()).collect();
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/grafana.json");
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/grafana.json");
     let dashboard: serde_json::Value = serde_json::from_slice(&fs::read(file).expect("it is there")).expect("JSON");
     let panels = dashboard["panels"].as_array().expect("panels");
     let targets = panels.iter().filter_map(|panel| panel["targets"].as_array()).flatten();
@@ -221,19 +221,19 @@ fn bytes_are_counted_as_they_go_over_the_wire() {
     };
     assert!(exchange("PUT", &"x".repeat(100_000)).starts_with("HTTP/1.1 201"));
     assert!(exchange("GET", "").len() > 100_000);
-    counts(&server, "kvs_received_bytes_total", asked as f64);
-    counts(&server, "kvs_sent_bytes_total", answered as f64);
+    counts(&server, "kvs_network_receive_bytes_total", asked as f64);
+    counts(&server, "kvs_network_transmit_bytes_total", answered as f64);
 }
 
 #[test]
 fn what_is_under_way_and_what_waits_is_shown() {
-    let server = Server::start(&[guest(), "--guest-call-timeout", "1h"]);
+    let server = Server::start(&[guest(), "--guest-cpu-limit", "1h"]);
     let mut slow = Connection::open(server.address());
     slow.send("PUT /store/{own}a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
     assert_eq!(slow.read().status, 100);
     let metrics = Metrics::of(&server);
     assert_eq!(metrics.get("kvs_http_requests_in_flight"), 1.0);
-    assert_eq!(metrics.get("kvs_requests_waiting"), 0.0);
+    assert_eq!(metrics.get("kvs_guest_queue_length"), 0.0);
     slow.send("value");
     assert_eq!(slow.read().status, 201);
     counts(&server, "kvs_http_requests_in_flight", 0.0);
@@ -248,7 +248,7 @@ fn what_is_under_way_and_what_waits_is_shown() {
     });
     let _clients: Vec<_> = clients.collect();
     // The thread that is busy holds up none of them on the way to the guest.
-    let metrics = until(&server, "all wait", |now| now.get("kvs_requests_waiting") == 8.0);
+    let metrics = until(&server, "all wait", |now| now.get("kvs_guest_queue_length") == 8.0);
     assert_eq!(metrics.get("kvs_http_requests_in_flight"), 9.0);
 }
 
@@ -259,7 +259,7 @@ fn the_life_of_the_guest_is_counted() {
     for n in 0..3 {
         assert_eq!(client.ask("PUT", &format!("/store/{n}"), b"value").status, 201);
     }
-    let counted = until(&server, "3 keys are counted", |now| now.get("kvs_keys") == 3.0);
+    let counted = until(&server, "3 keys are counted", |now| now.get("kvs_store_keys") == 3.0);
     assert!(counted.get("kvs_guest_memory_bytes") >= 65_536.0);
     assert_eq!(client.ask("GET", "/trap", b"").status, 500);
     let after = until(&server, "it is rebuilt", |now| now.get("kvs_guest_rebuilds_total{outcome=\"done\"}") == 1.0);
@@ -272,9 +272,9 @@ fn the_life_of_the_guest_is_counted() {
     let after = Metrics::of(&server);
     assert_eq!(after.get("kvs_guest_swaps_total{outcome=\"done\"}"), 1.0);
     assert!(after.text.contains("kvs_guest_info{name=\"kvs\","), "{}", after.text);
-    counts(&server, "kvs_stored_bytes", 18.0);
+    counts(&server, "kvs_store_bytes", 18.0);
     let dry = Connection::open(server.admin()).ask("DELETE", "/guest?dry-run", b"");
-    assert_eq!((dry.status, after.get("kvs_guest_swaps_total{outcome=\"taken-back\"}")), (200, 0.0));
+    assert_eq!((dry.status, after.get("kvs_guest_swaps_total{outcome=\"rolled_back\"}")), (200, 0.0));
 
     // A new one that traps while the one before is still there.
     let server = Server::start(&["--probation", "1h"]);
@@ -284,7 +284,7 @@ fn the_life_of_the_guest_is_counted() {
         assert_eq!(Connection::open(server.address()).ask("GET", "/trap", b"").status, 500);
         assert_eq!(swap.join().expect("it is answered"), 422);
     });
-    counts(&server, "kvs_guest_swaps_total{outcome=\"taken-back\"}", 1.0);
+    counts(&server, "kvs_guest_swaps_total{outcome=\"rolled_back\"}", 1.0);
     counts(&server, "kvs_guest_traps_total", 1.0);
 }
 
@@ -297,32 +297,32 @@ fn the_log_is_measured() {
     for n in 0..10 {
         assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &value).status, 201);
     }
-    let metrics = until(&server, "the last is counted", |now| now.get("kvs_log_batch_entries_sum") == 10.0);
+    let metrics = until(&server, "the last is counted", |now| now.get("kvs_txlog_batch_entries_sum") == 10.0);
     for name in ["append_duration_seconds", "write_duration_seconds", "sync_duration_seconds"] {
         let (count, sum) = (metrics.get(&format!("kvs_log_{name}_count")), metrics.get(&format!("kvs_log_{name}_sum")));
         // One client, one request at a time: each a batch of its own.
         assert!(count == 10.0 && sum > 0.0 && sum < PATIENCE.as_secs_f64(), "{name}: {count}, {sum}");
     }
-    let (append, sync) = ("kvs_log_append_duration_seconds_sum", "kvs_log_sync_duration_seconds_sum");
+    let (append, sync) = ("kvs_txlog_commit_duration_seconds_sum", "kvs_txlog_fsync_duration_seconds_sum");
     assert!(metrics.get(append) > metrics.get(sync), "an append waits for its sync");
-    assert_eq!(metrics.get("kvs_log_batch_entries_count"), 10.0);
-    assert_eq!((metrics.get("kvs_log_sequence"), metrics.get("kvs_log_pending_entries")), (10.0, 0.0));
-    assert!((10_000.0..20_000.0).contains(&metrics.get("kvs_log_written_bytes_total")));
-    assert!((10_000.0..20_000.0).contains(&metrics.get("kvs_log_bytes")));
-    assert_eq!((metrics.get("kvs_log_segments"), metrics.get("kvs_log_dead_bytes")), (1.0, 0.0));
+    assert_eq!(metrics.get("kvs_txlog_batch_entries_count"), 10.0);
+    assert_eq!((metrics.get("kvs_txlog_sequence"), metrics.get("kvs_txlog_unsynced_entries")), (10.0, 0.0));
+    assert!((10_000.0..20_000.0).contains(&metrics.get("kvs_txlog_written_bytes_total")));
+    assert!((10_000.0..20_000.0).contains(&metrics.get("kvs_txlog_bytes")));
+    assert_eq!((metrics.get("kvs_txlog_segments"), metrics.get("kvs_txlog_garbage_bytes")), (1.0, 0.0));
 
     // A full segment of overwritten values is dead until it is compacted.
     let (mut dead, mut segments, begun) = (0.0, 0.0, Instant::now());
-    while dead < 100_000.0 || segments < 2.0 || Metrics::of(&server).get("kvs_log_compactions_total") == 0.0 {
+    while dead < 100_000.0 || segments < 2.0 || Metrics::of(&server).get("kvs_txlog_compactions_total") == 0.0 {
         for n in 0..100 {
             assert_eq!(client.ask("PUT", &format!("/v1/{}", n % 10), &value).status, 201);
         }
         let metrics = Metrics::of(&server);
-        dead = metrics.get("kvs_log_dead_bytes").max(dead);
-        segments = metrics.get("kvs_log_segments").max(segments);
+        dead = metrics.get("kvs_txlog_garbage_bytes").max(dead);
+        segments = metrics.get("kvs_txlog_segments").max(segments);
         assert!(begun.elapsed() < PATIENCE, "{segments} segments, {dead} dead bytes at most:\n{}", metrics.text);
     }
-    assert!(Metrics::of(&server).get("kvs_log_reclaimed_bytes_total") > 0.0);
+    assert!(Metrics::of(&server).get("kvs_txlog_reclaimed_bytes_total") > 0.0);
 }
 
 #[test]
@@ -336,9 +336,9 @@ fn what_a_limit_refuses_is_counted_under_its_name() {
         ["--max-requests", "2"],
         ["--request-timeout", "2s"],
     ];
-    let args = [&[guest(), "--guest-call-timeout", "1h"], &args.concat()[..]].concat();
+    let args = [&[guest(), "--guest-cpu-limit", "1h"], &args.concat()[..]].concat();
     let server = Server::start(&args);
-    let counted = |limit: &str| counts(&server, &format!("kvs_rejected_total{{limit=\"{limit}\"}}"), 1.0);
+    let counted = |limit: &str| counts(&server, &format!("kvs_limit_exceeded_total{{limit=\"{limit}\"}}"), 1.0);
     let send = |bytes: &str| {
         let mut client = Connection::open(server.address());
         let _ = client.try_send(bytes);
@@ -357,7 +357,7 @@ fn what_a_limit_refuses_is_counted_under_its_name() {
     assert_eq!(ask("content-length: 1\r\n"), 408);
     counted("min-body-rate");
     assert_eq!(send("no HTTP\r\n\r\n").read().status, 400);
-    counts(&server, "kvs_http_malformed_total", 1.0);
+    counts(&server, "kvs_http_parse_errors_total", 1.0);
 
     let waiting = || {
         let mut client =
@@ -416,7 +416,7 @@ fn handshakes_that_fail_are_counted_by_why() {
         (authority.file(), [&["--tls-cert", &pair.certificate[..]][..], &["--tls-key", &pair.key]].concat());
     let hasty = Server::start(&[&pair[..], &["--handshake-timeout", "300ms"]].concat());
     assert_eq!(Connection::open(hasty.address()).end(), "");
-    counts(&hasty, "kvs_rejected_total{limit=\"handshake-timeout\"}", 1.0);
+    counts(&hasty, "kvs_limit_exceeded_total{limit=\"handshake-timeout\"}", 1.0);
 
     let server = Server::start(&[&pair[..], &["--tls-min", "1.3", "--client-ca", &ca]].concat());
     let counted = |reason: &str| counts(&server, &format!("kvs_tls_errors_total{{reason=\"{reason}\"}}"), 1.0);
@@ -444,16 +444,16 @@ fn handshakes_that_fail_are_counted_by_why() {
 
 #[test]
 fn a_client_that_takes_back_too_much_is_counted() {
-    let server = Server::start(&["--max-resets", "5"]);
+    let server = Server::start(&["--http2-max-resets", "5"]);
     crate::http2::takes_back(&server, 20_000);
-    until(&server, "it is counted", |now| now.get("kvs_rejected_total{limit=\"max-resets\"}") >= 1.0);
+    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"max-resets\"}") >= 1.0);
 }
 
 #[test]
 fn they_are_there_while_the_guest_has_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = crate::server::serve(data.path());
-    command.args(["--guest-call-timeout", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
+    command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);
     let mut client = Connection::open(server.address());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");

@@ -7,7 +7,7 @@ use crate::server::Server;
 
 #[test]
 fn no_answer_is_undescribed() {
-    let server = Server::start(&["--durability", "os", "--max-hold", "1ms"]);
+    let server = Server::start(&["--durability", "os", "--max-wait", "1ms"]);
     let mut schemathesis = Command::new("schemathesis");
     schemathesis.args(["run", &server.url("/openapi.json"), "--max-examples"]);
     // For each operation, beside those that try the borders of every parameter. Another seed finds other things, and the

@@ -70,7 +70,7 @@ fn a_port_that_is_taken() {
     let address = taken.local_addr().expect("a listener has an address").to_string();
     let data = temporary();
     let mut command = kvs();
-    command.args(["serve", "--listen", &address, "--data"]).arg(data.path());
+    command.args(["serve", "--listen", &address, "--data-dir"]).arg(data.path());
     refused(command).with(1, &[&address, "--listen", "in use"]);
 }
 
@@ -80,7 +80,7 @@ fn a_port_that_another_server_has() {
     let address = other.address().to_string();
     let data = temporary();
     let mut command = kvs();
-    command.args(["serve", "--listen", &address, "--data"]).arg(data.path());
+    command.args(["serve", "--listen", &address, "--data-dir"]).arg(data.path());
     refused(command).with(1, &[&address, "--listen", "in use"]);
 }
 
@@ -89,7 +89,7 @@ fn an_address_that_is_not_of_this_machine() {
     let data = temporary();
     let mut command = kvs();
     // Set aside for documentation: nobody has it.
-    command.args(["serve", "--insecure", "--listen", "192.0.2.1:8080", "--data"]).arg(data.path());
+    command.args(["serve", "--insecure", "--listen", "192.0.2.1:8080", "--data-dir"]).arg(data.path());
     refused(command).with(1, &["192.0.2.1:8080", "--listen"]);
 }
 
@@ -102,13 +102,13 @@ fn a_flag_that_is_wrong_is_a_usage_error() {
         (&["--max-value-bytes", "0"], &["--max-value-bytes", "1 B"]),
         (&["--max-value-bytes", "1TiB"], &["--max-value-bytes", "1TiB", "1.0 GiB"]),
         (&["--max-header-bytes", "1"], &["--max-header-bytes", "8.0 KiB"]),
-        (&["--guest-memory-bytes", "5GiB"], &["--guest-memory-bytes", "5GiB", "4.0 GiB"]),
+        (&["--guest-max-memory-bytes", "5GiB"], &["--guest-max-memory-bytes", "5GiB", "4.0 GiB"]),
         (&["--segment-bytes", "some"], &["--segment-bytes", "some"]),
         (&["--request-timeout", "soon"], &["--request-timeout", "soon", "500ms"]),
         (&["--request-timeout", "0s"], &["--request-timeout", "0s"]),
         (&["--header-timeout", "5"], &["--header-timeout", "5s"]),
-        (&["--drain", "-1s"], &["-1"]),
-        (&["--guest-call-timeout", "1 fortnight"], &["--guest-call-timeout", "fortnight"]),
+        (&["--drain-timeout", "-1s"], &["-1"]),
+        (&["--guest-cpu-limit", "1 fortnight"], &["--guest-cpu-limit", "fortnight"]),
         (&["--max-connections", "0"], &["--max-connections", "a count from 1"]),
         (&["--max-connections", "many"], &["--max-connections", "many"]),
         (&["--durability", "perhaps"], &["--durability", "perhaps", "sync", "os"]),
@@ -159,7 +159,7 @@ fn the_environment_stands_in_for_flags() {
         ("KVS_GUEST", guest()),
         ("KVS_GUEST_CONFIG", "color=blue\nshape=round"),
     ]);
-    command.env("KVS_DATA", data.path());
+    command.env("KVS_DATA_DIR", data.path());
     let server = Server::spawn(command, data);
     assert_eq!(server.address().ip().to_string(), "127.0.0.2");
     assert!(server.data().join("LOCK").exists(), "the log is elsewhere");
@@ -177,8 +177,8 @@ fn the_environment_stands_in_for_flags() {
 fn a_flag_goes_before_its_variable() {
     let data = temporary();
     let mut command = serve(data.path());
-    command.args(["--max-value-bytes", "10", "--data"]).arg(data.path());
-    command.env("KVS_MAX_VALUE_BYTES", "1").env("KVS_DATA", "/proc/kvs-data");
+    command.args(["--max-value-bytes", "10", "--data-dir"]).arg(data.path());
+    command.env("KVS_MAX_VALUE_BYTES", "1").env("KVS_DATA_DIR", "/proc/kvs-data");
     let server = Server::spawn(command, data);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"ten bytes.").status, 201);
 }
@@ -187,8 +187,8 @@ fn a_flag_goes_before_its_variable() {
 fn a_variable_that_is_wrong_is_a_usage_error() {
     let data = temporary();
     let mut command = serve(data.path());
-    command.env("KVS_DRAIN", "eventually");
-    refused(command).with(2, &["eventually", "--drain"]);
+    command.env("KVS_DRAIN_TIMEOUT", "eventually");
+    refused(command).with(2, &["eventually", "--drain-timeout"]);
 }
 
 #[test]

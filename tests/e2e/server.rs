@@ -182,7 +182,7 @@ fn address(line: &str, after: &str) -> Option<SocketAddr> {
 /// `kvs`, with none of the settings that happen to be in the environment, and a free port for its admin listener.
 /// Backtraces are asked for, so that a test sees those that would be shown to others.
 pub fn kvs() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvs"));
+    let mut command = Command::new(kvs_tests::binary());
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("KVS_")) {
         command.env_remove(name);
     }

@@ -72,7 +72,7 @@ fn a_list_of_all_shards_is_one_list() {
             assert_eq!(page.status, 200, "{}", page.text());
             let page: serde_json::Value = serde_json::from_str(page.text()).expect("JSON");
             let entries = page["keys"].as_array().expect("keys");
-            listed.extend(entries.iter().map(|entry| (entry["name"].to_string(), entry["value"].to_string())));
+            listed.extend(entries.iter().map(|entry| (entry["key"].to_string(), entry["value"].to_string())));
             let Some(cursor) = page["cursor"].as_str() else { break };
             query = format!("{limit}&values=true&cursor={cursor}");
         }
@@ -102,7 +102,7 @@ fn a_transaction_lies_in_one_shard() {
 
 #[test]
 fn a_slow_call_in_one_shard_holds_up_no_other() {
-    let server = Server::start(&[guest(), "--shards", "4", "--guest-call-timeout", "1h"]);
+    let server = Server::start(&[guest(), "--shards", "4", "--guest-cpu-limit", "1h"]);
     let mut busy = Connection::open(server.address());
     busy.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
@@ -117,7 +117,7 @@ fn a_slow_call_in_one_shard_holds_up_no_other() {
     loop {
         let metrics = Metrics::of(&server);
         let answered = metrics.find("kvs_http_requests_total{method=\"GET\",status=\"404\"}").unwrap_or(0.0);
-        if answered + metrics.get("kvs_requests_waiting") == clients.len() as f64 {
+        if answered + metrics.get("kvs_guest_queue_length") == clients.len() as f64 {
             // The shard that is busy has some of them, the other three the rest.
             assert!((16.0..64.0).contains(&answered), "{answered} were answered");
             break;

@@ -47,7 +47,7 @@ fn sigint_finishes_what_is_under_way_and_exits_0() {
 
 #[test]
 fn idle_connections_do_not_hold_up_the_stop() {
-    let server = Server::start(&["--drain", "1h", "--idle-timeout", "1h"]);
+    let server = Server::start(&["--drain-timeout", "1h", "--idle-timeout", "1h"]);
     let mut idle = Connection::open(server.address());
     idle.ask("GET", "/v1/a", b"").says(404, "no such key");
     server.terminate();
@@ -56,7 +56,7 @@ fn idle_connections_do_not_hold_up_the_stop() {
 
 #[test]
 fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
-    let server = Server::start(&["--drain", "300ms", "--request-timeout", "1h"]);
+    let server = Server::start(&["--drain-timeout", "300ms", "--request-timeout", "1h"]);
     let mut client = under_way(&server);
     let stopped = server.terminate();
     let said = stopped.stderr().join("\n");
@@ -66,7 +66,7 @@ fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
 
 #[test]
 fn a_second_signal_stops_at_once() {
-    let server = Server::start(&["--drain", "1h", "--request-timeout", "1h"]);
+    let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     let _client = under_way(&server);
     server.signal(Signal::TERM);
     server.says("stopping: finishing what is under way");
@@ -95,7 +95,7 @@ fn sigterm_during_start_exits_0() {
     // A start that takes for ever, and says when it is in the midst of it.
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
-    command.args(["--guest-config", "fault=describe-loops-aloud", "--guest-call-timeout", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
     let mut process = Process::spawn(command);
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
     going.unwrap_or_else(|said| panic!("it ended before the signal:\n{said}"));
@@ -112,7 +112,7 @@ fn sigterm_during_replay_exits_0_and_loses_nothing() {
     let stopped = server.kill();
 
     let mut command = serve(stopped.data());
-    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-call-timeout", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
     let mut process = Process::spawn(command);
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
     going.unwrap_or_else(|said| panic!("it ended before the signal:\n{said}"));

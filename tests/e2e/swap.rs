@@ -226,7 +226,7 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
 
 #[test]
 fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
-    let server = Server::start(&["--guest-config", "fault=describe-loops-aloud", "--guest-call-timeout", "2s"]);
+    let server = Server::start(&["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "2s"]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
     thread::scope(|scope| {
@@ -427,7 +427,7 @@ fn a_file_that_changes_during_a_swap_comes_after_it() {
 
 #[test]
 fn a_file_that_is_watched_is_read_again_when_it_changes() {
-    let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch"]);
+    let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch-guest"]);
     // As a compiler does it, and as an editor does it.
     fs::write(&file, component(guest())).expect("it can be written");
     server.says("the guest was swapped guest=\"unruly\"");
@@ -485,7 +485,7 @@ fn kvs_swap_fails_in_one_line() {
 /// Nothing that was begun keeps a server from stopping.
 #[test]
 fn a_server_stops_in_the_middle_of_a_replay() {
-    let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-call-timeout", "1h"]);
+    let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let mut swapping = Process::spawn(kvs_swap(server.admin(), &[guest()]));
     server.says("going round in circles");

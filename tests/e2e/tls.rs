@@ -242,7 +242,7 @@ fn a_client_that_does_not_shake_hands_is_cut() {
 
 #[test]
 fn a_handshake_under_way_does_not_hold_up_the_stop() {
-    let (authority, server) = start(&["--handshake-timeout", "1h", "--drain", "1h"]);
+    let (authority, server) = start(&["--handshake-timeout", "1h", "--drain-timeout", "1h"]);
     let mut silent = Connection::open(server.address());
     // It was accepted after the silent one.
     Client::of(&authority).get(&server, "/v1/a").expect("others are served");

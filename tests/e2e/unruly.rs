@@ -109,7 +109,7 @@ fn a_sleep_is_not_waited_for() {
 
 #[test]
 fn an_endless_loop_ends_with_its_cpu_time() {
-    let line = fails_alone(&["--guest-call-timeout", "200ms"], "/loop");
+    let line = fails_alone(&["--guest-cpu-limit", "200ms"], "/loop");
     assert!(line.contains("longer than 200ms") && line.contains("circle"), "{line}");
 }
 
@@ -121,7 +121,7 @@ fn an_endless_recursion_ends_with_its_stack() {
 
 #[test]
 fn memory_beyond_the_limit_is_not_given() {
-    let line = fails_alone(&["--guest-memory-bytes", "32MiB"], "/grow");
+    let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
     // What a Rust program does when it is given no more.
     assert!(line.contains("handle_alloc_error"), "{line}");
 }
@@ -135,7 +135,7 @@ pub fn peak(server: &Server) -> u64 {
 
 #[test]
 fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
-    let (server, mut client) = start(&["--guest-memory-bytes", "32MiB"]);
+    let (server, mut client) = start(&["--guest-max-memory-bytes", "32MiB"]);
     let before = peak(&server);
     for _ in 0..3 {
         assert_eq!(get(&mut client, "/grow").status, 500);
@@ -147,7 +147,7 @@ fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
 
 #[test]
 fn clients_that_leave_while_the_guest_is_busy_leave_nothing_behind() {
-    let (server, mut client) = start(&["--guest-call-timeout", "1h", "--request-timeout", "1h"]);
+    let (server, mut client) = start(&["--guest-cpu-limit", "1h", "--request-timeout", "1h"]);
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
     let before = peak(&server);

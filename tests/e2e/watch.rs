@@ -173,7 +173,7 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
     std::fs::write(&text, lines).expect("the directory takes a file");
     for args in [&["import", text.to_str().expect("a temporary path is text")][..], &["compact"]] {
         let mut log = kvs_at(data.path());
-        log.arg("log").args(args);
+        log.arg("txlog").args(args);
         let done = log.output().expect("the binary under test can be started");
         assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
@@ -200,7 +200,7 @@ fn a_watch_that_cannot_be_is_refused() {
 
 #[test]
 fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
-    let server = Server::start(&["--stream-lag-bytes", "64KiB", "--durability", "os"]);
+    let server = Server::start(&["--watch-buffer-bytes", "64KiB", "--durability", "os"]);
     let mut slow = Events::open(&server, "/v1?watch", &[]);
     let mut client = Connection::open(server.address());
     // More than sockets hold.
@@ -222,7 +222,7 @@ fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
 
 #[test]
 fn a_watch_that_sees_nothing_is_kept_alive() {
-    let server = Server::start(&["--stream-heartbeat", "50ms"]);
+    let server = Server::start(&["--watch-keep-alive", "50ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..3 {
         assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"));
@@ -242,7 +242,7 @@ fn a_watch_goes_on_through_a_trap() {
 
 #[test]
 fn a_server_that_stops_ends_the_watches() {
-    let server = Server::start(&["--drain", "10m"]);
+    let server = Server::start(&["--drain-timeout", "10m"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     server.terminate();
     assert_eq!(events.next(), None);
@@ -274,7 +274,7 @@ fn puts_that_were_compacted_away_are_410_too() {
     client.ask("PUT", "/v1/b", b"stays");
     let stopped = server.terminate();
     let mut compact = kvs_at(stopped.data());
-    compact.args(["log", "compact"]);
+    compact.args(["txlog", "compact"]);
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&[]);
     for since in [0, 1] {
@@ -333,7 +333,7 @@ fn ten_thousand_idle_watchers_cost_little() {
         setrlimit(Resource::Nofile, raised).expect("20,000 files may be open, as `ulimit -Hn 20000` allows");
     }
     let places = ["--max-connections", "11000", "--max-connections-per-address", "11000"];
-    let server = Server::start(&[&places[..], &["--durability", "os", "--stream-heartbeat", "1h"]].concat());
+    let server = Server::start(&[&places[..], &["--durability", "os", "--watch-keep-alive", "1h"]].concat());
     let mut client = Connection::open(server.address());
     let (memory_before, costs_before) = (memory(&server), costs(&server, &mut client));
     let mut watchers: Vec<_> =
@@ -351,7 +351,7 @@ fn ten_thousand_idle_watchers_cost_little() {
 #[test]
 fn a_watcher_is_never_idle() {
     let server =
-        Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--stream-heartbeat", "100ms"]);
+        Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--watch-keep-alive", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..15 {
         assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"), "the stream ended");

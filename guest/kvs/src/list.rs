@@ -52,7 +52,7 @@ struct Page {
 
 #[derive(Serialize, Deserialize)]
 struct Entry {
-    name: String,
+    key: String,
     etag: String,
     size: usize,
     /// In milliseconds since 1970.
@@ -153,7 +153,7 @@ fn merged(asked: &Asked<'_>, pages: Vec<Page>) -> Page {
     let mut rows: BTreeMap<String, Option<Entry>> = BTreeMap::new();
     for page in pages {
         rows.extend(page.prefixes.into_iter().flatten().map(|prefix| (prefix, None)));
-        rows.extend(page.keys.into_iter().map(|entry| (entry.name.clone(), Some(entry))));
+        rows.extend(page.keys.into_iter().map(|entry| (entry.key.clone(), Some(entry))));
     }
     let mut page = Page { prefixes: asked.delimiter.as_ref().map(|_| Vec::new()), ..Page::default() };
     let (mut from, mut cut) = (asked.from.clone(), false);
@@ -207,7 +207,7 @@ impl Entry {
     fn of(item: &Item, values: bool) -> Self {
         let (value, value_base64) = if values { text::fields(item.value()) } else { (None, None) };
         Self {
-            name: String::from_utf8_lossy(item.key()).into_owned(),
+            key: String::from_utf8_lossy(item.key()).into_owned(),
             etag: tag_of(item.sequence()),
             size: item.value().len(),
             expires: item.expires(),
@@ -249,7 +249,7 @@ mod tests {
     /// Keys and prefixes of a page.
     fn rows(page: &Page) -> (Vec<&str>, Vec<&str>) {
         let prefixes = page.prefixes.iter().flatten().map(String::as_str);
-        (page.keys.iter().map(|entry| entry.name.as_str()).collect(), prefixes.collect())
+        (page.keys.iter().map(|entry| entry.key.as_str()).collect(), prefixes.collect())
     }
 
     /// All pages of a list, by their cursors.
@@ -267,7 +267,7 @@ mod tests {
         store.apply(7, &put("z", b"\xff", Some(NOW + 1)));
         store.apply(8, &put("gone", b"", Some(NOW)));
         let response = get(&mut store, "", NOW);
-        let expected = r#"{"keys":[{"name":"Z","etag":"\"5\"","size":5},{"name":"a","etag":"\"4\"","size":5},{"name":"a b","etag":"\"6\"","size":5},{"name":"a/","etag":"\"3\"","size":5},{"name":"b","etag":"\"1\"","size":5},{"name":"z","etag":"\"7\"","size":1,"expires":1001},{"name":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
+        let expected = r#"{"keys":[{"key":"Z","etag":"\"5\"","size":5},{"key":"a","etag":"\"4\"","size":5},{"key":"a b","etag":"\"6\"","size":5},{"key":"a/","etag":"\"3\"","size":5},{"key":"b","etag":"\"1\"","size":5},{"key":"z","etag":"\"7\"","size":1,"expires":1001},{"key":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
         assert_eq!(String::from_utf8_lossy(&response.body), expected);
         assert_eq!(response.depends_on, None);
         assert_eq!(rows(&read(&get(&mut store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);

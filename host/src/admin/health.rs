@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::log::{Condition, TransactionLog};
+use kvs_txlog::{Condition, TransactionLog};
 
 /// How far the server is in its life. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,7 +81,7 @@ impl Default for Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::file::{Durability, FileLog, Options};
+    use kvs_txlog::file::{Durability, FileLog, Options};
 
     #[test]
     fn it_is_ready_from_the_time_it_serves_until_it_stops_or_the_log_fails() {

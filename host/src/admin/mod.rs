@@ -6,7 +6,6 @@
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
-pub mod command;
 mod guest;
 mod health;
 
@@ -36,7 +35,7 @@ use self::guest::Guests;
 pub use self::health::{Health, Phase};
 use crate::edge::auth::Tokens;
 use crate::guest::Swapper;
-use crate::metrics::{MEDIA_TYPE, Measured, Metrics, Page};
+use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;

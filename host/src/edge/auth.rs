@@ -11,7 +11,7 @@ use std::fs::{self, OpenOptions};
 use std::hint::black_box;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -202,29 +202,9 @@ fn from_hex(text: &str) -> Option<Hash> {
     Some(bytes)
 }
 
-#[derive(Debug, clap::Subcommand)]
-pub enum TokenCommand {
-    /// Make a token: its hash goes into the file, the token itself to standard output, this once
-    New {
-        /// Whose it is; the principal that the guest is told
-        name: String,
-        /// What it allows
-        #[arg(long, default_value = "read")]
-        scope: Scope,
-        /// Allow only paths that start with this
-        #[arg(long, value_name = "PREFIX")]
-        path_prefix: Option<String>,
-        /// The file of tokens, made when it is not there
-        #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
-        tokens: PathBuf,
-    },
-}
-
-/// `kvs token`.
-pub fn run(command: TokenCommand) -> Result<()> {
-    let TokenCommand::New { name, scope, path_prefix, tokens } = command;
-    let file = tokens.display();
-    check_name(&name)?;
+/// Creates a token: appends the line with its hash to the file, and returns the token, which is nowhere else.
+pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>) -> Result<String> {
+    check_name(name)?;
     let mut secret = [0; 32];
     getrandom::fill(&mut secret).map_err(|error| anyhow!("no randomness: {error}"))?;
     let token = format!("{MARK}{}", hex(&secret));
@@ -232,23 +212,22 @@ pub fn run(command: TokenCommand) -> Result<()> {
     let prefix = path_prefix.map(|prefix| format!(" {prefix}")).unwrap_or_default();
     let line = format!("{name} {scope} {}{prefix}", hex(&hash(token.as_bytes())));
     parse_line(&line)?;
-    let mut before = match fs::read_to_string(&tokens) {
+    let before = match fs::read_to_string(file) {
         Ok(text) => text,
         Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(error).with_context(|| format!("{file} cannot be read")),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
     };
-    let known = Known::parse(&before).with_context(|| format!("{file}"))?;
+    let known = Known::parse(&before).with_context(|| file.display().to_string())?;
     ensure!(
         known.0.values().flatten().all(|(_, token)| *token.name != *name),
-        "{file} has a token of this name; take another, or remove it"
+        "{} has a token of this name; take another, or remove it",
+        file.display()
     );
-    before.clear();
     let mut options = OpenOptions::new();
-    let opened = options.append(true).create(true).mode(0o600).open(&tokens);
+    let opened = options.append(true).create(true).mode(0o600).open(file);
     let written = opened.and_then(|mut opened| opened.write_all(format!("{line}\n").as_bytes()));
-    written.with_context(|| format!("{file} cannot be written"))?;
-    println!("{token}");
-    Ok(())
+    written.with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(token)
 }
 
 #[cfg(test)]

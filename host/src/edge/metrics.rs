@@ -11,7 +11,7 @@ use h2::Reason;
 use hyper::{Method, StatusCode};
 use rustls::Error as TlsError;
 
-use crate::metrics::{Counter, Histogram, Measured, Page};
+use kvs_metrics::{Counter, Histogram, Measured, Page};
 
 /// Methods that are told apart, in the order of their numbers; all others are one.
 const METHODS: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
@@ -45,8 +45,8 @@ const LIMITS: [(Limit, &str); 12] = [
     (Limit::BodyTimeout, "min-body-rate"),
     (Limit::Requests, "max-requests"),
     (Limit::RequestTimeout, "request-timeout"),
-    (Limit::Streams, "max-streams"),
-    (Limit::Resets, "max-resets"),
+    (Limit::Streams, "http2-max-streams"),
+    (Limit::Resets, "http2-max-resets"),
 ];
 
 /// A connection was ended because of a limit.
@@ -183,15 +183,15 @@ impl Measured for Metrics {
             self.delayed.get(),
         )?;
         let rejected = LIMITS.iter().map(|(limit, name)| ([("limit", *name)], self.rejected[*limit as usize].get()));
-        page.counters("rejected", "Requests and connections refused because of a limit", rejected)?;
+        page.counters("limit_exceeded", "Requests and connections refused because of a limit", rejected)?;
         let help = "Connections closed because what came was no HTTP";
-        page.counter("http_malformed", help, self.malformed.get())?;
+        page.counter("http_parse_errors", help, self.malformed.get())?;
         page.counter("connections_opened", "Connections that were accepted", self.opened.get())?;
         // In this order: what was opened in between must not make it less than nothing.
         let closed = self.closed.get();
         page.gauge("connections", "Connections open", self.opened.get().saturating_sub(closed))?;
-        page.counter("received_bytes", "Bytes from clients, TLS and heads included", self.received.get())?;
-        page.counter("sent_bytes", "Bytes to clients, TLS and heads included", self.sent.get())?;
+        page.counter("network_receive_bytes", "Bytes from clients, TLS and heads included", self.received.get())?;
+        page.counter("network_transmit_bytes", "Bytes to clients, TLS and heads included", self.sent.get())?;
         let failed =
             TLS_ERRORS.iter().zip(&self.tls_errors).map(|(reason, count)| ([("reason", *reason)], count.get()));
         page.counters("tls_errors", "TLS handshakes that failed", failed)

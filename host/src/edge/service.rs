@@ -23,14 +23,14 @@ use super::request_id::{self, RequestIds};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
 use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shards};
-use crate::log::TransactionLog;
-use crate::log::changes::Changes;
-use crate::log::watchers::Keys;
+use kvs_txlog::TransactionLog;
+use kvs_txlog::change_feed::ChangeFeed;
+use kvs_txlog::subscribers::Keys;
 
 /// Answers requests.
 pub struct Service {
     pub shards: Arc<Shards>,
-    pub changes: Arc<Changes>,
+    pub changes: Arc<ChangeFeed>,
     pub limits: Limits,
     /// Without, everybody may do everything.
     pub tokens: Option<Arc<Tokens>>,

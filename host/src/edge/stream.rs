@@ -16,12 +16,12 @@ use tracing::warn;
 
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
-use crate::contract::Event;
 use crate::guest::Follow;
-use crate::log::change::Change;
-use crate::log::changes::{Changes, Past};
-use crate::log::watchers::Keys;
-use crate::log::{Forgotten, TransactionLog};
+use kvs_txlog::Event;
+use kvs_txlog::change::Change;
+use kvs_txlog::change_feed::{ChangeFeed, Past};
+use kvs_txlog::subscribers::Keys;
+use kvs_txlog::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
 
@@ -29,7 +29,7 @@ const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
 const NEAR: u64 = 1_000;
 
 /// The body of a response that goes on with these changes. What happened since `follow.after` comes first, without a gap.
-pub async fn open(changes: &Arc<Changes>, follow: Follow, heartbeat: Duration) -> Result<Reply, Refusal> {
+pub async fn open(changes: &Arc<ChangeFeed>, follow: Follow, heartbeat: Duration) -> Result<Reply, Refusal> {
     // Before the head leaves, since it can still say that this cannot be told.
     let past = changes.past(&follow.prefix, follow.after).await.map_err(|error| match error.downcast_ref() {
         Some(Forgotten { after, newest }) => {
@@ -48,7 +48,7 @@ pub async fn open(changes: &Arc<Changes>, follow: Follow, heartbeat: Duration) -
 
 /// Tells until the client leaves, or falls too far behind, or the server stops.
 async fn tell(
-    changes: Arc<Changes>,
+    changes: Arc<ChangeFeed>,
     Follow { prefix, after }: Follow,
     past: Past,
     heartbeat: Duration,

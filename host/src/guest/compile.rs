@@ -1,7 +1,4 @@
-//! `kvs compile`: makes of a component what a binary without a compiler runs.
-
-use std::fs;
-use std::path::PathBuf;
+//! Compiles a component ahead of time, for a binary without a compiler.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -10,24 +7,9 @@ use super::compiler::Compiler;
 use super::engine::{Cpu, World, component, settings};
 use super::source::Source;
 
-#[derive(Debug, clap::Args)]
-pub struct Compile {
-    /// The component; without it, the store that came with this binary
-    #[arg(value_name = "GUEST.wasm")]
-    guest: Option<PathBuf>,
-
-    /// The file to write
-    #[arg(long, short, value_name = "GUEST.cwasm")]
-    output: PathBuf,
-
-    /// Use all that this machine's CPU can do; CPUs that cannot will refuse it
-    #[arg(long)]
-    native: bool,
-}
-
-pub fn compile(args: &Compile) -> Result<()> {
-    let source = args.guest.clone().map_or(Source::BuiltIn, Source::File);
-    let engine = wasmtime::Engine::new(&settings(if args.native { Cpu::This } else { Cpu::Any })?)?;
+/// Compiles a component for any CPU of this architecture, or for this machine's.
+pub fn compile(source: &Source, native: bool) -> Result<Vec<u8>> {
+    let engine = wasmtime::Engine::new(&settings(if native { Cpu::This } else { Cpu::Any })?)?;
     let make = || {
         let bytes = source.read()?;
         ensure!(!bytes.starts_with(compiled::MARK), "it is compiled already");
@@ -37,6 +19,5 @@ pub fn compile(args: &Compile) -> Result<()> {
             None => compiled::seal(&component),
         }
     };
-    let sealed = make().with_context(|| format!("cannot compile {source}"))?;
-    fs::write(&args.output, sealed).with_context(|| format!("cannot write {}", args.output.display()))
+    make().with_context(|| format!("cannot compile {source}"))
 }

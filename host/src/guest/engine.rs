@@ -22,7 +22,7 @@ use super::owner::Part;
 use super::sandbox;
 use super::source::{Digest, Source};
 use crate::contract::ExportsPre;
-use crate::log::TransactionLog;
+use kvs_txlog::TransactionLog;
 
 /// What a guest exports (`world store`).
 const WANTED: [&str; 3] = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];

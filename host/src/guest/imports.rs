@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvs_txlog::TransactionLog;
 use wasmtime::component::{HasSelf, Linker};
 
 use super::clock::Clock;
@@ -15,7 +16,6 @@ use super::message::Client;
 use super::owner::Part;
 use super::sandbox::Sandbox;
 use crate::contract::{AppendError, Event, Exports, changes, config, connection, http, transaction_log};
-use crate::log::TransactionLog;
 
 /// The contract's own imports. `http` has types only, and a component that names those imports it too.
 pub const OFFERED: [&str; 5] =
@@ -87,7 +87,7 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 impl transaction_log::Host for State {
     fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
         // What it does not own, it would not be given again.
-        if !self.call.may_append || !events.iter().all(|event| self.part.owns(event.key())) {
+        if !self.call.may_append || !events.iter().all(|event| self.part.owns(key_of(event))) {
             return Err(AppendError::ReadOnly);
         }
         self.call.appends += 1;
@@ -100,11 +100,19 @@ impl transaction_log::Host for State {
             self.call.refused = true;
             return Err(AppendError::Full);
         }
+        let events: Vec<kvs_txlog::Event> = events.into_iter().map(Into::into).collect();
         let first = self.log.append(self.time, &events)?;
         if let Some(others) = events.len().checked_sub(1) {
             self.call.appended = Some(first + others as u64);
         }
         Ok(first)
+    }
+}
+
+fn key_of(event: &Event) -> &str {
+    match event {
+        Event::Put(put) => &put.key,
+        Event::Delete(key) => key,
     }
 }
 

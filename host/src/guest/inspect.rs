@@ -1,36 +1,37 @@
-//! `kvs inspect`: what a component is, and whether it could serve here.
+//! Description of a component, and whether it could serve here.
 
+use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
+use kvs_txlog::{AppendError, Event, Receive, TransactionLog, Watermark};
 
 use super::engine::Engine;
 use super::limits::Limits;
 use super::owner::Owners;
 use super::source::{Digest, Source};
-use crate::contract::{AppendError, Description, Event};
-use crate::log::{Receive, TransactionLog, Watermark};
+use crate::contract::Description;
 
-/// Prints what there is to know, and fails when it does not fit.
-pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>) -> Result<()> {
+/// Prints the description of a component, and fails when it does not fit.
+pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, out: &mut dyn Write) -> Result<()> {
     let engine = Engine::new(limits, config, None)?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);
-    println!("source   {source}, {} bytes", bytes.len());
-    println!("sha256   {}", Digest::of(&bytes));
-    println!("imports  {}", list(&world.imports));
-    println!("exports  {}", list(&world.exports));
+    writeln!(out, "source   {source}, {} bytes", bytes.len())?;
+    writeln!(out, "sha256   {}", Digest::of(&bytes))?;
+    writeln!(out, "imports  {}", list(&world.imports))?;
+    writeln!(out, "exports  {}", list(&world.exports))?;
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
         let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1).part(0))?;
         let Description { name, version, headers } = instance.description();
-        println!("name     {name} {version}");
-        println!("headers  {}", list(headers));
-        println!("memory   {} KiB before the first entry", instance.memory_bytes() >> 10);
+        writeln!(out, "name     {name} {version}")?;
+        writeln!(out, "headers  {}", list(headers))?;
+        writeln!(out, "memory   {} KiB before the first entry", instance.memory_bytes() >> 10)?;
         Ok(())
     });
-    println!("limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call);
+    writeln!(out, "limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call)?;
     match described {
         Ok(()) => println!("fits     yes"),
         Err(error) => bail!("{}: {error:#}", source.cannot_be_run()),

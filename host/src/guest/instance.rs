@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use hyper::header::HeaderName;
+use kvs_txlog::Entry;
 use tracing::warn;
 use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
@@ -14,7 +15,7 @@ use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::Limits;
 use super::message::{Answer, Follow, Given, Hold, Incoming, Sequel};
-use crate::contract::{self, Description, Entry, Exports, ExportsPre, Placement, Statistics};
+use crate::contract::{self, Description, Exports, ExportsPre, Placement, Statistics};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
@@ -73,7 +74,8 @@ impl Instance {
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
         self.store.data().clock.not_before(last.time);
-        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_apply(store, entries))
+        let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
+        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_apply(store, &records))
             .with_context(|| format!("apply of entries {} to {} failed", first.sequence, last.sequence))
     }
 

@@ -7,7 +7,7 @@
 use wasmtime::{ResourceLimiter, Result};
 
 use super::limits::Limits;
-use crate::log::REPLAY_BYTES;
+use kvs_txlog::REPLAY_BYTES;
 
 pub struct Memory {
     limits: Limits,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::contract::Statistics;
-use crate::metrics::{Counter, Histogram};
+use kvs_metrics::{Counter, Histogram};
 
 /// A guest may need long to count what it holds. It is asked so seldom that this costs a thousandth of its time.
 const SELDOM: u32 = 1_000;

@@ -32,7 +32,7 @@ mod shards;
 mod source;
 mod swap;
 
-pub use compile::{Compile, compile};
+pub use compile::compile;
 pub use engine::{Engine, Guest};
 pub use inspect::inspect;
 pub use limits::Limits;
@@ -41,5 +41,5 @@ pub use reload::Reload;
 pub use replica::Replayed;
 pub use shard::CallError;
 pub use shards::Shards;
-pub use source::{GUEST_BYTES, Source, read as read_component};
+pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
 pub use swap::{Outcome, SwapError, Swapper};

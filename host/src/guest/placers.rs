@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::engine::Guest;
 use super::instance::Instance;
 use super::owner::Part;
-use crate::log::TransactionLog;
+use kvs_txlog::TransactionLog;
 
 /// One that has grown beyond this, with the answers it made one of, is not kept.
 const KEPT_BYTES: usize = 16 << 20;

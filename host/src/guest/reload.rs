@@ -1,4 +1,4 @@
-//! Swaps the guest for what its file holds now: on SIGHUP, and with `--watch` whenever the file changes.
+//! Swaps the guest for what its file holds now: on SIGHUP, and with `--watch-guest` whenever the file changes.
 //!
 //! Must never know: how a swap is made.
 

@@ -13,7 +13,7 @@ use tracing::info;
 use super::engine::Guest;
 use super::instance::Instance;
 use super::owner::{Owners, Part};
-use crate::log::TransactionLog;
+use kvs_txlog::TransactionLog;
 
 /// How often a long replay tells how far it is.
 const PROGRESS: Duration = Duration::from_secs(1);

@@ -17,7 +17,7 @@ use super::limits::Limits;
 
 mod bindings {
     wasmtime::component::bindgen!({
-        path: "wit",
+        path: "../wit",
         world: "sandbox",
         imports: { default: trappable },
         with: {

@@ -26,8 +26,8 @@ use super::metrics::{Held, Metrics, next_count};
 use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
-use crate::log::change::Change;
-use crate::log::{REPLAY_ENTRIES, TransactionLog};
+use kvs_txlog::change::Change;
+use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
 /// How many of the others one caller serves before its own answer has to wait no longer.
 const OTHERS: usize = 16;

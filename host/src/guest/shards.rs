@@ -29,9 +29,9 @@ use super::placers::Placers;
 use super::replica::{self, Replayed, Replica};
 use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
 use crate::contract::Placement;
-use crate::log::TransactionLog;
-use crate::log::change::Change;
-use crate::metrics::{Measured, Page};
+use kvs_metrics::{Measured, Page};
+use kvs_txlog::TransactionLog;
+use kvs_txlog::change::Change;
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -314,7 +314,7 @@ impl Measured for Shards {
         let labels = [("name", name), ("version", version), ("sha256", digest.as_str())];
         page.info("guest", "The guest that serves", labels)?;
         let waiting: usize = self.each().iter().map(|shard| shard.waiting()).sum();
-        page.gauge("requests_waiting", "Requests that wait for their turn at the guest", waiting as u64)?;
+        page.gauge("guest_queue_length", "Requests that wait for their turn at the guest", waiting as u64)?;
         page.histogram("guest_call_duration_seconds", "Time of a request in the guest", &metrics.calls)?;
         page.counter("guest_traps", "Calls in which the guest trapped", metrics.traps.get())?;
         let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
@@ -322,14 +322,14 @@ impl Measured for Shards {
         page.counters("guest_rebuilds", "Attempts to build the guest again from the log", rebuilds)?;
         let swaps = [
             ("done", metrics.swaps.get()),
-            ("taken-back", metrics.swaps_taken_back.get()),
+            ("rolled_back", metrics.swaps_taken_back.get()),
             ("refused", metrics.swaps_refused.get()),
         ];
         let swaps = swaps.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_swaps", "Swaps of the guest, by how they ended", swaps)?;
         page.gauge("guest_memory_bytes", "Linear memory of the guest, in all shards", sum(|held| &held.memory_bytes))?;
-        page.gauge("keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
+        page.gauge("store_keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
-        page.gauge("stored_bytes", help, sum(|held| &held.stored_bytes))
+        page.gauge("store_bytes", help, sum(|held| &held.stored_bytes))
     }
 }

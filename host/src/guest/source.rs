@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
-/// The default guest, `guest/kvs`, built beside the host, and compiled already in what is delivered.
-static DEFAULT_GUEST: &[u8] = include_bytes!(env!("DEFAULT_GUEST"));
+/// The file of the built-in guest, `guest/default`, which the build of the host makes. For tests, on the same machine.
+pub const BUILT_IN_FILE: &str = env!("DEFAULT_GUEST");
+
+/// The built-in guest: a component, or in a release, code that is compiled already.
+static BUILT_IN: &[u8] = include_bytes!(env!("DEFAULT_GUEST"));
 
 /// Larger files are no guests. A whole JavaScript engine is 12 MiB.
 pub const GUEST_BYTES: u64 = 256 << 20;
@@ -43,7 +46,7 @@ impl Source {
     /// The component.
     pub fn read(&self) -> Result<Vec<u8>> {
         match self {
-            Self::BuiltIn => Ok(DEFAULT_GUEST.to_vec()),
+            Self::BuiltIn => Ok(BUILT_IN.to_vec()),
             Self::File(file) | Self::Remembered(file) => read(file),
             Self::Sent => bail!("it was sent, and not kept"),
         }

@@ -23,7 +23,7 @@ use super::replica::{self, Replayed, Replica};
 use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
 use super::source::{self, Source};
-use crate::log::{Forgotten, TransactionLog};
+use kvs_txlog::{Forgotten, TransactionLog};
 
 /// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
 const FEW: u64 = 2_000;

@@ -1,4 +1,4 @@
-//! `kvs log` for a log in a database: checked, printed, carried to files and back, compacted, and filled from the book's table.
+//! `kvs txlog` for a log in a database: checked, printed, carried to files and back, compacted, and filled from the book's table.
 
 use std::process::{Command, Stdio};
 
@@ -11,7 +11,7 @@ use crate::wire::Connection;
 
 fn log(args: &[&str]) -> Command {
     let mut command = kvs();
-    command.arg("log").args(args);
+    command.arg("txlog").args(args);
     command
 }
 
@@ -28,7 +28,7 @@ fn done(args: &[&str]) -> (String, String) {
 fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
     let database = Database::start();
     let url = database.url();
-    refused(log(&["dump", "--log", &url])).with(1, &["cannot open the log", "there is no log in it"]);
+    refused(log(&["cat", "--txlog", &url])).with(1, &["cannot open the log", "there is no log in it"]);
     let server = start(&url);
     let mut client = Connection::open(server.address());
     for n in 0..30 {
@@ -36,28 +36,28 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
     }
     client.ask("PUT", "/v1/typed?ttl=1000", b"\xff");
     client.ask("DELETE", "/v1/key-3", b"");
-    refused(log(&["verify", "--log", &url])).with(1, &["writes it", "stop that first"]);
+    refused(log(&["verify", "--txlog", &url])).with(1, &["writes it", "stop that first"]);
     server.terminate();
-    assert_eq!(done(&["verify", "--log", &url]).0, "the log is sound: 32 entries, newest sequence 32\n");
+    assert_eq!(done(&["verify", "--txlog", &url]).0, "the log is sound: 32 entries, newest sequence 32\n");
 
     // To files, and to another database.
-    let (text, _) = done(&["export", "--log", &url]);
+    let (text, _) = done(&["export", "--txlog", &url]);
     assert_eq!(text.lines().count(), 32);
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("text");
     std::fs::write(&file, &text).expect("the directory takes a file");
     let (file, data) = (file.to_str().expect("it is text"), directory.path().join("data"));
     let data = data.to_str().expect("it is text");
-    done(&["import", "--data", data, file]);
-    assert_eq!(done(&["export", "--data", data]).0, text);
+    done(&["import", "--data-dir", data, file]);
+    assert_eq!(done(&["export", "--data-dir", data]).0, text);
     database.sql("CREATE DATABASE other");
     let other = url.replace("/postgres?", "/other?");
-    assert_eq!(done(&["import", "--log", &other, file]).1, "imported 32 entries; the newest sequence is 32\n");
-    assert_eq!(done(&["export", "--log", &other]).0, text);
+    assert_eq!(done(&["import", "--txlog", &other, file]).1, "imported 32 entries; the newest sequence is 32\n");
+    assert_eq!(done(&["export", "--txlog", &other]).0, text);
 
     // What is left is the newest of nine keys and one that expires later, and no index, not even of one who was killed at it.
     database.sql("CREATE INDEX transactions_key ON kvs.transactions (sequence)");
-    assert!(done(&["compact", "--log", &url]).1.ends_with("compacted: 10 entries are left\n"));
+    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries are left\n"));
     assert_eq!(database.sql("SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);
     assert_eq!(database.sql("SELECT last, forgotten FROM kvs.writer"), ["32|32"]);
     let server = start(&url);
@@ -73,7 +73,7 @@ fn the_table_of_the_book_becomes_a_log() {
     let refuses = |told: &[&str]| {
         let data = TempDir::new().expect("a temporary directory can be made");
         let data = data.path().join("data");
-        refused(log(&["import", "--from", &url, "--data", data.to_str().expect("it is text")])).with(1, told);
+        refused(log(&["import", "--from", &url, "--data-dir", data.to_str().expect("it is text")])).with(1, told);
         assert!(!data.exists(), "nothing is begun");
     };
     refuses(&["cannot read the book's table", "\"transactions\" does not exist"]);
@@ -86,13 +86,13 @@ fn the_table_of_the_book_becomes_a_log() {
     refuses(&["the row with sequence 9", "it puts no value"]);
     database.sql("UPDATE transactions SET value = 'x' WHERE sequence = 9");
     // Into the same database, and into files.
-    let (_, said) = done(&["import", "--from", &url, "--log", &url]);
+    let (_, said) = done(&["import", "--from", &url, "--txlog", &url]);
     assert_eq!(said, "imported 4 entries; the newest sequence is 4\n");
     let server = start(&url);
     assert_eq!((get(&server, "a").0, get(&server, "b")), (404, (200, "Hello, world ä".into())));
     assert_eq!(put(&server, "a", "2"), 201);
     let data = TempDir::new().expect("a temporary directory can be made");
-    done(&["import", "--from", &url, "--data", data.path().to_str().expect("it is text")]);
+    done(&["import", "--from", &url, "--data-dir", data.path().to_str().expect("it is text")]);
     let server = Server::spawn(crate::server::serve(data.path()), data);
     assert_eq!(get(&server, "c"), (200, "x".into()));
 }

@@ -31,7 +31,7 @@ const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND m
      FROM kvs.transactions";
 
 fn start(url: &str) -> Server {
-    Server::start(&["--log", url, "--log-timeout", "1s", "--request-timeout", "3s"])
+    Server::start(&["--txlog", url, "--txlog-timeout", "1s", "--request-timeout", "3s"])
 }
 
 fn put(server: &Server, key: &str, value: &str) -> u16 {
@@ -148,7 +148,7 @@ fn kills_of_the_server_under_load_lose_nothing() {
     let url = database.url();
     let mut clients = Clients::new(&mut zoo::dice());
     for _ in 0..3 {
-        let server = Server::start(&["--log", &url]);
+        let server = Server::start(&["--txlog", &url]);
         clients.settle(server.address());
         run_until_killed(&server, &mut clients, 1_000);
         assert!(clients.unknown() > 0, "the kill met no write in flight, and showed nothing");
@@ -298,7 +298,7 @@ fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     // Each shard reads for itself.
-    let server = Server::start(&["--log", &database.url_at(proxy.port), "--log-timeout", "1s", "--shards", "1"]);
+    let server = Server::start(&["--txlog", &database.url_at(proxy.port), "--txlog-timeout", "1s", "--shards", "1"]);
     assert_eq!(put(&server, "a", "1"), 201);
     let again = "reading the log after sequence 0 again";
     proxy.set(Way::Reset);
@@ -322,7 +322,7 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
     let url = database.url();
     let paused = start(&url);
     assert_eq!(put(&paused, "a", "1"), 201);
-    serve_refused(&["--log", &url])
+    serve_refused(&["--txlog", &url])
         .with(1, &["cannot open the log in the database \"postgres\" at 127.0.0.1", "writes it"]);
     let mut clients = Clients::new(&mut zoo::dice());
     let mut taken = None;

@@ -13,7 +13,7 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
         format!("postgres://postgres:secret@127.0.0.1:{}", rest.replace("PORT", &database.port().to_string()))
     };
     let refused = |url: &str, told: &[&str]| {
-        let refused = serve_refused(&["--log", url, "--log-timeout", "1s"]);
+        let refused = serve_refused(&["--txlog", url, "--txlog-timeout", "1s"]);
         refused.with(1, told);
         assert!(!refused.line.contains("secret"), "{refused}");
     };
@@ -79,7 +79,7 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
     .iter()
     .enumerate()
     {
-        let server = Server::start(&["--log", good]);
+        let server = Server::start(&["--txlog", good]);
         assert_eq!(put(&server, "a", &number.to_string()), 201, "{good}");
         assert_eq!(
             database.sql(
@@ -99,7 +99,7 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
         (trusting("sslcert=/nowhere&", &authority), "sslcert and sslkey go together"),
         (url("sslrootcert=/nowhere"), "cannot be read from /nowhere"),
     ] {
-        serve_refused(&["--log", &bad, "--log-timeout", "2s"]).with(1, &["cannot open the log", told]);
+        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
     }
     // One without TLS will do for whoever only prefers it.
     let plain = Database::start();
@@ -135,7 +135,7 @@ fn a_certificate_is_shown_to_a_database_that_asks_for_one() {
         (url(&own.certificate, &another.key), "sslcert and sslkey do not fit"),
         (url(&own.certificate, "/nowhere"), "sslkey cannot be read from /nowhere"),
     ] {
-        serve_refused(&["--log", &bad, "--log-timeout", "2s"]).with(1, &["cannot open the log", told]);
+        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
     }
 }
 
@@ -152,7 +152,7 @@ fn a_database_that_may_forget_is_told_of() {
     assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
     server.terminate();
     // Whoever asked for it is not told.
-    let server = Server::start(&["--log", &database.url(), "--durability", "os"]);
+    let server = Server::start(&["--txlog", &database.url(), "--durability", "os"]);
     let (_, told) = ready(&server);
     assert!(told.contains("[+]log ok, but fsync is off: ") && !told.contains("synchronous_commit"), "{told}");
 }

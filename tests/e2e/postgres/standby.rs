@@ -21,7 +21,7 @@ const STANDS_BY: &str = "[+]log ok, but standing by while process ";
 const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
 
 pub fn stand_by(url: &str, args: &[&str]) -> Server {
-    let server = Server::start(&[&["--log", url, "--log-timeout", "1s", "--standby"], args].concat());
+    let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
     becomes_ready(&server, 200, STANDS_BY);
     server
 }
@@ -70,7 +70,7 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     shows(&standby, "c", 200, "short");
     shows(&standby, "c", 404, "");
     let list = Connection::open(standby.address()).ask("GET", "/v1", b"");
-    assert!(list.text().contains("\"name\":\"a\"") && !list.text().contains("\"name\":\"c\""), "{}", list.text());
+    assert!(list.text().contains("\"key\":\"a\"") && !list.text().contains("\"key\":\"c\""), "{}", list.text());
 
     // What was deleted for being over was deleted by the one that writes.
     database.becomes("SELECT last FROM kvs.writer", "6");
@@ -114,7 +114,7 @@ fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is
         assert_eq!(get(&standby, "a"), (200, "1".into()));
     });
     let nowhere = database.url().replace("/postgres?", "/nothere?");
-    serve_refused(&["--standby", "--log", &nowhere]).with(1, &["database \"nothere\" does not exist"]);
+    serve_refused(&["--standby", "--txlog", &nowhere]).with(1, &["database \"nothere\" does not exist"]);
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
             assert_eq!(Connection::open(server.address()).ask("DELETE", "/v1/gone", b"").status, 200);
         }
         server.terminate();
-        let compacted = kvs().args(["log", "compact", "--log", &url]).output().expect("the binary can be started");
+        let compacted = kvs().args(["txlog", "compact", "--txlog", &url]).output().expect("the binary can be started");
         assert!(compacted.status.success(), "{}", String::from_utf8_lossy(&compacted.stderr));
         server = start(&url);
         assert_eq!(put(&server, "more", round), 201);

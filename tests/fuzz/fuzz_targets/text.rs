@@ -1,4 +1,4 @@
-//! The text that `kvs log import` reads.
+//! The text that `kvs txlog import` reads.
 
 #![no_main]
 #![allow(dead_code)]

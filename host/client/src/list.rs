@@ -1,0 +1,76 @@
+//! Lists and exports: all keys, or those that begin with a prefix, page by page.
+
+use std::io::{self, BufWriter, Read, Write};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::server::{Ask, Server, add};
+
+/// More than a page has, which ends after a mebibyte or the first value beyond.
+const PAGE_BYTES: u64 = 8 << 30;
+
+/// A key and what a list tells of it, which is up to the guest.
+type Entry = Map<String, Value>;
+
+#[derive(Deserialize)]
+struct Page {
+    keys: Vec<Entry>,
+    list_complete: bool,
+    #[serde(default)]
+    cursor: Option<String>,
+}
+
+/// Prints keys, or, as JSON, the whole list entry of each.
+pub fn list(server: &Server, prefix: &str, json: bool, out: &mut dyn Write) -> Result<()> {
+    each(server, prefix, false, out, &mut |entry, out| match (json, entry.get("key")) {
+        // A line of its own: no key holds a line break.
+        (false, Some(Value::String(key))) => writeln!(out, "{key}"),
+        _ => writeln!(out, "{}", Value::Object(entry)),
+    })
+}
+
+/// Prints keys with their values, as [`import`](super::import()) reads them.
+pub fn export(server: &Server, prefix: &str, out: &mut dyn Write) -> Result<()> {
+    each(server, prefix, true, out, &mut |mut entry, out| {
+        entry.remove("size");
+        writeln!(out, "{}", Value::Object(entry))
+    })
+}
+
+type Print<'p> = &'p mut dyn FnMut(Entry, &mut dyn Write) -> io::Result<()>;
+
+fn each(server: &Server, prefix: &str, values: bool, out: &mut dyn Write, print: Print<'_>) -> Result<()> {
+    let mut out = BufWriter::new(out);
+    let mut cursor: Option<String> = None;
+    loop {
+        let mut target = "/v1".to_owned();
+        for (name, value) in
+            [("prefix", Some(prefix)), ("cursor", cursor.as_deref()), ("values", values.then_some("true"))]
+        {
+            if let Some(value) = value.filter(|value| !value.is_empty()) {
+                add(&mut target, name, value);
+            }
+        }
+        let ask = Ask { method: "GET", target: &target, headers: &[], body: None };
+        let response = server.ask(&ask).with_context(|| format!("list {prefix}"))?;
+        let mut text = Vec::new();
+        let reader = response.into_body().into_reader();
+        reader.take(PAGE_BYTES).read_to_end(&mut text).map_err(|error| server.unanswered(&error))?;
+        let page: Page =
+            serde_json::from_slice(&text).with_context(|| format!("{} gives no list of keys", server.base()))?;
+        for entry in page.keys {
+            print(entry, &mut out)?;
+        }
+        if page.list_complete {
+            out.flush()?;
+            return Ok(());
+        }
+        // The same again would never end.
+        if page.cursor.is_none() || page.cursor == cursor {
+            bail!("{} gives a list that does not go on", server.base());
+        }
+        cursor = page.cursor;
+    }
+}

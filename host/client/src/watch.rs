@@ -1,0 +1,152 @@
+//! Watches: prints changes of keys, a line each. A lost connection is made again, and the stream resumes after the last
+//! line.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Map, Value};
+
+use super::server::{Ask, Failure, Server, add};
+
+/// Longer than any event, all of it escaped.
+const LINE_BYTES: u64 = 8 << 30;
+/// How long to wait before the connection is made again, at first and at most.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+/// An event as it comes in.
+#[derive(Default)]
+struct Event {
+    id: Option<u64>,
+    kind: String,
+    data: String,
+}
+
+/// Prints changes until an error ends it. `report` gets a line for people when the connection is made again.
+pub fn watch(
+    server: &Server,
+    prefix: &str,
+    since: Option<u64>,
+    json: bool,
+    out: &mut dyn Write,
+    report: fn(&str),
+) -> Result<()> {
+    let (mut last, mut wait, mut watched) = (since, FIRST_WAIT, false);
+    loop {
+        let mut target = "/v1?watch".to_owned();
+        if !prefix.is_empty() {
+            add(&mut target, "prefix", prefix);
+        }
+        if let Some(last) = last {
+            add(&mut target, "since", &last.to_string());
+        }
+        match server.ask(&Ask { method: "GET", target: &target, headers: &[], body: None }) {
+            Ok(response) => {
+                (wait, watched) = (FIRST_WAIT, true);
+                let mut events = BufReader::new(response.into_body().into_reader());
+                let lost = loop {
+                    match next(&mut events, &mut last) {
+                        Ok(event) => print(&event, json, out)?,
+                        Err(lost) => break lost,
+                    }
+                };
+                report(&format!("connection lost, reconnecting: {lost}"));
+            }
+            Err(failure) if watched && may_pass(&failure) => {}
+            Err(failure) => return Err(failure).with_context(|| format!("watch {prefix}")),
+        }
+        thread::sleep(wait);
+        wait = LAST_WAIT.min(wait * 2);
+    }
+}
+
+/// A server that is being started again does not answer, or says that it is not ready.
+fn may_pass(failure: &Failure) -> bool {
+    match failure {
+        Failure::Unanswered { .. } => true,
+        Failure::Refused { status, .. } => *status == 429 || *status >= 500,
+    }
+}
+
+/// The next event. `last` is what to go on after when the connection is lost.
+fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> {
+    let mut event = Event::default();
+    let mut line = String::new();
+    loop {
+        line.clear();
+        events.by_ref().take(LINE_BYTES).read_line(&mut line)?;
+        let Some(text) = line.strip_suffix('\n') else { return Err(io::Error::other("the server ended the stream")) };
+        let (field, value) = text.split_once(": ").unwrap_or((text, ""));
+        match field {
+            "id" => event.id = value.parse().ok(),
+            "event" => value.clone_into(&mut event.kind),
+            "data" => value.clone_into(&mut event.data),
+            // The end of one that only tells where the stream is.
+            "" if text.is_empty() => {
+                *last = event.id.or(*last);
+                if !event.data.is_empty() {
+                    return Ok(event);
+                }
+                event = Event::default();
+            }
+            // A comment, or what later versions tell.
+            _ => {}
+        }
+    }
+}
+
+fn print(event: &Event, json: bool, out: &mut dyn Write) -> Result<()> {
+    let mut data: Map<String, Value> =
+        serde_json::from_str(&event.data).context("the server sends what is no event")?;
+    let id = event.id.unwrap_or_default();
+    if json {
+        data.insert("sequence".to_owned(), id.into());
+        data.insert("type".to_owned(), event.kind.as_str().into());
+        writeln!(out, "{}", Value::Object(data))?;
+        return Ok(());
+    }
+    let text = |name: &str| data.get(name).and_then(Value::as_str);
+    write!(out, "{id} {} {:?}", event.kind, text("key").unwrap_or_default())?;
+    if let Some(value) = text("value") {
+        write!(out, " = {value:?}")?;
+    } else if let Some(bytes) = text("value_base64").and_then(|base64| STANDARD.decode(base64).ok()) {
+        write!(out, " = b\"{}\"", bytes.escape_ascii())?;
+    }
+    writeln!(out)?;
+    out.flush()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_read_as_it_is_written() {
+        let text = "id: 4\n\n:\n\nid: 7\nevent: put\ndata: {\"key\":\"a: b\",\"value\":\"x\\n\"}\n\n\
+                    id: 8\nevent: put\ndata: {\"key\":\"c\",\"value_base64\":\"/w==\"}\n\n\
+                    id: 9\nevent: delete\ndata: {\"key\":\"c\"}\n\nid: 10\nevent: put\nda";
+        let mut stream = text.as_bytes();
+        let (mut last, mut plain, mut json) = (None, Vec::new(), Vec::new());
+        while let Ok(event) = next(&mut stream, &mut last) {
+            assert_eq!(event.id, last);
+            print(&event, false, &mut plain).expect("a vector takes all");
+            print(&event, true, &mut json).expect("a vector takes all");
+        }
+        // The one that was cut off is not told, and comes again.
+        assert_eq!(last, Some(9));
+        let plain = String::from_utf8(plain).expect("text");
+        assert_eq!(plain, "7 put \"a: b\" = \"x\\n\"\n8 put \"c\" = b\"\\xff\"\n9 delete \"c\"\n");
+        let json = String::from_utf8(json).expect("text");
+        let first = r#"{"key":"a: b","sequence":7,"type":"put","value":"x\n"}"#;
+        assert_eq!(json.lines().next(), Some(first));
+        // Where the stream begins is told before anything happens.
+        let mut last = None;
+        assert!(next(&mut "id: 4\n\n".as_bytes(), &mut last).is_err());
+        assert_eq!(last, Some(4));
+    }
+}

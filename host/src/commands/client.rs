@@ -1,0 +1,57 @@
+//! The server that a client command uses, and the token it presents.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use kvs_client::{Options, Server};
+
+/// The longest time without a byte from a server; one that streams sends keep-alives far more often.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct ServerArgs {
+    /// URL of the server
+    #[arg(long, env = "KVS_URL", value_name = "URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+
+    #[command(flatten)]
+    token: TokenArgs,
+
+    /// Trusted authorities, PEM, in place of those of the system
+    #[arg(long, env = "KVS_CACERT", value_name = "FILE")]
+    cacert: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, clap::Args)]
+pub struct TokenArgs {
+    /// Bearer token; on the command line other users of this machine see it, in the variable or a file they do not
+    #[arg(long, env = "KVS_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
+    token: Option<String>,
+
+    /// File that holds the bearer token
+    #[arg(long, env = "KVS_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl ServerArgs {
+    pub fn server(&self) -> Result<Server> {
+        Server::new(&Options {
+            url: &self.url,
+            flag: "--url",
+            token: self.token.read()?.as_deref(),
+            authorities: self.cacert.as_deref(),
+            read_timeout: Some(READ_TIMEOUT),
+        })
+    }
+}
+
+impl TokenArgs {
+    pub fn read(&self) -> Result<Option<String>> {
+        let Some(file) = &self.token_file else { return Ok(self.token.clone()) };
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read --token-file {}", file.display()))?;
+        Ok(Some(text))
+    }
+}

@@ -1,0 +1,18 @@
+//! `kvs export`: prints keys and values as JSON lines.
+
+use std::io;
+
+use super::client::ServerArgs;
+
+#[derive(Debug, clap::Args)]
+pub struct Export {
+    #[arg(default_value = "", hide_default_value = true)]
+    prefix: String,
+
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub fn run(args: &Export) -> anyhow::Result<()> {
+    kvs_client::export(&args.server.server()?, &args.prefix, &mut io::stdout().lock())
+}

@@ -1,0 +1,16 @@
+//! `kvs get`: prints the value of a key.
+
+use std::io;
+
+use super::client::ServerArgs;
+
+#[derive(Debug, clap::Args)]
+pub struct Get {
+    key: String,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub fn run(args: &Get) -> anyhow::Result<()> {
+    kvs_client::get(&args.server.server()?, &args.key, &mut io::stdout().lock())
+}

@@ -1,0 +1,40 @@
+//! `kvs health`: checks whether a server is alive and ready.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use kvs_client::{Ask, Failure, Options, Server};
+
+/// The longest time without a byte from the admin listener.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, clap::Args)]
+pub struct Health {
+    /// Admin listener of the server: an address or a URL
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    /// Check liveness, not readiness
+    #[arg(long)]
+    live: bool,
+}
+
+pub fn run(args: &Health) -> Result<()> {
+    let server = Server::new(&Options {
+        url: &args.admin,
+        flag: "--admin",
+        token: None,
+        authorities: None,
+        read_timeout: Some(READ_TIMEOUT),
+    })?;
+    let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
+    match server.ask(&Ask { method: "GET", target, headers: &[], body: None }) {
+        Err(rejected @ Failure::Refused { .. }) => Err(rejected).context(format!("not {state}")),
+        response => {
+            response?;
+            writeln!(io::stdout(), "{state}")?;
+            Ok(())
+        }
+    }
+}

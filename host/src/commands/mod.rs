@@ -1,0 +1,147 @@
+//! The command line: one file per command, and the dispatch between them.
+//!
+//! Owns: names, flags and output of commands. Must never know: how a server or a log does its work.
+
+mod client;
+mod compile;
+mod delete;
+mod export;
+mod get;
+mod health;
+mod import;
+mod inspect;
+mod list;
+mod put;
+mod serve;
+mod swap;
+mod token;
+mod txlog;
+mod watch;
+
+use std::collections::BTreeSet;
+use std::env;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+use strsim::jaro;
+
+use crate::lines::{self, Format};
+use crate::renamed;
+use crate::settings::Serve;
+use crate::terminal::ignore_broken_pipe;
+
+/// An in-memory key-value store with a durable transaction log, whose logic is a WebAssembly component.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 120, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// Filter of diagnostics: error, warn, info, debug or trace, or directives like `info,kvs::edge=debug`
+    #[arg(long, global = true, env = "KVS_LOG_FILTER", value_name = "FILTER", default_value = "info")]
+    pub log_filter: String,
+
+    /// Format of diagnostics: text for people, json for an object per line
+    #[arg(long, global = true, env = "KVS_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub log_format: Format,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a store over HTTP
+    Serve(Box<Serve>),
+    /// Create tokens for clients
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+    /// Replace the serving guest, under load
+    Swap(swap::Swap),
+    /// Check whether a server is ready; exit code 1 when it is not
+    Health(health::Health),
+    /// Compile a guest ahead of time, for a binary without a compiler
+    Compile(compile::Compile),
+    /// Describe a component, and check whether it could serve
+    Inspect(Box<inspect::Inspect>),
+    /// Verify, print, export, import and compact a transaction log that no server uses
+    #[command(subcommand)]
+    Txlog(txlog::TxlogCommand),
+    /// Print the value of a key, as it is
+    Get(get::Get),
+    /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
+    Put(Box<put::Put>),
+    /// Delete a key
+    Delete(delete::Delete),
+    /// Print all keys, or those that begin with PREFIX, in order
+    List(list::List),
+    /// Print changes of all keys, or of those that begin with PREFIX, as they happen
+    Watch(watch::Watch),
+    /// Print all keys, or those that begin with PREFIX, with their values, as JSON lines that `kvs import` reads
+    ///
+    /// A key that changes in the meantime is printed as it was before or after.
+    Export(export::Export),
+    /// Put the keys and values of JSON lines: {"key": "a", "value": "1"}, as `kvs export` prints them
+    ///
+    /// Beside `value`, or `value_base64`, a line can have `content_type`, and `ttl` in seconds or `expires` in milliseconds
+    /// since 1970. A file is checked whole before anything is put. Progress is kept in FILE.kvs-import.
+    Import(import::Import),
+}
+
+/// Runs a command to its end.
+pub fn run(cli: Cli) -> Result<()> {
+    lines::begin(cli.log_format, &cli.log_filter)?;
+    // Output that nobody reads any more is no failure: `kvs txlog cat | head`.
+    ignore_broken_pipe(match cli.command {
+        Command::Serve(args) => return serve::run(&args),
+        Command::Token(command) => token::run(command),
+        Command::Swap(args) => swap::run(&args),
+        Command::Health(args) => health::run(&args),
+        Command::Compile(args) => compile::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Txlog(command) => txlog::run(command),
+        Command::Get(args) => get::run(&args),
+        Command::Put(args) => put::run(*args),
+        Command::Delete(args) => delete::run(&args),
+        Command::List(args) => list::run(&args),
+        Command::Watch(args) => watch::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Import(args) => import::run(&args),
+    })
+}
+
+/// Common prefix of the variables of all settings.
+const PREFIX: &str = "KVS_";
+
+/// The reason to reject a variable of the environment that looks like a setting and is not one.
+pub fn unknown_variable() -> Option<String> {
+    let mut known = BTreeSet::new();
+    add_variables(&Cli::command(), &mut known);
+    let given: BTreeSet<_> = env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
+    let unknown = given.into_iter().find(|name| name.starts_with(PREFIX) && !known.contains(name))?;
+    if let Some(renamed) = renamed::variable(&unknown) {
+        return Some(format!("the variable {renamed}"));
+    }
+    let nearest = known.iter().max_by(|a, b| jaro(a, &unknown).total_cmp(&jaro(b, &unknown)))?;
+    // Kubernetes sets such variables in every pod, for a service that is called kvs.
+    let advice = match env::var_os("KUBERNETES_SERVICE_HOST") {
+        Some(_) if unknown.contains("SERVICE") || unknown.contains("PORT") => {
+            "give the pod enableServiceLinks: false".to_owned()
+        }
+        _ => format!("is {nearest} meant? Unset it, or see kvs serve --help"),
+    };
+    Some(format!("the variable {unknown} is not a setting of kvs; {advice}"))
+}
+
+fn add_variables(command: &clap::Command, known: &mut BTreeSet<String>) {
+    let named = command.get_arguments().filter_map(|argument| argument.get_env());
+    known.extend(named.map(|name| name.to_string_lossy().into_owned()));
+    command.get_subcommands().for_each(|command| add_variables(command, known));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

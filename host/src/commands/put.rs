@@ -1,0 +1,46 @@
+//! `kvs put`: puts the value of a key.
+
+use std::io;
+
+use kvs_client::Condition;
+
+use super::client::ServerArgs;
+use crate::parse::seconds;
+
+#[derive(Debug, clap::Args)]
+pub struct Put {
+    key: String,
+
+    /// Value; @FILE for the content of a file, and without it standard input
+    value: Option<String>,
+
+    /// Only when the key does not exist
+    #[arg(long, conflicts_with = "if_match")]
+    create: bool,
+
+    /// Only when the key has this entity tag; * for any
+    #[arg(long, value_name = "ETAG")]
+    if_match: Option<String>,
+
+    /// Time to live: 90s, 12h, 30days
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    ttl: Option<u64>,
+
+    /// Media type of the value, which GET returns: application/json
+    #[arg(long, value_name = "TYPE")]
+    content_type: Option<String>,
+
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub fn run(args: Put) -> anyhow::Result<()> {
+    let server = args.server.server()?;
+    let condition = match args.if_match {
+        Some(tag) => Condition::Matches(tag),
+        None if args.create => Condition::IsNew,
+        None => Condition::Always,
+    };
+    let put = kvs_client::Put { value: args.value, condition, ttl_seconds: args.ttl, content_type: args.content_type };
+    kvs_client::put(&server, &args.key, &put, &mut io::stdout().lock())
+}

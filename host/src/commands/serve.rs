@@ -1,0 +1,313 @@
+//! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use kvs_metrics::Metrics;
+use kvs_txlog::TransactionLog;
+use kvs_txlog::change_feed::ChangeFeed;
+use kvs_txlog::file::{self, FileLog};
+use kvs_txlog::postgres::{self, PostgresLog};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tracing::{info, warn};
+
+use crate::admin::{Admin, Phase};
+use crate::edge::access_log::AccessLog;
+use crate::edge::auth::Tokens;
+use crate::edge::cors::Cors;
+use crate::edge::throttle::Throttle;
+use crate::edge::{self, Edge, RequestIds, Service};
+use crate::follow;
+use crate::guest::{Engine, Reload, Shards, Source, Swapper};
+use crate::settings::{Serve, TxlogStorage};
+
+/// How often the guest is asked to do its housekeeping.
+const TICK: Duration = Duration::from_secs(1);
+/// The pause before it goes on with what it left undone: longer than a tick takes, so that requests have most of the time.
+const SOON: Duration = Duration::from_millis(10);
+/// Connections that may wait to be accepted.
+const BACKLOG: u32 = 1024;
+
+/// Serves until the process is told to stop, or the log fails.
+pub fn run(args: &Serve) -> Result<()> {
+    let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
+    let result = runtime.block_on(serve(args));
+    // A replay that was given up may still be running; nobody waits for it.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: &Serve) -> Result<()> {
+    // Before anything slow, so that a stop is heard at any time.
+    let mut stop = on_signal()?;
+    // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
+    let hangup = || signal(SignalKind::hangup());
+    let _heard = hangup()?;
+    let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest)?;
+    let tls = args.tls.files().map(edge::tls::load).transpose()?;
+    let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
+    let exposures = exposed(args)?;
+    // A taken port is found before a long replay; clients can connect only after it.
+    let socket = bind(args.listen, "--listen")?;
+    let admin = watched(args.admin, tokens.clone())?;
+    let health = &admin.health;
+
+    let (log, followed) = tokio::select! {
+        opened = open_log(args, &admin.metrics) => opened?,
+        _ = stop.changed() => {
+            info!("stopped before the log was opened");
+            return Ok(());
+        }
+    };
+    let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?);
+    let log: Arc<dyn TransactionLog> = changes.clone();
+    task::spawn(Arc::clone(&changes).run());
+
+    health.set_log(Arc::clone(&log));
+
+    let engine = Engine::new(
+        args.guest.limits(args.max_value_bytes)?,
+        args.guest.guest_config.clone(),
+        Some(&args.data_dir.join("cache")),
+    )?;
+    let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    health.reached(Phase::Replaying);
+    let building = {
+        let (log, shards) = (Arc::clone(&log), usize::from(args.shards));
+        task::spawn_blocking(move || {
+            let (shards, replayed) = Shards::build(guest, log, shards)?;
+            engine.keep(&shards.serving().guest);
+            Ok::<_, anyhow::Error>((engine, shards, replayed))
+        })
+    };
+    let (engine, shards, replayed) = tokio::select! {
+        built = building => built??,
+        _ = stop.changed() => {
+            log.close()?;
+            info!("stopped before the log was replayed");
+            return Ok(());
+        }
+    };
+
+    let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
+    let description = shards.serving().description;
+    for exposure in exposures {
+        warn!("{exposure}");
+    }
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    admin.metrics.add(shards.clone());
+    let metrics = Arc::new(edge::Metrics::default());
+    admin.metrics.add(metrics.clone());
+    let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
+    admin.set_swapper(Arc::clone(&swapper));
+    let reloading = task::spawn(reload.run(swapper));
+    health.reached(Phase::Serving);
+    info!(
+        data = %args.data_dir.display(),
+        guest = description.name,
+        version = description.version,
+        entries = replayed.entries,
+        keys = replayed.keys,
+        took = ?replayed.took,
+        "serving on {scheme}://{address}",
+    );
+
+    if let Some(followed) = followed {
+        task::spawn(follow::run(followed, Arc::clone(&changes), Arc::clone(&shards)));
+    }
+    let ticking = task::spawn(tick(Arc::clone(&shards)));
+    if let Some(tls) = &tls {
+        task::spawn(Arc::clone(tls).keep(hangup()?));
+    }
+    if let Some(tokens) = &tokens {
+        task::spawn(Arc::clone(tokens).keep(hangup()?));
+    }
+    let throttle = args.access.rate().map(Throttle::new);
+    if let Some(throttle) = &throttle {
+        task::spawn(Arc::clone(throttle).sweep());
+    }
+    let limits = edge::Limits {
+        connections: args.max_connections,
+        connections_per_address: args.max_connections_per_address,
+        handshake_timeout: args.tls.handshake_timeout,
+        header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
+        headers: args.max_headers,
+        target_bytes: usize::try_from(args.max_target_bytes.as_u64())?,
+        header_timeout: args.header_timeout,
+        idle_timeout: args.idle_timeout,
+        body_bytes: args.max_value_bytes.as_u64(),
+        body_rate: args.min_body_rate.as_u64(),
+        requests: args.max_requests,
+        streams: args.http2_max_streams,
+        resets: args.http2_max_resets,
+        request_timeout: args.request_timeout,
+        stream_heartbeat: args.watch_keep_alive,
+        hold: args.max_wait,
+        drain: args.drain_timeout,
+    };
+    let access_log = args.access_log_rate.map(AccessLog::new);
+    if let Some(access_log) = &access_log {
+        task::spawn(Arc::clone(access_log).keep());
+    }
+    let service = Service {
+        shards,
+        changes: Arc::clone(&changes),
+        limits,
+        tokens,
+        throttle,
+        cors: Cors::new(args.access.cors_origin.clone()),
+        metrics,
+        ids: RequestIds::default(),
+        access_log,
+    };
+    let mut failure = None;
+    let cut_off = Edge { tls, service, limits }.serve(listener, async {
+        tokio::select! {
+            _ = stop.changed() => {}
+            reason = log.watermark().latched() => failure = Some(reason),
+        }
+        health.reached(Phase::Stopping);
+        changes.end();
+        if failure.is_none() {
+            info!("stopping: finishing what is under way");
+        }
+    });
+    let cut_off = cut_off.await;
+    ticking.abort();
+    reloading.abort();
+    if cut_off > 0 {
+        warn!("{cut_off} connections were cut off after {:?}", args.drain_timeout);
+    }
+    if let Some(reason) = failure {
+        bail!("{reason}; what was acknowledged is safe, start again to recover");
+    }
+    log.close()?;
+    info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
+    Ok(())
+}
+
+/// Opens the log. Given twice when another process writes it, and it is to be followed.
+async fn open_log(args: &Serve, metrics: &Metrics) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
+    let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
+    match &args.txlog {
+        TxlogStorage::File => {
+            ensure!(!args.standby, "--standby is for a log in a database: give one with --txlog");
+            let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
+            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability })?);
+            metrics.add(log.clone());
+            Ok((log, None))
+        }
+        TxlogStorage::Postgres(url) => {
+            let data = args.data_dir.display();
+            std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
+            let manner = postgres::Manner { begin: true, standby: args.standby };
+            let options =
+                postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.txlog_timeout, manner };
+            let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
+            metrics.add(log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone());
+            Ok((log, followed))
+        }
+    }
+}
+
+/// Refuses to be open to a network by oversight. Gives what is to be told when it is by intent.
+fn exposed(args: &Serve) -> Result<Vec<String>> {
+    let mut exposures = Vec::new();
+    let outside = |address: SocketAddr| !address.ip().to_canonical().is_loopback();
+    let (tls, tokens) = (args.tls.tls_cert.is_some(), args.access.tokens.is_some());
+    if outside(args.listen) && !tls {
+        ensure!(
+            tokens || args.access.insecure,
+            "--listen {} can be reached from elsewhere, without TLS and tokens; give those, or --insecure",
+            args.listen
+        );
+        let open = if tokens { "tokens can be overheard" } else { "everybody can read and change everything" };
+        exposures.push(format!("--listen {} can be reached from elsewhere, without TLS: {open}", args.listen));
+    }
+    if outside(args.admin) {
+        ensure!(
+            tokens,
+            "--admin {} can be reached from elsewhere; give --tokens, with one of scope admin, or listen on 127.0.0.1",
+            args.admin
+        );
+        let open = "tokens can be overheard";
+        exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+    }
+    Ok(exposures)
+}
+
+/// Changes when the process is told to stop. Told twice, it stops at once.
+fn on_signal() -> Result<watch::Receiver<()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (stop, stopped) = watch::channel(());
+    task::spawn(async move {
+        let mut told = false;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if told {
+                // What was acknowledged is durable already.
+                warn!("stopping at once");
+                std::process::exit(1);
+            }
+            told = true;
+            stop.send_replace(());
+        }
+    });
+    Ok(stopped)
+}
+
+/// Starts the admin listener, which speaks of the health it gives.
+fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<Arc<Admin>> {
+    // Who is on this machine may ask for its health without a token.
+    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
+    let listener = bind(address, "--admin")?;
+    let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
+    let admin = Arc::new(Admin::new(tokens));
+    Arc::clone(&admin).start(listener.into_std()?)?;
+    info!("admin on http://{address}");
+    Ok(admin)
+}
+
+fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {
+    let bind = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Else a restart would have to wait for the connections of the run before to be forgotten.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    bind().with_context(|| cannot_listen(address, flag))
+}
+
+fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
+    let listener = socket.listen(BACKLOG)?;
+    Ok((listener.local_addr()?, listener))
+}
+
+fn cannot_listen(address: SocketAddr, flag: &str) -> String {
+    format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
+}
+
+async fn tick(shards: Arc<Shards>) {
+    let mut interval = interval(TICK);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = shards.more_to_tick() => sleep(SOON).await,
+        }
+        shards.tick();
+    }
+}

@@ -1,0 +1,114 @@
+//! `kvs swap`: replaces the guest of a running server.
+
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+use super::client::TokenArgs;
+use super::health::READ_TIMEOUT;
+use crate::guest::read_component;
+use kvs_client::{Ask, Failure, Options, Server};
+
+/// How often a swap is asked how far it is.
+const PROGRESS: Duration = Duration::from_millis(200);
+
+#[derive(Debug, clap::Args)]
+pub struct Swap {
+    /// Component file; without it, the server's built-in store
+    #[arg(value_name = "GUEST.wasm")]
+    guest: Option<PathBuf>,
+
+    /// Admin listener of the server: an address or a URL
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    #[command(flatten)]
+    token: TokenArgs,
+
+    /// Check the component and replay the log into it, without the switch
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub fn run(args: &Swap) -> Result<()> {
+    // It answers when the new guest's probation is over.
+    let token = args.token.read()?;
+    let options =
+        Options { url: &args.admin, flag: "--admin", token: token.as_deref(), authorities: None, read_timeout: None };
+    let server = Server::new(&options)?;
+    let watched = Server::new(&Options { read_timeout: Some(READ_TIMEOUT), ..options })?;
+    let base = server.base().to_owned();
+    let component = match &args.guest {
+        Some(file) => Some(read_component(file).with_context(|| format!("cannot read {}", file.display()))?),
+        None => None,
+    };
+
+    let bar = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
+    bar.enable_steady_tick(PROGRESS);
+    let (ended, end) = channel();
+    let target = if args.dry_run { "/guest?dry-run" } else { "/guest" };
+    // Nobody waits for the thread when there is no answer: the process ends.
+    thread::spawn(move || {
+        let method = if component.is_some() { "PUT" } else { "DELETE" };
+        let _ = ended.send(server.ask(&Ask { method, target, headers: &[], body: component.as_deref() }));
+    });
+    let answer = loop {
+        match end.recv_timeout(PROGRESS) {
+            Ok(answer) => break answer,
+            Err(RecvTimeoutError::Timeout) => bar.set_message(progress(&watched).unwrap_or_default()),
+            Err(RecvTimeoutError::Disconnected) => bail!("the request to {base} ended half-way"),
+        }
+    };
+    bar.finish_and_clear();
+
+    let response = match answer {
+        Err(refused @ Failure::Refused { .. }) => return Err(refused).context("not swapped"),
+        answer => answer?,
+    };
+    let mut body = Vec::new();
+    let read = response.into_body().into_reader().take(1 << 20).read_to_end(&mut body);
+    read.map_err(|error| watched.unanswered(&error))?;
+    let report: Value =
+        serde_json::from_slice(&body).with_context(|| format!("{base} is not an admin listener of kvs"))?;
+    writeln!(io::stdout(), "{}", tell(&report))?;
+    Ok(())
+}
+
+/// One line for people.
+fn tell(report: &Value) -> String {
+    let text = |name: &str| report[name].as_str().unwrap_or("?").to_owned();
+    let seconds = |name: &str| report[name].as_f64().unwrap_or_default();
+    let (name, version) = (text("name"), text("version"));
+    let replayed = format!(
+        "{} entries replayed in {:.1} s, {} keys, {} MiB of memory",
+        report["entries"],
+        seconds("seconds"),
+        report["keys"],
+        report["memory_bytes"].as_u64().unwrap_or_default() >> 20,
+    );
+    if report["pause_seconds"].is_null() {
+        format!("{name} {version} could serve: {replayed}")
+    } else {
+        format!("{name} {version} serves: {replayed}, requests held for {:.1} ms", 1e3 * seconds("pause_seconds"))
+    }
+}
+
+fn progress(server: &Server) -> Option<String> {
+    let response = server.ask(&Ask { method: "GET", target: "/guest", headers: &[], body: None }).ok()?;
+    let status: Value = serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()?;
+    let swap = status.get("swap").filter(|swap| !swap.is_null())?;
+    let phase = swap["phase"].as_str()?;
+    Some(match phase {
+        "replaying" => format!(
+            "{phase}: {} entries, sequence {} of {}, {} entries/s",
+            swap["entries"], swap["sequence"], swap["newest"], swap["entries_per_second"]
+        ),
+        _ => format!("{phase}: {:.0} s", swap["seconds"].as_f64()?),
+    })
+}

@@ -1,0 +1,33 @@
+//! `kvs token`: creates tokens for clients.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::edge::auth::{self, Scope};
+
+#[derive(Debug, clap::Subcommand)]
+pub enum TokenCommand {
+    /// Create a token: its hash goes into the file, the token itself to standard output, this once
+    Create {
+        /// Name of its owner, which is the principal that the guest sees
+        name: String,
+        /// Scope
+        #[arg(long, default_value = "read")]
+        scope: Scope,
+        /// Prefix of the paths that it allows
+        #[arg(long, value_name = "PREFIX")]
+        path_prefix: Option<String>,
+        /// Token file, created when it does not exist
+        #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
+        tokens: PathBuf,
+    },
+}
+
+pub fn run(command: TokenCommand) -> Result<()> {
+    let TokenCommand::Create { name, scope, path_prefix, tokens } = command;
+    let token = auth::create(&tokens, &name, scope, path_prefix.as_deref())?;
+    writeln!(io::stdout(), "{token}")?;
+    Ok(())
+}

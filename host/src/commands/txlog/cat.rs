@@ -1,0 +1,153 @@
+//! `kvs txlog cat` and `kvs txlog export`: every entry of a log, in words, in JSON, or in the text that is read back.
+
+use std::fmt::Write as _;
+use std::io::{BufWriter, Write};
+use std::time::{Duration, UNIX_EPOCH};
+
+use anyhow::Context;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use kvs_txlog::file::Offline;
+use kvs_txlog::postgres::PostgresLog;
+use kvs_txlog::{Entry, EventRef, Receive, TransactionLog};
+
+use super::At;
+use crate::settings::TxlogStorage;
+use crate::terminal::bar_beside_output;
+
+/// Prints all entries of a log. Where damage stops it, what was before is printed.
+pub fn all(at: &At, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
+    match &at.txlog {
+        TxlogStorage::File => {
+            let log = Offline::open(&at.data_dir)?;
+            entries(log.newest(), |receive| log.replay(receive), out, print)
+        }
+        TxlogStorage::Postgres(url) => {
+            let log = PostgresLog::at_rest(url, false)?;
+            entries(log.appended(), |receive| log.replay(0, receive), out, print)
+        }
+    }
+}
+
+fn entries(
+    newest: u64,
+    replay: impl FnOnce(&mut Receive<'_>) -> anyhow::Result<u64>,
+    out: &mut dyn Write,
+    print: fn(&Entry<'_>, &mut String),
+) -> anyhow::Result<()> {
+    const CANNOT: &str = "cannot write to standard output";
+    let bar = bar_beside_output(newest, "entries");
+    let mut out = BufWriter::new(out);
+    let mut line = String::new();
+    replay(&mut |entries| {
+        for entry in entries {
+            line.clear();
+            print(entry, &mut line);
+            out.write_all(line.as_bytes()).context(CANNOT)?;
+        }
+        bar.set_position(entries.last().map_or(0, |entry| entry.sequence));
+        Ok(())
+    })?;
+    out.flush().context(CANNOT)?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+pub fn plain(entry: &Entry<'_>, line: &mut String) {
+    let time = moment(entry.time);
+    // Writing to a string cannot fail.
+    let _ = write!(line, "{} {time} ", entry.sequence);
+    let _ = match &entry.event {
+        EventRef::Delete(key) => write!(line, "delete {key:?}"),
+        EventRef::Put(put) => {
+            let _ = write!(line, "put {:?} = ", put.key);
+            let _ = match std::str::from_utf8(put.value) {
+                Ok(text) => write!(line, "{text:?}"),
+                Err(_) => write!(line, "b\"{}\"", put.value.escape_ascii()),
+            };
+            if let Some(expires) = put.expires {
+                let _ = write!(line, ", expires {}", moment(expires));
+            }
+            put.metadata.iter().try_for_each(|(name, value)| write!(line, ", {name:?}: {value:?}"))
+        }
+    };
+    line.push('\n');
+}
+
+/// Milliseconds since 1970 as people write a moment. What comes after the year 9999 stays a number.
+fn moment(milliseconds: u64) -> String {
+    const LAST: u64 = 253_402_300_799_999;
+    if milliseconds > LAST {
+        return milliseconds.to_string();
+    }
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(milliseconds)).to_string()
+}
+
+pub fn json(entry: &Entry<'_>, line: &mut String) {
+    let (sequence, time) = (entry.sequence, entry.time);
+    let value = match &entry.event {
+        EventRef::Delete(key) => {
+            serde_json::json!({ "sequence": sequence, "time": time, "type": "delete", "key": key })
+        }
+        EventRef::Put(put) => {
+            let mut object = serde_json::json!({
+                "sequence": sequence, "time": time, "type": "put", "key": put.key,
+                "metadata": put.metadata, "expires": put.expires,
+            });
+            // Any bytes can be a value; most are text, and are easier to read as such.
+            match std::str::from_utf8(put.value) {
+                Ok(text) => object["value"] = text.into(),
+                Err(_) => object["value_base64"] = STANDARD.encode(put.value).into(),
+            }
+            object
+        }
+    };
+    let _ = writeln!(line, "{value}");
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::path::Path;
+
+    use super::super::tests::{at, directory_with, events};
+    use super::*;
+
+    pub fn printed(data: &Path, print: fn(&Entry<'_>, &mut String)) -> String {
+        let mut out = Vec::new();
+        all(&at(data), &mut out, print).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_dump_in_json_is_an_object_a_line() {
+        let directory = directory_with(&events());
+        let text = printed(directory.path(), json);
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let value = STANDARD.decode(lines[0]["value_base64"].as_str().unwrap()).unwrap();
+        assert_eq!(value, (0..=255).collect::<Vec<u8>>());
+        assert_eq!(lines[0]["expires"], 5);
+        assert_eq!(lines[0]["metadata"][0][1], "text/plain; charset=utf-8");
+        assert_eq!(lines[1]["value"], "1\t2\tx\ty\n");
+        assert_eq!((lines[2]["sequence"].as_u64(), lines[2]["type"].as_str()), (Some(3), Some("delete")));
+    }
+
+    #[test]
+    fn a_dump_for_people_is_a_line_each() {
+        let directory = directory_with(&events());
+        let text = printed(directory.path(), plain);
+        let lines: Vec<_> = text.lines().collect();
+        assert!(lines[0].starts_with(r#"1 1970-01-01T00:00:01.000Z put "a\tb\n%ü" = b"\x00\x01"#), "{}", lines[0]);
+        let end = r#"\xff", expires 1970-01-01T00:00:00.005Z, "content-type": "text/plain; charset=utf-8""#;
+        assert!(lines[0].ends_with(end), "{}", lines[0]);
+        assert_eq!(lines[1], r#"2 1970-01-01T00:00:01.001Z put "plain" = "1\t2\tx\ty\n""#);
+        assert_eq!(lines[2], r#"3 1970-01-01T00:00:01.002Z delete "plain""#);
+    }
+
+    #[test]
+    fn no_moment_is_too_late() {
+        assert_eq!(moment(253_402_300_799_999), "9999-12-31T23:59:59.999Z");
+        assert_eq!(moment(253_402_300_800_000), "253402300800000");
+        assert_eq!(moment(u64::MAX), u64::MAX.to_string());
+    }
+}

@@ -1,0 +1,101 @@
+//! Parsers of flag values: addresses, times, counts, sizes, rates.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    let mut addresses =
+        text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
+    addresses.next().ok_or_else(|| "this name has no address".to_owned())
+}
+
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let duration =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    if duration.is_zero() { Err("a time of nothing leaves no time at all".to_owned()) } else { Ok(duration) }
+}
+
+pub fn count(text: &str) -> Result<usize, String> {
+    // What a semaphore can count, with room to spare; the system's own limits are far below.
+    text.parse()
+        .ok()
+        .filter(|count| (1..=1 << 24).contains(count))
+        .ok_or_else(|| "a count from 1 to 16777216".to_owned())
+}
+
+pub fn rate(text: &str) -> Result<(u32, Duration), String> {
+    let (count, per) = text.split_once('/').ok_or("a rate looks like 1000/s or 600/m")?;
+    let count = count.parse().ok().filter(|count| (1..=1_000_000).contains(count));
+    let per = match per {
+        "s" => Some(Duration::from_secs(1)),
+        "m" => Some(Duration::from_secs(60)),
+        _ => None,
+    };
+    count.zip(per).ok_or_else(|| "a rate is from 1 to 1000000 a second or minute, like 1000/s or 600/m".to_owned())
+}
+
+pub fn target_bytes(text: &str) -> Result<ByteSize, String> {
+    // What hyper takes.
+    size(text, 256, 65_534)
+}
+
+pub fn header_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 8 << 10, 16 << 20)
+}
+
+pub fn value_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 1, 1 << 30)
+}
+
+pub fn memory_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 1 << 20, 4 << 30)
+}
+
+pub fn size(text: &str, least: u64, most: u64) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse().map_err(|error| format!("{error}; a size looks like 4096, 64KiB or 1MiB"))?;
+    if (least..=most).contains(&size.as_u64()) {
+        Ok(size)
+    } else {
+        Err(format!("a size from {} to {}", ByteSize(least), ByteSize(most)))
+    }
+}
+
+pub fn setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting looks like KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// Whole seconds, the unit of the HTTP interface.
+pub fn seconds(text: &str) -> Result<u64, String> {
+    let time =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
+    if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
+        return Err("a time of whole seconds, at least one".to_owned());
+    }
+    Ok(time.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_bounds_and_units() {
+        assert_eq!(value_bytes("1MiB"), Ok(ByteSize(1 << 20)));
+        assert_eq!(value_bytes("4096"), Ok(ByteSize(4096)));
+        assert!(value_bytes("0").is_err());
+        assert!(value_bytes("1TiB").is_err());
+        assert!(value_bytes("lots").is_err());
+    }
+
+    #[test]
+    fn ttl_is_of_whole_seconds() {
+        assert_eq!(seconds("90s"), Ok(90));
+        assert_eq!(seconds("1h 1s"), Ok(3_601));
+        for wrong in ["0s", "500ms", "1s 1ms", "90", "soon"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! Settings of the server: flags, their `KVS_` variables and their defaults.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use hyper::header::HeaderValue;
+use kvs_txlog::file::Durability;
+use kvs_txlog::postgres::Url;
+
+use crate::edge::cors::origin;
+use crate::edge::throttle::Rate;
+use crate::edge::tls::{ClientFiles, Demand, Files, Least};
+use crate::guest::{self, Source};
+use crate::parse::{address, count, duration, header_bytes, memory_bytes, rate, setting, target_bytes, value_bytes};
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    #[command(flatten)]
+    pub guest: Guest,
+
+    /// Swap the guest when its file changes; SIGHUP does so once
+    #[arg(long, env = "KVS_WATCH_GUEST", requires = "guest")]
+    pub watch_guest: bool,
+
+    /// Address of the HTTP listener; port 0 takes a free one
+    #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
+    pub listen: SocketAddr,
+
+    /// Address of the admin listener (/livez, /readyz, /metrics, /guest); port 0 takes a free one
+    #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
+    pub admin: SocketAddr,
+
+    /// Directory of the transaction log and of everything else that is kept between runs
+    #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
+    pub data_dir: PathBuf,
+
+    /// Storage of the transaction log: files, or a database, postgres://USER@HOST/DATABASE
+    ///
+    /// The password of the database is best given in PGPASSWORD or a password file.
+    #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
+    pub txlog: TxlogStorage,
+
+    /// Timeout of one call of the database that holds the transaction log
+    #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub txlog_timeout: Duration,
+
+    /// Follow the primary, serve reads, and take over when it is gone (transaction log in a database)
+    #[arg(long, env = "KVS_STANDBY")]
+    pub standby: bool,
+
+    /// Durability of an acknowledged write: `sync` survives a power cut, `os` the end of the process
+    #[arg(long, env = "KVS_DURABILITY", default_value = "sync", value_name = "sync|os",
+          value_parser = durability())]
+    pub durability: Durability,
+
+    /// Size of a segment file of the transaction log; the first ones are smaller
+    #[arg(long, env = "KVS_SEGMENT_BYTES", value_name = "SIZE", default_value = "64MiB")]
+    pub segment_bytes: ByteSize,
+
+    /// Access log lines per second, at most; requests over the rate are counted, not logged
+    #[arg(long, env = "KVS_ACCESS_LOG_RATE", value_name = "COUNT", value_parser = count)]
+    pub access_log_rate: Option<usize>,
+
+    #[command(flatten)]
+    pub tls: Tls,
+
+    #[command(flatten)]
+    pub access: Access,
+
+    /// Request timeout, from the first byte to the response
+    #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
+          help_heading = "Limits")]
+    pub request_timeout: Duration,
+
+    /// Header read timeout, from the first byte of a request; of the first request, from the connection
+    #[arg(long, env = "KVS_HEADER_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration,
+          help_heading = "Limits")]
+    pub header_timeout: Duration,
+
+    /// Idle timeout of a connection; a response must be read within twice this
+    #[arg(long, env = "KVS_IDLE_TIMEOUT", value_name = "TIME", default_value = "75s", value_parser = duration,
+          help_heading = "Limits")]
+    pub idle_timeout: Duration,
+
+    /// Largest request head, at least 8 KiB (otherwise 431)
+    #[arg(long, env = "KVS_MAX_HEADER_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = header_bytes,
+          help_heading = "Limits")]
+    pub max_header_bytes: ByteSize,
+
+    /// Most headers of a request (otherwise 431)
+    #[arg(long, env = "KVS_MAX_HEADERS", value_name = "COUNT", default_value = "100", value_parser = count,
+          help_heading = "Limits")]
+    pub max_headers: usize,
+
+    /// Longest request target, which is path and query (otherwise 414)
+    #[arg(long, env = "KVS_MAX_TARGET_BYTES", value_name = "SIZE", default_value = "8KiB", value_parser = target_bytes,
+          help_heading = "Limits")]
+    pub max_target_bytes: ByteSize,
+
+    /// Lowest rate of a request body, in bytes per second, after its first two seconds (otherwise 408)
+    #[arg(long, env = "KVS_MIN_BODY_RATE", value_name = "SIZE", default_value = "1KiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub min_body_rate: ByteSize,
+
+    /// Most requests in flight, on all connections (otherwise 503)
+    #[arg(long, env = "KVS_MAX_REQUESTS", value_name = "COUNT", default_value = "1024", value_parser = count,
+          help_heading = "Limits")]
+    pub max_requests: usize,
+
+    /// Most concurrent streams of an HTTP/2 connection; more are refused and can be retried
+    #[arg(long, env = "KVS_HTTP2_MAX_STREAMS", value_name = "COUNT", default_value = "100",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub http2_max_streams: u32,
+
+    /// Most pending streams that an HTTP/2 client may reset before its connection is closed
+    #[arg(long, env = "KVS_HTTP2_MAX_RESETS", value_name = "COUNT", default_value = "20", value_parser = count,
+          help_heading = "Limits")]
+    pub http2_max_resets: usize,
+
+    /// Largest value (otherwise 413)
+    #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub max_value_bytes: ByteSize,
+
+    /// Most open connections; more wait to be accepted
+    #[arg(long, env = "KVS_MAX_CONNECTIONS", value_name = "COUNT", default_value = "1000", value_parser = count,
+          help_heading = "Limits")]
+    pub max_connections: usize,
+
+    /// Most connections of one address, or of one IPv6 network of 64 bits; more are closed. A proxy in front needs many
+    #[arg(long, env = "KVS_MAX_CONNECTIONS_PER_ADDRESS", value_name = "COUNT", default_value = "500",
+          value_parser = count, help_heading = "Limits")]
+    pub max_connections_per_address: usize,
+
+    /// Keep-alive interval of a watch without events
+    #[arg(long, env = "KVS_WATCH_KEEP_ALIVE", value_name = "TIME", default_value = "15s", value_parser = duration,
+          help_heading = "Limits")]
+    pub watch_keep_alive: Duration,
+
+    /// Buffer of a watch, in bytes of keys and values; the watch of a slow consumer ends when it is full
+    #[arg(long, env = "KVS_WATCH_BUFFER_BYTES", value_name = "SIZE", default_value = "4MiB", value_parser = value_bytes,
+          help_heading = "Limits")]
+    pub watch_buffer_bytes: ByteSize,
+
+    /// Longest wait of a long poll
+    #[arg(long, env = "KVS_MAX_WAIT", value_name = "TIME", default_value = "5m", value_parser = duration,
+          help_heading = "Limits")]
+    pub max_wait: Duration,
+
+    /// Drain timeout: how long requests in flight may take to finish after SIGTERM
+    #[arg(long, env = "KVS_DRAIN_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration,
+          help_heading = "Limits")]
+    pub drain_timeout: Duration,
+
+    /// Probation after a swap, during which a trap of the new guest rolls back to the previous one
+    #[arg(long, env = "KVS_PROBATION", value_name = "TIME", default_value = "10s", value_parser = duration,
+          help_heading = "Guest")]
+    pub probation: Duration,
+
+    /// Shards: instances of the guest that share out the keys and run in parallel, each with its own memory
+    #[arg(long, env = "KVS_SHARDS", value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64),
+          help_heading = "Guest")]
+    pub shards: u8,
+}
+
+/// The guest and its limits.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct Guest {
+    /// Component file; without it, the built-in store, or to serve, the guest swapped in last
+    #[arg(id = "guest", env = "KVS_GUEST", value_name = "GUEST.wasm", help_heading = "Arguments")]
+    pub file: Option<PathBuf>,
+
+    /// CPU time limit of one call of the guest
+    #[arg(long, env = "KVS_GUEST_CPU_LIMIT", value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub guest_cpu_limit: Duration,
+
+    /// Memory limit of an instance of the guest, which holds its keys and values; at most 4 GiB
+    #[arg(long, env = "KVS_GUEST_MAX_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB",
+          value_parser = memory_bytes)]
+    pub guest_max_memory_bytes: ByteSize,
+
+    /// Most elements of all tables of the guest, which hold its functions
+    #[arg(long, env = "KVS_GUEST_MAX_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000",
+          value_parser = count)]
+    pub guest_max_table_elements: usize,
+
+    /// Most core instances in the guest's component; as many memories, and as many tables
+    #[arg(long, env = "KVS_GUEST_MAX_INSTANCES", value_name = "COUNT", default_value = "100", value_parser = count)]
+    pub guest_max_instances: usize,
+
+    /// Largest response body of the guest (otherwise 500); never less than --max-value-bytes
+    #[arg(long, env = "KVS_MAX_RESPONSE_BYTES", value_name = "SIZE", default_value = "64MiB", value_parser = value_bytes)]
+    pub max_response_bytes: ByteSize,
+
+    /// Most appends of the guest in one call; over the limit it gets `unavailable` (the built-in store responds 503)
+    #[arg(long, env = "KVS_GUEST_MAX_APPENDS", value_name = "COUNT", default_value = "10000",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub guest_max_appends: u32,
+
+    /// Largest append of the guest, as the log counts; over the limit it gets `too-large` (the built-in store responds 413).
+    /// Without it, the largest value and 64 KiB
+    #[arg(long, env = "KVS_GUEST_MAX_APPEND_BYTES", value_name = "SIZE", value_parser = value_bytes)]
+    pub guest_max_append_bytes: Option<ByteSize>,
+
+    /// Output of the guest per second, in bytes; more is dropped
+    #[arg(long, env = "KVS_GUEST_LOG_BYTES", value_name = "SIZE", default_value = "64KiB", value_parser = value_bytes)]
+    pub guest_log_bytes: ByteSize,
+
+    /// Longest line of the guest's output; a longer one is cut into several
+    #[arg(long, env = "KVS_GUEST_LOG_LINE_BYTES", value_name = "SIZE", default_value = "2KiB", value_parser = value_bytes)]
+    pub guest_log_line_bytes: ByteSize,
+
+    /// Setting for the guest in wasi:config/store; can be repeated (in the variable, one per line)
+    #[arg(long, env = "KVS_GUEST_CONFIG", value_name = "KEY=VALUE", value_delimiter = '\n', value_parser = setting)]
+    pub guest_config: Vec<(String, String)>,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "TLS")]
+pub struct Tls {
+    /// Certificate chain for HTTPS, PEM; reloaded when it changes
+    #[arg(long, env = "KVS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate, PEM
+    #[arg(long, env = "KVS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Lowest TLS version
+    #[arg(long, env = "KVS_TLS_MIN", value_name = "VERSION", default_value = "1.2")]
+    pub tls_min: Least,
+
+    /// Authorities of client certificates, PEM: authenticates clients by certificate
+    #[arg(long, env = "KVS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub client_ca: Option<PathBuf>,
+
+    /// Client certificates: required or optional; one that is presented must be valid in both cases
+    #[arg(long, env = "KVS_CLIENT_AUTH", default_value = "required")]
+    pub client_auth: Demand,
+
+    /// Revoked client certificates: one CRL of each authority, PEM
+    #[arg(long, env = "KVS_CLIENT_CRL", value_name = "FILE", requires = "client_ca")]
+    pub client_crl: Option<PathBuf>,
+
+    /// TLS handshake timeout
+    #[arg(long, env = "KVS_HANDSHAKE_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub handshake_timeout: Duration,
+}
+
+impl Tls {
+    /// The files of TLS, when it is configured.
+    pub fn files(&self) -> Option<Files> {
+        let client = self.client_ca.clone().map(|authorities| ClientFiles {
+            authorities,
+            revoked: self.client_crl.clone(),
+            demand: self.client_auth,
+        });
+        let (certificate, key) = (self.tls_cert.clone()?, self.tls_key.clone()?);
+        Some(Files { certificate, key, least: self.tls_min, client })
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Access")]
+pub struct Access {
+    /// Token file, written by `kvs token create`: every request needs a token; reloaded when it changes
+    #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+
+    /// Allow an address that is not loopback without TLS and tokens
+    #[arg(long, env = "KVS_INSECURE")]
+    pub insecure: bool,
+
+    /// Rate limit of one client, by its name or else its address: 1000/s, 600/m (otherwise 429)
+    #[arg(long, env = "KVS_RATE_LIMIT", value_name = "COUNT/TIME", value_parser = rate)]
+    pub rate_limit: Option<(u32, Duration)>,
+
+    /// Burst of one client over the rate limit; without it, the requests of one second or minute
+    #[arg(long, env = "KVS_RATE_BURST", value_name = "COUNT", requires = "rate_limit",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub rate_burst: Option<u32>,
+
+    /// Longest wait of a request over the rate limit before it is rejected
+    #[arg(long, env = "KVS_RATE_QUEUE", value_name = "TIME", requires = "rate_limit", value_parser = duration)]
+    pub rate_queue: Option<Duration>,
+
+    /// Allowed origin of CORS, or * for any; can be repeated
+    #[arg(long, env = "KVS_CORS_ORIGIN", value_name = "ORIGIN", value_delimiter = ',', value_parser = origin)]
+    pub cors_origin: Vec<HeaderValue>,
+}
+
+impl Access {
+    /// The rate limit of one client, when there is one.
+    pub fn rate(&self) -> Option<Rate> {
+        let (count, per) = self.rate_limit?;
+        Rate::new(count, per, self.rate_burst, self.rate_queue.unwrap_or_default())
+    }
+}
+
+impl Guest {
+    /// Where it is loaded from.
+    pub fn source(&self) -> Source {
+        self.file.clone().map_or(Source::BuiltIn, Source::File)
+    }
+
+    /// The largest group of events, where `value_bytes` is the largest value that is accepted.
+    pub fn group_bytes(&self, value_bytes: ByteSize) -> u64 {
+        self.guest_max_append_bytes.unwrap_or(value_bytes + ByteSize::kib(64)).as_u64()
+    }
+
+    /// `value_bytes` is the largest value that is accepted.
+    pub fn limits(&self, value_bytes: ByteSize) -> anyhow::Result<guest::Limits> {
+        Ok(guest::Limits {
+            call: self.guest_cpu_limit,
+            memory_bytes: usize::try_from(self.guest_max_memory_bytes.as_u64())?,
+            table_elements: self.guest_max_table_elements,
+            instances: self.guest_max_instances,
+            value_bytes: usize::try_from(value_bytes.as_u64())?,
+            response_bytes: usize::try_from(self.max_response_bytes.max(value_bytes).as_u64())?,
+            appends: self.guest_max_appends,
+            log_bytes: usize::try_from(self.guest_log_bytes.as_u64())?,
+            log_line_bytes: usize::try_from(self.guest_log_line_bytes.as_u64())?,
+        })
+    }
+}
+
+/// Storage of the transaction log.
+#[derive(Clone, Debug)]
+pub enum TxlogStorage {
+    File,
+    Postgres(Url),
+}
+
+// A URL is checked when it is used: a rejected flag is shown whole, password included.
+impl From<&str> for TxlogStorage {
+    fn from(text: &str) -> Self {
+        if text == "file" { Self::File } else { Self::Postgres(text.into()) }
+    }
+}
+
+fn durability() -> impl TypedValueParser<Value = Durability> {
+    PossibleValuesParser::new(["sync", "os"]).map(|name| if name == "os" { Durability::Os } else { Durability::Sync })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Program {
+        #[command(flatten)]
+        serve: Serve,
+    }
+
+    #[test]
+    fn every_flag_of_serve_has_its_variable() {
+        for argument in Program::command().get_arguments().filter(|argument| argument.get_id() != "help") {
+            let variable = format!("KVS_{}", argument.get_id().as_str().to_uppercase());
+            assert_eq!(argument.get_env().and_then(|name| name.to_str()), Some(variable.as_str()));
+        }
+    }
+}

@@ -1,0 +1,461 @@
+//! Durable changes, for those who watch.
+//!
+//! Stands in front of a log: what is appended goes to it, and, when somebody watches its key, stays here until it is durable
+//! and then goes to whoever watches it. What happened before somebody began to watch is read from the log. So a write
+//! costs nothing more than a look while nobody watches its key, and else a copy, and as much as its subscribers are many.
+//!
+//! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use anyhow::{Result, ensure};
+use tokio::sync::Notify;
+use tokio::task;
+
+use super::change::Change;
+use super::subscribers::{Keys, Queue, Subscribers, lock};
+use super::{Condition, Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
+use crate::{AppendError, Event};
+
+/// Entries that are read at a time of what happened before.
+const PAST_ENTRIES: usize = 10_000;
+/// Bytes of their keys and values after which no more are read.
+const PAST_BYTES: usize = 4 << 20;
+
+pub struct ChangeFeed {
+    log: Arc<dyn TransactionLog>,
+    /// What a watcher may have waiting before it is given up, in bytes of keys and values.
+    lag_bytes: usize,
+    /// Taken before `pending`; while it is held to write, nothing is appended.
+    subscribers: RwLock<Subscribers>,
+    /// What was appended, is watched, and has not gone to the subscribers; in the order of the log.
+    pending: Mutex<VecDeque<Arc<Change>>>,
+    appended: Notify,
+}
+
+/// One who watches, until it is dropped.
+pub struct Subscription {
+    changes: Arc<ChangeFeed>,
+    keys: Keys,
+    number: u64,
+    queue: Arc<Queue>,
+    /// All later changes come by the queue; some earlier ones may come too.
+    pub from: u64,
+}
+
+/// Some of what happened before.
+pub struct Past {
+    pub changes: Vec<Change>,
+    /// All up to this sequence was looked at.
+    pub until: u64,
+    /// Compaction has left something out.
+    pub gap: bool,
+}
+
+/// Ends a replay that has brought enough.
+#[derive(Debug, thiserror::Error)]
+#[error("enough")]
+struct Enough;
+
+impl ChangeFeed {
+    pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize) -> Arc<Self> {
+        let (subscribers, pending, appended) = (RwLock::default(), Mutex::default(), Notify::new());
+        Arc::new(Self { log, lag_bytes, subscribers, pending, appended })
+    }
+
+    /// Hands out changes as they become durable, for as long as the log lives.
+    pub async fn run(self: Arc<Self>) -> Result<(), OutcomeUnknown> {
+        loop {
+            let next = lock(&self.pending).front().map(|change| change.sequence);
+            match next {
+                None => self.appended.notified().await,
+                Some(sequence) => match self.log.watermark().reached(sequence).await {
+                    Ok(()) => self.hand_out(self.log.watermark().durable()),
+                    Err(unknown) => {
+                        self.end();
+                        return Err(unknown);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Begins to watch. None when the end has come.
+    pub fn watch(self: &Arc<Self>, keys: Keys) -> Option<Subscription> {
+        let mut subscribers = self.subscribers_mut();
+        let (number, queue) = subscribers.enter(&keys)?;
+        let from = self.log.appended();
+        Some(Subscription { changes: Arc::clone(self), keys, number, queue, from })
+    }
+
+    /// Some of the changes to such keys after a sequence, and how far that goes: to what is durable when nothing is left.
+    ///
+    /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
+    /// there any more is not passed over in silence, however well the newer ones make up for it.
+    pub async fn past(&self, prefix: &str, after: u64) -> Result<Past> {
+        let past = self.read(prefix, after).await?;
+        ensure!(!past.gap, Forgotten { after, newest: self.log.watermark().durable() });
+        Ok(past)
+    }
+
+    /// [`ChangeFeed::past`], of what is left of it.
+    pub async fn read(&self, prefix: &str, after: u64) -> Result<Past> {
+        let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
+        task::spawn_blocking(move || {
+            let mut past = Past { changes: Vec::new(), until: after, gap: false };
+            let (mut seen, mut bytes) = (0, 0);
+            let replayed = log.replay(after, &mut |entries| {
+                for entry in entries {
+                    past.gap |= entry.sequence != past.until + 1;
+                    past.until = entry.sequence;
+                    seen += 1;
+                    let change = Change::of(entry);
+                    if change.key().starts_with(&prefix) {
+                        bytes += change.bytes();
+                        past.changes.push(change);
+                    }
+                    if seen >= PAST_ENTRIES || bytes >= PAST_BYTES {
+                        return Err(Enough.into());
+                    }
+                }
+                Ok(())
+            });
+            match replayed {
+                Ok(until) => {
+                    past.gap |= until > past.until;
+                    past.until = until;
+                }
+                Err(error) if error.is::<Enough>() => {}
+                Err(error) => return Err(error),
+            }
+            Ok(past)
+        })
+        .await?
+    }
+
+    /// Hands out what another process appended, after the log was told that it is there.
+    pub fn tell(&self, past: Past) {
+        if past.gap {
+            return self.dismiss();
+        }
+        let subscribers = self.subscribers();
+        for change in past.changes.into_iter().map(Arc::new) {
+            subscribers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
+        }
+    }
+
+    /// Who watches now would miss something, is told nothing more, and finds out by asking for what it missed.
+    pub fn dismiss(&self) {
+        self.subscribers().dismiss();
+    }
+
+    /// Nobody watches any more, and nobody begins to.
+    pub fn end(&self) {
+        self.subscribers_mut().end();
+    }
+
+    fn hand_out(&self, durable: u64) {
+        let subscribers = self.subscribers();
+        let ready: Vec<_> = {
+            let mut pending = lock(&self.pending);
+            let count = pending.partition_point(|change| change.sequence <= durable);
+            pending.drain(..count).collect()
+        };
+        for change in ready {
+            subscribers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
+        }
+    }
+
+    fn subscribers(&self) -> RwLockReadGuard<'_, Subscribers> {
+        self.subscribers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn subscribers_mut(&self) -> RwLockWriteGuard<'_, Subscribers> {
+        self.subscribers.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TransactionLog for ChangeFeed {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        let subscribers = self.subscribers();
+        if subscribers.is_empty() {
+            return self.log.append(time, events);
+        }
+        let mut pending = lock(&self.pending);
+        let first = self.log.append(time, events)?;
+        let watched = (first..).zip(events).filter(|(_, event)| subscribers.concerned(event.key()).next().is_some());
+        pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, time, event.clone()))));
+        if !pending.is_empty() {
+            self.appended.notify_one();
+        }
+        Ok(first)
+    }
+
+    fn appended(&self) -> u64 {
+        self.log.appended()
+    }
+
+    fn watermark(&self) -> &Watermark {
+        self.log.watermark()
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        self.log.replay(after, receive)
+    }
+
+    fn read_only(&self) -> Option<&'static str> {
+        self.log.read_only()
+    }
+
+    fn condition(&self) -> Condition {
+        self.log.condition()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.end();
+        self.log.close()
+    }
+}
+
+impl Subscription {
+    /// The next change, once it is durable. None when the watcher fell too far behind, or the end has come.
+    pub async fn next(&mut self) -> Option<Arc<Change>> {
+        self.queue.next().await
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.changes.subscribers_mut().leave(&self.keys, self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use anyhow::Context as _;
+
+    use super::*;
+    use crate::{Entry, EventRef};
+
+    /// A log in memory, durable when a test says so.
+    struct Memory {
+        /// The keys that were deleted; none where that was compacted away.
+        entries: Mutex<Vec<Option<String>>>,
+        watermark: Watermark,
+    }
+
+    impl TransactionLog for Memory {
+        fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
+            let mut entries = lock(&self.entries);
+            let first = entries.len() as u64 + 1;
+            entries.extend(events.iter().map(|event| Some(event.key().to_owned())));
+            Ok(first)
+        }
+
+        fn appended(&self) -> u64 {
+            lock(&self.entries).len() as u64
+        }
+
+        fn watermark(&self) -> &Watermark {
+            &self.watermark
+        }
+
+        fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+            let (entries, durable) = (lock(&self.entries), self.watermark.durable());
+            for sequence in after + 1..=durable {
+                let entry = entries.get(sequence as usize - 1).context("it is damaged")?;
+                if let Some(key) = entry {
+                    receive(&[Entry { sequence, time: 0, event: EventRef::Delete(key) }])?;
+                }
+            }
+            Ok(durable.max(after))
+        }
+
+        fn close(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn memory() -> Arc<Memory> {
+        Arc::new(Memory { entries: Mutex::default(), watermark: Watermark::new(0) })
+    }
+
+    fn changes(lag_bytes: usize) -> Arc<ChangeFeed> {
+        ChangeFeed::new(memory(), lag_bytes)
+    }
+
+    fn delete(changes: &ChangeFeed, key: &str) -> u64 {
+        changes.append(0, &[Event::Delete(key.to_owned())]).expect("memory takes everything")
+    }
+
+    /// What is told next, if anything is.
+    fn told(watcher: &mut Subscription) -> Poll<Option<(u64, String)>> {
+        let next = pin!(watcher.next()).poll(&mut Context::from_waker(Waker::noop()));
+        next.map(|change| change.map(|change| (change.sequence, change.key().to_owned())))
+    }
+
+    fn durable(changes: &ChangeFeed, sequence: u64) {
+        changes.log.watermark().advance(sequence);
+        changes.hand_out(sequence);
+    }
+
+    #[test]
+    fn a_watcher_is_told_what_is_durable_of_its_keys_and_nothing_else() {
+        let changes = changes(1_000);
+        delete(&changes, "a0");
+        let (mut all, mut some) =
+            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("a")).expect("open"));
+        assert_eq!((all.from, some.from), (1, 1));
+        for key in ["a1", "b2", "ä", ""] {
+            delete(&changes, key);
+        }
+        assert!(told(&mut all).is_pending());
+        durable(&changes, 3);
+        assert_eq!(told(&mut all), Poll::Ready(Some((2, "a1".to_owned()))));
+        assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
+        assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
+        assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
+        assert_eq!(changes.watch(Keys::begin("b")).expect("open").from, 5);
+        durable(&changes, 5);
+        assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
+        assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
+        assert!(told(&mut some).is_pending());
+    }
+
+    #[test]
+    fn who_watches_one_key_is_told_of_no_other() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Keys::One("a".into())).expect("open");
+        for key in ["", "ab", "a", "b"] {
+            durable(&changes, delete(&changes, key));
+        }
+        assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "a".to_owned()))));
+        assert!(told(&mut watcher).is_pending());
+        drop(watcher);
+        assert!(changes.subscribers().is_empty());
+    }
+
+    #[test]
+    fn nothing_is_kept_of_what_nobody_watches() {
+        let changes = changes(1_000);
+        let kept = || lock(&changes.pending).len();
+        delete(&changes, "a");
+        assert_eq!(kept(), 0);
+        let (first, second) =
+            (changes.watch(Keys::begin("a")).expect("open"), changes.watch(Keys::One("a".into())).expect("open"));
+        delete(&changes, "b");
+        assert_eq!(kept(), 0);
+        delete(&changes, "a");
+        drop(first);
+        delete(&changes, "a");
+        delete(&changes, "ab");
+        assert_eq!(kept(), 2);
+        drop(second);
+        let newest = delete(&changes, "a");
+        assert_eq!(kept(), 2);
+        durable(&changes, newest);
+        assert_eq!(kept(), 0);
+        assert!(changes.subscribers().is_empty());
+    }
+
+    #[test]
+    fn a_watcher_that_falls_behind_is_given_up_and_the_others_are_not() {
+        let changes = changes(10);
+        let (mut slow, mut fast) =
+            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("")).expect("open"));
+        // One change is let through however large it is.
+        for (key, length) in [("a", 30), ("b", 6), ("c", 6)] {
+            let sequence = delete(&changes, &key.repeat(length));
+            durable(&changes, sequence);
+            assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(length)))));
+        }
+        assert_eq!(told(&mut slow), Poll::Ready(None));
+        // Who has caught up is behind by nothing, however much that was.
+        let newest = ["d", "e"].map(|key| delete(&changes, &key.repeat(5)));
+        durable(&changes, newest[1]);
+        for (sequence, key) in newest.into_iter().zip(["d", "e"]) {
+            assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(5)))));
+        }
+    }
+
+    #[test]
+    fn who_leaves_takes_nothing_from_the_others() {
+        let changes = changes(1_000);
+        let mut stays = changes.watch(Keys::begin("a")).expect("open");
+        // As long as the other's, alike, and neither.
+        for prefix in ["b", "a", "ab"] {
+            drop(changes.watch(Keys::begin(prefix)));
+            let newest = delete(&changes, "abc");
+            durable(&changes, newest);
+            assert_eq!(told(&mut stays), Poll::Ready(Some((newest, "abc".to_owned()))));
+        }
+    }
+
+    #[test]
+    fn the_end_is_told_to_those_who_watch_and_those_who_come() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        changes.close().expect("memory closes");
+        assert_eq!(told(&mut watcher), Poll::Ready(None));
+        assert!(changes.watch(Keys::begin("")).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_piece_of_the_past_ends_when_it_is_large() {
+        let changes = changes(1_000);
+        for _ in 0..9 {
+            delete(&changes, &"a".repeat(1 << 20));
+        }
+        changes.watermark().advance(9);
+        for (after, until) in [(0, 4), (4, 8), (8, 9)] {
+            assert_eq!(changes.past("a", after).await.expect("memory tells").until, until);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_missing_of_the_past_is_told() {
+        let memory = memory();
+        let changes = ChangeFeed::new(Arc::clone(&memory) as _, 1_000);
+        for key in ["a", "b", "c"] {
+            delete(&changes, key);
+        }
+        changes.watermark().advance(3);
+        assert_eq!(changes.past("", 0).await.expect("memory tells").until, 3);
+        for missing in 0..3 {
+            let key = lock(&memory.entries)[missing].take();
+            let left = changes.read("", 0).await.expect("memory tells");
+            assert_eq!((left.changes.len(), left.until, left.gap), (2, 3, true));
+            assert!(changes.past("", 0).await.is_err_and(|error| error.is::<Forgotten>()));
+            // Whoever had seen it misses nothing.
+            assert!(changes.past("", missing as u64 + 1).await.is_ok());
+            lock(&memory.entries)[missing] = key;
+        }
+        changes.watermark().advance(4);
+        assert!(changes.read("", 0).await.is_err(), "what cannot be read is not passed over");
+    }
+
+    #[tokio::test]
+    async fn the_past_comes_in_pieces_and_ends_with_what_is_durable() {
+        let changes = changes(1_000);
+        for n in 0..25_000 {
+            delete(&changes, if n % 5 == 0 { "a" } else { "b" });
+        }
+        changes.watermark().advance(24_000);
+        let (mut after, mut pieces) = (0, Vec::new());
+        loop {
+            let past = changes.past("a", after).await.expect("memory tells");
+            assert!(past.changes.iter().all(|change| change.sequence > after && change.key() == "a"));
+            if past.until == after {
+                break;
+            }
+            after = past.until;
+            pieces.push((past.changes.len(), past.until));
+        }
+        assert_eq!(pieces, [(2_000, 10_000), (2_000, 20_000), (800, 24_000)]);
+    }
+}

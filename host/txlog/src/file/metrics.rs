@@ -1,0 +1,54 @@
+//! What is counted of the log: how long it takes, and how large it is.
+
+use std::fmt;
+
+use super::{FileLog, Shared};
+use crate::TransactionLog;
+use kvs_metrics::{Counter, Histogram, Measured, Page};
+
+pub struct Metrics {
+    pub append: Histogram,
+    pub write: Histogram,
+    pub sync: Histogram,
+    pub batch: Histogram,
+    pub written: Counter,
+    pub compactions: Counter,
+    pub reclaimed: Counter,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        Self {
+            append: Histogram::of_times(),
+            write: Histogram::of_times(),
+            sync: Histogram::of_times(),
+            batch: Histogram::of_counts(),
+            written: Counter::default(),
+            compactions: Counter::default(),
+            reclaimed: Counter::default(),
+        }
+    }
+}
+
+impl Measured for FileLog {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let Shared { metrics, catalog, compactor, .. } = &*self.shared;
+        let help = "Time from the first append of a batch until the batch is durable";
+        page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
+        page.histogram("txlog_write_duration_seconds", "Time to write a batch", &metrics.write)?;
+        page.histogram("txlog_fsync_duration_seconds", "Time to sync a batch", &metrics.sync)?;
+        page.histogram("txlog_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
+        let (durable, newest) = (self.watermark().durable(), self.appended());
+        page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
+        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        let segments = catalog.all();
+        page.gauge("txlog_segments", "Files of the log", segments.len() as u64)?;
+        page.gauge("txlog_bytes", "Bytes of the log in use", segments.iter().map(|segment| segment.end).sum())?;
+        let help =
+            "Bytes of full segments beyond what the last compaction found needed, of what may be dead: an estimate";
+        page.gauge("txlog_garbage_bytes", help, compactor.dead(&self.shared))?;
+        page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
+        page.counter("txlog_reclaimed_bytes", "Bytes that compactions dropped", metrics.reclaimed.get())
+    }
+}

@@ -1,0 +1,480 @@
+//! Power cuts and kills at every step of histories nobody thought of.
+//!
+//! A history appends, commits, compacts, fails, closes, is killed and starts again, on a disk that remembers. Then, before each
+//! thing that was done to the disk, the power is cut, in several ways each time; what can be left is said at the head of
+//! `surface`. On every disk that is left the log must open, hold what was promised and nothing that was not appended, and
+//! be fit to go on. Some of these disks are the beginning of another history, with power cuts of its own.
+//!
+//! One thread does the work of writer, spare and compactor by turns, so a history is the same whenever it is run.
+//! `KVS_CRASH_IMAGES` says how many disks to try. `just soak` tries many and prints what became of the mutants.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use fastrand::Rng;
+
+use super::mutants::{self, Mutant};
+use super::surface::Surface;
+use super::*;
+use crate::file::compact::{self, Effort};
+use crate::file::spare;
+use crate::file::verify::verify_in;
+use crate::file::writer::Writer;
+use crate::file::{Finding, Home};
+
+/// What is done in a history, and in one that begins on what a power cut left.
+const STEPS: usize = 30;
+const STEPS_AFTER: usize = 8;
+/// Disks tried at each operation where something can be lost.
+const IMAGES: usize = 3;
+/// One in so many disks is the beginning of another history.
+const SECOND: u64 = 80;
+
+/// One entry as it was appended; its sequence is its place.
+#[derive(Clone)]
+pub struct Appended {
+    pub time: u64,
+    pub event: Event,
+    pub ends_group: bool,
+}
+
+/// What the log was told, and what compaction was allowed to drop.
+#[derive(Clone, Default)]
+pub struct Model {
+    pub entries: Vec<Appended>,
+    /// At which operation compaction ran, and when that was to the store.
+    pub compactions: Vec<(usize, u64)>,
+}
+
+impl Model {
+    /// As it is for a history that begins where this one was at some operation.
+    fn at_the_begin(&self, at: usize) -> Self {
+        let mut model = self.clone();
+        model.compactions.retain(|(begun, _)| *begun <= at);
+        model.compactions.iter_mut().for_each(|(begun, _)| *begun = 0);
+        model
+    }
+}
+
+type Outcome<T> = Result<T, String>;
+
+struct History {
+    disk: FakeDisk,
+    options: Options,
+    mutant: Option<Mutant>,
+    dice: Rng,
+    time: u64,
+    model: Model,
+    /// The models of earlier lives, and the operation up to which each holds.
+    lives: Vec<(usize, Model)>,
+    shared: Arc<Shared>,
+    writer: Writer,
+}
+
+impl History {
+    /// Lives through some steps. `promised` is what must be there when it begins.
+    fn run(
+        disk: &FakeDisk,
+        options: &Options,
+        (model, promised): (Model, u64),
+        mutant: Option<Mutant>,
+        steps: usize,
+        dice: Rng,
+    ) -> Outcome<Self> {
+        disk.record();
+        disk.set_promised(move || promised);
+        let (shared, writer) = recover(disk, options, mutant)?;
+        let time = model.entries.last().map_or(0, |entry| entry.time);
+        let (disk, options, lives) = (disk.clone(), options.clone(), Vec::new());
+        let mut history = Self { disk, options, mutant, dice, time, model, lives, shared, writer };
+        history.begin_life(promised)?;
+        for _ in 0..steps {
+            history.time += history.dice.u64(0..3);
+            // Sometimes the process is killed in the middle of what it does next.
+            let kill = history.dice.u8(0..6) == 0;
+            history.disk.kill_after(kill.then(|| history.dice.usize(0..12)));
+            if let Err(error) = history.step()
+                && !history.disk.is_killed()
+            {
+                return Err(format!("a sound disk was not good enough: {error:#}"));
+            }
+            if kill {
+                history.start_again()?;
+            }
+        }
+        Ok(history)
+    }
+
+    fn step(&mut self) -> anyhow::Result<()> {
+        match self.dice.u8(0..21) {
+            0..12 => self.append_and_commit(),
+            12..15 => self.compact(),
+            15..17 => spare::fill(&self.shared).map(drop),
+            17 => self.writer.mark(&self.shared),
+            19 if self.options.durability == Durability::Sync => self.fail(),
+            18 => {
+                // What is in memory only is lost with the process, and nobody was told of it.
+                self.append()?;
+                self.start_again().map_err(anyhow::Error::msg)
+            }
+            _ => {
+                self.shared.queue.close();
+                spare::fill(&self.shared)?;
+                while self.writer.step(&self.shared)? {
+                    spare::fill(&self.shared)?;
+                }
+                self.start_again().map_err(anyhow::Error::msg)
+            }
+        }
+    }
+
+    /// A sync fails, and the log with it.
+    fn fail(&mut self) -> anyhow::Result<()> {
+        self.disk.lose_at_next_sync(Some(self.dice.fork()));
+        let done = if self.dice.bool() { self.append_and_commit() } else { self.compact() };
+        self.disk.lose_at_next_sync(None);
+        match done {
+            Err(_) if !self.disk.is_killed() => self.start_again().map_err(anyhow::Error::msg),
+            done => done,
+        }
+    }
+
+    fn append_and_commit(&mut self) -> anyhow::Result<()> {
+        for _ in 0..self.dice.usize(1..4) {
+            self.append()?;
+        }
+        self.commit()
+    }
+
+    fn commit(&mut self) -> anyhow::Result<()> {
+        while self.shared.watermark.durable() < self.shared.queue.appended() {
+            spare::fill(&self.shared)?;
+            self.writer.step(&self.shared)?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self) -> anyhow::Result<()> {
+        let group: Vec<_> = (0..self.dice.usize(1..4)).map(|_| self.event()).collect();
+        let mut appended = self.shared.queue.append(self.time, &group);
+        if appended.is_err() {
+            // Too much waits, or nobody has asked yet whether there is room for more.
+            self.commit()?;
+            spare::fill(&self.shared)?;
+            appended = self.shared.queue.append(self.time, &group);
+        }
+        let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        assert_eq!(first, self.model.entries.len() as u64 + 1);
+        let (time, ends_group) = (self.time, false);
+        self.model.entries.extend(group.into_iter().map(|event| Appended { time, event, ends_group }));
+        self.model.entries.last_mut().unwrap().ends_group = true;
+        Ok(())
+    }
+
+    fn event(&mut self) -> Event {
+        let dice = &mut self.dice;
+        let key = format!("key {}", dice.u8(0..7));
+        if dice.u8(0..4) == 0 {
+            return Event::Delete(key);
+        }
+        let size = if dice.u8(0..4) == 0 { dice.usize(0..380) } else { dice.usize(0..90) };
+        let expires = (dice.u8(0..5) == 0).then(|| self.time + dice.u64(0..20));
+        let metadata = if dice.bool() { Vec::new() } else { vec![("content-type".into(), "text".into())] };
+        Event::Put(Put { key, value: vec![dice.u8(..); size], metadata, expires })
+    }
+
+    /// Others write meanwhile.
+    fn compact(&mut self) -> anyhow::Result<()> {
+        let now = self.time.saturating_sub(self.dice.u64(0..10));
+        self.model.compactions.push((self.disk.recorded(), now));
+        let worth_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
+        let shared = self.shared.clone();
+        // Enough for all keys: how often the log is read must not rest on the secret of the hash.
+        let effort = Effort { now, worth_percent, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| match self.dice.u8(0..8) {
+            0 => self.append_and_commit(),
+            _ => Ok(()),
+        });
+        done.map(drop)
+    }
+
+    fn start_again(&mut self) -> Outcome<()> {
+        let promised = self.promised();
+        // Killed again while it starts, now and then.
+        let kill = self.dice.u8(0..4) == 0;
+        self.disk.kill_after(kill.then(|| self.dice.usize(0..6)));
+        let started = recover(&self.disk, &self.options, self.mutant);
+        (self.shared, self.writer) = match started {
+            Err(_) if self.disk.is_killed() => {
+                self.disk.kill_after(None);
+                recover(&self.disk, &self.options, self.mutant)?
+            }
+            started => started?,
+        };
+        self.disk.kill_after(None);
+        self.begin_life(promised)
+    }
+
+    /// What a process that was just started found is the truth from now on.
+    fn begin_life(&mut self, promised: u64) -> Outcome<()> {
+        let at = self.disk.recorded();
+        check_content(&self.shared, &self.model, at, promised)?;
+        self.lives.push((at, self.model.clone()));
+        let begun = self.shared.watermark.durable();
+        self.model.entries.truncate(begun as usize);
+        let (shared, durability) = (Arc::downgrade(&self.shared), self.options.durability);
+        // What an answer rests on is a promise, to whoever wrote it and to whoever reads it.
+        let gate = self.mutant != Some(Mutant::NoGate);
+        self.disk.set_promised(move || match shared.upgrade() {
+            Some(shared) if durability == Durability::Sync && gate => shared.watermark.durable(),
+            Some(shared) if durability == Durability::Sync => shared.queue.appended(),
+            _ => begun,
+        });
+        Ok(())
+    }
+
+    /// What must be there if the process ends now and the system does not.
+    fn promised(&self) -> u64 {
+        self.shared.watermark.durable()
+    }
+}
+
+fn recover(disk: &FakeDisk, options: &Options, mutant: Option<Mutant>) -> Outcome<(Arc<Shared>, Writer)> {
+    disk.set_lie(mutant.and_then(Mutant::lie_in_recovery));
+    let recovered = Shared::recover(Arc::new(disk.clone()), options.clone());
+    disk.set_lie(mutant.and_then(Mutant::lie));
+    recovered.map_err(|error| format!("refused: {error:#}"))
+}
+
+/// Every promised entry is there, whole groups may follow, nothing is wrong, and what is missing the store does not need.
+pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -> Outcome<()> {
+    let newest = shared.watermark.durable();
+    let appended = model.entries.len() as u64;
+    if newest < promised || newest > appended {
+        return Err(format!("it ends with {newest}, of {appended} appended and {promised} promised"));
+    }
+    let known = &model.entries[..newest as usize];
+    if known.last().is_some_and(|last| !last.ends_group) {
+        return Err(format!("it ends with {newest}, in the middle of a group"));
+    }
+    let mut found = Vec::with_capacity(known.len());
+    replay::replay(shared, 0, &mut |entries| {
+        for entry in entries {
+            let right = known.get(entry.sequence.wrapping_sub(1) as usize);
+            if !right.is_some_and(|right| right.time == entry.time && same(&right.event, &entry.event)) {
+                anyhow::bail!("entry {} is wrong: {}", entry.sequence, describe(&entry.event));
+            }
+            if found.last().is_some_and(|last| *last >= entry.sequence) {
+                anyhow::bail!("entry {} is out of order", entry.sequence);
+            }
+            found.push(entry.sequence);
+        }
+        Ok(())
+    })
+    .map_err(|error| format!("it cannot be replayed: {error:#}"))?;
+    let now = model.compactions.iter().filter(|(begun, _)| *begun <= at).map(|(_, now)| *now).max();
+    let Some(now) = now else {
+        let all = found.len() as u64 == newest;
+        return if all { Ok(()) } else { Err(format!("{} of {newest} entries are left", found.len())) };
+    };
+    let (expected, left) = (store(known, 1..=newest), store(known, found));
+    for (key, sequence) in &expected {
+        let Event::Put(put) = &known[*sequence as usize - 1].event else { continue };
+        match left.get(key) {
+            Some(left) if left == sequence => {}
+            None if put.expires.is_some_and(|expires| expires <= now) => {}
+            left => return Err(format!("{key:?} should be that of {sequence} and is that of {left:?}")),
+        }
+    }
+    match left.keys().find(|key| !expected.contains_key(*key)) {
+        Some(key) => Err(format!("{key:?} rose from the dead")),
+        None => Ok(()),
+    }
+}
+
+fn same(ours: &Event, theirs: &EventRef<'_>) -> bool {
+    match (ours, theirs) {
+        (Event::Delete(ours), EventRef::Delete(theirs)) => ours == theirs,
+        (Event::Put(ours), EventRef::Put(theirs)) => {
+            let pairs = ours.metadata.iter().map(|(name, value)| (&name[..], &value[..]));
+            ours.key == theirs.key
+                && ours.value == theirs.value
+                && ours.expires == theirs.expires
+                && pairs.eq(theirs.metadata.iter().copied())
+        }
+        _ => false,
+    }
+}
+
+/// The sequence of the put that each key has after some of the entries.
+fn store(known: &[Appended], sequences: impl IntoIterator<Item = u64>) -> std::collections::BTreeMap<&str, u64> {
+    let mut store = std::collections::BTreeMap::new();
+    for sequence in sequences {
+        match &known[sequence as usize - 1].event {
+            Event::Put(put) => drop(store.insert(&put.key[..], sequence)),
+            Event::Delete(key) => drop(store.remove(&key[..])),
+        }
+    }
+    store
+}
+
+/// A power cut in a history.
+#[derive(Clone, Copy)]
+struct Cut<'a> {
+    options: &'a Options,
+    model: &'a Model,
+    /// Before which operation.
+    at: usize,
+    promised: u64,
+    mutant: Option<Mutant>,
+}
+
+/// Opens what a power cut left, looks at it, writes more and looks again.
+fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
+    let Cut { options, model, at, promised, mutant } = *cut;
+    let (shared, mut writer) = recover(disk, options, mutant)?;
+    check_content(&shared, model, at, promised)?;
+    let more = put("more", &[0x5a; 100]);
+    spare::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
+    let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
+    writer.step(&shared).map_err(|error| format!("it cannot go on: {error:#}"))?;
+    if shared.watermark.durable() != sequence {
+        return Err("what was written after it is not durable".into());
+    }
+    drop((shared, writer));
+    let home = Home { disk: Arc::new(disk.clone()), data: options.data.clone() };
+    let mut wrong = None;
+    let mut report = |finding| match finding {
+        Finding::Sound { .. } => {}
+        Finding::Torn(what) | Finding::Wrong(what) => wrong = Some(what),
+    };
+    verify_in(&home, &mut report, &mut |_| ()).map_err(|error| error.to_string())?;
+    if let Some(wrong) = wrong {
+        return Err(format!("it goes on and is not sound: {wrong}"));
+    }
+    let newest = recover(disk, options, mutant)?.0.watermark.durable();
+    if newest != sequence { Err(format!("{sequence} was written after it and {newest} is the newest")) } else { Ok(()) }
+}
+
+#[derive(Default)]
+struct Counts {
+    histories: AtomicU64,
+    images: AtomicU64,
+    second: AtomicU64,
+}
+
+/// Cuts the power all along a history, and along those that begin there.
+fn cut_everywhere(seed: u64, mutant: Option<Mutant>, counts: &Counts) -> Outcome<()> {
+    let mut dice = Rng::with_seed(seed);
+    let segment_bytes = [2048, 4096, 8192][dice.usize(0..3)];
+    let durability = if dice.u8(0..6) == 0 { Durability::Os } else { Durability::Sync };
+    let options = Options { segment_bytes, group_bytes: 1400, durability, ..options() };
+    let disk = FakeDisk::default();
+    let begin = Surface::new(&disk);
+    mutants::set(mutant);
+    let history = History::run(&disk, &options, (Model::default(), 0), mutant, STEPS, dice.fork());
+    let in_history = |what| format!("{what}; in history {seed}");
+    let mut done = cut(begin, history.map_err(in_history)?, IMAGES, &mut dice, &mut |disk, model, promised, dice| {
+        counts.images.fetch_add(1, Ordering::Relaxed);
+        if dice.u64(0..SECOND) > 0 {
+            return Ok(());
+        }
+        let begin = Surface::new(disk);
+        let after = History::run(disk, &options, (model, promised), mutant, STEPS_AFTER, dice.fork())?;
+        cut(begin, after, 1, dice, &mut |_, _, _, _| {
+            counts.second.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        })
+    });
+    mutants::set(None);
+    counts.histories.fetch_add(1, Ordering::Relaxed);
+    if let Err(what) = &mut done {
+        *what = in_history(std::mem::take(what));
+    }
+    done
+}
+
+type Each<'a> = dyn FnMut(&FakeDisk, Model, u64, &mut Rng) -> Outcome<()> + 'a;
+
+fn cut(mut surface: Surface, history: History, images: usize, dice: &mut Rng, each: &mut Each<'_>) -> Outcome<()> {
+    let History { disk, options, mutant, mut lives, model, shared, .. } = history;
+    let record = disk.take_record();
+    lives.push((usize::MAX, model));
+    let mut lives = lives.into_iter().peekable();
+    let end = shared.watermark.durable();
+    for at in 0..=record.len() {
+        while lives.peek().is_some_and(|(until, _)| *until < at) {
+            lives.next();
+        }
+        let Some((_, model)) = lives.peek() else { break };
+        let promised = match record.get(at) {
+            Some(next) => next.promised,
+            None if options.durability == Durability::Sync => end,
+            None => record.last().map_or(0, |last| last.promised),
+        };
+        for _ in 0..if surface.is_certain() { 1 } else { images } {
+            let image = surface.after_power_cut(dice);
+            let checked = check_image(&Cut { options: &options, model, at, promised, mutant }, &image.copy());
+            checked.and_then(|()| each(&image, model.at_the_begin(at), promised, dice)).map_err(|what| {
+                let before: Vec<_> =
+                    record[at.saturating_sub(6)..at].iter().map(|done| brief(&done.operation)).collect();
+                format!("{what}; power cut after operation {at}, after {}", before.join(", "))
+            })?;
+        }
+        if let Some(next) = record.get(at) {
+            surface.apply(&next.operation);
+        }
+    }
+    Ok(())
+}
+
+fn brief(operation: &super::disk::Operation) -> String {
+    use super::disk::Operation;
+    match operation {
+        Operation::Write { file, offset, bytes } => format!("write {} at {offset} of file {file}", bytes.len()),
+        other => format!("{other:?}"),
+    }
+}
+
+/// Runs histories, on all processors, until so many disks were tried or something was found.
+fn search(wanted: u64, mutant: Option<Mutant>) -> (Counts, Outcome<()>) {
+    let (counts, seeds, found) = (Counts::default(), AtomicU64::new(0), Mutex::new(Ok(())));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while counts.images.load(Ordering::Relaxed) < wanted && found.lock().unwrap().is_ok() {
+                    let done = cut_everywhere(seeds.fetch_add(1, Ordering::Relaxed), mutant, &counts);
+                    if done.is_err() {
+                        *found.lock().unwrap() = done;
+                    }
+                }
+            });
+        }
+    });
+    (counts, found.into_inner().unwrap())
+}
+
+#[test]
+fn nothing_promised_is_lost_in_a_power_cut() {
+    let images = super::count("KVS_CRASH_IMAGES", 20_000);
+    let (counts, found) = search(images, None);
+    let Counts { histories, images, second } = counts;
+    println!("{images:?} power cuts in {histories:?} histories, and {second:?} after one");
+    assert_eq!(found, Ok(()));
+}
+
+#[test]
+fn every_mutant_is_found() {
+    println!("| mutant | found after | as |\n|---|---|---|");
+    let mut missed = Vec::new();
+    for (mutant, name) in Mutant::ALL {
+        let (counts, found) = search(300_000, Some(mutant));
+        let images = counts.images.into_inner();
+        match found {
+            Ok(()) => missed.push(name),
+            Err(what) => println!("| {name} | {images} power cuts | {} |", what.split("; ").next().unwrap_or_default()),
+        }
+    }
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}

@@ -1,0 +1,343 @@
+//! Runs of compaction: beside writes, on disks that fail, over damage, after a crash, and how large the log is meanwhile.
+
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use proptest::prelude::*;
+
+use super::compaction::{Store, compact_at, fill, replay_into, store};
+use super::disk::Operation;
+use super::*;
+use crate::file::Damage;
+use crate::file::compact::{self, Effort};
+use crate::file::compactor::Debt;
+use crate::file::disk::Disk;
+use crate::file::segment::{self, Numbers};
+
+#[test]
+fn a_write_waits_for_nothing_that_compaction_does() {
+    let disk = FakeDisk::default();
+    let log = Arc::new(open(&disk).unwrap());
+    fill(&log, 40);
+    let (reached, stops) = std::sync::mpsc::channel();
+    let (go_on, held) = std::sync::mpsc::channel();
+    let (reached, held) = (std::sync::Mutex::new(reached), std::sync::Mutex::new(held));
+    disk.before_each(move |operation| {
+        if std::thread::current().name() == Some("compaction") {
+            reached.lock().unwrap().send(operation.clone()).unwrap();
+            // Ends the test where it failed.
+            let _ = held.lock().unwrap().recv();
+        }
+        Ok(())
+    });
+    let work = {
+        let log = log.clone();
+        move || compact_at(&log, 1, 25, 100).saved
+    };
+    let compaction = std::thread::Builder::new().name("compaction".into()).spawn(work).unwrap();
+    let mut held = Vec::new();
+    while !compaction.is_finished() {
+        let Ok(operation) = stops.recv_timeout(Duration::from_millis(10)) else { continue };
+        let sequence = append(&log, 1, &[put("key", &[1; 500])]);
+        assert!(durable(&log, sequence), "a commit waited for {operation:?}");
+        held.push(operation);
+        go_on.send(()).unwrap();
+    }
+    assert!(compaction.join().unwrap() > 15_000);
+    let renamed = held.iter().any(|operation| matches!(operation, Operation::Rename { .. }));
+    let removed = held.iter().filter(|operation| matches!(operation, Operation::Remove { .. })).count();
+    assert!(renamed && removed > 5, "{held:?}");
+    disk.before_each(|_| Ok(()));
+}
+
+/// From then on nothing is written but what is committed or compacted.
+fn until_the_spare_is_there(log: &FileLog, disk: &FakeDisk) {
+    let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
+    eventually(|| disk.names().contains(&spare));
+}
+
+#[test]
+fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
+    let disk = FakeDisk::default();
+    let segment_bytes = 16 << 20;
+    let options = Options { segment_bytes, group_bytes: 1 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
+    for number in 0..40 {
+        commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
+    }
+    // The spare is written in larger pieces.
+    until_the_spare_is_there(&log, &disk);
+    disk.record();
+    assert!(compact_at(&log, 1, 0, 100).saved > 0);
+    let (mut compacted, mut unsynced, mut most) = (None, 0, 0);
+    for recorded in disk.take_record() {
+        match recorded.operation {
+            Operation::Create { name, file } if name.contains('-') => compacted = Some(file),
+            Operation::Write { file, bytes, .. } if compacted == Some(file) => unsynced += bytes.len() as u64,
+            Operation::Sync { file } if compacted == Some(file) => (most, unsynced) = (most.max(unsynced), 0),
+            _ => {}
+        }
+    }
+    assert_eq!(unsynced, 0);
+    assert!((1_000_000..=super::super::queue::FRAME_BYTES).contains(&most), "{most}");
+}
+
+#[test]
+fn a_run_tells_of_every_byte_it_reads_once() {
+    let options = Options { segment_bytes: 16 << 20, group_bytes: 1 << 20, ..options() };
+    let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
+    for number in 0..40 {
+        commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
+    }
+    let sealed = log.shared.catalog.sealed();
+    let bytes: u64 = sealed.iter().map(|segment| segment.end - segment::HEAD_BYTES).sum();
+    let (effort, mut told) = (Effort { now: 1, worth_percent: 0, keys: 100 }, 0);
+    let pause = &mut |more| {
+        told += more;
+        Ok(())
+    };
+    assert_eq!(compact::run(&log.shared, &sealed, &effort, pause).unwrap().passes, 1);
+    assert_eq!(told, 2 * bytes, "to find what goes, and to copy what stays");
+}
+
+#[test]
+fn a_disk_that_fails_compaction_does_not_fail_the_log() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let before = store(&log);
+    // Wherever it is stopped.
+    for operations in 0.. {
+        let disk = disk.copy();
+        let (shared, _) = Shared::recover(Arc::new(disk.clone()), options()).unwrap();
+        disk.kill_after(Some(operations));
+        let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(()));
+        disk.kill_after(None);
+        let mut store = Store::new();
+        replay_into(&mut store, |receive| replay::replay(&shared, 0, receive)).unwrap();
+        assert_eq!(store, before, "stopped after {operations}");
+        match done {
+            Ok(_) => {
+                assert!(operations > 10);
+                break;
+            }
+            Err(error) => assert!(!error.is::<Damage>(), "{error}"),
+        }
+        // It is tried again.
+        compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap();
+        drop(shared);
+        let log = open(&disk).unwrap();
+        assert_eq!(self::store(&log), before, "stopped after {operations}, and started again");
+    }
+}
+
+#[test]
+fn a_disk_that_fails_stops_compaction_and_one_that_fails_to_sync_stops_the_log() {
+    // Whether the sync fails or the file cannot be made, with which error, and whether that is the end.
+    for (sync, error, fatal) in [
+        (false, ErrorKind::PermissionDenied, false),
+        (false, ErrorKind::StorageFull, false),
+        (true, ErrorKind::StorageFull, false),
+        (true, ErrorKind::Other, true),
+    ] {
+        let disk = FakeDisk::default();
+        let log = open(&disk).unwrap();
+        fill(&log, 40);
+        let (tried, attempts) = std::sync::mpsc::channel();
+        let file = AtomicU64::new(u64::MAX);
+        disk.before_each(move |operation| {
+            let fails = match operation {
+                Operation::Create { name, file: made } if name.contains('-') => {
+                    file.store(*made as u64, Ordering::Relaxed);
+                    !sync
+                }
+                Operation::Sync { file: synced } => sync && file.load(Ordering::Relaxed) == *synced as u64,
+                _ => false,
+            };
+            if !fails {
+                return Ok(());
+            }
+            let _ = tried.send(());
+            Err(error.into())
+        });
+        log.compact_in_background().unwrap();
+        attempts.recv_timeout(Duration::from_secs(20)).unwrap();
+        if fatal {
+            eventually(|| log.failure().is_some());
+            continue;
+        }
+        // Many times what the log may grow by while a run is under way.
+        fill(&log, 100);
+        assert_eq!((log.failure(), store(&log).len()), (None, 3));
+        log.close().unwrap();
+    }
+}
+
+#[test]
+fn compaction_is_tried_again_after_the_disk_failed() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let (tried, attempts) = std::sync::mpsc::channel();
+    let before = AtomicU64::new(0);
+    disk.before_each(move |operation| match operation {
+        Operation::Create { name, .. } if name.contains('-') => {
+            let _ = tried.send(());
+            if before.fetch_add(1, Ordering::Relaxed) == 0 { Err(ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+        _ => Ok(()),
+    });
+    let all = log.shared.catalog.bytes();
+    log.compact_in_background().unwrap();
+    for _ in 0..2 {
+        attempts.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    eventually(|| log.shared.catalog.bytes() < all / 2);
+}
+
+#[test]
+fn what_is_deleted_makes_a_run_due() {
+    let log = open(&FakeDisk::default()).unwrap();
+    let keys: Vec<_> = (0..300).map(|number| format!("key {number}")).collect();
+    for some in keys.chunks(3) {
+        append(&log, 1, &some.iter().map(|key| put(key, &[1; 500])).collect::<Vec<_>>());
+    }
+    assert!(durable(&log, 300));
+    log.compact_in_background().unwrap();
+    eventually(|| log.shared.metrics.compactions.get() > 0);
+    let all = log.shared.catalog.bytes();
+    // Far too little to make one due by its size.
+    for some in keys.chunks(50) {
+        append(&log, 1, &some.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
+    }
+    assert!(durable(&log, 600));
+    eventually(|| log.shared.catalog.bytes() < all / 2);
+    assert_eq!(store(&log).len(), 0);
+}
+
+#[test]
+fn deletes_that_a_run_came_too_early_for_make_the_next_one_due() {
+    for is_reopened in [false, true] {
+        let disk = FakeDisk::default();
+        let mut log = open(&disk).unwrap();
+        let keys: Vec<_> = (0..50).map(|number| format!("key {number}")).collect();
+        for some in keys.chunks(3) {
+            append(&log, 1, &some.iter().map(|key| put(key, &[1; 500])).collect::<Vec<_>>());
+        }
+        // In the newest segment, which no run looks at.
+        append(&log, 1, &keys.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
+        assert!(durable(&log, 100));
+        if is_reopened {
+            drop(log);
+            log = open(&disk).unwrap();
+        }
+        log.compact_in_background().unwrap();
+        eventually(|| log.shared.metrics.compactions.get() > 0);
+        let all = log.shared.catalog.bytes();
+        // The next segment is begun, and no more is written than that.
+        for _ in 0..6 {
+            append(&log, 1, &[put("another", &[1; 500])]);
+        }
+        eventually(|| log.shared.catalog.bytes() < all / 2);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_commit_waits_for_a_part_of_a_run_in_proportion_to_what_it_writes(
+        needed in 0..1_u64 << 40, segment_bytes in 1_u64 << 16..1 << 32, bytes in 1_u64..4 << 20, done in 0.0..1.0,
+    ) {
+        // As large as it can be when a run falls due: a third of it may be dead, or is in the segment just sealed.
+        let sealed = needed + needed / 2 + segment_bytes;
+        let mut debt = Debt::new(sealed, sealed, Some(needed), segment_bytes);
+        debt.work = 2 * sealed;
+        prop_assert_eq!(debt.bound, 2 * needed + 2 * segment_bytes);
+        debt.done = (debt.work as f64 * done) as u64;
+        let before = debt.limit();
+        debt.done += 8 * bytes + 8;
+        prop_assert!(debt.limit() >= (before + bytes).min(debt.bound));
+        debt.done = debt.work;
+        prop_assert_eq!(debt.limit(), debt.bound);
+    }
+}
+
+#[test]
+fn damage_is_not_compacted_away() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let mut bytes = disk.read("0000000002.seg");
+    bytes[600] ^= 1;
+    disk.put("0000000002.seg", bytes);
+    until_the_spare_is_there(&log, &disk);
+    let names = disk.names();
+    let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
+    let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("0000000002.seg is damaged at byte 512"), "{error}");
+    assert_eq!(disk.names(), names);
+}
+
+#[test]
+fn what_compaction_left_behind_in_a_crash_is_removed() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, 40);
+    let before = store(&log);
+    let old = disk.copy();
+    compact_at(&log, 1, 25, 100);
+    drop(log);
+    // The names of the old files had been removed, and the crash brought them back.
+    for name in old.names().iter().filter(|name| name.as_str() < "0000000004.seg") {
+        disk.put(name, old.read(name));
+    }
+    let log = open(&disk).unwrap();
+    assert_eq!(store(&log), before);
+    assert!(!disk.names().contains(&"0000000002.seg".into()));
+    // A file that stands for others but is another log's does not count.
+    let names: Vec<_> = disk.names().into_iter().filter(|name| name.contains('-')).collect();
+    assert_eq!(names.len(), 1);
+    disk.remove(&names[0]).unwrap();
+    assert!(open(&disk).err().unwrap().root_cause().to_string().contains("0000000001.seg is missing"));
+}
+
+#[test]
+fn a_log_is_never_larger_than_twice_what_is_needed_and_two_segments() {
+    for (keys, segment_bytes) in [(10, 256 << 10), (2_000, 64 << 10)] {
+        is_never_larger_than_twice_what_is_needed_and_two_segments(keys, segment_bytes);
+    }
+}
+
+fn is_never_larger_than_twice_what_is_needed_and_two_segments(keys: u64, segment_bytes: u64) {
+    let disk = FakeDisk::default();
+    let options = Options { segment_bytes, group_bytes: 4096, durability: Durability::Os, ..options() };
+    let log = Arc::new(FileLog::open_on(Arc::new(disk.clone()), options.clone(), None).unwrap());
+    log.compact_in_background().unwrap();
+    // Whenever anything is done to the disk, and the disk is memory: no real one is written to as fast.
+    let most = Arc::new(AtomicU64::new(0));
+    disk.before_each({
+        let (log, most) = (Arc::downgrade(&log), most.clone());
+        move |_| {
+            if let Some(log) = log.upgrade() {
+                most.fetch_max(log.shared.catalog.bytes(), Ordering::Relaxed);
+            }
+            Ok(())
+        }
+    });
+    for number in 0..60_000_u64 {
+        append(&log, 1, &[put(&format!("key {:04}", number % keys), &[number as u8; 400])]);
+    }
+    assert!(durable(&log, log.appended()));
+    let needed = keys * super::super::entry::size(&put("key 0000", &[0; 400])) as u64;
+    let most = most.load(Ordering::Relaxed);
+    println!("at most {most} bytes, of 26 million written, {needed} needed, in segments of {segment_bytes}");
+    assert!(most > segment_bytes, "something was written");
+    assert!(most <= 2 * needed + 2 * segment_bytes, "{most}");
+    let expected = store(&log);
+    assert_eq!(expected.len() as u64, keys);
+    disk.before_each(|_| Ok(()));
+    log.close().unwrap();
+    assert!(store(&FileLog::open_on(Arc::new(disk), options, None).unwrap()) == expected);
+}

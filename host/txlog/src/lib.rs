@@ -1,0 +1,87 @@
+//! The transaction log: events go in in one order, become durable in that order, and come back out in that order.
+//!
+//! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
+//! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
+
+#[cfg(test)]
+mod anything;
+pub mod change;
+pub mod change_feed;
+mod event;
+pub mod file;
+#[cfg(feature = "postgres")]
+pub mod postgres;
+pub mod subscribers;
+pub mod text;
+mod watermark;
+
+pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
+pub use watermark::{OutcomeUnknown, Watermark};
+
+/// What every log promises: the file, and whatever stands in for it.
+///
+/// One process writes a log at a time; opening it fences the others off. Sequences start at 1 and grow; an implementation
+/// gives each out once. One that was lost in a crash before anybody could see it may be given again.
+pub trait TransactionLog: Send + Sync + 'static {
+    /// Puts a group of events into the open batch, all or none, and returns the sequence of the first; the others follow
+    /// without gaps. `time` is stored with each. Never waits for the disk: an append that could not become durable for a
+    /// foreseeable reason fails here, before anything changed.
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError>;
+
+    /// The newest sequence given out, durable or not; 0 in an empty log.
+    fn appended(&self) -> u64;
+
+    /// How far the log is durable.
+    fn watermark(&self) -> &Watermark;
+
+    /// Hands over every entry after the sequence `after` that is durable when this is called, oldest first, in batches
+    /// of at most [`REPLAY_ENTRIES`] and about [`REPLAY_BYTES`]. Returns the newest durable sequence it covered: calling
+    /// again with that as `after` catches up. Reads while the writer goes on writing.
+    ///
+    /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// Why nothing can be appended, where another process writes it.
+    fn read_only(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// How it is, for those who look after it.
+    fn condition(&self) -> Condition {
+        let failure = self.watermark().failure();
+        failure.map_or(Condition::Well, |reason| Condition::Unfit(format!("failed: {reason}")))
+    }
+
+    /// Makes what was appended durable, then gives the log up. Appends fail from the moment this is called.
+    fn close(&self) -> anyhow::Result<()>;
+}
+
+/// How a log is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Condition {
+    Well,
+    /// It can be served from, but there is something to know.
+    But(String),
+    /// Requests are better sent elsewhere.
+    Unfit(String),
+}
+
+/// Entries were dropped that whoever asks has not heard of and would miss. Replay from the start.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"
+)]
+pub struct Forgotten {
+    pub after: u64,
+    pub newest: u64,
+}
+
+/// Takes a batch of replayed entries; an error stops the replay.
+pub type Receive<'r> = dyn FnMut(&[Entry<'_>]) -> anyhow::Result<()> + 'r;
+
+/// Entries in one batch of a replay, at most: enough to make the cost of a call vanish.
+pub const REPLAY_ENTRIES: usize = 1_000;
+
+/// Bytes of keys and values after which a batch of a replay ends, so that a guest's memory need not hold many large
+/// values twice. One entry larger than this makes a batch of its own.
+pub const REPLAY_BYTES: usize = 1 << 20;

@@ -1,0 +1,71 @@
+//! What is counted of the log: how long it takes, and how the database is.
+
+use std::fmt;
+
+use super::breaker::Position;
+use super::{PostgresLog, Shared};
+use crate::TransactionLog;
+use kvs_metrics::{Counter, Histogram, Measured, Page};
+
+pub struct Metrics {
+    pub append: Histogram,
+    pub write: Histogram,
+    pub batch: Histogram,
+    pub written: Counter,
+    pub connections: Counter,
+    pub lookups: Counter,
+    pub compacted: Counter,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        Self {
+            append: Histogram::of_times(),
+            write: Histogram::of_times(),
+            batch: Histogram::of_counts(),
+            written: Counter::default(),
+            connections: Counter::default(),
+            lookups: Counter::default(),
+            compacted: Counter::default(),
+        }
+    }
+}
+
+impl Measured for PostgresLog {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let Shared { metrics, breaker, queue, .. } = &*self.shared;
+        let help = "Time from the first append of a batch until the batch is durable";
+        page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
+        page.histogram("txlog_write_duration_seconds", "Time the database took to commit a batch", &metrics.write)?;
+        page.histogram("txlog_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
+        let (durable, newest) = (self.watermark().durable(), self.appended());
+        page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
+        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        let behind = self.shared.news.borrow().newest.saturating_sub(newest);
+        page.gauge("txlog_role", "1 while another process writes the log", u64::from(!queue.begun()))?;
+        page.gauge(
+            "txlog_replication_lag_entries",
+            "Entries another process wrote that were not taken in yet",
+            behind,
+        )?;
+        let breaker_is = |position| u64::from(breaker.position() == position);
+        let help = "Whether the breaker is closed (the database answers), half open (it is tried) or open (it is away)";
+        page.gauges(
+            "txlog_breaker",
+            help,
+            [("closed", Position::Closed), ("half-open", Position::HalfOpen), ("open", Position::Open)]
+                .map(|(name, position)| ([("state", name)], breaker_is(position))),
+        )?;
+        page.counter("txlog_breaker_opened", "How often the breaker opened", breaker.opened.get())?;
+        page.counter(
+            "txlog_failures",
+            "Calls of the database that failed, and were made again",
+            breaker.failures.get(),
+        )?;
+        page.counter("txlog_connections", "Connections made anew to the database", metrics.connections.get())?;
+        let help = "Batches whose outcome was unknown, or that somebody else was before, and that were looked up";
+        page.counter("txlog_lookups", help, metrics.lookups.get())?;
+        page.counter("txlog_compacted_entries", "Entries that compaction dropped", metrics.compacted.get())
+    }
+}

@@ -1,0 +1,312 @@
+//! The log in a table of Postgres.
+//!
+//! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
+//! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
+//! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
+//! `standby` (who waits for that) and `replay` (how they come out).
+//!
+//! # Who writes
+//!
+//! Whoever took the newest epoch, by adding one to `epoch` in `kvs.writer`. Every append names its epoch, and does nothing
+//! under a newer one: a process that was paused, or cut off, for however long, cannot write after another took over. It
+//! steps down: reads go on with what it has, writes are refused, and it is not ready. The epoch is taken at the start, when
+//! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
+//! ten seconds; or later, by one that stands by.
+//!
+//! # While another process writes
+//!
+//! One that stands by looks ten times a second how far the log has come. Whoever serves from it takes in what is new by
+//! [`TransactionLog::replay`] and says so ([`PostgresLog::follow`]); nothing can be appended. When the epoch is to be had
+//! it is taken at once, which makes an end of what can come; the rest is taken in, and then the log begins to take appends
+//! ([`PostgresLog::begin`]).
+//!
+//! # What an answered write has behind it
+//!
+//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` or
+//! `synchronous_commit` is off, a line at the start and in `/readyz` tells.
+//!
+//! # While the database is away
+//!
+//! Reads that rest on what is durable are answered from memory. Writes under way wait for the outcome, up to their
+//! deadline; the batch is asked for again until the database tells what became of it. New writes are refused at once.
+
+mod batch;
+mod breaker;
+pub mod cloud_native_go;
+mod compactor;
+mod epoch;
+mod metrics;
+mod opening;
+mod queue;
+mod replay;
+mod schema;
+mod session;
+mod standby;
+mod target;
+mod tls;
+mod writer;
+
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{self, JoinHandle};
+use tokio_postgres::Statement;
+use tracing::{error, info};
+
+pub use self::opening::Manner;
+pub use self::standby::News;
+pub use self::target::Url;
+
+use self::breaker::Breaker;
+use self::compactor::Effort;
+use self::epoch::Epoch;
+use self::metrics::Metrics;
+use self::opening::{Holding, Opened};
+use self::queue::{End, Queue};
+use self::session::{Failure, Session};
+use self::target::Target;
+use self::writer::Writer;
+use super::file::Durability;
+use super::{Condition, Receive, TransactionLog, Watermark};
+use crate::{AppendError, Event};
+
+/// Replays at once, each with a connection of its own.
+const READERS: usize = 4;
+/// A group is one message to the database, which takes no more than a gigabyte.
+const GROUP_BYTES: u64 = 256 << 20;
+
+pub struct Options {
+    pub url: Url,
+    /// The largest group of events that is taken.
+    pub group_bytes: u64,
+    pub durability: Durability,
+    /// Longest wait for one call of the database.
+    pub timeout: Duration,
+    pub manner: Manner,
+}
+
+pub struct PostgresLog {
+    shared: Arc<Shared>,
+    handle: Handle,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    /// Of its own, so that it can be waited for by whoever runs on another.
+    runtime: Runtime,
+    writer: JoinHandle<()>,
+}
+
+/// What all tasks of one log share.
+struct Shared {
+    target: Target,
+    timeout: Duration,
+    /// What every connection begins with.
+    settings: &'static str,
+    /// Set when this process takes it.
+    epoch: OnceLock<i64>,
+    news: watch::Sender<News>,
+    queue: Queue,
+    watermark: Watermark,
+    breaker: Breaker,
+    readers: Semaphore,
+    /// The connection of the last reader, for one that stands by and reads again soon.
+    idle: Mutex<Option<Session>>,
+    metrics: Metrics,
+    /// What an operator should know of the database, however well it is.
+    doubts: Vec<String>,
+}
+
+impl PostgresLog {
+    /// Blocks until the log is there and its epoch taken. Not to be called from a task.
+    pub fn open(options: &Options) -> Result<Self> {
+        let target = Target::new(&options.url, options.timeout).context("the URL of the log cannot be used")?;
+        let name = target.name();
+        Self::open_at(target, options).with_context(|| format!("cannot open the log in the {name}"))
+    }
+
+    fn open_at(target: Target, options: &Options) -> Result<Self> {
+        let Options { group_bytes, durability, timeout, manner, .. } = *options;
+        ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
+        let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
+        let runtime = threads.context("no thread for the log")?;
+        let settings = match durability {
+            Durability::Sync => "SET default_transaction_isolation = 'read committed'",
+            Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
+        };
+        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
+        let Opened { session, append, doubts, holding } = opened;
+        let (epoch, news) = match &holding {
+            Holding::Ours(epoch) => (OnceLock::from(epoch.number), News { newest: epoch.last, holder: None }),
+            Holding::Theirs(look) => (OnceLock::new(), News { newest: look.newest, holder: Some(look.holder.clone()) }),
+        };
+        let shared = Arc::new(Shared {
+            target,
+            timeout,
+            settings,
+            epoch,
+            queue: Queue::new(news.newest, group_bytes),
+            watermark: Watermark::new(news.newest),
+            news: watch::Sender::new(news),
+            breaker: Breaker::new(),
+            readers: Semaphore::new(READERS),
+            idle: Mutex::default(),
+            metrics: Metrics::new(),
+            doubts,
+        });
+        let writer = match holding {
+            Holding::Ours(epoch) => {
+                shared.queue.begin();
+                runtime.spawn(Arc::clone(&shared).write(epoch, Some((session, append))))
+            }
+            Holding::Theirs(look) => {
+                info!("standing by while {} writes the log", look.holder);
+                runtime.spawn(standby::run(Arc::clone(&shared), session, append))
+            }
+        };
+        let handle = runtime.handle().clone();
+        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, writer })) })
+    }
+
+    /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
+    pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
+        let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
+        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability: Durability::Sync, timeout, manner })
+    }
+
+    /// What there is to be taken in; changes for as long as another process writes.
+    pub fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    /// What another process wrote was taken in, up to this sequence.
+    pub fn follow(&self, sequence: u64) {
+        self.shared.queue.follow(sequence);
+        self.shared.watermark.advance(sequence);
+    }
+
+    /// Everything was taken in, and the epoch is this process's: from now on appends are.
+    pub fn begin(&self) {
+        self.shared.queue.begin();
+        *self.shared.idle() = None;
+        info!("this process writes the log now, after sequence {}", self.appended());
+    }
+
+    /// Drops all that can be dropped, and returns how many entries are left.
+    pub fn compact(&self) -> Result<u64> {
+        let epoch = *self.shared.epoch.get().context("another process writes it")?;
+        let newest = self.shared.watermark.durable();
+        let effort = Effort { rest: 0, grace: Duration::ZERO };
+        self.handle.block_on(compactor::compact(&self.shared, epoch, newest, effort))
+    }
+}
+
+impl TransactionLog for PostgresLog {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        self.shared.queue.append(&self.shared.breaker, time, events)
+    }
+
+    fn appended(&self) -> u64 {
+        self.shared.queue.appended()
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.shared.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn read_only(&self) -> Option<&'static str> {
+        if self.shared.queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and takes writes")
+        } else if !self.shared.queue.begun() {
+            Some("this server stands by; another one takes writes")
+        } else {
+            None
+        }
+    }
+
+    fn condition(&self) -> Condition {
+        let Shared { queue, watermark, breaker, doubts, .. } = &*self.shared;
+        if let Some(reason) = watermark.failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
+        }
+        if queue.ended() == Some(End::ReadOnly) {
+            return Condition::Unfit("read-only: another process writes this log now".into());
+        }
+        let mut told = doubts.clone();
+        if !queue.begun() {
+            let News { newest, holder } = &*self.shared.news.borrow();
+            let behind = newest.saturating_sub(queue.appended());
+            told.push(match holder {
+                Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
+                None => format!("taking it over, {behind} entries behind"),
+            });
+        }
+        // Reads go on. Who takes a server out of service for a database makes more of it than it is.
+        told.extend(breaker.reason().map(|reason| format!("the database is away, writes are refused: {reason}")));
+        if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
+    }
+
+    fn close(&self) -> Result<()> {
+        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        self.shared.queue.end(End::Closed);
+        // A thread that serves may be waiting here, which its runtime would not let it do for another.
+        let Running { runtime, writer } = running;
+        let ended = std::thread::spawn(move || {
+            let ended = runtime.block_on(writer);
+            runtime.shutdown_background();
+            ended
+        });
+        let ended = ended.join();
+        match self.shared.watermark.failure() {
+            Some(reason) => bail!("{reason}"),
+            None if !matches!(ended, Ok(Ok(()))) => bail!("the writer of the log panicked"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for PostgresLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            error!("the log was not closed cleanly: {error:#}");
+        }
+    }
+}
+
+impl Shared {
+    /// Writes as long as the epoch is this process's.
+    async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
+        task::spawn(compactor::run(Arc::clone(&self), epoch.number, epoch.compacted));
+        Writer::new(epoch.number, connection).run(self).await;
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Option<Session>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn connect(&self) -> Result<Session, Failure> {
+        Session::connect(&self.target, self.timeout, self.settings).await
+    }
+
+    fn fail(&self, error: &anyhow::Error) {
+        let reason = format!("the transaction log failed: {error:#}");
+        error!("{reason}");
+        // Appends first: none may be accepted after those who wait were told.
+        self.queue.end(End::Failed);
+        self.watermark.latch(reason);
+    }
+
+    /// Another process took the epoch.
+    fn step_down(&self) {
+        error!("another process writes this log now: this one is read-only from here on, and can be stopped");
+        self.queue.end(End::ReadOnly);
+        self.watermark.abandon();
+    }
+}

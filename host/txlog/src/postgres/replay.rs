@@ -1,0 +1,126 @@
+//! Replay: the entries of the log, streamed from the database and never all in memory.
+
+use anyhow::{Context, Result, ensure};
+use tokio::time::sleep;
+use tokio_postgres::Row;
+use tracing::warn;
+
+use super::batch::{DELETE, PUT};
+use super::session::Failure;
+use super::{Shared, breaker};
+use crate::{Entry, EventRef, PutRef};
+use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
+
+/// Vain tries, one after the other, after which a replay is given up.
+const TRIES: usize = 5;
+
+const ENTRIES: &str = "SELECT sequence, time, event_type, key, value, metadata::text, expires FROM kvs.transactions \
+     WHERE sequence > $1 ORDER BY sequence";
+
+/// See [`TransactionLog::replay`](crate::TransactionLog::replay).
+pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+    if shared.queue.begun() && after >= shared.watermark.durable() {
+        return Ok(after);
+    }
+    let _reader = shared.readers.acquire().await?;
+    let mut position = after;
+    let mut pauses = breaker::backoff().take(TRIES);
+    loop {
+        let before = position;
+        let error = match read(shared, after, &mut position, receive).await {
+            Ok(until) => return Ok(until.max(after)),
+            Err(error) => error,
+        };
+        if !error.downcast_ref().is_some_and(Failure::is_silence) {
+            return Err(error);
+        }
+        if position > before {
+            pauses = breaker::backoff().take(TRIES);
+        }
+        // What came is not asked for again.
+        let Some(pause) = pauses.next() else { return Err(error) };
+        warn!("reading the log after sequence {position} again: {error:#}");
+        sleep(pause).await;
+    }
+}
+
+/// Hands over what is after `position`, and moves it along. All that is read is of one moment, in which compaction has
+/// dropped nothing for the sake of what is not there yet.
+async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Receive<'_>) -> Result<u64> {
+    let idle = shared.idle().take();
+    let session = match idle {
+        Some(session) => session,
+        None => shared.connect().await?,
+    };
+    session.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+    let writer = session.one("SELECT epoch, last, forgotten FROM kvs.writer", &[]).await?;
+    let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
+    // What it wrote is not this process's to show, and what it dropped is not known here.
+    ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process writes this log now");
+    let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
+    ensure!(after == 0 || newest <= after, Forgotten { after, newest });
+    let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    loop {
+        let row = rows.next().await?;
+        let ended = row.is_none();
+        bytes += row.as_ref().map_or(0, Row::raw_size_bytes);
+        batch.extend(row);
+        if ended || batch.len() >= REPLAY_ENTRIES || bytes >= REPLAY_BYTES {
+            hand_over(&batch, last, position, receive)?;
+            batch.clear();
+            bytes = 0;
+        }
+        if ended {
+            break;
+        }
+    }
+    drop(rows);
+    if !shared.queue.begun() {
+        session.run("COMMIT").await?;
+        *shared.idle() = Some(session);
+    }
+    Ok(last.cast_unsigned())
+}
+
+fn hand_over(rows: &[Row], newest: i64, position: &mut u64, receive: &mut Receive<'_>) -> Result<()> {
+    let metadata = rows.iter().map(metadata).collect::<Result<Vec<_>>>()?;
+    let pairs: Vec<Vec<(&str, &str)>> =
+        metadata.iter().map(|pairs| pairs.iter().map(|(name, value)| (&**name, &**value)).collect()).collect();
+    let entries = rows.iter().zip(&pairs).map(|(row, pairs)| entry(row, pairs)).collect::<Result<Vec<_>>>()?;
+    let Some(last) = entries.last() else { return Ok(()) };
+    ensure!(
+        entries[0].sequence > *position && last.sequence <= newest.cast_unsigned(),
+        "kvs.transactions holds the sequence {}, but its newest is {newest} as kvs.writer has it: rows were written by others",
+        last.sequence
+    );
+    receive(&entries)?;
+    *position = last.sequence;
+    Ok(())
+}
+
+fn metadata(row: &Row) -> Result<Vec<(String, String)>> {
+    match row.try_get::<_, Option<&str>>(5)? {
+        None => Ok(Vec::new()),
+        Some(text) => serde_json::from_str(text).with_context(|| wrong(row, "its metadata is not pairs of text")),
+    }
+}
+
+fn entry<'r>(row: &'r Row, metadata: &'r [(&'r str, &'r str)]) -> Result<Entry<'r>> {
+    let sequence = row.try_get::<_, i64>(0)?.cast_unsigned();
+    let key = std::str::from_utf8(row.try_get(3)?).with_context(|| wrong(row, "its key is not UTF-8"))?;
+    let value: Option<&[u8]> = row.try_get(4)?;
+    let event = match (row.try_get::<_, i16>(2)?, value) {
+        (DELETE, _) => EventRef::Delete(key),
+        (PUT, Some(value)) => {
+            let expires = row.try_get::<_, Option<i64>>(6)?.map(i64::cast_unsigned);
+            EventRef::Put(PutRef { key, value, metadata, expires })
+        }
+        _ => anyhow::bail!(wrong(row, "it neither deletes a key nor puts one")),
+    };
+    Ok(Entry { sequence, time: row.try_get::<_, i64>(1)?.cast_unsigned(), event })
+}
+
+fn wrong(row: &Row, what: &str) -> String {
+    format!("the row of kvs.transactions with sequence {:?} is damaged: {what}", row.try_get::<_, i64>(0).ok())
+}
