@@ -15,7 +15,7 @@ use tokio::task;
 
 use super::change::Change;
 use super::subscribers::{Keys, Queue, Subscribers, lock};
-use super::{Condition, Forgotten, OutcomeUnknown, Receive, TransactionLog, Watermark};
+use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
 /// Entries that are read at a time of what happened before.
@@ -51,6 +51,17 @@ pub struct Past {
     pub until: u64,
     /// Compaction has left something out.
     pub gap: bool,
+}
+
+/// Why a watch cannot resume at a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PositionError {
+    #[error("the position is malformed; positions are what a watch or a list gave")]
+    Malformed,
+    #[error(
+        "the position {0} is not in the history of this log, which was restored or is another one; read the keys again"
+    )]
+    Unknown(u64),
 }
 
 /// Ends a replay that has brought enough.
@@ -89,6 +100,18 @@ impl ChangeFeed {
         Some(Subscription { changes: Arc::clone(self), keys, number, queue, from })
     }
 
+    /// Parses the position that a watch resumes after, and checks that it is in the history of this log.
+    pub fn position(&self, text: &str) -> Result<u64, PositionError> {
+        // As they are written: without a sign, and without zeros before.
+        let sequence = text.parse::<u64>().ok().filter(|sequence| sequence.to_string() == text);
+        let sequence = sequence.ok_or(PositionError::Malformed)?;
+        if sequence <= self.log.appended() && self.log.history().contains(sequence) {
+            Ok(sequence)
+        } else {
+            Err(PositionError::Unknown(sequence))
+        }
+    }
+
     /// Some of the changes to such keys after a sequence, and how far that goes: to what is durable when nothing is left.
     ///
     /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
@@ -102,12 +125,13 @@ impl ChangeFeed {
     /// [`ChangeFeed::past`], of what is left of it.
     pub async fn read(&self, prefix: &str, after: u64) -> Result<Past> {
         let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
+        let history = log.history();
         task::spawn_blocking(move || {
             let mut past = Past { changes: Vec::new(), until: after, gap: false };
             let (mut seen, mut bytes) = (0, 0);
             let replayed = log.replay(after, &mut |entries| {
                 for entry in entries {
-                    past.gap |= entry.sequence != past.until + 1;
+                    past.gap |= entry.sequence != history.next(past.until);
                     past.until = entry.sequence;
                     seen += 1;
                     let change = Change::of(entry);
@@ -123,7 +147,7 @@ impl ChangeFeed {
             });
             match replayed {
                 Ok(until) => {
-                    past.gap |= until > past.until;
+                    past.gap |= until >= history.next(past.until);
                     past.until = until;
                 }
                 Err(error) if error.is::<Enough>() => {}
@@ -202,6 +226,10 @@ impl TransactionLog for ChangeFeed {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.log.replay(after, receive)
+    }
+
+    fn history(&self) -> Arc<History> {
+        self.log.history()
     }
 
     fn read_only(&self) -> Option<&'static str> {

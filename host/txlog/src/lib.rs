@@ -3,12 +3,15 @@
 //! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
 //! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
 
+use std::sync::Arc;
+
 #[cfg(test)]
 mod anything;
 pub mod change;
 pub mod change_feed;
 mod event;
 pub mod file;
+mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 pub mod subscribers;
@@ -16,6 +19,7 @@ pub mod text;
 mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
+pub use incarnation::{History, Incarnation};
 pub use watermark::{OutcomeUnknown, Watermark};
 
 /// What every log promises: the file, and whatever stands in for it.
@@ -40,6 +44,11 @@ pub trait TransactionLog: Send + Sync + 'static {
     ///
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// The incarnations of the log: which sequences are not in its history.
+    fn history(&self) -> Arc<History> {
+        Arc::default()
+    }
 
     /// Why nothing can be appended, where another process writes it.
     fn read_only(&self) -> Option<&'static str> {
