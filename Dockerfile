@@ -21,12 +21,17 @@ COPY guest/default/Cargo.toml guest/default/
 COPY guest/kvs/Cargo.toml guest/kvs/
 COPY guest/schema/Cargo.toml guest/schema/
 COPY guest/template/Cargo.toml guest/template/
+COPY host/Cargo.toml host/
+COPY host/client/Cargo.toml host/client/
+COPY host/metrics/Cargo.toml host/metrics/
+COPY host/txlog/Cargo.toml host/txlog/
+COPY tests/Cargo.toml tests/
 COPY tests/guests/brittle/Cargo.toml tests/guests/brittle/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
 COPY deploy/build.sh deploy/static.ld deploy/
-RUN for package in guest/* tests/guests/*; do mkdir "$package/src" && touch "$package/src/lib.rs"; done \
-    && mkdir -p host/src tests/bench tests/delivered tests/e2e guest/kvs/tests && touch host/src/lib.rs guest/kvs/tests/model.rs \
-    && for program in host/build host/documents host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \
+RUN for package in guest/* tests/guests/* host host/client host/metrics host/txlog; do mkdir -p "$package/src" && touch "$package/src/lib.rs"; done \
+    && mkdir -p host/examples tests/bench tests/delivered tests/e2e && touch tests/lib.rs \
+    && for program in host/build host/examples/documents host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \
         echo 'fn main() {}' > "$program.rs"; done \
     && deploy/build.sh guest /dev/null
 

@@ -8,13 +8,13 @@ default:
 # Build everything and serve on 127.0.0.1:8080; flags go to `kvs serve`, try --help
 [group('run')]
 serve *FLAGS: _target
-    cargo build --release
+    cargo build --release --package kvs
     exec ./target/release/kvs serve {{ FLAGS }}
 
 # Serve HTTPS on 127.0.0.1:8443 with development certificates; flags go to `kvs serve`
 [group('run')]
 serve-tls *FLAGS: _target certs
-    cargo build --release
+    cargo build --release --package kvs
     exec ./target/release/kvs serve --listen 127.0.0.1:8443 --tls-cert target/certs/server.pem --tls-key target/certs/server.key {{ FLAGS }}
 
 # Serve with the log in a PostgreSQL that is thrown away in the end; flags go to `kvs serve`
@@ -22,7 +22,7 @@ serve-tls *FLAGS: _target certs
 serve-postgres *FLAGS: _target _postgres
     #!/usr/bin/env bash
     set -euo pipefail
-    cargo build --release
+    cargo build --release --package kvs
     data=$(mktemp -d)
     trap 'rm -rf "$data"' EXIT
     echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
@@ -47,23 +47,27 @@ certs: (_tool "openssl")
 
 # Run all tests, those of the server with one shard and, where shards matter, with four, many of them on both logs; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _target (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
 
+# The binary that the tests start
+_build: _target
+    cargo build --release --package kvs
+
 # The tests of the server with four shards, but for those of what lies before the shards or behind them: who may connect and ask,
 # the command line, what is no guest, and the files of the log
-_test-shards *FILTER:
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --test e2e -- \
+_test-shards *FILTER: _build
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- \
         --skip access:: --skip access_log:: --skip attacks:: --skip backup:: --skip bad_log:: --skip commands:: --skip compiled:: \
         --skip components:: --skip cors:: --skip faults:: --skip full_disk:: --skip log_command:: --skip operator:: --skip raw:: \
         --skip tls:: {{ FILTER }}
 
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
 # none of what is in files, and none that brings a database of its own
-_test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: swap:: transactions:: watch::": _postgres _python
-    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --test e2e -- \
+_test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: swap:: transactions:: watch::": _build _postgres _python
+    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 
 # Begin a guest, guest/NAME, from a store in one file
@@ -100,23 +104,23 @@ guest-js:
 
 # Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay or swap; half an hour in all
 [group('develop')]
-bench *WHAT: _target (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
-    cargo bench --bench bench -- {{ WHAT }}
+bench *WHAT: _build (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
+    cargo bench --package kvs-tests --bench bench -- {{ WHAT }}
 
 # Count the instructions of a request and of a replay beside those in the tree, and fail where they are a tenth more: under a minute. With `update`, write them
 [group('develop')]
-bench-quick *UPDATE: _target (_tool "valgrind")
-    cargo bench --bench bench -- quick {{ UPDATE }}
+bench-quick *UPDATE: _build (_tool "valgrind")
+    cargo bench --package kvs-tests --bench bench -- quick {{ UPDATE }}
 
 # The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, half an hour of everything at once, and anything asked of it: hours
 [group('develop')]
-soak: _target (_tool "strace") _postgres _python
-    KVS_CRASH_IMAGES=1000000 cargo test --release --lib -- --nocapture log::file::tests::crash log::file::tests::damage
-    KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
-    KVS_TEST_EVERYTHING=1800 cargo test --release --test e2e -- --nocapture everything::
-    KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --test e2e -- --nocapture linear:: postgres::takeover::
+soak: _build (_tool "strace") _postgres _python
+    KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
+    KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
+    KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
+    KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
-        cargo test --release --test e2e -- --nocapture openapi::
+        cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
 
 # Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
 [group('develop')]
@@ -130,17 +134,17 @@ fuzz SECONDS="60":
 dist: _target _static (_cargo_tool "cargo-cyclonedx")
     #!/usr/bin/env bash
     set -euo pipefail
-    version=$(cargo pkgid | sed 's/.*[#@]//') target=$(uname -m)-unknown-linux-musl
+    version=$(cargo pkgid --package kvs | sed 's/.*[#@]//') target=$(uname -m)-unknown-linux-musl
     rm -rf target/delivered && mkdir -p target/delivered
     deploy/build.sh guest "$PWD/target/default.cwasm"
     deploy/build.sh full "$PWD/target/default.cwasm" "target/delivered/kvs-$version-$target"
     deploy/build.sh small "$PWD/target/default.cwasm" "target/delivered/kvs-small-$version-$target"
-    cargo run --release --quiet --example documents -- target/delivered
+    cargo run --release --quiet --package kvs --example documents -- target/delivered
     bill() {
-        cargo cyclonedx --quiet --manifest-path Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"
-        mv kvs.sbom.json "target/delivered/$1-$version.cdx.json"
+        cargo cyclonedx --quiet --manifest-path host/Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"
+        mv host/kvs.sbom.json "target/delivered/$1-$version.cdx.json"
         # It makes one of every package beside.
-        find guest tests -name kvs.sbom.json -delete
+        find guest host tests -name kvs.sbom.json -delete
     }
     bill kvs
     bill kvs-small --no-default-features
@@ -154,7 +158,7 @@ dist: _target _static (_cargo_tool "cargo-cyclonedx")
 image FLAVOUR="full":
     #!/usr/bin/env bash
     set -euo pipefail
-    version=$(cargo pkgid | sed 's/.*[#@]//') name=kvs
+    version=$(cargo pkgid --package kvs | sed 's/.*[#@]//') name=kvs
     [ "{{ FLAVOUR }}" = full ] || name=kvs-{{ FLAVOUR }}
     arguments=(--target "{{ FLAVOUR }}" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" --tag "$name:$version")
     # The same files give the same layers: all of it is as old as the commit.
@@ -167,12 +171,12 @@ image FLAVOUR="full":
 # Build the images of both flavours and run them, with buildah and what this machine has; half an hour, takes root
 [group('deliver')]
 image-test: _target _static (_tool "buildah") (_tool "curl")
-    cargo test --release --test delivered -- --nocapture --test-threads 1
+    cargo test --release --package kvs-tests --test delivered -- --nocapture --test-threads 1
 
 # Write deploy/settings.md again, out of the definition of the command line
 [group('deliver')]
 settings:
-    cargo run --release --quiet --example documents -- target/documents
+    cargo run --release --quiet --package kvs --example documents -- target/documents
     cp target/documents/settings.md deploy/settings.md
 
 # Licences, advisories and duplicates among the dependencies
@@ -186,7 +190,7 @@ lint: _target _python (_tool "systemd-analyze" "systemd")
     cargo fmt --all --check
     cargo clippy --release --all-targets -- -D warnings
     cargo clippy --release --package schema-guest -- -D warnings
-    cargo clippy --release --test delivered -- -D warnings
+    cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
     target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml

@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-#[cfg(test)]
-mod anything;
 pub mod change;
 pub mod change_feed;
 mod event;
 pub mod file;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;

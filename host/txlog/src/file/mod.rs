@@ -100,8 +100,6 @@
 //! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
 //! the difference; in between nothing on one disk can.
 
-#[cfg(test)]
-mod anything;
 mod bytes;
 mod catalog;
 mod compact;
@@ -110,6 +108,8 @@ mod disk;
 mod entry;
 mod found;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod garbage;
 mod lock;
 mod mark;

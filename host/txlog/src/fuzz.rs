@@ -1,10 +1,11 @@
-//! The reader of text, handed anything: by a test here, and by `just fuzz` for as long as one likes.
+//! Entry points of the fuzz targets: decoders of bytes from outside. Tests run them briefly, `just fuzz` for as long as given.
 
+pub use super::file::fuzz::frames;
 use super::text::{Format, Line, parse, print};
 use crate::{Entry, Event, EventRef, Put, PutRef};
 
-/// Each line is refused, or means the same after it was printed.
-pub fn read(text: &[u8]) {
+/// Reads text: each line is rejected, or means the same after it was printed.
+pub fn text(text: &[u8]) {
     for line in text.split(|byte| *byte == b'\n') {
         for format in [Format::CloudNativeGo, Format::Kvs] {
             if let Ok(read) = parse(line, format, 1) {
@@ -39,13 +40,13 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
 
         #[test]
-        fn anything_can_be_read(text: Vec<u8>) {
-            read(&text);
+        fn arbitrary_text_is_read(text: Vec<u8>) {
+            super::text(&text);
         }
 
-        /// Nearly right goes further than anything.
+        /// Nearly valid input reaches further than random bytes.
         #[test]
-        fn a_line_can_be_changed_anywhere(
+        fn line_with_changed_bytes_is_read(
             (key, value, time, expires) in any::<(String, Vec<u8>, u64, Option<u64>)>(),
             changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 0..4),
         ) {
@@ -55,7 +56,7 @@ mod tests {
                 let at = at % line.len();
                 line[at] = byte;
             }
-            read(&line);
+            super::text(&line);
         }
     }
 }

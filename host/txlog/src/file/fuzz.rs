@@ -1,4 +1,4 @@
-//! The decoder of frames, handed anything: by a test here, and by `just fuzz` for as long as one likes.
+//! Entry point of the fuzz target for frames.
 //!
 //! Random bytes do not pass a checksum. So they come as the content of a segment, as the body of a frame whose checksums
 //! are right, or as the head of one.
@@ -12,8 +12,8 @@ use super::disk::File;
 use super::frame::{self, Builder};
 use super::scan::Scan;
 
-/// Nothing is read beyond the end of what is there, nothing panics, and what is decoded lies in what was read.
-pub fn read(bytes: &[u8]) {
+/// Scans frames: nothing is read beyond the end, nothing panics, and what is decoded lies in what was read.
+pub fn frames(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else { return };
     match kind % 3 {
         0 => drop(scan(bytes.to_vec())),
@@ -42,10 +42,10 @@ pub fn read(bytes: &[u8]) {
 fn scan(bytes: Vec<u8>) -> usize {
     let size = bytes.len() as u64;
     let mut scan = Scan::new(Arc::new(Memory(bytes)), Uuid::nil(), 0, size, None);
-    let mut frames = 0;
+    let mut count = 0;
     while scan.advance().expect("it reads what is there") {
         for frame in scan.frames() {
-            frames += 1;
+            count += 1;
             let (mut pairs, mut decoded) = (Vec::new(), 0);
             for entry in frame.entries().map_while(|entry| entry) {
                 decoded += entry.encoded.len();
@@ -59,7 +59,7 @@ fn scan(bytes: Vec<u8>) -> usize {
         }
     }
     assert!(scan.offset() <= size);
-    frames
+    count
 }
 
 /// A file that cannot be written.
@@ -111,13 +111,13 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
 
         #[test]
-        fn anything_can_be_read(bytes: Vec<u8>) {
-            read(&bytes);
+        fn arbitrary_bytes_are_scanned(bytes: Vec<u8>) {
+            frames(&bytes);
         }
 
         /// Nearly right goes further than anything.
         #[test]
-        fn entries_can_be_changed_anywhere(
+        fn frame_with_changed_entries_is_scanned(
             events in proptest::collection::vec(event(), 1..4),
             changes in proptest::collection::vec((any::<usize>(), any::<u8>()), 0..4),
         ) {
@@ -129,7 +129,7 @@ mod tests {
                 let at = 1 + at % (bytes.len() - 1);
                 bytes[at] = byte;
             }
-            read(&bytes);
+            frames(&bytes);
         }
     }
 }
