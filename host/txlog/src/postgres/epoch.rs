@@ -39,6 +39,8 @@ pub struct Holder {
 pub struct Look {
     /// The epoch is to be had.
     pub is_free: bool,
+    /// Its number.
+    epoch: i64,
     pub holder: String,
     /// For how long the holder was not seen.
     pub unseen: Duration,
@@ -57,7 +59,7 @@ impl Holder {
 
     pub async fn look(&mut self, session: &Session) -> Result<Look, Failure> {
         let look = "SELECT holder, seen::text, extract(epoch FROM clock_timestamp() - seen)::float8, last, \
-             (SELECT count(*) FROM kvs.incarnations) FROM kvs.writer";
+             (SELECT count(*) FROM kvs.incarnations), epoch FROM kvs.writer";
         let row = session.one(look, &[]).await?;
         let (holder, seen, ago): (Option<String>, String, f64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         if self.seen != seen {
@@ -74,19 +76,24 @@ impl Holder {
             warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
             is_free = true;
         }
-        let [newest, incarnations]: [i64; 2] = [row.try_get(3)?, row.try_get(4)?];
+        let [newest, incarnations, epoch]: [i64; 3] = [row.try_get(3)?, row.try_get(4)?, row.try_get(5)?];
         let incarnations = usize::try_from(incarnations).unwrap_or_default();
-        Ok(Look { is_free, holder, unseen, newest: newest.cast_unsigned(), incarnations })
+        Ok(Look { is_free, epoch, holder, unseen, newest: newest.cast_unsigned(), incarnations })
     }
 }
 
-/// From here on nobody else writes. The connection must not be used after an error.
-pub async fn take(session: &Session) -> Result<Epoch, Failure> {
+/// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
+/// that has not seen it yet. The connection must not be used after an error.
+pub async fn take(session: &Session, look: &Look) -> Result<Option<Epoch>, Failure> {
     let here = Place::of(session).await?;
     let durable = is_durable(session).await?;
     begin_durable(session).await?;
     // Until the end of the transaction nobody appends, so what is read here is what there is.
-    let row = session.one("SELECT holder IS NOT NULL, last FROM kvs.writer FOR UPDATE", &[]).await?;
+    let row = session.one("SELECT holder IS NOT NULL, last, epoch FROM kvs.writer FOR UPDATE", &[]).await?;
+    if row.try_get::<_, i64>(2)? != look.epoch {
+        session.run("ROLLBACK; SELECT pg_advisory_unlock_all()").await?;
+        return Ok(None);
+    }
     let is_held: bool = row.try_get(0)?;
     let last = row.try_get::<_, i64>(1)?.cast_unsigned();
     let identity = Identity::read(session).await?;
@@ -111,7 +118,7 @@ pub async fn take(session: &Session) -> Result<Epoch, Failure> {
     let row = session.one(take, &[&holder]).await?;
     let [number, compacted]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
     session.run("COMMIT").await?;
-    Ok(Epoch { number, last, compacted: compacted.cast_unsigned(), history })
+    Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history }))
 }
 
 /// Begins an incarnation under an epoch, after its last entry. The connection must not be used after an error.

@@ -78,7 +78,11 @@ async fn begin(session: Session, durability: Durability, Manner { begin, standby
     let holding = loop {
         let look = holder.look(&session).await?;
         if look.is_free {
-            break Holding::Ours(epoch::take(&session).await.context("the epoch cannot be taken from kvs.writer")?);
+            let taken = epoch::take(&session, &look).await.context("the epoch cannot be taken from kvs.writer")?;
+            match taken {
+                Some(epoch) => break Holding::Ours(epoch),
+                None => continue,
+            }
         }
         if standby {
             let history = incarnations::history(&session).await?;

@@ -63,7 +63,7 @@ async fn look(
         }
     };
     let look = holder.look(session).await?;
-    let epoch = if look.is_free { Some(epoch::take(session).await?) } else { None };
+    let epoch = if look.is_free { epoch::take(session, &look).await? } else { None };
     let newest = epoch.as_ref().map_or(look.newest, |epoch| epoch.last);
     let known = shared.queue.appended();
     if newest < known {
