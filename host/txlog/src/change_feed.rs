@@ -125,11 +125,13 @@ impl ChangeFeed {
     /// [`ChangeFeed::past`], of what is left of it.
     pub async fn read(&self, prefix: &str, after: u64) -> Result<Past> {
         let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
-        let history = log.history();
         task::spawn_blocking(move || {
-            let mut past = Past { changes: Vec::new(), until: after, gap: false };
+            // Nothing follows on a position in a lost future.
+            let mut past = Past { changes: Vec::new(), until: after, gap: !log.history().contains(after) };
             let (mut seen, mut bytes) = (0, 0);
             let replayed = log.replay(after, &mut |entries| {
+                // Now, and not before: a standby learns of an incarnation together with its first entries.
+                let history = log.history();
                 for entry in entries {
                     past.gap |= entry.sequence != history.next(past.until);
                     past.until = entry.sequence;
@@ -147,7 +149,7 @@ impl ChangeFeed {
             });
             match replayed {
                 Ok(until) => {
-                    past.gap |= until >= history.next(past.until);
+                    past.gap |= until >= log.history().next(past.until);
                     past.until = until;
                 }
                 Err(error) if error.is::<Enough>() => {}

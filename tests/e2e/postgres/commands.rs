@@ -9,7 +9,7 @@ use super::{get, put, start};
 use crate::server::{Server, kvs, refused};
 use crate::wire::Connection;
 
-fn log(args: &[&str]) -> Command {
+pub fn log(args: &[&str]) -> Command {
     let mut command = kvs();
     command.arg("txlog").args(args);
     command
@@ -17,7 +17,7 @@ fn log(args: &[&str]) -> Command {
 
 /// What a command printed that must succeed, and what it said.
 #[track_caller]
-fn done(args: &[&str]) -> (String, String) {
+pub fn done(args: &[&str]) -> (String, String) {
     let output = log(args).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the binary can be started");
     let [printed, said] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).expect("it is text"));
     assert!(output.status.success(), "{args:?}: {}, it said: {said}", output.status);

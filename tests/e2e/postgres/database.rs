@@ -1,6 +1,7 @@
 //! A PostgreSQL of a test's own, on a free port: started, killed, paused, asked.
 
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::certificates::Pair;
 use crate::server::{PATIENCE, Process};
@@ -137,6 +138,39 @@ impl Database {
         format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&passfile={}", passwords.display())
     }
 
+    /// A new database beside the one that tests use, and its URL.
+    pub fn create(&self, name: &str) -> String {
+        self.sql(&format!("CREATE DATABASE {name}"));
+        self.url().replace("/postgres?", &format!("/{name}?"))
+    }
+
+    /// The schema of the log and its rows, as SQL.
+    pub fn dump(&self) -> Vec<u8> {
+        let mut dump = self.client("pg_dump");
+        let dumped = dump.args(["--schema=kvs", "postgres"]).output().expect("pg_dump can be run");
+        assert!(dumped.status.success(), "{}", String::from_utf8_lossy(&dumped.stderr));
+        dumped.stdout
+    }
+
+    /// Runs SQL in one of its databases.
+    pub fn load(&self, name: &str, statements: &[u8]) {
+        let mut file = NamedTempFile::new().expect("a temporary file can be made");
+        file.write_all(statements).expect("it takes what is written");
+        let loaded = self.psql().args(["-d", name, "-o", "/dev/null", "-f"]).arg(file.path()).output();
+        let loaded = loaded.expect("psql can be run");
+        assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    }
+
+    /// Kills it, and starts it with a recovery from an archive, which holds nothing more.
+    pub fn recover(&mut self) {
+        self.sql("ALTER SYSTEM SET restore_command = 'false'");
+        self.kill();
+        let signal = self.data.path().join("cluster/recovery.signal");
+        fs::write(&signal, "").expect("it is the test's");
+        give(&signal);
+        self.start_again();
+    }
+
     /// SIGKILL: those that serve its connections find out by themselves.
     pub fn kill(&mut self) {
         let mut process = self.process.take().expect("it is running");
@@ -155,25 +189,26 @@ impl Database {
     }
 
     fn psql(&self) -> Command {
-        let mut psql = Command::new(programs().join("psql"));
-        psql.args([
-            "-XAtq",
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            &self.port.to_string(),
-            "-U",
-            "postgres",
-        ]);
-        psql.env("PGPASSWORD", PASSWORD).env("PGOPTIONS", "-c client_min_messages=warning");
+        let mut psql = self.client("psql");
+        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1"]).env("PGOPTIONS", "-c client_min_messages=warning");
         psql
+    }
+
+    /// One of the programs that connect to it.
+    fn client(&self, name: &str) -> Command {
+        let mut client = Command::new(programs().join(name));
+        client.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-U", "postgres"]).env("PGPASSWORD", PASSWORD);
+        client
     }
 
     /// Runs SQL, and gives the rows, with | between columns.
     pub fn sql(&self, statements: &str) -> Vec<String> {
-        let ran = self.psql().args(["-c", statements]).output().expect("psql can be run");
+        self.sql_in("postgres", statements)
+    }
+
+    /// As `sql`, in another of its databases.
+    pub fn sql_in(&self, name: &str, statements: &str) -> Vec<String> {
+        let ran = self.psql().args(["-d", name, "-c", statements]).output().expect("psql can be run");
         assert!(ran.status.success(), "{statements}: {}", String::from_utf8_lossy(&ran.stderr));
         String::from_utf8(ran.stdout).expect("it is text").lines().map(str::to_owned).collect()
     }

@@ -2,6 +2,7 @@
 
 mod commands;
 mod database;
+mod incarnations;
 mod opening;
 mod proxy;
 mod standby;
@@ -194,7 +195,7 @@ fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_reques
     let is_closed = |is: u8| {
         let metrics = Connection::open(server.admin()).ask("GET", "/metrics", b"");
         assert!(
-            metrics.text().contains(&format!("\nkvs_log_breaker{{state=\"closed\"}} {is}\n")),
+            metrics.text().contains(&format!("\nkvs_txlog_breaker{{state=\"closed\"}} {is}\n")),
             "{}",
             metrics.text()
         );
@@ -275,7 +276,7 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
     });
     assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), ["2"]);
     let looked_up = Connection::open(server.admin()).ask("GET", "/metrics", b"");
-    assert!(looked_up.text().contains("\nkvs_log_lookups_total 1\n"), "{}", looked_up.text());
+    assert!(looked_up.text().contains("\nkvs_txlog_lookups_total 1\n"), "{}", looked_up.text());
 
     let mut clients = Clients::new(&mut zoo::dice());
     for way in [Way::Slow(Duration::from_millis(2)), Way::Deaf, Way::Lost, Way::Reset] {

@@ -18,7 +18,7 @@ use crate::wire::Connection;
 use crate::zoo;
 
 const STANDS_BY: &str = "[+]log ok, but standing by while process ";
-const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
+pub const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
 
 pub fn stand_by(url: &str, args: &[&str]) -> Server {
     let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
@@ -82,7 +82,7 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
         assert_eq!(refused.header("retry-after"), Some("1"));
     }
     let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
-    assert!(metrics.text().contains("\nkvs_log_standby 1\n"), "{}", metrics.text());
+    assert!(metrics.text().contains("\nkvs_txlog_role 1\n"), "{}", metrics.text());
 
     // It outlives the database, as the one that writes does.
     database.kill();

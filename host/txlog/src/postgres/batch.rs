@@ -12,6 +12,8 @@ pub const PUT: i16 = 2;
 const ENTRY_BYTES: u64 = 32;
 
 pub struct Batch {
+    /// The newest entry when it was begun.
+    pub before: u64,
     /// The sequence of its first entry.
     pub first: u64,
     pub times: Vec<i64>,
@@ -29,8 +31,9 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub fn new(first: u64) -> Self {
+    pub fn new(before: u64, first: u64) -> Self {
         Self {
+            before,
             first,
             times: Vec::new(),
             types: Vec::new(),

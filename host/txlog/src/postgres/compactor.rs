@@ -14,8 +14,8 @@ use anyhow::{Result, ensure};
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::Shared;
 use super::session::Session;
+use super::{Shared, incarnations};
 
 /// How often it looks whether a run is due.
 const LOOK: Duration = Duration::from_secs(10);
@@ -66,7 +66,8 @@ pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
             return;
         }
         let newest = shared.watermark.durable();
-        if newest.saturating_sub(compacted) < WORTH.max(kept) || !shared.breaker.is_well() {
+        let since = incarnations::entries(&shared.history(), compacted, newest);
+        if since < WORTH.max(kept) || !shared.breaker.is_well() {
             continue;
         }
         match compact(&shared, epoch, newest, Effort { rest: REST, grace: GRACE }).await {

@@ -1,12 +1,18 @@
 //! The epoch: who may write the log.
 //!
+//! Whoever takes it learns the history of the log, and begins an incarnation where entries may have been lost that were
+//! acknowledged; both are one transaction, which is durable however little the others need be.
+//!
 //! Owns: when the epoch is to be had, and how it is taken. Must never know: what is written under it.
 
 use std::time::{Duration, Instant};
 
 use tracing::warn;
+use uuid::Uuid;
 
+use super::incarnations::{self, Identity, Place};
 use super::session::{Failure, Session};
+use crate::{History, Incarnation};
 
 /// A writer that was not seen for this long has lost its right.
 const LEASE: Duration = Duration::from_secs(10);
@@ -19,6 +25,7 @@ pub struct Epoch {
     pub number: i64,
     pub last: u64,
     pub compacted: u64,
+    pub history: History,
 }
 
 /// Whoever writes, as it is seen from here.
@@ -32,11 +39,15 @@ pub struct Holder {
 pub struct Look {
     /// The epoch is to be had.
     pub is_free: bool,
+    /// Its number.
+    epoch: i64,
     pub holder: String,
     /// For how long the holder was not seen.
     pub unseen: Duration,
     /// The last entry of the log.
     pub newest: u64,
+    /// The number of incarnations it has.
+    pub incarnations: usize,
 }
 
 impl Holder {
@@ -47,8 +58,8 @@ impl Holder {
     }
 
     pub async fn look(&mut self, session: &Session) -> Result<Look, Failure> {
-        let look =
-            "SELECT holder, seen::text, extract(epoch FROM clock_timestamp() - seen)::float8, last FROM kvs.writer";
+        let look = "SELECT holder, seen::text, extract(epoch FROM clock_timestamp() - seen)::float8, last, \
+             (SELECT count(*) FROM kvs.incarnations), epoch FROM kvs.writer";
         let row = session.one(look, &[]).await?;
         let (holder, seen, ago): (Option<String>, String, f64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         if self.seen != seen {
@@ -65,16 +76,85 @@ impl Holder {
             warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
             is_free = true;
         }
-        Ok(Look { is_free, holder, unseen, newest: row.try_get::<_, i64>(3)?.cast_unsigned() })
+        let [newest, incarnations, epoch]: [i64; 3] = [row.try_get(3)?, row.try_get(4)?, row.try_get(5)?];
+        let incarnations = usize::try_from(incarnations).unwrap_or_default();
+        Ok(Look { is_free, epoch, holder, unseen, newest: newest.cast_unsigned(), incarnations })
     }
 }
 
-/// From here on nobody else writes.
-pub async fn take(session: &Session) -> Result<Epoch, Failure> {
+/// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
+/// that has not seen it yet. The connection must not be used after an error.
+pub async fn take(session: &Session, look: &Look) -> Result<Option<Epoch>, Failure> {
+    let here = Place::of(session).await?;
+    let durable = is_durable(session).await?;
+    begin_durable(session).await?;
+    // Until the end of the transaction nobody appends, so what is read here is what there is.
+    let row = session.one("SELECT holder IS NOT NULL, last, epoch FROM kvs.writer FOR UPDATE", &[]).await?;
+    if row.try_get::<_, i64>(2)? != look.epoch {
+        session.run("ROLLBACK; SELECT pg_advisory_unlock_all()").await?;
+        return Ok(None);
+    }
+    let is_held: bool = row.try_get(0)?;
+    let last = row.try_get::<_, i64>(1)?.cast_unsigned();
+    let identity = Identity::read(session).await?;
+    let mut history = incarnations::history(session).await?;
+    let log = identity.log.unwrap_or_else(Uuid::new_v4);
+    let moved = identity.place.differs(&here);
+    let cause = match moved {
+        Some(what) => Some(format!("the {what} is another one than that of the last writer")),
+        None if is_held && !(durable && identity.durable.unwrap_or(true)) => {
+            Some("its writer ended without closing it, and commits need not survive a power cut".into())
+        }
+        None => None,
+    };
+    if let Some(cause) = cause {
+        history.push(incarnations::begin(session, &history, log, last, &cause).await?);
+    }
+    let place = if moved.is_some() { here } else { here.or(identity.place) };
+    Identity { log: Some(log), place, durable: Some(durable) }.write(session).await?;
     let holder = format!("process {}", std::process::id());
-    let take = "UPDATE kvs.writer SET epoch = epoch + 1, holder = $1 || coalesce(' at ' || host(inet_client_addr()), ''), \
-         seen = clock_timestamp() RETURNING epoch, last, compacted";
+    let take = "UPDATE kvs.writer SET epoch = epoch + 1, taken = epoch + 1, seen = clock_timestamp(), \
+         holder = $1 || coalesce(' at ' || host(inet_client_addr()), '') RETURNING epoch, compacted";
     let row = session.one(take, &[&holder]).await?;
-    let [number, last, compacted]: [i64; 3] = [row.try_get(0)?, row.try_get(1)?, row.try_get(2)?];
-    Ok(Epoch { number, last: last.cast_unsigned(), compacted: compacted.cast_unsigned() })
+    let [number, compacted]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
+    session.run("COMMIT").await?;
+    Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history }))
+}
+
+/// Begins an incarnation under an epoch, after its last entry. The connection must not be used after an error.
+pub async fn fork(session: &Session, epoch: i64, last: u64) -> Result<(Incarnation, History), Failure> {
+    begin_durable(session).await?;
+    let unchanged = "SELECT epoch = $1 AND last = $2 FROM kvs.writer FOR UPDATE";
+    if !session.one(unchanged, &[&epoch, &last.cast_signed()]).await?.try_get(0)? {
+        return Err(Failure::damaged("another process has written it meanwhile".into()));
+    }
+    let mut history = incarnations::history(session).await?;
+    let Some(log) = Identity::read(session).await?.log else {
+        return Err(Failure::damaged("the row of kvs.identity has lost the UUID of the log".into()));
+    };
+    let incarnation = incarnations::begin(session, &history, log, last, "it was asked for").await?;
+    session.run("COMMIT").await?;
+    history.push(incarnation);
+    Ok((incarnation, history))
+}
+
+/// Begins a transaction that survives a power cut where all others need not, unless `fsync` is off.
+async fn begin_durable(session: &Session) -> Result<(), Failure> {
+    session.run("BEGIN").await?;
+    let durably =
+        "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'";
+    session.run(durably).await
+}
+
+/// Makes everything durable that was committed, and leaves the log to others.
+pub async fn leave(session: &Session, epoch: i64) -> Result<(), Failure> {
+    begin_durable(session).await?;
+    session.execute("UPDATE kvs.writer SET holder = NULL WHERE epoch = $1", &[&epoch]).await?;
+    session.run("COMMIT").await
+}
+
+/// Whether commits of this connection survive a power cut.
+async fn is_durable(session: &Session) -> Result<bool, Failure> {
+    let settings = "SELECT current_setting('fsync') <> 'off' AND current_setting('synchronous_commit') <> 'off'";
+    Ok(session.one(settings, &[]).await?.try_get(0)?)
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::breaker::Position;
-use super::{PostgresLog, Shared};
+use super::{PostgresLog, Shared, incarnations};
 use crate::TransactionLog;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
@@ -41,8 +41,10 @@ impl Measured for PostgresLog {
         page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
-        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
-        let behind = self.shared.news.borrow().newest.saturating_sub(newest);
+        let history = self.history();
+        let unsynced = incarnations::entries(&history, durable, newest);
+        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", unsynced)?;
+        let behind = incarnations::entries(&history, newest, self.shared.news.borrow().newest);
         page.gauge("txlog_role", "1 while another process writes the log", u64::from(!queue.begun()))?;
         page.gauge(
             "txlog_replication_lag_entries",

@@ -3,7 +3,8 @@
 //! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
 //! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
 //! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
-//! `standby` (who waits for that) and `replay` (how they come out).
+//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch) and `replay` (how entries
+//! come out).
 //!
 //! # Who writes
 //!
@@ -25,6 +26,13 @@
 //! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` or
 //! `synchronous_commit` is off, a line at the start and in `/readyz` tells.
 //!
+//! # After a restore, a failover of the database, or an unclean end without durable commits
+//!
+//! Entries may be missing that clients have seen. Whoever takes the epoch begins an incarnation then: the log goes on under
+//! sequences far beyond those of the lost entries, so that no sequence is given twice. Sequences have no other gaps, and the
+//! rows of `kvs.incarnations` name these. [`PostgresLog::fork`] begins one where that cannot be recognized. One that stands by
+//! learns of an incarnation before it hands over entries beyond it.
+//!
 //! # While the database is away
 //!
 //! Reads that rest on what is durable are answered from memory. Writes under way wait for the outcome, up to their
@@ -35,6 +43,7 @@ mod breaker;
 pub mod cloud_native_go;
 mod compactor;
 mod epoch;
+mod incarnations;
 mod metrics;
 mod opening;
 mod queue;
@@ -46,7 +55,7 @@ mod target;
 mod tls;
 mod writer;
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -70,7 +79,7 @@ use self::session::{Failure, Session};
 use self::target::Target;
 use self::writer::Writer;
 use super::file::Durability;
-use super::{Condition, Receive, TransactionLog, Watermark};
+use super::{Condition, History, Incarnation, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
 /// Replays at once, each with a connection of its own.
@@ -109,6 +118,8 @@ struct Shared {
     /// Set when this process takes it.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
+    /// Of the log as far as this process has learned of it: all of it once the epoch is its own.
+    history: RwLock<Arc<History>>,
     queue: Queue,
     watermark: Watermark,
     breaker: Breaker,
@@ -139,15 +150,20 @@ impl PostgresLog {
         };
         let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
         let Opened { session, append, doubts, holding } = opened;
-        let (epoch, news) = match &holding {
-            Holding::Ours(epoch) => (OnceLock::from(epoch.number), News { newest: epoch.last, holder: None }),
-            Holding::Theirs(look) => (OnceLock::new(), News { newest: look.newest, holder: Some(look.holder.clone()) }),
+        let (epoch, history, news) = match &holding {
+            Holding::Ours(epoch) => {
+                (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
+            }
+            Holding::Theirs(look, history) => {
+                (OnceLock::new(), history.clone(), News { newest: look.newest, holder: Some(look.holder.clone()) })
+            }
         };
         let shared = Arc::new(Shared {
             target,
             timeout,
             settings,
             epoch,
+            history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
@@ -159,10 +175,10 @@ impl PostgresLog {
         });
         let writer = match holding {
             Holding::Ours(epoch) => {
-                shared.queue.begin();
+                shared.begin();
                 runtime.spawn(Arc::clone(&shared).write(epoch, Some((session, append))))
             }
-            Holding::Theirs(look) => {
+            Holding::Theirs(look, _) => {
                 info!("standing by while {} writes the log", look.holder);
                 runtime.spawn(standby::run(Arc::clone(&shared), session, append))
             }
@@ -190,9 +206,23 @@ impl PostgresLog {
 
     /// Everything was taken in, and the epoch is this process's: from now on appends are.
     pub fn begin(&self) {
-        self.shared.queue.begin();
+        self.shared.begin();
         *self.shared.idle() = None;
         info!("this process writes the log now, after sequence {}", self.appended());
+    }
+
+    /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended
+    /// meanwhile.
+    pub fn fork(&self) -> Result<Incarnation> {
+        let epoch = *self.shared.epoch.get().context("another process writes it")?;
+        let last = self.appended();
+        ensure!(self.shared.watermark.durable() == last, "entries were appended that are not written yet");
+        let forking = async { epoch::fork(&self.shared.connect().await?, epoch, last).await };
+        let forked: Result<_, Failure> = self.handle.block_on(forking);
+        let (incarnation, history) = forked.context("no incarnation can be begun")?;
+        self.shared.set_history(history);
+        self.shared.begin();
+        Ok(incarnation)
     }
 
     /// Drops all that can be dropped, and returns how many entries are left.
@@ -221,6 +251,10 @@ impl TransactionLog for PostgresLog {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
     }
 
+    fn history(&self) -> Arc<History> {
+        self.shared.history()
+    }
+
     fn read_only(&self) -> Option<&'static str> {
         if self.shared.queue.ended() == Some(End::ReadOnly) {
             Some("another server took the log over from this one, and takes writes")
@@ -242,7 +276,7 @@ impl TransactionLog for PostgresLog {
         let mut told = doubts.clone();
         if !queue.begun() {
             let News { newest, holder } = &*self.shared.news.borrow();
-            let behind = newest.saturating_sub(queue.appended());
+            let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
             told.push(match holder {
                 Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
                 None => format!("taking it over, {behind} entries behind"),
@@ -285,6 +319,23 @@ impl Shared {
     async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
         task::spawn(compactor::run(Arc::clone(&self), epoch.number, epoch.compacted));
         Writer::new(epoch.number, connection).run(self).await;
+    }
+
+    /// The queue takes appends from now on, after everything that is there.
+    fn begin(&self) {
+        self.queue.begin(self.history().next(self.queue.appended()));
+    }
+
+    fn history(&self) -> Arc<History> {
+        Arc::clone(&self.history.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Incarnations are only ever added: an older reading takes none away.
+    fn set_history(&self, history: History) {
+        let mut known = self.history.write().unwrap_or_else(PoisonError::into_inner);
+        if history.incarnations().len() > known.incarnations().len() {
+            *known = Arc::new(history);
+        }
     }
 
     fn idle(&self) -> MutexGuard<'_, Option<Session>> {

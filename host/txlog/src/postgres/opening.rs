@@ -11,7 +11,8 @@ use tracing::warn;
 use super::epoch::{self, Epoch, Holder, Look};
 use super::session::{Failure, Session};
 use super::target::Target;
-use super::{schema, writer};
+use super::{incarnations, schema, writer};
+use crate::History;
 use crate::file::Durability;
 
 /// The connection of a process that was just killed takes a moment to be missed.
@@ -30,8 +31,8 @@ pub struct Opened {
 /// Who writes.
 pub enum Holding {
     Ours(Epoch),
-    /// Another process, which has come as far as this look tells.
-    Theirs(Look),
+    /// Another process, which has come as far as this look tells, in this history.
+    Theirs(Look, History),
 }
 
 /// Whether there may be no log yet, and what is done when another process writes it.
@@ -77,10 +78,15 @@ async fn begin(session: Session, durability: Durability, Manner { begin, standby
     let holding = loop {
         let look = holder.look(&session).await?;
         if look.is_free {
-            break Holding::Ours(epoch::take(&session).await.context("the epoch cannot be taken from kvs.writer")?);
+            let taken = epoch::take(&session, &look).await.context("the epoch cannot be taken from kvs.writer")?;
+            match taken {
+                Some(epoch) => break Holding::Ours(epoch),
+                None => continue,
+            }
         }
         if standby {
-            break Holding::Theirs(look);
+            let history = incarnations::history(&session).await?;
+            break Holding::Theirs(look, history);
         }
         if begun.elapsed() > PATIENCE {
             bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);

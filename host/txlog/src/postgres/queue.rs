@@ -88,10 +88,11 @@ impl Queue {
         self.appended.store(appended, Ordering::Release);
     }
 
-    /// The log is this process's, and goes on from there.
-    pub fn begin(&self) {
+    /// The log is this process's, and goes on with this sequence.
+    pub fn begin(&self, next: u64) {
         let mut state = self.lock();
-        (state.begun, state.next) = (true, self.appended() + 1);
+        state.begun = true;
+        state.next = next;
     }
 
     pub fn append(&self, breaker: &Breaker, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -119,7 +120,7 @@ impl Queue {
         }
         // A group lies within one batch: that is what makes it all or nothing.
         if state.batches.back().is_none_or(|batch| batch.bytes + size > BATCH_BYTES) {
-            state.batches.push_back(Batch::new(first));
+            state.batches.push_back(Batch::new(self.appended(), first));
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
@@ -238,7 +239,7 @@ mod tests {
     #[test]
     fn a_batch_waits_for_as_many_appends_as_it_is_to_have_and_no_longer_than_it_may() {
         let queue = Queue::new(0, 1 << 20);
-        queue.begin();
+        queue.begin(1);
         let wanted = |appends| Company { appends, patience: LONG };
         append(&queue, 1);
         assert_eq!(taken(&queue, wanted(1), || ()), Some(1));
@@ -266,7 +267,7 @@ mod tests {
     fn no_more_waits_than_may_and_no_batch_is_larger_than_it_may_be() {
         let group_bytes = 2 << 20;
         let queue = Queue::new(0, group_bytes);
-        queue.begin();
+        queue.begin(1);
         assert!(
             matches!(append_bytes(&queue, group_bytes + 1), Err(AppendError::TooLarge(most)) if most == group_bytes)
         );
@@ -279,16 +280,34 @@ mod tests {
         }
         // What is being written waits too, until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
-        let mut batch = Batch::new(1);
+        let mut batch = Batch::new(0, 1);
         batch.bytes = 100;
         queue.written(&batch);
         assert!(append_bytes(&queue, 101).is_err() && append_bytes(&queue, 100).is_ok());
     }
 
     #[test]
+    fn first_batch_of_incarnation_follows_on_fork() {
+        let queue = Queue::new(7, 1 << 20);
+        queue.begin(1_000);
+        append(&queue, 2);
+        assert_eq!(queue.appended(), 1_001);
+        let Work::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        assert_eq!((batch.before, batch.first, batch.last()), (7, 1_000, 1_001));
+        append(&queue, 1);
+        let Work::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        assert_eq!((batch.before, batch.first, batch.last()), (1_001, 1_002, 1_002));
+    }
+
+    fn taken_batch(queue: &Queue) -> Work {
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+        runtime.block_on(queue.take(LONG, Company::default()))
+    }
+
+    #[test]
     fn one_group_is_taken_into_an_empty_queue_however_large_it_is() {
         let queue = Queue::new(0, 2 * QUEUE_BYTES);
-        queue.begin();
+        queue.begin(1);
         assert!(append_bytes(&queue, QUEUE_BYTES + 1).is_ok());
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
     }
@@ -296,10 +315,10 @@ mod tests {
     #[test]
     fn a_database_without_room_is_written_to_again_when_a_batch_was() {
         let queue = Queue::new(0, 1 << 20);
-        queue.begin();
+        queue.begin(1);
         queue.set_full();
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
-        queue.written(&Batch::new(1));
+        queue.written(&Batch::new(0, 1));
         assert!(append_bytes(&queue, 100).is_ok());
     }
 
@@ -307,7 +326,7 @@ mod tests {
     fn what_comes_too_late_for_this_process_can_be_tried_elsewhere() {
         for end in [End::Closed, End::Failed, End::ReadOnly] {
             let queue = Queue::new(0, 1 << 20);
-            queue.begin();
+            queue.begin(1);
             queue.end(end);
             let refused = queue.append(&Breaker::new(), 0, &[Event::Delete("a".into())]);
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");

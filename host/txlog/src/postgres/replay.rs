@@ -1,14 +1,14 @@
 //! Replay: the entries of the log, streamed from the database and never all in memory.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tokio::time::sleep;
 use tokio_postgres::Row;
 use tracing::warn;
 
 use super::batch::{DELETE, PUT};
 use super::session::Failure;
-use super::{Shared, breaker};
-use crate::{Entry, EventRef, PutRef};
+use super::{Shared, breaker, incarnations};
+use crate::{Entry, EventRef, History, PutRef};
 use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
 /// Vain tries, one after the other, after which a replay is given up.
@@ -59,6 +59,9 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process writes this log now");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     ensure!(after == 0 || newest <= after, Forgotten { after, newest });
+    // Of the same moment: whoever receives an entry can see that nothing is missing before it.
+    let history = incarnations::history(&session).await?;
+    shared.set_history(history.clone());
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
     let (mut batch, mut bytes) = (Vec::new(), 0);
     loop {
@@ -67,7 +70,7 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
         bytes += row.as_ref().map_or(0, Row::raw_size_bytes);
         batch.extend(row);
         if ended || batch.len() >= REPLAY_ENTRIES || bytes >= REPLAY_BYTES {
-            hand_over(&batch, last, position, receive)?;
+            hand_over(&batch, last, &history, position, receive)?;
             batch.clear();
             bytes = 0;
         }
@@ -83,7 +86,13 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     Ok(last.cast_unsigned())
 }
 
-fn hand_over(rows: &[Row], newest: i64, position: &mut u64, receive: &mut Receive<'_>) -> Result<()> {
+fn hand_over(
+    rows: &[Row],
+    newest: i64,
+    history: &History,
+    position: &mut u64,
+    receive: &mut Receive<'_>,
+) -> Result<()> {
     let metadata = rows.iter().map(metadata).collect::<Result<Vec<_>>>()?;
     let pairs: Vec<Vec<(&str, &str)>> =
         metadata.iter().map(|pairs| pairs.iter().map(|(name, value)| (&**name, &**value)).collect()).collect();
@@ -94,6 +103,13 @@ fn hand_over(rows: &[Row], newest: i64, position: &mut u64, receive: &mut Receiv
         "kvs.transactions holds the sequence {}, but its newest is {newest} as kvs.writer has it: rows were written by others",
         last.sequence
     );
+    if let Some(lost) = entries.iter().find(|entry| !history.contains(entry.sequence)) {
+        bail!(
+            "kvs.transactions holds the sequence {}, which no incarnation of the log has: rows were written by others, or \
+             restored from another copy",
+            lost.sequence
+        );
+    }
     receive(&entries)?;
     *position = last.sequence;
     Ok(())
@@ -116,7 +132,7 @@ fn entry<'r>(row: &'r Row, metadata: &'r [(&'r str, &'r str)]) -> Result<Entry<'
             let expires = row.try_get::<_, Option<i64>>(6)?.map(i64::cast_unsigned);
             EventRef::Put(PutRef { key, value, metadata, expires })
         }
-        _ => anyhow::bail!(wrong(row, "it neither deletes a key nor puts one")),
+        _ => bail!(wrong(row, "it neither deletes a key nor puts one")),
     };
     Ok(Entry { sequence, time: row.try_get::<_, i64>(1)?.cast_unsigned(), event })
 }

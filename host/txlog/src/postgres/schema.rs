@@ -9,6 +9,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema.sql"),
     // Compaction makes it for itself.
     "DROP INDEX kvs.transactions_key",
+    include_str!("incarnations.sql"),
 ];
 
 /// Held by whoever changes the schema, until the end of the transaction.
@@ -24,7 +25,11 @@ pub async fn prepare(session: &Session, begin: bool) -> Result<()> {
     let version = if there.try_get(0)? { version(session).await? } else { 0 };
     ensure!(version > 0 || begin, "there is no log in it");
     let known = MIGRATIONS.len();
-    ensure!(version <= known, "its schema kvs is of version {version}, this kvs knows up to {known}: use a newer one");
+    ensure!(
+        version <= known,
+        "its schema kvs is of version {version}, and this kvs knows versions up to {known}: use the kvs that made it, or a \
+         newer one"
+    );
     if version < known {
         migrate(session).await.context("the schema kvs cannot be made or brought up to date")?;
     }

@@ -39,6 +39,10 @@ pub enum Kind {
 }
 
 impl Failure {
+    pub fn damaged(reason: String) -> Self {
+        Self { reason, kind: Kind::Damaged }
+    }
+
     /// Whether it may be another matter on another connection.
     pub fn is_silence(&self) -> bool {
         self.kind == Kind::Silent

@@ -12,7 +12,7 @@ use tokio_postgres::Statement;
 use super::epoch::{self, Epoch, Holder};
 use super::queue::{Company, Work};
 use super::session::{Failure, Kind, Session};
-use super::{Shared, writer};
+use super::{Shared, incarnations, writer};
 
 /// How often it looks, hence how old what it shows can be.
 const LOOK: Duration = Duration::from_millis(100);
@@ -63,7 +63,7 @@ async fn look(
         }
     };
     let look = holder.look(session).await?;
-    let epoch = if look.is_free { Some(epoch::take(session).await?) } else { None };
+    let epoch = if look.is_free { epoch::take(session, &look).await? } else { None };
     let newest = epoch.as_ref().map_or(look.newest, |epoch| epoch.last);
     let known = shared.queue.appended();
     if newest < known {
@@ -71,9 +71,13 @@ async fn look(
             format!("its newest entry is {newest}, where there were {known} before: the database was set back");
         return Err(Failure { reason, kind: Kind::Damaged });
     }
+    // Before whoever takes in the entries hears of them.
     if let Some(epoch) = &epoch {
+        shared.set_history(epoch.history.clone());
         // Once in the life of a process.
         let _ = shared.epoch.set(epoch.number);
+    } else if look.incarnations != shared.history().incarnations().len() {
+        shared.set_history(incarnations::history(session).await?);
     }
     shared.news.send_replace(News { newest, holder: epoch.is_none().then_some(look.holder) });
     Ok(epoch)

@@ -1,8 +1,8 @@
 //! The writer: the one task that writes the log, batch by batch.
 //!
 //! Owns: the epoch, and what is known of the batch under way. A batch is one statement, one round trip, one transaction:
-//! it moves `last` in `kvs.writer` from the entry before it to its own last one, if the epoch is still this writer's, and
-//! only then are its rows there. So it is never there twice, whoever asked for it how often, and never without the one
+//! it moves `last` in `kvs.writer` from the entry before it, which is further away where an incarnation begins, to its own last
+//! one, if the epoch is still this writer's, and only then are its rows there. So it is never there twice, whoever asked for it how often, and never without the one
 //! before it. When a connection is lost, `epoch` and `last` tell whether it was committed; a statement that the server is
 //! still at holds the row, and whoever looks again by repeating it waits for that.
 
@@ -29,11 +29,11 @@ const FAREWELL: Duration = Duration::from_secs(10);
 /// How long a batch waits for company. Less cannot be had from a timer, and commits that fast are better not waited for.
 const PATIENCE: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(5);
 
-/// $1 epoch, $2 the entry before, $3 the last, then the columns.
+/// $1 epoch, $2 the entry before, $3 the last, $4 the first, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
      RETURNING true) INSERT INTO kvs.transactions (sequence, time, event_type, key, value, metadata, expires) \
-     SELECT $2 + entry.number, entry.time, entry.event_type, entry.key, entry.value, entry.metadata::json, entry.expires \
-     FROM writer, unnest($4::bigint[], $5::smallint[], $6::bytea[], $7::bytea[], $8::text[], $9::bigint[]) WITH ORDINALITY \
+     SELECT $4 + entry.number - 1, entry.time, entry.event_type, entry.key, entry.value, entry.metadata::json, entry.expires \
+     FROM writer, unnest($5::bigint[], $6::smallint[], $7::bytea[], $8::bytea[], $9::text[], $10::bigint[]) WITH ORDINALITY \
      AS entry (time, event_type, key, value, metadata, expires, number)";
 
 pub struct Writer {
@@ -141,13 +141,14 @@ impl Writer {
 
     /// Tries once to have a batch written.
     async fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Outcome, Failure> {
-        let (before, last) = ((batch.first - 1).cast_signed(), batch.last().cast_signed());
+        let [before, first, last] = [batch.before, batch.first, batch.last()].map(u64::cast_signed);
         let epoch = self.epoch;
         let (session, append) = self.session(shared).await?;
-        let with: [&(dyn ToSql + Sync); 9] = [
+        let with: [&(dyn ToSql + Sync); 10] = [
             &epoch,
             &before,
             &last,
+            &first,
             &batch.times,
             &batch.types,
             &batch.keys,
@@ -200,8 +201,7 @@ impl Writer {
     async fn leave(&mut self, shared: &Shared) -> Result<(), Failure> {
         let epoch = self.epoch;
         let (session, _) = self.session(shared).await?;
-        session.execute("UPDATE kvs.writer SET holder = NULL WHERE epoch = $1", &[&epoch]).await?;
-        Ok(())
+        epoch::leave(session, epoch).await
     }
 }
 
