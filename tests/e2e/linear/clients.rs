@@ -1,6 +1,6 @@
-//! Clients that ask this and that of a few keys they share, and record what they were told.
+//! Clients that send random operations on a few shared keys, and record the responses.
 //!
-//! Owns: how steps are asked over HTTP and what an answer says of them. Must never know: what becomes of the server.
+//! Owns: the requests for steps, and the outcomes that responses mean. Must never know: faults of the server.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,23 +13,16 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 
 use super::history::{Item, Key, Operation, Outcome, Step, resolve};
+use super::plan::{CLIENTS, Form, KEYS, OPERATIONS, plan, remember};
 use crate::server::PATIENCE;
 use crate::wire::{Connection, Response, Stream, Way};
 
-const CLIENTS: usize = 8;
-pub const OPERATIONS: u64 = 500;
-
-/// Keys that a transaction can have together. Few, so that clients meet.
-const GROUPS: [&[Key]; 3] = [&[0], &[1, 2], &[3, 4, 5]];
-const KEYS: usize = 6;
-
-/// Where the server is that is to be asked, and how much was asked of it: what clients and those who trouble the server
-/// know of each other.
+/// The address of the server, and the number of operations recorded: all that clients and the faults of a test share.
 #[derive(Default)]
 pub struct Stage {
     state: Mutex<(Option<SocketAddr>, u64)>,
     changed: Condvar,
-    /// Something failed: clients would ask for ever what nobody answers any more.
+    /// Something failed: clients would send requests for ever.
     given_up: AtomicBool,
     clock: AtomicU64,
     values: AtomicU64,
@@ -37,23 +30,23 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// One that clients come to in this way.
+    /// A stage whose clients connect in this way.
     pub fn by(way: Way) -> Self {
         Self { way, ..Self::default() }
     }
 
-    /// A connection to the server that is there, or will be.
+    /// Opens a connection to the server, once there is one.
     pub fn open(&self) -> io::Result<Connection<Box<dyn Stream>>> {
         self.way.try_open(self.address())
     }
 
-    /// The server is there, or is about to go. Clients wait for it to come back.
+    /// Sets the address of the server. Without one, clients wait.
     pub fn set(&self, address: Option<SocketAddr>) {
         self.state.lock().unwrap().0 = address;
         self.changed.notify_all();
     }
 
-    /// Waits until so many operations were recorded.
+    /// Waits until this number of operations is recorded.
     pub fn wait_for(&self, operations: u64) {
         self.wait(|(_, recorded)| (*recorded >= operations).then_some(()));
     }
@@ -74,7 +67,7 @@ impl Stage {
         }
     }
 
-    /// Whether the server is somewhere else by now.
+    /// Returns whether the server has another address by now.
     fn has_left(&self, address: SocketAddr) -> bool {
         self.state.lock().unwrap().0.is_some_and(|there| there != address)
     }
@@ -89,7 +82,7 @@ impl Stage {
     }
 }
 
-/// Has all clients end when there is a panic where this is.
+/// Guard that ends all clients when its thread panics.
 pub struct GivenUp<'s>(pub &'s Stage);
 
 impl Drop for GivenUp<'_> {
@@ -98,7 +91,7 @@ impl Drop for GivenUp<'_> {
     }
 }
 
-/// Lets clients loose on keys of their own, and gives their history.
+/// Runs the clients of one history, on keys of its own, and returns the history.
 pub fn record(stage: &Stage, name: &str, rng: &mut Rng) -> Vec<Operation> {
     let left = AtomicU64::new(OPERATIONS);
     let mut history: Vec<Operation> = thread::scope(|scope| {
@@ -119,15 +112,8 @@ struct Client<'s> {
     name: &'s str,
     number: usize,
     rng: Rng,
-    /// What it last saw of each key, for its conditions.
+    /// The items it last saw, for its conditions.
     seen: [Option<Item>; KEYS],
-}
-
-/// How steps are asked.
-#[derive(Clone, Copy, PartialEq)]
-enum Form {
-    Plain,
-    Transaction,
 }
 
 impl Client<'_> {
@@ -137,7 +123,7 @@ impl Client<'_> {
         while left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
             operations.push(loop {
                 assert!(!self.stage.given_up.load(Ordering::Relaxed), "something else failed");
-                if let Some(operation) = self.ask(&mut connection) {
+                if let Some(operation) = self.send(&mut connection) {
                     break operation;
                 }
             });
@@ -146,8 +132,8 @@ impl Client<'_> {
         operations
     }
 
-    /// None when nothing can have happened.
-    fn ask(&mut self, kept: &mut Option<(SocketAddr, Connection<Box<dyn Stream>>)>) -> Option<Operation> {
+    /// None for an operation that certainly had no effect and has no response to check.
+    fn send(&mut self, kept: &mut Option<(SocketAddr, Connection<Box<dyn Stream>>)>) -> Option<Operation> {
         let (address, mut connection) = match kept.take() {
             Some(kept) => kept,
             None => {
@@ -155,72 +141,31 @@ impl Client<'_> {
                 (address, self.stage.way.try_open(address).ok()?)
             }
         };
-        let (form, mut steps) = self.plan();
-        let asked = self.stage.now();
-        // After that moment: who is asked was the right one when the operation began.
+        let next_value = || self.stage.values.fetch_add(1, Ordering::Relaxed);
+        let (form, mut steps) = plan(&mut self.rng, &self.seen, next_value);
+        let invoked = self.stage.now();
+        // After that moment: the operation goes to the server of the time of its invocation.
         if self.stage.has_left(address) {
             return None;
         }
-        let answer = self.exchange(&mut connection, form, &steps);
-        let answered = self.stage.now();
-        let outcome = match answer {
-            // It may have arrived, and may be in the middle of what is done.
+        let response = self.exchange(&mut connection, form, &steps);
+        let returned = self.stage.now();
+        let outcome = match response {
+            // The request may have arrived, and may take effect later.
             Err(_) => Outcome::Unknown,
-            Ok(answer) => {
-                // What is asked where nobody listens any more would have an outcome that is unknown for no reason.
-                if answer.header("connection") != Some("close") {
+            Ok(response) => {
+                // On a closed connection the next outcome would be unknown for no reason.
+                if response.header("connection") != Some("close") {
                     *kept = Some((address, connection));
                 }
-                outcome(&answer, form, &mut steps)?
+                outcome(&response, form, &mut steps)?
             }
         };
         if outcome == Outcome::Done {
-            for step in &steps {
-                match *step {
-                    Step::Get(key, seen) => self.seen[key] = seen,
-                    Step::Put(key, item) => self.seen[key] = Some(item),
-                    Step::Delete(key) => self.seen[key] = None,
-                    Step::Check(..) => {}
-                }
-            }
+            remember(&mut self.seen, &steps);
         }
-        let operation = Operation { client: self.number, asked, answered, steps, outcome };
-        (!operation.is_unknown() || !operation.changes_nothing()).then_some(operation)
-    }
-
-    fn plan(&mut self) -> (Form, Vec<Step>) {
-        let group = self.rng.choice(GROUPS).expect("there are some");
-        let key = self.rng.choice(group.iter().copied()).expect("there are some");
-        let seen = self.seen[key].map(|item| item.tag);
-        match self.rng.u8(0..20) {
-            0..6 => (Form::Plain, vec![Step::Get(key, None)]),
-            6..10 => (Form::Plain, vec![self.put(key)]),
-            10..12 => (Form::Plain, vec![Step::Delete(key)]),
-            12..15 => (Form::Plain, vec![Step::Check(key, seen), self.put(key)]),
-            15 if seen.is_some() => (Form::Plain, vec![Step::Check(key, seen), Step::Delete(key)]),
-            _ => {
-                let mut steps = Vec::new();
-                for key in group.iter().copied() {
-                    if self.rng.u8(0..3) == 0 {
-                        steps.push(Step::Check(key, self.seen[key].map(|item| item.tag)));
-                    }
-                    steps.push(match self.rng.u8(0..4) {
-                        0 => Step::Get(key, None),
-                        1 => Step::Delete(key),
-                        _ => self.put(key),
-                    });
-                    if self.rng.u8(0..3) == 0 {
-                        steps.push(Step::Get(key, None));
-                    }
-                }
-                (Form::Transaction, steps)
-            }
-        }
-    }
-
-    fn put(&self, key: Key) -> Step {
-        // Which tag it gets is told by the answer.
-        Step::Put(key, Item { value: self.stage.values.fetch_add(1, Ordering::Relaxed), tag: 0 })
+        let operation = Operation { client: self.number, invoked, returned, steps, outcome };
+        (!operation.is_unknown() || !operation.is_read_only()).then_some(operation)
     }
 
     fn exchange(
@@ -233,7 +178,7 @@ impl Client<'_> {
             Form::Plain => self.plain(steps),
             Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
         };
-        // A guest that knows this path traps there, after it has done what was asked.
+        // A guest that knows this path traps there, after the operation.
         if method != "GET" && self.rng.u8(..) == 0 {
             target.insert_str(0, "/trap");
         }
@@ -249,7 +194,7 @@ impl Client<'_> {
             [Step::Check(_, None), last] => ("if-none-match: *\r\n".to_owned(), last),
             [Step::Check(_, Some(tag)), last] => (format!("if-match: \"{tag}\"\r\n"), last),
             [last] => (String::new(), last),
-            _ => panic!("{steps:?} is more than one request can say"),
+            _ => panic!("{steps:?} do not fit into one plain request"),
         };
         let (method, body) = match last {
             Step::Put(_, item) => ("PUT", item.value.to_string()),
@@ -273,31 +218,33 @@ impl Client<'_> {
     }
 }
 
-/// What a key of a history is called.
+/// Name of a key of a history.
 fn name_of(history: &str, key: Key) -> String {
     // One tag, since transactions are of keys that share a shard.
     format!("{{{history}}}-{key}")
 }
 
-/// All keys of a history.
+/// Names of all keys of a history.
 pub fn keys_of(history: &str) -> impl Iterator<Item = String> {
     (0..KEYS).map(move |key| name_of(history, key))
 }
 
-/// Reads the keys of a history now and then from a server that need not have the newest, for as long as this says. What it
-/// shows never goes back. Gives how often it showed something.
+/// Reads the keys of a history from a server that may return stale items, as long as `go_on` returns true, and panics when a
+/// key goes back to an older item. Returns the number of items read.
 pub fn read_on(address: SocketAddr, history: &str, go_on: impl Fn() -> bool) -> usize {
     let mut connection = Connection::open(address);
-    let (mut newest, mut shown) = ([0; KEYS], 0);
+    let mut newest = [0; KEYS];
+    let mut shown = 0;
     while go_on() {
         for (key, newest) in newest.iter_mut().enumerate() {
-            let answer = connection.ask("GET", &format!("/v1/{}", name_of(history, key)), b"");
-            if let (200, Some(tag)) = (answer.status, answer.etag()) {
+            let response = connection.ask("GET", &format!("/v1/{}", name_of(history, key)), b"");
+            if let (200, Some(tag)) = (response.status, response.etag()) {
                 assert!(tag >= *newest, "key {key} of {history} went back from {newest} to {tag}");
-                (*newest, shown) = (tag, shown + 1);
+                *newest = tag;
+                shown += 1;
             }
         }
-        // News come ten times a second, and others need the processor.
+        // Changes arrive ten times a second, and others need the processor.
         thread::sleep(Duration::from_millis(5));
     }
     shown
@@ -307,31 +254,32 @@ fn quoted(tag: u64) -> String {
     format!("\"{tag}\"")
 }
 
-/// What an answer says, also of what was seen. None when it says that nothing happened.
-fn outcome(answer: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome> {
-    match answer.status {
+/// Returns the outcome that a response means, and adds its items and tags to the steps. None when it means that nothing
+/// happened.
+fn outcome(response: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome> {
+    match response.status {
         200 | 201 | 404 if form == Form::Plain => {
-            let tag = answer.etag();
+            let tag = response.etag();
             match steps.last_mut().expect("there is one") {
-                Step::Get(_, seen) => *seen = tag.map(|tag| Item { value: number(answer.text()), tag }),
-                // The path that a guest does not know.
-                _ if answer.status == 404 => return None,
-                Step::Put(_, item) => item.tag = tag.expect("a put is answered with its tag"),
+                Step::Get(_, seen) => *seen = tag.map(|tag| Item { value: number(response.text()), tag }),
+                // A guest that does not know the path of the trap.
+                _ if response.status == 404 => return None,
+                Step::Put(_, item) => item.tag = tag.expect("the response to a put has its tag"),
                 Step::Delete(_) | Step::Check(..) => {}
             }
             Some(Outcome::Done)
         }
         200 => {
-            let given: Vec<Value> = serde_json::from_slice(&answer.body).expect("a list in JSON");
-            assert_eq!(given.len(), steps.len(), "{}", answer.text());
-            for (given, step) in given.iter().zip(steps) {
-                let tag = given["etag"].as_str().map(|tag| number(tag.trim_matches('"')));
+            let results: Vec<Value> = serde_json::from_slice(&response.body).expect("a list in JSON");
+            assert_eq!(results.len(), steps.len(), "{}", response.text());
+            for (result, step) in results.iter().zip(steps) {
+                let tag = result["etag"].as_str().map(|tag| number(tag.trim_matches('"')));
                 match step {
                     Step::Get(_, seen) => {
-                        let value = given["value"].as_str().map(number);
+                        let value = result["value"].as_str().map(number);
                         *seen = tag.zip(value).map(|(tag, value)| Item { value, tag });
                     }
-                    Step::Put(_, item) => item.tag = tag.expect("a put is answered with its tag"),
+                    Step::Put(_, item) => item.tag = tag.expect("the response to a put has its tag"),
                     Step::Delete(_) | Step::Check(..) => {}
                 }
             }
@@ -339,15 +287,15 @@ fn outcome(answer: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome>
         }
         412 => Some(Outcome::Failed(0)),
         409 => {
-            let at = answer.text().strip_prefix("operation ").and_then(|text| text.split_once(':')?.0.parse().ok());
-            Some(Outcome::Failed(at.unwrap_or_else(|| panic!("no place in {}", answer.text()))))
+            let at = response.text().strip_prefix("operation ").and_then(|text| text.split_once(':')?.0.parse().ok());
+            Some(Outcome::Failed(at.unwrap_or_else(|| panic!("no index of the check in {:?}", response.text()))))
         }
         404 | 429 | 503 => None,
         500 | 504 => Some(Outcome::Unknown),
-        status => panic!("{status}: {}", answer.text()),
+        status => panic!("{status}: {}", response.text()),
     }
 }
 
 fn number(text: &str) -> u64 {
-    text.parse().unwrap_or_else(|_| panic!("nobody put {text:?}"))
+    text.parse().unwrap_or_else(|_| panic!("{text:?} was never put"))
 }

@@ -1,7 +1,7 @@
-//! What clients asked and what they were told: the history that is judged, and what each operation does to a store.
+//! History of the operations of clients, and the effect of each on a store.
 //!
-//! Every operation is a list of steps that happen at once, all or none: a GET is one step, a conditional PUT a check and a
-//! put, a transaction as many as it has.
+//! Every operation is a list of steps that is atomic: a GET is one step, a conditional PUT a check and a put, a transaction
+//! as many as it has.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -15,16 +15,16 @@ pub struct Item {
     pub tag: u64,
 }
 
-/// What keys hold, by their numbers.
+/// The items of all keys, by their numbers.
 pub type State = Vec<Option<Item>>;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
-    /// The key has this entity tag, or, for none, there is no such key.
+    /// Passes when the key has this entity tag, or, for none, does not exist.
     Check(Key, Option<u64>),
-    /// What was seen, once it was.
+    /// The item in the response, once there is one.
     Get(Key, Option<Item>),
-    /// The tag is known once it was told, or seen.
+    /// The tag comes with the response, or with that of a later read.
     Put(Key, Item),
     Delete(Key),
 }
@@ -32,18 +32,18 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
     Done,
-    /// The check at this place failed, and nothing happened.
+    /// The check at this index failed, and nothing changed.
     Failed(usize),
-    /// It may happen at any time after it was asked, or never.
+    /// May take effect at any time after its invocation, or never.
     Unknown,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Operation {
     pub client: usize,
-    /// When it was asked and when it was answered, on one clock.
-    pub asked: u64,
-    pub answered: u64,
+    /// Times of the invocation and of the response, on one clock.
+    pub invoked: u64,
+    pub returned: u64,
     pub steps: Vec<Step>,
     pub outcome: Outcome,
 }
@@ -65,14 +65,14 @@ impl Operation {
         self.outcome == Outcome::Unknown
     }
 
-    /// Whether a store is the same after it.
-    pub fn changes_nothing(&self) -> bool {
+    /// Returns whether the store is the same after it in any case.
+    pub fn is_read_only(&self) -> bool {
         let writes = self.steps.iter().any(|step| matches!(step, Step::Put(..) | Step::Delete(_)));
         !writes || matches!(self.outcome, Outcome::Failed(_))
     }
 
-    /// Whether it can have happened only because of what the other wrote.
-    pub fn rests_on(&self, other: &Self) -> bool {
+    /// Returns whether it can have this outcome because of a write of the other.
+    pub fn depends_on(&self, other: &Self) -> bool {
         let writes = other.steps.iter().filter(|_| !matches!(other.outcome, Outcome::Failed(_)));
         let mut written = writes.filter_map(|step| match *step {
             Step::Put(key, item) => Some((key, Some(item))),
@@ -81,7 +81,7 @@ impl Operation {
         });
         written.any(|(written, item)| {
             self.steps.iter().enumerate().any(|(at, step)| match *step {
-                // Anything but what it was to be can have been why a check failed.
+                // Any other tag can be the reason why a check failed.
                 Step::Check(key, _) if self.outcome == Outcome::Failed(at) => key == written,
                 Step::Get(key, seen) => key == written && seen == item,
                 Step::Check(key, tag) => key == written && tag == item.map(|item| item.tag),
@@ -90,8 +90,8 @@ impl Operation {
         })
     }
 
-    /// The store after it, when it can have happened in this state with this outcome.
-    pub fn happens(&self, state: &State) -> Option<State> {
+    /// Returns the state after it, when this state allows this outcome.
+    pub fn apply(&self, state: &State) -> Option<State> {
         let mut after = state.clone();
         for (at, step) in self.steps.iter().enumerate() {
             match *step {
@@ -106,14 +106,14 @@ impl Operation {
         }
         match self.outcome {
             Outcome::Failed(_) => None,
-            // What never shows need not happen.
+            // Without an effect it can as well never have happened.
             Outcome::Unknown if after == *state => None,
             _ => Some(after),
         }
     }
 }
 
-/// Gives puts whose answer got lost the tags that others saw. One that nobody saw has a tag that nobody names.
+/// Gives puts without a response the tags that reads saw. One that was never read gets a tag that no check names.
 pub fn resolve(history: &mut [Operation]) {
     let mut tags = HashMap::new();
     for operation in history.iter().filter(|operation| operation.outcome == Outcome::Done) {

@@ -1,13 +1,18 @@
-//! Linearizability, shown: eight clients at a time record what they ask and what they are told, while the server is killed,
-//! paused and swapped and its guest traps, and all of it must be something that can have happened one after the other.
+//! Linearizability: eight clients record their operations and the responses, while the server is killed, paused and swapped
+//! and its guest traps. Each history must be one of a store that runs the operations one at a time.
 //!
-//! `clients` record a `history`, `checker` judges it; `faulty` is a server that breaks its promises, for the checker to find.
+//! `clients` record a `history` of operations that they draw from a `plan`; `checker` has the verdict, by a `search` of the
+//! `compiled` history. `faulty` is a server with faults for the checker to find; `stress` generates histories.
 
 mod checker;
 mod checks;
 mod clients;
+mod compiled;
 mod faulty;
 mod history;
+mod plan;
+mod search;
+mod stress;
 
 use std::fmt::Write;
 use std::fs;
@@ -19,11 +24,12 @@ use std::time::Duration;
 use fastrand::Rng;
 use rustix::process::Signal;
 
-use self::checker::{Violation, check};
+use self::checker::{Failure, check};
 use self::clients::{GivenUp, record};
-pub use self::clients::{OPERATIONS, Stage, keys_of, read_on};
+pub use self::clients::{Stage, keys_of, read_on};
 use self::faulty::{Fault, Faulty};
 use self::history::Operation;
+pub use self::plan::OPERATIONS;
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
 use crate::load::{SMALL_SEGMENTS, count};
@@ -32,24 +38,26 @@ use crate::swap::{component, copy_of};
 use crate::wire::Connection;
 use crate::zoo;
 
-/// Histories that are recorded at once, on one server.
+/// Histories recorded concurrently, on one server.
 pub const AT_ONCE: u64 = 10;
 
 const ARGS: [&str; 2] = ["--probation", "100ms"];
 
-/// The default store, that traps on demand.
+/// Path of the guest that is the default store and traps on demand.
 fn brittle() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| built("brittle"));
     &GUEST
 }
 
 #[test]
-fn whatever_happens_to_the_server_its_answers_can_have_happened_one_after_the_other() {
+fn history_under_faults_is_linearizable() {
     let mut rng = zoo::dice();
     let histories = count("KVS_TEST_HISTORIES", 100);
     let args = [&SMALL_SEGMENTS[..], &ARGS].concat();
     let mut server = Server::start(&args);
-    let (mut operations, mut unknown, mut trapped) = (0, 0, 0);
+    let mut operations = 0;
+    let mut unknown = 0;
+    let mut trapped = 0;
     for round in 0..histories.div_ceil(AT_ONCE) {
         let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
         let stage = Stage::default();
@@ -61,7 +69,7 @@ fn whatever_happens_to_the_server_its_answers_can_have_happened_one_after_the_ot
         trapped += troubled.1 + traps(&server.stderr());
         operations += judged.operations;
         unknown += judged.unknown;
-        // What it said is looked at once.
+        // Its log lines are counted once.
         server = server.terminate().restart(&args);
     }
     println!("{histories} histories of {operations} operations, {unknown} of unknown outcome, {trapped} traps");
@@ -69,35 +77,38 @@ fn whatever_happens_to_the_server_its_answers_can_have_happened_one_after_the_ot
     assert!(unknown as u64 > histories && trapped as u64 > histories / 10, "{unknown} unknown, {trapped} traps");
 }
 
-/// What histories were made of that can have happened.
+/// Sizes of linearizable histories.
 pub struct Judged {
     pub operations: usize,
     pub unknown: usize,
 }
 
-/// Records histories of these names at once while there is `trouble`, and judges them. Gives also what that gave.
+/// Records histories of these names concurrently with `trouble`, and panics unless all are linearizable. Returns also the
+/// result of `trouble`.
 pub fn judge<T>(stage: &Stage, names: &[String], rng: &mut Rng, trouble: impl FnOnce(&mut Rng) -> T) -> (Judged, T) {
     let (recorded, troubled) = thread::scope(|scope| {
         let _given_up = GivenUp(stage);
         let recording = names.iter().map(|name| {
             let mut rng = rng.fork();
-            scope.spawn(move || record(stage, name, &mut rng))
+            let seed = rng.get_seed();
+            (seed, scope.spawn(move || record(stage, name, &mut rng)))
         });
         let recording: Vec<_> = recording.collect();
         let troubled = trouble(rng);
-        (recording.into_iter().map(|history| history.join().expect("it is recorded")).collect::<Vec<_>>(), troubled)
+        let recorded = recording.into_iter().map(|(seed, history)| (seed, history.join().expect("it is recorded")));
+        (recorded.collect::<Vec<_>>(), troubled)
     });
     let mut judged = Judged { operations: 0, unknown: 0 };
-    for (name, history) in names.iter().zip(&recorded) {
+    for (name, (seed, history)) in names.iter().zip(&recorded) {
         judged.operations += history.len();
         judged.unknown += history.iter().filter(|operation| operation.is_unknown()).count();
-        check(history).unwrap_or_else(|violation| panic!("history {name}: {}", told(history, &violation)));
+        check(history).unwrap_or_else(|failure| panic!("{}", report(name, *seed, history, &failure)));
     }
     (judged, troubled)
 }
 
-/// What happens to a server while so many operations are recorded: two kills, two pauses and two swaps, at moments and in
-/// an order of chance. Gives the server that is there in the end, and how often a guest trapped in those before.
+/// Kills, pauses and swaps the server, each twice, in a random order and at random moments while this number of operations
+/// is recorded. Returns the server that runs in the end, and the number of traps in those before.
 fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rng: &mut Rng) -> (Server, usize) {
     let mut moments: Vec<_> = (0..6).map(|_| rng.u64(operations / 20..operations * 9 / 10)).collect();
     moments.sort_unstable();
@@ -116,7 +127,7 @@ fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rn
             }
             1 => {
                 server.signal(Signal::STOP);
-                // This is what a pause is.
+                // The length of the pause: nothing ends it but time.
                 thread::sleep(Duration::from_millis(rng.u64(20..200)));
                 server.signal(Signal::CONT);
             }
@@ -129,7 +140,7 @@ fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rn
     (server, trapped)
 }
 
-/// Swaps, where a trap can put back the guest that was there before.
+/// Swaps the guest. A trap can roll the swap back.
 pub fn put_in(server: &Server, component: &[u8]) {
     let answer = Connection::open(server.admin()).ask("PUT", "/guest", component);
     assert!(matches!(answer.status, 200 | 422), "{}: {}", answer.status, answer.text());
@@ -139,25 +150,31 @@ fn traps(said: &[String]) -> usize {
     said.iter().filter(|line| line.contains("the guest trapped")).count()
 }
 
-/// A violation, for people: what cannot be, and where the rest of the history is.
-fn told(history: &[Operation], violation: &Violation) -> String {
+/// Describes a history that did not pass, and writes it to a file: its seed repeats the operations, but not their timing.
+fn report(name: &str, seed: u64, history: &[Operation], failure: &Failure) -> String {
     let mut whole = String::new();
     for operation in history {
         writeln!(whole, "{operation}").expect("a string takes it");
     }
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("history");
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("history-{seed}"));
     fs::write(&file, whole).expect("the directory takes a file");
-    format!("{violation}the whole history is in {}", file.display())
+    format!(
+        "history {name}, whose clients had seed {seed}: {failure}The whole history is in {}. Its timing does not repeat: keep \
+         the file. To run the same operations again, set KVS_TEST_SEED to the seed printed at the start of the test.",
+        file.display()
+    )
 }
 
-/// Records histories of a server that breaks a promise, or none, until one cannot have happened. Gives how many it took.
-fn found(fault: Fault, most: usize, rng: &mut Rng) -> Option<usize> {
-    (1..=most).find(|_| {
+/// Records histories of a server with this fault until one is not linearizable. Returns the number of histories it took.
+fn histories_until_found(fault: Fault, most: usize, rng: &mut Rng) -> Option<usize> {
+    (1..=most).find(|number| {
         let server = Faulty::start(fault);
         let stage = Stage::default();
         stage.set(Some(server.address));
+        let mut rng = rng.fork();
+        let seed = rng.get_seed();
         let history = thread::scope(|scope| {
-            let recording = scope.spawn(|| record(&stage, "faulty", &mut rng.fork()));
+            let recording = scope.spawn(|| record(&stage, "faulty", &mut rng));
             let _given_up = GivenUp(&stage);
             for kill in 1..=4 {
                 stage.wait_for(kill * OPERATIONS / 5);
@@ -165,16 +182,21 @@ fn found(fault: Fault, most: usize, rng: &mut Rng) -> Option<usize> {
             }
             recording.join().expect("it is recorded")
         });
-        check(&history).inspect_err(|violation| println!("{fault:?}: {violation}")).is_err()
+        let Err(failure) = check(&history) else { return false };
+        let report = report(&format!("{number} of {fault:?}"), seed, &history, &failure);
+        // A history without a verdict is not one in which the fault was found.
+        assert!(matches!(failure, Failure::Violation(_)), "{report}");
+        println!("{report}");
+        true
     })
 }
 
 #[test]
-fn a_server_that_breaks_its_promises_is_found_out() {
+fn faulty_server_is_found() {
     let mut rng = zoo::dice();
-    assert_eq!(found(Fault::None, 10, &mut rng), None);
+    assert_eq!(histories_until_found(Fault::None, 10, &mut rng), None);
     for fault in [Fault::AnswersEarly, Fault::ReadsWithoutWaiting, Fault::LosesUpdates] {
-        let histories = found(fault, 20, &mut rng);
+        let histories = histories_until_found(fault, 20, &mut rng);
         println!("{fault:?} was found in history {histories:?}");
         assert!(histories.is_some(), "{fault:?} was not found");
     }
