@@ -210,7 +210,6 @@ impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
         let lock = Lock::take(&options.data)?;
         let directory = options.data.join("log");
-        lock::make_directory(&directory)?;
         let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
         log.compact_in_background()?;
         Ok(log)
