@@ -13,10 +13,10 @@ use anyhow::bail;
 use bytesize::ByteSize;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use kvs_txlog::TransactionLog;
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
+use kvs_txlog::{Incarnation, TransactionLog};
 
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
@@ -133,11 +133,15 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
     verify(
         data,
         &mut |finding| match finding {
-            Finding::Sound { file, entries, first, last, bytes } => {
+            Finding::Sound { file, format, entries, first, last, bytes, incarnations } => {
                 (all, newest) = (all + entries, newest.max(last));
+                let file = format!("{file}: format {format}");
                 match entries {
-                    0 => say(format!("{file}: no entries, {bytes} bytes")),
-                    _ => say(format!("{file}: {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                    0 => say(format!("{file}, no entries, {bytes} bytes")),
+                    _ => say(format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                }
+                for Incarnation { id, fork, first, .. } in incarnations {
+                    say(format!("{file}, incarnation {id} after sequence {fork} with {first}"));
                 }
             }
             Finding::Torn(what) => say(format!("{what}; the next start cuts it off")),
@@ -308,7 +312,7 @@ pub mod tests {
         compact(directory.path()).unwrap();
         let (text, _) = verified(directory.path());
         // The second has expired, the third was deleted, and nothing is left of the delete but that it was the fourth.
-        assert!(text.contains(".seg: 1 entries, sequences 1 to 4, "), "{text}");
+        assert!(text.contains(".seg: format 2, 1 entries, sequences 1 to 4, "), "{text}");
         assert!(text.ends_with("the log is sound: 1 entries, newest sequence 4\n"), "{text}");
     }
 }
