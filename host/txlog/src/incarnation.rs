@@ -8,7 +8,7 @@
 use uuid::Uuid;
 
 /// The distance from the fork to the first sequence after it: more than any lost future holds.
-const JUMP: u64 = 1 << 40;
+pub const JUMP: u64 = 1 << 40;
 /// Bound of the random part of the distance, by which two restores of one backup differ.
 const RANDOM: u64 = 1 << 44;
 

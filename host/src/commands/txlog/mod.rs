@@ -1,4 +1,4 @@
-//! `kvs txlog`: verifies, prints, exports, imports and compacts a transaction log that no server uses.
+//! `kvs txlog`: verifies, prints, exports, imports, compacts and forks a transaction log that no server uses.
 //!
 //! Owns: the output for operators. Must never know: the bytes in its files or the rows in its tables, which are behind
 //! `kvs_txlog::file` and `kvs_txlog::postgres`.
@@ -13,10 +13,10 @@ use anyhow::bail;
 use bytesize::ByteSize;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use kvs_txlog::TransactionLog;
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
+use kvs_txlog::{Incarnation, TransactionLog};
 
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
@@ -68,6 +68,15 @@ pub enum TxlogCommand {
         #[command(flatten)]
         at: At,
     },
+    /// Begin an incarnation of a log that is a copy: its sequences go on far beyond those that the original gives
+    ///
+    /// A copied directory is recognised at its first start. Run this before the first start of a copy that looks like the
+    /// original from within: a clone of a volume, a snapshot of a file system or of a virtual machine. Entity tags and
+    /// watch positions of the original that are newer than the copy are then never given again, and are refused.
+    Fork {
+        #[command(flatten)]
+        at: At,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -100,6 +109,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
                 Ok(())
             }
         },
+        TxlogCommand::Fork { at } => fork(&at, out),
     }
 }
 
@@ -133,11 +143,15 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
     verify(
         data,
         &mut |finding| match finding {
-            Finding::Sound { file, entries, first, last, bytes } => {
+            Finding::Sound { file, format, entries, first, last, bytes, incarnations } => {
                 (all, newest) = (all + entries, newest.max(last));
+                let file = format!("{file}: format {format}");
                 match entries {
-                    0 => say(format!("{file}: no entries, {bytes} bytes")),
-                    _ => say(format!("{file}: {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                    0 => say(format!("{file}, no entries, {bytes} bytes")),
+                    _ => say(format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                }
+                for Incarnation { id, fork, first, .. } in incarnations {
+                    say(format!("{file}, incarnation {id} after sequence {fork} with {first}"));
                 }
             }
             Finding::Torn(what) => say(format!("{what}; the next start cuts it off")),
@@ -161,6 +175,15 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
         );
     }
     printed.and_then(|()| writeln!(out, "the log is sound: {all} entries, newest sequence {newest}"))?;
+    Ok(())
+}
+
+fn fork(at: &At, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Incarnation { id, fork, first, .. } = match &at.txlog {
+        TxlogStorage::File => Offline::fork(&at.data_dir)?,
+        TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, false)?.fork()?,
+    };
+    writeln!(out, "begun incarnation {id}: the log goes on after sequence {fork} with {first}")?;
     Ok(())
 }
 
@@ -308,7 +331,26 @@ pub mod tests {
         compact(directory.path()).unwrap();
         let (text, _) = verified(directory.path());
         // The second has expired, the third was deleted, and nothing is left of the delete but that it was the fourth.
-        assert!(text.contains(".seg: 1 entries, sequences 1 to 4, "), "{text}");
+        assert!(text.contains(".seg: format 2, 1 entries, sequences 1 to 4, "), "{text}");
         assert!(text.ends_with("the log is sound: 1 entries, newest sequence 4\n"), "{text}");
+    }
+
+    #[test]
+    fn fork_prints_where_the_log_goes_on() {
+        let directory = directory_with(&events());
+        let mut out = Vec::new();
+        fork(&at(directory.path()), &mut out).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        let (before, first) = out.trim_end().split_once(" after sequence 3 with ").expect(&out);
+        let id = before.strip_prefix("begun incarnation ").and_then(|line| line.split(':').next()).expect(&out);
+        let first: u64 = first.parse().unwrap();
+        assert!(first - 3 >= 1 << 40, "{out}");
+        let (text, _) = verified(directory.path());
+        assert!(text.contains(&format!("format 2, incarnation {id} after sequence 3 with {first}\n")), "{text}");
+        assert!(text.ends_with("the log is sound: 3 entries, newest sequence 3\n"), "{text}");
+
+        let empty = directory_with(&[]);
+        let error = fork(&at(empty.path()), &mut Vec::new()).unwrap_err().to_string();
+        assert!(error.ends_with("is empty: there is nothing to continue"), "{error}");
     }
 }

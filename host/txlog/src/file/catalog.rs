@@ -10,8 +10,10 @@ use uuid::Uuid;
 
 use super::Home;
 use super::disk::{Disk, File};
+use super::frame::Ending;
 use super::scan::{Scan, Stop};
-use super::segment::{Compacted, HEAD_BYTES, Numbers};
+use super::segment::{Compacted, HEAD_BYTES, Numbers, VERSION};
+use crate::Incarnation;
 
 /// How far apart the marks in a segment are.
 const MARK_BYTES: u64 = 1 << 20;
@@ -19,6 +21,8 @@ const MARK_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     pub numbers: Numbers,
+    /// The format of its file.
+    pub version: u32,
     /// The sequences it covers; none while `last` is below `first`.
     pub first: u64,
     pub last: u64,
@@ -32,6 +36,10 @@ pub struct Segment {
     pub end: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
+    /// What a compacted segment says of the last frame that it stands for. Of others it is found by reading them.
+    pub ending: Option<Ending>,
+    /// The incarnations that begin in it, oldest first.
+    pub incarnations: Vec<Incarnation>,
     /// The deletes in it that this process wrote or came upon, until it is compacted.
     pub deletes: u64,
     /// Places to begin reading at, in a segment written by this process: who catches up need not read it all.
@@ -49,14 +57,35 @@ pub struct Mark {
 impl Segment {
     /// A segment made ahead, at the moment the writer comes to it.
     pub fn empty(number: u64, last: u64, chain: u32) -> Self {
-        let (before, after, tip) = (chain, chain, chain);
-        let (numbers, first, end) = (Numbers::one(number), last.wrapping_add(1), HEAD_BYTES);
-        Self { numbers, first, last, before, after, tip, end, forgotten: 0, deletes: 0, marks: Vec::new() }
+        Self {
+            numbers: Numbers::one(number),
+            version: VERSION,
+            first: last.wrapping_add(1),
+            last,
+            before: chain,
+            after: chain,
+            tip: chain,
+            end: HEAD_BYTES,
+            forgotten: 0,
+            ending: None,
+            incarnations: Vec::new(),
+            deletes: 0,
+            marks: Vec::new(),
+        }
     }
 
-    pub fn compacted(numbers: Numbers, compacted: &Compacted) -> Self {
-        let Compacted { first, last, before, after, tip, end, forgotten } = *compacted;
-        Self { numbers, first, last, before, after, tip, end, forgotten, deletes: 0, marks: Vec::new() }
+    /// A segment that compaction made, and the incarnations in its first frame.
+    pub fn compacted(numbers: Numbers, version: u32, compacted: &Compacted, incarnations: Vec<Incarnation>) -> Self {
+        let Compacted { first, last, before, after, tip, ending, end, forgotten } = *compacted;
+        let ending = Some(ending);
+        let (deletes, marks) = (0, Vec::new());
+        Self { numbers, version, first, last, before, after, tip, end, forgotten, ending, incarnations, deletes, marks }
+    }
+
+    /// The last sequence before it: an incarnation that begins with it leaves a jump.
+    pub fn preceding(&self) -> u64 {
+        let begun = self.incarnations.first().filter(|incarnation| incarnation.first == self.first);
+        begun.map_or(self.first.wrapping_sub(1), |incarnation| incarnation.fork)
     }
 }
 
@@ -71,7 +100,7 @@ impl Segment {
         let passed = self.marks.partition_point(|mark| mark.sequence <= sequence);
         let begin = self.marks[..passed].last();
         let (offset, chain) = begin.map_or((HEAD_BYTES, self.before), |mark| (mark.offset, mark.chain));
-        Scan::new(file, log, offset, self.end, Some(chain))
+        Scan::new(file, (self.version, log), (offset, self.end), Some(chain))
     }
 
     /// Whether a scan that came to its end saw the whole segment.
@@ -79,6 +108,7 @@ impl Segment {
         let damage = |what| Err(home.damage(&self.numbers.file_name(), scan.offset(), what));
         match scan.stop() {
             Stop::Bad(what) => damage(what),
+            Stop::Refused(why) => Err(home.refused(&self.numbers.file_name(), scan.offset(), &why)),
             Stop::End if scan.chain() != Some(self.tip) => damage("frames are missing at its end"),
             Stop::End => Ok(()),
         }
@@ -118,12 +148,17 @@ impl Catalog {
     /// newer: who knows the log up to `after` cannot learn from it what has happened since.
     pub fn reader(&self, after: u64) -> Result<Reader<'_>, u64> {
         let mut names = self.names();
-        let forgotten = self.segments().iter().map(|segment| segment.forgotten).max().unwrap_or(0);
+        let forgotten = self.forgotten();
         if after > 0 && after < forgotten {
             return Err(forgotten);
         }
         names.readers += 1;
         Ok(Reader { catalog: self })
+    }
+
+    /// The compaction horizon: whoever knows the log up to an older sequence would miss something.
+    pub fn forgotten(&self) -> u64 {
+        self.segments().iter().map(|segment| segment.forgotten).max().unwrap_or(0)
     }
 
     /// Whether somebody reads now.

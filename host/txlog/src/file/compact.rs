@@ -15,9 +15,13 @@ use super::Shared;
 use super::catalog::Segment;
 use super::disk::{File, is_full};
 use super::entry;
-use super::frame::Builder;
+use super::frame::{Builder, Ending};
 use super::garbage::{self, Fate, Garbage, Pause, Share};
-use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
+use super::incarnations;
+use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, VERSION};
+#[cfg(test)]
+use super::tests::mutants;
+use crate::Incarnation;
 
 /// Frames of a compacted segment are about as large as what is read at once.
 const FRAME_BYTES: usize = 1 << 20;
@@ -110,7 +114,7 @@ fn groups(
 ) -> Vec<Range<usize>> {
     let mut groups: Vec<(Range<usize>, u64)> = Vec::new();
     for (at, share) in garbage.shares.iter().enumerate() {
-        let stays = share.bytes - goes(share);
+        let stays = share.bytes - goes(share) + incarnations::frame_bytes(segments[at].incarnations.len());
         match groups.last_mut() {
             Some((group, sum)) if *sum + stays <= shared.segment_bytes - HEAD_BYTES => {
                 group.end = at + 1;
@@ -152,13 +156,20 @@ impl Rewrite<'_> {
         let mut forgotten = segments.iter().map(|segment| segment.forgotten).max().unwrap_or(0);
         let inherited = forgotten;
 
+        let incarnations = self.incarnations();
+        // The jump of one that is dropped counts as covered: none of its sequences is ever given out.
+        let first =
+            if incarnations.first() == oldest.incarnations.first() { oldest.first } else { oldest.preceding() + 1 };
         let written = disk.create(&temporary).map_err(anyhow::Error::from).and_then(|file| {
             let mut output = Output::new(shared, file, oldest.before, newest.last);
+            output.epoch = shares.first().map_or(0, |share| share.ending.epoch);
+            output.frame = incarnations::frame(&incarnations);
+            output.flush()?;
             let mut old_bytes = 0;
             for (segment, share) in segments.iter().zip(shares) {
                 let mut at = share.begin;
                 let mut failed = Ok(());
-                old_bytes += garbage::walk(shared, segment, pause, &mut |entry| {
+                let walked = garbage::walk(shared, segment, pause, &mut |entry| {
                     let fate = self.garbage.fate(at);
                     at += 1;
                     let goes = match fate {
@@ -169,6 +180,7 @@ impl Rewrite<'_> {
                     };
                     if !goes {
                         if failed.is_ok() {
+                            output.epoch = share.ending.epoch;
                             failed = output.push(entry.sequence, entry.encoded);
                         }
                     } else if fate != Fate::Superseded {
@@ -176,21 +188,29 @@ impl Rewrite<'_> {
                     }
                 })?;
                 failed?;
+                old_bytes += walked.end;
                 pause(0)?;
             }
             output.flush()?;
-            let (tip, end) = (output.chain, output.end);
-            let (first, last, before, after) = (oldest.first, newest.last, oldest.before, newest.after);
-            let compacted = Compacted { first, last, before, after, tip, end, forgotten };
-            output
-                .file
-                .write_at(&Head { log: shared.log, numbers, size: end, compacted: Some(compacted) }.encode(), 0)?;
+            let compacted = Compacted {
+                first,
+                last: newest.last,
+                before: oldest.before,
+                after: newest.after,
+                tip: output.chain,
+                ending: shares.last().map_or_else(Ending::default, |share| share.ending),
+                end: output.end,
+                forgotten,
+            };
+            let head =
+                Head { version: VERSION, log: shared.log, numbers, size: output.end, compacted: Some(compacted) };
+            output.file.write_at(&head.encode(), 0)?;
             output.sync()?;
-            Ok((compacted, old_bytes.saturating_sub(end)))
+            Ok((compacted, old_bytes.saturating_sub(output.end)))
         });
         let (compacted, saved) = written.inspect_err(|_| drop(disk.remove(&temporary)))?;
 
-        let segment = Segment::compacted(numbers, &compacted);
+        let segment = Segment::compacted(numbers, VERSION, &compacted, incarnations);
         let rename = || disk.rename(&temporary, &name);
         let Some(old) = shared.catalog.replace(segment, forgotten > inherited, rename)? else {
             disk.remove(&temporary)?;
@@ -203,6 +223,23 @@ impl Rewrite<'_> {
         disk.sync().map_err(SyncFailed)?;
         Ok(Some(saved))
     }
+
+    /// The incarnations that begin in the segments, without those whose jumps lie below the compaction horizon: whoever
+    /// resumes in such a jump is below the horizon too, and is told to begin anew. The horizon is on disk already. The
+    /// newest of the log stays, for the next continues it.
+    fn incarnations(&self) -> Vec<Incarnation> {
+        let horizon = self.shared.catalog.forgotten();
+        let newest = self.shared.history.incarnations().last();
+        let all = self.segments.iter().flat_map(|segment| &segment.incarnations);
+        let stays = |one: &&Incarnation| {
+            #[cfg(test)]
+            if mutants::is(mutants::Mutant::NewestIncarnationDropped) {
+                return one.first > horizon && Some(*one) != newest;
+            }
+            one.first > horizon || Some(*one) == newest
+        };
+        all.filter(stays).copied().collect()
+    }
 }
 
 /// The new file.
@@ -214,11 +251,13 @@ struct Output<'a> {
     end: u64,
     chain: u32,
     durable: u64,
+    /// That of the newest segment that something was copied from, so that epochs never go back along the log.
+    epoch: u32,
 }
 
 impl<'a> Output<'a> {
     fn new(shared: &'a Shared, file: Arc<dyn File>, chain: u32, durable: u64) -> Self {
-        Self { shared, file, frame: None, buffer: Vec::new(), end: HEAD_BYTES, chain, durable }
+        Self { shared, file, frame: None, buffer: Vec::new(), end: HEAD_BYTES, chain, durable, epoch: 0 }
     }
 
     fn push(&mut self, sequence: u64, encoded: &[u8]) -> anyhow::Result<()> {
@@ -238,7 +277,7 @@ impl<'a> Output<'a> {
     /// Synced one by one: a commit that comes meanwhile waits for the disk behind one frame, not behind a whole segment.
     fn flush(&mut self) -> anyhow::Result<()> {
         let Some(mut frame) = self.frame.take() else { return Ok(()) };
-        self.chain = frame.seal(self.shared.log, self.durable, self.chain);
+        self.chain = frame.seal(self.shared.log, self.epoch, self.durable, self.chain);
         self.file.write_at(frame.bytes(), self.end)?;
         self.end += frame.bytes().len() as u64;
         self.buffer = frame.into_buffer();

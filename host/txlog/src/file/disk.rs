@@ -4,12 +4,15 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 #[cfg(target_os = "linux")]
 use rustix::fs::{Advice, FallocateFlags};
+
+use super::identity::Identity;
 
 /// One flat directory. A name made, renamed or removed is certain only after [`Disk::sync`].
 pub trait Disk: Send + Sync {
@@ -36,6 +39,8 @@ pub trait File: Send + Sync {
     /// Drops what the operating system holds of the file in memory and believes to be on disk: what is read afterwards
     /// comes from the disk itself. After a failed sync, Linux marks pages as clean that never reached it.
     fn forget_cached(&self) -> io::Result<()>;
+    /// What the file system knows the file by, and a copy of it by not.
+    fn identity(&self) -> io::Result<Identity>;
 }
 
 /// A real directory.
@@ -128,6 +133,13 @@ impl File for RealFile {
         rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed)
             .map_err(|error| naming("fadvise", &self.path, error.into()))?;
         Ok(())
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        let metadata = self.file.metadata().map_err(|error| naming("stat", &self.path, error))?;
+        // Not every file system keeps it.
+        let born = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Ok(Identity { inode: metadata.ino(), born: born.map_or(0, |since| since.as_nanos() as u64) })
     }
 }
 

@@ -14,6 +14,7 @@ pub struct Found {
     pub name: String,
     pub file: Arc<dyn File>,
     pub size: u64,
+    pub version: u32,
     pub log: Uuid,
     pub numbers: Numbers,
     pub compacted: Option<Compacted>,
@@ -36,6 +37,7 @@ impl Found {
         if size < head.size {
             return Err(home.damage(&name, size, "it is cut off"));
         }
-        Ok(Self { name, file, size, log: head.log, numbers, compacted: head.compacted })
+        let Head { version, log, compacted, .. } = head;
+        Ok(Self { name, file, size, version, log, numbers, compacted })
     }
 }

@@ -10,7 +10,9 @@ use uuid::Uuid;
 
 use super::disk::File;
 use super::frame::{self, Builder};
+use super::identity::Identity;
 use super::scan::Scan;
+use super::segment::VERSION;
 
 /// Scans frames: nothing is read beyond the end, nothing panics, and what is decoded lies in what was read.
 pub fn frames(bytes: &[u8]) {
@@ -21,15 +23,17 @@ pub fn frames(bytes: &[u8]) {
             let Some((count, body)) = bytes.split_first() else { return };
             let mut frame = Builder::new(u64::MAX - 3, Vec::new());
             frame.body().extend_from_slice(body);
-            frame.count = u32::from(*count);
-            frame.seal(Uuid::nil(), 1, 0);
+            frame.count = u32::from(*count).max(1);
+            frame.seal(Uuid::nil(), 1, 1, 0);
             assert_eq!(scan(frame.bytes().to_vec()), 1, "its checksums are right");
         }
         _ => {
             let mut file = Builder::new(1, Vec::new()).bytes().to_vec();
             file[..4].copy_from_slice(b"FRME");
-            let fields = bytes.len().min(28);
-            file[4..4 + fields].copy_from_slice(&bytes[..fields]);
+            let fields = bytes.len().min(36);
+            file[4..4 + fields.min(28)].copy_from_slice(&bytes[..fields.min(28)]);
+            // Kind, flags and epoch.
+            file[52..52 + fields.saturating_sub(28)].copy_from_slice(&bytes[fields.min(28)..fields]);
             let checksum = crc32c::crc32c(&file[..frame::HEAD_BYTES - 4]);
             file[frame::HEAD_BYTES - 4..].copy_from_slice(&checksum.to_le_bytes());
             file.extend_from_slice(&bytes[fields..]);
@@ -41,11 +45,12 @@ pub fn frames(bytes: &[u8]) {
 /// Goes over all frames and returns how many there are.
 fn scan(bytes: Vec<u8>) -> usize {
     let size = bytes.len() as u64;
-    let mut scan = Scan::new(Arc::new(Memory(bytes)), Uuid::nil(), 0, size, None);
+    let mut scan = Scan::new(Arc::new(Memory(bytes)), (VERSION, Uuid::nil()), (0, size), None);
     let mut count = 0;
     while scan.advance().expect("it reads what is there") {
         for frame in scan.frames() {
             count += 1;
+            assert!(frame.incarnations().len() <= frame.body.len());
             let (mut pairs, mut decoded) = (Vec::new(), 0);
             for entry in frame.entries().map_while(|entry| entry) {
                 decoded += entry.encoded.len();
@@ -90,6 +95,10 @@ impl File for Memory {
 
     fn forget_cached(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use super::Shared;
 use super::catalog::Segment;
 use super::entry::Raw;
+use super::frame::Ending;
 
 /// Keys that one pass can tell apart.
 pub const KEYS: usize = 800_000;
@@ -58,6 +59,8 @@ pub struct Share {
     pub superseded: u64,
     pub void: u64,
     pub forgettable: u64,
+    /// The last frame in it or before it.
+    pub ending: Ending,
 }
 
 impl Share {
@@ -92,6 +95,7 @@ pub fn find(
     // The key of the hash is secret, so nobody can make two keys meet.
     let hasher = SipHasher13::new_with_key(Uuid::new_v4().as_bytes());
     let (mut low, mut first) = (0, true);
+    let mut ending = Ending::default();
     loop {
         garbage.passes += 1;
         let mut pass = Pass { newest: HashMap::new(), keys, low, high: u64::MAX, now };
@@ -99,7 +103,7 @@ pub fn find(
         for (number, segment) in segments.iter().enumerate() {
             let begin = at;
             let mut bytes = 0;
-            let end = walk(shared, segment, pause, &mut |entry| {
+            let walked = walk(shared, segment, pause, &mut |entry| {
                 if first {
                     garbage.fates.resize(at as usize / 32 + 1, 0);
                     bytes += entry.encoded.len() as u64;
@@ -109,9 +113,10 @@ pub fn find(
                 at += 1;
             })?;
             if first {
-                shared.catalog.set_end(segment.numbers, end);
+                shared.catalog.set_end(segment.numbers, walked.end);
+                ending = segment.ending.or(walked.ending).unwrap_or(ending);
                 let share = &mut garbage.shares[number];
-                (share.begin, share.entries, share.bytes) = (begin, at - begin, bytes);
+                (share.begin, share.entries, share.bytes, share.ending) = (begin, at - begin, bytes, ending);
             }
         }
         for slot in pass.newest.values().filter(|slot| slot.gone) {
@@ -208,19 +213,27 @@ fn hash(hasher: &SipHasher13, key: &str) -> (u64, u64) {
     (hash.h1, hash.h2)
 }
 
-/// Goes over the entries of a sealed segment; returns where it ends.
+/// Where the frames of a segment end, and the last of them.
+pub struct Walked {
+    pub end: u64,
+    ending: Option<Ending>,
+}
+
+/// Goes over the entries of a sealed segment.
 pub fn walk(
     shared: &Shared,
     segment: &Segment,
     pause: &mut Pause<'_>,
     each: &mut dyn FnMut(Raw<'_>),
-) -> anyhow::Result<u64> {
+) -> anyhow::Result<Walked> {
     let Shared { home, log, .. } = shared;
     let name = segment.numbers.file_name();
     let mut scan = segment.scan(home.disk.open(&name)?, *log);
     let mut from = scan.offset();
+    let mut ending = None;
     while scan.advance()? {
         for frame in scan.frames() {
+            ending = Some(frame.head.ending());
             for entry in frame.entries() {
                 each(entry.ok_or_else(|| home.damage(&name, frame.offset, "a frame holds what is not an entry"))?);
             }
@@ -229,5 +242,5 @@ pub fn walk(
         from = scan.offset();
     }
     segment.ended(home, &scan)?;
-    Ok(scan.offset())
+    Ok(Walked { end: scan.offset(), ending })
 }

@@ -11,13 +11,16 @@ use rustix::io::Errno;
 use super::disk::{is_full, sync_directory};
 
 /// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
-/// The file itself stays for ever: removing it would let two processes lock two files of one name.
+///
+/// What is locked is the directory of the log itself. A file can be removed, and then two processes lock two files of one
+/// name; `LOCK` names the holder, and is locked too, for the sake of a kvs that wrote format 1 and knows no other lock.
 pub struct Lock {
+    _directory: File,
     _file: File,
 }
 
 impl Lock {
-    /// Makes the data directory if need be, and takes it.
+    /// Makes the data directory and the directory of the log if need be, and takes them.
     pub fn take(data: &Path) -> anyhow::Result<Self> {
         make_directory(data)?;
         let path = data.join("LOCK");
@@ -28,21 +31,16 @@ impl Lock {
             .truncate(false)
             .open(&path)
             .map_err(|error| unusable(data, error))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                // Empty in the moment between taking the lock and writing the number down.
-                let _ = file.take(32).read_to_string(&mut holder);
-                let holder = holder.trim().parse::<u32>().map(|pid| format!("process {pid}"));
-                bail!(
-                    "data directory {} is in use by {}; stop it, or give another directory with --data-dir",
-                    data.display(),
-                    holder.as_deref().unwrap_or("another process")
-                );
-            }
-            Err(error) => {
-                bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
+        let log = data.join("log");
+        make_directory(&log)?;
+        let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
+        for (locked, path) in [(&directory, &log), (&file, &path)] {
+            match flock(locked, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Err(in_use(data, &file)),
+                Err(error) => {
+                    bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
+                }
             }
         }
         match file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
@@ -52,8 +50,21 @@ impl Lock {
             }
             _ => {}
         }
-        Ok(Self { _file: file })
+        Ok(Self { _directory: directory, _file: file })
     }
+}
+
+/// The error for whoever comes second. `file` names the holder: not in the moment before that is written down, nor
+/// when the file was removed.
+fn in_use(data: &Path, file: &File) -> anyhow::Error {
+    let mut holder = String::new();
+    let _ = file.take(32).read_to_string(&mut holder);
+    let holder = holder.trim().parse::<u32>().map(|pid| format!("process {pid}"));
+    anyhow::anyhow!(
+        "data directory {} is in use by {}; stop it, or give another directory with --data-dir",
+        data.display(),
+        holder.as_deref().unwrap_or("another process")
+    )
 }
 
 /// Makes a directory and sees to it that its name is durable.

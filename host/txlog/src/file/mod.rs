@@ -2,17 +2,21 @@
 //!
 //! Owns: the bytes on disk and the promise that a write answered with success is there after any crash. Must never know:
 //! what a key or a value means. To read it, begin here, then `queue` (where events come in), `writer` (how they
-//! become durable), `recovery` and `tail` (what a crash leaves), `replay` (how they come out).
+//! become durable), `recovery` and `tail` (what a crash leaves), `begin` (what a run begins with), `replay` (how they
+//! come out).
 //!
 //! # The bytes
+//!
+//! This is format 2. Format 1 is read and never written; what it lacks is at the end of this section.
 //!
 //! ```text
 //! DIR/LOCK                              the process that uses the directory
 //! DIR/log/0000000001-0000000007.seg     segments 1 to 7, compacted into one file
 //! DIR/log/0000000008.seg                a segment, full
 //! DIR/log/0000000009.seg                the segment being written
-//! DIR/log/0000000010.seg                the spare: a head, then zeros
+//! DIR/log/0000000010.seg                the spare: a header, then zeros
 //! DIR/log/watermark                     how far the log was durable when last idle
+//! DIR/log/identity                      by what a copy of the directory is told from it
 //! DIR/log/0000000009.seg.4096.1.torn    what recovery cut off at that byte
 //! DIR/log/*.tmp                         begun; removed at the start
 //! ```
@@ -20,32 +24,52 @@
 //! All numbers are little-endian, all checksums CRC32C. A segment:
 //!
 //! ```text
-//! byte 0      8   12   16         32        40       48                       96          508      512
-//!      magic  ver kind log (UUID) first no. last no. compacted: see below ... file's size checksum frames, zeros ...
+//! byte 0      8       12   16         32        40       48                         104      108   508      512
+//!      magic  version kind log (UUID) first no. last no. compacted: see below, size  ending   zero  checksum frames, zeros ...
 //!
-//! byte 48          56         64   72            76            80                 88
-//!      first seq.  last seq.  end  chain before  chain after   own last checksum  forgotten
+//! byte 48          56         64   72            76            80                 84     88         96
+//!      first seq.  last seq.  end  chain before  chain after   own last checksum  epoch  forgotten  file's size
 //! ```
 //!
-//! "kvs log\n", version 1, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
-//! so that a version this binary does not read is told from damage. A file that is shorter than its head says was cut
-//! off. Bytes 48 to 96 are zero in a written segment, and so is what is between the size and the checksum. A compacted
-//! segment stands for the segments from `first no.` to `last no.`. It covers their sequences, so that those of dropped
-//! entries are never given again, and it hands on the checksum of their last frame, so that the chain of frames goes on
-//! after it. `forgotten` is the newest sequence of a dropped delete.
+//! "kvs log\n", version 2, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
+//! so that a version this binary does not read is told from damage. A file that is shorter than its header says was cut
+//! off. In a written segment bytes 48 to 96 and 104 to 108 are zero. A compacted segment stands for the segments from
+//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
+//! hands on the checksum of their last frame, so that the chain of frames goes on after it, and that frame's epoch, kind
+//! and flags (`ending`, as in a frame). `forgotten`, the compaction horizon, is the newest sequence of a dropped delete.
 //!
 //! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
 //!
 //! ```text
-//! byte 0      4       8          16          24     28             32          48        52    60             64
-//!      "FRME" length  first seq. durable     count  checksum of    log (UUID)  checksum  zero  checksum       body
-//!             of body            sequence           previous frame             of body         of bytes 0..60
+//! byte 0      4       8          16          24     28             32          48        52         56     60             64
+//!      "FRME" length  first seq. durable     count  checksum of    log (UUID)  checksum  kind,      epoch  checksum       body
+//!             of body            sequence           previous frame             of body   flags (24)        of bytes 0..60
 //! ```
 //!
-//! `durable` is the newest sequence known to be on disk when the frame was written. The head's checksum covers the
-//! body's, so the chain through `previous` covers all. A frame without entries says that the log was closed.
+//! `durable` is the newest sequence known to be on disk when the frame was written. The header's checksum covers the
+//! body's, so the chain through `previous` covers all. `epoch` is that of the process that wrote the frame: one more than
+//! the epoch of the last frame before it when it opened the log. Along the log it never falls.
 //!
-//! The body holds `count` entries, then up to 7 zeros:
+//! | kind | | body |
+//! |---:|---|---|
+//! | 0 | entries | `count` of them, at least one |
+//! | 1 | close: the log was closed after the frame before this one | empty |
+//! | 2 | incarnation: the first frame of its segment | records, see below; `count` is 0, `first seq.` that of the first record |
+//! | 3 | reserved: a claim in a replicated log | |
+//!
+//! Flag 1: the body begins with optional fields. Flag 2: the run that wrote the frame answers before it syncs
+//! (`--durability os`); its first frame is synced all the same, so that a start after a power cut knows.
+//!
+//! A frame with right checksums of a kind or with a flag that this binary does not know is refused by number, and an
+//! optional field by name: it is not skipped, and it is no torn write. No field is defined yet.
+//!
+//! ```text
+//! byte 0                2
+//!      length of those  fields: (length of name: 1 byte, name in ASCII, length: 2 bytes, value) ...
+//!      that follow
+//! ```
+//!
+//! A body of entries, then up to 7 zeros:
 //!
 //! ```text
 //! byte 0       4     5     13       17         21         25
@@ -54,22 +78,59 @@
 //! ```
 //!
 //! The entry's sequence is `first` plus `offset`: compaction leaves gaps. Kind 1 is a delete, 2 a put, 3 a put that
-//! expires.
+//! expires. No frame spans the jump of an incarnation.
+//!
+//! An incarnation, see [`Incarnation`](crate::Incarnation):
+//!
+//! ```text
+//! byte 0          16             32              40               48
+//!      id (UUID)  parent (UUID)  fork: the last  first: its own   the next record
+//!                                sequence before first sequence
+//! ```
+//!
+//! A written segment has one record at most; a compacted one lists those of the segments it stands for, oldest first,
+//! however early or late in them they began. So the first frames of all segments tell the history. A record of which
+//! the jump lies below the compaction horizon may be dropped: who resumes there is told to begin anew in any case. The
+//! newest of the log stays. Where the dropped one was the first thing in a compacted segment, `first seq.` of that is the
+//! one after the fork: the jump counts as covered.
 //!
 //! After the last frame there are zeros to the end of the segment. A segment that is not the newest may hold no frame at
-//! all: a spare that was too small.
+//! all: a spare that was too small. And one may be left before it is full, where an incarnation began or the format
+//! changed.
 //!
-//! The watermark file:
+//! The watermark file, and the identity file:
 //!
 //! ```text
 //! byte 0           8            24               32          36
 //!      "kvs mark"  log (UUID)   newest durable   checksum
 //!                               sequence         of the above
+//!
+//! byte 0           8            24               32          40          44
+//!      "kvs iden"  log (UUID)   this file's      its birth   checksum
+//!                               inode            time, ns    of the above
 //! ```
+//!
+//! Format 1 has version 1 in the header of a segment. Its frames have zeros in bytes 52 to 60; one without entries is a
+//! close. Compacted segments have zeros for epoch and ending. There are no incarnations, and no identity. A log in format
+//! 1 that is opened for writing goes on in a new segment in format 2, and compaction writes format 2.
+//!
+//! # When an incarnation begins
+//!
+//! At an open for writing, in a log that has entries, where sequences may have been given out that are not in it:
+//!
+//! - The identity file is not the file it says it is: the directory was copied, or restored from a backup, into another
+//!   or into its own. `mv` keeps it. Without the file the log is taken for a copy, unless it was never written in format
+//!   2: an upgrade in place begins none, and so a copy of format 1 goes unnoticed at its first start. What copies blocks
+//!   copies inodes: clones and snapshots of volumes need `kvs txlog fork`.
+//! - It was not closed, and was written with `--durability os`, or is opened with it: a power cut can have taken what
+//!   clients have seen.
+//! - `kvs txlog fork` asks for it.
+//!
+//! It is synced before anything is served, and what made it necessary stays until then.
 //!
 //! # How a write survives, and where that stands
 //!
-//! 1. One process has the directory: `lock`.
+//! 1. One process has the directory, whatever becomes of the files in it: `lock`.
 //! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
 //!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`. The
 //!    first of a log is small, for a start waits for it, and each is larger than the one before up to `--segment-bytes`.
@@ -83,6 +144,7 @@
 //! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `garbage` (what),
 //!    `compact` (how).
 //! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`, and see below.
+//! 11. What was lost all the same, or is in another copy of the log, is never given again: `begin`, `identity`.
 //!
 //! # What is assumed of the disk
 //!
@@ -100,6 +162,7 @@
 //! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
 //! the difference; in between nothing on one disk can.
 
+mod begin;
 mod bytes;
 mod catalog;
 mod compact;
@@ -111,6 +174,8 @@ mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod garbage;
+mod identity;
+mod incarnations;
 mod lock;
 mod mark;
 mod metrics;
@@ -138,6 +203,7 @@ use uuid::Uuid;
 pub use self::offline::Offline;
 pub use self::verify::{Finding, verify};
 
+use self::begin::Ready;
 use self::catalog::Catalog;
 use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
@@ -147,7 +213,7 @@ use self::queue::{FRAME_OVERHEAD, Queue};
 use self::spare::{Sizes, Spares};
 use self::writer::Writer;
 use super::{Receive, TransactionLog, Watermark};
-use crate::{AppendError, Event};
+use crate::{AppendError, Event, History};
 
 /// What an answered write has behind it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -168,6 +234,22 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+}
+
+impl Options {
+    fn sizes(&self) -> anyhow::Result<Sizes> {
+        let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + self.group_bytes;
+        if needed > self.segment_bytes || self.segment_bytes > u64::from(u32::MAX) {
+            bail!(
+                "segments of {} bytes cannot hold the largest write of {}: choose --segment-bytes between {needed} and \
+                 {}, or lower --max-value-bytes",
+                self.segment_bytes,
+                self.group_bytes,
+                u32::MAX
+            );
+        }
+        Ok(Sizes::new(needed, self.segment_bytes))
+    }
 }
 
 /// The size of segment files where nobody says otherwise.
@@ -195,6 +277,8 @@ struct Running {
 struct Shared {
     home: Home,
     log: Uuid,
+    /// None begins while the log is open.
+    history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
     catalog: Catalog,
@@ -210,7 +294,6 @@ impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
         let lock = Lock::take(&options.data)?;
         let directory = options.data.join("log");
-        lock::make_directory(&directory)?;
         let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
         log.compact_in_background()?;
         Ok(log)
@@ -259,6 +342,10 @@ impl TransactionLog for FileLog {
         replay::replay(&self.shared, after, receive)
     }
 
+    fn history(&self) -> Arc<History> {
+        self.shared.history.clone()
+    }
+
     fn close(&self) -> anyhow::Result<()> {
         let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         self.shared.compactor.stop();
@@ -300,38 +387,51 @@ fn start(
 }
 
 impl Shared {
-    /// The log of a directory, read and put right, and the writer that can go on with it. Nothing runs yet.
+    /// The log of a directory, read, put right and begun, and the writer that can go on with it. Nothing runs yet.
     fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Options { data, segment_bytes, group_bytes, durability } = options;
-        let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
-        if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
-            bail!(
-                "segments of {segment_bytes} bytes cannot hold the largest write of {group_bytes}: choose --segment-bytes \
-                 between {needed} and {}, or lower --max-value-bytes",
-                u32::MAX
-            );
-        }
-        let home = Home { disk, data };
-        let sizes = Sizes::new(needed, segment_bytes);
-        let recovered = recovery::recover(&home, sizes)
+        Self::begin(disk, options, None)
+    }
+
+    /// The same, with the reason why another incarnation of the log is to begin, where there is one.
+    fn begin(
+        disk: Arc<dyn Disk>,
+        options: Options,
+        asked: Option<&'static str>,
+    ) -> anyhow::Result<(Arc<Self>, Writer)> {
+        let sizes = options.sizes()?;
+        let home = Home { disk, data: options.data.clone() };
+        let (ready, writer) = recovery::recover(&home)
+            .and_then(|recovered| begin::begin(&home, sizes, recovered, options.durability, asked))
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
-        let writer = recovered.writer;
-        let (room, segment_room) = (writer.size - writer.end, sizes.smallest_spare() - segment::HEAD_BYTES);
-        let full = recovered.spares.is_empty();
-        let shared = Self {
+        Ok((Arc::new(Self::new(home, &options, sizes, ready)), writer))
+    }
+
+    /// The log of a directory, read and put right. It is not written, and no incarnation of it begins.
+    fn read(home: Home, options: &Options) -> anyhow::Result<Arc<Self>> {
+        let recovered =
+            recovery::recover(&home).with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
+        Ok(Arc::new(Self::new(home, options, options.sizes()?, Ready::to_be_read(recovered))))
+    }
+
+    fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready) -> Self {
+        let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
+        let appended = incarnations::newest_given(&history, last);
+        let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
+        let full = spares.is_empty();
+        Self {
             home,
-            log: recovered.log,
-            segment_bytes,
-            durability,
-            catalog: Catalog::new(recovered.segments),
-            queue: Queue::new(writer.last, room, full, segment_room, group_bytes),
-            spares: Spares::new(recovered.spares, recovered.next, recovered.next_size, sizes),
+            log,
+            history: Arc::new(history),
+            segment_bytes: options.segment_bytes,
+            durability: options.durability,
+            catalog: Catalog::new(segments),
+            queue: Queue::new((appended, last + 1), room, full, segment_room, options.group_bytes),
+            spares: Spares::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
-            watermark: Watermark::new(writer.last),
+            watermark: Watermark::new(appended),
             metrics: Metrics::new(),
             failure: Mutex::default(),
-        };
-        Ok((Arc::new(shared), writer))
+        }
     }
 
     fn fail(&self, error: &anyhow::Error) {
@@ -371,5 +471,10 @@ impl Home {
 
     fn damage(&self, name: &str, offset: u64, what: impl Into<String>) -> anyhow::Error {
         Damage { file: self.path(name), offset, what: what.into(), data: self.data.clone() }.into()
+    }
+
+    /// The error for a frame that is not damaged, and that this binary does not read all the same.
+    fn refused(&self, name: &str, offset: u64, why: &str) -> anyhow::Error {
+        anyhow!("{} at byte {offset}: {why}", self.path(name).display())
     }
 }

@@ -1,18 +1,18 @@
-//! A log that nobody serves from: opened, put right as at a start, and read or compacted by one thread.
+//! A log that nobody serves from: opened, put right as at a start, and read, compacted or forked by one thread.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 
 use super::catalog::Segment;
 use super::compact::{self, Effort};
 use super::compactor::now;
-use super::disk::Directory;
+use super::disk::{Directory, Disk};
 use super::garbage::KEYS;
 use super::lock::Lock;
 use super::{DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
-use crate::Receive;
+use crate::{Incarnation, Receive};
 
 pub struct Offline {
     shared: Arc<Shared>,
@@ -23,14 +23,14 @@ impl Offline {
     /// Refuses a log that is in use, and one that is not there: only `serve` and `import` begin one.
     pub fn open(data: &Path) -> anyhow::Result<Self> {
         let (home, lock) = take(data)?;
-        let options = Options {
-            data: home.data,
-            segment_bytes: DEFAULT_SEGMENT_BYTES,
-            group_bytes: 0,
-            durability: Durability::Sync,
-        };
-        let (shared, _) = Shared::recover(home.disk, options)?;
+        let shared = Shared::read(home, &options(data))?;
         Ok(Self { shared, _lock: lock })
+    }
+
+    /// Begins another incarnation of a log: for one whose copy nothing tells from it, such as a clone of its blocks.
+    pub fn fork(data: &Path) -> anyhow::Result<Incarnation> {
+        let (home, _lock) = take(data)?;
+        fork(home.disk, options(data))
     }
 
     /// The newest sequence.
@@ -60,6 +60,22 @@ impl Offline {
         }
         segments
     }
+}
+
+fn options(data: &Path) -> Options {
+    Options { data: data.into(), segment_bytes: DEFAULT_SEGMENT_BYTES, group_bytes: 0, durability: Durability::Sync }
+}
+
+/// See [`Offline::fork`].
+pub fn fork(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Incarnation> {
+    let data = options.data.display().to_string();
+    let home = Home { disk: disk.clone(), data: options.data.clone() };
+    if Shared::read(home, &options)?.queue.appended() == 0 {
+        bail!("the log in {data} is empty: there is nothing to continue");
+    }
+    let (shared, _) = Shared::begin(disk, options, Some("`kvs txlog fork` asked for it"))?;
+    let begun = shared.history.incarnations().last().copied();
+    begun.with_context(|| format!("the log in {data} begins no incarnation"))
 }
 
 /// Takes the lock of a log that is there.

@@ -69,9 +69,10 @@ pub enum Work {
 }
 
 impl Queue {
-    /// `room` is what is left in the newest segment, `segment_room` what a new one has.
-    pub fn new(appended: u64, room: u64, full: bool, segment_room: u64, group_bytes: u64) -> Self {
-        let state = State { next: appended + 1, room, full, ..State::default() };
+    /// `appended` is the newest sequence given out and `next` the one to give next; `room` is what is left in the newest
+    /// segment, `segment_room` what a new one has.
+    pub fn new((appended, next): (u64, u64), room: u64, full: bool, segment_room: u64, group_bytes: u64) -> Self {
+        let state = State { next, room, full, ..State::default() };
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
         let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
         let queue_bytes = QUEUE_BYTES.min(segment_room);

@@ -12,26 +12,31 @@ use uuid::Uuid;
 
 use super::catalog::Segment;
 use super::found::Found;
-use super::frame::{self, Head as FrameHead};
-use super::scan::is_zero;
+use super::frame::Ending;
 use super::segment::{HEAD_BYTES, Numbers, SUFFIX};
-use super::spare::{self, Sizes, Spare};
 use super::tail::{self, Content};
-use super::writer::Writer;
-use super::{Home, mark};
+use super::{Home, identity, mark};
+use crate::History;
 
+/// A log that was put right, and can be read. It is written only after [`begin`](super::begin::begin).
 pub struct Recovered {
     pub log: Uuid,
     pub segments: Vec<Segment>,
-    pub writer: Writer,
-    pub spares: VecDeque<Spare>,
-    /// The number of the next spare to be made, and its size.
-    pub next: u64,
-    pub next_size: u64,
+    /// The sequence and the checksum that the next frame follows on.
+    pub last: u64,
+    pub chain: u32,
+    pub ending: Ending,
+    pub history: History,
+    /// What the watermark file says.
+    pub marked: u64,
+    /// The newest of `segments` where it can be written on, and those made ahead.
+    pub files: VecDeque<Found>,
+    /// The size of the newest file, 0 where there is none.
+    pub newest_size: u64,
 }
 
-/// Opens the log of a directory, or begins one. Nothing but this process may use the directory.
-pub fn recover(home: &Home, sizes: Sizes) -> anyhow::Result<Recovered> {
+/// Reads the log of a directory. Nothing but this process may use the directory.
+pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
     let found = find(home)?;
     let marked = marked(home, &found)?;
     let log = found.first().map_or_else(Uuid::new_v4, |segment| segment.log);
@@ -39,7 +44,7 @@ pub fn recover(home: &Home, sizes: Sizes) -> anyhow::Result<Recovered> {
     // From the newest segment backwards to the last that holds a frame; there may be a tear on the way.
     let (mut tear, mut newest) = (None, None);
     for (at, segment) in found.iter().enumerate().rev() {
-        let content = tail::read(segment)?;
+        let content = tail::read(home, segment)?;
         if let Some(torn) = content.tear {
             if tear.is_some() {
                 let what = format!("{}, and a later segment had been begun", torn.what);
@@ -52,9 +57,9 @@ pub fn recover(home: &Home, sizes: Sizes) -> anyhow::Result<Recovered> {
             break;
         }
     }
-    let (mut segments, closed) = match newest {
+    let (mut segments, ending) = match newest {
         Some((at, content)) => join(home, &found[..=at], content)?,
-        None => (Vec::new(), false),
+        None => (Vec::new(), Ending::default()),
     };
     let (last, chain) = segments.last().map_or((0, 0), |segment| (segment.last, segment.after));
     if last < marked {
@@ -71,27 +76,19 @@ pub fn recover(home: &Home, sizes: Sizes) -> anyhow::Result<Recovered> {
     let held = segments.len();
     let writable = held - usize::from(held > 0 && found[held - 1].compacted.is_none());
     let newest = tear.map_or(writable, |(at, _)| at);
-    let next = found.last().map_or(1, |segment| segment.numbers.last + 1);
-    let next_size = sizes.after(found.last().map_or(0, |segment| segment.size));
-    segments
-        .extend(found.iter().take(newest + 1).skip(held).map(|found| Segment::empty(found.numbers.first, last, chain)));
-    let mut rest = found.into_iter().skip(newest);
-    let (file, size, next, next_size) = match rest.next() {
-        Some(found) => (found.file, found.size, next, next_size),
-        None => {
-            segments.push(Segment::empty(next, last, chain));
-            (spare::make(&*home.disk, log, next, next_size)?, next_size, next + 1, sizes.after(next_size))
-        }
-    };
-    let spares = rest.map(|found| Spare { number: found.numbers.first, file: found.file, size: found.size }).collect();
+    let empty = |found: &Found| Segment { version: found.version, ..Segment::empty(found.numbers.first, last, chain) };
+    segments.extend(found.iter().take(newest + 1).skip(held).map(empty));
+    let newest_size = found.last().map_or(0, |found| found.size);
+    let files: VecDeque<_> = found.into_iter().skip(newest).collect();
 
     // What was read may be in memory only: a process that was killed had written it and not synced. It is served from
     // now on, so it must be durable from now on. Older segments were synced before a newer one was begun.
-    file.sync()?;
+    if let Some(found) = files.front() {
+        found.file.sync()?;
+    }
     home.disk.sync()?;
-    let end = segments.last().map_or(HEAD_BYTES, |segment| segment.end);
-    let writer = Writer { file, size, end, chain, last, synced: last, closed, marked };
-    Ok(Recovered { log, segments, writer, spares, next, next_size })
+    let history = History::new(segments.iter().flat_map(|segment| segment.incarnations.clone()).collect());
+    Ok(Recovered { log, segments, last, chain, ending, history, marked, files, newest_size })
 }
 
 /// Opens the segments, oldest first: all of one log, and each number there once.
@@ -146,7 +143,7 @@ fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
 
 /// A name that the log gives to a file, before or after it is whole.
 fn is_ours(name: &str) -> bool {
-    Numbers::parse(name).is_some() || name == mark::NAME || name.ends_with(tail::COPY_SUFFIX)
+    Numbers::parse(name).is_some() || [mark::NAME, identity::NAME].contains(&name) || name.ends_with(tail::COPY_SUFFIX)
 }
 
 /// Removes the segments in whose place compaction had put one file when it was stopped: once that file was read to its
@@ -156,7 +153,7 @@ fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::R
         let Some(compacted) = &new.compacted else {
             return Err(home.damage(&new.name, 0, "it stands for other segments and is not compacted"));
         };
-        let segment = Segment::compacted(new.numbers, compacted);
+        let segment = Segment::compacted(new.numbers, new.version, compacted, Vec::new());
         let mut scan = segment.scan(new.file.clone(), new.log);
         while scan.advance()? {}
         segment.ended(home, &scan)?;
@@ -197,50 +194,40 @@ pub fn no_segments(home: &Home) -> String {
 
 /// The catalogue of segments that hold what the newest of them rests on: each must follow the one before it, and says
 /// where that one ended.
-fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Segment>, bool)> {
+fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Segment>, Ending)> {
     let mut segments = vec![newest.segment];
     for older in found.iter().rev().skip(1) {
         let Some(next) = segments.last() else { break };
-        let (first, before) = (next.first, next.before);
-        let blank = Segment { end: older.size, ..Segment::empty(older.numbers.first, first.wrapping_sub(1), before) };
-        let segment = match (&older.compacted, first_frame(home, older)?) {
-            (Some(compacted), _) => {
-                if compacted.last.wrapping_add(1) != first || compacted.after != before {
-                    return Err(home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name)));
+        let (last, before) = (next.preceding(), next.before);
+        let blank =
+            Segment { version: older.version, end: older.size, ..Segment::empty(older.numbers.first, last, before) };
+        let does_not_follow = || home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name));
+        let frame = tail::first_frame(home, older)?;
+        let segment = match (&older.compacted, frame) {
+            (Some(compacted), frame) => {
+                if compacted.last != last || compacted.after != before {
+                    return Err(does_not_follow());
                 }
-                Segment::compacted(older.numbers, compacted)
+                let incarnations = frame.map_or_else(Vec::new, |(_, incarnations)| incarnations);
+                Segment::compacted(older.numbers, older.version, compacted, incarnations)
             }
-            (None, Some(frame)) if frame.first <= first => {
-                Segment { first: frame.first, before: frame.previous, ..blank }
+            (None, Some((frame, incarnations))) if frame.first <= last.wrapping_add(1) => {
+                Segment { first: frame.first, before: frame.previous, incarnations, ..blank }
             }
-            (None, Some(_)) => return Err(home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name))),
+            (None, Some(_)) => return Err(does_not_follow()),
             (None, None) => blank,
         };
         segments.push(segment);
     }
     segments.reverse();
     match segments.first() {
-        Some(oldest) if (oldest.first, oldest.before) != (1, 0) => {
+        Some(oldest) if (oldest.preceding(), oldest.before) != (0, 0) => {
             Err(home.damage(&oldest.numbers.file_name(), HEAD_BYTES, "the log does not begin with it"))
         }
-        _ => Ok((segments, newest.closed)),
+        _ => Ok((segments, newest.ending)),
     }
 }
 
 fn follows(name: &str) -> String {
     format!("it does not follow {name}")
-}
-
-/// The head of the first frame of a segment; none in one that was never written to.
-fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<FrameHead>> {
-    if found.compacted.is_some() || found.size < HEAD_BYTES + frame::HEAD_BYTES as u64 {
-        return Ok(None);
-    }
-    let mut bytes = [0; frame::HEAD_BYTES];
-    found.file.read_at(&mut bytes, HEAD_BYTES)?;
-    if is_zero(&bytes) {
-        return Ok(None);
-    }
-    let head = FrameHead::decode(&bytes, found.log);
-    head.map(Some).ok_or_else(|| home.damage(&found.name, HEAD_BYTES, "this is not the head of a frame of this log"))
 }

@@ -10,12 +10,15 @@ use uuid::Uuid;
 
 use super::disk::File;
 use super::frame::{self, Frame, Head};
+use super::segment::HEAD_BYTES;
 
 /// Large enough that a call costs nothing beside it, small enough to stay in the processor's cache.
 const CHUNK_BYTES: usize = 1 << 20;
 
 pub struct Scan {
     file: Arc<dyn File>,
+    /// The format of the segment.
+    version: u32,
     log: Uuid,
     /// Nothing is read from here on.
     limit: u64,
@@ -31,19 +34,29 @@ pub struct Scan {
 }
 
 /// Why there are no more frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// Zeros, where nothing was written yet, or the limit.
     End,
     /// Something else, and what is wrong with it.
     Bad(&'static str),
+    /// A frame whose checksums are right, and why this binary does not read it. It was written so: no tear, and no
+    /// damage.
+    Refused(String),
 }
 
 impl Scan {
-    pub fn new(file: Arc<dyn File>, log: Uuid, from: u64, limit: u64, chain: Option<u32>) -> Self {
+    /// `version` and `log` are those of the segment. Frames are read from `from` up to `limit`.
+    pub fn new(
+        file: Arc<dyn File>,
+        (version, log): (u32, Uuid),
+        (from, limit): (u64, u64),
+        chain: Option<u32>,
+    ) -> Self {
         let size = limit.saturating_sub(from).min(CHUNK_BYTES as u64) as usize;
         let buffer = vec![0; size];
-        Self { file, log, limit, buffer, base: from, filled: 0, passed: 0, frames: Vec::new(), chain, stop: None }
+        let frames = Vec::new();
+        Self { file, version, log, limit, buffer, base: from, filled: 0, passed: 0, frames, chain, stop: None }
     }
 
     /// Goes on to the next frames, false when there are none. What `frames` gave before is gone.
@@ -99,7 +112,13 @@ impl Scan {
                 Some(head) if head.total() > rest.len() as u64 => return head.total() as usize,
                 Some(head) => {
                     let total = head.total() as usize;
-                    if head.accepts(&rest[frame::HEAD_BYTES..total]) {
+                    let body = &rest[frame::HEAD_BYTES..total];
+                    if head.accepts(body) {
+                        let is_first = self.base + self.passed as u64 == HEAD_BYTES;
+                        if let Err(why) = head.check(self.version, is_first, body) {
+                            self.stop = Some(Stop::Refused(why));
+                            return 0;
+                        }
                         self.frames.push((self.passed, head));
                         self.passed += total;
                         self.chain = Some(head.checksum);
@@ -133,7 +152,7 @@ impl Scan {
 
     /// Why it went no further; [`Stop::End`] while it still can.
     pub fn stop(&self) -> Stop {
-        self.stop.unwrap_or(Stop::End)
+        self.stop.clone().unwrap_or(Stop::End)
     }
 }
 

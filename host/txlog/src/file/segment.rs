@@ -5,6 +5,7 @@
 use uuid::Uuid;
 
 use super::bytes::{array, u32_at, u64_at};
+use super::frame::Ending;
 
 /// Frames begin here. The head has the first sector for itself.
 pub const HEAD_BYTES: u64 = 512;
@@ -13,7 +14,8 @@ pub const HEAD_BYTES: u64 = 512;
 pub const SUFFIX: &str = ".seg";
 
 const MAGIC: [u8; 8] = *b"kvs log\n";
-const VERSION: u32 = 1;
+/// The version that is written. Format 1 is read.
+pub const VERSION: u32 = 2;
 /// Magic, version and the place of this checksum stay as they are in every version of the format, so that a binary can
 /// tell a head from another time from a damaged one.
 const CHECKSUM_AT: usize = 508;
@@ -51,6 +53,7 @@ impl Numbers {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
+    pub version: u32,
     pub log: Uuid,
     pub numbers: Numbers,
     /// Of its file, which never becomes smaller.
@@ -71,6 +74,8 @@ pub struct Compacted {
     pub after: u32,
     /// The checksum of its own last frame, or `before` if it has none.
     pub tip: u32,
+    /// The last frame that it stands for.
+    pub ending: Ending,
     /// Where its frames end.
     pub end: u64,
     /// The newest sequence of a delete, or of a put that had expired, which is not in the log any more: whoever knows
@@ -83,7 +88,7 @@ impl Head {
         let mut bytes = [0; HEAD_BYTES as usize];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
         put(0, &MAGIC);
-        put(8, &VERSION.to_le_bytes());
+        put(8, &self.version.to_le_bytes());
         put(12, &u32::from(self.compacted.is_some()).to_le_bytes());
         put(16, self.log.as_bytes());
         put(32, &self.numbers.first.to_le_bytes());
@@ -95,7 +100,9 @@ impl Head {
             put(72, &compacted.before.to_le_bytes());
             put(76, &compacted.after.to_le_bytes());
             put(80, &compacted.tip.to_le_bytes());
+            put(84, &compacted.ending.epoch.to_le_bytes());
             put(88, &compacted.forgotten.to_le_bytes());
+            put(104, &(u32::from(compacted.ending.kind) | compacted.ending.flags << 8).to_le_bytes());
         }
         put(96, &self.size.to_le_bytes());
         let checksum = crc32c::crc32c(&bytes[..CHECKSUM_AT]);
@@ -111,14 +118,12 @@ impl Head {
         if crc32c::crc32c(&bytes[..CHECKSUM_AT]) != u32_at(bytes, CHECKSUM_AT) {
             return Err("the checksum of its head is wrong".into());
         }
-        match u32_at(bytes, 8) {
-            VERSION => {}
-            version => {
-                let age = if version > VERSION { "newer" } else { "older" };
-                return Err(format!(
-                    "it has format version {version} and this binary reads {VERSION}; use the {age} kvs that wrote it"
-                ));
-            }
+        let version = u32_at(bytes, 8);
+        if !(1..=VERSION).contains(&version) {
+            let age = if version > VERSION { "newer" } else { "older" };
+            return Err(format!(
+                "it has format version {version} and this binary reads 1 to {VERSION}; use the {age} kvs that wrote it"
+            ));
         }
         let compacted = match u32_at(bytes, 12) {
             0 => None,
@@ -129,11 +134,14 @@ impl Head {
                 before: u32_at(bytes, 72),
                 after: u32_at(bytes, 76),
                 tip: u32_at(bytes, 80),
+                // Zeros in format 1.
+                ending: Ending { kind: bytes[104], flags: u32_at(bytes, 104) >> 8, epoch: u32_at(bytes, 84) },
                 forgotten: u64_at(bytes, 88),
             }),
             kind => return Err(format!("it is of an unknown kind, {kind}")),
         };
         Ok(Self {
+            version,
             log: Uuid::from_bytes(array(bytes, 16)),
             numbers: Numbers { first: u64_at(bytes, 32), last: u64_at(bytes, 40) },
             size: u64_at(bytes, 96),

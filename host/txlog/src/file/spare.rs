@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::disk::{Disk, File, is_full};
-use super::segment::{HEAD_BYTES, Head, Numbers};
+use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
 
 /// How long a full disk is left alone before it is asked again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -213,7 +213,10 @@ fn begin(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
 fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -> io::Result<Arc<dyn File>> {
     let (name, temporary) = (Numbers::one(number).file_name(), temporary(number));
     let write = || {
-        file.write_at(&Head { log, numbers: Numbers::one(number), size, compacted: None }.encode(), 0)?;
+        file.write_at(
+            &Head { version: VERSION, log, numbers: Numbers::one(number), size, compacted: None }.encode(),
+            0,
+        )?;
         zero(file, HEAD_BYTES, size)?;
         file.sync()?;
         disk.rename(&temporary, &name)?;

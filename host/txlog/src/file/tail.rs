@@ -13,10 +13,12 @@ use super::Home;
 use super::catalog::Segment;
 use super::disk::{File, is_full};
 use super::found::Found;
-use super::frame::{self, Head as FrameHead};
-use super::scan::{Scan, Stop, written_end};
+use super::frame::{self, Ending, Frame, Head as FrameHead};
+use super::incarnations;
+use super::scan::{Scan, Stop, is_zero, written_end};
 use super::segment::HEAD_BYTES;
 use super::spare::zero;
+use crate::Incarnation;
 
 /// What torn tails are copied to ends with this.
 pub const COPY_SUFFIX: &str = ".torn";
@@ -25,8 +27,8 @@ pub const COPY_SUFFIX: &str = ".torn";
 pub struct Content {
     pub segment: Segment,
     pub holds_frames: bool,
-    /// The last frame has no entries: the log was closed after it.
-    pub closed: bool,
+    /// The last frame, where there is one.
+    pub ending: Ending,
     pub tear: Option<Tear>,
 }
 
@@ -39,41 +41,78 @@ pub struct Tear {
     pub what: &'static str,
 }
 
-/// Goes over the frames of a segment. One made by compaction was whole before it had its name: it is not read here, and
-/// whatever is wrong with it is damage.
-pub fn read(found: &Found) -> io::Result<Content> {
+/// Goes over the frames of a segment. One made by compaction was whole before it had its name: it is not read here, but
+/// for the incarnations in its first frame, and whatever is wrong with it is damage.
+pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
     if let Some(compacted) = &found.compacted {
-        let segment = Segment::compacted(found.numbers, compacted);
-        return Ok(Content { segment, holds_frames: true, closed: false, tear: None });
+        let first = first_frame(home, found)?.map_or_else(Vec::new, |(_, incarnations)| incarnations);
+        let segment = Segment::compacted(found.numbers, found.version, compacted, first);
+        return Ok(Content { segment, holds_frames: true, ending: compacted.ending, tear: None });
     }
-    let mut scan = Scan::new(found.file.clone(), found.log, HEAD_BYTES, found.size, None);
-    let (mut first, mut newest, mut deletes) = (None, None, 0);
+    let mut segment = Segment { version: found.version, ..Segment::empty(found.numbers.first, 0, 0) };
+    let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (HEAD_BYTES, found.size), None);
+    let mut first = None;
+    let mut newest = None;
     while scan.advance()? {
         for frame in scan.frames() {
             first.get_or_insert(frame.head);
             newest = Some(frame.head);
-            deletes += frame.entries().flatten().filter(|entry| entry.put.is_none()).count() as u64;
+            segment.incarnations.extend(frame.incarnations());
+            segment.deletes += frame.entries().flatten().filter(|entry| entry.put.is_none()).count() as u64;
         }
     }
-    let mut segment = Segment::empty(found.numbers.first, 0, 0);
     if let (Some(first), Some(newest)) = (first, newest) {
         (segment.first, segment.before) = (first.first, first.previous);
         segment.last = newest.first.saturating_add(newest.count.into()).saturating_sub(1);
         (segment.after, segment.tip) = (newest.checksum, newest.checksum);
     }
-    let at = scan.offset();
-    (segment.end, segment.deletes) = (at, deletes);
-    let tear = tear(found, at, scan.stop())?;
-    let closed = newest.is_some_and(|frame| frame.count == 0);
-    Ok(Content { segment, holds_frames: first.is_some(), closed, tear })
+    segment.end = scan.offset();
+    if let Stop::Refused(why) = scan.stop() {
+        return Err(home.refused(&found.name, segment.end, &why));
+    }
+    let tear = tear(found, segment.end, &scan.stop())?;
+    let ending = newest.as_ref().map_or_else(Ending::default, FrameHead::ending);
+    Ok(Content { segment, holds_frames: first.is_some(), ending, tear })
+}
+
+/// The head of the first frame of a segment, and the incarnations that it records; None in a segment without frames.
+pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHead, Vec<Incarnation>)>> {
+    let end = found.compacted.as_ref().map_or(found.size, |compacted| compacted.end);
+    if end < HEAD_BYTES + frame::HEAD_BYTES as u64 {
+        return Ok(None);
+    }
+    let damage = |what| home.damage(&found.name, HEAD_BYTES, what);
+    let mut bytes = [0; frame::HEAD_BYTES];
+    found.file.read_at(&mut bytes, HEAD_BYTES)?;
+    if found.compacted.is_none() && is_zero(&bytes) {
+        return Ok(None);
+    }
+    let head = FrameHead::decode(&bytes, found.log);
+    let head = head.ok_or_else(|| damage("this is not the head of a frame of this log"))?;
+    if head.kind == frame::ENTRIES {
+        // Whoever reads the segment checks the rest of it.
+        return Ok(Some((head, Vec::new())));
+    }
+    if head.total() > end - HEAD_BYTES {
+        return Err(damage("a frame is longer than its segment"));
+    }
+    let mut body = vec![0; head.length as usize];
+    found.file.read_at(&mut body, HEAD_BYTES + frame::HEAD_BYTES as u64)?;
+    if !head.accepts(&body) {
+        return Err(damage("the checksum of a frame is wrong"));
+    }
+    head.check(found.version, true, &body).map_err(|why| home.refused(&found.name, HEAD_BYTES, &why))?;
+    let incarnations = Frame { head, offset: HEAD_BYTES, body: &body }.incarnations();
+    incarnations::check(&incarnations, None).map_err(damage)?;
+    Ok(Some((head, incarnations)))
 }
 
 /// What follows the last good frame, if it is not what follows the end of a log: zeros.
-pub fn tear(found: &Found, at: u64, stop: Stop) -> io::Result<Option<Tear>> {
+pub fn tear(found: &Found, at: u64, stop: &Stop) -> io::Result<Option<Tear>> {
     let what = match stop {
         Stop::Bad(what) => what,
         // The first sectors of a frame can be lost while later ones are not.
-        Stop::End => "something follows the end of the log",
+        Stop::End | Stop::Refused(_) => "something follows the end of the log",
     };
     Ok(written_end(&*found.file, at, found.size)?.map(|end| Tear { at, end, what }))
 }

@@ -3,23 +3,31 @@
 use std::io;
 use std::path::Path;
 
+use uuid::Uuid;
+
 use super::found::Found;
 use super::frame::Frame;
+use super::incarnations;
 use super::recovery;
 use super::scan::{Scan, Stop};
 use super::segment::{Compacted, HEAD_BYTES, Numbers, SUFFIX};
 use super::tail::{self, Tear};
 use super::{Home, mark, offline};
+use crate::{History, Incarnation};
 
 /// What verification has to say.
 pub enum Finding {
     /// A segment is as it should be. It covers the sequences from `first` to `last`; compaction can leave fewer entries.
     Sound {
         file: String,
+        /// The version of its format.
+        format: u32,
         entries: u64,
         first: u64,
         last: u64,
         bytes: u64,
+        /// Those that begin in it, as far as they are recorded.
+        incarnations: Vec<Incarnation>,
     },
     /// The log ends in an unfinished write, which the next start cuts off.
     Torn(String),
@@ -33,7 +41,17 @@ pub fn verify(data: &Path, report: &mut dyn FnMut(Finding), progress: &mut dyn F
 }
 
 pub fn verify_in(home: &Home, report: &mut dyn FnMut(Finding), progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-    let mut state = State { home, report, next: Some((1, 0)), number: 1, log: None, tear: None };
+    let mut state = State {
+        home,
+        report,
+        next: Some((1, 0)),
+        epoch: 0,
+        history: History::default(),
+        parent: None,
+        number: 1,
+        log: None,
+        tear: None,
+    };
     let mut all = Vec::new();
     for name in home.disk.list()? {
         match Numbers::parse(&name) {
@@ -71,8 +89,13 @@ struct State<'a> {
     report: &'a mut dyn FnMut(Finding),
     /// The sequence and the checksum of the frame before it that the next frame must have; None after damage.
     next: Option<(u64, u32)>,
+    /// Of the last frame.
+    epoch: u32,
+    history: History,
+    /// The incarnation that the next one continues, where it is known.
+    parent: Option<Uuid>,
     number: u64,
-    log: Option<uuid::Uuid>,
+    log: Option<Uuid>,
     /// Found in a segment that nothing has followed yet.
     tear: Option<(Found, Tear)>,
 }
@@ -85,9 +108,13 @@ impl State<'_> {
         (self.report)(Finding::Wrong(what));
         // What comes next is compared with nothing, so that one damage is told once.
         self.next = None;
+        self.parent = None;
     }
 
     fn segment(&mut self, found: Found) -> io::Result<()> {
+        if found.numbers.first == 1 {
+            self.parent = Some(found.log);
+        }
         let checked = match found.compacted {
             _ if *self.log.get_or_insert(found.log) != found.log => {
                 Err((0, "it belongs to another log than the segments before it".into()))
@@ -97,8 +124,11 @@ impl State<'_> {
         };
         match checked {
             Ok((frames, tear)) => {
-                let (file, entries, first, last) = (found.name.clone(), frames.entries, frames.first, frames.last());
-                (self.report)(Finding::Sound { file, entries, first, last, bytes: frames.end });
+                frames.incarnations.iter().for_each(|incarnation| self.history.push(*incarnation));
+                let last = incarnations::newest_given(&self.history, frames.last());
+                let Frames { entries, first, end: bytes, incarnations, .. } = frames;
+                let (file, format) = (found.name.clone(), found.version);
+                (self.report)(Finding::Sound { file, format, entries, first, last, bytes, incarnations });
                 if let Some(tear) = tear {
                     self.tear = Some((found, tear));
                 }
@@ -109,14 +139,19 @@ impl State<'_> {
     }
 
     fn compacted(&mut self, found: &Found, head: &Compacted) -> io::Result<Result<(Frames, Option<Tear>), Wrong>> {
-        let begins = (head.first, head.before);
-        if self.next.is_some_and(|next| next != begins) {
-            return Ok(Err((HEAD_BYTES, "it does not follow the segment before it".into())));
-        }
-        let frames = match read(found, head.end, Some(begins))? {
+        let frames = match self.read(found, head.end, Some((head.first, head.before)))? {
             Ok(frames) => frames,
             Err(wrong) => return Ok(Err(wrong)),
         };
+        if self.next.is_some_and(|next| next != (frames.preceding().wrapping_add(1), head.before)) {
+            return Ok(Err((HEAD_BYTES, "it does not follow the segment before it".into())));
+        }
+        // Those before its first may have been dropped.
+        if let Err(what) = incarnations::check(&frames.incarnations, None) {
+            return Ok(Err((HEAD_BYTES, what.into())));
+        }
+        self.parent = frames.incarnations.last().map(|incarnation| incarnation.id);
+        self.epoch = self.epoch.max(head.ending.epoch);
         if let Stop::Bad(what) = frames.stop {
             return Ok(Err((frames.end, what.into())));
         }
@@ -125,17 +160,24 @@ impl State<'_> {
         }
         let next = head.last.saturating_add(1);
         self.next = Some((next, head.after));
-        Ok(Ok((Frames { first: head.first, next: Some(next), ..frames }, None)))
+        Ok(Ok((Frames { next: Some(next), ..frames }, None)))
     }
 
     fn written(&mut self, found: &Found) -> io::Result<Result<(Frames, Option<Tear>), Wrong>> {
         // What comes after a tear is wrong whatever it follows, and that is told once.
         let follows = self.next.filter(|_| self.tear.is_none());
-        let frames = match read(found, found.size, follows)? {
+        let frames = match self.read(found, found.size, follows)? {
             Ok(frames) => frames,
             Err(wrong) => return Ok(Err(wrong)),
         };
-        let tear = tail::tear(found, frames.end, frames.stop)?;
+        if frames.incarnations.len() > 1 {
+            return Ok(Err((HEAD_BYTES, "several incarnations begin in one segment".into())));
+        }
+        if let Err(what) = incarnations::check(&frames.incarnations, self.parent) {
+            return Ok(Err((HEAD_BYTES, what.into())));
+        }
+        self.parent = frames.incarnations.last().map(|incarnation| incarnation.id).or(self.parent);
+        let tear = tail::tear(found, frames.end, &frames.stop)?;
         let begun = frames.end > HEAD_BYTES || tear.is_some();
         if begun && let Some((torn, Tear { at, what, .. })) = self.tear.take() {
             let file = self.home.path(&torn.name);
@@ -176,6 +218,7 @@ impl State<'_> {
 struct Frames {
     entries: u64,
     first: u64,
+    incarnations: Vec<Incarnation>,
     /// The sequence and the checksum that follow.
     next: Option<u64>,
     chain: Option<u32>,
@@ -187,25 +230,62 @@ impl Frames {
     fn last(&self) -> u64 {
         self.next.map_or(0, |next| next - 1)
     }
+
+    /// The last sequence before them.
+    fn preceding(&self) -> u64 {
+        let begun = self.incarnations.first().filter(|incarnation| incarnation.first == self.first);
+        begun.map_or(self.first.wrapping_sub(1), |incarnation| incarnation.fork)
+    }
 }
 
-/// Reads frames up to `limit` or the first that is not one. `begins` is what the first frame must have.
-fn read(found: &Found, limit: u64, begins: Option<(u64, u32)>) -> io::Result<Result<Frames, Wrong>> {
-    let mut scan = Scan::new(found.file.clone(), found.log, HEAD_BYTES, limit, begins.map(|(_, before)| before));
-    let (mut entries, mut next, mut first) = (0, begins.map(|(first, _)| first), None);
-    while scan.advance()? {
-        for frame in scan.frames() {
-            let expected = next.unwrap_or(frame.head.first);
-            match check(&frame, found.compacted.is_some(), expected) {
-                Ok(after) => next = Some(after),
-                Err(what) => return Ok(Err((frame.offset, what.into()))),
+impl State<'_> {
+    /// Reads frames up to `limit` or the first that is not one. `begins` is what the first frame must have.
+    fn read(&mut self, found: &Found, limit: u64, begins: Option<(u64, u32)>) -> io::Result<Result<Frames, Wrong>> {
+        let before = begins.map(|(_, before)| before);
+        let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (HEAD_BYTES, limit), before);
+        let mut next = begins.map(|(first, _)| first);
+        let mut first = found.compacted.as_ref().map(|compacted| compacted.first);
+        let mut entries = 0;
+        let mut incarnations = Vec::new();
+        while scan.advance()? {
+            for frame in scan.frames() {
+                if frame.head.epoch < self.epoch {
+                    return Ok(Err((frame.offset, "a frame is of an epoch before that of an older one".into())));
+                }
+                self.epoch = frame.head.epoch;
+                let begun = frame.incarnations();
+                if let Some(incarnation) = begun.first() {
+                    if frame.head.first != incarnation.first {
+                        return Ok(Err((frame.offset, "a frame has another sequence than its incarnation".into())));
+                    }
+                    // One that compaction wrote covers what it says in its head.
+                    if found.compacted.is_none() {
+                        if next.is_some_and(|next| next != incarnation.fork.saturating_add(1)) {
+                            let what = "an incarnation does not continue the sequence before it";
+                            return Ok(Err((frame.offset, what.into())));
+                        }
+                        next = Some(incarnation.first);
+                        first = next;
+                    }
+                    incarnations = begun;
+                    continue;
+                }
+                let expected = next.unwrap_or(frame.head.first);
+                match check(&frame, found.compacted.is_some(), expected) {
+                    Ok(after) => next = Some(after),
+                    Err(what) => return Ok(Err((frame.offset, what.into()))),
+                }
+                first.get_or_insert(frame.head.first);
+                entries += u64::from(frame.head.count);
             }
-            first.get_or_insert(frame.head.first);
-            entries += u64::from(frame.head.count);
         }
+        let (chain, end, stop) = (scan.chain(), scan.offset(), scan.stop());
+        if let Stop::Refused(why) = stop {
+            return Ok(Err((end, why)));
+        }
+        let first = first.or(next).unwrap_or(1);
+        Ok(Ok(Frames { entries, first, incarnations, next, chain, end, stop }))
     }
-    let (chain, end, stop) = (scan.chain(), scan.offset(), scan.stop());
-    Ok(Ok(Frames { entries, first: first.or(next).unwrap_or(1), next, chain, end, stop }))
 }
 
 /// Goes over the entries of a frame whose checksums are right, and returns the sequence after them. Compaction leaves

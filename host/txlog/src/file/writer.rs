@@ -10,7 +10,7 @@ use anyhow::bail;
 
 use super::catalog::Segment;
 use super::disk::{File, is_full};
-use super::frame::Builder;
+use super::frame::{Builder, CLOSE, NOT_SYNCED};
 use super::queue::Work;
 use super::{Durability, Shared, mark};
 
@@ -26,11 +26,16 @@ pub struct Writer {
     pub end: u64,
     /// The checksum of the last frame.
     pub chain: u32,
-    /// The newest sequence written, and the newest known to be on disk.
+    /// Of this run: one more than that of the last frame before it.
+    pub epoch: u32,
+    /// The newest sequence written, and the newest known to be on disk. Where an incarnation has no entries yet, the one
+    /// before its first.
     pub last: u64,
     pub synced: u64,
     /// Whether the last frame says that the log was closed.
     pub closed: bool,
+    /// A frame of this run is on disk. The first is synced whatever the durability: it says which that is.
+    pub announced: bool,
     /// What the watermark file says.
     pub marked: u64,
 }
@@ -61,9 +66,14 @@ impl Writer {
     fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
         shared.compactor.admit(shared, super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
-            self.rotate(shared)?;
+            if !self.rotate(shared)? {
+                bail!("no room for another segment of the log");
+            }
         }
         let last = frame.first + u64::from(frame.count) - 1;
+        if shared.durability == Durability::Os {
+            frame.flags = NOT_SYNCED;
+        }
         let begun = Instant::now();
         self.write(shared, &mut frame)?;
         let written = Instant::now();
@@ -73,8 +83,9 @@ impl Writer {
         if super::tests::mutants::is(super::tests::mutants::Mutant::EarlyAnswer) {
             shared.watermark.advance(last);
         }
-        if shared.durability == Durability::Sync {
+        if shared.durability == Durability::Sync || !self.is_announced() {
             self.sync()?;
+            self.announced = true;
             shared.metrics.sync.observe_time(written.elapsed());
         }
         // The catalogue first: whoever sees the watermark must find what it covers.
@@ -90,8 +101,16 @@ impl Writer {
         Ok(())
     }
 
+    fn is_announced(&self) -> bool {
+        #[cfg(test)]
+        if super::tests::mutants::is(super::tests::mutants::Mutant::OsNotRecorded) {
+            return true;
+        }
+        self.announced
+    }
+
     fn write(&mut self, shared: &Shared, frame: &mut Builder) -> anyhow::Result<()> {
-        let checksum = frame.seal(shared.log, self.synced, self.chain);
+        let checksum = frame.seal(shared.log, self.epoch, self.synced, self.chain);
         self.file.write_at(frame.bytes(), self.end)?;
         self.end += frame.bytes().len() as u64;
         self.chain = checksum;
@@ -105,27 +124,29 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on to the next segment.
-    fn rotate(&mut self, shared: &Shared) -> anyhow::Result<()> {
+    /// Goes on to the next segment; false when there is none.
+    fn rotate(&mut self, shared: &Shared) -> anyhow::Result<bool> {
         // Whatever the durability: only the newest segment can have a torn tail.
         if self.synced < self.last {
             self.sync()?;
         }
-        let Some(spare) = shared.spares.take(shared)? else { bail!("no room for another segment of the log") };
+        let Some(spare) = shared.spares.take(shared)? else { return Ok(false) };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain));
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
         shared.compactor.sealed(shared);
-        Ok(())
+        Ok(true)
     }
 
-    /// Ends with a frame without entries: a frame that follows the last one proves that to have been durable, so damage
-    /// to it cannot pass for a torn tail.
+    /// Ends with a frame that says so: a frame that follows the last one proves that to have been durable, so damage to
+    /// it cannot pass for a torn tail, and nothing that clients have seen can be missing.
     fn close(&mut self, shared: &Shared) -> anyhow::Result<()> {
         let mut trailer = Builder::new(self.last + 1, Vec::new());
+        trailer.kind = CLOSE;
         if self.synced < self.last {
             self.sync()?;
         }
-        if !self.closed && self.end + trailer.sealed_len() <= self.size {
+        let fits = |writer: &Self| writer.end + trailer.sealed_len() <= writer.size;
+        if !self.closed && (fits(self) || self.rotate(shared)?) && fits(self) {
             self.write(shared, &mut trailer)?;
             self.sync()?;
             shared.catalog.extend(self.end, self.last, self.chain, 0);

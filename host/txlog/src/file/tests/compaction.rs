@@ -325,9 +325,14 @@ fn new_keys_do_not_make_the_table_larger_than_it_may_be() {
 #[derive(Clone, Debug)]
 enum Step {
     Append(Vec<(u8, Option<u16>, Option<u64>)>),
-    Compact { worth_percent: u64, keys: usize },
+    Compact {
+        worth_percent: u64,
+        keys: usize,
+    },
     CatchUp,
     Restart,
+    /// Closed, and opened as a copy.
+    Copy,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -339,6 +344,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..60_u64, 2..20_usize).prop_map(|(worth_percent, keys)| Step::Compact { worth_percent, keys }),
         1 => Just(Step::CatchUp),
         1 => Just(Step::Restart),
+        1 => Just(Step::Copy),
     ]
 }
 
@@ -393,9 +399,12 @@ proptest! {
                     }
                     prop_assert_eq!(&follower, &expected);
                 }
-                Step::Restart => {
+                Step::Restart | Step::Copy => {
                     let appended = log.appended();
                     log.close().unwrap();
+                    if matches!(step, Step::Copy) {
+                        disk.become_copy();
+                    }
                     log = open(&disk).unwrap();
                     prop_assert_eq!(log.appended(), appended);
                 }

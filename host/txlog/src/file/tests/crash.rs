@@ -1,9 +1,10 @@
 //! Power cuts and kills at every step of histories nobody thought of.
 //!
-//! A history appends, commits, compacts, fails, closes, is killed and starts again, on a disk that remembers. Then, before each
-//! thing that was done to the disk, the power is cut, in several ways each time; what can be left is said at the head of
-//! `surface`. On every disk that is left the log must open, hold what was promised and nothing that was not appended, and
-//! be fit to go on. Some of these disks are the beginning of another history, with power cuts of its own.
+//! A history appends, commits, compacts, fails, closes, is killed, copied or forked and starts again, on a disk that
+//! remembers; some begin with a log of format 1. Then, before each thing that was done to the disk, the power is cut, in
+//! several ways each time; what can be left is said at the head of `surface`. On every disk that is left the log must
+//! open, hold what was promised and nothing that was not appended, give no sequence again that a client can have seen,
+//! and be fit to go on. Some of these disks are the beginning of another history, with power cuts of its own.
 //!
 //! One thread does the work of writer, spare and compactor by turns, so a history is the same whenever it is run.
 //! `KVS_CRASH_IMAGES` says how many disks to try. `just soak` tries many and prints what became of the mutants.
@@ -14,14 +15,16 @@ use std::thread;
 
 use fastrand::Rng;
 
+use super::disk::Promise;
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
+use crate::Incarnation;
 use crate::file::compact::{self, Effort};
 use crate::file::spare;
 use crate::file::verify::verify_in;
 use crate::file::writer::Writer;
-use crate::file::{Finding, Home};
+use crate::file::{Finding, Home, offline};
 
 /// What is done in a history, and in one that begins on what a power cut left.
 const STEPS: usize = 30;
@@ -31,9 +34,10 @@ const IMAGES: usize = 3;
 /// One in so many disks is the beginning of another history.
 const SECOND: u64 = 80;
 
-/// One entry as it was appended; its sequence is its place.
+/// One entry as it was appended.
 #[derive(Clone)]
 pub struct Appended {
+    pub sequence: u64,
     pub time: u64,
     pub event: Event,
     pub ends_group: bool,
@@ -45,9 +49,20 @@ pub struct Model {
     pub entries: Vec<Appended>,
     /// At which operation compaction ran, and when that was to the store.
     pub compactions: Vec<(usize, u64)>,
+    /// Those that had begun when the log was opened last.
+    pub incarnations: Vec<Incarnation>,
 }
 
 impl Model {
+    /// The entries up to a sequence.
+    fn until(&self, sequence: u64) -> &[Appended] {
+        &self.entries[..self.entries.partition_point(|entry| entry.sequence <= sequence)]
+    }
+
+    fn newest(&self) -> u64 {
+        self.entries.last().map_or(0, |entry| entry.sequence)
+    }
+
     /// As it is for a history that begins where this one was at some operation.
     fn at_the_begin(&self, at: usize) -> Self {
         let mut model = self.clone();
@@ -68,16 +83,20 @@ struct History {
     model: Model,
     /// The models of earlier lives, and the operation up to which each holds.
     lives: Vec<(usize, Model)>,
+    /// The newest sequence that a client has seen, of this log or of the one that it was copied from.
+    seen: u64,
+    /// The newest sequence when this life began.
+    begun: u64,
     shared: Arc<Shared>,
     writer: Writer,
 }
 
 impl History {
-    /// Lives through some steps. `promised` is what must be there when it begins.
+    /// Lives through some steps. The promise is what holds when it begins.
     fn run(
         disk: &FakeDisk,
         options: &Options,
-        (model, promised): (Model, u64),
+        (model, promised): (Model, Promise),
         mutant: Option<Mutant>,
         steps: usize,
         dice: Rng,
@@ -87,7 +106,8 @@ impl History {
         let (shared, writer) = recover(disk, options, mutant)?;
         let time = model.entries.last().map_or(0, |entry| entry.time);
         let (disk, options, lives) = (disk.clone(), options.clone(), Vec::new());
-        let mut history = Self { disk, options, mutant, dice, time, model, lives, shared, writer };
+        let (seen, begun) = (promised.seen, 0);
+        let mut history = Self { disk, options, mutant, dice, time, model, lives, seen, begun, shared, writer };
         history.begin_life(promised)?;
         for _ in 0..steps {
             history.time += history.dice.u64(0..3);
@@ -107,7 +127,9 @@ impl History {
     }
 
     fn step(&mut self) -> anyhow::Result<()> {
-        match self.dice.u8(0..21) {
+        match self.dice.u8(0..24) {
+            21 => self.copy(),
+            22 => self.fork(),
             0..12 => self.append_and_commit(),
             12..15 => self.compact(),
             15..17 => spare::fill(&self.shared).map(drop),
@@ -119,14 +141,54 @@ impl History {
                 self.start_again().map_err(anyhow::Error::msg)
             }
             _ => {
-                self.shared.queue.close();
-                spare::fill(&self.shared)?;
-                while self.writer.step(&self.shared)? {
-                    spare::fill(&self.shared)?;
-                }
+                self.close()?;
                 self.start_again().map_err(anyhow::Error::msg)
             }
         }
+    }
+
+    fn close(&mut self) -> anyhow::Result<()> {
+        self.shared.queue.close();
+        spare::fill(&self.shared)?;
+        while self.writer.step(&self.shared)? {
+            spare::fill(&self.shared)?;
+        }
+        Ok(())
+    }
+
+    /// What runs next is a copy, and the other goes on for a while.
+    fn copy(&mut self) -> anyhow::Result<()> {
+        if self.dice.bool() {
+            self.close()?;
+        }
+        self.disk.become_copy();
+        self.see_others();
+        self.start_again().map_err(anyhow::Error::msg)
+    }
+
+    /// What runs next is a copy that only the operator knows to be one.
+    fn fork(&mut self) -> anyhow::Result<()> {
+        if self.dice.bool() {
+            self.close()?;
+        }
+        if self.promised().durable > 0 {
+            self.disk.set_lie(self.mutant.and_then(Mutant::lie_in_recovery));
+            let forked = offline::fork(Arc::new(self.disk.clone()), self.options.clone());
+            self.disk.set_lie(self.mutant.and_then(Mutant::lie));
+            forked?;
+            self.see_others();
+        }
+        self.start_again().map_err(anyhow::Error::msg)
+    }
+
+    /// Some entries were appended to the log that this one is a copy of.
+    fn see_others(&mut self) {
+        let promised = self.promised();
+        if promised.durable > 0 {
+            self.seen = promised.seen + self.dice.u64(1..1_000);
+        }
+        let promised = self.promised_after_power_cut();
+        self.disk.set_promised(move || promised);
     }
 
     /// A sync fails, and the log with it.
@@ -165,9 +227,10 @@ impl History {
             appended = self.shared.queue.append(self.time, &group);
         }
         let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
-        assert_eq!(first, self.model.entries.len() as u64 + 1);
+        assert_eq!(first, self.shared.history.next(self.model.newest()));
         let (time, ends_group) = (self.time, false);
-        self.model.entries.extend(group.into_iter().map(|event| Appended { time, event, ends_group }));
+        let appended = |(sequence, event)| Appended { sequence, time, event, ends_group };
+        self.model.entries.extend((first..).zip(group).map(appended));
         self.model.entries.last_mut().unwrap().ends_group = true;
         Ok(())
     }
@@ -200,6 +263,8 @@ impl History {
     }
 
     fn start_again(&mut self) -> Outcome<()> {
+        let promised = self.promised_after_power_cut();
+        self.disk.set_promised(move || promised);
         let promised = self.promised();
         // Killed again while it starts, now and then.
         let kill = self.dice.u8(0..4) == 0;
@@ -217,26 +282,38 @@ impl History {
     }
 
     /// What a process that was just started found is the truth from now on.
-    fn begin_life(&mut self, promised: u64) -> Outcome<()> {
+    fn begin_life(&mut self, promised: Promise) -> Outcome<()> {
         let at = self.disk.recorded();
         check_content(&self.shared, &self.model, at, promised)?;
         self.lives.push((at, self.model.clone()));
         let begun = self.shared.watermark.durable();
-        self.model.entries.truncate(begun as usize);
+        self.model.entries.truncate(self.model.until(begun).len());
+        self.model.incarnations = self.shared.history.incarnations().to_vec();
+        (self.seen, self.begun) = (promised.seen, begun);
         let (shared, durability) = (Arc::downgrade(&self.shared), self.options.durability);
         // What an answer rests on is a promise, to whoever wrote it and to whoever reads it.
         let gate = self.mutant != Some(Mutant::NoGate);
-        self.disk.set_promised(move || match shared.upgrade() {
-            Some(shared) if durability == Durability::Sync && gate => shared.watermark.durable(),
-            Some(shared) if durability == Durability::Sync => shared.queue.appended(),
-            _ => begun,
+        self.disk.set_promised(move || {
+            let answered = shared
+                .upgrade()
+                .map_or(begun, |shared| if gate { shared.watermark.durable() } else { shared.queue.appended() });
+            let durable = if durability == Durability::Sync { answered } else { begun };
+            Promise { durable, seen: answered.max(promised.seen) }
         });
         Ok(())
     }
 
     /// What must be there if the process ends now and the system does not.
-    fn promised(&self) -> u64 {
-        self.shared.watermark.durable()
+    fn promised(&self) -> Promise {
+        let durable = self.shared.watermark.durable();
+        Promise { durable, seen: durable.max(self.seen) }
+    }
+
+    /// The same if the system ends too.
+    fn promised_after_power_cut(&self) -> Promise {
+        let promised = self.promised();
+        let durable = if self.options.durability == Durability::Sync { promised.durable } else { self.begun };
+        Promise { durable, ..promised }
     }
 }
 
@@ -248,20 +325,21 @@ fn recover(disk: &FakeDisk, options: &Options, mutant: Option<Mutant>) -> Outcom
 }
 
 /// Every promised entry is there, whole groups may follow, nothing is wrong, and what is missing the store does not need.
-pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -> Outcome<()> {
+pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: Promise) -> Outcome<()> {
     let newest = shared.watermark.durable();
-    let appended = model.entries.len() as u64;
-    if newest < promised || newest > appended {
-        return Err(format!("it ends with {newest}, of {appended} appended and {promised} promised"));
+    let (appended, durable) = (model.newest(), promised.durable);
+    if newest < durable || newest > appended {
+        return Err(format!("it ends with {newest}, of {appended} appended and {durable} promised"));
     }
-    let known = &model.entries[..newest as usize];
+    let known = model.until(newest);
     if known.last().is_some_and(|last| !last.ends_group) {
         return Err(format!("it ends with {newest}, in the middle of a group"));
     }
+    check_sequences(shared, model, newest, promised.seen)?;
     let mut found = Vec::with_capacity(known.len());
     replay::replay(shared, 0, &mut |entries| {
         for entry in entries {
-            let right = known.get(entry.sequence.wrapping_sub(1) as usize);
+            let right = find(known, entry.sequence);
             if !right.is_some_and(|right| right.time == entry.time && same(&right.event, &entry.event)) {
                 anyhow::bail!("entry {} is wrong: {}", entry.sequence, describe(&entry.event));
             }
@@ -275,12 +353,12 @@ pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -
     .map_err(|error| format!("it cannot be replayed: {error:#}"))?;
     let now = model.compactions.iter().filter(|(begun, _)| *begun <= at).map(|(_, now)| *now).max();
     let Some(now) = now else {
-        let all = found.len() as u64 == newest;
-        return if all { Ok(()) } else { Err(format!("{} of {newest} entries are left", found.len())) };
+        let (left, all) = (found.len(), known.len());
+        return if left == all { Ok(()) } else { Err(format!("{left} of {all} entries are left")) };
     };
-    let (expected, left) = (store(known, 1..=newest), store(known, found));
+    let (expected, left) = (store(known, known.iter().map(|entry| entry.sequence)), store(known, found));
     for (key, sequence) in &expected {
-        let Event::Put(put) = &known[*sequence as usize - 1].event else { continue };
+        let Some(Event::Put(put)) = find(known, *sequence).map(|entry| &entry.event) else { continue };
         match left.get(key) {
             Some(left) if left == sequence => {}
             None if put.expires.is_some_and(|expires| expires <= now) => {}
@@ -289,6 +367,41 @@ pub fn check_content(shared: &Shared, model: &Model, at: usize, promised: u64) -
     }
     match left.keys().find(|key| !expected.contains_key(*key)) {
         Some(key) => Err(format!("{key:?} rose from the dead")),
+        None => Ok(()),
+    }
+}
+
+fn find(known: &[Appended], sequence: u64) -> Option<&Appended> {
+    known.binary_search_by_key(&sequence, |entry| entry.sequence).ok().map(|at| &known[at])
+}
+
+/// No sequence that a client has seen is given again, what is there is in the history, and what is not there is not.
+fn check_sequences(shared: &Shared, model: &Model, newest: u64, seen: u64) -> Outcome<()> {
+    let history = &shared.history;
+    // An empty group takes no sequence.
+    let next = shared.queue.append(0, &[]).map_err(|error| format!("{error:?}"))?;
+    if next <= seen {
+        return Err(format!("it gives {next} next, and {seen} was seen"));
+    }
+    if let Some(entry) = model.until(newest).iter().find(|entry| !history.contains(entry.sequence)) {
+        return Err(format!("{} is not in its own history", entry.sequence));
+    }
+    // The jumps in between are too large to go over.
+    let begin = newest.max(seen.saturating_sub(1_000)) + 1;
+    if seen > newest && (begin..=seen).chain([newest + 1]).any(|lost| history.contains(lost)) {
+        return Err(format!("what was lost after {newest} is in the history"));
+    }
+    let left = history.incarnations();
+    let is_left = |one: &Incarnation| left.contains(one);
+    let horizon = shared.catalog.forgotten();
+    if let Some(gone) = model.incarnations.iter().find(|one| !is_left(one) && one.first > horizon) {
+        return Err(format!("the incarnation with {} is gone", gone.first));
+    }
+    if let Some(newest) = model.incarnations.last().filter(|newest| !is_left(newest)) {
+        return Err(format!("the newest incarnation, with {}, is gone", newest.first));
+    }
+    match left.windows(2).find(|pair| pair[1].parent != pair[0].id) {
+        Some(pair) => Err(format!("the incarnation with {} continues another", pair[1].first)),
         None => Ok(()),
     }
 }
@@ -311,9 +424,10 @@ fn same(ours: &Event, theirs: &EventRef<'_>) -> bool {
 fn store(known: &[Appended], sequences: impl IntoIterator<Item = u64>) -> std::collections::BTreeMap<&str, u64> {
     let mut store = std::collections::BTreeMap::new();
     for sequence in sequences {
-        match &known[sequence as usize - 1].event {
-            Event::Put(put) => drop(store.insert(&put.key[..], sequence)),
-            Event::Delete(key) => drop(store.remove(&key[..])),
+        match find(known, sequence).map(|entry| &entry.event) {
+            Some(Event::Put(put)) => drop(store.insert(&put.key[..], sequence)),
+            Some(Event::Delete(key)) => drop(store.remove(&key[..])),
+            None => {}
         }
     }
     store
@@ -326,7 +440,7 @@ struct Cut<'a> {
     model: &'a Model,
     /// Before which operation.
     at: usize,
-    promised: u64,
+    promised: Promise,
     mutant: Option<Mutant>,
 }
 
@@ -357,6 +471,34 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     if newest != sequence { Err(format!("{sequence} was written after it and {newest} is the newest")) } else { Ok(()) }
 }
 
+/// A log that a former version wrote, in format 1.
+fn former(name: &str) -> (FakeDisk, Model) {
+    let disk = formats::load(&formats::directory(1, name));
+    let mut model = Model::default();
+    let shared = Shared::read(Home { disk: Arc::new(disk.clone()), data: "data".into() }, &options()).unwrap();
+    replay::replay(&shared, 0, &mut |entries| {
+        model.entries.extend(entries.iter().map(|entry| Appended {
+            sequence: entry.sequence,
+            time: entry.time,
+            event: owned(&entry.event),
+            ends_group: true,
+        }));
+        Ok(())
+    })
+    .unwrap();
+    (disk, model)
+}
+
+fn owned(event: &EventRef<'_>) -> Event {
+    match event {
+        EventRef::Delete(key) => Event::Delete((*key).into()),
+        EventRef::Put(put) => {
+            let metadata = put.metadata.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            Event::Put(Put { key: put.key.into(), value: put.value.into(), metadata, expires: put.expires })
+        }
+    }
+}
+
 #[derive(Default)]
 struct Counts {
     histories: AtomicU64,
@@ -370,10 +512,14 @@ fn cut_everywhere(seed: u64, mutant: Option<Mutant>, counts: &Counts) -> Outcome
     let segment_bytes = [2048, 4096, 8192][dice.usize(0..3)];
     let durability = if dice.u8(0..6) == 0 { Durability::Os } else { Durability::Sync };
     let options = Options { segment_bytes, group_bytes: 1400, durability, ..options() };
-    let disk = FakeDisk::default();
+    let (disk, model) = match dice.u8(0..8) {
+        0 => former(&dice.choice(["killed", "clean"]).unwrap()),
+        _ => (FakeDisk::default(), Model::default()),
+    };
+    let promised = Promise { durable: model.newest(), seen: model.newest() };
     let begin = Surface::new(&disk);
     mutants::set(mutant);
-    let history = History::run(&disk, &options, (Model::default(), 0), mutant, STEPS, dice.fork());
+    let history = History::run(&disk, &options, (model, promised), mutant, STEPS, dice.fork());
     let in_history = |what| format!("{what}; in history {seed}");
     let mut done = cut(begin, history.map_err(in_history)?, IMAGES, &mut dice, &mut |disk, model, promised, dice| {
         counts.images.fetch_add(1, Ordering::Relaxed);
@@ -395,24 +541,20 @@ fn cut_everywhere(seed: u64, mutant: Option<Mutant>, counts: &Counts) -> Outcome
     done
 }
 
-type Each<'a> = dyn FnMut(&FakeDisk, Model, u64, &mut Rng) -> Outcome<()> + 'a;
+type Each<'a> = dyn FnMut(&FakeDisk, Model, Promise, &mut Rng) -> Outcome<()> + 'a;
 
 fn cut(mut surface: Surface, history: History, images: usize, dice: &mut Rng, each: &mut Each<'_>) -> Outcome<()> {
-    let History { disk, options, mutant, mut lives, model, shared, .. } = history;
+    let end = history.promised_after_power_cut();
+    let History { disk, options, mutant, mut lives, model, .. } = history;
     let record = disk.take_record();
     lives.push((usize::MAX, model));
     let mut lives = lives.into_iter().peekable();
-    let end = shared.watermark.durable();
     for at in 0..=record.len() {
         while lives.peek().is_some_and(|(until, _)| *until < at) {
             lives.next();
         }
         let Some((_, model)) = lives.peek() else { break };
-        let promised = match record.get(at) {
-            Some(next) => next.promised,
-            None if options.durability == Durability::Sync => end,
-            None => record.last().map_or(0, |last| last.promised),
-        };
+        let promised = record.get(at).map_or(end, |next| next.promised);
         for _ in 0..if surface.is_certain() { 1 } else { images } {
             let image = surface.after_power_cut(dice);
             let checked = check_image(&Cut { options: &options, model, at, promised, mutant }, &image.copy());

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use fastrand::Rng;
 
 use super::super::disk::{Disk, File};
+use super::super::identity::Identity;
 use super::super::segment::Numbers;
 
 #[derive(Clone, Default)]
@@ -32,13 +33,15 @@ struct State {
     record: Option<Record>,
     lie: Option<Lie>,
     before_each: Option<Hook>,
+    /// Another in a copy, where files are others.
+    number: u64,
 }
 
 /// Called before something is done to the disk, which can be used meanwhile. An error is that of the operation.
 type Hook = Arc<dyn Fn(&Operation) -> io::Result<()> + Send + Sync>;
 
 /// Tells how far the log says that it is durable.
-type Promised = Arc<dyn Fn() -> u64 + Send + Sync>;
+type Promised = Arc<dyn Fn() -> Promise + Send + Sync>;
 
 struct Record {
     operations: Vec<Recorded>,
@@ -83,12 +86,23 @@ pub enum Operation {
         file: usize,
         left: Arc<Vec<u8>>,
     },
+    /// Nothing was done to the disk: this one is a copy of it.
+    Copied,
 }
 
 pub struct Recorded {
     pub operation: Operation,
-    /// How far the log said that it is durable when this was begun.
-    pub promised: u64,
+    /// How far the log said that it is durable when this was begun, and the newest sequence that clients had seen.
+    pub promised: Promise,
+}
+
+/// What holds of a log at some moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Promise {
+    /// What is there whatever happens.
+    pub durable: u64,
+    /// What was answered: it is there, or its sequence is never given again.
+    pub seen: u64,
 }
 
 /// What a disk says it did and did not do, or what amounts to code that forgot to do it.
@@ -168,14 +182,28 @@ impl FakeDisk {
         self.state().names.keys().cloned().collect()
     }
 
-    /// The same content on another disk.
+    /// The same disk, after the process that used it is gone.
     pub fn copy(&self) -> Self {
         let (names, files) = self.content();
-        Self::new(names, files)
+        Self::new(names, files, self.number())
     }
 
-    pub fn new(names: BTreeMap<String, usize>, files: Vec<Arc<Vec<u8>>>) -> Self {
-        Self { state: Arc::new(Mutex::new(State { names, files, ..State::default() })) }
+    /// From now on it is a copy of what it was: its files have the same content, and are others.
+    pub fn become_copy(&self) {
+        let mut state = self.state();
+        state.number += 1;
+        if let Some(record) = &mut state.record {
+            let promised = (record.promised)();
+            record.operations.push(Recorded { operation: Operation::Copied, promised });
+        }
+    }
+
+    pub fn number(&self) -> u64 {
+        self.state().number
+    }
+
+    pub fn new(names: BTreeMap<String, usize>, files: Vec<Arc<Vec<u8>>>, number: u64) -> Self {
+        Self { state: Arc::new(Mutex::new(State { names, files, number, ..State::default() })) }
     }
 
     pub fn content(&self) -> (BTreeMap<String, usize>, Vec<Arc<Vec<u8>>>) {
@@ -187,10 +215,11 @@ impl FakeDisk {
     pub fn record(&self) {
         let mut state = self.state();
         let synced = state.files.iter().cloned().enumerate().collect();
-        state.record = Some(Record { operations: Vec::new(), promised: Arc::new(|| 0), synced, lose: None });
+        state.record =
+            Some(Record { operations: Vec::new(), promised: Arc::new(Promise::default), synced, lose: None });
     }
 
-    pub fn set_promised(&self, promised: impl Fn() -> u64 + Send + Sync + 'static) {
+    pub fn set_promised(&self, promised: impl Fn() -> Promise + Send + Sync + 'static) {
         self.state().record.as_mut().unwrap().promised = Arc::new(promised);
     }
 
@@ -227,7 +256,7 @@ impl FakeDisk {
         if let Some(before) = before {
             before(&operation)?;
         }
-        let promised = promised.map_or(0, |promised| promised());
+        let promised = promised.map_or_else(Promise::default, |promised| promised());
         let mut state = self.state();
         state.fails(&operation)?;
         state.left = state.left.map(|left| left - 1);
@@ -404,5 +433,9 @@ impl File for FakeFile {
             state.files[self.file] = bytes;
         }
         Ok(())
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        Ok(Identity { inode: self.file as u64, born: self.disk.number() + 1 })
     }
 }

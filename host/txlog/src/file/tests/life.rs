@@ -386,6 +386,18 @@ fn a_real_directory_is_locked_by_one() {
 }
 
 #[test]
+fn lock_survives_removal_of_its_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = Options { data: directory.path().into(), ..options() };
+    let log = FileLog::open(options.clone()).unwrap();
+    std::fs::remove_file(directory.path().join("LOCK")).unwrap();
+    let error = FileLog::open(options.clone()).err().unwrap().to_string();
+    assert!(error.contains("is in use by another process"), "{error}");
+    log.close().unwrap();
+    assert!(FileLog::open(options).is_ok());
+}
+
+#[test]
 fn what_was_compacted_is_gone_from_a_real_directory() {
     let directory = tempfile::tempdir().unwrap();
     let log = FileLog::open(Options { data: directory.path().into(), ..options() }).unwrap();

@@ -4,6 +4,8 @@ mod compaction;
 mod crash;
 mod damage;
 mod disk;
+mod formats;
+mod incarnations;
 mod life;
 mod model;
 pub mod mutants;

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::file::offline;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -11,6 +12,9 @@ enum Step {
     Close,
     /// The process is gone; what it had written is there.
     Kill,
+    /// It goes on as a copy, and the original does too.
+    Copy,
+    Fork,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -21,6 +25,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Wait),
         1 => Just(Step::Close),
         1 => Just(Step::Kill),
+        1 => Just(Step::Copy),
+        1 => Just(Step::Fork),
     ]
 }
 
@@ -39,12 +45,16 @@ proptest! {
         let mut disk = FakeDisk::default();
         let mut log = open(&disk).unwrap();
         let mut model: Vec<Owned> = Vec::new();
+        // By clients of this log, and of those that it is a copy of.
+        let mut seen = 0;
         for (time, step) in (1..).zip(&steps) {
             match step {
                 Step::Append(group) => {
                     let events: Vec<_> = group.iter().map(event).collect();
                     let first = append(&log, time, &events);
-                    prop_assert_eq!(first, model.len() as u64 + 1);
+                    let newest = model.last().map_or(0, |(sequence, ..)| *sequence);
+                    prop_assert_eq!(first, log.history().next(newest));
+                    prop_assert!(first > seen);
                     model.extend((first..).zip(&events).map(|(at, event)| (at, time, describe_owned(event))));
                 }
                 Step::Wait => {
@@ -57,13 +67,37 @@ proptest! {
                     prop_assert_eq!(&replayed(&log), &model);
                 }
                 Step::Kill => {
-                    let acknowledged = log.watermark().durable() as usize;
+                    let acknowledged = log.watermark().durable();
                     disk = disk.copy();
                     log = open(&disk).unwrap();
                     let left = replayed(&log);
-                    prop_assert!(left.len() >= acknowledged, "{} of {acknowledged}", left.len());
+                    let newest = left.last().map_or(0, |(sequence, ..)| *sequence);
+                    prop_assert!(newest >= acknowledged, "{newest} of {acknowledged}");
                     prop_assert_eq!(&left[..], &model[..left.len()]);
                     model.truncate(left.len());
+                }
+                Step::Copy | Step::Fork => {
+                    log.close().unwrap();
+                    if model.is_empty() {
+                        log = open(&disk).unwrap();
+                        continue;
+                    }
+                    let known = log.history().incarnations().to_vec();
+                    if matches!(step, Step::Copy) {
+                        disk.become_copy();
+                    } else {
+                        offline::fork(Arc::new(disk.clone()), options()).unwrap();
+                    }
+                    // The original gives some more.
+                    let lost = log.history().next(log.appended()) + 7;
+                    seen = lost.max(seen);
+                    log = open(&disk).unwrap();
+                    let history = log.history();
+                    prop_assert_eq!(&history.incarnations()[..known.len()], &known[..]);
+                    prop_assert_eq!(history.incarnations().len(), known.len() + 1);
+                    prop_assert!(!history.contains(lost));
+                    prop_assert!(model.iter().all(|(sequence, ..)| history.contains(*sequence)));
+                    prop_assert_eq!(&replayed(&log), &model);
                 }
             }
         }

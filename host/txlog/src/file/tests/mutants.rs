@@ -17,10 +17,15 @@ pub enum Mutant {
     RecoveryNotSynced,
     ReplacedRemovedAtOnce,
     MemoryBelieved,
+    IncarnationNotSynced,
+    IdentityFirst,
+    JumpSkipped,
+    NewestIncarnationDropped,
+    OsNotRecorded,
 }
 
 impl Mutant {
-    pub const ALL: [(Self, &'static str); 11] = [
+    pub const ALL: [(Self, &'static str); 16] = [
         (Self::NoFileSync, "no fdatasync"),
         (Self::NoDirectorySync, "no sync of the directory"),
         (Self::EarlyAnswer, "answered before the sync"),
@@ -32,6 +37,11 @@ impl Mutant {
         (Self::RecoveryNotSynced, "what recovery read is not synced"),
         (Self::ReplacedRemovedAtOnce, "recovery removes replaced segments before it syncs the directory"),
         (Self::MemoryBelieved, "recovery believes what a failed sync left in memory"),
+        (Self::IncarnationNotSynced, "an incarnation is served before it is synced"),
+        (Self::IdentityFirst, "a copy is taken for the log before its incarnation is synced"),
+        (Self::JumpSkipped, "an incarnation gives sequences of its parent again"),
+        (Self::NewestIncarnationDropped, "compaction drops the newest incarnation"),
+        (Self::OsNotRecorded, "a run with --durability os leaves no trace before its first answer"),
     ];
 
     /// The disk that is all it takes; none when code of the log asks for the mutant itself.

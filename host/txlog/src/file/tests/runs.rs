@@ -51,7 +51,7 @@ fn a_write_waits_for_nothing_that_compaction_does() {
 }
 
 /// From then on nothing is written but what is committed or compacted.
-fn until_the_spare_is_there(log: &FileLog, disk: &FakeDisk) {
+pub fn until_the_spare_is_there(log: &FileLog, disk: &FakeDisk) {
     let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
     eventually(|| disk.names().contains(&spare));
 }

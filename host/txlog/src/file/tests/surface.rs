@@ -30,12 +30,13 @@ pub struct Surface {
     files: Vec<Arc<Vec<u8>>>,
     pending_names: Vec<Operation>,
     pending: BTreeMap<usize, Vec<Operation>>,
+    number: u64,
 }
 
 impl Surface {
     pub fn new(disk: &FakeDisk) -> Self {
         let (names, files) = disk.content();
-        Self { names, files, pending_names: Vec::new(), pending: BTreeMap::new() }
+        Self { names, files, pending_names: Vec::new(), pending: BTreeMap::new(), number: disk.number() }
     }
 
     pub fn apply(&mut self, operation: &Operation) {
@@ -52,6 +53,7 @@ impl Surface {
                     }
                 }
             }
+            Operation::Copied => self.number += 1,
             Operation::Lost { file, left } => {
                 self.pending.remove(file);
                 *self.file(*file) = left.clone();
@@ -105,7 +107,7 @@ impl Surface {
                 }
             }
         }
-        FakeDisk::new(names, files)
+        FakeDisk::new(names, files, self.number)
     }
 }
 

@@ -236,12 +236,15 @@ fn frames_written_without_a_sync_prove_nothing_until_the_log_is_closed() {
         bytes[at] ^= 1;
         disk.put(NAME, bytes);
     };
-    // The first or the second of three was lost in a power cut; the third was not.
-    for (at, left) in [(600, 0), (700, 1)] {
+    // The second or the third of three was lost in a power cut. The first was synced.
+    for (at, left) in [(700, 1), (850, 2)] {
         let crashed = disk.copy();
         lose(&crashed, at);
         assert_eq!(entries(&crashed).unwrap(), left);
     }
+    let crashed = disk.copy();
+    lose(&crashed, 600);
+    assert!(entries(&crashed).is_err());
 
     // To close the log is to sync it, and the frame at its end says so without the watermark file.
     log.close().unwrap();
@@ -298,11 +301,11 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
 
     let disk = make();
     let mut bytes = disk.read("0000000001.seg");
-    bytes[8] = 2;
+    bytes[8] = 3;
     let checksum = crc32c::crc32c(&bytes[..508]);
     bytes[508..512].copy_from_slice(&checksum.to_le_bytes());
     disk.put("0000000001.seg", bytes);
-    refused(&disk, "format version 2 and this binary reads 1; use the newer kvs");
+    refused(&disk, "format version 3 and this binary reads 1 to 2; use the newer kvs");
 
     let disk = make();
     disk.put("3.seg", Vec::new());

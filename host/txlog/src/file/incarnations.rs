@@ -1,0 +1,111 @@
+//! The records of incarnations in frames, and what follows from them for sequences.
+//!
+//! The bytes are drawn at the head of `mod.rs`. Must never know: why an incarnation begins, which is the business of
+//! `begin`.
+
+use uuid::Uuid;
+
+use super::bytes::{array, u64_at};
+use super::frame::{Builder, INCARNATION};
+use crate::incarnation::JUMP;
+use crate::{History, Incarnation};
+
+const RECORD_BYTES: usize = 48;
+
+/// The bytes of the frame that lists so many incarnations, 0 for none.
+pub fn frame_bytes(incarnations: usize) -> u64 {
+    let records = (incarnations * RECORD_BYTES) as u64;
+    if incarnations == 0 { 0 } else { super::frame::HEAD_BYTES as u64 + records }
+}
+
+/// A frame that lists incarnations, oldest first; None when there are none.
+pub fn frame(incarnations: &[Incarnation]) -> Option<Builder> {
+    let mut frame = Builder::new(incarnations.first()?.first, Vec::new());
+    frame.kind = INCARNATION;
+    for Incarnation { id, parent, fork, first } in incarnations {
+        frame.body().extend_from_slice(id.as_bytes());
+        frame.body().extend_from_slice(parent.as_bytes());
+        frame.body().extend_from_slice(&fork.to_le_bytes());
+        frame.body().extend_from_slice(&first.to_le_bytes());
+    }
+    Some(frame)
+}
+
+pub fn decode(body: &[u8]) -> Vec<Incarnation> {
+    let records = body.chunks_exact(RECORD_BYTES);
+    let record = |bytes: &[u8]| Incarnation {
+        id: Uuid::from_bytes(array(bytes, 0)),
+        parent: Uuid::from_bytes(array(bytes, 16)),
+        fork: u64_at(bytes, 32),
+        first: u64_at(bytes, 40),
+    };
+    records.map(record).collect()
+}
+
+/// Checks the records of one segment: each begins far beyond its fork, and after the one before it. `parent` is the
+/// incarnation before them, where it is known.
+pub fn check(incarnations: &[Incarnation], parent: Option<Uuid>) -> Result<(), &'static str> {
+    let (mut parent, mut previous) = (parent, 0);
+    for incarnation in incarnations {
+        if incarnation.first.checked_sub(incarnation.fork).is_none_or(|distance| distance < JUMP) {
+            return Err("an incarnation begins too close to its fork");
+        }
+        if incarnation.fork.saturating_add(1) < previous {
+            return Err("incarnations are out of order");
+        }
+        if parent.is_some_and(|parent| parent != incarnation.parent) {
+            return Err("an incarnation does not continue the one before it");
+        }
+        parent = Some(incarnation.id);
+        previous = incarnation.first;
+    }
+    Ok(())
+}
+
+/// The newest sequence that was given out, where the log has come to `last`: that can be the one before the first of an
+/// incarnation, which lies in its jump.
+pub fn newest_given(history: &History, last: u64) -> u64 {
+    history.incarnations().iter().rev().fold(last, |newest, incarnation| {
+        if incarnation.fork < newest && newest < incarnation.first { incarnation.fork } else { newest }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn incarnation(id: u128, parent: u128, fork: u64, first: u64) -> Incarnation {
+        Incarnation { id: Uuid::from_u128(id), parent: Uuid::from_u128(parent), fork, first }
+    }
+
+    #[test]
+    fn records_are_read_as_written() {
+        let all = [incarnation(2, 1, 7, JUMP + 7), incarnation(3, 2, JUMP + 6, 3 * JUMP)];
+        let frame = frame(&all).expect("there are some");
+        assert_eq!(frame.sealed_len(), frame_bytes(all.len()));
+        assert_eq!(decode(&frame.bytes()[super::super::frame::HEAD_BYTES..]), all);
+        assert!(super::frame(&[]).is_none());
+    }
+
+    #[test]
+    fn newest_given_sequence_is_never_in_a_jump() {
+        // The second was begun before the first had an entry.
+        let history = History::new(vec![incarnation(2, 1, 7, 100), incarnation(3, 2, 99, 200)]);
+        for (last, newest) in [(0, 0), (7, 7), (99, 7), (199, 7), (200, 200)] {
+            assert_eq!(newest_given(&history, last), newest, "{last}");
+        }
+    }
+
+    #[test]
+    fn wrong_records_are_found() {
+        let sound = [incarnation(2, 1, 7, JUMP + 7), incarnation(3, 2, JUMP + 6, 3 * JUMP)];
+        assert_eq!(check(&sound, Some(Uuid::from_u128(1))), Ok(()));
+        assert_eq!(check(&sound, None), Ok(()));
+        assert!(check(&sound, Some(Uuid::from_u128(9))).is_err());
+        let wrong = [(2, JUMP + 6, 3 * JUMP - 1 - JUMP), (2, JUMP + 5, 3 * JUMP), (1, JUMP + 6, 3 * JUMP)];
+        for (parent, fork, first) in wrong {
+            let records = [sound[0], incarnation(3, parent, fork, first)];
+            assert!(check(&records, None).is_err(), "{parent} {fork} {first}");
+        }
+    }
+}

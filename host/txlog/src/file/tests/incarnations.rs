@@ -1,0 +1,469 @@
+//! When an incarnation of the log begins, what it changes, and what refuses a wrong one.
+
+use std::fs;
+
+use super::compaction::{compact_at, fill};
+use super::formats::{copy_files, open_in};
+use super::runs::until_the_spare_is_there;
+use super::*;
+use crate::file::frame::{Builder, CLOSE, ENTRIES, INCARNATION};
+use crate::file::segment::Numbers;
+use crate::file::verify::verify_in;
+use crate::file::{Finding, Home, Offline, incarnations, offline};
+use crate::incarnation::JUMP;
+use crate::{Forgotten, Incarnation};
+
+fn os() -> Options {
+    Options { durability: Durability::Os, ..options() }
+}
+
+fn open_os(disk: &FakeDisk) -> FileLog {
+    FileLog::open_on(Arc::new(disk.clone()), os(), None).unwrap()
+}
+
+/// A log that was closed after some entries, with a spare.
+fn closed(entries: u64) -> FakeDisk {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    fill(&log, entries);
+    until_the_spare_is_there(&log, &disk);
+    log.close().unwrap();
+    disk
+}
+
+fn begun(log: &FileLog) -> Vec<Incarnation> {
+    log.history().incarnations().to_vec()
+}
+
+/// What is wrong.
+fn wrong(disk: &FakeDisk) -> Vec<String> {
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let mut wrong = Vec::new();
+    let mut report = |finding| match finding {
+        Finding::Sound { .. } => {}
+        Finding::Torn(what) | Finding::Wrong(what) => wrong.push(what),
+    };
+    verify_in(&home, &mut report, &mut |_| ()).unwrap();
+    wrong
+}
+
+#[test]
+fn copy_gives_no_sequence_of_the_original() {
+    let disk = closed(5);
+    let copy = disk.copy();
+    copy.become_copy();
+    let (log, copied) = (open(&disk).unwrap(), open(&copy).unwrap());
+    assert_eq!((log.appended(), copied.appended()), (5, 5));
+    assert_eq!(copied.watermark().durable(), 5);
+    assert_eq!(begun(&log), []);
+    let [incarnation] = begun(&copied)[..] else { panic!("one begins") };
+    assert_eq!((incarnation.fork, incarnation.parent), (5, copied.shared.log));
+    assert_eq!(copied.replay(5, &mut |_| panic!("nothing came after it")).unwrap(), 5);
+
+    let given = commit(&log, put("a", b""));
+    assert!(!copied.history().contains(given) && copied.history().contains(5));
+    let first = commit(&copied, put("a", b""));
+    assert_eq!((first, copied.history().next(5)), (incarnation.first, first));
+    assert!(first >= 5 + JUMP);
+    assert_eq!(commit(&copied, put("a", b"")), first + 1);
+    assert_eq!(replayed_after(&copied, 5).unwrap().len(), 2);
+    copied.close().unwrap();
+    assert_eq!(wrong(&copy), Vec::<String>::new());
+
+    // It knows itself from now on.
+    let log = open(&copy).unwrap();
+    assert_eq!((log.appended(), begun(&log)), (first + 1, vec![incarnation]));
+    assert_eq!(replayed(&log).len(), 7);
+}
+
+#[test]
+fn incarnation_without_entries_is_continued() {
+    let disk = closed(5);
+    for copies in 1..=3 {
+        disk.become_copy();
+        let log = open(&disk).unwrap();
+        let begun = begun(&log);
+        assert_eq!((log.appended(), begun.len()), (5, copies));
+        assert!(begun.windows(2).all(|pair| pair[1].fork + 1 == pair[0].first && pair[1].parent == pair[0].id));
+        assert!(log.history().contains(5) && !log.history().contains(begun[copies - 1].first - 1));
+        if copies == 2 {
+            log.close().unwrap();
+        }
+    }
+    let log = open(&disk).unwrap();
+    assert_eq!(begun(&log).len(), 3);
+    assert_eq!(commit(&log, put("a", b"")), begun(&log)[2].first);
+    log.close().unwrap();
+    assert_eq!(wrong(&disk), Vec::<String>::new());
+    assert_eq!(replayed(&open(&disk).unwrap()).len(), 6);
+}
+
+#[test]
+fn moved_directory_is_no_copy() {
+    let directory = tempfile::tempdir().unwrap();
+    let [one, two] = ["one", "two"].map(|name| directory.path().join(name));
+    let log = open_in(&one);
+    commit(&log, put("a", b""));
+    log.close().unwrap();
+    fs::rename(&one, &two).unwrap();
+    assert_eq!(begun(&open_in(&two)), []);
+    fs::create_dir(&one).unwrap();
+    fs::rename(two.join("log"), one.join("log")).unwrap();
+    assert_eq!(begun(&open_in(&one)), []);
+}
+
+#[test]
+fn copied_directory_is_recognised() {
+    let directory = tempfile::tempdir().unwrap();
+    let [original, copy] = ["original", "copy"].map(|name| directory.path().join(name));
+    let log = open_in(&original);
+    commit(&log, put("a", b""));
+    log.close().unwrap();
+    copy_files(&original, &copy);
+    assert_eq!(begun(&open_in(&copy)).len(), 1);
+    assert_eq!(begun(&open_in(&copy)).len(), 1, "once");
+
+    // Restored into the directory that it was in.
+    for file in fs::read_dir(copy.join("log")).unwrap() {
+        fs::remove_file(file.unwrap().path()).unwrap();
+    }
+    copy_files(&original, &copy);
+    assert_eq!(begun(&open_in(&copy)).len(), 1);
+    // Without the file that tells.
+    fs::remove_file(original.join("log/identity")).unwrap();
+    assert_eq!(begun(&open_in(&original)).len(), 1);
+    assert_eq!(begun(&open_in(&original)).len(), 1, "once");
+}
+
+#[test]
+fn empty_log_begins_no_incarnation() {
+    let disk = FakeDisk::default();
+    open(&disk).unwrap().close().unwrap();
+    disk.become_copy();
+    assert_eq!(begun(&open(&disk).unwrap()), []);
+    let error = offline::fork(Arc::new(disk), options()).unwrap_err().to_string();
+    assert_eq!(error, "the log in data is empty: there is nothing to continue");
+}
+
+#[test]
+fn unclean_os_run_begins_an_incarnation() {
+    for durability in [Durability::Os, Durability::Sync] {
+        let disk = closed(5);
+        let log = open_os(&disk);
+        commit(&log, put("a", b""));
+        let next = |disk: &FakeDisk| {
+            let options = Options { durability, ..options() };
+            FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap()
+        };
+        let killed = disk.copy();
+        let log = next(&killed);
+        let [incarnation] = begun(&log)[..] else { panic!("one begins") };
+        assert_eq!(incarnation.fork, 6);
+        // Killed again, before and after it has appended something.
+        let killed = killed.copy();
+        let log = next(&killed);
+        assert_eq!(begun(&log), [incarnation]);
+        assert_eq!(commit(&log, put("a", b"")), incarnation.first);
+        let again = if durability == Durability::Os { 2 } else { 1 };
+        assert_eq!(begun(&next(&killed.copy())).len(), again);
+    }
+}
+
+#[test]
+fn clean_close_begins_no_incarnation() {
+    let disk = closed(5);
+    for _ in 0..3 {
+        let log = open_os(&disk);
+        commit(&log, put("a", b""));
+        log.close().unwrap();
+        // Not a byte is left for a frame that says so.
+        let log = open_os(&disk);
+        let room = log.shared.catalog.all().last().map(|segment| SEGMENT_BYTES - segment.end).unwrap();
+        if room > 1000 {
+            commit(&log, put("a", &vec![1; room as usize - 64 - 26 - 5]));
+        }
+        log.close().unwrap();
+        assert_eq!(begun(&open_os(&disk)), []);
+    }
+}
+
+#[test]
+fn unclean_sync_run_begins_no_incarnation() {
+    let disk = closed(5);
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b""));
+    let killed = disk.copy();
+    assert_eq!(begun(&open(&killed).unwrap()), []);
+    // What wrote it cannot be told where this run may lose what clients saw.
+    assert_eq!(begun(&open_os(&disk.copy())).len(), 1);
+}
+
+#[test]
+fn first_answer_of_an_os_run_is_on_disk() {
+    let disk = closed(5);
+    let log = open_os(&disk);
+    disk.record();
+    commit(&log, put("a", b""));
+    commit(&log, put("a", b""));
+    let synced =
+        disk.take_record().iter().filter(|done| matches!(done.operation, disk::Operation::Sync { .. })).count();
+    assert_eq!(synced, 1, "and the others are not");
+}
+
+#[test]
+fn forked_log_goes_on_far_beyond() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = open_in(directory.path());
+    commit(&log, put("a", b""));
+    assert!(Offline::fork(directory.path()).unwrap_err().to_string().contains("is in use by process"));
+    log.close().unwrap();
+    let Incarnation { id, fork, first, .. } = Offline::fork(directory.path()).unwrap();
+    assert_eq!(fork, 1);
+    let log = open_in(directory.path());
+    assert_eq!(begun(&log)[0].id, id);
+    assert_eq!((begun(&log).len(), commit(&log, put("a", b""))), (1, first));
+}
+
+#[test]
+fn reading_offline_begins_no_incarnation() {
+    let directory = tempfile::tempdir().unwrap();
+    let [original, copy] = ["original", "copy"].map(|name| directory.path().join(name));
+    let log = open_in(&original);
+    fill(&log, 40);
+    log.close().unwrap();
+    copy_files(&original, &copy);
+    let offline = Offline::open(&copy).unwrap();
+    assert_eq!(offline.newest(), 40);
+    offline.compact(&mut |_| ()).unwrap();
+    drop(offline);
+    let log = open_in(&copy);
+    assert_eq!((log.appended(), begun(&log).len()), (40, 1), "and the next start begins one");
+}
+
+/// A log of several incarnations, each with entries, of which some are deletes of nothing.
+fn several() -> (FakeDisk, Vec<Incarnation>) {
+    let disk = closed(20);
+    for _ in 0..3 {
+        disk.become_copy();
+        let log = open(&disk).unwrap();
+        fill(&log, 10);
+        for _ in 0..20 {
+            commit(&log, Event::Delete("nothing".into()));
+        }
+        fill(&log, 3);
+        log.close().unwrap();
+    }
+    let known = begun(&open(&disk).unwrap());
+    assert_eq!(known.len(), 3);
+    (disk, known)
+}
+
+#[test]
+fn compaction_keeps_incarnations_of_its_segments() {
+    let (disk, known) = several();
+    let log = open(&disk).unwrap();
+    let before = super::compaction::store(&log);
+    // Too early for the deletes, so nothing is below the horizon.
+    compact_at(&log, 0, 0, 100);
+    assert_eq!(super::compaction::store(&log), before);
+    let sealed = log.shared.catalog.sealed();
+    assert!(sealed.iter().any(|segment| segment.incarnations.len() > 1), "{sealed:?}");
+    log.close().unwrap();
+    assert_eq!(wrong(&disk), Vec::<String>::new());
+    let log = open(&disk).unwrap();
+    assert_eq!(begun(&log), known);
+    assert_eq!(super::compaction::store(&log), before);
+    for incarnation in known {
+        assert!(!log.history().contains(incarnation.fork + 1) && log.history().contains(incarnation.first));
+    }
+}
+
+#[test]
+fn compaction_drops_incarnations_below_horizon() {
+    let (disk, known) = several();
+    let log = open(&disk).unwrap();
+    fill(&log, 20);
+    // The first run makes the horizon, and the second drops what is below it.
+    for _ in 0..2 {
+        compact_at(&log, 1, 0, 100);
+        fill(&log, 20);
+    }
+    let horizon = log.shared.catalog.forgotten();
+    assert!(horizon > known[2].first);
+    log.close().unwrap();
+    assert_eq!(wrong(&disk), Vec::<String>::new());
+    let log = open(&disk).unwrap();
+    assert_eq!(begun(&log), known[2..], "the next continues the newest");
+    for position in [known[0].fork + 1, known[0].first - 1, known[1].first - 1, known[1].first] {
+        let error = log.replay(position, &mut |_| Ok(())).unwrap_err();
+        assert!(error.is::<Forgotten>(), "{position}");
+    }
+    assert_eq!(super::compaction::store(&log).len(), 3);
+}
+
+/// Adds a frame whose checksums are right to the newest segment of a log, or to its spare.
+fn forge(disk: &FakeDisk, to_spare: bool, frame: impl FnOnce(&Shared) -> (Builder, u32)) {
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let shared = Shared::read(home, &options()).unwrap();
+    let segment = shared.catalog.all().into_iter().rfind(|segment| segment.end > 512).unwrap();
+    let (mut frame, epoch) = frame(&shared);
+    frame.seal(shared.log, epoch, 0, segment.after);
+    let (name, at) = match to_spare {
+        true => (Numbers::one(segment.numbers.last + 1).file_name(), 512),
+        false => (segment.numbers.file_name(), segment.end as usize),
+    };
+    let mut bytes = disk.read(&name);
+    bytes[at..at + frame.bytes().len()].copy_from_slice(frame.bytes());
+    disk.put(&name, bytes);
+}
+
+#[test]
+fn unknown_frame_is_refused_by_name() {
+    let field = b"\x0b\0\x03xyz\x03\0abc\0\0";
+    let cases: [(u8, u32, u32, &[u8], &str); 7] = [
+        (3, 0, 0, b"", "the frame is of kind 3, which this binary does not know; use a newer kvs"),
+        (200, 0, 0, b"", "the frame is of kind 200, which this binary does not know; use a newer kvs"),
+        (CLOSE, 4, 0, b"", "the frame has the flags 0x4, which this binary does not know; use a newer kvs"),
+        (CLOSE, 1, 0, field, "has the optional field `xyz`, which this binary does not know; use a newer kvs"),
+        (CLOSE, 1, 0, b"\x09\0\x03xyz", "the optional fields of a frame are longer than it"),
+        (ENTRIES, 0, 0, b"", "a frame of kind 0 has 0 entries"),
+        (CLOSE, 0, 1, b"", "a frame of kind 1 has 1 entries"),
+    ];
+    for (kind, flags, count, body, what) in cases {
+        let disk = closed(5);
+        forge(&disk, false, |_| {
+            let mut frame = Builder::new(6, Vec::new());
+            (frame.kind, frame.flags, frame.count) = (kind, flags, count);
+            frame.body().extend_from_slice(body);
+            (frame, 9)
+        });
+        let names = disk.names();
+        let error = format!("{:#}", open(&disk.copy()).err().expect(what));
+        assert!(error.contains(what) && error.contains("data/log/0000000001.seg at byte "), "{error}");
+        assert_eq!(disk.names(), names, "nothing is cut off");
+        let wrong = wrong(&disk);
+        assert!(wrong.len() == 1 && wrong[0].contains(what), "{wrong:?}");
+    }
+    // No field at all is no field that is unknown.
+    let disk = closed(5);
+    forge(&disk, false, |_| {
+        let mut frame = Builder::new(6, Vec::new());
+        (frame.kind, frame.flags) = (CLOSE, 1);
+        frame.body().extend_from_slice(&[0, 0]);
+        (frame, 9)
+    });
+    assert_eq!(wrong(&disk), Vec::<String>::new());
+    assert_eq!(replayed(&open(&disk).unwrap()).len(), 5);
+}
+
+#[test]
+fn unknown_frame_in_an_older_segment_is_refused() {
+    let disk = closed(5);
+    forge(&disk, false, |_| {
+        let mut frame = Builder::new(6, Vec::new());
+        (frame.kind, frame.flags) = (CLOSE, 4);
+        (frame, 9)
+    });
+    // Its last frame, as the next segment calls it.
+    let bytes = disk.read("0000000001.seg");
+    let end = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    let chain = u32::from_le_bytes(bytes[end - 4..end].try_into().unwrap());
+    let log = uuid::Uuid::from_slice(&bytes[16..32]).unwrap();
+    let mut frame = Builder::new(6, Vec::new());
+    super::super::entry::encode(frame.body(), 0, 1, &put("a", b""));
+    frame.count = 1;
+    frame.seal(log, 9, 5, chain);
+    let mut spare = disk.read("0000000002.seg");
+    spare[512..512 + frame.bytes().len()].copy_from_slice(frame.bytes());
+    disk.put("0000000002.seg", spare);
+    let log = open(&disk).unwrap();
+    let error = log.replay(0, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("0000000001.seg at byte") && error.contains("has the flags 0x4"), "{error}");
+}
+
+#[test]
+fn wrong_incarnation_is_found() {
+    let id = |number| uuid::Uuid::from_u128(number);
+    let far = |fork| fork + JUMP;
+    // The fork, the first sequence, and whether the parent is right.
+    let cases = [
+        (5, far(5), true, None),
+        (5, far(5) - 1, true, Some("an incarnation begins too close to its fork")),
+        (5, far(5), false, Some("an incarnation does not continue the one before it")),
+        (6, far(6), true, Some("an incarnation does not continue the sequence before it")),
+        (4, far(4), true, Some("an incarnation does not continue the sequence before it")),
+    ];
+    for (fork, first, is_child, what) in cases {
+        let disk = closed(5);
+        forge(&disk, true, |shared| {
+            let parent = if is_child { shared.log } else { id(9) };
+            (incarnations::frame(&[Incarnation { id: id(1), parent, fork, first }]).unwrap(), 9)
+        });
+        let wrong = wrong(&disk);
+        match what {
+            None => assert_eq!(wrong, Vec::<String>::new()),
+            Some(what) => assert!(wrong.len() == 1 && wrong[0].contains(what), "{wrong:?}"),
+        }
+    }
+    // Not where a segment begins.
+    let disk = closed(5);
+    forge(&disk, false, |shared| {
+        let incarnation = Incarnation { id: id(1), parent: shared.log, fork: 5, first: far(5) };
+        (incarnations::frame(&[incarnation]).unwrap(), 9)
+    });
+    let what = "a frame that begins an incarnation is not the first of its segment";
+    assert!(wrong(&disk)[0].contains(what) && format!("{:#}", open(&disk).err().unwrap()).contains(what));
+    assert_eq!(INCARNATION, 2);
+}
+
+#[test]
+fn epoch_grows_and_never_goes_back() {
+    let disk = FakeDisk::default();
+    let epochs: Vec<_> = (0..3)
+        .map(|_| {
+            let (shared, mut writer) = Shared::recover(Arc::new(disk.clone()), options()).unwrap();
+            shared.queue.append(1, &[put("a", b"")]).unwrap();
+            writer.step(&shared).unwrap();
+            writer.epoch
+        })
+        .collect();
+    assert_eq!(epochs, [1, 2, 3]);
+    forge(&disk, false, |_| {
+        let mut frame = Builder::new(4, Vec::new());
+        frame.kind = CLOSE;
+        (frame, 2)
+    });
+    let wrong = wrong(&disk);
+    assert!(wrong[0].ends_with("a frame is of an epoch before that of an older one"), "{wrong:?}");
+}
+
+#[test]
+fn compacted_log_keeps_epoch_and_ending() {
+    let directory = tempfile::tempdir().unwrap();
+    for epoch in 1..4 {
+        let log = open_in(directory.path());
+        fill(&log, 20);
+        log.close().unwrap();
+        Offline::open(directory.path()).unwrap().compact(&mut |_| ()).unwrap();
+        let home =
+            Home { disk: Arc::new(super::super::Directory::new(directory.path().join("log"))), data: "data".into() };
+        let ending = super::super::recovery::recover(&home).unwrap().ending;
+        assert_eq!((ending.epoch, ending.is_closed()), (epoch, true));
+        // Closed it was, so nothing is missing.
+        let options = Options { data: directory.path().into(), segment_bytes: 8192, ..os() };
+        let log = FileLog::open(options).unwrap();
+        assert_eq!(begun(&log), []);
+        drop(log);
+    }
+}
+
+#[test]
+fn frame_never_spans_a_jump() {
+    let disk = closed(1);
+    disk.become_copy();
+    let log = open(&disk).unwrap();
+    fill(&log, 20);
+    compact_at(&log, 0, 0, 100);
+    let first = begun(&log)[0].first;
+    assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence == 1 || *sequence >= first));
+}
