@@ -3,6 +3,8 @@
 //! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
 //! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
+
 use std::sync::Arc;
 
 #[cfg(test)]

@@ -69,7 +69,7 @@ pub struct Builder {
     pub count: u32,
     /// Deletes among them. Those of a commit are counted, those that compaction copies are not.
     pub deletes: u32,
-    pub begun: Instant,
+    pub begun: Option<Instant>,
     bytes: Vec<u8>,
 }
 
@@ -78,7 +78,7 @@ impl Builder {
     pub fn new(first: u64, mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         buffer.resize(HEAD_BYTES, 0);
-        Self { first, count: 0, deletes: 0, begun: Instant::now(), bytes: buffer }
+        Self { first, count: 0, deletes: 0, begun: None, bytes: buffer }
     }
 
     /// Where the next entry is encoded to. Whoever adds one counts it.

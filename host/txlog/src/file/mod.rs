@@ -106,7 +106,7 @@ mod bytes;
 mod catalog;
 mod compact;
 mod compactor;
-mod disk;
+pub mod disk;
 mod entry;
 mod found;
 mod frame;
@@ -127,12 +127,11 @@ pub mod tests;
 mod verify;
 mod writer;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use anyhow::{Context, anyhow, bail};
+use kvs_runtime::{Clock, Env, Thread};
 use uuid::Uuid;
 
 pub use self::offline::Offline;
@@ -168,6 +167,8 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// The clock, the randomness and the threads of the log.
+    pub env: Env,
 }
 
 /// The size of segment files where nobody says otherwise.
@@ -184,9 +185,9 @@ pub struct FileLog {
 }
 
 struct Running {
-    writer: JoinHandle<()>,
-    spares: JoinHandle<()>,
-    compactor: Option<JoinHandle<()>>,
+    writer: Thread,
+    spares: Thread,
+    compactor: Option<Thread>,
     /// Given up last. None where the disk is not a directory.
     _lock: Option<Lock>,
 }
@@ -212,6 +213,14 @@ impl FileLog {
         let directory = options.data.join("log");
         lock::make_directory(&directory)?;
         let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
+        log.compact_in_background()?;
+        Ok(log)
+    }
+
+    /// Opens the log on a disk that is given from outside, as [`open`](Self::open) does on the directory `log` below
+    /// `options.data`, which is used in messages only. Whoever gives the disk sees to it that one process uses it.
+    pub fn open_on_disk(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Self> {
+        let log = Self::open_on(disk, options, None)?;
         log.compact_in_background()?;
         Ok(log)
     }
@@ -265,10 +274,10 @@ impl TransactionLog for FileLog {
         self.shared.spares.close();
         self.shared.queue.close();
         // However they end, the failure says why.
-        let _ = running.compactor.map(JoinHandle::join);
-        let _ = running.writer.join();
+        let _ = running.compactor.map(Thread::join);
+        running.writer.join();
         self.shared.spares.stop();
-        let _ = running.spares.join();
+        running.spares.join();
         self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
     }
 }
@@ -284,25 +293,20 @@ impl Drop for FileLog {
 /// Runs a thread of the log. However it fails, the log fails with it: nothing more is accepted, and whoever waits is
 /// told that the outcome is unknown.
 fn start(
-    name: &str,
+    name: &'static str,
     shared: &Arc<Shared>,
     work: impl FnOnce(&Shared) -> anyhow::Result<()> + Send + 'static,
-) -> anyhow::Result<JoinHandle<()>> {
-    let shared = shared.clone();
-    let thread = std::thread::Builder::new().name(name.into());
-    let handle = thread.spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(|| work(&shared)));
-        if let Err(error) = result.unwrap_or_else(|_| Err(anyhow!("a thread of the log panicked"))) {
-            shared.fail(&error);
-        }
-    });
-    handle.context("cannot start a thread of the log")
+) -> anyhow::Result<Thread> {
+    let worked = Arc::clone(shared);
+    let failed = Arc::clone(shared);
+    let thread = shared.home.env.tasks.fail_thread(name, move || work(&worked), move |error| failed.fail(error));
+    thread.context("cannot start a thread of the log")
 }
 
 impl Shared {
     /// The log of a directory, read and put right, and the writer that can go on with it. Nothing runs yet.
     fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Self>, Writer)> {
-        let Options { data, segment_bytes, group_bytes, durability } = options;
+        let Options { data, segment_bytes, group_bytes, durability, env } = options;
         let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + group_bytes;
         if needed > segment_bytes || segment_bytes > u64::from(u32::MAX) {
             bail!(
@@ -311,7 +315,8 @@ impl Shared {
                 u32::MAX
             );
         }
-        let home = Home { disk, data };
+        let clock = env.clock.clone();
+        let home = Home { disk, data, env };
         let sizes = Sizes::new(needed, segment_bytes);
         let recovered = recovery::recover(&home, sizes)
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
@@ -324,7 +329,7 @@ impl Shared {
             segment_bytes,
             durability,
             catalog: Catalog::new(recovered.segments),
-            queue: Queue::new(writer.last, room, full, segment_room, group_bytes),
+            queue: Queue::new(writer.last, room, full, segment_room, group_bytes, clock),
             spares: Spares::new(recovered.spares, recovered.next, recovered.next_size, sizes),
             compactor: Compactor::default(),
             watermark: Watermark::new(writer.last),
@@ -332,6 +337,10 @@ impl Shared {
             failure: Mutex::default(),
         };
         Ok((Arc::new(shared), writer))
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.home.env.clock
     }
 
     fn fail(&self, error: &anyhow::Error) {
@@ -346,10 +355,11 @@ impl Shared {
     }
 }
 
-/// The directory, and how errors speak of it.
+/// The surroundings of the log: the directory, how errors speak of it, and the rest of what is given from outside.
 struct Home {
     disk: Arc<dyn Disk>,
     data: PathBuf,
+    env: Env,
 }
 
 /// What is on disk is not what was written there. Nothing was changed.

@@ -29,7 +29,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub fn new(first: u64) -> Self {
+    pub fn new(first: u64, begun: Instant) -> Self {
         Self {
             first,
             times: Vec::new(),
@@ -40,7 +40,7 @@ impl Batch {
             expires: Vec::new(),
             bytes: 0,
             appends: 0,
-            begun: Instant::now(),
+            begun,
         }
     }
 

@@ -343,7 +343,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
         return Err("what was written after it is not durable".into());
     }
     drop((shared, writer));
-    let home = Home { disk: Arc::new(disk.clone()), data: options.data.clone() };
+    let home = Home { disk: Arc::new(disk.clone()), data: options.data.clone(), env: options.env.clone() };
     let mut wrong = None;
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}

@@ -17,6 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::disk::FakeDisk;
+use kvs_runtime::Env;
+
 use super::{Durability, FileLog, Options, Shared, replay};
 use crate::{AppendError, Event, EventRef, Put};
 use crate::{Receive, TransactionLog};
@@ -31,6 +33,7 @@ pub fn options() -> Options {
         segment_bytes: SEGMENT_BYTES,
         group_bytes: GROUP_BYTES,
         durability: Durability::Sync,
+        env: Env::real(),
     }
 }
 
