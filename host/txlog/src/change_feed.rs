@@ -297,7 +297,11 @@ mod tests {
     use std::pin::pin;
     use std::task::{Context, Poll, Waker};
 
+    use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use anyhow::Context as _;
+    use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
 
     use super::*;
     use crate::{Entry, EventRef};
@@ -463,6 +467,49 @@ mod tests {
         changes.close().expect("memory closes");
         assert_eq!(told(&mut watcher), Poll::Ready(None));
         assert!(changes.watch(Keys::begin("")).is_none());
+    }
+
+    /// Tasks of tokio, the first of which panics as it begins.
+    #[derive(Default)]
+    struct Saboteur(AtomicBool);
+
+    impl Spawn for Saboteur {
+        fn thread(&self, name: &str, _work: BoxedWork) -> io::Result<()> {
+            panic!("the change feed has no thread {name}");
+        }
+
+        fn task(&self, _name: &str, task: BoxedTask) {
+            task::spawn(task);
+        }
+
+        fn begins(&self, _name: &str) {
+            assert!(self.0.swap(true, Ordering::Relaxed), "sabotage");
+        }
+    }
+
+    #[tokio::test]
+    async fn feed_that_panicked_goes_on() {
+        let tasks = Tasks::given(Arc::new(Saboteur::default()));
+        let changes = ChangeFeed::new(memory(), 1_000, Env { tasks: tasks.clone(), ..Env::real() });
+        changes.start();
+        while tasks.restarts("change feed") == 0 {
+            task::yield_now().await;
+        }
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let sequence = delete(&changes, "a");
+        changes.watermark().advance(sequence);
+        assert_eq!(watcher.next().await.map(|change| change.sequence), Some(sequence));
+    }
+
+    #[tokio::test]
+    async fn end_of_the_feed_dismisses_its_watchers() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let feed = changes.start();
+        task::yield_now().await;
+        feed.abort();
+        feed.ended().await;
+        assert!(watcher.next().await.is_none());
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ mod model;
 pub mod mutants;
 mod queue;
 mod runs;
+mod supervision;
 mod surface;
 mod tail;
 mod tools;
