@@ -24,12 +24,13 @@ COPY guest/template/Cargo.toml guest/template/
 COPY host/Cargo.toml host/
 COPY host/client/Cargo.toml host/client/
 COPY host/metrics/Cargo.toml host/metrics/
+COPY host/runtime/Cargo.toml host/runtime/
 COPY host/txlog/Cargo.toml host/txlog/
 COPY tests/Cargo.toml tests/
 COPY tests/guests/brittle/Cargo.toml tests/guests/brittle/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
 COPY deploy/build.sh deploy/static.ld deploy/
-RUN for package in guest/* tests/guests/* host host/client host/metrics host/txlog; do mkdir -p "$package/src" && touch "$package/src/lib.rs"; done \
+RUN for package in guest/* tests/guests/* host host/client host/metrics host/runtime host/txlog; do mkdir -p "$package/src" && touch "$package/src/lib.rs"; done \
     && mkdir -p host/examples tests/bench tests/delivered tests/e2e && touch tests/lib.rs \
     && for program in host/build host/examples/documents host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \
         echo 'fn main() {}' > "$program.rs"; done \

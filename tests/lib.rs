@@ -21,7 +21,15 @@ pub fn binary() -> &'static str {
         let binary = directory.join("kvs");
         let advice = "build it with: cargo build --release --package kvs";
         let built = modified(&binary).unwrap_or_else(|| panic!("{} is missing; {advice}", binary.display()));
-        for sources in ["host/src", "host/txlog/src", "host/client/src", "host/metrics/src", "guest/kvs/src", "wit"] {
+        for sources in [
+            "host/src",
+            "host/txlog/src",
+            "host/client/src",
+            "host/metrics/src",
+            "host/runtime/src",
+            "guest/kvs/src",
+            "wit",
+        ] {
             if let Some(newer) = newer_than(built, Path::new(&format!("{ROOT}/{sources}"))) {
                 panic!("{} is older than {}; {advice}", binary.display(), newer.display());
             }

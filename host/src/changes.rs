@@ -11,6 +11,7 @@ use std::time::Duration;
 /// How often to look.
 pub const LOOK: Duration = Duration::from_secs(1);
 
+#[derive(Clone)]
 pub struct Changes {
     files: Vec<PathBuf>,
     /// The files as they were when they were last read, and as they were when last looked at.

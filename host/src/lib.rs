@@ -6,6 +6,8 @@
 //! is put together; [`admin`] is the listener for operators. `kvs_client` is the other end. ARCHITECTURE.md has the map and
 //! the invariants.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
+
 pub mod admin;
 mod changes;
 pub mod commands;
@@ -17,4 +19,5 @@ pub mod lines;
 mod parse;
 pub mod renamed;
 mod settings;
+mod signals;
 mod terminal;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kvs::guest::{Engine, Limits, Shards, Source};
+use kvs_runtime::Env;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
 
 use crate::process::median;
@@ -27,11 +28,13 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         log_bytes: 1 << 10,
         log_line_bytes: 1 << 10,
     };
-    let engine = Engine::new(limits, Vec::new(), None)?;
+    let env = Env::real();
+    let engine = Engine::new(limits, Vec::new(), None, &env)?;
     let guest = engine.load(Source::choose(None, data))?;
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
-    let log = Options { data: data.into(), segment_bytes, group_bytes, durability: Durability::Os };
-    let (shards, _) = Shards::build(guest, Arc::new(FileLog::open(log)?), 1)?;
+    let durability = Durability::Os;
+    let log = Options { data: data.into(), segment_bytes, group_bytes, durability, env: env.clone() };
+    let (shards, _) = Shards::build(guest, Arc::new(FileLog::open(log)?), 1, env)?;
     let mut replica = shards.replicas(&shards.serving().guest)?.pop().context("there is one shard")?;
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail, ensure};
+use kvs_runtime::Env;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Offline, Options};
 use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 
@@ -70,7 +71,8 @@ fn scattered(number: u64) -> String {
 /// Writes a log of so many keys with values of so many bytes, and gives the bytes of both.
 pub fn write(data: &Path, entries: u64, value: usize, key: impl Fn(u64) -> String) -> Result<f64> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
-    let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability: Durability::Os })?;
+    let (durability, env) = (Durability::Os, Env::real());
+    let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability, env })?;
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
     let mut bytes = 0;
     for number in 0..entries {

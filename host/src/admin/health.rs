@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use kvs_runtime::Tasks;
 use kvs_txlog::{Condition, TransactionLog};
 
 /// How far the server is in its life. It only goes forward.
@@ -19,11 +20,12 @@ pub enum Phase {
 pub struct Health {
     phase: Mutex<Phase>,
     log: OnceLock<Arc<dyn TransactionLog>>,
+    tasks: Tasks,
 }
 
 impl Health {
-    pub fn new() -> Self {
-        Self { phase: Mutex::new(Phase::Starting), log: OnceLock::new() }
+    pub fn new(tasks: Tasks) -> Self {
+        Self { phase: Mutex::new(Phase::Starting), log: OnceLock::new(), tasks }
     }
 
     pub fn set_log(&self, log: Arc<dyn TransactionLog>) {
@@ -68,31 +70,31 @@ impl Health {
                 }
             }
         }
+        // They come back by themselves, and requests do not wait for them.
+        if let Some(condition) = self.tasks.condition() {
+            report.push_str(&format!("[+]tasks ok, but {condition}\n"));
+        }
         (ready, report)
-    }
-}
-
-impl Default for Health {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvs_runtime::Env;
     use kvs_txlog::file::{Durability, FileLog, Options};
 
     #[test]
     fn it_is_ready_from_the_time_it_serves_until_it_stops_or_the_log_fails() {
         let data = tempfile::tempdir().expect("a temporary directory can be made");
-        let health = Health::new();
+        let health = Health::new(Tasks::system());
         assert_eq!(
             health.report(),
             (false, "[-]log not open yet\n[-]guest not started yet\n[-]edge not listening yet\n".into())
         );
         let data = data.path().to_owned();
-        let options = Options { data, segment_bytes: 1 << 20, group_bytes: 1 << 10, durability: Durability::Sync };
+        let (durability, env) = (Durability::Sync, Env::real());
+        let options = Options { data, segment_bytes: 1 << 20, group_bytes: 1 << 10, durability, env };
         let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(options).expect("a new log can be opened"));
         health.set_log(Arc::clone(&log));
         health.reached(Phase::Replaying);

@@ -13,7 +13,6 @@ use std::convert::Infallible;
 use std::fmt;
 use std::net::TcpListener as Bound;
 use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -25,11 +24,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use kvs_runtime::Env;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
@@ -52,13 +52,16 @@ pub struct Admin {
     tokens: Option<Arc<Tokens>>,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
+    env: Env,
 }
 
 impl Admin {
-    pub fn new(tokens: Option<Arc<Tokens>>) -> Self {
+    pub fn new(tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
         let metrics = Metrics::default();
         metrics.add(Arc::new(Build));
-        Self { health: Health::new(), metrics, tokens, guests: OnceLock::new() }
+        metrics.add(Arc::new(env.tasks.clone()));
+        let health = Health::new(env.tasks.clone());
+        Self { health, metrics, tokens, guests: OnceLock::new(), env: env.clone() }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -68,22 +71,18 @@ impl Admin {
 
     /// Serves `listener` from a thread of its own, to the end of the process.
     pub fn start(self: Arc<Self>, listener: Bound) -> Result<()> {
-        let runtime =
-            Builder::new_current_thread().enable_all().build().context("no runtime for the admin listener")?;
         listener.set_nonblocking(true)?;
-        let serve = move || {
-            runtime.block_on(async {
-                match TcpListener::from_std(listener) {
-                    Ok(listener) => self.serve(listener).await,
-                    Err(error) => warn!("the admin listener is gone: {error}"),
-                }
-            });
+        let Env { tasks, clock, .. } = self.env.clone();
+        let serve = move || -> Result<Infallible> {
+            let runtime = Builder::new_current_thread().enable_all().build().context("no runtime")?;
+            let listener = listener.try_clone()?;
+            runtime.block_on(async { self.serve(TcpListener::from_std(listener)?).await })
         };
-        thread::Builder::new().name("admin".into()).spawn(serve).context("no thread for the admin listener")?;
+        tasks.restart_thread("admin", &clock, serve).context("no thread for the admin listener")?;
         Ok(())
     }
 
-    async fn serve(self: Arc<Self>, listener: TcpListener) {
+    async fn serve(self: &Arc<Self>, listener: TcpListener) -> Result<Infallible> {
         let connections = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let place = Arc::clone(&connections).acquire_owned().await;
@@ -95,8 +94,8 @@ impl Admin {
                     continue;
                 }
             };
-            let admin = Arc::clone(&self);
-            tokio::spawn(async move {
+            let admin = Arc::clone(self);
+            self.env.tasks.detach("admin connection", async move {
                 let service = service_fn(|request| {
                     let admin = Arc::clone(&admin);
                     async move { Ok::<_, Infallible>(admin.respond(request).await) }

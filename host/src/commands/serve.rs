@@ -1,21 +1,23 @@
 //! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kvs_metrics::Metrics;
+use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{self, FileLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Builder;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
 use tokio::task;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
@@ -27,6 +29,7 @@ use crate::edge::{self, Edge, RequestIds, Service};
 use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
 use crate::settings::{Serve, TxlogStorage};
+use crate::signals::listen as listen_for;
 
 /// How often the guest is asked to do its housekeeping.
 const TICK: Duration = Duration::from_secs(1);
@@ -38,37 +41,38 @@ const BACKLOG: u32 = 1024;
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve) -> Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let result = runtime.block_on(serve(args));
+    let result = runtime.block_on(serve(args, &Env::real()));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
     result
 }
 
-async fn serve(args: &Serve) -> Result<()> {
+async fn serve(args: &Serve, env: &Env) -> Result<()> {
+    let Env { clock, tasks, .. } = env;
     // Before anything slow, so that a stop is heard at any time.
-    let mut stop = on_signal()?;
+    let mut stop = on_signal(env)?;
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
-    let hangup = || signal(SignalKind::hangup());
+    let hangup = || listen_for(SignalKind::hangup());
     let _heard = hangup()?;
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest)?;
-    let tls = args.tls.files().map(edge::tls::load).transpose()?;
+    let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args.admin, tokens.clone())?;
+    let admin = watched(args.admin, tokens.clone(), env)?;
     let health = &admin.health;
 
     let (log, followed) = tokio::select! {
-        opened = open_log(args, &admin.metrics) => opened?,
+        opened = open_log(args, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
             info!("stopped before the log was opened");
             return Ok(());
         }
     };
-    let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?);
+    let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?, env.clone());
     let log: Arc<dyn TransactionLog> = changes.clone();
-    task::spawn(Arc::clone(&changes).run());
+    changes.start();
 
     health.set_log(Arc::clone(&log));
 
@@ -76,13 +80,14 @@ async fn serve(args: &Serve) -> Result<()> {
         args.guest.limits(args.max_value_bytes)?,
         args.guest.guest_config.clone(),
         Some(&args.data_dir.join("cache")),
+        env,
     )?;
     let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
     health.reached(Phase::Replaying);
     let building = {
-        let (log, shards) = (Arc::clone(&log), usize::from(args.shards));
+        let (log, shards, env) = (Arc::clone(&log), usize::from(args.shards), env.clone());
         task::spawn_blocking(move || {
-            let (shards, replayed) = Shards::build(guest, log, shards)?;
+            let (shards, replayed) = Shards::build(guest, log, shards, env)?;
             engine.keep(&shards.serving().guest);
             Ok::<_, anyhow::Error>((engine, shards, replayed))
         })
@@ -107,7 +112,7 @@ async fn serve(args: &Serve) -> Result<()> {
     admin.metrics.add(metrics.clone());
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
     admin.set_swapper(Arc::clone(&swapper));
-    let reloading = task::spawn(reload.run(swapper));
+    let reloading = reload.start(swapper, env);
     health.reached(Phase::Serving);
     info!(
         data = %args.data_dir.display(),
@@ -120,18 +125,24 @@ async fn serve(args: &Serve) -> Result<()> {
     );
 
     if let Some(followed) = followed {
-        task::spawn(follow::run(followed, Arc::clone(&changes), Arc::clone(&shards)));
+        let (changes, shards) = (Arc::clone(&changes), Arc::clone(&shards));
+        tasks.restart("follow", clock, move || {
+            follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards))
+        });
     }
-    let ticking = task::spawn(tick(Arc::clone(&shards)));
+    let ticking = {
+        let shards = Arc::clone(&shards);
+        tasks.restart("ticker", clock, move || tick(Arc::clone(&shards)))
+    };
     if let Some(tls) = &tls {
-        task::spawn(Arc::clone(tls).keep(hangup()?));
+        tls.start("TLS reload", hangup()?, env);
     }
     if let Some(tokens) = &tokens {
-        task::spawn(Arc::clone(tokens).keep(hangup()?));
+        tokens.start("token reload", hangup()?, env);
     }
     let throttle = args.access.rate().map(Throttle::new);
     if let Some(throttle) = &throttle {
-        task::spawn(Arc::clone(throttle).sweep());
+        throttle.start(env);
     }
     let limits = edge::Limits {
         connections: args.max_connections,
@@ -154,7 +165,7 @@ async fn serve(args: &Serve) -> Result<()> {
     };
     let access_log = args.access_log_rate.map(AccessLog::new);
     if let Some(access_log) = &access_log {
-        task::spawn(Arc::clone(access_log).keep());
+        access_log.start(env);
     }
     let service = Service {
         shards,
@@ -168,7 +179,7 @@ async fn serve(args: &Serve) -> Result<()> {
         access_log,
     };
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits }.serve(listener, async {
+    let cut_off = Edge { tls, service, limits, tasks: tasks.clone() }.serve(listener, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -194,13 +205,18 @@ async fn serve(args: &Serve) -> Result<()> {
 }
 
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
-async fn open_log(args: &Serve, metrics: &Metrics) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
+async fn open_log(
+    args: &Serve,
+    metrics: &Metrics,
+    env: &Env,
+) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
+    let env = env.clone();
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
             ensure!(!args.standby, "--standby is for a log in a database: give one with --txlog");
             let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability })?);
+            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability, env })?);
             metrics.add(log.clone());
             Ok((log, None))
         }
@@ -208,8 +224,8 @@ async fn open_log(args: &Serve, metrics: &Metrics) -> Result<(Arc<dyn Transactio
             let data = args.data_dir.display();
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let options =
-                postgres::Options { url: url.clone(), group_bytes, durability, timeout: args.txlog_timeout, manner };
+            let (url, timeout) = (url.clone(), args.txlog_timeout);
+            let options = postgres::Options { url, group_bytes, durability, timeout, manner, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone());
@@ -245,36 +261,38 @@ fn exposed(args: &Serve) -> Result<Vec<String>> {
 }
 
 /// Changes when the process is told to stop. Told twice, it stops at once.
-fn on_signal() -> Result<watch::Receiver<()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = watch::channel(());
-    task::spawn(async move {
-        let mut told = false;
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if told {
-                // What was acknowledged is durable already.
-                warn!("stopping at once");
-                std::process::exit(1);
-            }
-            told = true;
-            stop.send_replace(());
-        }
+fn on_signal(env: &Env) -> Result<watch::Receiver<bool>> {
+    let mut terminate = listen_for(SignalKind::terminate())?;
+    let mut interrupt = listen_for(SignalKind::interrupt())?;
+    let (stop, stopped) = watch::channel(false);
+    env.tasks.restart("signals", &env.clock, move || {
+        let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
+        async move { heed(terminate?, interrupt?, &stop).await }
     });
     Ok(stopped)
 }
 
+async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender<bool>) -> Result<Infallible> {
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        if stop.send_replace(true) {
+            // What was acknowledged is durable already.
+            warn!("stopping at once");
+            std::process::exit(1);
+        }
+    }
+}
+
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>) -> Result<Arc<Admin>> {
+fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
     // Who is on this machine may ask for its health without a token.
     let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
     let listener = bind(address, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
-    let admin = Arc::new(Admin::new(tokens));
+    let admin = Arc::new(Admin::new(tokens, env));
     Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(admin)
@@ -300,13 +318,13 @@ fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
 
-async fn tick(shards: Arc<Shards>) {
+async fn tick(shards: Arc<Shards>) -> Result<Infallible> {
     let mut interval = interval(TICK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = interval.tick() => {}
-            () = shards.more_to_tick() => sleep(SOON).await,
+            () = shards.more_to_tick() => tokio::time::sleep(SOON).await,
         }
         shards.tick();
     }

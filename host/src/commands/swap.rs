@@ -3,7 +3,6 @@
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +13,7 @@ use super::client::TokenArgs;
 use super::health::READ_TIMEOUT;
 use crate::guest::read_component;
 use kvs_client::{Ask, Failure, Options, Server};
+use kvs_runtime::Env;
 
 /// How often a swap is asked how far it is.
 const PROGRESS: Duration = Duration::from_millis(200);
@@ -54,7 +54,7 @@ pub fn run(args: &Swap) -> Result<()> {
     let (ended, end) = channel();
     let target = if args.dry_run { "/guest?dry-run" } else { "/guest" };
     // Nobody waits for the thread when there is no answer: the process ends.
-    thread::spawn(move || {
+    let _ = Env::real().tasks.detach_thread("swap", move || {
         let method = if component.is_some() { "PUT" } else { "DELETE" };
         let _ = ended.send(server.ask(&Ask { method, target, headers: &[], body: component.as_deref() }));
     });

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
+use kvs_runtime::Env;
 
 use crate::edge::auth::{self, Scope};
 
@@ -27,7 +28,7 @@ pub enum TokenCommand {
 
 pub fn run(command: TokenCommand) -> Result<()> {
     let TokenCommand::Create { name, scope, path_prefix, tokens } = command;
-    let token = auth::create(&tokens, &name, scope, path_prefix.as_deref())?;
+    let token = auth::create(&tokens, &name, scope, path_prefix.as_deref(), &Env::real().random)?;
     writeln!(io::stdout(), "{token}")?;
     Ok(())
 }

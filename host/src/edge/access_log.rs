@@ -3,6 +3,7 @@
 //!
 //! Owns: what is told of a request. Never a body or a header but its id.
 
+use std::convert::Infallible;
 use std::mem;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use hyper::{Method, StatusCode, Uri};
+use kvs_runtime::{Env, Task};
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
@@ -22,7 +24,7 @@ pub struct AccessLog {
     second: Mutex<Second>,
 }
 
-/// The second under way; [`AccessLog::keep`] ends it.
+/// The second under way; [`AccessLog::start`] has it ended.
 #[derive(Default)]
 struct Second {
     told: usize,
@@ -70,8 +72,13 @@ impl AccessLog {
         room
     }
 
-    /// Tells what was left out in each second, to the end of the process.
-    pub async fn keep(self: Arc<Self>) {
+    /// Starts the task that tells what was left out in each second, to the end of the process.
+    pub fn start(self: &Arc<Self>, env: &Env) -> Task {
+        let access_log = Arc::clone(self);
+        env.tasks.restart("access log", &env.clock, move || Arc::clone(&access_log).keep())
+    }
+
+    async fn keep(self: Arc<Self>) -> anyhow::Result<Infallible> {
         let mut interval = interval(SECOND);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

@@ -19,6 +19,7 @@ use clap::ValueEnum;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode};
+use kvs_runtime::Random;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -203,10 +204,10 @@ fn from_hex(text: &str) -> Option<Hash> {
 }
 
 /// Creates a token: appends the line with its hash to the file, and returns the token, which is nowhere else.
-pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>) -> Result<String> {
+pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, random: &Random) -> Result<String> {
     check_name(name)?;
     let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(|error| anyhow!("no randomness: {error}"))?;
+    random.fill(&mut secret)?;
     let token = format!("{MARK}{}", hex(&secret));
     let scope = scope.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
     let prefix = path_prefix.map(|prefix| format!(" {prefix}")).unwrap_or_default();

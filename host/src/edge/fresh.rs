@@ -3,17 +3,20 @@
 //! Whoever uses it takes what is in force at that moment and keeps it for as long as it likes. What cannot be made is
 //! told, and what was in force stays.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
+use kvs_runtime::{Env, Task};
 use tokio::signal::unix::Signal;
 use tokio::task;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::changes::{Changes, LOOK};
+use crate::signals::Listen;
 
 pub struct Fresh<T> {
     /// In log lines, with an article.
@@ -39,8 +42,16 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         self.current.load_full()
     }
 
-    /// Keeps it fresh, to the end of the process.
-    pub async fn keep(self: Arc<Self>, mut hangup: Signal) {
+    /// Starts the task of this name that keeps it fresh, to the end of the process.
+    pub fn start(self: &Arc<Self>, name: &'static str, mut hangup: Listen, env: &Env) -> Task {
+        let fresh = Arc::clone(self);
+        env.tasks.restart(name, &env.clock, move || {
+            let (fresh, hangup) = (Arc::clone(&fresh), hangup());
+            async move { fresh.keep(hangup?).await }
+        })
+    }
+
+    async fn keep(self: Arc<Self>, mut hangup: Signal) -> Result<Infallible> {
         let mut interval = interval(LOOK);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -50,9 +61,7 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             };
             let fresh = Arc::clone(&self);
             let looked = task::spawn_blocking(move || fresh.look(told));
-            if let Err(panic) = looked.await {
-                warn!("{} could not be read again: {panic}", self.what);
-            }
+            looked.await.with_context(|| format!("{} could not be read again", self.what))?;
         }
     }
 

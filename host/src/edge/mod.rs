@@ -33,6 +33,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvs_runtime::Tasks;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
@@ -82,6 +83,8 @@ pub struct Edge {
     pub tls: Option<Arc<Tls>>,
     pub service: Service,
     pub limits: Limits,
+    /// Starts a task for each connection.
+    pub tasks: Tasks,
 }
 
 impl Edge {
@@ -118,7 +121,8 @@ impl Edge {
             let edge = Arc::clone(&edge);
             let open = edge.service.metrics.open();
             let stop = stopping.subscribe();
-            tokio::spawn(async move {
+            let tasks = edge.tasks.clone();
+            tasks.detach("connection", async move {
                 if let Err(error) = edge.connected(stream, peer, stop).await {
                     edge.service.metrics.connection_failed(&error);
                     debug!(%peer, "connection ended: {error:#}");

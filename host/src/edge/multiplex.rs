@@ -9,11 +9,12 @@ use std::mem;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use hyper::rt::Executor;
+use tokio::time::Instant;
 
 /// How long a turn is: time for some small requests, whose answers leave together.
 const SLICE: Duration = Duration::from_micros(100);

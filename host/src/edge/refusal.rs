@@ -46,6 +46,7 @@ pub fn closing(mut response: Answer) -> Answer {
 }
 
 /// Refuses a request whose body was not read.
+#[expect(clippy::disallowed_methods, reason = "a task that nothing waits for, of a connection that is closed next")]
 pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
     if body.is_end_stream() {
         return response;

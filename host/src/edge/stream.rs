@@ -42,7 +42,10 @@ pub async fn open(changes: &Arc<ChangeFeed>, follow: Follow, heartbeat: Duration
         }
     })?;
     let (text, body) = mpsc::channel(1);
-    tokio::spawn(tell(Arc::clone(changes), follow, past, heartbeat, text));
+    let telling = tell(Arc::clone(changes), follow, past, heartbeat, text);
+    changes.env().tasks.detach("watch", async {
+        let _ = telling.await;
+    });
     Ok(Reply::Stream { pieces: body, _under_way: None })
 }
 

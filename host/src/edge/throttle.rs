@@ -2,6 +2,7 @@
 //!
 //! A client is a principal, or else an address (of IPv6, the network of 64 bits that one customer has).
 
+use std::convert::Infallible;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hyper::StatusCode;
 use hyper::header::{self, HeaderName, HeaderValue};
+use kvs_runtime::{Env, Task};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::addresses::network;
@@ -95,8 +97,13 @@ impl Throttle {
         response.into()
     }
 
-    /// Forgets clients that have not asked for a while, to the end of the process.
-    pub async fn sweep(self: Arc<Self>) {
+    /// Starts the task that forgets clients that have not asked for a while, to the end of the process.
+    pub fn start(self: &Arc<Self>, env: &Env) -> Task {
+        let throttle = Arc::clone(self);
+        env.tasks.restart("throttle sweep", &env.clock, move || Arc::clone(&throttle).sweep())
+    }
+
+    async fn sweep(self: Arc<Self>) -> anyhow::Result<Infallible> {
         let mut interval = interval(SWEEP);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

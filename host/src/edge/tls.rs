@@ -5,10 +5,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
+use kvs_runtime::Clock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
@@ -59,19 +59,19 @@ pub enum Demand {
 pub type Tls = Fresh<ServerConfig>;
 
 /// Reads the files, again whenever they change.
-pub fn load(files: Files) -> Result<Arc<Tls>> {
+pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
     let mut all = vec![files.certificate.clone(), files.key.clone()];
     if let Some(client) = &files.client {
         all.push(client.authorities.clone());
         all.extend(client.revoked.clone());
     }
-    Fresh::new("the TLS certificate", all, move || config(&files))
+    Fresh::new("the TLS certificate", all, move || config(&files, &clock))
 }
 
-fn config(files: &Files) -> Result<ServerConfig> {
+fn config(files: &Files, clock: &Clock) -> Result<ServerConfig> {
     let chain = certificates(&files.certificate, "--tls-cert")?;
     for certificate in &chain {
-        valid_now(certificate).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
+        valid_now(certificate, clock).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
     }
     let key = key(&files.key)?;
     let provider = Arc::new(aws_lc_rs::default_provider());
@@ -141,10 +141,10 @@ fn read(file: &Path, flag: &str) -> Result<Vec<u8>> {
 }
 
 /// Clients would refuse it: better to hear of it here.
-fn valid_now(certificate: &CertificateDer<'_>) -> Result<()> {
+fn valid_now(certificate: &CertificateDer<'_>, clock: &Clock) -> Result<()> {
     let certificate = Certificate::from_der(certificate).context("a certificate that cannot be understood")?;
     let validity = certificate.tbs_certificate.validity;
-    let now = SystemTime::now();
+    let now = clock.wall();
     let (from, to) = (validity.not_before, validity.not_after);
     ensure!(
         from.to_system_time() <= now,

@@ -2,21 +2,32 @@
 //! for one reader does not come back for another because somebody set the clock, or because the guest was rebuilt.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use kvs_runtime::Env;
 
 /// In milliseconds since 1970.
-#[derive(Default)]
-pub struct Clock(AtomicU64);
+pub struct Clock {
+    newest: AtomicU64,
+    env: Env,
+}
 
 impl Clock {
+    pub fn new(env: Env) -> Self {
+        Self { newest: AtomicU64::new(0), env }
+    }
+
+    /// What the time is asked of, and all else that guests are given from outside.
+    pub fn env(&self) -> &Env {
+        &self.env
+    }
+
     pub fn now(&self) -> u64 {
-        let system = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        self.not_before(u64::try_from(system.as_millis()).unwrap_or(u64::MAX))
+        self.not_before(self.env.clock.unix_ms())
     }
 
     /// It is this time or later: an entry of the log has it.
     pub fn not_before(&self, time: u64) -> u64 {
-        self.0.fetch_max(time, Ordering::Relaxed).max(time)
+        self.newest.fetch_max(time, Ordering::Relaxed).max(time)
     }
 }
 
@@ -26,7 +37,7 @@ mod tests {
 
     #[test]
     fn it_never_goes_back() {
-        let clock = Clock::default();
+        let clock = Clock::new(Env::real());
         let system = clock.now();
         assert!(system > 1_700_000_000_000, "the system's own time: {system}");
         let ahead = system + 3_600_000;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
+use kvs_runtime::Env;
 use wasmtime::component::{Component, Linker};
 
 use super::clock::Clock;
@@ -41,7 +42,7 @@ pub struct Engine {
 impl Engine {
     /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) is told to keep is in the directory
     /// `cache`.
-    pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>) -> Result<Self> {
+    pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>, env: &Env) -> Result<Self> {
         let engine = wasmtime::Engine::new(&settings(Cpu::This)?).map_err(anyhow::Error::from);
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
@@ -49,11 +50,11 @@ impl Engine {
         imports::add_to_linker(&mut linker)?;
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
-        epoch::tick(engine.weak())?;
+        epoch::tick(engine.weak(), env)?;
         Ok(Self {
             linker,
             limits,
-            clock: Arc::default(),
+            clock: Arc::new(Clock::new(env.clone())),
             config: config.into(),
             compiler: Compiler::new(cache),
             guests: AtomicU64::default(),
@@ -203,6 +204,11 @@ impl Guest {
 
     pub fn digest(&self) -> &Digest {
         &self.digest
+    }
+
+    /// What its instances are given from outside.
+    pub fn env(&self) -> &Env {
+        self.clock.env()
     }
 
     /// Another for each guest, the same for all its instances.

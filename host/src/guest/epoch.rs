@@ -2,9 +2,9 @@
 
 use std::io;
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
+use kvs_runtime::Env;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::block_in_place;
 use wasmtime::EngineWeak;
@@ -16,15 +16,17 @@ const EPOCH: Duration = Duration::from_millis(10);
 pub const LONG: u64 = 2;
 
 /// Counts them, for as long as there is the engine.
-pub fn tick(ticking: EngineWeak) -> io::Result<()> {
+pub fn tick(ticking: EngineWeak, env: &Env) -> io::Result<()> {
+    let clock = env.clock.clone();
     let tick = move || {
         while let Some(engine) = ticking.upgrade() {
             engine.increment_epoch();
             drop(engine);
-            thread::sleep(EPOCH);
+            clock.pause(EPOCH);
         }
+        Ok(())
     };
-    thread::Builder::new().name("epoch".into()).spawn(tick).map(drop)
+    env.tasks.restart_thread("epoch", &env.clock, tick).map(drop)
 }
 
 /// The number of epochs after which a call has certainly had `limit`.
@@ -38,6 +40,7 @@ pub fn epochs(limit: Duration) -> u64 {
 /// sockets, and holds tasks that no other can take from it: connections would hang as long as the call goes on.
 ///
 /// It may not succeed every time, and can be called again.
+#[expect(clippy::disallowed_methods, reason = "a task that only finds out whether another thread is there")]
 pub fn make_way() {
     let Ok(runtime) = Handle::try_current() else { return };
     if runtime.runtime_flavor() == RuntimeFlavor::CurrentThread {

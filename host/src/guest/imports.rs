@@ -65,7 +65,7 @@ impl State {
         limits: Limits,
         clock: Arc<Clock>,
     ) -> Self {
-        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits));
+        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits, clock.env()));
         Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
     }
 

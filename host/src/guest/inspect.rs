@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
+use kvs_runtime::Env;
 use kvs_txlog::{AppendError, Event, Receive, TransactionLog, Watermark};
 
 use super::engine::Engine;
@@ -15,7 +16,7 @@ use crate::contract::Description;
 
 /// Prints the description of a component, and fails when it does not fit.
 pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, out: &mut dyn Write) -> Result<()> {
-    let engine = Engine::new(limits, config, None)?;
+    let engine = Engine::new(limits, config, None, &Env::real())?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);
@@ -33,7 +34,7 @@ pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, o
     });
     writeln!(out, "limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call)?;
     match described {
-        Ok(()) => println!("fits     yes"),
+        Ok(()) => writeln!(out, "fits     yes")?,
         Err(error) => bail!("{}: {error:#}", source.cannot_be_run()),
     }
     Ok(())

@@ -53,7 +53,7 @@ impl Held {
     }
 }
 
-/// When a count that took so long may be followed by another.
-pub fn next_count(took: Duration) -> Instant {
-    Instant::now() + took * SELDOM
+/// When a count that took so long and is over now may be followed by another.
+pub fn next_count(now: Instant, took: Duration) -> Instant {
+    now + took * SELDOM
 }

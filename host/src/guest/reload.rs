@@ -2,11 +2,13 @@
 //!
 //! Must never know: how a swap is made.
 
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use kvs_runtime::{Env, Task};
+use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
@@ -14,10 +16,11 @@ use tracing::{info, warn};
 use super::source::{Digest, Source};
 use super::swap::{SwapError, Swapper};
 use crate::changes::{Changes, LOOK};
+use crate::signals::{Listen, listen};
 
 pub struct Reload {
     file: Option<PathBuf>,
-    hangup: Signal,
+    hangup: Listen,
     /// Of the file, when it is watched.
     changes: Option<Changes>,
 }
@@ -27,27 +30,42 @@ impl Reload {
     pub fn new(file: Option<&Path>, watch: bool) -> Result<Self> {
         let file = file.map(Path::to_owned);
         let changes = file.clone().filter(|_| watch).map(|file| Changes::of(vec![file]));
-        Ok(Self { file, hangup: signal(SignalKind::hangup())?, changes })
+        Ok(Self { file, hangup: listen(SignalKind::hangup())?, changes })
     }
 
-    pub async fn run(mut self, swapper: Arc<Swapper>) {
-        let mut interval = interval(LOOK);
-        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            let told = tokio::select! {
-                _ = self.hangup.recv() => true,
-                _ = interval.tick() => false,
-            };
-            if !told && !self.changes.as_mut().is_some_and(Changes::settled) {
-                continue;
-            }
-            if let Some(changes) = &mut self.changes {
-                changes.reading();
-            }
-            match &self.file {
-                None => info!("told to read the guest again, but no file was named at the start"),
-                Some(file) => reload(file.clone(), &swapper).await,
-            }
+    /// Starts the task that swaps the guest. Started again, it compares the file with what it was at the start: a guest
+    /// that serves already is not swapped.
+    pub fn start(self, swapper: Arc<Swapper>, env: &Env) -> Task {
+        let Self { file, mut hangup, changes } = self;
+        env.tasks.restart("guest reload", &env.clock, move || {
+            let (hangup, file, changes, swapper) = (hangup(), file.clone(), changes.clone(), Arc::clone(&swapper));
+            async move { run(hangup?, file, changes, swapper).await }
+        })
+    }
+}
+
+async fn run(
+    mut hangup: Signal,
+    file: Option<PathBuf>,
+    mut changes: Option<Changes>,
+    swapper: Arc<Swapper>,
+) -> Result<Infallible> {
+    let mut interval = interval(LOOK);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let told = tokio::select! {
+            _ = hangup.recv() => true,
+            _ = interval.tick() => false,
+        };
+        if !told && !changes.as_mut().is_some_and(Changes::settled) {
+            continue;
+        }
+        if let Some(changes) = &mut changes {
+            changes.reading();
+        }
+        match &file {
+            None => info!("told to read the guest again, but no file was named at the start"),
+            Some(file) => reload(file.clone(), &swapper).await,
         }
     }
 }

@@ -13,6 +13,7 @@ use tracing::info;
 use super::engine::Guest;
 use super::instance::Instance;
 use super::owner::{Owners, Part};
+use kvs_runtime::Clock;
 use kvs_txlog::TransactionLog;
 
 /// How often a long replay tells how far it is.
@@ -23,6 +24,7 @@ pub struct Replica {
     log: Arc<dyn TransactionLog>,
     part: Part,
     entries: u64,
+    clock: Clock,
 }
 
 /// How a guest came by its state.
@@ -41,12 +43,12 @@ impl Replica {
     /// A new instance of the guest, which has nothing of the log yet. What goes wrong here is the guest's doing.
     pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<Self> {
         let instance = Box::new(guest.instantiate(Arc::clone(log), part.clone())?);
-        Ok(Self { instance, log: Arc::clone(log), part, entries: 0 })
+        Ok(Self { instance, log: Arc::clone(log), part, entries: 0, clock: guest.env().clock.clone() })
     }
 
     /// A new instance with everything in the log that is durable now, and its own.
     pub fn build(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<(Self, Replayed)> {
-        let started = Instant::now();
+        let started = guest.env().clock.now();
         let mut replica = Self::new(guest, log, part)?;
         replica.catch_up(&|_, _| {})?;
         let replayed = replica.replayed(started)?;
@@ -54,16 +56,22 @@ impl Replica {
     }
 
     /// An instance that has served, and has everything up to `sequence`.
-    pub fn served(mut instance: Box<Instance>, log: Arc<dyn TransactionLog>, part: Part, sequence: u64) -> Self {
+    pub fn served(
+        mut instance: Box<Instance>,
+        log: Arc<dyn TransactionLog>,
+        part: Part,
+        sequence: u64,
+        clock: Clock,
+    ) -> Self {
         instance.sequence = instance.sequence.max(sequence);
-        Self { instance, log, part, entries: 0 }
+        Self { instance, log, part, entries: 0, clock }
     }
 
     /// Takes in what has become durable since, and returns how many entries that were. An error that is
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
     pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
-        let Self { instance, log, part, entries } = self;
-        let (before, started) = (*entries, Instant::now());
+        let Self { instance, log, part, entries, clock } = self;
+        let (before, started) = (*entries, clock.now());
         let mut told = started;
         let newest = log.appended();
         let sequence = log.replay(instance.sequence, &mut |batch| {
@@ -78,9 +86,9 @@ impl Replica {
             instance.apply(batch)?;
             *entries += batch.len() as u64;
             progress(batch.len() as u64, last);
-            if told.elapsed() >= PROGRESS {
-                told = Instant::now();
-                let rate = (*entries - before) as f64 / started.elapsed().as_secs_f64();
+            if clock.elapsed(told) >= PROGRESS {
+                told = clock.now();
+                let rate = (*entries - before) as f64 / clock.elapsed(started).as_secs_f64();
                 let shard = part.told();
                 info!(shard, "replaying: {entries} entries, sequence {last} of {newest}, {rate:.0} entries/s");
             }
@@ -93,7 +101,7 @@ impl Replica {
     /// What it took in, and how long that took when it began at `started`.
     pub fn replayed(&mut self, started: Instant) -> Result<Replayed> {
         let keys = self.instance.stats().context("stats failed")?.keys;
-        Ok(Replayed { entries: self.entries, keys, took: started.elapsed() })
+        Ok(Replayed { entries: self.entries, keys, took: self.clock.elapsed(started) })
     }
 }
 
@@ -112,7 +120,8 @@ pub fn replayed_by_all(replicas: &mut [Replica], started: Instant) -> Result<Rep
     let each: Result<Vec<_>> = in_each(replicas, |replica| replica.replayed(started)).into_iter().collect();
     let each = each?;
     let (entries, keys) = (each.iter().map(|one| one.entries).sum(), each.iter().map(|one| one.keys).sum());
-    Ok(Replayed { entries, keys, took: started.elapsed() })
+    let took = replicas.first().map_or(Duration::ZERO, |first| first.clock.elapsed(started));
+    Ok(Replayed { entries, keys, took })
 }
 
 /// Does this with each, on as many threads.

@@ -7,8 +7,9 @@
 //!
 //! Owns: output lines and handles. Must never know: the log, requests, the real environment.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use kvs_runtime::{Env, Random};
 use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
@@ -76,6 +77,7 @@ pub struct Sandbox {
     /// Whether it was said that output of this span is dropped.
     told: bool,
     started: Instant,
+    env: Env,
 }
 
 /// No operation here fails in a way that has more to say, so no guest ever holds one.
@@ -91,11 +93,12 @@ pub struct Pollable {
 }
 
 impl Sandbox {
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, env: &Env) -> Self {
         let mut handles = ResourceTable::new();
         handles.set_max_capacity(HANDLES);
-        let (guest, line, now) = (String::new(), Vec::new(), Instant::now());
-        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, told: false, started: now }
+        let (guest, line, now) = (String::new(), Vec::new(), env.clock.now());
+        let env = env.clone();
+        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, told: false, started: now, env }
     }
 
     /// The name that the guest's lines carry.
@@ -111,8 +114,9 @@ impl Sandbox {
     }
 
     fn print(&mut self, bytes: &[u8]) {
-        if self.span.elapsed() >= SPAN {
-            (self.span, self.output_left, self.told) = (Instant::now(), self.limits.log_bytes, false);
+        let now = self.env.clock.now();
+        if now.saturating_duration_since(self.span) >= SPAN {
+            (self.span, self.output_left, self.told) = (now, self.limits.log_bytes, false);
         }
         let (taken, dropped) = bytes.split_at(bytes.len().min(self.output_left));
         self.output_left -= taken.len();
@@ -335,7 +339,7 @@ impl io::streams::HostOutputStream for Sandbox {
 
 impl clocks::monotonic_clock::Host for Sandbox {
     fn now(&mut self) -> Result<u64> {
-        Ok(u64::try_from(self.started.elapsed().as_nanos())?)
+        Ok(u64::try_from(self.env.clock.elapsed(self.started).as_nanos())?)
     }
     fn resolution(&mut self) -> Result<u64> {
         Ok(1)
@@ -351,7 +355,7 @@ impl clocks::monotonic_clock::Host for Sandbox {
 
 impl clocks::wall_clock::Host for Sandbox {
     fn now(&mut self) -> Result<clocks::wall_clock::Datetime> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let now = self.env.clock.wall().duration_since(UNIX_EPOCH)?;
         Ok(clocks::wall_clock::Datetime { seconds: now.as_secs(), nanoseconds: now.subsec_nanos() })
     }
     fn resolution(&mut self) -> Result<clocks::wall_clock::Datetime> {
@@ -359,37 +363,37 @@ impl clocks::wall_clock::Host for Sandbox {
     }
 }
 
-fn random_bytes(len: u64) -> Result<Vec<u8>> {
+fn random_bytes(random: &Random, len: u64) -> Result<Vec<u8>> {
     ensure!(len <= RANDOM_BYTES, "{len} random bytes asked for at once, at most {RANDOM_BYTES} are given");
     let mut bytes = vec![0; len as usize];
-    getrandom::fill(&mut bytes).map_err(|error| wasmtime::format_err!("no randomness: {error}"))?;
+    random.fill(&mut bytes).map_err(wasmtime::Error::from_anyhow)?;
     Ok(bytes)
 }
 
-fn random_u64() -> Result<u64> {
-    getrandom::u64().map_err(|error| wasmtime::format_err!("no randomness: {error}"))
+fn random_u64(random: &Random) -> Result<u64> {
+    random.u64().map_err(wasmtime::Error::from_anyhow)
 }
 
 impl random::random::Host for Sandbox {
     fn get_random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
-        random_bytes(len)
+        random_bytes(&self.env.random, len)
     }
     fn get_random_u64(&mut self) -> Result<u64> {
-        random_u64()
+        random_u64(&self.env.random)
     }
 }
 
 impl random::insecure::Host for Sandbox {
     fn get_insecure_random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
-        random_bytes(len)
+        random_bytes(&self.env.random, len)
     }
     fn get_insecure_random_u64(&mut self) -> Result<u64> {
-        random_u64()
+        random_u64(&self.env.random)
     }
 }
 
 impl random::insecure_seed::Host for Sandbox {
     fn insecure_seed(&mut self) -> Result<(u64, u64)> {
-        Ok((random_u64()?, random_u64()?))
+        Ok((random_u64(&self.env.random)?, random_u64(&self.env.random)?))
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use tokio::sync::{Notify, oneshot};
 use tokio::task;
-use tokio::time::{sleep, timeout_at};
+use tokio::time::timeout_at;
 use tracing::{error, info};
 
 use super::alarm::Alarm;
@@ -26,6 +26,7 @@ use super::metrics::{Held, Metrics, next_count};
 use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
+use kvs_runtime::{Clock, Env};
 use kvs_txlog::change::Change;
 use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
@@ -69,6 +70,7 @@ pub struct Shared {
     pub more_to_tick: Notify,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
+    pub env: Env,
 }
 
 struct State {
@@ -120,7 +122,7 @@ impl Drop for Place<'_> {
 impl Shard {
     /// The shard of a part of the keys, with an instance that has them.
     pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, instance: Box<Instance>) -> Self {
-        let held = Held::default();
+        let (held, count_from) = (Held::default(), shared.env.clock.now());
         held.memory(instance.memory_bytes());
         let state = State {
             serving,
@@ -128,7 +130,7 @@ impl Shard {
             queue: VecDeque::new(),
             tickets: 0,
             tick_due: false,
-            count_from: Instant::now(),
+            count_from,
             visitor: None,
             follower: None,
             last_rebuild: None,
@@ -239,37 +241,46 @@ impl Shard {
 
     /// Builds a new instance in the background, and gives it to those who wait.
     fn rebuild(self: Arc<Self>) {
-        task::spawn(async move {
-            let Shared { log, metrics, .. } = &*self.shared;
-            loop {
-                sleep(self.next_pause()).await;
-                // The guest is rebuilt from what is durable, so all it appended has to be.
-                if log.watermark().reached(log.appended()).await.is_err() {
-                    return; // The log failed, and the process is about to stop.
-                }
-                let visitor = self.state().visitor.take();
-                if let Some(visitor) = visitor {
-                    // Should it fail, this begins anew.
-                    let _ = visitor.send(Turn::without_instance(&self));
-                    return;
-                }
-                let (guest, log, part) = (self.serving().guest, Arc::clone(log), self.part.clone());
-                match task::spawn_blocking(move || Replica::build(&guest, &log, part)).await {
-                    Ok(Ok((replica, replayed))) => return Turn::new(&self, replica.instance).rebuilt(replayed),
-                    Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
-                    Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
-                }
-                metrics.failed_rebuilds.add(1);
+        let Env { tasks, clock, .. } = self.shared.env.clone();
+        // Started again where it panics: nobody else would give this shard an instance.
+        tasks.restart("guest rebuild", &clock, move || Arc::clone(&self).rebuild_until_done());
+    }
+
+    async fn rebuild_until_done(self: Arc<Self>) -> Result<()> {
+        let Shared { log, metrics, env, .. } = &*self.shared;
+        loop {
+            env.clock.sleep(self.next_pause()).await;
+            // The guest is rebuilt from what is durable, so all it appended has to be.
+            if log.watermark().reached(log.appended()).await.is_err() {
+                return Ok(()); // The log failed, and the process is about to stop.
             }
-        });
+            let visitor = self.state().visitor.take();
+            if let Some(visitor) = visitor {
+                // Should it fail, this begins anew.
+                let _ = visitor.send(Turn::without_instance(&self));
+                return Ok(());
+            }
+            let (guest, log, part) = (self.serving().guest, Arc::clone(log), self.part.clone());
+            match task::spawn_blocking(move || Replica::build(&guest, &log, part)).await {
+                Ok(Ok((replica, replayed))) => {
+                    // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
+                    let turn = Turn::new(&self, replica.instance);
+                    env.tasks.detach("guest queue", async move { turn.rebuilt(replayed) });
+                    return Ok(());
+                }
+                Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
+                Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
+            }
+            metrics.failed_rebuilds.add(1);
+        }
     }
 
     /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
     fn next_pause(&self) -> Duration {
         let mut state = self.state();
-        let again = state.last_rebuild.is_some_and(|last| last.elapsed() < QUIET + state.pause);
+        let again = state.last_rebuild.is_some_and(|last| self.shared.env.clock.elapsed(last) < QUIET + state.pause);
         state.pause = if again { (state.pause * 2).clamp(PAUSES.0, PAUSES.1) } else { Duration::ZERO };
-        state.last_rebuild = Some(Instant::now());
+        state.last_rebuild = Some(self.shared.env.clock.now());
         state.pause
     }
 
@@ -309,6 +320,10 @@ impl Turn {
         Self { shard: Arc::clone(shard), instance: None, failure: None, told: true, over: false }
     }
 
+    fn clock(&self) -> &Clock {
+        &self.shard.shared.env.clock
+    }
+
     /// Whether it is a turn at this shard.
     pub fn is_at(&self, shard: &Arc<Shard>) -> bool {
         Arc::ptr_eq(&self.shard, shard)
@@ -343,9 +358,9 @@ impl Turn {
 
     fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
         let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
-        let begun = Instant::now();
+        let begun = self.clock().now();
         let handled = instance.handle(incoming);
-        self.shard.shared.metrics.calls.observe_time(begun.elapsed());
+        self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
         self.shard.held.memory(instance.memory_bytes());
         match handled {
             Ok(answer) => {
@@ -399,14 +414,14 @@ impl Turn {
 
     /// Asks what the guest holds, now and again.
     fn count(&self, instance: &mut Instance) -> Result<(), Trapped> {
-        let begun = Instant::now();
+        let begun = self.clock().now();
         if begun < self.shard.state().count_from {
             return Ok(());
         }
         let counted = instance.stats()?;
         self.shard.held.holds(&counted);
         self.shard.held.memory(instance.memory_bytes());
-        self.shard.state().count_from = next_count(begun.elapsed());
+        self.shard.state().count_from = next_count(self.clock().now(), self.clock().elapsed(begun));
         Ok(())
     }
 
@@ -419,7 +434,8 @@ impl Turn {
                 let _ = reply.send(self.call(incoming, placed_by));
             }
         }
-        task::spawn(async move { self.serve_others() });
+        let tasks = self.shard.shared.env.tasks.clone();
+        tasks.detach("guest queue", async move { self.serve_others() });
     }
 
     /// The next in the queue; when there is none, the turn is over and the instance free.

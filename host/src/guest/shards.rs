@@ -30,6 +30,7 @@ use super::replica::{self, Replayed, Replica};
 use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
 use crate::contract::Placement;
 use kvs_metrics::{Measured, Page};
+use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change::Change;
 
@@ -69,8 +70,8 @@ enum Place {
 
 impl Shards {
     /// So many, built from the log. Blocks until they are ready to be called.
-    pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize) -> Result<(Arc<Self>, Replayed)> {
-        let (started, owners) = (Instant::now(), Owners::new(count));
+    pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize, env: Env) -> Result<(Arc<Self>, Replayed)> {
+        let (started, owners) = (env.clock.now(), Owners::new(count));
         let mut replicas = replica::new_of_all(&guest, &log, &owners)?;
         replica::catch_up_all(&mut replicas, &|_, _| {})?;
         let replayed = replica::replayed_by_all(&mut replicas, started)?;
@@ -78,7 +79,7 @@ impl Shards {
         let serving = Serving::new(guest, &replicas[0].instance);
         let placers = ArcSwap::from_pointee(placers(&serving, &log, &owners));
         let (more_to_tick, metrics, alarm) = (Notify::new(), Metrics::new(), Alarm::default());
-        let shared = Arc::new(Shared { log, more_to_tick, metrics, alarm });
+        let shared = Arc::new(Shared { log, more_to_tick, metrics, alarm, env });
         let shard = |(part, replica): (_, Replica)| {
             Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica.instance))
         };
@@ -93,6 +94,11 @@ impl Shards {
 
     pub fn each(&self) -> &[Arc<Shard>] {
         &self.shards
+    }
+
+    /// What it was given from outside.
+    pub fn env(&self) -> &Env {
+        &self.shared.env
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -211,7 +217,7 @@ impl Shards {
         let (mut turns, mut paused) = (Vec::with_capacity(self.shards.len()), None);
         for shard in &self.shards {
             turns.push(shard.visit().await?);
-            paused.get_or_insert_with(Instant::now);
+            paused.get_or_insert_with(|| self.env().clock.now());
         }
         let newest = self.shared.log.appended();
         let caught_up = async {
@@ -230,11 +236,13 @@ impl Shards {
         let before = self.serving();
         let replicas = turns.iter_mut().zip(replicas).zip(self.owners.parts()).map(|((turn, replica), part)| {
             let before = turn.replace(serving.clone(), Some(replica.instance));
-            before.map(|instance| Replica::served(instance, Arc::clone(&self.shared.log), part, newest))
+            before.map(|instance| {
+                Replica::served(instance, Arc::clone(&self.shared.log), part, newest, self.env().clock.clone())
+            })
         });
         let before = Before { serving: before, placers, replicas: replicas.collect() };
         let switched = Switched {
-            pause: paused.map_or(Duration::ZERO, |paused| paused.elapsed()),
+            pause: paused.map_or(Duration::ZERO, |paused| self.env().clock.elapsed(paused)),
             alarm: self.shared.alarm.set(),
             before,
         };
@@ -251,7 +259,7 @@ impl Shards {
     pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
         error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
-        let started = Instant::now();
+        let started = self.env().clock.now();
         let mut turns = Vec::with_capacity(self.shards.len());
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {

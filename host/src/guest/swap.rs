@@ -8,11 +8,13 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use kvs_runtime::{Clock, Tasks};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -66,8 +68,8 @@ pub struct Swapper {
     log: Arc<dyn TransactionLog>,
     data: PathBuf,
     probation: Duration,
-    /// Where requests are served, whoever asks for the swap.
-    runtime: Handle,
+    /// In the runtime where requests are served, whoever asks for the swap.
+    tasks: Tasks,
     under_way: tokio::sync::Mutex<()>,
     status: Mutex<Status>,
 }
@@ -97,9 +99,10 @@ impl Swapper {
         data: PathBuf,
         probation: Duration,
     ) -> Arc<Self> {
-        let status = Status { since: now(), phase: None, last: Value::Null };
-        let (runtime, under_way, status) = (Handle::current(), tokio::sync::Mutex::default(), Mutex::new(status));
-        Arc::new(Self { engine, shards, log, data, probation, runtime, under_way, status })
+        let status = Status { since: shards.env().clock.unix_ms(), phase: None, last: Value::Null };
+        let tasks = shards.env().tasks.in_runtime(&Handle::current());
+        let (under_way, status) = (tokio::sync::Mutex::default(), Mutex::new(status));
+        Arc::new(Self { engine, shards, log, data, probation, tasks, under_way, status })
     }
 
     pub fn serving(&self) -> Serving {
@@ -111,7 +114,7 @@ impl Swapper {
         let serving = self.serving();
         let status = self.lock();
         let under_way = status.phase.as_ref().map(|phase| {
-            let seconds = phase.begun.elapsed().as_secs_f64();
+            let seconds = self.clock().elapsed(phase.begun).as_secs_f64();
             json!({
                 "phase": phase.name,
                 "seconds": seconds,
@@ -141,13 +144,25 @@ impl Swapper {
         dry_run: bool,
     ) -> Result<Outcome, SwapError> {
         let me = Arc::clone(self);
-        let swap = self.runtime.spawn(async move {
-            let Ok(_alone) = me.under_way.try_lock() else { return Err(SwapError::Busy) };
-            let outcome = me.steps(source, component, dry_run).await;
-            me.ended(&outcome);
-            outcome
+        let (done, outcome) = oneshot::channel();
+        self.tasks.detach("guest swap", async move {
+            // Whoever asked may have left.
+            let _ = done.send(me.swap_alone(source, component, dry_run).await);
         });
-        swap.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+        outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+    }
+
+    async fn swap_alone(
+        self: &Arc<Self>,
+        source: Source,
+        component: Vec<u8>,
+        dry_run: bool,
+    ) -> Result<Outcome, SwapError> {
+        let Ok(_alone) = self.under_way.try_lock() else { return Err(SwapError::Busy) };
+        let steps = self.tasks.caught("guest swap", self.steps(source, component, dry_run));
+        let outcome = steps.await.unwrap_or_else(|panic| Err(SwapError::Failed(panic)));
+        self.ended(&outcome);
+        outcome
     }
 
     async fn steps(self: &Arc<Self>, source: Source, component: Vec<u8>, dry_run: bool) -> Result<Outcome, SwapError> {
@@ -177,7 +192,7 @@ impl Swapper {
         let switched = self.shards.switch(guest, replicas).await.map_err(blame)?;
         let Switched { pause, mut alarm, before } = switched;
         outcome.pause = Some(pause);
-        self.lock().since = now();
+        self.lock().since = self.clock().unix_ms();
         info!(guest = outcome.guest, version = outcome.version, ?pause, "another guest serves, on probation");
 
         self.phase("probation");
@@ -190,7 +205,7 @@ impl Swapper {
             let Raised { reason, turn } =
                 raised.context("nobody watches over it any more").map_err(SwapError::Failed)?;
             self.shards.put_back(before, turn).await.map_err(SwapError::Failed)?;
-            self.lock().since = now();
+            self.lock().since = self.clock().unix_ms();
             return Err(SwapError::TakenBack { guest: outcome.guest, reason });
         }
         // Memory is given back in its own time.
@@ -215,7 +230,7 @@ impl Swapper {
     fn replay(&self, guest: Guest) -> Result<(Guest, Vec<Replica>, Replayed), SwapError> {
         for _ in 0..ATTEMPTS {
             self.phase("replaying");
-            let started = Instant::now();
+            let started = self.clock().now();
             let mut replicas = self.shards.replicas(&guest).map_err(SwapError::Unfit)?;
             match self.catch_up(&mut replicas) {
                 Err(error) if error.is::<Forgotten>() => warn!("the swap replays the log once more: {error}"),
@@ -248,7 +263,7 @@ impl Swapper {
     }
 
     fn phase(&self, name: &'static str) {
-        self.lock().phase = Some(Phase { name, begun: Instant::now(), entries: 0, sequence: 0 });
+        self.lock().phase = Some(Phase { name, begun: self.clock().now(), entries: 0, sequence: 0 });
     }
 
     fn ended(&self, outcome: &Result<Outcome, SwapError>) {
@@ -263,15 +278,19 @@ impl Swapper {
             Ok(Outcome { guest, version, replayed, pause, .. }) => {
                 let what = if pause.is_some() { "the guest was swapped" } else { "the guest could be swapped" };
                 info!(guest, version, entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "{what}");
-                json!({ "at": now(), "guest": guest, "version": version, "outcome": what })
+                json!({ "at": self.clock().unix_ms(), "guest": guest, "version": version, "outcome": what })
             }
             Err(error) => {
                 warn!("the guest was not swapped: {error}");
-                json!({ "at": now(), "outcome": "the guest was not swapped", "reason": error.to_string() })
+                json!({ "at": self.clock().unix_ms(), "outcome": "the guest was not swapped", "reason": error.to_string() })
             }
         };
         let mut status = self.lock();
         (status.phase, status.last) = (None, told);
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.shards.env().clock
     }
 
     fn lock(&self) -> MutexGuard<'_, Status> {
@@ -290,9 +309,4 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, SwapError> {
     let done = task::spawn_blocking(work).await;
     done.unwrap_or_else(|panic| Err(SwapError::Failed(anyhow!(panic))))
-}
-
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Result, ensure};
+use kvs_runtime::{Env, Task};
 use tokio::sync::Notify;
 use tokio::task;
 
@@ -27,6 +28,7 @@ pub struct ChangeFeed {
     log: Arc<dyn TransactionLog>,
     /// What a watcher may have waiting before it is given up, in bytes of keys and values.
     lag_bytes: usize,
+    env: Env,
     /// Taken before `pending`; while it is held to write, nothing is appended.
     subscribers: RwLock<Subscribers>,
     /// What was appended, is watched, and has not gone to the subscribers; in the order of the log.
@@ -70,13 +72,34 @@ pub enum PositionError {
 struct Enough;
 
 impl ChangeFeed {
-    pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize) -> Arc<Self> {
+    pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize, env: Env) -> Arc<Self> {
         let (subscribers, pending, appended) = (RwLock::default(), Mutex::default(), Notify::new());
-        Arc::new(Self { log, lag_bytes, subscribers, pending, appended })
+        Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended })
+    }
+
+    /// Starts the task that hands out changes. Should it die, whoever watches then is told nothing more, and finds out by
+    /// asking what it missed; the task is started again.
+    pub fn start(self: &Arc<Self>) -> Task {
+        let changes = Arc::clone(self);
+        self.env.tasks.restart("change feed", &self.env.clock, move || {
+            let changes = Arc::clone(&changes);
+            async move {
+                let dying = Dismissal(&changes);
+                // Whoever waits for the log hears of its failure there.
+                let _ = changes.run().await;
+                drop(dying);
+                Ok(())
+            }
+        })
+    }
+
+    /// The clock and the tasks that it was given.
+    pub fn env(&self) -> &Env {
+        &self.env
     }
 
     /// Hands out changes as they become durable, for as long as the log lives.
-    pub async fn run(self: Arc<Self>) -> Result<(), OutcomeUnknown> {
+    pub async fn run(&self) -> Result<(), OutcomeUnknown> {
         loop {
             let next = lock(&self.pending).front().map(|change| change.sequence);
             match next {
@@ -202,6 +225,15 @@ impl ChangeFeed {
     }
 }
 
+/// Dismisses whoever watches, when the task that told them ends, however that comes.
+struct Dismissal<'c>(&'c ChangeFeed);
+
+impl Drop for Dismissal<'_> {
+    fn drop(&mut self) {
+        self.0.dismiss();
+    }
+}
+
 impl TransactionLog for ChangeFeed {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
         let subscribers = self.subscribers();
@@ -267,7 +299,11 @@ mod tests {
     use std::pin::pin;
     use std::task::{Context, Poll, Waker};
 
+    use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use anyhow::Context as _;
+    use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
 
     use super::*;
     use crate::{Entry, EventRef};
@@ -316,7 +352,7 @@ mod tests {
     }
 
     fn changes(lag_bytes: usize) -> Arc<ChangeFeed> {
-        ChangeFeed::new(memory(), lag_bytes)
+        ChangeFeed::new(memory(), lag_bytes, Env::real())
     }
 
     fn delete(changes: &ChangeFeed, key: &str) -> u64 {
@@ -435,6 +471,49 @@ mod tests {
         assert!(changes.watch(Keys::begin("")).is_none());
     }
 
+    /// Tasks of tokio, the first of which panics as it begins.
+    #[derive(Default)]
+    struct Saboteur(AtomicBool);
+
+    impl Spawn for Saboteur {
+        fn thread(&self, name: &str, _work: BoxedWork) -> io::Result<()> {
+            panic!("the change feed has no thread {name}");
+        }
+
+        fn task(&self, _name: &str, task: BoxedTask) {
+            task::spawn(task);
+        }
+
+        fn begins(&self, _name: &str) {
+            assert!(self.0.swap(true, Ordering::Relaxed), "sabotage");
+        }
+    }
+
+    #[tokio::test]
+    async fn feed_that_panicked_goes_on() {
+        let tasks = Tasks::given(Arc::new(Saboteur::default()));
+        let changes = ChangeFeed::new(memory(), 1_000, Env { tasks: tasks.clone(), ..Env::real() });
+        changes.start();
+        while tasks.restarts("change feed") == 0 {
+            task::yield_now().await;
+        }
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let sequence = delete(&changes, "a");
+        changes.watermark().advance(sequence);
+        assert_eq!(watcher.next().await.map(|change| change.sequence), Some(sequence));
+    }
+
+    #[tokio::test]
+    async fn end_of_the_feed_dismisses_its_watchers() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let feed = changes.start();
+        task::yield_now().await;
+        feed.abort();
+        feed.ended().await;
+        assert!(watcher.next().await.is_none());
+    }
+
     #[tokio::test]
     async fn a_piece_of_the_past_ends_when_it_is_large() {
         let changes = changes(1_000);
@@ -450,7 +529,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_missing_of_the_past_is_told() {
         let memory = memory();
-        let changes = ChangeFeed::new(Arc::clone(&memory) as _, 1_000);
+        let changes = ChangeFeed::new(Arc::clone(&memory) as _, 1_000, Env::real());
         for key in ["a", "b", "c"] {
             delete(&changes, key);
         }

@@ -3,6 +3,8 @@
 //! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
 //! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
 
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
+
 use std::sync::Arc;
 
 pub mod change;
@@ -15,6 +17,9 @@ mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 pub mod subscribers;
+mod sync;
+#[cfg(test)]
+mod tests;
 pub mod text;
 mod watermark;
 
@@ -23,6 +28,10 @@ pub use incarnation::{History, Incarnation};
 pub use watermark::{OutcomeUnknown, Watermark};
 
 /// What every log promises: the file, and whatever stands in for it.
+///
+/// The seam between a log and those who use it: [`change_feed::ChangeFeed`], and the shards, the replicas and the swap of the
+/// server take it as `Arc<dyn TransactionLog>`, and know of no file and no database behind it. An engine of its own needs
+/// this trait and a [`Watermark`], nothing else.
 ///
 /// One process writes a log at a time; opening it fences the others off. Sequences start at 1 and grow; an implementation
 /// gives each out once. One that was lost in a crash before anybody could see it may be given again.

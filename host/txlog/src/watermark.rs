@@ -2,10 +2,10 @@
 //!
 //! Responses wait here. They are let go from one place, in the order of their sequences, by whoever made the log durable.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use tokio::sync::oneshot;
+
+use super::sync::atomic::{AtomicU64, Ordering};
+use super::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The log failed before the sequence was known to be durable. It may be on disk or not.
 #[derive(Debug, thiserror::Error)]
@@ -112,49 +112,5 @@ impl Watermark {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         // Every change under this lock is whole at every step, so a panic elsewhere does not spoil it.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::future::Future;
-    use std::pin::pin;
-    use std::task::{Context, Poll, Waker};
-
-    use super::*;
-
-    fn poll<F: Future>(future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
-        future.poll(&mut Context::from_waker(Waker::noop()))
-    }
-
-    #[test]
-    fn a_durable_sequence_is_not_waited_for() {
-        let watermark = Watermark::new(7);
-        assert!(matches!(poll(pin!(watermark.reached(7))), Poll::Ready(Ok(()))));
-    }
-
-    #[test]
-    fn advancing_releases_what_it_covers_and_nothing_more() {
-        let watermark = Watermark::new(0);
-        let (mut first, mut second) = (pin!(watermark.reached(1)), pin!(watermark.reached(2)));
-        assert!(poll(first.as_mut()).is_pending());
-        assert!(poll(second.as_mut()).is_pending());
-        watermark.advance(1);
-        assert!(matches!(poll(first.as_mut()), Poll::Ready(Ok(()))));
-        assert!(poll(second.as_mut()).is_pending());
-    }
-
-    #[test]
-    fn a_latch_tells_those_who_wait_and_those_who_come() {
-        let watermark = Watermark::new(3);
-        let mut waiting = pin!(watermark.reached(4));
-        let mut latched = pin!(watermark.latched());
-        assert!(poll(waiting.as_mut()).is_pending());
-        assert!(poll(latched.as_mut()).is_pending());
-        watermark.latch("fdatasync: input/output error".into());
-        assert!(matches!(poll(waiting.as_mut()), Poll::Ready(Err(OutcomeUnknown))));
-        assert!(matches!(poll(pin!(watermark.reached(5))), Poll::Ready(Err(OutcomeUnknown))));
-        assert!(matches!(poll(pin!(watermark.reached(3))), Poll::Ready(Ok(()))));
-        assert_eq!(poll(latched.as_mut()), Poll::Ready("fdatasync: input/output error".into()));
     }
 }

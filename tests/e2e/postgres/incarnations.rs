@@ -281,7 +281,7 @@ fn fork_begins_incarnation_at_rest() {
     assert_eq!(forked.append(0, &[Event::Delete("a".into())]).expect("it is taken"), two.first);
     forked.close().expect("it is written");
 
-    let feed = ChangeFeed::new(Arc::new(at_rest()), 1_000);
+    let feed = ChangeFeed::new(Arc::new(at_rest()), 1_000, kvs_runtime::Env::real());
     for known in [0, 1, two.first] {
         assert_eq!(feed.position(&known.to_string()), Ok(known));
     }

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
 
+use kvs_runtime::Env;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
 use kvs_txlog::postgres::{PostgresLog, Url, cloud_native_go};
 use kvs_txlog::text::{self, Format};
@@ -31,7 +32,7 @@ pub fn run(at: &At, format: Format, from: Option<&Url>, file: Option<&Path>) -> 
         TxlogStorage::File => {
             let (data, segment_bytes, durability) = (at.data_dir.clone(), DEFAULT_SEGMENT_BYTES, Durability::Sync);
             let group_bytes = largest_group(segment_bytes);
-            import(&source, &FileLog::open(Options { data, segment_bytes, group_bytes, durability })?)
+            import(&source, &FileLog::open(Options { data, segment_bytes, group_bytes, durability, env: Env::real() })?)
         }
         TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
     }
@@ -86,7 +87,7 @@ impl Source<'_> {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    Env::real().clock.unix_ms()
 }
 
 /// A text to read.
@@ -160,7 +161,7 @@ fn append(log: &dyn TransactionLog, time: u64, event: &Event) -> anyhow::Result<
             Err(AppendError::Unavailable) => match log.watermark().failure().or(log.read_only().map(Into::into)) {
                 Some(reason) => bail!("{reason}"),
                 None => {
-                    std::thread::sleep(Duration::from_millis(1));
+                    Env::real().clock.pause(Duration::from_millis(1));
                     continue;
                 }
             },
@@ -188,7 +189,7 @@ mod tests {
         let file = data.join("text");
         fs::write(&file, text).unwrap();
         let (segment_bytes, group_bytes, durability) = (4 << 20, 1 << 20, Durability::Os);
-        let options = Options { data: data.into(), segment_bytes, group_bytes, durability };
+        let options = Options { data: data.into(), segment_bytes, group_bytes, durability, env: Env::real() };
         let log = FileLog::open(options).unwrap();
         import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }

@@ -211,6 +211,7 @@ pub mod tests {
     use std::thread::sleep;
     use std::time::{Duration, Instant};
 
+    use kvs_runtime::Env;
     use kvs_txlog::file::{Durability, FileLog, Options};
     use kvs_txlog::{Event, Put};
 
@@ -227,6 +228,7 @@ pub mod tests {
             segment_bytes: 1 << 18,
             group_bytes: 1 << 17,
             durability: Durability::Os,
+            env: Env::real(),
         };
         let log = FileLog::open(options).unwrap();
         for (time, event) in (1000..).zip(events) {

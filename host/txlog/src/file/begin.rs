@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use kvs_runtime::Random;
 use uuid::Uuid;
 
 use super::catalog::Segment;
@@ -75,7 +76,7 @@ pub fn begin(
 
     if let Some(reason) = reason {
         let parent = history.incarnations().last().map_or(log, |incarnation| incarnation.id);
-        let incarnation = incarnation(parent, last)?;
+        let incarnation = incarnation(&home.env.random, parent, last)?;
         let Some(mut frame) = incarnations::frame(&[incarnation]) else { bail!("an incarnation makes no frame") };
         // What came before stays as it is: the first frames of segments tell all incarnations.
         while segments.last().is_none_or(|segment| segment.end > HEAD_BYTES)
@@ -145,13 +146,13 @@ fn keep_identity(home: &Home, log: Uuid, identity: State) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn incarnation(parent: Uuid, fork: u64) -> anyhow::Result<Incarnation> {
+fn incarnation(random: &Random, parent: Uuid, fork: u64) -> anyhow::Result<Incarnation> {
     if fork > u64::MAX / 2 {
         bail!(
             "the log has no sequences left for another incarnation; export it, and import it into an empty directory"
         );
     }
-    let incarnation = Incarnation::after(parent, fork, Uuid::new_v4(), Uuid::new_v4().as_u128() as u64);
+    let incarnation = Incarnation::after(parent, fork, random.uuid()?, random.u64()?);
     #[cfg(test)]
     if mutants::is(Mutant::JumpSkipped) {
         return Ok(Incarnation { first: fork + 1, ..incarnation });

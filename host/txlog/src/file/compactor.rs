@@ -14,7 +14,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
+
+use kvs_runtime::Clock;
 
 use super::catalog::Segment;
 use super::compact::{self, Effort, Outcome, SyncFailed};
@@ -73,8 +75,8 @@ struct Known {
 
 impl Known {
     /// Bytes that are at least needed now.
-    fn needed(&self, sealed: &[Segment]) -> u64 {
-        let passed = self.at.elapsed().as_secs();
+    fn needed(&self, clock: &Clock, sealed: &[Segment]) -> u64 {
+        let passed = clock.elapsed(self.at).as_secs();
         let expired: u64 = (0..40).filter(|power| 1 << power <= passed).map(|power| self.expiring[power]).sum();
         // Those that a run did not see: one that is not sealed yet makes nothing dead that could go.
         let deletes: u64 = sealed.iter().filter(|one| one.first > self.last).map(|one| one.deletes).sum();
@@ -126,7 +128,8 @@ impl Default for Compactor {
 impl Compactor {
     /// Its thread is about to be there. From now on the log keeps to its bound, however long the thread takes to come.
     pub fn begin_with(&self, shared: &Shared) {
-        let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], last: 0, at: Instant::now(), passes: 1, floor: 0 };
+        let at = shared.clock().now();
+        let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], last: 0, at, passes: 1, floor: 0 };
         let mut state = self.lock();
         state.known = shared.catalog.sealed().is_empty().then_some(nothing);
         state.ready = true;
@@ -162,7 +165,7 @@ impl Compactor {
     pub fn dead(&self, shared: &Shared) -> u64 {
         let state = self.lock();
         let sealed = shared.catalog.sealed();
-        state.known.as_ref().map_or(0, |known| size(&sealed).saturating_sub(known.needed(&sealed)))
+        state.known.as_ref().map_or(0, |known| size(&sealed).saturating_sub(known.needed(shared.clock(), &sealed)))
     }
 
     pub fn stop(&self) {
@@ -175,7 +178,7 @@ impl Compactor {
     fn consider(&self, state: &mut State, shared: &Shared) {
         if state.ready && !state.stopped && state.debt.is_none() {
             let sealed = shared.catalog.sealed();
-            let needed = state.known.as_ref().map(|known| known.needed(&sealed));
+            let needed = state.known.as_ref().map(|known| known.needed(shared.clock(), &sealed));
             let sealed = size(&sealed);
             let floor = state.known.as_ref().map_or(0, |known| known.floor);
             if needed.is_none_or(|needed| sealed > needed + needed / 2 + floor) && sealed > 0 {
@@ -201,18 +204,17 @@ impl Compactor {
         let mut state = self.lock();
         while !state.stopped && state.debt.is_none() {
             let idle = |state: &mut State| !state.stopped && !std::mem::take(&mut state.sealed);
-            state = self.changed.wait_timeout_while(state, LOOK, idle).unwrap_or_else(PoisonError::into_inner).0;
+            state = shared.clock().wait_timeout_while(&self.changed, state, LOOK, idle);
             self.consider(&mut state, shared);
         }
         drop(state);
-        self.rest(DEBOUNCE)
+        self.rest(shared, DEBOUNCE)
     }
 
     /// Waits, unless the writer does; false when it is to stop.
-    fn rest(&self, time: Duration) -> bool {
+    fn rest(&self, shared: &Shared, time: Duration) -> bool {
         let resting = |state: &mut State| !state.stopped && !state.held;
-        let waited = self.changed.wait_timeout_while(self.lock(), time, resting);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.stopped
+        !shared.clock().wait_timeout_while(&self.changed, self.lock(), time, resting).stopped
     }
 
     /// A run over so many bytes begins.
@@ -267,7 +269,7 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
                 // The log is as it was, only larger than need be.
                 tracing::warn!("the log could not be compacted, next try in {again:.0?}: {error:#}");
                 drop(state);
-                if !compactor.rest(again) {
+                if !compactor.rest(shared, again) {
                     break;
                 }
                 again = (2 * again).min(LONGEST_AGAIN);
@@ -282,23 +284,25 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
 fn compact(shared: &Shared) -> anyhow::Result<Known> {
     let sealed = shared.catalog.sealed();
     let size = size(&sealed);
-    let effort = Effort { now: now().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
+    let effort =
+        Effort { now: shared.clock().unix_ms().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
     shared.compactor.begin(size);
-    let begun = Instant::now();
+    let clock = shared.clock();
+    let begun = clock.now();
     let mut pace = Pace { shared, since: begun };
     let outcome = compact::run(shared, &sealed, &effort, &mut |bytes| pace.pause(bytes))?;
     let Outcome { needed, needed_entries, expiring, passes, saved } = outcome;
     shared.metrics.compactions.add(1);
     shared.metrics.reclaimed.add(saved);
     if saved > 0 {
-        tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", begun.elapsed());
+        tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", clock.elapsed(begun));
     }
     let mean = needed.checked_div(needed_entries).unwrap_or(0);
     // Where a run could do little, the next must not come for the same.
     let left = size.saturating_sub(saved);
     let floor = (left + left / 8).saturating_sub(needed + needed / 2);
     let last = sealed.last().map_or(0, |segment| segment.last);
-    Ok(Known { needed, mean, expiring, last, at: Instant::now(), passes, floor })
+    Ok(Known { needed, mean, expiring, last, at: clock.now(), passes, floor })
 }
 
 /// Bytes in these segments.
@@ -320,17 +324,14 @@ impl Pace<'_> {
     fn pause(&mut self, bytes: u64) -> anyhow::Result<()> {
         let compactor = &self.shared.compactor;
         let behind = compactor.advance(self.shared, bytes);
-        let rest = if behind { Duration::ZERO } else { (self.since.elapsed() * REST).min(LONGEST_REST) };
-        if !compactor.rest(rest) {
+        let rest =
+            if behind { Duration::ZERO } else { (self.shared.clock().elapsed(self.since) * REST).min(LONGEST_REST) };
+        if !compactor.rest(self.shared, rest) {
             return Err(Stopped.into());
         }
-        self.since = Instant::now();
+        self.since = self.shared.clock().now();
         Ok(())
     }
-}
-
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -344,14 +345,18 @@ mod tests {
         let mut expiring = [0; 40];
         // Within a second, within four, and much later.
         (expiring[0], expiring[2], expiring[20]) = (10, 200, 3_000);
+        let clock = Clock::system();
         let known = |seconds| {
             let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("this machine runs for longer");
             Known { needed: 10_000, mean: 100, expiring, last: 9, at, passes: 1, floor: 0 }
         };
-        assert_eq!([0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&[])), [10_000, 9_990, 9_990, 9_790, 9_790]);
+        assert_eq!(
+            [0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&clock, &[])),
+            [10_000, 9_990, 9_990, 9_790, 9_790]
+        );
         let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0) };
-        assert_eq!(known(0).needed(&[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
-        assert_eq!(known(0).needed(&[deletes(20, 1_000)]), 0);
+        assert_eq!(known(0).needed(&clock, &[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
+        assert_eq!(known(0).needed(&clock, &[deletes(20, 1_000)]), 0);
     }
 
     #[test]
@@ -410,6 +415,7 @@ mod tests {
     #[test]
     fn what_goes_has_expired_by_the_clock_and_not_just_now() {
         let log = open(&FakeDisk::default()).unwrap();
+        let now = || log.shared.clock().unix_ms();
         for (key, expires) in [("long ago", 5), ("just now", now() - 1), ("later", now() + 1_000_000)] {
             let (key, value, metadata, expires) = (key.into(), Vec::new(), Vec::new(), Some(expires));
             append(&log, 1, &[Event::Put(Put { key, value, metadata, expires })]);

@@ -163,7 +163,7 @@ pub struct Builder {
     pub deletes: u32,
     pub kind: u8,
     pub flags: u32,
-    pub begun: Instant,
+    pub begun: Option<Instant>,
     bytes: Vec<u8>,
 }
 
@@ -172,7 +172,7 @@ impl Builder {
     pub fn new(first: u64, mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         buffer.resize(HEAD_BYTES, 0);
-        Self { first, count: 0, deletes: 0, kind: ENTRIES, flags: 0, begun: Instant::now(), bytes: buffer }
+        Self { first, count: 0, deletes: 0, kind: ENTRIES, flags: 0, begun: None, bytes: buffer }
     }
 
     /// Where the next entry is encoded to. Whoever adds one counts it.

@@ -17,7 +17,6 @@ use std::collections::hash_map::Entry;
 
 use siphasher::sip128::{Hasher128, SipHasher13};
 use std::hash::Hasher;
-use uuid::Uuid;
 
 use super::Shared;
 use super::catalog::Segment;
@@ -93,7 +92,7 @@ pub fn find(
     let shares = vec![Share::default(); segments.len()];
     let mut garbage = Garbage { fates: Vec::new(), shares, expiring: [0; 40], passes: 0 };
     // The key of the hash is secret, so nobody can make two keys meet.
-    let hasher = SipHasher13::new_with_key(Uuid::new_v4().as_bytes());
+    let hasher = SipHasher13::new_with_key(shared.home.env.random.uuid()?.as_bytes());
     let (mut low, mut first) = (0, true);
     let mut ending = Ending::default();
     loop {

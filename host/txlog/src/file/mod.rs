@@ -167,7 +167,7 @@ mod bytes;
 mod catalog;
 mod compact;
 mod compactor;
-mod disk;
+pub mod disk;
 mod entry;
 mod found;
 mod frame;
@@ -192,12 +192,11 @@ pub mod tests;
 mod verify;
 mod writer;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use anyhow::{Context, anyhow, bail};
+use kvs_runtime::{Clock, Env, Thread};
 use uuid::Uuid;
 
 pub use self::offline::Offline;
@@ -234,6 +233,8 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// The clock, the randomness and the threads of the log.
+    pub env: Env,
 }
 
 impl Options {
@@ -266,9 +267,9 @@ pub struct FileLog {
 }
 
 struct Running {
-    writer: JoinHandle<()>,
-    spares: JoinHandle<()>,
-    compactor: Option<JoinHandle<()>>,
+    writer: Thread,
+    spares: Thread,
+    compactor: Option<Thread>,
     /// Given up last. None where the disk is not a directory.
     _lock: Option<Lock>,
 }
@@ -295,6 +296,14 @@ impl FileLog {
         let lock = Lock::take(&options.data)?;
         let directory = options.data.join("log");
         let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
+        log.compact_in_background()?;
+        Ok(log)
+    }
+
+    /// Opens the log on a disk that is given from outside, as [`open`](Self::open) does on the directory `log` below
+    /// `options.data`, which is used in messages only. Whoever gives the disk sees to it that one process uses it.
+    pub fn open_on_disk(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Self> {
+        let log = Self::open_on(disk, options, None)?;
         log.compact_in_background()?;
         Ok(log)
     }
@@ -352,10 +361,10 @@ impl TransactionLog for FileLog {
         self.shared.spares.close();
         self.shared.queue.close();
         // However they end, the failure says why.
-        let _ = running.compactor.map(JoinHandle::join);
-        let _ = running.writer.join();
+        let _ = running.compactor.map(Thread::join);
+        running.writer.join();
         self.shared.spares.stop();
-        let _ = running.spares.join();
+        running.spares.join();
         self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
     }
 }
@@ -371,19 +380,14 @@ impl Drop for FileLog {
 /// Runs a thread of the log. However it fails, the log fails with it: nothing more is accepted, and whoever waits is
 /// told that the outcome is unknown.
 fn start(
-    name: &str,
+    name: &'static str,
     shared: &Arc<Shared>,
     work: impl FnOnce(&Shared) -> anyhow::Result<()> + Send + 'static,
-) -> anyhow::Result<JoinHandle<()>> {
-    let shared = shared.clone();
-    let thread = std::thread::Builder::new().name(name.into());
-    let handle = thread.spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(|| work(&shared)));
-        if let Err(error) = result.unwrap_or_else(|_| Err(anyhow!("a thread of the log panicked"))) {
-            shared.fail(&error);
-        }
-    });
-    handle.context("cannot start a thread of the log")
+) -> anyhow::Result<Thread> {
+    let worked = Arc::clone(shared);
+    let failed = Arc::clone(shared);
+    let thread = shared.home.env.tasks.fail_thread(name, move || work(&worked), move |error| failed.fail(error));
+    thread.context("cannot start a thread of the log")
 }
 
 impl Shared {
@@ -399,7 +403,7 @@ impl Shared {
         asked: Option<&'static str>,
     ) -> anyhow::Result<(Arc<Self>, Writer)> {
         let sizes = options.sizes()?;
-        let home = Home { disk, data: options.data.clone() };
+        let home = Home { disk, data: options.data.clone(), env: options.env.clone() };
         let (ready, writer) = recovery::recover(&home)
             .and_then(|recovered| begin::begin(&home, sizes, recovered, options.durability, asked))
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
@@ -425,13 +429,24 @@ impl Shared {
             segment_bytes: options.segment_bytes,
             durability: options.durability,
             catalog: Catalog::new(segments),
-            queue: Queue::new((appended, last + 1), room, full, segment_room, options.group_bytes),
+            queue: Queue::new(
+                (appended, last + 1),
+                room,
+                full,
+                segment_room,
+                options.group_bytes,
+                options.env.clock.clone(),
+            ),
             spares: Spares::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
             watermark: Watermark::new(appended),
             metrics: Metrics::new(),
             failure: Mutex::default(),
         }
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.home.env.clock
     }
 
     fn fail(&self, error: &anyhow::Error) {
@@ -446,10 +461,11 @@ impl Shared {
     }
 }
 
-/// The directory, and how errors speak of it.
+/// The surroundings of the log: the directory, how errors speak of it, and the rest of what is given from outside.
 struct Home {
     disk: Arc<dyn Disk>,
     data: PathBuf,
+    env: Env,
 }
 
 /// What is on disk is not what was written there. Nothing was changed.

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use kvs_runtime::Env;
 
 use super::catalog::Segment;
 use super::compact::{self, Effort};
-use super::compactor::now;
 use super::disk::{Directory, Disk};
 use super::garbage::KEYS;
 use super::lock::Lock;
@@ -44,7 +44,7 @@ impl Offline {
 
     /// Drops all that can be dropped, and returns the bytes saved. `progress` hears of the bytes read.
     pub fn compact(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<u64> {
-        let effort = Effort { now: now(), worth_percent: 0, keys: KEYS };
+        let effort = Effort { now: self.shared.clock().unix_ms(), worth_percent: 0, keys: KEYS };
         let outcome = compact::run(&self.shared, &self.written(), &effort, &mut |bytes| {
             progress(bytes);
             Ok(())
@@ -63,13 +63,19 @@ impl Offline {
 }
 
 fn options(data: &Path) -> Options {
-    Options { data: data.into(), segment_bytes: DEFAULT_SEGMENT_BYTES, group_bytes: 0, durability: Durability::Sync }
+    Options {
+        data: data.into(),
+        segment_bytes: DEFAULT_SEGMENT_BYTES,
+        group_bytes: 0,
+        durability: Durability::Sync,
+        env: Env::real(),
+    }
 }
 
 /// See [`Offline::fork`].
 pub fn fork(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Incarnation> {
     let data = options.data.display().to_string();
-    let home = Home { disk: disk.clone(), data: options.data.clone() };
+    let home = Home { disk: disk.clone(), data: options.data.clone(), env: options.env.clone() };
     if Shared::read(home, &options)?.queue.appended() == 0 {
         bail!("the log in {data} is empty: there is nothing to continue");
     }
@@ -85,5 +91,5 @@ pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
         bail!("there is no log in {}; give the data directory of a store with --data-dir", data.display());
     }
     let lock = Lock::take(data)?;
-    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into() }, lock))
+    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))
 }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvs_runtime::Clock;
+
 use super::entry;
 use super::frame::{self, Builder};
 use crate::{AppendError, Event};
@@ -31,6 +33,7 @@ pub struct Queue {
     group_bytes: u64,
     /// What may wait at most, and never more than a segment can hold.
     queue_bytes: u64,
+    clock: Clock,
 }
 
 #[derive(Default)]
@@ -71,12 +74,19 @@ pub enum Work {
 impl Queue {
     /// `appended` is the newest sequence given out and `next` the one to give next; `room` is what is left in the newest
     /// segment, `segment_room` what a new one has.
-    pub fn new((appended, next): (u64, u64), room: u64, full: bool, segment_room: u64, group_bytes: u64) -> Self {
+    pub fn new(
+        (appended, next): (u64, u64),
+        room: u64,
+        full: bool,
+        segment_room: u64,
+        group_bytes: u64,
+        clock: Clock,
+    ) -> Self {
         let state = State { next, room, full, ..State::default() };
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
         let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
         let queue_bytes = QUEUE_BYTES.min(segment_room);
-        Self { state, ready, appended, frame_bytes, group_bytes, queue_bytes }
+        Self { state, ready, appended, frame_bytes, group_bytes, queue_bytes, clock }
     }
 
     pub fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -105,7 +115,9 @@ impl Queue {
         }
         if !fits {
             let buffer = std::mem::take(&mut state.buffer);
-            state.frames.push_back(Builder::new(first, buffer));
+            let mut frame = Builder::new(first, buffer);
+            frame.begun = Some(self.clock.now());
+            state.frames.push_back(frame);
         }
         let Some(frame) = state.frames.back_mut() else { return Err(AppendError::Unavailable) };
         for event in events {
@@ -144,9 +156,9 @@ impl Queue {
                 state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let (woken, timeout) = self.ready.wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
+            let (woken, timed_out) = self.clock.wait_timeout(&self.ready, state, idle);
             state = woken;
-            if timeout.timed_out() && state.waiting {
+            if timed_out && state.waiting {
                 state.waiting = false;
                 return Work::Idle;
             }

@@ -39,7 +39,7 @@ pub struct Recovered {
 pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
     let found = find(home)?;
     let marked = marked(home, &found)?;
-    let log = found.first().map_or_else(Uuid::new_v4, |segment| segment.log);
+    let log = found.first().map_or_else(|| home.env.random.uuid(), |segment| Ok(segment.log))?;
 
     // From the newest segment backwards to the last that holds a frame; there may be a tear on the way.
     let (mut tear, mut newest) = (None, None);

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvs_runtime::Clock;
 use uuid::Uuid;
 
 use super::Shared;
@@ -114,11 +115,11 @@ impl Spares {
     }
 
     /// Waits as long as something holds, or for a time; false when it is to stop.
-    fn wait(&self, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
+    fn wait(&self, clock: &Clock, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
         let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
         let state = match time {
             None => self.changed.wait_while(state, holds).unwrap_or_else(PoisonError::into_inner),
-            Some(time) => self.changed.wait_timeout_while(state, time, holds).unwrap_or_else(PoisonError::into_inner).0,
+            Some(time) => clock.wait_timeout_while(&self.changed, state, time, holds),
         };
         !state.stopped
     }
@@ -131,8 +132,9 @@ impl Spares {
 /// The thread that keeps one spare ready until it is stopped.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
     let spares = &shared.spares;
-    while spares.wait(None, |state| !state.ready.is_empty()) {
-        if !fill(shared)? && !spares.wait(Some(RETRY), |_| true) {
+    let clock = shared.clock();
+    while spares.wait(clock, None, |state| !state.ready.is_empty()) {
+        if !fill(shared)? && !spares.wait(clock, Some(RETRY), |_| true) {
             break;
         }
     }

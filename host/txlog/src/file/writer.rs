@@ -4,7 +4,7 @@
 //! on that.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::bail;
 
@@ -74,9 +74,10 @@ impl Writer {
         if shared.durability == Durability::Os {
             frame.flags = NOT_SYNCED;
         }
-        let begun = Instant::now();
+        let clock = shared.clock();
+        let begun = clock.now();
         self.write(shared, &mut frame)?;
-        let written = Instant::now();
+        let written = clock.now();
         self.last = last;
         self.closed = false;
         #[cfg(test)]
@@ -86,14 +87,14 @@ impl Writer {
         if shared.durability == Durability::Sync || !self.is_announced() {
             self.sync()?;
             self.announced = true;
-            shared.metrics.sync.observe_time(written.elapsed());
+            shared.metrics.sync.observe_time(clock.elapsed(written));
         }
         // The catalogue first: whoever sees the watermark must find what it covers.
         shared.catalog.extend(self.end, self.last, self.chain, frame.deletes);
         shared.watermark.advance(self.last);
         // Those who waited for it are on their way.
         let metrics = &shared.metrics;
-        metrics.append.observe_time(frame.begun.elapsed());
+        frame.begun.into_iter().for_each(|begun| metrics.append.observe_time(clock.elapsed(begun)));
         metrics.write.observe_time(written - begun);
         metrics.batch.observe(frame.count.into());
         metrics.written.add(frame.sealed_len());

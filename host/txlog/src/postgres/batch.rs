@@ -31,7 +31,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub fn new(before: u64, first: u64) -> Self {
+    pub fn new(before: u64, first: u64, begun: Instant) -> Self {
         Self {
             before,
             first,
@@ -43,7 +43,7 @@ impl Batch {
             expires: Vec::new(),
             bytes: 0,
             appends: 0,
-            begun: Instant::now(),
+            begun,
         }
     }
 

@@ -14,6 +14,7 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tracing::{info, warn};
 
 use kvs_metrics::Counter;
+use kvs_runtime::Clock;
 
 /// One can be a connection that was idle for too long.
 const FAILURES: u32 = 2;
@@ -25,6 +26,7 @@ pub struct Breaker {
     state: Mutex<State>,
     pub opened: Counter,
     pub failures: Counter,
+    clock: Clock,
 }
 
 enum State {
@@ -41,9 +43,14 @@ pub enum Position {
 }
 
 impl Breaker {
-    pub fn new() -> Self {
+    pub fn new(clock: Clock) -> Self {
         let state = Mutex::new(State::closed());
-        Self { open: AtomicBool::new(false), state, opened: Counter::default(), failures: Counter::default() }
+        Self { open: AtomicBool::new(false), state, opened: Counter::default(), failures: Counter::default(), clock }
+    }
+
+    /// The time by its clock.
+    pub fn now(&self) -> Instant {
+        self.clock.now()
     }
 
     /// Whether a call would be made.
@@ -91,7 +98,7 @@ impl Breaker {
             warn!("the database is away, writes are refused and reads go on: {why}");
             self.opened.add(1);
             self.open.store(true, Ordering::Release);
-            *state = State::Open { since: Instant::now(), reason: why.to_owned(), pauses: backoff(), trying: false };
+            *state = State::Open { since: self.now(), reason: why.to_owned(), pauses: backoff(), trying: false };
         }
         let State::Open { reason, pauses, trying, .. } = &mut *state else { return PAUSES.1 };
         why.clone_into(reason);
@@ -103,7 +110,7 @@ impl Breaker {
     pub fn succeeded(&self) {
         let mut state = self.lock();
         if let State::Open { since, .. } = &*state {
-            info!("the database is back after {:.1?}", since.elapsed());
+            info!("the database is back after {:.1?}", self.clock.elapsed(*since));
         }
         self.open.store(false, Ordering::Release);
         if !matches!(&*state, State::Closed { failures: 0, .. }) {
@@ -135,7 +142,7 @@ mod tests {
 
     #[test]
     fn it_opens_after_failures_in_a_row_and_closes_after_one_success() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Clock::system());
         breaker.failed("a");
         assert!(breaker.is_closed());
         breaker.succeeded();
@@ -156,7 +163,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_up_to_a_point_and_differ() {
-        let breaker = Breaker::new();
+        let breaker = Breaker::new(Clock::system());
         let pauses: Vec<_> = (0..20).map(|_| breaker.failed("a")).collect();
         assert!(pauses[1] < PAUSES.0 * 2 && pauses[19] >= PAUSES.1, "{pauses:?}");
         assert!(pauses.iter().all(|pause| *pause <= PAUSES.1 * 2), "{pauses:?}");

@@ -8,10 +8,9 @@
 //! a third of what an append costs the database, and made at once it costs little. A run that fails leaves it to the next.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::session::Session;
@@ -61,7 +60,7 @@ const STEP: &str = "WITH step AS (SELECT sequence, event_type, key, time, expire
 pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
     let mut kept = 0;
     loop {
-        sleep(LOOK).await;
+        shared.env.clock.sleep(LOOK).await;
         if shared.queue.ended().is_some() {
             return;
         }
@@ -98,25 +97,26 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, effort: Effort) -
     }
     let session = shared.connect().await?;
     let step = session.prepare(STEP).await?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let clock = &shared.env.clock;
+    let now = Duration::from_millis(clock.unix_ms());
     let over = i64::try_from(now.saturating_sub(effort.grace).as_millis())?;
-    let (begun, mut position, mut kept, mut dropped) = (Instant::now(), Some(0_i64), 0, 0);
+    let (begun, mut position, mut kept, mut dropped) = (clock.now(), Some(0_i64), 0, 0);
     while let Some(after) = position {
         ensure!(shared.queue.ended().is_none(), "this process writes it no more");
-        let step_begun = Instant::now();
+        let step_begun = clock.now();
         let row = session.one(&step, &[&epoch, &after, &newest.cast_signed(), &ROWS, &over]).await?;
         position = row.try_get(0)?;
         let [seen, gone]: [i64; 2] = [row.try_get(1)?, row.try_get(2)?];
         kept += (seen - gone).cast_unsigned();
         dropped += gone.cast_unsigned();
         shared.metrics.compacted.add(gone.cast_unsigned());
-        sleep(step_begun.elapsed() * effort.rest).await;
+        clock.sleep(clock.elapsed(step_begun) * effort.rest).await;
     }
     let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
     session.execute(done, &[&epoch, &newest.cast_signed()]).await?;
     indexing.run(UNINDEX).await?;
     if dropped > 0 {
-        info!("compacted the log: {dropped} of {} entries less, in {:.1?}", dropped + kept, begun.elapsed());
+        info!("compacted the log: {dropped} of {} entries less, in {:.1?}", dropped + kept, clock.elapsed(begun));
     }
     Ok(kept)
 }

@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use kvs_runtime::Clock;
 use tracing::warn;
 use uuid::Uuid;
 
@@ -33,6 +34,7 @@ pub struct Holder {
     standby: bool,
     seen: String,
     since: Instant,
+    clock: Clock,
 }
 
 /// What was seen in one look.
@@ -53,8 +55,8 @@ pub struct Look {
 impl Holder {
     /// One that stands by takes nothing from a writer that has merely lost its connection, as all do when the database is
     /// started again: it goes by what it sees itself.
-    pub fn new(standby: bool) -> Self {
-        Self { standby, seen: String::new(), since: Instant::now() }
+    pub fn new(standby: bool, clock: &Clock) -> Self {
+        Self { standby, seen: String::new(), since: clock.now(), clock: clock.clone() }
     }
 
     pub async fn look(&mut self, session: &Session) -> Result<Look, Failure> {
@@ -63,10 +65,13 @@ impl Holder {
         let row = session.one(look, &[]).await?;
         let (holder, seen, ago): (Option<String>, String, f64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         if self.seen != seen {
-            (self.seen, self.since) = (seen, Instant::now());
+            (self.seen, self.since) = (seen, self.clock.now());
         }
-        let unseen =
-            if self.standby { self.since.elapsed() } else { Duration::try_from_secs_f64(ago).unwrap_or_default() };
+        let unseen = if self.standby {
+            self.clock.elapsed(self.since)
+        } else {
+            Duration::try_from_secs_f64(ago).unwrap_or_default()
+        };
         let mut is_free = false;
         if holder.is_none() || !self.standby || unseen > LEASE {
             is_free = session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.try_get(0)?;
@@ -82,6 +87,7 @@ impl Holder {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
 /// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
 /// that has not seen it yet. The connection must not be used after an error.
 pub async fn take(session: &Session, look: &Look) -> Result<Option<Epoch>, Failure> {

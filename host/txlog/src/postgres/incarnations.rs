@@ -109,6 +109,7 @@ pub async fn history(session: &Session) -> Result<History, Failure> {
     Ok(History::new(incarnations))
 }
 
+#[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
 /// Continues the log after its last entry. The caller's transaction holds the row of `kvs.writer`.
 pub async fn begin(
     session: &Session,

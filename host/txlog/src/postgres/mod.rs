@@ -59,9 +59,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use futures_util::FutureExt;
+use kvs_runtime::{Env, Task};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{self, JoinHandle};
 use tokio_postgres::Statement;
 use tracing::{error, info};
 
@@ -95,6 +96,8 @@ pub struct Options {
     /// Longest wait for one call of the database.
     pub timeout: Duration,
     pub manner: Manner,
+    /// The clock, the randomness and the tasks of the log.
+    pub env: Env,
 }
 
 pub struct PostgresLog {
@@ -106,7 +109,7 @@ pub struct PostgresLog {
 struct Running {
     /// Of its own, so that it can be waited for by whoever runs on another.
     runtime: Runtime,
-    writer: JoinHandle<()>,
+    writer: Task,
 }
 
 /// What all tasks of one log share.
@@ -129,6 +132,8 @@ struct Shared {
     metrics: Metrics,
     /// What an operator should know of the database, however well it is.
     doubts: Vec<String>,
+    /// Its tasks are in the runtime of the log.
+    env: Env,
 }
 
 impl PostgresLog {
@@ -148,7 +153,9 @@ impl PostgresLog {
             Durability::Sync => "SET default_transaction_isolation = 'read committed'",
             Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
         };
-        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner))?;
+        let tasks = options.env.tasks.in_runtime(runtime.handle());
+        let env = Env { tasks, ..options.env.clone() };
+        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner, &env.clock))?;
         let Opened { session, append, doubts, holding } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => {
@@ -167,20 +174,21 @@ impl PostgresLog {
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
-            breaker: Breaker::new(),
+            breaker: Breaker::new(env.clock.clone()),
             readers: Semaphore::new(READERS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
             doubts,
+            env,
         });
         let writer = match holding {
             Holding::Ours(epoch) => {
                 shared.begin();
-                runtime.spawn(Arc::clone(&shared).write(epoch, Some((session, append))))
+                shared.start("log writer", Arc::clone(&shared).write(epoch, Some((session, append))))
             }
             Holding::Theirs(look, _) => {
                 info!("standing by while {} writes the log", look.holder);
-                runtime.spawn(standby::run(Arc::clone(&shared), session, append))
+                shared.start("log standby", standby::run(Arc::clone(&shared), session, append))
             }
         };
         let handle = runtime.handle().clone();
@@ -190,7 +198,8 @@ impl PostgresLog {
     /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
-        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability: Durability::Sync, timeout, manner })
+        let (durability, env) = (Durability::Sync, Env::real());
+        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, env })
     }
 
     /// What there is to be taken in; changes for as long as another process writes.
@@ -292,17 +301,12 @@ impl TransactionLog for PostgresLog {
         self.shared.queue.end(End::Closed);
         // A thread that serves may be waiting here, which its runtime would not let it do for another.
         let Running { runtime, writer } = running;
-        let ended = std::thread::spawn(move || {
-            let ended = runtime.block_on(writer);
+        let closing = self.shared.env.tasks.detach_thread("log closing", move || {
+            runtime.block_on(writer.ended());
             runtime.shutdown_background();
-            ended
         });
-        let ended = ended.join();
-        match self.shared.watermark.failure() {
-            Some(reason) => bail!("{reason}"),
-            None if !matches!(ended, Ok(Ok(()))) => bail!("the writer of the log panicked"),
-            None => Ok(()),
-        }
+        closing.context("no thread to close the log")?.join();
+        self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
     }
 }
 
@@ -315,9 +319,23 @@ impl Drop for PostgresLog {
 }
 
 impl Shared {
+    /// Starts what the log cannot do without. Should it panic, the log fails.
+    fn start(self: &Arc<Self>, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> Task {
+        let failed = Arc::clone(self);
+        let task = async {
+            task.await;
+            Ok(())
+        };
+        self.env.tasks.fail(name, task, move |error| failed.fail(error))
+    }
+
     /// Writes as long as the epoch is this process's.
     async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
-        task::spawn(compactor::run(Arc::clone(&self), epoch.number, epoch.compacted));
+        let (shared, Env { tasks, clock, .. }) = (Arc::clone(&self), &self.env);
+        tasks.restart("log compactor", clock, move || {
+            let run = compactor::run(Arc::clone(&shared), epoch.number, epoch.compacted);
+            run.map(Ok)
+        });
         Writer::new(epoch.number, connection).run(self).await;
     }
 

@@ -1,10 +1,10 @@
 //! What is done before anything is read or written: the schema, the settings of the database, and whether the epoch is to
 //! be had.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::time::sleep;
+use kvs_runtime::Clock;
 use tokio_postgres::Statement;
 use tracing::warn;
 
@@ -49,24 +49,26 @@ pub async fn open(
     settings: &str,
     durability: Durability,
     manner: Manner,
+    clock: &Clock,
 ) -> Result<Opened> {
     loop {
         let session = Session::connect(target, timeout, settings).await;
         let opened = match session {
-            Ok(session) => begin(session, durability, manner).await,
+            Ok(session) => begin(session, durability, manner, clock).await,
             Err(failure) => Err(failure.into()),
         };
         match opened {
             Err(error) if manner.standby && error.downcast_ref().is_some_and(Failure::is_silence) => {
                 warn!("standing by, and the database is away: {error:#}");
-                sleep(TRY_AGAIN).await;
+                clock.sleep(TRY_AGAIN).await;
             }
             opened => return opened,
         }
     }
 }
 
-async fn begin(session: Session, durability: Durability, Manner { begin, standby }: Manner) -> Result<Opened> {
+async fn begin(session: Session, durability: Durability, manner: Manner, clock: &Clock) -> Result<Opened> {
+    let Manner { begin, standby } = manner;
     schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
@@ -74,7 +76,7 @@ async fn begin(session: Session, durability: Durability, Manner { begin, standby
     for doubt in &doubts {
         warn!("{doubt}");
     }
-    let (begun, mut holder) = (Instant::now(), Holder::new(standby));
+    let (begun, mut holder) = (clock.now(), Holder::new(standby, clock));
     let holding = loop {
         let look = holder.look(&session).await?;
         if look.is_free {
@@ -88,10 +90,10 @@ async fn begin(session: Session, durability: Durability, Manner { begin, standby
             let history = incarnations::history(&session).await?;
             break Holding::Theirs(look, history);
         }
-        if begun.elapsed() > PATIENCE {
+        if clock.elapsed(begun) > PATIENCE {
             bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);
         }
-        sleep(LOOK).await;
+        clock.sleep(LOOK).await;
     };
     Ok(Opened { session, append, doubts, holding })
 }

@@ -120,7 +120,7 @@ impl Queue {
         }
         // A group lies within one batch: that is what makes it all or nothing.
         if state.batches.back().is_none_or(|batch| batch.bytes + size > BATCH_BYTES) {
-            state.batches.push_back(Batch::new(self.appended(), first));
+            state.batches.push_back(Batch::new(self.appended(), first, breaker.now()));
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
@@ -208,6 +208,7 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
+    use kvs_runtime::Clock;
     use tokio::runtime::Builder;
     use tokio::{join, task};
 
@@ -233,7 +234,7 @@ mod tests {
 
     fn append(queue: &Queue, entries: usize) {
         let event = Event::Delete("a".into());
-        queue.append(&Breaker::new(), 0, &vec![event; entries]).expect("it is taken");
+        queue.append(&Breaker::new(Clock::system()), 0, &vec![event; entries]).expect("it is taken");
     }
 
     #[test]
@@ -260,7 +261,7 @@ mod tests {
             |value| Put { key: "key".into(), value, metadata: vec![("name".into(), "of it".into())], expires: None };
         let besides = size(&Event::Put(put(Vec::new())));
         assert_eq!(besides, 32 + 3 + 8 + 9);
-        queue.append(&Breaker::new(), 0, &[Event::Put(put(vec![0; (bytes - besides) as usize]))])
+        queue.append(&Breaker::new(Clock::system()), 0, &[Event::Put(put(vec![0; (bytes - besides) as usize]))])
     }
 
     #[test]
@@ -280,7 +281,7 @@ mod tests {
         }
         // What is being written waits too, until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
-        let mut batch = Batch::new(0, 1);
+        let mut batch = Batch::new(0, 1, Clock::system().now());
         batch.bytes = 100;
         queue.written(&batch);
         assert!(append_bytes(&queue, 101).is_err() && append_bytes(&queue, 100).is_ok());
@@ -318,7 +319,7 @@ mod tests {
         queue.begin(1);
         queue.set_full();
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
-        queue.written(&Batch::new(0, 1));
+        queue.written(&Batch::new(0, 1, Clock::system().now()));
         assert!(append_bytes(&queue, 100).is_ok());
     }
 
@@ -328,7 +329,7 @@ mod tests {
             let queue = Queue::new(0, 1 << 20);
             queue.begin(1);
             queue.end(end);
-            let refused = queue.append(&Breaker::new(), 0, &[Event::Delete("a".into())]);
+            let refused = queue.append(&Breaker::new(Clock::system()), 0, &[Event::Delete("a".into())]);
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
         }
     }

@@ -88,6 +88,10 @@ pub type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 
 impl Session {
     /// `timeout` is for every call, and the server is told so. `settings` are run before all else.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "its end, by panic or not, is that of the connection, which is noticed"
+    )]
     pub async fn connect(target: &Target, timeout: Duration, settings: &str) -> Result<Self, Failure> {
         let failed = |reason: String| Failure { reason, kind: Kind::Silent };
         let connecting = async {

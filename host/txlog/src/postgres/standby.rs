@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use tokio::time::sleep;
 use tokio_postgres::Statement;
 
 use super::epoch::{self, Epoch, Holder};
@@ -28,7 +27,7 @@ pub struct News {
 
 /// Looks until the epoch is to be had, and then writes. Ends with the log.
 pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
-    let (mut connection, mut holder) = (Some((session, append)), Holder::new(true));
+    let (mut connection, mut holder) = (Some((session, append)), Holder::new(true, &shared.env.clock));
     while !matches!(shared.queue.take(LOOK, Company::default()).await, Work::Closed) {
         shared.breaker.try_again();
         match look(&shared, &mut holder, &mut connection).await {
@@ -40,8 +39,8 @@ pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
             Err(Failure { reason, kind: Kind::Damaged }) => return shared.fail(&anyhow!(reason)),
             Err(failure) => {
                 // Who could not be seen may have been there.
-                (connection, holder) = (None, Holder::new(true));
-                sleep(shared.breaker.failed(&failure.reason)).await;
+                (connection, holder) = (None, Holder::new(true, &shared.env.clock));
+                shared.env.clock.sleep(shared.breaker.failed(&failure.reason)).await;
             }
         }
     }

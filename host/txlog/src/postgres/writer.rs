@@ -8,10 +8,10 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::anyhow;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
@@ -83,17 +83,18 @@ impl Writer {
 
     /// Writes one batch, however long that takes. False when it never will be written.
     async fn commit(&mut self, shared: &Shared, batch: &Batch) -> bool {
+        let clock = &shared.env.clock;
         let mut closing = None;
         loop {
-            let begun = Instant::now();
+            let begun = clock.now();
             shared.breaker.try_again();
             let attempt = self.attempt(shared, batch).await;
             let durable = matches!(attempt, Ok(Outcome::Durable));
             if durable {
                 shared.watermark.advance(batch.last());
                 let metrics = &shared.metrics;
-                metrics.append.observe_time(batch.begun.elapsed());
-                let took = begun.elapsed();
+                metrics.append.observe_time(clock.elapsed(batch.begun));
+                let took = clock.elapsed(begun);
                 metrics.write.observe_time(took);
                 self.company = company(batch.appends, took);
                 metrics.batch.observe(batch.len());
@@ -106,7 +107,7 @@ impl Writer {
             if durable {
                 return true;
             }
-            if shared.queue.ended().is_some() && closing.get_or_insert_with(Instant::now).elapsed() > FAREWELL {
+            if shared.queue.ended().is_some() && clock.elapsed(*closing.get_or_insert_with(|| clock.now())) > FAREWELL {
                 let reason = shared.breaker.reason().unwrap_or_default();
                 shared.fail(&anyhow!("entries from {} on were not known to be written: {reason}", batch.first));
                 return false;
@@ -133,7 +134,7 @@ impl Writer {
                         return false;
                     }
                 }
-                sleep(shared.breaker.failed(&failure.reason)).await;
+                shared.env.clock.sleep(shared.breaker.failed(&failure.reason)).await;
             }
         }
         true

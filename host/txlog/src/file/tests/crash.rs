@@ -457,7 +457,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
         return Err("what was written after it is not durable".into());
     }
     drop((shared, writer));
-    let home = Home { disk: Arc::new(disk.clone()), data: options.data.clone() };
+    let home = Home { disk: Arc::new(disk.clone()), data: options.data.clone(), env: options.env.clone() };
     let mut wrong = None;
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}
@@ -475,7 +475,11 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
 fn former(name: &str) -> (FakeDisk, Model) {
     let disk = formats::load(&formats::directory(1, name));
     let mut model = Model::default();
-    let shared = Shared::read(Home { disk: Arc::new(disk.clone()), data: "data".into() }, &options()).unwrap();
+    let shared = Shared::read(
+        Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() },
+        &options(),
+    )
+    .unwrap();
     replay::replay(&shared, 0, &mut |entries| {
         model.entries.extend(entries.iter().map(|entry| Appended {
             sequence: entry.sequence,

@@ -236,7 +236,9 @@ fn save(name: &str, disk: &FakeDisk) {
     for file in disk.names().into_iter().filter(|file| !file.ends_with(".tmp")) {
         fs::write(log.join(&file), disk.read(&file)).unwrap();
     }
-    let shared = Shared::read(Home { disk: Arc::new(disk), data: "data".into() }, &options()).unwrap();
+    let shared =
+        Shared::read(Home { disk: Arc::new(disk), data: "data".into(), env: kvs_runtime::Env::real() }, &options())
+            .unwrap();
     let mut export = String::new();
     replay::replay(&shared, 0, &mut |entries| {
         entries.iter().for_each(|entry| text::print(entry, &mut export));

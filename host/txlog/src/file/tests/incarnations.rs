@@ -37,7 +37,7 @@ fn begun(log: &FileLog) -> Vec<Incarnation> {
 
 /// What is wrong.
 fn wrong(disk: &FakeDisk) -> Vec<String> {
-    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() };
     let mut wrong = Vec::new();
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}
@@ -303,7 +303,7 @@ fn compaction_drops_incarnations_below_horizon() {
 
 /// Adds a frame whose checksums are right to the newest segment of a log, or to its spare.
 fn forge(disk: &FakeDisk, to_spare: bool, frame: impl FnOnce(&Shared) -> (Builder, u32)) {
-    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() };
     let shared = Shared::read(home, &options()).unwrap();
     let segment = shared.catalog.all().into_iter().rfind(|segment| segment.end > 512).unwrap();
     let (mut frame, epoch) = frame(&shared);
@@ -445,8 +445,11 @@ fn compacted_log_keeps_epoch_and_ending() {
         fill(&log, 20);
         log.close().unwrap();
         Offline::open(directory.path()).unwrap().compact(&mut |_| ()).unwrap();
-        let home =
-            Home { disk: Arc::new(super::super::Directory::new(directory.path().join("log"))), data: "data".into() };
+        let home = Home {
+            disk: Arc::new(super::super::Directory::new(directory.path().join("log"))),
+            data: "data".into(),
+            env: kvs_runtime::Env::real(),
+        };
         let ending = super::super::recovery::recover(&home).unwrap().ending;
         assert_eq!((ending.epoch, ending.is_closed()), (epoch, true));
         // Closed it was, so nothing is missing.

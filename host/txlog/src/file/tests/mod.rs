@@ -11,6 +11,7 @@ mod model;
 pub mod mutants;
 mod queue;
 mod runs;
+mod supervision;
 mod surface;
 mod tail;
 mod tools;
@@ -19,6 +20,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::disk::FakeDisk;
+use kvs_runtime::Env;
+
 use super::{Durability, FileLog, Options, Shared, replay};
 use crate::{AppendError, Event, EventRef, Put};
 use crate::{Receive, TransactionLog};
@@ -33,6 +36,7 @@ pub fn options() -> Options {
         segment_bytes: SEGMENT_BYTES,
         group_bytes: GROUP_BYTES,
         durability: Durability::Sync,
+        env: Env::real(),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 
+use kvs_runtime::Clock;
+
 use super::*;
 use crate::file::entry;
 use crate::file::frame::Builder;
@@ -43,7 +45,7 @@ fn take(queue: &Queue) -> Option<Builder> {
 
 #[test]
 fn no_more_waits_than_a_segment_holds() {
-    let queue = Queue::new((0, 1), SEGMENT, false, SEGMENT, SEGMENT);
+    let queue = Queue::new((0, 1), SEGMENT, false, SEGMENT, SEGMENT, Clock::system());
     // Of a hundred bytes each.
     let append = || queue.append(1, &[Event::Delete("k".repeat(75))]);
     let accepted = (0..100).take_while(|_| append().is_ok()).count();
@@ -70,7 +72,7 @@ proptest! {
     fn what_is_accepted_fits_when_nothing_else_does(
         mut room in 200..SEGMENT, steps in proptest::collection::vec(step(), 1..120),
     ) {
-        let queue = Queue::new((0, 1), room, true, SEGMENT, SEGMENT);
+        let queue = Queue::new((0, 1), room, true, SEGMENT, SEGMENT, Clock::system());
         let (mut taken, mut full) = (None, false);
         let mut write = |frame: Builder| {
             prop_assert!(frame.sealed_len() <= room, "{} bytes into {room}", frame.sealed_len());

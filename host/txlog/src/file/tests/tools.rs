@@ -6,7 +6,7 @@ use crate::file::{Finding, Home, Offline, disk::Disk};
 
 /// What verification says: how many entries, and what is wrong or torn.
 fn verified(disk: &FakeDisk) -> (u64, Vec<String>) {
-    let home = Home { disk: Arc::new(disk.clone()), data: "data".into() };
+    let home = Home { disk: Arc::new(disk.clone()), data: "data".into(), env: Env::real() };
     let (mut all, mut covered, mut said) = (0, vec![(0, 0)], Vec::new());
     let names = disk.names();
     let mut report = |finding| match finding {

@@ -1,0 +1,201 @@
+//! The clock: what time it is, and waiting.
+//!
+//! Reading the system's clock through this costs a predicted branch over reading it directly.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How often a thread that waits looks at a clock that is not the system's.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// A clock that is given from outside: one that a simulation moves, or that drifts from another process's.
+pub trait Time: Send + Sync + 'static {
+    /// Monotonic time. Any `Instant` that was read once, plus what has passed since, will do.
+    fn now(&self) -> Instant;
+    /// Wall-clock time.
+    fn wall(&self) -> SystemTime;
+    /// Ends when so much time has passed.
+    fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+#[derive(Clone)]
+pub struct Clock(Source);
+
+#[derive(Clone)]
+enum Source {
+    System,
+    Given(Arc<dyn Time>),
+}
+
+#[expect(clippy::disallowed_methods, reason = "the place where the system's clock is read")]
+impl Clock {
+    /// The operating system's clock, and tokio's timers.
+    pub fn system() -> Self {
+        Self(Source::System)
+    }
+
+    pub fn given(time: Arc<dyn Time>) -> Self {
+        Self(Source::Given(time))
+    }
+
+    /// Monotonic time.
+    #[inline]
+    pub fn now(&self) -> Instant {
+        match &self.0 {
+            Source::System => Instant::now(),
+            Source::Given(time) => time.now(),
+        }
+    }
+
+    /// The time that has passed since.
+    #[inline]
+    pub fn elapsed(&self, since: Instant) -> Duration {
+        self.now().saturating_duration_since(since)
+    }
+
+    /// Wall-clock time.
+    pub fn wall(&self) -> SystemTime {
+        match &self.0 {
+            Source::System => SystemTime::now(),
+            Source::Given(time) => time.wall(),
+        }
+    }
+
+    /// Wall-clock time in milliseconds since 1970.
+    #[inline]
+    pub fn unix_ms(&self) -> u64 {
+        let since = self.wall().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Waits in a task.
+    pub async fn sleep(&self, time: Duration) {
+        match &self.0 {
+            Source::System => tokio::time::sleep(time).await,
+            Source::Given(given) => given.sleep(time).await,
+        }
+    }
+
+    /// Waits in a thread.
+    pub fn pause(&self, time: Duration) {
+        match &self.0 {
+            Source::System => thread::sleep(time),
+            Source::Given(given) => {
+                let begun = given.now();
+                while given.now().saturating_duration_since(begun) < time {
+                    thread::sleep(LOOK);
+                }
+            }
+        }
+    }
+
+    /// [`Condvar::wait_timeout`] by this clock. True when the time is over; false when it was notified, or woken for no
+    /// reason.
+    pub fn wait_timeout<'m, T>(
+        &self,
+        changed: &Condvar,
+        mut guard: MutexGuard<'m, T>,
+        time: Duration,
+    ) -> (MutexGuard<'m, T>, bool) {
+        let Source::Given(given) = &self.0 else {
+            let (guard, timeout) = changed.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner);
+            return (guard, timeout.timed_out());
+        };
+        let begun = given.now();
+        while given.now().saturating_duration_since(begun) < time {
+            let (woken, timeout) = changed.wait_timeout(guard, LOOK).unwrap_or_else(PoisonError::into_inner);
+            guard = woken;
+            if !timeout.timed_out() {
+                return (guard, false);
+            }
+        }
+        (guard, true)
+    }
+
+    /// [`Condvar::wait_timeout_while`] by this clock.
+    pub fn wait_timeout_while<'m, T>(
+        &self,
+        changed: &Condvar,
+        mut guard: MutexGuard<'m, T>,
+        time: Duration,
+        mut condition: impl FnMut(&mut T) -> bool,
+    ) -> MutexGuard<'m, T> {
+        let begun = self.now();
+        while condition(&mut guard) {
+            let Some(left) = time.checked_sub(self.elapsed(begun)).filter(|left| !left.is_zero()) else { break };
+            guard = self.wait_timeout(changed, guard, left).0;
+        }
+        guard
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Stands still until it is moved.
+    struct Manual {
+        begun: Instant,
+        passed: Mutex<Duration>,
+    }
+
+    impl Time for Manual {
+        fn now(&self) -> Instant {
+            self.begun + *self.passed.lock().unwrap()
+        }
+
+        fn wall(&self) -> SystemTime {
+            UNIX_EPOCH + *self.passed.lock().unwrap()
+        }
+
+        fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+            *self.passed.lock().unwrap() += time;
+            Box::pin(std::future::ready(()))
+        }
+    }
+
+    fn manual() -> (Arc<Manual>, Clock) {
+        let manual = Arc::new(Manual { begun: Instant::now(), passed: Mutex::default() });
+        (Arc::clone(&manual), Clock::given(manual))
+    }
+
+    #[tokio::test]
+    async fn given_clock_is_the_only_one_asked() {
+        let (_, clock) = manual();
+        let begun = clock.now();
+        clock.sleep(Duration::from_secs(3600)).await;
+        assert_eq!((clock.elapsed(begun), clock.unix_ms()), (Duration::from_secs(3600), 3_600_000));
+    }
+
+    #[test]
+    fn condvar_waits_by_the_given_clock() {
+        let (manual, clock) = manual();
+        let mutex = Mutex::new(());
+        let changed = Condvar::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..200 {
+                    *manual.passed.lock().unwrap() += Duration::from_secs(1);
+                    thread::sleep(LOOK);
+                }
+            });
+            let guard = mutex.lock().unwrap();
+            drop(clock.wait_timeout_while(&changed, guard, Duration::from_secs(8), |()| true));
+        });
+        assert!(clock.unix_ms() >= 8_000);
+        // Nobody moves it, so only the notice can end this.
+        thread::scope(|scope| {
+            let guard = mutex.lock().unwrap();
+            scope.spawn(|| {
+                drop(mutex.lock().unwrap());
+                changed.notify_one();
+            });
+            assert!(!clock.wait_timeout(&changed, guard, Duration::from_secs(8)).1);
+        });
+    }
+}

@@ -1,0 +1,4 @@
+//! Tests of modules that are compiled twice: for use, and in `model`. A test in the module itself would be, too.
+
+mod model;
+mod watermark;

@@ -1,0 +1,42 @@
+//! What the watermark releases, one step after the other.
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use crate::{OutcomeUnknown, Watermark};
+
+fn poll<F: Future>(future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+#[test]
+fn a_durable_sequence_is_not_waited_for() {
+    let watermark = Watermark::new(7);
+    assert!(matches!(poll(pin!(watermark.reached(7))), Poll::Ready(Ok(()))));
+}
+
+#[test]
+fn advancing_releases_what_it_covers_and_nothing_more() {
+    let watermark = Watermark::new(0);
+    let (mut first, mut second) = (pin!(watermark.reached(1)), pin!(watermark.reached(2)));
+    assert!(poll(first.as_mut()).is_pending());
+    assert!(poll(second.as_mut()).is_pending());
+    watermark.advance(1);
+    assert!(matches!(poll(first.as_mut()), Poll::Ready(Ok(()))));
+    assert!(poll(second.as_mut()).is_pending());
+}
+
+#[test]
+fn a_latch_tells_those_who_wait_and_those_who_come() {
+    let watermark = Watermark::new(3);
+    let mut waiting = pin!(watermark.reached(4));
+    let mut latched = pin!(watermark.latched());
+    assert!(poll(waiting.as_mut()).is_pending());
+    assert!(poll(latched.as_mut()).is_pending());
+    watermark.latch("fdatasync: input/output error".into());
+    assert!(matches!(poll(waiting.as_mut()), Poll::Ready(Err(OutcomeUnknown))));
+    assert!(matches!(poll(pin!(watermark.reached(5))), Poll::Ready(Err(OutcomeUnknown))));
+    assert!(matches!(poll(pin!(watermark.reached(3))), Poll::Ready(Ok(()))));
+    assert_eq!(poll(latched.as_mut()), Poll::Ready("fdatasync: input/output error".into()));
+}
