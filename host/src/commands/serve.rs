@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kvs_metrics::Metrics;
@@ -15,7 +14,6 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task;
-use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
@@ -28,10 +26,6 @@ use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
 use crate::settings::{Serve, TxlogStorage};
 
-/// How often the guest is asked to do its housekeeping.
-const TICK: Duration = Duration::from_secs(1);
-/// The pause before it goes on with what it left undone: longer than a tick takes, so that requests have most of the time.
-const SOON: Duration = Duration::from_millis(10);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
 
@@ -122,7 +116,10 @@ async fn serve(args: &Serve) -> Result<()> {
     if let Some(followed) = followed {
         task::spawn(follow::run(followed, Arc::clone(&changes), Arc::clone(&shards)));
     }
-    let ticking = task::spawn(tick(Arc::clone(&shards)));
+    let housekeeping = {
+        let shards = Arc::clone(&shards);
+        task::spawn(async move { shards.keep_house().await })
+    };
     if let Some(tls) = &tls {
         task::spawn(Arc::clone(tls).keep(hangup()?));
     }
@@ -180,7 +177,7 @@ async fn serve(args: &Serve) -> Result<()> {
         }
     });
     let cut_off = cut_off.await;
-    ticking.abort();
+    housekeeping.abort();
     reloading.abort();
     if cut_off > 0 {
         warn!("{cut_off} connections were cut off after {:?}", args.drain_timeout);
@@ -298,16 +295,4 @@ fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
 
 fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
-}
-
-async fn tick(shards: Arc<Shards>) {
-    let mut interval = interval(TICK);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = shards.more_to_tick() => sleep(SOON).await,
-        }
-        shards.tick();
-    }
 }
