@@ -99,7 +99,7 @@ guest-js:
     cd guest/js
     [ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --no-audit --no-fund
     # Nothing that is switched off here has anything behind it in the sandbox.
-    npx --no-install componentize-js store.js --wit ../../wit --world-name store \
+    npx --no-install componentize-js store.js --wit ../../wit --world-name sharded-store \
         --disable random stdio clocks http fetch-event --out "../../$component"
 
 # Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay or swap; half an hour in all

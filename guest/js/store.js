@@ -1,6 +1,8 @@
 // A store in JavaScript: the paths, methods and headers of the default guest, without conditions, lists, transactions and
 // times to live; it honours those that another guest has set.
-import { append } from 'kvs:store/transaction-log@0.1.0';
+import { append } from 'kvs:store/transaction-log@0.2.0';
+
+const STATUS = { 'insufficient-storage': 507, unavailable: 503, 'read-only': 403, 'too-large': 413, 'invalid-key': 400 };
 
 const items = new Map();
 let bytes = 0;
@@ -22,12 +24,12 @@ function change(sequence, { tag, val }) {
   } else if (items.delete(key)) newestDelete = sequence;
 }
 
-function line(status, text, dependsOn = 0n, more = []) {
+function line(status, text, readSequence = 0n, more = []) {
   const headers = [header('content-type', 'text/plain; charset=utf-8'), ...more];
-  return { status, headers, body: encode(`${text}\n`), dependsOn };
+  return { status, headers, body: encode(`${text}\n`), readSequence };
 }
 
-const done = (status, dependsOn, headers) => ({ status, headers, body: new Uint8Array(), dependsOn });
+const done = (status, readSequence, headers) => ({ status, headers, body: new Uint8Array(), readSequence });
 
 /** The key of a path, by the rules that all guests keep; else the answer that says why it has none. */
 function keyIn(path) {
@@ -51,26 +53,26 @@ function write(event, status) {
   try {
     sequence = append([event]);
   } catch ({ payload: { tag } }) {
-    return line({ full: 507, unavailable: 503, 'read-only': 403, 'too-large': 413 }[tag], `nothing was stored: ${tag}`);
+    return line(STATUS[tag], `nothing was stored: ${tag}`);
   }
   change(sequence, event);
   return done(status, sequence, status === 201 ? [etag(sequence)] : []);
 }
 
 export const handler = {
-  handle({ method, target, headers, body, time }) {
+  handle({ method, target, headers, body, timeMs }) {
     const [path, query] = target.split(/\?(.*)/s);
     const { key, refused } = keyIn(path);
     if (refused) return refused;
     if (query) return line(400, 'this store takes no query parameters');
     const found = items.get(key);
-    const item = found?.expires <= time ? undefined : found;
-    // The absence of what has expired rests on its put too.
+    const item = found?.expiresAtMs <= timeMs ? undefined : found;
+    // The absence of what has expired depends on its put too.
     const absence = found && found.sequence > newestDelete ? found.sequence : newestDelete;
     if (method === 'PUT') {
       const types = headers.map(({ value }) => new TextDecoder().decode(value)).filter(saysSomething);
       const metadata = types.slice(0, 1).map((type) => ['content-type', type]);
-      return write({ tag: 'put', val: { key, value: body, metadata, expires: undefined } }, 201);
+      return write({ tag: 'put', val: { key, value: body, metadata, expiresAtMs: undefined } }, 201);
     } else if (method === 'DELETE') {
       return item ? write({ tag: 'delete', val: key }, 200) : done(200, absence, []);
     } else if (method !== 'GET' && method !== 'HEAD') {
@@ -80,19 +82,19 @@ export const handler = {
     const kept = item.metadata.find(([name, type]) => name === 'content-type' && saysSomething(type));
     const type = header('content-type', kept?.[1] ?? 'application/octet-stream');
     const answered = [type, etag(item.sequence), header('content-security-policy', 'sandbox')];
-    return { status: 200, headers: answered, body: item.value, dependsOn: item.sequence };
+    return { status: 200, headers: answered, body: item.value, readSequence: item.sequence };
   },
 };
 
 export const lifecycle = {
-  describe: () => ({ name: 'js', version: '0.1.0', headers: ['content-type'] }),
+  describe: () => ({ name: 'js', version: '0.1.0', headers: ['content-type'], capabilities: [] }),
   apply: (entries) => entries.forEach(({ sequence, event }) => change(sequence, event)),
-  tick: () => false,
+  tick: () => undefined,
   stats: () => ({ keys: BigInt(items.size), bytes: BigInt(bytes) }),
 };
 
-const placement = ({ key }) => (key ? { tag: 'key', val: key } : { tag: 'anywhere' });
+const owner = ({ key }) => (key ? { tag: 'key', val: key } : { tag: 'any-shard' });
 export const sharding = {
-  place: (method, target) => placement(keyIn(target.split('?')[0])),
-  keys: () => [], merge: (request, responses) => responses[0],
+  route: (method, target) => owner(keyIn(target.split('?')[0])),
+  extractKeys: () => [], mergeResponses: (request, responses) => responses[0],
 };

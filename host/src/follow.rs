@@ -31,6 +31,7 @@ pub async fn run(log: Arc<PostgresLog>, changes: Arc<ChangeFeed>, shards: Arc<Sh
         }
         if holder.is_none() {
             log.begin();
+            shards.promoted();
             return Ok(());
         }
         news.changed().await?;
@@ -40,7 +41,7 @@ pub async fn run(log: Arc<PostgresLog>, changes: Arc<ChangeFeed>, shards: Arc<Sh
 /// The store first, so that whoever was told of a change finds it there; then the log, so that whoever begins to watch reads
 /// there what the others are told at last.
 async fn take_in(log: &PostgresLog, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
-    match changes.read("", log.appended()).await {
+    match changes.read(log.appended(), |_| true).await {
         Ok(past) => {
             shards.take_in(&past.changes, past.until).await?;
             log.follow(past.until);

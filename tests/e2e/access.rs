@@ -116,6 +116,23 @@ fn the_guest_is_told_the_name_and_not_the_token() {
 }
 
 #[test]
+fn guest_learns_the_scope_of_the_token() {
+    let tokens = Tokens::new();
+    let server_tokens = [
+        ("Read", tokens.add(&["reader"])),
+        ("Write", tokens.add(&["writer", "--scope", "write"])),
+        ("Admin", tokens.add(&["boss", "--scope", "admin"])),
+        // Not for the admin listener; and no keys follow from paths.
+        ("Write", tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/grant"])),
+    ];
+    let server = Server::start(&["--tokens", &tokens.file(), guest()]);
+    for (scope, token) in server_tokens {
+        let told = format!("Grant {{ scope: Scope::{scope}, key-prefix: None }}");
+        assert_eq!(ask(&server, "GET", "/grant", &with(&token)).text(), told);
+    }
+}
+
+#[test]
 fn tokens_are_read_again() {
     let tokens = Tokens::new();
     let first = tokens.add(&["first"]);

@@ -159,7 +159,7 @@ fn what_went_wrong_is_one_line() {
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
     refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["/nowhere cannot be read"]);
     refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
-    refuses(&open, &["watch", "--since", "7"]).with(1, &["there is nothing since 7 yet", "(400)"]);
+    refuses(&open, &["watch", "--since", "7"]).with(1, &["the position 7 is not in the history of this log", "(410)"]);
     let many: String =
         (0..200).map(|n| format!("{{\"key\": \"{{full}}{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
     let many = file("many", &many);

@@ -107,7 +107,7 @@ fn what_is_no_guest_is_not_compiled() {
     let once = fs::read(compiled(&directory, DEFAULT_GUEST, &[])).expect("it can be read");
     for (bytes, told) in [
         (b"#!/bin/sh".to_vec(), "it is not WebAssembly"),
-        (exporting(&[]), "it does not export kvs:store/lifecycle@0.1.0"),
+        (exporting(&[]), "it does not export kvs:store/lifecycle@0.2.0"),
         (once, "it is compiled already"),
     ] {
         fs::write(&input, bytes).expect("the directory takes a file");

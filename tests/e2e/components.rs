@@ -108,27 +108,57 @@ fn a_component_with_a_flipped_byte() {
 
 #[test]
 fn a_component_without_the_exports() {
-    let told =
-        ["it does not export", "kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+    let told = ["it does not export kvs:store/lifecycle@0.2.0, kvs:store/handler@0.2.0"];
     refused(Component::new().finish()).with(1, &told);
 }
 
 #[test]
 fn a_component_without_one_of_the_exports() {
-    let refused = refused(exporting(&["kvs:store/lifecycle@0.1.0", "kvs:store/sharding@0.1.0"]));
-    refused.with(1, &["it does not export kvs:store/handler@0.1.0"]);
+    let refused = refused(exporting(&["kvs:store/lifecycle@0.2.0", "kvs:store/sharding@0.2.0"]));
+    refused.with(1, &["it does not export kvs:store/handler@0.2.0"]);
     assert!(!refused.line.contains("lifecycle"), "it names what is there: {refused}");
 }
 
+/// What the host makes of a component of another version of the contract.
+fn built_for(version: &str) -> String {
+    format!(
+        "it was built for kvs:store@{version}, and this host runs kvs:store@0.2.0: build it again with the WIT of this version"
+    )
+}
+
 #[test]
-fn a_component_whose_exports_are_of_another_contract() {
-    let old = ["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.2.0", "kvs:store/sharding@0.2.0"];
-    refused(exporting(&old)).with(1, &["it does not export kvs:store/lifecycle@0.1.0"]);
+fn component_of_another_contract_version_is_told_so() {
+    let named = |version: &str| ["lifecycle", "handler", "sharding"].map(|name| format!("kvs:store/{name}@{version}"));
+    for version in ["0.1.0", "0.2.1", "0.3.0"] {
+        let names = named(version);
+        let refused = refused(exporting(&names.each_ref().map(String::as_str)));
+        refused.with(1, &[&built_for(version)]);
+        assert!(!refused.line.contains("does not"), "the one reason is enough: {refused}");
+    }
+    // By an import alone.
+    refused(importing("kvs:store/changes@0.1.0"))
+        .with(1, &[&built_for("0.1.0"), "; it does not export kvs:store/lifecycle@0.2.0"]);
+    refused(importing("kvs:store/changes@0.2.0"))
+        .with(1, &["it imports kvs:store/changes@0.2.0, which this host does not offer"]);
+    let mixed = ["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.1.0"];
+    refused(exporting(&mixed)).with(1, &[&built_for("0.1.0")]);
+}
+
+#[test]
+fn inspect_tells_the_contract_version_of_a_component() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("old.wasm");
+    let old = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+    std::fs::write(&file, exporting(&old)).expect("the directory takes a file");
+    let output = inspect(&[file.to_str().expect("a temporary path is text")]).output().expect("it can be started");
+    assert_eq!(output.status.code(), Some(1));
+    let why = String::from_utf8_lossy(&output.stderr);
+    assert!(why.contains(&built_for("0.1.0")) && why.lines().count() == 1, "{why}");
 }
 
 #[test]
 fn a_component_whose_exports_hold_nothing() {
-    let names = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+    let names = ["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.2.0", "kvs:store/sharding@0.2.0"];
     refused(exporting(&names)).with(1, &["cannot be run as a guest", "describe"]);
 }
 
@@ -199,12 +229,30 @@ fn inspect_tells_what_a_guest_is() {
         let output = inspect(args).output().expect("the binary under test can be started");
         let said = String::from_utf8(output.stdout).expect("it says text");
         assert!(output.status.success(), "{said}");
-        for told in
-            [&format!("name     {name} 0.1.0"), "kvs:store/handler@0.1.0", "sha256   ", " bytes", "fits     yes"]
-        {
+        for told in [
+            &format!("name     {name} 0.1.0"),
+            "kvs:store/handler@0.2.0",
+            "sha256   ",
+            " bytes",
+            "shards   any number",
+            "fits     yes",
+        ] {
             assert!(said.contains(told), "it does not tell {told:?}:\n{said}");
         }
     }
+}
+
+#[test]
+fn capabilities_a_host_does_not_know_are_shown_and_ignored() {
+    let args = ["--guest-config", "capabilities=key-prefix later", guest()];
+    let output = inspect(&args).output().expect("the binary under test can be started");
+    let said = String::from_utf8(output.stdout).expect("it says text");
+    assert!(said.contains("can      key-prefix\n         later\n") && said.contains("fits     yes"), "{said}");
+    let server = Server::start(&args);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/handled", b"").status, 200);
+    let many = format!("capabilities={}", "word ".repeat(65));
+    serve_refused(&["--guest-config", &many, guest()]).with(1, &["it declares 65 capabilities, at most 64"]);
+    serve_refused(&["--guest-config", "capabilities=größe", guest()]).with(1, &["a capability is not a word"]);
 }
 
 #[test]
@@ -221,7 +269,7 @@ fn inspect_tells_why_a_component_is_no_guest() {
         why.starts_with(&format!("kvs: {file} cannot be run as a guest: it imports wasi:sockets/tcp@0.2.0")),
         "{why}"
     );
-    assert!(why.contains("; it does not export kvs:store/lifecycle@0.1.0") && why.lines().count() == 1, "{why}");
+    assert!(why.contains("; it does not export kvs:store/lifecycle@0.2.0") && why.lines().count() == 1, "{why}");
 
     std::fs::write(file, "text").expect("the directory takes a file");
     server::refused(inspect(&[file])).with(1, &["it is not WebAssembly"]);

@@ -74,7 +74,7 @@ fn responses_that_are_none() {
     survives("a status that is none", &[], "GET", "/status/9", 500);
     survives("a header that is none", &[], "GET", "/header/in(valid)", 500);
     survives("more headers than HTTP has", &[], "GET", "/many-headers/40000", 500);
-    survives("an answer that rests on the future", &[], "GET", "/rests-on/18446744073709551615", 200);
+    survives("an answer that depends on the future", &[], "GET", "/read-sequence/18446744073709551615", 200);
     survives("an answer that rests on nothing", &[], "PUT", "/store-early/harm", 201);
 }
 

@@ -1,10 +1,12 @@
 //! Several shards are one store: whatever their number, and whatever happens to one of them.
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use crate::components::DEFAULT_GUEST;
+use crate::guests::built;
 use crate::load::SaysOver;
 use crate::metrics::Metrics;
 use crate::server::{PATIENCE, Server, serve_refused};
@@ -149,12 +151,12 @@ fn a_guest_appends_to_no_key_that_another_shard_owns() {
 }
 
 #[test]
-fn a_trap_where_a_request_is_placed_costs_that_request() {
+fn trap_in_route_costs_that_request() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     for _ in 0..3 {
-        client.ask("GET", "/place-traps", b"").says(500, "the store failed on this request");
-        server.says("the guest trapped in place");
+        client.ask("GET", "/route-traps", b"").says(500, "the store failed on this request");
+        server.says("the guest trapped in route");
         assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
     }
     assert_eq!(Metrics::of(&server).get("kvs_guest_traps_total"), 3.0);
@@ -167,7 +169,7 @@ fn all_shards_are_asked_what_is_to_be_asked_everywhere() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     let before = Metrics::of(&server).get("kvs_guest_call_duration_seconds_count");
-    assert_eq!(client.ask("GET", "/everywhere", b"").status, 404);
+    assert_eq!(client.ask("GET", "/all-shards", b"").status, 404);
     assert_eq!(Metrics::of(&server).get("kvs_guest_call_duration_seconds_count") - before, 4.0);
 }
 
@@ -193,7 +195,7 @@ fn a_guest_that_traps_on_probation_in_one_shard_is_taken_out_of_all() {
     let server = Server::start(&["--shards", "4", "--probation", "1h"]);
     let mut client = Connection::open(server.address());
     puts(&mut client, "before");
-    for (round, trap) in ["/trap", "/place-traps"].into_iter().enumerate() {
+    for (round, trap) in ["/trap", "/route-traps"].into_iter().enumerate() {
         thread::scope(|scope| {
             let swap =
                 scope.spawn(|| Connection::open(server.admin()).ask("PUT", "/guest", &component(guest())).status);
@@ -216,7 +218,7 @@ fn a_guest_that_traps_on_probation_in_one_shard_is_taken_out_of_all() {
 }
 
 #[test]
-fn no_guest_is_asked_what_another_has_placed() {
+fn no_guest_is_asked_what_another_has_routed() {
     let server = Server::start(&["--shards", "4", "--probation", "1ms"]);
     puts(&mut Connection::open(server.address()), "value");
     let stop = AtomicBool::new(false);
@@ -237,6 +239,27 @@ fn no_guest_is_asked_what_another_has_placed() {
             swaps(&server, &component(file));
         }
     });
+}
+
+#[test]
+fn guest_without_routing_runs_in_one_shard_only() {
+    static GUEST: LazyLock<String> = LazyLock::new(|| built("single"));
+    let server = Server::start(&[&GUEST, "--shards", "1"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    holds(&mut client, "/v1/a", "value");
+    let stopped = server.kill();
+
+    let why = "it does not export kvs:store/sharding@0.2.0, so it runs in one shard, and this server has 4 (--shards)";
+    stopped.refuses(&[&GUEST, "--shards", "4"]).with(1, &["single_guest.wasm cannot be run as a guest", why]);
+    let server = stopped.restart(&["--shards", "4"]);
+    let refused = Connection::open(server.admin()).ask("PUT", "/guest", &component(&GUEST));
+    assert_eq!(refused.status, 422);
+    assert!(refused.text().contains(why), "{}", refused.text());
+    assert_eq!(serving(&server), "kvs");
+    let server = server.terminate().restart(&["--shards", "1"]);
+    swaps(&server, &component(&GUEST));
+    assert_eq!(serving(&server), "single");
 }
 
 #[test]

@@ -259,7 +259,7 @@ fn a_guest_that_cannot_be_rebuilt_is_replaced() {
 fn what_is_no_guest_is_turned_away_with_the_reason() {
     let server = Server::start(&[]);
     let truncated = &component(DEFAULT_GUEST)[..50_000];
-    let another_version = exporting(&["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.1.0"]);
+    let another_version = exporting(&["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0"]);
     let cases: [(&[u8], &str); 6] = [
         (b"", "it is not WebAssembly"),
         (b"#!/bin/sh", "it is not WebAssembly"),
@@ -268,11 +268,11 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
         (
             &importing("wasi:filesystem/types@0.2.0"),
             "it imports wasi:filesystem/types@0.2.0, which this host does not offer; it does not export \
-             kvs:store/lifecycle@0.1.0, kvs:store/handler@0.1.0, kvs:store/sharding@0.1.0",
+             kvs:store/lifecycle@0.2.0, kvs:store/handler@0.2.0",
         ),
         (
             &another_version,
-            "it does not export kvs:store/lifecycle@0.1.0 (but kvs:store/lifecycle@0.2.0), kvs:store/sharding@0.1.0",
+            "it was built for kvs:store@0.1.0, and this host runs kvs:store@0.2.0: build it again with the WIT of this version",
         ),
     ];
     for (component, reason) in cases {

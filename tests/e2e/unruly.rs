@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::guests::built;
 use crate::server::{PATIENCE, Server};
@@ -289,6 +289,96 @@ fn a_group_that_is_too_large_is_refused_and_appends_nothing() {
     assert!(refused.text().starts_with("Err(AppendError::TooLarge("), "{}", refused.text());
     assert_eq!(get(&mut client, "/append-nothing").text(), "Ok(1)");
     assert_eq!(client.ask("PUT", "/store/a", b"").text(), "1");
+}
+
+#[test]
+fn keys_that_break_the_rules_are_rejected_at_append() {
+    let (_server, mut client) = start(&["--shards", "1"]);
+    let (longest, longest_own) = ("x".repeat(1_024), format!("\u{1}{}", "x".repeat(2_047)));
+    let rejected = |client: &mut Connection, method: &str, key: &str| {
+        let answer = client.ask(method, "/append-any", key.as_bytes()).text().to_owned();
+        assert!(answer.starts_with("Ok(") || answer == "Err(AppendError::InvalidKey)", "{key:?}: {answer}");
+        answer.starts_with("Err")
+    };
+    for key in ["", "\n", "a\u{1}", "\u{85}", "..", "a/./b", &format!("{longest}x"), &format!("{longest_own}x")] {
+        assert!(rejected(&mut client, "PUT", key), "{key:?}");
+        assert!(!rejected(&mut client, "DELETE", key), "{key:?} cannot be removed");
+    }
+    for key in ["a", "ä/..b", "\u{1}", "\u{1}\0/../\n", &longest, &longest_own] {
+        assert!(!rejected(&mut client, "PUT", key), "{key:?}");
+    }
+}
+
+#[test]
+fn apply_finds_clocks_at_zero_and_fixed_randomness() {
+    let (server, mut client) = start(&[]);
+    for key in ["{own}a", "{own}b", "{own}c"] {
+        // Each is so large that the guest is handed it on its own.
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), &[b'x'; 1 << 20]).status, 201);
+    }
+    let mut stopped = server.terminate();
+    let mut found = Vec::new();
+    for _ in 0..2 {
+        let server = stopped.restart(&[guest(), "--guest-config", "fault=apply-looks-around"]);
+        let text = get(&mut Connection::open(server.address()), "/surroundings").text().to_owned();
+        found.push(text.lines().map(str::to_owned).collect::<Vec<_>>());
+        stopped = server.terminate();
+    }
+    let [first, second] = &found[..] else { panic!("two runs") };
+    let (outside, inside) = first.split_last().expect("it looked around");
+    assert!(inside.len() >= 2, "{inside:?}");
+    for line in inside {
+        assert!(line.starts_with("0.0 0 "), "{line}");
+    }
+    // The stream goes on from one batch to the next, and is the same in every process.
+    assert_ne!(inside[0], inside[1]);
+    assert_eq!(inside, &second[..second.len() - 1]);
+    // In `handle` everything is real.
+    assert!(!outside.starts_with("0.") && !outside.contains(" 0 "), "{outside}");
+    assert_ne!(Some(outside), second.last());
+}
+
+#[test]
+fn guest_learns_what_the_client_may_do() {
+    let (_server, mut client) = start(&[]);
+    assert_eq!(get(&mut client, "/grant").text(), "Grant { scope: Scope::Admin, key-prefix: None }");
+}
+
+#[test]
+fn housekeeping_comes_at_the_time_the_guest_wishes() {
+    let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
+    let (_server, mut client) = start(&["--guest-config", "fault=tick-in-50-ms"]);
+    let (begun, first) = (Instant::now(), ticks(&mut client));
+    while ticks(&mut client) < first + 40 {
+        // Two seconds as it wishes; at one a second it would take forty.
+        assert!(begun.elapsed() < Duration::from_secs(20), "it is asked no more often than others");
+    }
+    // Nor earlier than it wishes.
+    assert!(begun.elapsed() >= Duration::from_millis(39 * 50), "after {:?}", begun.elapsed());
+
+    // A wish is no reason to stay away.
+    let (_server, mut client) = start(&["--guest-config", "fault=tick-never"]);
+    let (begun, first) = (Instant::now(), ticks(&mut client));
+    while ticks(&mut client) < first + 2 {
+        assert!(begun.elapsed() < PATIENCE, "it is not asked any more");
+    }
+}
+
+#[test]
+fn housekeeping_follows_every_rebuild() {
+    let (_server, mut client) = start(&[]);
+    let mut early = 0;
+    for _ in 0..5 {
+        assert_eq!(get(&mut client, "/trap").status, 500);
+        assert_eq!(get(&mut client, "/ticks").status, 200);
+        let begun = Instant::now();
+        while get(&mut client, "/ticks").text() == "0" {
+            assert!(begun.elapsed() < PATIENCE, "it is not asked");
+        }
+        early += usize::from(begun.elapsed() < Duration::from_millis(300));
+    }
+    // By the second alone, a third of them would come so early, and all five once in 400 times.
+    assert!(early >= 4, "{early} of 5 came soon after the rebuild");
 }
 
 #[test]

@@ -189,13 +189,93 @@ fn a_watch_that_cannot_be_is_refused() {
     let server = Server::start(&[]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"");
     for (query, told) in [
-        ("watch&since=2", "there is nothing since 2 yet, the newest sequence is 1"),
-        ("watch&since=x", "query parameter `since` must be a whole number from 0 to 18446744073709551615"),
+        ("watch&since=x", "the position is malformed; positions are what a watch or a list gave"),
+        ("watch&since=-1", "the position is malformed; positions are what a watch or a list gave"),
+        ("watch&since=", "the position is malformed; positions are what a watch or a list gave"),
         ("watch&limit=5", "unknown query parameter `limit`"),
         ("since=0", "unknown query parameter `since`"),
     ] {
         refused(&server, &format!("/v1?{query}")).says(400, told);
     }
+    let unknown =
+        "the position 2 is not in the history of this log, which was restored or is another one; read the keys again";
+    refused(&server, "/v1?watch&since=2").says(410, unknown);
+    let mut client = Connection::open(server.address());
+    client.ask_with("GET", "/v1?watch", &[("last-event-id", "2")], b"").says(410, unknown);
+    for (position, status) in [("2", 410), ("x", 400)] {
+        let target = format!("/v1?watch&since={position}");
+        let problem = client.ask_with("GET", &target, &[("accept", "application/problem+json")], b"");
+        assert_eq!((problem.status, problem.header("content-type")), (status, Some("application/problem+json")));
+        let head = client.ask("HEAD", &target, b"");
+        assert_eq!(head.status, status);
+    }
+    let head = client.ask("HEAD", "/v1?watch&since=1", b"");
+    assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream")));
+    assert_eq!(client.ask("GET", "/v1/a", b"").status, 200);
+}
+
+#[test]
+fn watch_of_several_selectors_gets_each_change_once() {
+    let server = Server::start(&[unruly::guest()]);
+    let mut client = Connection::open(server.address());
+    let mut events = Events::open(&server, "/watch/a*,ab*,abc,{own}x", &[]);
+    let mut puts = Events::open(&server, "/watch/a*,{own}x//puts-only", &[]);
+    let mut nothing = Events::open(&server, "/watch/", &[]);
+    let put = |client: &mut Connection, key: &str| {
+        assert_eq!(client.ask("PUT", &format!("/store/{key}"), b"").status, 201);
+    };
+    for key in ["abc", "b", "{own}x", "{own}xy"] {
+        put(&mut client, key);
+    }
+    assert_eq!(client.ask("DELETE", "/append-any", b"{own}x").text(), "Ok(5)");
+    put(&mut client, "ab");
+    let expected = [(1, "put", "abc"), (3, "put", "{own}x"), (5, "delete", "{own}x"), (6, "put", "ab")];
+    // What is watched, and what is read again of the log.
+    let mut again = Events::open(&server, "/watch/a*,ab*,abc,{own}x/0", &[]);
+    let mut puts_again = Events::open(&server, "/watch/a*,{own}x/0/puts-only", &[]);
+    for (id, kind, key) in expected {
+        for events in [&mut events, &mut again] {
+            let next = events.next().expect("the stream goes on");
+            assert_eq!((next.id, next.event.as_str(), next.data["key"].as_str()), (id, kind, Some(key)));
+        }
+        for puts in [&mut puts, &mut puts_again] {
+            if kind == "put" {
+                assert_eq!(puts.next().map(|next| next.id), Some(id));
+            }
+        }
+    }
+    let many = format!("/watch/{}", "a,".repeat(101));
+    refused(&server, &many).says(400, "a watch of 101 selectors, at most 100 are allowed");
+    server.terminate();
+    assert_eq!(nothing.next(), None, "a stream without selectors ends with the server");
+}
+
+#[test]
+fn keys_of_guests_come_only_to_selectors_that_name_them() {
+    let server = Server::start(&[unruly::guest()]);
+    let mut client = Connection::open(server.address());
+    let mut all = Events::open(&server, "/watch/*", &[]);
+    let mut own = Events::open(&server, "/watch/%01*", &[]);
+    assert_eq!(client.ask("PUT", "/append-any", b"\x01{own}/a").text(), "Ok(1)");
+    assert_eq!(client.ask("PUT", "/store/{own}a", b"value").text(), "2");
+    let mut past = Events::open(&server, "/watch/*/0", &[]);
+    for events in [&mut all, &mut past] {
+        assert_eq!(events.next(), event(2, "put", json!({"key": "{own}a", "value": "value"})));
+    }
+    assert_eq!(own.next(), event(1, "put", json!({"key": "\u{1}{own}/a", "value": ""})));
+
+    // The default guest keeps them for the guest that comes back, and shows them to nobody.
+    swaps(&server, &component(DEFAULT_GUEST));
+    let list = client.ask("GET", "/v1", b"");
+    assert_eq!(list.text(), r#"{"keys":[{"key":"{own}a","etag":"\"2\"","size":5}],"list_complete":true}"#);
+    client.ask("GET", "/v1/%01%7Bown%7D%2Fa", b"").says(400, "key holds the control character U+0001");
+    let mut none = Events::open(&server, "/v1?watch&prefix=%01&since=0", &[]);
+    let mut all = Events::open(&server, "/v1?watch&since=0", &[]);
+    assert_eq!(all.next(), event(2, "put", json!({"key": "{own}a", "value": "value"})));
+    let server = server.terminate().restart(&[unruly::guest()]);
+    assert_eq!(none.next(), None);
+    let kept = Connection::open(server.address()).ask("GET", "/keys", b"");
+    assert_eq!(kept.text(), r#"["\u{1}{own}/a", "{own}a"]"#);
 }
 
 #[test]
@@ -233,7 +313,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
 fn a_watch_goes_on_through_a_trap() {
     let server = Server::start(&[unruly::guest()]);
     let mut client = Connection::open(server.address());
-    let mut events = Events::open(&server, "/follow/key", &[]);
+    let mut events = Events::open(&server, "/watch/key", &[]);
     assert_eq!(client.ask("GET", "/trap", b"").status, 500);
     assert_eq!(client.ask("PUT", "/store/other", b"value").status, 201);
     assert_eq!(client.ask("PUT", "/store/key", b"value").status, 201);

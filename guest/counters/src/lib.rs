@@ -46,7 +46,7 @@ fn add(store: &mut Store, key: &str, request: &Request, host: &mut impl Host) ->
     let Some(change) = change(&request.body) else {
         return line(422, "the body is no number with a sign: +1, -5");
     };
-    let (number, metadata, expires) = match store.get(key, request.time) {
+    let (number, metadata, expires) = match store.get(key, request.time_ms) {
         Ok(item) => (number(item.value()), metadata(item), item.expires()),
         Err(_) => (Some(0), vec![(content_type::NAME.to_owned(), "text/plain".to_owned())], None),
     };
@@ -55,7 +55,7 @@ fn add(store: &mut Store, key: &str, request: &Request, host: &mut impl Host) ->
 
     let value = sum.to_string().into_bytes();
     let body = value.clone();
-    let event = Event::Put(Put { key: key.to_owned(), value, metadata, expires });
+    let event = Event::Put(Put { key: key.to_owned(), value, metadata, expires_at_ms: expires });
     // Appended first, then changed.
     let sequence = match host.append(slice::from_ref(&event)) {
         Ok(sequence) => sequence,
@@ -63,7 +63,7 @@ fn add(store: &mut Store, key: &str, request: &Request, host: &mut impl Host) ->
     };
     store.apply(sequence, &event);
     let headers = vec![header(content_type::NAME, "text/plain"), etag(sequence)];
-    Response { status: 200, headers, body, depends_on: Some(sequence) }
+    Response { status: 200, headers, body, read_sequence: Some(sequence) }
 }
 
 /// What to add: a number with its sign, so that nobody who means to set a value adds to it.
@@ -98,13 +98,24 @@ kvs_guest::export!(Component with_types_in kvs_guest);
 
 #[cfg(test)]
 mod tests {
+    use kvs_guest::kvs::store::http::{Grant, Scope};
     use kvs_guest::kvs::store::transaction_log::AppendError;
 
     use super::*;
 
+    const EVERYTHING: Grant = Grant { scope: Scope::Admin, key_prefix: None };
+
     fn request(method: &str, target: &str, body: &str) -> Request {
         let (method, target) = (method.to_owned(), target.to_owned());
-        Request { method, target, headers: Vec::new(), body: body.into(), principal: None, time: 10 }
+        Request {
+            method,
+            target,
+            headers: Vec::new(),
+            body: body.into(),
+            principal: None,
+            grant: EVERYTHING,
+            time_ms: 10,
+        }
     }
 
     /// Answers, for which all that is appended has sequence 7.
@@ -156,7 +167,9 @@ mod tests {
     #[test]
     fn what_was_not_appended_is_not_added() {
         let mut store = Store::default();
-        let refused = answer(&mut store, request("PATCH", "/v1/n", "+1"), &mut |_: &[Event]| Err(AppendError::Full));
+        let refused = answer(&mut store, request("PATCH", "/v1/n", "+1"), &mut |_: &[Event]| {
+            Err(AppendError::InsufficientStorage)
+        });
         assert_eq!((refused.status, store), (507, Store::default()));
     }
 
@@ -171,7 +184,7 @@ mod tests {
     fn metadata_and_expiry_stay_with_the_value() {
         let mut store = Store::default();
         let metadata = vec![("content-type".to_owned(), "text/csv".to_owned())];
-        let put = Put { key: "n".to_owned(), value: b"1".into(), metadata: metadata.clone(), expires: Some(20) };
+        let put = Put { key: "n".to_owned(), value: b"1".into(), metadata: metadata.clone(), expires_at_ms: Some(20) };
         store.apply(1, &Event::Put(put));
         assert_eq!(ask(&mut store, "PATCH", "+1"), said(200, "2"));
         let item = store.get("n", 10).expect("it is there");

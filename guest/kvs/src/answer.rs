@@ -6,31 +6,32 @@ use crate::conditions::tag_of;
 use crate::content_type;
 use crate::kvs::store::http::{Header, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
+use crate::kvs::store::watch::Selector;
 
 /// What a request may ask of the host.
 pub trait Host {
     /// See `transaction-log.append`.
     fn append(&mut self, events: &[Event]) -> Result<u64, AppendError>;
 
-    /// See `changes.follow`.
-    fn follow(&mut self, prefix: &str, after: Option<u64>);
+    /// See `watch.subscribe`.
+    fn subscribe(&mut self, selectors: &[Selector], after: Option<&str>, puts_only: bool);
 
-    /// See `changes.hold`.
-    fn hold(&mut self, key: &str, milliseconds: u64);
+    /// See `watch.wait-for-change`.
+    fn wait_for_change(&mut self, key: &str, timeout_ms: u64);
 }
 
-/// One that takes what is appended and tells nothing of what happens.
+/// A host that accepts appends and delivers no changes.
 impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for A {
     fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
         self(events)
     }
 
-    fn follow(&mut self, _prefix: &str, _after: Option<u64>) {}
+    fn subscribe(&mut self, _selectors: &[Selector], _after: Option<&str>, _puts_only: bool) {}
 
-    fn hold(&mut self, _key: &str, _milliseconds: u64) {}
+    fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {}
 }
 
-/// What an answer rests on that would be the same in any state.
+/// The read sequence of an answer that would be the same in any state.
 pub const NO_STATE: Option<u64> = Some(0);
 
 /// A response of one line of text.
@@ -39,16 +40,16 @@ pub fn line(status: u16, text: &str) -> Response {
         status,
         headers: vec![header(content_type::NAME, "text/plain; charset=utf-8")],
         body: format!("{text}\n").into_bytes(),
-        depends_on: NO_STATE,
+        read_sequence: NO_STATE,
     }
 }
 
-/// What is asked for, in JSON. Without a word on what it rests on, it rests on all there is.
+/// What is asked for, in JSON. Without a read sequence, it depends on everything there is.
 pub fn json(body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
         Ok(body) => {
             let headers = vec![header(content_type::NAME, "application/json")];
-            Response { status: 200, headers, body, depends_on: None }
+            Response { status: 200, headers, body, read_sequence: None }
         }
         Err(error) => line(500, &error.to_string()),
     }
@@ -57,12 +58,13 @@ pub fn json(body: &impl Serialize) -> Response {
 /// Why a write was not appended, for the one who asked for it.
 pub fn not_stored(error: AppendError) -> Response {
     match error {
-        AppendError::Full => line(507, "no room is left, on disk or in memory; nothing was stored"),
+        AppendError::InsufficientStorage => line(507, "no room is left, on disk or in memory; nothing was stored"),
         AppendError::Unavailable => {
             with(line(503, "the log takes no writes at the moment; nothing was stored"), header("retry-after", "1"))
         }
         AppendError::ReadOnly => line(403, "writes are not allowed here; nothing was stored"),
         AppendError::TooLarge(_) => line(413, "this is too large for the log; nothing was stored"),
+        AppendError::InvalidKey => line(400, "the host rejects the key; nothing was stored"),
     }
 }
 

@@ -203,7 +203,7 @@ mod tests {
     }
 
     fn item(metadata: Vec<(String, String)>) -> Item {
-        Item::new(1, &Put { key: "a".to_owned(), value: vec![], metadata, expires: None })
+        Item::new(1, &Put { key: "a".to_owned(), value: vec![], metadata, expires_at_ms: None })
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub struct Item(Box<[u8]>);
 impl Item {
     /// What an entry of the log puts.
     pub fn new(sequence: u64, put: &Put) -> Self {
-        let Put { key, value, metadata, expires } = put;
+        let Put { key, value, metadata, expires_at_ms: expires } = put;
         let tail = if expires.is_none() && metadata.is_empty() { 0 } else { 9 + metadata_bytes(metadata) };
         let mut bytes = Vec::with_capacity(HEAD + key.len() + value.len() + tail);
         bytes.extend(sequence.to_le_bytes());
@@ -124,10 +124,10 @@ mod tests {
         fn everything_comes_back(
             sequence: u64, key: String, value: Vec<u8>, metadata: Vec<(String, String)>, expires: Option<u64>,
         ) {
-            let put = Put { key, value, metadata, expires };
+            let put = Put { key, value, metadata, expires_at_ms: expires };
             let item = Item::new(sequence, &put);
             prop_assert_eq!((item.sequence(), item.key()), (sequence, put.key.as_bytes()));
-            prop_assert_eq!((item.value(), item.expires()), (put.value.as_slice(), put.expires));
+            prop_assert_eq!((item.value(), item.expires()), (put.value.as_slice(), put.expires_at_ms));
             let metadata = item.metadata().map(|(name, value)| (name.to_owned(), value.to_owned()));
             prop_assert_eq!(metadata.collect::<Vec<_>>(), put.metadata);
             prop_assert_eq!(item.bytes(), (put.key.len() + put.value.len()) as u64);
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_plain_item_has_nothing_but_its_head_beside_key_and_value() {
-        let put = Put { key: "key".into(), value: b"value".into(), metadata: vec![], expires: None };
+        let put = Put { key: "key".into(), value: b"value".into(), metadata: vec![], expires_at_ms: None };
         assert_eq!(Item::new(1, &put).0.len(), 16 + 3 + 5);
     }
 }

@@ -13,6 +13,9 @@ use crate::percent::{self, Undecodable};
 /// The longest key, in bytes, after decoding.
 pub const MAX_BYTES: usize = 1_024;
 
+/// The first character of the keys that belong to guests. This one keeps them, for the guest that comes back, and shows none.
+pub const GUEST_KEY: char = '\u{1}';
+
 /// Why a path names no key, as one line of text.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NoKey {

@@ -29,15 +29,15 @@ mod watch;
 use std::cell::RefCell;
 
 use exports::kvs::store::lifecycle::{Description, Statistics};
-use exports::kvs::store::sharding::Placement;
+use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
-use kvs::store::changes::{follow, hold};
 use kvs::store::http::{Request, Response};
 use kvs::store::transaction_log::{AppendError, Entry, Event, append};
+use kvs::store::watch::{Selector, subscribe, wait_for_change};
 
 wit_bindgen::generate!({
     path: "../../wit",
-    world: "store",
+    world: "sharded-store",
     generate_all,
     // What is exported is said by the component: `guest/default`, or a guest that builds on this one.
     pub_export_macro: true,
@@ -58,12 +58,12 @@ impl answer::Host for Imports {
         append(events)
     }
 
-    fn follow(&mut self, prefix: &str, after: Option<u64>) {
-        follow(prefix, after);
+    fn subscribe(&mut self, selectors: &[Selector], after: Option<&str>, puts_only: bool) {
+        subscribe(selectors, after, puts_only);
     }
 
-    fn hold(&mut self, key: &str, milliseconds: u64) {
-        hold(key, milliseconds);
+    fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
+        wait_for_change(key, timeout_ms);
     }
 }
 
@@ -79,8 +79,8 @@ macro_rules! default_lifecycle {
             <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(entries);
         }
 
-        fn tick(now: u64) -> bool {
-            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::tick(now)
+        fn tick(now_ms: u64) -> Option<u64> {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::tick(now_ms)
         }
 
         fn stats() -> $crate::exports::kvs::store::lifecycle::Statistics {
@@ -93,29 +93,32 @@ macro_rules! default_lifecycle {
 #[macro_export]
 macro_rules! default_sharding {
     () => {
-        fn place(method: String, target: String) -> $crate::exports::kvs::store::sharding::Placement {
-            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::place(method, target)
+        fn route(method: String, target: String) -> $crate::exports::kvs::store::sharding::Target {
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::route(method, target)
         }
 
-        fn keys(body: Vec<u8>) -> Vec<String> {
-            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::keys(body)
+        fn extract_keys(body: Vec<u8>) -> Vec<String> {
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::extract_keys(body)
         }
 
-        fn merge(
+        fn merge_responses(
             request: $crate::kvs::store::http::Request,
             responses: Vec<$crate::kvs::store::http::Response>,
         ) -> $crate::kvs::store::http::Response {
-            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::merge(request, responses)
+            <$crate::Component as $crate::exports::kvs::store::sharding::Guest>::merge_responses(request, responses)
         }
     };
 }
 
 impl lifecycle::Guest for Component {
     fn describe() -> Description {
+        // The table takes its seed here: in `apply` it would be the same in every process.
+        STORE.with_borrow(|_| ());
         Description {
             name: "kvs".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             headers: rest::HEADERS.map(str::to_owned).into(),
+            capabilities: Vec::new(),
         }
     }
 
@@ -127,8 +130,8 @@ impl lifecycle::Guest for Component {
         });
     }
 
-    fn tick(now: u64) -> bool {
-        STORE.with_borrow_mut(|store| store.tick(now, append))
+    fn tick(now_ms: u64) -> Option<u64> {
+        STORE.with_borrow_mut(|store| store.tick(now_ms, append))
     }
 
     fn stats() -> Statistics {
@@ -147,15 +150,15 @@ impl handler::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(method: String, target: String) -> Placement {
-        rest::place(&method, &target)
+    fn route(method: String, target: String) -> Target {
+        rest::route(&method, &target)
     }
 
-    fn keys(body: Vec<u8>) -> Vec<String> {
+    fn extract_keys(body: Vec<u8>) -> Vec<String> {
         transaction::keys(&body)
     }
 
-    fn merge(request: Request, responses: Vec<Response>) -> Response {
+    fn merge_responses(request: Request, responses: Vec<Response>) -> Response {
         rest::merge(&request, responses)
     }
 }

@@ -14,6 +14,7 @@ use crate::answer::{json, line};
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
+use crate::key;
 use crate::kvs::store::http::Response;
 use crate::query::{self, BadQuery, Parameter};
 use crate::store::Store;
@@ -25,6 +26,8 @@ const MAX_LIMIT: u64 = 1_000;
 const MAX_STEPS: usize = 10_000;
 /// Bytes of keys and values after which a page ends.
 const PAGE_BYTES: usize = 1 << 20;
+/// The first byte of the keys that belong to guests, which no list shows.
+const GUEST_KEY: u8 = key::GUEST_KEY as u8;
 /// The first byte of a cursor: which kind of cursor it is.
 const CURSOR_KIND: u8 = 1;
 
@@ -116,6 +119,11 @@ fn page<'s, I: Iterator<Item = &'s Item>>(asked: &Asked<'_>, now: u64, range: im
             if rows == asked.limit || steps > MAX_STEPS || bytes > PAGE_BYTES {
                 page.cursor = Some(cursor(&from));
                 return page;
+            }
+            if item.key().first() == Some(&GUEST_KEY) {
+                // However many there are, they are passed over in one step.
+                from = after_all(&[GUEST_KEY]);
+                continue 'seek;
             }
             if item.is_expired(now) {
                 from = after(item.key());
@@ -232,7 +240,7 @@ mod tests {
     const NOW: u64 = 1_000;
 
     fn put(key: &str, value: &[u8], expires: Option<u64>) -> Event {
-        Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: vec![], expires })
+        Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: vec![], expires_at_ms: expires })
     }
 
     fn store_of<K: AsRef<str>>(keys: impl IntoIterator<Item = K>) -> Store {
@@ -269,7 +277,7 @@ mod tests {
         let response = get(&mut store, "", NOW);
         let expected = r#"{"keys":[{"key":"Z","etag":"\"5\"","size":5},{"key":"a","etag":"\"4\"","size":5},{"key":"a b","etag":"\"6\"","size":5},{"key":"a/","etag":"\"3\"","size":5},{"key":"b","etag":"\"1\"","size":5},{"key":"z","etag":"\"7\"","size":1,"expires":1001},{"key":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
         assert_eq!(String::from_utf8_lossy(&response.body), expected);
-        assert_eq!(response.depends_on, None);
+        assert_eq!(response.read_sequence, None);
         assert_eq!(rows(&read(&get(&mut store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);
         assert_eq!(rows(&read(&get(&mut store, "prefix=a+", NOW))).0, ["a b"]);
         assert_eq!(rows(&read(&get(&mut store, "prefix=nothing", NOW))).0, [""; 0]);
@@ -280,7 +288,7 @@ mod tests {
         let mut store = Store::default();
         store.apply(1, &put("bytes", b"\xff", None));
         let metadata = vec![("content-type".to_owned(), "a/b".to_owned())];
-        let text = Put { key: "text".to_owned(), value: b"value".into(), metadata, expires: None };
+        let text = Put { key: "text".to_owned(), value: b"value".into(), metadata, expires_at_ms: None };
         store.apply(2, &Event::Put(text));
         let page = read(&get(&mut store, "values=true", NOW));
         assert_eq!(page.keys[0].value_base64.as_deref(), Some("/w=="));
@@ -340,6 +348,17 @@ mod tests {
         let pages = pages(&mut store, "delimiter=/&limit=2");
         let rows: Vec<_> = pages.iter().map(rows).collect();
         assert_eq!(rows, [(vec!["a"], vec!["a/"]), (vec![], vec!["b/", "c/"]), (vec!["c0", "d"], vec![])]);
+    }
+
+    #[test]
+    fn keys_of_guests_are_not_listed() {
+        let mut store = store_of(["\0", "\u{1}", "\u{1}a/b", "\u{1}z", "\u{2}", "a"]);
+        assert_eq!(rows(&read(&get(&mut store, "", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
+        assert_eq!(rows(&read(&get(&mut store, "delimiter=/", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
+        let pages = pages(&mut store, "limit=1");
+        assert_eq!(pages.iter().map(|page| rows(page).0).collect::<Vec<_>>(), [["\0"], ["\u{2}"], ["a"]]);
+        let page = read(&get(&mut store, "prefix=%01", NOW));
+        assert_eq!((rows(&page), page.list_complete), ((vec![], vec![]), true));
     }
 
     #[test]

@@ -106,7 +106,12 @@ fn operation(sent: Sent, now: u64) -> Result<(String, Operation), String> {
                 return Err(format!("`ttl` must be a whole number from 1 to {MAX_TTL}"));
             }
             let expires = ttl.map(|ttl| now.saturating_add(ttl * 1_000));
-            Operation::Put(Put { key: key.clone(), value, metadata: metadata.into_iter().collect(), expires })
+            Operation::Put(Put {
+                key: key.clone(),
+                value,
+                metadata: metadata.into_iter().collect(),
+                expires_at_ms: expires,
+            })
         }
         Op::Delete => Operation::Delete,
         Op::Get => Operation::Get,

@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use crate::answer::{Host, NO_STATE, header, line, with};
 use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
-use crate::exports::kvs::store::sharding::Placement;
+use crate::exports::kvs::store::sharding::Target;
 use crate::key::{self, NoKey};
 use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
@@ -54,7 +54,7 @@ pub fn respond(store: &mut Store, mut request: Request, host: &mut impl Host) ->
         ("DELETE", Resource::Key(key)) => value::delete(store, key, query, &request, |events| host.append(events)),
         (_, Resource::Key(_)) => not_allowed("a key has", "GET, HEAD, PUT, DELETE"),
         ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(query, &request, host),
-        ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time),
+        ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time_ms),
         ("POST", Resource::AllKeys) => transaction::post(store, query, request, |events| host.append(events)),
         (_, Resource::AllKeys) => not_allowed("the list of keys has", "GET, HEAD, POST"),
         ("GET" | "HEAD", Resource::Description) => describe(query),
@@ -80,19 +80,19 @@ fn describe(query: &str) -> Response {
         return line(400, &bad.to_string());
     }
     let headers = vec![header(content_type::NAME, "application/json")];
-    Response { status: 200, headers, body: OPENAPI.into(), depends_on: NO_STATE }
+    Response { status: 200, headers, body: OPENAPI.into(), read_sequence: NO_STATE }
 }
 
-/// Where the host finds what a target is about. What is refused is refused alike everywhere.
-pub fn place(method: &str, target: &str) -> Placement {
+/// Routes a request to where the host finds what it is about. Every instance rejects alike what is to be rejected.
+pub fn route(method: &str, target: &str) -> Target {
     let (path, query) = split(target);
     match (method, resource(path)) {
-        (_, Ok(Resource::Key(key))) => Placement::Key(key.into_owned()),
+        (_, Ok(Resource::Key(key))) => Target::Key(key.into_owned()),
         // The log is one, whatever the instance.
-        ("GET" | "HEAD", Ok(Resource::AllKeys)) if watch::is_wanted(query) => Placement::Anywhere,
-        ("GET" | "HEAD", Ok(Resource::AllKeys)) => Placement::Everywhere,
-        ("POST", Ok(Resource::AllKeys)) => Placement::InBody,
-        _ => Placement::Anywhere,
+        ("GET" | "HEAD", Ok(Resource::AllKeys)) if watch::is_wanted(query) => Target::AnyShard,
+        ("GET" | "HEAD", Ok(Resource::AllKeys)) => Target::AllShards,
+        ("POST", Ok(Resource::AllKeys)) => Target::KeysInBody,
+        _ => Target::AnyShard,
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
             let request = Request { target: target.to_owned(), ..request(method) };
             let response = handle(&mut store_with(&[], None), request, unasked);
             assert_eq!((response.status, text_of(&response)), (status, text), "{method} {target}");
-            assert_eq!(response.depends_on, NO_STATE, "{method} {target}");
+            assert_eq!(response.read_sequence, NO_STATE, "{method} {target}");
             let allow = (status == 405).then_some("GET, HEAD, PUT, DELETE");
             assert_eq!(header_of(&response, "allow"), allow, "{method} {target}");
         }
@@ -152,15 +152,15 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_placed_by_what_it_is_about() {
+    fn target_is_routed_by_what_it_is_about() {
         for target in ["/v1/%61", "/v1/key/a?x"] {
-            assert!(matches!(place("GET", target), Placement::Key(key) if key == "a"), "{target}");
+            assert!(matches!(route("GET", target), Target::Key(key) if key == "a"), "{target}");
         }
-        assert!(matches!(place("GET", "/v1?prefix=a"), Placement::Everywhere));
-        assert!(matches!(place("GET", "/v1?watch&prefix=a"), Placement::Anywhere));
-        assert!(matches!(place("POST", "/v1"), Placement::InBody));
+        assert!(matches!(route("GET", "/v1?prefix=a"), Target::AllShards));
+        assert!(matches!(route("GET", "/v1?watch&prefix=a"), Target::AnyShard));
+        assert!(matches!(route("POST", "/v1"), Target::KeysInBody));
         for target in ["/", "/v1/", "/v1/a/b", "/v1/%00", "/openapi.json"] {
-            assert!(matches!(place("GET", target), Placement::Anywhere), "{target}");
+            assert!(matches!(route("GET", target), Target::AnyShard), "{target}");
         }
     }
 

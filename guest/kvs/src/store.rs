@@ -1,6 +1,6 @@
 //! The state: an ordered map from keys to items, made of the log's entries and of nothing else.
 //!
-//! Owns: what an entry does, which items have expired, and what the absence of a key rests on.
+//! Owns: what an entry does, which items have expired, and what the absence of a key depends on.
 //! Must never know: HTTP, or who wrote an entry. Keys and metadata are taken as they come, since any guest may have
 //! written them.
 
@@ -14,6 +14,9 @@ use crate::table::Table;
 
 /// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
 const DELETES_PER_TICK: usize = 1_000;
+
+/// Pause between ticks for keys that expire one after the other, so that one append takes several of them.
+const EXPIRY_PAUSE_MS: u64 = 100;
 
 /// Slots that a replay fills before it puts them in order: many, so that it costs little, and few enough for one call.
 const DISORDER: usize = 1 << 17;
@@ -139,12 +142,12 @@ impl Store {
         }
     }
 
-    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns whether
-    /// there are more than one tick deletes.
+    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns the time
+    /// at which the next expires; `now` when there are more than one tick deletes.
     ///
     /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
     /// up the others. Readers miss an expired key whether it is deleted or not.
-    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) -> bool {
+    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) -> Option<u64> {
         let expired = self.expiries.range(..=(now, u64::MAX)).take(DELETES_PER_TICK);
         let key = |slot: u32| String::from_utf8_lossy(self.slots[slot as usize].key()).into_owned();
         let deletes: Vec<Event> = expired.map(|(_, slot)| Event::Delete(key(*slot))).collect();
@@ -155,12 +158,18 @@ impl Store {
                     self.apply(sequence, delete);
                     deleted += 1;
                 }
-                Err(AppendError::TooLarge(_)) => {}
-                Err(AppendError::Full | AppendError::Unavailable | AppendError::ReadOnly) => return false,
+                Err(AppendError::TooLarge(_) | AppendError::InvalidKey) => {}
+                Err(AppendError::InsufficientStorage | AppendError::Unavailable | AppendError::ReadOnly) => {
+                    return None;
+                }
             }
         }
         // Were none deleted, the next tick would not get further.
-        deletes.len() == DELETES_PER_TICK && deleted > 0
+        if deletes.len() == DELETES_PER_TICK && deleted > 0 {
+            return Some(now);
+        }
+        let (next, _) = self.expiries.range((now.saturating_add(1), 0)..).next()?.0;
+        Some(*next.max(&now.saturating_add(EXPIRY_PAUSE_MS)))
     }
 
     /// How many keys are held, with those that have expired and wait for a tick.
@@ -206,7 +215,7 @@ mod tests {
     use crate::kvs::store::transaction_log::Put;
 
     fn put(key: &str, value: &str, expires: Option<u64>) -> Event {
-        Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: Vec::new(), expires })
+        Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: Vec::new(), expires_at_ms: expires })
     }
 
     fn delete(key: &str) -> Event {
@@ -241,7 +250,8 @@ mod tests {
 
     #[test]
     fn nothing_of_an_overwritten_item_stays() {
-        let old = Put { key: "a".into(), value: vec![1], metadata: vec![("x".into(), "y".into())], expires: Some(10) };
+        let old =
+            Put { key: "a".into(), value: vec![1], metadata: vec![("x".into(), "y".into())], expires_at_ms: Some(10) };
         let mut store = store_of([(1, Event::Put(old)), (2, put("a", "new", None))]);
         assert_eq!(store.get("a", 10).map(|item| item.metadata().count()), Ok(0));
         store.tick(10, |_| panic!("nothing has expired"));
@@ -254,14 +264,14 @@ mod tests {
     }
 
     #[test]
-    fn absence_rests_on_the_newest_delete_that_took_a_key() {
+    fn absence_read_sequence_the_newest_delete_that_took_a_key() {
         let store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", None)), (4, delete("a"))]);
         assert_eq!(value(&store, "a", 0), Err(2));
         assert_eq!(value(&store, "never", 0), Err(2));
     }
 
     #[test]
-    fn an_expired_item_is_gone_from_that_moment_and_its_absence_rests_on_its_put() {
+    fn an_expired_item_is_gone_from_that_moment_and_its_absence_read_sequence_its_put() {
         let mut store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", Some(10)))]);
         assert_eq!(value(&store, "b", 9), Ok(&b""[..]));
         assert_eq!(value(&store, "b", 10), Err(3));
@@ -283,15 +293,28 @@ mod tests {
     #[test]
     fn a_tick_does_a_bounded_amount_and_the_next_ones_the_rest() {
         let mut store = store_of((1..=2_500).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
-        for (left, more) in [(1_500, true), (500, true), (0, false), (0, false)] {
-            assert_eq!((store.tick(2_500, log(&mut Vec::new())), store.keys()), (more, left));
+        for (left, next) in [(1_500, Some(2_500)), (500, Some(2_500)), (0, None), (0, None)] {
+            assert_eq!((store.tick(2_500, log(&mut Vec::new())), store.keys()), (next, left));
         }
+    }
+
+    #[test]
+    fn tick_returns_the_next_expiry_after_a_pause() {
+        let expiring = |(sequence, expires): (u64, u64)| (sequence, put(&format!("{expires}"), "", Some(expires)));
+        let mut store = store_of([(1, 1_000), (2, 1_050), (3, 2_000)].map(expiring));
+        assert_eq!(store.tick(500, log(&mut Vec::new())), Some(1_000));
+        assert_eq!(store.tick(1_000, log(&mut Vec::new())), Some(1_000 + EXPIRY_PAUSE_MS));
+        assert_eq!(store.tick(1_100, log(&mut Vec::new())), Some(2_000));
+        assert_eq!((store.tick(2_000, log(&mut Vec::new())), store.keys()), (None, 0));
+        // A key that expires never, and one that cannot be deleted.
+        let mut store = store_of([(1, put("a", "", None)), expiring((2, 10))]);
+        assert_eq!(store.tick(10, |_| Err(AppendError::TooLarge(3))), None);
     }
 
     #[test]
     fn what_was_not_appended_is_not_deleted() {
         let entries = || [(1, put("a", "", Some(10))), (2, put("b", "", Some(10)))];
-        for error in [AppendError::Full, AppendError::Unavailable, AppendError::ReadOnly] {
+        for error in [AppendError::InsufficientStorage, AppendError::Unavailable, AppendError::ReadOnly] {
             let (mut store, mut calls) = (store_of(entries()), 0);
             store.tick(10, |_| {
                 calls += 1;
@@ -311,7 +334,7 @@ mod tests {
     #[test]
     fn a_tick_that_can_delete_nothing_asks_for_no_other() {
         let mut store = store_of((1..=1_000).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
-        assert!(!store.tick(1_000, |_| Err(AppendError::TooLarge(3))));
+        assert_eq!(store.tick(1_000, |_| Err(AppendError::TooLarge(3))), None);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! What tests of requests are made of.
 
-use crate::kvs::store::http::{Request, Response};
+use crate::kvs::store::http::{Grant, Request, Response, Scope};
 use crate::kvs::store::transaction_log::{AppendError, Event, Put};
 use crate::store::Store;
 
 pub const NOW: u64 = 1_000;
+/// The grant of a client that may do everything.
+pub const EVERYTHING: Grant = Grant { scope: Scope::Admin, key_prefix: None };
 
 /// A request without headers, to `/v1/a` unless said otherwise.
 pub fn request(method: &str) -> Request {
@@ -14,7 +16,8 @@ pub fn request(method: &str) -> Request {
         headers: Vec::new(),
         body: Vec::new(),
         principal: None,
-        time: NOW,
+        grant: EVERYTHING,
+        time_ms: NOW,
     }
 }
 
@@ -22,7 +25,7 @@ pub fn request(method: &str) -> Request {
 pub fn store_with(metadata: &[(&str, &str)], expires: Option<u64>) -> Store {
     let metadata = metadata.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
     let mut store = Store::default();
-    store.apply(7, &Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires }));
+    store.apply(7, &Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires_at_ms: expires }));
     store
 }
 

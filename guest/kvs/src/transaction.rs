@@ -51,14 +51,14 @@ pub fn post(
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
     }
-    let operations = match operations(&request.body, request.time) {
+    let operations = match operations(&request.body, request.time_ms) {
         Ok(operations) => operations,
         Err((status, reason)) => return line(status, &reason),
     };
-    let (mut given, events) = match play(store, &operations, request.time) {
+    let (mut given, events) = match play(store, &operations, request.time_ms) {
         Ok(played) => played,
         // What it saw may not be durable yet.
-        Err((status, reason)) => return Response { depends_on: None, ..line(status, &reason) },
+        Err((status, reason)) => return Response { read_sequence: None, ..line(status, &reason) },
     };
     if !events.is_empty() {
         let first = match append(&events) {
@@ -190,7 +190,7 @@ impl<'o> Given<'o> {
         let (etag, expires, event) = match there {
             There::Nothing => (None, None, None),
             There::Item(item) => (Some(tag_of(item.sequence())), item.expires(), None),
-            There::Put(event, put) => (None, put.expires, Some(*event)),
+            There::Put(event, put) => (None, put.expires_at_ms, Some(*event)),
         };
         Self { op, key, etag, expires, content_type: None, value: None, value_base64: None, event }
     }
@@ -199,6 +199,7 @@ impl<'o> Given<'o> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::EVERYTHING;
 
     const NOW: u64 = 1_000;
 
@@ -209,14 +210,17 @@ mod tests {
             [("a", &b"1"[..], None), ("b", b"2", Some(9_000)), ("old", b"3", Some(NOW)), ("bytes", b"\xff", None)];
         for (sequence, (key, value, expires)) in (1..).zip(puts) {
             let metadata = vec![("content-type".to_owned(), "text/plain".to_owned())];
-            store.apply(sequence, &Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires }));
+            store.apply(
+                sequence,
+                &Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires_at_ms: expires }),
+            );
         }
         store
     }
 
     fn request(body: &str) -> Request {
         let (method, target) = ("POST".to_owned(), String::new());
-        Request { method, target, headers: vec![], body: body.into(), principal: None, time: NOW }
+        Request { method, target, headers: vec![], body: body.into(), principal: None, grant: EVERYTHING, time_ms: NOW }
     }
 
     fn text(response: &Response) -> &str {
@@ -245,7 +249,7 @@ mod tests {
         ]"#;
         let put = |key: &str, value: &[u8], content_type: &[&str], expires| {
             let metadata = content_type.iter().map(|value| ("content-type".to_owned(), value.to_string())).collect();
-            Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires })
+            Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires_at_ms: expires })
         };
         let expected = [
             put("a", b"new", &["a/b"], Some(NOW + 5_000)),
@@ -270,7 +274,7 @@ mod tests {
             {"op":"get","key":"bytes","etag":"\"4\"","content_type":"text/plain","value_base64":"/w=="},
             {"op":"put","key":"a","etag":"\"13\""}
         ]"#;
-        assert_eq!((response.status, response.depends_on), (200, None), "{}", text(&response));
+        assert_eq!((response.status, response.read_sequence), (200, None), "{}", text(&response));
         let read = |text| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
         assert_eq!(read(text(&response)), read(given));
         let mut replayed = self::store();
@@ -294,7 +298,7 @@ mod tests {
             );
             assert_eq!(refused(&body), (409, told.to_owned()));
             let response = post(&mut store(), "", request(&body), |_| panic!("appended"));
-            assert_eq!(response.depends_on, None, "on all that there is");
+            assert_eq!(response.read_sequence, None, "on all that there is");
         }
     }
 
@@ -366,7 +370,8 @@ mod tests {
         let sized = |bytes: usize| get.to_owned() + &" ".repeat(bytes - get.len());
         assert_eq!(refused(&sized((1 << 20) + 1)).0, 413);
         assert_eq!(post(&mut store, "", request(&sized(1 << 20)), |_| panic!("appended")).status, 200);
-        let put = Put { key: "large".to_owned(), value: vec![b'x'; (1 << 20) - 1], metadata: vec![], expires: None };
+        let put =
+            Put { key: "large".to_owned(), value: vec![b'x'; (1 << 20) - 1], metadata: vec![], expires_at_ms: None };
         store.apply(9, &Event::Put(put));
         for (body, status) in [
             (r#"[{"op":"get","key":"large"},{"op":"get","key":"a"}]"#, 200),
@@ -380,7 +385,7 @@ mod tests {
     #[test]
     fn what_was_not_appended_did_not_happen() {
         for (error, status) in [
-            (AppendError::Full, 507),
+            (AppendError::InsufficientStorage, 507),
             (AppendError::Unavailable, 503),
             (AppendError::ReadOnly, 403),
             (AppendError::TooLarge(1), 413),

@@ -38,21 +38,21 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
-    let mut hold = || wait.into_iter().for_each(|milliseconds| host.hold(key, milliseconds));
-    let item = match store.get(key, request.time) {
+    let mut wait_for_change = || wait.into_iter().for_each(|timeout_ms| host.wait_for_change(key, timeout_ms));
+    let item = match store.get(key, request.time_ms) {
         Ok(item) => item,
         // Conditions are for what would succeed without them.
-        Err(rests_on) => {
+        Err(read_sequence) => {
             if !conditions.name_values() {
-                hold();
+                wait_for_change();
             }
-            return Response { depends_on: Some(rests_on), ..line(404, "no such key") };
+            return Response { read_sequence: Some(read_sequence), ..line(404, "no such key") };
         }
     };
     match conditions.check(Some(item.sequence())) {
         Ok(()) => {}
         Err(Unmet::IfNoneMatch) => {
-            hold();
+            wait_for_change();
             let mut headers = Vec::new();
             caching(item, &mut headers);
             return of(item, 304, headers, Vec::new());
@@ -79,7 +79,7 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
         Part::Unsatisfiable => {
             let refusal = line(416, &format!("the value has {length} bytes, and the range begins after them"));
             let refusal = with(refusal, header("content-range", format!("bytes */{length}")));
-            Response { depends_on: Some(item.sequence()), ..refusal }
+            Response { read_sequence: Some(item.sequence()), ..refusal }
         }
     }
 }
@@ -95,7 +95,7 @@ pub fn put(
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
-    let expires = match expiry(query, request.time) {
+    let expires = match expiry(query, request.time_ms) {
         Ok(expires) => expires,
         Err(bad) => return line(400, &bad.to_string()),
     };
@@ -104,15 +104,15 @@ pub fn put(
         Err(unfit) => return line(400, &unfit.to_string()),
     };
     if !conditions.is_empty() {
-        let there = store.get(&key, request.time);
+        let there = store.get(&key, request.time_ms);
         if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
             return not_met(unmet, there);
         }
     }
-    let event = Event::Put(Put { key: key.into_owned(), value: request.body, metadata, expires });
+    let event = Event::Put(Put { key: key.into_owned(), value: request.body, metadata, expires_at_ms: expires });
     match write(store, event, append) {
         Ok(sequence) => {
-            Response { status: 201, headers: vec![etag(sequence)], body: Vec::new(), depends_on: Some(sequence) }
+            Response { status: 201, headers: vec![etag(sequence)], body: Vec::new(), read_sequence: Some(sequence) }
         }
         Err(error) => not_stored(error),
     }
@@ -133,18 +133,18 @@ pub fn delete(
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
-    let there = store.get(&key, request.time);
+    let there = store.get(&key, request.time_ms);
     if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
         return not_met(unmet, there);
     }
-    let rests_on = match there {
+    let read_sequence = match there {
         Ok(_) => match write(store, Event::Delete(key.into_owned()), append) {
             Ok(sequence) => sequence,
             Err(error) => return not_stored(error),
         },
-        Err(rests_on) => rests_on,
+        Err(read_sequence) => read_sequence,
     };
-    Response { status: 200, headers: Vec::new(), body: Vec::new(), depends_on: Some(rests_on) }
+    Response { status: 200, headers: Vec::new(), body: Vec::new(), read_sequence: Some(read_sequence) }
 }
 
 /// Appends first, then changes.
@@ -175,7 +175,7 @@ fn expiry(query: &str, now: u64) -> Result<Option<u64>, BadQuery> {
 
 /// An answer that rests on an item.
 fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response {
-    Response { status, headers, body, depends_on: Some(item.sequence()) }
+    Response { status, headers, body, read_sequence: Some(item.sequence()) }
 }
 
 /// What a cache needs to know.
@@ -199,17 +199,19 @@ fn not_met(unmet: Unmet, there: Result<&Item, u64>) -> Response {
         Ok(item) => {
             let tag = etag(item.sequence());
             let refusal = line(412, &format!("{name} does not hold: the key has the etag \"{}\"", item.sequence()));
-            Response { depends_on: Some(item.sequence()), ..with(refusal, tag) }
+            Response { read_sequence: Some(item.sequence()), ..with(refusal, tag) }
         }
-        Err(rests_on) => {
-            Response { depends_on: Some(rests_on), ..line(412, &format!("{name} does not hold: there is no such key")) }
-        }
+        Err(read_sequence) => Response {
+            read_sequence: Some(read_sequence),
+            ..line(412, &format!("{name} does not hold: there is no such key"))
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvs::store::watch::Selector;
     use crate::rest::{handle, respond};
     use crate::testing::{NOW, header_of, request, store_with, text_of, unasked};
 
@@ -238,7 +240,7 @@ mod tests {
                     header("content-security-policy", "sandbox"),
                 ],
                 body: b"value".into(),
-                depends_on: Some(7),
+                read_sequence: Some(7),
             };
             assert_eq!(handle(&mut store, request(method), unasked), expected, "{method}");
         }
@@ -248,13 +250,14 @@ mod tests {
     fn a_put_is_appended_with_its_content_type_and_answered_with_its_sequence() {
         let kept = vec![(CONTENT_TYPE.to_owned(), "text/plain".to_owned())];
         for (content_types, metadata) in [(&["text/plain"][..], kept), (&[], vec![])] {
-            let expected = [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires: None })];
+            let expected =
+                [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires_at_ms: None })];
             let response = handle(&mut store_with(&[], None), put_with(content_types), |events| {
                 assert_eq!(events, expected);
                 Ok(8)
             });
             let created =
-                Response { status: 201, headers: vec![header("etag", "\"8\"")], body: vec![], depends_on: Some(8) };
+                Response { status: 201, headers: vec![header("etag", "\"8\"")], body: vec![], read_sequence: Some(8) };
             assert_eq!(response, created);
         }
     }
@@ -267,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_delete_is_appended_only_when_there_is_something() {
-        let empty = |depends_on| Response { status: 200, headers: vec![], body: vec![], depends_on };
+        let empty = |read_sequence| Response { status: 200, headers: vec![], body: vec![], read_sequence };
         let mut store = store_with(&[], None);
         let response = handle(&mut store, request("DELETE"), |events| {
             assert_eq!(events, [Event::Delete("a".to_owned())]);
@@ -280,9 +283,9 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_not_found() {
-        for (mut store, rests_on) in [(Store::default(), 0), (store_with(&[], Some(NOW)), 7)] {
+        for (mut store, read_sequence) in [(Store::default(), 0), (store_with(&[], Some(NOW)), 7)] {
             let response = handle(&mut store, request("GET"), unasked);
-            assert_eq!(response, Response { depends_on: Some(rests_on), ..line(404, "no such key") });
+            assert_eq!(response, Response { read_sequence: Some(read_sequence), ..line(404, "no such key") });
             assert_eq!(text_of(&response), "no such key\n");
             assert_eq!(header_of(&response, CONTENT_TYPE), Some("text/plain; charset=utf-8"));
         }
@@ -291,7 +294,12 @@ mod tests {
     #[test]
     fn a_write_that_was_not_appended_changes_nothing() {
         for (error, status, text, retry_after) in [
-            (AppendError::Full, 507, "no room is left, on disk or in memory; nothing was stored\n", None),
+            (
+                AppendError::InsufficientStorage,
+                507,
+                "no room is left, on disk or in memory; nothing was stored\n",
+                None,
+            ),
             (AppendError::Unavailable, 503, "the log takes no writes at the moment; nothing was stored\n", Some("1")),
             (AppendError::ReadOnly, 403, "writes are not allowed here; nothing was stored\n", None),
             (AppendError::TooLarge(9), 413, "this is too large for the log; nothing was stored\n", None),
@@ -316,7 +324,7 @@ mod tests {
                 header("expires", "Thu, 01 Jan 1970 00:01:01 GMT"),
                 header("cache-control", "no-cache"),
             ];
-            assert_eq!(response, Response { status: 304, headers, body: vec![], depends_on: Some(7) });
+            assert_eq!(response, Response { status: 304, headers, body: vec![], read_sequence: Some(7) });
         }
     }
 
@@ -330,11 +338,11 @@ mod tests {
             fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
                 panic!("appended")
             }
-            fn follow(&mut self, _prefix: &str, _after: Option<u64>) {
-                panic!("followed")
+            fn subscribe(&mut self, _selectors: &[Selector], _after: Option<&str>, _puts_only: bool) {
+                panic!("subscribed")
             }
-            fn hold(&mut self, key: &str, milliseconds: u64) {
-                self.0 = Some((key.to_owned(), milliseconds));
+            fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
+                self.0 = Some((key.to_owned(), timeout_ms));
             }
         }
 
@@ -367,14 +375,14 @@ mod tests {
             ("DELETE", IF_MATCH, "W/\"7\""),
         ] {
             let response = handle(&mut store_with(&[], None), request_with(method, "", &[(name, value)]), unasked);
-            assert_eq!((response.status, response.depends_on), (412, Some(7)), "{method} {name}");
+            assert_eq!((response.status, response.read_sequence), (412, Some(7)), "{method} {name}");
             assert_eq!(text_of(&response), format!("{name} does not hold: the key has the etag \"7\"\n"));
             assert_eq!(header_of(&response, "etag"), Some("\"7\""));
         }
         for method in ["PUT", "DELETE"] {
             let request = request_with(method, "", &[(IF_MATCH, "*")]);
             let response = handle(&mut store_with(&[], Some(NOW)), request, unasked);
-            assert_eq!((response.status, response.depends_on), (412, Some(7)), "{method}");
+            assert_eq!((response.status, response.read_sequence), (412, Some(7)), "{method}");
             assert_eq!(text_of(&response), "if-match does not hold: there is no such key\n");
         }
     }
@@ -418,7 +426,11 @@ mod tests {
             ("bytes=3-1", 200, "value", None),
         ] {
             let response = handle(&mut store_with(&[], None), request_with("GET", "", &[("range", range)]), unasked);
-            assert_eq!((response.status, text_of(&response), response.depends_on), (status, body, Some(7)), "{range}");
+            assert_eq!(
+                (response.status, text_of(&response), response.read_sequence),
+                (status, body, Some(7)),
+                "{range}"
+            );
             assert_eq!(header_of(&response, "content-range"), place, "{range}");
             let response = handle(&mut store_with(&[], None), request_with("HEAD", "", &[("range", range)]), unasked);
             assert_eq!((response.status, text_of(&response)), (200, "value"), "HEAD {range}");
@@ -432,7 +444,12 @@ mod tests {
         {
             let request = Request { body: b"value".into(), ..request_with("PUT", query, &[]) };
             let mut store = store_with(&[], Some(NOW + 5));
-            let expected = [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata: vec![], expires })];
+            let expected = [Event::Put(Put {
+                key: "a".to_owned(),
+                value: b"value".into(),
+                metadata: vec![],
+                expires_at_ms: expires,
+            })];
             let response = handle(&mut store, request, |events| {
                 assert_eq!(events, expected);
                 Ok(8)

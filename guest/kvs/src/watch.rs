@@ -1,8 +1,12 @@
-//! `GET /v1?watch`: which changes a client may see, and from when on. The host streams them.
+//! `GET /v1?watch`: which changes a client may see, and after which position. The host parses positions and streams changes.
+
+use std::borrow::Cow;
 
 use crate::answer::{Host, header, line};
 use crate::content_type;
+use crate::key::GUEST_KEY;
 use crate::kvs::store::http::{Header, Request, Response};
+use crate::kvs::store::watch::Selector;
 use crate::query;
 
 pub const LAST_EVENT_ID: &str = "last-event-id";
@@ -20,105 +24,99 @@ pub fn get(query: &str, request: &Request, host: &mut impl Host) -> Response {
     if let Some(watch) = watch.filter(|watch| !matches!(&*watch.value, "" | "true")) {
         return line(400, &watch.unfit("true, or nothing").to_string());
     }
-    let since = match since.map(|since| since.number(0..=u64::MAX)).transpose() {
-        Ok(since) => since,
-        Err(bad) => return line(400, &bad.to_string()),
-    };
     // A client that comes back asks as it did at first, and says with this how far it came.
-    let since = match last_event(&request.headers) {
-        Ok(last) => last.or(since),
+    let last = match last_event(&request.headers) {
+        Ok(last) => last,
         Err(refusal) => return refusal,
     };
-    // Appending nothing tells the sequence that comes next.
-    if let (Some(since), Ok(next)) = (since, host.append(&[]))
-        && since >= next
-    {
-        return line(400, &format!("there is nothing since {since} yet, the newest sequence is {}", next - 1));
-    }
+    let since = since.map(|since| since.value);
+    let prefix = prefix.map_or_else(String::new, |prefix| prefix.value.into_owned());
+    // Keys of guests are not for clients.
+    let selectors = if prefix.starts_with(GUEST_KEY) { vec![] } else { vec![Selector::Prefix(prefix)] };
+    host.subscribe(&selectors, last.or(since).as_deref(), false);
     let headers = vec![header(content_type::NAME, "text/event-stream"), header("cache-control", "no-store")];
-    // The head alone is the answer to HEAD.
-    if request.method == "GET" {
-        host.follow(prefix.as_ref().map_or("", |prefix| &prefix.value), since);
-    }
-    Response { status: 200, headers, body: Vec::new(), depends_on: None }
+    Response { status: 200, headers, body: Vec::new(), read_sequence: None }
 }
 
-fn last_event(headers: &[Header]) -> Result<Option<u64>, Response> {
+/// The position of the event that the client got last.
+fn last_event(headers: &[Header]) -> Result<Option<Cow<'_, str>>, Response> {
     let mut sent = headers.iter().filter(|header| header.name == LAST_EVENT_ID);
-    let Some(last) = sent.next() else { return Ok(None) };
-    let number = str::from_utf8(&last.value).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
-    match number.and_then(|number| number.parse().ok()) {
-        Some(last) if sent.next().is_none() => Ok(Some(last)),
-        _ => Err(line(400, "last-event-id must be the id of an event of this stream, and sent once")),
+    let last = sent.next().map(|last| String::from_utf8_lossy(&last.value));
+    if sent.next().is_some() {
+        return Err(line(400, "last-event-id must be sent once"));
     }
+    Ok(last)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kvs::store::transaction_log::{AppendError, Event};
+    use crate::testing::EVERYTHING;
 
-    /// A host whose newest sequence is 7.
+    /// A host that keeps what it was asked for.
     #[derive(Default)]
-    struct Seven(Option<(String, Option<u64>)>);
+    struct Asked(Option<Subscription>);
 
-    impl Host for Seven {
-        fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
-            assert_eq!(events, []);
-            Ok(8)
+    type Subscription = (Vec<Selector>, Option<String>);
+
+    impl Host for Asked {
+        fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
+            panic!("appended")
         }
 
-        fn follow(&mut self, prefix: &str, after: Option<u64>) {
-            self.0 = Some((prefix.to_owned(), after));
+        fn subscribe(&mut self, selectors: &[Selector], after: Option<&str>, puts_only: bool) {
+            assert!(!puts_only);
+            self.0 = Some((selectors.to_vec(), after.map(str::to_owned)));
         }
 
-        fn hold(&mut self, _key: &str, _milliseconds: u64) {
-            panic!("held")
+        fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {
+            panic!("waited")
         }
     }
 
-    fn watch(method: &str, query: &str, last: &[&str]) -> (Response, Option<(String, Option<u64>)>) {
+    fn watch(query: &str, last: &[&str]) -> (Response, Option<Subscription>) {
         let headers = last.iter().map(|last| header(LAST_EVENT_ID, *last)).collect();
-        let (method, target, body) = (method.to_owned(), String::new(), vec![]);
-        let request = Request { method, target, headers, body, principal: None, time: 0 };
-        let mut host = Seven::default();
+        let (method, target, body) = ("GET".to_owned(), String::new(), vec![]);
+        let request = Request { method, target, headers, body, principal: None, grant: EVERYTHING, time_ms: 0 };
+        let mut host = Asked::default();
         (get(query, &request, &mut host), host.0)
     }
 
     #[test]
-    fn a_watch_follows_its_prefix_from_where_the_client_was() {
+    fn watch_subscribes_to_its_prefix_from_the_clients_position() {
         for (query, last, prefix, after) in [
-            ("watch", &[][..], "", None),
-            ("watch=true&prefix=a%2F&since=7", &[], "a/", Some(7)),
-            ("watch&since=0", &[], "", Some(0)),
-            ("watch&since=3", &["5"], "", Some(5)),
+            ("watch", &[][..], Some(""), None),
+            ("watch=true&prefix=a%2F&since=7", &[], Some("a/"), Some("7")),
+            ("watch&since=0", &[], Some(""), Some("0")),
+            ("watch&since=3", &["5"], Some(""), Some("5")),
+            // Positions are the host's to parse.
+            ("watch&since=x%20y", &[], Some(""), Some("x y")),
+            ("watch&since=", &[], Some(""), Some("")),
+            ("watch", &["5:x"], Some(""), Some("5:x")),
+            // Nobody watches keys of guests.
+            ("watch&prefix=%01a", &[], None, None),
         ] {
             assert!(is_wanted(query), "{query}");
-            let (response, followed) = watch("GET", query, last);
-            assert_eq!((response.status, followed), (200, Some((prefix.to_owned(), after))), "{query}");
+            let (response, subscribed) = watch(query, last);
+            let selectors = prefix.into_iter().map(|prefix| Selector::Prefix(prefix.to_owned())).collect();
+            assert_eq!((response.status, subscribed), (200, Some((selectors, after.map(str::to_owned)))), "{query}");
             assert!(response.headers.contains(&header("content-type", "text/event-stream")));
-            assert_eq!(watch("HEAD", query, last), (response, None));
         }
         assert!(!is_wanted("prefix=watch") && !is_wanted("watches"));
     }
 
     #[test]
     fn what_is_malformed_is_refused_by_name() {
-        const LAST: &str = "last-event-id must be the id of an event of this stream, and sent once\n";
         for (query, last, told) in [
             ("watch=false", &[][..], "query parameter `watch` must be true, or nothing\n"),
             ("watch&watch", &[], "query parameter `watch` was given twice\n"),
             ("watch&limit=5", &[], "unknown query parameter `limit`\n"),
-            ("watch&since=-1", &[], "query parameter `since` must be a whole number from 0 to 18446744073709551615\n"),
-            ("watch&since=8", &[], "there is nothing since 8 yet, the newest sequence is 7\n"),
-            ("watch", &["8"], "there is nothing since 8 yet, the newest sequence is 7\n"),
-            ("watch", &["x"], LAST),
-            ("watch", &[""], LAST),
-            ("watch", &["1", "1"], LAST),
+            ("watch", &["1", "1"], "last-event-id must be sent once\n"),
         ] {
-            let (response, followed) = watch("GET", query, last);
+            let (response, subscribed) = watch(query, last);
             assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, told), "{query}");
-            assert_eq!(followed, None);
+            assert_eq!(subscribed, None);
         }
     }
 }

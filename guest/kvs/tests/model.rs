@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kvs_guest::kvs::store::http::{Header, Request, Response};
+use kvs_guest::kvs::store::http::{Grant, Header, Request, Response, Scope};
 use kvs_guest::kvs::store::transaction_log::{AppendError, Event, Put};
 use kvs_guest::rest;
 use kvs_guest::store::Store;
@@ -120,8 +120,8 @@ fn key() -> impl Strategy<Value = String> {
 fn foreign_put() -> impl Strategy<Value = Put> {
     let metadata = prop::collection::vec((prop_oneof![Just("content-type".to_owned()), ".*"], ".*"), 0..3);
     let expires = prop::option::of(0..5_000_u64);
-    let put = |(key, value, metadata, expires)| Put { key, value, metadata, expires };
-    (prop_oneof![3 => key(), 1 => ".*"], any::<Vec<u8>>(), metadata, expires).prop_map(put)
+    let put = |(key, value, metadata, expires)| Put { key, value, metadata, expires_at_ms: expires };
+    (prop_oneof![6 => key(), 1 => ".*", 1 => "\u{1}[ab/]{0,2}"], any::<Vec<u8>>(), metadata, expires).prop_map(put)
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -167,7 +167,7 @@ impl Run {
 
     /// What the model has at a key that has not expired.
     fn expected(&self, key: &str) -> Option<&(u64, Put)> {
-        self.model.get(key).filter(|(_, put)| put.expires.is_none_or(|expires| expires > self.now))
+        self.model.get(key).filter(|(_, put)| put.expires_at_ms.is_none_or(|expires| expires > self.now))
     }
 
     fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
@@ -186,10 +186,10 @@ impl Run {
                     prop_assert_eq!(response.status, 412);
                     return self.get(&key, None);
                 }
-                prop_assert_eq!((response.status, response.depends_on), (201, Some(self.sequence)));
+                prop_assert_eq!((response.status, response.read_sequence), (201, Some(self.sequence)));
                 let metadata = content_type.map(|value| ("content-type".to_owned(), value)).into_iter().collect();
                 let expires = ttl.map(|ttl| self.now + 1_000 * ttl);
-                let put = Put { key: key.clone(), value, metadata, expires };
+                let put = Put { key: key.clone(), value, metadata, expires_at_ms: expires };
                 prop_assert_eq!(self.log.last(), Some(&(self.sequence, Event::Put(put.clone()))));
                 self.model.insert(key, (self.sequence, put));
             }
@@ -212,9 +212,11 @@ impl Run {
                 let page: Value = serde_json::from_slice(&response.body).expect("JSON");
                 let listed = page["keys"].as_array().expect("a list").iter().map(|entry| {
                     let size = entry["size"].as_u64().expect("a number");
-                    (entry["name"].as_str().expect("text").to_owned(), entry["etag"].clone(), size)
+                    (entry["key"].as_str().expect("text").to_owned(), entry["etag"].clone(), size)
                 });
-                let there = self.model.iter().filter(|(key, _)| self.expected(key).is_some());
+                // Keys of guests are kept and not listed.
+                let there = self.model.iter().filter(|(key, _)| !key.starts_with('\u{1}'));
+                let there = there.filter(|(key, _)| self.expected(key).is_some());
                 let expected =
                     there.map(|(key, (sequence, put))| (key.clone(), json!(tag(*sequence)), put.value.len() as u64));
                 prop_assert_eq!(listed.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
@@ -239,7 +241,7 @@ impl Run {
             Step::Tick => {
                 self.store.tick(self.now, |events| Ok(append(&mut self.log, &mut self.sequence, events)));
                 let now = self.now;
-                self.model.retain(|_, (_, put)| put.expires.is_none_or(|expires| expires > now));
+                self.model.retain(|_, (_, put)| put.expires_at_ms.is_none_or(|expires| expires > now));
             }
         }
         let (keys, bytes) =
@@ -255,7 +257,8 @@ impl Run {
         let first = next;
         for (at, operation) in operations.into_iter().enumerate() {
             let there = |model: &BTreeMap<String, (u64, Put)>, key: &str| {
-                let found = model.get(key).filter(|(_, put)| put.expires.is_none_or(|expires| expires > self.now));
+                let found =
+                    model.get(key).filter(|(_, put)| put.expires_at_ms.is_none_or(|expires| expires > self.now));
                 found.map(|(sequence, put)| (*sequence, put.value.clone()))
             };
             let (op, key) = match operation {
@@ -281,7 +284,8 @@ impl Run {
                     ttl.into_iter().for_each(|ttl| put["ttl"] = json!(ttl));
                     sent.push(put);
                     let expires = ttl.map(|ttl| self.now + 1_000 * ttl);
-                    let put = Put { key: key.clone(), value: value.into_bytes(), metadata: vec![], expires };
+                    let put =
+                        Put { key: key.clone(), value: value.into_bytes(), metadata: vec![], expires_at_ms: expires };
                     model.insert(key.clone(), (next, put));
                     next += 1;
                     ("put", key)
@@ -325,8 +329,8 @@ impl Run {
         Ok(())
     }
 
-    /// The answer is the model's, and rests on no more of the log than it says: a guest that has seen only the entries
-    /// up to `depends-on` gives the same one.
+    /// The answer is the model's, and depends on no more of the log than it says: a guest that has seen only the entries
+    /// up to `read-sequence` gives the same one.
     fn get(&mut self, key: &str, condition: Option<Condition>) -> Result<(), TestCaseError> {
         let expected = self.expected(key);
         let there = expected.map(|(sequence, _)| *sequence);
@@ -355,7 +359,7 @@ impl Run {
             None => prop_assert_eq!((response.status, response.body.as_slice()), (404, &b"no such key\n"[..])),
         }
         prop_assert_eq!(&self.ask(request.clone()), &response);
-        let durable = response.depends_on.expect("said by every answer");
+        let durable = response.read_sequence.expect("said by every answer");
         let mut store = replayed(self.log.iter().filter(|(sequence, _)| *sequence <= durable));
         let again = rest::handle(&mut store, request, |_| panic!("appended"));
         prop_assert_eq!(again, response);
@@ -367,14 +371,17 @@ fn tag(sequence: u64) -> String {
     format!("\"{sequence}\"")
 }
 
-fn request(method: &str, key: &str, time: u64) -> Request {
+const EVERYTHING: Grant = Grant { scope: Scope::Admin, key_prefix: None };
+
+fn request(method: &str, key: &str, time_ms: u64) -> Request {
     Request {
         method: method.to_owned(),
         target: format!("/v1/{}", utf8_percent_encode(key, NON_ALPHANUMERIC)),
         headers: Vec::new(),
         body: Vec::new(),
         principal: None,
-        time,
+        grant: EVERYTHING,
+        time_ms,
     }
 }
 
@@ -424,7 +431,7 @@ proptest! {
     ) {
         let header = |(name, value)| Header { name, value };
         let headers = headers.into_iter().map(header).collect();
-        let request = Request { method, target, headers, body, principal: None, time: 0 };
+        let request = Request { method, target, headers, body, principal: None, grant: EVERYTHING, time_ms: 0 };
         let response = rest::handle(&mut Store::default(), request, |_| Ok(1));
         let carried = |byte: &u8| matches!(byte, b' '..=b'~');
         prop_assert!(response.headers.iter().all(|header| header.value.iter().all(carried)));

@@ -13,6 +13,7 @@ use kvs_guest::exports::kvs::store::lifecycle::Description;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::kvs::store::http::{Request, Response};
 use kvs_guest::kvs::store::transaction_log::{AppendError, Event};
+use kvs_guest::kvs::store::watch::Selector;
 use kvs_guest::wasi::config::store as config;
 use kvs_guest::{Imports, rest};
 use serde_json::Value;
@@ -53,12 +54,12 @@ impl Host for Checked {
         if self.violation.is_some() { Err(AppendError::ReadOnly) } else { Imports.append(events) }
     }
 
-    fn follow(&mut self, prefix: &str, after: Option<u64>) {
-        Imports.follow(prefix, after);
+    fn subscribe(&mut self, selectors: &[Selector], after: Option<&str>, puts_only: bool) {
+        Imports.subscribe(selectors, after, puts_only);
     }
 
-    fn hold(&mut self, key: &str, milliseconds: u64) {
-        Imports.hold(key, milliseconds);
+    fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
+        Imports.wait_for_change(key, timeout_ms);
     }
 }
 

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::slice;
 
 use exports::kvs::store::lifecycle::{Description, Statistics};
-use exports::kvs::store::sharding::Placement;
+use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::http::{Header, Request, Response};
 use kvs::store::transaction_log::{AppendError, Entry, Event, Put, append};
 
 wit_bindgen::generate!({
     path: "../../wit",
-    world: "store",
+    world: "sharded-store",
     generate_all,
 });
 
@@ -22,7 +22,7 @@ pub struct Store {
 }
 
 struct Item {
-    /// Of the entry that put it: what an answer with it rests on.
+    /// Of the entry that put it: the read sequence of an answer with it.
     sequence: u64,
     value: Vec<u8>,
     /// From this moment on it is gone.
@@ -33,7 +33,9 @@ impl Store {
     /// What an entry of the log does: on replay, and right after it was appended.
     fn apply(&mut self, sequence: u64, event: Event) {
         match event {
-            Event::Put(Put { key, value, expires, .. }) => self.items.insert(key, Item { sequence, value, expires }),
+            Event::Put(Put { key, value, expires_at_ms: expires, .. }) => {
+                self.items.insert(key, Item { sequence, value, expires })
+            }
             Event::Delete(key) => self.items.remove(&key),
         };
     }
@@ -46,12 +48,12 @@ impl Store {
             Some(key) => key.to_owned(),
         };
         let event = match request.method.as_str() {
-            "PUT" => Event::Put(Put { key, value: request.body, metadata: Vec::new(), expires: None }),
+            "PUT" => Event::Put(Put { key, value: request.body, metadata: Vec::new(), expires_at_ms: None }),
             "DELETE" => Event::Delete(key),
             "GET" | "HEAD" => {
-                let there = |item: &&Item| item.expires.is_none_or(|expires| expires > request.time);
+                let there = |item: &&Item| item.expires.is_none_or(|expires| expires > request.time_ms);
                 return match self.items.get(&key).filter(there) {
-                    Some(item) => Response { depends_on: Some(item.sequence), ..answer(200, item.value.clone()) },
+                    Some(item) => Response { read_sequence: Some(item.sequence), ..answer(200, item.value.clone()) },
                     None => answer(404, "no such key\n"),
                 };
             }
@@ -62,10 +64,11 @@ impl Store {
                 self.apply(sequence, event);
                 answer(if request.method == "PUT" { 201 } else { 200 }, "")
             }
-            Err(AppendError::Full) => answer(507, "no room is left; nothing was stored\n"),
+            Err(AppendError::InsufficientStorage) => answer(507, "no room is left; nothing was stored\n"),
             Err(AppendError::Unavailable) => answer(503, "the log takes no writes at the moment; nothing was stored\n"),
             Err(AppendError::ReadOnly) => answer(403, "writes are not allowed here; nothing was stored\n"),
             Err(AppendError::TooLarge(_)) => answer(413, "too large for the log; nothing was stored\n"),
+            Err(AppendError::InvalidKey) => answer(400, "not a valid key; nothing was stored\n"),
         }
     }
 }
@@ -73,7 +76,7 @@ impl Store {
 fn answer(status: u16, body: impl Into<Vec<u8>>) -> Response {
     let kind = if status == 200 { "application/octet-stream" } else { "text/plain" };
     let kind = Header { name: "content-type".to_owned(), value: kind.into() };
-    Response { status, headers: vec![kind], body: body.into(), depends_on: None }
+    Response { status, headers: vec![kind], body: body.into(), read_sequence: None }
 }
 
 thread_local! {
@@ -86,16 +89,20 @@ pub struct Component;
 
 impl lifecycle::Guest for Component {
     fn describe() -> Description {
-        let headers = Vec::new();
-        Description { name: "template".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), headers }
+        Description {
+            name: "template".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            headers: Vec::new(),
+            capabilities: Vec::new(),
+        }
     }
 
     fn apply(entries: Vec<Entry>) {
         STORE.with_borrow_mut(|store| entries.into_iter().for_each(|entry| store.apply(entry.sequence, entry.event)));
     }
 
-    fn tick(_now: u64) -> bool {
-        false
+    fn tick(_now_ms: u64) -> Option<u64> {
+        None
     }
 
     fn stats() -> Statistics {
@@ -113,16 +120,16 @@ impl handler::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(_method: String, target: String) -> Placement {
-        target.strip_prefix("/v1/").map_or(Placement::Anywhere, |key| Placement::Key(key.to_owned()))
+    fn route(_method: String, target: String) -> Target {
+        target.strip_prefix("/v1/").map_or(Target::AnyShard, |key| Target::Key(key.to_owned()))
     }
 
-    fn keys(_body: Vec<u8>) -> Vec<String> {
+    fn extract_keys(_body: Vec<u8>) -> Vec<String> {
         // Keys are in paths only.
         Vec::new()
     }
 
-    fn merge(_request: Request, responses: Vec<Response>) -> Response {
+    fn merge_responses(_request: Request, responses: Vec<Response>) -> Response {
         responses.into_iter().next().unwrap_or_else(|| answer(500, "no instance answered\n"))
     }
 }
@@ -134,10 +141,21 @@ export!(Component);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvs::store::http::{Grant, Scope};
+
+    const EVERYTHING: Grant = Grant { scope: Scope::Admin, key_prefix: None };
 
     fn ask(store: &mut Store, log: &mut Vec<Event>, method: &str, body: &str) -> (u16, Vec<u8>) {
         let (method, target) = (method.to_owned(), "/v1/a".to_owned());
-        let request = Request { method, target, headers: Vec::new(), body: body.into(), principal: None, time: 0 };
+        let request = Request {
+            method,
+            target,
+            headers: Vec::new(),
+            body: body.into(),
+            principal: None,
+            grant: EVERYTHING,
+            time_ms: 0,
+        };
         let response = store.handle(request, |events| {
             log.extend_from_slice(events);
             Ok(log.len() as u64)
@@ -162,8 +180,9 @@ mod tests {
 
     #[test]
     fn what_another_guest_gave_an_end_is_gone_then() {
-        let put =
-            |expires| Event::Put(Put { key: "a".to_owned(), value: vec![], metadata: vec![], expires: Some(expires) });
+        let put = |expires| {
+            Event::Put(Put { key: "a".to_owned(), value: vec![], metadata: vec![], expires_at_ms: Some(expires) })
+        };
         for (expires, status) in [(1, 200), (0, 404)] {
             let mut store = Store::default();
             store.apply(1, put(expires));
@@ -176,8 +195,16 @@ mod tests {
     fn what_was_not_appended_is_not_stored() {
         let mut store = Store::default();
         let (method, target) = ("PUT".to_owned(), "/v1/a".to_owned());
-        let request = Request { method, target, headers: Vec::new(), body: Vec::new(), principal: None, time: 0 };
-        assert_eq!(store.handle(request, |_| Err(AppendError::Full)).status, 507);
+        let request = Request {
+            method,
+            target,
+            headers: Vec::new(),
+            body: Vec::new(),
+            principal: None,
+            grant: EVERYTHING,
+            time_ms: 0,
+        };
+        assert_eq!(store.handle(request, |_| Err(AppendError::InsufficientStorage)).status, 507);
         assert_eq!(ask(&mut store, &mut Vec::new(), "GET", "").0, 404);
     }
 }

@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kvs_metrics::Metrics;
@@ -17,7 +16,6 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
 use tokio::task;
-use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
@@ -31,10 +29,6 @@ use crate::guest::{Engine, Reload, Shards, Source, Swapper};
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 
-/// How often the guest is asked to do its housekeeping.
-const TICK: Duration = Duration::from_secs(1);
-/// The pause before it goes on with what it left undone: longer than a tick takes, so that requests have most of the time.
-const SOON: Duration = Duration::from_millis(10);
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
 
@@ -130,9 +124,12 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
             follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards))
         });
     }
-    let ticking = {
+    let housekeeping = {
         let shards = Arc::clone(&shards);
-        tasks.restart("ticker", clock, move || tick(Arc::clone(&shards)))
+        tasks.restart("housekeeping", clock, move || {
+            let shards = Arc::clone(&shards);
+            async move { shards.keep_house().await }
+        })
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
@@ -191,7 +188,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         }
     });
     let cut_off = cut_off.await;
-    ticking.abort();
+    housekeeping.abort();
     reloading.abort();
     if cut_off > 0 {
         warn!("{cut_off} connections were cut off after {:?}", args.drain_timeout);
@@ -316,16 +313,4 @@ fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
 
 fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
-}
-
-async fn tick(shards: Arc<Shards>) -> Result<Infallible> {
-    let mut interval = interval(TICK);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = shards.more_to_tick() => tokio::time::sleep(SOON).await,
-        }
-        shards.tick();
-    }
 }

@@ -25,6 +25,7 @@ use subtle::ConstantTimeEq;
 
 use super::fresh::Fresh;
 use super::refusal::{Answer, Refusal, refuse};
+use crate::contract;
 
 /// What a token starts with, so that those who look for leaked secrets know it.
 pub const MARK: &str = "kvs_";
@@ -38,6 +39,16 @@ pub enum Scope {
     Write,
     /// The admin listener too
     Admin,
+}
+
+impl From<Scope> for contract::Scope {
+    fn from(scope: Scope) -> Self {
+        match scope {
+            Scope::Read => Self::Read,
+            Scope::Write => Self::Write,
+            Scope::Admin => Self::Admin,
+        }
+    }
 }
 
 struct Token {
@@ -84,8 +95,11 @@ impl Known {
         Ok(Self(tokens))
     }
 
-    /// Finds out who asks, and whether that is allowed. Gives the name.
-    pub fn check(&self, head: &Parts) -> Result<Arc<str>, Refusal> {
+    /// Finds out who asks, and whether that is allowed. Returns the name and the scope of the token.
+    ///
+    /// The prefix of its paths is enforced here, and the guest does not hear of it: which keys a path names is for the guest to
+    /// say, so no prefix of keys follows from it.
+    pub fn check(&self, head: &Parts) -> Result<(Arc<str>, Scope), Refusal> {
         let token = self.find(&head.headers)?;
         let needed = match head.method {
             Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
@@ -99,7 +113,9 @@ impl Known {
         {
             return Err(forbidden("this token is for other paths"));
         }
-        Ok(Arc::clone(&token.name))
+        // One that is bound to paths is not for the admin listener, whatever its scope.
+        let scope = if token.prefix.is_some() { token.scope.min(Scope::Write) } else { token.scope };
+        Ok((Arc::clone(&token.name), scope))
     }
 
     /// The same for the admin listener.

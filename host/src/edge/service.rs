@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
@@ -22,10 +23,11 @@ use super::reply::Reply;
 use super::request_id::{self, RequestIds};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
-use crate::guest::{Answer, CallError, Client, Hold, Incoming, Sequel, Shards};
+use crate::contract::Scope;
+use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::subscribers::Keys;
+use kvs_txlog::subscribers::{Keys, Selection};
 
 /// Answers requests.
 pub struct Service {
@@ -94,17 +96,19 @@ impl Service {
         principal: &mut Option<Arc<str>>,
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
-        let under_way = match self.admit(&head, &client, principal).await {
-            Ok(under_way) => under_way,
+        let (under_way, scope) = match self.admit(&head, &client, principal).await {
+            Ok(admitted) => admitted,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
         let body = body::read(&head.headers, body, &self.limits, deadline).await?;
+        let is_head = head.method == Method::HEAD;
         let (request, principal) = (Request::from_parts(head, body), principal.clone());
-        let mut answer = self.call(Incoming { request, client, id: id.clone(), principal }, deadline).await?;
-        if let Some(Sequel::Hold(hold)) = answer.sequel {
+        let incoming = Incoming { request, client, id: id.clone(), principal, scope };
+        let mut answer = self.call(incoming, deadline).await?;
+        if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
-            (answer, deadline) = self.held(hold).await?;
+            (answer, deadline) = self.wait(wait).await?;
         }
         self.release(&answer, deadline).await?;
         let response = answer.response.message().map_err(|invalid| {
@@ -114,8 +118,11 @@ impl Service {
         })?;
         let (head, body) = response.into_parts();
         let reply = match answer.sequel {
-            Some(Sequel::Follow(follow)) => stream::open(&self.changes, follow, self.limits.stream_heartbeat).await?,
-            Some(Sequel::Hold(_)) | None => Reply::Whole(body),
+            Some(Sequel::Watch(watch)) => {
+                let stream = stream::open(&self.changes, watch).await?;
+                if is_head { Reply::Whole(Bytes::new()) } else { stream.start(self.limits.stream_heartbeat) }
+            }
+            Some(Sequel::Wait(_)) | None => Reply::Whole(body),
         };
         Ok(Response::from_parts(head, reply))
     }
@@ -135,19 +142,18 @@ impl Service {
         })
     }
 
-    /// Asks again whenever something happens to the key, until the guest no longer holds the answer back or the time is
-    /// over.
-    async fn held(&self, mut hold: Box<Hold>) -> Result<(Answer, Instant), Refusal> {
-        let until = Instant::now() + hold.time.min(self.limits.hold);
+    /// Calls again after every change of the key, until the guest no longer waits or the timeout is over.
+    async fn wait(&self, mut wait: Box<Wait>) -> Result<(Answer, Instant), Refusal> {
+        let until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
-            let watcher = self.changes.watch(Keys::One(hold.key.into()));
+            let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let answer = self.call(hold.incoming, deadline).await?;
+            let answer = self.call(wait.incoming, deadline).await?;
             match (answer.sequel, watcher) {
-                (Some(Sequel::Hold(again)), Some(mut watcher)) if Instant::now() < until => {
+                (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     let _ = timeout_at(until, watcher.next()).await;
-                    hold = again;
+                    wait = again;
                 }
                 (sequel, _) => return Ok((Answer { sequel, ..answer }, deadline)),
             }
@@ -156,7 +162,7 @@ impl Service {
 
     /// Waits until nothing that the answer shows can be taken back by a crash.
     async fn release(&self, answer: &Answer, deadline: Instant) -> Result<(), Refusal> {
-        match timeout_at(deadline, self.changes.watermark().reached(answer.rests_on)).await {
+        match timeout_at(deadline, self.changes.watermark().reached(answer.read_sequence)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
             Err(_) if answer.appended => {
@@ -170,13 +176,13 @@ impl Service {
         }
     }
 
-    /// Whether anything is done for a request at all, and for whom.
+    /// Whether anything is done for a request at all, for whom, and what the client may do.
     async fn admit(
         &self,
         head: &Parts,
         client: &Client,
         principal: &mut Option<Arc<str>>,
-    ) -> Result<UnderWay<'_>, Refusal> {
+    ) -> Result<(UnderWay<'_>, Scope), Refusal> {
         let before = self.metrics.under_way.fetch_add(1, Ordering::Relaxed);
         let under_way = UnderWay(&self.metrics.under_way);
         head::check(head, &self.limits)?;
@@ -187,9 +193,13 @@ impl Service {
         if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
             return Err(answer.into());
         }
-        *principal = match &self.tokens {
-            Some(tokens) => Some(tokens.get().check(head)?),
-            None => client.identity.clone(),
+        let scope;
+        (*principal, scope) = match &self.tokens {
+            Some(tokens) => {
+                let (name, scope) = tokens.get().check(head)?;
+                (Some(name), scope.into())
+            }
+            None => (client.identity.clone(), Scope::Admin),
         };
         if let Some(throttle) = &self.throttle {
             match throttle.admit(principal.as_ref(), client.address.ip()).await {
@@ -207,6 +217,6 @@ impl Service {
         {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
-        Ok(under_way)
+        Ok((under_way, scope))
     }
 }

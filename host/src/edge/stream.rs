@@ -16,11 +16,11 @@ use tracing::warn;
 
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
-use crate::guest::Follow;
+use crate::guest::Watch;
 use kvs_txlog::Event;
 use kvs_txlog::change::Change;
-use kvs_txlog::change_feed::{ChangeFeed, Past};
-use kvs_txlog::subscribers::Keys;
+use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError};
+use kvs_txlog::subscribers::Selection;
 use kvs_txlog::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
@@ -28,10 +28,33 @@ const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
 /// How far behind a watcher can be and still be caught up while new changes wait for it.
 const NEAR: u64 = 1_000;
 
-/// The body of a response that goes on with these changes. What happened since `follow.after` comes first, without a gap.
-pub async fn open(changes: &Arc<ChangeFeed>, follow: Follow, heartbeat: Duration) -> Result<Reply, Refusal> {
-    // Before the head leaves, since it can still say that this cannot be told.
-    let past = changes.past(&follow.prefix, follow.after).await.map_err(|error| match error.downcast_ref() {
+/// Selectors that a watch may have. Each costs a look at every append.
+const SELECTORS: usize = 100;
+
+/// A watch that can begin: what happened since its position is there.
+pub struct Stream {
+    changes: Arc<ChangeFeed>,
+    selection: Arc<Selection>,
+    after: u64,
+    past: Past,
+}
+
+/// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
+pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Watch) -> Result<Stream, Refusal> {
+    let count = selection.keys.len();
+    if count > SELECTORS {
+        let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
+        return Err(refuse(StatusCode::BAD_REQUEST, &told).into());
+    }
+    let after = after.map_or(Ok(end), |position| changes.position(&position)).map_err(|error| {
+        let status = match error {
+            PositionError::Malformed => StatusCode::BAD_REQUEST,
+            PositionError::Unknown(_) => StatusCode::GONE,
+        };
+        refuse(status, &error.to_string())
+    })?;
+    let selection = Arc::new(selection);
+    let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
         Some(Forgotten { after, newest }) => {
             let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
             refuse(StatusCode::GONE, &told)
@@ -41,51 +64,54 @@ pub async fn open(changes: &Arc<ChangeFeed>, follow: Follow, heartbeat: Duration
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
         }
     })?;
-    let (text, body) = mpsc::channel(1);
-    let telling = tell(Arc::clone(changes), follow, past, heartbeat, text);
-    changes.env().tasks.detach("watch", async {
-        let _ = telling.await;
-    });
-    Ok(Reply::Stream { pieces: body, _under_way: None })
+    Ok(Stream { changes: Arc::clone(changes), selection, after, past })
 }
 
-/// Tells until the client leaves, or falls too far behind, or the server stops.
-async fn tell(
-    changes: Arc<ChangeFeed>,
-    Follow { prefix, after }: Follow,
-    past: Past,
-    heartbeat: Duration,
-    text: mpsc::Sender<Bytes>,
-) -> Option<()> {
-    // At once, so that the client sees that it watches, and knows where it is before anything happens.
-    text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
-    let mut after = send(past, &text).await?;
-    while changes.watermark().durable() > after + NEAR {
-        after = send(changes.past(&prefix, after).await.ok()?, &text).await?;
+impl Stream {
+    /// The body of a response that continues with the changes, without a gap.
+    pub fn start(self, heartbeat: Duration) -> Reply {
+        let (text, body) = mpsc::channel(1);
+        let tasks = self.changes.env().tasks.clone();
+        let deliver = self.deliver(heartbeat, text);
+        tasks.detach("watch", async {
+            let _ = deliver.await;
+        });
+        Reply::Stream { pieces: body, _under_way: None }
     }
-    let mut watcher = changes.watch(Keys::begin(&prefix))?;
-    // What was appended before it began to watch comes by the log, as soon as it is durable.
-    changes.watermark().reached(watcher.from).await.ok()?;
-    while after < watcher.from {
-        let mut past = changes.past(&prefix, after).await.ok()?;
-        past.changes.retain(|change| change.sequence <= watcher.from);
-        past.until = past.until.min(watcher.from);
-        after = send(past, &text).await?;
-    }
-    let mut heartbeats = interval(heartbeat);
-    heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    heartbeats.tick().await;
-    loop {
-        let next = tokio::select! {
-            change = watcher.next() => match change? {
-                // It came by the log.
-                change if change.sequence <= after => continue,
-                change => change.text.get_or_init(|| print(&change)).clone(),
-            },
-            _ = heartbeats.tick() => HEARTBEAT,
-            () = text.closed() => return None,
-        };
-        text.send(next).await.ok()?;
+
+    /// Delivers until the client leaves, or is a slow consumer, or the server stops.
+    async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>) -> Option<()> {
+        let Self { changes, selection, after, past } = self;
+        // At once, so that the client sees that it watches, and knows where it is before anything happens.
+        text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
+        let mut after = send(past, &text).await?;
+        while changes.watermark().durable() > after + NEAR {
+            after = send(changes.past(&selection, after).await.ok()?, &text).await?;
+        }
+        let mut watcher = changes.watch(Selection::clone(&selection))?;
+        // What was appended before it began to watch comes by the log, as soon as it is durable.
+        changes.watermark().reached(watcher.from).await.ok()?;
+        while after < watcher.from {
+            let mut past = changes.past(&selection, after).await.ok()?;
+            past.changes.retain(|change| change.sequence <= watcher.from);
+            past.until = past.until.min(watcher.from);
+            after = send(past, &text).await?;
+        }
+        let mut heartbeats = interval(heartbeat);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeats.tick().await;
+        loop {
+            let next = tokio::select! {
+                change = watcher.next() => match change? {
+                    // It came by the log.
+                    change if change.sequence <= after => continue,
+                    change => change.text.get_or_init(|| print(&change)).clone(),
+                },
+                _ = heartbeats.tick() => HEARTBEAT,
+                () = text.closed() => return None,
+            };
+            text.send(next).await.ok()?;
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Owns: what is checked before a guest may run.
 //! Must never know: requests, the state of a guest, why another one is wanted.
 
+use std::collections::BTreeSet;
 use std::env::consts::ARCH;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,11 +23,13 @@ use super::limits::Limits;
 use super::owner::Part;
 use super::sandbox;
 use super::source::{Digest, Source};
-use crate::contract::ExportsPre;
+use crate::contract::{ExportsPre, PACKAGE, VERSION};
 use kvs_txlog::TransactionLog;
 
-/// What a guest exports (`world store`).
-const WANTED: [&str; 3] = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
+/// Exports of every guest (`world store`).
+const WANTED: [&str; 2] = ["kvs:store/lifecycle", "kvs:store/handler"];
+/// Export of a guest that runs in several shards (`world sharded-store`).
+pub const SHARDING: &str = "kvs:store/sharding";
 
 /// Compiles guests.
 pub struct Engine {
@@ -79,7 +82,8 @@ impl Engine {
         if let Some(misfit) = world.misfit() {
             bail!(misfit);
         }
-        let exports = self.linker.instantiate_pre(&component).and_then(ExportsPre::new)?;
+        let instance = self.linker.instantiate_pre(&component)?;
+        let exports = ExportsPre::new(instance, world.is_sharded())?;
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
         let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
         Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config })
@@ -89,7 +93,7 @@ impl Engine {
     /// leaves nothing behind.
     pub fn keep(&self, guest: &Guest) {
         if !guest.is_kept {
-            self.compiler.keep(self.linker.engine(), &guest.digest, guest.exports.instance_pre().component());
+            self.compiler.keep(self.linker.engine(), &guest.digest, guest.exports.instance().component());
         }
     }
 
@@ -152,31 +156,55 @@ impl World {
         Self { imports, exports }
     }
 
-    /// Why it does not fit the contract: every import that is not offered, and every export that is missing.
+    /// Whether it can run in several shards.
+    pub fn is_sharded(&self) -> bool {
+        self.exports.iter().any(|name| is_current(name, SHARDING))
+    }
+
+    /// Why it does not fit the contract: the version of it that it was built for, every import that is not offered, and
+    /// every export that is missing.
     pub fn misfit(&self) -> Option<String> {
-        let refused: Vec<_> = self.imports.iter().filter(|name| !is_offered(name)).cloned().collect();
-        let missing = WANTED.into_iter().filter(|wanted| !self.exports.iter().any(|name| name == wanted));
-        let missing: Vec<_> = missing.map(|wanted| self.other_version(wanted)).collect();
+        let others: BTreeSet<_> =
+            self.imports.iter().chain(&self.exports).filter_map(|name| other_version(name)).collect();
+        let others: Vec<_> = others.into_iter().map(|version| format!("{PACKAGE}@{version}")).collect();
+        let refused: Vec<_> = self.imports.iter().filter(|name| !is_offered(name)).map(String::as_str).collect();
+        // What is there in another version is not missing.
+        let exports = |wanted: &str| {
+            self.exports
+                .iter()
+                .any(|name| is_current(name, wanted) || other_version(name).is_some() && interface(name) == wanted)
+        };
+        let missing: Vec<_> =
+            WANTED.iter().filter(|wanted| !exports(wanted)).map(|wanted| format!("{wanted}@{VERSION}")).collect();
+        let built = (!others.is_empty()).then(|| {
+            let others = others.join(" and ");
+            format!("it was built for {others}, and this host runs {PACKAGE}@{VERSION}: build it again with the WIT of this version")
+        });
         let refused =
             (!refused.is_empty()).then(|| format!("it imports {}, which this host does not offer", refused.join(", ")));
         let missing = (!missing.is_empty()).then(|| format!("it does not export {}", missing.join(", ")));
-        let reasons: Vec<_> = refused.into_iter().chain(missing).collect();
+        let reasons: Vec<_> = built.into_iter().chain(refused).chain(missing).collect();
         (!reasons.is_empty()).then(|| reasons.join("; "))
-    }
-
-    /// The name of a missing export, and what is there in its place.
-    fn other_version(&self, wanted: &str) -> String {
-        match self.exports.iter().find(|name| interface(name) == interface(wanted)) {
-            Some(other) => format!("{wanted} (but {other})"),
-            None => wanted.to_owned(),
-        }
     }
 }
 
-/// Whether an import is one of ours, in whatever version.
+/// Whether this host offers an import. One of another version of the contract is not named as well: see [`World::misfit`].
 fn is_offered(import: &str) -> bool {
     let interface = interface(import);
-    imports::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
+    // The linker checks the versions of WASI.
+    other_version(import).is_some() || imports::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
+}
+
+/// The version in the name of an interface of the contract, when it is not the one that this host runs.
+fn other_version(name: &str) -> Option<&str> {
+    let interface = name.strip_prefix(PACKAGE)?.strip_prefix('/')?;
+    let (_, version) = interface.split_once('@')?;
+    (version != VERSION).then_some(version)
+}
+
+/// Whether this is the name of an interface of the contract in the version that this host runs.
+fn is_current(name: &str, interface: &str) -> bool {
+    name.strip_prefix(interface).and_then(|rest| rest.strip_prefix('@')) == Some(VERSION)
 }
 
 /// A name without its version.
@@ -200,6 +228,11 @@ pub struct Guest {
 impl Guest {
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// Whether it can run in several shards.
+    pub fn is_sharded(&self) -> bool {
+        self.exports.is_sharded()
     }
 
     pub fn digest(&self) -> &Digest {

@@ -7,19 +7,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvs_txlog::TransactionLog;
+use kvs_txlog::subscribers::{Keys, Selection};
 use wasmtime::component::{HasSelf, Linker};
 
 use super::clock::Clock;
+use super::key;
 use super::limits::Limits;
 use super::memory::Memory;
-use super::message::Client;
+use super::message::{Client, Watch};
 use super::owner::Part;
 use super::sandbox::Sandbox;
-use crate::contract::{AppendError, Event, Exports, changes, config, connection, http, transaction_log};
+use crate::contract::{AppendError, Event, Imports, Selector, config, connection, http, transaction_log, watch};
 
 /// The contract's own imports. `http` has types only, and a component that names those imports it too.
 pub const OFFERED: [&str; 5] =
-    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/changes", "kvs:store/http", "wasi:config/store"];
+    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/watch", "kvs:store/http", "wasi:config/store"];
 
 /// What an instance holds on the host's side.
 pub struct State {
@@ -53,8 +55,8 @@ pub(super) struct Call {
 
 /// What it asked for in place of its response as it is.
 pub(super) enum Asked {
-    Follow { prefix: String, after: u64 },
-    Hold { key: String, time: Duration },
+    Watch(Watch),
+    Wait { key: String, timeout: Duration },
 }
 
 impl State {
@@ -81,7 +83,7 @@ impl State {
 }
 
 pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
-    Exports::add_to_linker::<_, HasSelf<State>>(linker, |state| state)
+    Imports::add_to_linker::<_, HasSelf<State>>(linker, |state| state)
 }
 
 impl transaction_log::Host for State {
@@ -94,11 +96,15 @@ impl transaction_log::Host for State {
         if self.call.appends > self.limits.appends {
             return Err(AppendError::Unavailable);
         }
+        // What is there by other ways can be deleted.
+        if events.iter().any(|event| matches!(event, Event::Put(put) if !key::is_valid(&put.key))) {
+            return Err(AppendError::InvalidKey);
+        }
         // Before anything changed. What only deletes goes on, for that is how a guest gets out of it.
         let taken_in = events.iter().filter_map(taken_in).sum();
         if taken_in > 0 && !self.memory.takes(taken_in) {
             self.call.refused = true;
-            return Err(AppendError::Full);
+            return Err(AppendError::InsufficientStorage);
         }
         let events: Vec<kvs_txlog::Event> = events.into_iter().map(Into::into).collect();
         let first = self.log.append(self.time, &events)?;
@@ -124,14 +130,18 @@ fn taken_in(event: &Event) -> Option<u64> {
     }
 }
 
-impl changes::Host for State {
-    fn follow(&mut self, prefix: String, after: Option<u64>) {
-        let after = after.unwrap_or_else(|| self.log.appended());
-        self.call.asked = Some(Asked::Follow { prefix, after });
+impl watch::Host for State {
+    fn subscribe(&mut self, selectors: Vec<Selector>, after: Option<String>, puts_only: bool) {
+        let keys = selectors.into_iter().map(|selector| match selector {
+            Selector::Key(key) => Keys::One(key.into()),
+            Selector::Prefix(prefix) => Keys::Begin(prefix.into()),
+        });
+        let selection = Selection { keys: keys.collect(), puts_only };
+        self.call.asked = Some(Asked::Watch(Watch { selection, after, end: self.log.appended() }));
     }
 
-    fn hold(&mut self, key: String, milliseconds: u64) {
-        self.call.asked = Some(Asked::Hold { key, time: Duration::from_millis(milliseconds) });
+    fn wait_for_change(&mut self, key: String, timeout_ms: u64) {
+        self.call.asked = Some(Asked::Wait { key, timeout: Duration::from_millis(timeout_ms) });
     }
 }
 

@@ -26,9 +26,15 @@ pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, o
     writeln!(out, "exports  {}", list(&world.exports))?;
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
         let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1).part(0))?;
-        let Description { name, version, headers } = instance.description();
+        let Description { name, version, headers, capabilities } = instance.description();
         writeln!(out, "name     {name} {version}")?;
         writeln!(out, "headers  {}", list(headers))?;
+        writeln!(out, "can      {}", list(capabilities))?;
+        writeln!(
+            out,
+            "shards   {}",
+            if guest.is_sharded() { "any number" } else { "one: it does not export sharding" }
+        )?;
         writeln!(out, "memory   {} KiB before the first entry", instance.memory_bytes() >> 10)?;
         Ok(())
     });

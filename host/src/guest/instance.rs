@@ -1,9 +1,10 @@
 //! One running instance of a guest, and the calls into it.
 //!
-//! Owns: the limits of a call, what a trap tells, what a response rests on. Must never know: what the records mean, who else
+//! Owns: the limits of a call, what a trap tells, what a response depends on. Must never know: what the records mean, who else
 //! calls the guest, how it comes by its entries.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use hyper::header::HeaderName;
@@ -14,11 +15,13 @@ use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::Limits;
-use super::message::{Answer, Follow, Given, Hold, Incoming, Sequel};
-use crate::contract::{self, Description, Exports, ExportsPre, Placement, Statistics};
+use super::message::{Answer, Given, Incoming, Sequel, Wait};
+use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
+/// Capabilities a guest may declare.
+const CAPABILITIES: usize = 64;
 /// What a guest hands over in one call beside a body: headers, keys, and what comes with them.
 const TRANSFER_BYTES: usize = 1 << 20;
 
@@ -49,8 +52,7 @@ impl Instance {
         begin(&mut store, limits);
         let mut told = |error| anyhow!(trapped(&error, limits));
         let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
-        let description =
-            exports.kvs_store_lifecycle().call_describe(&mut store).map_err(told).context("describe failed")?;
+        let description = exports.lifecycle.call_describe(&mut store).map_err(told).context("describe failed")?;
         let wanted_headers = check(&description)?;
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
@@ -75,20 +77,21 @@ impl Instance {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
         self.store.data().clock.not_before(last.time);
         let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
-        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_apply(store, &records))
+        self.store.data_mut().sandbox().begin_apply();
+        self.call(Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
             .with_context(|| format!("apply of entries {} to {} failed", first.sequence, last.sequence))
     }
 
-    /// Housekeeping. Returns whether the guest wants to go on with it soon.
-    pub fn tick(&mut self) -> Result<bool, Trapped> {
+    /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
+    pub fn tick(&mut self) -> Result<Option<Duration>, Trapped> {
         let now = self.store.data_mut().now();
-        let more = self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
-            exports.kvs_store_lifecycle().call_tick(store, now)
+        let wish = self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
+            exports.lifecycle.call_tick(store, now)
         })?;
         if self.store.data().memory.is_full() {
             self.count()?;
         }
-        Ok(more)
+        Ok(wish.map(|wish| Duration::from_millis(wish.saturating_sub(now))))
     }
 
     /// Sees how much of what the guest stored when it was full is gone.
@@ -99,34 +102,35 @@ impl Instance {
     }
 
     pub fn stats(&mut self) -> Result<Statistics, Trapped> {
-        self.call(Call::default(), |exports, store| exports.kvs_store_lifecycle().call_stats(store))
+        self.call(Call::default(), |exports, store| exports.lifecycle.call_stats(store))
     }
 
-    /// Where a request belongs.
-    pub fn place(&mut self, incoming: &Incoming) -> Result<Placement, Trapped> {
-        let (method, target) = (incoming.request.method().as_str(), incoming.target());
-        self.call(Call::default(), |exports, store| exports.kvs_store_sharding().call_place(store, method, target))
+    /// Routes a request.
+    pub fn route(&mut self, incoming: &Incoming) -> Result<Target, Trapped> {
+        let method = incoming.request.method().as_str();
+        let target = incoming.target();
+        self.call(Call::default(), |exports, store| sharding(exports)?.call_route(store, method, target))
     }
 
-    /// The keys in its body.
-    pub fn keys(&mut self, incoming: &Incoming) -> Result<Vec<String>, Trapped> {
+    /// Returns the keys in the body of a request.
+    pub fn extract_keys(&mut self, incoming: &Incoming) -> Result<Vec<String>, Trapped> {
         let body = incoming.request.body();
-        self.call(Call::default(), |exports, store| exports.kvs_store_sharding().call_keys(store, body))
+        self.call(Call::default(), |exports, store| sharding(exports)?.call_extract_keys(store, body))
     }
 
-    /// One answer of those that all instances gave.
-    pub fn merge(&mut self, incoming: &Incoming, answers: &[Answer]) -> Result<Answer, Trapped> {
+    /// Makes one answer of those that all instances gave.
+    pub fn merge_responses(&mut self, incoming: &Incoming, answers: &[Answer]) -> Result<Answer, Trapped> {
         let time = self.store.data_mut().now();
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let heads: Vec<_> = answers.iter().map(|answer| answer.response.headers()).collect();
         let responses: Vec<_> = answers.iter().zip(&heads).map(|(answer, head)| answer.record(head)).collect();
         let merged = self.call(Call::default(), |exports, store| {
-            exports.kvs_store_sharding().call_merge(store, record, &responses)
+            sharding(exports)?.call_merge_responses(store, record, &responses)
         })?;
         Ok(Answer {
             response: self.given(merged),
-            rests_on: answers.iter().map(|answer| answer.rests_on).max().unwrap_or(0),
+            read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
         })
@@ -137,12 +141,12 @@ impl Instance {
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
-        let response = self.call(call, |exports, store| exports.kvs_store_handler().call_handle(store, record))?;
+        let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
 
         let sequel = match self.store.data_mut().call.asked.take() {
-            Some(Asked::Follow { prefix, after }) => Some(Sequel::Follow(Follow { prefix, after })),
-            Some(Asked::Hold { key, time }) => {
-                Some(Sequel::Hold(Box::new(Hold { key, time, incoming: incoming.without_body() })))
+            Some(Asked::Watch(watch)) => Some(Sequel::Watch(watch)),
+            Some(Asked::Wait { key, timeout }) => {
+                Some(Sequel::Wait(Box::new(Wait { key, timeout, incoming: incoming.without_body() })))
             }
             None => None,
         };
@@ -150,14 +154,14 @@ impl Instance {
         let (appended, refused) = (state.call.appended, state.call.refused);
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
         let everything = state.log.appended();
-        let rests_on = response.depends_on.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
+        let read_sequence = response.read_sequence.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
         if refused && !state.memory.is_full() {
             let (held, limit) = (state.memory.held(), self.limits.memory_bytes);
             let guest = &self.description.name;
             warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
             self.count()?;
         }
-        Ok(Answer { response: self.given(response), rests_on, appended: appended.is_some(), sequel })
+        Ok(Answer { response: self.given(response), read_sequence, appended: appended.is_some(), sequel })
     }
 
     fn given(&self, record: contract::Response) -> Given {
@@ -176,6 +180,11 @@ impl Instance {
         self.store.data_mut().sandbox().end_call();
         result.map_err(|error| trapped(&error, self.limits))
     }
+}
+
+/// Exports that are called only with several shards, which a guest without them never serves.
+fn sharding(exports: &Exports) -> wasmtime::Result<&contract::Sharding> {
+    exports.sharding.as_ref().ok_or_else(|| wasmtime::format_err!("the guest does not export sharding"))
 }
 
 /// The time of a call begins.
@@ -206,7 +215,14 @@ fn check(description: &Description) -> Result<Box<[HeaderName]>> {
     let count = description.headers.len();
     ensure!(count <= WANTED_HEADERS, "it asks for {count} request headers, at most {WANTED_HEADERS} are allowed");
     let parse = |name: &String| HeaderName::from_bytes(name.as_bytes()).context("it asks for an invalid header");
-    description.headers.iter().map(parse).collect()
+    let headers = description.headers.iter().map(parse).collect::<Result<_>>()?;
+    let count = description.capabilities.len();
+    ensure!(count <= CAPABILITIES, "it declares {count} capabilities, at most {CAPABILITIES} are allowed");
+    ensure!(
+        description.capabilities.iter().all(|capability| is_word(capability)),
+        "a capability is not a word of at most 64 printable ASCII characters"
+    );
+    Ok(headers)
 }
 
 /// What happened and in which functions, in one line.

@@ -11,8 +11,9 @@ use anyhow::{Result, ensure};
 use bytes::Bytes;
 use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
+use kvs_txlog::subscribers::Selection;
 
-use crate::contract::{self, HeaderRef, ResponseRef};
+use crate::contract::{self, Grant, HeaderRef, ResponseRef, Scope};
 
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
 const RESPONSE_HEADERS: usize = 256;
@@ -49,6 +50,8 @@ pub struct Incoming {
     pub id: HeaderValue,
     /// Who asks, when that is known.
     pub principal: Option<Arc<str>>,
+    /// What the client may do.
+    pub scope: Scope,
 }
 
 impl Incoming {
@@ -74,7 +77,8 @@ impl Incoming {
             headers,
             body: self.request.body(),
             principal: self.principal.as_deref(),
-            time,
+            grant: Grant { scope: self.scope, key_prefix: None },
+            time_ms: time,
         }
     }
 
@@ -82,15 +86,21 @@ impl Incoming {
         let mut request = Request::new(Bytes::new());
         (*request.method_mut(), *request.uri_mut()) = (self.request.method().clone(), self.request.uri().clone());
         (*request.version_mut(), *request.headers_mut()) = (self.request.version(), self.request.headers().clone());
-        Self { request, client: Arc::clone(&self.client), id: self.id.clone(), principal: self.principal.clone() }
+        Self {
+            request,
+            client: Arc::clone(&self.client),
+            id: self.id.clone(),
+            principal: self.principal.clone(),
+            scope: self.scope,
+        }
     }
 }
 
 /// What a call gave.
 pub struct Answer {
     pub response: Given,
-    /// The response may leave when the log is durable up to this.
-    pub rests_on: u64,
+    /// The newest sequence that the response depends on: it may leave when the log is durable up to this.
+    pub read_sequence: u64,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
     /// What the guest asked for in place of the response as it is.
@@ -133,27 +143,30 @@ impl Given {
 impl Answer {
     pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
         let contract::Response { status, body, .. } = &self.response.record;
-        ResponseRef { status: *status, headers, body, depends_on: Some(self.rests_on) }
+        ResponseRef { status: *status, headers, body, read_sequence: Some(self.read_sequence) }
     }
 }
 
 pub enum Sequel {
     /// The head, and then changes.
-    Follow(Follow),
+    Watch(Watch),
     /// Another response, later. Boxed, since hardly any request waits.
-    Hold(Box<Hold>),
+    Wait(Box<Wait>),
 }
 
-/// Changes that a response goes on with: of keys that begin so, and newer than this.
-pub struct Follow {
-    pub prefix: String,
-    pub after: u64,
+/// Changes that a response continues with.
+pub struct Watch {
+    pub selection: Selection,
+    /// Position after which they begin, as the client sent it; without one, they begin after `end`.
+    pub after: Option<String>,
+    /// End of the log at the call.
+    pub end: u64,
 }
 
-/// A request that waits until something happens to a key, or the time is over.
-pub struct Hold {
+/// A request that waits for a change of a key, or for the end of its timeout.
+pub struct Wait {
     pub key: String,
-    pub time: Duration,
+    pub timeout: Duration,
     /// To be handled again.
     pub incoming: Incoming,
 }

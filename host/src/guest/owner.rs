@@ -25,6 +25,11 @@ impl Owners {
         Self { count, hasher: RandomState::new() }
     }
 
+    /// The number of instances.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
     /// The number of the instance that owns a key.
     pub fn of(&self, key: &str) -> usize {
         // Spread over the instances as evenly as the hashes, without a division.

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tracing::info;
 
-use super::engine::Guest;
+use super::engine::{Guest, SHARDING};
 use super::instance::Instance;
 use super::owner::{Owners, Part};
+use crate::contract::VERSION;
 use kvs_runtime::Clock;
 use kvs_txlog::TransactionLog;
 
@@ -107,6 +108,11 @@ impl Replica {
 
 /// New instances of the guest, one for each part, which have nothing of the log yet.
 pub fn new_of_all(guest: &Guest, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Result<Vec<Replica>> {
+    let shards = owners.count();
+    ensure!(
+        shards == 1 || guest.is_sharded(),
+        "it does not export {SHARDING}@{VERSION}, so it runs in one shard, and this server has {shards} (--shards)"
+    );
     owners.parts().map(|part| Replica::new(guest, log, part)).collect()
 }
 

@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use kvs_runtime::{Env, Random};
+use kvs_runtime::Env;
 use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
@@ -78,6 +78,23 @@ pub struct Sandbox {
     told: bool,
     started: Instant,
     env: Env,
+    /// In `apply`: clocks stand, and randomness is the fixed stream.
+    in_apply: bool,
+    fixed: Fixed,
+}
+
+/// The fixed stream of `apply`: SplitMix64 from 0. It continues from one call to the next, as the boundaries of batches mean
+/// nothing.
+#[derive(Default)]
+struct Fixed(u64);
+
+impl Fixed {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
 }
 
 /// No operation here fails in a way that has more to say, so no guest ever holds one.
@@ -98,7 +115,19 @@ impl Sandbox {
         handles.set_max_capacity(HANDLES);
         let (guest, line, now) = (String::new(), Vec::new(), env.clock.now());
         let env = env.clone();
-        Self { guest, handles, limits, line, span: now, output_left: limits.log_bytes, told: false, started: now, env }
+        Self {
+            guest,
+            handles,
+            limits,
+            line,
+            span: now,
+            output_left: limits.log_bytes,
+            told: false,
+            started: now,
+            env,
+            in_apply: false,
+            fixed: Fixed::default(),
+        }
     }
 
     /// The name that the guest's lines carry.
@@ -106,8 +135,18 @@ impl Sandbox {
         self.guest = guest.to_owned();
     }
 
+    /// A call of `apply` begins.
+    pub fn begin_apply(&mut self) {
+        self.in_apply = true;
+    }
+
     /// The call is over: an unfinished line is one now.
     pub fn end_call(&mut self) {
+        self.in_apply = false;
+        self.flush();
+    }
+
+    fn flush(&mut self) {
         if !self.line.is_empty() {
             self.end_line();
         }
@@ -133,7 +172,7 @@ impl Sandbox {
         }
         if !dropped.is_empty() && !self.told {
             self.told = true;
-            self.end_call();
+            self.flush();
             warn!(guest = self.guest, "output beyond {} bytes in {SPAN:?} is dropped", self.limits.log_bytes);
         }
     }
@@ -339,6 +378,9 @@ impl io::streams::HostOutputStream for Sandbox {
 
 impl clocks::monotonic_clock::Host for Sandbox {
     fn now(&mut self) -> Result<u64> {
+        if self.in_apply {
+            return Ok(0);
+        }
         Ok(u64::try_from(self.env.clock.elapsed(self.started).as_nanos())?)
     }
     fn resolution(&mut self) -> Result<u64> {
@@ -355,7 +397,10 @@ impl clocks::monotonic_clock::Host for Sandbox {
 
 impl clocks::wall_clock::Host for Sandbox {
     fn now(&mut self) -> Result<clocks::wall_clock::Datetime> {
-        let now = self.env.clock.wall().duration_since(UNIX_EPOCH)?;
+        let now = match self.in_apply {
+            true => Duration::ZERO,
+            false => self.env.clock.wall().duration_since(UNIX_EPOCH)?,
+        };
         Ok(clocks::wall_clock::Datetime { seconds: now.as_secs(), nanoseconds: now.subsec_nanos() })
     }
     fn resolution(&mut self) -> Result<clocks::wall_clock::Datetime> {
@@ -363,37 +408,48 @@ impl clocks::wall_clock::Host for Sandbox {
     }
 }
 
-fn random_bytes(random: &Random, len: u64) -> Result<Vec<u8>> {
-    ensure!(len <= RANDOM_BYTES, "{len} random bytes asked for at once, at most {RANDOM_BYTES} are given");
-    let mut bytes = vec![0; len as usize];
-    random.fill(&mut bytes).map_err(wasmtime::Error::from_anyhow)?;
-    Ok(bytes)
-}
+impl Sandbox {
+    fn random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
+        ensure!(len <= RANDOM_BYTES, "{len} random bytes asked for at once, at most {RANDOM_BYTES} are given");
+        let mut bytes = vec![0; len as usize];
+        if self.in_apply {
+            for chunk in bytes.chunks_mut(8) {
+                chunk.copy_from_slice(&self.fixed.next().to_le_bytes()[..chunk.len()]);
+            }
+        } else {
+            self.env.random.fill(&mut bytes).map_err(wasmtime::Error::from_anyhow)?;
+        }
+        Ok(bytes)
+    }
 
-fn random_u64(random: &Random) -> Result<u64> {
-    random.u64().map_err(wasmtime::Error::from_anyhow)
+    fn random_u64(&mut self) -> Result<u64> {
+        if self.in_apply {
+            return Ok(self.fixed.next());
+        }
+        self.env.random.u64().map_err(wasmtime::Error::from_anyhow)
+    }
 }
 
 impl random::random::Host for Sandbox {
     fn get_random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
-        random_bytes(&self.env.random, len)
+        self.random_bytes(len)
     }
     fn get_random_u64(&mut self) -> Result<u64> {
-        random_u64(&self.env.random)
+        self.random_u64()
     }
 }
 
 impl random::insecure::Host for Sandbox {
     fn get_insecure_random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
-        random_bytes(&self.env.random, len)
+        self.random_bytes(len)
     }
     fn get_insecure_random_u64(&mut self) -> Result<u64> {
-        random_u64(&self.env.random)
+        self.random_u64()
     }
 }
 
 impl random::insecure_seed::Host for Sandbox {
     fn insecure_seed(&mut self) -> Result<(u64, u64)> {
-        Ok((random_u64(&self.env.random)?, random_u64(&self.env.random)?))
+        Ok((self.random_u64()?, self.random_u64()?))
     }
 }

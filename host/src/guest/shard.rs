@@ -13,13 +13,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::timeout_at;
 use tracing::{error, info};
 
 use super::alarm::Alarm;
 use super::engine::Guest;
+use super::housekeeping::Housekeeping;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics, next_count};
@@ -53,7 +54,7 @@ pub enum CallError {
 /// What came of a call.
 pub enum Called {
     Answered(Answer),
-    /// It was not made: another guest serves than the one that placed the request here.
+    /// It was not made: another guest serves than the one that routed the request here.
     Moved(Incoming),
 }
 
@@ -67,7 +68,7 @@ pub struct Shard {
 /// What all shards share.
 pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
-    pub more_to_tick: Notify,
+    pub housekeeping: Housekeeping,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
     pub env: Env,
@@ -82,6 +83,8 @@ struct State {
     queue: VecDeque<Waiting>,
     tickets: u64,
     tick_due: bool,
+    /// The last tick trapped.
+    tick_trapped: bool,
     /// When the guest may be asked again what it holds.
     count_from: Instant,
     /// Wants the turn for itself, before all others.
@@ -102,7 +105,7 @@ pub struct Serving {
 struct Waiting {
     ticket: u64,
     incoming: Incoming,
-    placed_by: Option<u64>,
+    routed_by: Option<u64>,
     reply: oneshot::Sender<Result<Called, CallError>>,
 }
 
@@ -130,6 +133,7 @@ impl Shard {
             queue: VecDeque::new(),
             tickets: 0,
             tick_due: false,
+            tick_trapped: false,
             count_from,
             visitor: None,
             follower: None,
@@ -154,11 +158,11 @@ impl Shard {
         &self.held
     }
 
-    /// Calls the guest with one request, when its turn has come; if it was placed here, only the guest that did that.
+    /// Calls the guest with one request, when its turn has come; if it was routed here, only the guest that did that.
     pub async fn call(
         self: &Arc<Self>,
         incoming: Incoming,
-        placed_by: Option<u64>,
+        routed_by: Option<u64>,
         deadline: tokio::time::Instant,
     ) -> Result<Called, CallError> {
         let (ticket, mut answer) = {
@@ -166,14 +170,14 @@ impl Shard {
             if let Some(instance) = state.free.take() {
                 drop(state);
                 let mut turn = Turn::new(self, instance);
-                let called = turn.call(incoming, placed_by);
+                let called = turn.call(incoming, routed_by);
                 turn.serve_others();
                 return called;
             }
             let ticket = state.tickets;
             state.tickets += 1;
             let (reply, answer) = oneshot::channel();
-            state.queue.push_back(Waiting { ticket, incoming, placed_by, reply });
+            state.queue.push_back(Waiting { ticket, incoming, routed_by, reply });
             (ticket, answer)
         };
         // Whoever stops waiting, because the client left, takes the request out of the queue.
@@ -345,12 +349,22 @@ impl Turn {
     fn rebuilt(self, Replayed { entries, keys, took }: Replayed) {
         info!(shard = self.shard.part.told(), entries, keys, ?took, "the guest is rebuilt");
         self.shard.shared.metrics.rebuilds.add(1);
+        let tick_trapped = {
+            let mut state = self.shard.state();
+            // One that was due comes later as well, so that a guest that traps in all of them serves in between.
+            state.tick_due = false;
+            state.tick_trapped
+        };
+        if !tick_trapped {
+            // What the lost instance wished for is unknown to this one.
+            self.shard.shared.housekeeping.wish(Duration::ZERO);
+        }
         self.serve_others();
     }
 
-    fn call(&mut self, incoming: Incoming, placed_by: Option<u64>) -> Result<Called, CallError> {
+    fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
         let serves = self.instance.as_ref().map(|instance| instance.guest());
-        if placed_by.is_some() && placed_by != serves {
+        if routed_by.is_some() && routed_by != serves {
             return Ok(Called::Moved(incoming));
         }
         self.handle(&incoming).map(Called::Answered)
@@ -379,16 +393,18 @@ impl Turn {
 
     fn tick(&mut self) {
         let Some(mut instance) = self.instance.take() else { return };
-        match instance.tick().and_then(|more| self.count(&mut instance).map(|()| more)) {
-            Ok(more) => {
+        match instance.tick().and_then(|wish| self.count(&mut instance).map(|()| wish)) {
+            Ok(wish) => {
                 self.instance = Some(instance);
-                if more {
-                    self.shard.shared.more_to_tick.notify_one();
+                self.shard.state().tick_trapped = false;
+                if let Some(after) = wish {
+                    self.shard.shared.housekeeping.wish(after);
                 }
             }
             Err(trapped) => {
                 error!(guest = instance.description().name, "the guest trapped in tick: {trapped}");
                 self.failure = Some(format!("in tick: {trapped}"));
+                self.shard.state().tick_trapped = true;
             }
         }
     }
@@ -428,10 +444,10 @@ impl Turn {
     /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.
     pub fn serve_others(mut self) {
         for _ in 0..OTHERS {
-            let Some(Waiting { incoming, placed_by, reply, .. }) = self.next() else { return };
+            let Some(Waiting { incoming, routed_by, reply, .. }) = self.next() else { return };
             // A client that left is not called for.
             if !reply.is_closed() {
-                let _ = reply.send(self.call(incoming, placed_by));
+                let _ = reply.send(self.call(incoming, routed_by));
             }
         }
         let tasks = self.shard.shared.env.tasks.clone();

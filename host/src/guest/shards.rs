@@ -1,34 +1,36 @@
 //! The store: one shard, or several that share out the keys, and the guest that serves in all of them.
 //!
-//! With one shard every request is its. With several the guest is asked where a request belongs: to the shard that owns its
-//! key, to all, whose answers it makes one of, or to any. Another guest takes the place of the one that serves in all
-//! shards at once, so that none is asked what another has placed.
+//! With one shard every request is its. With several the guest routes each: to the shard that owns its key, to all, whose
+//! answers it makes one of, or to any. Another guest takes the place of the one that serves in all shards at once, so that
+//! none is asked what another has routed.
 //!
 //! Owns: which shard is asked, and which guest serves. Must never know: what is asked, whose turn it is in a shard, why
 //! another guest is wanted.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use futures_util::future::join_all;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task;
 use tracing::error;
 
 use super::alarm::Alarm;
 use super::engine::Guest;
+use super::housekeeping::Housekeeping;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics};
 use super::owner::{Owners, Part};
-use super::placers::Placers;
 use super::replica::{self, Replayed, Replica};
+use super::routers::Routers;
 use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
-use crate::contract::Placement;
+use crate::contract::Target;
 use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
@@ -38,7 +40,7 @@ pub struct Shards {
     shards: Box<[Arc<Shard>]>,
     owners: Owners,
     shared: Arc<Shared>,
-    placers: ArcSwap<Placers>,
+    routers: ArcSwap<Routers>,
     /// Whose turn it is to answer what any shard can.
     next: AtomicUsize,
 }
@@ -55,36 +57,37 @@ pub struct Switched {
 /// The guest that served before, to be put back.
 pub struct Before {
     serving: Serving,
-    placers: Arc<Placers>,
+    routers: Arc<Routers>,
     /// One for each shard; none where there was no instance.
     replicas: Vec<Option<Replica>>,
 }
 
-/// Where a request belongs.
-enum Place {
+/// Shards that a request is routed to.
+enum Route {
     One(usize),
     All,
-    /// Its keys lie in several shards.
-    Nowhere,
+    /// None: its keys lie in several shards.
+    CrossShard,
 }
 
 impl Shards {
     /// So many, built from the log. Blocks until they are ready to be called.
     pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize, env: Env) -> Result<(Arc<Self>, Replayed)> {
         let (started, owners) = (env.clock.now(), Owners::new(count));
-        let mut replicas = replica::new_of_all(&guest, &log, &owners)?;
+        let replicas = replica::new_of_all(&guest, &log, &owners);
+        let mut replicas = replicas.with_context(|| guest.source().cannot_be_run())?;
         replica::catch_up_all(&mut replicas, &|_, _| {})?;
         let replayed = replica::replayed_by_all(&mut replicas, started)?;
 
         let serving = Serving::new(guest, &replicas[0].instance);
-        let placers = ArcSwap::from_pointee(placers(&serving, &log, &owners));
-        let (more_to_tick, metrics, alarm) = (Notify::new(), Metrics::new(), Alarm::default());
-        let shared = Arc::new(Shared { log, more_to_tick, metrics, alarm, env });
+        let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
+        let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
+        let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, env });
         let shard = |(part, replica): (_, Replica)| {
             Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica.instance))
         };
         let shards = owners.parts().zip(replicas).map(shard).collect();
-        Ok((Arc::new(Self { shards, owners, shared, placers, next: AtomicUsize::new(0) }), replayed))
+        Ok((Arc::new(Self { shards, owners, shared, routers, next: AtomicUsize::new(0) }), replayed))
     }
 
     /// The guest that serves now.
@@ -110,7 +113,7 @@ impl Shards {
         loop {
             let called = match &*self.shards {
                 [only] => only.call(incoming, None, deadline).await,
-                _ => self.call_placed(incoming, deadline).await,
+                _ => self.call_routed(incoming, deadline).await,
             };
             match called? {
                 Called::Answered(answer) => return Ok(answer),
@@ -119,13 +122,13 @@ impl Shards {
         }
     }
 
-    async fn call_placed(&self, incoming: Incoming, deadline: tokio::time::Instant) -> Result<Called, CallError> {
-        let placers = &*self.placers.load_full();
-        let placed_by = Some(placers.guest());
-        match self.place(placers, &incoming)? {
-            Place::One(shard) => self.shards[shard].call(incoming, placed_by, deadline).await,
-            Place::All => {
-                let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), placed_by, deadline));
+    async fn call_routed(&self, incoming: Incoming, deadline: tokio::time::Instant) -> Result<Called, CallError> {
+        let routers = &*self.routers.load_full();
+        let routed_by = Some(routers.guest());
+        match self.route(routers, &incoming)? {
+            Route::One(shard) => self.shards[shard].call(incoming, routed_by, deadline).await,
+            Route::All => {
+                let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), routed_by, deadline));
                 let mut answers = Vec::with_capacity(self.shards.len());
                 for called in join_all(calls).await {
                     match called? {
@@ -136,28 +139,30 @@ impl Shards {
                         Called::Moved(moved) => return Ok(Called::Moved(moved)),
                     }
                 }
-                self.ask(placers, &incoming, "merge", |instance| instance.merge(&incoming, &answers))
-                    .map(Called::Answered)
+                self.ask(routers, &incoming, "merge-responses", |instance| {
+                    instance.merge_responses(&incoming, &answers)
+                })
+                .map(Called::Answered)
             }
-            Place::Nowhere => {
-                self.ask(placers, &incoming, "merge", |instance| instance.merge(&incoming, &[])).map(Called::Answered)
-            }
+            Route::CrossShard => self
+                .ask(routers, &incoming, "merge-responses", |instance| instance.merge_responses(&incoming, &[]))
+                .map(Called::Answered),
         }
     }
 
-    fn place(&self, placers: &Placers, incoming: &Incoming) -> Result<Place, CallError> {
-        let any = || Place::One(self.next.fetch_add(1, Ordering::Relaxed) % self.shards.len());
-        Ok(match self.ask(placers, incoming, "place", |instance| instance.place(incoming))? {
-            Placement::Key(key) => Place::One(self.owners.of(&key)),
-            Placement::Everywhere => Place::All,
-            Placement::Anywhere => any(),
-            Placement::InBody => {
-                let keys = self.ask(placers, incoming, "keys", |instance| instance.keys(incoming))?;
+    fn route(&self, routers: &Routers, incoming: &Incoming) -> Result<Route, CallError> {
+        let any = || Route::One(self.next.fetch_add(1, Ordering::Relaxed) % self.shards.len());
+        Ok(match self.ask(routers, incoming, "route", |instance| instance.route(incoming))? {
+            Target::Key(key) => Route::One(self.owners.of(&key)),
+            Target::AllShards => Route::All,
+            Target::AnyShard => any(),
+            Target::KeysInBody => {
+                let keys = self.ask(routers, incoming, "extract-keys", |instance| instance.extract_keys(incoming))?;
                 let mut owners = keys.iter().map(|key| self.owners.of(key));
                 match owners.next() {
                     None => any(),
-                    Some(first) if owners.all(|owner| owner == first) => Place::One(first),
-                    Some(_) => Place::Nowhere,
+                    Some(first) if owners.all(|owner| owner == first) => Route::One(first),
+                    Some(_) => Route::CrossShard,
                 }
             }
         })
@@ -165,12 +170,12 @@ impl Shards {
 
     fn ask<T>(
         &self,
-        placers: &Placers,
+        routers: &Routers,
         incoming: &Incoming,
         what: &str,
         question: impl FnOnce(&mut Instance) -> Result<T, Trapped>,
     ) -> Result<T, CallError> {
-        placers.ask(question).map_err(|error| {
+        routers.ask(question).map_err(|error| {
             let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
             error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
             self.shared.metrics.traps.add(1);
@@ -196,14 +201,18 @@ impl Shards {
         Ok(())
     }
 
-    /// Lets the guest do its housekeeping, in each shard as soon as its turn has come.
-    pub fn tick(&self) {
-        self.shards.iter().for_each(Shard::tick);
+    /// Lets the guest do its housekeeping, in each shard as soon as its turn has come, at once and whenever it is due.
+    pub async fn keep_house(&self) -> Result<Infallible> {
+        loop {
+            self.shared.housekeeping.begin();
+            self.shards.iter().for_each(Shard::tick);
+            self.shared.housekeeping.next().await;
+        }
     }
 
-    /// Waits until a tick left something undone.
-    pub async fn more_to_tick(&self) {
-        self.shared.more_to_tick.notified().await;
+    /// Has the guest do its housekeeping soon: this process has become the one that writes the log.
+    pub fn promoted(&self) {
+        self.shared.housekeeping.wish(Duration::ZERO);
     }
 
     /// Instances of another guest, which have nothing of the log yet.
@@ -232,7 +241,7 @@ impl Shards {
             }
         };
         let serving = Serving::new(guest, &replicas[0].instance);
-        let placers = self.placers.swap(Arc::new(placers(&serving, &self.shared.log, &self.owners)));
+        let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
         let before = self.serving();
         let replicas = turns.iter_mut().zip(replicas).zip(self.owners.parts()).map(|((turn, replica), part)| {
             let before = turn.replace(serving.clone(), Some(replica.instance));
@@ -240,13 +249,14 @@ impl Shards {
                 Replica::served(instance, Arc::clone(&self.shared.log), part, newest, self.env().clock.clone())
             })
         });
-        let before = Before { serving: before, placers, replicas: replicas.collect() };
+        let before = Before { serving: before, routers, replicas: replicas.collect() };
         let switched = Switched {
             pause: paused.map_or(Duration::ZERO, |paused| self.env().clock.elapsed(paused)),
             alarm: self.shared.alarm.set(),
             before,
         };
         turns.into_iter().for_each(Turn::serve_others);
+        self.shared.housekeeping.wish(Duration::ZERO);
         Ok(switched)
     }
 
@@ -267,7 +277,7 @@ impl Shards {
                 None => shard.visit().await?,
             });
         }
-        self.placers.store(before.placers);
+        self.routers.store(before.routers);
         for turn in &mut turns {
             turn.replace(before.serving.clone(), None);
         }
@@ -288,8 +298,8 @@ impl Shards {
     }
 }
 
-fn placers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Placers {
-    Placers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
+fn routers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Routers {
+    Routers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
 }
 
 /// An instance with its part of the whole log: the one that was kept, or a new one where that cannot be brought up to date.

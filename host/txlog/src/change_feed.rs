@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::task;
 
 use super::change::Change;
-use super::subscribers::{Keys, Queue, Subscribers, lock};
+use super::subscribers::{Queue, Selection, Subscribers, lock};
 use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
@@ -39,7 +39,7 @@ pub struct ChangeFeed {
 /// One who watches, until it is dropped.
 pub struct Subscription {
     changes: Arc<ChangeFeed>,
-    keys: Keys,
+    selection: Selection,
     number: u64,
     queue: Arc<Queue>,
     /// All later changes come by the queue; some earlier ones may come too.
@@ -116,11 +116,11 @@ impl ChangeFeed {
     }
 
     /// Begins to watch. None when the end has come.
-    pub fn watch(self: &Arc<Self>, keys: Keys) -> Option<Subscription> {
+    pub fn watch(self: &Arc<Self>, selection: Selection) -> Option<Subscription> {
         let mut subscribers = self.subscribers_mut();
-        let (number, queue) = subscribers.enter(&keys)?;
+        let (number, queue) = subscribers.enter(&selection)?;
         let from = self.log.appended();
-        Some(Subscription { changes: Arc::clone(self), keys, number, queue, from })
+        Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
     /// Parses the position that a watch resumes after, and checks that it is in the history of this log.
@@ -135,19 +135,20 @@ impl ChangeFeed {
         }
     }
 
-    /// Some of the changes to such keys after a sequence, and how far that goes: to what is durable when nothing is left.
+    /// Some of these changes after a sequence, and how far that goes: to what is durable when nothing is left.
     ///
     /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
     /// there any more is not passed over in silence, however well the newer ones make up for it.
-    pub async fn past(&self, prefix: &str, after: u64) -> Result<Past> {
-        let past = self.read(prefix, after).await?;
+    pub async fn past(&self, selection: &Arc<Selection>, after: u64) -> Result<Past> {
+        let selection = Arc::clone(selection);
+        let past = self.read(after, move |event| selection.selects(event)).await?;
         ensure!(!past.gap, Forgotten { after, newest: self.log.watermark().durable() });
         Ok(past)
     }
 
-    /// [`ChangeFeed::past`], of what is left of it.
-    pub async fn read(&self, prefix: &str, after: u64) -> Result<Past> {
-        let (log, prefix) = (Arc::clone(&self.log), prefix.to_owned());
+    /// [`ChangeFeed::past`], of what is left of it, whichever events `selects` picks.
+    pub async fn read(&self, after: u64, selects: impl Fn(&Event) -> bool + Send + 'static) -> Result<Past> {
+        let log = Arc::clone(&self.log);
         task::spawn_blocking(move || {
             // Nothing follows on a position in a lost future.
             let mut past = Past { changes: Vec::new(), until: after, gap: !log.history().contains(after) };
@@ -160,7 +161,7 @@ impl ChangeFeed {
                     past.until = entry.sequence;
                     seen += 1;
                     let change = Change::of(entry);
-                    if change.key().starts_with(&prefix) {
+                    if selects(&change.event) {
                         bytes += change.bytes();
                         past.changes.push(change);
                     }
@@ -190,7 +191,7 @@ impl ChangeFeed {
         }
         let subscribers = self.subscribers();
         for change in past.changes.into_iter().map(Arc::new) {
-            subscribers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
+            subscribers.concerned(&change.event).for_each(|queue| queue.push(&change, self.lag_bytes));
         }
     }
 
@@ -212,7 +213,7 @@ impl ChangeFeed {
             pending.drain(..count).collect()
         };
         for change in ready {
-            subscribers.concerned(change.key()).for_each(|queue| queue.push(&change, self.lag_bytes));
+            subscribers.concerned(&change.event).for_each(|queue| queue.push(&change, self.lag_bytes));
         }
     }
 
@@ -242,7 +243,7 @@ impl TransactionLog for ChangeFeed {
         }
         let mut pending = lock(&self.pending);
         let first = self.log.append(time, events)?;
-        let watched = (first..).zip(events).filter(|(_, event)| subscribers.concerned(event.key()).next().is_some());
+        let watched = (first..).zip(events).filter(|(_, event)| subscribers.concerned(event).next().is_some());
         pending.extend(watched.map(|(sequence, event)| Arc::new(Change::new(sequence, time, event.clone()))));
         if !pending.is_empty() {
             self.appended.notify_one();
@@ -289,7 +290,7 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.changes.subscribers_mut().leave(&self.keys, self.number);
+        self.changes.subscribers_mut().leave(&self.selection, self.number);
     }
 }
 
@@ -306,12 +307,13 @@ mod tests {
     use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
 
     use super::*;
-    use crate::{Entry, EventRef};
+    use crate::subscribers::Keys;
+    use crate::{Entry, EventRef, Put, PutRef};
 
     /// A log in memory, durable when a test says so.
     struct Memory {
-        /// The keys that were deleted; none where that was compacted away.
-        entries: Mutex<Vec<Option<String>>>,
+        /// None where an event was compacted away.
+        entries: Mutex<Vec<Option<Event>>>,
         watermark: Watermark,
     }
 
@@ -319,7 +321,7 @@ mod tests {
         fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
             let mut entries = lock(&self.entries);
             let first = entries.len() as u64 + 1;
-            entries.extend(events.iter().map(|event| Some(event.key().to_owned())));
+            entries.extend(events.iter().cloned().map(Some));
             Ok(first)
         }
 
@@ -335,9 +337,14 @@ mod tests {
             let (entries, durable) = (lock(&self.entries), self.watermark.durable());
             for sequence in after + 1..=durable {
                 let entry = entries.get(sequence as usize - 1).context("it is damaged")?;
-                if let Some(key) = entry {
-                    receive(&[Entry { sequence, time: 0, event: EventRef::Delete(key) }])?;
-                }
+                let event = match entry {
+                    Some(Event::Put(Put { key, value, expires, .. })) => {
+                        EventRef::Put(PutRef { key, value, metadata: &[], expires: *expires })
+                    }
+                    Some(Event::Delete(key)) => EventRef::Delete(key),
+                    None => continue,
+                };
+                receive(&[Entry { sequence, time: 0, event }])?;
             }
             Ok(durable.max(after))
         }
@@ -353,6 +360,10 @@ mod tests {
 
     fn changes(lag_bytes: usize) -> Arc<ChangeFeed> {
         ChangeFeed::new(memory(), lag_bytes, Env::real())
+    }
+
+    fn begin(prefix: &str) -> Selection {
+        Selection::of([Keys::begin(prefix)])
     }
 
     fn delete(changes: &ChangeFeed, key: &str) -> u64 {
@@ -374,8 +385,7 @@ mod tests {
     fn a_watcher_is_told_what_is_durable_of_its_keys_and_nothing_else() {
         let changes = changes(1_000);
         delete(&changes, "a0");
-        let (mut all, mut some) =
-            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("a")).expect("open"));
+        let (mut all, mut some) = (changes.watch(begin("")).expect("open"), changes.watch(begin("a")).expect("open"));
         assert_eq!((all.from, some.from), (1, 1));
         for key in ["a1", "b2", "ä", ""] {
             delete(&changes, key);
@@ -386,7 +396,7 @@ mod tests {
         assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
         assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
         assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
-        assert_eq!(changes.watch(Keys::begin("b")).expect("open").from, 5);
+        assert_eq!(changes.watch(begin("b")).expect("open").from, 5);
         durable(&changes, 5);
         assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
         assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
@@ -396,7 +406,7 @@ mod tests {
     #[test]
     fn who_watches_one_key_is_told_of_no_other() {
         let changes = changes(1_000);
-        let mut watcher = changes.watch(Keys::One("a".into())).expect("open");
+        let mut watcher = changes.watch(Selection::of([Keys::One("a".into())])).expect("open");
         for key in ["", "ab", "a", "b"] {
             durable(&changes, delete(&changes, key));
         }
@@ -412,8 +422,10 @@ mod tests {
         let kept = || lock(&changes.pending).len();
         delete(&changes, "a");
         assert_eq!(kept(), 0);
-        let (first, second) =
-            (changes.watch(Keys::begin("a")).expect("open"), changes.watch(Keys::One("a".into())).expect("open"));
+        let (first, second) = (
+            changes.watch(begin("a")).expect("open"),
+            changes.watch(Selection::of([Keys::One("a".into())])).expect("open"),
+        );
         delete(&changes, "b");
         assert_eq!(kept(), 0);
         delete(&changes, "a");
@@ -432,8 +444,7 @@ mod tests {
     #[test]
     fn a_watcher_that_falls_behind_is_given_up_and_the_others_are_not() {
         let changes = changes(10);
-        let (mut slow, mut fast) =
-            (changes.watch(Keys::begin("")).expect("open"), changes.watch(Keys::begin("")).expect("open"));
+        let (mut slow, mut fast) = (changes.watch(begin("")).expect("open"), changes.watch(begin("")).expect("open"));
         // One change is let through however large it is.
         for (key, length) in [("a", 30), ("b", 6), ("c", 6)] {
             let sequence = delete(&changes, &key.repeat(length));
@@ -452,23 +463,101 @@ mod tests {
     #[test]
     fn who_leaves_takes_nothing_from_the_others() {
         let changes = changes(1_000);
-        let mut stays = changes.watch(Keys::begin("a")).expect("open");
+        let mut stays = changes.watch(begin("a")).expect("open");
         // As long as the other's, alike, and neither.
         for prefix in ["b", "a", "ab"] {
-            drop(changes.watch(Keys::begin(prefix)));
+            drop(changes.watch(begin(prefix)));
             let newest = delete(&changes, "abc");
             durable(&changes, newest);
             assert_eq!(told(&mut stays), Poll::Ready(Some((newest, "abc".to_owned()))));
         }
     }
 
+    fn put(changes: &ChangeFeed, key: &str) -> u64 {
+        let put = Put { key: key.to_owned(), value: Vec::new(), metadata: Vec::new(), expires: None };
+        changes.append(0, &[Event::Put(put)]).expect("memory takes everything")
+    }
+
+    fn keys(past: &Past) -> Vec<(u64, &str)> {
+        past.changes.iter().map(|change| (change.sequence, change.key())).collect()
+    }
+
+    #[tokio::test]
+    async fn several_selectors_bring_a_change_once() {
+        let changes = changes(1_000);
+        let selectors = [Keys::begin("a"), Keys::begin("ab"), Keys::One("abc".into()), Keys::begin("a")];
+        let selection = Selection::of(selectors.into_iter().chain([Keys::One("x".into())]));
+        let mut watcher = changes.watch(selection.clone()).expect("open");
+        for key in ["abc", "b", "a", "x", "xy", "ab"] {
+            durable(&changes, put(&changes, key));
+        }
+        for expected in [(1, "abc"), (3, "a"), (4, "x"), (6, "ab")] {
+            assert_eq!(told(&mut watcher), Poll::Ready(Some((expected.0, expected.1.to_owned()))));
+        }
+        assert!(told(&mut watcher).is_pending());
+        let past = changes.past(&Arc::new(selection), 0).await.expect("memory tells");
+        assert_eq!(keys(&past), [(1, "abc"), (3, "a"), (4, "x"), (6, "ab")]);
+        // Who leaves leaves nothing behind.
+        drop(watcher);
+        assert!(changes.subscribers().is_empty());
+        let mut other = changes.watch(begin("b")).expect("open");
+        durable(&changes, put(&changes, "b"));
+        assert_eq!(told(&mut other), Poll::Ready(Some((7, "b".to_owned()))));
+    }
+
+    #[tokio::test]
+    async fn puts_only_brings_no_deletes() {
+        let changes = changes(1_000);
+        let selection = Selection { puts_only: true, ..begin("a") };
+        let mut watcher = changes.watch(selection.clone()).expect("open");
+        durable(&changes, put(&changes, "a"));
+        durable(&changes, delete(&changes, "a"));
+        assert!(lock(&changes.pending).is_empty());
+        durable(&changes, put(&changes, "ab"));
+        assert_eq!(told(&mut watcher), Poll::Ready(Some((1, "a".to_owned()))));
+        assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "ab".to_owned()))));
+        assert!(told(&mut watcher).is_pending());
+        let past = changes.past(&Arc::new(selection), 0).await.expect("memory tells");
+        assert_eq!((keys(&past), past.until), (vec![(1, "a"), (3, "ab")], 3));
+    }
+
+    #[tokio::test]
+    async fn guest_keys_come_only_to_those_who_name_them() {
+        let changes = changes(1_000);
+        let mut all = changes.watch(begin("")).expect("open");
+        let mut own = changes.watch(begin("\u{1}")).expect("open");
+        let mut one = changes.watch(Selection::of([Keys::One("\u{1}a".into())])).expect("open");
+        durable(&changes, put(&changes, "\u{1}a"));
+        durable(&changes, put(&changes, "a"));
+        assert_eq!(told(&mut all), Poll::Ready(Some((2, "a".to_owned()))));
+        assert!(told(&mut all).is_pending());
+        for watcher in [&mut own, &mut one] {
+            assert_eq!(told(watcher), Poll::Ready(Some((1, "\u{1}a".to_owned()))));
+            assert!(told(watcher).is_pending());
+        }
+        for (prefix, expected) in [("", (2, "a")), ("\u{1}", (1, "\u{1}a"))] {
+            let past = changes.past(&Arc::new(begin(prefix)), 0).await.expect("memory tells");
+            assert_eq!(keys(&past), [expected], "{prefix:?}");
+        }
+    }
+
+    #[test]
+    fn watcher_of_no_keys_hears_only_the_end() {
+        let changes = changes(1_000);
+        let mut watcher = changes.watch(Selection::default()).expect("open");
+        durable(&changes, delete(&changes, "a"));
+        assert!(told(&mut watcher).is_pending());
+        changes.close().expect("memory closes");
+        assert_eq!(told(&mut watcher), Poll::Ready(None));
+    }
+
     #[test]
     fn the_end_is_told_to_those_who_watch_and_those_who_come() {
         let changes = changes(1_000);
-        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let mut watcher = changes.watch(begin("")).expect("open");
         changes.close().expect("memory closes");
         assert_eq!(told(&mut watcher), Poll::Ready(None));
-        assert!(changes.watch(Keys::begin("")).is_none());
+        assert!(changes.watch(begin("")).is_none());
     }
 
     /// Tasks of tokio, the first of which panics as it begins.
@@ -497,7 +586,7 @@ mod tests {
         while tasks.restarts("change feed") == 0 {
             task::yield_now().await;
         }
-        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let mut watcher = changes.watch(begin("")).expect("open");
         let sequence = delete(&changes, "a");
         changes.watermark().advance(sequence);
         assert_eq!(watcher.next().await.map(|change| change.sequence), Some(sequence));
@@ -506,7 +595,7 @@ mod tests {
     #[tokio::test]
     async fn end_of_the_feed_dismisses_its_watchers() {
         let changes = changes(1_000);
-        let mut watcher = changes.watch(Keys::begin("")).expect("open");
+        let mut watcher = changes.watch(begin("")).expect("open");
         let feed = changes.start();
         task::yield_now().await;
         feed.abort();
@@ -522,7 +611,7 @@ mod tests {
         }
         changes.watermark().advance(9);
         for (after, until) in [(0, 4), (4, 8), (8, 9)] {
-            assert_eq!(changes.past("a", after).await.expect("memory tells").until, until);
+            assert_eq!(changes.past(&Arc::new(begin("a")), after).await.expect("memory tells").until, until);
         }
     }
 
@@ -534,18 +623,18 @@ mod tests {
             delete(&changes, key);
         }
         changes.watermark().advance(3);
-        assert_eq!(changes.past("", 0).await.expect("memory tells").until, 3);
+        assert_eq!(changes.past(&Arc::new(begin("")), 0).await.expect("memory tells").until, 3);
         for missing in 0..3 {
-            let key = lock(&memory.entries)[missing].take();
-            let left = changes.read("", 0).await.expect("memory tells");
+            let event = lock(&memory.entries)[missing].take();
+            let left = changes.read(0, |_| true).await.expect("memory tells");
             assert_eq!((left.changes.len(), left.until, left.gap), (2, 3, true));
-            assert!(changes.past("", 0).await.is_err_and(|error| error.is::<Forgotten>()));
+            assert!(changes.past(&Arc::new(begin("")), 0).await.is_err_and(|error| error.is::<Forgotten>()));
             // Whoever had seen it misses nothing.
-            assert!(changes.past("", missing as u64 + 1).await.is_ok());
-            lock(&memory.entries)[missing] = key;
+            assert!(changes.past(&Arc::new(begin("")), missing as u64 + 1).await.is_ok());
+            lock(&memory.entries)[missing] = event;
         }
         changes.watermark().advance(4);
-        assert!(changes.read("", 0).await.is_err(), "what cannot be read is not passed over");
+        assert!(changes.read(0, |_| true).await.is_err(), "what cannot be read is not passed over");
     }
 
     #[tokio::test]
@@ -557,7 +646,7 @@ mod tests {
         changes.watermark().advance(24_000);
         let (mut after, mut pieces) = (0, Vec::new());
         loop {
-            let past = changes.past("a", after).await.expect("memory tells");
+            let past = changes.past(&Arc::new(begin("a")), after).await.expect("memory tells");
             assert!(past.changes.iter().all(|change| change.sequence > after && change.key() == "a"));
             if past.until == after {
                 break;

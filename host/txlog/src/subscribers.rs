@@ -8,13 +8,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 use super::change::Change;
+use crate::Event;
 
-/// Which keys somebody watches.
-#[derive(Clone, Debug)]
+/// First character of the keys that belong to guests. A prefix that does not begin with it selects none of them.
+pub const GUEST_KEY: char = '\u{1}';
+
+/// Keys that somebody watches.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Keys {
     /// All that begin so.
     Begin(Box<str>),
     One(Box<str>),
+}
+
+/// Changes that somebody watches: of keys that any of these selects. Each comes once, however many do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    pub keys: Box<[Keys]>,
+    /// Puts without deletes.
+    pub puts_only: bool,
 }
 
 type Queues = HashMap<Box<str>, HashMap<u64, Arc<Queue>>>;
@@ -26,12 +38,15 @@ pub struct Subscribers {
     /// By what they watch, so that a change looks at those only that it concerns.
     by_prefix: Queues,
     by_key: Queues,
+    /// Of those who watch no keys: nothing comes for them but the end.
+    idle: HashMap<u64, Arc<Queue>>,
     /// How many prefixes there are of each length.
     lengths: BTreeMap<usize, usize>,
 }
 
 #[derive(Default)]
 pub struct Queue {
+    puts_only: bool,
     waiting: Mutex<Waiting>,
     ready: Notify,
 }
@@ -40,6 +55,8 @@ pub struct Queue {
 struct Waiting {
     changes: VecDeque<Arc<Change>>,
     bytes: usize,
+    /// Sequence of the change that came last. Another selector may bring the same one.
+    last: u64,
     /// It fell too far behind, or the log ended: nothing more comes.
     over: bool,
 }
@@ -48,26 +65,63 @@ impl Keys {
     pub fn begin(prefix: &str) -> Self {
         Self::Begin(prefix.into())
     }
+
+    fn select(&self, key: &str) -> bool {
+        match self {
+            Self::Begin(prefix) => key.starts_with(&**prefix) && !(prefix.is_empty() && key.starts_with(GUEST_KEY)),
+            Self::One(one) => key == &**one,
+        }
+    }
+}
+
+impl Selection {
+    /// Puts and deletes of keys.
+    pub fn of(keys: impl IntoIterator<Item = Keys>) -> Self {
+        Self { keys: keys.into_iter().collect(), puts_only: false }
+    }
+
+    pub fn selects(&self, event: &Event) -> bool {
+        let key = event.key();
+        !(self.puts_only && is_delete(event)) && self.keys.iter().any(|keys| keys.select(key))
+    }
+}
+
+fn is_delete(event: &Event) -> bool {
+    matches!(event, Event::Delete(_))
 }
 
 impl Subscribers {
     /// None after the end.
-    pub fn enter(&mut self, keys: &Keys) -> Option<(u64, Arc<Queue>)> {
+    pub fn enter(&mut self, selection: &Selection) -> Option<(u64, Arc<Queue>)> {
         if self.ended {
             return None;
         }
-        let (number, queue) = (self.next, Arc::<Queue>::default());
+        let number = self.next;
+        let queue = Arc::new(Queue { puts_only: selection.puts_only, ..Queue::default() });
         self.next += 1;
-        let (queues, text) = self.queues(keys);
-        let same = queues.entry(text.into()).or_default();
-        same.insert(number, Arc::clone(&queue));
-        if let (1, Keys::Begin(prefix)) = (same.len(), keys) {
-            *self.lengths.entry(prefix.len()).or_default() += 1;
+        if selection.keys.is_empty() {
+            self.idle.insert(number, Arc::clone(&queue));
+        }
+        for keys in &selection.keys {
+            let (queues, text) = self.queues(keys);
+            let same = queues.entry(text.into()).or_default();
+            let is_first = same.is_empty();
+            same.insert(number, Arc::clone(&queue));
+            if let (true, Keys::Begin(prefix)) = (is_first, keys) {
+                *self.lengths.entry(prefix.len()).or_default() += 1;
+            }
         }
         Some((number, queue))
     }
 
-    pub fn leave(&mut self, keys: &Keys, number: u64) {
+    pub fn leave(&mut self, selection: &Selection, number: u64) {
+        self.idle.remove(&number);
+        for keys in &selection.keys {
+            self.leave_keys(keys, number);
+        }
+    }
+
+    fn leave_keys(&mut self, keys: &Keys, number: u64) {
         let (queues, text) = self.queues(keys);
         let Some(same) = queues.get_mut(text) else { return };
         same.remove(&number);
@@ -89,10 +143,15 @@ impl Subscribers {
         self.by_prefix.is_empty() && self.by_key.is_empty()
     }
 
-    /// The queues of all who watch this key.
-    pub fn concerned(&self, key: &str) -> impl Iterator<Item = &Arc<Queue>> {
-        let prefixes = self.lengths.keys().filter_map(|length| self.by_prefix.get(key.get(..*length)?));
-        prefixes.chain(self.by_key.get(key)).flat_map(HashMap::values)
+    /// The queues of all who watch such an event. One that several of its selectors bring is there as often.
+    pub fn concerned(&self, event: &Event) -> impl Iterator<Item = &Arc<Queue>> {
+        let key = event.key();
+        // The empty prefix selects no keys of guests.
+        let least = usize::from(key.starts_with(GUEST_KEY));
+        let prefixes = self.lengths.range(least..).filter_map(|(length, _)| self.by_prefix.get(key.get(..*length)?));
+        let is_delete = is_delete(event);
+        let queues = prefixes.chain(self.by_key.get(key)).flat_map(HashMap::values);
+        queues.filter(move |queue| !(queue.puts_only && is_delete))
     }
 
     /// Nobody watches any more, and nobody begins to.
@@ -103,7 +162,8 @@ impl Subscribers {
 
     /// Nothing more comes for those who watch.
     pub fn dismiss(&self) {
-        for queue in self.by_prefix.values().chain(self.by_key.values()).flat_map(HashMap::values) {
+        let watching = self.by_prefix.values().chain(self.by_key.values()).flat_map(HashMap::values);
+        for queue in watching.chain(self.idle.values()) {
             lock(&queue.waiting).over = true;
             queue.ready.notify_one();
         }
@@ -137,9 +197,10 @@ impl Queue {
 
     pub fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
         let mut waiting = lock(&self.waiting);
-        if waiting.over {
+        if waiting.over || waiting.last == change.sequence {
             return;
         }
+        waiting.last = change.sequence;
         waiting.bytes += change.bytes();
         // A single large change is no reason.
         if waiting.bytes > lag_bytes && !waiting.changes.is_empty() {
@@ -159,7 +220,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Event, Put};
+    use crate::Put;
 
     #[test]
     fn a_watcher_may_fall_behind_by_so_many_bytes_of_keys_and_values() {

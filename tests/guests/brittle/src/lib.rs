@@ -2,7 +2,7 @@
 //! became of what they asked.
 
 use kvs_guest::exports::kvs::store::lifecycle::Description;
-use kvs_guest::exports::kvs::store::sharding::Placement;
+use kvs_guest::exports::kvs::store::sharding::Target;
 use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
 use kvs_guest::kvs::store::http::{Request, Response};
 
@@ -29,17 +29,17 @@ impl lifecycle::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(method: String, target: String) -> Placement {
+    fn route(method: String, target: String) -> Target {
         let target = target.strip_prefix("/trap").map(str::to_owned).unwrap_or(target);
-        Default::place(method, target)
+        Default::route(method, target)
     }
 
-    fn keys(body: Vec<u8>) -> Vec<String> {
-        Default::keys(body)
+    fn extract_keys(body: Vec<u8>) -> Vec<String> {
+        Default::extract_keys(body)
     }
 
-    fn merge(request: Request, responses: Vec<Response>) -> Response {
-        Default::merge(request, responses)
+    fn merge_responses(request: Request, responses: Vec<Response>) -> Response {
+        Default::merge_responses(request, responses)
     }
 }
 

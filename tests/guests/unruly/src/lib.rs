@@ -12,11 +12,12 @@ use std::slice;
 use std::time::{Duration, Instant};
 
 use exports::kvs::store::lifecycle::{Description, Statistics};
-use exports::kvs::store::sharding::Placement;
+use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
+use kvs::store::connection;
 use kvs::store::http::{Header, Request, Response};
 use kvs::store::transaction_log::{Entry, Event, Put, append};
-use kvs::store::{changes, connection};
+use kvs::store::watch::{Selector, subscribe, wait_for_change};
 use wasi::config::store as config;
 
 /// Whose instance is asked all that is not about a key; keys with this tag are its own.
@@ -28,9 +29,12 @@ wit_bindgen::generate!({
     inline: "
         package kvs:unruly;
         world unruly {
-            include kvs:store/store@0.1.0;
+            include kvs:store/sharded-store@0.2.0;
             import wasi:cli/stdout@0.2.12;
             import wasi:random/random@0.2.12;
+            import wasi:random/insecure-seed@0.2.12;
+            import wasi:clocks/monotonic-clock@0.2.12;
+            import wasi:clocks/wall-clock@0.2.12;
         }
     ",
     world: "kvs:unruly/unruly",
@@ -48,6 +52,10 @@ struct State {
     ticks: u64,
     /// What `append` said to `apply`.
     refusal: String,
+    /// Clocks and randomness in `apply`.
+    surroundings: Vec<String>,
+    /// Rounds of `dawdle` in a millisecond.
+    speed: u64,
 }
 
 thread_local! {
@@ -69,12 +77,18 @@ impl lifecycle::Guest for Component {
             "describe-exits" => std::process::exit(0),
             _ => {}
         }
+        if fault() == "apply-dawdles" {
+            // Measured here, since clocks stand in `apply`.
+            STATE.with_borrow_mut(|state| state.speed = speed());
+        }
         let name = if fault() == "name" { "two words" } else { "unruly" };
         let headers = if fault() == "headers" { 65 } else { 0 };
+        let capabilities = config::get("capabilities").ok().flatten().unwrap_or_default();
         Description {
             name: name.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             headers: (0..headers).map(|n| format!("x-{n}")).collect(),
+            capabilities: capabilities.split_whitespace().map(str::to_owned).collect(),
         }
     }
 
@@ -86,8 +100,9 @@ impl lifecycle::Guest for Component {
                     println!("going round in circles");
                     circle()
                 }
-                "apply-dawdles" => dawdle(Duration::from_millis(700)),
+                "apply-dawdles" => dawdle(1_200 * state.speed),
                 "apply-appends" => state.refusal = format!("{:?}", append(&[put("{own}from apply", Vec::new())])),
+                "apply-looks-around" => state.surroundings.push(surroundings()),
                 _ => {}
             }
             for entry in entries {
@@ -97,12 +112,15 @@ impl lifecycle::Guest for Component {
         });
     }
 
-    fn tick(_now: u64) -> bool {
+    fn tick(now_ms: u64) -> Option<u64> {
         STATE.with_borrow_mut(|state| state.ticks += 1);
         match fault().as_str() {
             "tick-traps" => fall_over(),
             // Is never done.
-            fault => fault == "tick-again",
+            "tick-again" => Some(now_ms),
+            "tick-in-50-ms" => Some(now_ms + 50),
+            "tick-never" => Some(u64::MAX),
+            _ => None,
         }
     }
 
@@ -121,20 +139,20 @@ impl handler::Guest for Component {
 }
 
 impl sharding::Guest for Component {
-    fn place(_method: String, target: String) -> Placement {
+    fn route(_method: String, target: String) -> Target {
         match target[1..].split_once('/') {
-            Some(("store" | "store-and-trap" | "store-early", key)) => Placement::Key(key.to_owned()),
-            _ if target == "/place-traps" => fall_over(),
-            _ if target == "/everywhere" => Placement::Everywhere,
-            _ => Placement::Key(OWN.to_owned()),
+            Some(("store" | "store-and-trap" | "store-early", key)) => Target::Key(key.to_owned()),
+            _ if target == "/route-traps" => fall_over(),
+            _ if target == "/all-shards" => Target::AllShards,
+            _ => Target::Key(OWN.to_owned()),
         }
     }
 
-    fn keys(_body: Vec<u8>) -> Vec<String> {
+    fn extract_keys(_body: Vec<u8>) -> Vec<String> {
         Vec::new()
     }
 
-    fn merge(_request: Request, mut responses: Vec<Response>) -> Response {
+    fn merge_responses(_request: Request, mut responses: Vec<Response>) -> Response {
         responses.remove(0)
     }
 }
@@ -148,8 +166,8 @@ fn answer(state: &mut State, request: Request) -> Response {
             store(state, rest, request.body);
             fall_over()
         }
-        // Claims that the answer rests on nothing.
-        ("PUT", "store-early") => Response { depends_on: Some(0), ..text(201, store(state, rest, request.body)) },
+        // Claims that the answer depends on nothing.
+        ("PUT", "store-early") => Response { read_sequence: Some(0), ..text(201, store(state, rest, request.body)) },
         ("GET", "store") => match state.store.get(rest) {
             Some(value) => text(200, String::from_utf8_lossy(value)),
             None => text(404, "nothing there"),
@@ -162,10 +180,29 @@ fn answer(state: &mut State, request: Request) -> Response {
             let taken = (0..asked).take_while(|_| append(&[put("{own}often", Vec::new())]).is_ok()).count();
             text(200, taken)
         }
-        (_, "follow") => {
-            changes::follow(rest, None);
+        (_, "watch") => {
+            // `SELECTORS[/AFTER[/puts-only]]`, of which a selector that ends in `*` is a prefix.
+            let mut parts = rest.split('/');
+            let mut part = || parts.next().unwrap_or_default();
+            let (selectors, after, puts_only) = (part(), part(), part() == "puts-only");
+            let selector = |text: &str| match text.strip_suffix('*') {
+                Some(prefix) => Selector::Prefix(prefix.replace("%01", "\u{1}")),
+                None => Selector::Key(text.replace("%01", "\u{1}")),
+            };
+            let selectors: Vec<_> = selectors.split(',').filter(|text| !text.is_empty()).map(selector).collect();
+            subscribe(&selectors, Some(after).filter(|after| !after.is_empty()), puts_only);
             let headers = vec![Header { name: "content-type".to_owned(), value: b"text/event-stream".to_vec() }];
             Response { headers, ..text(200, "") }
+        }
+        (_, "wait") => {
+            wait_for_change(rest, 300_000);
+            text(200, state.handled)
+        }
+        // Any key: the body.
+        (method, "append-any") => {
+            let key = String::from_utf8(request.body).expect("text");
+            let event = if method == "DELETE" { Event::Delete(key) } else { put(&key, Vec::new()) };
+            text(200, format!("{:?}", append(&[event])))
         }
         (_, "append-nothing") => text(200, format!("{:?}", append(&[]))),
 
@@ -177,6 +214,9 @@ fn answer(state: &mut State, request: Request) -> Response {
         (_, "peer") => text(200, format!("{:?}", connection::peer_address())),
         (_, "tls") => text(200, format!("{:?} {:?}", connection::tls_version(), connection::client_identity())),
         (_, "principal") => text(200, format!("{:?}", request.principal)),
+        (_, "grant") => text(200, format!("{:?}", request.grant)),
+        (_, "surroundings") => text(200, format!("{}\n{}", state.surroundings.join("\n"), surroundings())),
+        (_, "keys") => text(200, format!("{:?}", state.store.keys().collect::<Vec<_>>())),
         (_, "config") => text(200, format!("{:?}", config::get(rest).expect("this host's settings are in memory"))),
         (_, "environment") => text(200, format!("{:?}", std::env::vars().collect::<Vec<_>>())),
         (_, "arguments") => text(200, format!("{:?}", std::env::args().collect::<Vec<_>>())),
@@ -233,7 +273,7 @@ fn answer(state: &mut State, request: Request) -> Response {
 
         // Responses that are not HTTP, or not true.
         (_, "body") => Response { body: vec![b'x'; rest.parse().expect("a number")], ..text(200, "") },
-        (_, "rests-on") => Response { depends_on: rest.parse().ok(), ..text(200, "so it says") },
+        (_, "read-sequence") => Response { read_sequence: rest.parse().ok(), ..text(200, "so it says") },
         (_, "status") => text(rest.parse().expect("a number"), ""),
         (_, "header") => with_header(rest, "x"),
         (_, "header-value") => with_header("x", "a\r\nset-cookie: b"),
@@ -266,11 +306,11 @@ fn change(state: &mut State, event: Event) {
 }
 
 fn put(key: &str, value: Vec<u8>) -> Event {
-    Event::Put(Put { key: key.to_owned(), value, metadata: Vec::new(), expires: None })
+    Event::Put(Put { key: key.to_owned(), value, metadata: Vec::new(), expires_at_ms: None })
 }
 
 fn text(status: u16, text: impl ToString) -> Response {
-    Response { status, headers: Vec::new(), body: text.to_string().into_bytes(), depends_on: None }
+    Response { status, headers: Vec::new(), body: text.to_string().into_bytes(), read_sequence: None }
 }
 
 fn with_header(name: &str, value: &str) -> Response {
@@ -283,10 +323,35 @@ fn fall_over() -> ! {
     std::process::abort()
 }
 
+/// Clocks and randomness as the guest finds them.
+fn surroundings() -> String {
+    let wall = wasi::clocks::wall_clock::now();
+    let monotonic = wasi::clocks::monotonic_clock::now();
+    let random = wasi::random::random::get_random_u64();
+    let bytes = wasi::random::random::get_random_bytes(3);
+    let seed = wasi::random::insecure_seed::insecure_seed();
+    format!("{}.{} {monotonic} {random} {bytes:?} {seed:?}", wall.seconds, wall.nanoseconds)
+}
+
+/// Rounds of `dawdle` in a millisecond: the most of several, since the machine has other things to do.
+fn speed() -> u64 {
+    let rounds_of = |_| {
+        let begun = Instant::now();
+        let mut rounds = 0;
+        while begun.elapsed() < Duration::from_millis(5) {
+            dawdle(1_000);
+            rounds += 1_000;
+        }
+        rounds / 5
+    };
+    (0..10).map(rounds_of).max().unwrap_or_default()
+}
+
 /// Keeps busy for a while.
-fn dawdle(time: Duration) {
-    let begun = Instant::now();
-    while begun.elapsed() < time {}
+fn dawdle(rounds: u64) {
+    for round in 0..rounds {
+        black_box(round);
+    }
 }
 
 /// Runs when the component is instantiated, before anything is asked of it.

@@ -1,4 +1,4 @@
-//! Instances that know nothing of the log, of which is asked where requests belong, and to make one answer of many.
+//! Instances without a state, which route requests and make one answer of many.
 //!
 //! They are taken as they are needed, so there are as many as threads that ask at once. Must never know: what is stored.
 
@@ -11,10 +11,10 @@ use super::instance::Instance;
 use super::owner::Part;
 use kvs_txlog::TransactionLog;
 
-/// One that has grown beyond this, with the answers it made one of, is not kept.
+/// One that has grown beyond this, with the answers it merged, is not kept.
 const KEPT_BYTES: usize = 16 << 20;
 
-pub struct Placers {
+pub struct Routers {
     guest: Arc<Guest>,
     log: Arc<dyn TransactionLog>,
     /// Anyone's: they may not append.
@@ -22,12 +22,12 @@ pub struct Placers {
     idle: Mutex<Vec<Instance>>,
 }
 
-impl Placers {
+impl Routers {
     pub fn new(guest: Arc<Guest>, log: Arc<dyn TransactionLog>, part: Part) -> Self {
         Self { guest, log, part, idle: Mutex::default() }
     }
 
-    /// The number of the guest that places.
+    /// The number of the guest that routes.
     pub fn guest(&self) -> u64 {
         self.guest.number()
     }
