@@ -517,7 +517,7 @@ fn cut_everywhere(seed: u64, mutant: Option<Mutant>, counts: &Counts) -> Outcome
     let durability = if dice.u8(0..6) == 0 { Durability::Os } else { Durability::Sync };
     let options = Options { segment_bytes, group_bytes: 1400, durability, ..options() };
     let (disk, model) = match dice.u8(0..8) {
-        0 => former(&dice.choice(["killed", "clean"]).unwrap()),
+        0 => former(dice.choice(["killed", "clean"]).unwrap()),
         _ => (FakeDisk::default(), Model::default()),
     };
     let promised = Promise { durable: model.newest(), seen: model.newest() };

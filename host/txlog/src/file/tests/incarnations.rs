@@ -172,19 +172,20 @@ fn unclean_os_run_begins_an_incarnation() {
 #[test]
 fn clean_close_begins_no_incarnation() {
     let disk = closed(5);
-    for _ in 0..3 {
-        let log = open_os(&disk);
-        commit(&log, put("a", b""));
-        log.close().unwrap();
-        // Not a byte is left for a frame that says so.
-        let log = open_os(&disk);
-        let room = log.shared.catalog.all().last().map(|segment| SEGMENT_BYTES - segment.end).unwrap();
-        if room > 1000 {
-            commit(&log, put("a", &vec![1; room as usize - 64 - 26 - 5]));
-        }
-        log.close().unwrap();
-        assert_eq!(begun(&open_os(&disk)), []);
+    let log = open_os(&disk);
+    commit(&log, put("a", b""));
+    log.close().unwrap();
+    let log = open_os(&disk);
+    assert_eq!(begun(&log), []);
+    // To the last byte of the segment: a frame that says so goes to the next.
+    let room = || SEGMENT_BYTES - log.shared.catalog.all().last().unwrap().end;
+    while !(300..1_900).contains(&room()) {
+        commit(&log, put("a", &[1; 300]));
     }
+    commit(&log, put("a", &vec![1; room() as usize - 64 - 26]));
+    assert_eq!(room(), 0);
+    log.close().unwrap();
+    assert_eq!(begun(&open_os(&disk)), []);
 }
 
 #[test]
@@ -462,11 +463,17 @@ fn compacted_log_keeps_epoch_and_ending() {
 
 #[test]
 fn frame_never_spans_a_jump() {
-    let disk = closed(1);
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("stays", b""));
+    log.close().unwrap();
     disk.become_copy();
     let log = open(&disk).unwrap();
     fill(&log, 20);
-    compact_at(&log, 0, 0, 100);
+    let before = super::compaction::store(&log);
+    assert!(compact_at(&log, 0, 0, 100).saved > 0);
+    assert_eq!(log.shared.catalog.sealed().len(), 1, "both are in one segment");
+    assert_eq!(super::compaction::store(&log), before);
     let first = begun(&log)[0].first;
     assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence == 1 || *sequence >= first));
 }
