@@ -28,6 +28,7 @@ COPY host/runtime/Cargo.toml host/runtime/
 COPY host/txlog/Cargo.toml host/txlog/
 COPY tests/Cargo.toml tests/
 COPY tests/guests/brittle/Cargo.toml tests/guests/brittle/
+COPY tests/guests/single/Cargo.toml tests/guests/single/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
 COPY deploy/build.sh deploy/static.ld deploy/
 RUN for package in guest/* tests/guests/* host host/client host/metrics host/runtime host/txlog; do mkdir -p "$package/src" && touch "$package/src/lib.rs"; done \

@@ -141,7 +141,7 @@ fn what_went_wrong_is_one_line() {
     let unknown = file("unknown", "kvs_0\n");
     nobody(&["get", "a", "--token-file", &unknown]).with(1, &["this token is not known", "(401)"]);
     nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token has characters"]);
-    nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["--token-file /nowhere cannot be read"]);
+    nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["cannot read --token-file /nowhere"]);
     nobody(&["get", "a", "--token-file", &unknown, "--token", "x"]).with(2, &["--token", "cannot be used with"]);
     let reader = file("reader", &reader);
     nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);

@@ -200,7 +200,7 @@ fn a_client_is_told_how_many_requests_it_may_have_at_once() {
     // REFUSED_STREAM: it can be tried again.
     let refused = client.wait(&[RST_STREAM, GOAWAY]).expect("one too many is refused");
     assert_eq!((refused.kind, refused.stream, refused.error()), (RST_STREAM, 7, 7));
-    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"max-streams\"}") == 1.0);
+    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-streams\"}") == 1.0);
     client.send(DATA, END_STREAM, 1, b"value");
     assert_eq!(client.wait(&[HEADERS]).expect("an answer").stream, 1);
 }

@@ -231,7 +231,7 @@ fn a_malformed_text_is_refused_by_its_line() {
     fs::write(&file, text).expect("the directory takes a file");
     let path = file.to_str().expect("a temporary path is text");
     let what = "the value has a % that is not followed by two hexadecimal digits";
-    for format in ["kvs", "book"] {
+    for format in ["kvs", "cloud-native-go"] {
         let refused = refused(log("import", &data, &["--format", format, path]));
         refused.with(1, &[&format!("line 2 of {path}: {what}")]);
     }
@@ -255,7 +255,7 @@ fn a_malformed_text_is_refused_by_its_line() {
     assert_eq!(done(log("cat", &data, &[])).0, printed);
 
     refused(log("import", &data, &[])).with(2, &["<FILE>"]);
-    refused(log("import", &data, &["--format", "other", path])).with(2, &["other", "book"]);
+    refused(log("import", &data, &["--format", "other", path])).with(2, &["other", "cloud-native-go"]);
     refused(log("import", &data, &["/no/such/file"])).with(1, &["cannot read /no/such/file"]);
     refused(log("import", &data, &["/"])).with(1, &["cannot read /"]);
 }
@@ -269,7 +269,7 @@ fn output_may_end_early_and_may_not_be_lost() {
     for command in ["cat", "export"] {
         // More than a pipe holds, so that it is still writing when nobody reads any more.
         let mut shell = through("bash", &kvs());
-        shell.args(["-c", "set -o pipefail; \"$0\" log \"$1\" --data-dir \"$2\" | head -n 1"]);
+        shell.args(["-c", "set -o pipefail; \"$0\" txlog \"$1\" --data-dir \"$2\" | head -n 1"]);
         shell.args([kvs_tests::binary(), command]).arg(stopped.data());
         let (printed, said) = done(shell);
         assert_eq!((printed.lines().count(), said.as_str()), (1, ""), "{command}");

@@ -298,8 +298,9 @@ fn the_log_is_measured() {
         assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &value).status, 201);
     }
     let metrics = until(&server, "the last is counted", |now| now.get("kvs_txlog_batch_entries_sum") == 10.0);
-    for name in ["append_duration_seconds", "write_duration_seconds", "sync_duration_seconds"] {
-        let (count, sum) = (metrics.get(&format!("kvs_log_{name}_count")), metrics.get(&format!("kvs_log_{name}_sum")));
+    for name in ["commit_duration_seconds", "write_duration_seconds", "fsync_duration_seconds"] {
+        let (count, sum) =
+            (metrics.get(&format!("kvs_txlog_{name}_count")), metrics.get(&format!("kvs_txlog_{name}_sum")));
         // One client, one request at a time: each a batch of its own.
         assert!(count == 10.0 && sum > 0.0 && sum < PATIENCE.as_secs_f64(), "{name}: {count}, {sum}");
     }
@@ -446,7 +447,7 @@ fn handshakes_that_fail_are_counted_by_why() {
 fn a_client_that_takes_back_too_much_is_counted() {
     let server = Server::start(&["--http2-max-resets", "5"]);
     crate::http2::takes_back(&server, 20_000);
-    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"max-resets\"}") >= 1.0);
+    until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-resets\"}") >= 1.0);
 }
 
 #[test]

@@ -201,7 +201,7 @@ fn a_variable_that_is_no_setting_is_a_usage_error() {
         let data = temporary();
         let mut command = serve(data.path());
         command.env(variable, "1");
-        refused(command).with(2, &[&format!("the variable {variable} is no setting of kvs"), told]);
+        refused(command).with(2, &[&format!("the variable {variable} is not a setting of kvs"), told]);
         assert!(!data.path().join("LOCK").exists(), "it began nevertheless");
     }
     let mut command = kvs();
