@@ -16,7 +16,8 @@ use crate::contract::Description;
 
 /// Prints the description of a component, and fails when it does not fit.
 pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, out: &mut dyn Write) -> Result<()> {
-    let engine = Engine::new(limits, config, None, &Env::real())?;
+    let env = Env::real();
+    let engine = Engine::new(limits, config, None, &env)?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);
@@ -25,7 +26,7 @@ pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, o
     writeln!(out, "imports  {}", list(&world.imports))?;
     writeln!(out, "exports  {}", list(&world.exports))?;
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
-        let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1).part(0))?;
+        let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1, &env.random)?.part(0))?;
         let Description { name, version, headers, capabilities } = instance.description();
         writeln!(out, "name     {name} {version}")?;
         writeln!(out, "headers  {}", list(headers))?;

@@ -3,14 +3,17 @@
 //! The same for requests, appends and replay, whatever guest serves: a key never moves while the process lives. After the next
 //! start it may be another, since nothing rests on it then.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{Hash, Hasher};
+
+use kvs_runtime::Random;
+use siphasher::sip::SipHasher13;
 
 /// Shares the keys out to instances.
 #[derive(Clone)]
 pub struct Owners {
     count: usize,
     /// Unknown outside, so that nobody can choose many keys with one owner.
-    hasher: RandomState,
+    hasher: SipHasher13,
 }
 
 /// What one instance owns.
@@ -21,8 +24,10 @@ pub struct Part {
 }
 
 impl Owners {
-    pub fn new(count: usize) -> Self {
-        Self { count, hasher: RandomState::new() }
+    pub fn new(count: usize, random: &Random) -> anyhow::Result<Self> {
+        let mut key = [0; 16];
+        random.fill(&mut key)?;
+        Ok(Self { count, hasher: SipHasher13::new_with_key(&key) })
     }
 
     /// The number of instances.
@@ -32,8 +37,10 @@ impl Owners {
 
     /// The number of the instance that owns a key.
     pub fn of(&self, key: &str) -> usize {
+        let mut hasher = self.hasher;
+        tag(key).hash(&mut hasher);
         // Spread over the instances as evenly as the hashes, without a division.
-        ((u128::from(self.hasher.hash_one(tag(key))) * self.count as u128) >> 64) as usize
+        ((u128::from(hasher.finish()) * self.count as u128) >> 64) as usize
     }
 
     /// What the instance of this number owns.
@@ -91,7 +98,7 @@ mod tests {
 
     #[test]
     fn each_key_has_one_owner_and_each_owner_its_share() {
-        let owners = Owners::new(7);
+        let owners = Owners::new(7, &Random::system()).unwrap();
         let mut shares = [0; 7];
         for n in 0..7_000 {
             let (key, related) = (n.to_string(), format!("{{{n}}}:more"));
@@ -105,7 +112,7 @@ mod tests {
 
     #[test]
     fn one_instance_owns_everything() {
-        let owners = Owners::new(1);
+        let owners = Owners::new(1, &Random::system()).unwrap();
         assert!(owners.parts().all(|part| part.is_all() && part.owns("a")));
         assert_eq!(owners.of("a"), 0);
     }

@@ -73,7 +73,7 @@ enum Route {
 impl Shards {
     /// So many, built from the log. Blocks until they are ready to be called.
     pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize, env: Env) -> Result<(Arc<Self>, Replayed)> {
-        let (started, owners) = (env.clock.now(), Owners::new(count));
+        let (started, owners) = (env.clock.now(), Owners::new(count, &env.random)?);
         let replicas = replica::new_of_all(&guest, &log, &owners);
         let mut replicas = replicas.with_context(|| guest.source().cannot_be_run())?;
         replica::catch_up_all(&mut replicas, &|_, _| {})?;

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use super::crash::{Appended, Model, check_content};
+use super::content::{Appended, Model, check_content};
 use super::disk::Promise;
 use super::*;
 use crate::file::disk::Disk;

@@ -1,6 +1,7 @@
 //! What the log promises, tried on a disk that the tests own and on a real directory.
 
 mod compaction;
+mod content;
 mod crash;
 mod damage;
 mod disk;

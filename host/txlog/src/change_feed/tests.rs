@@ -1,0 +1,361 @@
+//! The change feed in front of a log in memory.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use anyhow::Context as _;
+use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
+
+use super::*;
+use crate::subscribers::Keys;
+use crate::{Entry, EventRef, Put, PutRef};
+
+/// A log in memory, durable when a test says so.
+struct Memory {
+    /// None where an event was compacted away.
+    entries: Mutex<Vec<Option<Event>>>,
+    watermark: Watermark,
+}
+
+impl TransactionLog for Memory {
+    fn append(&self, _time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        let mut entries = lock(&self.entries);
+        let first = entries.len() as u64 + 1;
+        entries.extend(events.iter().cloned().map(Some));
+        Ok(first)
+    }
+
+    fn appended(&self) -> u64 {
+        lock(&self.entries).len() as u64
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        let (entries, durable) = (lock(&self.entries), self.watermark.durable());
+        for sequence in after + 1..=durable {
+            let entry = entries.get(sequence as usize - 1).context("it is damaged")?;
+            let event = match entry {
+                Some(Event::Put(Put { key, value, expires, .. })) => {
+                    EventRef::Put(PutRef { key, value, metadata: &[], expires: *expires })
+                }
+                Some(Event::Delete(key)) => EventRef::Delete(key),
+                None => continue,
+            };
+            receive(&[Entry { sequence, time: 0, event }])?;
+        }
+        Ok(durable.max(after))
+    }
+
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn memory() -> Arc<Memory> {
+    Arc::new(Memory { entries: Mutex::default(), watermark: Watermark::new(0) })
+}
+
+fn changes(lag_bytes: usize) -> Arc<ChangeFeed> {
+    ChangeFeed::new(memory(), lag_bytes, Env::real())
+}
+
+fn begin(prefix: &str) -> Selection {
+    Selection::of([Keys::begin(prefix)])
+}
+
+fn delete(changes: &ChangeFeed, key: &str) -> u64 {
+    changes.append(0, &[Event::Delete(key.to_owned())]).expect("memory takes everything")
+}
+
+/// What is told next, if anything is.
+fn told(watcher: &mut Subscription) -> Poll<Option<(u64, String)>> {
+    let next = pin!(watcher.next()).poll(&mut Context::from_waker(Waker::noop()));
+    next.map(|change| change.map(|change| (change.sequence, change.key().to_owned())))
+}
+
+fn durable(changes: &ChangeFeed, sequence: u64) {
+    changes.log.watermark().advance(sequence);
+    changes.hand_out(sequence);
+}
+
+#[test]
+fn a_watcher_is_told_what_is_durable_of_its_keys_and_nothing_else() {
+    let changes = changes(1_000);
+    delete(&changes, "a0");
+    let (mut all, mut some) = (changes.watch(begin("")).expect("open"), changes.watch(begin("a")).expect("open"));
+    assert_eq!((all.from, some.from), (1, 1));
+    for key in ["a1", "b2", "ä", ""] {
+        delete(&changes, key);
+    }
+    assert!(told(&mut all).is_pending());
+    durable(&changes, 3);
+    assert_eq!(told(&mut all), Poll::Ready(Some((2, "a1".to_owned()))));
+    assert_eq!(told(&mut all), Poll::Ready(Some((3, "b2".to_owned()))));
+    assert_eq!(told(&mut some), Poll::Ready(Some((2, "a1".to_owned()))));
+    assert!(told(&mut some).is_pending() && told(&mut all).is_pending());
+    assert_eq!(changes.watch(begin("b")).expect("open").from, 5);
+    durable(&changes, 5);
+    assert_eq!(told(&mut all), Poll::Ready(Some((4, "ä".to_owned()))));
+    assert_eq!(told(&mut all), Poll::Ready(Some((5, String::new()))));
+    assert!(told(&mut some).is_pending());
+}
+
+#[test]
+fn who_watches_one_key_is_told_of_no_other() {
+    let changes = changes(1_000);
+    let mut watcher = changes.watch(Selection::of([Keys::One("a".into())])).expect("open");
+    for key in ["", "ab", "a", "b"] {
+        durable(&changes, delete(&changes, key));
+    }
+    assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "a".to_owned()))));
+    assert!(told(&mut watcher).is_pending());
+    drop(watcher);
+    assert!(changes.subscribers().is_empty());
+}
+
+#[test]
+fn nothing_is_kept_of_what_nobody_watches() {
+    let changes = changes(1_000);
+    let kept = || lock(&changes.pending).len();
+    delete(&changes, "a");
+    assert_eq!(kept(), 0);
+    let (first, second) = (
+        changes.watch(begin("a")).expect("open"),
+        changes.watch(Selection::of([Keys::One("a".into())])).expect("open"),
+    );
+    delete(&changes, "b");
+    assert_eq!(kept(), 0);
+    delete(&changes, "a");
+    drop(first);
+    delete(&changes, "a");
+    delete(&changes, "ab");
+    assert_eq!(kept(), 2);
+    drop(second);
+    let newest = delete(&changes, "a");
+    assert_eq!(kept(), 2);
+    durable(&changes, newest);
+    assert_eq!(kept(), 0);
+    assert!(changes.subscribers().is_empty());
+}
+
+#[test]
+fn a_watcher_that_falls_behind_is_given_up_and_the_others_are_not() {
+    let changes = changes(10);
+    let (mut slow, mut fast) = (changes.watch(begin("")).expect("open"), changes.watch(begin("")).expect("open"));
+    // One change is let through however large it is.
+    for (key, length) in [("a", 30), ("b", 6), ("c", 6)] {
+        let sequence = delete(&changes, &key.repeat(length));
+        durable(&changes, sequence);
+        assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(length)))));
+    }
+    assert_eq!(told(&mut slow), Poll::Ready(None));
+    // Who has caught up is behind by nothing, however much that was.
+    let newest = ["d", "e"].map(|key| delete(&changes, &key.repeat(5)));
+    durable(&changes, newest[1]);
+    for (sequence, key) in newest.into_iter().zip(["d", "e"]) {
+        assert_eq!(told(&mut fast), Poll::Ready(Some((sequence, key.repeat(5)))));
+    }
+}
+
+#[test]
+fn who_leaves_takes_nothing_from_the_others() {
+    let changes = changes(1_000);
+    let mut stays = changes.watch(begin("a")).expect("open");
+    // As long as the other's, alike, and neither.
+    for prefix in ["b", "a", "ab"] {
+        drop(changes.watch(begin(prefix)));
+        let newest = delete(&changes, "abc");
+        durable(&changes, newest);
+        assert_eq!(told(&mut stays), Poll::Ready(Some((newest, "abc".to_owned()))));
+    }
+}
+
+fn put(changes: &ChangeFeed, key: &str) -> u64 {
+    let put = Put { key: key.to_owned(), value: Vec::new(), metadata: Vec::new(), expires: None };
+    changes.append(0, &[Event::Put(put)]).expect("memory takes everything")
+}
+
+fn keys(past: &Past) -> Vec<(u64, &str)> {
+    past.changes.iter().map(|change| (change.sequence, change.key())).collect()
+}
+
+#[tokio::test]
+async fn several_selectors_bring_a_change_once() {
+    let changes = changes(1_000);
+    let selectors = [Keys::begin("a"), Keys::begin("ab"), Keys::One("abc".into()), Keys::begin("a")];
+    let selection = Selection::of(selectors.into_iter().chain([Keys::One("x".into())]));
+    let mut watcher = changes.watch(selection.clone()).expect("open");
+    for key in ["abc", "b", "a", "x", "xy", "ab"] {
+        durable(&changes, put(&changes, key));
+    }
+    for expected in [(1, "abc"), (3, "a"), (4, "x"), (6, "ab")] {
+        assert_eq!(told(&mut watcher), Poll::Ready(Some((expected.0, expected.1.to_owned()))));
+    }
+    assert!(told(&mut watcher).is_pending());
+    let past = changes.past(&Arc::new(selection), 0).await.expect("memory tells");
+    assert_eq!(keys(&past), [(1, "abc"), (3, "a"), (4, "x"), (6, "ab")]);
+    // Who leaves leaves nothing behind.
+    drop(watcher);
+    assert!(changes.subscribers().is_empty());
+    let mut other = changes.watch(begin("b")).expect("open");
+    durable(&changes, put(&changes, "b"));
+    assert_eq!(told(&mut other), Poll::Ready(Some((7, "b".to_owned()))));
+}
+
+#[tokio::test]
+async fn puts_only_brings_no_deletes() {
+    let changes = changes(1_000);
+    let selection = Selection { puts_only: true, ..begin("a") };
+    let mut watcher = changes.watch(selection.clone()).expect("open");
+    durable(&changes, put(&changes, "a"));
+    durable(&changes, delete(&changes, "a"));
+    assert!(lock(&changes.pending).is_empty());
+    durable(&changes, put(&changes, "ab"));
+    assert_eq!(told(&mut watcher), Poll::Ready(Some((1, "a".to_owned()))));
+    assert_eq!(told(&mut watcher), Poll::Ready(Some((3, "ab".to_owned()))));
+    assert!(told(&mut watcher).is_pending());
+    let past = changes.past(&Arc::new(selection), 0).await.expect("memory tells");
+    assert_eq!((keys(&past), past.until), (vec![(1, "a"), (3, "ab")], 3));
+}
+
+#[tokio::test]
+async fn guest_keys_come_only_to_those_who_name_them() {
+    let changes = changes(1_000);
+    let mut all = changes.watch(begin("")).expect("open");
+    let mut own = changes.watch(begin("\u{1}")).expect("open");
+    let mut one = changes.watch(Selection::of([Keys::One("\u{1}a".into())])).expect("open");
+    durable(&changes, put(&changes, "\u{1}a"));
+    durable(&changes, put(&changes, "a"));
+    assert_eq!(told(&mut all), Poll::Ready(Some((2, "a".to_owned()))));
+    assert!(told(&mut all).is_pending());
+    for watcher in [&mut own, &mut one] {
+        assert_eq!(told(watcher), Poll::Ready(Some((1, "\u{1}a".to_owned()))));
+        assert!(told(watcher).is_pending());
+    }
+    for (prefix, expected) in [("", (2, "a")), ("\u{1}", (1, "\u{1}a"))] {
+        let past = changes.past(&Arc::new(begin(prefix)), 0).await.expect("memory tells");
+        assert_eq!(keys(&past), [expected], "{prefix:?}");
+    }
+}
+
+#[test]
+fn watcher_of_no_keys_hears_only_the_end() {
+    let changes = changes(1_000);
+    let mut watcher = changes.watch(Selection::default()).expect("open");
+    durable(&changes, delete(&changes, "a"));
+    assert!(told(&mut watcher).is_pending());
+    changes.close().expect("memory closes");
+    assert_eq!(told(&mut watcher), Poll::Ready(None));
+}
+
+#[test]
+fn the_end_is_told_to_those_who_watch_and_those_who_come() {
+    let changes = changes(1_000);
+    let mut watcher = changes.watch(begin("")).expect("open");
+    changes.close().expect("memory closes");
+    assert_eq!(told(&mut watcher), Poll::Ready(None));
+    assert!(changes.watch(begin("")).is_none());
+}
+
+/// Tasks of tokio, the first of which panics as it begins.
+#[derive(Default)]
+struct Saboteur(AtomicBool);
+
+impl Spawn for Saboteur {
+    fn thread(&self, name: &str, _work: BoxedWork) -> io::Result<()> {
+        panic!("the change feed has no thread {name}");
+    }
+
+    fn task(&self, _name: &str, task: BoxedTask) {
+        task::spawn(task);
+    }
+
+    fn begins(&self, _name: &str) {
+        assert!(self.0.swap(true, Ordering::Relaxed), "sabotage");
+    }
+}
+
+#[tokio::test]
+async fn feed_that_panicked_goes_on() {
+    let tasks = Tasks::given(Arc::new(Saboteur::default()));
+    let changes = ChangeFeed::new(memory(), 1_000, Env { tasks: tasks.clone(), ..Env::real() });
+    changes.start();
+    while tasks.restarts("change feed") == 0 {
+        task::yield_now().await;
+    }
+    let mut watcher = changes.watch(begin("")).expect("open");
+    let sequence = delete(&changes, "a");
+    changes.watermark().advance(sequence);
+    assert_eq!(watcher.next().await.map(|change| change.sequence), Some(sequence));
+}
+
+#[tokio::test]
+async fn end_of_the_feed_dismisses_its_watchers() {
+    let changes = changes(1_000);
+    let mut watcher = changes.watch(begin("")).expect("open");
+    let feed = changes.start();
+    task::yield_now().await;
+    feed.abort();
+    feed.ended().await;
+    assert!(watcher.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_piece_of_the_past_ends_when_it_is_large() {
+    let changes = changes(1_000);
+    for _ in 0..9 {
+        delete(&changes, &"a".repeat(1 << 20));
+    }
+    changes.watermark().advance(9);
+    for (after, until) in [(0, 4), (4, 8), (8, 9)] {
+        assert_eq!(changes.past(&Arc::new(begin("a")), after).await.expect("memory tells").until, until);
+    }
+}
+
+#[tokio::test]
+async fn what_is_missing_of_the_past_is_told() {
+    let memory = memory();
+    let changes = ChangeFeed::new(Arc::clone(&memory) as _, 1_000, Env::real());
+    for key in ["a", "b", "c"] {
+        delete(&changes, key);
+    }
+    changes.watermark().advance(3);
+    assert_eq!(changes.past(&Arc::new(begin("")), 0).await.expect("memory tells").until, 3);
+    for missing in 0..3 {
+        let event = lock(&memory.entries)[missing].take();
+        let left = changes.read(0, |_| true).await.expect("memory tells");
+        assert_eq!((left.changes.len(), left.until, left.gap), (2, 3, true));
+        assert!(changes.past(&Arc::new(begin("")), 0).await.is_err_and(|error| error.is::<Forgotten>()));
+        // Whoever had seen it misses nothing.
+        assert!(changes.past(&Arc::new(begin("")), missing as u64 + 1).await.is_ok());
+        lock(&memory.entries)[missing] = event;
+    }
+    changes.watermark().advance(4);
+    assert!(changes.read(0, |_| true).await.is_err(), "what cannot be read is not passed over");
+}
+
+#[tokio::test]
+async fn the_past_comes_in_pieces_and_ends_with_what_is_durable() {
+    let changes = changes(1_000);
+    for n in 0..25_000 {
+        delete(&changes, if n % 5 == 0 { "a" } else { "b" });
+    }
+    changes.watermark().advance(24_000);
+    let (mut after, mut pieces) = (0, Vec::new());
+    loop {
+        let past = changes.past(&Arc::new(begin("a")), after).await.expect("memory tells");
+        assert!(past.changes.iter().all(|change| change.sequence > after && change.key() == "a"));
+        if past.until == after {
+            break;
+        }
+        after = past.until;
+        pieces.push((past.changes.len(), past.until));
+    }
+    assert_eq!(pieces, [(2_000, 10_000), (2_000, 20_000), (800, 24_000)]);
+}
