@@ -45,28 +45,32 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests, those of the server with one shard and, where shards matter, with four, many of them on both logs; a filter picks some: just test book
+# Run all tests: those of the server with one shard, then with four and on Postgres where these matter; a filter picks some: just test book
 [group('develop')]
 test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
 
+# Run the tests that tell most in three minutes after the build: all of the packages, and of the server what every user meets, with one shard on the file log
+[group('develop')]
+test-quick: _build (_tool "curl") (_tool "openssl") _python
+    cargo test --release --workspace --exclude schema-guest --exclude kvs-tests -- --skip every_bit_is_flipped --skip every_mutant_is_found
+    PATH="$PWD/target/python/bin:$PATH" cargo test --release --package kvs-tests --test e2e -- \
+        admin:: bad_log:: book:: client:: components:: conditions:: cors:: crash:: durability:: expiry:: limits:: linear:: lists:: \
+        log_command:: long_poll:: metrics:: operator:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
+
 # The binary that the tests start
 _build: _target
     cargo build --release --package kvs
 
-# The tests of the server with four shards, but for those of what lies before the shards or behind them: who may connect and ask,
-# the command line, what is no guest, and the files of the log
-_test-shards *FILTER: _build
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- \
-        --skip access:: --skip access_log:: --skip attacks:: --skip backup:: --skip bad_log:: --skip commands:: --skip compiled:: \
-        --skip components:: --skip cors:: --skip faults:: --skip full_disk:: --skip log_command:: --skip operator:: --skip raw:: \
-        --skip tls:: {{ FILTER }}
+# The tests of the server with four shards: those of what a shard does, or those that a filter picks
+_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: swap:: transactions:: unruly:: watch::": _build _python
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- {{ FILTER }}
 
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
 # none of what is in files, and none that brings a database of its own
-_test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: swap:: transactions:: watch::": _build _postgres _python
+_test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _postgres _python
     PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 

@@ -29,16 +29,16 @@ pub struct Model {
 
 impl Model {
     /// The entries up to a sequence.
-    fn until(&self, sequence: u64) -> &[Appended] {
+    pub fn until(&self, sequence: u64) -> &[Appended] {
         &self.entries[..self.entries.partition_point(|entry| entry.sequence <= sequence)]
     }
 
-    fn newest(&self) -> u64 {
+    pub fn newest(&self) -> u64 {
         self.entries.last().map_or(0, |entry| entry.sequence)
     }
 
     /// As it is for a history that begins where this one was at some operation.
-    fn at_the_begin(&self, at: usize) -> Self {
+    pub fn at_the_begin(&self, at: usize) -> Self {
         let mut model = self.clone();
         model.compactions.retain(|(begun, _)| *begun <= at);
         model.compactions.iter_mut().for_each(|(begun, _)| *begun = 0);

@@ -20,7 +20,6 @@ use super::disk::Promise;
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
-use crate::Incarnation;
 use crate::file::compact::{self, Effort};
 use crate::file::spare;
 use crate::file::verify::verify_in;
