@@ -11,8 +11,8 @@ pub const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 /// The component of the built-in guest.
 pub const DEFAULT_GUEST: &str = kvs::guest::BUILT_IN_FILE;
 
-/// The binary under test, built beside this program. Fails when it is missing or older than its sources: cargo builds a
-/// binary only together with tests of its own package.
+/// The binary under test, built beside this program. Fails when it is missing or older than one of the files that it was built
+/// from: cargo builds a binary only together with tests of its own package.
 pub fn binary() -> &'static str {
     static BINARY: OnceLock<String> = OnceLock::new();
     BINARY.get_or_init(|| {
@@ -21,30 +21,32 @@ pub fn binary() -> &'static str {
         let binary = directory.join("kvs");
         let advice = "build it with: cargo build --release --package kvs";
         let built = modified(&binary).unwrap_or_else(|| panic!("{} is missing; {advice}", binary.display()));
-        for sources in [
-            "host/src",
-            "host/txlog/src",
-            "host/client/src",
-            "host/metrics/src",
-            "host/runtime/src",
-            "guest/kvs/src",
-            "wit",
-        ] {
-            if let Some(newer) = newer_than(built, Path::new(&format!("{ROOT}/{sources}"))) {
-                panic!("{} is older than {}; {advice}", binary.display(), newer.display());
+        for source in sources(&binary.with_extension("d")) {
+            if is_newer(&source, built) {
+                panic!("{} is older than {}; {advice}", binary.display(), source.display());
             }
         }
         binary.into_os_string().into_string().expect("the path is text")
     })
 }
 
-fn modified(path: &Path) -> Option<SystemTime> {
-    fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+/// What cargo has written down beside a binary: `BINARY: FILE FILE …`, with a backslash before each space in a name.
+fn sources(dependencies: &Path) -> Vec<PathBuf> {
+    let line = fs::read_to_string(dependencies)
+        .unwrap_or_else(|error| panic!("{} cannot be read: {error}", dependencies.display()));
+    let (_, files) = line.trim().split_once(": ").expect("the binary is named first");
+    files.replace("\\ ", "\0").split(' ').map(|file| file.replace('\0', " ").into()).collect()
 }
 
-fn newer_than(time: SystemTime, directory: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(directory).expect("the sources can be listed");
-    entries.map(|entry| entry.expect("it can be read").path()).find_map(|path| {
-        if path.is_dir() { newer_than(time, &path) } else { modified(&path).filter(|at| *at > time).map(|_| path) }
-    })
+/// Whether a file, or one in a directory, was changed or removed since.
+fn is_newer(path: &Path, time: SystemTime) -> bool {
+    if !path.is_dir() {
+        return modified(path).is_none_or(|at| at > time);
+    }
+    let mut entries = fs::read_dir(path).expect("the sources can be listed");
+    entries.any(|entry| is_newer(&entry.expect("it can be read").path(), time))
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
 }
