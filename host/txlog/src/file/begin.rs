@@ -222,12 +222,12 @@ impl Ahead<'_> {
     /// Goes on to the next segment.
     fn take(&mut self, segments: &mut Vec<Segment>, last: u64, chain: u32) -> anyhow::Result<Current> {
         if let Some(Found { numbers, file, size, .. }) = self.files.pop_front() {
-            segments.push(Segment::empty(numbers.first, last, chain));
+            segments.push(Segment::empty(numbers.first, last, chain, size));
             return Ok(Current { file, size });
         }
         let (number, size) = (self.next, self.next_size);
         let file = spare::make(&*self.home.disk, self.log, number, size).context("cannot make a segment of the log")?;
-        segments.push(Segment::empty(number, last, chain));
+        segments.push(Segment::empty(number, last, chain, size));
         (self.next, self.next_size) = (number + 1, self.sizes.after(size));
         Ok(Current { file, size })
     }

@@ -4,6 +4,7 @@
 //! several, and readers, which must see neither half done.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
@@ -34,6 +35,8 @@ pub struct Segment {
     pub tip: u32,
     /// Where its frames end. Of an older segment this is found by reading it, and is the end of the file until then.
     pub end: u64,
+    /// Bytes of its file: after its frames there may be room that the next frame did not fit in.
+    pub size: u64,
     /// See [`Compacted::forgotten`].
     pub forgotten: u64,
     /// What a compacted segment says of the last frame that it stands for. Of others it is found by reading them.
@@ -56,7 +59,7 @@ pub struct Mark {
 
 impl Segment {
     /// A segment made ahead, at the moment the writer comes to it.
-    pub fn empty(number: u64, last: u64, chain: u32) -> Self {
+    pub fn empty(number: u64, last: u64, chain: u32, size: u64) -> Self {
         Self {
             numbers: Numbers::one(number),
             version: VERSION,
@@ -66,6 +69,7 @@ impl Segment {
             after: chain,
             tip: chain,
             end: HEAD_BYTES,
+            size,
             forgotten: 0,
             ending: None,
             incarnations: Vec::new(),
@@ -78,8 +82,23 @@ impl Segment {
     pub fn compacted(numbers: Numbers, version: u32, compacted: &Compacted, incarnations: Vec<Incarnation>) -> Self {
         let Compacted { first, last, before, after, tip, ending, end, forgotten } = *compacted;
         let ending = Some(ending);
-        let (deletes, marks) = (0, Vec::new());
-        Self { numbers, version, first, last, before, after, tip, end, forgotten, ending, incarnations, deletes, marks }
+        let (size, deletes, marks) = (end, 0, Vec::new());
+        Self {
+            numbers,
+            version,
+            first,
+            last,
+            before,
+            after,
+            tip,
+            end,
+            size,
+            forgotten,
+            ending,
+            incarnations,
+            deletes,
+            marks,
+        }
     }
 
     /// The last sequence before it: an incarnation that begins with it leaves a jump.
@@ -120,6 +139,8 @@ pub struct Catalog {
     segments: Mutex<Vec<Segment>>,
     /// Held while a file is opened or gets its name, so that each name means one file to a reader. Taken first.
     names: Mutex<Names>,
+    /// Bytes of the files that a compacted one has replaced and that are not removed yet.
+    replaced: AtomicU64,
 }
 
 struct Names {
@@ -141,7 +162,11 @@ impl Drop for Reader<'_> {
 
 impl Catalog {
     pub fn new(segments: Vec<Segment>) -> Self {
-        Self { segments: Mutex::new(segments), names: Mutex::new(Names { swaps: 0, readers: 0 }) }
+        Self {
+            segments: Mutex::new(segments),
+            names: Mutex::new(Names { swaps: 0, readers: 0 }),
+            replaced: AtomicU64::new(0),
+        }
     }
 
     /// Begins to read what comes after a sequence. The error is the newest sequence that is forgotten, when that is
@@ -175,9 +200,14 @@ impl Catalog {
         self.segments().clone()
     }
 
-    /// Bytes of frames, heads of segments included.
+    /// Bytes of the log on disk: the files of its segments, of the newest what is written, and what was replaced and is there
+    /// still.
     pub fn bytes(&self) -> u64 {
-        self.segments().iter().map(|segment| segment.end).sum()
+        let segments = self.segments();
+        let replaced = self.replaced.load(Ordering::Relaxed);
+        segments.split_last().map_or(replaced, |(newest, sealed)| {
+            replaced + newest.end + sealed.iter().map(|segment| segment.size).sum::<u64>()
+        })
     }
 
     /// Notes where a segment was found to end.
@@ -206,7 +236,17 @@ impl Catalog {
         let begin = segments.partition_point(|old| old.numbers.first < segment.numbers.first);
         let end = segments.partition_point(|old| old.numbers.last <= segment.numbers.last);
         names.swaps += 1;
-        Ok(Some(segments.splice(begin..end, [segment]).collect()))
+        let numbers = segment.numbers;
+        let old: Vec<_> = segments.splice(begin..end, [segment]).collect();
+        // One of the same name is gone with the rename.
+        let there = old.iter().filter(|old| old.numbers != numbers);
+        self.replaced.store(there.map(|old| old.size).sum(), Ordering::Relaxed);
+        Ok(Some(old))
+    }
+
+    /// The files that were replaced are removed.
+    pub fn removed(&self) {
+        self.replaced.store(0, Ordering::Relaxed);
     }
 
     /// The newest segment was written to.

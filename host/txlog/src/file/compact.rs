@@ -124,8 +124,7 @@ fn groups(
         }
     }
     let worth = |(group, stays): &(Range<usize>, u64)| {
-        let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.end).sum();
-        let bytes = bytes.max(garbage.shares[group.clone()].iter().map(|share| share.bytes).sum());
+        let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.size).sum();
         let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
         let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
         // Many small frames take more than one large one with the same entries.
@@ -165,11 +164,10 @@ impl Rewrite<'_> {
             output.epoch = shares.first().map_or(0, |share| share.ending.epoch);
             output.frame = incarnations::frame(&incarnations);
             output.flush()?;
-            let mut old_bytes = 0;
             for (segment, share) in segments.iter().zip(shares) {
                 let mut at = share.begin;
                 let mut failed = Ok(());
-                let walked = garbage::walk(shared, segment, pause, &mut |entry| {
+                garbage::walk(shared, segment, pause, &mut |entry| {
                     let fate = self.garbage.fate(at);
                     at += 1;
                     let goes = match fate {
@@ -188,7 +186,6 @@ impl Rewrite<'_> {
                     }
                 })?;
                 failed?;
-                old_bytes += walked.end;
                 pause(0)?;
             }
             output.flush()?;
@@ -206,6 +203,7 @@ impl Rewrite<'_> {
                 Head { version: VERSION, log: shared.log, numbers, size: output.end, compacted: Some(compacted) };
             output.file.write_at(&head.encode(), 0)?;
             output.sync()?;
+            let old_bytes: u64 = segments.iter().map(|segment| segment.size).sum();
             Ok((compacted, old_bytes.saturating_sub(output.end)))
         });
         let (compacted, saved) = written.inspect_err(|_| drop(disk.remove(&temporary)))?;
@@ -221,6 +219,7 @@ impl Rewrite<'_> {
             disk.remove(&old.numbers.file_name())?;
         }
         disk.sync().map_err(SyncFailed)?;
+        shared.catalog.removed();
         Ok(Some(saved))
     }
 

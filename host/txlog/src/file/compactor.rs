@@ -6,11 +6,16 @@
 //! third of the log, a run is due. A run that finds nothing has read as much as was written since the last, so the cost
 //! stays in proportion. A delete counts once its segment is sealed, for until then no run can act on it.
 //!
-//! The log stays at most twice the entries that are needed, and two segments, but for what the estimate misses: values
-//! deleted or made small that were far larger than the mean stay until the next run. Mostly a run is over long before;
-//! where it is not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside the log the disk
-//! holds the spare, the rest of the newest segment, and while a run is under way the file it writes. Where the log was
-//! not empty when it was opened, this begins with the end of the first run; where compaction fails, the log grows on.
+//! The log stays at most twice the entries that are needed, and two segments. Mostly a run is over long before; where it is
+//! not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside that the disk holds the spare,
+//! the rest of the newest segment, and during a run the file that it writes, a segment each.
+//!
+//! What is needed is what was at the last run, as far as nothing tells that it is less: values deleted or made small that
+//! were far larger than the mean stay until the next run, which falls due at the latest when half as much is written.
+//! Where an estimate falls below what is there, half a segment is let in until the run is over. So all files together take
+//! at most **twice the data that was live at any time since the run before the last, and five and a half segments**. Where
+//! the log was not empty when it was opened, this begins with the end of the first run; where compaction fails, the log
+//! grows on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -40,7 +45,7 @@ const NO_LIMIT: u64 = u64::MAX;
 pub struct Compactor {
     state: Mutex<State>,
     changed: Condvar,
-    /// How large the log may be, in bytes of frames, when the writer goes on.
+    /// How large the log may be on disk when the writer goes on.
     limit: AtomicU64,
 }
 
@@ -305,9 +310,9 @@ fn compact(shared: &Shared) -> anyhow::Result<Known> {
     Ok(Known { needed, mean, expiring, last, at: clock.now(), passes, floor })
 }
 
-/// Bytes in these segments.
+/// Bytes of the files of these segments.
 fn size(segments: &[Segment]) -> u64 {
-    segments.iter().map(|segment| segment.end).sum()
+    segments.iter().map(|segment| segment.size).sum()
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -354,7 +359,7 @@ mod tests {
             [0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&clock, &[])),
             [10_000, 9_990, 9_990, 9_790, 9_790]
         );
-        let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0) };
+        let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0, 0) };
         assert_eq!(known(0).needed(&clock, &[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
         assert_eq!(known(0).needed(&clock, &[deletes(20, 1_000)]), 0);
     }

@@ -76,7 +76,10 @@ pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
     let held = segments.len();
     let writable = held - usize::from(held > 0 && found[held - 1].compacted.is_none());
     let newest = tear.map_or(writable, |(at, _)| at);
-    let empty = |found: &Found| Segment { version: found.version, ..Segment::empty(found.numbers.first, last, chain) };
+    let empty = |found: &Found| Segment {
+        version: found.version,
+        ..Segment::empty(found.numbers.first, last, chain, found.size)
+    };
     segments.extend(found.iter().take(newest + 1).skip(held).map(empty));
     let newest_size = found.last().map_or(0, |found| found.size);
     let files: VecDeque<_> = found.into_iter().skip(newest).collect();
@@ -199,8 +202,11 @@ fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Se
     for older in found.iter().rev().skip(1) {
         let Some(next) = segments.last() else { break };
         let (last, before) = (next.preceding(), next.before);
-        let blank =
-            Segment { version: older.version, end: older.size, ..Segment::empty(older.numbers.first, last, before) };
+        let blank = Segment {
+            version: older.version,
+            end: older.size,
+            ..Segment::empty(older.numbers.first, last, before, older.size)
+        };
         let does_not_follow = || home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name));
         let frame = tail::first_frame(home, older)?;
         let segment = match (&older.compacted, frame) {

@@ -49,7 +49,7 @@ pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
         let segment = Segment::compacted(found.numbers, found.version, compacted, first);
         return Ok(Content { segment, holds_frames: true, ending: compacted.ending, tear: None });
     }
-    let mut segment = Segment { version: found.version, ..Segment::empty(found.numbers.first, 0, 0) };
+    let mut segment = Segment { version: found.version, ..Segment::empty(found.numbers.first, 0, 0, found.size) };
     let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (HEAD_BYTES, found.size), None);
     let mut first = None;
     let mut newest = None;

@@ -64,7 +64,9 @@ impl Writer {
 
     /// Writes one frame, makes it durable, and only then lets go of the responses that wait for it.
     fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
-        shared.compactor.admit(shared, super::segment::HEAD_BYTES + frame.sealed_len());
+        let left = self.size - self.end;
+        let unused = if frame.sealed_len() > left { left } else { 0 };
+        shared.compactor.admit(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
             if !self.rotate(shared)? {
                 bail!("no room for another segment of the log");
@@ -132,7 +134,7 @@ impl Writer {
             self.sync()?;
         }
         let Some(spare) = shared.spares.take(shared)? else { return Ok(false) };
-        shared.catalog.push(Segment::empty(spare.number, self.last, self.chain));
+        shared.catalog.push(Segment::empty(spare.number, self.last, self.chain, spare.size));
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
         shared.compactor.sealed(shared);
         Ok(true)

@@ -182,6 +182,12 @@ impl FakeDisk {
         self.state().names.keys().cloned().collect()
     }
 
+    /// Bytes of all files.
+    pub fn size(&self) -> u64 {
+        let state = self.state();
+        state.names.values().map(|file| state.files[*file].len() as u64).sum()
+    }
+
     /// The same disk, after the process that used it is gone.
     pub fn copy(&self) -> Self {
         let (names, files) = self.content();

@@ -1,5 +1,6 @@
 //! What the log promises, tried on a disk that the tests own and on a real directory.
 
+mod bound;
 mod compaction;
 mod content;
 mod crash;
