@@ -62,6 +62,10 @@ impl Database {
         fs::remove_file(&password).expect("it is there");
         let made = made.expect("initdb can be run");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        Self::start_in(data)
+    }
+
+    fn start_in(data: TempDir) -> Self {
         // Both names that tests have for this machine.
         let line = |host| format!("{host}:*:*:*:{}\n", PASSWORD.replace(':', "\\:"));
         fs::write(data.path().join("passwords"), ["127.0.0.1", "elsewhere.example"].map(line).concat())
@@ -70,6 +74,39 @@ impl Database {
         let mut database = Self { data, port: free.expect("a port is free").port(), process: None };
         database.start_again();
         database
+    }
+
+    /// A standby of it that is synchronous: from now on it waits for it at every commit.
+    pub fn replicate(&self) -> Self {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        give(data.path());
+        let mut copy = program("pg_basebackup");
+        copy.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-U", "postgres", "--checkpoint=fast", "--no-sync"]);
+        copy.args(["-R", "-D"]).arg(data.path().join("cluster")).env("PGPASSWORD", PASSWORD);
+        let copied = copy.output().expect("pg_basebackup can be run");
+        assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+        let standby = Self::start_in(data);
+        self.becomes("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "1");
+        self.configure("synchronous_standby_names", "*");
+        self.becomes("SELECT sync_state FROM pg_stat_replication", "sync");
+        standby
+    }
+
+    /// Sets a parameter of the whole server while it runs.
+    pub fn configure(&self, name: &str, value: &str) {
+        self.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
+        self.sql("SELECT pg_reload_conf()");
+        self.becomes(&format!("SHOW {name}"), value);
+    }
+
+    /// Makes a standby the one that is written to.
+    pub fn promote(&self) {
+        assert_eq!(self.sql("SELECT pg_promote()"), ["t"]);
+    }
+
+    /// Waits until so many commits wait for a synchronous standby that is away.
+    pub fn waits_for_standby(&self) {
+        self.becomes("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'", "t");
     }
 
     /// Starts it when it is down. What is left of a killed one can keep it from that for a moment.

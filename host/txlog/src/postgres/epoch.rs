@@ -152,6 +152,12 @@ async fn begin_durable(session: &Session) -> Result<(), Failure> {
     session.run(durably).await
 }
 
+/// Waits until the database's synchronous standbys have everything that can be read on this connection. One that was
+/// restarted shows more than that.
+pub async fn confirm(session: &Session) -> Result<(), Failure> {
+    session.run("UPDATE kvs.identity SET log = log").await
+}
+
 /// Makes everything durable that was committed, and leaves the log to others.
 pub async fn leave(session: &Session, epoch: i64) -> Result<(), Failure> {
     begin_durable(session).await?;

@@ -76,6 +76,9 @@ async fn begin(session: Session, durability: Durability, manner: Manner, clock: 
     for doubt in &doubts {
         warn!("{doubt}");
     }
+    if standby {
+        epoch::confirm(&session).await?;
+    }
     let (begun, mut holder) = (clock.now(), Holder::new(standby, clock));
     let holding = loop {
         let look = holder.look(&session).await?;

@@ -3,20 +3,26 @@
 //! Owns: the words of the protocol. Must never know: what is asked for, or whether to ask again.
 
 use std::error::Error as _;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{self, AbortHandle};
 use tokio::time;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Error, NoTls, Row, RowStream, Statement, ToStatement};
+use tokio_postgres::{AsyncMessage, Client, Connection, Error, NoTls, Row, RowStream, Statement, ToStatement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::target::Target;
 use super::tls::Verify;
+
+/// The function of the server that warns when it no longer waits for a synchronous standby, in any language.
+const STANDBY_WAIT: &str = "SyncRepWaitForLSN";
 
 /// What did not go well.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +81,8 @@ pub struct Session {
     client: Client,
     /// What is made of every connection runs beside.
     connection: AbortHandle,
+    /// A transaction was committed, and a synchronous standby may not have it.
+    unconfirmed: Arc<AtomicBool>,
     timeout: Duration,
 }
 
@@ -88,20 +96,17 @@ pub type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 
 impl Session {
     /// `timeout` is for every call, and the server is told so. `settings` are run before all else.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "its end, by panic or not, is that of the connection, which is noticed"
-    )]
     pub async fn connect(target: &Target, timeout: Duration, settings: &str) -> Result<Self, Failure> {
         let failed = |reason: String| Failure { reason, kind: Kind::Silent };
+        let unconfirmed = Arc::<AtomicBool>::default();
         let connecting = async {
             if target.trust.verify == Verify::Disable {
                 let (client, connection) = target.config.connect(NoTls).await?;
-                return Ok((client, task::spawn(async move { drop(connection.await) }).abort_handle()));
+                return Ok((client, drive(connection, &unconfirmed)));
             }
             let tls = target.trust.config().map_err(|error| failed(format!("{error:#}")))?;
             let (client, connection) = target.config.connect(MakeRustlsConnect::new(tls)).await?;
-            Ok((client, task::spawn(async move { drop(connection.await) }).abort_handle()))
+            Ok((client, drive(connection, &unconfirmed)))
         };
         let connected: Result<_, Failure> = match time::timeout(timeout, connecting).await {
             Ok(connected) => connected,
@@ -113,7 +118,7 @@ impl Session {
             }
             failure
         })?;
-        let session = Self { client, connection, timeout };
+        let session = Self { client, connection, unconfirmed, timeout };
         // The server gives up a little earlier than this side, so that it can still say so.
         let milliseconds = (timeout * 4 / 5).as_millis().max(1);
         session.run(&format!("SET statement_timeout = {milliseconds}; {settings}")).await?;
@@ -122,7 +127,15 @@ impl Session {
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
         match time::timeout(self.timeout, call).await {
-            Ok(answered) => Ok(answered?),
+            Ok(answered) => {
+                let answered = answered?;
+                // An operator can cancel the wait for a standby, and the server reports the commit as a success.
+                if self.unconfirmed.load(Ordering::Acquire) {
+                    let reason = "a wait for a synchronous standby was canceled, which may not have what was committed";
+                    return Err(Failure { reason: reason.into(), kind: Kind::Silent });
+                }
+                Ok(answered)
+            }
             Err(_) => Err(Failure { reason: format!("no answer within {:?}", self.timeout), kind: Kind::Silent }),
         }
     }
@@ -152,11 +165,39 @@ impl Session {
         self.within(self.client.query_one(statement, with)).await
     }
 
+    pub async fn at_most_one(
+        &self,
+        statement: &(impl ToStatement + Sync + ?Sized),
+        with: Parameters<'_>,
+    ) -> Result<Option<Row>, Failure> {
+        self.within(self.client.query_opt(statement, with)).await
+    }
+
     /// Rows as they come, never all at once.
     pub async fn rows(&self, statement: &str, with: &[i64]) -> Result<Rows<'_>, Failure> {
         let rows = self.within(self.client.query_raw(statement, with)).await?;
         Ok(Rows { rows: Box::pin(rows), session: self })
     }
+}
+
+/// Runs a connection in a task of its own, and notes what the server warns of before the answer that it is about.
+#[expect(clippy::disallowed_methods, reason = "its end, by panic or not, is that of the connection, which is noticed")]
+fn drive<S, T>(mut connection: Connection<S, T>, unconfirmed: &Arc<AtomicBool>) -> AbortHandle
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let unconfirmed = Arc::clone(unconfirmed);
+    let driving = async move {
+        while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+            if let AsyncMessage::Notice(notice) = message
+                && notice.routine() == Some(STANDBY_WAIT)
+            {
+                unconfirmed.store(true, Ordering::Release);
+            }
+        }
+    };
+    task::spawn(driving).abort_handle()
 }
 
 pub struct Rows<'s> {

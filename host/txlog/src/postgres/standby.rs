@@ -58,6 +58,7 @@ async fn look(
             shared.metrics.connections.add(1);
             let session = shared.connect().await?;
             let append = writer::prepare(&session).await?;
+            epoch::confirm(&session).await?;
             connection.insert((session, append))
         }
     };

@@ -5,6 +5,10 @@
 //! one, if the epoch is still this writer's, and only then are its rows there. So it is never there twice, whoever asked for it how often, and never without the one
 //! before it. When a connection is lost, `epoch` and `last` tell whether it was committed; a statement that the server is
 //! still at holds the row, and whoever looks again by repeating it waits for that.
+//!
+//! What is merely read can be on one machine only: a database that was restarted shows transactions that its synchronous
+//! standbys do not have yet. So whoever concludes that a batch is durable does so from a statement that writes: it is
+//! answered when the standbys have everything up to it.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -35,6 +39,9 @@ const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = cl
      SELECT $4 + entry.number - 1, entry.time, entry.event_type, entry.key, entry.value, entry.metadata::json, entry.expires \
      FROM writer, unnest($5::bigint[], $6::smallint[], $7::bytea[], $8::bytea[], $9::text[], $10::bigint[]) WITH ORDINALITY \
      AS entry (time, event_type, key, value, metadata, expires, number)";
+
+/// $1 epoch. Gives the newest entry, when the epoch is still this one.
+const BEAT: &str = "UPDATE kvs.writer SET seen = clock_timestamp() WHERE epoch = $1 RETURNING last";
 
 pub struct Writer {
     epoch: i64,
@@ -67,7 +74,11 @@ impl Writer {
                     }
                 }
                 Work::Idle => {
-                    let beat = self.beat(&shared).await;
+                    let newest = shared.watermark.durable();
+                    let beat = match self.beat(&shared).await {
+                        Ok(Some(last)) if last != newest => Err(other_end(last, newest)),
+                        beat => beat.map(|last| last.is_some()),
+                    };
                     if !self.heard(&shared, beat).await {
                         return;
                     }
@@ -161,25 +172,27 @@ impl Writer {
             return Ok(Outcome::Durable);
         }
         shared.metrics.lookups.add(1);
-        let row = session.one("SELECT epoch, last FROM kvs.writer", &[]).await?;
-        let [holder, newest]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
-        if holder != epoch {
-            Ok(Outcome::Lost)
-        } else if newest == last {
-            Ok(Outcome::Durable)
-        } else {
-            let reason = format!("its newest entry is {newest}, where {before} was written last");
-            Err(Failure { reason, kind: Kind::Damaged })
+        match self.beat(shared).await? {
+            None => Ok(Outcome::Lost),
+            Some(newest) if newest == batch.last() => Ok(Outcome::Durable),
+            Some(newest) => Err(other_end(newest, batch.before)),
         }
     }
 
-    /// Says that it is there.
-    async fn beat(&mut self, shared: &Shared) -> Result<bool, Failure> {
+    /// Says that it is there, and gives the newest entry of the log. None when somebody else has a newer epoch.
+    async fn beat(&mut self, shared: &Shared) -> Result<Option<u64>, Failure> {
         shared.breaker.try_again();
         let epoch = self.epoch;
         let (session, _) = self.session(shared).await?;
-        let seen = "UPDATE kvs.writer SET seen = clock_timestamp() WHERE epoch = $1";
-        Ok(session.execute(seen, &[&epoch]).await? == 1)
+        if let Some(row) = session.at_most_one(BEAT, &[&epoch]).await? {
+            return Ok(Some(row.try_get::<_, i64>(0)?.cast_unsigned()));
+        }
+        let newest: i64 = session.one("SELECT epoch FROM kvs.writer", &[]).await?.try_get(0)?;
+        if newest < epoch {
+            let reason = format!("its epoch is {newest}, where {epoch} was taken: the database was set back");
+            return Err(Failure::damaged(reason));
+        }
+        Ok(None)
     }
 
     /// The connection, made anew when there is none.
@@ -204,6 +217,13 @@ impl Writer {
         let (session, _) = self.session(shared).await?;
         epoch::leave(session, epoch).await
     }
+}
+
+/// The log ends elsewhere than where this process wrote last.
+fn other_end(newest: u64, written: u64) -> Failure {
+    Failure::damaged(format!(
+        "its newest entry is {newest}, where {written} was written last: the database was set back, or others write to it"
+    ))
 }
 
 /// What the batch after one of so many appends waits for. Who was answered asks again soon. Were the first not to wait, it
