@@ -23,8 +23,8 @@
 //!
 //! # What an answered write has behind it
 //!
-//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` or
-//! `synchronous_commit` is off, a line at the start and in `/readyz` tells.
+//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` is off, or a setting
+//! like it (`conditions`), a log line and `/readyz` report it for as long as it is so.
 //!
 //! # After a restore, a failover of the database, or an unclean end without durable commits
 //!
@@ -42,6 +42,7 @@ mod batch;
 mod breaker;
 pub mod cloud_native_go;
 mod compactor;
+mod conditions;
 mod epoch;
 mod incarnations;
 mod metrics;
@@ -72,6 +73,7 @@ pub use self::target::Url;
 
 use self::breaker::Breaker;
 use self::compactor::Effort;
+use self::conditions::Conditions;
 use self::epoch::Epoch;
 use self::metrics::Metrics;
 use self::opening::{Holding, Opened};
@@ -116,8 +118,7 @@ struct Running {
 struct Shared {
     target: Target,
     timeout: Duration,
-    /// What every connection begins with.
-    settings: &'static str,
+    conditions: Conditions,
     /// Set when this process takes it.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
@@ -130,8 +131,6 @@ struct Shared {
     /// The connection of the last reader, for one that stands by and reads again soon.
     idle: Mutex<Option<Session>>,
     metrics: Metrics,
-    /// What an operator should know of the database, however well it is.
-    doubts: Vec<String>,
     /// Its tasks are in the runtime of the log.
     env: Env,
 }
@@ -149,14 +148,11 @@ impl PostgresLog {
         ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
         let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
         let runtime = threads.context("no thread for the log")?;
-        let settings = match durability {
-            Durability::Sync => "SET default_transaction_isolation = 'read committed'",
-            Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
-        };
+        let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
-        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner, &env.clock))?;
-        let Opened { session, append, doubts, holding } = opened;
+        let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
+        let Opened { session, append, holding } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => {
                 (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
@@ -168,7 +164,7 @@ impl PostgresLog {
         let shared = Arc::new(Shared {
             target,
             timeout,
-            settings,
+            conditions,
             epoch,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
@@ -178,7 +174,6 @@ impl PostgresLog {
             readers: Semaphore::new(READERS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
-            doubts,
             env,
         });
         let writer = match holding {
@@ -226,7 +221,7 @@ impl PostgresLog {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let last = self.appended();
         ensure!(self.shared.watermark.durable() == last, "entries were appended that are not written yet");
-        let forking = async { epoch::fork(&self.shared.connect().await?, epoch, last).await };
+        let forking = async { epoch::fork(&self.shared.connect_to_write().await?, epoch, last).await };
         let forked: Result<_, Failure> = self.handle.block_on(forking);
         let (incarnation, history) = forked.context("no incarnation can be begun")?;
         self.shared.set_history(history);
@@ -275,14 +270,14 @@ impl TransactionLog for PostgresLog {
     }
 
     fn condition(&self) -> Condition {
-        let Shared { queue, watermark, breaker, doubts, .. } = &*self.shared;
+        let Shared { queue, watermark, breaker, conditions, .. } = &*self.shared;
         if let Some(reason) = watermark.failure() {
             return Condition::Unfit(format!("failed: {reason}"));
         }
         if queue.ended() == Some(End::ReadOnly) {
             return Condition::Unfit("read-only: another process writes this log now".into());
         }
-        let mut told = doubts.clone();
+        let mut told = conditions.doubts();
         if !queue.begun() {
             let News { newest, holder } = &*self.shared.news.borrow();
             let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
@@ -360,8 +355,16 @@ impl Shared {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A session that reads.
     async fn connect(&self) -> Result<Session, Failure> {
-        Session::connect(&self.target, self.timeout, self.settings).await
+        Session::connect(&self.target, self.timeout, &self.conditions.settings()).await
+    }
+
+    /// A session that writes.
+    async fn connect_to_write(&self) -> Result<Session, Failure> {
+        let session = self.connect().await?;
+        self.conditions.check(&session).await?;
+        Ok(session)
     }
 
     fn fail(&self, error: &anyhow::Error) {

@@ -49,6 +49,15 @@ impl Failure {
         Self { reason, kind: Kind::Damaged }
     }
 
+    pub fn refused(reason: String) -> Self {
+        Self { reason, kind: Kind::Refused }
+    }
+
+    /// On this session nothing can be written.
+    pub fn unusable(reason: String) -> Self {
+        Self { reason, kind: Kind::Silent }
+    }
+
     /// Whether it may be another matter on another connection.
     pub fn is_silence(&self) -> bool {
         self.kind == Kind::Silent

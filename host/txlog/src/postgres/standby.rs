@@ -56,7 +56,7 @@ async fn look(
         Some(connection) => connection,
         None => {
             shared.metrics.connections.add(1);
-            let session = shared.connect().await?;
+            let session = shared.connect_to_write().await?;
             let append = writer::prepare(&session).await?;
             epoch::confirm(&session).await?;
             connection.insert((session, append))

@@ -184,6 +184,7 @@ impl Writer {
         shared.breaker.try_again();
         let epoch = self.epoch;
         let (session, _) = self.session(shared).await?;
+        shared.conditions.check(session).await?;
         if let Some(row) = session.at_most_one(BEAT, &[&epoch]).await? {
             return Ok(Some(row.try_get::<_, i64>(0)?.cast_unsigned()));
         }
@@ -201,7 +202,7 @@ impl Writer {
             Some(session) => session,
             None => {
                 shared.metrics.connections.add(1);
-                let session = shared.connect().await?;
+                let session = shared.connect_to_write().await?;
                 // Lost with the connection before, unless the server has not noticed yet.
                 session.one("SELECT pg_try_advisory_lock($1)", &[&epoch::LOCK]).await?;
                 let append = prepare(&session).await?;
