@@ -33,7 +33,11 @@ fn programs() -> PathBuf {
 
 /// One of its programs, as somebody it lets run it: root may not.
 fn program(name: &str) -> Command {
-    let program = programs().join(name);
+    as_owner(&programs().join(name))
+}
+
+/// A program as the owner of a database.
+pub fn as_owner(program: &Path) -> Command {
     if !geteuid().is_root() {
         return Command::new(program);
     }

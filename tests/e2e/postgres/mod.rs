@@ -4,6 +4,7 @@ mod commands;
 mod database;
 mod incarnations;
 mod opening;
+mod pooler;
 mod proxy;
 mod replication;
 mod standby;
@@ -296,6 +297,47 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
         clients.settle(server.address());
         assert_eq!(database.sql(WHOLE), ["t"], "after {way:?}");
     }
+}
+
+/// An address that moves leads to a standby for a while, and sessions with that outlive the moment at which it leads back.
+#[test]
+fn session_with_a_read_only_database_is_not_kept() {
+    let mut database = Database::start();
+    let standby = database.replicate();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    proxy.lead_to(standby.port());
+    proxy.reset();
+    becomes_ready(&server, 200, "read-only");
+    assert_eq!((put(&server, "a", "2"), get(&server, "a")), (503, (200, "1".into())));
+    proxy.lead_to(database.port());
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "3"), 201);
+    // A session becomes read-only itself.
+    database.configure("default_transaction_read_only", "on");
+    becomes_ready(&server, 200, "read-only");
+    database.kill();
+    database.start_again();
+    becomes_ready(&server, 200, "read-only");
+    database.configure("default_transaction_read_only", "off");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "4"), 201);
+}
+
+#[test]
+fn session_on_which_calls_fail_twice_is_not_kept() {
+    let database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    let backend = "SELECT min(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = 1802924801 AND granted";
+    let before = database.sql(backend).remove(0);
+    let lock = database.lock("kvs.writer");
+    database.becomes(&format!("SELECT ({backend}) IS DISTINCT FROM {before}"), "t");
+    drop(lock);
+    database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "2"), 201);
 }
 
 #[test]

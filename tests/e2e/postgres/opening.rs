@@ -1,6 +1,7 @@
 //! What is found out at the start: what cannot be used, whom to trust, what a database may forget.
 
 use super::database::Database;
+use super::pooler::Pooler;
 use super::{WELL, becomes_ready, get, put, ready, start};
 use crate::certificates::{Authority, Kind};
 use crate::server::{Server, serve_refused};
@@ -201,4 +202,17 @@ fn read_only_database_is_refused_at_start() {
     serve_refused(&["--txlog", &standby.url()]).with(1, &["it is a standby of another database, and read-only"]);
     database.sql("ALTER ROLE postgres SET default_transaction_read_only = on");
     serve_refused(&["--txlog", &database.url()]).with(1, &["it is read-only: default_transaction_read_only is on"]);
+}
+
+#[test]
+fn pooler_of_transactions_is_refused_and_of_sessions_is_not() {
+    let database = Database::start();
+    for mode in ["transaction", "statement"] {
+        let pooler = Pooler::start(&database, mode);
+        let refused = serve_refused(&["--txlog", &pooler.url(), "--txlog-timeout", "5s"]);
+        refused.with(1, &[if mode == "statement" { "pool" } else { "pool_mode = session" }]);
+    }
+    let pooler = Pooler::start(&database, "session");
+    let server = start(&pooler.url());
+    assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
 }

@@ -47,6 +47,7 @@ mod epoch;
 mod incarnations;
 mod metrics;
 mod opening;
+mod pooler;
 mod queue;
 mod replay;
 mod schema;

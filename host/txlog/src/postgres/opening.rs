@@ -12,7 +12,7 @@ use super::epoch::{self, Epoch, Holder, Look};
 use super::session::{Failure, Session};
 use super::conditions::Conditions;
 use super::target::Target;
-use super::{incarnations, schema, writer};
+use super::{incarnations, pooler, schema, writer};
 use crate::History;
 
 /// The connection of a process that was just killed takes a moment to be missed.
@@ -66,6 +66,8 @@ pub async fn open(
 
 async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) -> Result<Session, Failure> {
     let session = Session::connect(target, timeout, &conditions.settings()).await?;
+    let other = Session::connect(target, timeout, &conditions.settings()).await?;
+    pooler::refuse(&session, &other).await?;
     conditions.check(&session).await?;
     Ok(session)
 }

@@ -15,7 +15,9 @@ use tokio::task::{self, AbortHandle};
 use tokio::time;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{AsyncMessage, Client, Connection, Error, NoTls, Row, RowStream, Statement, ToStatement};
+use tokio_postgres::{
+    AsyncMessage, Client, Connection, Error, NoTls, Row, RowStream, SimpleQueryMessage, Statement, ToStatement,
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::target::Target;
@@ -34,11 +36,11 @@ pub struct Failure {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// There is no answer, and there will be none on this connection: what was asked may have been done or not.
+    /// The session is of no more use. Where it gave no answer, what was asked may have been done or not.
     Silent,
-    /// The database answered that it did not do it.
+    /// The database answered that it did not do it, and the session has no part in that.
     Refused,
-    /// That, for want of space.
+    /// That, for want of space on its disk.
     Full,
     /// That, since rows are there that should not be, or the other way round.
     Damaged,
@@ -74,14 +76,28 @@ impl From<Error> for Failure {
             // What cannot be written or read never will be.
             return Self { reason, kind: Kind::Silent };
         };
-        let kind = match answer.code() {
-            &SqlState::DISK_FULL => Kind::Full,
-            code if code.code().starts_with("23") => Kind::Damaged,
-            // The connection, or the server, comes to its end.
-            code if code.code().starts_with("57P") || code.code().starts_with("08") => Kind::Silent,
-            _ => Kind::Refused,
-        };
-        Self { reason: format!("{} ({})", answer.message(), answer.code().code()), kind }
+        Self { reason: format!("{} ({})", answer.message(), answer.code().code()), kind: kind(answer.code()) }
+    }
+}
+
+/// The meaning of an SQLSTATE. Its first two digits are its class.
+fn kind(state: &SqlState) -> Kind {
+    let code = state.code();
+    match code.get(..2).unwrap_or_default() {
+        _ if state == &SqlState::DISK_FULL => Kind::Full,
+        "23" => Kind::Damaged,
+        // The connection, or the server, comes to its end.
+        "08" => Kind::Silent,
+        "57" if code.starts_with("57P") => Kind::Silent,
+        // A transaction in a state that nobody here has begun; read-only after a failover, which a session outlives behind a
+        // virtual address.
+        "25" => Kind::Silent,
+        // A prepared statement or a cursor is missing, is there already, or no longer fits the tables.
+        "26" | "34" | "0A" => Kind::Silent,
+        _ if state == &SqlState::DUPLICATE_PSTATEMENT => Kind::Silent,
+        // It has no memory or no room for a session, cannot read its files, or has an error of its own.
+        "53" | "58" | "XX" => Kind::Silent,
+        _ => Kind::Refused,
     }
 }
 
@@ -154,6 +170,16 @@ impl Session {
         self.within(self.client.batch_execute(statements)).await
     }
 
+    /// The first column of a statement that gives one row, as text, without anything prepared.
+    pub async fn word(&self, statement: &str) -> Result<String, Failure> {
+        let messages = self.within(self.client.simple_query(statement)).await?;
+        let word = messages.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        });
+        Ok(word.unwrap_or_default().to_owned())
+    }
+
     pub async fn prepare(&self, statement: &str) -> Result<Statement, Failure> {
         self.within(self.client.prepare(statement)).await
     }
@@ -218,5 +244,23 @@ impl Rows<'_> {
     /// None after the last.
     pub async fn next(&mut self) -> Result<Option<Row>, Failure> {
         self.session.within(self.rows.try_next()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sqlstate_decides_whether_session_is_kept() {
+        let lost = ["08006", "25006", "25P02", "26000", "0A000", "34000", "42P05", "53200", "53300", "57P01", "58030", "XX000"];
+        for code in lost {
+            assert_eq!(kind(&SqlState::from_code(code)), Kind::Silent, "{code}");
+        }
+        for code in ["40001", "40P01", "42501", "42P01", "55P03", "57014", "28P01", "3D000"] {
+            assert_eq!(kind(&SqlState::from_code(code)), Kind::Refused, "{code}");
+        }
+        assert_eq!(kind(&SqlState::from_code("53100")), Kind::Full);
+        assert_eq!(kind(&SqlState::from_code("23505")), Kind::Damaged);
     }
 }

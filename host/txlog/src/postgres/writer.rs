@@ -136,10 +136,13 @@ impl Writer {
                 return false;
             }
             Err(failure) => {
+                // What fails twice may do so for a reason that only this session has.
+                if failure.is_silence() || !shared.breaker.is_well() {
+                    self.session = None;
+                }
                 match failure.kind {
-                    Kind::Silent => self.session = None,
                     Kind::Full => shared.queue.set_full(),
-                    Kind::Refused => {}
+                    Kind::Silent | Kind::Refused => {}
                     Kind::Damaged => {
                         shared.fail(&anyhow!("{failure}"));
                         return false;
