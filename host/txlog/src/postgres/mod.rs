@@ -10,7 +10,8 @@
 //!
 //! Whoever took the newest epoch, by adding one to `epoch` in `kvs.writer`. Every append names its epoch, and does nothing
 //! under a newer one: a process that was paused, or cut off, for however long, cannot write after another took over. It
-//! steps down: reads go on with what it has, writes are refused, and it is not ready. The epoch is taken at the start, when
+//! steps down: the log is at its end for it, as one that failed. It holds entries that the log may not have, so it does
+//! not follow the other with what it has; a server that is to stand by begins anew. The epoch is taken at the start, when
 //! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
 //! ten seconds; or later, by one that stands by.
 //!
@@ -272,11 +273,11 @@ impl TransactionLog for PostgresLog {
 
     fn condition(&self) -> Condition {
         let Shared { queue, watermark, breaker, conditions, .. } = &*self.shared;
-        if let Some(reason) = watermark.failure() {
-            return Condition::Unfit(format!("failed: {reason}"));
-        }
         if queue.ended() == Some(End::ReadOnly) {
             return Condition::Unfit("read-only: another process writes this log now".into());
+        }
+        if let Some(reason) = watermark.failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
         }
         let mut told = conditions.doubts();
         if !queue.begun() {
@@ -376,10 +377,12 @@ impl Shared {
         self.watermark.latch(reason);
     }
 
-    /// Another process took the epoch.
+    /// Another process took the epoch. What was appended here and not written never will be, so whoever holds it is of no
+    /// more use.
     fn step_down(&self) {
-        error!("another process writes this log now: this one is read-only from here on, and can be stopped");
+        let reason = "another process writes this log now";
+        error!("{reason}");
         self.queue.end(End::ReadOnly);
-        self.watermark.abandon();
+        self.watermark.latch(reason.into());
     }
 }
