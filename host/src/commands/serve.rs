@@ -246,8 +246,8 @@ async fn open_log(
             let data = args.data_dir.display();
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout) = (url.clone(), args.txlog_timeout);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, env };
+            let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone());

@@ -85,7 +85,16 @@ impl Database {
         let data = TempDir::new().expect("a temporary directory can be made");
         give(data.path());
         let mut copy = program("pg_basebackup");
-        copy.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-U", "postgres", "--checkpoint=fast", "--no-sync"]);
+        copy.args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &self.port.to_string(),
+            "-U",
+            "postgres",
+            "--checkpoint=fast",
+            "--no-sync",
+        ]);
         copy.args(["-R", "-D"]).arg(data.path().join("cluster")).env("PGPASSWORD", PASSWORD);
         let copied = copy.output().expect("pg_basebackup can be run");
         assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
@@ -116,6 +125,8 @@ impl Database {
     /// Starts it when it is down. What is left of a killed one can keep it from that for a moment.
     pub fn start_again(&mut self) {
         let deadline = Instant::now() + PATIENCE;
+        let is_standby = self.data.path().join("cluster/standby.signal").exists();
+        let said = if is_standby { "ready to accept read-only connections" } else { "ready to accept connections" };
         while self.process.is_none() {
             let mut command = program("postgres");
             command.arg("-D").arg(self.data.path().join("cluster")).args([
@@ -128,10 +139,10 @@ impl Database {
                 .args(["-c", "unix_socket_directories=", "-c", "lc_messages=C", "-c", "max_connections=300"])
                 .stdout(Stdio::null());
             let process = Process::spawn(command);
-            let ready = process.stderr.find(|line| line.contains("ready to accept connections").then_some(()));
+            let ready = process.stderr.find(|line| line.contains(said).then_some(()));
             match ready {
                 Ok(()) => self.process = Some(process),
-                Err(said) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{said}"),
+                Err(all) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{all}"),
             }
         }
     }

@@ -276,7 +276,10 @@ fn a_server_that_is_stopped_while_its_database_is_away_for_a_moment_writes_what_
 fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
-    let server = start(&database.url_at(proxy.port));
+    let url = database.url_at(proxy.port);
+    // With few heartbeats, whose answers could be lost in the place of a write's.
+    let patient = ["--txlog", &url, "--txlog-timeout", "1s", "--request-timeout", "3s", "--read-lease", "10s"];
+    let server = Server::start(&patient);
     assert_eq!(put(&server, "a", "1"), 201);
     thread::scope(|scope| {
         proxy.set(Way::Deaf);

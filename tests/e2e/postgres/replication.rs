@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvs_runtime::Env;
 use kvs_txlog::file::Durability;
-use kvs_txlog::postgres::{Manner, Options, PostgresLog, Url};
+use kvs_txlog::postgres::{Manner, Options, PostgresLog, READ_LEASE, Url};
 use kvs_txlog::{Event, TransactionLog};
 
 use super::database::Database;
@@ -33,8 +33,7 @@ fn shows_more_after_restart(database: &mut Database, known: u64) {
 fn write_without_synchronous_standby_is_not_acknowledged() {
     let mut database = Database::start();
     let mut standby = database.replicate();
-    let server =
-        Server::start(&["--txlog", &database.url(), "--txlog-timeout", "1s", "--request-timeout", "100s"]);
+    let server = Server::start(&["--txlog", &database.url(), "--txlog-timeout", "1s", "--request-timeout", "100s"]);
     assert_eq!(put(&server, "a", "0"), 201);
     let (acknowledged, is_over) = (AtomicU64::new(1), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -83,13 +82,14 @@ fn replay_without_synchronous_standby_ends_with_what_is_durable() {
         durability: Durability::Sync,
         timeout: Duration::from_secs(1),
         manner: Manner { begin: true, standby: false },
+        lease: READ_LEASE,
         env: Env::real(),
     };
     let log = PostgresLog::open(&options).expect("the database is there");
     standby.kill();
     log.append(0, &[Event::Delete("a".into())]).expect("the database was there");
     shows_more_after_restart(&mut database, 0);
-    let mut replay = || {
+    let replay = || {
         let mut entries = 0;
         let until = log.replay(0, &mut |batch| {
             entries += batch.len();

@@ -3,7 +3,7 @@
 //! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
 //! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
 //! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
-//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch) and `replay` (how entries
+//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch), `lease` (until when reads are answered) and `replay` (how entries
 //! come out).
 //!
 //! # Who writes
@@ -13,7 +13,7 @@
 //! steps down: the log is at its end for it, as one that failed. It holds entries that the log may not have, so it does
 //! not follow the other with what it has; a server that is to stand by begins anew. The epoch is taken at the start, when
 //! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
-//! ten seconds; or later, by one that stands by.
+//! ten seconds; or later, by one that stands by. With such a one, reads are answered under a lease (`lease`).
 //!
 //! # While another process writes
 //!
@@ -46,6 +46,7 @@ mod compactor;
 mod conditions;
 mod epoch;
 mod incarnations;
+mod lease;
 mod metrics;
 mod opening;
 mod pooler;
@@ -77,6 +78,7 @@ use self::breaker::Breaker;
 use self::compactor::Effort;
 use self::conditions::Conditions;
 use self::epoch::Epoch;
+use self::lease::Lease;
 use self::metrics::Metrics;
 use self::opening::{Holding, Opened};
 use self::queue::{End, Queue};
@@ -92,6 +94,9 @@ const READERS: usize = 4;
 /// A group is one message to the database, which takes no more than a gigabyte.
 const GROUP_BYTES: u64 = 256 << 20;
 
+/// Read lease, where nothing else is said.
+pub const READ_LEASE: Duration = Duration::from_secs(2);
+
 pub struct Options {
     pub url: Url,
     /// The largest group of events that is taken.
@@ -100,6 +105,8 @@ pub struct Options {
     /// Longest wait for one call of the database.
     pub timeout: Duration,
     pub manner: Manner,
+    /// Read lease, with a standby: from a tenth of a second to ten.
+    pub lease: Duration,
     /// The clock, the randomness and the tasks of the log.
     pub env: Env,
 }
@@ -129,6 +136,7 @@ struct Shared {
     queue: Queue,
     watermark: Watermark,
     breaker: Breaker,
+    lease: Lease,
     readers: Semaphore,
     /// The connection of the last reader, for one that stands by and reads again soon.
     idle: Mutex<Option<Session>>,
@@ -146,7 +154,7 @@ impl PostgresLog {
     }
 
     fn open_at(target: Target, options: &Options) -> Result<Self> {
-        let Options { group_bytes, durability, timeout, manner, .. } = *options;
+        let Options { group_bytes, durability, timeout, manner, lease, .. } = *options;
         ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
         let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
         let runtime = threads.context("no thread for the log")?;
@@ -173,6 +181,7 @@ impl PostgresLog {
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
             breaker: Breaker::new(env.clock.clone()),
+            lease: Lease::new(lease, &env.clock),
             readers: Semaphore::new(READERS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
@@ -181,7 +190,7 @@ impl PostgresLog {
         let writer = match holding {
             Holding::Ours(epoch) => {
                 shared.begin();
-                shared.start("log writer", Arc::clone(&shared).write(epoch, Some((session, append))))
+                shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
             Holding::Theirs(look, _) => {
                 info!("standing by while {} writes the log", look.holder);
@@ -195,8 +204,8 @@ impl PostgresLog {
     /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
-        let (durability, env) = (Durability::Sync, Env::real());
-        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, env })
+        let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
+        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
     }
 
     /// What there is to be taken in; changes for as long as another process writes.
@@ -271,6 +280,17 @@ impl TransactionLog for PostgresLog {
         }
     }
 
+    fn reads_refused(&self) -> Option<&'static str> {
+        let Shared { queue, lease, .. } = &*self.shared;
+        if queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and answers reads")
+        } else if lease.is_over() {
+            Some("another server may have taken the log over from this one: the database does not answer in time")
+        } else {
+            None
+        }
+    }
+
     fn condition(&self) -> Condition {
         let Shared { queue, watermark, breaker, conditions, .. } = &*self.shared;
         if queue.ended() == Some(End::ReadOnly) {
@@ -278,6 +298,9 @@ impl TransactionLog for PostgresLog {
         }
         if let Some(reason) = watermark.failure() {
             return Condition::Unfit(format!("failed: {reason}"));
+        }
+        if let Some(reason) = self.reads_refused() {
+            return Condition::Unfit(format!("reads are refused: {reason}"));
         }
         let mut told = conditions.doubts();
         if !queue.begun() {
@@ -327,13 +350,13 @@ impl Shared {
     }
 
     /// Writes as long as the epoch is this process's.
-    async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
+    async fn write(self: Arc<Self>, epoch: Epoch, connection: (Session, Statement)) {
         let (shared, Env { tasks, clock, .. }) = (Arc::clone(&self), &self.env);
         tasks.restart("log compactor", clock, move || {
             let run = compactor::run(Arc::clone(&shared), epoch.number, epoch.compacted);
             run.map(Ok)
         });
-        Writer::new(epoch.number, connection).run(self).await;
+        Writer::new(&epoch, connection).run(self).await;
     }
 
     /// The queue takes appends from now on, after everything that is there.

@@ -8,9 +8,9 @@ use kvs_runtime::Clock;
 use tokio_postgres::Statement;
 use tracing::warn;
 
+use super::conditions::Conditions;
 use super::epoch::{self, Epoch, Holder, Look};
 use super::session::{Failure, Session};
-use super::conditions::Conditions;
 use super::target::Target;
 use super::{incarnations, pooler, schema, writer};
 use crate::History;
@@ -78,7 +78,7 @@ async fn begin(session: Session, manner: Manner, clock: &Clock) -> Result<Opened
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
     if standby {
-        epoch::confirm(&session).await?;
+        epoch::stand_by(&session).await?;
     }
     let (begun, mut holder) = (clock.now(), Holder::new(standby, clock));
     let holding = loop {
@@ -94,7 +94,8 @@ async fn begin(session: Session, manner: Manner, clock: &Clock) -> Result<Opened
             let history = incarnations::history(&session).await?;
             break Holding::Theirs(look, history);
         }
-        if clock.elapsed(begun) > PATIENCE {
+        // Who is gone may answer reads until its lease is over.
+        if look.is_alive && clock.elapsed(begun) > PATIENCE {
             bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);
         }
         clock.sleep(LOOK).await;

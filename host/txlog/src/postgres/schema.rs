@@ -10,6 +10,7 @@ const MIGRATIONS: &[&str] = &[
     // Compaction makes it for itself.
     "DROP INDEX kvs.transactions_key",
     include_str!("incarnations.sql"),
+    include_str!("lease.sql"),
 ];
 
 /// Held by whoever changes the schema, until the end of the transaction.

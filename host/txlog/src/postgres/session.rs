@@ -253,7 +253,9 @@ mod tests {
 
     #[test]
     fn sqlstate_decides_whether_session_is_kept() {
-        let lost = ["08006", "25006", "25P02", "26000", "0A000", "34000", "42P05", "53200", "53300", "57P01", "58030", "XX000"];
+        let lost = [
+            "08006", "25006", "25P02", "26000", "0A000", "34000", "42P05", "53200", "53300", "57P01", "58030", "XX000",
+        ];
         for code in lost {
             assert_eq!(kind(&SqlState::from_code(code)), Kind::Silent, "{code}");
         }

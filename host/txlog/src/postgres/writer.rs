@@ -12,7 +12,7 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use tokio::time::timeout;
@@ -21,12 +21,10 @@ use tokio_postgres::types::ToSql;
 
 use super::Shared;
 use super::batch::Batch;
-use super::epoch;
+use super::epoch::{self, Epoch};
 use super::queue::{Company, Work};
 use super::session::{Failure, Kind, Session};
 
-/// How often an idle writer says that it is there, and learns whether the log is still its own.
-pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the end waits for a database that is away.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -40,13 +38,27 @@ const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = cl
      FROM writer, unnest($5::bigint[], $6::smallint[], $7::bytea[], $8::bytea[], $9::text[], $10::bigint[]) WITH ORDINALITY \
      AS entry (time, event_type, key, value, metadata, expires, number)";
 
-/// $1 epoch. Gives the newest entry, when the epoch is still this one.
-const BEAT: &str = "UPDATE kvs.writer SET seen = clock_timestamp() WHERE epoch = $1 RETURNING last";
-
 pub struct Writer {
     epoch: i64,
-    session: Option<(Session, Statement)>,
+    /// $1 epoch, $2 the lease in milliseconds, or null. Gives the newest entry, when the epoch is still this one, and whether
+    /// another process stands by.
+    beat: String,
+    held: Option<Held>,
+    /// The newest entry, as far as it is known. A log that was taken over may not have been taken in up to here.
+    last: u64,
+    /// The lease is to be in the row.
+    has_standby: bool,
+    /// When the last heartbeat was sent. None when the next is due.
+    beaten: Option<Instant>,
     company: Company,
+}
+
+/// The connection of the writer.
+struct Held {
+    session: Session,
+    append: Statement,
+    /// It holds the advisory lock.
+    is_locked: bool,
 }
 
 /// What became of a batch.
@@ -58,15 +70,37 @@ enum Outcome {
 }
 
 impl Writer {
-    pub fn new(epoch: i64, session: Option<(Session, Statement)>) -> Self {
-        Self { epoch, session, company: Company::default() }
+    pub fn new(epoch: &Epoch, (session, append): (Session, Statement)) -> Self {
+        let beat = format!(
+            "UPDATE kvs.writer SET seen = clock_timestamp(), lease = $2 WHERE epoch = $1 RETURNING last, {}",
+            epoch::is_held(epoch::STANDBYS)
+        );
+        Self {
+            epoch: epoch.number,
+            beat,
+            held: Some(Held { session, append, is_locked: epoch.is_locked }),
+            last: epoch.last,
+            has_standby: false,
+            beaten: None,
+            company: Company::default(),
+        }
     }
 
     /// Writes until the log is closed, fails, or is somebody else's.
     pub async fn run(mut self, shared: Arc<Shared>) {
         loop {
-            // One that failed is looked after at once.
-            let idle = if shared.breaker.is_well() { HEARTBEAT } else { Duration::ZERO };
+            let pause = shared.lease.pause();
+            let rest =
+                self.beaten.map_or(Duration::ZERO, |beaten| pause.saturating_sub(shared.env.clock.elapsed(beaten)));
+            // Also where there is always something to write. A call that failed is made again at once.
+            let (idle, is_due) =
+                if shared.breaker.is_well() { (rest, rest.is_zero()) } else { (Duration::ZERO, false) };
+            if is_due {
+                if !self.claim(&shared).await {
+                    return;
+                }
+                continue;
+            }
             match shared.queue.take(idle, self.company).await {
                 Work::Write(batch) => {
                     if !self.commit(&shared, &batch).await {
@@ -74,12 +108,7 @@ impl Writer {
                     }
                 }
                 Work::Idle => {
-                    let newest = shared.watermark.durable();
-                    let beat = match self.beat(&shared).await {
-                        Ok(Some(last)) if last != newest => Err(other_end(last, newest)),
-                        beat => beat.map(|last| last.is_some()),
-                    };
-                    if !self.heard(&shared, beat).await {
+                    if !self.claim(&shared).await {
                         return;
                     }
                 }
@@ -92,6 +121,15 @@ impl Writer {
         }
     }
 
+    /// Renews the claim to the log while nothing is being written. False when it is lost.
+    async fn claim(&mut self, shared: &Shared) -> bool {
+        let beat = match self.beat(shared).await {
+            Ok(Some(last)) if last != self.last => Err(other_end(last, self.last)),
+            beat => beat.map(|last| last.is_some()),
+        };
+        self.heard(shared, beat).await
+    }
+
     /// Writes one batch, however long that takes. False when it never will be written.
     async fn commit(&mut self, shared: &Shared, batch: &Batch) -> bool {
         let clock = &shared.env.clock;
@@ -102,6 +140,8 @@ impl Writer {
             let attempt = self.attempt(shared, batch).await;
             let durable = matches!(attempt, Ok(Outcome::Durable));
             if durable {
+                self.last = batch.last();
+                shared.lease.renew(begun);
                 shared.watermark.advance(batch.last());
                 let metrics = &shared.metrics;
                 metrics.append.observe_time(clock.elapsed(batch.begun));
@@ -138,7 +178,7 @@ impl Writer {
             Err(failure) => {
                 // What fails twice may do so for a reason that only this session has.
                 if failure.is_silence() || !shared.breaker.is_well() {
-                    self.session = None;
+                    self.held = None;
                 }
                 match failure.kind {
                     Kind::Full => shared.queue.set_full(),
@@ -158,7 +198,7 @@ impl Writer {
     async fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Outcome, Failure> {
         let [before, first, last] = [batch.before, batch.first, batch.last()].map(u64::cast_signed);
         let epoch = self.epoch;
-        let (session, append) = self.session(shared).await?;
+        let Held { session, append, .. } = self.held(shared).await?;
         let with: [&(dyn ToSql + Sync); 10] = [
             &epoch,
             &before,
@@ -171,7 +211,7 @@ impl Writer {
             &batch.metadata,
             &batch.expires,
         ];
-        if session.execute(append, &with).await? > 0 {
+        if session.execute(&*append, &with).await? > 0 {
             return Ok(Outcome::Durable);
         }
         shared.metrics.lookups.add(1);
@@ -185,10 +225,21 @@ impl Writer {
     /// Says that it is there, and gives the newest entry of the log. None when somebody else has a newer epoch.
     async fn beat(&mut self, shared: &Shared) -> Result<Option<u64>, Failure> {
         shared.breaker.try_again();
-        let epoch = self.epoch;
-        let (session, _) = self.session(shared).await?;
+        let (epoch, has_standby) = (self.epoch, self.has_standby);
+        let lease = has_standby.then(|| i64::try_from(shared.lease.time.as_millis()).unwrap_or(i64::MAX));
+        let beat = self.beat.clone();
+        let Held { session, is_locked, .. } = self.held(shared).await?;
         shared.conditions.check(session).await?;
-        if let Some(row) = session.at_most_one(BEAT, &[&epoch]).await? {
+        if !*is_locked {
+            let locked = session.one("SELECT pg_try_advisory_lock($1)", &[&epoch::LOCK]).await?;
+            *is_locked = locked.try_get(0)?;
+        }
+        let sent = shared.env.clock.now();
+        if let Some(row) = session.at_most_one(&*beat, &[&epoch, &lease]).await? {
+            self.has_standby = row.try_get(1)?;
+            shared.lease.renew_with(sent, has_standby, self.has_standby);
+            // A standby that came or went changes what is in the row.
+            self.beaten = (self.has_standby == has_standby).then_some(sent);
             return Ok(Some(row.try_get::<_, i64>(0)?.cast_unsigned()));
         }
         let newest: i64 = session.one("SELECT epoch FROM kvs.writer", &[]).await?.try_get(0)?;
@@ -200,25 +251,24 @@ impl Writer {
     }
 
     /// The connection, made anew when there is none.
-    async fn session(&mut self, shared: &Shared) -> Result<&(Session, Statement), Failure> {
-        let session = match self.session.take() {
-            Some(session) => session,
+    async fn held(&mut self, shared: &Shared) -> Result<&mut Held, Failure> {
+        let held = match self.held.take() {
+            Some(held) => held,
             None => {
                 shared.metrics.connections.add(1);
                 let session = shared.connect_to_write().await?;
-                // Lost with the connection before, unless the server has not noticed yet.
-                session.one("SELECT pg_try_advisory_lock($1)", &[&epoch::LOCK]).await?;
                 let append = prepare(&session).await?;
-                (session, append)
+                // The lock is lost with the connection before, unless the server has not noticed yet: a heartbeat takes it.
+                Held { session, append, is_locked: false }
             }
         };
-        Ok(self.session.insert(session))
+        Ok(self.held.insert(held))
     }
 
     /// Lets others write.
     async fn leave(&mut self, shared: &Shared) -> Result<(), Failure> {
         let epoch = self.epoch;
-        let (session, _) = self.session(shared).await?;
+        let Held { session, .. } = self.held(shared).await?;
         epoch::leave(session, epoch).await
     }
 }
