@@ -17,6 +17,13 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err("a time of nothing leaves no time at all".to_owned()) } else { Ok(duration) }
 }
 
+/// What a database answers within, and no longer than a writer without a lease is waited for.
+pub fn read_lease(text: &str) -> Result<Duration, String> {
+    let lease = duration(text)?;
+    let range = Duration::from_millis(100)..=Duration::from_secs(10);
+    if range.contains(&lease) { Ok(lease) } else { Err("a read lease is from 100ms to 10s".to_owned()) }
+}
+
 pub fn count(text: &str) -> Result<usize, String> {
     // What a semaphore can count, with room to spare; the system's own limits are far below.
     text.parse()

@@ -15,7 +15,9 @@ use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest::{self, Source};
-use crate::parse::{address, count, duration, header_bytes, memory_bytes, rate, setting, target_bytes, value_bytes};
+use crate::parse::{
+    address, count, duration, header_bytes, memory_bytes, rate, read_lease, setting, target_bytes, value_bytes,
+};
 
 #[derive(Debug, Args)]
 pub struct Serve {
@@ -51,6 +53,10 @@ pub struct Serve {
     /// Follow the primary, serve reads, and take over when it is gone (transaction log in a database)
     #[arg(long, env = "KVS_STANDBY")]
     pub standby: bool,
+
+    /// Read lease of a primary that has a standby: for how long it answers reads without the database, and a standby waits
+    #[arg(long, env = "KVS_READ_LEASE", value_name = "TIME", default_value = "2s", value_parser = read_lease)]
+    pub read_lease: Duration,
 
     /// Durability of an acknowledged write: `sync` survives a power cut, `os` the end of the process
     #[arg(long, env = "KVS_DURABILITY", default_value = "sync", value_name = "sync|os",

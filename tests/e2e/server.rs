@@ -116,6 +116,21 @@ impl Server {
         self.process.stderr.so_far()
     }
 
+    /// Waits until the same process has begun anew and serves, on other ports.
+    pub fn begins_anew(&mut self) {
+        let again = |after: &[&str]| {
+            let mut seen = 0;
+            let found = self.process.stderr.find(|line| {
+                let address = after.iter().find_map(|after| address(line, after))?;
+                seen += 1;
+                (seen == 2).then_some(address)
+            });
+            found.unwrap_or_else(|said| panic!("it did not begin anew, but said:\n{said}"))
+        };
+        (self.admin, self.address) =
+            (again(&["admin on http://"]), again(&["serving on http://", "serving on https://"]));
+    }
+
     /// SIGTERM. It must finish in good order.
     pub fn terminate(self) -> Stopped {
         self.signal(Signal::TERM);

@@ -1,7 +1,10 @@
 //! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
 
 use std::convert::Infallible;
+use std::env;
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -35,13 +38,31 @@ const BACKLOG: u32 = 1024;
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve) -> Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let result = runtime.block_on(serve(args, &Env::real()));
+    let ended = runtime.block_on(serve(args, &Env::real()));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
-    result
+    match ended? {
+        Ended::Stopped => Ok(()),
+        Ended::Deposed => begin_anew(),
+    }
 }
 
-async fn serve(args: &Serve, env: &Env) -> Result<()> {
+/// How serving ended.
+enum Ended {
+    Stopped,
+    /// Another process writes the log, and this one is to stand by.
+    Deposed,
+}
+
+/// Runs the same command in the place of this process: of what it holds, some may not be in the log, and nothing is kept.
+fn begin_anew() -> Result<()> {
+    let mut arguments = env::args_os();
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(arguments.next().unwrap_or_default()).args(arguments);
+    Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
+}
+
+async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let Env { clock, tasks, .. } = env;
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal(env)?;
@@ -61,7 +82,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         opened = open_log(args, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
             info!("stopped before the log was opened");
-            return Ok(());
+            return Ok(Ended::Stopped);
         }
     };
     let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?, env.clone());
@@ -91,7 +112,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         _ = stop.changed() => {
             log.close()?;
             info!("stopped before the log was replayed");
-            return Ok(());
+            return Ok(Ended::Stopped);
         }
     };
 
@@ -194,11 +215,15 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         warn!("{cut_off} connections were cut off after {:?}", args.drain_timeout);
     }
     if let Some(reason) = failure {
+        if args.standby && log.read_only().is_some() {
+            warn!("{reason}: beginning anew, to stand by");
+            return Ok(Ended::Deposed);
+        }
         bail!("{reason}; what was acknowledged is safe, start again to recover");
     }
     log.close()?;
     info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
-    Ok(())
+    Ok(Ended::Stopped)
 }
 
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
@@ -221,8 +246,8 @@ async fn open_log(
             let data = args.data_dir.display();
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout) = (url.clone(), args.txlog_timeout);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, env };
+            let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone());

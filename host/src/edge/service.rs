@@ -163,7 +163,11 @@ impl Service {
     /// Waits until nothing that the answer shows can be taken back by a crash.
     async fn release(&self, answer: &Answer, deadline: Instant) -> Result<(), Refusal> {
         match timeout_at(deadline, self.changes.watermark().reached(answer.read_sequence)).await {
-            Ok(Ok(())) => Ok(()),
+            // What was appended is durable, whoever writes by now.
+            Ok(Ok(())) => match self.changes.reads_refused() {
+                Some(reason) if !answer.appended => Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into()),
+                _ => Ok(()),
+            },
             Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
             Err(_) if answer.appended => {
                 let unknown = "outcome unknown: this was not known to be durable in time";

@@ -271,6 +271,10 @@ impl TransactionLog for ChangeFeed {
         self.log.read_only()
     }
 
+    fn reads_refused(&self) -> Option<&'static str> {
+        self.log.reads_refused()
+    }
+
     fn condition(&self) -> Condition {
         self.log.condition()
     }

@@ -64,6 +64,11 @@ pub trait TransactionLog: Send + Sync + 'static {
         None
     }
 
+    /// Why nothing that was read may be answered, where another process may write the log by now. Asked after the read.
+    fn reads_refused(&self) -> Option<&'static str> {
+        None
+    }
+
     /// How it is, for those who look after it.
     fn condition(&self) -> Condition {
         let failure = self.watermark().failure();

@@ -21,8 +21,6 @@ pub struct Watermark {
 struct Waiting {
     /// Set once and never taken back: after a failed sync nothing can be said about what was written.
     latched: Option<String>,
-    /// Set once too: nothing more becomes durable, and what is can still be read.
-    abandoned: bool,
     /// In no order: there are no more of them than requests in flight.
     sequences: Vec<(u64, oneshot::Sender<()>)>,
     latch: Vec<oneshot::Sender<()>>,
@@ -49,7 +47,7 @@ impl Watermark {
             if sequence <= self.durable() {
                 return Ok(());
             }
-            if waiting.latched.is_some() || waiting.abandoned {
+            if waiting.latched.is_some() {
                 return Err(OutcomeUnknown);
             }
             let (release, released) = oneshot::channel();
@@ -72,15 +70,8 @@ impl Watermark {
         }
     }
 
-    /// The log is somebody else's from here on. Everyone who waits, and everyone who comes to wait for what is not durable,
-    /// is told that the outcome is unknown; what is durable stays.
-    pub fn abandon(&self) {
-        let mut waiting = self.waiting();
-        waiting.abandoned = true;
-        waiting.sequences.clear();
-    }
-
-    /// The log failed for good. Everyone who waits, and everyone who comes to wait, is told that the outcome is unknown.
+    /// The log failed for good, or is another process's. Everyone who waits, and everyone who comes to wait for what is not
+    /// durable, is told that the outcome is unknown.
     pub fn latch(&self, reason: String) {
         let mut waiting = self.waiting();
         waiting.latched.get_or_insert(reason);

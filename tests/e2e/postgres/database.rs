@@ -33,7 +33,11 @@ fn programs() -> PathBuf {
 
 /// One of its programs, as somebody it lets run it: root may not.
 fn program(name: &str) -> Command {
-    let program = programs().join(name);
+    as_owner(&programs().join(name))
+}
+
+/// A program as the owner of a database.
+pub fn as_owner(program: &Path) -> Command {
     if !geteuid().is_root() {
         return Command::new(program);
     }
@@ -62,6 +66,10 @@ impl Database {
         fs::remove_file(&password).expect("it is there");
         let made = made.expect("initdb can be run");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        Self::start_in(data)
+    }
+
+    fn start_in(data: TempDir) -> Self {
         // Both names that tests have for this machine.
         let line = |host| format!("{host}:*:*:*:{}\n", PASSWORD.replace(':', "\\:"));
         fs::write(data.path().join("passwords"), ["127.0.0.1", "elsewhere.example"].map(line).concat())
@@ -72,9 +80,53 @@ impl Database {
         database
     }
 
+    /// A standby of it that is synchronous: from now on it waits for it at every commit.
+    pub fn replicate(&self) -> Self {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        give(data.path());
+        let mut copy = program("pg_basebackup");
+        copy.args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &self.port.to_string(),
+            "-U",
+            "postgres",
+            "--checkpoint=fast",
+            "--no-sync",
+        ]);
+        copy.args(["-R", "-D"]).arg(data.path().join("cluster")).env("PGPASSWORD", PASSWORD);
+        let copied = copy.output().expect("pg_basebackup can be run");
+        assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+        let standby = Self::start_in(data);
+        self.becomes("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'", "1");
+        self.configure("synchronous_standby_names", "*");
+        self.becomes("SELECT sync_state FROM pg_stat_replication", "sync");
+        standby
+    }
+
+    /// Sets a parameter of the whole server while it runs.
+    pub fn configure(&self, name: &str, value: &str) {
+        self.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
+        self.sql("SELECT pg_reload_conf()");
+        self.becomes(&format!("SHOW {name}"), value);
+    }
+
+    /// Makes a standby the one that is written to.
+    pub fn promote(&self) {
+        assert_eq!(self.sql("SELECT pg_promote()"), ["t"]);
+    }
+
+    /// Waits until so many commits wait for a synchronous standby that is away.
+    pub fn waits_for_standby(&self) {
+        self.becomes("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'", "t");
+    }
+
     /// Starts it when it is down. What is left of a killed one can keep it from that for a moment.
     pub fn start_again(&mut self) {
         let deadline = Instant::now() + PATIENCE;
+        let is_standby = self.data.path().join("cluster/standby.signal").exists();
+        let said = if is_standby { "ready to accept read-only connections" } else { "ready to accept connections" };
         while self.process.is_none() {
             let mut command = program("postgres");
             command.arg("-D").arg(self.data.path().join("cluster")).args([
@@ -87,10 +139,10 @@ impl Database {
                 .args(["-c", "unix_socket_directories=", "-c", "lc_messages=C", "-c", "max_connections=300"])
                 .stdout(Stdio::null());
             let process = Process::spawn(command);
-            let ready = process.stderr.find(|line| line.contains("ready to accept connections").then_some(()));
+            let ready = process.stderr.find(|line| line.contains(said).then_some(()));
             match ready {
                 Ok(()) => self.process = Some(process),
-                Err(said) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{said}"),
+                Err(all) => assert!(Instant::now() < deadline, "the database does not start; it said:\n{all}"),
             }
         }
     }

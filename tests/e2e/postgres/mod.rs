@@ -4,7 +4,9 @@ mod commands;
 mod database;
 mod incarnations;
 mod opening;
+mod pooler;
 mod proxy;
+mod replication;
 mod standby;
 mod takeover;
 
@@ -60,6 +62,15 @@ fn becomes_ready(server: &Server, status: u16, told: &str) {
         assert!(Instant::now() < deadline, "it is not {status} {told:?}, but {now}: {text}");
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+const DEPOSED: &str = "another process writes this log now";
+
+/// Waits for the end of a server from which another has taken the log over.
+fn is_deposed(server: Server) {
+    let (status, stopped) = server.ends();
+    let last = stopped.stderr().last().expect("it says why");
+    assert!(status.code() == Some(1) && last.contains(DEPOSED), "{status}: {last}");
 }
 
 const WELL: &str = "[+]log ok\n";
@@ -132,7 +143,10 @@ fn what_somebody_else_wrote_into_the_tables_ends_the_server_and_is_not_written_o
         let server = start(&database.url());
         assert_eq!(put(&server, "a", "1"), 201);
         database.sql(theirs);
-        assert_eq!(put(&server, "a", "2"), 500);
+        // The other is found out without a write.
+        if theirs == row {
+            assert_eq!(put(&server, "a", "2"), 500);
+        }
         let (status, stopped) = server.ends();
         let last = stopped.stderr().last().expect("it says why");
         assert!(status.code() == Some(1) && last.contains(said), "{status}, it said: {last}");
@@ -262,7 +276,10 @@ fn a_server_that_is_stopped_while_its_database_is_away_for_a_moment_writes_what_
 fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
-    let server = start(&database.url_at(proxy.port));
+    let url = database.url_at(proxy.port);
+    // With few heartbeats, whose answers could be lost in the place of a write's.
+    let patient = ["--txlog", &url, "--txlog-timeout", "1s", "--request-timeout", "3s", "--read-lease", "10s"];
+    let server = Server::start(&patient);
     assert_eq!(put(&server, "a", "1"), 201);
     thread::scope(|scope| {
         proxy.set(Way::Deaf);
@@ -292,6 +309,47 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
         clients.settle(server.address());
         assert_eq!(database.sql(WHOLE), ["t"], "after {way:?}");
     }
+}
+
+/// An address that moves leads to a standby for a while, and sessions with that outlive the moment at which it leads back.
+#[test]
+fn session_with_a_read_only_database_is_not_kept() {
+    let mut database = Database::start();
+    let standby = database.replicate();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    proxy.lead_to(standby.port());
+    proxy.reset();
+    becomes_ready(&server, 200, "read-only");
+    assert_eq!((put(&server, "a", "2"), get(&server, "a")), (503, (200, "1".into())));
+    proxy.lead_to(database.port());
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "3"), 201);
+    // A session becomes read-only itself.
+    database.configure("default_transaction_read_only", "on");
+    becomes_ready(&server, 200, "read-only");
+    database.kill();
+    database.start_again();
+    becomes_ready(&server, 200, "read-only");
+    database.configure("default_transaction_read_only", "off");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "4"), 201);
+}
+
+#[test]
+fn session_on_which_calls_fail_twice_is_not_kept() {
+    let database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    let backend = "SELECT min(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = 1802924801 AND granted";
+    let before = database.sql(backend).remove(0);
+    let lock = database.lock("kvs.writer");
+    database.becomes(&format!("SELECT ({backend}) IS DISTINCT FROM {before}"), "t");
+    drop(lock);
+    database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "2"), 201);
 }
 
 #[test]
@@ -335,16 +393,15 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
         taken = Some(start(&url));
         // Before the other has written anything: the entry before is the right one, and only the epoch is not.
         paused.signal(Signal::CONT);
-        becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+        paused.says(DEPOSED);
     });
+    is_deposed(paused);
     let server = taken.expect("it was started");
     assert_eq!(put(&server, "a", "2"), 201);
-    assert_eq!(put(&paused, "a", "3"), 503);
     assert_eq!(get(&server, "a"), (200, "2".into()));
     assert_eq!(ready(&server).0, 200);
     clients.settle(server.address());
     assert_eq!(database.sql(WHOLE), ["t"]);
-    paused.terminate();
     assert_eq!(put(&server, "a", "4"), 201);
     server.terminate();
 }

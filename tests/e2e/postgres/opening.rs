@@ -1,7 +1,8 @@
 //! What is found out at the start: what cannot be used, whom to trust, what a database may forget.
 
 use super::database::Database;
-use super::{get, put, ready, start};
+use super::pooler::Pooler;
+use super::{WELL, becomes_ready, get, put, ready, start};
 use crate::certificates::{Authority, Kind};
 use crate::server::{Server, serve_refused};
 
@@ -41,7 +42,7 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
     assert_eq!((put(&server, "a", "1"), put(&server, "b", "2")), (201, 201));
     server.terminate();
     database.sql("INSERT INTO kvs.migrations VALUES (7)");
-    refused(&url, &["its schema kvs is of version 7", "knows versions up to 3", "or a newer one"]);
+    refused(&url, &["its schema kvs is of version 7", "knows versions up to 4", "or a newer one"]);
     database.sql(
         "DELETE FROM kvs.migrations WHERE version = 7; ALTER TABLE kvs.transactions RENAME COLUMN expires TO ends",
     );
@@ -145,14 +146,73 @@ fn a_database_that_may_forget_is_told_of() {
     database.sql("ALTER SYSTEM SET fsync = off");
     database.sql("ALTER ROLE postgres SET synchronous_commit = off; SELECT pg_reload_conf()");
     database.becomes("SHOW fsync", "off");
+    for durability in ["sync", "os"] {
+        let server = Server::start(&["--txlog", &database.url(), "--durability", durability]);
+        server.says("WARN fsync is off");
+        let (status, told) = ready(&server);
+        // It is set by the server, one way or the other.
+        assert!(told.contains("[+]log ok, but fsync is off: ") && !told.contains("synchronous_commit"), "{told}");
+        assert_eq!(status, 200);
+        server.terminate();
+    }
+}
+
+#[test]
+fn later_change_of_a_condition_is_reported() {
+    let database = Database::start();
     let server = start(&database.url());
-    server.says("WARN fsync is off");
-    let (status, told) = ready(&server);
-    assert_eq!(status, 200);
-    assert!(told.contains("[+]log ok, but fsync is off: ") && told.contains("; synchronous_commit is off: "), "{told}");
-    server.terminate();
-    // Whoever asked for it is not told.
-    let server = Server::start(&["--txlog", &database.url(), "--durability", "os"]);
-    let (_, told) = ready(&server);
-    assert!(told.contains("[+]log ok, but fsync is off: ") && !told.contains("synchronous_commit"), "{told}");
+    assert_eq!(put(&server, "a", "1"), 201);
+    for name in ["fsync", "full_page_writes"] {
+        becomes_ready(&server, 200, WELL);
+        database.configure(name, "off");
+        becomes_ready(&server, 200, &format!("[+]log ok, but {name} is off: a power cut"));
+        server.says(&format!("WARN {name} is off"));
+        database.configure(name, "on");
+    }
+    becomes_ready(&server, 200, WELL);
+    // Whoever fails over to standbys that are not waited for any more loses what was acknowledged meanwhile.
+    database.configure("synchronous_standby_names", "nobody");
+    database.waits_for_standby();
+    database.configure("synchronous_standby_names", "");
+    becomes_ready(&server, 200, "[+]log ok, but synchronous_standby_names is empty now: a failover");
+}
+
+#[test]
+fn later_change_of_synchronous_commit_loses_nothing() {
+    let mut database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "0"), 201);
+    // What is not synchronous is written when this is over.
+    database.configure("wal_writer_delay", "10s");
+    database.configure("synchronous_commit", "off");
+    for _ in 0..20 {
+        assert_eq!(put(&server, "a", "1"), 201);
+    }
+    database.kill();
+    database.start_again();
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "2"), 201);
+    assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), ["22"]);
+}
+
+#[test]
+fn read_only_database_is_refused_at_start() {
+    let database = Database::start();
+    let standby = database.replicate();
+    serve_refused(&["--txlog", &standby.url()]).with(1, &["it is a standby of another database, and read-only"]);
+    database.sql("ALTER ROLE postgres SET default_transaction_read_only = on");
+    serve_refused(&["--txlog", &database.url()]).with(1, &["it is read-only: default_transaction_read_only is on"]);
+}
+
+#[test]
+fn pooler_of_transactions_is_refused_and_of_sessions_is_not() {
+    let database = Database::start();
+    for mode in ["transaction", "statement"] {
+        let pooler = Pooler::start(&database, mode);
+        let refused = serve_refused(&["--txlog", &pooler.url(), "--txlog-timeout", "5s"]);
+        refused.with(1, &[if mode == "statement" { "pool" } else { "pool_mode = session" }]);
+    }
+    let pooler = Pooler::start(&database, "session");
+    let server = start(&pooler.url());
+    assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
 }

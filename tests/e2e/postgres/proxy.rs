@@ -29,6 +29,8 @@ pub struct Proxy {
 }
 
 struct State {
+    /// The port of the database.
+    target: Mutex<u16>,
     way: Mutex<Way>,
     changed: Condvar,
     /// Bytes of answers that were kept back.
@@ -42,6 +44,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it has an address");
         let state = Arc::new(State {
+            target: Mutex::new(port),
             way: Mutex::new(Way::Open),
             changed: Condvar::new(),
             kept: Mutex::new(0),
@@ -51,6 +54,7 @@ impl Proxy {
         let shared = Arc::clone(&state);
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
+                let port = *shared.target.lock().unwrap();
                 // A database that is down is told as one: the connection ends.
                 let _ = shared.connect(client, SocketAddr::from(([127, 0, 0, 1], port)));
             }
@@ -65,6 +69,11 @@ impl Proxy {
         if way == Way::Reset {
             self.reset();
         }
+    }
+
+    /// New connections are to this port, as those to an address that moves. Those that there are stay.
+    pub fn lead_to(&self, port: u16) {
+        *self.state.target.lock().unwrap() = port;
     }
 
     /// Ends all connections that there are.

@@ -1,17 +1,18 @@
 //! Servers that stand by: what they show, what they refuse, and what becomes of writes and watches when they take over.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::thread;
 
 use rustix::process::Signal;
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::database::Database;
 use super::proxy::{Proxy, Way};
-use super::{AWAY, WELL, WHOLE, becomes_ready, get, put, ready, start, under_load};
-use crate::components::DEFAULT_GUEST;
+use super::{AWAY, DEPOSED, WELL, WHOLE, becomes_ready, get, is_deposed, put, ready, start, under_load};
 use crate::load::Clients;
-use crate::server::{PATIENCE, Server, kvs, serve_refused};
-use crate::swap::{component, swap};
+use crate::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
 use crate::unruly::guest;
 use crate::watch::Events;
 use crate::wire::Connection;
@@ -177,20 +178,153 @@ fn one_that_stands_by_takes_over_from_a_writer_that_is_paused_and_that_one_never
         becomes_ready(&standby, 200, WELL);
         // Before the other has written anything: the entry before is the right one, and only the epoch is not.
         paused.signal(Signal::CONT);
-        becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+        paused.says(DEPOSED);
     });
-    let refused = Connection::open(paused.address()).ask("DELETE", "/v1/nothing", b"");
-    refused.says(503, "another server took the log over from this one, and takes writes");
+    is_deposed(paused);
     clients.settle(standby.address());
     under_load(&standby, &mut clients, 500, || {});
     clients.settle(standby.address());
     assert_eq!(database.sql(WHOLE), ["t"]);
-    // Its own state may hold what was never written, and what another wrote is not its to show.
-    let swapped = swap(&paused, &component(DEFAULT_GUEST));
-    assert!(swapped.text().contains("another process writes this log now"), "{}", swapped.text());
-    paused.terminate();
     standby.terminate();
     clients.settle(start(&url).address());
+}
+
+#[test]
+fn deposed_primary_that_is_to_stand_by_begins_anew() {
+    let database = Database::start();
+    let url = database.url();
+    let mut paused = Server::start(&["--txlog", &url, "--txlog-timeout", "1s", "--standby"]);
+    let standby = stand_by(&url, &[]);
+    assert_eq!(put(&paused, "a", "1"), 201);
+    paused.signal(Signal::STOP);
+    // It takes this in when it goes on, and never gets it written.
+    let mut lost = send(&paused, "PUT /v1/lost", "x");
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!(put(&standby, "a", "2"), 201);
+    paused.signal(Signal::CONT);
+    paused.begins_anew();
+    let answer = answer(&mut lost);
+    assert!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
+    becomes_ready(&paused, 200, STANDS_BY);
+    shows(&paused, "a", 200, "2");
+    assert_eq!(get(&paused, "lost").0, 404);
+    standby.terminate();
+    becomes_ready(&paused, 200, WELL);
+    assert_eq!((put(&paused, "a", "3"), get(&paused, "a")), (201, (200, "3".into())));
+    assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["3"]);
+}
+
+/// Sends a request on a connection of its own, and does not wait for the answer.
+fn send(server: &Server, request: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address()).expect("the system accepts connections");
+    let length = body.len();
+    let request =
+        format!("{request} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).expect("the system takes it");
+    stream
+}
+
+/// The answer, as far as it comes.
+fn answer(stream: &mut TcpStream) -> String {
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket has a timeout");
+    let mut answer = Vec::new();
+    // A connection that is reset has none.
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// Waits until the one that writes keeps to a lease.
+fn has_lease(database: &Database) {
+    database.becomes("SELECT lease IS NOT NULL FROM kvs.writer", "t");
+}
+
+#[test]
+fn primary_that_was_paused_answers_no_stale_read() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let standby = stand_by(&database.url(), &[]);
+    assert_eq!(put(&server, "a", "1"), 201);
+    has_lease(&database);
+    assert_eq!(get(&server, "a"), (200, "1".into()));
+    server.signal(Signal::STOP);
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!(put(&standby, "a", "2"), 201);
+    // They are there before it can learn anything.
+    let mut reads: Vec<_> = (0..20).map(|_| send(&server, "GET /v1/a", "")).collect();
+    server.signal(Signal::CONT);
+    for read in &mut reads {
+        let answer = answer(read);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    }
+    is_deposed(server);
+}
+
+#[test]
+fn primary_cut_off_from_its_database_refuses_reads_while_another_stands_by() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    // With nobody else about reads go on.
+    proxy.set(Way::Reset);
+    becomes_ready(&server, 200, AWAY);
+    assert_eq!(get(&server, "a"), (200, "1".into()));
+    proxy.set(Way::Open);
+    becomes_ready(&server, 200, WELL);
+
+    let standby = stand_by(&database.url(), &[]);
+    has_lease(&database);
+    proxy.set(Way::Reset);
+    becomes_ready(&server, 503, "[-]log reads are refused");
+    let refused = Connection::open(server.address()).ask("GET", "/v1/a", b"");
+    refused.says(503, "another server may have taken the log over from this one: the database does not answer in time");
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    let metrics = Connection::open(server.admin()).ask("GET", "/metrics", b"");
+    assert!(metrics.text().contains("\nkvs_txlog_read_lease 0\n"), "{}", metrics.text());
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!(put(&standby, "a", "2"), 201);
+    proxy.set(Way::Open);
+    is_deposed(server);
+}
+
+#[test]
+fn primary_whose_standby_left_keeps_to_no_lease() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    let standby = stand_by(&database.url(), &[]);
+    has_lease(&database);
+    standby.terminate();
+    database.becomes("SELECT lease IS NULL FROM kvs.writer", "t");
+    assert_eq!(put(&server, "a", "1"), 201);
+    proxy.set(Way::Reset);
+    becomes_ready(&server, 200, AWAY);
+    assert_eq!(get(&server, "a"), (200, "1".into()));
+}
+
+/// One that is started, and does not stand by, may be the successor of one that still answers.
+#[test]
+fn start_waits_for_the_end_of_a_lease() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url_at(proxy.port));
+    assert_eq!(put(&server, "a", "1"), 201);
+    server.signal(Signal::STOP);
+    database.sql("UPDATE kvs.writer SET lease = 3600000");
+    proxy.reset();
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(["--txlog", &database.url()]);
+    let _second = Process::spawn(command);
+    let looks = "SELECT min(query_start) FROM pg_stat_activity WHERE query LIKE 'SELECT holder%'";
+    database.becomes(&format!("SELECT ({looks}) IS NOT NULL"), "t");
+    let begun = database.sql(looks).remove(0);
+    database.becomes(&format!("SELECT ({looks}) > '{begun}'::timestamptz + interval '1 second'"), "t");
+    assert_eq!(database.sql("SELECT epoch FROM kvs.writer"), ["1"]);
+    database.sql("UPDATE kvs.writer SET lease = NULL");
+    database.becomes("SELECT epoch FROM kvs.writer", "2");
+    server.signal(Signal::CONT);
+    is_deposed(server);
 }
 
 #[test]
@@ -201,7 +335,7 @@ fn a_writer_that_has_nothing_to_write_finds_out_too_that_another_took_over() {
     paused.signal(Signal::STOP);
     becomes_ready(&standby, 200, WELL);
     paused.signal(Signal::CONT);
-    becomes_ready(&paused, 503, "[-]log read-only: another process writes this log now");
+    is_deposed(paused);
 }
 
 #[test]

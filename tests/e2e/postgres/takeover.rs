@@ -2,8 +2,8 @@
 //! is killed, or paused until another has taken over, and all of it must be something that can have happened one after the
 //! other.
 //!
-//! A server that stands by, or that has lost the log and not found out yet, shows what is old, by design. So clients ask a
-//! server only until its successor is asked; of one that stands by is asked that what it shows never goes back.
+//! A server that has lost the log and not found out yet is asked too, until it ends. One that stands by shows what is old, by
+//! design: of it is asked that what it shows never goes back.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use super::database::Database;
 use super::standby::stand_by;
-use super::{WELL, WHOLE, becomes_ready, start};
+use super::{DEPOSED, WELL, WHOLE, becomes_ready, start};
 use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
 use crate::load::{SaysOver, count};
 use crate::server::Server;
@@ -77,7 +77,7 @@ fn take_over(holder: &Server, standby: &Server, way: Signal, stage: &Stage, url:
     if way == Signal::STOP {
         // Clients go on asking it until it knows: before the other has written anything only the epoch is not the right one.
         holder.signal(Signal::CONT);
-        becomes_ready(holder, 503, "[-]log read-only: another process writes this log now");
+        holder.says(DEPOSED);
     }
     let next = stand_by(url, &[]);
     stage.set(Some(standby.address()));

@@ -91,11 +91,11 @@ pub struct Effort {
 
 /// Goes once through the log up to `newest`, and gives how many entries it left.
 pub async fn compact(shared: &Shared, epoch: i64, newest: u64, effort: Effort) -> Result<u64> {
-    let indexing = Session::connect(&shared.target, INDEXING, shared.settings).await?;
+    let indexing = Session::connect(&shared.target, INDEXING, &shared.conditions.settings()).await?;
     for statement in INDEX {
         indexing.run(statement).await?;
     }
-    let session = shared.connect().await?;
+    let session = shared.connect_to_write().await?;
     let step = session.prepare(STEP).await?;
     let clock = &shared.env.clock;
     let now = Duration::from_millis(clock.unix_ms());

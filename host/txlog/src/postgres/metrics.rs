@@ -51,6 +51,8 @@ impl Measured for PostgresLog {
             "Entries another process wrote that were not taken in yet",
             behind,
         )?;
+        let help = "1 while reads are answered: the read lease is not over, or there is no standby";
+        page.gauge("txlog_read_lease", help, u64::from(self.reads_refused().is_none()))?;
         let breaker_is = |position| u64::from(breaker.position() == position);
         let help = "Whether the breaker is closed (the database answers), half open (it is tried) or open (it is away)";
         page.gauges(

@@ -3,16 +3,17 @@
 //! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
 //! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
 //! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
-//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch) and `replay` (how entries
+//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch), `lease` (until when reads are answered) and `replay` (how entries
 //! come out).
 //!
 //! # Who writes
 //!
 //! Whoever took the newest epoch, by adding one to `epoch` in `kvs.writer`. Every append names its epoch, and does nothing
 //! under a newer one: a process that was paused, or cut off, for however long, cannot write after another took over. It
-//! steps down: reads go on with what it has, writes are refused, and it is not ready. The epoch is taken at the start, when
+//! steps down: the log is at its end for it, as one that failed. It holds entries that the log may not have, so it does
+//! not follow the other with what it has; a server that is to stand by begins anew. The epoch is taken at the start, when
 //! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
-//! ten seconds; or later, by one that stands by.
+//! ten seconds; or later, by one that stands by. With such a one, reads are answered under a lease (`lease`).
 //!
 //! # While another process writes
 //!
@@ -23,8 +24,8 @@
 //!
 //! # What an answered write has behind it
 //!
-//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` or
-//! `synchronous_commit` is off, a line at the start and in `/readyz` tells.
+//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` is off, or a setting
+//! like it (`conditions`), a log line and `/readyz` report it for as long as it is so.
 //!
 //! # After a restore, a failover of the database, or an unclean end without durable commits
 //!
@@ -42,10 +43,13 @@ mod batch;
 mod breaker;
 pub mod cloud_native_go;
 mod compactor;
+mod conditions;
 mod epoch;
 mod incarnations;
+mod lease;
 mod metrics;
 mod opening;
+mod pooler;
 mod queue;
 mod replay;
 mod schema;
@@ -72,7 +76,9 @@ pub use self::target::Url;
 
 use self::breaker::Breaker;
 use self::compactor::Effort;
+use self::conditions::Conditions;
 use self::epoch::Epoch;
+use self::lease::Lease;
 use self::metrics::Metrics;
 use self::opening::{Holding, Opened};
 use self::queue::{End, Queue};
@@ -88,6 +94,9 @@ const READERS: usize = 4;
 /// A group is one message to the database, which takes no more than a gigabyte.
 const GROUP_BYTES: u64 = 256 << 20;
 
+/// Read lease, where nothing else is said.
+pub const READ_LEASE: Duration = Duration::from_secs(2);
+
 pub struct Options {
     pub url: Url,
     /// The largest group of events that is taken.
@@ -96,6 +105,8 @@ pub struct Options {
     /// Longest wait for one call of the database.
     pub timeout: Duration,
     pub manner: Manner,
+    /// Read lease, with a standby: from a tenth of a second to ten.
+    pub lease: Duration,
     /// The clock, the randomness and the tasks of the log.
     pub env: Env,
 }
@@ -116,8 +127,7 @@ struct Running {
 struct Shared {
     target: Target,
     timeout: Duration,
-    /// What every connection begins with.
-    settings: &'static str,
+    conditions: Conditions,
     /// Set when this process takes it.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
@@ -126,12 +136,11 @@ struct Shared {
     queue: Queue,
     watermark: Watermark,
     breaker: Breaker,
+    lease: Lease,
     readers: Semaphore,
     /// The connection of the last reader, for one that stands by and reads again soon.
     idle: Mutex<Option<Session>>,
     metrics: Metrics,
-    /// What an operator should know of the database, however well it is.
-    doubts: Vec<String>,
     /// Its tasks are in the runtime of the log.
     env: Env,
 }
@@ -145,18 +154,15 @@ impl PostgresLog {
     }
 
     fn open_at(target: Target, options: &Options) -> Result<Self> {
-        let Options { group_bytes, durability, timeout, manner, .. } = *options;
+        let Options { group_bytes, durability, timeout, manner, lease, .. } = *options;
         ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
         let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
         let runtime = threads.context("no thread for the log")?;
-        let settings = match durability {
-            Durability::Sync => "SET default_transaction_isolation = 'read committed'",
-            Durability::Os => "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off",
-        };
+        let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
-        let opened = runtime.block_on(opening::open(&target, timeout, settings, durability, manner, &env.clock))?;
-        let Opened { session, append, doubts, holding } = opened;
+        let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
+        let Opened { session, append, holding } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => {
                 (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
@@ -168,23 +174,23 @@ impl PostgresLog {
         let shared = Arc::new(Shared {
             target,
             timeout,
-            settings,
+            conditions,
             epoch,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
             breaker: Breaker::new(env.clock.clone()),
+            lease: Lease::new(lease, &env.clock),
             readers: Semaphore::new(READERS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
-            doubts,
             env,
         });
         let writer = match holding {
             Holding::Ours(epoch) => {
                 shared.begin();
-                shared.start("log writer", Arc::clone(&shared).write(epoch, Some((session, append))))
+                shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
             Holding::Theirs(look, _) => {
                 info!("standing by while {} writes the log", look.holder);
@@ -198,8 +204,8 @@ impl PostgresLog {
     /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
-        let (durability, env) = (Durability::Sync, Env::real());
-        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, env })
+        let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
+        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
     }
 
     /// What there is to be taken in; changes for as long as another process writes.
@@ -226,7 +232,7 @@ impl PostgresLog {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let last = self.appended();
         ensure!(self.shared.watermark.durable() == last, "entries were appended that are not written yet");
-        let forking = async { epoch::fork(&self.shared.connect().await?, epoch, last).await };
+        let forking = async { epoch::fork(&self.shared.connect_to_write().await?, epoch, last).await };
         let forked: Result<_, Failure> = self.handle.block_on(forking);
         let (incarnation, history) = forked.context("no incarnation can be begun")?;
         self.shared.set_history(history);
@@ -274,15 +280,29 @@ impl TransactionLog for PostgresLog {
         }
     }
 
-    fn condition(&self) -> Condition {
-        let Shared { queue, watermark, breaker, doubts, .. } = &*self.shared;
-        if let Some(reason) = watermark.failure() {
-            return Condition::Unfit(format!("failed: {reason}"));
+    fn reads_refused(&self) -> Option<&'static str> {
+        let Shared { queue, lease, .. } = &*self.shared;
+        if queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and answers reads")
+        } else if lease.is_over() {
+            Some("another server may have taken the log over from this one: the database does not answer in time")
+        } else {
+            None
         }
+    }
+
+    fn condition(&self) -> Condition {
+        let Shared { queue, watermark, breaker, conditions, .. } = &*self.shared;
         if queue.ended() == Some(End::ReadOnly) {
             return Condition::Unfit("read-only: another process writes this log now".into());
         }
-        let mut told = doubts.clone();
+        if let Some(reason) = watermark.failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
+        }
+        if let Some(reason) = self.reads_refused() {
+            return Condition::Unfit(format!("reads are refused: {reason}"));
+        }
+        let mut told = conditions.doubts();
         if !queue.begun() {
             let News { newest, holder } = &*self.shared.news.borrow();
             let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
@@ -330,13 +350,13 @@ impl Shared {
     }
 
     /// Writes as long as the epoch is this process's.
-    async fn write(self: Arc<Self>, epoch: Epoch, connection: Option<(Session, Statement)>) {
+    async fn write(self: Arc<Self>, epoch: Epoch, connection: (Session, Statement)) {
         let (shared, Env { tasks, clock, .. }) = (Arc::clone(&self), &self.env);
         tasks.restart("log compactor", clock, move || {
             let run = compactor::run(Arc::clone(&shared), epoch.number, epoch.compacted);
             run.map(Ok)
         });
-        Writer::new(epoch.number, connection).run(self).await;
+        Writer::new(&epoch, connection).run(self).await;
     }
 
     /// The queue takes appends from now on, after everything that is there.
@@ -360,8 +380,16 @@ impl Shared {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A session that reads.
     async fn connect(&self) -> Result<Session, Failure> {
-        Session::connect(&self.target, self.timeout, self.settings).await
+        Session::connect(&self.target, self.timeout, &self.conditions.settings()).await
+    }
+
+    /// A session that writes.
+    async fn connect_to_write(&self) -> Result<Session, Failure> {
+        let session = self.connect().await?;
+        self.conditions.check(&session).await?;
+        Ok(session)
     }
 
     fn fail(&self, error: &anyhow::Error) {
@@ -372,10 +400,12 @@ impl Shared {
         self.watermark.latch(reason);
     }
 
-    /// Another process took the epoch.
+    /// Another process took the epoch. What was appended here and not written never will be, so whoever holds it is of no
+    /// more use.
     fn step_down(&self) {
-        error!("another process writes this log now: this one is read-only from here on, and can be stopped");
+        let reason = "another process writes this log now";
+        error!("{reason}");
         self.queue.end(End::ReadOnly);
-        self.watermark.abandon();
+        self.watermark.latch(reason.into());
     }
 }

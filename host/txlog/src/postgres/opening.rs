@@ -1,5 +1,5 @@
-//! What is done before anything is read or written: the schema, the settings of the database, and whether the epoch is to
-//! be had.
+//! What is done before anything is read or written: a session of its own, the schema, the conditions, and whether the epoch
+//! is to be had.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use kvs_runtime::Clock;
 use tokio_postgres::Statement;
 use tracing::warn;
 
+use super::conditions::Conditions;
 use super::epoch::{self, Epoch, Holder, Look};
 use super::session::{Failure, Session};
 use super::target::Target;
-use super::{incarnations, schema, writer};
+use super::{incarnations, pooler, schema, writer};
 use crate::History;
-use crate::file::Durability;
 
 /// The connection of a process that was just killed takes a moment to be missed.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -24,7 +24,6 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 pub struct Opened {
     pub session: Session,
     pub append: Statement,
-    pub doubts: Vec<String>,
     pub holding: Holding,
 }
 
@@ -46,15 +45,13 @@ pub struct Manner {
 pub async fn open(
     target: &Target,
     timeout: Duration,
-    settings: &str,
-    durability: Durability,
+    conditions: &Conditions,
     manner: Manner,
     clock: &Clock,
 ) -> Result<Opened> {
     loop {
-        let session = Session::connect(target, timeout, settings).await;
-        let opened = match session {
-            Ok(session) => begin(session, durability, manner, clock).await,
+        let opened = match connect(target, timeout, conditions).await {
+            Ok(session) => begin(session, manner, clock).await,
             Err(failure) => Err(failure.into()),
         };
         match opened {
@@ -67,14 +64,21 @@ pub async fn open(
     }
 }
 
-async fn begin(session: Session, durability: Durability, manner: Manner, clock: &Clock) -> Result<Opened> {
+async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) -> Result<Session, Failure> {
+    let session = Session::connect(target, timeout, &conditions.settings()).await?;
+    let other = Session::connect(target, timeout, &conditions.settings()).await?;
+    pooler::refuse(&session, &other).await?;
+    conditions.check(&session).await?;
+    Ok(session)
+}
+
+async fn begin(session: Session, manner: Manner, clock: &Clock) -> Result<Opened> {
     let Manner { begin, standby } = manner;
     schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
-    let doubts = doubts(&session, durability).await?;
-    for doubt in &doubts {
-        warn!("{doubt}");
+    if standby {
+        epoch::stand_by(&session).await?;
     }
     let (begun, mut holder) = (clock.now(), Holder::new(standby, clock));
     let holding = loop {
@@ -90,24 +94,11 @@ async fn begin(session: Session, durability: Durability, manner: Manner, clock: 
             let history = incarnations::history(&session).await?;
             break Holding::Theirs(look, history);
         }
-        if clock.elapsed(begun) > PATIENCE {
+        // Who is gone may answer reads until its lease is over.
+        if look.is_alive && clock.elapsed(begun) > PATIENCE {
             bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);
         }
         clock.sleep(LOOK).await;
     };
-    Ok(Opened { session, append, doubts, holding })
-}
-
-/// What a committed transaction may not survive.
-async fn doubts(session: &Session, durability: Durability) -> Result<Vec<String>> {
-    let mut doubts = Vec::new();
-    let cuts = "a power cut of the database takes acknowledged writes with it";
-    for name in ["fsync", "full_page_writes", "synchronous_commit"] {
-        let value: String = session.one(&format!("SELECT current_setting('{name}')"), &[]).await?.try_get(0)?;
-        let wanted = name == "synchronous_commit" && durability == Durability::Os;
-        if value == "off" && !wanted {
-            doubts.push(format!("{name} is off: {cuts}"));
-        }
-    }
-    Ok(doubts)
+    Ok(Opened { session, append, holding })
 }

@@ -44,7 +44,8 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
     }
 }
 
-/// Hands over what is after `position`, and moves it along. All that is read is of one moment, in which compaction has
+/// Hands over what is after `position` and known to be durable, and moves it along. A database that was restarted shows
+/// entries that its synchronous standbys may not have yet. All that is read is of one moment, in which compaction has
 /// dropped nothing for the sake of what is not there yet.
 async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Receive<'_>) -> Result<u64> {
     let idle = shared.idle().take();
@@ -55,6 +56,8 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     session.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let writer = session.one("SELECT epoch, last, forgotten FROM kvs.writer", &[]).await?;
     let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
+    let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
+    let until = last.min(until.cast_signed());
     // What it wrote is not this process's to show, and what it dropped is not known here.
     ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process writes this log now");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
@@ -67,8 +70,14 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     loop {
         let row = rows.next().await?;
         let ended = row.is_none();
-        bytes += row.as_ref().map_or(0, Row::raw_size_bytes);
-        batch.extend(row);
+        if let Some(row) = row {
+            let sequence: i64 = row.try_get(0)?;
+            // Beyond the newest there is nothing, unless others wrote it.
+            if sequence <= until || sequence > last {
+                bytes += row.raw_size_bytes();
+                batch.push(row);
+            }
+        }
         if ended || batch.len() >= REPLAY_ENTRIES || bytes >= REPLAY_BYTES {
             hand_over(&batch, last, &history, position, receive)?;
             batch.clear();
@@ -83,7 +92,7 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
         session.run("COMMIT").await?;
         *shared.idle() = Some(session);
     }
-    Ok(last.cast_unsigned())
+    Ok(until.cast_unsigned())
 }
 
 fn hand_over(

@@ -1,5 +1,5 @@
 -- Version 1 of the schema. It is never changed, only followed by the migrations in schema.rs: version 2 has no index of its
--- own, version 3 has the tables of incarnations.sql beside.
+-- own, version 3 has the tables of incarnations.sql beside, version 4 the column of lease.sql.
 CREATE TABLE kvs.transactions (
     sequence bigint PRIMARY KEY,
     time bigint NOT NULL,

@@ -34,6 +34,7 @@ pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
             Ok(None) => shared.breaker.succeeded(),
             Ok(Some(epoch)) => {
                 shared.breaker.succeeded();
+                let Some(connection) = connection else { return };
                 return shared.write(epoch, connection).await;
             }
             Err(Failure { reason, kind: Kind::Damaged }) => return shared.fail(&anyhow!(reason)),
@@ -56,8 +57,9 @@ async fn look(
         Some(connection) => connection,
         None => {
             shared.metrics.connections.add(1);
-            let session = shared.connect().await?;
+            let session = shared.connect_to_write().await?;
             let append = writer::prepare(&session).await?;
+            epoch::stand_by(&session).await?;
             connection.insert((session, append))
         }
     };

@@ -70,13 +70,13 @@ fn watermark_that_latches_releases_all() {
 }
 
 #[test]
-fn watermark_that_is_abandoned_releases_all() {
+fn watermark_that_latches_keeps_what_is_durable() {
     check(|| {
         let watermark = Arc::new(Watermark::new(0));
         let waiting = [1, 2].map(|sequence| wait_for(&watermark, sequence));
         let deposed = {
             let watermark = Arc::clone(&watermark);
-            thread::spawn(move || watermark.abandon())
+            thread::spawn(move || watermark.latch("deposed".into()))
         };
         watermark.advance(1);
         deposed.join().unwrap();
