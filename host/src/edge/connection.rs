@@ -34,6 +34,13 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
 
+/// The other end of a connection.
+struct Peer {
+    client: Client,
+    socket: Arc<TcpStream>,
+    activity: Arc<Activity>,
+}
+
 impl Edge {
     /// Serves one connection. When told to stop it finishes the requests under way, if there are any.
     pub(super) async fn connected(
@@ -47,20 +54,22 @@ impl Edge {
             debug!(peer = %address, "TCP_NODELAY: {error}");
         }
         let metrics = &self.service.metrics;
+        let socket = Arc::new(stream);
         let Some(tls) = &self.tls else {
             let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
             let http2 = tokio::select! {
-                begun = timeout(self.limits.header_timeout, speaks_http2(&stream)) => match begun {
+                begun = timeout(self.limits.header_timeout, speaks_http2(&socket)) => match begun {
                     Ok(http2) => http2?,
                     Err(_) => bail!(Beyond(Limit::HeaderTimeout)),
                 },
                 _ = stop.changed() => return Ok(()),
             };
             let activity = Arc::<Activity>::default();
-            return self.http(Counted::new(stream, metrics, &activity), http2, client, activity, stop).await;
+            let stream = Counted::new(&socket, metrics, &activity);
+            return self.http(stream, http2, Peer { client, socket, activity }, stop).await;
         };
         let activity = Arc::<Activity>::default();
-        let shaking = TlsAcceptor::from(tls.get()).accept(Counted::new(stream, metrics, &activity));
+        let shaking = TlsAcceptor::from(tls.get()).accept(Counted::new(&socket, metrics, &activity));
         let stream = tokio::select! {
             shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
                 Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
@@ -72,15 +81,14 @@ impl Edge {
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        self.http(stream, http2, client, activity, stop).await
+        self.http(stream, http2, Peer { client, socket, activity }, stop).await
     }
 
     async fn http<S>(
         self: &Arc<Self>,
         stream: S,
         http2: bool,
-        client: Client,
-        activity: Arc<Activity>,
+        Peer { client, socket, activity }: Peer,
         stop: watch::Receiver<()>,
     ) -> Result<()>
     where
@@ -91,9 +99,10 @@ impl Edge {
         let patience = Patience::new(activity, http2, &self.limits);
         let service = service_fn(move |request| {
             let (edge, client, activity) = (Arc::clone(&edge), Arc::clone(&client), Arc::clone(&asked));
+            let socket = Arc::clone(&socket);
             async move {
                 let under_way = activity.begin();
-                let response = edge.service.respond(request, client).await;
+                let response = edge.service.respond(request, client, socket).await;
                 Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
@@ -113,6 +122,8 @@ impl Edge {
             let mut http = http1::Builder::new();
             // Without a timer, which would be set for each request: patience is kept for less.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
+            // A client that sends no more is still answered.
+            http.half_close(true);
             drive(http.serve_connection(TokioIo::new(stream), service), pending(), patience, stop).await
         }
     }

@@ -11,12 +11,14 @@ use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
 use super::auth::Tokens;
 use super::cors::Cors;
+use super::counted::left;
 use super::metrics::{self, Limit, Metrics};
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
@@ -54,7 +56,12 @@ impl Drop for UnderWay<'_> {
 }
 
 impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Reply> {
+    pub(super) async fn respond(
+        &self,
+        request: Request<Arriving>,
+        client: Arc<Client>,
+        socket: Arc<TcpStream>,
+    ) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
@@ -62,7 +69,7 @@ impl Service {
         let (peer, mut principal) = (client.address, None);
         let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
-        let answered = self.answer(request, client, &id, deadline, &mut principal).await;
+        let answered = self.answer(request, client, socket, &id, deadline, &mut principal).await;
         let mut response = answered.unwrap_or_else(|refusal| {
             if let Some(limit) = refusal.extensions().get() {
                 self.metrics.rejected(*limit);
@@ -91,6 +98,7 @@ impl Service {
         &self,
         request: Request<Arriving>,
         client: Arc<Client>,
+        socket: Arc<TcpStream>,
         id: &HeaderValue,
         mut deadline: Instant,
         principal: &mut Option<Arc<str>>,
@@ -108,7 +116,7 @@ impl Service {
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
-            (answer, deadline) = self.wait(wait).await?;
+            (answer, deadline) = self.wait(wait, &socket).await?;
         }
         self.release(&answer, deadline).await?;
         let response = answer.response.message().map_err(|invalid| {
@@ -120,7 +128,7 @@ impl Service {
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let stream = stream::open(&self.changes, watch).await?;
-                if is_head { Reply::Whole(Bytes::new()) } else { stream.start(self.limits.stream_heartbeat) }
+                if is_head { Reply::Whole(Bytes::new()) } else { stream.start(self.limits.stream_heartbeat, socket) }
             }
             Some(Sequel::Wait(_)) | None => Reply::Whole(body),
         };
@@ -142,9 +150,10 @@ impl Service {
         })
     }
 
-    /// Calls again after every change of the key, until the guest no longer waits or the timeout is over.
-    async fn wait(&self, mut wait: Box<Wait>) -> Result<(Answer, Instant), Refusal> {
-        let until = Instant::now() + wait.timeout.min(self.limits.hold);
+    /// Calls again after every change of the key, until the guest no longer waits, the client sends no more, or the timeout
+    /// is over.
+    async fn wait(&self, mut wait: Box<Wait>, socket: &TcpStream) -> Result<(Answer, Instant), Refusal> {
+        let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
@@ -152,7 +161,11 @@ impl Service {
             let answer = self.call(wait.incoming, deadline).await?;
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
-                    let _ = timeout_at(until, watcher.next()).await;
+                    tokio::select! {
+                        _ = timeout_at(until, watcher.next()) => {}
+                        // Who closed its side may have left, and would wait for nobody.
+                        () = left(socket) => until = Instant::now(),
+                    }
                     wait = again;
                 }
                 (sequel, _) => return Ok((Answer { sequel, ..answer }, deadline)),

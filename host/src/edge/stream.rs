@@ -10,10 +10,12 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use hyper::StatusCode;
 use serde_json::json;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
+use super::counted::left;
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
 use crate::guest::Watch;
@@ -69,18 +71,18 @@ pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Wa
 
 impl Stream {
     /// The body of a response that continues with the changes, without a gap.
-    pub fn start(self, heartbeat: Duration) -> Reply {
+    pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
-        let deliver = self.deliver(heartbeat, text);
+        let deliver = self.deliver(heartbeat, text, socket);
         tasks.detach("watch", async {
             let _ = deliver.await;
         });
         Reply::Stream { pieces: body, _under_way: None }
     }
 
-    /// Delivers until the client leaves, or is a slow consumer, or the server stops.
-    async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>) -> Option<()> {
+    /// Delivers until the client sends no more, or is a slow consumer, or the server stops.
+    async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
         let Self { changes, selection, after, past } = self;
         // At once, so that the client sees that it watches, and knows where it is before anything happens.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
@@ -108,6 +110,7 @@ impl Stream {
                     change => change.text.get_or_init(|| print(&change)).clone(),
                 },
                 _ = heartbeats.tick() => HEARTBEAT,
+                () = left(&socket) => return None,
                 () = text.closed() => return None,
             };
             text.send(next).await.ok()?;
