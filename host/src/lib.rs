@@ -12,6 +12,7 @@ pub mod admin;
 mod changes;
 pub mod commands;
 mod contract;
+mod descriptors;
 pub mod edge;
 mod follow;
 pub mod guest;

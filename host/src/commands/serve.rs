@@ -19,6 +19,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
+use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::cors::Cors;
@@ -52,6 +53,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
+    let connections = descriptors::connections(args.max_connections)?;
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
     let admin = watched(args.admin, tokens.clone(), env)?;
@@ -142,7 +144,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         throttle.start(env);
     }
     let limits = edge::Limits {
-        connections: args.max_connections,
+        connections,
         connections_per_address: args.max_connections_per_address,
         handshake_timeout: args.tls.handshake_timeout,
         header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,

@@ -22,6 +22,7 @@ use crate::guest::Watch;
 use kvs_txlog::Event;
 use kvs_txlog::change::Change;
 use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError};
+use kvs_txlog::file::disk::is_shortage;
 use kvs_txlog::subscribers::Selection;
 use kvs_txlog::{Forgotten, TransactionLog};
 
@@ -60,6 +61,10 @@ pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Wa
         Some(Forgotten { after, newest }) => {
             let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
             refuse(StatusCode::GONE, &told)
+        }
+        None if error.downcast_ref().is_some_and(is_shortage) => {
+            warn!("the log could not be read for a watch: {error:#}");
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log cannot be read at the moment")
         }
         None => {
             warn!("the log could not be read for a watch: {error:#}");
