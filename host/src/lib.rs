@@ -17,6 +17,7 @@ pub mod edge;
 mod follow;
 pub mod guest;
 pub mod lines;
+mod memory;
 mod parse;
 pub mod renamed;
 mod settings;

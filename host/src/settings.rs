@@ -15,7 +15,9 @@ use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest::{self, Source};
-use crate::parse::{address, count, duration, header_bytes, memory_bytes, rate, setting, target_bytes, value_bytes};
+use crate::parse::{
+    address, count, duration, header_bytes, inflight_bytes, memory_bytes, rate, setting, target_bytes, value_bytes,
+};
 
 #[derive(Debug, Args)]
 pub struct Serve {
@@ -125,6 +127,11 @@ pub struct Serve {
     #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
           help_heading = "Limits")]
     pub max_value_bytes: ByteSize,
+
+    /// Most bytes of requests and responses in flight, those that clients do not read included (otherwise 503, and slow
+    /// clients are cut); one connection can hold a quarter. Without it, an eighth of the memory, at least 64 MiB
+    #[arg(long, env = "KVS_MAX_INFLIGHT_BYTES", value_name = "SIZE", value_parser = inflight_bytes, help_heading = "Limits")]
+    pub max_inflight_bytes: Option<ByteSize>,
 
     /// Most open connections; more wait to be accepted
     #[arg(long, env = "KVS_MAX_CONNECTIONS", value_name = "COUNT", default_value = "1000", value_parser = count,

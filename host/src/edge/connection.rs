@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,6 +21,7 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
+use super::budget::Account;
 use super::counted::Counted;
 use super::metrics::{Beyond, Limit};
 use super::multiplex::{Streams, Turn};
@@ -34,11 +35,11 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
 
-/// The other end of a connection.
-struct Peer {
-    client: Client,
-    socket: Arc<TcpStream>,
-    activity: Arc<Activity>,
+/// The other end of a connection, and what it holds here.
+pub(super) struct Peer {
+    pub client: Arc<Client>,
+    pub socket: Arc<TcpStream>,
+    pub account: Arc<Account>,
 }
 
 impl Edge {
@@ -66,10 +67,11 @@ impl Edge {
             };
             let activity = Arc::<Activity>::default();
             let stream = Counted::new(&socket, metrics, &activity);
-            return self.http(stream, http2, Peer { client, socket, activity }, stop).await;
+            return self.http(stream, http2, self.peer(client, socket), activity, stop).await;
         };
         let activity = Arc::<Activity>::default();
-        let shaking = TlsAcceptor::from(tls.get()).accept(Counted::new(&socket, metrics, &activity));
+        let shaking =
+            TlsAcceptor::from(tls.get()).accept(Counted::new(&socket, metrics, &activity));
         let stream = tokio::select! {
             shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
                 Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
@@ -81,28 +83,36 @@ impl Edge {
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        self.http(stream, http2, Peer { client, socket, activity }, stop).await
+        self.http(stream, http2, self.peer(client, socket), activity, stop).await
+    }
+
+    fn peer(&self, client: Client, socket: Arc<TcpStream>) -> Arc<Peer> {
+        Arc::new(Peer { client: Arc::new(client), socket, account: self.budget.open() })
     }
 
     async fn http<S>(
         self: &Arc<Self>,
         stream: S,
         http2: bool,
-        Peer { client, socket, activity }: Peer,
+        peer: Arc<Peer>,
+        activity: Arc<Activity>,
         stop: watch::Receiver<()>,
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (edge, client) = (Arc::clone(self), Arc::new(client));
+        let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
         let asked = Arc::clone(&activity);
         let patience = Patience::new(activity, http2, &self.limits);
+        let cut = async {
+            account.cut().await;
+            Error::new(Beyond(Limit::InflightBytes))
+        };
         let service = service_fn(move |request| {
-            let (edge, client, activity) = (Arc::clone(&edge), Arc::clone(&client), Arc::clone(&asked));
-            let socket = Arc::clone(&socket);
+            let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));
             async move {
                 let under_way = activity.begin();
-                let response = edge.service.respond(request, client, socket).await;
+                let response = edge.service.respond(request, &peer).await;
                 Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
@@ -117,34 +127,36 @@ impl Edge {
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), streams.run(), patience, stop).await
+            drive(http.serve_connection(stream, service), streams.run(), cut, patience, stop).await
         } else {
             let mut http = http1::Builder::new();
             // Without a timer, which would be set for each request: patience is kept for less.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
             // A client that sends no more is still answered.
             http.half_close(true);
-            drive(http.serve_connection(TokioIo::new(stream), service), pending(), patience, stop).await
+            drive(http.serve_connection(TokioIo::new(stream), service), pending(), cut, patience, stop).await
         }
     }
 }
 
-/// Serves a connection to its end: the client's, ours when told to stop, or that of our patience.
+/// Serves a connection to its end: the client's, ours when told to stop or to cut it, or that of our patience.
 ///
 /// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
     streams: impl Future<Output = Infallible>,
+    cut: impl Future<Output = Error>,
     mut patience: Patience,
     mut stop: watch::Receiver<()>,
 ) -> Result<()> {
-    let (mut connection, mut streams) = (pin!(connection), pin!(streams));
+    let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
     let mut stopping = false;
     loop {
         tokio::select! {
             biased;
             ended = connection.as_mut() => return Ok(ended?),
             never = streams.as_mut() => match never {},
+            error = cut.as_mut() => return Err(error),
             _ = stop.changed(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();

@@ -5,7 +5,7 @@
 
 use std::net::Ipv6Addr;
 
-use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
 
@@ -41,7 +41,13 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
         let refusal = refuse(StatusCode::URI_TOO_LONG, "the target of the request is too long");
         return Err(closing(beyond(Limit::TargetBytes, refusal)).into());
     }
-    if head_bytes(target, &head.headers) > limits.header_bytes {
+    // hyper counts those of HTTP/1.1 itself.
+    if head.headers.len() > limits.headers {
+        return Err(
+            closing(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request has too many headers")).into()
+        );
+    }
+    if bytes(head) > limits.header_bytes {
         let refusal = refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the head of the request is too large");
         return Err(closing(beyond(Limit::HeaderBytes, refusal)).into());
     }
@@ -107,8 +113,9 @@ fn is_authority(text: &[u8]) -> bool {
 }
 
 /// The size of a request's head, near enough. hyper's own limit is one of its buffer, which it may pass by a read.
-fn head_bytes(target: &str, headers: &HeaderMap) -> usize {
-    target.len() + headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
+pub fn bytes(head: &Parts) -> usize {
+    let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    target + head.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
 }
 
 #[cfg(test)]

@@ -32,9 +32,10 @@ pub enum Limit {
     RequestTimeout,
     Streams,
     Resets,
+    InflightBytes,
 }
 
-const LIMITS: [(Limit, &str); 12] = [
+const LIMITS: [(Limit, &str); 13] = [
     (Limit::ConnectionsPerAddress, "max-connections-per-address"),
     (Limit::HandshakeTimeout, "handshake-timeout"),
     (Limit::HeaderTimeout, "header-timeout"),
@@ -47,6 +48,7 @@ const LIMITS: [(Limit, &str); 12] = [
     (Limit::RequestTimeout, "request-timeout"),
     (Limit::Streams, "http2-max-streams"),
     (Limit::Resets, "http2-max-resets"),
+    (Limit::InflightBytes, "max-inflight-bytes"),
 ];
 
 /// A connection was ended because of a limit.

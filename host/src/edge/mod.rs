@@ -4,13 +4,14 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
-//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on,
+//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `budget`, `body`; `stream` has the responses that go on,
 //! `problem` errors for programs, `metrics` what is counted and `access_log` what is told.
 
 pub mod access_log;
 mod addresses;
 pub mod auth;
 mod body;
+pub mod budget;
 mod connection;
 pub mod cors;
 mod counted;
@@ -40,6 +41,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use addresses::Addresses;
+use budget::Budget;
 use metrics::Limit;
 pub use metrics::Metrics;
 pub use request_id::RequestIds;
@@ -83,6 +85,8 @@ pub struct Edge {
     pub tls: Option<Arc<Tls>>,
     pub service: Service,
     pub limits: Limits,
+    /// What clients may hold in memory.
+    pub budget: Arc<Budget>,
     /// Starts a task for each connection.
     pub tasks: Tasks,
 }

@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
+use super::body::full;
+use super::budget::{Account, Charge, Exceeded};
 use super::counted::left;
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
@@ -40,10 +42,16 @@ pub struct Stream {
     selection: Arc<Selection>,
     after: u64,
     past: Past,
+    /// What is held of the past until it is sent.
+    charge: Charge,
 }
 
 /// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
-pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Watch) -> Result<Stream, Refusal> {
+pub async fn open(
+    changes: &Arc<ChangeFeed>,
+    Watch { selection, after, end }: Watch,
+    account: &Arc<Account>,
+) -> Result<Stream, Refusal> {
     let count = selection.keys.len();
     if count > SELECTORS {
         let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
@@ -71,7 +79,9 @@ pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Wa
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
         }
     })?;
-    Ok(Stream { changes: Arc::clone(changes), selection, after, past })
+    let mut charge = account.begin(0);
+    charge.hold(bytes(&past)).map_err(|Exceeded| full())?;
+    Ok(Stream { changes: Arc::clone(changes), selection, after, past, charge })
 }
 
 impl Stream {
@@ -88,12 +98,12 @@ impl Stream {
 
     /// Delivers until the client sends no more, or is a slow consumer, or the server stops.
     async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
-        let Self { changes, selection, after, past } = self;
+        let Self { changes, selection, after, past, mut charge } = self;
         // At once, so that the client sees that it watches, and knows where it is before anything happens.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
-        let mut after = send(past, &text).await?;
+        let mut after = send(past, &text, &mut charge).await?;
         while changes.watermark().durable() > after + NEAR {
-            after = send(changes.past(&selection, after).await.ok()?, &text).await?;
+            after = send(changes.past(&selection, after).await.ok()?, &text, &mut charge).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
         // What was appended before it began to watch comes by the log, as soon as it is durable.
@@ -102,8 +112,9 @@ impl Stream {
             let mut past = changes.past(&selection, after).await.ok()?;
             past.changes.retain(|change| change.sequence <= watcher.from);
             past.until = past.until.min(watcher.from);
-            after = send(past, &text).await?;
+            after = send(past, &text, &mut charge).await?;
         }
+        drop(charge);
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeats.tick().await;
@@ -123,11 +134,23 @@ impl Stream {
     }
 }
 
-async fn send(past: Past, text: &mpsc::Sender<Bytes>) -> Option<u64> {
+/// Sends what happened before, charged until it is sent. What happens from now on is not: all who watch it share it.
+async fn send(past: Past, text: &mpsc::Sender<Bytes>, charge: &mut Charge) -> Option<u64> {
+    charge.hold(bytes(&past)).ok()?;
     for change in &past.changes {
         text.send(print(change)).await.ok()?;
     }
+    charge.must_hold(0);
     Some(past.until)
+}
+
+/// Bytes of keys and values.
+fn bytes(past: &Past) -> usize {
+    let of = |change: &Change| match &change.event {
+        Event::Delete(key) => key.len(),
+        Event::Put(put) => put.key.len() + put.value.len(),
+    };
+    past.changes.iter().map(of).sum()
 }
 
 /// An event: its sequence, what happened, and what the key has now.
