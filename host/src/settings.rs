@@ -123,6 +123,12 @@ pub struct Serve {
           help_heading = "Limits")]
     pub http2_max_resets: usize,
 
+    /// Most control frames per second of an HTTP/2 connection, such as PING, SETTINGS, WINDOW_UPDATE and frames without
+    /// content, besides those that requests and responses need; more close the connection
+    #[arg(long, env = "KVS_HTTP2_MAX_CONTROL_FRAMES", value_name = "COUNT", default_value = "100",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub http2_max_control_frames: u32,
+
     /// Largest value (otherwise 413)
     #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
           help_heading = "Limits")]

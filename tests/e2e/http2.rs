@@ -16,23 +16,24 @@ use crate::metrics::until;
 use crate::server::{PATIENCE, Server};
 use crate::wire::Connection;
 
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
 const GOAWAY: u8 = 7;
-const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+pub const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub const END_HEADERS: u8 = 4;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
 /// `:method: GET`, `:scheme: http`, `:path: /v1/a`, `:authority: kvs`, in HPACK.
-const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
+pub const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
 /// The same for PUT, of one byte.
-const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
+pub const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
 
 /// A client that sends whatever frames it is told to.
 pub struct Frames {
@@ -40,11 +41,11 @@ pub struct Frames {
 }
 
 #[derive(Debug)]
-struct Frame {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    payload: Vec<u8>,
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+    pub payload: Vec<u8>,
 }
 
 impl Frame {
@@ -56,7 +57,7 @@ impl Frame {
 }
 
 impl Frames {
-    fn open(address: SocketAddr) -> Self {
+    pub fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).expect("the server listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
         stream.set_write_timeout(Some(PATIENCE)).expect("the time is not zero");
@@ -67,14 +68,19 @@ impl Frames {
     }
 
     /// False when the server does not listen any more.
-    fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
+    pub fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> bool {
+        self.send_many(kind, flags, stream, payload, 1)
+    }
+
+    /// The same frame so many times, in one write.
+    pub fn send_many(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8], times: usize) -> bool {
         let length = u32::try_from(payload.len()).expect("a frame is short").to_be_bytes();
         let frame = [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat();
-        self.stream.write_all(&frame).is_ok()
+        self.stream.write_all(&frame.repeat(times)).is_ok()
     }
 
     /// The next frame, or nothing when the connection is at its end.
-    fn next(&mut self) -> Option<Frame> {
+    pub fn next(&mut self) -> Option<Frame> {
         let mut head = [0; 9];
         match self.stream.read_exact(&mut head) {
             Ok(()) => {}
@@ -88,7 +94,7 @@ impl Frames {
     }
 
     /// The next frame of one of these kinds.
-    fn wait(&mut self, kinds: &[u8]) -> Option<Frame> {
+    pub fn wait(&mut self, kinds: &[u8]) -> Option<Frame> {
         loop {
             let frame = self.next()?;
             if kinds.contains(&frame.kind) {
@@ -98,7 +104,7 @@ impl Frames {
     }
 
     /// Why the server ended the connection, which it must.
-    fn ended(mut self) -> Option<u32> {
+    pub fn ended(mut self) -> Option<u32> {
         let mut reason = None;
         while let Some(frame) = self.next() {
             if frame.kind == GOAWAY {
@@ -275,6 +281,13 @@ pub fn sends_nothing(server: &Server, times: usize) {
     }
 }
 
+/// 100,000 frames of a kind in one write.
+pub fn sends_many(server: &Server, kind: u8, payload: &[u8]) {
+    let mut client = Frames::open(server.address());
+    client.send_many(kind, 0, 0, payload, 100_000);
+    client.ended();
+}
+
 #[test]
 fn data_without_content_ends_nothing_but_itself() {
     let server = Server::start(&["--request-timeout", "1s"]);
@@ -422,7 +435,7 @@ fn frames_that_break_the_rules_end_the_connection() {
 }
 
 /// A field in HPACK, in no table.
-fn field(name: &str, value: &str) -> Vec<u8> {
+pub fn field(name: &str, value: &str) -> Vec<u8> {
     [&[0, name.len() as u8], name.as_bytes(), &[value.len() as u8], value.as_bytes()].concat()
 }
 

@@ -164,6 +164,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
         requests: args.max_requests,
         streams: args.http2_max_streams,
         resets: args.http2_max_resets,
+        control_frames: args.http2_max_control_frames,
         request_timeout: args.request_timeout,
         stream_heartbeat: args.watch_keep_alive,
         hold: args.max_wait,

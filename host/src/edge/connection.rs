@@ -23,6 +23,7 @@ use tracing::debug;
 
 use super::budget::Account;
 use super::counted::Counted;
+use super::frames::PREFACE;
 use super::metrics::{Beyond, Limit};
 use super::multiplex::{Streams, Turn};
 use super::overheard::Overheard;
@@ -30,8 +31,6 @@ use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
 use crate::guest::Client;
 
-/// What a client sends first that speaks HTTP/2 without having been asked.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
 
@@ -120,7 +119,7 @@ impl Edge {
         if http2 {
             let turn = Turn::default();
             let streams = Streams::new(&turn);
-            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn));
+            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn, limits.control_frames));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)

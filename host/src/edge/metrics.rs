@@ -33,9 +33,10 @@ pub enum Limit {
     Streams,
     Resets,
     InflightBytes,
+    ControlFrames,
 }
 
-const LIMITS: [(Limit, &str); 13] = [
+const LIMITS: [(Limit, &str); 14] = [
     (Limit::ConnectionsPerAddress, "max-connections-per-address"),
     (Limit::HandshakeTimeout, "handshake-timeout"),
     (Limit::HeaderTimeout, "header-timeout"),
@@ -49,6 +50,7 @@ const LIMITS: [(Limit, &str); 13] = [
     (Limit::Streams, "http2-max-streams"),
     (Limit::Resets, "http2-max-resets"),
     (Limit::InflightBytes, "max-inflight-bytes"),
+    (Limit::ControlFrames, "http2-max-control-frames"),
 ];
 
 /// A connection was ended because of a limit.

@@ -15,6 +15,7 @@ pub mod budget;
 mod connection;
 pub mod cors;
 mod counted;
+mod frames;
 mod fresh;
 mod head;
 mod metrics;
@@ -68,6 +69,8 @@ pub struct Limits {
     /// Of one HTTP/2 connection: requests at once, and requests that its client takes back before they are answered.
     pub streams: u32,
     pub resets: usize,
+    /// Control frames of one HTTP/2 connection in a second, beside those that its requests and responses need.
+    pub control_frames: u32,
     /// Requests under way at once, on all connections.
     pub requests: usize,
     pub request_timeout: Duration,
