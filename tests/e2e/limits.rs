@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::server::{PATIENCE, Server, refused, serve, through};
@@ -243,6 +244,7 @@ fn connections_leave_descriptors_to_log_and_admin() {
     assert_eq!(writer.ask("GET", "/v1/a", b"").status, 200);
     assert_eq!(Connection::open(server.admin()).ask("GET", "/readyz", b"").status, 200);
     drop((crowd, admin));
+    server.signal(Signal::TERM);
     server.ends_well();
 }
 

@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Mutex, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::budget::Account;
 use super::counted::Counted;
@@ -66,11 +66,12 @@ impl Edge {
             };
             let activity = Arc::<Activity>::default();
             let stream = Counted::new(&socket, metrics, &activity);
-            return self.http(stream, http2, self.peer(client, socket), activity, stop).await;
+            return self.http(stream, http2, self.peer(client, socket), activity, pending(), stop).await;
         };
         let activity = Arc::<Activity>::default();
+        let renewals = tls.renewals();
         let shaking =
-            TlsAcceptor::from(tls.get()).accept(Counted::new(&socket, metrics, &activity));
+            TlsAcceptor::from(Arc::clone(&tls.get().config)).accept(Counted::new(&socket, metrics, &activity));
         let stream = tokio::select! {
             shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
                 Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
@@ -82,7 +83,8 @@ impl Edge {
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        self.http(stream, http2, self.peer(client, socket), activity, stop).await
+        let revoked = tls::revoked(tls, tls::shown(&stream), renewals);
+        self.http(stream, http2, self.peer(client, socket), activity, revoked, stop).await
     }
 
     fn peer(&self, client: Client, socket: Arc<TcpStream>) -> Arc<Peer> {
@@ -95,6 +97,7 @@ impl Edge {
         http2: bool,
         peer: Arc<Peer>,
         activity: Arc<Activity>,
+        revoked: impl Future<Output = rustls::Error>,
         stop: watch::Receiver<()>,
     ) -> Result<()>
     where
@@ -103,9 +106,15 @@ impl Edge {
         let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
         let asked = Arc::clone(&activity);
         let patience = Patience::new(activity, http2, &self.limits);
+        let address = peer.client.address;
         let cut = async {
-            account.cut().await;
-            Error::new(Beyond(Limit::InflightBytes))
+            tokio::select! {
+                () = account.cut() => Error::new(Beyond(Limit::InflightBytes)),
+                error = revoked => {
+                    info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+                    Error::new(error)
+                }
+            }
         };
         let service = service_fn(move |request| {
             let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));

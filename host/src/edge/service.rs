@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
-use super::auth::Tokens;
+use super::auth::{Grant, Standing, Tokens, revoked};
 use super::body::full;
 use super::budget::Exceeded;
 use super::connection::Peer;
@@ -114,12 +114,17 @@ impl Service {
             Ok(()) => self.admit(&head, &peer.client, principal).await,
             Err(Exceeded) => Err(full().into()),
         };
-        let (under_way, scope) = match admitted {
+        let (under_way, grant) = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         let is_head = head.method == Method::HEAD;
+        let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
+        let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
+            let (method, uri) = (head.method.clone(), head.uri.clone());
+            Standing { tokens, grant, method, uri }
+        });
         let (request, principal) = (Request::from_parts(head, body), principal.clone());
         let client = Arc::clone(&peer.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
@@ -128,7 +133,7 @@ impl Service {
             // Who waits keeps nobody from being served.
             drop(under_way);
             charge.must_hold(head_bytes);
-            (answer, deadline) = self.wait(wait, &peer.socket).await?;
+            (answer, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
         }
         let response_bytes = answer.response.bytes() + if http2 { STREAM } else { 0 };
         if answer.appended {
@@ -149,7 +154,7 @@ impl Service {
                 if is_head {
                     Reply::Whole(Bytes::new())
                 } else {
-                    stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket))
+                    stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket), standing)
                 }
             }
             Some(Sequel::Wait(_)) | None => Reply::Whole(charge.keep(body)),
@@ -172,9 +177,14 @@ impl Service {
         })
     }
 
-    /// Calls again after every change of the key, until the guest no longer waits, the client sends no more, or the timeout
-    /// is over.
-    async fn wait(&self, mut wait: Box<Wait>, socket: &TcpStream) -> Result<(Answer, Instant), Refusal> {
+    /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
+    /// more, or the timeout is over.
+    async fn wait(
+        &self,
+        mut wait: Box<Wait>,
+        socket: &TcpStream,
+        standing: Option<&Standing>,
+    ) -> Result<(Answer, Instant), Refusal> {
         let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
@@ -184,6 +194,8 @@ impl Service {
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     tokio::select! {
+                        biased;
+                        refusal = revoked(standing) => return Err(refusal),
                         _ = timeout_at(until, watcher.next()) => {}
                         // Who closed its side may have left, and would wait for nobody.
                         () = left(socket) => until = Instant::now(),
@@ -217,7 +229,7 @@ impl Service {
         head: &Parts,
         client: &Client,
         principal: &mut Option<Arc<str>>,
-    ) -> Result<(UnderWay<'_>, Scope), Refusal> {
+    ) -> Result<(UnderWay<'_>, Option<Grant>), Refusal> {
         let before = self.metrics.under_way.fetch_add(1, Ordering::Relaxed);
         let under_way = UnderWay(&self.metrics.under_way);
         head::check(head, &self.limits)?;
@@ -228,14 +240,8 @@ impl Service {
         if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
             return Err(answer.into());
         }
-        let scope;
-        (*principal, scope) = match &self.tokens {
-            Some(tokens) => {
-                let (name, scope) = tokens.get().check(head)?;
-                (Some(name), scope.into())
-            }
-            None => (client.identity.clone(), Scope::Admin),
-        };
+        let grant = self.tokens.as_ref().map(|tokens| tokens.get().check(head)).transpose()?;
+        *principal = grant.as_ref().map_or_else(|| client.identity.clone(), |grant| Some(Arc::clone(&grant.name)));
         if let Some(throttle) = &self.throttle {
             match throttle.admit(principal.as_ref(), client.address.ip()).await {
                 Ok(false) => {}
@@ -252,6 +258,6 @@ impl Service {
         {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
-        Ok((under_way, scope))
+        Ok((under_way, grant))
     }
 }

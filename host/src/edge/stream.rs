@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
+use super::auth::{Standing, revoked};
 use super::body::full;
 use super::budget::{Account, Charge, Exceeded};
 use super::counted::left;
@@ -86,12 +87,16 @@ pub async fn open(
 
 impl Stream {
     /// The body of a response that continues with the changes, without a gap.
-    pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>) -> Reply {
+    pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>, standing: Option<Standing>) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
         let deliver = self.deliver(heartbeat, text, socket);
-        tasks.detach("watch", async {
-            let _ = deliver.await;
+        tasks.detach("watch", async move {
+            tokio::select! {
+                biased;
+                _ = revoked(standing.as_ref()) => {}
+                _ = deliver => {}
+            }
         });
         Reply::Stream { pieces: body, _under_way: None }
     }

@@ -161,17 +161,17 @@ pub fn is_full(error: &io::Error) -> bool {
 /// Whether an error says that something is short that there can be more of later: descriptors or memory. It says nothing
 /// about the disk, and never comes from a sync.
 pub fn is_shortage(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::WouldBlock
+    // std has no kind for most of these.
+    let errno = Errno::from_io_error(error);
+    let is_errno = matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN));
+    is_errno || error.kind() == io::ErrorKind::WouldBlock
 }
 
 /// The error of a call says on which file it failed, and what helps where that is known; its kind, by which callers
 /// decide, stays.
 fn naming(call: &str, path: &Path, error: io::Error) -> io::Error {
-    // std has no kind for most of these.
-    let shortage =
-        matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN));
     let (kind, help) = match error.kind() {
-        _ if shortage => (io::ErrorKind::WouldBlock, ""),
+        _ if is_shortage(&error) => (io::ErrorKind::WouldBlock, ""),
         kind @ io::ErrorKind::PermissionDenied => (kind, "; change its owner or mode"),
         kind => (kind, ""),
     };
