@@ -183,7 +183,9 @@ fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> O
     let of_it = |old: &str| old.starts_with(&format!("{name} "));
     let lines: Vec<_> =
         text.lines().filter_map(|old| if of_it(old) { line(old) } else { Some(old.to_owned()) }).collect();
-    fs::write(tokens.file(), lines.join("\n")).expect("the file can be written");
+    // At once and whole: one that is half written names nobody.
+    let new = tokens.file() + ".new";
+    fs::write(&new, lines.join("\n")).and_then(|()| fs::rename(&new, tokens.file())).expect("the file can be written");
     server.signal(Signal::HUP);
 }
 
