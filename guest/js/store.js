@@ -70,6 +70,9 @@ export const handler = {
     // The absence of what has expired depends on its put too.
     const absence = found && found.sequence > newestDelete ? found.sequence : newestDelete;
     if (method === 'PUT') {
+      // A part would replace the whole (RFC 9110, section 14.5).
+      if (headers.some(({ name }) => name === 'content-range')) return line(400, 'content-range: send the whole value');
+      if (headers.some(({ name }) => name === 'content-encoding')) return line(415, 'content-encoding would not be kept');
       const types = headers.map(({ value }) => new TextDecoder().decode(value)).filter(saysSomething);
       const metadata = types.slice(0, 1).map((type) => ['content-type', type]);
       return write({ tag: 'put', val: { key, value: body, metadata, expiresAtMs: undefined } }, 201);
@@ -87,7 +90,7 @@ export const handler = {
 };
 
 export const lifecycle = {
-  describe: () => ({ name: 'js', version: '0.1.0', headers: ['content-type'], capabilities: [] }),
+  describe: () => ({ name: 'js', version: '0.1.0', headers: ['content-type', 'content-range', 'content-encoding'], capabilities: [] }),
   apply: (entries) => entries.forEach(({ sequence, event }) => change(sequence, event)),
   tick: () => undefined,
   stats: () => ({ keys: BigInt(items.size), bytes: BigInt(bytes) }),

@@ -42,6 +42,11 @@ impl Changes {
     pub fn reading(&mut self) {
         self.read = marks(&self.files);
     }
+
+    /// They were not read after all, and are to be read at the next look.
+    pub fn unread(&mut self) {
+        self.read.clear();
+    }
 }
 
 fn marks(files: &[PathBuf]) -> Marks {

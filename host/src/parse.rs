@@ -60,6 +60,10 @@ pub fn memory_bytes(text: &str) -> Result<ByteSize, String> {
     size(text, 1 << 20, 4 << 30)
 }
 
+pub fn inflight_bytes(text: &str) -> Result<ByteSize, String> {
+    size(text, 1 << 20, 1 << 50)
+}
+
 pub fn size(text: &str, least: u64, most: u64) -> Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error| format!("{error}; a size looks like 4096, 64KiB or 1MiB"))?;
     if (least..=most).contains(&size.as_u64()) {

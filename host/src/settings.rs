@@ -16,7 +16,8 @@ use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest::{self, Source};
 use crate::parse::{
-    address, count, duration, header_bytes, memory_bytes, rate, read_lease, setting, target_bytes, value_bytes,
+    address, count, duration, header_bytes, inflight_bytes, memory_bytes, rate, read_lease, setting, target_bytes,
+    value_bytes,
 };
 
 #[derive(Debug, Args)]
@@ -127,10 +128,21 @@ pub struct Serve {
           help_heading = "Limits")]
     pub http2_max_resets: usize,
 
+    /// Most control frames per second of an HTTP/2 connection, such as PING, SETTINGS, WINDOW_UPDATE and frames without
+    /// content, besides those that requests and responses need; more close the connection
+    #[arg(long, env = "KVS_HTTP2_MAX_CONTROL_FRAMES", value_name = "COUNT", default_value = "100",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub http2_max_control_frames: u32,
+
     /// Largest value (otherwise 413)
     #[arg(long, env = "KVS_MAX_VALUE_BYTES", value_name = "SIZE", default_value = "1MiB", value_parser = value_bytes,
           help_heading = "Limits")]
     pub max_value_bytes: ByteSize,
+
+    /// Most bytes of requests and responses in flight, those that clients do not read included (otherwise 503, and slow
+    /// clients are cut); one connection can hold a quarter. Without it, an eighth of the memory, at least 64 MiB
+    #[arg(long, env = "KVS_MAX_INFLIGHT_BYTES", value_name = "SIZE", value_parser = inflight_bytes, help_heading = "Limits")]
+    pub max_inflight_bytes: Option<ByteSize>,
 
     /// Most open connections; more wait to be accepted
     #[arg(long, env = "KVS_MAX_CONNECTIONS", value_name = "COUNT", default_value = "1000", value_parser = count,

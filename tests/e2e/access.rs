@@ -3,12 +3,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use tempfile::TempDir;
 
 use crate::server::{Server, kvs, refused, serve, serve_refused};
 use crate::unruly::guest;
+use crate::watch::Events;
 use crate::wire::{Connection, Response};
 
 /// A file of tokens, and the tokens themselves.
@@ -152,6 +154,80 @@ fn tokens_are_read_again() {
     server.signal(Signal::HUP);
     server.says_again("the file of tokens was read again", 2);
     ask(&server, "GET", "/v1/a", &with(&first)).says(401, "this token is not known");
+}
+
+#[test]
+fn tokens_are_reloaded_after_a_shortage_of_descriptors() {
+    let tokens = Tokens::new();
+    let token = tokens.add(&["alice"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let mut client = Connection::open(server.address());
+    let authorization = [("authorization", format!("Bearer {token}"))];
+    let headers = authorization.each_ref().map(|(name, value)| (*name, value.as_str()));
+    client.ask_with("GET", "/v1/a", &headers, b"").says(404, "no such key");
+    let pid = Pid::from_raw(server.pid().cast_signed());
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: Some(3), maximum };
+    let before = prlimit(pid, Resource::Nofile, limit).expect("a child can be limited");
+    fs::write(tokens.file(), "").expect("the file can be written");
+    server.says("the file of tokens could not be read again");
+    prlimit(pid, Resource::Nofile, before).expect("a child can be limited");
+    // Nobody changes the file again, or tells the server.
+    server.says("the file of tokens was read again");
+    client.ask_with("GET", "/v1/a", &headers, b"").says(401, "this token is not known");
+}
+
+/// Replaces the line of a token, or removes it.
+fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> Option<String>) {
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    let of_it = |old: &str| old.starts_with(&format!("{name} "));
+    let lines: Vec<_> =
+        text.lines().filter_map(|old| if of_it(old) { line(old) } else { Some(old.to_owned()) }).collect();
+    // At once and whole: one that is half written names nobody.
+    let new = tokens.file() + ".new";
+    fs::write(&new, lines.join("\n")).and_then(|()| fs::rename(&new, tokens.file())).expect("the file can be written");
+    server.signal(Signal::HUP);
+}
+
+#[test]
+fn narrowed_token_ends_its_watches_and_long_polls() {
+    let tokens = Tokens::new();
+    let names = ["revoked", "bound", "weaker", "renamed"];
+    let changed = names.map(|name| tokens.add(&[name, "--scope", "write"]));
+    let stays = tokens.add(&["stays", "--scope", "write"]);
+    // Nothing is to be seen by a heartbeat that comes early.
+    let server = Server::start(&["--tokens", &tokens.file(), "--watch-keep-alive", "1h"]);
+    let watch = |token: &str| Events::open(&server, "/v1?watch", &[("authorization", &format!("Bearer {token}"))]);
+    let poll = |token: &str| {
+        let mut client = Connection::open(server.address());
+        client.send(format!("GET /v1/a?wait=300s HTTP/1.1\r\nhost: kvs\r\n{}\r\n", with(token)));
+        assert!(client.is_silent_for(Duration::from_millis(100)), "it does not wait");
+        client
+    };
+    let (mut watching, mut waiting) = (watch(&stays), poll(&stays));
+    let ended = changed.each_ref().map(|token| (watch(token), poll(token)));
+    change(&tokens, &server, "revoked", |_| None);
+    change(&tokens, &server, "bound", |line| Some(format!("{line} /v1/elsewhere")));
+    change(&tokens, &server, "weaker", |line| Some(line.replace(" write ", " read ")));
+    change(&tokens, &server, "renamed", |line| Some(line.replace("renamed", "another")));
+    let refusals = [
+        (401, "this token is not known"),
+        (403, "this token is for other paths"),
+        (403, "this token allows less than when this began"),
+        (403, "this token allows less than when this began"),
+    ];
+    for ((mut watching, mut waiting), (status, told)) in ended.into_iter().zip(refusals) {
+        assert_eq!(watching.next(), None, "{told}");
+        waiting.read().says(status, told);
+    }
+    // Others go on.
+    assert_eq!(ask(&server, "PUT", "/v1/a", &with(&stays)).status, 201);
+    assert_eq!(watching.next().map(|event| event.id), Some(1));
+    assert_eq!(waiting.read().etag(), Some(1));
+    change(&tokens, &server, "stays", |line| Some(line.replace(" write ", " admin ")));
+    server.says_again("the file of tokens was read again", 2);
+    assert_eq!(ask(&server, "PUT", "/v1/b", &with(&stays)).status, 201);
+    assert_eq!(watching.next().map(|event| event.id), Some(2));
 }
 
 #[test]

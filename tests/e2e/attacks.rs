@@ -133,7 +133,7 @@ fn gives_way() {
 /// What an attacker does again and again, each time on a connection of its own.
 type Attack = fn(&Server);
 
-const ATTACKS: [(&str, Attack); 4] = [
+const ATTACKS: [(&str, Attack); 6] = [
     ("rapid reset", |server| {
         http2::takes_back(server, 1_000);
     }),
@@ -141,6 +141,8 @@ const ATTACKS: [(&str, Attack); 4] = [
         http2::goes_on_with_headers(server, 100);
     }),
     ("empty DATA", |server| http2::sends_nothing(server, 1_000)),
+    ("a flood of PING", |server| http2::sends_many(server, http2::PING, b"12345678")),
+    ("a flood of SETTINGS", |server| http2::sends_many(server, http2::SETTINGS, b"")),
     ("a window of nothing", |server| drop(http2::takes_nothing(server, 50))),
 ];
 

@@ -1,9 +1,12 @@
 //! Limits in time and number: slow clients, idle clients, many clients.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::server::Server;
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::server::{PATIENCE, Server, refused, serve, through};
 use crate::wire::Connection;
 
 #[test]
@@ -204,4 +207,61 @@ fn requests_beyond_the_limit_are_503_at_once() {
         assert_eq!(client.read().status, 201);
     }
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
+}
+
+/// A server that may have so many open files, by a soft and a hard limit.
+fn with_open_files(soft: u32, hard: u32, args: &[&str]) -> Server {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let command = serve(data.path());
+    let mut limited = through("sh", &command);
+    limited.args(["-c", &format!("ulimit -Sn {soft} && ulimit -Hn {hard} && exec \"$0\" \"$@\"")]);
+    limited.arg(command.get_program()).args(command.get_args()).args(args);
+    Server::spawn(limited, data)
+}
+
+#[test]
+fn connections_leave_descriptors_to_log_and_admin() {
+    let server = with_open_files(300, 300, &["--segment-bytes", "2MiB"]);
+    server.says(
+        "--max-connections 1000 needs 1192 open files, of which the process may have 300: at most 108 connections",
+    );
+    let mut writer = Connection::open(server.address());
+    assert_eq!(writer.ask("PUT", "/v1/a", b"first").status, 201);
+    let crowd: Vec<_> = (0..400).map(|_| Connection::open(server.address())).collect();
+    let admin: Vec<_> = (0..8).map(|_| Connection::open(server.admin())).collect();
+    crate::metrics::until(&server, "all that can be are accepted", |now| now.get("kvs_connections") >= 108.0);
+    // Segments are made, compacted and removed meanwhile, and the watermark file is written when nothing comes.
+    for _ in 0..60 {
+        assert_eq!(writer.ask("PUT", "/v1/a", &[b'x'; 200_000]).status, 201);
+    }
+    crate::metrics::until(&server, "the log is compacted", |now| now.get("kvs_txlog_compactions_total") > 0.0);
+    let watermark = server.data().join("log/watermark");
+    let begun = Instant::now();
+    while !watermark.exists() {
+        assert!(begun.elapsed() < PATIENCE, "no watermark file was written");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(writer.ask("GET", "/v1/a", b"").status, 200);
+    assert_eq!(Connection::open(server.admin()).ask("GET", "/readyz", b"").status, 200);
+    drop((crowd, admin));
+    server.signal(Signal::TERM);
+    server.ends_well();
+}
+
+#[test]
+fn soft_limit_of_open_files_is_raised() {
+    let server = with_open_files(100, 600, &["--max-connections", "400"]);
+    let mut clients: Vec<_> = (0..400).map(|_| Connection::open(server.address())).collect();
+    for client in &mut clients {
+        client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    }
+}
+
+#[test]
+fn limit_of_open_files_below_the_least_is_refused() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let command = serve(data.path());
+    let mut limited = through("sh", &command);
+    limited.args(["-c", "ulimit -n 200 && exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
+    refused(limited).with(1, &["200 open files", "at least 256", "LimitNOFILE"]);
 }

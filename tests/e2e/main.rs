@@ -28,6 +28,7 @@ mod durability;
 mod everything;
 mod expiry;
 mod faults;
+mod floods;
 mod full_disk;
 mod guests;
 mod hostile;

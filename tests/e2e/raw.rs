@@ -103,6 +103,18 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("a host with a path", get!("host: kvs/v1\r\n"), REFUSED),
     ("a host with a user", get!("host: user@kvs\r\n"), REFUSED),
     ("a host with a space", get!("host: kvs other\r\n"), REFUSED),
+    ("a host with two ports", get!("host: kvs:80:80\r\n"), REFUSED),
+    ("a host with a port that is no number", get!("host: kvs:b\r\n"), REFUSED),
+    ("a host with a port that is none", get!("host: kvs:65536\r\n"), REFUSED),
+    ("a host that is half an address", get!("host: [::1\r\n"), REFUSED),
+    ("a host that is an address without brackets", get!("host: ::1\r\n"), REFUSED),
+    ("a host with a name in brackets", get!("host: [kvs]\r\n"), REFUSED),
+    ("a host with a broken escape", get!("host: k%vs\r\n"), REFUSED),
+    ("two hosts in HTTP/1.0", b"GET /v1/a HTTP/1.0\r\nhost: kvs\r\nhost: kvs\r\n\r\n", REFUSED),
+    ("a host with a path in HTTP/1.0", b"GET /v1/a HTTP/1.0\r\nhost: kvs/v1\r\n\r\n", REFUSED),
+    ("the absolute form with a user", b"GET http://user@kvs/v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n", REFUSED),
+    ("the absolute form with two ports", b"GET http://kvs:80:80/v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n", REFUSED),
+    ("the absolute form of another scheme", b"GET ftp://kvs/v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n", REFUSED),
     ("a host with a port", get!("host: kvs:8080\r\n"), NOT_THERE),
     ("a host that is an address", get!("host: [::1]:8080\r\n"), NOT_THERE),
     ("an empty host is one", get!("host:\r\n"), NOT_THERE),
@@ -174,7 +186,21 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ),
     ("a coding nobody knows", put!("transfer-encoding: brotli\r\n", "x"), &[&[400, 501]]),
     ("chunked is not last", put!("transfer-encoding: chunked, gzip\r\n", "0\r\n\r\n"), &[&[400, 501]]),
-    ("chunked after another", put!("transfer-encoding: gzip, chunked\r\n", "zz\r\n"), &[&[400, 501]]),
+    ("chunked after another", put!("transfer-encoding: gzip, chunked\r\n", "1\r\nx\r\n0\r\n\r\n"), &[&[501]]),
+    ("chunked after identity", put!("transfer-encoding: identity, chunked\r\n", "1\r\nx\r\n0\r\n\r\n"), &[&[501]]),
+    ("chunked twice", put!("transfer-encoding: chunked, chunked\r\n", "1\r\nx\r\n0\r\n\r\n"), &[&[400, 501]]),
+    ("chunked after nothing", put!("transfer-encoding: , chunked\r\n", "1\r\nx\r\n0\r\n\r\n"), &[&[400, 501]]),
+    (
+        "chunked in two lines",
+        put!("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", "1\r\nx\r\n0\r\n\r\n"),
+        &[&[400, 501]],
+    ),
+    (
+        "another line, and then chunked",
+        put!("transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", "1\r\nx\r\n0\r\n\r\n"),
+        &[&[400, 501]],
+    ),
+    ("chunked with a parameter", put!("transfer-encoding: chunked;q=1\r\n", "1\r\nx\r\n0\r\n\r\n"), &[&[400, 501]]),
     ("identity", put!("transfer-encoding: identity\r\n", "x"), &[&[400, 501]]),
     ("almost chunked", put!("transfer-encoding: xchunked\r\n", "0\r\n\r\n"), &[&[400, 501]]),
     ("chunked in quotes", put!("transfer-encoding: \"chunked\"\r\n", "0\r\n\r\n"), &[&[400, 501]]),
@@ -208,6 +234,12 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("an extension with a bare LF", chunked!("1;a\nb\r\nx\r\n0\r\n\r\n"), REFUSED),
     ("an extension with a bare CR", chunked!("1;a\rb\r\nx\r\n0\r\n\r\n"), REFUSED),
     ("a space before the size", chunked!(" 1\r\nx\r\n0\r\n\r\n"), REFUSED),
+    // What changes the meaning of a body (RFC 9110, 8.4 and 14.5).
+    ("a part of a value", put!("content-range: bytes 13-13/21\r\ncontent-length: 1\r\n", "x"), REFUSED),
+    ("a compressed value", put!("content-encoding: gzip\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
+    ("a value for one language", put!("content-language: de\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
+    ("a value to save", put!("content-disposition: attachment\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
+    ("a value to cache", put!("cache-control: max-age=60\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
     // What comes after a request.
     (
         "two requests in one go",
@@ -296,6 +328,13 @@ fn what_is_unusual_and_right_is_carried_out() {
         ("the same length twice", put!("content-length: 5\r\ncontent-length: 5\r\n", "value")),
         ("a length with zeros before", put!("content-length: 005\r\n", "value")),
         ("white space around a length", put!("content-length: \t 5 \t\r\n", "value")),
+        // Values have no modification date (RFC 9110, 13.1.4).
+        (
+            "a condition on a date",
+            put!("if-unmodified-since: Thu, 01 Jan 1970 00:00:00 GMT\r\ncontent-length: 5\r\n", "value"),
+        ),
+        ("what browsers send to pass caches", put!("cache-control: no-cache\r\ncontent-length: 5\r\n", "value")),
+        ("a range, which is for GET", put!("range: bytes=0-0\r\ncontent-length: 5\r\n", "value")),
         ("the absolute form", b"PUT http://kvs/v1/smuggled HTTP/1.1\r\nhost: kvs\r\ncontent-length: 5\r\n\r\nvalue"),
     ] {
         let mut client = Connection::open(server.address());
@@ -305,4 +344,41 @@ fn what_is_unusual_and_right_is_carried_out() {
         assert_eq!(client.ask("GET", "/v1/smuggled", b"").text(), "value", "{about}");
         assert_eq!(client.ask("DELETE", "/v1/smuggled", b"").status, 200);
     }
+}
+
+#[test]
+fn request_whole_before_half_close_is_answered() {
+    let server = Server::start(&[]);
+    let large = vec![b'x'; 1 << 20];
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/large", &large).status, 201);
+    for (about, bytes, status) in [
+        ("a body", put!("content-length: 5\r\n", "value"), 201),
+        ("a chunked body", chunked!("5\r\nvalue\r\n0\r\n\r\n"), 201),
+        ("a read", get!("host: kvs\r\n"), 404),
+        ("a list", b"GET /v1 HTTP/1.1\r\nhost: kvs\r\n\r\n", 200),
+        ("a long poll, which ends", b"GET /v1/a?wait=300s HTTP/1.1\r\nhost: kvs\r\n\r\n", 404),
+    ] {
+        for _ in 0..30 {
+            let mut client = Connection::open(server.address());
+            client.send(bytes);
+            client.finish();
+            assert_eq!(client.read().status, status, "{about}");
+            assert_eq!(client.end(), "", "{about}");
+        }
+    }
+    let mut client = Connection::open(server.address());
+    client.send(b"GET /v1/large HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    client.finish();
+    assert_eq!(client.read().body, large, "a response that does not fit into one write");
+    // What came in the same go is answered too, in order.
+    let mut client = Connection::open(server.address());
+    client.send([put!("content-length: 1\r\n", "x"), get!("host: kvs\r\n")].concat());
+    client.finish();
+    assert_eq!((client.read().status, client.read().status, client.end()), (201, 404, String::new()));
+    // A watch sends its head and position, and ends: a client that has left looks the same.
+    let mut client = Connection::open(server.address());
+    client.send(b"GET /v1?watch HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    client.finish();
+    let got = client.end();
+    assert!(got.starts_with("HTTP/1.1 200 ") && got.contains("id: ") && got.ends_with("0\r\n\r\n"), "{got:?}");
 }

@@ -23,6 +23,7 @@ use crate::certificates::{Authority, Kind, Pair};
 use crate::load::SaysOver;
 use crate::server::{Server, serve_refused};
 use crate::unruly::guest;
+use crate::watch::Events;
 use crate::wire::{Connection, plain};
 
 /// Versions of TLS that a client speaks.
@@ -437,4 +438,30 @@ fn a_list_of_revoked_certificates_is_taken_up() {
     server.signal(Signal::HUP);
     server.says("the TLS certificate was read again");
     client.get(&server, "/principal").expect_err("it was revoked");
+}
+
+#[test]
+fn revoked_certificate_ends_its_connections() {
+    let authority = Authority::new();
+    let (alice, bob) = (authority.issue("alice", Kind::Client, 2), authority.issue("bob", Kind::Client, 3));
+    let carol = authority.issue("carol", Kind::Client, 4);
+    let list = authority.revoke(&[&carol]);
+    let pair = authority.issue("server", Kind::Server, 1);
+    let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
+    let server = Server::start(&[&files[..], &["--client-crl", &list, "--watch-keep-alive", "1h"]].concat());
+    let open = |pair| Client::of(&authority).shows(pair).open(server.address()).expect("it is good");
+    let watch = |pair| Events::over(open(pair), "/v1?watch", &[]).expect("it is answered").expect("a watch");
+    let (mut idle, mut stays) = (open(&alice), open(&bob));
+    for client in [&mut idle, &mut stays] {
+        client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    }
+    let (mut watching, mut goes_on) = (watch(&alice), watch(&bob));
+    authority.revoke(&[&alice, &carol]);
+    server.signal(Signal::HUP);
+    // However it ends: nobody says goodbye to it.
+    assert!(watching.try_next().is_err());
+    assert!(idle.try_read(false).is_err());
+    server.says("closed: the certificate of the client is not good any more");
+    assert_eq!(stays.ask("PUT", "/v1/a", b"value").status, 201);
+    assert!(goes_on.next().is_some());
 }

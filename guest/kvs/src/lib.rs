@@ -23,6 +23,7 @@ mod table;
 mod testing;
 mod text;
 mod transaction;
+mod unkept;
 mod value;
 mod watch;
 

@@ -15,10 +15,22 @@ use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::range::{IF_RANGE, RANGE};
 use crate::store::Store;
-use crate::{list, query, transaction, value, watch};
+use crate::{list, query, transaction, unkept, value, watch};
 
 /// The request headers that are read.
-pub const HEADERS: [&str; 6] = [content_type::NAME, IF_MATCH, IF_NONE_MATCH, RANGE, IF_RANGE, watch::LAST_EVENT_ID];
+pub const HEADERS: [&str; 11] = [
+    content_type::NAME,
+    IF_MATCH,
+    IF_NONE_MATCH,
+    RANGE,
+    IF_RANGE,
+    watch::LAST_EVENT_ID,
+    unkept::CONTENT_RANGE,
+    unkept::CONTENT_ENCODING,
+    unkept::CONTENT_LANGUAGE,
+    unkept::CONTENT_DISPOSITION,
+    unkept::CACHE_CONTROL,
+];
 
 /// The interface, for programs.
 const OPENAPI: &str = include_str!("../openapi.json");

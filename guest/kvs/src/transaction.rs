@@ -18,6 +18,7 @@ use crate::operation::{Expected, Op, Operation, Refused, operations};
 use crate::query;
 use crate::store::Store;
 use crate::text;
+use crate::unkept;
 
 /// Bytes of all values that are got, at most.
 const MAX_GOT_BYTES: usize = 1 << 20;
@@ -50,6 +51,9 @@ pub fn post(
 ) -> Response {
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
+    }
+    if let Some(refusal) = unkept::refusal(&request.headers) {
+        return refusal;
     }
     let operations = match operations(&request.body, request.time_ms) {
         Ok(operations) => operations,

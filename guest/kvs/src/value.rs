@@ -14,6 +14,7 @@ use crate::kvs::store::transaction_log::{AppendError, Event, Put};
 use crate::query::{self, BadQuery};
 use crate::range::Part;
 use crate::store::Store;
+use crate::unkept;
 
 /// The longest time to live, in seconds: 100 years.
 pub const MAX_TTL: u64 = 100 * 365 * 24 * 60 * 60;
@@ -95,6 +96,9 @@ pub fn put(
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
+    if let Some(refusal) = unkept::refusal(&request.headers) {
+        return refusal;
+    }
     let expires = match expiry(query, request.time_ms) {
         Ok(expires) => expires,
         Err(bad) => return line(400, &bad.to_string()),

@@ -101,7 +101,7 @@ impl Admin {
                     async move { Ok::<_, Infallible>(admin.respond(request).await) }
                 });
                 let mut http = http1::Builder::new();
-                http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+                http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
                 if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
                     debug!("admin connection ended: {error}");
                 }

@@ -22,18 +22,25 @@ use tokio::task;
 use tracing::{info, warn};
 
 use crate::admin::{Admin, Phase};
+use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
+use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
 use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
+use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
+
+/// The share of the memory that requests and responses in flight may take, and what they may take in any case.
+const MEMORY_SHARE: u64 = 8;
+const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve) -> Result<()> {
@@ -73,6 +80,8 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
+    let connections = descriptors::connections(args.max_connections)?;
+    let budget = Budget::new(inflight_bytes(args)?);
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
     let admin = watched(args.admin, tokens.clone(), env)?;
@@ -163,7 +172,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         throttle.start(env);
     }
     let limits = edge::Limits {
-        connections: args.max_connections,
+        connections,
         connections_per_address: args.max_connections_per_address,
         handshake_timeout: args.tls.handshake_timeout,
         header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
@@ -176,6 +185,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         requests: args.max_requests,
         streams: args.http2_max_streams,
         resets: args.http2_max_resets,
+        control_frames: args.http2_max_control_frames,
         request_timeout: args.request_timeout,
         stream_heartbeat: args.watch_keep_alive,
         hold: args.max_wait,
@@ -196,8 +206,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         ids: RequestIds::default(),
         access_log,
     };
+    admin.metrics.add(budget.clone());
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits, tasks: tasks.clone() }.serve(listener, async {
+    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -224,6 +235,20 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     log.close()?;
     info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
     Ok(Ended::Stopped)
+}
+
+/// What clients may hold in memory: as configured, or a share of what there is. Never so little that no value fits.
+fn inflight_bytes(args: &Serve) -> Result<usize> {
+    let least = 2 * args.max_value_bytes.as_u64();
+    let Some(configured) = args.max_inflight_bytes else {
+        return Ok(usize::try_from((memory::size() / MEMORY_SHARE).max(LEAST_INFLIGHT).max(least))?);
+    };
+    ensure!(
+        configured.as_u64() >= least,
+        "--max-inflight-bytes {configured} is less than twice --max-value-bytes {}; give at least that",
+        args.max_value_bytes
+    );
+    Ok(usize::try_from(configured.as_u64())?)
 }
 
 /// Opens the log. Given twice when another process writes it, and it is to be followed.

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
+use std::future::pending;
 use std::hint::black_box;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,7 +19,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::ValueEnum;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
-use hyper::{Method, StatusCode};
+use hyper::{Method, StatusCode, Uri};
 use kvs_runtime::Random;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -55,6 +56,13 @@ struct Token {
     name: Arc<str>,
     scope: Scope,
     prefix: Option<String>,
+}
+
+/// Who asks, by which token, and what that allows.
+pub struct Grant {
+    pub name: Arc<str>,
+    pub scope: Scope,
+    hash: Hash,
 }
 
 /// The tokens that are in force.
@@ -95,32 +103,27 @@ impl Known {
         Ok(Self(tokens))
     }
 
-    /// Finds out who asks, and whether that is allowed. Returns the name and the scope of the token.
+    /// Finds out who asks, and whether that is allowed.
     ///
     /// The prefix of its paths is enforced here, and the guest does not hear of it: which keys a path names is for the guest to
     /// say, so no prefix of keys follows from it.
-    pub fn check(&self, head: &Parts) -> Result<(Arc<str>, Scope), Refusal> {
-        let token = self.find(&head.headers)?;
-        let needed = match head.method {
-            Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
-            _ => Scope::Write,
-        };
-        if token.scope < needed {
-            return Err(forbidden("this token is for reading only"));
-        }
-        if let Some(prefix) = &token.prefix
-            && !within(prefix, head.uri.path())
-        {
-            return Err(forbidden("this token is for other paths"));
-        }
-        // One that is bound to paths is not for the admin listener, whatever its scope.
-        let scope = if token.prefix.is_some() { token.scope.min(Scope::Write) } else { token.scope };
-        Ok((Arc::clone(&token.name), scope))
+    pub fn check(&self, head: &Parts) -> Result<Grant, Refusal> {
+        let (hash, token) = self.find(&head.headers)?;
+        token.allow(hash, &head.method, head.uri.path())
+    }
+
+    /// Whether what was granted for a request still is.
+    fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Refusal> {
+        let token = self.known(&grant.hash).ok_or_else(unknown)?;
+        let now = token.allow(grant.hash, method, path)?;
+        // The guest answered for this name and scope.
+        let holds = now.name == grant.name && now.scope >= grant.scope;
+        if holds { Ok(()) } else { Err(forbidden("this token allows less than when this began")) }
     }
 
     /// The same for the admin listener.
     pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let token = self.find(headers)?;
+        let (_, token) = self.find(headers)?;
         let admin = token.scope == Scope::Admin && token.prefix.is_none();
         if admin { Ok(()) } else { Err(forbidden("this token is not for the admin listener")) }
     }
@@ -135,16 +138,72 @@ impl Known {
         }
     }
 
-    fn find(&self, headers: &HeaderMap) -> Result<&Token, Refusal> {
+    fn find(&self, headers: &HeaderMap) -> Result<(Hash, &Token), Refusal> {
         let mut given = headers.get_all(header::AUTHORIZATION).iter();
         let token = match (given.next(), given.next()) {
             (None, _) => return Err(unauthorized("a token is needed: Authorization: Bearer TOKEN", "")),
             (Some(only), None) => bearer(only.as_bytes()),
             _ => None,
         };
-        let token = token.and_then(|token| self.known(&hash(token)));
-        token.ok_or_else(|| unauthorized("this token is not known", ", error=\"invalid_token\""))
+        let hash = token.map(hash).ok_or_else(unknown)?;
+        Ok((hash, self.known(&hash).ok_or_else(unknown)?))
     }
+}
+
+impl Token {
+    fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Refusal> {
+        let needed = match *method {
+            Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
+            _ => Scope::Write,
+        };
+        if self.scope < needed {
+            return Err(forbidden("this token is for reading only"));
+        }
+        if let Some(prefix) = &self.prefix
+            && !within(prefix, path)
+        {
+            return Err(forbidden("this token is for other paths"));
+        }
+        // One that is bound to paths is not for the admin listener, whatever its scope.
+        let scope = if self.prefix.is_some() { self.scope.min(Scope::Write) } else { self.scope };
+        Ok(Grant { name: Arc::clone(&self.name), scope, hash })
+    }
+}
+
+/// What a token allowed for a request that goes on.
+pub struct Standing {
+    pub tokens: Arc<Tokens>,
+    pub grant: Grant,
+    pub method: Method,
+    pub uri: Uri,
+}
+
+impl Standing {
+    /// Returns when that is not allowed any more, and why.
+    pub async fn revoked(&self) -> Refusal {
+        // Before the first look, so that nothing is missed.
+        let mut renewals = self.tokens.renewals();
+        loop {
+            if let Err(refusal) = self.tokens.get().check_again(&self.grant, &self.method, self.uri.path()) {
+                return refusal;
+            }
+            if renewals.changed().await.is_err() {
+                pending().await
+            }
+        }
+    }
+}
+
+/// The same; without tokens nothing is revoked.
+pub async fn revoked(standing: Option<&Standing>) -> Refusal {
+    match standing {
+        Some(standing) => standing.revoked().await,
+        None => pending().await,
+    }
+}
+
+fn unknown() -> Refusal {
+    unauthorized("this token is not known", ", error=\"invalid_token\"")
 }
 
 fn first(hash: &Hash) -> First {

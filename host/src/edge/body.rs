@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::Limits;
+use super::budget::Charge;
 use super::metrics::Limit;
 use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
 
@@ -22,6 +23,8 @@ pub async fn read(
     mut body: Arriving,
     limits: &Limits,
     deadline: Instant,
+    charge: &mut Charge,
+    head_bytes: usize,
 ) -> Result<Bytes, Refusal> {
     if body.is_end_stream() {
         return Ok(Bytes::new());
@@ -56,6 +59,9 @@ pub async fn read(
             let reason = format!("the body is more than the {limit} bytes that are allowed");
             return Err(unread(headers, body, too_large(&reason)).into());
         }
+        if charge.hold(head_bytes + whole.len() + data.len()).is_err() {
+            return Err(unread(headers, body, full()).into());
+        }
         if whole.is_empty() {
             whole = data;
         } else {
@@ -65,6 +71,12 @@ pub async fn read(
             whole = grown.freeze();
         }
     }
+}
+
+/// What is refused because clients hold as much as they may.
+pub fn full() -> Answer {
+    let reason = "too many bytes of requests and responses are in flight";
+    beyond(Limit::InflightBytes, refuse(StatusCode::SERVICE_UNAVAILABLE, reason))
 }
 
 fn too_large(reason: &str) -> Answer {

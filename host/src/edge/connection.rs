@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,9 +19,11 @@ use tokio::net::TcpStream;
 use tokio::sync::{Mutex, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tracing::debug;
+use tracing::{debug, info};
 
+use super::budget::Account;
 use super::counted::Counted;
+use super::frames::PREFACE;
 use super::metrics::{Beyond, Limit};
 use super::multiplex::{Streams, Turn};
 use super::overheard::Overheard;
@@ -29,10 +31,15 @@ use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
 use crate::guest::Client;
 
-/// What a client sends first that speaks HTTP/2 without having been asked.
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
+
+/// The other end of a connection, and what it holds here.
+pub(super) struct Peer {
+    pub client: Arc<Client>,
+    pub socket: Arc<TcpStream>,
+    pub account: Arc<Account>,
+}
 
 impl Edge {
     /// Serves one connection. When told to stop it finishes the requests under way, if there are any.
@@ -47,20 +54,24 @@ impl Edge {
             debug!(peer = %address, "TCP_NODELAY: {error}");
         }
         let metrics = &self.service.metrics;
+        let socket = Arc::new(stream);
         let Some(tls) = &self.tls else {
             let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
             let http2 = tokio::select! {
-                begun = timeout(self.limits.header_timeout, speaks_http2(&stream)) => match begun {
+                begun = timeout(self.limits.header_timeout, speaks_http2(&socket)) => match begun {
                     Ok(http2) => http2?,
                     Err(_) => bail!(Beyond(Limit::HeaderTimeout)),
                 },
                 _ = stop.changed() => return Ok(()),
             };
             let activity = Arc::<Activity>::default();
-            return self.http(Counted::new(stream, metrics, &activity), http2, client, activity, stop).await;
+            let stream = Counted::new(&socket, metrics, &activity);
+            return self.http(stream, http2, self.peer(client, socket), activity, pending(), stop).await;
         };
         let activity = Arc::<Activity>::default();
-        let shaking = TlsAcceptor::from(tls.get()).accept(Counted::new(stream, metrics, &activity));
+        let renewals = tls.renewals();
+        let shaking =
+            TlsAcceptor::from(Arc::clone(&tls.get().config)).accept(Counted::new(&socket, metrics, &activity));
         let stream = tokio::select! {
             shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
                 Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
@@ -72,28 +83,44 @@ impl Edge {
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        self.http(stream, http2, client, activity, stop).await
+        let revoked = tls::revoked(tls, tls::shown(&stream), renewals);
+        self.http(stream, http2, self.peer(client, socket), activity, revoked, stop).await
+    }
+
+    fn peer(&self, client: Client, socket: Arc<TcpStream>) -> Arc<Peer> {
+        Arc::new(Peer { client: Arc::new(client), socket, account: self.budget.open() })
     }
 
     async fn http<S>(
         self: &Arc<Self>,
         stream: S,
         http2: bool,
-        client: Client,
+        peer: Arc<Peer>,
         activity: Arc<Activity>,
+        revoked: impl Future<Output = rustls::Error>,
         stop: watch::Receiver<()>,
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (edge, client) = (Arc::clone(self), Arc::new(client));
+        let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
         let asked = Arc::clone(&activity);
         let patience = Patience::new(activity, http2, &self.limits);
+        let address = peer.client.address;
+        let cut = async {
+            tokio::select! {
+                () = account.cut() => Error::new(Beyond(Limit::InflightBytes)),
+                error = revoked => {
+                    info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+                    Error::new(error)
+                }
+            }
+        };
         let service = service_fn(move |request| {
-            let (edge, client, activity) = (Arc::clone(&edge), Arc::clone(&client), Arc::clone(&asked));
+            let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));
             async move {
                 let under_way = activity.begin();
-                let response = edge.service.respond(request, client).await;
+                let response = edge.service.respond(request, &peer).await;
                 Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
@@ -101,39 +128,43 @@ impl Edge {
         if http2 {
             let turn = Turn::default();
             let streams = Streams::new(&turn);
-            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn));
+            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn, limits.control_frames));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), streams.run(), patience, stop).await
+            drive(http.serve_connection(stream, service), streams.run(), cut, patience, stop).await
         } else {
             let mut http = http1::Builder::new();
             // Without a timer, which would be set for each request: patience is kept for less.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
-            drive(http.serve_connection(TokioIo::new(stream), service), pending(), patience, stop).await
+            // A client that sends no more is still answered.
+            http.half_close(true);
+            drive(http.serve_connection(TokioIo::new(stream), service), pending(), cut, patience, stop).await
         }
     }
 }
 
-/// Serves a connection to its end: the client's, ours when told to stop, or that of our patience.
+/// Serves a connection to its end: the client's, ours when told to stop or to cut it, or that of our patience.
 ///
 /// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
     streams: impl Future<Output = Infallible>,
+    cut: impl Future<Output = Error>,
     mut patience: Patience,
     mut stop: watch::Receiver<()>,
 ) -> Result<()> {
-    let (mut connection, mut streams) = (pin!(connection), pin!(streams));
+    let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
     let mut stopping = false;
     loop {
         tokio::select! {
             biased;
             ended = connection.as_mut() => return Ok(ended?),
             never = streams.as_mut() => match never {},
+            error = cut.as_mut() => return Err(error),
             _ = stop.changed(), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();

@@ -1,75 +1,105 @@
-//! A stream whose bytes are counted on their way through.
+//! The socket of a connection, whose bytes are counted on their way through.
+//!
+//! The socket is shared with requests that wait: HTTP/1.1 reads nothing while it has a request to answer, so they look
+//! themselves whether the client has closed its side ([`left`]).
 
-use std::io;
+use std::io::{self, ErrorKind, IoSlice};
+use std::net::Shutdown;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::TcpStream;
 
 use super::metrics::Metrics;
 use super::patience::Activity;
 
-pub struct Counted<S> {
-    stream: S,
+pub struct Counted {
+    socket: Arc<TcpStream>,
     metrics: Arc<Metrics>,
     activity: Arc<Activity>,
 }
 
-impl<S> Counted<S> {
-    pub fn new(stream: S, metrics: &Arc<Metrics>, activity: &Arc<Activity>) -> Self {
-        Self { stream, metrics: Arc::clone(metrics), activity: Arc::clone(activity) }
+impl Counted {
+    pub fn new(socket: &Arc<TcpStream>, metrics: &Arc<Metrics>, activity: &Arc<Activity>) -> Self {
+        Self { socket: Arc::clone(socket), metrics: Arc::clone(metrics), activity: Arc::clone(activity) }
     }
 
-    fn sent(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(count)) = &written {
-            self.metrics.sent.add(*count as u64);
-        }
-        written
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
+    fn send(
+        &self,
         context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        let count = buffer.filled().len() - before;
-        if count > 0 {
-            self.metrics.received.add(count as u64);
-            self.activity.read();
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.socket.poll_write_ready(context))?;
+            match write(&self.socket) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                written => {
+                    self.metrics.sent.add(*written.as_ref().unwrap_or(&0) as u64);
+                    return Poll::Ready(written);
+                }
+            }
         }
-        read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.sent(written)
+/// Returns when the client has closed its side of the connection, or all of it, which cannot be told apart.
+pub async fn left(socket: &TcpStream) {
+    // Urgent data is not asked for, which leaves the end of what comes. An error is an end too.
+    let _ = socket.ready(Interest::PRIORITY).await;
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let socket = &self.socket;
+        loop {
+            ready!(socket.poll_read_ready(context))?;
+            let (room, mut count) = (buffer.remaining(), None);
+            let read = socket.try_io(Interest::READABLE, || {
+                let read = socket.try_read_buf(buffer)?;
+                count = Some(read);
+                // A part of what there is room for is all there is, and the next read need not find out.
+                if read > 0 && read < room { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            match (count, read) {
+                (Some(count), _) => {
+                    if count > 0 {
+                        self.metrics.received.add(count as u64);
+                        self.activity.read();
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                (None, Err(error)) if error.kind() != ErrorKind::WouldBlock => return Poll::Ready(Err(error)),
+                (None, _) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.send(context, |socket| socket.try_write(bytes))
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        pieces: &[io::IoSlice<'_>],
+        pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(context, pieces);
-        self.sent(written)
+        self.send(context, |socket| socket.try_write_vectored(pieces))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(SockRef::from(&*self.socket).shutdown(Shutdown::Write))
     }
 }

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use kvs_runtime::{Env, Task};
+use kvs_txlog::file::disk::is_shortage;
 use tokio::signal::unix::Signal;
+use tokio::sync::watch;
 use tokio::task;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
@@ -23,6 +25,8 @@ pub struct Fresh<T> {
     what: &'static str,
     make: Box<dyn Fn() -> Result<T> + Send + Sync>,
     current: ArcSwap<T>,
+    /// Those who hold something to what was in force.
+    renewed: watch::Sender<()>,
     changes: Mutex<Changes>,
 }
 
@@ -34,12 +38,17 @@ impl<T: Send + Sync + 'static> Fresh<T> {
     ) -> Result<Arc<Self>> {
         let changes = Mutex::new(Changes::of(files));
         let current = ArcSwap::from_pointee(make()?);
-        Ok(Arc::new(Self { what, make: Box::new(make), current, changes }))
+        Ok(Arc::new(Self { what, make: Box::new(make), current, renewed: watch::Sender::default(), changes }))
     }
 
     /// What is in force.
     pub fn get(&self) -> Arc<T> {
         self.current.load_full()
+    }
+
+    /// Changes whenever something else is in force.
+    pub fn renewals(&self) -> watch::Receiver<()> {
+        self.renewed.subscribe()
     }
 
     /// Starts the task of this name that keeps it fresh, to the end of the process.
@@ -75,9 +84,16 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         match (self.make)() {
             Ok(made) => {
                 self.current.store(Arc::new(made));
+                self.renewed.send_replace(());
                 info!("{} was read again and is in force", self.what);
             }
-            Err(error) => warn!("{} could not be read again, the old one stays in force: {error:#}", self.what),
+            Err(error) => {
+                // The files may be sound, and say that somebody may no longer come in.
+                if error.downcast_ref().is_some_and(is_shortage) {
+                    changes.unread();
+                }
+                warn!("{} could not be read again, the old one stays in force: {error:#}", self.what);
+            }
         }
     }
 }

@@ -3,7 +3,9 @@
 //! hyper has parsed it: every line of it is well-formed. What is left are the rules that tell one request from two, or one
 //! server's reading from another's, and our limits.
 
-use hyper::header::{self, HeaderMap};
+use std::net::Ipv6Addr;
+
+use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
 
@@ -11,10 +13,22 @@ use super::Limits;
 use super::metrics::Limit;
 use super::refusal::{Refusal, beyond, closing, refuse};
 
+/// The transfer coding of a body whose length is not known beforehand.
+const CHUNKED: &[u8] = b"chunked";
+
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
-    if head.version == Version::HTTP_11 && !one_host(&head.headers) {
-        return bad("a request names one Host");
+    if let Some(reason) = ambiguous(head) {
+        return bad(reason);
+    }
+    if !head
+        .headers
+        .get_all(header::TRANSFER_ENCODING)
+        .iter()
+        .all(|value| value.as_bytes().eq_ignore_ascii_case(CHUNKED))
+    {
+        let reason = "the only transfer coding that is supported is chunked";
+        return Err(closing(refuse(StatusCode::NOT_IMPLEMENTED, reason)).into());
     }
     if head.method == Method::CONNECT {
         return Err(closing(refuse(StatusCode::NOT_IMPLEMENTED, "this server is no proxy")).into());
@@ -27,21 +41,122 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
         let refusal = refuse(StatusCode::URI_TOO_LONG, "the target of the request is too long");
         return Err(closing(beyond(Limit::TargetBytes, refusal)).into());
     }
-    if head_bytes(target, &head.headers) > limits.header_bytes {
+    // hyper counts those of HTTP/1.1 itself.
+    if head.headers.len() > limits.headers {
+        return Err(
+            closing(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request has too many headers")).into()
+        );
+    }
+    if bytes(head) > limits.header_bytes {
         let refusal = refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the head of the request is too large");
         return Err(closing(beyond(Limit::HeaderBytes, refusal)).into());
     }
     Ok(())
 }
 
-fn one_host(headers: &HeaderMap) -> bool {
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    // Letters, digits and what else names, addresses and ports are made of; nothing that starts a path or a user.
-    host.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte))
+/// What a proxy in front could read in another way than this server (RFC 9112, section 3.2; RFC 9113, section 8.3.1).
+fn ambiguous(head: &Parts) -> Option<&'static str> {
+    let mut hosts = head.headers.get_all(header::HOST).iter();
+    let (host, another) = (hosts.next(), hosts.next());
+    let authority = head.uri.authority().map(|authority| authority.as_str().as_bytes());
+    let http2 = head.version == Version::HTTP_2;
+    if another.is_some() || (host.is_none() && head.version == Version::HTTP_11) {
+        return Some("a request names one Host");
+    }
+    let host = host.map(HeaderValue::as_bytes);
+    if !host.is_none_or(is_authority) || !authority.is_none_or(is_authority) {
+        return Some("the Host is not a name or an address, and a port");
+    }
+    if head
+        .uri
+        .scheme_str()
+        .is_some_and(|scheme| !scheme.eq_ignore_ascii_case("http") && !scheme.eq_ignore_ascii_case("https"))
+    {
+        return Some("the scheme of the target is http or https");
+    }
+    if head.headers.get_all(header::TRANSFER_ENCODING).iter().nth(1).is_some() {
+        return Some("a request names one Transfer-Encoding");
+    }
+    if !http2 {
+        return None;
+    }
+    match (host, authority) {
+        (None | Some(b""), None) => return Some("a request names its authority"),
+        // In HTTP/1.1 the absolute form goes before the Host.
+        (Some(host), Some(authority)) if !host.eq_ignore_ascii_case(authority) => {
+            return Some("Host and :authority differ");
+        }
+        _ => {}
+    }
+    // HTTP/1.1 strips it, HTTP/2 forbids it.
+    let padded = |value: &HeaderValue| value.as_bytes().trim_ascii().len() < value.len();
+    head.headers.values().any(padded).then_some("a header begins or ends with white space")
+}
+
+/// `uri-host [ ":" port ]` (RFC 3986, section 3.2.2), which can be empty. Addresses of a future version are in use nowhere.
+fn is_authority(text: &[u8]) -> bool {
+    let Ok(text) = str::from_utf8(text) else { return false };
+    let (host, port) = match text.strip_prefix('[').map(|rest| rest.split_once(']')) {
+        Some(Some((address, port))) if address.parse::<Ipv6Addr>().is_ok() => ("", port),
+        Some(_) => return false,
+        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    };
+    // Letters, digits and what else names are made of; nothing that starts a path, a user or a port.
+    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&byte);
+    let is_escape =
+        |rest: &str| rest.as_bytes().get(..2).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+    let is_port =
+        |port: &str| port.is_empty() || (port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok());
+    host.bytes().all(in_name)
+        && host.split('%').skip(1).all(is_escape)
+        && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port))
 }
 
 /// The size of a request's head, near enough. hyper's own limit is one of its buffer, which it may pass by a read.
-fn head_bytes(target: &str, headers: &HeaderMap) -> usize {
-    target.len() + headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
+pub fn bytes(head: &Parts) -> usize {
+    let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    target + head.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_authority_is_a_host_and_a_port() {
+        for (text, valid) in [
+            ("", true),
+            ("kvs", true),
+            ("kvs.example.org.", true),
+            ("kvs:8080", true),
+            ("kvs:", true),
+            (":80", true),
+            ("127.0.0.1:1", true),
+            ("[::1]", true),
+            ("[::1]:65535", true),
+            ("a%2db_~!$&'()*+,;=", true),
+            ("a:80:80", false),
+            ("a:b", false),
+            ("a:+1", false),
+            ("a:65536", false),
+            ("[::1", false),
+            ("::1", false),
+            ("[::1]80", false),
+            ("[::1]:80:80", false),
+            ("[kvs]", false),
+            ("[fe80::1%25eth0]", false),
+            ("a%2", false),
+            ("a%zz", false),
+            ("user@kvs", false),
+            ("kvs/v1", false),
+            ("kvs?x", false),
+            ("kvs#x", false),
+            ("k vs", false),
+            ("k\"vs", false),
+            ("k\\vs", false),
+            ("kvs,\u{e4}", false),
+        ] {
+            assert_eq!(is_authority(text.as_bytes()), valid, "{text}");
+        }
+    }
 }

@@ -32,9 +32,11 @@ pub enum Limit {
     RequestTimeout,
     Streams,
     Resets,
+    InflightBytes,
+    ControlFrames,
 }
 
-const LIMITS: [(Limit, &str); 12] = [
+const LIMITS: [(Limit, &str); 14] = [
     (Limit::ConnectionsPerAddress, "max-connections-per-address"),
     (Limit::HandshakeTimeout, "handshake-timeout"),
     (Limit::HeaderTimeout, "header-timeout"),
@@ -47,6 +49,8 @@ const LIMITS: [(Limit, &str); 12] = [
     (Limit::RequestTimeout, "request-timeout"),
     (Limit::Streams, "http2-max-streams"),
     (Limit::Resets, "http2-max-resets"),
+    (Limit::InflightBytes, "max-inflight-bytes"),
+    (Limit::ControlFrames, "http2-max-control-frames"),
 ];
 
 /// A connection was ended because of a limit.

@@ -4,16 +4,18 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
-//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `body`; `stream` has the responses that go on,
+//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `budget`, `body`; `stream` has the responses that go on,
 //! `problem` errors for programs, `metrics` what is counted and `access_log` what is told.
 
 pub mod access_log;
 mod addresses;
 pub mod auth;
 mod body;
+pub mod budget;
 mod connection;
 pub mod cors;
 mod counted;
+mod frames;
 mod fresh;
 mod head;
 mod metrics;
@@ -40,6 +42,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use addresses::Addresses;
+use budget::Budget;
 use metrics::Limit;
 pub use metrics::Metrics;
 pub use request_id::RequestIds;
@@ -66,6 +69,8 @@ pub struct Limits {
     /// Of one HTTP/2 connection: requests at once, and requests that its client takes back before they are answered.
     pub streams: u32,
     pub resets: usize,
+    /// Control frames of one HTTP/2 connection in a second, beside those that its requests and responses need.
+    pub control_frames: u32,
     /// Requests under way at once, on all connections.
     pub requests: usize,
     pub request_timeout: Duration,
@@ -83,6 +88,8 @@ pub struct Edge {
     pub tls: Option<Arc<Tls>>,
     pub service: Service,
     pub limits: Limits,
+    /// What clients may hold in memory.
+    pub budget: Arc<Budget>,
     /// Starts a task for each connection.
     pub tasks: Tasks,
 }

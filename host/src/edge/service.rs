@@ -10,13 +10,18 @@ use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Version};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
-use super::auth::Tokens;
+use super::auth::{Grant, Standing, Tokens, revoked};
+use super::body::full;
+use super::budget::Exceeded;
+use super::connection::Peer;
 use super::cors::Cors;
+use super::counted::left;
 use super::metrics::{self, Limit, Metrics};
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
@@ -28,6 +33,11 @@ use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::subscribers::{Keys, Selection};
+
+/// What one request over HTTP/1.1 can hold without being charged for it: there is one at a time.
+const FREE: usize = 4 << 10;
+/// What a stream of HTTP/2 takes beside the head of its request, or beside the body of its response.
+const STREAM: usize = 2 << 10;
 
 /// Answers requests.
 pub struct Service {
@@ -54,15 +64,15 @@ impl Drop for UnderWay<'_> {
 }
 
 impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, client: Arc<Client>) -> Response<Reply> {
+    pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let (peer, mut principal) = (client.address, None);
+        let (address, mut principal) = (peer.client.address, None);
         let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
-        let answered = self.answer(request, client, &id, deadline, &mut principal).await;
+        let answered = self.answer(request, peer, &id, deadline, &mut principal).await;
         let mut response = answered.unwrap_or_else(|refusal| {
             if let Some(limit) = refusal.extensions().get() {
                 self.metrics.rejected(*limit);
@@ -79,7 +89,7 @@ impl Service {
         self.metrics.answered(method, status, took);
         if let Some((log, method, uri)) = &logged {
             let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
-            log.tell(&Line { id: &id, peer, principal, method, uri, status, bytes, took });
+            log.tell(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
         }
         // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
@@ -90,25 +100,46 @@ impl Service {
     async fn answer(
         &self,
         request: Request<Arriving>,
-        client: Arc<Client>,
+        peer: &Peer,
         id: &HeaderValue,
         mut deadline: Instant,
         principal: &mut Option<Arc<str>>,
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
-        let (under_way, scope) = match self.admit(&head, &client, principal).await {
+        let http2 = head.version == Version::HTTP_2;
+        let mut charge = peer.account.begin(if http2 { 0 } else { FREE });
+        // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
+        let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
+        let admitted = match charge.hold(head_bytes) {
+            Ok(()) => self.admit(&head, &peer.client, principal).await,
+            Err(Exceeded) => Err(full().into()),
+        };
+        let (under_way, grant) = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
-        let body = body::read(&head.headers, body, &self.limits, deadline).await?;
+        let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         let is_head = head.method == Method::HEAD;
+        let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
+        let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
+            let (method, uri) = (head.method.clone(), head.uri.clone());
+            Standing { tokens, grant, method, uri }
+        });
         let (request, principal) = (Request::from_parts(head, body), principal.clone());
+        let client = Arc::clone(&peer.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
         let mut answer = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
-            (answer, deadline) = self.wait(wait).await?;
+            charge.must_hold(head_bytes);
+            (answer, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
+        }
+        let response_bytes = answer.response.bytes() + if http2 { STREAM } else { 0 };
+        if answer.appended {
+            charge.must_hold(response_bytes);
+        } else {
+            charge.hold(response_bytes).map_err(|Exceeded| full())?;
         }
         self.release(&answer, deadline).await?;
         let response = answer.response.message().map_err(|invalid| {
@@ -119,10 +150,14 @@ impl Service {
         let (head, body) = response.into_parts();
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
-                let stream = stream::open(&self.changes, watch).await?;
-                if is_head { Reply::Whole(Bytes::new()) } else { stream.start(self.limits.stream_heartbeat) }
+                let stream = stream::open(&self.changes, watch, &peer.account).await?;
+                if is_head {
+                    Reply::Whole(Bytes::new())
+                } else {
+                    stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket), standing)
+                }
             }
-            Some(Sequel::Wait(_)) | None => Reply::Whole(body),
+            Some(Sequel::Wait(_)) | None => Reply::Whole(charge.keep(body)),
         };
         Ok(Response::from_parts(head, reply))
     }
@@ -142,9 +177,15 @@ impl Service {
         })
     }
 
-    /// Calls again after every change of the key, until the guest no longer waits or the timeout is over.
-    async fn wait(&self, mut wait: Box<Wait>) -> Result<(Answer, Instant), Refusal> {
-        let until = Instant::now() + wait.timeout.min(self.limits.hold);
+    /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
+    /// more, or the timeout is over.
+    async fn wait(
+        &self,
+        mut wait: Box<Wait>,
+        socket: &TcpStream,
+        standing: Option<&Standing>,
+    ) -> Result<(Answer, Instant), Refusal> {
+        let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
@@ -152,7 +193,13 @@ impl Service {
             let answer = self.call(wait.incoming, deadline).await?;
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
-                    let _ = timeout_at(until, watcher.next()).await;
+                    tokio::select! {
+                        biased;
+                        refusal = revoked(standing) => return Err(refusal),
+                        _ = timeout_at(until, watcher.next()) => {}
+                        // Who closed its side may have left, and would wait for nobody.
+                        () = left(socket) => until = Instant::now(),
+                    }
                     wait = again;
                 }
                 (sequel, _) => return Ok((Answer { sequel, ..answer }, deadline)),
@@ -186,7 +233,7 @@ impl Service {
         head: &Parts,
         client: &Client,
         principal: &mut Option<Arc<str>>,
-    ) -> Result<(UnderWay<'_>, Scope), Refusal> {
+    ) -> Result<(UnderWay<'_>, Option<Grant>), Refusal> {
         let before = self.metrics.under_way.fetch_add(1, Ordering::Relaxed);
         let under_way = UnderWay(&self.metrics.under_way);
         head::check(head, &self.limits)?;
@@ -197,14 +244,8 @@ impl Service {
         if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
             return Err(answer.into());
         }
-        let scope;
-        (*principal, scope) = match &self.tokens {
-            Some(tokens) => {
-                let (name, scope) = tokens.get().check(head)?;
-                (Some(name), scope.into())
-            }
-            None => (client.identity.clone(), Scope::Admin),
-        };
+        let grant = self.tokens.as_ref().map(|tokens| tokens.get().check(head)).transpose()?;
+        *principal = grant.as_ref().map_or_else(|| client.identity.clone(), |grant| Some(Arc::clone(&grant.name)));
         if let Some(throttle) = &self.throttle {
             match throttle.admit(principal.as_ref(), client.address.ip()).await {
                 Ok(false) => {}
@@ -221,6 +262,6 @@ impl Service {
         {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
-        Ok((under_way, scope))
+        Ok((under_way, grant))
     }
 }

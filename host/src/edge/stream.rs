@@ -10,16 +10,22 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use hyper::StatusCode;
 use serde_json::json;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::warn;
 
+use super::auth::{Standing, revoked};
+use super::body::full;
+use super::budget::{Account, Charge, Exceeded};
+use super::counted::left;
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
 use crate::guest::Watch;
 use kvs_txlog::Event;
 use kvs_txlog::change::Change;
 use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError};
+use kvs_txlog::file::disk::is_shortage;
 use kvs_txlog::subscribers::Selection;
 use kvs_txlog::{Forgotten, TransactionLog};
 
@@ -37,10 +43,16 @@ pub struct Stream {
     selection: Arc<Selection>,
     after: u64,
     past: Past,
+    /// What is held of the past until it is sent.
+    charge: Charge,
 }
 
 /// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
-pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Watch) -> Result<Stream, Refusal> {
+pub async fn open(
+    changes: &Arc<ChangeFeed>,
+    Watch { selection, after, end }: Watch,
+    account: &Arc<Account>,
+) -> Result<Stream, Refusal> {
     let count = selection.keys.len();
     if count > SELECTORS {
         let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
@@ -59,34 +71,44 @@ pub async fn open(changes: &Arc<ChangeFeed>, Watch { selection, after, end }: Wa
             let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
             refuse(StatusCode::GONE, &told)
         }
+        None if error.downcast_ref().is_some_and(is_shortage) => {
+            warn!("the log could not be read for a watch: {error:#}");
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log cannot be read at the moment")
+        }
         None => {
             warn!("the log could not be read for a watch: {error:#}");
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
         }
     })?;
-    Ok(Stream { changes: Arc::clone(changes), selection, after, past })
+    let mut charge = account.begin(0);
+    charge.hold(bytes(&past)).map_err(|Exceeded| full())?;
+    Ok(Stream { changes: Arc::clone(changes), selection, after, past, charge })
 }
 
 impl Stream {
     /// The body of a response that continues with the changes, without a gap.
-    pub fn start(self, heartbeat: Duration) -> Reply {
+    pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>, standing: Option<Standing>) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
-        let deliver = self.deliver(heartbeat, text);
-        tasks.detach("watch", async {
-            let _ = deliver.await;
+        let deliver = self.deliver(heartbeat, text, socket);
+        tasks.detach("watch", async move {
+            tokio::select! {
+                biased;
+                _ = revoked(standing.as_ref()) => {}
+                _ = deliver => {}
+            }
         });
         Reply::Stream { pieces: body, _under_way: None }
     }
 
-    /// Delivers until the client leaves, or is a slow consumer, or the server stops.
-    async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>) -> Option<()> {
-        let Self { changes, selection, after, past } = self;
+    /// Delivers until the client sends no more, or is a slow consumer, or the server stops.
+    async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
+        let Self { changes, selection, after, past, mut charge } = self;
         // At once, so that the client sees that it watches, and knows where it is before anything happens.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
-        let mut after = send(past, &text).await?;
+        let mut after = send(past, &text, &mut charge).await?;
         while changes.watermark().durable() > after + NEAR {
-            after = send(changes.past(&selection, after).await.ok()?, &text).await?;
+            after = send(changes.past(&selection, after).await.ok()?, &text, &mut charge).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
         // What was appended before it began to watch comes by the log, as soon as it is durable.
@@ -95,8 +117,9 @@ impl Stream {
             let mut past = changes.past(&selection, after).await.ok()?;
             past.changes.retain(|change| change.sequence <= watcher.from);
             past.until = past.until.min(watcher.from);
-            after = send(past, &text).await?;
+            after = send(past, &text, &mut charge).await?;
         }
+        drop(charge);
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeats.tick().await;
@@ -108,6 +131,7 @@ impl Stream {
                     change => change.text.get_or_init(|| print(&change)).clone(),
                 },
                 _ = heartbeats.tick() => HEARTBEAT,
+                () = left(&socket) => return None,
                 () = text.closed() => return None,
             };
             text.send(next).await.ok()?;
@@ -115,11 +139,23 @@ impl Stream {
     }
 }
 
-async fn send(past: Past, text: &mpsc::Sender<Bytes>) -> Option<u64> {
+/// Sends what happened before, charged until it is sent. What happens from now on is not: all who watch it share it.
+async fn send(past: Past, text: &mpsc::Sender<Bytes>, charge: &mut Charge) -> Option<u64> {
+    charge.hold(bytes(&past)).ok()?;
     for change in &past.changes {
         text.send(print(change)).await.ok()?;
     }
+    charge.must_hold(0);
     Some(past.until)
+}
+
+/// Bytes of keys and values.
+fn bytes(past: &Past) -> usize {
+    let of = |change: &Change| match &change.event {
+        Event::Delete(key) => key.len(),
+        Event::Put(put) => put.key.len() + put.value.len(),
+    };
+    past.changes.iter().map(of).sum()
 }
 
 /// An event: its sequence, what happened, and what the key has now.

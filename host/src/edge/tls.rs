@@ -3,17 +3,22 @@
 //! Owns: what is accepted of a certificate, ours or a client's. Must never know: HTTP, what a client may do.
 
 use std::fs;
+use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
 use kvs_runtime::Clock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{InconsistentKeys, ProtocolVersion, RootCertStore, ServerConfig, version};
+use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use x509_cert::Certificate;
 use x509_cert::der::Decode;
@@ -22,6 +27,8 @@ use super::fresh::Fresh;
 
 /// HTTP/2, as ALPN names it.
 const HTTP2: &[u8] = b"h2";
+/// How often a certificate that was shown is looked at again when no file changes.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// The files TLS is made of, and how much it asks of a client.
 #[derive(Clone, Debug)]
@@ -56,7 +63,15 @@ pub enum Demand {
 }
 
 /// The TLS that is in force.
-pub type Tls = Fresh<ServerConfig>;
+pub type Tls = Fresh<Acceptance>;
+
+/// How connections are accepted.
+pub struct Acceptance {
+    pub config: Arc<ServerConfig>,
+    /// None where no certificates of clients are asked for.
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    clock: Clock,
+}
 
 /// Reads the files, again whenever they change.
 pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
@@ -68,7 +83,7 @@ pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
     Fresh::new("the TLS certificate", all, move || config(&files, &clock))
 }
 
-fn config(files: &Files, clock: &Clock) -> Result<ServerConfig> {
+fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
     let chain = certificates(&files.certificate, "--tls-cert")?;
     for certificate in &chain {
         valid_now(certificate, clock).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
@@ -80,9 +95,10 @@ fn config(files: &Files, clock: &Clock) -> Result<ServerConfig> {
         Least::Tls13 => &[&version::TLS13],
     };
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions)?;
-    let builder = match &files.client {
+    let verifier = files.client.as_ref().map(|client| verifier(client, provider)).transpose()?;
+    let builder = match &verifier {
         None => builder.with_no_client_auth(),
-        Some(client) => builder.with_client_cert_verifier(verifier(client, provider)?),
+        Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
     };
     let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => anyhow!(
@@ -93,13 +109,38 @@ fn config(files: &Files, clock: &Clock) -> Result<ServerConfig> {
         error => anyhow!("--tls-key {}: {error}; give a key of type RSA, ECDSA or Ed25519", files.key.display()),
     })?;
     config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    Ok(Acceptance { config: Arc::new(config), verifier, clock: clock.clone() })
 }
 
-fn verifier(
-    files: &ClientFiles,
-    provider: Arc<CryptoProvider>,
-) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>> {
+/// Returns when the certificate that a client showed is not good any more: it was revoked or expired, or its authority is gone.
+/// `renewals` are those since before it was found good.
+pub async fn revoked(
+    tls: &Tls,
+    shown: Option<Vec<CertificateDer<'static>>>,
+    mut renewals: watch::Receiver<()>,
+) -> rustls::Error {
+    let Some((certificate, chain)) = shown.as_ref().and_then(|shown| shown.split_first()) else {
+        return pending().await;
+    };
+    loop {
+        // Its end comes by the clock, which can be set.
+        let _ = timeout(LOOK, renewals.changed()).await;
+        let Acceptance { verifier, clock, .. } = &*tls.get();
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(clock.unix_ms()));
+        if let Some(verifier) = verifier
+            && let Err(error) = verifier.verify_client_cert(certificate, chain, now)
+        {
+            return error;
+        }
+    }
+}
+
+/// The certificates that a client showed and that were found good.
+pub fn shown<S>(stream: &TlsStream<S>) -> Option<Vec<CertificateDer<'static>>> {
+    Some(stream.get_ref().1.peer_certificates()?.to_vec())
+}
+
+fn verifier(files: &ClientFiles, provider: Arc<CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>> {
     let told = |flag: &str, file: &Path| format!("{flag} {}", file.display());
     let mut roots = RootCertStore::empty();
     for authority in certificates(&files.authorities, "--client-ca")? {

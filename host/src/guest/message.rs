@@ -115,6 +115,11 @@ pub struct Given {
 }
 
 impl Given {
+    /// The size of its body.
+    pub fn bytes(&self) -> usize {
+        self.record.body.len()
+    }
+
     /// The HTTP message that it is, if it is one.
     pub fn message(self) -> Result<Response<Bytes>> {
         let Self { record, most } = self;

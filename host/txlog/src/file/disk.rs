@@ -6,11 +6,12 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::UNIX_EPOCH;
 
 #[cfg(target_os = "linux")]
 use rustix::fs::{Advice, FallocateFlags};
+use rustix::io::Errno;
 
 use super::identity::Identity;
 
@@ -46,11 +47,13 @@ pub trait File: Send + Sync {
 /// A real directory.
 pub struct Directory {
     path: PathBuf,
+    /// Opened at the first sync and kept: a later one needs no descriptor, which there may be none of.
+    opened: OnceLock<fs::File>,
 }
 
 impl Directory {
     pub fn new(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, opened: OnceLock::new() }
     }
 
     fn file(&self, name: &str, file: io::Result<fs::File>) -> io::Result<Arc<dyn File>> {
@@ -87,7 +90,14 @@ impl Disk for Directory {
     }
 
     fn sync(&self) -> io::Result<()> {
-        sync_directory(&self.path)
+        let opened = match self.opened.get() {
+            Some(opened) => opened,
+            None => {
+                let opened = fs::File::open(&self.path).map_err(|error| naming("open", &self.path, error))?;
+                self.opened.get_or_init(|| opened)
+            }
+        };
+        opened.sync_all().map_err(|error| sync_failed("sync", &self.path, error))
     }
 }
 
@@ -116,16 +126,16 @@ impl File for RealFile {
 
     fn allocate(&self, size: u64) -> io::Result<()> {
         #[cfg(target_os = "linux")]
-        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, size) {
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, size)) {
             // A file system without it: the zeros that are written next take the space all the same.
-            Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(Errno::OPNOTSUPP) => {}
             result => return result.map_err(|error| naming("allocate", &self.path, error.into())),
         }
         self.file.set_len(size).map_err(|error| naming("allocate", &self.path, error))
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data().map_err(|error| naming("fdatasync", &self.path, error))
+        self.file.sync_data().map_err(|error| sync_failed("fdatasync", &self.path, error))
     }
 
     fn forget_cached(&self) -> io::Result<()> {
@@ -148,9 +158,46 @@ pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// Whether an error says that something is short that there can be more of later: descriptors or memory. It says nothing
+/// about the disk, and never comes from a sync.
+pub fn is_shortage(error: &io::Error) -> bool {
+    // std has no kind for most of these.
+    let errno = Errno::from_io_error(error);
+    let is_errno = matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN));
+    is_errno || error.kind() == io::ErrorKind::WouldBlock
+}
+
 /// The error of a call says on which file it failed, and what helps where that is known; its kind, by which callers
 /// decide, stays.
 fn naming(call: &str, path: &Path, error: io::Error) -> io::Error {
-    let help = if error.kind() == io::ErrorKind::PermissionDenied { "; change its owner or mode" } else { "" };
-    io::Error::new(error.kind(), format!("{call} {}: {error}{help}", path.display()))
+    let (kind, help) = match error.kind() {
+        _ if is_shortage(&error) => (io::ErrorKind::WouldBlock, ""),
+        kind @ io::ErrorKind::PermissionDenied => (kind, "; change its owner or mode"),
+        kind => (kind, ""),
+    };
+    io::Error::new(kind, format!("{call} {}: {error}{help}", path.display()))
+}
+
+/// The error of a sync, after which nothing is certain whatever the reason: it is no shortage.
+fn sync_failed(call: &str, path: &Path, error: io::Error) -> io::Error {
+    let named = naming(call, path, error);
+    if is_shortage(&named) { io::Error::other(named) } else { named }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shortages_are_told_from_failures_and_syncs_have_none() {
+        let path = Path::new("file");
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::AGAIN] {
+            let error = naming("open", path, errno.into());
+            assert!(is_shortage(&error) && !is_full(&error) && error.to_string().starts_with("open file: "), "{error}");
+            assert!(!is_shortage(&sync_failed("sync", path, errno.into())), "{errno}");
+        }
+        for errno in [Errno::IO, Errno::NOSPC, Errno::NOENT, Errno::ROFS] {
+            assert!(!is_shortage(&naming("open", path, errno.into())), "{errno}");
+        }
+    }
 }

@@ -13,10 +13,10 @@ use kvs_runtime::Clock;
 use uuid::Uuid;
 
 use super::Shared;
-use super::disk::{Disk, File, is_full};
+use super::disk::{Disk, File, is_full, is_shortage};
 use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
 
-/// How long a full disk is left alone before it is asked again.
+/// How long a full disk, or a system without descriptors, is left alone before it is asked again.
 const RETRY: Duration = Duration::from_millis(200);
 
 /// A start makes the first segment of a log before it serves, and reads the newest of one that is there.
@@ -173,10 +173,11 @@ impl State {
         Ok(())
     }
 
-    /// A full disk is not the end: nothing was promised yet, and there may be room again. A disk that fails is not
-    /// trusted with what comes next.
+    /// A full disk is not the end, nor is a shortage of the system: nothing was promised yet, and there may be room again. A
+    /// disk that fails is not trusted with what comes next.
     fn unless_full(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
-        let was_full = std::mem::replace(&mut self.full, file.as_ref().is_err_and(is_full));
+        let was_full =
+            std::mem::replace(&mut self.full, file.as_ref().is_err_and(|error| is_full(error) || is_shortage(error)));
         // Before it is told.
         shared.queue.set_full(self.full);
         match file {

@@ -9,13 +9,17 @@ use std::time::Duration;
 use anyhow::bail;
 
 use super::catalog::Segment;
-use super::disk::{File, is_full};
+use super::disk::{File, is_full, is_shortage};
 use super::frame::{Builder, CLOSE, NOT_SYNCED};
 use super::queue::Work;
 use super::{Durability, Shared, mark};
 
 /// How long nothing must come before the watermark file is written: it must not cost those who write.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// How often, and after which pause each time, a frame is written again for which there was no memory.
+const AGAIN: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(100);
 
 pub struct Writer {
     /// The newest segment.
@@ -114,7 +118,15 @@ impl Writer {
 
     fn write(&mut self, shared: &Shared, frame: &mut Builder) -> anyhow::Result<()> {
         let checksum = frame.seal(shared.log, self.epoch, self.synced, self.chain);
-        self.file.write_at(frame.bytes(), self.end)?;
+        let mut tries = 0;
+        // The same bytes at the same place, and nothing rests on them yet.
+        while let Err(error) = self.file.write_at(frame.bytes(), self.end) {
+            if !is_shortage(&error) || tries == AGAIN {
+                return Err(error.into());
+            }
+            tries += 1;
+            shared.clock().pause(PAUSE);
+        }
         self.end += frame.bytes().len() as u64;
         self.chain = checksum;
         Ok(())
@@ -161,7 +173,10 @@ impl Writer {
     pub fn mark(&mut self, shared: &Shared) -> anyhow::Result<()> {
         self.marked = self.synced;
         match mark::write(&*shared.home.disk, shared.log, self.synced) {
-            Err(error) if is_full(&error) => tracing::warn!("no room for the watermark file: {error}"),
+            // It is a help. Where one of its syncs failed, the log fails.
+            Err(error) if is_full(&error) || is_shortage(&error) => {
+                tracing::warn!("the watermark file was not written: {error}");
+            }
             written => written?,
         }
         Ok(())

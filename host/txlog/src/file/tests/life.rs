@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use super::compaction::fill;
@@ -291,6 +291,48 @@ fn a_disk_that_is_still_full_at_the_next_start_takes_only_what_fits() {
     disk.set_full(false);
     eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
     assert!(durable(&log, known + 2));
+}
+
+#[test]
+fn shortage_delays_segments_and_fails_nothing() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    let short = Arc::new(AtomicBool::new(true));
+    let is_short = Arc::clone(&short);
+    disk.before_each(move |operation| match operation {
+        Operation::Create { .. } if is_short.load(Ordering::SeqCst) => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(()),
+    });
+    let accepted = fill_up(&log);
+    assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
+    short.store(false, Ordering::SeqCst);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, log.appended()));
+    // Neither does the watermark file, at the end.
+    short.store(true, Ordering::SeqCst);
+    log.close().unwrap();
+    short.store(false, Ordering::SeqCst);
+    assert_eq!(replayed(&open(&disk).unwrap()).len() as u64, accepted + 1);
+}
+
+#[test]
+fn write_without_memory_is_repeated() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    let left = Arc::new(AtomicUsize::new(2));
+    let times = Arc::clone(&left);
+    disk.before_each(move |operation| match operation {
+        Operation::Write { bytes, .. } if bytes.starts_with(b"FRME") && times.load(Ordering::SeqCst) > 0 => {
+            times.fetch_sub(1, Ordering::SeqCst);
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        _ => Ok(()),
+    });
+    assert_eq!(commit(&log, put("a", b"value")), 1);
+    assert_eq!(left.load(Ordering::SeqCst), 0);
+    log.close().unwrap();
+    assert_eq!(replayed(&open(&disk).unwrap()).len(), 1);
 }
 
 #[test]
