@@ -57,7 +57,7 @@ fn a_server_that_replays_is_alive_and_not_ready() {
     let stopped = server.kill();
 
     let mut command = serve(stopped.data());
-    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]).arg(guest());
     let process = Process::spawn(command);
     let admin = process.admin();
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
