@@ -26,6 +26,7 @@ use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
 use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
+use crate::lines;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 
@@ -33,9 +34,9 @@ use crate::signals::listen as listen_for;
 const BACKLOG: u32 = 1024;
 
 /// Serves until the process is told to stop, or the log fails.
-pub fn run(args: &Serve) -> Result<()> {
+pub fn run(args: &Serve, env: &Env) -> Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let result = runtime.block_on(serve(args, &Env::real()));
+    let result = runtime.block_on(serve(args, env));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
     result
@@ -56,6 +57,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
     let socket = bind(args.listen, "--listen")?;
     let admin = watched(args.admin, tokens.clone(), env)?;
     let health = &admin.health;
+    lines::measure(&admin.metrics);
 
     let (log, followed) = tokio::select! {
         opened = open_log(args, &admin.metrics, env) => opened?,
@@ -285,6 +287,7 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 
 /// Starts the admin listener, which speaks of the health it gives.
 fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+            lines::end();
     // Who is on this machine may ask for its health without a token.
     let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
     let listener = bind(address, "--admin")?;

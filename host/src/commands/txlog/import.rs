@@ -16,6 +16,7 @@ use kvs_txlog::text::{self, Format};
 use kvs_txlog::{AppendError, Event, TransactionLog};
 
 use super::At;
+use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
 
@@ -48,7 +49,7 @@ fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
     // What was appended is made durable, whatever came after it.
     log.close()?;
     imported.map_err(|error| anyhow!("{error:#}; the {count} entries before it were imported"))?;
-    eprintln!("imported {count} entries; the newest sequence is {}", log.appended());
+    notice(format_args!("imported {count} entries; the newest sequence is {}", log.appended()));
     Ok(())
 }
 
