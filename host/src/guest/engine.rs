@@ -244,6 +244,11 @@ impl Guest {
         self.clock.env()
     }
 
+    /// The time that its instances are told.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
     /// Another for each guest, the same for all its instances.
     pub fn number(&self) -> u64 {
         self.number
