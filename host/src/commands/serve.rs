@@ -104,6 +104,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
     admin.metrics.add(shards.clone());
+    health.set_guest(Arc::clone(&shards));
+    let timed = Arc::clone(&shards);
+    health.add("clock", move || timed.clock_condition());
     let metrics = Arc::new(edge::Metrics::default());
     admin.metrics.add(metrics.clone());
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
@@ -135,9 +138,13 @@ async fn serve(args: &Serve, env: &Env) -> Result<()> {
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
+        let tls = Arc::clone(tls);
+        health.add("tls", move || tls.condition());
     }
     if let Some(tokens) = &tokens {
         tokens.start("token reload", hangup()?, env);
+        let tokens = Arc::clone(tokens);
+        health.add("tokens", move || tokens.condition());
     }
     let throttle = args.access.rate().map(Throttle::new);
     if let Some(throttle) = &throttle {
@@ -280,6 +287,7 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
         if stop.send_replace(true) {
             // What was acknowledged is durable already.
             warn!("stopping at once");
+            lines::end();
             std::process::exit(1);
         }
     }
@@ -287,7 +295,6 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 
 /// Starts the admin listener, which speaks of the health it gives.
 fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-            lines::end();
     // Who is on this machine may ask for its health without a token.
     let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
     let listener = bind(address, "--admin")?;

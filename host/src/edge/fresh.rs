@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use kvs_runtime::{Env, Task};
+use kvs_txlog::Condition;
 use tokio::signal::unix::Signal;
 use tokio::task;
 use tokio::time::{MissedTickBehavior, interval};
@@ -24,6 +25,8 @@ pub struct Fresh<T> {
     make: Box<dyn Fn() -> Result<T> + Send + Sync>,
     current: ArcSwap<T>,
     changes: Mutex<Changes>,
+    /// Why the last attempt to read the files again failed.
+    failure: Mutex<Option<String>>,
 }
 
 impl<T: Send + Sync + 'static> Fresh<T> {
@@ -34,12 +37,18 @@ impl<T: Send + Sync + 'static> Fresh<T> {
     ) -> Result<Arc<Self>> {
         let changes = Mutex::new(Changes::of(files));
         let current = ArcSwap::from_pointee(make()?);
-        Ok(Arc::new(Self { what, make: Box::new(make), current, changes }))
+        Ok(Arc::new(Self { what, make: Box::new(make), current, changes, failure: Mutex::default() }))
     }
 
     /// What is in force.
     pub fn get(&self) -> Arc<T> {
         self.current.load_full()
+    }
+
+    /// Whether what is in force is what the files say.
+    pub fn condition(&self) -> Condition {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in force: {reason}")))
     }
 
     /// Starts the task of this name that keeps it fresh, to the end of the process.
@@ -72,7 +81,10 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             return;
         }
         changes.reading();
-        match (self.make)() {
+        let made = (self.make)();
+        let failure = made.as_ref().err().map(|error| format!("{error:#}"));
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+        match made {
             Ok(made) => {
                 self.current.store(Arc::new(made));
                 info!("{} was read again and is in force", self.what);

@@ -24,6 +24,7 @@ use super::housekeeping::Housekeeping;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics, next_count};
+use super::outage::Outage;
 use super::owner::Part;
 use super::replica::{Replayed, Replica};
 use crate::contract::Description;
@@ -49,6 +50,9 @@ pub enum CallError {
     /// Some shards were called, and then another guest served.
     #[error("the store was replaced while this was done")]
     Replaced,
+    /// The shard has no instance, and has had none for a while: nothing happened.
+    #[error("the store is down: its guest is being rebuilt")]
+    Down,
 }
 
 /// What came of a call.
@@ -93,6 +97,8 @@ struct State {
     follower: Option<oneshot::Sender<Turn>>,
     last_rebuild: Option<Instant>,
     pause: Duration,
+    /// While there is no instance.
+    outage: Option<Outage>,
 }
 
 /// The guest that serves, and what it says it is.
@@ -139,6 +145,7 @@ impl Shard {
             follower: None,
             last_rebuild: None,
             pause: Duration::ZERO,
+            outage: None,
         };
         Self { shared, part, state: Mutex::new(state), held }
     }
@@ -151,6 +158,24 @@ impl Shard {
     /// How many requests wait for their turn.
     pub fn waiting(&self) -> usize {
         self.state().queue.len()
+    }
+
+    /// The outage of this shard, when it has no instance.
+    pub fn outage(&self) -> Option<Outage> {
+        self.state().outage.clone()
+    }
+
+    /// Notes the reason why there is no instance. Once that has lasted, whoever waits is rejected.
+    fn is_down(&self, reason: String) {
+        let clock = &self.shared.env.clock;
+        let mut state = self.state();
+        let outage = state.outage.get_or_insert_with(|| Outage::new(clock, String::new()));
+        outage.reason = reason;
+        if outage.is_long(clock) {
+            let rejected = std::mem::take(&mut state.queue);
+            drop(state);
+            rejected.into_iter().for_each(|waiting| drop(waiting.reply.send(Err(CallError::Down))));
+        }
     }
 
     /// What the instance holds.
@@ -173,6 +198,9 @@ impl Shard {
                 let called = turn.call(incoming, routed_by);
                 turn.serve_others();
                 return called;
+            }
+            if state.outage.as_ref().is_some_and(|outage| outage.is_long(&self.shared.env.clock)) {
+                return Err(CallError::Down);
             }
             let ticket = state.tickets;
             state.tickets += 1;
@@ -272,8 +300,11 @@ impl Shard {
                     env.tasks.detach("guest queue", async move { turn.rebuilt(replayed) });
                     return Ok(());
                 }
-                Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
-                Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
+                Ok(Err(error)) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
+                Err(panic) => self.is_down(format!("the guest cannot be rebuilt: {panic}")),
+            }
+            if let Some(Outage { reason, .. }) = self.outage() {
+                error!(shard = self.part.told(), "{reason}");
             }
             metrics.failed_rebuilds.add(1);
         }
@@ -335,8 +366,13 @@ impl Turn {
 
     /// Puts another guest in the place of the one that serves, with an instance or, where it has none yet, without.
     pub fn replace(&mut self, serving: Serving, instance: Option<Box<Instance>>) -> Option<Box<Instance>> {
-        self.shard.state().serving = serving;
+        let mut state = self.shard.state();
+        state.serving = serving;
         self.told = instance.is_none();
+        if !self.told {
+            state.outage = None;
+        }
+        drop(state);
         std::mem::replace(&mut self.instance, instance)
     }
 
@@ -351,6 +387,7 @@ impl Turn {
         self.shard.shared.metrics.rebuilds.add(1);
         let tick_trapped = {
             let mut state = self.shard.state();
+            state.outage = None;
             // One that was due comes later as well, so that a guest that traps in all of them serves in between.
             state.tick_due = false;
             state.tick_trapped
@@ -491,10 +528,16 @@ impl Drop for Turn {
         match self.instance.take() {
             // The runtime is going down with the task that held the turn.
             Some(instance) => self.shard.state().free = Some(instance),
-            None if self.told => Arc::clone(&self.shard).rebuild(),
+            None if self.told => {
+                if self.shard.outage().is_none() {
+                    self.shard.is_down("the guest is rebuilt".to_owned());
+                }
+                Arc::clone(&self.shard).rebuild();
+            }
             None => {
                 let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
                 self.shard.shared.metrics.traps.add(1);
+                self.shard.is_down(format!("the guest trapped: {reason}"));
                 let turn = Some(Self::without_instance(&self.shard));
                 self.shard.shared.alarm.raise(Raised { reason, turn });
             }
