@@ -324,3 +324,6 @@ fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
 fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
+
+#[cfg(test)]
+mod tests;
