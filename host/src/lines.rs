@@ -1,15 +1,25 @@
 //! The host's own log lines on standard error: for people, or each a JSON object. Whatever is logged, no token is in it.
+//!
+//! They go through a queue to a thread of their own, so that nothing that logs depends on standard error: see `queue`.
+
+mod queue;
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::{self, Display};
 use std::io::{self, IsTerminal, Write, stderr};
-use std::mem::ManuallyDrop;
+use std::panic;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use kvs_metrics::{Measured, Metrics, Page};
+use kvs_runtime::Env;
 use serde_json::Value;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Subscriber, error, warn};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -18,6 +28,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::queue::Queue;
 use crate::edge::auth::MARK;
 
 /// Digits that a word needs behind the mark of tokens to be taken for one, or for a part of one.
@@ -29,42 +40,112 @@ pub enum Format {
     Json,
 }
 
-/// From here on lines are written.
-pub fn begin(format: Format, filter: &str) -> Result<()> {
+/// Lines on their way to standard error, of which a process has one.
+static LINES: Queue = Queue::new();
+
+/// Whether the thread that writes them runs.
+static BEGUN: AtomicBool = AtomicBool::new(false);
+
+/// The longest wait for standard error at the end of the process.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Starts writing lines. From here on a panic is one, too.
+pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
     let filter: Targets = filter.parse().with_context(|| format!("--log-filter {filter}"))?;
-    let lines = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).with_writer(|| Stderr);
+    let clock = env.clock.clone();
+    let write = move || -> Result<()> {
+        let lost = |lost| warn!(lost, "log lines were lost: standard error did not take them");
+        LINES.write_all(&mut Stderr, &clock, lost)
+    };
+    env.tasks.restart_thread("log lines", &env.clock, write).context("no thread for log lines")?;
+    BEGUN.store(true, Ordering::Release);
+    // What the library itself would print, it prints by a macro that panics when standard error is gone.
+    let lines = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).log_internal_errors(false);
+    let lines = lines.with_writer(|| Line);
     match format {
         Format::Text => lines.with_target(false).with_ansi(stderr().is_terminal()).finish().with(filter).init(),
         Format::Json => lines.event_format(Json).finish().with(filter).init(),
     }
+    panic::set_hook(Box::new(|panic| {
+        let (thread, at) = (thread::current(), panic.location().map(ToString::to_string));
+        error!(thread = thread.name(), at, "a thread panicked: {}", panic.payload_as_str().unwrap_or_default());
+        // Where nothing unwinds, this is the end.
+        if cfg!(panic = "abort") {
+            end();
+        }
+    }));
     Ok(())
+}
+
+/// Waits until the lines so far are written, but not for long.
+pub fn end() {
+    LINES.flush(LAST_LINES);
 }
 
 /// The last words of the program: why it failed, in one line.
 pub fn failed(format: Format, reason: &str) {
-    // Never given back: threads that nobody waits for have nothing to say any more.
-    let mut stderr = ManuallyDrop::new(stderr().lock());
-    // Where it is gone there is nobody to tell.
-    let _ = match format {
-        Format::Text => writeln!(stderr, "kvs: {reason}"),
-        Format::Json => writeln!(stderr, "{{\"level\":\"ERROR\",\"message\":{}}}", Value::from(reason)),
-    };
+    notice(match format {
+        Format::Text => format!("kvs: {reason}"),
+        Format::Json => format!("{{\"level\":\"ERROR\",\"message\":{}}}", Value::from(reason)),
+    });
 }
 
-/// Where whole lines go.
-struct Stderr;
+/// A line for the person who runs a command, as it is.
+pub fn notice(line: impl Display) {
+    let line = format!("{line}\n");
+    if BEGUN.load(Ordering::Acquire) {
+        LINES.push(line.as_bytes());
+    } else {
+        // Where it is gone there is nobody to tell.
+        let _ = stderr().write_all(line.as_bytes());
+    }
+}
 
-impl Write for Stderr {
+/// The reason why lines are lost now.
+pub fn failure() -> Option<String> {
+    LINES.failure()
+}
+
+/// Adds the number of lines that were lost.
+pub fn measure(metrics: &Metrics) {
+    metrics.add(Arc::new(Lost));
+}
+
+struct Lost;
+
+impl Measured for Lost {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.counter("log_lines_lost", "Log lines that standard error did not take", LINES.lost())
+    }
+}
+
+/// Takes a line to the queue, whole.
+struct Line;
+
+impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         match str::from_utf8(line) {
-            Ok(text) => stderr().write_all(without_tokens(text).as_bytes())?,
-            Err(_) => stderr().write_all(line)?,
+            Ok(text) => LINES.push(without_tokens(text).as_bytes()),
+            Err(_) => LINES.push(line),
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        stderr().flush()
+        Ok(())
+    }
+}
+
+/// Standard error, without its lock: a thread that holds it may never give it up.
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(stderr(), bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

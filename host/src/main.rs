@@ -36,7 +36,10 @@ fn main() -> ExitCode {
         return fail(USAGE, format, &unknown);
     }
     match commands::run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            lines::end();
+            ExitCode::SUCCESS
+        }
         Err(error) => fail(FAILED, format, &format!("{error:#}")),
     }
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
 /// Tells it in one line, whatever the libraries below put into their messages.
 fn fail(code: u8, format: Format, reason: &str) -> ExitCode {
     lines::failed(format, &reason.split_whitespace().collect::<Vec<_>>().join(" "));
+    lines::end();
     ExitCode::from(code)
 }
 

@@ -197,6 +197,10 @@ pub struct Guest {
     #[arg(long, env = "KVS_GUEST_CPU_LIMIT", value_name = "TIME", default_value = "1s", value_parser = duration)]
     pub guest_cpu_limit: Duration,
 
+    /// CPU time limit of one batch of entries at replay, up to 1,000 of them; after a timeout, batches are smaller
+    #[arg(long, env = "KVS_GUEST_REPLAY_CPU_LIMIT", value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub guest_replay_cpu_limit: Duration,
+
     /// Memory limit of an instance of the guest, which holds its keys and values; at most 4 GiB
     #[arg(long, env = "KVS_GUEST_MAX_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB",
           value_parser = memory_bytes)]
@@ -335,6 +339,7 @@ impl Guest {
     pub fn limits(&self, value_bytes: ByteSize) -> anyhow::Result<guest::Limits> {
         Ok(guest::Limits {
             call: self.guest_cpu_limit,
+            replay: self.guest_replay_cpu_limit,
             memory_bytes: usize::try_from(self.guest_max_memory_bytes.as_u64())?,
             table_elements: self.guest_max_table_elements,
             instances: self.guest_max_instances,

@@ -19,6 +19,7 @@ const CALLS: u32 = 1_000_000;
 pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let limits = Limits {
         call: Duration::from_secs(5),
+        replay: Duration::from_secs(5),
         memory_bytes: 1 << 30,
         table_elements: 1 << 20,
         instances: 16,

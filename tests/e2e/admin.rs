@@ -44,7 +44,8 @@ fn health_has_a_line_and_an_exit_code() {
 fn a_server_that_serves_is_alive_and_ready() {
     let server = Server::start(&[]);
     get(server.admin(), "/livez").says(200, "ok");
-    get(server.admin(), "/readyz").says(200, "[+]log ok\n[+]guest ok\n[+]edge ok");
+    get(server.admin(), "/readyz")
+        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
     let mut client = Connection::open(server.admin());
     client.send("HEAD /readyz HTTP/1.1\r\nhost: kvs\r\n\r\n");
     assert_eq!(client.try_read(true).expect("HEAD is answered").status, 200);
@@ -57,13 +58,14 @@ fn a_server_that_replays_is_alive_and_not_ready() {
     let stopped = server.kill();
 
     let mut command = serve(stopped.data());
-    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]).arg(guest());
     let process = Process::spawn(command);
     let admin = process.admin();
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
     going.unwrap_or_else(|said| panic!("it ended before it replayed:\n{said}"));
     get(admin, "/livez").says(200, "ok");
-    get(admin, "/readyz").says(503, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet");
+    get(admin, "/readyz")
+        .says(503, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet\n[+]tasks ok\n[+]diagnostics ok");
     refused(health(admin, &[])).with(1, &["kvs: not ready: ", "[-]guest replaying the log", "(503)"]);
     is_well(admin, &["--live"], "alive\n");
 }
@@ -78,7 +80,8 @@ fn a_server_that_stops_is_alive_and_not_ready() {
     server.signal(Signal::TERM);
     server.says("stopping: finishing what is under way");
     get(admin, "/livez").says(200, "ok");
-    get(admin, "/readyz").says(503, "[+]log ok\n[+]guest ok\n[-]edge stopping");
+    get(admin, "/readyz")
+        .says(503, "[+]log ok\n[+]guest ok\n[-]edge stopping\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
     client.send("ten bytes.");
     assert_eq!(client.read().status, 201);
     server.ends_well();
@@ -96,7 +99,8 @@ fn it_answers_while_the_guest_has_every_thread() {
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
     get(server.admin(), "/livez").says(200, "ok");
-    get(server.admin(), "/readyz").says(200, "[+]log ok\n[+]guest ok\n[+]edge ok");
+    get(server.admin(), "/readyz")
+        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
     assert!(client.is_silent_for(Duration::from_millis(1)), "the guest was not busy after all");
 }
 

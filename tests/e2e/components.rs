@@ -211,7 +211,7 @@ fn a_guest_that_traps_on_an_entry_of_the_log() {
     let stopped = server.terminate();
     stopped
         .refuses(&[guest(), "--guest-config", "fault=apply-traps"])
-        .with(1, &["apply of entries 1 to 2", "fall_over"]);
+        .with(1, &["apply of entry 1 failed", "fall_over"]);
     // The log is as it was.
     let server = stopped.restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/{x}b", b"").body, b"value");

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::log::of_files;
-use crate::server::{Process, Server, refused, serve};
+use crate::server::{Process, Server, Stopped, refused, serve};
 use crate::unruly::guest;
 use crate::wire::{Connection, long, short};
 use crate::zoo;
@@ -159,9 +159,49 @@ fn a_long_replay_tells_how_far_it_is() {
         // Each is so large that the guest is handed it on its own.
         assert_eq!(client.ask("PUT", &format!("/v1/{{x}}{n}"), &[b'x'; 1 << 20]).status, 201);
     }
-    let server =
-        server.terminate().restart(&[guest(), "--guest-config", "fault=apply-dawdles", "--guest-cpu-limit", "10s"]);
+    let server = server.terminate().restart(&[
+        guest(),
+        "--guest-config",
+        "fault=apply-dawdles",
+        "--guest-replay-cpu-limit",
+        "10s",
+    ]);
     server.says("replaying: 1 entries, sequence 1 of 3");
+}
+
+/// A log of 100 entries for one shard, of which one is poison.
+fn poisoned() -> Stopped {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    for n in 1..=100 {
+        let key = if n == 57 { "poison".to_owned() } else { n.to_string() };
+        assert_eq!(client.ask("PUT", &format!("/v1/{{x}}{key}"), b"value").status, 201);
+    }
+    server.terminate()
+}
+
+#[test]
+fn replay_is_not_bounded_by_the_limit_of_a_call() {
+    let args = [guest(), "--guest-config", "fault=apply-dawdles", "--guest-cpu-limit", "300ms"];
+    let server = poisoned().restart(&args);
+    assert_eq!(Connection::open(server.address()).ask("GET", "/store/{x}100", b"").body, b"value");
+}
+
+#[test]
+fn entry_that_traps_on_replay_is_named() {
+    let refused = poisoned().refuses(&[guest(), "--guest-config", "fault=apply-traps-on-poison"]);
+    refused.with(1, &["apply of entry 57 failed", "fall_over"]);
+}
+
+#[test]
+fn batches_are_smaller_after_a_timeout() {
+    let limit = ["--guest-replay-cpu-limit", "200ms"];
+    let server = poisoned().restart(&[&[guest(), "--guest-config", "fault=apply-loops-on-many"], &limit[..]].concat());
+    let line = server.says("the log is replayed once more");
+    for told in ["batches of 3 from entry 1 on", "took longer than 200ms (--guest-replay-cpu-limit)"] {
+        assert!(line.contains(told), "it does not tell {told:?}: {line}");
+    }
+    assert_eq!(Connection::open(server.address()).ask("GET", "/store/{x}100", b"").body, b"value");
 }
 
 #[test]

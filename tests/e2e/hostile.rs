@@ -5,8 +5,10 @@
 //! demanded after every one of them.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use crate::server::{Server, serve_refused};
+use crate::metrics::Metrics;
+use crate::server::{PATIENCE, Server, serve_refused};
 use crate::unruly::{get, guest, peak};
 use crate::wire::Connection;
 
@@ -170,6 +172,39 @@ fn a_trap_in_apply() {
     let grown = peak(&server) - before;
     assert!(grown < BOUND, "instances that could not be rebuilt took {grown} KiB");
     holds(server, &keys.into_iter().chain(["{own}harm"]).collect::<Vec<_>>());
+}
+
+/// One of four shards cannot be rebuilt: it is named, what it owns is rejected at once, and the others go on.
+#[test]
+fn shard_that_cannot_be_rebuilt_is_reported() {
+    let fault = "fault=apply-traps";
+    let args = [guest(), "--guest-config", fault, "--shards", "4", "--request-timeout", "1h"];
+    let server = Server::start(&args);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/store-and-trap/{own}harm", b"{own}harm").status, 500);
+    let begun = Instant::now();
+    let report = loop {
+        let report = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+        if report.status == 503 {
+            break report.text().to_owned();
+        }
+        assert!(begun.elapsed() < PATIENCE, "it is ready for ever: {}", report.text());
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let (shard, _) = report.split_once("[-]guest shard ").and_then(|(_, rest)| rest.split_once(' ')).expect(&report);
+    let number: u64 = shard.parse().expect(&report);
+    for told in ["of 4 has had no instance since 20", "apply of entry 1 ", "[+]log ok", "[+]edge ok"] {
+        assert!(report.contains(told), "it does not tell {told:?}: {report}");
+    }
+    assert_eq!(Metrics::of(&server).get("kvs_guest_shards_down"), 1.0);
+    let status = Connection::open(server.admin()).ask("GET", "/guest", b"");
+    let status: serde_json::Value = serde_json::from_slice(&status.body).expect("JSON");
+    assert_eq!(status["shards_down"][0]["shard"], number);
+    assert!(status["shards_down"][0]["reason"].as_str().is_some_and(|reason| reason.contains("entry 1 ")), "{status}");
+    // Were it to wait for the shard, it would do so for an hour.
+    client.ask("GET", "/store/{own}harm", b"").says(503, "the store is down: its guest is being rebuilt");
+    let statuses: Vec<_> = (0..40).map(|n| client.ask("GET", &format!("/store/{n}"), b"").status).collect();
+    assert!(statuses.contains(&503) && statuses.contains(&404), "{statuses:?}");
 }
 
 #[test]

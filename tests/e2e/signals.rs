@@ -112,7 +112,7 @@ fn sigterm_during_replay_exits_0_and_loses_nothing() {
     let stopped = server.kill();
 
     let mut command = serve(stopped.data());
-    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
+    command.args(["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]).arg(guest());
     let mut process = Process::spawn(command);
     let going = process.stderr.find(|line| line.contains("going round in circles").then_some(()));
     going.unwrap_or_else(|said| panic!("it ended before the signal:\n{said}"));

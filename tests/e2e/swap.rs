@@ -217,7 +217,7 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
     put(&mut client, "/v1/a", "value");
     let answer = swap(&server, &component(guest()));
     assert_eq!(answer.status, 422);
-    assert!(answer.text().contains("apply of entries 1 to 1 failed"), "{}", answer.text());
+    assert!(answer.text().contains("apply of entry 1 failed"), "{}", answer.text());
     assert_eq!(status(&server)["last_swap"]["reason"], answer.text().trim_end());
     assert_eq!(get(&mut client, "/v1/a").text(), "value");
     assert_no_trace(&server);
@@ -485,7 +485,7 @@ fn kvs_swap_fails_in_one_line() {
 /// Nothing that was begun keeps a server from stopping.
 #[test]
 fn a_server_stops_in_the_middle_of_a_replay() {
-    let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-cpu-limit", "1h"]);
+    let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let mut swapping = Process::spawn(kvs_swap(server.admin(), &[guest()]));
     server.says("going round in circles");

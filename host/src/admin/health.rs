@@ -5,6 +5,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use kvs_runtime::Tasks;
 use kvs_txlog::{Condition, TransactionLog};
 
+use crate::guest::Shards;
+use crate::lines;
+
 /// How far the server is in its life. It only goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
@@ -20,17 +23,39 @@ pub enum Phase {
 pub struct Health {
     phase: Mutex<Phase>,
     log: OnceLock<Arc<dyn TransactionLog>>,
+    guest: OnceLock<Arc<Shards>>,
+    /// Parts that this server has and others have not.
+    others: Mutex<Vec<(&'static str, Check)>>,
     tasks: Tasks,
 }
 
+/// Tells how a part is.
+type Check = Box<dyn Fn() -> Condition + Send>;
+
 impl Health {
     pub fn new(tasks: Tasks) -> Self {
-        Self { phase: Mutex::new(Phase::Starting), log: OnceLock::new(), tasks }
+        Self {
+            phase: Mutex::new(Phase::Starting),
+            log: OnceLock::new(),
+            guest: OnceLock::new(),
+            others: Mutex::default(),
+            tasks,
+        }
     }
 
     pub fn set_log(&self, log: Arc<dyn TransactionLog>) {
         // One log is opened in the life of a process.
         let _ = self.log.set(log);
+    }
+
+    pub fn set_guest(&self, guest: Arc<Shards>) {
+        // One store is built in the life of a process.
+        let _ = self.guest.set(guest);
+    }
+
+    /// Adds a part.
+    pub fn add(&self, name: &'static str, check: impl Fn() -> Condition + Send + 'static) {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).push((name, Box::new(check)));
     }
 
     pub fn reached(&self, phase: Phase) {
@@ -43,16 +68,14 @@ impl Health {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let log = match self.log.get() {
             None => Err("not open yet".to_owned()),
-            Some(log) => match log.condition() {
-                Condition::Well => Ok("ok".to_owned()),
-                Condition::But(reason) => Ok(format!("ok, but {reason}")),
-                Condition::Unfit(reason) => Err(reason),
-            },
+            Some(log) => line(log.condition()),
         };
         let guest = match phase {
             Phase::Starting => Err("not started yet".to_owned()),
             Phase::Replaying => Err("replaying the log".to_owned()),
-            Phase::Serving | Phase::Stopping => Ok("ok".to_owned()),
+            Phase::Serving | Phase::Stopping => {
+                line(self.guest.get().map_or(Condition::Well, |guest| guest.condition()))
+            }
         };
         let edge = match phase {
             Phase::Starting | Phase::Replaying => Err("not listening yet".to_owned()),
@@ -61,7 +84,14 @@ impl Health {
         };
         let mut ready = true;
         let mut report = String::new();
-        for (name, check) in [("log", log), ("guest", guest), ("edge", edge)] {
+        let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = others.iter().map(|(name, check)| (*name, line(check())));
+        // They come back by themselves, and requests do not wait for them.
+        let tasks = line(self.tasks.condition().map_or(Condition::Well, Condition::But));
+        let lost = lines::failure().map(|reason| format!("log lines are lost: {reason}"));
+        let diagnostics = line(lost.map_or(Condition::Well, Condition::But));
+        let own = [("log", log), ("guest", guest), ("edge", edge)].into_iter();
+        for (name, check) in own.chain(others).chain([("tasks", tasks), ("diagnostics", diagnostics)]) {
             match check {
                 Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
                 Err(reason) => {
@@ -70,11 +100,16 @@ impl Health {
                 }
             }
         }
-        // They come back by themselves, and requests do not wait for them.
-        if let Some(condition) = self.tasks.condition() {
-            report.push_str(&format!("[+]tasks ok, but {condition}\n"));
-        }
         (ready, report)
+    }
+}
+
+/// The line of a part: an error when requests should be sent elsewhere.
+fn line(condition: Condition) -> Result<String, String> {
+    match condition {
+        Condition::Well => Ok("ok".to_owned()),
+        Condition::But(reason) => Ok(format!("ok, but {reason}")),
+        Condition::Unfit(reason) => Err(reason),
     }
 }
 
@@ -84,13 +119,15 @@ mod tests {
     use kvs_runtime::Env;
     use kvs_txlog::file::{Durability, FileLog, Options};
 
+    const OTHERS: &str = "[+]tasks ok\n[+]diagnostics ok\n";
+
     #[test]
     fn it_is_ready_from_the_time_it_serves_until_it_stops_or_the_log_fails() {
         let data = tempfile::tempdir().expect("a temporary directory can be made");
         let health = Health::new(Tasks::system());
         assert_eq!(
             health.report(),
-            (false, "[-]log not open yet\n[-]guest not started yet\n[-]edge not listening yet\n".into())
+            (false, format!("[-]log not open yet\n[-]guest not started yet\n[-]edge not listening yet\n{OTHERS}"))
         );
         let data = data.path().to_owned();
         let (durability, env) = (Durability::Sync, Env::real());
@@ -100,14 +137,15 @@ mod tests {
         health.reached(Phase::Replaying);
         assert_eq!(
             health.report(),
-            (false, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet\n".into())
+            (false, format!("[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet\n{OTHERS}"))
         );
         health.reached(Phase::Serving);
-        assert_eq!(health.report(), (true, "[+]log ok\n[+]guest ok\n[+]edge ok\n".into()));
+        assert_eq!(health.report(), (true, format!("[+]log ok\n[+]guest ok\n[+]edge ok\n{OTHERS}")));
         log.watermark().latch("input/output error".into());
-        assert_eq!(health.report(), (false, "[-]log failed: input/output error\n[+]guest ok\n[+]edge ok\n".into()));
+        let failed = format!("[-]log failed: input/output error\n[+]guest ok\n[+]edge ok\n{OTHERS}");
+        assert_eq!(health.report(), (false, failed));
         health.reached(Phase::Stopping);
         health.reached(Phase::Serving);
-        assert!(health.report().1.ends_with("[-]edge stopping\n"));
+        assert!(health.report().1.ends_with(&format!("[-]edge stopping\n{OTHERS}")));
     }
 }

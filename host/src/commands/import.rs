@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::client::ServerArgs;
+use crate::lines::notice;
 use crate::terminal::bar;
 
 #[derive(Debug, clap::Args)]
@@ -21,6 +22,6 @@ pub struct Import {
 
 pub fn run(args: &Import) -> anyhow::Result<()> {
     let lines = kvs_client::import(&args.server.server()?, &args.file, args.resume, bar)?;
-    eprintln!("imported {lines} lines");
+    notice(format_args!("imported {lines} lines"));
     Ok(())
 }

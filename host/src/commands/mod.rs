@@ -23,6 +23,7 @@ use std::env;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
+use kvs_runtime::Env;
 use strsim::jaro;
 
 use crate::lines::{self, Format};
@@ -87,10 +88,11 @@ pub enum Command {
 
 /// Runs a command to its end.
 pub fn run(cli: Cli) -> Result<()> {
-    lines::begin(cli.log_format, &cli.log_filter)?;
+    let env = Env::real();
+    lines::begin(cli.log_format, &cli.log_filter, &env)?;
     // Output that nobody reads any more is no failure: `kvs txlog cat | head`.
     ignore_broken_pipe(match cli.command {
-        Command::Serve(args) => return serve::run(&args),
+        Command::Serve(args) => return serve::run(&args, &env),
         Command::Token(command) => token::run(command),
         Command::Swap(args) => swap::run(&args),
         Command::Health(args) => health::run(&args),

@@ -31,6 +31,7 @@ use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
 use crate::follow;
 use crate::guest::{Engine, Reload, Shards, Source, Swapper};
+use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
@@ -43,9 +44,9 @@ const MEMORY_SHARE: u64 = 8;
 const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Serves until the process is told to stop, or the log fails.
-pub fn run(args: &Serve) -> Result<()> {
+pub fn run(args: &Serve, env: &Env) -> Result<()> {
     let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let ended = runtime.block_on(serve(args, &Env::real()));
+    let ended = runtime.block_on(serve(args, env));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
     match ended? {
@@ -66,6 +67,7 @@ fn begin_anew() -> Result<()> {
     let mut arguments = env::args_os();
     let mut command = Command::new("/proc/self/exe");
     command.arg0(arguments.next().unwrap_or_default()).args(arguments);
+    lines::end();
     Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
 }
 
@@ -86,6 +88,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let socket = bind(args.listen, "--listen")?;
     let admin = watched(args.admin, tokens.clone(), env)?;
     let health = &admin.health;
+    lines::measure(&admin.metrics);
 
     let (log, followed) = tokio::select! {
         opened = open_log(args, &admin.metrics, env) => opened?,
@@ -132,6 +135,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
     admin.metrics.add(shards.clone());
+    health.set_guest(Arc::clone(&shards));
+    let timed = Arc::clone(&shards);
+    health.add("clock", move || timed.clock_condition());
     let metrics = Arc::new(edge::Metrics::default());
     admin.metrics.add(metrics.clone());
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
@@ -163,9 +169,13 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
+        let tls = Arc::clone(tls);
+        health.add("tls", move || tls.condition());
     }
     if let Some(tokens) = &tokens {
         tokens.start("token reload", hangup()?, env);
+        let tokens = Arc::clone(tokens);
+        health.add("tokens", move || tokens.condition());
     }
     let throttle = args.access.rate().map(Throttle::new);
     if let Some(throttle) = &throttle {
@@ -328,6 +338,7 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
         if stop.send_replace(true) {
             // What was acknowledged is durable already.
             warn!("stopping at once");
+            lines::end();
             std::process::exit(1);
         }
     }
@@ -364,3 +375,6 @@ fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
 fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::client::ServerArgs;
+use crate::lines::notice;
 
 #[derive(Debug, clap::Args)]
 pub struct Watch {
@@ -23,6 +24,6 @@ pub struct Watch {
 
 pub fn run(args: &Watch) -> anyhow::Result<()> {
     let Watch { prefix, since, json, server } = args;
-    let report = |line: &str| eprintln!("kvs: {line}");
+    let report = |line: &str| notice(format_args!("kvs: {line}"));
     kvs_client::watch(&server.server()?, prefix, *since, *json, &mut io::stdout().lock(), report)
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use kvs_runtime::{Env, Task};
+use kvs_txlog::Condition;
 use kvs_txlog::file::disk::is_shortage;
 use tokio::signal::unix::Signal;
 use tokio::sync::watch;
@@ -28,6 +29,8 @@ pub struct Fresh<T> {
     /// Those who hold something to what was in force.
     renewed: watch::Sender<()>,
     changes: Mutex<Changes>,
+    /// Why the last attempt to read the files again failed.
+    failure: Mutex<Option<String>>,
 }
 
 impl<T: Send + Sync + 'static> Fresh<T> {
@@ -38,7 +41,8 @@ impl<T: Send + Sync + 'static> Fresh<T> {
     ) -> Result<Arc<Self>> {
         let changes = Mutex::new(Changes::of(files));
         let current = ArcSwap::from_pointee(make()?);
-        Ok(Arc::new(Self { what, make: Box::new(make), current, renewed: watch::Sender::default(), changes }))
+        let (renewed, failure) = (watch::Sender::default(), Mutex::default());
+        Ok(Arc::new(Self { what, make: Box::new(make), current, renewed, changes, failure }))
     }
 
     /// What is in force.
@@ -49,6 +53,12 @@ impl<T: Send + Sync + 'static> Fresh<T> {
     /// Changes whenever something else is in force.
     pub fn renewals(&self) -> watch::Receiver<()> {
         self.renewed.subscribe()
+    }
+
+    /// Whether what is in force is what the files say.
+    pub fn condition(&self) -> Condition {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in force: {reason}")))
     }
 
     /// Starts the task of this name that keeps it fresh, to the end of the process.
@@ -81,7 +91,10 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             return;
         }
         changes.reading();
-        match (self.make)() {
+        let made = (self.make)();
+        let failure = made.as_ref().err().map(|error| format!("{error:#}"));
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+        match made {
             Ok(made) => {
                 self.current.store(Arc::new(made));
                 self.renewed.send_replace(());

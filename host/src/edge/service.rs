@@ -172,6 +172,7 @@ impl Service {
             let told = error.to_string();
             match error {
                 CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
+                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &told).into(),
                 CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
             }
         })

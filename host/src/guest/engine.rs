@@ -83,7 +83,7 @@ impl Engine {
             bail!(misfit);
         }
         let instance = self.linker.instantiate_pre(&component)?;
-        let exports = ExportsPre::new(instance, world.is_sharded())?;
+        let exports = Arc::new(ExportsPre::new(instance, world.is_sharded())?);
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
         let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
         Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config })
@@ -214,7 +214,7 @@ fn interface(name: &str) -> &str {
 
 /// A compiled guest that fits the contract.
 pub struct Guest {
-    exports: ExportsPre<State>,
+    exports: Arc<ExportsPre<State>>,
     source: Source,
     digest: Digest,
     number: u64,
@@ -244,6 +244,11 @@ impl Guest {
         self.clock.env()
     }
 
+    /// The time that its instances are told.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
     /// Another for each guest, the same for all its instances.
     pub fn number(&self) -> u64 {
         self.number
@@ -252,7 +257,20 @@ impl Guest {
     /// A new instance, which has described itself and knows nothing yet. What it appends goes to `log`, when the keys are
     /// its part.
     pub fn instantiate(&self, log: Arc<dyn TransactionLog>, part: Part) -> Result<Instance> {
-        let state = State::new(log, part, self.config.clone(), self.limits, self.clock.clone());
-        Instance::new(&self.exports, self.number, self.limits, state)
+        self.instances(log, part)()
+    }
+
+    /// What makes such instances, also when the guest is gone.
+    pub fn instances(
+        &self,
+        log: Arc<dyn TransactionLog>,
+        part: Part,
+    ) -> impl Fn() -> Result<Instance> + Send + 'static {
+        let (exports, config, clock) = (Arc::clone(&self.exports), self.config.clone(), self.clock.clone());
+        let (number, limits) = (self.number, self.limits);
+        move || {
+            let state = State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone());
+            Instance::new(&exports, number, limits, state)
+        }
     }
 }

@@ -67,7 +67,7 @@ impl State {
         limits: Limits,
         clock: Arc<Clock>,
     ) -> Self {
-        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits, clock.env()));
+        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits, Arc::clone(&clock)));
         Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
     }
 

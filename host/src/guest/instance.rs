@@ -14,7 +14,7 @@ use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
-use super::limits::Limits;
+use super::limits::{CpuLimit, Limits};
 use super::message::{Answer, Given, Incoming, Sequel, Wait};
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
@@ -49,8 +49,9 @@ impl Instance {
         // A response that is a little too large can still be looked at and refused, which costs less than a trap.
         store.set_hostcall_fuel(2 * limits.response_bytes + TRANSFER_BYTES);
         store.epoch_deadline_callback(overdue);
-        begin(&mut store, limits);
-        let mut told = |error| anyhow!(trapped(&error, limits));
+        let limit = limits.of_call();
+        begin(&mut store, limit);
+        let mut told = |error| anyhow!(trapped(&error, limit));
         let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
         let description = exports.lifecycle.call_describe(&mut store).map_err(told).context("describe failed")?;
         let wanted_headers = check(&description)?;
@@ -78,8 +79,12 @@ impl Instance {
         self.store.data().clock.not_before(last.time);
         let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
         self.store.data_mut().sandbox().begin_apply();
-        self.call(Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
-            .with_context(|| format!("apply of entries {} to {} failed", first.sequence, last.sequence))
+        let limit = self.limits.of_replay();
+        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
+            .with_context(|| match entries.len() {
+                1 => format!("apply of entry {} failed", first.sequence),
+                _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
+            })
     }
 
     /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
@@ -103,6 +108,12 @@ impl Instance {
 
     pub fn stats(&mut self) -> Result<Statistics, Trapped> {
         self.call(Call::default(), |exports, store| exports.lifecycle.call_stats(store))
+    }
+
+    /// The same at the end of a replay, when it may have to count everything.
+    pub fn stats_after_replay(&mut self) -> Result<Statistics, Trapped> {
+        let limit = self.limits.of_replay();
+        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_stats(store))
     }
 
     /// Routes a request.
@@ -174,11 +185,20 @@ impl Instance {
         call: Call,
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
+        self.call_within(self.limits.of_call(), call, make)
+    }
+
+    fn call_within<T>(
+        &mut self,
+        limit: CpuLimit,
+        call: Call,
+        make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
+    ) -> Result<T, Trapped> {
         self.store.data_mut().call = call;
-        begin(&mut self.store, self.limits);
+        begin(&mut self.store, limit);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();
-        result.map_err(|error| trapped(&error, self.limits))
+        result.map_err(|error| trapped(&error, limit))
     }
 }
 
@@ -188,8 +208,8 @@ fn sharding(exports: &Exports) -> wasmtime::Result<&contract::Sharding> {
 }
 
 /// The time of a call begins.
-fn begin(store: &mut Store<State>, limits: Limits) {
-    let all = epochs(limits.call);
+fn begin(store: &mut Store<State>, limit: CpuLimit) {
+    let all = epochs(limit.time);
     let first = all.min(LONG);
     store.data_mut().rest = all - first;
     store.set_epoch_deadline(first);
@@ -226,9 +246,9 @@ fn check(description: &Description) -> Result<Box<[HeaderName]>> {
 }
 
 /// What happened and in which functions, in one line.
-fn trapped(error: &wasmtime::Error, limits: Limits) -> Trapped {
+fn trapped(error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
     let cause = match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => format!("the call took longer than {:?}", limits.call),
+        Some(Trap::Interrupt) => format!("the call took longer than {:?} ({})", limit.time, limit.flag),
         _ => error.root_cause().to_string(),
     };
     let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();

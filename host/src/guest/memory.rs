@@ -121,6 +121,7 @@ mod tests {
     fn memory() -> Memory {
         Memory::new(Limits {
             call: Duration::from_secs(1),
+            replay: Duration::from_secs(1),
             memory_bytes: 64 * MIB,
             table_elements: 100,
             instances: 10,

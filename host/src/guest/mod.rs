@@ -24,6 +24,7 @@ mod limits;
 mod memory;
 mod message;
 mod metrics;
+mod outage;
 mod owner;
 mod reload;
 mod replica;

@@ -2,6 +2,7 @@
 //!
 //! Owns: how far it is in the log, and that it is given its part of it. Must never know: whether it will ever serve.
 
+use std::iter;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
@@ -15,17 +16,35 @@ use super::instance::Instance;
 use super::owner::{Owners, Part};
 use crate::contract::VERSION;
 use kvs_runtime::Clock;
-use kvs_txlog::TransactionLog;
+use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
 /// How often a long replay tells how far it is.
 const PROGRESS: Duration = Duration::from_secs(1);
 
 pub struct Replica {
     pub instance: Box<Instance>,
+    /// Makes another in place of one that trapped; none for an instance that has served.
+    another: Option<Another>,
+    pace: Pace,
     log: Arc<dyn TransactionLog>,
     part: Part,
     entries: u64,
     clock: Clock,
+}
+
+type Another = Box<dyn Fn() -> Result<Instance> + Send>;
+
+/// How many entries make a batch from some sequence on; before it, as many as the log hands over.
+struct Pace {
+    from: u64,
+    entries: usize,
+}
+
+impl Pace {
+    const FULL: Self = Self { from: u64::MAX, entries: REPLAY_ENTRIES };
+    /// The batch after which a replay begins again with smaller ones is so many times as large as those: a thousand entries,
+    /// thirty-one, one.
+    const SMALLER: usize = 32;
 }
 
 /// How a guest came by its state.
@@ -43,8 +62,10 @@ pub type Progress<'p> = dyn Fn(u64, u64) + Sync + 'p;
 impl Replica {
     /// A new instance of the guest, which has nothing of the log yet. What goes wrong here is the guest's doing.
     pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<Self> {
-        let instance = Box::new(guest.instantiate(Arc::clone(log), part.clone())?);
-        Ok(Self { instance, log: Arc::clone(log), part, entries: 0, clock: guest.env().clock.clone() })
+        let another: Another = Box::new(guest.instances(Arc::clone(log), part.clone()));
+        let instance = Box::new(another()?);
+        let (another, log, clock) = (Some(another), Arc::clone(log), guest.env().clock.clone());
+        Ok(Self { instance, another, pace: Pace::FULL, log, part, entries: 0, clock })
     }
 
     /// A new instance with everything in the log that is durable now, and its own.
@@ -65,13 +86,34 @@ impl Replica {
         clock: Clock,
     ) -> Self {
         instance.sequence = instance.sequence.max(sequence);
-        Self { instance, log, part, entries: 0, clock }
+        Self { instance, another: None, pace: Pace::FULL, log, part, entries: 0, clock }
     }
 
     /// Takes in what has become durable since, and returns how many entries that were. An error that is
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
+    ///
+    /// When the guest traps or takes too long, another instance replays the log, with smaller batches from there on: in the
+    /// end one entry is named, unless smaller batches are what was needed.
     pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
-        let Self { instance, log, part, entries, clock } = self;
+        loop {
+            let mut failed = None;
+            let error = match self.catch_up_once(progress, &mut failed) {
+                Ok(taken) => return Ok(taken),
+                Err(error) => error,
+            };
+            let (Some((from, entries @ 2..)), Some(another)) = (failed, &self.another) else { return Err(error) };
+            self.pace = Pace { from, entries: (entries / Pace::SMALLER).max(1) };
+            info!(
+                shard = self.part.told(),
+                "the log is replayed once more, with batches of {} from entry {from} on: {error:#}", self.pace.entries
+            );
+            (*self.instance, self.entries) = (another()?, 0);
+        }
+    }
+
+    /// `failed` is the first entry and the size of the batch that the guest did not take in.
+    fn catch_up_once(&mut self, progress: &Progress<'_>, failed: &mut Option<(u64, usize)>) -> Result<u64> {
+        let Self { instance, pace, log, part, entries, clock, .. } = self;
         let (before, started) = (*entries, clock.now());
         let mut told = started;
         let newest = log.appended();
@@ -84,7 +126,12 @@ impl Replica {
                 own = batch.iter().filter(|entry| part.owns(entry.event.key())).cloned().collect();
                 &own
             };
-            instance.apply(batch)?;
+            let (whole, rest) = batch.split_at(batch.partition_point(|entry| entry.sequence < pace.from));
+            for some in iter::once(whole).chain(rest.chunks(pace.entries)) {
+                instance
+                    .apply(some)
+                    .inspect_err(|_| *failed = some.first().map(|first| (first.sequence, some.len())))?;
+            }
             *entries += batch.len() as u64;
             progress(batch.len() as u64, last);
             if clock.elapsed(told) >= PROGRESS {
@@ -101,7 +148,7 @@ impl Replica {
 
     /// What it took in, and how long that took when it began at `started`.
     pub fn replayed(&mut self, started: Instant) -> Result<Replayed> {
-        let keys = self.instance.stats().context("stats failed")?.keys;
+        let keys = self.instance.stats_after_replay().context("stats failed")?.keys;
         Ok(Replayed { entries: self.entries, keys, took: self.clock.elapsed(started) })
     }
 }

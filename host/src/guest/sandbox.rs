@@ -7,13 +7,15 @@
 //!
 //! Owns: output lines and handles. Must never know: the log, requests, the real environment.
 
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvs_runtime::Env;
 use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
 
+use super::clock::Clock;
 use super::limits::Limits;
 
 mod bindings {
@@ -78,6 +80,8 @@ pub struct Sandbox {
     told: bool,
     started: Instant,
     env: Env,
+    /// The time that the guest is told elsewhere, too.
+    clock: Arc<Clock>,
     /// In `apply`: clocks stand, and randomness is the fixed stream.
     in_apply: bool,
     fixed: Fixed,
@@ -110,11 +114,11 @@ pub struct Pollable {
 }
 
 impl Sandbox {
-    pub fn new(limits: Limits, env: &Env) -> Self {
+    pub fn new(limits: Limits, clock: Arc<Clock>) -> Self {
         let mut handles = ResourceTable::new();
         handles.set_max_capacity(HANDLES);
+        let env = clock.env().clone();
         let (guest, line, now) = (String::new(), Vec::new(), env.clock.now());
-        let env = env.clone();
         Self {
             guest,
             handles,
@@ -125,6 +129,7 @@ impl Sandbox {
             told: false,
             started: now,
             env,
+            clock,
             in_apply: false,
             fixed: Fixed::default(),
         }
@@ -399,12 +404,12 @@ impl clocks::wall_clock::Host for Sandbox {
     fn now(&mut self) -> Result<clocks::wall_clock::Datetime> {
         let now = match self.in_apply {
             true => Duration::ZERO,
-            false => self.env.clock.wall().duration_since(UNIX_EPOCH)?,
+            false => Duration::from_millis(self.clock.now()),
         };
         Ok(clocks::wall_clock::Datetime { seconds: now.as_secs(), nanoseconds: now.subsec_nanos() })
     }
     fn resolution(&mut self) -> Result<clocks::wall_clock::Datetime> {
-        Ok(clocks::wall_clock::Datetime { seconds: 0, nanoseconds: 1 })
+        Ok(clocks::wall_clock::Datetime { seconds: 0, nanoseconds: 1_000_000 })
     }
 }
 

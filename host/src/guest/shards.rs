@@ -26,6 +26,7 @@ use super::housekeeping::Housekeeping;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics};
+use super::outage::Outage;
 use super::owner::{Owners, Part};
 use super::replica::{self, Replayed, Replica};
 use super::routers::Routers;
@@ -33,8 +34,8 @@ use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
 use crate::contract::Target;
 use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
-use kvs_txlog::TransactionLog;
 use kvs_txlog::change::Change;
+use kvs_txlog::{Condition, TransactionLog};
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -97,6 +98,33 @@ impl Shards {
 
     pub fn each(&self) -> &[Arc<Shard>] {
         &self.shards
+    }
+
+    /// Shards without an instance, by number, and since when and why.
+    pub fn outages(&self) -> impl Iterator<Item = (usize, Outage)> {
+        self.shards.iter().enumerate().filter_map(|(number, shard)| Some((number, shard.outage()?)))
+    }
+
+    /// How the guest is, for those who look after it: which shard has no instance, since when, and why.
+    pub fn condition(&self) -> Condition {
+        let (count, clock) = (self.shards.len(), &self.env().clock);
+        let mut is_unfit = false;
+        let down = self.outages().map(|(number, outage)| {
+            is_unfit |= outage.is_long(clock);
+            let (since, reason) = (humantime::format_rfc3339_seconds(outage.since), outage.reason);
+            format!("shard {number} of {count} has had no instance since {since}: {reason}")
+        });
+        let down = down.collect::<Vec<_>>().join("; ");
+        match (down.is_empty(), is_unfit) {
+            (true, _) => Condition::Well,
+            (false, false) => Condition::But(down),
+            (false, true) => Condition::Unfit(down),
+        }
+    }
+
+    /// How the time is that guests are told.
+    pub fn clock_condition(&self) -> Condition {
+        self.serving().guest.clock().condition()
     }
 
     /// What it was given from outside.
@@ -338,6 +366,10 @@ impl Measured for Shards {
         let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
         let rebuilds = rebuilds.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_rebuilds", "Attempts to build the guest again from the log", rebuilds)?;
+        let behind = serving.guest.clock().behind().as_secs();
+        page.gauge("clock_behind_seconds", "Time by which the system clock is behind that of the guests", behind)?;
+        let down = self.outages().count() as u64;
+        page.gauge("guest_shards_down", "Shards that have no instance of the guest", down)?;
         let swaps = [
             ("done", metrics.swaps.get()),
             ("rolled_back", metrics.swaps_taken_back.get()),

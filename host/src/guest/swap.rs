@@ -124,6 +124,10 @@ impl Swapper {
                 "entries_per_second": (phase.entries as f64 / seconds).round(),
             })
         });
+        let down = self.shards.outages().map(|(number, outage)| {
+            let since = humantime::format_rfc3339_seconds(outage.since).to_string();
+            json!({ "shard": number, "since": since, "reason": outage.reason })
+        });
         json!({
             "name": serving.description.name,
             "version": serving.description.version,
@@ -132,6 +136,7 @@ impl Swapper {
             "since": status.since,
             "swap": under_way,
             "last_swap": status.last,
+            "shards_down": down.collect::<Vec<_>>(),
         })
     }
 

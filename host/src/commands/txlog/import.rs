@@ -13,9 +13,10 @@ use kvs_runtime::Env;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
 use kvs_txlog::postgres::{PostgresLog, Url, cloud_native_go};
 use kvs_txlog::text::{self, Format};
-use kvs_txlog::{AppendError, Event, TransactionLog};
+use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 
 use super::At;
+use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
 
@@ -39,8 +40,11 @@ pub fn run(at: &At, format: Format, from: Option<&Url>, file: Option<&Path>) -> 
 }
 
 fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
-    let mut count = 0_u64;
+    let (mut count, mut late) = (0_u64, 0_u64);
+    let now = now();
     let imported = source.each(&mut |time, event| {
+        late += u64::from(time > now);
+        let (time, event) = not_after(now, time, event);
         append(log, time, &event)?;
         count += 1;
         Ok(())
@@ -48,8 +52,21 @@ fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
     // What was appended is made durable, whatever came after it.
     log.close()?;
     imported.map_err(|error| anyhow!("{error:#}; the {count} entries before it were imported"))?;
-    eprintln!("imported {count} entries; the newest sequence is {}", log.appended());
+    if late > 0 {
+        notice(format_args!("{late} entries were of the future: their times, and those of expiry, were moved to now"));
+    }
+    notice(format_args!("imported {count} entries; the newest sequence is {}", log.appended()));
     Ok(())
+}
+
+/// An entry of the future is one of now, and a value keeps the time that it has left: one that was written by a clock
+/// that was ahead would carry that clock to this log.
+fn not_after(now: u64, time: u64, mut event: Event) -> (u64, Event) {
+    let ahead = time.saturating_sub(now);
+    if let Event::Put(Put { expires: Some(expires), .. }) = &mut event {
+        *expires = expires.saturating_sub(ahead);
+    }
+    (time - ahead, event)
 }
 
 enum Source<'s> {
@@ -182,7 +199,15 @@ mod tests {
     use super::super::cat::{self, tests::printed};
     use super::super::tests::{at, directory_with, events};
     use super::*;
-    use kvs_txlog::Put;
+
+    #[test]
+    fn entry_of_the_future_is_moved_to_now() {
+        let put = |expires| Event::Put(Put { key: "a".into(), value: vec![], metadata: vec![], expires });
+        assert_eq!(not_after(1_000, 900, put(Some(5_000))), (900, put(Some(5_000))));
+        assert_eq!(not_after(1_000, 9_000, put(Some(9_500))), (1_000, put(Some(1_500))));
+        assert_eq!(not_after(1_000, 9_000, put(None)), (1_000, put(None)));
+        assert_eq!(not_after(1_000, 9_000, Event::Delete("a".into())), (1_000, Event::Delete("a".into())));
+    }
 
     /// Writes a text to a file beside the log and imports it. One segment holds it all, so that nothing is compacted.
     fn import_text(data: &Path, format: Format, text: &str) {

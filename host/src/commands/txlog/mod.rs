@@ -18,6 +18,7 @@ use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
 
+use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
 
@@ -105,7 +106,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
             TxlogStorage::File => compact(&at.data_dir),
             TxlogStorage::Postgres(url) => {
                 let left = PostgresLog::at_rest(url, false)?.compact()?;
-                eprintln!("compacted: {left} entries are left");
+                notice(format_args!("compacted: {left} entries are left"));
                 Ok(())
             }
         },
@@ -196,7 +197,7 @@ fn compact(data: &Path) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let after = directory_bytes(data);
     let saved = ByteSize(before.saturating_sub(after));
-    eprintln!("compacted: the log takes {}, {saved} less than before", ByteSize(after));
+    notice(format_args!("compacted: the log takes {}, {saved} less than before", ByteSize(after)));
     Ok(())
 }
 

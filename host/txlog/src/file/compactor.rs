@@ -27,6 +27,7 @@ use super::catalog::Segment;
 use super::compact::{self, Effort, Outcome, SyncFailed};
 use super::garbage::{GRACE_MS, KEYS};
 use super::{Damage, Shared};
+use crate::Condition;
 
 /// After a segment was sealed it waits this long: what comes up meanwhile makes one run and not several.
 const DEBOUNCE: Duration = Duration::from_millis(20);
@@ -62,6 +63,8 @@ struct State {
     known: Option<Known>,
     /// A run is due or under way.
     debt: Option<Debt>,
+    /// Why the last run failed.
+    failure: Option<String>,
 }
 
 /// What was known of the log after the last run, and when that was.
@@ -173,6 +176,12 @@ impl Compactor {
         state.known.as_ref().map_or(0, |known| size(&sealed).saturating_sub(known.needed(shared.clock(), &sealed)))
     }
 
+    /// Whether the log keeps its bound, or grows on since the last run failed.
+    pub fn condition(&self) -> Condition {
+        let failure = self.lock().failure.clone();
+        failure.map_or(Condition::Well, |reason| Condition::But(format!("it is not compacted and grows: {reason}")))
+    }
+
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stopped = true;
@@ -255,7 +264,7 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
         match compact(shared) {
             Ok(known) => {
                 let mut state = compactor.lock();
-                (state.known, state.debt) = (Some(known), None);
+                (state.known, state.debt, state.failure) = (Some(known), None, None);
                 // At once, for what was sealed meanwhile.
                 compactor.consider(&mut state, shared);
                 again = AGAIN;
@@ -264,7 +273,7 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
             Err(error) if error.is::<SyncFailed>() => return Err(error),
             Err(error) => {
                 let mut state = compactor.lock();
-                state.ready = false;
+                (state.ready, state.failure) = (false, Some(format!("{error:#}")));
                 compactor.forgive(&mut state);
                 // The store goes on with what it has in memory; what is on disk is left to whoever repairs it.
                 if error.is::<Damage>() {

@@ -211,7 +211,7 @@ use self::metrics::Metrics;
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::spare::{Sizes, Spares};
 use self::writer::Writer;
-use super::{Receive, TransactionLog, Watermark};
+use super::{Condition, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event, History};
 
 /// What an answered write has behind it.
@@ -353,6 +353,12 @@ impl TransactionLog for FileLog {
 
     fn history(&self) -> Arc<History> {
         self.shared.history.clone()
+    }
+
+    fn condition(&self) -> Condition {
+        let failure = self.watermark().failure();
+        failure
+            .map_or_else(|| self.shared.compactor.condition(), |reason| Condition::Unfit(format!("failed: {reason}")))
     }
 
     fn close(&self) -> anyhow::Result<()> {

@@ -100,6 +100,8 @@ impl lifecycle::Guest for Component {
                     println!("going round in circles");
                     circle()
                 }
+                "apply-traps-on-poison" if entries.iter().any(is_poison) => fall_over(),
+                "apply-loops-on-many" if entries.len() > 10 => circle(),
                 "apply-dawdles" => dawdle(1_200 * state.speed),
                 "apply-appends" => state.refusal = format!("{:?}", append(&[put("{own}from apply", Vec::new())])),
                 "apply-looks-around" => state.surroundings.push(surroundings()),
@@ -348,6 +350,10 @@ fn speed() -> u64 {
 }
 
 /// Keeps busy for a while.
+fn is_poison(entry: &Entry) -> bool {
+    matches!(&entry.event, Event::Put(put) if put.key.contains("poison"))
+}
+
 fn dawdle(rounds: u64) {
     for round in 0..rounds {
         black_box(round);

@@ -8,6 +8,8 @@
 //! Owns: whose turn it is. Must never know: what is asked, how the log keeps its promise, what other shards do, why
 //! another guest is wanted.
 
+mod turn;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,20 +18,22 @@ use anyhow::{Context, Result};
 use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::timeout_at;
-use tracing::{error, info};
+use tracing::error;
 
+pub use self::turn::Turn;
 use super::alarm::Alarm;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
-use super::instance::{Instance, Trapped};
+use super::instance::Instance;
 use super::message::{Answer, Incoming};
-use super::metrics::{Held, Metrics, next_count};
+use super::metrics::{Held, Metrics};
+use super::outage::Outage;
 use super::owner::Part;
-use super::replica::{Replayed, Replica};
+use super::replica::Replica;
 use crate::contract::Description;
-use kvs_runtime::{Clock, Env};
+use kvs_runtime::Env;
+use kvs_txlog::TransactionLog;
 use kvs_txlog::change::Change;
-use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
 /// How many of the others one caller serves before its own answer has to wait no longer.
 const OTHERS: usize = 16;
@@ -49,6 +53,9 @@ pub enum CallError {
     /// Some shards were called, and then another guest served.
     #[error("the store was replaced while this was done")]
     Replaced,
+    /// The shard has no instance, and has had none for a while: nothing happened.
+    #[error("the store is down: its guest is being rebuilt")]
+    Down,
 }
 
 /// What came of a call.
@@ -93,6 +100,8 @@ struct State {
     follower: Option<oneshot::Sender<Turn>>,
     last_rebuild: Option<Instant>,
     pause: Duration,
+    /// While there is no instance.
+    outage: Option<Outage>,
 }
 
 /// The guest that serves, and what it says it is.
@@ -139,6 +148,7 @@ impl Shard {
             follower: None,
             last_rebuild: None,
             pause: Duration::ZERO,
+            outage: None,
         };
         Self { shared, part, state: Mutex::new(state), held }
     }
@@ -151,6 +161,24 @@ impl Shard {
     /// How many requests wait for their turn.
     pub fn waiting(&self) -> usize {
         self.state().queue.len()
+    }
+
+    /// The outage of this shard, when it has no instance.
+    pub fn outage(&self) -> Option<Outage> {
+        self.state().outage.clone()
+    }
+
+    /// Notes the reason why there is no instance. Once that has lasted, whoever waits is rejected.
+    fn is_down(&self, reason: String) {
+        let clock = &self.shared.env.clock;
+        let mut state = self.state();
+        let outage = state.outage.get_or_insert_with(|| Outage::new(clock, String::new()));
+        outage.reason = reason;
+        if outage.is_long(clock) {
+            let rejected = std::mem::take(&mut state.queue);
+            drop(state);
+            rejected.into_iter().for_each(|waiting| drop(waiting.reply.send(Err(CallError::Down))));
+        }
     }
 
     /// What the instance holds.
@@ -173,6 +201,9 @@ impl Shard {
                 let called = turn.call(incoming, routed_by);
                 turn.serve_others();
                 return called;
+            }
+            if state.outage.as_ref().is_some_and(|outage| outage.is_long(&self.shared.env.clock)) {
+                return Err(CallError::Down);
             }
             let ticket = state.tickets;
             state.tickets += 1;
@@ -272,8 +303,11 @@ impl Shard {
                     env.tasks.detach("guest queue", async move { turn.rebuilt(replayed) });
                     return Ok(());
                 }
-                Ok(Err(error)) => error!("the guest cannot be rebuilt: {error:#}"),
-                Err(panic) => error!("the guest cannot be rebuilt: {panic}"),
+                Ok(Err(error)) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
+                Err(panic) => self.is_down(format!("the guest cannot be rebuilt: {panic}")),
+            }
+            if let Some(Outage { reason, .. }) = self.outage() {
+                error!(shard = self.part.told(), "{reason}");
             }
             metrics.failed_rebuilds.add(1);
         }
@@ -299,207 +333,6 @@ pub struct Raised {
     pub reason: String,
     /// The turn in which it did. None when no shard lost its instance.
     pub turn: Option<Turn>,
-}
-
-/// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
-/// panicked, to nobody ever: then the shard is rebuilt, unless the guest was on probation.
-pub struct Turn {
-    shard: Arc<Shard>,
-    /// Taken out during a call, so that it is lost with a panic.
-    instance: Option<Box<Instance>>,
-    /// Why it was lost, when it was not by a panic.
-    failure: Option<String>,
-    /// That there is none is known, and no trap of its own.
-    told: bool,
-    over: bool,
-}
-
-impl Turn {
-    fn new(shard: &Arc<Shard>, instance: Box<Instance>) -> Self {
-        Self { shard: Arc::clone(shard), instance: Some(instance), failure: None, told: false, over: false }
-    }
-
-    /// For one who brings another: else one is built when this is dropped.
-    fn without_instance(shard: &Arc<Shard>) -> Self {
-        Self { shard: Arc::clone(shard), instance: None, failure: None, told: true, over: false }
-    }
-
-    fn clock(&self) -> &Clock {
-        &self.shard.shared.env.clock
-    }
-
-    /// Whether it is a turn at this shard.
-    pub fn is_at(&self, shard: &Arc<Shard>) -> bool {
-        Arc::ptr_eq(&self.shard, shard)
-    }
-
-    /// Puts another guest in the place of the one that serves, with an instance or, where it has none yet, without.
-    pub fn replace(&mut self, serving: Serving, instance: Option<Box<Instance>>) -> Option<Box<Instance>> {
-        self.shard.state().serving = serving;
-        self.told = instance.is_none();
-        std::mem::replace(&mut self.instance, instance)
-    }
-
-    /// Goes on with an instance that was brought back from the log.
-    pub fn brought_back(mut self, instance: Box<Instance>, replayed: Replayed) {
-        (self.instance, self.told) = (Some(instance), false);
-        self.rebuilt(replayed);
-    }
-
-    fn rebuilt(self, Replayed { entries, keys, took }: Replayed) {
-        info!(shard = self.shard.part.told(), entries, keys, ?took, "the guest is rebuilt");
-        self.shard.shared.metrics.rebuilds.add(1);
-        let tick_trapped = {
-            let mut state = self.shard.state();
-            // One that was due comes later as well, so that a guest that traps in all of them serves in between.
-            state.tick_due = false;
-            state.tick_trapped
-        };
-        if !tick_trapped {
-            // What the lost instance wished for is unknown to this one.
-            self.shard.shared.housekeeping.wish(Duration::ZERO);
-        }
-        self.serve_others();
-    }
-
-    fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
-        let serves = self.instance.as_ref().map(|instance| instance.guest());
-        if routed_by.is_some() && routed_by != serves {
-            return Ok(Called::Moved(incoming));
-        }
-        self.handle(&incoming).map(Called::Answered)
-    }
-
-    fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
-        let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
-        let begun = self.clock().now();
-        let handled = instance.handle(incoming);
-        self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
-        self.shard.held.memory(instance.memory_bytes());
-        match handled {
-            Ok(answer) => {
-                self.instance = Some(instance);
-                Ok(answer)
-            }
-            Err(trapped) => {
-                let (guest, request, request_id) = (&instance.description().name, &incoming.request, incoming.id());
-                let (method, target) = (request.method(), request.uri());
-                error!(guest, request_id, %method, %target, "the guest trapped: {trapped}");
-                self.failure = Some(trapped.to_string());
-                Err(CallError::Trapped)
-            }
-        }
-    }
-
-    fn tick(&mut self) {
-        let Some(mut instance) = self.instance.take() else { return };
-        match instance.tick().and_then(|wish| self.count(&mut instance).map(|()| wish)) {
-            Ok(wish) => {
-                self.instance = Some(instance);
-                self.shard.state().tick_trapped = false;
-                if let Some(after) = wish {
-                    self.shard.shared.housekeeping.wish(after);
-                }
-            }
-            Err(trapped) => {
-                error!(guest = instance.description().name, "the guest trapped in tick: {trapped}");
-                self.failure = Some(format!("in tick: {trapped}"));
-                self.shard.state().tick_trapped = true;
-            }
-        }
-    }
-
-    /// An instance that was built meanwhile has some of it already.
-    fn take_in(&mut self, changes: &[Change], until: u64) {
-        let Some(mut instance) = self.instance.take() else { return };
-        let (shard, known) = (&self.shard, instance.sequence);
-        let is_new = |change: &&Change| change.sequence > known && shard.part.owns(change.key());
-        let new: Vec<_> = changes.iter().filter(is_new).collect();
-        for some in new.chunks(REPLAY_ENTRIES) {
-            let metadata: Vec<_> = some.iter().map(|change| change.metadata()).collect();
-            let entries: Vec<_> = some.iter().zip(&metadata).map(|(change, metadata)| change.entry(metadata)).collect();
-            if let Err(error) = instance.apply(&entries) {
-                error!(guest = instance.description().name, "the guest trapped: {error:#}");
-                self.failure = Some(format!("{error:#}"));
-                return;
-            }
-        }
-        instance.sequence = until.max(known);
-        self.instance = Some(instance);
-    }
-
-    /// Asks what the guest holds, now and again.
-    fn count(&self, instance: &mut Instance) -> Result<(), Trapped> {
-        let begun = self.clock().now();
-        if begun < self.shard.state().count_from {
-            return Ok(());
-        }
-        let counted = instance.stats()?;
-        self.shard.held.holds(&counted);
-        self.shard.held.memory(instance.memory_bytes());
-        self.shard.state().count_from = next_count(self.clock().now(), self.clock().elapsed(begun));
-        Ok(())
-    }
-
-    /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.
-    pub fn serve_others(mut self) {
-        for _ in 0..OTHERS {
-            let Some(Waiting { incoming, routed_by, reply, .. }) = self.next() else { return };
-            // A client that left is not called for.
-            if !reply.is_closed() {
-                let _ = reply.send(self.call(incoming, routed_by));
-            }
-        }
-        let tasks = self.shard.shared.env.tasks.clone();
-        tasks.detach("guest queue", async move { self.serve_others() });
-    }
-
-    /// The next in the queue; when there is none, the turn is over and the instance free.
-    fn next(&mut self) -> Option<Waiting> {
-        let tick_due = std::mem::take(&mut self.shard.state().tick_due);
-        if tick_due {
-            self.tick();
-        }
-        let instance = self.instance.take()?;
-        let mut state = self.shard.state();
-        if let Some(visitor) = state.visitor.take().or_else(|| state.follower.take()) {
-            drop(state);
-            self.over = true;
-            if let Err(turn) = visitor.send(Self::new(&self.shard, instance)) {
-                // It did not wait for it.
-                turn.serve_others();
-            }
-            return None;
-        }
-        let next = state.queue.pop_front();
-        match next {
-            Some(_) => self.instance = Some(instance),
-            None => {
-                state.free = Some(instance);
-                self.over = true;
-            }
-        }
-        next
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        if self.over {
-            return;
-        }
-        match self.instance.take() {
-            // The runtime is going down with the task that held the turn.
-            Some(instance) => self.shard.state().free = Some(instance),
-            None if self.told => Arc::clone(&self.shard).rebuild(),
-            None => {
-                let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
-                self.shard.shared.metrics.traps.add(1);
-                let turn = Some(Self::without_instance(&self.shard));
-                self.shard.shared.alarm.raise(Raised { reason, turn });
-            }
-        }
-    }
 }
 
 impl Serving {

@@ -1,0 +1,154 @@
+//! Every background task and thread of a server dies once: something notices.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use clap::Parser;
+use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
+use tempfile::TempDir;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+
+/// Longer than anything here takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[derive(Parser)]
+struct Program {
+    #[command(flatten)]
+    serve: Serve,
+}
+
+/// Ends tasks and threads by panic when they begin: as often as is said for their name.
+#[derive(Default)]
+struct Saboteur(Mutex<BTreeMap<&'static str, u32>>);
+
+impl Saboteur {
+    fn of(names: &[&'static str], times: u32) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(names.iter().map(|name| (*name, times)).collect())))
+    }
+
+    fn env(self: &Arc<Self>) -> Env {
+        Env { tasks: Tasks::given(self.clone()), ..Env::real() }
+    }
+}
+
+impl Spawn for Saboteur {
+    fn thread(&self, name: &str, work: BoxedWork) -> io::Result<()> {
+        std::thread::Builder::new().name(name.into()).spawn(work).map(drop)
+    }
+
+    fn task(&self, _: &str, task: BoxedTask) {
+        tokio::spawn(task);
+    }
+
+    fn begins(&self, name: &str) {
+        let mut left = self.0.lock().unwrap();
+        let Some(left_of_it) = left.get_mut(name).filter(|left| **left > 0) else { return };
+        *left_of_it -= 1;
+        drop(left);
+        panic!("sabotage of {name}");
+    }
+}
+
+struct Site {
+    _data: TempDir,
+    admin: SocketAddr,
+    args: Serve,
+}
+
+impl Site {
+    fn new() -> Self {
+        let data = TempDir::new().unwrap();
+        // An address of its own, so that nobody takes the port meanwhile.
+        let admin = TcpListener::bind("127.0.0.4:0").unwrap().local_addr().unwrap();
+        let args = ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null"];
+        let others = ["--rate-limit", "1000/s", "--access-log-rate", "10", "--data-dir", data.path().to_str().unwrap()];
+        let args = Program::parse_from(args.into_iter().chain(others)).serve;
+        Self { _data: data, admin, args }
+    }
+
+    /// Waits until the admin listener answers so.
+    async fn until(&self, path: &'static str, is_so: impl Fn(&str) -> bool) {
+        let mut last = String::new();
+        let asking = async {
+            loop {
+                let admin = self.admin;
+                let answer = task::spawn_blocking(move || ask(admin, path)).await.unwrap();
+                last = answer.unwrap_or_else(|error| error.to_string());
+                if is_so(&last) {
+                    return;
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let asked = timeout(PATIENCE, asking).await;
+        assert!(asked.is_ok(), "the last answer was:\n{last}");
+    }
+}
+
+fn ask(admin: SocketAddr, path: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect(admin)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_task_that_panics_is_started_again() {
+    const TASKS: [&str; 9] = [
+        "access log",
+        "admin",
+        "change feed",
+        "epoch",
+        "guest reload",
+        "housekeeping",
+        "signals",
+        "throttle sweep",
+        "token reload",
+    ];
+    let site = Site::new();
+    let env = Saboteur::of(&TASKS, 1).env();
+    let looking = async {
+        site.until("/readyz", |report| report.starts_with("HTTP/1.1 200") && report.contains("[+]tasks ok\n")).await;
+        let restarted = |name: &&str| format!("kvs_task_restarts_total{{task=\"{name}\"}} 1\n");
+        site.until("/metrics", |metrics| TASKS.iter().map(restarted).all(|line| metrics.contains(&line))).await;
+    };
+    tokio::select! {
+        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        () = looking => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn task_that_goes_on_panicking_is_reported() {
+    let site = Site::new();
+    let saboteur = Saboteur::of(&["housekeeping", "token reload"], u32::MAX);
+    let env = saboteur.env();
+    let looking = async {
+        let named = |report: &str| report.contains("`housekeeping`") && report.contains("sabotage of token reload");
+        site.until("/readyz", |report| report.contains("[+]tasks ok, but ") && named(report)).await;
+        saboteur.0.lock().unwrap().clear();
+        site.until("/readyz", |report| report.contains("[+]tasks ok\n")).await;
+    };
+    tokio::select! {
+        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        () = looking => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thread_of_the_log_that_panics_ends_the_server() {
+    for name in ["log writer", "log spare", "log compactor"] {
+        let site = Site::new();
+        let env = Saboteur::of(&[name], 1).env();
+        let served = timeout(PATIENCE, serve(&site.args, &env)).await.expect("it goes on serving");
+        let reason = format!("{:#}", served.expect_err("it ended well"));
+        assert!(reason.contains(&format!("sabotage of {name}")), "{reason}");
+    }
+}
