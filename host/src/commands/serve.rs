@@ -56,6 +56,7 @@ pub fn run(args: &Serve, env: &Env) -> Result<()> {
 }
 
 /// How serving ended.
+#[derive(Debug)]
 enum Ended {
     Stopped,
     /// Another process writes the log, and this one is to stand by.
