@@ -450,7 +450,9 @@ fn heads_that_two_servers_could_read_differently_are_rejected() {
         let get = [field(":method", "GET"), field(":scheme", "http"), field(":path", "/v1/a")].concat();
         [get, authority.map_or_else(Vec::new, |authority| field(":authority", authority))].concat()
     };
-    let cases: &[(&str, Option<&str>, &[(&str, &str)], Option<u8>)] = &[
+    /// What they are about, the authority, other fields, and the status, unless the stream is reset.
+    type Case = (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)], Option<u8>);
+    let cases: &[Case] = &[
         ("a sound head", Some("kvs"), &[("te", "trailers")], Some(NOT_FOUND)),
         ("the same host beside it", Some("kvs:80"), &[("host", "KVS:80")], Some(NOT_FOUND)),
         ("a host in its place", None, &[("host", "kvs")], Some(NOT_FOUND)),
