@@ -58,7 +58,7 @@ test-quick: _build (_tool "curl") (_tool "openssl") _python
     cargo test --release --workspace --exclude schema-guest --exclude kvs-tests -- --skip every_bit_is_flipped --skip every_mutant_is_found
     PATH="$PWD/target/python/bin:$PATH" cargo test --release --package kvs-tests --test e2e -- \
         admin:: bad_log:: book:: client:: components:: conditions:: cors:: crash:: durability:: expiry:: limits:: linear:: lists:: \
-        log_command:: long_poll:: metrics:: operator:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
+        diagnostics:: floods:: log_command:: long_poll:: metrics:: operator:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
 
 # The binary that the tests start
 _build: _target

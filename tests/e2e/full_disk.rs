@@ -188,7 +188,7 @@ fn a_disk_without_a_byte_left_is_served_from() {
     let mut client = Connection::open(server.address());
     // There is room in the segment.
     assert_eq!(client.ask("PUT", "/v1/b", b"2").status, 201);
-    server.says("no room for the watermark file");
+    server.says("the watermark file was not written");
     assert_eq!(client.ask("PUT", "/v1/c", b"3").status, 201);
     fs::remove_file(brim).expect("it is there");
     server.terminate();

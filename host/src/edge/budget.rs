@@ -18,9 +18,9 @@ use tokio::time::Instant;
 
 /// The share of the budget that one connection can hold, but for a single request or response that is larger.
 const CONNECTION_SHARE: usize = 4;
-/// The share of the budget that is left to small requests and responses.
+/// The share of the budget that is left to connections that hold little.
 const SMALL_SHARE: usize = 8;
-/// What is small.
+/// What is little. Not of one request: a client with many small ones is to leave room for others.
 const SMALL: usize = 16 << 10;
 /// A client that has not taken a response, or not sent a request, for so long is slow.
 const SLOW: Duration = Duration::from_secs(1);
@@ -144,7 +144,7 @@ impl Account {
                 budget.used.fetch_add(more, Ordering::Relaxed);
             } else if !fits {
                 return Err(Exceeded);
-            } else if let Err(exceeded) = budget.take(more, bytes <= SMALL) {
+            } else if let Err(exceeded) = budget.take(more, others + bytes <= SMALL) {
                 drop(charges);
                 budget.relieve();
                 return Err(exceeded);
@@ -269,10 +269,14 @@ mod tests {
             .collect();
         assert!(budget.open().begin(0).hold(SMALL + 1).is_err());
         budget.open().begin(0).hold(SMALL).expect("a part is left to small ones");
+        let many = budget.open();
+        let mut first_of_many = many.begin(0);
+        first_of_many.hold(SMALL).expect("it holds little");
+        assert!(many.begin(0).hold(1).is_err(), "many small ones are not little");
         let mut written = budget.open().begin(0);
         written.must_hold(2 * MIB);
-        assert_eq!(budget.used(), 9 * MIB);
-        drop((others, written, first));
+        assert_eq!(budget.used(), 9 * MIB + SMALL);
+        drop((others, written, first, first_of_many));
         assert_eq!(budget.used(), 0);
     }
 
