@@ -24,7 +24,9 @@ fn until_answered(server: &Server, path: &str, status: u16) {
 
 #[test]
 fn responses_that_nobody_reads_stay_within_budget() {
-    let server = Server::start(&["--max-inflight-bytes", "64MiB"]);
+    // All of them are taken and called, in the end.
+    let patient = ["--max-requests", "10000", "--request-timeout", "100s"];
+    let server = Server::start(&[&["--max-inflight-bytes", "64MiB"], &patient[..]].concat());
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", &vec![b'x'; 1 << 20]).status, 201);
     assert_eq!(client.ask("PUT", "/v1/small", &[b'x'; 10_000]).status, 201);

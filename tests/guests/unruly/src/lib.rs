@@ -349,11 +349,11 @@ fn speed() -> u64 {
     (0..10).map(rounds_of).max().unwrap_or_default()
 }
 
-/// Keeps busy for a while.
 fn is_poison(entry: &Entry) -> bool {
     matches!(&entry.event, Event::Put(put) if put.key.contains("poison"))
 }
 
+/// Keeps busy for a while.
 fn dawdle(rounds: u64) {
     for round in 0..rounds {
         black_box(round);
