@@ -33,8 +33,6 @@ pub struct Trapped(String);
 pub struct Instance {
     store: Store<State>,
     exports: Exports,
-    /// It was given the log up to here. What it appended itself is newer.
-    pub(super) sequence: u64,
     /// The number of its guest.
     guest: u64,
     limits: Limits,
@@ -57,7 +55,7 @@ impl Instance {
         let wanted_headers = check(&description)?;
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
-        Ok(Self { store, exports, sequence: 0, guest, limits, description, wanted_headers })
+        Ok(Self { store, exports, guest, limits, description, wanted_headers })
     }
 
     pub fn description(&self) -> &Description {

@@ -11,13 +11,12 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use tokio::sync::oneshot;
-use tokio::task;
 use tracing::error;
 
 use super::alarm::Alarm;
@@ -27,10 +26,10 @@ use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics};
 use super::outage::Outage;
-use super::owner::{Owners, Part};
+use super::owner::Owners;
 use super::replica::{self, Replayed, Replica};
 use super::routers::Routers;
-use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn};
+use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn, promote};
 use crate::contract::Target;
 use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
@@ -60,7 +59,7 @@ pub struct Before {
     serving: Serving,
     routers: Arc<Routers>,
     /// One for each shard; none where there was no instance.
-    replicas: Vec<Option<Replica>>,
+    replicas: Vec<Option<Box<Replica>>>,
 }
 
 /// Shards that a request is routed to.
@@ -84,9 +83,7 @@ impl Shards {
         let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
         let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, env });
-        let shard = |(part, replica): (_, Replica)| {
-            Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica.instance))
-        };
+        let shard = |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica));
         let shards = owners.parts().zip(replicas).map(shard).collect();
         Ok((Arc::new(Self { shards, owners, shared, routers, next: AtomicUsize::new(0) }), replayed))
     }
@@ -224,7 +221,7 @@ impl Shards {
     pub async fn rebuild(&self) -> Result<()> {
         for shard in &self.shards {
             // A turn that ends without an instance is followed by one.
-            shard.visit().await?.replace(self.serving(), None);
+            shard.visit().await?.take_out(self.serving());
         }
         Ok(())
     }
@@ -250,42 +247,24 @@ impl Shards {
 
     /// Puts another guest in the place of the one that serves, between two calls. It is given what it misses of the log
     /// while no call is made, so it should miss little. An error leaves everything as it was.
-    pub async fn switch(&self, guest: Guest, mut replicas: Vec<Replica>) -> Result<Switched> {
+    pub async fn switch(&self, guest: Guest, replicas: Vec<Replica>) -> Result<Switched> {
         let (mut turns, mut paused) = (Vec::with_capacity(self.shards.len()), None);
         for shard in &self.shards {
             turns.push(shard.visit().await?);
             paused.get_or_insert_with(|| self.env().clock.now());
         }
-        let newest = self.shared.log.appended();
-        let caught_up = async {
-            self.shared.log.watermark().reached(newest).await?;
-            task::spawn_blocking(move || replica::catch_up_all(&mut replicas, &|_, _| {}).map(|_| replicas)).await?
-        };
-        let replicas = match caught_up.await {
-            Ok(replicas) => replicas,
-            Err(error) => {
-                turns.into_iter().for_each(Turn::serve_others);
-                return Err(error);
+        let (before, serving) = (self.serving(), Serving::new(guest, &replicas[0].instance));
+        let promoted = promote(&self.shared, &serving, &mut turns, replicas).await;
+        let switched = promoted.map(|replicas| {
+            let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
+            Switched {
+                pause: paused.map_or(Duration::ZERO, |paused| self.env().clock.elapsed(paused)),
+                alarm: self.shared.alarm.set(),
+                before: Before { serving: before, routers, replicas },
             }
-        };
-        let serving = Serving::new(guest, &replicas[0].instance);
-        let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
-        let before = self.serving();
-        let replicas = turns.iter_mut().zip(replicas).zip(self.owners.parts()).map(|((turn, replica), part)| {
-            let before = turn.replace(serving.clone(), Some(replica.instance));
-            before.map(|instance| {
-                Replica::served(instance, Arc::clone(&self.shared.log), part, newest, self.env().clock.clone())
-            })
         });
-        let before = Before { serving: before, routers, replicas: replicas.collect() };
-        let switched = Switched {
-            pause: paused.map_or(Duration::ZERO, |paused| self.env().clock.elapsed(paused)),
-            alarm: self.shared.alarm.set(),
-            before,
-        };
         turns.into_iter().for_each(Turn::serve_others);
-        self.shared.housekeeping.wish(Duration::ZERO);
-        Ok(switched)
+        switched
     }
 
     /// The guest has proved itself. False when it has not: the alarm has gone off.
@@ -297,7 +276,6 @@ impl Shards {
     pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
         error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
-        let started = self.env().clock.now();
         let mut turns = Vec::with_capacity(self.shards.len());
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {
@@ -307,45 +285,26 @@ impl Shards {
         }
         self.routers.store(before.routers);
         for turn in &mut turns {
-            turn.replace(before.serving.clone(), None);
+            turn.take_out(before.serving.clone());
         }
-        let log = &self.shared.log;
-        log.watermark().reached(log.appended()).await?;
-        let bringing = before.replicas.into_iter().zip(self.owners.parts()).map(|(kept, part)| {
-            let (guest, log) = (Arc::clone(&before.serving.guest), Arc::clone(log));
-            task::spawn_blocking(move || bring_back(&guest, &log, part, kept, started))
-        });
-        for (turn, brought) in turns.into_iter().zip(join_all(bringing).await) {
-            match brought? {
-                Ok((instance, replayed)) => turn.brought_back(instance, replayed),
-                // It is tried again when the turn ends.
-                Err(error) => error!("the guest cannot be brought back: {error:#}"),
+        let serving = &before.serving;
+        let promotions = turns.into_iter().zip(before.replicas).map(async |(turn, kept)| {
+            let mut turns = [turn];
+            if let Some(kept) = kept
+                && let Err(error) = promote(&self.shared, serving, &mut turns, vec![*kept]).await
+            {
+                error!("the guest cannot catch up, and is rebuilt: {error:#}");
             }
-        }
+            // A turn without an instance is followed by a rebuild.
+            turns.map(Turn::serve_others)
+        });
+        join_all(promotions).await;
         Ok(())
     }
 }
 
 fn routers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Routers {
     Routers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
-}
-
-/// An instance with its part of the whole log: the one that was kept, or a new one where that cannot be brought up to date.
-fn bring_back(
-    guest: &Guest,
-    log: &Arc<dyn TransactionLog>,
-    part: Part,
-    kept: Option<Replica>,
-    started: Instant,
-) -> Result<(Box<Instance>, Replayed)> {
-    if let Some(mut replica) = kept {
-        match replica.catch_up(&|_, _| {}).and_then(|_| replica.replayed(started)) {
-            Ok(replayed) => return Ok((replica.instance, replayed)),
-            Err(error) => error!("the guest cannot catch up, and is rebuilt: {error:#}"),
-        }
-    }
-    let (replica, replayed) = Replica::build(guest, log, part)?;
-    Ok((replica.instance, replayed))
 }
 
 impl Measured for Shards {

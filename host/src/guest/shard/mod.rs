@@ -3,11 +3,12 @@
 //! There is no thread for the guest. Whoever finds the instance free calls it on the spot, and then serves those who
 //! queued meanwhile; whoever finds it busy queues and awaits the answer. When a call traps, the instance is dropped and a
 //! new one is built from the log, while those who queue wait within their deadlines. Who puts another in its place takes a
-//! turn for it, between two calls.
+//! turn for it, between two calls: whatever it is for, `promotion` does that.
 //!
 //! Owns: whose turn it is. Must never know: what is asked, how the log keeps its promise, what other shards do, why
 //! another guest is wanted.
 
+mod promotion;
 mod turn;
 
 use std::collections::VecDeque;
@@ -18,8 +19,9 @@ use anyhow::{Context, Result};
 use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::timeout_at;
-use tracing::error;
+use tracing::{error, info};
 
+pub use self::promotion::promote;
 pub use self::turn::Turn;
 use super::alarm::Alarm;
 use super::engine::Guest;
@@ -29,7 +31,7 @@ use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics};
 use super::outage::Outage;
 use super::owner::Part;
-use super::replica::Replica;
+use super::replica::{Replayed, Replica};
 use crate::contract::Description;
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
@@ -85,7 +87,7 @@ struct State {
     /// What is rebuilt after a trap.
     serving: Serving,
     /// The instance, when it is nobody's turn. Else it is with the caller whose turn it is, or being rebuilt.
-    free: Option<Box<Instance>>,
+    free: Option<Box<Replica>>,
     /// Bounded by the connections: each has one request under way.
     queue: VecDeque<Waiting>,
     tickets: u64,
@@ -133,12 +135,12 @@ impl Drop for Place<'_> {
 
 impl Shard {
     /// The shard of a part of the keys, with an instance that has them.
-    pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, instance: Box<Instance>) -> Self {
+    pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, replica: Replica) -> Self {
         let (held, count_from) = (Held::default(), shared.env.clock.now());
-        held.memory(instance.memory_bytes());
+        held.memory(replica.instance.memory_bytes());
         let state = State {
             serving,
-            free: Some(instance),
+            free: Some(Box::new(replica)),
             queue: VecDeque::new(),
             tickets: 0,
             tick_due: false,
@@ -195,9 +197,9 @@ impl Shard {
     ) -> Result<Called, CallError> {
         let (ticket, mut answer) = {
             let mut state = self.state();
-            if let Some(instance) = state.free.take() {
+            if let Some(replica) = state.free.take() {
                 drop(state);
-                let mut turn = Turn::new(self, instance);
+                let mut turn = Turn::new(self, replica);
                 let called = turn.call(incoming, routed_by);
                 turn.serve_others();
                 return called;
@@ -228,9 +230,9 @@ impl Shard {
     /// Lets the guest do its housekeeping, as soon as its turn has come.
     pub fn tick(self: &Arc<Self>) {
         let mut state = self.state();
-        if let Some(instance) = state.free.take() {
+        if let Some(replica) = state.free.take() {
             drop(state);
-            let mut turn = Turn::new(self, instance);
+            let mut turn = Turn::new(self, replica);
             turn.tick();
             turn.serve_others();
         } else {
@@ -264,8 +266,8 @@ impl Shard {
     ) -> Result<Turn> {
         let turn = {
             let mut state = self.state();
-            if let Some(instance) = state.free.take() {
-                return Ok(Turn::new(self, instance));
+            if let Some(replica) = state.free.take() {
+                return Ok(Turn::new(self, replica));
             }
             let (sender, turn) = oneshot::channel();
             *place(&mut state) = Some(sender);
@@ -295,22 +297,32 @@ impl Shard {
                 let _ = visitor.send(Turn::without_instance(&self));
                 return Ok(());
             }
-            let (guest, log, part) = (self.serving().guest, Arc::clone(log), self.part.clone());
-            match task::spawn_blocking(move || Replica::build(&guest, &log, part)).await {
-                Ok(Ok((replica, replayed))) => {
+            match self.rebuild_once().await {
+                Ok(turn) => {
                     // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
-                    let turn = Turn::new(&self, replica.instance);
-                    env.tasks.detach("guest queue", async move { turn.rebuilt(replayed) });
+                    env.tasks.detach("guest queue", async move { turn.serve_others() });
                     return Ok(());
                 }
-                Ok(Err(error)) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
-                Err(panic) => self.is_down(format!("the guest cannot be rebuilt: {panic}")),
+                Err(error) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
             }
             if let Some(Outage { reason, .. }) = self.outage() {
                 error!(shard = self.part.told(), "{reason}");
             }
             metrics.failed_rebuilds.add(1);
         }
+    }
+
+    async fn rebuild_once(self: &Arc<Self>) -> Result<Turn> {
+        let (serving, log, part) = (self.serving(), Arc::clone(&self.shared.log), self.part.clone());
+        let guest = Arc::clone(&serving.guest);
+        let (replica, replayed) = task::spawn_blocking(move || Replica::build(&guest, &log, part)).await??;
+        let mut turns = [Turn::of_rebuild(self)];
+        promote(&self.shared, &serving, &mut turns, vec![replica]).await?;
+        let Replayed { entries, keys, took } = replayed;
+        info!(shard = self.part.told(), entries, keys, ?took, "the guest is rebuilt");
+        self.shared.metrics.rebuilds.add(1);
+        let [turn] = turns;
+        Ok(turn)
     }
 
     /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.

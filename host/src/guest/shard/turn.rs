@@ -1,20 +1,20 @@
 //! A turn at the instance of a shard.
 //!
 //! Owns: what is done in it, and that the instance is given on at its end. Must never know: whose turn comes when there is
-//! no instance.
+//! no instance, or where another comes from.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvs_runtime::Clock;
-use kvs_txlog::REPLAY_ENTRIES;
 use kvs_txlog::change::Change;
-use tracing::{error, info};
+use tokio::task;
+use tracing::error;
 
 use super::super::instance::{Instance, Trapped};
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
-use super::super::replica::Replayed;
+use super::super::replica::Replica;
 use super::{CallError, Called, OTHERS, Raised, Serving, Shard, Waiting};
 
 /// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
@@ -22,7 +22,7 @@ use super::{CallError, Called, OTHERS, Raised, Serving, Shard, Waiting};
 pub struct Turn {
     shard: Arc<Shard>,
     /// Taken out during a call, so that it is lost with a panic.
-    instance: Option<Box<Instance>>,
+    replica: Option<Box<Replica>>,
     /// Why it was lost, when it was not by a panic.
     failure: Option<String>,
     /// That there is none is known, and no trap of its own.
@@ -31,13 +31,20 @@ pub struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(shard: &Arc<Shard>, instance: Box<Instance>) -> Self {
-        Self { shard: Arc::clone(shard), instance: Some(instance), failure: None, told: false, over: false }
+    pub(super) fn new(shard: &Arc<Shard>, replica: Box<Replica>) -> Self {
+        Self { shard: Arc::clone(shard), replica: Some(replica), failure: None, told: false, over: false }
     }
 
     /// For one who brings another: else one is built when this is dropped.
     pub(super) fn without_instance(shard: &Arc<Shard>) -> Self {
-        Self { shard: Arc::clone(shard), instance: None, failure: None, told: true, over: false }
+        Self { shard: Arc::clone(shard), replica: None, failure: None, told: true, over: false }
+    }
+
+    /// For the rebuild itself, which goes on when this is dropped before an instance is in it.
+    pub(super) fn of_rebuild(shard: &Arc<Shard>) -> Self {
+        let mut turn = Self::without_instance(shard);
+        turn.over = true;
+        turn
     }
 
     fn clock(&self) -> &Clock {
@@ -49,43 +56,32 @@ impl Turn {
         Arc::ptr_eq(&self.shard, shard)
     }
 
-    /// Puts another guest in the place of the one that serves, with an instance or, where it has none yet, without.
-    pub fn replace(&mut self, serving: Serving, instance: Option<Box<Instance>>) -> Option<Box<Instance>> {
-        let mut state = self.shard.state();
-        state.serving = serving;
-        self.told = instance.is_none();
-        if !self.told {
-            state.outage = None;
-        }
-        drop(state);
-        std::mem::replace(&mut self.instance, instance)
-    }
-
-    /// Goes on with an instance that was brought back from the log.
-    pub fn brought_back(mut self, instance: Box<Instance>, replayed: Replayed) {
-        (self.instance, self.told) = (Some(instance), false);
-        self.rebuilt(replayed);
-    }
-
-    pub(super) fn rebuilt(self, Replayed { entries, keys, took }: Replayed) {
-        info!(shard = self.shard.part.told(), entries, keys, ?took, "the guest is rebuilt");
-        self.shard.shared.metrics.rebuilds.add(1);
+    /// Puts another instance, of this guest or another, in the place of the one that serves.
+    pub(super) fn promote(&mut self, serving: Serving, replica: Replica) -> Option<Box<Replica>> {
         let tick_trapped = {
             let mut state = self.shard.state();
-            state.outage = None;
+            (state.serving, state.outage) = (serving, None);
             // One that was due comes later as well, so that a guest that traps in all of them serves in between.
             state.tick_due = false;
             state.tick_trapped
         };
         if !tick_trapped {
-            // What the lost instance wished for is unknown to this one.
+            // What the instance before wished for is unknown to this one.
             self.shard.shared.housekeeping.wish(Duration::ZERO);
         }
-        self.serve_others();
+        (self.told, self.over) = (false, false);
+        self.replica.replace(Box::new(replica))
+    }
+
+    /// Takes the instance out, where another guest is to serve that has none yet.
+    pub fn take_out(&mut self, serving: Serving) {
+        self.shard.state().serving = serving;
+        self.told = true;
+        self.replica.take().into_iter().for_each(discard);
     }
 
     pub(super) fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
-        let serves = self.instance.as_ref().map(|instance| instance.guest());
+        let serves = self.replica.as_ref().map(|replica| replica.instance.guest());
         if routed_by.is_some() && routed_by != serves {
             return Ok(Called::Moved(incoming));
         }
@@ -93,61 +89,62 @@ impl Turn {
     }
 
     fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
-        let mut instance = self.instance.take().ok_or(CallError::Trapped)?;
+        let mut replica = self.replica.take().ok_or(CallError::Trapped)?;
         let begun = self.clock().now();
-        let handled = instance.handle(incoming);
+        let handled = replica.instance.handle(incoming);
         self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
-        self.shard.held.memory(instance.memory_bytes());
+        self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
             Ok(answer) => {
-                self.instance = Some(instance);
+                self.replica = Some(replica);
                 Ok(answer)
             }
             Err(trapped) => {
-                let (guest, request, request_id) = (&instance.description().name, &incoming.request, incoming.id());
+                let (guest, request, request_id) =
+                    (&replica.instance.description().name, &incoming.request, incoming.id());
                 let (method, target) = (request.method(), request.uri());
                 error!(guest, request_id, %method, %target, "the guest trapped: {trapped}");
-                self.failure = Some(trapped.to_string());
+                self.lost(replica, trapped.to_string());
                 Err(CallError::Trapped)
             }
         }
     }
 
     pub(super) fn tick(&mut self) {
-        let Some(mut instance) = self.instance.take() else { return };
-        match instance.tick().and_then(|wish| self.count(&mut instance).map(|()| wish)) {
+        let Some(mut replica) = self.replica.take() else { return };
+        let instance = &mut replica.instance;
+        match instance.tick().and_then(|wish| self.count(instance).map(|()| wish)) {
             Ok(wish) => {
-                self.instance = Some(instance);
+                self.replica = Some(replica);
                 self.shard.state().tick_trapped = false;
                 if let Some(after) = wish {
                     self.shard.shared.housekeeping.wish(after);
                 }
             }
             Err(trapped) => {
-                error!(guest = instance.description().name, "the guest trapped in tick: {trapped}");
-                self.failure = Some(format!("in tick: {trapped}"));
+                error!(guest = replica.instance.description().name, "the guest trapped in tick: {trapped}");
+                self.lost(replica, format!("in tick: {trapped}"));
                 self.shard.state().tick_trapped = true;
             }
         }
     }
 
-    /// An instance that was built meanwhile has some of it already.
+    /// Hands over what another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
-        let Some(mut instance) = self.instance.take() else { return };
-        let (shard, known) = (&self.shard, instance.sequence);
-        let is_new = |change: &&Change| change.sequence > known && shard.part.owns(change.key());
-        let new: Vec<_> = changes.iter().filter(is_new).collect();
-        for some in new.chunks(REPLAY_ENTRIES) {
-            let metadata: Vec<_> = some.iter().map(|change| change.metadata()).collect();
-            let entries: Vec<_> = some.iter().zip(&metadata).map(|(change, metadata)| change.entry(metadata)).collect();
-            if let Err(error) = instance.apply(&entries) {
-                error!(guest = instance.description().name, "the guest trapped: {error:#}");
-                self.failure = Some(format!("{error:#}"));
-                return;
+        let Some(mut replica) = self.replica.take() else { return };
+        match replica.apply_changes(changes, until) {
+            Ok(()) => self.replica = Some(replica),
+            Err(error) => {
+                error!(guest = replica.instance.description().name, "the guest trapped: {error:#}");
+                self.lost(replica, format!("{error:#}"));
             }
         }
-        instance.sequence = until.max(known);
-        self.instance = Some(instance);
+    }
+
+    /// It trapped, and is not called again.
+    fn lost(&mut self, replica: Box<Replica>, failure: String) {
+        self.failure = Some(failure);
+        discard(replica);
     }
 
     /// Asks what the guest holds, now and again.
@@ -182,12 +179,12 @@ impl Turn {
         if tick_due {
             self.tick();
         }
-        let instance = self.instance.take()?;
+        let replica = self.replica.take()?;
         let mut state = self.shard.state();
         if let Some(visitor) = state.visitor.take().or_else(|| state.follower.take()) {
             drop(state);
             self.over = true;
-            if let Err(turn) = visitor.send(Self::new(&self.shard, instance)) {
+            if let Err(turn) = visitor.send(Self::new(&self.shard, replica)) {
                 // It did not wait for it.
                 turn.serve_others();
             }
@@ -195,9 +192,9 @@ impl Turn {
         }
         let next = state.queue.pop_front();
         match next {
-            Some(_) => self.instance = Some(instance),
+            Some(_) => self.replica = Some(replica),
             None => {
-                state.free = Some(instance);
+                state.free = Some(replica);
                 self.over = true;
             }
         }
@@ -205,14 +202,19 @@ impl Turn {
     }
 }
 
+/// Gives back the memory of an instance, which takes the longer the more it is, while nobody waits for that.
+fn discard(replica: Box<Replica>) {
+    task::spawn_blocking(move || drop(replica));
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
         if self.over {
             return;
         }
-        match self.instance.take() {
+        match self.replica.take() {
             // The runtime is going down with the task that held the turn.
-            Some(instance) => self.shard.state().free = Some(instance),
+            Some(replica) => self.shard.state().free = Some(replica),
             None if self.told => {
                 if self.shard.outage().is_none() {
                     self.shard.is_down("the guest is rebuilt".to_owned());

@@ -1,4 +1,8 @@
-//! An instance that takes in the log: at the start, after a trap, and beside a guest that serves, to take its place.
+//! A replica: an instance of a guest that has its part of the log up to some entry, and takes in what comes after it.
+//!
+//! Every instance is one, whatever it is for: built at the start, after a trap or for a swap it takes in the log, as a
+//! standby what another process appends, and what serves has appended the rest itself. So each can take the place of
+//! another: see the shard's `promotion`.
 //!
 //! Owns: how far it is in the log, and that it is given its part of it. Must never know: whether it will ever serve.
 
@@ -16,6 +20,7 @@ use super::instance::Instance;
 use super::owner::{Owners, Part};
 use crate::contract::VERSION;
 use kvs_runtime::Clock;
+use kvs_txlog::change::Change;
 use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
 /// How often a long replay tells how far it is.
@@ -23,11 +28,14 @@ const PROGRESS: Duration = Duration::from_secs(1);
 
 pub struct Replica {
     pub instance: Box<Instance>,
-    /// Makes another in place of one that trapped; none for an instance that has served.
-    another: Option<Another>,
+    /// Makes another in place of one that trapped.
+    another: Another,
     pace: Pace,
     log: Arc<dyn TransactionLog>,
     part: Part,
+    /// It has its part of the log up to here.
+    sequence: u64,
+    /// How many entries it was given.
     entries: u64,
     clock: Clock,
 }
@@ -64,8 +72,8 @@ impl Replica {
     pub fn new(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<Self> {
         let another: Another = Box::new(guest.instances(Arc::clone(log), part.clone()));
         let instance = Box::new(another()?);
-        let (another, log, clock) = (Some(another), Arc::clone(log), guest.env().clock.clone());
-        Ok(Self { instance, another, pace: Pace::FULL, log, part, entries: 0, clock })
+        let (log, clock) = (Arc::clone(log), guest.env().clock.clone());
+        Ok(Self { instance, another, pace: Pace::FULL, log, part, sequence: 0, entries: 0, clock })
     }
 
     /// A new instance with everything in the log that is durable now, and its own.
@@ -77,18 +85,6 @@ impl Replica {
         Ok((replica, replayed))
     }
 
-    /// An instance that has served, and has everything up to `sequence`.
-    pub fn served(
-        mut instance: Box<Instance>,
-        log: Arc<dyn TransactionLog>,
-        part: Part,
-        sequence: u64,
-        clock: Clock,
-    ) -> Self {
-        instance.sequence = instance.sequence.max(sequence);
-        Self { instance, another: None, pace: Pace::FULL, log, part, entries: 0, clock }
-    }
-
     /// Takes in what has become durable since, and returns how many entries that were. An error that is
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
     ///
@@ -97,27 +93,32 @@ impl Replica {
     pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
         loop {
             let mut failed = None;
-            let error = match self.catch_up_once(progress, &mut failed) {
+            let error = match self.take_in(progress, &mut failed) {
                 Ok(taken) => return Ok(taken),
                 Err(error) => error,
             };
-            let (Some((from, entries @ 2..)), Some(another)) = (failed, &self.another) else { return Err(error) };
+            let Some((from, entries @ 2..)) = failed else { return Err(error) };
             self.pace = Pace { from, entries: (entries / Pace::SMALLER).max(1) };
             info!(
                 shard = self.part.told(),
                 "the log is replayed once more, with batches of {} from entry {from} on: {error:#}", self.pace.entries
             );
-            (*self.instance, self.entries) = (another()?, 0);
+            (*self.instance, self.sequence, self.entries) = ((self.another)()?, 0, 0);
         }
     }
 
+    /// Takes in the few entries that have become durable since. When the guest traps on them it is of no use any more.
+    pub fn follow(&mut self) -> Result<u64> {
+        self.take_in(&|_, _| {}, &mut None)
+    }
+
     /// `failed` is the first entry and the size of the batch that the guest did not take in.
-    fn catch_up_once(&mut self, progress: &Progress<'_>, failed: &mut Option<(u64, usize)>) -> Result<u64> {
-        let Self { instance, pace, log, part, entries, clock, .. } = self;
+    fn take_in(&mut self, progress: &Progress<'_>, failed: &mut Option<(u64, usize)>) -> Result<u64> {
+        let Self { instance, pace, log, part, sequence, entries, clock, .. } = self;
         let (before, started) = (*entries, clock.now());
         let mut told = started;
         let newest = log.appended();
-        let sequence = log.replay(instance.sequence, &mut |batch| {
+        let until = log.replay(*sequence, &mut |batch| {
             let Some(last) = batch.last().map(|last| last.sequence) else { return Ok(()) };
             let own: Vec<_>;
             let batch = if part.is_all() {
@@ -132,6 +133,8 @@ impl Replica {
                     .apply(some)
                     .inspect_err(|_| *failed = some.first().map(|first| (first.sequence, some.len())))?;
             }
+            // Here, and not in the end: a replay that is cut off is gone on with.
+            *sequence = last;
             *entries += batch.len() as u64;
             progress(batch.len() as u64, last);
             if clock.elapsed(told) >= PROGRESS {
@@ -142,8 +145,26 @@ impl Replica {
             }
             Ok(())
         })?;
-        instance.sequence = sequence;
+        *sequence = until;
         Ok(*entries - before)
+    }
+
+    /// Takes in what another process appended, up to `until`. One that was built meanwhile has some of it already.
+    pub fn apply_changes(&mut self, changes: &[Change], until: u64) -> Result<()> {
+        let is_new = |change: &&Change| change.sequence > self.sequence && self.part.owns(change.key());
+        let new: Vec<_> = changes.iter().filter(is_new).collect();
+        for some in new.chunks(REPLAY_ENTRIES) {
+            let metadata: Vec<_> = some.iter().map(|change| change.metadata()).collect();
+            let entries: Vec<_> = some.iter().zip(&metadata).map(|(change, metadata)| change.entry(metadata)).collect();
+            self.instance.apply(&entries)?;
+        }
+        self.appended(until);
+        Ok(())
+    }
+
+    /// It has everything up to this sequence: of what it was not given, it appended itself all that is its part.
+    pub fn appended(&mut self, sequence: u64) {
+        self.sequence = self.sequence.max(sequence);
     }
 
     /// What it took in, and how long that took when it began at `started`.
@@ -166,6 +187,11 @@ pub fn new_of_all(guest: &Guest, log: &Arc<dyn TransactionLog>, owners: &Owners)
 /// [`Replica::catch_up`] for each, beside each other: together they took in so many entries.
 pub fn catch_up_all(replicas: &mut [Replica], progress: &Progress<'_>) -> Result<u64> {
     in_each(replicas, |replica| replica.catch_up(progress)).into_iter().sum()
+}
+
+/// [`Replica::follow`] for each, beside each other.
+pub fn follow_all(replicas: &mut [Replica]) -> Result<()> {
+    in_each(replicas, Replica::follow).into_iter().try_for_each(|followed| followed.map(drop))
 }
 
 /// [`Replica::replayed`] of all.
