@@ -183,6 +183,11 @@ pub struct Serve {
     #[arg(long, env = "KVS_SHARDS", value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64),
           help_heading = "Guest")]
     pub shards: u8,
+
+    /// Hot spare: a second instance in each shard, which follows the first and serves when that traps. Takes as much memory
+    /// again; a swap drops the spares and builds others after its probation
+    #[arg(long, env = "KVS_SPARE", help_heading = "Guest")]
+    pub spare: bool,
 }
 
 /// The guest and its limits.

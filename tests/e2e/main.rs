@@ -51,6 +51,7 @@ mod rest;
 mod server;
 mod shards;
 mod signals;
+mod spare;
 mod swap;
 mod tls;
 mod transactions;

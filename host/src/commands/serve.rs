@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use bytesize::ByteSize;
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
@@ -30,7 +31,7 @@ use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
 use crate::follow;
-use crate::guest::{Engine, Reload, Shards, Source, Swapper};
+use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
@@ -83,6 +84,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
+    if let Some(excess) = too_large_with_spares(args, memory::size()) {
+        warn!("{excess}");
+    }
     let connections = descriptors::connections(args.max_connections)?;
     let budget = Budget::new(inflight_bytes(args)?);
     // A taken port is found before a long replay; clients can connect only after it.
@@ -113,9 +117,10 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
     health.reached(Phase::Replaying);
     let building = {
-        let (log, shards, env) = (Arc::clone(&log), usize::from(args.shards), env.clone());
+        let arrangement = Arrangement { count: usize::from(args.shards), with_spares: args.spare };
+        let (log, env) = (Arc::clone(&log), env.clone());
         task::spawn_blocking(move || {
-            let (shards, replayed) = Shards::build(guest, log, shards, env)?;
+            let (shards, replayed) = Shards::build(guest, log, arrangement, env)?;
             engine.keep(&shards.serving().guest);
             Ok::<_, anyhow::Error>((engine, shards, replayed))
         })
@@ -139,6 +144,11 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     health.set_guest(Arc::clone(&shards));
     let timed = Arc::clone(&shards);
     health.add("clock", move || timed.clock_condition());
+    if args.spare {
+        let spared = Arc::clone(&shards);
+        health.add("spare", move || spared.spare_condition());
+        shards.keep_spares(memory::size());
+    }
     let metrics = Arc::new(edge::Metrics::default());
     admin.metrics.add(metrics.clone());
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
@@ -260,6 +270,20 @@ fn inflight_bytes(args: &Serve) -> Result<usize> {
         args.max_value_bytes
     );
     Ok(usize::try_from(configured.as_u64())?)
+}
+
+/// The warning that the instances and their spares, of which each may grow to its limit, do not fit into the memory.
+fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
+    let (limit, instances) = (args.guest.guest_max_memory_bytes, 2 * u64::from(args.shards));
+    let most = limit.as_u64().saturating_mul(instances);
+    (args.spare && most > memory).then(|| {
+        format!(
+            "with --spare {instances} instances may take {} together, and the memory is {}: when the spares do not fit they \
+             are left out; a lower --guest-max-memory-bytes, now {limit}, refuses data before",
+            ByteSize(most),
+            ByteSize(memory)
+        )
+    })
 }
 
 /// Opens the log. Given twice when another process writes it, and it is to be followed.

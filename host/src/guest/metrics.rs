@@ -14,10 +14,45 @@ pub struct Metrics {
     pub traps: Counter,
     pub rebuilds: Counter,
     pub failed_rebuilds: Counter,
+    /// By their [`Cause`].
+    pub promotions: [Counter; 5],
+    /// How long no call was made for one.
+    pub promotion_pauses: Histogram,
+    /// Spares that were built, and that failed.
+    pub spares_built: Counter,
+    pub spares_failed: Counter,
     /// Swaps that stayed, that were taken back, and that did not come to it.
     pub swaps: Counter,
     pub swaps_taken_back: Counter,
     pub swaps_refused: Counter,
+}
+
+/// Why a replica was promoted.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    Swap,
+    Rollback,
+    /// A trap, after which a spare was there.
+    Spare,
+    /// A trap, after which the log was replayed.
+    Rebuild,
+    /// The log became this process's.
+    Takeover,
+}
+
+impl Cause {
+    pub const ALL: [Self; 5] = [Self::Swap, Self::Rollback, Self::Spare, Self::Rebuild, Self::Takeover];
+
+    /// The value of the label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Swap => "swap",
+            Self::Rollback => "rollback",
+            Self::Spare => "spare",
+            Self::Rebuild => "rebuild",
+            Self::Takeover => "takeover",
+        }
+    }
 }
 
 /// What the instance of a shard holds, set by whoever has the turn.
@@ -35,6 +70,10 @@ impl Metrics {
             traps: Counter::default(),
             rebuilds: Counter::default(),
             failed_rebuilds: Counter::default(),
+            promotions: Default::default(),
+            promotion_pauses: Histogram::of_times(),
+            spares_built: Counter::default(),
+            spares_failed: Counter::default(),
             swaps: Counter::default(),
             swaps_taken_back: Counter::default(),
             swaps_refused: Counter::default(),

@@ -5,7 +5,8 @@
 //!
 //! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
 //! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
-//! called), `replica` (how an instance comes by its state) and `swap` (another guest takes over).
+//! called), `replica` (how an instance comes by its state, and follows with it as a spare) and `swap` (another guest takes
+//! over).
 
 mod alarm;
 mod clock;
@@ -43,6 +44,6 @@ pub use message::{Answer, Client, Incoming, Sequel, Wait, Watch};
 pub use reload::Reload;
 pub use replica::Replayed;
 pub use shard::CallError;
-pub use shards::Shards;
+pub use shards::{Arrangement, Shards};
 pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
 pub use swap::{Outcome, SwapError, Swapper};

@@ -10,7 +10,8 @@ const GRACE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug)]
 pub struct Outage {
-    begun: Instant,
+    /// The same moment as `since`, by the monotonic clock.
+    pub begun: Instant,
     pub since: SystemTime,
     /// The trap, or the reason why no other instance could be built.
     pub reason: String,

@@ -13,10 +13,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use arc_swap::ArcSwap;
+use bytesize::ByteSize;
 use futures_util::future::join_all;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
+use tokio::task;
 use tracing::error;
 
 use super::alarm::Alarm;
@@ -24,9 +26,10 @@ use super::engine::Guest;
 use super::housekeeping::Housekeeping;
 use super::instance::{Instance, Trapped};
 use super::message::{Answer, Incoming};
-use super::metrics::{Held, Metrics};
+use super::metrics::{Cause, Held, Metrics};
 use super::outage::Outage;
 use super::owner::Owners;
+use super::replica::spare::Spare;
 use super::replica::{self, Replayed, Replica};
 use super::routers::Routers;
 use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn, promote};
@@ -43,6 +46,15 @@ pub struct Shards {
     routers: ArcSwap<Routers>,
     /// Whose turn it is to answer what any shard can.
     next: AtomicUsize,
+}
+
+/// How the guest is run.
+#[derive(Clone, Copy)]
+pub struct Arrangement {
+    /// The number of shards.
+    pub count: usize,
+    /// Whether each has a spare.
+    pub with_spares: bool,
 }
 
 /// Another guest serves.
@@ -72,7 +84,12 @@ enum Route {
 
 impl Shards {
     /// So many, built from the log. Blocks until they are ready to be called.
-    pub fn build(guest: Guest, log: Arc<dyn TransactionLog>, count: usize, env: Env) -> Result<(Arc<Self>, Replayed)> {
+    pub fn build(
+        guest: Guest,
+        log: Arc<dyn TransactionLog>,
+        Arrangement { count, with_spares }: Arrangement,
+        env: Env,
+    ) -> Result<(Arc<Self>, Replayed)> {
         let (started, owners) = (env.clock.now(), Owners::new(count, &env.random)?);
         let replicas = replica::new_of_all(&guest, &log, &owners);
         let mut replicas = replicas.with_context(|| guest.source().cannot_be_run())?;
@@ -82,8 +99,9 @@ impl Shards {
         let serving = Serving::new(guest, &replicas[0].instance);
         let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
-        let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, env });
-        let shard = |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica));
+        let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, building: Arc::default(), env });
+        let shard =
+            |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
         Ok((Arc::new(Self { shards, owners, shared, routers, next: AtomicUsize::new(0) }), replayed))
     }
@@ -117,6 +135,51 @@ impl Shards {
             (false, false) => Condition::But(down),
             (false, true) => Condition::Unfit(down),
         }
+    }
+
+    /// The spares, with the numbers of their shards, where they are wanted.
+    pub fn spares(&self) -> impl Iterator<Item = (usize, &Spare)> {
+        self.shards.iter().enumerate().filter_map(|(number, shard)| Some((number, shard.spare()?)))
+    }
+
+    /// How the spares are, for those who look after them.
+    pub fn spare_condition(&self) -> Condition {
+        let count = self.shards.len();
+        let lacks = self
+            .spares()
+            .filter_map(|(number, spare)| Some(format!("shard {number} of {count} has no spare: {}", spare.lack()?)));
+        let lacks = lacks.collect::<Vec<_>>().join("; ");
+        if lacks.is_empty() { Condition::Well } else { Condition::But(lacks) }
+    }
+
+    /// Starts the tasks that keep the spares, as long as twice what the instances hold is no more than this.
+    pub fn keep_spares(self: &Arc<Self>, memory: u64) {
+        for shard in &self.shards {
+            let (shards, shard) = (Arc::clone(self), Arc::clone(shard));
+            self.env().tasks.restart("guest spare", &self.env().clock, move || {
+                let shards = Arc::clone(&shards);
+                Arc::clone(&shard).keep_spare(move || shards.has_room_for_spares(memory))
+            });
+        }
+    }
+
+    fn has_room_for_spares(&self, memory: u64) -> Result<()> {
+        fit_twice(self.sum(|held| &held.memory_bytes), memory)
+    }
+
+    fn sum(&self, number: fn(&Held) -> &AtomicU64) -> u64 {
+        self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
+    }
+
+    /// Drops the spares, and builds no other until the guard is dropped: there is memory for another guest. Waits for the
+    /// one that is being built.
+    pub async fn without_spares(&self) -> OwnedMutexGuard<()> {
+        let alone = Arc::clone(&self.shared.building).lock_owned().await;
+        for (_, spare) in self.spares() {
+            let dropped = spare.take().await;
+            task::spawn_blocking(move || drop(dropped));
+        }
+        alone
     }
 
     /// How the time is that guests are told.
@@ -235,8 +298,10 @@ impl Shards {
         }
     }
 
-    /// Has the guest do its housekeeping soon: this process has become the one that writes the log.
+    /// Has the guest do its housekeeping soon: this process has become the one that writes the log. Its instances have all
+    /// of it already.
     pub fn promoted(&self) {
+        self.metrics().promotions[Cause::Takeover as usize].add(1);
         self.shared.housekeeping.wish(Duration::ZERO);
     }
 
@@ -254,11 +319,12 @@ impl Shards {
             paused.get_or_insert_with(|| self.env().clock.now());
         }
         let (before, serving) = (self.serving(), Serving::new(guest, &replicas[0].instance));
-        let promoted = promote(&self.shared, &serving, &mut turns, replicas).await;
+        let paused = paused.unwrap_or_else(|| self.env().clock.now());
+        let promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)).await;
         let switched = promoted.map(|replicas| {
             let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
             Switched {
-                pause: paused.map_or(Duration::ZERO, |paused| self.env().clock.elapsed(paused)),
+                pause: self.env().clock.elapsed(paused),
                 alarm: self.shared.alarm.set(),
                 before: Before { serving: before, routers, replicas },
             }
@@ -276,7 +342,7 @@ impl Shards {
     pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
         error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
-        let mut turns = Vec::with_capacity(self.shards.len());
+        let (mut turns, paused) = (Vec::with_capacity(self.shards.len()), self.env().clock.now());
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {
                 Some(turn) => turn,
@@ -291,7 +357,8 @@ impl Shards {
         let promotions = turns.into_iter().zip(before.replicas).map(async |(turn, kept)| {
             let mut turns = [turn];
             if let Some(kept) = kept
-                && let Err(error) = promote(&self.shared, serving, &mut turns, vec![*kept]).await
+                && let Err(error) =
+                    promote(&self.shared, serving, &mut turns, vec![*kept], (Cause::Rollback, paused)).await
             {
                 error!("the guest cannot catch up, and is rebuilt: {error:#}");
             }
@@ -303,6 +370,13 @@ impl Shards {
     }
 }
 
+/// An error when instances that hold so many bytes and as many spares do not fit into the memory.
+fn fit_twice(held: u64, memory: u64) -> Result<()> {
+    let (instances, all) = (ByteSize(held), ByteSize(memory));
+    ensure!(held <= memory / 2, "the instances hold {instances}, and twice that is more than the memory, {all}");
+    Ok(())
+}
+
 fn routers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Routers {
     Routers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
 }
@@ -311,9 +385,6 @@ impl Measured for Shards {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
         let metrics = self.metrics();
         let serving = self.serving();
-        let sum = |number: fn(&Held) -> &AtomicU64| {
-            self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
-        };
         let (name, version) = (serving.description.name.as_str(), serving.description.version.as_str());
         let digest = serving.guest.digest().to_string();
         let labels = [("name", name), ("version", version), ("sha256", digest.as_str())];
@@ -325,6 +396,19 @@ impl Measured for Shards {
         let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
         let rebuilds = rebuilds.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_rebuilds", "Attempts to build the guest again from the log", rebuilds)?;
+        let help = "Replicas that took the place of an instance, by the reason";
+        let promotions = Cause::ALL.map(|cause| ([("cause", cause.name())], metrics.promotions[cause as usize].get()));
+        page.counters("guest_promotions", help, promotions.iter().map(|(labels, count)| (*labels, *count)))?;
+        let help = "Time without a call in a shard when a replica took the place of its instance";
+        page.histogram("guest_promotion_duration_seconds", help, &metrics.promotion_pauses)?;
+        let ready = self.spares().filter(|(_, spare)| spare.is_ready()).count() as u64;
+        page.gauge("guest_spares", "Spares that follow the guest", ready)?;
+        let lag = self.spares().filter(|(_, spare)| spare.is_ready()).map(|(_, spare)| spare.sequence()).min();
+        let lag = lag.map_or(0, |sequence| self.shared.log.watermark().durable().saturating_sub(sequence));
+        page.gauge("guest_spare_lag_entries", "Durable entries that the spare furthest behind lacks", lag)?;
+        let builds = [("done", metrics.spares_built.get()), ("failed", metrics.spares_failed.get())];
+        let builds = builds.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
+        page.counters("guest_spare_builds", "Spares that were built, and that failed, when built or later", builds)?;
         let behind = serving.guest.clock().behind().as_secs();
         page.gauge("clock_behind_seconds", "Time by which the system clock is behind that of the guests", behind)?;
         let down = self.outages().count() as u64;
@@ -336,9 +420,25 @@ impl Measured for Shards {
         ];
         let swaps = swaps.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_swaps", "Swaps of the guest, by how they ended", swaps)?;
-        page.gauge("guest_memory_bytes", "Linear memory of the guest, in all shards", sum(|held| &held.memory_bytes))?;
-        page.gauge("store_keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
+        page.gauge(
+            "guest_memory_bytes",
+            "Linear memory of the guest, in all shards",
+            self.sum(|held| &held.memory_bytes),
+        )?;
+        page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
-        page.gauge("store_bytes", help, sum(|held| &held.stored_bytes))
+        page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spares_are_built_only_where_they_fit() {
+        assert!(fit_twice(0, 1).is_ok() && fit_twice(2 << 30, 4 << 30).is_ok());
+        let error = fit_twice((2 << 30) + 1, 4 << 30).expect_err("they do not fit").to_string();
+        assert_eq!(error, "the instances hold 2.0 GiB, and twice that is more than the memory, 4.0 GiB");
     }
 }

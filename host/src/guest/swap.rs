@@ -128,6 +128,10 @@ impl Swapper {
             let since = humantime::format_rfc3339_seconds(outage.since).to_string();
             json!({ "shard": number, "since": since, "reason": outage.reason })
         });
+        let spares = self
+            .shards
+            .spares()
+            .map(|(number, spare)| json!({ "shard": number, "sequence": spare.sequence(), "lack": spare.lack() }));
         json!({
             "name": serving.description.name,
             "version": serving.description.version,
@@ -136,6 +140,7 @@ impl Swapper {
             "since": status.since,
             "swap": under_way,
             "last_swap": status.last,
+            "spares": spares.collect::<Vec<_>>(),
             "shards_down": down.collect::<Vec<_>>(),
         })
     }
@@ -164,7 +169,12 @@ impl Swapper {
         dry_run: bool,
     ) -> Result<Outcome, SwapError> {
         let Ok(_alone) = self.under_way.try_lock() else { return Err(SwapError::Busy) };
-        let steps = self.tasks.caught("guest swap", self.steps(source, component, dry_run));
+        let steps = async {
+            // In memory beside the guest that serves is the new one, and no spares.
+            let _no_spares = self.shards.without_spares().await;
+            self.steps(source, component, dry_run).await
+        };
+        let steps = self.tasks.caught("guest swap", steps);
         let outcome = steps.await.unwrap_or_else(|panic| Err(SwapError::Failed(panic)));
         self.ended(&outcome);
         outcome

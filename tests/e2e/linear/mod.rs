@@ -33,6 +33,7 @@ pub use self::plan::OPERATIONS;
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
 use crate::load::{SMALL_SEGMENTS, count};
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::swap::{component, copy_of};
 use crate::wire::Connection;
@@ -44,7 +45,7 @@ pub const AT_ONCE: u64 = 10;
 const ARGS: [&str; 2] = ["--probation", "100ms"];
 
 /// Path of the guest that is the default store and traps on demand.
-fn brittle() -> &'static str {
+pub fn brittle() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| built("brittle"));
     &GUEST
 }
@@ -75,6 +76,41 @@ fn history_under_faults_is_linearizable() {
     println!("{histories} histories of {operations} operations, {unknown} of unknown outcome, {trapped} traps");
     assert_eq!(operations as u64, histories * OPERATIONS);
     assert!(unknown as u64 > histories && trapped as u64 > histories / 10, "{unknown} unknown, {trapped} traps");
+}
+
+/// The guest traps every few operations, and spares are promoted; now and then it is swapped.
+#[test]
+fn history_over_promotions_of_spares_is_linearizable() {
+    let mut rng = zoo::dice();
+    let histories = count("KVS_TEST_HISTORIES", 40).div_ceil(2);
+    let args = [&SMALL_SEGMENTS[..], &ARGS, &[brittle(), "--spare"]].concat();
+    let server = Server::start(&args);
+    let (mut trapped, mut operations) = (0, 0);
+    for round in 0..histories.div_ceil(AT_ONCE) {
+        let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
+        let stage = Stage::default();
+        stage.set(Some(server.address()));
+        let all = names.len() as u64 * OPERATIONS;
+        let (judged, ()) = judge(&stage, &names, &mut rng, |rng| {
+            let mut moments: Vec<_> = (0..all / 100).map(|_| rng.u64(..all * 9 / 10)).collect();
+            moments.sort_unstable();
+            for (n, moment) in moments.into_iter().enumerate() {
+                stage.wait_for(moment);
+                if n % 20 == 19 {
+                    put_in(&server, &if n % 40 == 19 { copy_of(brittle()) } else { component(brittle()) });
+                } else {
+                    let answer = Connection::open(server.address()).ask("GET", "/trap/v1/a", b"");
+                    assert_eq!(answer.status, 500, "{}", answer.text());
+                    trapped += 1;
+                }
+            }
+        });
+        operations += judged.operations as u64;
+    }
+    let promoted = Metrics::of(&server).get("kvs_guest_promotions_total{cause=\"spare\"}");
+    println!("{histories} histories of {operations} operations, {trapped} traps, {promoted} promotions of spares");
+    assert_eq!(operations, histories * OPERATIONS);
+    assert!(promoted > histories as f64 / 2.0, "{promoted} spares were promoted in {trapped} traps");
 }
 
 /// Sizes of linearizable histories.

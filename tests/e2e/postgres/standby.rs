@@ -11,7 +11,9 @@ use tempfile::TempDir;
 use super::database::Database;
 use super::proxy::{Proxy, Way};
 use super::{AWAY, DEPOSED, WELL, WHOLE, becomes_ready, get, is_deposed, put, ready, start, under_load};
+use crate::linear::brittle;
 use crate::load::Clients;
+use crate::metrics::counts;
 use crate::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
 use crate::unruly::guest;
 use crate::watch::Events;
@@ -96,6 +98,35 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     assert_eq!(database.sql("SELECT epoch, last FROM kvs.writer"), ["1|7"]);
     standby.terminate();
     assert_eq!(put(&server, "a", "3"), 201);
+}
+
+/// The spare of a standby takes in what the primary writes, and goes on with what the standby writes once it has taken over.
+#[test]
+fn spare_of_standby_follows_the_primary() {
+    let database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let standby = stand_by(&url, &[brittle(), "--shards", "1", "--spare"]);
+    let traps = || {
+        counts(&standby, "kvs_guest_spares", 1.0);
+        let answer = Connection::open(standby.address()).ask("GET", "/trap/v1/a", b"");
+        answer.says(500, "the store failed on this request");
+    };
+    for value in ["1", "2", "3"] {
+        assert_eq!(put(&server, "a", value), 201);
+        shows(&standby, "a", 200, value);
+        traps();
+        assert_eq!(get(&standby, "a"), (200, value.into()));
+    }
+    server.kill();
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!(put(&standby, "a", "4"), 201);
+    traps();
+    assert_eq!(get(&standby, "a"), (200, "4".into()));
+    assert_eq!(put(&standby, "a", "5"), 201);
+    counts(&standby, "kvs_guest_promotions_total{cause=\"spare\"}", 4.0);
+    counts(&standby, "kvs_guest_promotions_total{cause=\"takeover\"}", 1.0);
+    standby.terminate();
 }
 
 #[test]

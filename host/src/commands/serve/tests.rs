@@ -152,3 +152,19 @@ async fn thread_of_the_log_that_panics_ends_the_server() {
         assert!(reason.contains(&format!("sabotage of {name}")), "{reason}");
     }
 }
+
+#[test]
+fn spares_beyond_the_memory_are_reported() {
+    const GIB: u64 = 1 << 30;
+    let excess = |flags: &[&str], memory| {
+        let args = Program::parse_from(["kvs"].iter().chain(flags)).serve;
+        too_large_with_spares(&args, memory).unwrap_or_default()
+    };
+    assert_eq!(excess(&["--spare"], 8 * GIB), "");
+    assert_eq!(excess(&["--shards", "64"], GIB), "");
+    assert_eq!(excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "1GiB"], 8 * GIB), "");
+    let reported = excess(&["--spare"], 8 * GIB - 1);
+    assert!(reported.contains("2 instances may take 8.0 GiB together"), "{reported}");
+    let reported = excess(&["--spare", "--shards", "4"], 16 * GIB);
+    assert!(reported.contains("8 instances may take 32.0 GiB together, and the memory is 16.0 GiB"), "{reported}");
+}

@@ -6,6 +6,8 @@
 //!
 //! Owns: how far it is in the log, and that it is given its part of it. Must never know: whether it will ever serve.
 
+pub mod spare;
+
 use std::iter;
 use std::panic::resume_unwind;
 use std::sync::Arc;

@@ -1,14 +1,15 @@
-//! A shard: one instance of the guest, its queue, and its resurrection.
+//! A shard: one instance of the guest, its queue, and its spare.
 //!
 //! There is no thread for the guest. Whoever finds the instance free calls it on the spot, and then serves those who
-//! queued meanwhile; whoever finds it busy queues and awaits the answer. When a call traps, the instance is dropped and a
-//! new one is built from the log, while those who queue wait within their deadlines. Who puts another in its place takes a
-//! turn for it, between two calls: whatever it is for, `promotion` does that.
+//! queued meanwhile; whoever finds it busy queues and awaits the answer. When a call traps, the instance is dropped and its
+//! spare or a new one built from the log takes its place (`rebuild`), while those who queue wait within their deadlines. Who
+//! puts another in its place takes a turn for it, between two calls: whatever it is for, `promotion` does that.
 //!
 //! Owns: whose turn it is. Must never know: what is asked, how the log keeps its promise, what other shards do, why
 //! another guest is wanted.
 
 mod promotion;
+mod rebuild;
 mod turn;
 
 use std::collections::VecDeque;
@@ -17,9 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::sync::oneshot;
-use tokio::task;
 use tokio::time::timeout_at;
-use tracing::{error, info};
 
 pub use self::promotion::promote;
 pub use self::turn::Turn;
@@ -31,7 +30,8 @@ use super::message::{Answer, Incoming};
 use super::metrics::{Held, Metrics};
 use super::outage::Outage;
 use super::owner::Part;
-use super::replica::{Replayed, Replica};
+use super::replica::Replica;
+use super::replica::spare::{Spare, Surroundings};
 use crate::contract::Description;
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
@@ -39,10 +39,6 @@ use kvs_txlog::change::Change;
 
 /// How many of the others one caller serves before its own answer has to wait no longer.
 const OTHERS: usize = 16;
-/// A trap this long after the last rebuild is not a repetition of what led to that one.
-const QUIET: Duration = Duration::from_secs(10);
-/// The pauses before rebuilds that follow on each other: doubled from the first to the last.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
@@ -72,6 +68,8 @@ pub struct Shard {
     part: Part,
     state: Mutex<State>,
     held: Held,
+    /// What takes the place of the instance when that traps, where one is wanted.
+    spare: Option<Spare>,
 }
 
 /// What all shards share.
@@ -80,6 +78,8 @@ pub struct Shared {
     pub housekeeping: Housekeeping,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
+    /// Held by whoever builds a spare, and during a swap: there is memory for one more instance of each shard, not for two.
+    pub building: Arc<tokio::sync::Mutex<()>>,
     pub env: Env,
 }
 
@@ -135,7 +135,8 @@ impl Drop for Place<'_> {
 
 impl Shard {
     /// The shard of a part of the keys, with an instance that has them.
-    pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, replica: Replica) -> Self {
+    pub fn new(shared: Arc<Shared>, part: Part, serving: Serving, replica: Replica, with_spare: bool) -> Self {
+        let spare = with_spare.then(|| Spare::new(part.clone()));
         let (held, count_from) = (Held::default(), shared.env.clock.now());
         held.memory(replica.instance.memory_bytes());
         let state = State {
@@ -152,7 +153,7 @@ impl Shard {
             pause: Duration::ZERO,
             outage: None,
         };
-        Self { shared, part, state: Mutex::new(state), held }
+        Self { shared, part, state: Mutex::new(state), held, spare }
     }
 
     /// The guest that serves now.
@@ -168,6 +169,19 @@ impl Shard {
     /// The outage of this shard, when it has no instance.
     pub fn outage(&self) -> Option<Outage> {
         self.state().outage.clone()
+    }
+
+    /// What serves after a trap, where that is wanted.
+    pub fn spare(&self) -> Option<&Spare> {
+        self.spare.as_ref()
+    }
+
+    /// Sees to it that there is a spare, as long as `has_room` says that there is memory for it.
+    pub async fn keep_spare(self: Arc<Self>, has_room: impl Fn() -> Result<()>) -> Result<()> {
+        let Shared { log, metrics, building, env, .. } = &*self.shared;
+        let Some(spare) = &self.spare else { return Ok(()) };
+        let surroundings = Surroundings { log, metrics, building, clock: &env.clock };
+        spare.keep(surroundings, || has_room().map(|()| self.serving().guest)).await
     }
 
     /// Notes the reason why there is no instance. Once that has lasted, whoever waits is rejected.
@@ -274,64 +288,6 @@ impl Shard {
             turn
         };
         turn.await.context("the store is shutting down")
-    }
-
-    /// Builds a new instance in the background, and gives it to those who wait.
-    fn rebuild(self: Arc<Self>) {
-        let Env { tasks, clock, .. } = self.shared.env.clone();
-        // Started again where it panics: nobody else would give this shard an instance.
-        tasks.restart("guest rebuild", &clock, move || Arc::clone(&self).rebuild_until_done());
-    }
-
-    async fn rebuild_until_done(self: Arc<Self>) -> Result<()> {
-        let Shared { log, metrics, env, .. } = &*self.shared;
-        loop {
-            env.clock.sleep(self.next_pause()).await;
-            // The guest is rebuilt from what is durable, so all it appended has to be.
-            if log.watermark().reached(log.appended()).await.is_err() {
-                return Ok(()); // The log failed, and the process is about to stop.
-            }
-            let visitor = self.state().visitor.take();
-            if let Some(visitor) = visitor {
-                // Should it fail, this begins anew.
-                let _ = visitor.send(Turn::without_instance(&self));
-                return Ok(());
-            }
-            match self.rebuild_once().await {
-                Ok(turn) => {
-                    // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
-                    env.tasks.detach("guest queue", async move { turn.serve_others() });
-                    return Ok(());
-                }
-                Err(error) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
-            }
-            if let Some(Outage { reason, .. }) = self.outage() {
-                error!(shard = self.part.told(), "{reason}");
-            }
-            metrics.failed_rebuilds.add(1);
-        }
-    }
-
-    async fn rebuild_once(self: &Arc<Self>) -> Result<Turn> {
-        let (serving, log, part) = (self.serving(), Arc::clone(&self.shared.log), self.part.clone());
-        let guest = Arc::clone(&serving.guest);
-        let (replica, replayed) = task::spawn_blocking(move || Replica::build(&guest, &log, part)).await??;
-        let mut turns = [Turn::of_rebuild(self)];
-        promote(&self.shared, &serving, &mut turns, vec![replica]).await?;
-        let Replayed { entries, keys, took } = replayed;
-        info!(shard = self.part.told(), entries, keys, ?took, "the guest is rebuilt");
-        self.shared.metrics.rebuilds.add(1);
-        let [turn] = turns;
-        Ok(turn)
-    }
-
-    /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
-    fn next_pause(&self) -> Duration {
-        let mut state = self.state();
-        let again = state.last_rebuild.is_some_and(|last| self.shared.env.clock.elapsed(last) < QUIET + state.pause);
-        state.pause = if again { (state.pause * 2).clamp(PAUSES.0, PAUSES.1) } else { Duration::ZERO };
-        state.last_rebuild = Some(self.shared.env.clock.now());
-        state.pause
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -3,9 +3,12 @@
 //! Owns: that what serves has everything that was appended, and that all of it is durable. Must never know: why another is to
 //! serve.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use tokio::task;
 
+use super::super::metrics::Cause;
 use super::super::replica::{self, Replica};
 use super::{Serving, Shared, Turn};
 
@@ -13,12 +16,13 @@ use super::{Serving, Shared, Turn};
 /// everything as it was.
 ///
 /// The turns are held, so that the shards append nothing meanwhile. First everything that was appended becomes durable, then
-/// the replicas take in what they lack of it: few entries, as calls wait for it.
+/// the replicas take in what they lack of it: few entries, as calls wait for it, which they have done since `paused`.
 pub async fn promote(
     shared: &Shared,
     serving: &Serving,
     turns: &mut [Turn],
     mut replicas: Vec<Replica>,
+    (cause, paused): (Cause, Instant),
 ) -> Result<Vec<Option<Box<Replica>>>> {
     let newest = shared.log.appended();
     shared.log.watermark().reached(newest).await?;
@@ -28,5 +32,8 @@ pub async fn promote(
         before.appended(newest);
         Some(before)
     });
-    Ok(promoted.collect())
+    let before = promoted.collect();
+    shared.metrics.promotions[cause as usize].add(1);
+    shared.metrics.promotion_pauses.observe_time(shared.env.clock.elapsed(paused));
+    Ok(before)
 }

@@ -1,0 +1,106 @@
+//! What follows a trap: the spare serves, or an instance that is built from the log.
+//!
+//! Owns: when the next is built, and what is reported while there is none. Must never know: what led to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use kvs_runtime::Env;
+use tokio::task;
+use tracing::{error, info};
+
+use super::super::metrics::Cause;
+use super::super::outage::Outage;
+use super::super::replica::{Replayed, Replica};
+use super::{Shard, Shared, Turn, promote};
+
+/// A trap this long after the last rebuild is not a repetition of what led to that one.
+const QUIET: Duration = Duration::from_secs(10);
+/// The pauses before rebuilds that follow on each other: doubled from the first to the last.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+impl Shard {
+    /// Puts the spare in the place of the instance in the background, or where there is none, a new one.
+    pub(super) fn rebuild(self: Arc<Self>) {
+        let Env { tasks, clock, .. } = self.shared.env.clone();
+        // Started again where it panics: nobody else would give this shard an instance.
+        tasks.restart("guest rebuild", &clock, move || Arc::clone(&self).rebuild_until_done());
+    }
+
+    async fn rebuild_until_done(self: Arc<Self>) -> Result<()> {
+        let Shared { log, metrics, env, .. } = &*self.shared;
+        loop {
+            let spare = self.take_spare().await;
+            if spare.is_none() {
+                env.clock.sleep(self.next_pause()).await;
+            }
+            if log.watermark().failure().is_some() {
+                return Ok(()); // The process is about to stop.
+            }
+            if spare.is_none() {
+                let visitor = self.state().visitor.take();
+                if let Some(visitor) = visitor {
+                    // Should it fail, this begins anew.
+                    let _ = visitor.send(Turn::without_instance(&self));
+                    return Ok(());
+                }
+            }
+            match self.rebuild_once(spare).await {
+                Ok(turn) => {
+                    // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
+                    env.tasks.detach("guest queue", async move { turn.serve_others() });
+                    return Ok(());
+                }
+                Err(error) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
+            }
+            if let Some(Outage { reason, .. }) = self.outage() {
+                error!(shard = self.part.told(), "{reason}");
+            }
+            metrics.failed_rebuilds.add(1);
+        }
+    }
+
+    /// The spare. One that had to be waited for counts as a rebuild.
+    async fn take_spare(&self) -> Option<(Replica, Cause)> {
+        let spare = self.spare.as_ref()?;
+        let cause = if spare.is_ready() { Cause::Spare } else { Cause::Rebuild };
+        spare.take().await.map(|spare| (spare, cause))
+    }
+
+    async fn rebuild_once(self: &Arc<Self>, spare: Option<(Replica, Cause)>) -> Result<Turn> {
+        let (serving, log, part) = (self.serving(), Arc::clone(&self.shared.log), self.part.clone());
+        let clock = &self.shared.env.clock;
+        let (replica, cause, replayed) = match spare {
+            Some((spare, cause)) => (spare, cause, None),
+            None => {
+                let guest = Arc::clone(&serving.guest);
+                let build = move || Replica::build(&guest, &log, part);
+                let (replica, replayed) = task::spawn_blocking(build).await??;
+                (replica, Cause::Rebuild, Some(replayed))
+            }
+        };
+        let mut turns = [Turn::of_rebuild(self)];
+        let down = self.outage().map_or_else(|| clock.now(), |outage| outage.begun);
+        promote(&self.shared, &serving, &mut turns, vec![replica], (cause, down)).await?;
+        let shard = self.part.told();
+        match replayed {
+            Some(Replayed { entries, keys, took }) => info!(shard, entries, keys, ?took, "the guest is rebuilt"),
+            None => info!(shard, took = ?clock.elapsed(down), "the spare serves"),
+        }
+        if matches!(cause, Cause::Rebuild) {
+            self.shared.metrics.rebuilds.add(1);
+        }
+        let [turn] = turns;
+        Ok(turn)
+    }
+
+    /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
+    fn next_pause(&self) -> Duration {
+        let mut state = self.state();
+        let again = state.last_rebuild.is_some_and(|last| self.shared.env.clock.elapsed(last) < QUIET + state.pause);
+        state.pause = if again { (state.pause * 2).clamp(PAUSES.0, PAUSES.1) } else { Duration::ZERO };
+        state.last_rebuild = Some(self.shared.env.clock.now());
+        state.pause
+    }
+}
