@@ -100,8 +100,9 @@ fn history_over_promotions_of_spares_is_linearizable() {
                     put_in(&server, &if n % 40 == 19 { copy_of(brittle()) } else { component(brittle()) });
                 } else {
                     let answer = Connection::open(server.address()).ask("GET", "/trap/v1/a", b"");
-                    assert_eq!(answer.status, 500, "{}", answer.text());
-                    trapped += 1;
+                    // Traps that come too fast are rejected while the guest is rebuilt.
+                    assert!(matches!(answer.status, 500 | 503), "{}: {}", answer.status, answer.text());
+                    trapped += usize::from(answer.status == 500);
                 }
             }
         });

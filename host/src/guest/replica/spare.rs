@@ -7,14 +7,14 @@
 //! Owns: when a spare is built, how closely it follows, and why there is none. Must never know: what serves, or what a spare
 //! is promoted for.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
 use kvs_runtime::Clock;
 use kvs_txlog::{Forgotten, TransactionLog};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task;
 use tracing::{info, warn};
 
@@ -36,8 +36,9 @@ pub struct Spare {
     /// Locked while it is built and while it follows: whoever wants it then waits for that, which is sooner over than a
     /// replay that begins now.
     slot: Arc<tokio::sync::Mutex<Option<Replica>>>,
-    /// Whether there is one that follows, and the sequence up to which it does.
-    is_ready: AtomicBool,
+    /// Whether there is one that follows.
+    is_ready: watch::Sender<bool>,
+    /// The sequence up to which it does.
     sequence: AtomicU64,
     taken: Notify,
     /// Why the last one failed, while there is no other.
@@ -58,7 +59,7 @@ impl Spare {
         Self {
             part,
             slot: Arc::default(),
-            is_ready: AtomicBool::default(),
+            is_ready: watch::Sender::default(),
             sequence: AtomicU64::default(),
             taken: Notify::new(),
             failure: Mutex::default(),
@@ -67,7 +68,13 @@ impl Spare {
 
     /// Whether there is one that follows.
     pub fn is_ready(&self) -> bool {
-        self.is_ready.load(Ordering::Relaxed)
+        *self.is_ready.borrow()
+    }
+
+    /// Waits until there is one that follows.
+    pub async fn ready(&self) {
+        // What it waits for cannot be gone before it.
+        let _ = self.is_ready.subscribe().wait_for(|is_ready| *is_ready).await;
     }
 
     /// The sequence up to which it has the log.
@@ -84,7 +91,7 @@ impl Spare {
     /// Takes it out. Waits until the one that is being built is there.
     pub async fn take(&self) -> Option<Replica> {
         let spare = self.slot.lock().await.take();
-        self.is_ready.store(false, Ordering::Relaxed);
+        self.is_ready.send_replace(false);
         self.taken.notify_one();
         spare
     }
@@ -129,7 +136,7 @@ impl Spare {
         let (slot, built) = building.await?;
         let (sequence, replayed) = built?;
         self.sequence.store(sequence, Ordering::Relaxed);
-        self.is_ready.store(true, Ordering::Relaxed);
+        self.is_ready.send_replace(true);
         *self.failure() = None;
         drop(slot);
         with.metrics.spares_built.add(1);
@@ -162,7 +169,7 @@ impl Spare {
                 None => return Ok(End::Taken),
                 Some(Ok(sequence)) => self.sequence.store(sequence, Ordering::Relaxed),
                 Some(Err(error)) if is_lost(&error) => {
-                    self.is_ready.store(false, Ordering::Relaxed);
+                    self.is_ready.send_replace(false);
                     return Err(error);
                 }
                 // The log's doing, which may pass.

@@ -32,9 +32,6 @@ impl Shard {
         let Shared { log, metrics, env, .. } = &*self.shared;
         loop {
             let spare = self.take_spare().await;
-            if spare.is_none() {
-                env.clock.sleep(self.next_pause()).await;
-            }
             if log.watermark().failure().is_some() {
                 return Ok(()); // The process is about to stop.
             }
@@ -61,11 +58,22 @@ impl Shard {
         }
     }
 
-    /// The spare. One that had to be waited for counts as a rebuild.
+    /// The spare, or none after a pause, which the next spare ends. One that had to be waited for counts as a rebuild.
     async fn take_spare(&self) -> Option<(Replica, Cause)> {
-        let spare = self.spare.as_ref()?;
+        let clock = &self.shared.env.clock;
+        let Some(spare) = &self.spare else {
+            clock.sleep(self.next_pause()).await;
+            return None;
+        };
         let cause = if spare.is_ready() { Cause::Spare } else { Cause::Rebuild };
-        spare.take().await.map(|spare| (spare, cause))
+        if let Some(replica) = spare.take().await {
+            return Some((replica, cause));
+        }
+        tokio::select! {
+            () = clock.sleep(self.next_pause()) => {}
+            () = spare.ready() => {}
+        }
+        spare.take().await.map(|replica| (replica, Cause::Rebuild))
     }
 
     async fn rebuild_once(self: &Arc<Self>, spare: Option<(Replica, Cause)>) -> Result<Turn> {
