@@ -24,9 +24,11 @@ use super::super::metrics::Metrics;
 use super::super::owner::Part;
 use super::Replica;
 
-/// Shortest pause between two passes over what is new in the log: each begins up to 1 MiB before that.
+/// Shortest and longest pause between two passes over what is new in the log: each begins up to 1 MiB before that.
 const PAUSE: Duration = Duration::from_millis(25);
-/// A pause is this many times as long as the pass before it, so that spares take little time from requests.
+const LONGEST: Duration = Duration::from_millis(100);
+/// Between these, a pause is this many times as long as the pass before it, so that the spares of many shards take little
+/// time from requests. No longer, or one that is far behind would fall behind ever further.
 const IDLE: u32 = 10;
 /// The pauses before builds that follow on failures: doubled from the first to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
@@ -181,7 +183,7 @@ impl Spare {
                 }
             }
             drop(slot);
-            with.clock.sleep(PAUSE.max(IDLE * with.clock.elapsed(begun))).await;
+            with.clock.sleep((IDLE * with.clock.elapsed(begun)).clamp(PAUSE, LONGEST)).await;
         }
     }
 
