@@ -33,7 +33,7 @@ pub use self::plan::OPERATIONS;
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
 use crate::load::{SMALL_SEGMENTS, count};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, until};
 use crate::server::Server;
 use crate::swap::{component, copy_of};
 use crate::wire::Connection;
@@ -92,13 +92,14 @@ fn history_over_promotions_of_spares_is_linearizable() {
         stage.set(Some(server.address()));
         let all = names.len() as u64 * OPERATIONS;
         let (judged, ()) = judge(&stage, &names, &mut rng, |rng| {
-            let mut moments: Vec<_> = (0..all / 100).map(|_| rng.u64(..all * 9 / 10)).collect();
+            let mut moments: Vec<_> = (0..all / 250).map(|_| rng.u64(..all * 9 / 10)).collect();
             moments.sort_unstable();
             for (n, moment) in moments.into_iter().enumerate() {
                 stage.wait_for(moment);
-                if n % 20 == 19 {
-                    put_in(&server, &if n % 40 == 19 { copy_of(brittle()) } else { component(brittle()) });
+                if n % 10 == 9 {
+                    put_in(&server, &if n % 20 == 9 { copy_of(brittle()) } else { component(brittle()) });
                 } else {
+                    until(&server, "there is a spare", |now| now.get("kvs_guest_spares") > 0.0);
                     let answer = Connection::open(server.address()).ask("GET", "/trap/v1/a", b"");
                     // Traps that come too fast are rejected while the guest is rebuilt.
                     assert!(matches!(answer.status, 500 | 503), "{}: {}", answer.status, answer.text());
