@@ -12,25 +12,24 @@ use tracing::warn;
 
 use crate::guest::Shards;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::postgres::{News, PostgresLog};
-use kvs_txlog::{Forgotten, TransactionLog};
+use kvs_txlog::{Forgotten, News, Standby};
 
 /// The pause before the log is read again when that failed.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Takes in what the other process writes, and all that it has written when the log becomes this process's.
-pub async fn run(log: Arc<PostgresLog>, changes: Arc<ChangeFeed>, shards: Arc<Shards>) -> Result<()> {
+pub async fn run(log: Arc<dyn Standby>, changes: Arc<ChangeFeed>, shards: Arc<Shards>) -> Result<()> {
     let mut news = log.news();
     loop {
-        let News { newest, holder } = news.borrow_and_update().clone();
+        let News { newest, holder, .. } = news.borrow_and_update().clone();
         while log.appended() < newest {
-            if let Err(error) = take_in(&log, &changes, &shards).await {
+            if let Err(error) = take_in(&*log, &changes, &shards).await {
                 warn!("what is new in the log cannot be taken in: {error:#}");
                 sleep(PAUSE).await;
             }
         }
         if holder.is_none() {
-            log.begin();
+            log.begin()?;
             shards.promoted();
             return Ok(());
         }
@@ -40,7 +39,7 @@ pub async fn run(log: Arc<PostgresLog>, changes: Arc<ChangeFeed>, shards: Arc<Sh
 
 /// The store first, so that whoever was told of a change finds it there; then the log, so that whoever begins to watch reads
 /// there what the others are told at last.
-async fn take_in(log: &PostgresLog, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
+async fn take_in(log: &dyn Standby, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
     match changes.read(log.appended(), |_| true).await {
         Ok(past) => {
             shards.take_in(&past.changes, past.until).await?;

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
-use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{self, FileLog};
 use kvs_txlog::postgres::{self, PostgresLog};
+use kvs_txlog::{Standby, TransactionLog};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind};
@@ -267,7 +267,7 @@ async fn open_log(
     args: &Serve,
     metrics: &Metrics,
     env: &Env,
-) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
+) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
     let env = env.clone();
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
@@ -286,7 +286,7 @@ async fn open_log(
             let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
-            let followed = log.read_only().is_some().then(|| log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
             Ok((log, followed))
         }
     }

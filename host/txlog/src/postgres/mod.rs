@@ -18,9 +18,9 @@
 //! # While another process writes
 //!
 //! One that stands by looks ten times a second how far the log has come. Whoever serves from it takes in what is new by
-//! [`TransactionLog::replay`] and says so ([`PostgresLog::follow`]); nothing can be appended. When the epoch is to be had
+//! [`TransactionLog::replay`] and says so ([`Standby::follow`]); nothing can be appended. When the epoch is to be had
 //! it is taken at once, which makes an end of what can come; the rest is taken in, and then the log begins to take appends
-//! ([`PostgresLog::begin`]).
+//! ([`Standby::begin`]).
 //!
 //! # What an answered write has behind it
 //!
@@ -71,7 +71,6 @@ use tokio_postgres::Statement;
 use tracing::{error, info};
 
 pub use self::opening::Manner;
-pub use self::standby::News;
 pub use self::target::Url;
 
 use self::breaker::Breaker;
@@ -86,7 +85,7 @@ use self::session::{Failure, Session};
 use self::target::Target;
 use self::writer::Writer;
 use super::file::Durability;
-use super::{Condition, History, Incarnation, Receive, TransactionLog, Watermark};
+use super::{Condition, History, Incarnation, News, Receive, Standby, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
 /// Replays at once, each with a connection of its own.
@@ -161,14 +160,16 @@ impl PostgresLog {
         let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
+        let as_of = env.clock.now();
         let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
         let Opened { session, append, holding } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => {
-                (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
+                (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None, as_of })
             }
             Holding::Theirs(look, history) => {
-                (OnceLock::new(), history.clone(), News { newest: look.newest, holder: Some(look.holder.clone()) })
+                let news = News { newest: look.newest, holder: Some(look.holder.clone()), as_of };
+                (OnceLock::new(), history.clone(), news)
             }
         };
         let shared = Arc::new(Shared {
@@ -206,24 +207,6 @@ impl PostgresLog {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
         Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
-    }
-
-    /// What there is to be taken in; changes for as long as another process writes.
-    pub fn news(&self) -> watch::Receiver<News> {
-        self.shared.news.subscribe()
-    }
-
-    /// What another process wrote was taken in, up to this sequence.
-    pub fn follow(&self, sequence: u64) {
-        self.shared.queue.follow(sequence);
-        self.shared.watermark.advance(sequence);
-    }
-
-    /// Everything was taken in, and the epoch is this process's: from now on appends are.
-    pub fn begin(&self) {
-        self.shared.begin();
-        *self.shared.idle() = None;
-        info!("this process writes the log now, after sequence {}", self.appended());
     }
 
     /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended
@@ -304,7 +287,7 @@ impl TransactionLog for PostgresLog {
         }
         let mut told = conditions.doubts();
         if !queue.begun() {
-            let News { newest, holder } = &*self.shared.news.borrow();
+            let News { newest, holder, .. } = &*self.shared.news.borrow();
             let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
             told.push(match holder {
                 Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
@@ -327,6 +310,24 @@ impl TransactionLog for PostgresLog {
         });
         closing.context("no thread to close the log")?.join();
         self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
+    }
+}
+
+impl Standby for PostgresLog {
+    fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    fn follow(&self, sequence: u64) {
+        self.shared.queue.follow(sequence);
+        self.shared.watermark.advance(sequence);
+    }
+
+    fn begin(&self) -> Result<()> {
+        self.shared.begin();
+        *self.shared.idle() = None;
+        info!("this process writes the log now, after sequence {}", self.appended());
+        Ok(())
     }
 }
 
