@@ -31,6 +31,8 @@ pub struct News {
     pub newest: u64,
     /// Who writes. None when that is this process, or will be as soon as it has applied everything.
     pub holder: Option<String>,
+    /// URL at which the holder serves clients, where it has announced one.
+    pub primary: Option<String>,
     /// When nothing newer than `newest` was durable.
     pub as_of: Instant,
 }

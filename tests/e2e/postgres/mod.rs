@@ -7,6 +7,7 @@ mod opening;
 mod pooler;
 mod proxy;
 mod replication;
+mod roles;
 mod standby;
 mod takeover;
 

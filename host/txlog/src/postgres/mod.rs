@@ -106,6 +106,8 @@ pub struct Options {
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
+    /// URL at which this process serves clients, announced to those who stand by.
+    pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
     pub env: Env,
 }
@@ -127,6 +129,8 @@ struct Shared {
     target: Target,
     timeout: Duration,
     conditions: Conditions,
+    /// URL that is announced.
+    url: Option<String>,
     /// Set when this process takes it.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
@@ -160,15 +164,19 @@ impl PostgresLog {
         let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
-        let as_of = env.clock.now();
-        let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
+        let (as_of, url) = (env.clock.now(), options.advertise.clone());
+        let opened =
+            runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding } = opened;
         let (epoch, history, news) = match &holding {
-            Holding::Ours(epoch) => {
-                (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None, as_of })
-            }
+            Holding::Ours(epoch) => (
+                OnceLock::from(epoch.number),
+                epoch.history.clone(),
+                News { newest: epoch.last, holder: None, primary: None, as_of },
+            ),
             Holding::Theirs(look, history) => {
-                let news = News { newest: look.newest, holder: Some(look.holder.clone()), as_of };
+                let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
+                let news = News { newest: look.newest, holder, primary, as_of };
                 (OnceLock::new(), history.clone(), news)
             }
         };
@@ -176,6 +184,7 @@ impl PostgresLog {
             target,
             timeout,
             conditions,
+            url,
             epoch,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
@@ -206,7 +215,8 @@ impl PostgresLog {
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
-        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
+        let (group_bytes, advertise) = (GROUP_BYTES, None);
+        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
     }
 
     /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended

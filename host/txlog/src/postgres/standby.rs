@@ -56,7 +56,7 @@ async fn look(
     };
     let as_of = shared.env.clock.now();
     let look = holder.look(session).await?;
-    let epoch = if look.is_free { epoch::take(session, &look).await? } else { None };
+    let epoch = if look.is_free { epoch::take(session, &look, shared.url.as_deref()).await? } else { None };
     let newest = epoch.as_ref().map_or(look.newest, |epoch| epoch.last);
     let known = shared.queue.appended();
     if newest < known {
@@ -72,6 +72,7 @@ async fn look(
     } else if look.incarnations != shared.history().incarnations().len() {
         shared.set_history(incarnations::history(session).await?);
     }
-    shared.news.send_replace(News { newest, holder: epoch.is_none().then_some(look.holder), as_of });
+    let holder = epoch.is_none().then_some(look.holder);
+    shared.news.send_replace(News { newest, holder, primary: look.primary, as_of });
     Ok(epoch)
 }
