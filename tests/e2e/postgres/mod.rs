@@ -4,6 +4,7 @@ mod commands;
 mod database;
 mod incarnations;
 mod opening;
+mod pair;
 mod pooler;
 mod proxy;
 mod replication;
