@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::file::{self, FileLog};
+use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
 use tokio::runtime::Builder;
@@ -282,9 +282,15 @@ async fn open_log(
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
-            ensure!(!args.standby, "--standby is for a log in a database: give one with --txlog");
             let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability, env })?);
+            let options = file::Options { data, segment_bytes, group_bytes, durability, env };
+            if args.standby {
+                let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
+                metrics.add(log.clone());
+                let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+                return Ok((log, followed));
+            }
+            let log = Arc::new(FileLog::open(options)?);
             metrics.add(log.clone());
             Ok((log, None))
         }

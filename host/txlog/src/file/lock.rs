@@ -4,11 +4,13 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::disk::{is_full, sync_directory};
+
+const NAME: &str = "LOCK";
 
 /// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
 ///
@@ -23,7 +25,22 @@ impl Lock {
     /// Makes the data directory and the directory of the log if need be, and takes them.
     pub fn take(data: &Path) -> anyhow::Result<Self> {
         make_directory(data)?;
-        let path = data.join("LOCK");
+        make_directory(&data.join("log"))?;
+        Self::attempt(data)?.ok_or_else(|| {
+            let holder = holder(data);
+            let data = data.display();
+            anyhow!("data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir")
+        })
+    }
+
+    /// Takes directories that are there, unless another process has them. Until they are taken nothing is changed in them.
+    pub fn attempt(data: &Path) -> anyhow::Result<Option<Self>> {
+        let log = data.join("log");
+        let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
+        if !lock(&directory, &log)? {
+            return Ok(None);
+        }
+        let path = data.join(NAME);
         let mut file = File::options()
             .read(true)
             .write(true)
@@ -31,17 +48,8 @@ impl Lock {
             .truncate(false)
             .open(&path)
             .map_err(|error| unusable(data, error))?;
-        let log = data.join("log");
-        make_directory(&log)?;
-        let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
-        for (locked, path) in [(&directory, &log), (&file, &path)] {
-            match flock(locked, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => return Err(in_use(data, &file)),
-                Err(error) => {
-                    bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
-                }
-            }
+        if !lock(&file, &path)? {
+            return Ok(None);
         }
         match file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
             // A full disk must not keep the log from opening; whoever comes second is told less.
@@ -50,21 +58,28 @@ impl Lock {
             }
             _ => {}
         }
-        Ok(Self { _directory: directory, _file: file })
+        Ok(Some(Self { _directory: directory, _file: file }))
     }
 }
 
-/// The error for whoever comes second. `file` names the holder: not in the moment before that is written down, nor
-/// when the file was removed.
-fn in_use(data: &Path, file: &File) -> anyhow::Error {
+/// False where another process has locked it.
+fn lock(file: &File, path: &Path) -> anyhow::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => {
+            bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
+        }
+    }
+}
+
+/// The process that has the directory, as `LOCK` names it: not in the moment before that is written down, nor when the
+/// file was removed.
+pub fn holder(data: &Path) -> String {
     let mut holder = String::new();
-    let _ = file.take(32).read_to_string(&mut holder);
+    let _ = File::open(data.join(NAME)).and_then(|file| file.take(32).read_to_string(&mut holder));
     let holder = holder.trim().parse::<u32>().map(|pid| format!("process {pid}"));
-    anyhow::anyhow!(
-        "data directory {} is in use by {}; stop it, or give another directory with --data-dir",
-        data.display(),
-        holder.as_deref().unwrap_or("another process")
-    )
+    holder.unwrap_or_else(|_| "another process".into())
 }
 
 /// Makes a directory and sees to it that its name is durable.
@@ -86,18 +101,16 @@ fn unusable(path: &Path, error: std::io::Error) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
         ErrorKind::PermissionDenied => {
-            anyhow::anyhow!(
+            anyhow!(
                 "data directory {path} is not writable: {error}; change its owner or mode, or give another with --data-dir"
             )
         }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
-            anyhow::anyhow!("{path} is not a directory; give a directory with --data-dir")
+            anyhow!("{path} is not a directory; give a directory with --data-dir")
         }
         ErrorKind::ReadOnlyFilesystem => {
-            anyhow::anyhow!(
-                "data directory {path} is on a read-only file system; give another directory with --data-dir"
-            )
+            anyhow!("data directory {path} is on a read-only file system; give another directory with --data-dir")
         }
-        _ => anyhow::anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
+        _ => anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
     }
 }

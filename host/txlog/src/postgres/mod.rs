@@ -298,7 +298,7 @@ impl TransactionLog for PostgresLog {
         let mut told = conditions.doubts();
         if !queue.begun() {
             let News { newest, holder, .. } = &*self.shared.news.borrow();
-            let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
+            let behind = self.history().entries(queue.appended(), *newest);
             told.push(match holder {
                 Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
                 None => format!("taking it over, {behind} entries behind"),

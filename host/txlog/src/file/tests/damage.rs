@@ -67,7 +67,7 @@ impl Sound {
             let whole = error.contains(&place) && error.contains("; `kvs txlog verify --data-dir data` tells");
             if whole && !error.contains('\n') { Ok(false) } else { Err(error) }
         };
-        let (shared, _) = match Shared::recover(Arc::new(disk.clone()), damaged_options()) {
+        let (shared, _) = match recover(Arc::new(disk.clone()), damaged_options()) {
             Ok(recovered) => recovered,
             Err(error) => return told(format!("{error:#}")),
         };
