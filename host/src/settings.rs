@@ -60,7 +60,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub txlog_timeout: Duration,
 
-    /// Follow the primary, serve stale reads, and take over when it is gone (transaction log in a database)
+    /// Follow the primary, serve stale reads, and take over when it is gone
     #[arg(long, env = "KVS_STANDBY")]
     pub standby: bool,
 

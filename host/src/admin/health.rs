@@ -141,7 +141,8 @@ mod tests {
         );
         let data = data.path().to_owned();
         let (durability, env) = (Durability::Sync, Env::real());
-        let options = Options { data, segment_bytes: 1 << 20, group_bytes: 1 << 10, durability, env };
+        let (segment_bytes, group_bytes, advertise) = (1 << 20, 1 << 10, None);
+        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
         let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(options).expect("a new log can be opened"));
         health.set_log(Arc::clone(&log));
         health.reached(Phase::Replaying);

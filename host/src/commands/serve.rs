@@ -283,7 +283,7 @@ async fn open_log(
     match &args.txlog {
         TxlogStorage::File => {
             let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let options = file::Options { data, segment_bytes, group_bytes, durability, env };
+            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
             if args.standby {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());

@@ -11,6 +11,8 @@ use rustix::io::Errno;
 use super::disk::{is_full, sync_directory};
 
 const NAME: &str = "LOCK";
+/// The most that is read of it: a number, and a URL that fits in a header.
+const HOLDER_BYTES: u64 = 1 << 10;
 
 /// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
 ///
@@ -23,18 +25,19 @@ pub struct Lock {
 
 impl Lock {
     /// Makes the data directory and the directory of the log if need be, and takes them.
-    pub fn take(data: &Path) -> anyhow::Result<Self> {
+    /// `url` is what standbys are told of where it serves clients.
+    pub fn take(data: &Path, url: Option<&str>) -> anyhow::Result<Self> {
         make_directory(data)?;
         make_directory(&data.join("log"))?;
-        Self::attempt(data)?.ok_or_else(|| {
-            let holder = holder(data);
+        Self::attempt(data, url)?.ok_or_else(|| {
+            let (holder, _) = holder(data);
             let data = data.display();
             anyhow!("data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir")
         })
     }
 
     /// Takes directories that are there, unless another process has them. Until they are taken nothing is changed in them.
-    pub fn attempt(data: &Path) -> anyhow::Result<Option<Self>> {
+    pub fn attempt(data: &Path, url: Option<&str>) -> anyhow::Result<Option<Self>> {
         let log = data.join("log");
         let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
         if !lock(&directory, &log)? {
@@ -51,7 +54,9 @@ impl Lock {
         if !lock(&file, &path)? {
             return Ok(None);
         }
-        match file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
+        let url = url.map(|url| format!("{url}\n")).unwrap_or_default();
+        let holder = format!("{}\n{url}", std::process::id());
+        match file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())) {
             // A full disk must not keep the log from opening; whoever comes second is told less.
             Err(error) if !is_full(&error) => {
                 return Err(error).with_context(|| format!("cannot write {}", path.display()));
@@ -73,13 +78,14 @@ fn lock(file: &File, path: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// The process that has the directory, as `LOCK` names it: not in the moment before that is written down, nor when the
-/// file was removed.
-pub fn holder(data: &Path) -> String {
-    let mut holder = String::new();
-    let _ = File::open(data.join(NAME)).and_then(|file| file.take(32).read_to_string(&mut holder));
-    let holder = holder.trim().parse::<u32>().map(|pid| format!("process {pid}"));
-    holder.unwrap_or_else(|_| "another process".into())
+/// The process that has the directory, as `LOCK` names it, and its URL: not in the moment before that is written down, nor when
+/// the file was removed.
+pub fn holder(data: &Path) -> (String, Option<String>) {
+    let mut text = String::new();
+    let _ = File::open(data.join(NAME)).and_then(|file| file.take(HOLDER_BYTES).read_to_string(&mut text));
+    let mut lines = text.split_terminator('\n');
+    let holder = lines.next().and_then(|pid| pid.parse::<u32>().ok()).map(|pid| format!("process {pid}"));
+    (holder.unwrap_or_else(|| "another process".into()), lines.next().map(str::to_owned))
 }
 
 /// Makes a directory and sees to it that its name is durable.

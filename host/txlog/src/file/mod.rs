@@ -247,6 +247,8 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// URL at which this process serves clients, announced to those who stand by.
+    pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
     pub env: Env,
 }
@@ -322,7 +324,7 @@ impl Default for Before {
 
 impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let lock = Lock::take(&options.data)?;
+        let lock = Lock::take(&options.data, options.advertise.as_deref())?;
         let directory = Arc::new(Directory::new(options.data.join("log")));
         let log = Self::open_on(directory, options, Some(lock))?;
         log.compact_in_background()?;

@@ -68,6 +68,7 @@ fn options(data: &Path) -> Options {
         segment_bytes: DEFAULT_SEGMENT_BYTES,
         group_bytes: 0,
         durability: Durability::Sync,
+        advertise: None,
         env: Env::real(),
     }
 }
@@ -91,6 +92,6 @@ pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
     if !directory.is_dir() {
         bail!("there is no log in {}; give the data directory of a store with --data-dir", data.display());
     }
-    let lock = Lock::take(data)?;
+    let lock = Lock::take(data, None)?;
     Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))
 }

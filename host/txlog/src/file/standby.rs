@@ -79,7 +79,8 @@ impl StandbyLog {
                     let newest = follower.newest();
                     // Whoever serves from the log begins with a replay of all that.
                     log.follow(newest);
-                    tracing::info!("standing by at sequence {newest} while {} writes the log", log.shared.holder());
+                    let (holder, _) = lock::holder(&options.data);
+                    tracing::info!("standing by at sequence {newest} while {holder} writes the log");
                     log.start()?;
                     return Ok(log);
                 }
@@ -119,7 +120,7 @@ impl Shared {
     fn new(options: Options) -> Self {
         let disk = Arc::new(Directory::new(options.data.join("log")));
         let follower = Follower::new(Home { disk, data: options.data.clone(), env: options.env.clone() });
-        let news = News { newest: 0, holder: Some(String::new()), as_of: options.env.clock.now() };
+        let news = News { newest: 0, holder: Some(String::new()), primary: None, as_of: options.env.clock.now() };
         Self {
             follower,
             watermark: Arc::new(Watermark::new(0)),
@@ -135,10 +136,6 @@ impl Shared {
 
     fn clock(&self) -> &Clock {
         &self.options.env.clock
-    }
-
-    fn holder(&self) -> String {
-        lock::holder(&self.options.data)
     }
 
     /// Looks until the log is this process's.
@@ -159,7 +156,7 @@ impl Shared {
     /// Takes the directory where nobody has it, and looks what is new otherwise. An error is that of a takeover.
     fn look(&self) -> Result<Look> {
         let as_of = self.clock().now();
-        let newest = match Lock::attempt(&self.options.data) {
+        let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
             Ok(Some(lock)) => {
                 self.take_over(Some(lock), as_of)?;
                 return Ok(Look::Ours);
@@ -184,7 +181,8 @@ impl Shared {
         drop(state);
         match newest {
             Ok(newest) => {
-                self.news.send_replace(News { newest, holder: Some(self.holder()), as_of });
+                let (holder, primary) = lock::holder(&self.options.data);
+                self.news.send_replace(News { newest, holder: Some(holder), primary, as_of });
                 Ok(Look::Theirs)
             }
             Err(error) => Ok(Look::Nothing(error)),
@@ -201,7 +199,7 @@ impl Shared {
             bail!("the log was taken over twice");
         }
         tracing::info!("took the log over at sequence {newest} within {:.0?}", self.clock().elapsed(begun));
-        self.news.send_replace(News { newest, holder: None, as_of: begun });
+        self.news.send_replace(News { newest, holder: None, primary: None, as_of: begun });
         Ok(())
     }
 

@@ -42,6 +42,7 @@ pub fn options() -> Options {
         segment_bytes: SEGMENT_BYTES,
         group_bytes: GROUP_BYTES,
         durability: Durability::Sync,
+        advertise: None,
         env: Env::real(),
     }
 }
