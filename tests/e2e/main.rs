@@ -45,6 +45,7 @@ mod long_poll;
 mod metrics;
 mod openapi;
 mod operator;
+mod pair;
 mod postgres;
 mod raw;
 mod rest;

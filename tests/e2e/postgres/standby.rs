@@ -18,7 +18,7 @@ use crate::watch::Events;
 use crate::wire::{Connection, STALE};
 use crate::zoo;
 
-const STANDS_BY: &str = "[+]log ok, but standing by while process ";
+pub const STANDS_BY: &str = "[+]log ok, but standing by while process ";
 const REFUSED: &str = "this server stands by; another one takes writes";
 pub const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
 

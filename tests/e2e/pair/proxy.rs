@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::database::Database;
-use super::{WELL, becomes_ready};
-use crate::server::{PATIENCE, Process, Server};
+use super::Log;
+use crate::postgres::{WELL, becomes_ready};
+use crate::server::{PATIENCE, Process};
 use crate::watch::Events;
 use crate::wire::{Connection, Response};
 
@@ -40,12 +40,8 @@ fn watch_through(address: SocketAddr, target: &str) -> Events {
     }
 }
 
-#[test]
-fn proxy_finds_the_primary_of_a_pair() {
-    let database = Database::start();
-    let url = database.url();
-    let start = || Server::start(&["--txlog", &url, "--txlog-timeout", "1s", "--standby"]);
-    let servers = [start(), start()];
+pub fn proxy_finds_the_primary(log: &Log) {
+    let servers = [log.start(&["--standby"]), log.stand_by(&[])];
     // An address of its own, so that nobody takes the port meanwhile.
     let free = TcpListener::bind("127.0.0.7:0").and_then(|listener| listener.local_addr()).expect("a port is free");
     let mut proxy = Command::new("haproxy");
