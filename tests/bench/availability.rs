@@ -1,5 +1,5 @@
 //! Availability: for how long no read and no write succeeds, seen by a client that knows all servers and asks the next one ten
-//! milliseconds after it got no answer. `KVS_BENCH_KEYS=1000,10000000` measures with other numbers of keys.
+//! milliseconds after it got no answer. `BENCH_KEYS=1000,10000000` measures with other numbers of keys.
 //!
 //! The table is in `deploy/availability.md` too.
 
@@ -122,8 +122,8 @@ const CASES: [Case; 10] = [
 ];
 
 pub fn run(data: &Path, report: &mut Report) -> Result<()> {
-    let keys = match std::env::var("KVS_BENCH_KEYS") {
-        Ok(keys) => keys.split(',').map(str::parse).collect::<Result<_, _>>().context("KVS_BENCH_KEYS")?,
+    let keys = match std::env::var("BENCH_KEYS") {
+        Ok(keys) => keys.split(',').map(str::parse).collect::<Result<_, _>>().context("BENCH_KEYS")?,
         Err(_) => KEYS.to_vec(),
     };
     let guest = kvs_tests::built("brittle");
@@ -179,7 +179,7 @@ fn is_known(case: &Case) -> bool {
 fn import(files: &Path, url: &str) -> Result<()> {
     let kvs = kvs_tests::binary();
     let export =
-        format!("'{kvs}' txlog export --data-dir '{}' | '{kvs}' txlog import --txlog '{url}'", files.display());
+        format!("'{kvs}' txlog export --data-dir '{}' | '{kvs}' txlog import --txlog '{url}' -", files.display());
     ensure!(Command::new("sh").args(["-c", &export]).status()?.success(), "the log cannot be put into the database");
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
-use super::refusal::{Answer, refuse};
+use super::refusal::{Answer, Refusal, refuse};
 
 /// In a request: which reads the client accepts.
 const CONSISTENCY: HeaderName = HeaderName::from_static("kvs-consistency");
@@ -18,13 +18,13 @@ const STALE_AGE: HeaderName = HeaderName::from_static("kvs-stale-age-ms");
 const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
 
 /// Whether a client accepts stale reads. None where it does not say.
-pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Answer> {
+pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
     let mut given = headers.get_all(CONSISTENCY).iter().map(HeaderValue::as_bytes);
     match (given.next(), given.next()) {
         (None, _) => Ok(None),
         (Some(b"stale"), None) => Ok(Some(true)),
         (Some(b"strong"), None) => Ok(Some(false)),
-        _ => Err(refuse(StatusCode::BAD_REQUEST, "kvs-consistency is stale or strong, once")),
+        _ => Err(refuse(StatusCode::BAD_REQUEST, "kvs-consistency is stale or strong, once").into()),
     }
 }
 
