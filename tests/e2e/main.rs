@@ -52,6 +52,7 @@ mod rest;
 mod server;
 mod shards;
 mod signals;
+mod standby;
 mod swap;
 mod tls;
 mod transactions;

@@ -78,7 +78,7 @@ pub const AWAY: &str = "[+]log ok, but the database is away";
 
 /// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
 /// outcome nobody tells, or when `trouble` is over.
-fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
+pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
     let count = AtomicU64::new(0);
     let (enough, awaited) = sync_channel(1);
     let over = AtomicBool::new(false);

@@ -34,7 +34,7 @@ fn get_stale(server: &Server, key: &str) -> (u16, String) {
 }
 
 /// Waits until it answers so.
-fn shows(server: &Server, key: &str, status: u16, value: &str) {
+pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
     let begun = std::time::Instant::now();
     loop {
         let (now, shown) = get_stale(server, key);

@@ -88,7 +88,10 @@ impl StandbyLog {
                     return Err(error.context(format!("cannot follow the log in {data}")));
                 }
                 // It has not begun to serve yet, or is of another time.
-                Look::Nothing(_) => log.shared.clock().pause(LOOK),
+                Look::Nothing(error) => {
+                    log.shared.note(Some(&error));
+                    log.shared.clock().pause(LOOK);
+                }
             }
         }
     }
@@ -147,8 +150,10 @@ impl Shared {
                 return Ok(());
             }
             drop(state);
-            if let Look::Ours = self.look()? {
-                return Ok(());
+            match self.look()? {
+                Look::Ours => return Ok(()),
+                Look::Theirs => {}
+                Look::Nothing(error) => self.note(Some(&error)),
             }
         }
     }
@@ -169,7 +174,20 @@ impl Shared {
             Ok(None) => self.follower.look(),
             Err(error) => Err(error),
         };
-        let blind = newest.as_ref().err().map(|error| format!("{error:#}"));
+        match newest {
+            Ok(newest) => {
+                self.note(None);
+                let (holder, primary) = lock::holder(&self.options.data);
+                self.news.send_replace(News { newest, holder: Some(holder), primary, as_of });
+                Ok(Look::Theirs)
+            }
+            Err(error) => Ok(Look::Nothing(error)),
+        }
+    }
+
+    /// Notes why nothing can be followed, and reports it once.
+    fn note(&self, blind: Option<&anyhow::Error>) {
+        let blind = blind.map(|error| format!("{error:#}"));
         let mut state = self.state();
         if blind != state.blind {
             match &blind {
@@ -177,15 +195,6 @@ impl Shared {
                 None => tracing::info!("the log is followed again"),
             }
             state.blind = blind;
-        }
-        drop(state);
-        match newest {
-            Ok(newest) => {
-                let (holder, primary) = lock::holder(&self.options.data);
-                self.news.send_replace(News { newest, holder: Some(holder), primary, as_of });
-                Ok(Look::Theirs)
-            }
-            Err(error) => Ok(Look::Nothing(error)),
         }
     }
 

@@ -35,17 +35,19 @@ impl Beside {
     }
 
     fn apply(&mut self) -> anyhow::Result<()> {
-        let Self { follower, store, applied } = self;
-        *applied = follower.replay(*applied, &mut |entries| {
+        let mut read = Vec::new();
+        self.applied = self.follower.replay(self.applied, &mut |entries| {
             for entry in entries {
                 let expires = match &entry.event {
                     EventRef::Put(put) => put.expires,
                     EventRef::Delete(_) => Some(0),
                 };
-                store.insert(entry.event.key().into(), (entry.sequence, expires, describe(&entry.event)));
+                read.push((entry.event.key().into(), (entry.sequence, expires, describe(&entry.event))));
             }
             Ok(())
         })?;
+        // What cannot be read to its end is not applied.
+        self.store.extend(read);
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use std::thread;
 use fastrand::Rng;
 
 use super::beside::Beside;
-use super::content::{Appended, Model, Outcome, check_content};
+use super::content::{Appended, Model, Outcome, check_content, former};
 use super::disk::Promise;
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
@@ -355,38 +355,6 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     }
     let newest = recover(disk, options, mutant, None)?.0.watermark.durable();
     if newest != sequence { Err(format!("{sequence} was written after it and {newest} is the newest")) } else { Ok(()) }
-}
-
-/// A log that a former version wrote, in format 1.
-fn former(name: &str) -> (FakeDisk, Model) {
-    let disk = formats::load(&formats::directory(1, name));
-    let mut model = Model::default();
-    let shared = Shared::read(
-        Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() },
-        &options(),
-    )
-    .unwrap();
-    replay::replay(&shared, 0, &mut |entries| {
-        model.entries.extend(entries.iter().map(|entry| Appended {
-            sequence: entry.sequence,
-            time: entry.time,
-            event: owned(&entry.event),
-            ends_group: true,
-        }));
-        Ok(())
-    })
-    .unwrap();
-    (disk, model)
-}
-
-fn owned(event: &EventRef<'_>) -> Event {
-    match event {
-        EventRef::Delete(key) => Event::Delete((*key).into()),
-        EventRef::Put(put) => {
-            let metadata = put.metadata.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
-            Event::Put(Put { key: put.key.into(), value: put.value.into(), metadata, expires: put.expires })
-        }
-    }
 }
 
 #[derive(Default)]
