@@ -142,6 +142,7 @@ impl Follower {
         let oldest = passed.checked_sub(1).map_or(1, |at| marks[at].0);
 
         let listing = Listing::read(home)?;
+        listing.is_whole(home)?;
         #[cfg(test)]
         if mutants::is(Mutant::FollowerCleans) {
             recovery::clean_up(home, &[], &listing)?;

@@ -11,8 +11,10 @@ use super::{Home, identity, mark, position, tail};
 
 /// The files of a log by their names.
 pub struct Listing {
-    /// The segments, from number 1 on and without gaps.
+    /// The segments, oldest first.
     pub segments: Vec<Numbers>,
+    /// The first that is not there.
+    missing: Option<u64>,
     /// Those that a compacted one of `segments` stands for, and that are there still.
     pub replaced: Vec<Numbers>,
     /// Files that were begun.
@@ -36,7 +38,7 @@ impl Listing {
         }
         // Where two begin with the same number, the one that stands for more comes first.
         found.sort_by_key(|numbers| (numbers.first, Reverse(numbers.last)));
-        let (mut segments, mut replaced) = (Vec::<Numbers>::new(), Vec::new());
+        let (mut segments, mut replaced, mut missing) = (Vec::<Numbers>::new(), Vec::new(), None);
         for numbers in found {
             let previous = segments.last();
             if previous.is_some_and(|previous| previous.contains(numbers)) {
@@ -45,12 +47,19 @@ impl Listing {
             }
             let expected = previous.map_or(1, |previous| previous.last + 1);
             if numbers.first != expected {
-                let missing = Numbers::one(expected).file_name();
-                bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display());
+                missing.get_or_insert(expected);
             }
             segments.push(numbers);
         }
-        Ok(Self { segments, replaced, temporary, strangers })
+        Ok(Self { segments, missing, replaced, temporary, strangers })
+    }
+
+    /// Checks that there are segments from number 1 on and without gaps. What is missing can be there under another name,
+    /// which whoever opens the segments finds.
+    pub fn is_whole(&self, home: &Home) -> anyhow::Result<()> {
+        let Some(missing) = self.missing else { return Ok(()) };
+        let missing = Numbers::one(missing).file_name();
+        bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display())
     }
 }
 

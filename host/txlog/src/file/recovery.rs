@@ -49,6 +49,7 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     let found = listing.segments.iter().map(|numbers| Found::open(home, *numbers));
     let found: Vec<_> = found.collect::<anyhow::Result<_>>()?;
     one_log(home, &found, known.map(|known| known.log))?;
+    listing.is_whole(home)?;
     clean_up(home, &found, &listing)?;
     let marked = marked(home, &found)?;
     let durable = known.map_or(marked, |known| known.durable.max(marked));
