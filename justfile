@@ -47,7 +47,7 @@ certs: (_tool "openssl")
 
 # Run all tests: those of the server with one shard, then with four and on Postgres where these matter; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
@@ -106,7 +106,7 @@ guest-js:
     npx --no-install componentize-js store.js --wit ../../wit --world-name sharded-store \
         --disable random stdio clocks http fetch-event --out "../../$component"
 
-# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay or swap; half an hour in all
+# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay, swap or availability; three quarters of an hour in all
 [group('develop')]
 bench *WHAT: _build (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --package kvs-tests --bench bench -- {{ WHAT }}
@@ -191,14 +191,15 @@ audit: (_cargo_tool "cargo-deny")
 
 # Format, lint, check the documentation and what is in deploy, as CI does
 [group('develop')]
-lint: _target _python (_tool "systemd-analyze" "systemd")
+lint: _target _python (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo fmt --all --check
     cargo clippy --release --all-targets -- -D warnings
     cargo clippy --release --package schema-guest -- -D warnings
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
-    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
+    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml
+    haproxy -c -q -f deploy/pair/haproxy.cfg
     target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/kvs.yaml deploy/kubernetes/monitor.yaml
 
 # The target that guests are compiled for

@@ -231,6 +231,8 @@ mod tests {
         for (file, text) in [
             ("Dockerfile", include_str!("../../Dockerfile")),
             ("compose.yaml", include_str!("../../deploy/compose.yaml")),
+            ("pair/compose.yaml", include_str!("../../deploy/pair/compose.yaml")),
+            ("pair/pair.conf", include_str!("../../deploy/pair/pair.conf")),
             ("kubernetes/kvs.yaml", include_str!("../../deploy/kubernetes/kvs.yaml")),
             ("kvs.env", include_str!("../../deploy/kvs.env")),
             ("kvs.service", include_str!("../../deploy/kvs.service")),

@@ -4,43 +4,77 @@
 //! found out, or whose turn it is in a shard.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
 
 use crate::guest::Shards;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::postgres::{News, PostgresLog};
-use kvs_txlog::{Forgotten, TransactionLog};
+use kvs_txlog::{Forgotten, News, Standby};
 
 /// The pause before the log is read again when that failed.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// A log that is followed, and up to when everything of it was taken in.
+pub struct Followed {
+    log: Arc<dyn Standby>,
+    /// None since this process is primary.
+    as_of: watch::Sender<Option<Instant>>,
+}
+
+impl Followed {
+    /// Takes what was built for everything that was known of the log then.
+    pub fn new(log: Arc<dyn Standby>) -> Self {
+        let as_of = log.news().borrow().as_of;
+        Self { log, as_of: watch::Sender::new(Some(as_of)) }
+    }
+
+    /// The time up to which everything was taken in. None since this process is primary.
+    pub fn as_of(&self) -> Option<Instant> {
+        *self.as_of.borrow()
+    }
+
+    /// URL of the primary, where it has announced one.
+    pub fn primary(&self) -> Option<String> {
+        self.log.news().borrow().primary.clone()
+    }
+
+    /// Ends when this process is primary.
+    pub async fn promoted(&self) {
+        // The sender is in `self`.
+        let _ = self.as_of.subscribe().wait_for(Option::is_none).await;
+    }
+}
+
 /// Takes in what the other process writes, and all that it has written when the log becomes this process's.
-pub async fn run(log: Arc<PostgresLog>, changes: Arc<ChangeFeed>, shards: Arc<Shards>) -> Result<()> {
+pub async fn run(followed: Arc<Followed>, changes: Arc<ChangeFeed>, shards: Arc<Shards>) -> Result<()> {
+    let log = &*followed.log;
     let mut news = log.news();
     loop {
-        let News { newest, holder } = news.borrow_and_update().clone();
+        let News { newest, holder, as_of, .. } = news.borrow_and_update().clone();
         while log.appended() < newest {
-            if let Err(error) = take_in(&log, &changes, &shards).await {
+            if let Err(error) = take_in(log, &changes, &shards).await {
                 warn!("what is new in the log cannot be taken in: {error:#}");
                 sleep(PAUSE).await;
             }
         }
         if holder.is_none() {
-            log.begin();
+            log.begin()?;
             shards.promoted();
+            followed.as_of.send_replace(None);
             return Ok(());
         }
+        followed.as_of.send_replace(Some(as_of));
         news.changed().await?;
     }
 }
 
 /// The store first, so that whoever was told of a change finds it there; then the log, so that whoever begins to watch reads
 /// there what the others are told at last.
-async fn take_in(log: &PostgresLog, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
+async fn take_in(log: &dyn Standby, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
     match changes.read(log.appended(), |_| true).await {
         Ok(past) => {
             shards.take_in(&past.changes, past.until).await?;

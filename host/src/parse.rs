@@ -4,11 +4,30 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use hyper::Uri;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
         text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
     addresses.next().ok_or_else(|| "this name has no address".to_owned())
+}
+
+/// The address of a listener that comes and goes, and that clients know.
+pub fn fixed_address(text: &str) -> Result<SocketAddr, String> {
+    let address = address(text)?;
+    if address.port() == 0 { Err("this listener needs a port other than 0".to_owned()) } else { Ok(address) }
+}
+
+/// A URL that fits in a header and in a log line.
+pub fn advertise(text: &str) -> Result<String, String> {
+    let uri = text.parse::<Uri>().ok().filter(|_| text.len() <= 256);
+    let is_http =
+        uri.is_some_and(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some());
+    if is_http {
+        Ok(text.to_owned())
+    } else {
+        Err("a URL of at most 256 bytes, like https://kvs-1.example:8443".to_owned())
+    }
 }
 
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -99,6 +118,17 @@ mod tests {
         assert!(value_bytes("0").is_err());
         assert!(value_bytes("1TiB").is_err());
         assert!(value_bytes("lots").is_err());
+    }
+
+    #[test]
+    fn advertised_url_has_scheme_and_host() {
+        for fits in ["http://10.0.0.1:8080", "https://kvs.example", "http://[::1]:80/"] {
+            assert_eq!(advertise(fits).as_deref(), Ok(fits));
+        }
+        let long = format!("http://{}", "a".repeat(250));
+        for unfit in ["", "kvs.example:8080", "ftp://kvs.example", "http://", "http://a b", "http://a\r\nb: c", &long] {
+            assert!(advertise(unfit).is_err(), "{unfit}");
+        }
     }
 
     #[test]

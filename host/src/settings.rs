@@ -16,8 +16,8 @@ use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest::{self, Source};
 use crate::parse::{
-    address, count, duration, header_bytes, inflight_bytes, memory_bytes, rate, read_lease, setting, target_bytes,
-    value_bytes,
+    address, advertise, count, duration, fixed_address, header_bytes, inflight_bytes, memory_bytes, rate, read_lease,
+    setting, target_bytes, value_bytes,
 };
 
 #[derive(Debug, Args)]
@@ -33,7 +33,16 @@ pub struct Serve {
     #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
     pub listen: SocketAddr,
 
-    /// Address of the admin listener (/livez, /readyz, /metrics, /guest); port 0 takes a free one
+    /// Address of a second HTTP listener, open while this server is primary
+    #[arg(long, env = "KVS_LISTEN_WHEN_PRIMARY", value_name = "ADDRESS", value_parser = fixed_address)]
+    pub listen_when_primary: Option<SocketAddr>,
+
+    /// URL of this server as clients reach it, which a standby names while this server is primary. Without it, from the
+    /// address of the listener, unless that is a wildcard
+    #[arg(long, env = "KVS_ADVERTISE", value_name = "URL", value_parser = advertise)]
+    pub advertise: Option<String>,
+
+    /// Address of the admin listener (/livez, /readyz, /primary, /metrics, /guest); port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
@@ -51,9 +60,13 @@ pub struct Serve {
     #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub txlog_timeout: Duration,
 
-    /// Follow the primary, serve reads, and take over when it is gone (transaction log in a database)
+    /// Follow the primary, serve stale reads, and take over when it is gone
     #[arg(long, env = "KVS_STANDBY")]
     pub standby: bool,
+
+    /// Serve stale reads while this server is not primary, also to clients that do not ask for them
+    #[arg(long, env = "KVS_STALE_READS")]
+    pub stale_reads: bool,
 
     /// Read lease of a primary that has a standby: for how long it answers reads without the database, and a standby waits
     #[arg(long, env = "KVS_READ_LEASE", value_name = "TIME", default_value = "2s", value_parser = read_lease)]

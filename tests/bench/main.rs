@@ -1,10 +1,11 @@
 //! `just bench`: what a request costs, and how late it is, what a call into the guest costs, what the group commit is worth, on a disk and in a database, how fast
-//! the way back is, and what a swap does to those who ask meanwhile. `just bench commit` measures one of them. What was measured
+//! the way back is, what a swap does to those who ask meanwhile, and for how long nobody answers. `just bench commit` measures one of them. What was measured
 //! is written to `tests/bench/results.*`. `just bench-quick` is apart: it counts instructions.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
 
+mod availability;
 mod call;
 mod commit;
 mod latency;
@@ -28,7 +29,7 @@ use report::Report;
 
 type Benchmark = fn(&Path, &mut Report) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 7] = [
+const ALL: [(&str, Benchmark); 8] = [
     ("requests", requests::run),
     ("latency", latency::run),
     ("call", call::run),
@@ -36,6 +37,7 @@ const ALL: [(&str, Benchmark); 7] = [
     ("postgres", postgres::run),
     ("replay", replay::run),
     ("swap", swap::run),
+    ("availability", availability::run),
 ];
 
 /// That of kvs, so that what the plain map is compared with is not its allocator.

@@ -72,10 +72,15 @@ impl Server {
         self
     }
 
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let id = Pid::from_raw(self.process.id().try_into()?).context("it has an id")?;
+        kill_process(id, signal)?;
+        Ok(())
+    }
+
     /// Tells it to stop, and waits until it has.
     pub fn stop(mut self) -> Result<()> {
-        let id = Pid::from_raw(self.process.id().try_into()?).context("it has an id")?;
-        kill_process(id, Signal::TERM)?;
+        self.signal(Signal::TERM)?;
         self.process.wait()?;
         Ok(())
     }

@@ -34,6 +34,18 @@ pub struct Table {
     pub rows: Vec<Vec<Value>>,
 }
 
+impl Part {
+    fn text(&self) -> String {
+        let time = humantime::format_rfc3339_seconds(UNIX_EPOCH + std::time::Duration::from_secs(self.time));
+        let mut text = format!("\n{time}, {}; {}.\n", self.machine, self.versions.join("; "));
+        for table in &self.tables {
+            text += &head(table);
+            text.extend(table.rows.iter().map(|row| line(row) + "\n"));
+        }
+        text
+    }
+}
+
 pub struct Report {
     part: Part,
 }
@@ -82,6 +94,11 @@ impl Report {
         }
     }
 
+    /// What was measured, on which machine, when, with what.
+    pub fn text(&self) -> String {
+        self.part.text()
+    }
+
     /// Keeps it beside what other benchmarks left.
     pub fn keep(self, name: &str) -> Result<()> {
         let [json, markdown, svg] = ["json", "md", "svg"]
@@ -108,12 +125,7 @@ pub fn number(value: f64, digits: usize) -> Value {
 fn written(parts: &BTreeMap<String, Part>) -> String {
     let mut text = "# What `just bench` measured\n".to_owned();
     for part in parts.values() {
-        let time = humantime::format_rfc3339_seconds(UNIX_EPOCH + std::time::Duration::from_secs(part.time));
-        text += &format!("\n## `{}`\n\n{time}, {}; {}.\n", part.command, part.machine, part.versions.join("; "));
-        for table in &part.tables {
-            text += &head(table);
-            text.extend(table.rows.iter().map(|row| line(row) + "\n"));
-        }
+        text += &format!("\n## `{}`\n{}", part.command, part.text());
     }
     text
 }

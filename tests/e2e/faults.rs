@@ -81,8 +81,9 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str)
         for text in told {
             assert!(last.contains(text), "{call} {at}: it does not tell {text:?}, but: {last}");
         }
-        // A segment, or at the start the file that identifies the directory.
-        let named = last.split([' ', ':']).find(|word| word.contains(place) || word.contains("/log/identity"));
+        // A segment, the position after its sync, or at the start the file that identifies the directory.
+        let places = [place, "/log/position", "/log/identity"];
+        let named = last.split([' ', ':']).find(|word| places.iter().any(|place| word.contains(place)));
         assert!(
             named.is_some_and(|named| Path::new(named).exists()),
             "{call} {at}: it names nothing that is there: {last}"

@@ -63,7 +63,7 @@ impl Mount {
     }
 
     /// Takes what is left, to the last byte, until the file is removed.
-    fn brim(&self) -> PathBuf {
+    pub fn brim(&self) -> PathBuf {
         let path = self.directory.path().join("brim");
         let mut file = File::create(&path).expect("a file can be empty");
         for size in [1 << 20, 4096, 1] {

@@ -3,49 +3,17 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 
+pub use kvs_tests::built;
+use kvs_tests::{succeeds, target_dir};
 use tempfile::TempDir;
 
 use crate::server::{Process, Server, serve};
 use crate::swap::{component, serving, swaps, under_load};
 use crate::wire::Connection;
-
-const TARGET: &str = "wasm32-wasip2";
-
-/// Where the build script built the default guest, so that what guests share is not built twice.
-fn target_dir() -> PathBuf {
-    let built = Path::new(kvs_tests::DEFAULT_GUEST);
-    built.ancestors().nth(3).expect("TARGET/PROFILE/FILE lies in it").to_owned()
-}
-
-/// Builds the package `NAME-guest`. Gives the file, as an argument of `kvs serve`.
-pub fn built(name: &str) -> String {
-    let target_dir = target_dir();
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(kvs_tests::ROOT);
-    cargo.args(["build", "--locked", "--package", &format!("{name}-guest"), "--profile", "guest", "--target", TARGET]);
-    cargo.arg("--target-dir").arg(&target_dir);
-    succeeds(cargo, name);
-    let guest = target_dir.join(TARGET).join("guest").join(format!("{name}_guest.wasm"));
-    guest.to_str().expect("the path is text").to_owned()
-}
-
-/// Runs a command that builds something.
-fn succeeds(mut command: Command, what: &str) {
-    // What is meant for the host's build (linters, flags, coverage) must not reach the guest's.
-    for (name, _) in std::env::vars_os() {
-        let meant_for_host = ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"];
-        if meant_for_host.iter().any(|host| name == *host) {
-            command.env_remove(name);
-        }
-    }
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{what} does not build, with {command:?}:\n{said}");
-}
 
 /// `just RECIPE` in the project's directory, or in a copy of it.
 fn just(directory: &Path, recipe: &[&str]) {

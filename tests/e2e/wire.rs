@@ -14,6 +14,9 @@ use crate::server::PATIENCE;
 /// Everything but letters, digits and `/`.
 const LONG_FORM: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/');
 
+/// Asks for a stale read, which a standby serves.
+pub const STALE: [(&str, &str); 1] = [("kvs-consistency", "stale")];
+
 /// The path of a key in the short form: a slash is escaped.
 pub fn short(key: &str) -> String {
     format!("/v1/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))

@@ -58,6 +58,8 @@ pub struct Options<'o> {
     pub authorities: Option<&'o Path>,
     /// The longest time without a byte from the server.
     pub read_timeout: Option<Duration>,
+    /// Accept stale reads of a server that is not primary.
+    pub stale: bool,
 }
 
 pub struct Server {
@@ -66,6 +68,7 @@ pub struct Server {
     /// The flag that named it.
     flag: &'static str,
     token: Option<HeaderValue>,
+    stale: bool,
 }
 
 /// Why there is no answer, or not the one that was wanted.
@@ -88,7 +91,7 @@ pub struct Ask<'a> {
 
 impl Server {
     pub fn new(options: &Options<'_>) -> Result<Self> {
-        let &Options { url, flag, token, authorities, read_timeout } = options;
+        let &Options { url, flag, token, authorities, read_timeout, stale } = options;
         let base = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let base = base.trim_end_matches('/').to_owned();
         let mut config = Agent::config_builder()
@@ -107,7 +110,7 @@ impl Server {
             let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(provider).root_certs(roots);
             config = config.tls_config(tls.build());
         }
-        Ok(Self { agent: config.build().into(), base, flag, token: token.map(bearer).transpose()? })
+        Ok(Self { agent: config.build().into(), base, flag, token: token.map(bearer).transpose()?, stale })
     }
 
     /// Where it is.
@@ -120,6 +123,9 @@ impl Server {
         let mut request = Request::builder().method(ask.method).uri(format!("{}{}", self.base, ask.target));
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, token);
+        }
+        if self.stale {
+            request = request.header("kvs-consistency", "stale");
         }
         for (name, value) in ask.headers {
             request = request.header(*name, *value);

@@ -63,6 +63,16 @@ impl Health {
         *current = phase.max(*current);
     }
 
+    /// Whether this server is primary and ready, for a proxy that sends everything to the primary; and a line that says so.
+    pub fn primary(&self) -> (bool, String) {
+        let Some(log) = self.log.get() else { return (false, "not open yet\n".to_owned()) };
+        match (log.read_only(), self.report()) {
+            (Some(reason), _) => (false, format!("{reason}\n")),
+            (None, (true, _)) => (true, "primary\n".to_owned()),
+            (None, (false, report)) => (false, report),
+        }
+    }
+
     /// Whether requests should be sent here, and a line for each part that has a say in it.
     pub fn report(&self) -> (bool, String) {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,7 +141,8 @@ mod tests {
         );
         let data = data.path().to_owned();
         let (durability, env) = (Durability::Sync, Env::real());
-        let options = Options { data, segment_bytes: 1 << 20, group_bytes: 1 << 10, durability, env };
+        let (segment_bytes, group_bytes, advertise) = (1 << 20, 1 << 10, None);
+        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
         let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(options).expect("a new log can be opened"));
         health.set_log(Arc::clone(&log));
         health.reached(Phase::Replaying);
@@ -141,9 +152,11 @@ mod tests {
         );
         health.reached(Phase::Serving);
         assert_eq!(health.report(), (true, format!("[+]log ok\n[+]guest ok\n[+]edge ok\n{OTHERS}")));
+        assert_eq!(health.primary(), (true, "primary\n".into()));
         log.watermark().latch("input/output error".into());
         let failed = format!("[-]log failed: input/output error\n[+]guest ok\n[+]edge ok\n{OTHERS}");
-        assert_eq!(health.report(), (false, failed));
+        assert_eq!(health.report(), (false, failed.clone()));
+        assert_eq!(health.primary(), (false, failed));
         health.reached(Phase::Stopping);
         health.reached(Phase::Serving);
         assert!(health.report().1.ends_with(&format!("[-]edge stopping\n{OTHERS}")));

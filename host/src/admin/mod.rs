@@ -113,7 +113,7 @@ impl Admin {
     /// The paths there are, and what answers them.
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         // Health is for whoever decides where requests go, and no secret.
-        let is_health = matches!(request.uri().path(), "/livez" | "/readyz");
+        let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary");
         if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health)
             && let Err(refusal) = tokens.get().check_admin(request.headers())
         {
@@ -125,17 +125,23 @@ impl Admin {
                 let (ready, report) = self.health.report();
                 text(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
+            ("/primary", &Method::GET | &Method::HEAD) => {
+                let (primary, report) = self.health.primary();
+                text(if primary { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+            }
             ("/metrics", &Method::GET | &Method::HEAD) => {
                 let mut response = text(StatusCode::OK, self.metrics.text());
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
                 response
             }
-            ("/livez" | "/readyz" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/livez" | "/readyz" | "/primary" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/guest", _) => match self.guests.get() {
                 Some(guests) => guests.respond(request).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /metrics and /guest\n"),
+            _ => {
+                text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest\n")
+            }
         }
     }
 }

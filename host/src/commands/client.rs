@@ -25,6 +25,18 @@ pub struct ServerArgs {
     cacert: Option<PathBuf>,
 }
 
+/// The server that is read from.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct ReadArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+
+    /// Accept stale reads, which a standby serves
+    #[arg(long)]
+    stale: bool,
+}
+
 #[derive(Debug, Default, clap::Args)]
 pub struct TokenArgs {
     /// Bearer token; on the command line other users of this machine see it, in the variable or a file they do not
@@ -38,13 +50,24 @@ pub struct TokenArgs {
 
 impl ServerArgs {
     pub fn server(&self) -> Result<Server> {
+        self.server_for(false)
+    }
+
+    fn server_for(&self, stale: bool) -> Result<Server> {
         Server::new(&Options {
             url: &self.url,
             flag: "--url",
             token: self.token.read()?.as_deref(),
             authorities: self.cacert.as_deref(),
             read_timeout: Some(READ_TIMEOUT),
+            stale,
         })
+    }
+}
+
+impl ReadArgs {
+    pub fn server(&self) -> Result<Server> {
+        self.server.server_for(self.stale)
     }
 }
 

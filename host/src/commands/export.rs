@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::client::ServerArgs;
+use super::client::ReadArgs;
 
 #[derive(Debug, clap::Args)]
 pub struct Export {
@@ -10,7 +10,7 @@ pub struct Export {
     prefix: String,
 
     #[command(flatten)]
-    server: ServerArgs,
+    server: ReadArgs,
 }
 
 pub fn run(args: &Export) -> anyhow::Result<()> {

@@ -2,13 +2,13 @@
 
 use std::io;
 
-use super::client::ServerArgs;
+use super::client::ReadArgs;
 
 #[derive(Debug, clap::Args)]
 pub struct Get {
     key: String,
     #[command(flatten)]
-    server: ServerArgs,
+    server: ReadArgs,
 }
 
 pub fn run(args: &Get) -> anyhow::Result<()> {

@@ -27,6 +27,7 @@ pub fn run(args: &Health) -> Result<()> {
         token: None,
         authorities: None,
         read_timeout: Some(READ_TIMEOUT),
+        stale: false,
     })?;
     let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
     match server.ask(&Ask { method: "GET", target, headers: &[], body: None }) {

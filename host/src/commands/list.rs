@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::client::ServerArgs;
+use super::client::ReadArgs;
 
 #[derive(Debug, clap::Args)]
 pub struct List {
@@ -14,7 +14,7 @@ pub struct List {
     json: bool,
 
     #[command(flatten)]
-    server: ServerArgs,
+    server: ReadArgs,
 }
 
 pub fn run(args: &List) -> anyhow::Result<()> {

@@ -1,5 +1,7 @@
 //! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
 
+mod listeners;
+
 use std::convert::Infallible;
 use std::env;
 use std::net::SocketAddr;
@@ -11,17 +13,17 @@ use anyhow::{Context, Result, bail, ensure};
 use bytesize::ByteSize;
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
-use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::file::{self, FileLog};
+use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
-use tokio::net::{TcpListener, TcpSocket};
+use kvs_txlog::{Standby, TransactionLog};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
 use tokio::task;
 use tracing::{info, warn};
 
+use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
 use crate::admin::{Admin, Phase};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
@@ -30,15 +32,12 @@ use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, RequestIds, Service};
-use crate::follow;
+use crate::follow::{self, Followed};
 use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
-
-/// Connections that may wait to be accepted.
-const BACKLOG: u32 = 1024;
 
 /// The share of the memory that requests and responses in flight may take, and what they may take in any case.
 const MEMORY_SHARE: u64 = 8;
@@ -95,8 +94,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
+    let advertise = advertised(args, socket.local_addr()?);
     let (log, followed) = tokio::select! {
-        opened = open_log(args, &admin.metrics, env) => opened?,
+        opened = open_log(args, advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
             info!("stopped before the log was opened");
             return Ok(Ended::Stopped);
@@ -165,7 +165,8 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         "serving on {scheme}://{address}",
     );
 
-    if let Some(followed) = followed {
+    let followed = followed.map(|log| Arc::new(Followed::new(log)));
+    if let Some(followed) = followed.clone() {
         let (changes, shards) = (Arc::clone(&changes), Arc::clone(&shards));
         tasks.restart("follow", clock, move || {
             follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards))
@@ -219,6 +220,8 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let service = Service {
         shards,
         changes: Arc::clone(&changes),
+        followed: followed.clone(),
+        stale_reads: args.stale_reads,
         limits,
         tokens,
         throttle,
@@ -228,8 +231,14 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         access_log,
     };
     admin.metrics.add(budget.clone());
+    let when_primary = Arc::new(WhenPrimary::default());
+    if args.listen_when_primary.is_some() {
+        let when_primary = Arc::clone(&when_primary);
+        health.add("primary listener", move || when_primary.condition());
+    }
+    let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, async {
+    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, second, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -289,16 +298,23 @@ fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
 async fn open_log(
     args: &Serve,
+    advertise: Option<String>,
     metrics: &Metrics,
     env: &Env,
-) -> Result<(Arc<dyn TransactionLog>, Option<Arc<PostgresLog>>)> {
+) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
     let env = env.clone();
     let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
-            ensure!(!args.standby, "--standby is for a log in a database: give one with --txlog");
             let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let log = Arc::new(FileLog::open(file::Options { data, segment_bytes, group_bytes, durability, env })?);
+            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            if args.standby {
+                let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
+                metrics.add(log.clone());
+                let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+                return Ok((log, followed));
+            }
+            let log = Arc::new(FileLog::open(options)?);
             metrics.add(log.clone());
             Ok((log, None))
         }
@@ -307,39 +323,13 @@ async fn open_log(
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
             let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, env };
+            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
-            let followed = log.read_only().is_some().then(|| log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
             Ok((log, followed))
         }
     }
-}
-
-/// Refuses to be open to a network by oversight. Gives what is to be told when it is by intent.
-fn exposed(args: &Serve) -> Result<Vec<String>> {
-    let mut exposures = Vec::new();
-    let outside = |address: SocketAddr| !address.ip().to_canonical().is_loopback();
-    let (tls, tokens) = (args.tls.tls_cert.is_some(), args.access.tokens.is_some());
-    if outside(args.listen) && !tls {
-        ensure!(
-            tokens || args.access.insecure,
-            "--listen {} can be reached from elsewhere, without TLS and tokens; give those, or --insecure",
-            args.listen
-        );
-        let open = if tokens { "tokens can be overheard" } else { "everybody can read and change everything" };
-        exposures.push(format!("--listen {} can be reached from elsewhere, without TLS: {open}", args.listen));
-    }
-    if outside(args.admin) {
-        ensure!(
-            tokens,
-            "--admin {} can be reached from elsewhere; give --tokens, with one of scope admin, or listen on 127.0.0.1",
-            args.admin
-        );
-        let open = "tokens can be overheard";
-        exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
-    }
-    Ok(exposures)
 }
 
 /// Changes when the process is told to stop. Told twice, it stops at once.
@@ -379,26 +369,6 @@ fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Resul
     Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(admin)
-}
-
-fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {
-    let bind = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // Else a restart would have to wait for the connections of the run before to be forgotten.
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        Ok::<_, std::io::Error>(socket)
-    };
-    bind().with_context(|| cannot_listen(address, flag))
-}
-
-fn listen(socket: TcpSocket) -> std::io::Result<(SocketAddr, TcpListener)> {
-    let listener = socket.listen(BACKLOG)?;
-    Ok((listener.local_addr()?, listener))
-}
-
-fn cannot_listen(address: SocketAddr, flag: &str) -> String {
-    format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
 
 #[cfg(test)]

@@ -39,8 +39,14 @@ pub struct Swap {
 pub fn run(args: &Swap) -> Result<()> {
     // It answers when the new guest's probation is over.
     let token = args.token.read()?;
-    let options =
-        Options { url: &args.admin, flag: "--admin", token: token.as_deref(), authorities: None, read_timeout: None };
+    let options = Options {
+        url: &args.admin,
+        flag: "--admin",
+        token: token.as_deref(),
+        authorities: None,
+        read_timeout: None,
+        stale: false,
+    };
     let server = Server::new(&options)?;
     let watched = Server::new(&Options { read_timeout: Some(READ_TIMEOUT), ..options })?;
     let base = server.base().to_owned();

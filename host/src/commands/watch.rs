@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::client::ServerArgs;
+use super::client::ReadArgs;
 use crate::lines::notice;
 
 #[derive(Debug, clap::Args)]
@@ -19,7 +19,7 @@ pub struct Watch {
     json: bool,
 
     #[command(flatten)]
-    server: ServerArgs,
+    server: ReadArgs,
 }
 
 pub fn run(args: &Watch) -> anyhow::Result<()> {

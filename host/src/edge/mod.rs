@@ -4,7 +4,7 @@
 //! Must never know: what a path or a key means, or what lies in the log.
 //!
 //! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
-//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `budget`, `body`; `stream` has the responses that go on,
+//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `consistency`, `budget`, `body`; `stream` has the responses that go on,
 //! `problem` errors for programs, `metrics` what is counted and `access_log` what is told.
 
 pub mod access_log;
@@ -13,6 +13,7 @@ pub mod auth;
 mod body;
 pub mod budget;
 mod connection;
+mod consistency;
 pub mod cors;
 mod counted;
 mod frames;
@@ -31,12 +32,14 @@ mod stream;
 pub mod throttle;
 pub mod tls;
 
+use std::future::pending;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvs_runtime::Tasks;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
@@ -95,23 +98,38 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// Serves `listener` until `stop`, then finishes what is under way. Returns how many connections had to be cut off.
-    pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) -> usize {
+    /// Serves `listener`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
+    /// connections had to be cut off.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        second: impl Future<Output = TcpListener>,
+        stop: impl Future<Output = ()>,
+    ) -> usize {
         let edge = Arc::new(self);
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
         // Each connection holds a receiver to its end.
         let (stopping, _) = watch::channel(());
-        let mut stop = std::pin::pin!(stop);
+        let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
+        let mut opened = None;
         loop {
             // A free place first: who finds none waits in the backlog of the listener.
             let accepted = async {
                 let place = Arc::clone(&connections).acquire_owned().await;
-                (place, listener.accept().await)
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    accepted = accept(opened.as_ref()) => accepted,
+                };
+                (place, accepted)
             };
             let (place, stream, peer) = tokio::select! {
                 biased;
                 () = &mut stop => break,
+                listener = &mut second, if opened.is_none() => {
+                    opened = Some(listener);
+                    continue;
+                }
                 (place, accepted) = accepted => match accepted {
                     Ok((stream, peer)) => (place, stream, peer),
                     Err(error) => {
@@ -137,13 +155,20 @@ impl Edge {
                 drop((place, counted, open));
             });
         }
-        drop(listener);
+        drop((listener, opened));
         let open = stopping.receiver_count();
         stopping.send_replace(());
         match timeout(edge.limits.drain, stopping.closed()).await {
             Ok(()) => 0,
             Err(_) => open,
         }
+    }
+}
+
+async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match listener {
+        Some(listener) => listener.accept().await,
+        None => pending().await,
     }
 }
 

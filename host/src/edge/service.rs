@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
@@ -20,6 +21,7 @@ use super::auth::{Grant, Standing, Tokens, revoked};
 use super::body::full;
 use super::budget::Exceeded;
 use super::connection::Peer;
+use super::consistency;
 use super::cors::Cors;
 use super::counted::left;
 use super::metrics::{self, Limit, Metrics};
@@ -29,6 +31,7 @@ use super::request_id::{self, RequestIds};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
 use crate::contract::Scope;
+use crate::follow::Followed;
 use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
@@ -43,6 +46,10 @@ const STREAM: usize = 2 << 10;
 pub struct Service {
     pub shards: Arc<Shards>,
     pub changes: Arc<ChangeFeed>,
+    /// Known where this process began as a standby.
+    pub followed: Option<Arc<Followed>>,
+    /// Reads are stale on a standby unless the client asks for others.
+    pub stale_reads: bool,
     pub limits: Limits,
     /// Without, everybody may do everything.
     pub tokens: Option<Arc<Tokens>>,
@@ -52,6 +59,12 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub access_log: Option<Arc<AccessLog>>,
+}
+
+/// The guest's answer, and on a standby the time up to which it has everything.
+struct Answered {
+    answer: Answer,
+    as_of: Option<time::Instant>,
 }
 
 /// A request under way, until it is dropped.
@@ -128,12 +141,12 @@ impl Service {
         let (request, principal) = (Request::from_parts(head, body), principal.clone());
         let client = Arc::clone(&peer.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
-        let mut answer = self.call(incoming, deadline).await?;
+        let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
             charge.must_hold(head_bytes);
-            (answer, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
+            (Answered { answer, as_of }, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
         }
         let response_bytes = answer.response.bytes() + if http2 { STREAM } else { 0 };
         if answer.appended {
@@ -147,7 +160,10 @@ impl Service {
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
         })?;
-        let (head, body) = response.into_parts();
+        let (mut head, body) = response.into_parts();
+        if let Some(as_of) = as_of {
+            consistency::set_age(&mut head.headers, self.shards.env().clock.elapsed(as_of));
+        }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let stream = stream::open(&self.changes, watch, &peer.account).await?;
@@ -162,20 +178,23 @@ impl Service {
         Ok(Response::from_parts(head, reply))
     }
 
-    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
+    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answered, Refusal> {
         let client = Arc::clone(&incoming.client);
+        // Before the call: the state only gets newer.
+        let as_of = self.followed.as_ref().and_then(|followed| followed.as_of());
         let answer = match timeout_at(deadline, client.turn.lock()).await {
             Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),
         };
-        answer.map_err(|error| {
+        let answer = answer.map_err(|error| {
             let told = error.to_string();
             match error {
                 CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
                 CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &told).into(),
                 CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
             }
-        })
+        });
+        answer.map(|answer| Answered { answer, as_of })
     }
 
     /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
@@ -185,13 +204,13 @@ impl Service {
         mut wait: Box<Wait>,
         socket: &TcpStream,
         standing: Option<&Standing>,
-    ) -> Result<(Answer, Instant), Refusal> {
+    ) -> Result<(Answered, Instant), Refusal> {
         let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let answer = self.call(wait.incoming, deadline).await?;
+            let Answered { answer, as_of } = self.call(wait.incoming, deadline).await?;
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     tokio::select! {
@@ -203,7 +222,10 @@ impl Service {
                     }
                     wait = again;
                 }
-                (sequel, _) => return Ok((Answer { sequel, ..answer }, deadline)),
+                (sequel, _) => {
+                    let answer = Answer { sequel, ..answer };
+                    return Ok((Answered { answer, as_of }, deadline));
+                }
             }
         }
     }
@@ -257,11 +279,14 @@ impl Service {
                 }
             }
         }
+        let accepts_stale = consistency::accepts_stale(&head.headers)?.unwrap_or(self.stale_reads);
         // A guest may find that there is nothing to do, and would say it is done, where it is not where it is written.
-        if !head.method.is_safe()
+        let is_read = head.method.is_safe();
+        if !(is_read && accepts_stale)
             && let Some(reason) = self.changes.read_only()
         {
-            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
+            let primary = self.followed.as_ref().and_then(|followed| followed.primary());
+            return Err(consistency::not_primary(reason, is_read, primary.as_deref()).into());
         }
         Ok((under_way, grant))
     }

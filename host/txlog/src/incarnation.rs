@@ -53,6 +53,12 @@ impl History {
         !self.0.iter().any(|incarnation| incarnation.fork < sequence && sequence < incarnation.first)
     }
 
+    /// The number of entries after one sequence, up to another, of which none is in a gap.
+    pub fn entries(&self, after: u64, until: u64) -> u64 {
+        let gaps = self.0.iter().map(|gap| (gap.first - 1).min(until).saturating_sub(gap.fork.max(after)));
+        until.saturating_sub(after).saturating_sub(gaps.sum())
+    }
+
     /// The sequence that follows another where no entry is missing.
     pub fn next(&self, sequence: u64) -> u64 {
         self.0.iter().fold(sequence + 1, |next, incarnation| {
@@ -89,6 +95,17 @@ mod tests {
             assert_eq!(history.next(sequence), next, "{sequence}");
         }
         assert_eq!(History::default().next(7), 8);
+    }
+
+    #[test]
+    fn gaps_hold_no_entries() {
+        let history = history();
+        for (after, until, count) in [(0, 10, 10), (10, 100, 1), (9, 101, 3), (150, 5_000, 1), (0, 5_001, 63)] {
+            assert_eq!(history.entries(after, until), count, "{after} {until}");
+        }
+        assert_eq!(history.entries(7, 7), 0);
+        assert_eq!(history.entries(8, 7), 0);
+        assert_eq!(History::default().entries(3, 7), 4);
     }
 
     #[test]

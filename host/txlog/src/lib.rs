@@ -16,6 +16,7 @@ pub mod fuzz;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+mod standby;
 pub mod subscribers;
 mod sync;
 #[cfg(test)]
@@ -25,6 +26,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
 
 /// What every log promises: the file, and whatever stands in for it.

@@ -60,6 +60,8 @@ impl Watermark {
     /// Everything up to `durable` is on disk: lets go who waited for it, lowest sequence first.
     pub fn advance(&self, durable: u64) {
         let mut waiting = self.waiting();
+        // What is durable stays so, in whatever order those come who found it.
+        let durable = durable.max(self.durable());
         self.durable.store(durable, Ordering::Release);
         let mut released: Vec<_> = waiting.sequences.extract_if(.., |(sequence, _)| *sequence <= durable).collect();
         drop(waiting);

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::history::{Item, Key, Operation, Outcome, Step, resolve};
 use super::plan::{CLIENTS, Form, KEYS, OPERATIONS, plan, remember};
 use crate::server::PATIENCE;
-use crate::wire::{Connection, Response, Stream, Way};
+use crate::wire::{Connection, Response, STALE, Stream, Way};
 
 /// The address of the server, and the number of operations recorded: all that clients and the faults of a test share.
 #[derive(Default)]
@@ -237,7 +237,7 @@ pub fn read_on(address: SocketAddr, history: &str, go_on: impl Fn() -> bool) -> 
     let mut shown = 0;
     while go_on() {
         for (key, newest) in newest.iter_mut().enumerate() {
-            let response = connection.ask("GET", &format!("/v1/{}", name_of(history, key)), b"");
+            let response = connection.ask_with("GET", &format!("/v1/{}", name_of(history, key)), &STALE, b"");
             if let (200, Some(tag)) = (response.status, response.etag()) {
                 assert!(tag >= *newest, "key {key} of {history} went back from {newest} to {tag}");
                 *newest = tag;

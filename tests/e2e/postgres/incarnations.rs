@@ -14,7 +14,7 @@ use super::standby::{UP_TO_DATE, stand_by};
 use super::{WELL, becomes_ready, get, put, ready, start};
 use crate::server::{PATIENCE, Server, refused};
 use crate::watch::Events;
-use crate::wire::{Connection, Response};
+use crate::wire::{Connection, Response, STALE};
 
 /// More than any lost future holds.
 const JUMP: u64 = 1 << 40;
@@ -228,7 +228,7 @@ fn standbys_go_across_incarnation_without_gap() {
     let server = start_os(&url);
     assert_eq!([tag(&server, "a"), tag(&server, "b")], [1, 2]);
     let standbys = [stand_by(&url, &["--durability", "os"]), stand_by(&url, &["--durability", "os"])];
-    let mut watches = standbys.each_ref().map(|standby| Events::open(standby, "/v1?watch", &[]));
+    let mut watches = standbys.each_ref().map(|standby| Events::open(standby, "/v1?watch", &STALE));
     assert_eq!(tag(&server, "a"), 3);
     watches.iter_mut().for_each(|watch| sees(watch, &[3]));
     server.signal(Signal::KILL);
@@ -254,8 +254,8 @@ fn standbys_go_across_incarnation_without_gap() {
     becomes_ready(standby, 200, UP_TO_DATE);
     assert_eq!(database.sql("SELECT epoch FROM kvs.writer"), ["2"]);
     for server in [primary, standby] {
-        sees(&mut Events::open(server, "/v1?watch&since=2", &[]), &[3, first, first + 1]);
-        assert_eq!(ask(server, "GET", "/v1?watch&since=4", ("accept", "*/*")).status, 410);
+        sees(&mut Events::open(server, "/v1?watch&since=2", &STALE), &[3, first, first + 1]);
+        assert_eq!(ask(server, "GET", "/v1?watch&since=4", STALE[0]).status, 410);
         let metrics = Connection::open(server.admin()).ask("GET", "/metrics", b"");
         assert!(metrics.text().contains("\nkvs_txlog_replication_lag_entries 0\n"), "{}", metrics.text());
     }

@@ -1,13 +1,13 @@
 //! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
 
 mod commands;
-mod database;
+pub mod database;
 mod incarnations;
 mod opening;
 mod pooler;
-mod proxy;
+pub mod proxy;
 mod replication;
-mod standby;
+pub mod standby;
 mod takeover;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,26 +33,26 @@ use crate::zoo;
 const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND max(sequence) = (SELECT last FROM kvs.writer) \
      FROM kvs.transactions";
 
-fn start(url: &str) -> Server {
+pub fn start(url: &str) -> Server {
     Server::start(&["--txlog", url, "--txlog-timeout", "1s", "--request-timeout", "3s"])
 }
 
-fn put(server: &Server, key: &str, value: &str) -> u16 {
+pub fn put(server: &Server, key: &str, value: &str) -> u16 {
     Connection::open(server.address()).ask("PUT", &format!("/v1/{key}"), value.as_bytes()).status
 }
 
-fn get(server: &Server, key: &str) -> (u16, String) {
+pub fn get(server: &Server, key: &str) -> (u16, String) {
     let answer = Connection::open(server.address()).ask("GET", &format!("/v1/{key}"), b"");
     (answer.status, answer.text().to_owned())
 }
 
-fn ready(server: &Server) -> (u16, String) {
+pub fn ready(server: &Server) -> (u16, String) {
     let answer = Connection::open(server.admin()).ask("GET", "/readyz", b"");
     (answer.status, answer.text().to_owned())
 }
 
 /// Waits until readiness tells this.
-fn becomes_ready(server: &Server, status: u16, told: &str) {
+pub fn becomes_ready(server: &Server, status: u16, told: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (now, text) = ready(server);
@@ -73,12 +73,12 @@ fn is_deposed(server: Server) {
     assert!(status.code() == Some(1) && last.contains(DEPOSED), "{status}: {last}");
 }
 
-const WELL: &str = "[+]log ok\n";
-const AWAY: &str = "[+]log ok, but the database is away";
+pub const WELL: &str = "[+]log ok\n";
+pub const AWAY: &str = "[+]log ok, but the database is away";
 
 /// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
 /// outcome nobody tells, or when `trouble` is over.
-fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
+pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
     let count = AtomicU64::new(0);
     let (enough, awaited) = sync_channel(1);
     let over = AtomicBool::new(false);

@@ -17,10 +17,11 @@ use crate::metrics::counts;
 use crate::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::Connection;
+use crate::wire::{Connection, STALE};
 use crate::zoo;
 
-const STANDS_BY: &str = "[+]log ok, but standing by while process ";
+pub const STANDS_BY: &str = "[+]log ok, but standing by while process ";
+const REFUSED: &str = "this server stands by; another one takes writes";
 pub const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
 
 pub fn stand_by(url: &str, args: &[&str]) -> Server {
@@ -29,11 +30,16 @@ pub fn stand_by(url: &str, args: &[&str]) -> Server {
     server
 }
 
+fn get_stale(server: &Server, key: &str) -> (u16, String) {
+    let answer = Connection::open(server.address()).ask_with("GET", &format!("/v1/{key}"), &STALE, b"");
+    (answer.status, answer.text().to_owned())
+}
+
 /// Waits until it answers so.
-fn shows(server: &Server, key: &str, status: u16, value: &str) {
+pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
     let begun = std::time::Instant::now();
     loop {
-        let (now, shown) = get(server, key);
+        let (now, shown) = get_stale(server, key);
         if now == status && (status != 200 || shown == value) {
             return;
         }
@@ -49,15 +55,16 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     let server = start(&url);
     assert_eq!((put(&server, "a", "1"), put(&server, "b", "1")), (201, 201));
     let standby = stand_by(&url, &["--shards", "3"]);
-    assert_eq!(get(&standby, "a"), (200, "1".into()));
+    assert_eq!(get_stale(&standby, "a"), (200, "1".into()));
 
     // Who waits is woken.
     let typed = [("content-type", "text/plain")];
     let waiting = Connection::open(standby.address());
-    let mut watching = Events::open(&standby, "/v1?watch&prefix=a", &[]);
+    let mut watching = Events::open(&standby, "/v1?watch&prefix=a", &STALE);
     thread::scope(|scope| {
         let mut waiting = waiting;
-        let woken = scope.spawn(move || waiting.ask_with("GET", "/v1/a?wait=100s", &[("if-none-match", "\"1\"")], b""));
+        let woken = scope
+            .spawn(move || waiting.ask_with("GET", "/v1/a?wait=100s", &[("if-none-match", "\"1\""), STALE[0]], b""));
         let stored = Connection::open(server.address()).ask_with("PUT", "/v1/a", &typed, b"2");
         assert_eq!(stored.status, 201);
         let woken = woken.join().expect("it is answered");
@@ -72,7 +79,7 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     assert_eq!(client.ask("PUT", "/v1/c?ttl=1", b"short").status, 201);
     shows(&standby, "c", 200, "short");
     shows(&standby, "c", 404, "");
-    let list = Connection::open(standby.address()).ask("GET", "/v1", b"");
+    let list = Connection::open(standby.address()).ask_with("GET", "/v1", &STALE, b"");
     assert!(list.text().contains("\"key\":\"a\"") && !list.text().contains("\"key\":\"c\""), "{}", list.text());
 
     // What was deleted for being over was deleted by the one that writes.
@@ -81,7 +88,7 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     let operation = json!([{"op": "check", "key": "a", "if_none_match": "*"}]).to_string();
     for (method, path, body) in [("PUT", "/v1/a", ""), ("DELETE", "/v1/nothing", ""), ("POST", "/v1", &*operation)] {
         let refused = Connection::open(standby.address()).ask(method, path, body.as_bytes());
-        refused.says(503, "this server stands by; another one takes writes");
+        refused.says(503, &format!("{REFUSED}; the primary is {}", server.url("")));
         assert_eq!(refused.header("retry-after"), Some("1"));
     }
     let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
@@ -90,7 +97,7 @@ fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
     // It outlives the database, as the one that writes does.
     database.kill();
     becomes_ready(&standby, 200, AWAY.trim_start_matches("[+]log ok, but "));
-    assert_eq!(get(&standby, "a"), (200, "2".into()));
+    assert_eq!(get_stale(&standby, "a"), (200, "2".into()));
     database.start_again();
     becomes_ready(&server, 200, WELL);
     assert_eq!(put(&server, "d", "new"), 201);
@@ -143,7 +150,7 @@ fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is
         proxy.set(Way::Open);
         let standby = standby.join().expect("it stands by");
         standby.says("standing by, and the database is away");
-        assert_eq!(get(&standby, "a"), (200, "1".into()));
+        assert_eq!(get_stale(&standby, "a"), (200, "1".into()));
     });
     let nowhere = database.url().replace("/postgres?", "/nothere?");
     serve_refused(&["--standby", "--txlog", &nowhere]).with(1, &["database \"nothere\" does not exist"]);
@@ -154,7 +161,7 @@ fn a_guest_that_appends_while_its_server_stands_by_is_told_that_it_may_not() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[guest()]);
-    let told = Connection::open(standby.address()).ask("GET", "/append-to/a", b"");
+    let told = Connection::open(standby.address()).ask_with("GET", "/append-to/a", &STALE, b"");
     assert!(told.text().contains("ReadOnly"), "{}", told.text());
     assert_eq!(put(&server, "a", "1"), 201);
     assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["1"]);
@@ -167,7 +174,7 @@ fn one_that_stands_by_takes_over_from_a_writer_that_was_killed() {
     let server = start(&url);
     let standby = stand_by(&url, &["--shards", "3"]);
     let mut clients = Clients::new(&mut zoo::dice());
-    let mut watching = Events::open(&standby, "/v1?watch&since=0", &[]);
+    let mut watching = Events::open(&standby, "/v1?watch&since=0", &STALE);
     thread::scope(|scope| {
         // All that is ever written, in order, and each once.
         let watching = scope.spawn(move || {
@@ -238,7 +245,7 @@ fn deposed_primary_that_is_to_stand_by_begins_anew() {
     assert!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
     becomes_ready(&paused, 200, STANDS_BY);
     shows(&paused, "a", 200, "2");
-    assert_eq!(get(&paused, "lost").0, 404);
+    assert_eq!(get_stale(&paused, "lost").0, 404);
     standby.terminate();
     becomes_ready(&paused, 200, WELL);
     assert_eq!((put(&paused, "a", "3"), get(&paused, "a")), (201, (200, "3".into())));
@@ -391,7 +398,7 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
     assert_eq!((put(&server, "gone", "1"), put(&server, "kept", "1")), (201, 201));
     for (round, deleted) in [("2", false), ("3", true)] {
         shows(&standby, "kept", 200, if deleted { "2" } else { "1" });
-        let mut watching = Events::open(&standby, "/v1?watch", &[]);
+        let mut watching = Events::open(&standby, "/v1?watch", &STALE);
         standby.signal(Signal::STOP);
         assert_eq!((put(&server, "kept", "superseded"), put(&server, "kept", round)), (201, 201));
         if deleted {
@@ -404,11 +411,11 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
         assert_eq!(put(&server, "more", round), 201);
         standby.signal(Signal::CONT);
         shows(&standby, "more", 200, round);
-        assert_eq!(get(&standby, "kept"), (200, round.into()));
-        assert_eq!(get(&standby, "gone").0, if deleted { 404 } else { 200 });
+        assert_eq!(get_stale(&standby, "kept"), (200, round.into()));
+        assert_eq!(get_stale(&standby, "gone").0, if deleted { 404 } else { 200 });
         // One that would miss something is told nothing, and learns why when it asks.
         assert!(watching.next().is_none(), "it would miss what was superseded");
-        assert_eq!(Connection::open(standby.address()).ask("GET", "/v1?watch&since=2", b"").status, 410);
+        assert_eq!(Connection::open(standby.address()).ask_with("GET", "/v1?watch&since=2", &STALE, b"").status, 410);
     }
     // It takes in the last words of a writer that is gone when it looks again.
     standby.signal(Signal::STOP);
@@ -416,7 +423,7 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
     server.terminate();
     standby.signal(Signal::CONT);
     becomes_ready(&standby, 200, WELL);
-    assert_eq!(get(&standby, "more"), (200, "4".into()));
-    assert_eq!((put(&standby, "gone", "again"), get(&standby, "kept")), (201, (200, "3".into())));
+    assert_eq!(get_stale(&standby, "more"), (200, "4".into()));
+    assert_eq!((put(&standby, "gone", "again"), get_stale(&standby, "kept")), (201, (200, "3".into())));
     assert!(ready(&standby).1.starts_with(WELL));
 }

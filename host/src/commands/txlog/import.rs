@@ -33,7 +33,9 @@ pub fn run(at: &At, format: Format, from: Option<&Url>, file: Option<&Path>) -> 
         TxlogStorage::File => {
             let (data, segment_bytes, durability) = (at.data_dir.clone(), DEFAULT_SEGMENT_BYTES, Durability::Sync);
             let group_bytes = largest_group(segment_bytes);
-            import(&source, &FileLog::open(Options { data, segment_bytes, group_bytes, durability, env: Env::real() })?)
+            let (advertise, env) = (None, Env::real());
+            let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            import(&source, &FileLog::open(options)?)
         }
         TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
     }
@@ -214,7 +216,8 @@ mod tests {
         let file = data.join("text");
         fs::write(&file, text).unwrap();
         let (segment_bytes, group_bytes, durability) = (4 << 20, 1 << 20, Durability::Os);
-        let options = Options { data: data.into(), segment_bytes, group_bytes, durability, env: Env::real() };
+        let (data, advertise, env) = (data.into(), None, Env::real());
+        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
         let log = FileLog::open(options).unwrap();
         import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }

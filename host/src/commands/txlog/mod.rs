@@ -229,6 +229,7 @@ pub mod tests {
             segment_bytes: 1 << 18,
             group_bytes: 1 << 17,
             durability: Durability::Os,
+            advertise: None,
             env: Env::real(),
         };
         let log = FileLog::open(options).unwrap();

@@ -21,7 +21,7 @@ use super::spare::{self, Sizes, Spare};
 #[cfg(test)]
 use super::tests::mutants::{self, Mutant};
 use super::writer::Writer;
-use super::{Durability, Home};
+use super::{Durability, Home, position};
 use crate::{History, Incarnation};
 
 /// A log that can be read, and written where it was begun.
@@ -110,7 +110,24 @@ pub fn begin(
     let end = segments.last().map_or(HEAD_BYTES, |segment| segment.end);
     let Current { file, size } = current;
     let closed = reason.is_none() && ending.is_closed();
-    let writer = Writer { file, size, end, chain, epoch, last, synced: last, closed, announced: false, marked };
+    let number = segments.last().map_or(1, |segment| segment.numbers.last);
+    let position = position::open(&*home.disk)?;
+    let writer = Writer {
+        number,
+        file,
+        size,
+        end,
+        chain,
+        epoch,
+        last,
+        synced: last,
+        closed,
+        announced: false,
+        marked,
+        position,
+    };
+    // What is there is durable.
+    writer.publish(log, &home.env.clock)?;
     let Ahead { files, next, next_size, .. } = ahead;
     let spare = |found: Found| Spare { number: found.numbers.first, file: found.file, size: found.size };
     let spares = files.into_iter().map(spare).collect();

@@ -17,7 +17,7 @@ use super::segment::{Compacted, HEAD_BYTES, Numbers, VERSION};
 use crate::Incarnation;
 
 /// How far apart the marks in a segment are.
-const MARK_BYTES: u64 = 1 << 20;
+pub const MARK_BYTES: u64 = 1 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
@@ -52,9 +52,9 @@ pub struct Segment {
 /// A border between two frames: the newest sequence before it, its offset, and the checksum of the frame before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
-    sequence: u64,
-    offset: u64,
-    chain: u32,
+    pub sequence: u64,
+    pub offset: u64,
+    pub chain: u32,
 }
 
 impl Segment {

@@ -21,13 +21,25 @@ pub struct Found {
 }
 
 impl Found {
-    pub fn open(home: &Home, name: String, numbers: Numbers) -> anyhow::Result<Self> {
-        let file = home.disk.open(&name)?;
+    /// What is in memory of it may be what a failed sync has left there: it is read from the disk.
+    pub fn open(home: &Home, numbers: Numbers) -> anyhow::Result<Self> {
+        let file = home.disk.open(&numbers.file_name())?;
+        file.forget_cached()?;
+        Self::read(home, numbers, file)
+    }
+
+    /// For whoever reads beside the process that writes, and no further than that says.
+    pub fn open_shared(home: &Home, numbers: Numbers) -> anyhow::Result<Self> {
+        let file = home.disk.open(&numbers.file_name())?;
+        Self::read(home, numbers, file)
+    }
+
+    fn read(home: &Home, numbers: Numbers, file: Arc<dyn File>) -> anyhow::Result<Self> {
+        let name = numbers.file_name();
         let size = file.size()?;
         if size < HEAD_BYTES {
             return Err(home.damage(&name, size, "it is cut off"));
         }
-        file.forget_cached()?;
         let mut head = [0; HEAD_BYTES as usize];
         file.read_at(&mut head, 0)?;
         let head = Head::decode(&head).map_err(|what| home.damage(&name, 0, what))?;

@@ -110,6 +110,11 @@ impl Head {
         }
     }
 
+    /// The newest sequence up to this frame.
+    pub fn last(&self) -> u64 {
+        self.first.saturating_add(self.count.into()).saturating_sub(1)
+    }
+
     /// What the log says of its end when it ends with this frame.
     pub fn ending(&self) -> Ending {
         // Format 1 has no kinds.

@@ -4,11 +4,15 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::disk::{is_full, sync_directory};
+
+const NAME: &str = "LOCK";
+/// The most that is read of it: a number, and a URL that fits in a header.
+const HOLDER_BYTES: u64 = 1 << 10;
 
 /// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
 ///
@@ -21,9 +25,25 @@ pub struct Lock {
 
 impl Lock {
     /// Makes the data directory and the directory of the log if need be, and takes them.
-    pub fn take(data: &Path) -> anyhow::Result<Self> {
+    /// `url` is what standbys are told of where it serves clients.
+    pub fn take(data: &Path, url: Option<&str>) -> anyhow::Result<Self> {
         make_directory(data)?;
-        let path = data.join("LOCK");
+        make_directory(&data.join("log"))?;
+        Self::attempt(data, url)?.ok_or_else(|| {
+            let (holder, _) = holder(data);
+            let data = data.display();
+            anyhow!("data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir")
+        })
+    }
+
+    /// Takes directories that are there, unless another process has them. Until they are taken nothing is changed in them.
+    pub fn attempt(data: &Path, url: Option<&str>) -> anyhow::Result<Option<Self>> {
+        let log = data.join("log");
+        let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
+        if !lock(&directory, &log)? {
+            return Ok(None);
+        }
+        let path = data.join(NAME);
         let mut file = File::options()
             .read(true)
             .write(true)
@@ -31,40 +51,41 @@ impl Lock {
             .truncate(false)
             .open(&path)
             .map_err(|error| unusable(data, error))?;
-        let log = data.join("log");
-        make_directory(&log)?;
-        let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
-        for (locked, path) in [(&directory, &log), (&file, &path)] {
-            match flock(locked, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => return Err(in_use(data, &file)),
-                Err(error) => {
-                    bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
-                }
-            }
+        if !lock(&file, &path)? {
+            return Ok(None);
         }
-        match file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
+        let url = url.map(|url| format!("{url}\n")).unwrap_or_default();
+        let holder = format!("{}\n{url}", std::process::id());
+        match file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())) {
             // A full disk must not keep the log from opening; whoever comes second is told less.
             Err(error) if !is_full(&error) => {
                 return Err(error).with_context(|| format!("cannot write {}", path.display()));
             }
             _ => {}
         }
-        Ok(Self { _directory: directory, _file: file })
+        Ok(Some(Self { _directory: directory, _file: file }))
     }
 }
 
-/// The error for whoever comes second. `file` names the holder: not in the moment before that is written down, nor
-/// when the file was removed.
-fn in_use(data: &Path, file: &File) -> anyhow::Error {
-    let mut holder = String::new();
-    let _ = file.take(32).read_to_string(&mut holder);
-    let holder = holder.trim().parse::<u32>().map(|pid| format!("process {pid}"));
-    anyhow::anyhow!(
-        "data directory {} is in use by {}; stop it, or give another directory with --data-dir",
-        data.display(),
-        holder.as_deref().unwrap_or("another process")
-    )
+/// False where another process has locked it.
+fn lock(file: &File, path: &Path) -> anyhow::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => {
+            bail!("cannot lock {}: {error}; give a directory on a local disk with --data-dir", path.display())
+        }
+    }
+}
+
+/// The process that has the directory, as `LOCK` names it, and its URL: not in the moment before that is written down, nor when
+/// the file was removed.
+pub fn holder(data: &Path) -> (String, Option<String>) {
+    let mut text = String::new();
+    let _ = File::open(data.join(NAME)).and_then(|file| file.take(HOLDER_BYTES).read_to_string(&mut text));
+    let mut lines = text.split_terminator('\n');
+    let holder = lines.next().and_then(|pid| pid.parse::<u32>().ok()).map(|pid| format!("process {pid}"));
+    (holder.unwrap_or_else(|| "another process".into()), lines.next().map(str::to_owned))
 }
 
 /// Makes a directory and sees to it that its name is durable.
@@ -86,18 +107,16 @@ fn unusable(path: &Path, error: std::io::Error) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
         ErrorKind::PermissionDenied => {
-            anyhow::anyhow!(
+            anyhow!(
                 "data directory {path} is not writable: {error}; change its owner or mode, or give another with --data-dir"
             )
         }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
-            anyhow::anyhow!("{path} is not a directory; give a directory with --data-dir")
+            anyhow!("{path} is not a directory; give a directory with --data-dir")
         }
         ErrorKind::ReadOnlyFilesystem => {
-            anyhow::anyhow!(
-                "data directory {path} is on a read-only file system; give another directory with --data-dir"
-            )
+            anyhow!("data directory {path} is on a read-only file system; give another directory with --data-dir")
         }
-        _ => anyhow::anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
+        _ => anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
     }
 }

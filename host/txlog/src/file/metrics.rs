@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{FileLog, Shared};
+use super::{FileLog, Shared, StandbyLog};
 use crate::TransactionLog;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
@@ -50,5 +50,17 @@ impl Measured for FileLog {
         page.gauge("txlog_garbage_bytes", help, compactor.dead(&self.shared))?;
         page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
         page.counter("txlog_reclaimed_bytes", "Bytes that compactions dropped", metrics.reclaimed.get())
+    }
+}
+
+impl Measured for StandbyLog {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        match self.log() {
+            Some(log) => log.measure(page)?,
+            None => page.gauge("txlog_sequence", "The newest durable sequence", self.watermark().durable())?,
+        }
+        page.gauge("txlog_role", "1 while another process writes the log", u64::from(!self.begun()))?;
+        let behind = if self.begun() { 0 } else { self.history().entries(self.appended(), self.newest()) };
+        page.gauge("txlog_replication_lag_entries", "Entries another process wrote that were not taken in yet", behind)
     }
 }

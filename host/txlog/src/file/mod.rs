@@ -16,6 +16,7 @@
 //! DIR/log/0000000009.seg                the segment being written
 //! DIR/log/0000000010.seg                the spare: a header, then zeros
 //! DIR/log/watermark                     how far the log was durable when last idle
+//! DIR/log/position                      how far it is durable now, for standbys
 //! DIR/log/identity                      by what a copy of the directory is told from it
 //! DIR/log/0000000009.seg.4096.1.torn    what recovery cut off at that byte
 //! DIR/log/*.tmp                         begun; removed at the start
@@ -98,12 +99,16 @@
 //! all: a spare that was too small. And one may be left before it is full, where an incarnation began or the format
 //! changed.
 //!
-//! The watermark file, and the identity file:
+//! The watermark file, the position file, which ends a frame or a segment's head, and the identity file:
 //!
 //! ```text
 //! byte 0           8            24               32          36
 //!      "kvs mark"  log (UUID)   newest durable   checksum
 //!                               sequence         of the above
+//!
+//! byte 0           8            24               32          40          48           52          56
+//!      "kvs posn"  log (UUID)   newest durable   segment's   offset      checksum of  checksum
+//!                               sequence         number      in it       last frame   of the above
 //!
 //! byte 0           8            24               32          40          44
 //!      "kvs iden"  log (UUID)   this file's      its birth   checksum
@@ -169,23 +174,28 @@ mod compact;
 mod compactor;
 pub mod disk;
 mod entry;
+mod follower;
 mod found;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod garbage;
+mod home;
 mod identity;
 mod incarnations;
+mod listing;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
+mod position;
 mod queue;
 mod recovery;
 mod replay;
 mod scan;
 mod segment;
 mod spare;
+mod standby;
 mod tail;
 #[cfg(test)]
 pub mod tests;
@@ -199,16 +209,20 @@ use anyhow::{Context, anyhow, bail};
 use kvs_runtime::{Clock, Env, Thread};
 use uuid::Uuid;
 
+pub use self::home::Damage;
 pub use self::offline::Offline;
+pub use self::standby::StandbyLog;
 pub use self::verify::{Finding, verify};
 
 use self::begin::Ready;
 use self::catalog::Catalog;
 use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
+use self::home::Home;
 use self::lock::Lock;
 use self::metrics::Metrics;
 use self::queue::{FRAME_OVERHEAD, Queue};
+use self::recovery::Known;
 use self::spare::{Sizes, Spares};
 use self::writer::Writer;
 use super::{Condition, Receive, TransactionLog, Watermark};
@@ -233,6 +247,8 @@ pub struct Options {
     /// The largest group of events that is taken, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// URL at which this process serves clients, announced to those who stand by.
+    pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
     pub env: Env,
 }
@@ -286,16 +302,31 @@ struct Shared {
     queue: Queue,
     spares: Spares,
     compactor: Compactor,
-    watermark: Watermark,
+    watermark: Arc<Watermark>,
     metrics: Metrics,
     failure: Mutex<Option<String>>,
 }
 
+/// What came before a log is opened.
+struct Before {
+    /// Why another incarnation of it is to begin.
+    asked: Option<&'static str>,
+    /// What a standby has seen of it, and the watermark that those wait for who use that.
+    known: Option<Known>,
+    watermark: Arc<Watermark>,
+}
+
+impl Default for Before {
+    fn default() -> Self {
+        Self { asked: None, known: None, watermark: Arc::new(Watermark::new(0)) }
+    }
+}
+
 impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let lock = Lock::take(&options.data)?;
-        let directory = options.data.join("log");
-        let log = Self::open_on(Arc::new(Directory::new(directory)), options, Some(lock))?;
+        let lock = Lock::take(&options.data, options.advertise.as_deref())?;
+        let directory = Arc::new(Directory::new(options.data.join("log")));
+        let log = Self::open_on(directory, options, Some(lock))?;
         log.compact_in_background()?;
         Ok(log)
     }
@@ -309,7 +340,11 @@ impl FileLog {
     }
 
     fn open_on(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>) -> anyhow::Result<Self> {
-        let (shared, writer) = Shared::recover(disk, options)?;
+        Self::open_after(disk, options, lock, Before::default())
+    }
+
+    fn open_after(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>, before: Before) -> anyhow::Result<Self> {
+        let (shared, writer) = Shared::begin(disk, options, before)?;
         shared.spares.begin(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
@@ -398,36 +433,30 @@ fn start(
 
 impl Shared {
     /// The log of a directory, read, put right and begun, and the writer that can go on with it. Nothing runs yet.
-    fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Self>, Writer)> {
-        Self::begin(disk, options, None)
-    }
-
-    /// The same, with the reason why another incarnation of the log is to begin, where there is one.
-    fn begin(
-        disk: Arc<dyn Disk>,
-        options: Options,
-        asked: Option<&'static str>,
-    ) -> anyhow::Result<(Arc<Self>, Writer)> {
+    fn begin(disk: Arc<dyn Disk>, options: Options, before: Before) -> anyhow::Result<(Arc<Self>, Writer)> {
+        let Before { asked, known, watermark } = before;
         let sizes = options.sizes()?;
         let home = Home { disk, data: options.data.clone(), env: options.env.clone() };
-        let (ready, writer) = recovery::recover(&home)
+        let (ready, writer) = recovery::recover(&home, known)
             .and_then(|recovered| begin::begin(&home, sizes, recovered, options.durability, asked))
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
-        Ok((Arc::new(Self::new(home, &options, sizes, ready)), writer))
+        Ok((Arc::new(Self::new(home, &options, sizes, ready, watermark)), writer))
     }
 
     /// The log of a directory, read and put right. It is not written, and no incarnation of it begins.
     fn read(home: Home, options: &Options) -> anyhow::Result<Arc<Self>> {
-        let recovered =
-            recovery::recover(&home).with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
-        Ok(Arc::new(Self::new(home, options, options.sizes()?, Ready::to_be_read(recovered))))
+        let recovered = recovery::recover(&home, None)
+            .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
+        let (ready, watermark) = (Ready::to_be_read(recovered), Arc::new(Watermark::new(0)));
+        Ok(Arc::new(Self::new(home, options, options.sizes()?, ready, watermark)))
     }
 
-    fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready) -> Self {
+    fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready, watermark: Arc<Watermark>) -> Self {
         let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
         let appended = incarnations::newest_given(&history, last);
         let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
         let full = spares.is_empty();
+        watermark.advance(appended);
         Self {
             home,
             log,
@@ -445,7 +474,7 @@ impl Shared {
             ),
             spares: Spares::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
-            watermark: Watermark::new(appended),
+            watermark,
             metrics: Metrics::new(),
             failure: Mutex::default(),
         }
@@ -464,39 +493,5 @@ impl Shared {
         self.compactor.stop();
         self.spares.stop();
         self.watermark.latch(reason);
-    }
-}
-
-/// The surroundings of the log: the directory, how errors speak of it, and the rest of what is given from outside.
-struct Home {
-    disk: Arc<dyn Disk>,
-    data: PathBuf,
-    env: Env,
-}
-
-/// What is on disk is not what was written there. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
-#[error("{} is damaged at byte {offset}: {what}; `kvs txlog verify --data-dir {}` tells what else is, restore a backup or begin anew in an empty directory", file.display(), data.display())]
-pub struct Damage {
-    pub file: PathBuf,
-    pub offset: u64,
-    pub what: String,
-    data: PathBuf,
-}
-
-impl Home {
-    /// Of a file of the log; of their directory when the name is empty.
-    fn path(&self, name: &str) -> PathBuf {
-        let log = self.data.join("log");
-        if name.is_empty() { log } else { log.join(name) }
-    }
-
-    fn damage(&self, name: &str, offset: u64, what: impl Into<String>) -> anyhow::Error {
-        Damage { file: self.path(name), offset, what: what.into(), data: self.data.clone() }.into()
-    }
-
-    /// The error for a frame that is not damaged, and that this binary does not read all the same.
-    fn refused(&self, name: &str, offset: u64, why: &str) -> anyhow::Error {
-        anyhow!("{} at byte {offset}: {why}", self.path(name).display())
     }
 }

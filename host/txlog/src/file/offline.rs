@@ -11,7 +11,7 @@ use super::compact::{self, Effort};
 use super::disk::{Directory, Disk};
 use super::garbage::KEYS;
 use super::lock::Lock;
-use super::{DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
+use super::{Before, DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
 use crate::{Incarnation, Receive};
 
 pub struct Offline {
@@ -68,6 +68,7 @@ fn options(data: &Path) -> Options {
         segment_bytes: DEFAULT_SEGMENT_BYTES,
         group_bytes: 0,
         durability: Durability::Sync,
+        advertise: None,
         env: Env::real(),
     }
 }
@@ -79,7 +80,8 @@ pub fn fork(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Incarnation
     if Shared::read(home, &options)?.queue.appended() == 0 {
         bail!("the log in {data} is empty: there is nothing to continue");
     }
-    let (shared, _) = Shared::begin(disk, options, Some("`kvs txlog fork` asked for it"))?;
+    let before = Before { asked: Some("`kvs txlog fork` asked for it"), ..Before::default() };
+    let (shared, _) = Shared::begin(disk, options, before)?;
     let begun = shared.history.incarnations().last().copied();
     begun.with_context(|| format!("the log in {data} begins no incarnation"))
 }
@@ -90,6 +92,6 @@ pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
     if !directory.is_dir() {
         bail!("there is no log in {}; give the data directory of a store with --data-dir", data.display());
     }
-    let lock = Lock::take(data)?;
+    let lock = Lock::take(data, None)?;
     Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))
 }

@@ -13,9 +13,9 @@ use uuid::Uuid;
 use super::catalog::Segment;
 use super::found::Found;
 use super::frame::Ending;
-use super::segment::{HEAD_BYTES, Numbers, SUFFIX};
-use super::tail::{self, Content};
-use super::{Home, identity, mark};
+use super::listing::Listing;
+use super::segment::{HEAD_BYTES, Numbers};
+use super::{Home, mark, tail};
 use crate::History;
 
 /// A log that was put right, and can be read. It is written only after [`begin`](super::begin::begin).
@@ -35,10 +35,24 @@ pub struct Recovered {
     pub newest_size: u64,
 }
 
+/// What is known of a log before it is recovered.
+#[derive(Clone, Copy)]
+pub struct Known {
+    pub log: Uuid,
+    /// The newest sequence that was durable.
+    pub durable: u64,
+}
+
 /// Reads the log of a directory. Nothing but this process may use the directory.
-pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
-    let found = find(home)?;
+pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
+    let listing = Listing::read(home)?;
+    let found = listing.segments.iter().map(|numbers| Found::open(home, *numbers));
+    let found: Vec<_> = found.collect::<anyhow::Result<_>>()?;
+    one_log(home, &found, known.map(|known| known.log))?;
+    listing.is_whole(home)?;
+    clean_up(home, &found, &listing)?;
     let marked = marked(home, &found)?;
+    let durable = known.map_or(marked, |known| known.durable.max(marked));
     let log = found.first().map_or_else(|| home.env.random.uuid(), |segment| Ok(segment.log))?;
 
     // From the newest segment backwards to the last that holds a frame; there may be a tear on the way.
@@ -58,14 +72,17 @@ pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
         }
     }
     let (mut segments, ending) = match newest {
-        Some((at, content)) => join(home, &found[..=at], content)?,
+        Some((at, content)) => {
+            let segments = join(home, &found[..=at], content.segment)?;
+            (begins(home, segments)?, content.ending)
+        }
         None => (Vec::new(), Ending::default()),
     };
     let (last, chain) = segments.last().map_or((0, 0), |segment| (segment.last, segment.after));
-    if last < marked {
+    if last < durable {
         let (name, end) = found.last().map_or(("", 0), |segment| (segment.name.as_str(), HEAD_BYTES));
         let (name, end) = tear.map_or((name, end), |(at, torn)| (&found[at].name, torn.at));
-        let what = format!("the log ends with sequence {last}, but {marked} had been durable");
+        let what = format!("the log ends with sequence {last}, but {durable} had been durable");
         return Err(home.damage(name, end, what));
     }
     if let Some((at, torn)) = tear {
@@ -94,65 +111,39 @@ pub fn recover(home: &Home) -> anyhow::Result<Recovered> {
     Ok(Recovered { log, segments, last, chain, ending, history, marked, files, newest_size })
 }
 
-/// Opens the segments, oldest first: all of one log, and each number there once.
-fn find(home: &Home) -> anyhow::Result<Vec<Found>> {
-    let mut found = Vec::new();
-    let mut strangers = Vec::new();
-    for name in home.disk.list()? {
-        if name.strip_suffix(".tmp").is_some_and(is_ours) {
-            // Begun and not finished; nothing rests on it.
-            home.disk.remove(&name)?;
-        } else if let Some(numbers) = Numbers::parse(&name) {
-            found.push(Found::open(home, name, numbers)?);
-        } else if name.ends_with(SUFFIX) {
-            bail!(not_a_segment(home, &name));
-        } else if !is_ours(&name) {
-            strangers.push(name);
-        }
-    }
-    if let Some(one) = strangers.first() {
-        let count = strangers.len();
+/// Removes what a process that was stopped has left.
+pub fn clean_up(home: &Home, found: &[Found], listing: &Listing) -> anyhow::Result<()> {
+    // Begun and not finished; nothing rests on them.
+    listing.temporary.iter().try_for_each(|name| home.disk.remove(name))?;
+    if let Some(one) = listing.strangers.first() {
+        let count = listing.strangers.len();
         tracing::warn!(
             "{} holds files that are not the log's, {one} for one ({count} in all)",
             home.path("").display()
         );
     }
-    // Where two begin with the same number, the one that stands for more comes first.
-    found.sort_by_key(|segment| (segment.numbers.first, std::cmp::Reverse(segment.numbers.last)));
-    let (mut kept, mut replaced) = (Vec::<Found>::new(), Vec::new());
-    for segment in found {
-        let previous = kept.last();
-        if let Some(other) = previous.filter(|previous| previous.log != segment.log) {
-            bail!(
-                "{} belongs to another log than {}; bring back the right one",
-                home.path(&segment.name).display(),
-                other.name
-            );
-        }
-        if previous.is_some_and(|previous| previous.numbers.contains(segment.numbers)) {
-            replaced.push(segment);
-            continue;
-        }
-        let expected = previous.map_or(1, |previous| previous.numbers.last + 1);
-        if segment.numbers.first != expected {
-            let missing = Numbers::one(expected).file_name();
-            bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display());
-        }
-        kept.push(segment);
-    }
-    remove_replaced(home, &kept, &replaced)?;
-    Ok(kept)
+    remove_replaced(home, found, &listing.replaced)
 }
 
-/// A name that the log gives to a file, before or after it is whole.
-fn is_ours(name: &str) -> bool {
-    Numbers::parse(name).is_some() || [mark::NAME, identity::NAME].contains(&name) || name.ends_with(tail::COPY_SUFFIX)
+/// Checks that all segments are of one log: of this one, where it is known.
+pub fn one_log(home: &Home, found: &[Found], log: Option<Uuid>) -> anyhow::Result<()> {
+    if log.is_some_and(|log| found.first().is_some_and(|segment| segment.log != log)) {
+        bail!("{} holds another log than the one that was followed; bring back the right one", home.path("").display());
+    }
+    match found.windows(2).find(|pair| pair[0].log != pair[1].log) {
+        Some([other, segment]) => bail!(
+            "{} belongs to another log than {}; bring back the right one",
+            home.path(&segment.name).display(),
+            other.name
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Removes the segments in whose place compaction had put one file when it was stopped: once that file was read to its
 /// end, and its name is durable.
-fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::Result<()> {
-    for new in kept.iter().filter(|new| replaced.iter().any(|old| new.numbers.contains(old.numbers))) {
+fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Numbers]) -> anyhow::Result<()> {
+    for new in kept.iter().filter(|new| replaced.iter().any(|old| new.numbers.contains(*old))) {
         let Some(compacted) = &new.compacted else {
             return Err(home.damage(&new.name, 0, "it stands for other segments and is not compacted"));
         };
@@ -164,7 +155,7 @@ fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Found]) -> anyhow::R
     if !replaced.is_empty() {
         home.disk.sync()?;
     }
-    replaced.iter().try_for_each(|old| Ok(home.disk.remove(&old.name)?))
+    replaced.iter().try_for_each(|old| Ok(home.disk.remove(&old.file_name())?))
 }
 
 /// How far the watermark file says that this log had been durable.
@@ -183,10 +174,6 @@ fn marked(home: &Home, found: &[Found]) -> anyhow::Result<u64> {
     Ok(0)
 }
 
-pub fn not_a_segment(home: &Home, name: &str) -> String {
-    format!("{} is not a segment of a log; move it away", home.path(name).display())
-}
-
 pub fn no_segments(home: &Home) -> String {
     let path = home.path(mark::NAME);
     format!(
@@ -196,9 +183,9 @@ pub fn no_segments(home: &Home) -> String {
 }
 
 /// The catalogue of segments that hold what the newest of them rests on: each must follow the one before it, and says
-/// where that one ended.
-fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Segment>, Ending)> {
-    let mut segments = vec![newest.segment];
+/// where that one ended. `found` need not begin with the oldest, and ends with the newest.
+pub fn join(home: &Home, found: &[Found], newest: Segment) -> anyhow::Result<Vec<Segment>> {
+    let mut segments = vec![newest];
     for older in found.iter().rev().skip(1) {
         let Some(next) = segments.last() else { break };
         let (last, before) = (next.preceding(), next.before);
@@ -226,11 +213,16 @@ fn join(home: &Home, found: &[Found], newest: Content) -> anyhow::Result<(Vec<Se
         segments.push(segment);
     }
     segments.reverse();
+    Ok(segments)
+}
+
+/// Checks that the oldest segment is the beginning of the log.
+fn begins(home: &Home, segments: Vec<Segment>) -> anyhow::Result<Vec<Segment>> {
     match segments.first() {
         Some(oldest) if (oldest.preceding(), oldest.before) != (0, 0) => {
             Err(home.damage(&oldest.numbers.file_name(), HEAD_BYTES, "the log does not begin with it"))
         }
-        _ => Ok((segments, newest.ending)),
+        _ => Ok(segments),
     }
 }
 

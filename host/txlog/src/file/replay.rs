@@ -36,12 +36,13 @@ pub fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> anyhow:
 
 /// The sequences to hand over.
 #[derive(Clone, Copy)]
-struct Span {
-    after: u64,
-    until: u64,
+pub struct Span {
+    pub after: u64,
+    pub until: u64,
 }
 
-fn read(
+/// Hands over the entries of one segment.
+pub fn read(
     home: &Home,
     log: Uuid,
     segment: &Segment,

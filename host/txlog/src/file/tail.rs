@@ -63,7 +63,7 @@ pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
     }
     if let (Some(first), Some(newest)) = (first, newest) {
         (segment.first, segment.before) = (first.first, first.previous);
-        segment.last = newest.first.saturating_add(newest.count.into()).saturating_sub(1);
+        segment.last = newest.last();
         (segment.after, segment.tip) = (newest.checksum, newest.checksum);
     }
     segment.end = scan.offset();

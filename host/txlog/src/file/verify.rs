@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::found::Found;
 use super::frame::Frame;
 use super::incarnations;
+use super::listing;
 use super::recovery;
 use super::scan::{Scan, Stop};
 use super::segment::{Compacted, HEAD_BYTES, Numbers, SUFFIX};
@@ -55,13 +56,13 @@ pub fn verify_in(home: &Home, report: &mut dyn FnMut(Finding), progress: &mut dy
     let mut all = Vec::new();
     for name in home.disk.list()? {
         match Numbers::parse(&name) {
-            Some(numbers) => all.push((numbers, name)),
-            None if name.ends_with(SUFFIX) => (state.report)(Finding::Wrong(recovery::not_a_segment(home, &name))),
+            Some(numbers) => all.push(numbers),
+            None if name.ends_with(SUFFIX) => (state.report)(Finding::Wrong(listing::not_a_segment(home, &name))),
             None => {}
         }
     }
-    all.sort_by_key(|(numbers, _)| (numbers.first, std::cmp::Reverse(numbers.last)));
-    for (numbers, name) in all {
+    all.sort_by_key(|numbers| (numbers.first, std::cmp::Reverse(numbers.last)));
+    for numbers in all {
         if numbers.last < state.number {
             // Compaction was stopped before it removed this one; the next start does.
             continue;
@@ -71,7 +72,7 @@ pub fn verify_in(home: &Home, report: &mut dyn FnMut(Finding), progress: &mut dy
             state.wrong(format!("{} is missing", home.path(&missing.file_name()).display()));
         }
         state.number = numbers.last + 1;
-        match Found::open(home, name, numbers) {
+        match Found::open(home, numbers) {
             Ok(found) => {
                 let size = found.size;
                 state.segment(found)?;

@@ -3,14 +3,18 @@
 //! Owns: the end of the log. A frame is written only after the sync of the one before it has returned; recovery rests
 //! on that.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
+use kvs_runtime::Clock;
+use uuid::Uuid;
 
 use super::catalog::Segment;
 use super::disk::{File, is_full, is_shortage};
 use super::frame::{Builder, CLOSE, NOT_SYNCED};
+use super::position::Position;
 use super::queue::Work;
 use super::{Durability, Shared, mark};
 
@@ -23,6 +27,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 pub struct Writer {
     /// The newest segment.
+    pub number: u64,
     pub file: Arc<dyn File>,
     pub size: u64,
     /// Where the next frame goes: always here, never "at the end of the file". Bytes appended after torn ones would be
@@ -42,6 +47,8 @@ pub struct Writer {
     pub announced: bool,
     /// What the watermark file says.
     pub marked: u64,
+    /// The position file, where there is room for one.
+    pub position: Option<Arc<dyn File>>,
 }
 
 impl Writer {
@@ -87,6 +94,10 @@ impl Writer {
         self.last = last;
         self.closed = false;
         #[cfg(test)]
+        if super::tests::mutants::is(super::tests::mutants::Mutant::PublishedEarly) {
+            self.publish(shared.log, clock)?;
+        }
+        #[cfg(test)]
         if super::tests::mutants::is(super::tests::mutants::Mutant::EarlyAnswer) {
             shared.watermark.advance(last);
         }
@@ -95,6 +106,8 @@ impl Writer {
             self.announced = true;
             shared.metrics.sync.observe_time(clock.elapsed(written));
         }
+        // Before anybody hears of it: a standby that finds nothing new knows that nothing was acknowledged.
+        self.publish(shared.log, shared.clock())?;
         // The catalogue first: whoever sees the watermark must find what it covers.
         shared.catalog.extend(self.end, self.last, self.chain, frame.deletes);
         shared.watermark.advance(self.last);
@@ -118,18 +131,20 @@ impl Writer {
 
     fn write(&mut self, shared: &Shared, frame: &mut Builder) -> anyhow::Result<()> {
         let checksum = frame.seal(shared.log, self.epoch, self.synced, self.chain);
-        let mut tries = 0;
         // The same bytes at the same place, and nothing rests on them yet.
-        while let Err(error) = self.file.write_at(frame.bytes(), self.end) {
-            if !is_shortage(&error) || tries == AGAIN {
-                return Err(error.into());
-            }
-            tries += 1;
-            shared.clock().pause(PAUSE);
-        }
+        despite_shortage(shared.clock(), || self.file.write_at(frame.bytes(), self.end))?;
         self.end += frame.bytes().len() as u64;
         self.chain = checksum;
         Ok(())
+    }
+
+    /// Tells standbys how far the log is durable. They would take what was published last for the end of the log, so the
+    /// log fails where this does.
+    pub fn publish(&self, log: Uuid, clock: &Clock) -> io::Result<()> {
+        let Some(file) = &self.position else { return Ok(()) };
+        let (sequence, segment, offset, chain) = (self.last, self.number, self.end, self.chain);
+        let position = Position { log, sequence, segment, offset, chain };
+        despite_shortage(clock, || position.write(&**file))
     }
 
     /// A sync that failed is final, whatever a second one would say: the caller gives up.
@@ -147,6 +162,7 @@ impl Writer {
         }
         let Some(spare) = shared.spares.take(shared)? else { return Ok(false) };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain, spare.size));
+        self.number = spare.number;
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
         shared.compactor.sealed(shared);
         Ok(true)
@@ -180,5 +196,19 @@ impl Writer {
             written => written?,
         }
         Ok(())
+    }
+}
+
+/// Writes the same bytes again where there was no memory for them.
+fn despite_shortage(clock: &Clock, write: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match write() {
+            Err(error) if is_shortage(&error) && tries < AGAIN => {
+                tries += 1;
+                clock.pause(PAUSE);
+            }
+            written => return written,
+        }
     }
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use tracing::{info, warn};
 
+use super::Shared;
 use super::session::Session;
-use super::{Shared, incarnations};
 
 /// How often it looks whether a run is due.
 const LOOK: Duration = Duration::from_secs(10);
@@ -65,7 +65,7 @@ pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
             return;
         }
         let newest = shared.watermark.durable();
-        let since = incarnations::entries(&shared.history(), compacted, newest);
+        let since = shared.history().entries(compacted, newest);
         if since < WORTH.max(kept) || !shared.breaker.is_well() {
             continue;
         }

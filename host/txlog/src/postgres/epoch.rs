@@ -25,6 +25,9 @@ pub const LOCK: i64 = 0x6b76_7301;
 /// Shared by the connections of all that stand by.
 pub const STANDBYS: i64 = 0x6b76_7302;
 
+/// Between the name of the holder and its URL, in one column: versions that know of no URL show it as part of the name.
+const SERVING: &str = " serving ";
+
 /// The right to write, and what was there when it was taken.
 pub struct Epoch {
     pub number: i64,
@@ -56,6 +59,8 @@ pub struct Look {
     /// When the holder wrote last.
     seen: String,
     pub holder: String,
+    /// URL at which the holder serves clients.
+    pub primary: Option<String>,
     /// For how long the holder was not seen.
     pub unseen: Duration,
     /// The last entry of the log.
@@ -101,20 +106,26 @@ impl Holder {
             }
         };
         let holder = holder.unwrap_or("another process".into());
+        let (holder, primary) = match holder.split_once(SERVING) {
+            Some((holder, url)) => (holder.to_owned(), Some(url.to_owned())),
+            None => (holder, None),
+        };
         if is_free && is_locked {
             warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
         }
         let is_alive = is_locked || self.renews;
         let [newest, incarnations, epoch]: [i64; 3] = [row.try_get(3)?, row.try_get(4)?, row.try_get(5)?];
         let incarnations = usize::try_from(incarnations).unwrap_or_default();
-        Ok(Look { is_free, is_alive, epoch, seen, holder, unseen, newest: newest.cast_unsigned(), incarnations })
+        let newest = newest.cast_unsigned();
+        Ok(Look { is_free, is_alive, epoch, seen, holder, primary, unseen, newest, incarnations })
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
 /// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
-/// that has not seen it yet, and when the holder was there after all. The connection must not be used after an error.
-pub async fn take(session: &Session, look: &Look) -> Result<Option<Epoch>, Failure> {
+/// that has not seen it yet, and when the holder was there after all. The connection must not be used after an error. `url` is
+/// announced to those who stand by.
+pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<Option<Epoch>, Failure> {
     let here = Place::of(session).await?;
     let durable = is_durable(session).await?;
     let is_locked: bool = session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.try_get(0)?;
@@ -149,8 +160,9 @@ pub async fn take(session: &Session, look: &Look) -> Result<Option<Epoch>, Failu
     Identity { log: Some(log), place, durable: Some(durable) }.write(session).await?;
     let holder = format!("process {}", std::process::id());
     let take = "UPDATE kvs.writer SET epoch = epoch + 1, taken = epoch + 1, seen = clock_timestamp(), lease = NULL, \
-         holder = $1 || coalesce(' at ' || host(inet_client_addr()), '') RETURNING epoch, compacted";
-    let row = session.one(take, &[&holder]).await?;
+         holder = $1 || coalesce(' at ' || host(inet_client_addr()), '') || $2 RETURNING epoch, compacted";
+    let serving = url.map(|url| format!("{SERVING}{url}")).unwrap_or_default();
+    let row = session.one(take, &[&holder, &serving]).await?;
     let [number, compacted]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
     session.run("COMMIT").await?;
     Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history, is_locked }))

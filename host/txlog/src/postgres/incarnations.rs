@@ -131,13 +131,6 @@ pub async fn begin(
     Ok(incarnation)
 }
 
-/// The number of entries after one sequence, up to another, of which none is in a gap of the history.
-pub fn entries(history: &History, after: u64, until: u64) -> u64 {
-    let gaps = history.incarnations().iter();
-    let gaps = gaps.map(|gap| (gap.first - 1).min(until).saturating_sub(gap.fork.max(after)));
-    until.saturating_sub(after).saturating_sub(gaps.sum())
-}
-
 fn incarnation(row: &Row) -> Result<Incarnation, Failure> {
     let [fork, first]: [i64; 2] = [row.try_get(2)?, row.try_get(3)?];
     Ok(Incarnation {
@@ -165,18 +158,5 @@ mod tests {
         assert_eq!(before.differs(&place(Some(8), None)), Some("database system"));
         assert_eq!(place(None, Some(1)).differs(&place(Some(8), Some(2))), Some("timeline"));
         assert_eq!(place(None, Some(2)).or(before), place(Some(7), Some(2)));
-    }
-
-    #[test]
-    fn gaps_of_the_history_hold_no_entries() {
-        let record = |fork, first| Incarnation { id: Uuid::nil(), parent: Uuid::nil(), fork, first };
-        // The third was begun before the second had an entry.
-        let history = History::new(vec![record(10, 100), record(150, 1_000), record(999, 5_000)]);
-        for (after, until, count) in [(0, 10, 10), (10, 100, 1), (9, 101, 3), (150, 5_000, 1), (0, 5_001, 63)] {
-            assert_eq!(entries(&history, after, until), count, "{after} {until}");
-        }
-        assert_eq!(entries(&history, 7, 7), 0);
-        assert_eq!(entries(&history, 8, 7), 0);
-        assert_eq!(entries(&History::default(), 3, 7), 4);
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::breaker::Position;
-use super::{PostgresLog, Shared, incarnations};
+use super::{PostgresLog, Shared};
 use crate::TransactionLog;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
@@ -42,9 +42,9 @@ impl Measured for PostgresLog {
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
         let history = self.history();
-        let unsynced = incarnations::entries(&history, durable, newest);
+        let unsynced = history.entries(durable, newest);
         page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", unsynced)?;
-        let behind = incarnations::entries(&history, newest, self.shared.news.borrow().newest);
+        let behind = history.entries(newest, self.shared.news.borrow().newest);
         page.gauge("txlog_role", "1 while another process writes the log", u64::from(!queue.begun()))?;
         page.gauge(
             "txlog_replication_lag_entries",

@@ -18,9 +18,9 @@
 //! # While another process writes
 //!
 //! One that stands by looks ten times a second how far the log has come. Whoever serves from it takes in what is new by
-//! [`TransactionLog::replay`] and says so ([`PostgresLog::follow`]); nothing can be appended. When the epoch is to be had
+//! [`TransactionLog::replay`] and says so ([`Standby::follow`]); nothing can be appended. When the epoch is to be had
 //! it is taken at once, which makes an end of what can come; the rest is taken in, and then the log begins to take appends
-//! ([`PostgresLog::begin`]).
+//! ([`Standby::begin`]).
 //!
 //! # What an answered write has behind it
 //!
@@ -71,7 +71,6 @@ use tokio_postgres::Statement;
 use tracing::{error, info};
 
 pub use self::opening::Manner;
-pub use self::standby::News;
 pub use self::target::Url;
 
 use self::breaker::Breaker;
@@ -86,7 +85,7 @@ use self::session::{Failure, Session};
 use self::target::Target;
 use self::writer::Writer;
 use super::file::Durability;
-use super::{Condition, History, Incarnation, Receive, TransactionLog, Watermark};
+use super::{Condition, History, Incarnation, News, Receive, Standby, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
 /// Replays at once, each with a connection of its own.
@@ -107,6 +106,8 @@ pub struct Options {
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
+    /// URL at which this process serves clients, announced to those who stand by.
+    pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
     pub env: Env,
 }
@@ -128,6 +129,8 @@ struct Shared {
     target: Target,
     timeout: Duration,
     conditions: Conditions,
+    /// URL that is announced.
+    url: Option<String>,
     /// Set when this process takes it.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
@@ -161,20 +164,27 @@ impl PostgresLog {
         let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
-        let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
+        let (as_of, url) = (env.clock.now(), options.advertise.clone());
+        let opened =
+            runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding } = opened;
         let (epoch, history, news) = match &holding {
-            Holding::Ours(epoch) => {
-                (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
-            }
+            Holding::Ours(epoch) => (
+                OnceLock::from(epoch.number),
+                epoch.history.clone(),
+                News { newest: epoch.last, holder: None, primary: None, as_of },
+            ),
             Holding::Theirs(look, history) => {
-                (OnceLock::new(), history.clone(), News { newest: look.newest, holder: Some(look.holder.clone()) })
+                let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
+                let news = News { newest: look.newest, holder, primary, as_of };
+                (OnceLock::new(), history.clone(), news)
             }
         };
         let shared = Arc::new(Shared {
             target,
             timeout,
             conditions,
+            url,
             epoch,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
@@ -205,25 +215,8 @@ impl PostgresLog {
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
-        Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
-    }
-
-    /// What there is to be taken in; changes for as long as another process writes.
-    pub fn news(&self) -> watch::Receiver<News> {
-        self.shared.news.subscribe()
-    }
-
-    /// What another process wrote was taken in, up to this sequence.
-    pub fn follow(&self, sequence: u64) {
-        self.shared.queue.follow(sequence);
-        self.shared.watermark.advance(sequence);
-    }
-
-    /// Everything was taken in, and the epoch is this process's: from now on appends are.
-    pub fn begin(&self) {
-        self.shared.begin();
-        *self.shared.idle() = None;
-        info!("this process writes the log now, after sequence {}", self.appended());
+        let (group_bytes, advertise) = (GROUP_BYTES, None);
+        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
     }
 
     /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended
@@ -304,8 +297,8 @@ impl TransactionLog for PostgresLog {
         }
         let mut told = conditions.doubts();
         if !queue.begun() {
-            let News { newest, holder } = &*self.shared.news.borrow();
-            let behind = incarnations::entries(&self.history(), queue.appended(), *newest);
+            let News { newest, holder, .. } = &*self.shared.news.borrow();
+            let behind = self.history().entries(queue.appended(), *newest);
             told.push(match holder {
                 Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
                 None => format!("taking it over, {behind} entries behind"),
@@ -327,6 +320,24 @@ impl TransactionLog for PostgresLog {
         });
         closing.context("no thread to close the log")?.join();
         self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
+    }
+}
+
+impl Standby for PostgresLog {
+    fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    fn follow(&self, sequence: u64) {
+        self.shared.queue.follow(sequence);
+        self.shared.watermark.advance(sequence);
+    }
+
+    fn begin(&self) -> Result<()> {
+        self.shared.begin();
+        *self.shared.idle() = None;
+        info!("this process writes the log now, after sequence {}", self.appended());
+        Ok(())
     }
 }
 

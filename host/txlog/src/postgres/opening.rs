@@ -47,11 +47,12 @@ pub async fn open(
     timeout: Duration,
     conditions: &Conditions,
     manner: Manner,
+    url: Option<&str>,
     clock: &Clock,
 ) -> Result<Opened> {
     loop {
         let opened = match connect(target, timeout, conditions).await {
-            Ok(session) => begin(session, manner, clock).await,
+            Ok(session) => begin(session, manner, url, clock).await,
             Err(failure) => Err(failure.into()),
         };
         match opened {
@@ -72,7 +73,7 @@ async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) ->
     Ok(session)
 }
 
-async fn begin(session: Session, manner: Manner, clock: &Clock) -> Result<Opened> {
+async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Clock) -> Result<Opened> {
     let Manner { begin, standby } = manner;
     schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
@@ -84,7 +85,7 @@ async fn begin(session: Session, manner: Manner, clock: &Clock) -> Result<Opened
     let holding = loop {
         let look = holder.look(&session).await?;
         if look.is_free {
-            let taken = epoch::take(&session, &look).await.context("the epoch cannot be taken from kvs.writer")?;
+            let taken = epoch::take(&session, &look, url).await.context("the epoch cannot be taken from kvs.writer")?;
             match taken {
                 Some(epoch) => break Holding::Ours(epoch),
                 None => continue,

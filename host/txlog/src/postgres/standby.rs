@@ -11,19 +11,10 @@ use tokio_postgres::Statement;
 use super::epoch::{self, Epoch, Holder};
 use super::queue::{Company, Work};
 use super::session::{Failure, Kind, Session};
-use super::{Shared, incarnations, writer};
+use super::{News, Shared, incarnations, writer};
 
 /// How often it looks, hence how old what it shows can be.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// What there is to be taken in.
-#[derive(Clone)]
-pub struct News {
-    /// The newest entry of the log.
-    pub newest: u64,
-    /// Who writes. None when that is this process, or will be as soon as it has everything.
-    pub holder: Option<String>,
-}
 
 /// Looks until the epoch is to be had, and then writes. Ends with the log.
 pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
@@ -63,8 +54,9 @@ async fn look(
             connection.insert((session, append))
         }
     };
+    let as_of = shared.env.clock.now();
     let look = holder.look(session).await?;
-    let epoch = if look.is_free { epoch::take(session, &look).await? } else { None };
+    let epoch = if look.is_free { epoch::take(session, &look, shared.url.as_deref()).await? } else { None };
     let newest = epoch.as_ref().map_or(look.newest, |epoch| epoch.last);
     let known = shared.queue.appended();
     if newest < known {
@@ -80,6 +72,7 @@ async fn look(
     } else if look.incarnations != shared.history().incarnations().len() {
         shared.set_history(incarnations::history(session).await?);
     }
-    shared.news.send_replace(News { newest, holder: epoch.is_none().then_some(look.holder) });
+    let holder = epoch.is_none().then_some(look.holder);
+    shared.news.send_replace(News { newest, holder, primary: look.primary, as_of });
     Ok(epoch)
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::disk::Promise;
 use super::*;
 use crate::Incarnation;
+use crate::file::Home;
 
 pub type Outcome<T> = Result<T, String>;
 
@@ -43,6 +44,38 @@ impl Model {
         model.compactions.retain(|(begun, _)| *begun <= at);
         model.compactions.iter_mut().for_each(|(begun, _)| *begun = 0);
         model
+    }
+}
+
+/// A log that a former version wrote, in format 1.
+pub fn former(name: &str) -> (FakeDisk, Model) {
+    let disk = formats::load(&formats::directory(1, name));
+    let mut model = Model::default();
+    let shared = Shared::read(
+        Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() },
+        &options(),
+    )
+    .unwrap();
+    replay::replay(&shared, 0, &mut |entries| {
+        model.entries.extend(entries.iter().map(|entry| Appended {
+            sequence: entry.sequence,
+            time: entry.time,
+            event: owned(&entry.event),
+            ends_group: true,
+        }));
+        Ok(())
+    })
+    .unwrap();
+    (disk, model)
+}
+
+fn owned(event: &EventRef<'_>) -> Event {
+    match event {
+        EventRef::Delete(key) => Event::Delete((*key).into()),
+        EventRef::Put(put) => {
+            let metadata = put.metadata.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            Event::Put(Put { key: put.key.into(), value: put.value.into(), metadata, expires: put.expires })
+        }
     }
 }
 

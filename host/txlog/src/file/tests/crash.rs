@@ -15,12 +15,14 @@ use std::thread;
 
 use fastrand::Rng;
 
-use super::content::{Appended, Model, Outcome, check_content};
+use super::beside::Beside;
+use super::content::{Appended, Model, Outcome, check_content, former};
 use super::disk::Promise;
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
 use crate::file::compact::{self, Effort};
+use crate::file::recovery::Known;
 use crate::file::spare;
 use crate::file::verify::verify_in;
 use crate::file::writer::Writer;
@@ -49,6 +51,8 @@ struct History {
     begun: u64,
     shared: Arc<Shared>,
     writer: Writer,
+    /// It looks now and then before something is done to the disk.
+    standby: Arc<Mutex<Beside>>,
 }
 
 impl History {
@@ -59,15 +63,27 @@ impl History {
         (model, promised): (Model, Promise),
         mutant: Option<Mutant>,
         steps: usize,
-        dice: Rng,
+        mut dice: Rng,
     ) -> Outcome<Self> {
         disk.record();
         disk.set_promised(move || promised);
-        let (shared, writer) = recover(disk, options, mutant)?;
+        let standby = Arc::new(Mutex::new(Beside::new(Arc::new(disk.clone()), options)));
+        let (beside, looks) = (standby.clone(), Mutex::new(dice.fork()));
+        disk.before_each(move |_| {
+            // The mutant that does something itself.
+            if let (Ok(mut looks), Ok(mut beside)) = (looks.try_lock(), beside.try_lock())
+                && looks.u8(0..5) == 0
+            {
+                beside.pass();
+            }
+            Ok(())
+        });
+        let (shared, writer) = recover(disk, options, mutant, None)?;
         let time = model.entries.last().map_or(0, |entry| entry.time);
         let (disk, options, lives) = (disk.clone(), options.clone(), Vec::new());
         let (seen, begun) = (promised.seen, 0);
-        let mut history = Self { disk, options, mutant, dice, time, model, lives, seen, begun, shared, writer };
+        let mut history =
+            Self { disk, options, mutant, dice, time, model, lives, seen, begun, shared, writer, standby };
         history.begin_life(promised)?;
         for _ in 0..steps {
             history.time += history.dice.u64(0..3);
@@ -79,6 +95,7 @@ impl History {
             {
                 return Err(format!("a sound disk was not good enough: {error:#}"));
             }
+            history.standby.lock().unwrap().check(&history.model)?;
             if kill {
                 history.start_again()?;
             }
@@ -229,11 +246,13 @@ impl History {
         // Killed again while it starts, now and then.
         let kill = self.dice.u8(0..4) == 0;
         self.disk.kill_after(kill.then(|| self.dice.usize(0..6)));
-        let started = recover(&self.disk, &self.options, self.mutant);
+        // The standby may take over.
+        let known = self.standby.lock().unwrap().known();
+        let started = recover(&self.disk, &self.options, self.mutant, known);
         (self.shared, self.writer) = match started {
             Err(_) if self.disk.is_killed() => {
                 self.disk.kill_after(None);
-                recover(&self.disk, &self.options, self.mutant)?
+                recover(&self.disk, &self.options, self.mutant, known)?
             }
             started => started?,
         };
@@ -251,12 +270,15 @@ impl History {
         self.model.incarnations = self.shared.history.incarnations().to_vec();
         (self.seen, self.begun) = (promised.seen, begun);
         let (shared, durability) = (Arc::downgrade(&self.shared), self.options.durability);
+        let standby = self.standby.clone();
         // What an answer rests on is a promise, to whoever wrote it and to whoever reads it.
         let gate = self.mutant != Some(Mutant::NoGate);
         self.disk.set_promised(move || {
             let answered = shared
                 .upgrade()
                 .map_or(begun, |shared| if gate { shared.watermark.durable() } else { shared.queue.appended() });
+            // So is what a standby shows.
+            let answered = answered.max(standby.try_lock().map_or(0, |standby| standby.applied));
             let durable = if durability == Durability::Sync { answered } else { begun };
             Promise { durable, seen: answered.max(promised.seen) }
         });
@@ -265,7 +287,7 @@ impl History {
 
     /// What must be there if the process ends now and the system does not.
     fn promised(&self) -> Promise {
-        let durable = self.shared.watermark.durable();
+        let durable = self.shared.watermark.durable().max(self.standby.lock().unwrap().applied);
         Promise { durable, seen: durable.max(self.seen) }
     }
 
@@ -277,9 +299,15 @@ impl History {
     }
 }
 
-fn recover(disk: &FakeDisk, options: &Options, mutant: Option<Mutant>) -> Outcome<(Arc<Shared>, Writer)> {
+fn recover(
+    disk: &FakeDisk,
+    options: &Options,
+    mutant: Option<Mutant>,
+    known: Option<Known>,
+) -> Outcome<(Arc<Shared>, Writer)> {
     disk.set_lie(mutant.and_then(Mutant::lie_in_recovery));
-    let recovered = Shared::recover(Arc::new(disk.clone()), options.clone());
+    let before = Before { known, ..Before::default() };
+    let recovered = Shared::begin(Arc::new(disk.clone()), options.clone(), before);
     disk.set_lie(mutant.and_then(Mutant::lie));
     recovered.map_err(|error| format!("refused: {error:#}"))
 }
@@ -298,8 +326,15 @@ struct Cut<'a> {
 /// Opens what a power cut left, looks at it, writes more and looks again.
 fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let Cut { options, model, at, promised, mutant } = *cut;
-    let (shared, mut writer) = recover(disk, options, mutant)?;
+    let mut standby = Beside::new(Arc::new(disk.clone()), options);
+    standby.pass();
+    let (shared, mut writer) = recover(disk, options, mutant, standby.known())?;
     check_content(&shared, model, at, promised)?;
+    let newest = shared.watermark.durable();
+    if standby.applied > newest {
+        return Err(format!("a standby applied {}, and {newest} is the newest", standby.applied));
+    }
+    standby.check(model)?;
     let more = put("more", &[0x5a; 100]);
     spare::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
     let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
@@ -318,40 +353,8 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     if let Some(wrong) = wrong {
         return Err(format!("it goes on and is not sound: {wrong}"));
     }
-    let newest = recover(disk, options, mutant)?.0.watermark.durable();
+    let newest = recover(disk, options, mutant, None)?.0.watermark.durable();
     if newest != sequence { Err(format!("{sequence} was written after it and {newest} is the newest")) } else { Ok(()) }
-}
-
-/// A log that a former version wrote, in format 1.
-fn former(name: &str) -> (FakeDisk, Model) {
-    let disk = formats::load(&formats::directory(1, name));
-    let mut model = Model::default();
-    let shared = Shared::read(
-        Home { disk: Arc::new(disk.clone()), data: "data".into(), env: kvs_runtime::Env::real() },
-        &options(),
-    )
-    .unwrap();
-    replay::replay(&shared, 0, &mut |entries| {
-        model.entries.extend(entries.iter().map(|entry| Appended {
-            sequence: entry.sequence,
-            time: entry.time,
-            event: owned(&entry.event),
-            ends_group: true,
-        }));
-        Ok(())
-    })
-    .unwrap();
-    (disk, model)
-}
-
-fn owned(event: &EventRef<'_>) -> Event {
-    match event {
-        EventRef::Delete(key) => Event::Delete((*key).into()),
-        EventRef::Put(put) => {
-            let metadata = put.metadata.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
-            Event::Put(Put { key: put.key.into(), value: put.value.into(), metadata, expires: put.expires })
-        }
-    }
 }
 
 #[derive(Default)]
@@ -400,6 +403,7 @@ type Each<'a> = dyn FnMut(&FakeDisk, Model, Promise, &mut Rng) -> Outcome<()> + 
 
 fn cut(mut surface: Surface, history: History, images: usize, dice: &mut Rng, each: &mut Each<'_>) -> Outcome<()> {
     let end = history.promised_after_power_cut();
+    history.disk.before_each(|_| Ok(()));
     let History { disk, options, mutant, mut lives, model, .. } = history;
     let record = disk.take_record();
     lives.push((usize::MAX, model));

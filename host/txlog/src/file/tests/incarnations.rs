@@ -422,7 +422,7 @@ fn epoch_grows_and_never_goes_back() {
     let disk = FakeDisk::default();
     let epochs: Vec<_> = (0..3)
         .map(|_| {
-            let (shared, mut writer) = Shared::recover(Arc::new(disk.clone()), options()).unwrap();
+            let (shared, mut writer) = recover(Arc::new(disk.clone()), options()).unwrap();
             shared.queue.append(1, &[put("a", b"")]).unwrap();
             writer.step(&shared).unwrap();
             writer.epoch
@@ -451,7 +451,7 @@ fn compacted_log_keeps_epoch_and_ending() {
             data: "data".into(),
             env: kvs_runtime::Env::real(),
         };
-        let ending = super::super::recovery::recover(&home).unwrap().ending;
+        let ending = super::super::recovery::recover(&home, None).unwrap().ending;
         assert_eq!((ending.epoch, ending.is_closed()), (epoch, true));
         // Closed it was, so nothing is missing.
         let options = Options { data: directory.path().into(), segment_bytes: 8192, ..os() };

@@ -1,5 +1,6 @@
 //! What the log promises, tried on a disk that the tests own and on a real directory.
 
+mod beside;
 mod bound;
 mod compaction;
 mod content;
@@ -13,6 +14,7 @@ mod model;
 pub mod mutants;
 mod queue;
 mod runs;
+mod standby;
 mod supervision;
 mod surface;
 mod tail;
@@ -24,7 +26,9 @@ use std::time::{Duration, Instant};
 pub use self::disk::FakeDisk;
 use kvs_runtime::Env;
 
-use super::{Durability, FileLog, Options, Shared, replay};
+use super::disk::Disk;
+use super::writer::Writer;
+use super::{Before, Durability, FileLog, Options, Shared, replay};
 use crate::{AppendError, Event, EventRef, Put};
 use crate::{Receive, TransactionLog};
 
@@ -38,6 +42,7 @@ pub fn options() -> Options {
         segment_bytes: SEGMENT_BYTES,
         group_bytes: GROUP_BYTES,
         durability: Durability::Sync,
+        advertise: None,
         env: Env::real(),
     }
 }
@@ -53,9 +58,14 @@ pub fn put(key: &str, value: &[u8]) -> Event {
 /// An entry, owned: its sequence, its time and what happened.
 pub type Owned = (u64, u64, String);
 
+/// Opens a log without its threads.
+fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Shared>, Writer)> {
+    Shared::begin(disk, options, Before::default())
+}
+
 /// What recovery makes of a disk, without the threads of an open log.
 pub fn recovered(disk: &FakeDisk) -> anyhow::Result<Vec<Owned>> {
-    let (shared, _) = Shared::recover(Arc::new(disk.clone()), options())?;
+    let (shared, _) = recover(Arc::new(disk.clone()), options())?;
     gather(|receive| replay::replay(&shared, 0, receive))
 }
 

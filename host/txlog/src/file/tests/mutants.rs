@@ -22,10 +22,18 @@ pub enum Mutant {
     JumpSkipped,
     NewestIncarnationDropped,
     OsNotRecorded,
+    PublishedEarly,
+    PositionBelieved,
+    FollowerCleans,
+    /// These are found by the tests of the standby.
+    OldestOpenedFirst,
+    PositionReadFirst,
+    ForgottenIgnored,
+    TakenUnlocked,
 }
 
 impl Mutant {
-    pub const ALL: [(Self, &'static str); 16] = [
+    pub const ALL: [(Self, &'static str); 19] = [
         (Self::NoFileSync, "no fdatasync"),
         (Self::NoDirectorySync, "no sync of the directory"),
         (Self::EarlyAnswer, "answered before the sync"),
@@ -42,6 +50,9 @@ impl Mutant {
         (Self::JumpSkipped, "an incarnation gives sequences of its parent again"),
         (Self::NewestIncarnationDropped, "compaction drops the newest incarnation"),
         (Self::OsNotRecorded, "a run with --durability os leaves no trace before its first answer"),
+        (Self::PublishedEarly, "the position is published before the sync"),
+        (Self::PositionBelieved, "a standby believes the position of a log that lost its tail"),
+        (Self::FollowerCleans, "a standby removes what looks left behind"),
     ];
 
     /// The disk that is all it takes; none when code of the log asks for the mutant itself.

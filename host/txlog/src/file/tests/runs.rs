@@ -109,7 +109,7 @@ fn a_disk_that_fails_compaction_does_not_fail_the_log() {
     // Wherever it is stopped.
     for operations in 0.. {
         let disk = disk.copy();
-        let (shared, _) = Shared::recover(Arc::new(disk.clone()), options()).unwrap();
+        let (shared, _) = recover(Arc::new(disk.clone()), options()).unwrap();
         disk.kill_after(Some(operations));
         let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
         let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(()));

@@ -21,6 +21,7 @@ use fastrand::Rng;
 
 use super::FakeDisk;
 use super::disk::{Operation, name, write};
+use crate::file::position;
 
 const SECTOR: usize = 512;
 
@@ -79,7 +80,9 @@ impl Surface {
 
     /// Whether there is nothing to lose.
     pub fn is_certain(&self) -> bool {
-        self.pending_names.is_empty() && self.pending.is_empty()
+        // The position is never made certain, and nothing rests on it.
+        let position = self.names.get(position::NAME);
+        self.pending_names.is_empty() && self.pending.keys().all(|file| Some(file) == position)
     }
 
     /// One of the disks that a power cut can leave now.

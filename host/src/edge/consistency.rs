@@ -1,0 +1,81 @@
+//! Reads of a server that is not primary. They are stale by design: answered when the client, or the operator, asked for stale
+//! reads, and then with their age.
+//!
+//! Owns: the header that asks, and those that answer. Must never know: how a standby learns of anything.
+
+use std::time::Duration;
+
+use hyper::StatusCode;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+
+use super::refusal::{Answer, Refusal, refuse};
+
+/// In a request: which reads the client accepts.
+const CONSISTENCY: HeaderName = HeaderName::from_static("kvs-consistency");
+/// In a response: milliseconds for which there may have been newer data.
+const STALE_AGE: HeaderName = HeaderName::from_static("kvs-stale-age-ms");
+/// In a refusal: URL of the primary.
+const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
+
+/// Whether a client accepts stale reads. None where it does not say.
+pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
+    let mut given = headers.get_all(CONSISTENCY).iter().map(HeaderValue::as_bytes);
+    match (given.next(), given.next()) {
+        (None, _) => Ok(None),
+        (Some(b"stale"), None) => Ok(Some(true)),
+        (Some(b"strong"), None) => Ok(Some(false)),
+        _ => Err(refuse(StatusCode::BAD_REQUEST, "kvs-consistency is stale or strong, once").into()),
+    }
+}
+
+/// Refuses what only the primary does, and names it where it is known.
+pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer {
+    let mut line = reason.to_owned();
+    if is_read {
+        line += ", and consistent reads; kvs-consistency: stale asks for a stale one";
+    }
+    let url = primary.and_then(|primary| HeaderValue::from_str(primary).ok());
+    if let (Some(primary), Some(_)) = (primary, &url) {
+        line += &format!("; the primary is {primary}");
+    }
+    let mut refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, &line);
+    refusal.headers_mut().extend(url.map(|url| (PRIMARY, url)));
+    refusal
+}
+
+/// Adds the age of a stale read.
+pub fn set_age(headers: &mut HeaderMap, age: Duration) {
+    headers.insert(STALE_AGE, HeaderValue::from(u64::try_from(age.as_millis()).unwrap_or(u64::MAX)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consistency_is_stale_or_strong_once() {
+        let asked = |values: &[&'static str]| {
+            let headers = values.iter().map(|value| (CONSISTENCY, HeaderValue::from_static(value))).collect();
+            accepts_stale(&headers).map_err(|refusal| refusal.status())
+        };
+        assert_eq!(asked(&[]), Ok(None));
+        assert_eq!(asked(&["stale"]), Ok(Some(true)));
+        assert_eq!(asked(&["strong"]), Ok(Some(false)));
+        for malformed in [&[""][..], &["Stale"], &["eventual"], &["stale, strong"], &["stale", "stale"]] {
+            assert_eq!(asked(malformed), Err(StatusCode::BAD_REQUEST), "{malformed:?}");
+        }
+    }
+
+    #[test]
+    fn refusal_names_the_primary_where_it_is_known() {
+        let known = not_primary("this server stands by", false, Some("http://10.0.0.1:8080"));
+        assert_eq!(known.headers()[PRIMARY], "http://10.0.0.1:8080");
+        assert_eq!(known.body(), "this server stands by; the primary is http://10.0.0.1:8080\n");
+        // It comes from a file or a database.
+        for unfit in [None, Some("http://a\r\nb: c")] {
+            let unknown = not_primary("this server stands by", false, unfit);
+            assert!(!unknown.headers().contains_key(PRIMARY));
+            assert_eq!(unknown.body(), "this server stands by\n");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The follower: reads the log beside the process that writes it, as far as that says that it is durable.
+//!
+//! Owns: what can be believed of files that another process writes, compacts and removes meanwhile. Must never know: the
+//! lock. It changes nothing in the directory.
+//!
+//! Segments are opened before the position is read, the newest first. Compaction drops an entry only when a newer one is
+//! durable, and then the position covers that. It drops a delete only after all older puts of its key, from segments before
+//! it: whoever opened a segment that the delete is gone from finds them gone too. What is open stays readable after it was
+//! replaced.
+//!
+//! The position is believed when the frames up to it have the checksum that it names: see `position`.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, anyhow, ensure};
+use uuid::Uuid;
+
+use super::catalog::{MARK_BYTES, Mark, Segment};
+use super::disk::File;
+use super::found::Found;
+use super::listing::Listing;
+use super::position::{self, Position};
+use super::recovery::{self, Known};
+use super::replay::{self, Span};
+use super::scan::Stop;
+use super::segment::HEAD_BYTES;
+#[cfg(test)]
+use super::tests::mutants::{self, Mutant};
+use super::{Home, incarnations, tail};
+use crate::{Forgotten, History, Incarnation, Receive};
+
+/// How often it looks again when what it found does not fit together: rotation and compaction come between, and what is
+/// still wrong then is.
+const ATTEMPTS: u32 = 5;
+
+pub struct Follower {
+    home: Home,
+    state: Mutex<State>,
+}
+
+/// What was found so far.
+#[derive(Default)]
+struct State {
+    /// The last position that was believed.
+    position: Option<Position>,
+    /// The newest durable sequence.
+    newest: u64,
+    history: Arc<History>,
+    /// Places to begin reading at and the numbers of their segments, oldest first.
+    marks: VecDeque<(u64, Mark)>,
+}
+
+impl State {
+    /// Keeps no more marks than one for each so many bytes.
+    fn mark(&mut self, segment: u64, mark: Mark) {
+        let before = self.marks.len().checked_sub(2).map(|at| self.marks[at]);
+        if before.is_some_and(|(number, before)| number == segment && mark.offset - before.offset < MARK_BYTES) {
+            self.marks.pop_back();
+        }
+        self.marks.push_back((segment, mark));
+    }
+}
+
+/// The log, opened: all segments that hold something after some sequence.
+struct View {
+    log: Uuid,
+    segments: Vec<(Segment, Arc<dyn File>)>,
+    until: u64,
+    newest: u64,
+}
+
+impl Follower {
+    pub fn new(home: Home) -> Self {
+        Self { home, state: Mutex::default() }
+    }
+
+    /// Looks how far the log is durable. Returns the newest durable sequence.
+    pub fn look(&self) -> anyhow::Result<u64> {
+        let known = self.state().position;
+        if known.is_some() && position::read(&*self.home.disk)? == known {
+            return Ok(self.newest());
+        }
+        Ok(self.view(self.newest())?.newest)
+    }
+
+    /// See [`TransactionLog::replay`](crate::TransactionLog::replay); up to the published position.
+    pub fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
+        let view = self.view(after)?;
+        let forgotten = view.segments.iter().map(|(segment, _)| segment.forgotten).max().unwrap_or(0);
+        #[cfg(test)]
+        let forgotten = if mutants::is(Mutant::ForgottenIgnored) { 0 } else { forgotten };
+        if after > 0 && after < forgotten {
+            return Err(Forgotten { after, newest: forgotten }.into());
+        }
+        let span = Span { after, until: view.until };
+        for (segment, file) in view.segments.into_iter().filter(|(segment, _)| segment.last > after) {
+            replay::read(&self.home, view.log, &segment, file, span, receive)?;
+        }
+        Ok(view.newest.max(after))
+    }
+
+    /// Nobody reads what is before this sequence any more, or from the beginning.
+    pub fn passed(&self, sequence: u64) {
+        let mut state = self.state();
+        let passed = state.marks.partition_point(|(_, mark)| mark.sequence <= sequence);
+        state.marks.drain(..passed.saturating_sub(1));
+    }
+
+    pub fn newest(&self) -> u64 {
+        self.state().newest
+    }
+
+    pub fn history(&self) -> Arc<History> {
+        Arc::clone(&self.state().history)
+    }
+
+    /// What a recovery must find there; None where nothing was found.
+    pub fn known(&self) -> Option<Known> {
+        let state = self.state();
+        state.position.map(|position| Known { log: position.log, durable: state.newest })
+    }
+
+    fn view(&self, after: u64) -> anyhow::Result<View> {
+        let mut attempts = 1;
+        loop {
+            match self.survey(after) {
+                Err(_) if attempts < ATTEMPTS => attempts += 1,
+                view => return view,
+            }
+        }
+    }
+
+    /// Opens the log once. An error can be due to what the other process does at the same time.
+    fn survey(&self, after: u64) -> anyhow::Result<View> {
+        let Self { home, .. } = self;
+        let (known, marks) = {
+            let state = self.state();
+            (state.position, state.marks.clone())
+        };
+        let passed = marks.partition_point(|(_, mark)| mark.sequence <= after);
+        let oldest = passed.checked_sub(1).map_or(1, |at| marks[at].0);
+
+        let listing = Listing::read(home)?;
+        listing.is_whole(home)?;
+        #[cfg(test)]
+        if mutants::is(Mutant::FollowerCleans) {
+            recovery::clean_up(home, &[], &listing)?;
+        }
+        #[cfg(test)]
+        let early = position::read(&*home.disk)?;
+        let mut needed: Vec<_> = listing.segments.into_iter().filter(|numbers| numbers.last >= oldest).collect();
+        needed.reverse();
+        #[cfg(test)]
+        if mutants::is(Mutant::OldestOpenedFirst) {
+            needed.reverse();
+        }
+        let found = needed.into_iter().map(|numbers| Found::open_shared(home, numbers));
+        let mut found: Vec<_> = found.collect::<anyhow::Result<_>>()?;
+        found.sort_unstable_by_key(|found| found.numbers.first);
+        let published = || format!("the primary has published no position in {}", home.path(position::NAME).display());
+        let position = position::read(&*home.disk)?.with_context(published)?;
+        #[cfg(test)]
+        let position = early.filter(|_| mutants::is(Mutant::PositionReadFirst)).unwrap_or(position);
+        recovery::one_log(home, &found, Some(known.map_or(position.log, |known| known.log)))?;
+        let went_back = known.is_some_and(|known| {
+            position.log != known.log || (position.segment, position.offset) < (known.segment, known.offset)
+        });
+        ensure!(
+            !went_back || is_believed_at_once(),
+            "the log in {} is another one than before, or was set back; bring back the right one",
+            home.path("").display()
+        );
+
+        let holds = |found: &Found| (found.numbers.first..=found.numbers.last).contains(&position.segment);
+        let at = found.iter().position(holds);
+        let at = at.with_context(|| format!("segment {} is missing from the log", position.segment))?;
+        let marks_in = |segment: u64| marks.iter().filter(move |(number, _)| *number == segment).map(|(_, mark)| *mark);
+        let (newest, seen) = newest(home, &found[at], position, marks_in(position.segment).collect())?;
+        let mut segments = recovery::join(home, &found[..=at], newest)?;
+        for (segment, found) in segments.iter_mut().zip(&found).filter(|(_, found)| found.compacted.is_none()) {
+            segment.marks = marks_in(found.numbers.first).collect();
+        }
+        let begun = segments.iter().flat_map(|segment| segment.incarnations.clone()).collect();
+        let newest = self.believe(position, begun, seen);
+        let files = found.into_iter().map(|found| found.file);
+        Ok(View {
+            log: position.log,
+            segments: segments.into_iter().zip(files).collect(),
+            until: position.sequence,
+            newest,
+        })
+    }
+
+    /// Notes what was found. Returns the newest sequence that was given out.
+    fn believe(&self, position: Position, incarnations: Vec<Incarnation>, seen: Vec<Mark>) -> u64 {
+        let mut state = self.state();
+        let known = state.history.incarnations();
+        let added: Vec<_> = incarnations.into_iter().filter(|one| !known.contains(one)).collect();
+        if !added.is_empty() {
+            state.history = Arc::new(History::new([known, &added[..]].concat()));
+        }
+        let newest = incarnations::newest_given(&state.history, position.sequence);
+        if state.position.is_none_or(|known| (known.segment, known.offset) < (position.segment, position.offset)) {
+            (state.position, state.newest) = (Some(position), newest);
+            for mark in seen {
+                state.mark(position.segment, mark);
+            }
+        }
+        newest
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change under this lock is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The segment of the position, read as far as that, and the places in it to begin reading at that were not known.
+fn newest(home: &Home, found: &Found, position: Position, marks: Vec<Mark>) -> anyhow::Result<(Segment, Vec<Mark>)> {
+    let Position { log, sequence, segment: number, offset, chain } = position;
+    let is_not_there = || {
+        let file = home.path(&found.name);
+        anyhow!("{} does not hold what the primary has published: sequence {sequence} at byte {offset}", file.display())
+    };
+    if let Some(compacted) = &found.compacted {
+        let is_end = (found.numbers.last, compacted.last, compacted.after) == (number, sequence, chain);
+        ensure!(is_end || is_believed_at_once(), is_not_there());
+        let first = tail::first_frame(home, found)?.map_or_else(Vec::new, |(_, incarnations)| incarnations);
+        return Ok((Segment::compacted(found.numbers, found.version, compacted, first), Vec::new()));
+    }
+    let end = Mark { sequence, offset, chain };
+    let mut segment = Segment { version: found.version, marks, ..Segment::empty(number, sequence, chain, found.size) };
+    if offset > HEAD_BYTES {
+        let (first, incarnations) = tail::first_frame(home, found)?.with_context(is_not_there)?;
+        (segment.first, segment.before) = (first.first, first.previous);
+        (segment.end, segment.incarnations) = (offset, incarnations);
+    }
+    let mut scan = segment.scan_after(sequence, found.file.clone(), log);
+    let begin = segment.marks.last().map_or(HEAD_BYTES, |mark| mark.offset);
+    let (mut last, mut seen, mut marked) = (segment.marks.last().map(|mark| mark.sequence), Vec::new(), begin);
+    while scan.advance()? {
+        last = scan.frames().last().map(|frame| frame.head.last());
+        if let (true, Some(sequence), Some(chain)) = (scan.offset() - marked >= MARK_BYTES, last, scan.chain()) {
+            marked = scan.offset();
+            seen.push(Mark { sequence, offset: marked, chain });
+        }
+    }
+    if let Stop::Refused(why) = scan.stop() {
+        return Err(home.refused(&found.name, scan.offset(), &why));
+    }
+    let is_end = scan.offset() == offset && scan.chain() == Some(chain) && last.is_none_or(|last| last == sequence);
+    ensure!(is_end || is_believed_at_once(), is_not_there());
+    if seen.last() != Some(&end) {
+        seen.push(end);
+    }
+    Ok((segment, seen))
+}
+
+fn is_believed_at_once() -> bool {
+    #[cfg(test)]
+    if mutants::is(Mutant::PositionBelieved) {
+        return true;
+    }
+    false
+}

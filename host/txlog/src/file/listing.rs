@@ -1,0 +1,75 @@
+//! The names in the directory of the log, and which of them make up the log now.
+//!
+//! Must never know: what is in the files. Nothing is changed here: recovery cleans up, and a standby must not.
+
+use std::cmp::Reverse;
+
+use anyhow::bail;
+
+use super::segment::{Numbers, SUFFIX};
+use super::{Home, identity, mark, position, tail};
+
+/// The files of a log by their names.
+pub struct Listing {
+    /// The segments, oldest first.
+    pub segments: Vec<Numbers>,
+    /// The first that is not there.
+    missing: Option<u64>,
+    /// Those that a compacted one of `segments` stands for, and that are there still.
+    pub replaced: Vec<Numbers>,
+    /// Files that were begun.
+    pub temporary: Vec<String>,
+    pub strangers: Vec<String>,
+}
+
+impl Listing {
+    pub fn read(home: &Home) -> anyhow::Result<Self> {
+        let (mut found, mut temporary, mut strangers) = (Vec::new(), Vec::new(), Vec::new());
+        for name in home.disk.list()? {
+            if name.strip_suffix(".tmp").is_some_and(is_ours) {
+                temporary.push(name);
+            } else if let Some(numbers) = Numbers::parse(&name) {
+                found.push(numbers);
+            } else if name.ends_with(SUFFIX) {
+                bail!(not_a_segment(home, &name));
+            } else if !is_ours(&name) {
+                strangers.push(name);
+            }
+        }
+        // Where two begin with the same number, the one that stands for more comes first.
+        found.sort_by_key(|numbers| (numbers.first, Reverse(numbers.last)));
+        let (mut segments, mut replaced, mut missing) = (Vec::<Numbers>::new(), Vec::new(), None);
+        for numbers in found {
+            let previous = segments.last();
+            if previous.is_some_and(|previous| previous.contains(numbers)) {
+                replaced.push(numbers);
+                continue;
+            }
+            let expected = previous.map_or(1, |previous| previous.last + 1);
+            if numbers.first != expected {
+                missing.get_or_insert(expected);
+            }
+            segments.push(numbers);
+        }
+        Ok(Self { segments, missing, replaced, temporary, strangers })
+    }
+
+    /// Checks that there are segments from number 1 on and without gaps. What is missing can be there under another name,
+    /// which whoever opens the segments finds.
+    pub fn is_whole(&self, home: &Home) -> anyhow::Result<()> {
+        let Some(missing) = self.missing else { return Ok(()) };
+        let missing = Numbers::one(missing).file_name();
+        bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display())
+    }
+}
+
+/// A name that the log gives to a file, before or after it is whole.
+fn is_ours(name: &str) -> bool {
+    Numbers::parse(name).is_some()
+        || [mark::NAME, identity::NAME, position::NAME].contains(&name)
+        || name.ends_with(tail::COPY_SUFFIX)
+}
+
+pub fn not_a_segment(home: &Home, name: &str) -> String {
+    format!("{} is not a segment of a log; move it away", home.path(name).display())
+}

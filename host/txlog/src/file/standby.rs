@@ -1,0 +1,334 @@
+//! The standby: follows the log while another process has the directory, and takes the directory when that one is gone.
+//!
+//! Owns: when this process is the primary. Before it has the lock it changes nothing; from then on the log is opened as at
+//! any start, and must hold all that was followed.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kvs_runtime::{Clock, Thread};
+use tokio::sync::watch;
+
+use super::disk::Directory;
+use super::follower::Follower;
+use super::home::Home;
+use super::lock::{self, Lock};
+use super::{Before, Damage, FileLog, Options};
+use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
+
+/// How often it looks, hence how old what it shows can be, and how long after the end of the primary it takes over.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A log of which another process is the primary, until this one is.
+pub struct StandbyLog {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<Thread>>,
+}
+
+struct Shared {
+    options: Options,
+    follower: Follower,
+    /// One for the whole life: those who wait on it need not hear of a takeover.
+    watermark: Arc<Watermark>,
+    followed: AtomicU64,
+    news: watch::Sender<News>,
+    /// Set when this process takes the directory.
+    log: OnceLock<FileLog>,
+    /// All was followed, and appends are accepted.
+    begun: AtomicBool,
+    state: Mutex<State>,
+    closing: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Why what is new is not known, and why it could not be read.
+    blind: Option<String>,
+    unread: Option<String>,
+    closed: bool,
+}
+
+/// What a look has found.
+enum Look {
+    /// The log is this process's.
+    Ours,
+    Theirs,
+    /// Another process has the directory, and there is nothing to follow.
+    Nothing(anyhow::Error),
+}
+
+impl StandbyLog {
+    /// Blocks until there is a log to follow, or to write, when no other process has the directory.
+    pub fn open(options: Options) -> Result<Self> {
+        options.sizes()?;
+        lock::make_directory(&options.data)?;
+        lock::make_directory(&options.data.join("log"))?;
+        let log = Self { shared: Arc::new(Shared::new(options)), thread: Mutex::default() };
+        let Shared { options, follower, .. } = &*log.shared;
+        let data = options.data.display();
+        loop {
+            match log.shared.look()? {
+                Look::Ours => {
+                    tracing::info!("no other process uses {data}: this one is the primary");
+                    log.begin()?;
+                    return Ok(log);
+                }
+                Look::Theirs => {
+                    let newest = follower.newest();
+                    // Whoever serves from the log begins with a replay of all that.
+                    log.follow(newest);
+                    let (holder, _) = lock::holder(&options.data);
+                    tracing::info!("standing by at sequence {newest} while {holder} writes the log");
+                    log.start()?;
+                    return Ok(log);
+                }
+                Look::Nothing(error) if error.is::<Damage>() => {
+                    return Err(error.context(format!("cannot follow the log in {data}")));
+                }
+                // It has not begun to serve yet, or is of another time.
+                Look::Nothing(error) => {
+                    log.shared.note(Some(&error));
+                    log.shared.clock().pause(LOOK);
+                }
+            }
+        }
+    }
+
+    fn start(&self) -> Result<()> {
+        let (watching, failed) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
+        let tasks = &self.shared.options.env.tasks;
+        let thread = tasks.fail_thread("log standby", move || watching.run(), move |error| failed.fail(error));
+        let thread = thread.context("cannot start a thread of the log")?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    /// The newest sequence of the log that this process knows of, applied or not.
+    pub(super) fn newest(&self) -> u64 {
+        self.shared.news.borrow().newest
+    }
+
+    pub(super) fn log(&self) -> Option<&FileLog> {
+        self.shared.log.get()
+    }
+
+    pub(super) fn begun(&self) -> bool {
+        self.shared.begun.load(Ordering::Acquire)
+    }
+}
+
+impl Shared {
+    fn new(options: Options) -> Self {
+        let disk = Arc::new(Directory::new(options.data.join("log")));
+        let follower = Follower::new(Home { disk, data: options.data.clone(), env: options.env.clone() });
+        let news = News { newest: 0, holder: Some(String::new()), primary: None, as_of: options.env.clock.now() };
+        Self {
+            follower,
+            watermark: Arc::new(Watermark::new(0)),
+            followed: AtomicU64::new(0),
+            news: watch::Sender::new(news),
+            log: OnceLock::new(),
+            begun: AtomicBool::new(false),
+            state: Mutex::default(),
+            closing: Condvar::new(),
+            options,
+        }
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.options.env.clock
+    }
+
+    /// Looks until the log is this process's.
+    fn run(&self) -> Result<()> {
+        loop {
+            let state = self.state();
+            let state = self.clock().wait_timeout_while(&self.closing, state, LOOK, |state| !state.closed);
+            if state.closed {
+                return Ok(());
+            }
+            drop(state);
+            match self.look()? {
+                Look::Ours => return Ok(()),
+                Look::Theirs => {}
+                Look::Nothing(error) => self.note(Some(&error)),
+            }
+        }
+    }
+
+    /// Takes the directory where nobody has it, and looks what is new otherwise. An error is that of a takeover.
+    fn look(&self) -> Result<Look> {
+        let as_of = self.clock().now();
+        let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
+            Ok(Some(lock)) => {
+                self.take_over(Some(lock), as_of)?;
+                return Ok(Look::Ours);
+            }
+            #[cfg(test)]
+            Ok(None) if super::tests::mutants::is(super::tests::mutants::Mutant::TakenUnlocked) => {
+                self.take_over(None, as_of)?;
+                return Ok(Look::Ours);
+            }
+            Ok(None) => self.follower.look(),
+            Err(error) => Err(error),
+        };
+        match newest {
+            Ok(newest) => {
+                self.note(None);
+                let (holder, primary) = lock::holder(&self.options.data);
+                self.news.send_replace(News { newest, holder: Some(holder), primary, as_of });
+                Ok(Look::Theirs)
+            }
+            Err(error) => Ok(Look::Nothing(error)),
+        }
+    }
+
+    /// Notes why nothing can be followed, and reports it once.
+    fn note(&self, blind: Option<&anyhow::Error>) {
+        let blind = blind.map(|error| format!("{error:#}"));
+        let mut state = self.state();
+        if blind != state.blind {
+            match &blind {
+                Some(why) => tracing::warn!("the log cannot be followed: {why}"),
+                None => tracing::info!("the log is followed again"),
+            }
+            state.blind = blind;
+        }
+    }
+
+    fn take_over(&self, lock: Option<Lock>, begun: Instant) -> Result<()> {
+        let disk = Arc::new(Directory::new(self.options.data.join("log")));
+        let before =
+            Before { known: self.follower.known(), watermark: Arc::clone(&self.watermark), ..Before::default() };
+        let log = FileLog::open_after(disk, self.options.clone(), lock, before)?;
+        let newest = log.appended();
+        if self.log.set(log).is_err() {
+            bail!("the log was taken over twice");
+        }
+        tracing::info!("took the log over at sequence {newest} within {:.0?}", self.clock().elapsed(begun));
+        self.news.send_replace(News { newest, holder: None, primary: None, as_of: begun });
+        Ok(())
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        let mut was_received = true;
+        let replayed = self.follower.replay(after, &mut |entries| {
+            let received = receive(entries);
+            was_received = received.is_ok();
+            received
+        });
+        let unread = replayed.as_ref().err().filter(|error| was_received && !error.is::<Forgotten>());
+        self.state().unread = unread.map(|error| format!("{error:#}"));
+        replayed
+    }
+
+    fn fail(&self, error: &anyhow::Error) {
+        let reason = format!("the transaction log failed: {error:#}");
+        tracing::error!("{reason}");
+        self.watermark.latch(reason);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change under this lock is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TransactionLog for StandbyLog {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        match self.log() {
+            Some(log) if self.begun() => log.append(time, events),
+            _ => Err(AppendError::ReadOnly),
+        }
+    }
+
+    fn appended(&self) -> u64 {
+        match self.log() {
+            Some(log) if self.begun() => log.appended(),
+            _ => self.shared.followed.load(Ordering::Acquire),
+        }
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.shared.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        match self.log() {
+            Some(log) => log.replay(after, receive),
+            None => self.shared.replay(after, receive),
+        }
+    }
+
+    fn history(&self) -> Arc<History> {
+        self.log().map_or_else(|| self.shared.follower.history(), FileLog::history)
+    }
+
+    fn read_only(&self) -> Option<&'static str> {
+        let follows = !self.begun() && self.shared.watermark.failure().is_none();
+        follows.then_some("this server stands by; another one takes writes")
+    }
+
+    fn condition(&self) -> Condition {
+        if let Some(reason) = self.shared.watermark.failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
+        }
+        if let Some(log) = self.log().filter(|_| self.begun()) {
+            return log.condition();
+        }
+        let state = self.shared.state();
+        if let Some(why) = state.blind.as_ref().or(state.unread.as_ref()) {
+            return Condition::Unfit(format!("standing by, and it cannot be followed: {why}"));
+        }
+        drop(state);
+        let News { newest, holder, .. } = self.shared.news.borrow().clone();
+        let behind = self.history().entries(self.appended(), newest);
+        Condition::But(match holder {
+            Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
+            None => format!("taking it over, {behind} entries behind"),
+        })
+    }
+
+    fn close(&self) -> Result<()> {
+        self.shared.state().closed = true;
+        self.shared.closing.notify_all();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            thread.join();
+        }
+        match self.log() {
+            Some(log) => log.close(),
+            None => self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}")),
+        }
+    }
+}
+
+impl Standby for StandbyLog {
+    fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    fn follow(&self, sequence: u64) {
+        self.shared.followed.store(sequence, Ordering::Release);
+        self.shared.watermark.advance(sequence);
+        self.shared.follower.passed(sequence);
+    }
+
+    fn begin(&self) -> Result<()> {
+        let log = self.log().context("another process writes the log")?;
+        // Not before: it could drop what is followed still.
+        log.compact_in_background()?;
+        self.shared.begun.store(true, Ordering::Release);
+        tracing::info!("this process writes the log now, after sequence {}", log.appended());
+        Ok(())
+    }
+}
+
+impl Drop for StandbyLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!("the log was not closed cleanly: {error:#}");
+        }
+    }
+}
