@@ -8,6 +8,7 @@ mod pooler;
 mod proxy;
 mod replication;
 mod standby;
+mod supervision;
 mod takeover;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

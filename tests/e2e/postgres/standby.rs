@@ -28,7 +28,7 @@ pub fn stand_by(url: &str, args: &[&str]) -> Server {
 }
 
 /// Waits until it answers so.
-fn shows(server: &Server, key: &str, status: u16, value: &str) {
+pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
     let begun = std::time::Instant::now();
     loop {
         let (now, shown) = get(server, key);
