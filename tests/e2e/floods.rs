@@ -101,6 +101,46 @@ fn large_heads_on_many_streams_stay_within_budget() {
 }
 
 #[test]
+fn changes_that_slow_watchers_do_not_take_stay_within_budget() {
+    let server = Server::start(&["--max-inflight-bytes", "16MiB"]);
+    let value = vec![b'x'; 512 << 10];
+    let mut client = Connection::open(server.address());
+    let mut put_all = || {
+        for key in 0..40 {
+            let begun = Instant::now();
+            // Until those that are slow were cut.
+            while client.ask("PUT", &format!("/v1/{key}"), &value).status != 201 {
+                client = Connection::open(server.address());
+                assert!(begun.elapsed() < PATIENCE, "{key} was not stored");
+            }
+        }
+    };
+    put_all();
+    let before = memory(&server);
+    let watching: Vec<_> = (0..10)
+        .map(|connection| {
+            let mut client = Frames::open(server.address());
+            // INITIAL_WINDOW_SIZE: nothing may be sent to it.
+            client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+            for stream in 0..4 {
+                let path = field(":path", &format!("/v1?watch&prefix={}", 4 * connection + stream));
+                let head = [b"\x82\x86", &path[..], &field(":authority", "kvs")].concat();
+                client.send(HEADERS, END_STREAM | END_HEADERS, 2 * stream + 1, &head);
+                client.wait(&[HEADERS]).expect("it watches");
+            }
+            client
+        })
+        .collect();
+    for _ in 0..4 {
+        put_all();
+    }
+    let grown = peak(&server).saturating_sub(before);
+    assert!(grown < 48 << 10, "memory grew by {grown} KiB");
+    drop(watching);
+    until(&server, "nothing is held by nobody", |now| now.get("kvs_inflight_bytes") == 0.0);
+}
+
+#[test]
 fn more_headers_than_allowed_are_431_over_http2_too() {
     let server = Server::start(&["--max-headers", "10"]);
     for (count, refused) in [(9, false), (11, true)] {
