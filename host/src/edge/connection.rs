@@ -86,10 +86,13 @@ impl Edge {
             // Nothing was asked yet, so nothing is lost.
             _ = stop.changed() => return Ok(()),
         };
+        tls::verify_resumed(tls, &stream).inspect_err(|error| {
+            info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+        })?;
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        let revoked = tls::revoked(tls, tls::shown(&stream), renewals);
+        let revoked = tls::revoked(tls, tls::shown(&stream), renewals, self.limits.stream_heartbeat);
         self.http(stream, http2, self.peer(client, socket), activity, revoked, stop).await
     }
 
