@@ -1,7 +1,7 @@
 //! Values that expire.
 
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -144,8 +144,9 @@ fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
 fn imported_entries_of_the_future_keep_the_time_they_have_left() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let time = next_year();
-    let mut import: Command = kvs_at(data.path());
-    let mut import = import.args(["txlog", "import"]).stdin(Stdio::piped()).spawn().expect("the binary can be started");
+    let mut import = kvs_at(data.path());
+    let mut import =
+        import.args(["txlog", "import", "-"]).stdin(Stdio::piped()).spawn().expect("the binary can be started");
     let text = format!("1\t2\ta\tvalue\t{time}\t{}\n2\t2\tb\tvalue\t{time}\t\n", time + 1_000);
     import.stdin.take().expect("it is piped").write_all(text.as_bytes()).expect("it is read");
     assert!(import.wait().expect("it ends").success());
