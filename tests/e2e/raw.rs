@@ -3,6 +3,7 @@
 //!
 //! Each is followed by a request that ends the connection, and what comes back is read to its end.
 
+use crate::metrics::Metrics;
 use crate::server::Server;
 use crate::wire::Connection;
 
@@ -360,6 +361,15 @@ fn floods_of_small_chunks_are_refused() {
         client.send([head, &chunks, "0\r\n\r\n"].concat());
         assert_eq!(statuses(&client.end()), [status], "{small} and {large}");
     }
+    // Nor are they read on for long when the request is refused for another reason.
+    let before = Metrics::of(&server).get("kvs_network_receive_bytes_total");
+    let mut client = Connection::open(server.address());
+    let head = "PUT /v1/a HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n";
+    // It may be closed before all of it was sent.
+    let _ = client.try_send([head, &"1\r\nx\r\n".repeat(1_000_000)].concat());
+    client.end();
+    let received = Metrics::of(&server).get("kvs_network_receive_bytes_total") - before;
+    assert!(received < 1e6, "{received} bytes were read");
 }
 
 #[test]
