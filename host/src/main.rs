@@ -7,6 +7,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use kvs::commands::{self, Cli, unknown_variable};
 use kvs::lines::{self, Format};
 use kvs::renamed;
+use kvs_runtime::Env;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     if let Some(unknown) = unknown_variable() {
         return fail(USAGE, format, &unknown);
     }
-    match commands::run(cli) {
+    match commands::run(cli, &Env::real()) {
         Ok(()) => {
             lines::end();
             ExitCode::SUCCESS

@@ -56,7 +56,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
     pub txlog: TxlogStorage,
 
-    /// Timeout of one call of the database that holds the transaction log
+    /// Timeout of one call of the database that holds the transaction log; at least ten seconds before the server serves
     #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub txlog_timeout: Duration,
 

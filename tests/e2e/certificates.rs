@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
@@ -26,6 +27,8 @@ pub enum Kind {
     EarlyServer,
     Client,
     ExpiredClient,
+    /// A client that is known for so many seconds.
+    ShortClient(u64),
 }
 
 /// The files of a certificate and its key.
@@ -67,13 +70,16 @@ impl Authority {
         params.serial_number = Some(SerialNumber::from(serial));
         params.extended_key_usages = vec![match kind {
             Kind::Server | Kind::ExpiredServer | Kind::EarlyServer => ExtendedKeyUsagePurpose::ServerAuth,
-            Kind::Client | Kind::ExpiredClient => ExtendedKeyUsagePurpose::ClientAuth,
+            Kind::Client | Kind::ExpiredClient | Kind::ShortClient(_) => ExtendedKeyUsagePurpose::ClientAuth,
         }];
         if kind == Kind::EarlyServer {
             params.not_before = date_time_ymd(3000, 1, 1);
         }
         if matches!(kind, Kind::ExpiredServer | Kind::ExpiredClient) {
             params.not_after = date_time_ymd(2020, 1, 1);
+        }
+        if let Kind::ShortClient(seconds) = kind {
+            params.not_after = (SystemTime::now() + Duration::from_secs(seconds)).into();
         }
         let key = KeyPair::generate().expect("a key can be made");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate can be issued");

@@ -1,12 +1,21 @@
 //! Values that expire.
 
+use std::io::Write;
 use std::process::Stdio;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::log::kvs_at;
-use crate::server::{PATIENCE, Server, Stopped};
+use kvs_runtime::Env;
+use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
+use kvs_txlog::{Event, Put, TransactionLog};
+use tempfile::TempDir;
+
+use crate::log::{kvs_at, of_files};
+use crate::metrics::Metrics;
+use crate::server::{PATIENCE, Server, Stopped, serve};
 use crate::wire::Connection;
+
+const YEAR: Duration = Duration::from_secs(365 * 86_400);
 
 /// Asks until the key is gone. Each time it must be the value or nothing.
 #[track_caller]
@@ -87,4 +96,63 @@ fn many_that_expire_at_once_are_deleted_in_the_log_while_requests_are_served() {
         probes += 1;
     }
     assert_eq!(deletes(&server.terminate()), count as usize);
+}
+
+/// In milliseconds since 1970, a year from now.
+fn next_year() -> u64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970") + YEAR;
+    u64::try_from(time.as_millis()).expect("it is a time")
+}
+
+/// What readiness says of the clock.
+fn clock(server: &Server) -> String {
+    let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    assert_eq!(ready.status, 200);
+    ready.text().lines().find(|line| line.contains("clock")).expect("it has such a line").to_owned()
+}
+
+#[test]
+fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
+    of_files!();
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let time = next_year();
+    {
+        let (data, segment_bytes, env) = (data.path().into(), DEFAULT_SEGMENT_BYTES, Env::real());
+        let options = Options { data, segment_bytes, group_bytes: 1 << 20, durability: Durability::Sync, env };
+        let log = FileLog::open(options).expect("it can be opened");
+        for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
+            let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
+            log.append(time, &[Event::Put(put)]).expect("it takes it");
+        }
+        log.close().expect("it can be closed");
+    }
+    let mut server = Server::spawn(serve(data.path()), data);
+    for path in ["/v1/a", "/v1/b"] {
+        let mut client = Connection::open(server.address());
+        expires(&mut client, "/v1/before");
+        assert_eq!(client.ask("PUT", &format!("{path}?ttl=1"), b"value").status, 201);
+        expires(&mut client, path);
+        assert_eq!(client.ask("GET", "/v1/stays", b"").status, 200);
+        assert!(clock(&server).starts_with("[+]clock ok, but the system clock is 11months "), "{}", clock(&server));
+        let behind = Metrics::of(&server).get("kvs_clock_behind_seconds");
+        assert!((YEAR.as_secs_f64() - 60.0..YEAR.as_secs_f64() + 600.0).contains(&behind), "{behind} s");
+        server = server.terminate().restart(&[]);
+    }
+}
+
+#[test]
+fn imported_entries_of_the_future_keep_the_time_they_have_left() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let time = next_year();
+    let mut import = kvs_at(data.path());
+    let mut import =
+        import.args(["txlog", "import", "-"]).stdin(Stdio::piped()).spawn().expect("the binary can be started");
+    let text = format!("1\t2\ta\tvalue\t{time}\t{}\n2\t2\tb\tvalue\t{time}\t\n", time + 1_000);
+    import.stdin.take().expect("it is piped").write_all(text.as_bytes()).expect("it is read");
+    assert!(import.wait().expect("it ends").success());
+    let server = Server::spawn(serve(data.path()), data);
+    let mut client = Connection::open(server.address());
+    expires(&mut client, "/v1/a");
+    assert_eq!(client.ask("GET", "/v1/b", b"").status, 200);
+    assert_eq!(clock(&server), "[+]clock ok");
 }

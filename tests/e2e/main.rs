@@ -6,7 +6,7 @@
 //! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `shards` that several are one store; `durability`, and under the
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it, and `everything` all of that at once; `metrics` and `access_log` what an operator sees of it, and
-//! `diagnostics` that nothing depends on whether anybody looks; `commands` what the client in the binary
+//! `diagnostics` that nothing depends on whether anybody looks; `supervision` that nothing dies unnoticed, in servers of `sabotage`; `commands` what the client in the binary
 //! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
 //! database.
 
@@ -49,11 +49,13 @@ mod pair;
 mod postgres;
 mod raw;
 mod rest;
+mod sabotage;
 mod server;
 mod shards;
 mod signals;
 mod spare;
 mod standby;
+mod supervision;
 mod swap;
 mod tls;
 mod transactions;

@@ -64,11 +64,15 @@ impl<'c> Client<'c> {
 
     /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
     pub fn connect(&self, address: SocketAddr) -> io::Result<Secure> {
+        connect(&self.config(), address)
+    }
+
+    fn config(&self) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.authority.file()).expect("a certificate")).expect("an authority");
         let config = ClientConfig::builder_with_provider(Arc::new(default_provider()));
         let config = config.with_protocol_versions(self.versions).expect("versions").with_root_certificates(roots);
-        let config = match self.shows {
+        Arc::new(match self.shows {
             None => config.with_no_client_auth(),
             Some(pair) => config
                 .with_client_auth_cert(
@@ -76,20 +80,24 @@ impl<'c> Client<'c> {
                     PrivateKeyDer::from_pem_file(&pair.key).expect("a key"),
                 )
                 .expect("a pair"),
-        };
-        let name = ServerName::try_from("localhost").expect("a name");
-        let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
-        let mut stream = plain(address)?;
-        while tls.is_handshaking() {
-            tls.complete_io(&mut stream)?;
-        }
-        Ok(StreamOwned::new(tls, stream))
+        })
     }
 
     /// What the guest says to GET.
     fn get(&self, server: &Server, path: &str) -> io::Result<String> {
         Ok(self.open(server.address())?.try_ask("GET", path, b"")?.text().to_owned())
     }
+}
+
+/// Connections with the same configuration can resume a session.
+fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
+    let name = ServerName::try_from("localhost").expect("a name");
+    let mut tls = ClientConnection::new(Arc::clone(config), name).expect("a client");
+    let mut stream = plain(address)?;
+    while tls.is_handshaking() {
+        tls.complete_io(&mut stream)?;
+    }
+    Ok(StreamOwned::new(tls, stream))
 }
 
 /// The subject of the certificate that a server shows.
@@ -464,4 +472,25 @@ fn revoked_certificate_ends_its_connections() {
     server.says("closed: the certificate of the client is not good any more");
     assert_eq!(stays.ask("PUT", "/v1/a", b"value").status, 201);
     assert!(goes_on.next().is_some());
+}
+
+#[test]
+fn expired_certificate_ends_its_watch_and_resumes_nothing() {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
+    let server = Server::start(&[&files[..], &["--watch-keep-alive", "100ms"]].concat());
+    // The first that is still good when the server is asked.
+    let watching = [2, 4, 8, 16, 32].into_iter().find_map(|seconds| {
+        let alice = authority.issue("alice", Kind::ShortClient(seconds), 2);
+        let config = Client::of(&authority).shows(&alice).config();
+        let connection = Connection::over(connect(&config, server.address()).ok()?);
+        Some((config, Events::over(connection, "/v1?watch", &[]).ok()?.expect("a watch")))
+    });
+    let (config, mut watching) = watching.expect("one was good");
+    assert!(watching.try_next().is_err());
+    let again = connect(&config, server.address()).map(Connection::over);
+    let refused = again.and_then(|mut client| client.try_ask("GET", "/v1/a", b""));
+    assert!(refused.is_err(), "{refused:?}");
+    server.says_again("closed: the certificate of the client is not good any more", 2);
 }

@@ -86,13 +86,12 @@ pub enum Command {
     Import(import::Import),
 }
 
-/// Runs a command to its end.
-pub fn run(cli: Cli) -> Result<()> {
-    let env = Env::real();
-    lines::begin(cli.log_format, &cli.log_filter, &env)?;
+/// Runs a command to its end, in these surroundings.
+pub fn run(cli: Cli, env: &Env) -> Result<()> {
+    lines::begin(cli.log_format, &cli.log_filter, env)?;
     // Output that nobody reads any more is no failure: `kvs txlog cat | head`.
     ignore_broken_pipe(match cli.command {
-        Command::Serve(args) => return serve::run(&args, &env),
+        Command::Serve(args) => return serve::run(&args, env),
         Command::Token(command) => token::run(command),
         Command::Swap(args) => swap::run(&args),
         Command::Health(args) => health::run(&args),

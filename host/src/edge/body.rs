@@ -12,8 +12,12 @@ use tracing::debug;
 
 use super::Limits;
 use super::budget::Charge;
+use super::frames::SMALL;
 use super::metrics::Limit;
 use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
+
+/// Most parts of a body that are smaller than 16 bytes, as in chunks of a byte each. A part costs as much as a kilobyte.
+const SMALL_PARTS: u32 = 10_000;
 
 /// A body is not called slow before this.
 const GRACE: Duration = Duration::from_secs(2);
@@ -37,7 +41,7 @@ pub async fn read(
         return Err(unread(headers, body, too_large(&reason)).into());
     }
     let begun = Instant::now();
-    let mut whole = Bytes::new();
+    let (mut whole, mut small_parts) = (Bytes::new(), 0);
     loop {
         let pace = begun + GRACE + Duration::from_secs_f64(whole.len() as f64 / limits.body_rate as f64);
         let frame = match timeout_at(deadline.min(pace), body.frame()).await {
@@ -58,6 +62,11 @@ pub async fn read(
         if (whole.len() + data.len()) as u64 > limit {
             let reason = format!("the body is more than the {limit} bytes that are allowed");
             return Err(unread(headers, body, too_large(&reason)).into());
+        }
+        small_parts += u32::from(data.len() < SMALL);
+        if small_parts > SMALL_PARTS {
+            let reason = format!("the body came in more than {SMALL_PARTS} parts of less than {SMALL} bytes");
+            return Err(unread(headers, body, refuse(StatusCode::BAD_REQUEST, &reason)).into());
         }
         if charge.hold(head_bytes + whole.len() + data.len()).is_err() {
             return Err(unread(headers, body, full()).into());

@@ -31,6 +31,12 @@ use super::patience::{Activity, Patience, Verdict};
 use super::{Edge, tls};
 use crate::guest::Client;
 
+/// Bytes of bodies that an HTTP/2 client may send before a request takes them: more than the network holds at 5 MB/s over 50 ms. What is
+/// not taken is in no budget, so a connection has one such window, whatever its streams are.
+const WINDOW: u32 = 256 << 10;
+/// Bytes of a response that an HTTP/2 stream takes in advance. A piece that is larger is shared with the budget, not copied.
+const SEND_BUFFER: usize = 64 << 10;
+
 /// How often to look whether the rest of it has come.
 const PEEK: Duration = Duration::from_millis(10);
 
@@ -80,10 +86,13 @@ impl Edge {
             // Nothing was asked yet, so nothing is lost.
             _ = stop.changed() => return Ok(()),
         };
+        tls::verify_resumed(tls, &stream).inspect_err(|error| {
+            info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+        })?;
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
-        let revoked = tls::revoked(tls, tls::shown(&stream), renewals);
+        let revoked = tls::revoked(tls, tls::shown(&stream), renewals, self.limits.stream_heartbeat);
         self.http(stream, http2, self.peer(client, socket), activity, revoked, stop).await
     }
 
@@ -132,13 +141,17 @@ impl Edge {
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)
+                .initial_connection_window_size(WINDOW)
+                .initial_stream_window_size(WINDOW)
+                .max_send_buf_size(SEND_BUFFER)
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
             drive(http.serve_connection(stream, service), streams.run(), cut, patience, stop).await
         } else {
             let mut http = http1::Builder::new();
-            // Without a timer, which would be set for each request: patience is kept for less.
+            // Without a timer, which would be set for each request: patience is kept for less. The size is that of a head that is read,
+            // and that of what is written and not taken, beside one piece.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
             // A client that sends no more is still answered.
             http.half_close(true);

@@ -24,7 +24,7 @@ const OF_RESPONSE: u32 = 2;
 /// So many times the rate can be left over from these.
 const LEFT_OVER: u32 = 10;
 /// A part of a body that is smaller than this, and not the last, is as good as none.
-const SMALL: usize = 16;
+pub const SMALL: usize = 16;
 const END_STREAM: u8 = 1;
 
 /// A frame whose head has come, and, of one that ends a stream, the reason.

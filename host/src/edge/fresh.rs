@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
@@ -57,7 +57,7 @@ impl<T: Send + Sync + 'static> Fresh<T> {
 
     /// Whether what is in force is what the files say.
     pub fn condition(&self) -> Condition {
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let failure = lock(&self.failure).clone();
         failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in force: {reason}")))
     }
 
@@ -79,21 +79,26 @@ impl<T: Send + Sync + 'static> Fresh<T> {
                 _ = interval.tick() => false,
             };
             let fresh = Arc::clone(&self);
-            let looked = task::spawn_blocking(move || fresh.look(told));
-            looked.await.with_context(|| format!("{} could not be read again", self.what))?;
+            let looked = task::spawn_blocking(move || fresh.look(told)).await;
+            if let Err(panic) = &looked {
+                // What the files say is not in force.
+                *lock(&self.failure) = Some(panic.to_string());
+                lock(&self.changes).unread();
+            }
+            looked.with_context(|| format!("{} could not be read again", self.what))?;
         }
     }
 
     /// Makes it anew when the files have changed, or when told to.
     fn look(&self, told: bool) {
-        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changes = lock(&self.changes);
         if !told && !changes.settled() {
             return;
         }
         changes.reading();
         let made = (self.make)();
         let failure = made.as_ref().err().map(|error| format!("{error:#}"));
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+        *lock(&self.failure) = failure;
         match made {
             Ok(made) => {
                 self.current.store(Arc::new(made));
@@ -108,5 +113,41 @@ impl<T: Send + Sync + 'static> Fresh<T> {
                 warn!("{} could not be read again, the old one stays in force: {error:#}", self.what);
             }
         }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio::signal::unix::SignalKind;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::signals::listen;
+
+    #[tokio::test]
+    async fn files_whose_reading_panicked_are_read_again() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
+        let reads = AtomicU32::new(0);
+        // The first is that of the start.
+        let make = move || match reads.fetch_add(1, Ordering::Relaxed) {
+            1 => panic!("sabotage"),
+            count => Ok(count),
+        };
+        let fresh = Fresh::new("the file", vec![file.path().to_owned()], make).expect("it can be made");
+        let mut renewals = fresh.renewals();
+        let env = Env::real();
+        let keeping = fresh.start("reload", listen(SignalKind::hangup()).expect("signals can be heard"), &env);
+        std::fs::write(file.path(), "changed").expect("it can be written");
+        timeout(std::time::Duration::from_secs(30), renewals.changed()).await.expect("in time").expect("it is kept");
+        assert_eq!((*fresh.get(), env.tasks.restarts("reload")), (2, 1));
+        assert!(matches!(fresh.condition(), Condition::Well));
+        keeping.abort();
     }
 }

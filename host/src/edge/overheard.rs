@@ -5,19 +5,27 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use super::frames::{Allowance, Frames};
 use super::metrics::{Beyond, Limit, Metrics};
 use super::multiplex::Turn;
+
+/// Time from a flood to the end of its connection, in which nothing is read. A client that floods connects again as soon as it is
+/// closed: to accept it so often would cost others more than the frames.
+const PENALTY: Duration = Duration::from_secs(1);
 
 pub struct Overheard<S> {
     stream: S,
     received: Frames,
     sent: Frames,
     allowance: Allowance,
+    /// Once too many control frames have come.
+    penalty: Option<Pin<Box<Sleep>>>,
     metrics: Arc<Metrics>,
     turn: Turn,
 }
@@ -26,7 +34,7 @@ impl<S> Overheard<S> {
     /// So many control frames a second may come, beside those that requests and responses need.
     pub fn new(stream: S, metrics: &Arc<Metrics>, turn: Turn, control_frames: u32) -> Self {
         let (received, sent, allowance) = (Frames::of_client(), Frames::default(), Allowance::new(control_frames));
-        Self { stream, received, sent, allowance, metrics: Arc::clone(metrics), turn }
+        Self { stream, received, sent, allowance, penalty: None, metrics: Arc::clone(metrics), turn }
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -41,14 +49,11 @@ impl<S> Overheard<S> {
         });
     }
 
-    fn receive(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Whether these may come.
+    fn receive(&mut self, bytes: &[u8]) -> bool {
         let (allowance, mut admitted) = (&mut self.allowance, true);
         self.received.find(bytes, |frame| admitted &= allowance.admit(frame));
-        if admitted {
-            return Ok(());
-        }
-        self.metrics.rejected(Limit::ControlFrames);
-        Err(io::Error::other(Beyond(Limit::ControlFrames)))
+        admitted
     }
 }
 
@@ -58,15 +63,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(penalty) = &mut self.penalty {
+            ready!(penalty.as_mut().poll(context));
+            return Poll::Ready(Err(io::Error::other(Beyond(Limit::ControlFrames))));
+        }
         if self.turn.is_over(context) {
             return Poll::Pending;
         }
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        match read {
-            Poll::Ready(Ok(())) => Poll::Ready(self.receive(&buffer.filled()[before..])),
-            other => other,
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        if self.receive(&buffer.filled()[before..]) {
+            return Poll::Ready(Ok(()));
         }
+        self.metrics.rejected(Limit::ControlFrames);
+        buffer.set_filled(before);
+        self.penalty = Some(Box::pin(sleep(PENALTY)));
+        self.poll_read(context, buffer)
     }
 }
 
@@ -117,10 +129,20 @@ mod tests {
 
     use futures_util::FutureExt;
     use hyper::rt::Executor;
-    use tokio::io::{join, repeat, sink};
+    use tokio::io::{AsyncReadExt, join, repeat, sink};
 
     use super::super::multiplex::Streams;
     use super::*;
+
+    #[tokio::test]
+    async fn flood_is_not_read_on_and_ends_after_its_penalty() {
+        // All of them are empty frames of DATA.
+        let mut stream = Overheard::new(join(repeat(0), sink()), &Arc::default(), Turn::default(), 1);
+        let mut buffer = [0; 1024];
+        assert!(stream.read(&mut buffer).now_or_never().is_none(), "it could come again at once");
+        let received = stream.read(&mut buffer).await.expect_err("it goes on");
+        assert_eq!(received.to_string(), "--http2-max-control-frames");
+    }
 
     #[test]
     fn however_much_comes_requests_and_others_have_their_turn() {

@@ -14,6 +14,8 @@ use super::metrics::Limit;
 /// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
 /// resets it, and the response is lost.
 const LINGER_BYTES: usize = 16 << 20;
+/// In so many parts: a client can send them in chunks of a byte.
+const LINGER_PARTS: usize = 10_000;
 const LINGER: Duration = Duration::from_secs(2);
 
 pub type Answer = Response<Bytes>;
@@ -59,6 +61,15 @@ pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
 }
 
 async fn discard(body: Arriving) {
+    let mut body = Limited::new(body, LINGER_BYTES);
+    let reading = async {
+        for _ in 0..LINGER_PARTS {
+            match body.frame().await {
+                Some(Ok(_)) => {}
+                None | Some(Err(_)) => break,
+            }
+        }
+    };
     // However it ends, the connection is closed next.
-    let _ = timeout(LINGER, Limited::new(body, LINGER_BYTES).collect()).await;
+    let _ = timeout(LINGER, reading).await;
 }

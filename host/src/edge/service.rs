@@ -120,7 +120,8 @@ impl Service {
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
         let http2 = head.version == Version::HTTP_2;
-        let mut charge = peer.account.begin(if http2 { 0 } else { FREE });
+        let free = if http2 { 0 } else { FREE };
+        let mut charge = peer.account.begin(free);
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
         let admitted = match charge.hold(head_bytes) {
@@ -166,7 +167,7 @@ impl Service {
         }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
-                let stream = stream::open(&self.changes, watch, &peer.account).await?;
+                let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
                 if is_head {
                     Reply::Whole(Bytes::new())
                 } else {

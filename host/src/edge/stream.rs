@@ -1,7 +1,10 @@
 //! Responses that go on: changes of keys as Server-Sent Events, for as long as the client stays.
 //!
-//! Owns: how changes are written, and the heartbeat. Must never know: who may watch, which the guest decided.
+//! Owns: how changes are written, what a watch holds in memory, and the heartbeat. Must never know: who may watch, which the guest
+//! decided.
 
+use std::future::pending;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +27,7 @@ use super::reply::Reply;
 use crate::guest::Watch;
 use kvs_txlog::Event;
 use kvs_txlog::change::Change;
-use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError};
+use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError, Subscription};
 use kvs_txlog::file::disk::is_shortage;
 use kvs_txlog::subscribers::Selection;
 use kvs_txlog::{Forgotten, TransactionLog};
@@ -43,8 +46,16 @@ pub struct Stream {
     selection: Arc<Selection>,
     after: u64,
     past: Past,
-    /// What is held of the past until it is sent.
-    charge: Charge,
+    holding: Holding,
+}
+
+/// What a watch holds: changes that it has yet to send, and texts that its client has not taken.
+struct Holding {
+    account: Arc<Account>,
+    /// So many bytes of a text are free.
+    free: usize,
+    past: Charge,
+    waiting: Charge,
 }
 
 /// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
@@ -52,6 +63,7 @@ pub async fn open(
     changes: &Arc<ChangeFeed>,
     Watch { selection, after, end }: Watch,
     account: &Arc<Account>,
+    free: usize,
 ) -> Result<Stream, Refusal> {
     let count = selection.keys.len();
     if count > SELECTORS {
@@ -80,9 +92,10 @@ pub async fn open(
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
         }
     })?;
-    let mut charge = account.begin(0);
-    charge.hold(bytes(&past)).map_err(|Exceeded| full())?;
-    Ok(Stream { changes: Arc::clone(changes), selection, after, past, charge })
+    let (past_charge, waiting) = (account.begin(0), account.begin(free));
+    let mut holding = Holding { account: Arc::clone(account), free, past: past_charge, waiting };
+    holding.past.hold(bytes(&past)).map_err(|Exceeded| full())?;
+    Ok(Stream { changes: Arc::clone(changes), selection, after, past, holding })
 }
 
 impl Stream {
@@ -101,14 +114,14 @@ impl Stream {
         Reply::Stream { pieces: body, _under_way: None }
     }
 
-    /// Delivers until the client sends no more, or is a slow consumer, or the server stops.
+    /// Delivers until the client sends no more, or is a slow consumer, or there is no room for what waits, or the server stops.
     async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
-        let Self { changes, selection, after, past, mut charge } = self;
+        let Self { changes, selection, after, past, mut holding } = self;
         // At once, so that the client sees that it watches, and knows where it is before anything happens.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
-        let mut after = send(past, &text, &mut charge).await?;
+        let mut after = holding.send_past(past, &text, None).await?;
         while changes.watermark().durable() > after + NEAR {
-            after = send(changes.past(&selection, after).await.ok()?, &text, &mut charge).await?;
+            after = holding.send_past(changes.past(&selection, after).await.ok()?, &text, None).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
         // What was appended before it began to watch comes by the log, as soon as it is durable.
@@ -117,9 +130,8 @@ impl Stream {
             let mut past = changes.past(&selection, after).await.ok()?;
             past.changes.retain(|change| change.sequence <= watcher.from);
             past.until = past.until.min(watcher.from);
-            after = send(past, &text, &mut charge).await?;
+            after = holding.send_past(past, &text, Some(&watcher)).await?;
         }
-        drop(charge);
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeats.tick().await;
@@ -134,19 +146,55 @@ impl Stream {
                 () = left(&socket) => return None,
                 () = text.closed() => return None,
             };
-            text.send(next).await.ok()?;
+            holding.send(next, &text, Some(&watcher)).await?;
         }
     }
 }
 
-/// Sends what happened before, charged until it is sent. What happens from now on is not: all who watch it share it.
-async fn send(past: Past, text: &mpsc::Sender<Bytes>, charge: &mut Charge) -> Option<u64> {
-    charge.hold(bytes(&past)).ok()?;
-    for change in &past.changes {
-        text.send(print(change)).await.ok()?;
+impl Holding {
+    /// Sends what happened before.
+    async fn send_past(
+        &mut self,
+        past: Past,
+        text: &mpsc::Sender<Bytes>,
+        watcher: Option<&Subscription>,
+    ) -> Option<u64> {
+        self.past.hold(bytes(&past)).ok()?;
+        for change in &past.changes {
+            self.send(print(change), text, watcher).await?;
+        }
+        self.past.must_hold(0);
+        Some(past.until)
     }
-    charge.must_hold(0);
-    Some(past.until)
+
+    /// Sends a piece, which is charged until the client has taken it, as are the changes that wait behind it. None when there is
+    /// no room for them.
+    async fn send(&mut self, piece: Bytes, text: &mpsc::Sender<Bytes>, watcher: Option<&Subscription>) -> Option<()> {
+        let mut charge = self.account.begin(self.free);
+        charge.hold(piece.len()).ok()?;
+        let piece = charge.keep(piece);
+        let mut room = pin!(text.reserve());
+        loop {
+            // Others share these changes, and may have had their texts written, which are as large. They are charged to each:
+            // only slow consumers have more than one.
+            self.waiting.hold(2 * watcher.map_or(0, Subscription::waiting)).ok()?;
+            tokio::select! {
+                biased;
+                room = room.as_mut() => {
+                    room.ok()?.send(piece);
+                    return Some(());
+                }
+                () = grown(watcher) => {}
+            }
+        }
+    }
+}
+
+async fn grown(watcher: Option<&Subscription>) {
+    match watcher {
+        Some(watcher) => watcher.grown().await,
+        None => pending().await,
+    }
 }
 
 /// Bytes of keys and values.
@@ -178,5 +226,7 @@ fn print(change: &Change) -> Bytes {
         }
     };
     // JSON has no line breaks of its own, so the data is one line.
-    Bytes::from(format!("id: {}\nevent: {event}\ndata: {data}\n\n", change.sequence))
+    let text = format!("id: {}\nevent: {event}\ndata: {data}\n\n", change.sequence);
+    // Without the room that it grew into: it is kept, and charged by its length.
+    Bytes::from(text.into_boxed_str().into_boxed_bytes())
 }

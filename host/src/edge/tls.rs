@@ -16,7 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
-use rustls::{InconsistentKeys, ProtocolVersion, RootCertStore, ServerConfig, version};
+use rustls::{HandshakeKind, InconsistentKeys, ProtocolVersion, RootCertStore, ServerConfig, version};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
@@ -27,7 +27,7 @@ use super::fresh::Fresh;
 
 /// HTTP/2, as ALPN names it.
 const HTTP2: &[u8] = b"h2";
-/// How often a certificate that was shown is looked at again when no file changes.
+/// How often a certificate that was shown is verified again when no file changes, unless a watch shows sooner that it goes on.
 const LOOK: Duration = Duration::from_secs(60);
 
 /// The files TLS is made of, and how much it asks of a client.
@@ -112,32 +112,46 @@ fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
     Ok(Acceptance { config: Arc::new(config), verifier, clock: clock.clone() })
 }
 
+impl Acceptance {
+    /// Whether the certificates that a client showed are good now.
+    fn verify(&self, shown: &[CertificateDer<'static>]) -> Result<(), rustls::Error> {
+        let (Some(verifier), Some((certificate, chain))) = (&self.verifier, shown.split_first()) else { return Ok(()) };
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(self.clock.unix_ms()));
+        verifier.verify_client_cert(certificate, chain, now).map(drop)
+    }
+}
+
+/// Checks what the handshake did not: a session that is resumed is that of a certificate which was good then.
+pub fn verify_resumed<S>(tls: &Tls, stream: &TlsStream<S>) -> Result<(), rustls::Error> {
+    match stream.get_ref().1.handshake_kind() {
+        Some(HandshakeKind::Resumed) => tls.get().verify(&shown(stream)),
+        _ => Ok(()),
+    }
+}
+
 /// Returns when the certificate that a client showed is not good any more: it was revoked or expired, or its authority is gone.
-/// `renewals` are those since before it was found good.
+/// `renewals` are those since before it was found good; `heartbeat` is when a watch shows that it goes on.
 pub async fn revoked(
     tls: &Tls,
-    shown: Option<Vec<CertificateDer<'static>>>,
+    shown: Vec<CertificateDer<'static>>,
     mut renewals: watch::Receiver<()>,
+    heartbeat: Duration,
 ) -> rustls::Error {
-    let Some((certificate, chain)) = shown.as_ref().and_then(|shown| shown.split_first()) else {
+    if shown.is_empty() {
         return pending().await;
-    };
+    }
     loop {
         // Its end comes by the clock, which can be set.
-        let _ = timeout(LOOK, renewals.changed()).await;
-        let Acceptance { verifier, clock, .. } = &*tls.get();
-        let now = UnixTime::since_unix_epoch(Duration::from_millis(clock.unix_ms()));
-        if let Some(verifier) = verifier
-            && let Err(error) = verifier.verify_client_cert(certificate, chain, now)
-        {
+        let _ = timeout(heartbeat.min(LOOK), renewals.changed()).await;
+        if let Err(error) = tls.get().verify(&shown) {
             return error;
         }
     }
 }
 
 /// The certificates that a client showed and that were found good.
-pub fn shown<S>(stream: &TlsStream<S>) -> Option<Vec<CertificateDer<'static>>> {
-    Some(stream.get_ref().1.peer_certificates()?.to_vec())
+pub fn shown<S>(stream: &TlsStream<S>) -> Vec<CertificateDer<'static>> {
+    stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec()
 }
 
 fn verifier(files: &ClientFiles, provider: Arc<CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>> {

@@ -77,6 +77,7 @@ impl Queue {
     pub fn write_all(&self, out: &mut dyn Write, clock: &Clock, recovered: impl Fn(u64)) -> ! {
         // A line that was written in part is not continued by another one.
         let mut is_torn = false;
+        self.begin();
         loop {
             let line = self.take();
             let written = if is_torn { write(out, b"\n", clock) } else { Ok(()) };
@@ -90,6 +91,14 @@ impl Queue {
             if unreported > 0 {
                 recovered(unreported);
             }
+        }
+    }
+
+    /// Counts the line as lost that a run before, which panicked, had taken.
+    fn begin(&self) {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.is_writing) {
+            state.lose("the thread that writes them panicked");
         }
     }
 
@@ -220,6 +229,32 @@ mod tests {
         answers.send(Ok(ALL)).unwrap();
         queue.push(b"written\n");
         assert_eq!((taken.recv().unwrap(), recovered.recv().unwrap()), (b"written\n".to_vec(), 1));
+        assert_eq!((queue.lost(), queue.failure()), (1, None));
+    }
+
+    #[test]
+    fn line_whose_writer_panicked_is_counted() {
+        struct Panics;
+        impl Write for Panics {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                panic!("sabotage")
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+
+        let queue = Arc::new(Queue::new());
+        queue.push(b"lost\n");
+        let writing = Arc::clone(&queue);
+        thread::spawn(move || writing.write_all(&mut Panics, &Clock::system(), |_| {})).join().unwrap_err();
+        let (recover, recovered) = channel();
+        let writing = Arc::clone(&queue);
+        thread::spawn(move || writing.write_all(&mut io::sink(), &Clock::system(), |lost| recover.send(lost).unwrap()));
+        queue.push(b"written\n");
+        assert_eq!(recovered.recv(), Ok(1));
+        queue.flush(Duration::from_secs(30));
         assert_eq!((queue.lost(), queue.failure()), (1, None));
     }
 

@@ -290,6 +290,16 @@ impl Subscription {
     pub async fn next(&mut self) -> Option<Arc<Change>> {
         self.queue.next().await
     }
+
+    /// Bytes of keys and values of changes that wait for the watcher.
+    pub fn waiting(&self) -> usize {
+        self.queue.bytes()
+    }
+
+    /// Returns when more waits, or the end has come.
+    pub async fn grown(&self) {
+        self.queue.changed().await;
+    }
 }
 
 impl Drop for Subscription {

@@ -195,6 +195,16 @@ impl Queue {
         }
     }
 
+    /// Bytes of keys and values that wait.
+    pub fn bytes(&self) -> usize {
+        lock(&self.waiting).bytes
+    }
+
+    /// Returns when something has come since, or the end.
+    pub async fn changed(&self) {
+        self.ready.notified().await;
+    }
+
     pub fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
         let mut waiting = lock(&self.waiting);
         if waiting.over || waiting.last == change.sequence {

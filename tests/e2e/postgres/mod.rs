@@ -8,6 +8,7 @@ mod pooler;
 pub mod proxy;
 mod replication;
 pub mod standby;
+mod supervision;
 mod takeover;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

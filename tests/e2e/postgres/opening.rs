@@ -1,8 +1,11 @@
 //! What is found out at the start: what cannot be used, whom to trust, what a database may forget.
 
+use std::time::Duration;
+
 use super::database::Database;
 use super::pooler::Pooler;
-use super::{WELL, becomes_ready, get, put, ready, start};
+use super::proxy::{Proxy, Way};
+use super::{AWAY, WELL, becomes_ready, get, put, ready, start};
 use crate::certificates::{Authority, Kind};
 use crate::server::{Server, serve_refused};
 
@@ -193,6 +196,17 @@ fn later_change_of_synchronous_commit_loses_nothing() {
     becomes_ready(&server, 200, WELL);
     assert_eq!(put(&server, "a", "2"), 201);
     assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), ["22"]);
+}
+
+#[test]
+fn slow_database_is_waited_for_at_the_start() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    proxy.set(Way::Slow(Duration::from_millis(120)));
+    let server = Server::start(&["--txlog", &database.url_at(proxy.port), "--txlog-timeout", "100ms"]);
+    becomes_ready(&server, 200, AWAY);
+    proxy.set(Way::Open);
+    becomes_ready(&server, 200, WELL);
 }
 
 #[test]

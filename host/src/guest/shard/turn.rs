@@ -213,8 +213,13 @@ impl Drop for Turn {
             return;
         }
         match self.replica.take() {
-            // The runtime is going down with the task that held the turn.
-            Some(replica) => self.shard.state().free = Some(replica),
+            // The runtime is going down with the task that held the turn, or that task panicked outside the guest. Whoever
+            // queues is served with the next call or tick.
+            Some(replica) => {
+                let mut state = self.shard.state();
+                state.free = Some(replica);
+                state.outage = None;
+            }
             None if self.told => {
                 if self.shard.outage().is_none() {
                     self.shard.is_down("the guest is rebuilt".to_owned());

@@ -314,10 +314,13 @@ impl TransactionLog for PostgresLog {
         self.shared.queue.end(End::Closed);
         // A thread that serves may be waiting here, which its runtime would not let it do for another.
         let Running { runtime, writer } = running;
-        let closing = self.shared.env.tasks.detach_thread("log closing", move || {
+        let failed = Arc::clone(&self.shared);
+        let close = move || {
             runtime.block_on(writer.ended());
             runtime.shutdown_background();
-        });
+            Ok(())
+        };
+        let closing = self.shared.env.tasks.fail_thread("log closing", close, move |error| failed.fail(error));
         closing.context("no thread to close the log")?.join();
         self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
     }

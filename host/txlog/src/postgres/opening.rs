@@ -18,6 +18,9 @@ use crate::History;
 /// The connection of a process that was just killed takes a moment to be missed.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(50);
+/// Least timeout of a call before the log is open: a database that is slow to let a process in, or to bring its tables up to date, is no
+/// reason for it to end.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often one that stands by tries a database that is away.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -51,10 +54,13 @@ pub async fn open(
     clock: &Clock,
 ) -> Result<Opened> {
     loop {
-        let opened = match connect(target, timeout, conditions).await {
-            Ok(session) => begin(session, manner, url, clock).await,
-            Err(failure) => Err(failure.into()),
+        let opened = async {
+            let session = connect(target, timeout.max(TIMEOUT), conditions).await?;
+            let mut opened = begin(session, manner, url, clock).await?;
+            opened.session.set_timeout(timeout).await?;
+            Ok(opened)
         };
+        let opened: Result<_> = opened.await;
         match opened {
             Err(error) if manner.standby && error.downcast_ref().is_some_and(Failure::is_silence) => {
                 warn!("standing by, and the database is away: {error:#}");

@@ -143,11 +143,19 @@ impl Session {
             }
             failure
         })?;
-        let session = Self { client, connection, unconfirmed, timeout };
+        let mut session = Self { client, connection, unconfirmed, timeout };
+        session.set_timeout(timeout).await?;
+        session.run(settings).await?;
+        Ok(session)
+    }
+
+    /// Changes the timeout of every call.
+    pub async fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
         // The server gives up a little earlier than this side, so that it can still say so.
         let milliseconds = (timeout * 4 / 5).as_millis().max(1);
-        session.run(&format!("SET statement_timeout = {milliseconds}; {settings}")).await?;
-        Ok(session)
+        self.run(&format!("SET statement_timeout = {milliseconds}")).await?;
+        self.timeout = timeout;
+        Ok(())
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {

@@ -1,0 +1,57 @@
+//! Tasks and threads of a log in a database that panic.
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use super::database::Database;
+use super::standby::{UP_TO_DATE, shows};
+use super::{becomes_ready, put, start};
+use crate::sabotage::sabotaged;
+use crate::server::{Process, serve};
+use crate::supervision;
+
+/// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
+fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(args);
+    (Process::spawn(sabotaged(&[task], &command)), data)
+}
+
+/// Waits for a line that holds all of this.
+fn says(process: &Process, texts: &[&str]) {
+    let has_all = |line: &str| texts.iter().all(|text| line.contains(text)).then_some(());
+    process.stderr.find(has_all).unwrap_or_else(|said| panic!("it never said {texts:?}, but:\n{said}"));
+}
+
+#[test]
+fn panic_of_what_the_log_needs_ends_the_server() {
+    let database = Database::start();
+    for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
+        let (mut process, _data) = spawn(task, &["--txlog", &database.url()]);
+        if let Some(signal) = signal {
+            says(&process, &["serving on http"]);
+            process.signal(signal);
+        }
+        let status = process.wait();
+        says(&process, &["kvs: ", &format!("sabotage of {task}")]);
+        assert_eq!(status.code(), Some(1), "{task}");
+    }
+    // What stands by begins anew.
+    let primary = start(&database.url());
+    let (process, _data) = spawn("log standby", &["--txlog", &database.url(), "--standby"]);
+    says(&process, &["sabotage of log standby", "beginning anew, to stand by"]);
+    assert_eq!(put(&primary, "a", "1"), 201);
+}
+
+#[test]
+fn follow_and_compactor_go_on_after_a_panic() {
+    let database = Database::start();
+    let primary = supervision::start(&["log compactor"], &["--txlog", &database.url()]);
+    let standby = supervision::start(&["follow"], &["--txlog", &database.url(), "--standby"]);
+    supervision::starts_again(&primary, "log compactor");
+    supervision::starts_again(&standby, "follow");
+    assert_eq!(put(&primary, "a", "1"), 201);
+    shows(&standby, "a", 200, "1");
+    becomes_ready(&standby, 200, UP_TO_DATE);
+}

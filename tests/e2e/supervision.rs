@@ -1,0 +1,68 @@
+//! Background tasks and threads that panic in a server: each is started again and does its work, or the server ends with an error.
+//! Those of a log in a database are in `postgres::supervision`, and those that need nothing from outside are among the
+//! unit tests of `kvs serve`.
+
+use std::fs;
+
+use tempfile::TempDir;
+
+use crate::certificates::{Authority, Kind};
+use crate::components::DEFAULT_GUEST;
+use crate::metrics::{counts, until};
+use crate::sabotage::sabotaged;
+use crate::server::{Server, serve};
+use crate::swap::component;
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+/// A server whose tasks and threads of these names panic once.
+pub fn start(tasks: &[&str], args: &[&str]) -> Server {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(args);
+    Server::spawn(sabotaged(tasks, &command), data)
+}
+
+/// Waits until a task of this name was started again.
+pub fn starts_again(server: &Server, task: &str) {
+    let name = format!("kvs_task_restarts_total{{task=\"{task}\"}}");
+    until(server, &format!("{task} was started again"), |metrics| metrics.find(&name) == Some(1.0));
+}
+
+#[test]
+fn log_lines_go_on_after_a_panic() {
+    // That it serves is one of them.
+    let server = start(&["log lines"], &[]);
+    starts_again(&server, "log lines");
+    server.terminate();
+}
+
+#[test]
+fn files_are_read_again_after_a_panic() {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let file = authority.path("guest.wasm");
+    fs::copy(DEFAULT_GUEST, &file).expect("the guest can be copied");
+    let args = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--watch-guest", &file];
+    let server = start(&["TLS reload", "guest reload"], &args);
+    starts_again(&server, "TLS reload");
+    starts_again(&server, "guest reload");
+    authority.issue("server", Kind::Server, 2);
+    fs::write(&file, component(guest())).expect("it can be written");
+    server.says("the TLS certificate was read again and is in force");
+    server.says("the guest was swapped guest=\"unruly\"");
+}
+
+#[test]
+fn guest_is_rebuilt_after_a_panic() {
+    let server = start(&["guest rebuild", "guest queue"], &[guest()]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
+    client.ask("GET", "/trap", b"").says(500, "the store failed on this request");
+    assert_eq!(client.ask("GET", "/store/a", b"").text(), "value");
+    starts_again(&server, "guest rebuild");
+    counts(&server, "kvs_task_panics_total{task=\"guest queue\"}", 1.0);
+    counts(&server, "kvs_guest_shards_down", 0.0);
+    let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    assert!(ready.status == 200 && ready.text().contains("[+]guest ok\n"), "{}", ready.text());
+}
