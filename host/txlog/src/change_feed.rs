@@ -7,6 +7,7 @@
 //! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Result, ensure};
@@ -64,6 +65,10 @@ pub enum PositionError {
         "the position {0} is not in the history of this log, which was restored or is another one; read the keys again"
     )]
     Unknown(u64),
+    #[error(
+        "the position {0} is not yet here: this server follows the log and has not come so far, or cannot find out"
+    )]
+    NotYet(u64),
 }
 
 /// Ends a replay that has brought enough.
@@ -123,15 +128,20 @@ impl ChangeFeed {
         Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
-    /// Parses the position that a watch resumes after, and checks that it is in the history of this log.
-    pub fn position(&self, text: &str) -> Result<u64, PositionError> {
+    /// Parses the position that a watch resumes after, and checks that it is in the history of this log, as far as that was
+    /// taken in.
+    pub async fn position(&self, text: &str) -> Result<u64, PositionError> {
         // As they are written: without a sign, and without zeros before.
         let sequence = text.parse::<u64>().ok().filter(|sequence| sequence.to_string() == text);
         let sequence = sequence.ok_or(PositionError::Malformed)?;
-        if sequence <= self.log.appended() && self.log.history().contains(sequence) {
+        // Before the history, of which a standby learns together with the end.
+        let end = if sequence <= self.log.appended() { Some(sequence) } else { self.log.end_of_log().await };
+        if !self.log.history().contains(sequence) || end.is_some_and(|end| end < sequence) {
+            Err(PositionError::Unknown(sequence))
+        } else if sequence <= self.log.appended() {
             Ok(sequence)
         } else {
-            Err(PositionError::Unknown(sequence))
+            Err(PositionError::NotYet(sequence))
         }
     }
 
@@ -253,6 +263,10 @@ impl TransactionLog for ChangeFeed {
 
     fn appended(&self) -> u64 {
         self.log.appended()
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        self.log.end_of_log()
     }
 
     fn watermark(&self) -> &Watermark {

@@ -59,6 +59,8 @@ mod target;
 mod tls;
 mod writer;
 
+use std::future::ready;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -67,6 +69,7 @@ use futures_util::FutureExt;
 use kvs_runtime::{Env, Task};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
 use tokio_postgres::Statement;
 use tracing::{error, info};
 
@@ -114,6 +117,7 @@ pub struct Options {
 pub struct PostgresLog {
     shared: Arc<Shared>,
     handle: Handle,
+    schema: usize,
     running: Mutex<Option<Running>>,
 }
 
@@ -162,7 +166,7 @@ impl PostgresLog {
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };
         let opened = runtime.block_on(opening::open(&target, timeout, &conditions, manner, &env.clock))?;
-        let Opened { session, append, holding } = opened;
+        let Opened { session, append, holding, schema } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => {
                 (OnceLock::from(epoch.number), epoch.history.clone(), News { newest: epoch.last, holder: None })
@@ -198,7 +202,7 @@ impl PostgresLog {
             }
         };
         let handle = runtime.handle().clone();
-        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, writer })) })
+        Ok(Self { shared, handle, schema, running: Mutex::new(Some(Running { runtime, writer })) })
     }
 
     /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
@@ -206,6 +210,16 @@ impl PostgresLog {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
         Self::open(&Options { url, group_bytes: GROUP_BYTES, durability, timeout, manner, lease, env })
+    }
+
+    /// The version of the schema, for people, and which one it had before this process opened the log.
+    pub fn schema(&self) -> String {
+        let version = schema::VERSION;
+        if self.schema < version {
+            format!("version {version}, brought up from version {}", self.schema)
+        } else {
+            format!("version {version}")
+        }
     }
 
     /// What there is to be taken in; changes for as long as another process writes.
@@ -256,6 +270,24 @@ impl TransactionLog for PostgresLog {
 
     fn appended(&self) -> u64 {
         self.shared.queue.appended()
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        if self.shared.queue.begun() {
+            return Box::pin(ready(Some(self.appended())));
+        }
+        let mut news = self.news();
+        let end = async move {
+            // The next look may have begun before this was asked; the one after it has not.
+            for _ in 0..2 {
+                if news.borrow_and_update().holder.is_none() {
+                    break;
+                }
+                news.changed().await.ok()?;
+            }
+            Some(news.borrow().newest)
+        };
+        Box::pin(async { timeout(standby::LOOKED, end).await.ok().flatten() })
     }
 
     fn watermark(&self) -> &Watermark {

@@ -15,6 +15,8 @@ use super::{Shared, incarnations, writer};
 
 /// How often it looks, hence how old what it shows can be.
 const LOOK: Duration = Duration::from_millis(100);
+/// Longest wait for a look. A database that takes longer for it is away.
+pub const LOOKED: Duration = Duration::from_secs(1);
 
 /// What there is to be taken in.
 #[derive(Clone)]
