@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use kvs_runtime::{Env, Task};
@@ -17,6 +17,7 @@ use tokio::task;
 
 use super::change::Change;
 use super::subscribers::{Queue, Selection, Subscribers, lock};
+use super::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
@@ -33,7 +34,7 @@ pub struct ChangeFeed {
     /// Taken before `pending`; while it is held to write, nothing is appended.
     subscribers: RwLock<Subscribers>,
     /// What was appended, is watched, and has not gone to the subscribers; in the order of the log.
-    pending: Mutex<VecDeque<Arc<Change>>>,
+    pub(super) pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
 }
 
@@ -43,7 +44,7 @@ pub struct Subscription {
     selection: Selection,
     number: u64,
     queue: Arc<Queue>,
-    /// All later changes come by the queue; some earlier ones may come too.
+    /// All later changes come by the queue, and none of the earlier ones.
     pub from: u64,
 }
 
@@ -123,8 +124,8 @@ impl ChangeFeed {
     /// Begins to watch. None when the end has come.
     pub fn watch(self: &Arc<Self>, selection: Selection) -> Option<Subscription> {
         let mut subscribers = self.subscribers_mut();
-        let (number, queue) = subscribers.enter(&selection)?;
         let from = self.log.appended();
+        let (number, queue) = subscribers.enter(&selection, from)?;
         Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
@@ -215,7 +216,7 @@ impl ChangeFeed {
         self.subscribers_mut().end();
     }
 
-    fn hand_out(&self, durable: u64) {
+    pub(super) fn hand_out(&self, durable: u64) {
         let subscribers = self.subscribers();
         let ready: Vec<_> = {
             let mut pending = lock(&self.pending);
@@ -227,7 +228,7 @@ impl ChangeFeed {
         }
     }
 
-    fn subscribers(&self) -> RwLockReadGuard<'_, Subscribers> {
+    pub(super) fn subscribers(&self) -> RwLockReadGuard<'_, Subscribers> {
         self.subscribers.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -311,6 +312,3 @@ impl Drop for Subscription {
         self.changes.subscribers_mut().leave(&self.selection, self.number);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -74,7 +74,7 @@ use self::metrics::Metrics;
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::spare::{Sizes, Spares};
 use self::writer::Writer;
-use super::{Condition, Receive, TransactionLog, Watermark};
+use super::{Condition, Receive, TransactionLog, Watermark, sync};
 use crate::{AppendError, Event, History};
 
 /// What an answered write has behind it.

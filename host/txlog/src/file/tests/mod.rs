@@ -11,6 +11,7 @@ mod formats;
 mod frames;
 mod history;
 mod incarnations;
+mod interleavings;
 mod life;
 mod model;
 pub mod mutants;
