@@ -38,12 +38,12 @@ fn append(queue: &Arc<Queue>, groups: [usize; 2]) -> JoinHandle<u64> {
     })
 }
 
-/// Takes all there is, in a thread of its own. Returns how many events there were, and whether the log failed.
-fn write(queue: &Arc<Queue>) -> JoinHandle<(u64, bool)> {
+/// Takes all there is, or so many events, in a thread of its own. Returns how many there were, and whether the log failed.
+fn write(queue: &Arc<Queue>, most: u64) -> JoinHandle<(u64, bool)> {
     let queue = Arc::clone(queue);
     thread::spawn(move || {
         let (mut written, mut idle) = (0, Some(Duration::ZERO));
-        loop {
+        while written < most {
             match queue.take(idle) {
                 Work::Write(frame) => {
                     assert_eq!(frame.first, written + 1, "in order, and without a gap");
@@ -56,6 +56,7 @@ fn write(queue: &Arc<Queue>) -> JoinHandle<(u64, bool)> {
                 Work::Failed => return (written, true),
             }
         }
+        (written, false)
     })
 }
 
@@ -71,7 +72,7 @@ fn end(queue: &Arc<Queue>, how: fn(&Queue)) -> JoinHandle<()> {
 fn queue_that_closes_hands_out_all_that_it_accepted() {
     check(|| {
         let queue = empty();
-        let writer = write(&queue);
+        let writer = write(&queue, u64::MAX);
         let appending = [append(&queue, [1, 2]), append(&queue, [2, 1])];
         let closing = end(&queue, Queue::close);
         let accepted = appending.map(|appends| appends.join().unwrap());
@@ -85,11 +86,11 @@ fn queue_that_closes_hands_out_all_that_it_accepted() {
 fn queue_wakes_the_writer_for_each_append() {
     check(|| {
         let queue = empty();
-        let writer = write(&queue);
+        let writer = write(&queue, 4);
         let appending = [append(&queue, [1, 1]), append(&queue, [1, 1])];
-        let accepted: u64 = appending.map(|appends| appends.join().unwrap()).iter().sum();
-        queue.close();
-        assert_eq!(writer.join().unwrap(), (accepted, false));
+        assert_eq!(appending.map(|appends| appends.join().unwrap()), [2, 2]);
+        // With no end that would wake it.
+        assert_eq!(writer.join().unwrap(), (4, false));
     });
 }
 
@@ -97,13 +98,25 @@ fn queue_wakes_the_writer_for_each_append() {
 fn queue_that_fails_lets_the_writer_go() {
     check(|| {
         let queue = empty();
-        let writer = write(&queue);
+        let writer = write(&queue, u64::MAX);
         let appending = append(&queue, [1, 2]);
-        let closing = end(&queue, Queue::close);
         let failing = end(&queue, Queue::fail);
         let accepted = appending.join().unwrap();
-        closing.join().unwrap();
         failing.join().unwrap();
+        let (written, has_failed) = writer.join().unwrap();
+        assert!(has_failed && written <= accepted, "{written} of {accepted}");
+    });
+}
+
+#[test]
+fn queue_that_fails_while_it_closes_lets_the_writer_go() {
+    check(|| {
+        let queue = empty();
+        let writer = write(&queue, u64::MAX);
+        let appending = append(&queue, [1, 2]);
+        let ending = [end(&queue, Queue::close), end(&queue, Queue::fail)];
+        let accepted = appending.join().unwrap();
+        ending.into_iter().for_each(|ends| ends.join().unwrap());
         let (written, has_failed) = writer.join().unwrap();
         assert!(if has_failed { written <= accepted } else { written == accepted }, "{written} of {accepted}");
     });
