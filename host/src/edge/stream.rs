@@ -70,13 +70,17 @@ pub async fn open(
         let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
         return Err(refuse(StatusCode::BAD_REQUEST, &told).into());
     }
-    let after = after.map_or(Ok(end), |position| changes.position(&position)).map_err(|error| {
-        let status = match error {
-            PositionError::Malformed => StatusCode::BAD_REQUEST,
-            PositionError::Unknown(_) => StatusCode::GONE,
-        };
-        refuse(status, &error.to_string())
-    })?;
+    let after = match after {
+        None => end,
+        Some(position) => changes.position(&position).await.map_err(|error| {
+            let status = match error {
+                PositionError::Malformed => StatusCode::BAD_REQUEST,
+                PositionError::Unknown(_) => StatusCode::GONE,
+                PositionError::NotYet(_) => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            refuse(status, &error.to_string())
+        })?,
+    };
     let selection = Arc::new(selection);
     let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
         Some(Forgotten { after, newest }) => {

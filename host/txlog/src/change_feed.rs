@@ -7,7 +7,8 @@
 //! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::pin::Pin;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use kvs_runtime::{Env, Task};
@@ -16,6 +17,7 @@ use tokio::task;
 
 use super::change::Change;
 use super::subscribers::{Queue, Selection, Subscribers, lock};
+use super::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
@@ -32,7 +34,7 @@ pub struct ChangeFeed {
     /// Taken before `pending`; while it is held to write, nothing is appended.
     subscribers: RwLock<Subscribers>,
     /// What was appended, is watched, and has not gone to the subscribers; in the order of the log.
-    pending: Mutex<VecDeque<Arc<Change>>>,
+    pub(super) pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
 }
 
@@ -42,7 +44,7 @@ pub struct Subscription {
     selection: Selection,
     number: u64,
     queue: Arc<Queue>,
-    /// All later changes come by the queue; some earlier ones may come too.
+    /// All later changes come by the queue, and none of the earlier ones.
     pub from: u64,
 }
 
@@ -64,6 +66,10 @@ pub enum PositionError {
         "the position {0} is not in the history of this log, which was restored or is another one; read the keys again"
     )]
     Unknown(u64),
+    #[error(
+        "the position {0} is not yet here: this server follows the log and has not come so far, or cannot find out"
+    )]
+    NotYet(u64),
 }
 
 /// Ends a replay that has brought enough.
@@ -118,20 +124,25 @@ impl ChangeFeed {
     /// Begins to watch. None when the end has come.
     pub fn watch(self: &Arc<Self>, selection: Selection) -> Option<Subscription> {
         let mut subscribers = self.subscribers_mut();
-        let (number, queue) = subscribers.enter(&selection)?;
         let from = self.log.appended();
+        let (number, queue) = subscribers.enter(&selection, from)?;
         Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
-    /// Parses the position that a watch resumes after, and checks that it is in the history of this log.
-    pub fn position(&self, text: &str) -> Result<u64, PositionError> {
+    /// Parses the position that a watch resumes after, and checks that it is in the history of this log, as far as that was
+    /// taken in.
+    pub async fn position(&self, text: &str) -> Result<u64, PositionError> {
         // As they are written: without a sign, and without zeros before.
         let sequence = text.parse::<u64>().ok().filter(|sequence| sequence.to_string() == text);
         let sequence = sequence.ok_or(PositionError::Malformed)?;
-        if sequence <= self.log.appended() && self.log.history().contains(sequence) {
+        // Before the history, of which a standby learns together with the end.
+        let end = if sequence <= self.log.appended() { Some(sequence) } else { self.log.end_of_log().await };
+        if !self.log.history().contains(sequence) || end.is_some_and(|end| end < sequence) {
+            Err(PositionError::Unknown(sequence))
+        } else if sequence <= self.log.appended() {
             Ok(sequence)
         } else {
-            Err(PositionError::Unknown(sequence))
+            Err(PositionError::NotYet(sequence))
         }
     }
 
@@ -205,7 +216,7 @@ impl ChangeFeed {
         self.subscribers_mut().end();
     }
 
-    fn hand_out(&self, durable: u64) {
+    pub(super) fn hand_out(&self, durable: u64) {
         let subscribers = self.subscribers();
         let ready: Vec<_> = {
             let mut pending = lock(&self.pending);
@@ -217,7 +228,7 @@ impl ChangeFeed {
         }
     }
 
-    fn subscribers(&self) -> RwLockReadGuard<'_, Subscribers> {
+    pub(super) fn subscribers(&self) -> RwLockReadGuard<'_, Subscribers> {
         self.subscribers.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -253,6 +264,10 @@ impl TransactionLog for ChangeFeed {
 
     fn appended(&self) -> u64 {
         self.log.appended()
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        self.log.end_of_log()
     }
 
     fn watermark(&self) -> &Watermark {
@@ -307,6 +322,3 @@ impl Drop for Subscription {
         self.changes.subscribers_mut().leave(&self.selection, self.number);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,6 +5,8 @@
 
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
+use std::future::ready;
+use std::pin::Pin;
 use std::sync::Arc;
 
 pub mod change;
@@ -45,6 +47,12 @@ pub trait TransactionLog: Send + Sync + 'static {
 
     /// The newest sequence given out, durable or not; 0 in an empty log.
     fn appended(&self) -> u64;
+
+    /// The newest sequence of the log, also where another process writes it and this one has not taken in everything. None
+    /// while that cannot be found out.
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        Box::pin(ready(Some(self.appended())))
+    }
 
     /// How far the log is durable.
     fn watermark(&self) -> &Watermark;

@@ -2,10 +2,11 @@
 //!
 //! Owns: what a standby is promised. Must never know: how it is found out who writes, or who applies the entries.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::TransactionLog;
 
@@ -24,6 +25,9 @@ pub trait Standby: TransactionLog {
     fn begin(&self) -> Result<()>;
 }
 
+/// Longest wait for a look at the end of the log. A log that takes longer for it is out of reach.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What a standby knows of the log.
 #[derive(Clone, Debug)]
 pub struct News {
@@ -35,4 +39,19 @@ pub struct News {
     pub primary: Option<String>,
     /// When nothing newer than `newest` was durable.
     pub as_of: Instant,
+}
+
+/// The newest sequence of a log that is followed, by a look that began after this was asked. None when none comes in time.
+pub(crate) async fn end_of_log(mut news: watch::Receiver<News>) -> Option<u64> {
+    let end = async {
+        // The next look may have begun before this was asked; the one after it has not.
+        for _ in 0..2 {
+            if news.borrow_and_update().holder.is_none() {
+                break;
+            }
+            news.changed().await.ok()?;
+        }
+        Some(news.borrow().newest)
+    };
+    timeout(LOOK_TIMEOUT, end).await.ok().flatten()
 }

@@ -3,11 +3,12 @@
 //! Owns: which keys concern whom, and how far behind a watcher may fall. Must never know: when a change may be told.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use tokio::sync::Notify;
 
 use super::change::Change;
+use super::sync::{Mutex, MutexGuard, PoisonError};
 use crate::Event;
 
 /// First character of the keys that belong to guests. A prefix that does not begin with it selects none of them.
@@ -55,7 +56,8 @@ pub struct Queue {
 struct Waiting {
     changes: VecDeque<Arc<Change>>,
     bytes: usize,
-    /// Sequence of the change that came last. Another selector may bring the same one.
+    /// Sequence of the change that came last, or after which they begin. Another selector may bring the same one, and those
+    /// before come by the log: they are none that the watcher falls behind with.
     last: u64,
     /// It fell too far behind, or the log ended: nothing more comes.
     over: bool,
@@ -91,13 +93,14 @@ fn is_delete(event: &Event) -> bool {
 }
 
 impl Subscribers {
-    /// None after the end.
-    pub fn enter(&mut self, selection: &Selection) -> Option<(u64, Arc<Queue>)> {
+    /// Changes after this sequence come from now on. None after the end.
+    pub fn enter(&mut self, selection: &Selection, after: u64) -> Option<(u64, Arc<Queue>)> {
         if self.ended {
             return None;
         }
         let number = self.next;
-        let queue = Arc::new(Queue { puts_only: selection.puts_only, ..Queue::default() });
+        let waiting = Mutex::new(Waiting { last: after, ..Waiting::default() });
+        let queue = Arc::new(Queue { puts_only: selection.puts_only, waiting, ready: Notify::new() });
         self.next += 1;
         if selection.keys.is_empty() {
             self.idle.insert(number, Arc::clone(&queue));
@@ -207,7 +210,7 @@ impl Queue {
 
     pub fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
         let mut waiting = lock(&self.waiting);
-        if waiting.over || waiting.last == change.sequence {
+        if waiting.over || change.sequence <= waiting.last {
             return;
         }
         waiting.last = change.sequence;
@@ -225,21 +228,4 @@ impl Queue {
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is called under these locks that could panic and leave something half changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Put;
-
-    #[test]
-    fn a_watcher_may_fall_behind_by_so_many_bytes_of_keys_and_values() {
-        let queue = Queue::default();
-        let is_over = |sequence| {
-            let put = Put { key: "ab".into(), value: b"cde".into(), metadata: Vec::new(), expires: None };
-            queue.push(&Arc::new(Change::new(sequence, 0, Event::Put(put))), 10);
-            lock(&queue.waiting).over
-        };
-        assert_eq!([1, 2, 3].map(is_over), [false, false, true]);
-    }
 }

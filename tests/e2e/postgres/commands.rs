@@ -38,7 +38,8 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
     client.ask("DELETE", "/v1/key-3", b"");
     refused(log(&["verify", "--txlog", &url])).with(1, &["writes it", "stop that first"]);
     server.terminate();
-    assert_eq!(done(&["verify", "--txlog", &url]).0, "the log is sound: 32 entries, newest sequence 32\n");
+    let sound = "schema kvs: version 4\nthe log is sound: 32 entries, newest sequence 32\n";
+    assert_eq!(done(&["verify", "--txlog", &url]).0, sound);
 
     // To files, and to another database.
     let (text, _) = done(&["export", "--txlog", &url]);

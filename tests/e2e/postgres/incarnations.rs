@@ -86,7 +86,7 @@ fn restored_dump_begins_incarnation() {
         server.terminate();
         assert_eq!(
             done(&["verify", "--txlog", &url]).0,
-            format!("the log is sound: 6 entries, newest sequence {}\n", first + 2)
+            format!("schema kvs: version 4\nthe log is sound: 6 entries, newest sequence {}\n", first + 2)
         );
         firsts.push(first);
     }
@@ -280,11 +280,13 @@ fn fork_begins_incarnation_at_rest() {
     forked.close().expect("it is written");
 
     let feed = ChangeFeed::new(Arc::new(at_rest()), 1_000, kvs_runtime::Env::real());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime can be made");
+    let position = |sequence: u64| runtime.block_on(feed.position(&sequence.to_string()));
     for known in [0, 1, two.first] {
-        assert_eq!(feed.position(&known.to_string()), Ok(known));
+        assert_eq!(position(known), Ok(known));
     }
     for lost in [2, one.first, two.first - 1, two.first + 1] {
-        assert_eq!(feed.position(&lost.to_string()), Err(PositionError::Unknown(lost)));
+        assert_eq!(position(lost), Err(PositionError::Unknown(lost)));
     }
     feed.close().expect("it is closed");
 
@@ -323,15 +325,17 @@ fn formats_before_are_migrated_and_written_on() {
     // Version 2 without its migration, which dropped this index, is version 1.
     let older = "DELETE FROM kvs.migrations WHERE version = 2; \
         CREATE INDEX transactions_key ON kvs.transactions (substr(sha256(key), 1, 16), sequence);";
-    for (name, fixture, before) in
-        [("plain", "postgres", ""), ("compacted", "postgres-compacted", ""), ("oldest", "postgres", older)]
+    for (name, fixture, before, version) in
+        [("plain", "postgres", "", 2), ("compacted", "postgres-compacted", "", 2), ("oldest", "postgres", older, 1)]
     {
         let url = database.create(name);
         database.load(name, read(format!("{fixture}.sql")).as_bytes());
         database.load(name, before.as_bytes());
         let recorded = read(format!("{fixture}.export.tsv"));
+        let sound = read(format!("{fixture}.verify.txt"));
+        let verified = format!("schema kvs: version 4, brought up from version {version}\n{sound}");
+        assert_eq!(done(&["verify", "--txlog", &url]).0, verified, "{name}");
         assert_eq!(done(&["export", "--txlog", &url]).0, recorded, "{name}");
-        assert_eq!(done(&["verify", "--txlog", &url]).0, read(format!("{fixture}.verify.txt")), "{name}");
         assert_eq!(database.sql_in(name, "SELECT max(version) FROM kvs.migrations"), ["4"]);
         assert_eq!(database.sql_in(name, "SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);
         let newest: u64 = database.sql_in(name, "SELECT last FROM kvs.writer")[0].parse().expect("a number");

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
@@ -37,14 +38,14 @@ fn get_stale(server: &Server, key: &str) -> (u16, String) {
 
 /// Waits until it answers so.
 pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     loop {
         let (now, shown) = get_stale(server, key);
         if now == status && (status != 200 || shown == value) {
             return;
         }
         assert!(begun.elapsed() < PATIENCE, "{key} is not {status} {value:?}, but {now} {shown:?}");
-        thread::sleep(std::time::Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -165,6 +166,56 @@ fn a_guest_that_appends_while_its_server_stands_by_is_told_that_it_may_not() {
     assert!(told.text().contains("ReadOnly"), "{}", told.text());
     assert_eq!(put(&server, "a", "1"), 201);
     assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["1"]);
+}
+
+#[test]
+fn guest_has_a_tick_after_a_promotion() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let standby = stand_by(&database.url(), &[guest(), "--guest-config", "fault=tick-appends"]);
+    let begun = Instant::now();
+    while !Connection::open(standby.address()).ask("GET", "/refusal", b"").text().contains("ReadOnly") {
+        assert!(begun.elapsed() < PATIENCE, "no tick while it stands by");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["0"]);
+    server.terminate();
+    database.becomes("SELECT last > 0 FROM kvs.writer", "t");
+}
+
+#[test]
+fn position_that_standby_has_not_reached_is_503() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = start(&database.url());
+    let standby = stand_by(&database.url_at(proxy.port), &[]);
+    assert_eq!(put(&server, "a", "1"), 201);
+    shows(&standby, "a", 200, "1");
+    let resume = |method: &str, position: u64| {
+        Connection::open(standby.address()).ask(method, &format!("/v1?watch&since={position}"), b"")
+    };
+    // It sees how far the log goes, and cannot read it.
+    standby.signal(Signal::STOP);
+    assert_eq!(put(&server, "a", "2"), 201);
+    let held = database.lock("kvs.transactions");
+    standby.signal(Signal::CONT);
+    becomes_ready(&standby, 200, "writes it, 1 entries behind\n");
+    let refused = resume("GET", 2);
+    refused.says(
+        503,
+        "the position 2 is not yet here: this server follows the log and has not come so far, or cannot find out",
+    );
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    assert_eq!(resume("GET", 3).status, 410);
+    drop(held);
+    database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'");
+    shows(&standby, "a", 200, "2");
+    assert_eq!((resume("HEAD", 2).status, resume("GET", 3).status), (200, 410));
+
+    // It does not see how far the log goes.
+    proxy.set(Way::Reset);
+    assert_eq!(put(&server, "a", "3"), 201);
+    assert_eq!((resume("GET", 3).status, resume("GET", 4).status), (503, 503));
 }
 
 #[test]

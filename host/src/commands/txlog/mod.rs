@@ -129,6 +129,7 @@ fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
         Ok(())
     })?;
     bar.finish_and_clear();
+    writeln!(out, "schema kvs: {}", log.schema())?;
     writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
     Ok(())
 }

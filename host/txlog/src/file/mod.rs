@@ -5,133 +5,7 @@
 //! become durable), `recovery` and `tail` (what a crash leaves), `begin` (what a run begins with), `replay` (how they
 //! come out).
 //!
-//! # The bytes
-//!
-//! This is format 2. Format 1 is read and never written; what it lacks is at the end of this section.
-//!
-//! ```text
-//! DIR/LOCK                              the process that uses the directory
-//! DIR/log/0000000001-0000000007.seg     segments 1 to 7, compacted into one file
-//! DIR/log/0000000008.seg                a segment, full
-//! DIR/log/0000000009.seg                the segment being written
-//! DIR/log/0000000010.seg                the spare: a header, then zeros
-//! DIR/log/watermark                     how far the log was durable when last idle
-//! DIR/log/position                      how far it is durable now, for standbys
-//! DIR/log/identity                      by what a copy of the directory is told from it
-//! DIR/log/0000000009.seg.4096.1.torn    what recovery cut off at that byte
-//! DIR/log/*.tmp                         begun; removed at the start
-//! ```
-//!
-//! All numbers are little-endian, all checksums CRC32C. A segment:
-//!
-//! ```text
-//! byte 0      8       12   16         32        40       48                         104      108   508      512
-//!      magic  version kind log (UUID) first no. last no. compacted: see below, size  ending   zero  checksum frames, zeros ...
-//!
-//! byte 48          56         64   72            76            80                 84     88         96
-//!      first seq.  last seq.  end  chain before  chain after   own last checksum  epoch  forgotten  file's size
-//! ```
-//!
-//! "kvs log\n", version 2, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
-//! so that a version this binary does not read is told from damage. A file that is shorter than its header says was cut
-//! off. In a written segment bytes 48 to 96 and 104 to 108 are zero. A compacted segment stands for the segments from
-//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
-//! hands on the checksum of their last frame, so that the chain of frames goes on after it, and that frame's epoch, kind
-//! and flags (`ending`, as in a frame). `forgotten`, the compaction horizon, is the newest sequence of a dropped delete.
-//!
-//! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
-//!
-//! ```text
-//! byte 0      4       8          16          24     28             32          48        52         56     60             64
-//!      "FRME" length  first seq. durable     count  checksum of    log (UUID)  checksum  kind,      epoch  checksum       body
-//!             of body            sequence           previous frame             of body   flags (24)        of bytes 0..60
-//! ```
-//!
-//! `durable` is the newest sequence known to be on disk when the frame was written. The header's checksum covers the
-//! body's, so the chain through `previous` covers all. `epoch` is that of the process that wrote the frame: one more than
-//! the epoch of the last frame before it when it opened the log. Along the log it never falls.
-//!
-//! | kind | | body |
-//! |---:|---|---|
-//! | 0 | entries | `count` of them, at least one |
-//! | 1 | close: the log was closed after the frame before this one | empty |
-//! | 2 | incarnation: the first frame of its segment | records, see below; `count` is 0, `first seq.` that of the first record |
-//! | 3 | reserved: a claim in a replicated log | |
-//!
-//! Flag 1: the body begins with optional fields. Flag 2: the run that wrote the frame answers before it syncs
-//! (`--durability os`); its first frame is synced all the same, so that a start after a power cut knows.
-//!
-//! A frame with right checksums of a kind or with a flag that this binary does not know is refused by number, and an
-//! optional field by name: it is not skipped, and it is no torn write. No field is defined yet.
-//!
-//! ```text
-//! byte 0                2
-//!      length of those  fields: (length of name: 1 byte, name in ASCII, length: 2 bytes, value) ...
-//!      that follow
-//! ```
-//!
-//! A body of entries, then up to 7 zeros:
-//!
-//! ```text
-//! byte 0       4     5     13       17         21         25
-//!      offset  kind  time  key      value      metadata   expires     key  value  metadata: (length, name,
-//!                          length   length     length     if kind 3                          length, value) ...
-//! ```
-//!
-//! The entry's sequence is `first` plus `offset`: compaction leaves gaps. Kind 1 is a delete, 2 a put, 3 a put that
-//! expires. No frame spans the jump of an incarnation.
-//!
-//! An incarnation, see [`Incarnation`](crate::Incarnation):
-//!
-//! ```text
-//! byte 0          16             32              40               48
-//!      id (UUID)  parent (UUID)  fork: the last  first: its own   the next record
-//!                                sequence before first sequence
-//! ```
-//!
-//! A written segment has one record at most; a compacted one lists those of the segments it stands for, oldest first,
-//! however early or late in them they began. So the first frames of all segments tell the history. A record of which
-//! the jump lies below the compaction horizon may be dropped: who resumes there is told to begin anew in any case. The
-//! newest of the log stays. Where the dropped one was the first thing in a compacted segment, `first seq.` of that is the
-//! one after the fork: the jump counts as covered.
-//!
-//! After the last frame there are zeros to the end of the segment. A segment that is not the newest may hold no frame at
-//! all: a spare that was too small. And one may be left before it is full, where an incarnation began or the format
-//! changed.
-//!
-//! The watermark file, the position file, which ends a frame or a segment's head, and the identity file:
-//!
-//! ```text
-//! byte 0           8            24               32          36
-//!      "kvs mark"  log (UUID)   newest durable   checksum
-//!                               sequence         of the above
-//!
-//! byte 0           8            24               32          40          48           52          56
-//!      "kvs posn"  log (UUID)   newest durable   segment's   offset      checksum of  checksum
-//!                               sequence         number      in it       last frame   of the above
-//!
-//! byte 0           8            24               32          40          44
-//!      "kvs iden"  log (UUID)   this file's      its birth   checksum
-//!                               inode            time, ns    of the above
-//! ```
-//!
-//! Format 1 has version 1 in the header of a segment. Its frames have zeros in bytes 52 to 60; one without entries is a
-//! close. Compacted segments have zeros for epoch and ending. There are no incarnations, and no identity. A log in format
-//! 1 that is opened for writing goes on in a new segment in format 2, and compaction writes format 2.
-//!
-//! # When an incarnation begins
-//!
-//! At an open for writing, in a log that has entries, where sequences may have been given out that are not in it:
-//!
-//! - The identity file is not the file it says it is: the directory was copied, or restored from a backup, into another
-//!   or into its own. `mv` keeps it. Without the file the log is taken for a copy, unless it was never written in format
-//!   2: an upgrade in place begins none, and so a copy of format 1 goes unnoticed at its first start. What copies blocks
-//!   copies inodes: clones and snapshots of volumes need `kvs txlog fork`.
-//! - It was not closed, and was written with `--durability os`, or is opened with it: a power cut can have taken what
-//!   clients have seen.
-//! - `kvs txlog fork` asks for it.
-//!
-//! It is synced before anything is served, and what made it necessary stays until then.
+//! The bytes, the disk that they are made for, and when an incarnation begins: `deploy/txlog-format.md`.
 //!
 //! # How a write survives, and where that stands
 //!
@@ -148,24 +22,8 @@
 //! 8. A tear is what was not yet durable, or damage; frames behind it tell which: `tail`.
 //! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `garbage` (what),
 //!    `compact` (how).
-//! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`, and see below.
+//! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`.
 //! 11. What was lost all the same, or is in another copy of the log, is never given again: `begin`, `identity`.
-//!
-//! # What is assumed of the disk
-//!
-//! - A sync that returned success means that what was written before is there after a power cut, and a sync of the
-//!   directory the same of names. One that failed means nothing, then and ever after.
-//! - Until then each sector of 512 bytes that was written can hold its old content, the new, zeros or anything; a size
-//!   or a name can be the old or the new.
-//! - A write never changes bytes outside its own range, power cut or not. Frames share sectors.
-//! - Renaming replaces a name at once and whole.
-//! - Writing into space that was allocated does not run out of space.
-//!
-//! # What stays undetected
-//!
-//! Damage to exactly the last frame looks like a write that was never finished, and is cut off with a line in the
-//! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
-//! the difference; in between nothing on one disk can.
 
 mod begin;
 mod bytes;
@@ -225,7 +83,7 @@ use self::queue::{FRAME_OVERHEAD, Queue};
 use self::recovery::Known;
 use self::spare::{Sizes, Spares};
 use self::writer::Writer;
-use super::{Condition, Receive, TransactionLog, Watermark};
+use super::{Condition, Receive, TransactionLog, Watermark, sync};
 use crate::{AppendError, Event, History};
 
 /// What an answered write has behind it.

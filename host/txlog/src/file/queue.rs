@@ -4,14 +4,12 @@
 //! was accepted: it will be written unless the disk fails. Must never know: files.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use kvs_runtime::Clock;
 
 use super::entry;
 use super::frame::{self, Builder};
+use super::sync::atomic::{AtomicU64, Ordering};
+use super::sync::{Clock, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::{AppendError, Event};
 
 /// What may wait at most. A disk that is this far behind will not catch up within a request's deadline.

@@ -3,6 +3,8 @@
 //! Owns: when this process is the primary. Before it has the lock it changes nothing; from then on the log is opened as at
 //! any start, and must hold all that was followed.
 
+use std::future::ready;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +18,7 @@ use super::follower::Follower;
 use super::home::Home;
 use super::lock::{self, Lock};
 use super::{Before, Damage, FileLog, Options};
+use crate::standby::end_of_log;
 use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
 
 /// How often it looks, hence how old what it shows can be, and how long after the end of the primary it takes over.
@@ -249,6 +252,13 @@ impl TransactionLog for StandbyLog {
             Some(log) if self.begun() => log.appended(),
             _ => self.shared.followed.load(Ordering::Acquire),
         }
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        if self.begun() {
+            return Box::pin(ready(Some(self.appended())));
+        }
+        Box::pin(end_of_log(self.news()))
     }
 
     fn watermark(&self) -> &Watermark {

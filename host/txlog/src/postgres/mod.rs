@@ -59,6 +59,8 @@ mod target;
 mod tls;
 mod writer;
 
+use std::future::ready;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -86,6 +88,7 @@ use self::target::Target;
 use self::writer::Writer;
 use super::file::Durability;
 use super::{Condition, History, Incarnation, News, Receive, Standby, TransactionLog, Watermark};
+use crate::standby::end_of_log;
 use crate::{AppendError, Event};
 
 /// Replays at once, each with a connection of its own.
@@ -115,6 +118,7 @@ pub struct Options {
 pub struct PostgresLog {
     shared: Arc<Shared>,
     handle: Handle,
+    schema: usize,
     running: Mutex<Option<Running>>,
 }
 
@@ -167,7 +171,7 @@ impl PostgresLog {
         let (as_of, url) = (env.clock.now(), options.advertise.clone());
         let opened =
             runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
-        let Opened { session, append, holding } = opened;
+        let Opened { session, append, holding, schema } = opened;
         let (epoch, history, news) = match &holding {
             Holding::Ours(epoch) => (
                 OnceLock::from(epoch.number),
@@ -208,7 +212,7 @@ impl PostgresLog {
             }
         };
         let handle = runtime.handle().clone();
-        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, writer })) })
+        Ok(Self { shared, handle, schema, running: Mutex::new(Some(Running { runtime, writer })) })
     }
 
     /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
@@ -217,6 +221,16 @@ impl PostgresLog {
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
         let (group_bytes, advertise) = (GROUP_BYTES, None);
         Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
+    }
+
+    /// The version of the schema, for people, and which one it had before this process opened the log.
+    pub fn schema(&self) -> String {
+        let version = schema::VERSION;
+        if self.schema < version {
+            format!("version {version}, brought up from version {}", self.schema)
+        } else {
+            format!("version {version}")
+        }
     }
 
     /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended
@@ -249,6 +263,13 @@ impl TransactionLog for PostgresLog {
 
     fn appended(&self) -> u64 {
         self.shared.queue.appended()
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        if self.shared.queue.begun() {
+            return Box::pin(ready(Some(self.appended())));
+        }
+        Box::pin(end_of_log(self.news()))
     }
 
     fn watermark(&self) -> &Watermark {

@@ -28,6 +28,8 @@ pub struct Opened {
     pub session: Session,
     pub append: Statement,
     pub holding: Holding,
+    /// Version that the schema had before it was brought up to date.
+    pub schema: usize,
 }
 
 /// Who writes.
@@ -81,7 +83,7 @@ async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) ->
 
 async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Clock) -> Result<Opened> {
     let Manner { begin, standby } = manner;
-    schema::prepare(&session, begin).await?;
+    let schema = schema::prepare(&session, begin).await?;
     let shape = "the tables in the schema kvs are not those that this kvs makes";
     let append = writer::prepare(&session).await.context(shape)?;
     if standby {
@@ -107,5 +109,5 @@ async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Cloc
         }
         clock.sleep(LOOK).await;
     };
-    Ok(Opened { session, append, holding })
+    Ok(Opened { session, append, holding, schema })
 }

@@ -16,21 +16,23 @@ const MIGRATIONS: &[&str] = &[
 /// Held by whoever changes the schema, until the end of the transaction.
 const LOCK: i64 = 0x6b76_7300;
 
-/// Makes the schema, if one is to be begun, or brings it up to date.
-pub async fn prepare(session: &Session, begin: bool) -> Result<()> {
+/// The newest version.
+pub const VERSION: usize = MIGRATIONS.len();
+
+/// Makes the schema, if one is to be begun, or brings it up to date. Returns the version that it had.
+pub async fn prepare(session: &Session, begin: bool) -> Result<usize> {
     let there = session.one("SELECT to_regclass('kvs.migrations') IS NOT NULL", &[]).await?;
     let version = if there.try_get(0)? { version(session).await? } else { 0 };
     ensure!(version > 0 || begin, "there is no log in it");
-    let known = MIGRATIONS.len();
     ensure!(
-        version <= known,
-        "its schema kvs is of version {version}, and this kvs knows versions up to {known}: use the kvs that made it, or a \
+        version <= VERSION,
+        "its schema kvs is of version {version}, and this kvs knows versions up to {VERSION}: use the kvs that made it, or a \
          newer one"
     );
-    if version < known {
+    if version < VERSION {
         migrate(session).await.context("the schema kvs cannot be made or brought up to date")?;
     }
-    Ok(())
+    Ok(version)
 }
 
 async fn version(session: &Session) -> Result<usize> {

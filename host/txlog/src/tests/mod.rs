@@ -1,4 +1,6 @@
 //! Tests of modules that are compiled twice: for use, and in `model`. A test in the module itself would be, too.
 
-mod model;
+mod change_feed;
+pub mod model;
+mod subscribers;
 mod watermark;

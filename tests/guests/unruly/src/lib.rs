@@ -115,7 +115,12 @@ impl lifecycle::Guest for Component {
     }
 
     fn tick(now_ms: u64) -> Option<u64> {
-        STATE.with_borrow_mut(|state| state.ticks += 1);
+        STATE.with_borrow_mut(|state| {
+            state.ticks += 1;
+            if fault() == "tick-appends" {
+                state.refusal = format!("{:?}", append(&[put("{own}from tick", Vec::new())]));
+            }
+        });
         match fault().as_str() {
             "tick-traps" => fall_over(),
             // Is never done.

@@ -4,14 +4,16 @@ use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
-use anyhow::Context as _;
-use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
+use anyhow::{Context as _, Result};
+use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
+use tokio::task;
 
-use super::*;
-use crate::subscribers::Keys;
-use crate::{Entry, EventRef, Put, PutRef};
+use crate::change_feed::{ChangeFeed, Past, Subscription};
+use crate::subscribers::{Keys, Selection, lock};
+use crate::{AppendError, Entry, Event, EventRef, Forgotten, Put, PutRef, Receive, TransactionLog, Watermark};
 
 /// A log in memory, durable when a test says so.
 struct Memory {
@@ -80,7 +82,7 @@ fn told(watcher: &mut Subscription) -> Poll<Option<(u64, String)>> {
 }
 
 fn durable(changes: &ChangeFeed, sequence: u64) {
-    changes.log.watermark().advance(sequence);
+    changes.watermark().advance(sequence);
     changes.hand_out(sequence);
 }
 

@@ -1,34 +1,18 @@
-//! The watermark under every interleaving that a model checker comes upon: nobody waits for ever, and nobody is released
+//! The watermark: nobody waits for ever, and nobody is released
 //! before the log is durable.
 
 use std::sync::Arc;
 
 use shuttle::future::block_on;
-use shuttle::{check_pct, check_random, thread};
+use shuttle::thread;
 
 use self::watermark::Watermark;
-
-/// Of each scenario and scheduler.
-const EXECUTIONS: usize = 3_000;
-/// Changes of priority in one execution, beside which a mistake shows.
-const DEPTH: usize = 3;
-
-/// What the file below finds in place of `crate::sync`.
-mod sync {
-    pub use std::sync::PoisonError;
-
-    pub use shuttle::sync::{Mutex, MutexGuard, atomic};
-}
+use super::{check, sync};
 
 #[expect(dead_code, reason = "the scenarios do not use all of it")]
 #[expect(clippy::duplicate_mod, reason = "the same code, with other primitives below it")]
-#[path = "../watermark.rs"]
+#[path = "../../watermark.rs"]
 mod watermark;
-
-fn check(scenario: impl Fn() + Clone + Send + Sync + 'static) {
-    check_random(scenario.clone(), EXECUTIONS);
-    check_pct(scenario, EXECUTIONS, DEPTH);
-}
 
 /// Waits in a thread of its own. Returns whether the sequence became durable.
 fn wait_for(watermark: &Arc<Watermark>, sequence: u64) -> thread::JoinHandle<bool> {

@@ -1,0 +1,175 @@
+//! The disk that fills up, runs short or fails under the log.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use super::disk::Operation;
+use super::*;
+use crate::file::disk::Disk;
+use crate::file::spare;
+
+/// Appends until there is no room for more; returns the newest sequence.
+fn fill_up(log: &FileLog) -> u64 {
+    loop {
+        match log.append(1, &[put("key", &[1; 1000])]) {
+            Ok(sequence) => assert!(durable(log, sequence), "what was accepted fits"),
+            Err(AppendError::InsufficientStorage) => return log.appended(),
+            Err(error) => panic!("{error:?}"),
+        }
+        // Where the spare was just taken, the writer does not know yet that there is no space for another.
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_what_does_not_certainly_fit_and_heals() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.set_full(true);
+    let accepted = fill_up(&log);
+    assert_eq!(accepted, 6, "three in each segment");
+    assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
+    assert_eq!(commit(&log, put("small", b"")), accepted + 1, "and so do writes that fit");
+
+    disk.set_full(false);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, log.appended()));
+    log.close().unwrap();
+    assert_eq!(replayed(&open(&disk).unwrap()).len() as u64, accepted + 2);
+}
+
+#[test]
+fn a_disk_that_is_still_full_at_the_next_start_takes_only_what_fits() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.set_full(true);
+    let known = fill_up(&log);
+    log.close().unwrap();
+    let log = open(&disk).unwrap();
+    assert!(matches!(log.append(1, &[put("key", &[1; 1000])]), Err(AppendError::InsufficientStorage)));
+    assert_eq!(commit(&log, put("small", b"")), known + 1);
+    disk.set_full(false);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, known + 2));
+}
+
+#[test]
+fn shortage_delays_segments_and_fails_nothing() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    let short = Arc::new(AtomicBool::new(true));
+    let is_short = Arc::clone(&short);
+    disk.before_each(move |operation| match operation {
+        Operation::Create { .. } if is_short.load(Ordering::SeqCst) => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(()),
+    });
+    let accepted = fill_up(&log);
+    assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
+    short.store(false, Ordering::SeqCst);
+    eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());
+    assert!(durable(&log, log.appended()));
+    // Neither does the watermark file, at the end.
+    short.store(true, Ordering::SeqCst);
+    log.close().unwrap();
+    short.store(false, Ordering::SeqCst);
+    assert_eq!(replayed(&open(&disk).unwrap()).len() as u64, accepted + 1);
+}
+
+#[test]
+fn write_without_memory_is_repeated() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    let left = Arc::new(AtomicUsize::new(2));
+    let times = Arc::clone(&left);
+    disk.before_each(move |operation| match operation {
+        Operation::Write { bytes, .. } if bytes.starts_with(b"FRME") && times.load(Ordering::SeqCst) > 0 => {
+            times.fetch_sub(1, Ordering::SeqCst);
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        _ => Ok(()),
+    });
+    assert_eq!(commit(&log, put("a", b"value")), 1);
+    assert_eq!(left.load(Ordering::SeqCst), 0);
+    log.close().unwrap();
+    assert_eq!(replayed(&open(&disk).unwrap()).len(), 1);
+}
+
+#[test]
+fn zeros_go_where_they_belong_and_no_further() {
+    let disk = FakeDisk::default();
+    disk.put("file", vec![1; 3 << 20]);
+    let (from, to) = (100, (3 << 19) + 100);
+    spare::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
+    let bytes = disk.read("file");
+    let (before, rest) = bytes.split_at(from);
+    let (zeros, after) = rest.split_at(to - from);
+    assert!(before.iter().chain(after).all(|byte| *byte == 1) && zeros.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_failing_sync_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    disk.fail_syncs();
+    let sequence = log.append(1, &[put("a", b"2")]).unwrap();
+    assert!(!durable(&log, sequence));
+    assert_eq!(log.watermark().durable(), 1);
+    assert!(block_on(log.watermark().latched()).contains("sync failed"));
+    assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));
+    assert!(log.close().unwrap_err().to_string().contains("sync failed"));
+}
+
+#[test]
+fn a_failing_write_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    // The spare is written to as well.
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    disk.fail_writes();
+    let sequence = log.append(1, &[put("a", b"2")]).unwrap();
+    assert!(!durable(&log, sequence));
+    assert!(matches!(log.append(1, &[put("a", b"3")]), Err(AppendError::Unavailable)));
+}
+
+#[test]
+fn a_segment_that_cannot_be_made_is_final_unless_it_is_for_want_of_room() {
+    for (error, fatal) in [(io::ErrorKind::Other, true), (io::ErrorKind::StorageFull, false)] {
+        let disk = FakeDisk::default();
+        let (tried, attempts) = std::sync::mpsc::channel();
+        let log = open(&disk).unwrap();
+        eventually(|| disk.names().contains(&"0000000002.seg".into()));
+        disk.before_each(move |operation| match operation {
+            Operation::Create { name, .. } if name.starts_with("0000000003") => {
+                let _ = tried.send(());
+                Err(error.into())
+            }
+            _ => Ok(()),
+        });
+        // Into the second segment, when the third is made.
+        let newest = append(&log, 1, &[put("a", &[1; 1_900])]).max(append(&log, 1, &[put("a", &[1; 1_900])]));
+        attempts.recv_timeout(Duration::from_secs(20)).unwrap();
+        if fatal {
+            eventually(|| log.failure().is_some());
+        } else {
+            assert!(durable(&log, newest) && log.failure().is_none());
+        }
+    }
+}
+
+#[test]
+fn a_watermark_file_that_cannot_be_written_is_final() {
+    let disk = FakeDisk::default();
+    let log = open(&disk).unwrap();
+    commit(&log, put("a", b"1"));
+    disk.before_each(|operation| match operation {
+        Operation::Rename { to, .. } if to == "watermark" => Err(io::Error::other("rename failed")),
+        _ => Ok(()),
+    });
+    assert!(log.close().unwrap_err().to_string().contains("rename failed"));
+}
