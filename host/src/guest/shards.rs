@@ -83,7 +83,9 @@ impl Shards {
         let serving = Serving::new(guest, &replicas[0].instance);
         let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
-        let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, env });
+        let cache = Arc::clone(serving.guest.response_cache());
+        cache.serve(Arc::clone(&serving.headers));
+        let shared = Arc::new(Shared { log, cache, housekeeping, metrics, alarm, env });
         let shard = |(part, replica): (_, Replica)| {
             Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica.instance))
         };
@@ -134,6 +136,11 @@ impl Shards {
 
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
+    }
+
+    /// The response that was given to an equal request and is still right. Takes nobody's turn.
+    pub fn kept(&self, incoming: &Incoming) -> Option<Answer> {
+        self.shared.cache.get(incoming)
     }
 
     /// Asks the shard that a request belongs to.
@@ -222,9 +229,15 @@ impl Shards {
 
     /// Has all of it built from the log once more, while those who ask wait.
     pub async fn rebuild(&self) -> Result<()> {
+        let mut turns = Vec::with_capacity(self.shards.len());
         for shard in &self.shards {
+            turns.push(shard.visit().await?);
+        }
+        let serving = self.serving();
+        self.shared.cache.serve(Arc::clone(&serving.headers));
+        for mut turn in turns {
             // A turn that ends without an instance is followed by one.
-            shard.visit().await?.replace(self.serving(), None);
+            turn.replace(serving.clone(), None);
         }
         Ok(())
     }
@@ -240,6 +253,7 @@ impl Shards {
 
     /// Has the guest do its housekeeping soon: this process has become the one that writes the log.
     pub fn promoted(&self) {
+        self.shared.cache.serve(self.serving().headers);
         self.shared.housekeeping.wish(Duration::ZERO);
     }
 
@@ -271,6 +285,7 @@ impl Shards {
         let serving = Serving::new(guest, &replicas[0].instance);
         let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
         let before = self.serving();
+        self.shared.cache.serve(Arc::clone(&serving.headers));
         let replicas = turns.iter_mut().zip(replicas).zip(self.owners.parts()).map(|((turn, replica), part)| {
             let before = turn.replace(serving.clone(), Some(replica.instance));
             before.map(|instance| {
@@ -306,6 +321,7 @@ impl Shards {
             });
         }
         self.routers.store(before.routers);
+        self.shared.cache.serve(Arc::clone(&before.serving.headers));
         for turn in &mut turns {
             turn.replace(before.serving.clone(), None);
         }
@@ -380,6 +396,7 @@ impl Measured for Shards {
         page.gauge("guest_memory_bytes", "Linear memory of the guest, in all shards", sum(|held| &held.memory_bytes))?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
-        page.gauge("store_bytes", help, sum(|held| &held.stored_bytes))
+        page.gauge("store_bytes", help, sum(|held| &held.stored_bytes))?;
+        self.shared.cache.measure(page)
     }
 }

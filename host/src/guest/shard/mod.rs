@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use hyper::header::HeaderName;
 use tokio::sync::oneshot;
 use tokio::task;
 use tokio::time::timeout_at;
@@ -22,6 +23,7 @@ use tracing::error;
 
 pub use self::turn::Turn;
 use super::alarm::Alarm;
+use super::cache::ResponseCache;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
 use super::instance::Instance;
@@ -75,6 +77,7 @@ pub struct Shard {
 /// What all shards share.
 pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
+    pub cache: Arc<ResponseCache>,
     pub housekeeping: Housekeeping,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
@@ -109,6 +112,8 @@ struct State {
 pub struct Serving {
     pub guest: Arc<Guest>,
     pub description: Arc<Description>,
+    /// Names of the request headers that it is given.
+    pub headers: Arc<[HeaderName]>,
 }
 
 struct Waiting {
@@ -298,6 +303,10 @@ impl Shard {
             let (guest, log, part) = (self.serving().guest, Arc::clone(log), self.part.clone());
             match task::spawn_blocking(move || Replica::build(&guest, &log, part)).await {
                 Ok(Ok((replica, replayed))) => {
+                    // It can be ahead of what was taken in of the log of another process, and so of responses that are kept.
+                    if self.shared.log.read_only().is_some() {
+                        self.shared.cache.serve(self.serving().headers);
+                    }
                     // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
                     let turn = Turn::new(&self, replica.instance);
                     env.tasks.detach("guest queue", async move { turn.rebuilt(replayed) });
@@ -337,6 +346,7 @@ pub struct Raised {
 
 impl Serving {
     pub fn new(guest: Guest, instance: &Instance) -> Self {
-        Self { guest: Arc::new(guest), description: Arc::new(instance.description().clone()) }
+        let (description, headers) = (Arc::new(instance.description().clone()), Arc::clone(instance.wanted_headers()));
+        Self { guest: Arc::new(guest), description, headers }
     }
 }

@@ -135,8 +135,10 @@ impl Turn {
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
         let Some(mut instance) = self.instance.take() else { return };
         let (shard, known) = (&self.shard, instance.sequence);
-        let is_new = |change: &&Change| change.sequence > known && shard.part.owns(change.key());
-        let new: Vec<_> = changes.iter().filter(is_new).collect();
+        let own = changes.iter().filter(|change| shard.part.owns(change.key()));
+        // Before any of them can be seen; those that it has already, too.
+        own.clone().for_each(|change| instance.announce(change.key()));
+        let new: Vec<_> = own.filter(|change| change.sequence > known).collect();
         for some in new.chunks(REPLAY_ENTRIES) {
             let metadata: Vec<_> = some.iter().map(|change| change.metadata()).collect();
             let entries: Vec<_> = some.iter().zip(&metadata).map(|(change, metadata)| change.entry(metadata)).collect();
