@@ -1,6 +1,7 @@
 // A store in JavaScript: the paths, methods and headers of the default guest, without conditions, lists, transactions and
 // times to live; it honours those that another guest has set.
 import { append } from 'kvs:store/transaction-log@0.2.0';
+import { reuse } from 'kvs:store/response-cache@0.2.0';
 
 const STATUS = { 'insufficient-storage': 507, unavailable: 503, 'read-only': 403, 'too-large': 413, 'invalid-key': 400 };
 
@@ -81,6 +82,8 @@ export const handler = {
     } else if (method !== 'GET' && method !== 'HEAD') {
       return line(405, 'a key has GET, HEAD, PUT and DELETE', 0n, [header('allow', 'GET, HEAD, PUT, DELETE')]);
     }
+    // What follows depends on this key alone.
+    reuse([key], item?.expiresAtMs);
     if (!item) return line(404, 'no such key', absence);
     const kept = item.metadata.find(([name, type]) => name === 'content-type' && saysSomething(type));
     const type = header('content-type', kept?.[1] ?? 'application/octet-stream');

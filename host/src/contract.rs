@@ -34,7 +34,7 @@ pub use store::kvs::store::watch::Selector;
 
 // The calls: what the host offers (a trait for each imported interface), and what it makes.
 pub use store::ShardedStore as Imports;
-pub use store::kvs::store::{connection, http, transaction_log, watch};
+pub use store::kvs::store::{connection, http, response_cache, transaction_log, watch};
 pub use store::wasi::config::store as config;
 
 /// Exports of a component, found before it is instantiated.

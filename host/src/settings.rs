@@ -192,6 +192,17 @@ pub struct Serve {
           help_heading = "Guest")]
     pub probation: Duration,
 
+    /// Size of the response cache, for responses that the guest declares reusable; 0 turns it off. A response that takes more
+    /// than a sixteenth is not kept
+    #[arg(
+        long,
+        env = "KVS_RESPONSE_CACHE_BYTES",
+        value_name = "SIZE",
+        default_value = "64MiB",
+        help_heading = "Guest"
+    )]
+    pub response_cache_bytes: ByteSize,
+
     /// Shards: instances of the guest that share out the keys and run in parallel, each with its own memory
     #[arg(long, env = "KVS_SHARDS", value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64),
           help_heading = "Guest")]

@@ -1,5 +1,6 @@
 -- Requests of a KIND to keys of so many KEYS, with values of so many BYTES, as wrk hands them over behind `--`.
--- The keys are any of those there are, in no order; only what is written to etcd comes one key after the other.
+-- The keys are any of those there are, in no order, each as likely as the others but in `GET Zipf`; only what is written to etcd
+-- comes one key after the other.
 local kind, keys, value
 local key = 0
 
@@ -23,8 +24,37 @@ local function any()
   return "key-" .. math.random(0, keys - 1)
 end
 
+-- Zipf's law with the exponent of YCSB, by the method of Gray and others that YCSB uses: the key of rank r is asked for in
+-- proportion to 1 / r^0.99.
+local THETA = 0.99
+local zeta, eta
+
+local function prepare_zipf()
+  local sum = 0
+  for rank = 1, keys do
+    sum = sum + rank ^ -THETA
+  end
+  zeta = sum
+  eta = (1 - (2 / keys) ^ (1 - THETA)) / (1 - (1 + 0.5 ^ THETA) / zeta)
+end
+
+local function popular()
+  local u = math.random()
+  local place = u * zeta
+  local rank
+  if place < 1 then
+    rank = 0
+  elseif place < 1 + 0.5 ^ THETA then
+    rank = 1
+  else
+    rank = math.min(math.floor(keys * (eta * u - eta + 1) ^ (1 / (1 - THETA))), keys - 1)
+  end
+  return "key-" .. rank
+end
+
 local kinds = {
   GET = function() return wrk.format("GET", "/v1/" .. any()) end,
+  ["GET Zipf"] = function() return wrk.format("GET", "/v1/" .. popular()) end,
   PUT = function() return wrk.format("PUT", "/v1/" .. any(), nil, value) end,
   -- Nine GETs to a PUT.
   mixed = function()
@@ -48,6 +78,9 @@ function init(args)
     value = base64(value)
   end
   math.randomseed(os.time())
+  if kind == "GET Zipf" then
+    prepare_zipf()
+  end
   request = kinds[kind]
 end
 

@@ -29,6 +29,9 @@ const MANY: u64 = 4_000;
 const AT_ONCE: u64 = 50;
 
 const GET: &str = "GET /v1/key-1 HTTP/1.1\r\nhost: kvs\r\n\r\n";
+/// A GET that is equal to no other: what the guest reads of it has a number in it that grows, in the place of `NUMBER`.
+const UNLIKE: &str = "GET /v1/key-1 HTTP/1.1\r\nhost: kvs\r\nif-range: NUMBER\r\n\r\n";
+const NUMBER: &str = "NUMBER";
 const PUT: &str = "PUT /v1/key-1 HTTP/1.1\r\nhost: kvs\r\ncontent-length: 100\r\n\r\n";
 
 /// Counts, and compares. With `update`, what was counted is what the next runs are compared with.
@@ -58,7 +61,10 @@ pub fn run(data: &Path, update: bool) -> Result<()> {
         Ok::<_, anyhow::Error>((many? - few?) / (10 * (MANY - FEW)))
     };
     let now = BTreeMap::from([
-        ("GET".to_owned(), each(Program::Kvs(&kvs), GET)?),
+        ("GET, a hit".to_owned(), each(Program::Kvs(&kvs), GET)?),
+        ("GET, a miss".to_owned(), each(Program::Kvs(&kvs), UNLIKE)?),
+        ("GET, cache off".to_owned(), each(Program::NoCache(&kvs), GET)?),
+        ("GET, another header, cache off".to_owned(), each(Program::NoCache(&kvs), UNLIKE)?),
         ("GET of 100 keys".to_owned(), each(Program::Kvs(&kvs), list)?),
         ("GET, plain hyper map".to_owned(), each(Program::PlainMap, GET)?),
         ("PUT".to_owned(), each(Program::Kvs(&kvs), &put)?),
@@ -94,6 +100,7 @@ pub fn run(data: &Path, update: bool) -> Result<()> {
 #[derive(Clone, Copy)]
 enum Program<'d> {
     Kvs(&'d Path),
+    NoCache(&'d Path),
     PlainMap,
 }
 
@@ -105,12 +112,15 @@ fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Resu
         ["TOKIO_WORKER_THREADS=1", "valgrind", "--tool=cachegrind", "--cache-sim=no"].map(str::to_owned).to_vec();
     args.extend(["--cachegrind-out-file=/dev/null".to_owned(), format!("--log-file={}", text(&report)?)]);
     match program {
-        Program::Kvs(log) => {
+        Program::Kvs(log) | Program::NoCache(log) => {
             let serve =
                 ["serve", "--durability", "os", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--data-dir"];
             args.push(kvs_tests::binary().to_owned());
             args.extend(serve.map(str::to_owned));
             args.push(text(log)?);
+            if matches!(program, Program::NoCache(_)) {
+                args.extend(["--response-cache-bytes", "0"].map(str::to_owned));
+            }
         }
         Program::PlainMap => {
             args.push(text(&std::env::current_exe()?)?);
@@ -132,7 +142,9 @@ fn ask(address: SocketAddr, request: &str, times: u64) -> Result<()> {
     let mut left = times;
     while left > 0 {
         let now = left.min(AT_ONCE);
-        stream.write_all(request.repeat(now as usize).as_bytes())?;
+        // Of one length, whatever the number.
+        let requests = (0..now).map(|n| request.replace(NUMBER, &format!("\"{:08}\"", left - n)));
+        stream.write_all(requests.collect::<String>().as_bytes())?;
         (0..now).try_for_each(|_| read(&mut stream))?;
         left -= now;
     }

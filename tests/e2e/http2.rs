@@ -135,6 +135,11 @@ fn the_books_session_with_prior_knowledge() {
     let answer = String::from_utf8_lossy(&answer);
     assert!(status == 201 && answer.starts_with("HTTP/2 201 "), "{answer}");
     assert_eq!(ask(&[]), (200, b"Hello, key-value store!".to_vec()));
+    // By the guest, and by the cache.
+    for _ in 0..2 {
+        let (status, head) = ask(&["--head"]);
+        assert!(status == 200 && String::from_utf8_lossy(&head).contains("content-length: 23\r\n"));
+    }
     assert_eq!(ask(&["-X", "DELETE"]), (200, vec![]));
     assert_eq!(ask(&[]), (404, b"no such key\n".to_vec()));
 }

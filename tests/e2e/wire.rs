@@ -82,7 +82,7 @@ fn ready(stream: &TcpStream) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Response {
     pub status: u16,
-    headers: Vec<(String, String)>,
+    pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
 }
 

@@ -18,9 +18,12 @@ pub trait Host {
 
     /// See `watch.wait-for-change`.
     fn wait_for_change(&mut self, key: &str, timeout_ms: u64);
+
+    /// See `response-cache.reuse`.
+    fn reuse(&mut self, key: &str, until_ms: Option<u64>);
 }
 
-/// A host that accepts appends and delivers no changes.
+/// A host that accepts appends, delivers no changes and keeps no responses.
 impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for A {
     fn append(&mut self, events: &[Event]) -> Result<u64, AppendError> {
         self(events)
@@ -29,6 +32,8 @@ impl<A: FnMut(&[Event]) -> Result<u64, AppendError>> Host for A {
     fn subscribe(&mut self, _selectors: &[Selector], _after: Option<&str>, _puts_only: bool) {}
 
     fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {}
+
+    fn reuse(&mut self, _key: &str, _until_ms: Option<u64>) {}
 }
 
 /// The read sequence of an answer that would be the same in any state.

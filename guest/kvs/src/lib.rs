@@ -33,6 +33,7 @@ use exports::kvs::store::lifecycle::{Description, Statistics};
 use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::http::{Request, Response};
+use kvs::store::response_cache::reuse;
 use kvs::store::transaction_log::{AppendError, Entry, Event, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 
@@ -65,6 +66,10 @@ impl answer::Host for Imports {
 
     fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
         wait_for_change(key, timeout_ms);
+    }
+
+    fn reuse(&mut self, key: &str, until_ms: Option<u64>) {
+        reuse(&[key.to_owned()], until_ms);
     }
 }
 

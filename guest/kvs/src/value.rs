@@ -39,8 +39,11 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
     };
+    let there = store.get(key, request.time_ms);
+    // Whatever the answer is, it is the same until the key changes or expires; not when the client waits for that.
+    host.reuse(key, there.ok().and_then(Item::expires));
     let mut wait_for_change = || wait.into_iter().for_each(|timeout_ms| host.wait_for_change(key, timeout_ms));
-    let item = match store.get(key, request.time_ms) {
+    let item = match there {
         Ok(item) => item,
         // Conditions are for what would succeed without them.
         Err(read_sequence) => {
@@ -333,6 +336,45 @@ mod tests {
     }
 
     #[test]
+    fn response_about_one_key_is_reusable_until_it_expires() {
+        /// Remembers what was declared.
+        #[derive(Default)]
+        struct Reusing(Vec<(String, Option<u64>)>);
+
+        impl Host for Reusing {
+            fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
+                Ok(8)
+            }
+            fn subscribe(&mut self, _selectors: &[Selector], _after: Option<&str>, _puts_only: bool) {}
+            fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {}
+            fn reuse(&mut self, key: &str, until_ms: Option<u64>) {
+                self.0.push((key.to_owned(), until_ms));
+            }
+        }
+
+        let declared = |mut store: Store, request: Request| {
+            let mut host = Reusing::default();
+            respond(&mut store, request, &mut host);
+            host.0
+        };
+        let until = |until| vec![("a".to_owned(), until)];
+        for method in ["GET", "HEAD"] {
+            assert_eq!(declared(store_with(&[], None), request(method)), until(None), "{method}");
+            assert_eq!(declared(store_with(&[], Some(NOW + 1)), request(method)), until(Some(NOW + 1)), "{method}");
+            // Gone, and so until the key is put again.
+            assert_eq!(declared(store_with(&[], Some(NOW)), request(method)), until(None), "{method}");
+            assert_eq!(declared(Store::default(), request(method)), until(None), "{method}");
+            let condition = request_with(method, "", &[(IF_NONE_MATCH, "\"7\"")]);
+            assert_eq!(declared(store_with(&[], None), condition), until(None), "{method}");
+        }
+        for method in ["PUT", "DELETE", "POST"] {
+            assert_eq!(declared(store_with(&[], None), request(method)), [], "{method}");
+        }
+        let list = Request { target: "/v1".to_owned(), ..request("GET") };
+        assert_eq!(declared(store_with(&[], None), list), []);
+    }
+
+    #[test]
     fn who_waits_is_held_as_long_as_there_is_what_it_has() {
         /// Remembers what was held.
         #[derive(Default)]
@@ -348,6 +390,7 @@ mod tests {
             fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
                 self.0 = Some((key.to_owned(), timeout_ms));
             }
+            fn reuse(&mut self, _key: &str, _until_ms: Option<u64>) {}
         }
 
         for (there, condition, status, held) in [

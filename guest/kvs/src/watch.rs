@@ -73,6 +73,10 @@ mod tests {
         fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {
             panic!("waited")
         }
+
+        fn reuse(&mut self, _key: &str, _until_ms: Option<u64>) {
+            panic!("declared")
+        }
     }
 
     fn watch(query: &str, last: &[&str]) -> (Response, Option<Subscription>) {

@@ -61,6 +61,10 @@ impl Host for Checked {
     fn wait_for_change(&mut self, key: &str, timeout_ms: u64) {
         Imports.wait_for_change(key, timeout_ms);
     }
+
+    fn reuse(&mut self, key: &str, until_ms: Option<u64>) {
+        Imports.reuse(key, until_ms);
+    }
 }
 
 /// Why the policy does not let this happen, in one line.

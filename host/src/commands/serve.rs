@@ -112,6 +112,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
         args.guest.limits(args.max_value_bytes)?,
         args.guest.guest_config.clone(),
         Some(&args.data_dir.join("cache")),
+        args.response_cache_bytes.as_u64(),
         env,
     )?;
     let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;

@@ -13,6 +13,8 @@ use super::patience::UnderWay;
 
 pub enum Reply {
     Whole(Bytes),
+    /// Length of a body that is not sent: the request was HEAD.
+    Length(usize),
     /// Ends with the sender. Its request is under way until then.
     Stream {
         pieces: mpsc::Receiver<Bytes>,
@@ -21,10 +23,18 @@ pub enum Reply {
 }
 
 impl Reply {
+    /// The reply to HEAD instead of GET.
+    pub fn without_body(self) -> Self {
+        match self {
+            Self::Whole(body) => Self::Length(body.len()),
+            other => other,
+        }
+    }
+
     /// Keeps the request under way for as long as this goes on.
     pub fn keeping(self, under_way: UnderWay) -> Self {
         match self {
-            Self::Whole(body) => Self::Whole(body),
+            Self::Whole(_) | Self::Length(_) => self,
             Self::Stream { pieces, .. } => Self::Stream { pieces, _under_way: Some(under_way) },
         }
     }
@@ -40,6 +50,7 @@ impl Body for Reply {
                 let body = mem::take(body);
                 Poll::Ready((!body.is_empty()).then(|| Ok(Frame::data(body))))
             }
+            Self::Length(_) => Poll::Ready(None),
             Self::Stream { pieces, .. } => {
                 pieces.poll_recv(context).map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
             }
@@ -49,6 +60,8 @@ impl Body for Reply {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(body) => body.is_empty(),
+            // The length is told of what may have a body only.
+            Self::Length(length) => *length == 0,
             Self::Stream { .. } => false,
         }
     }
@@ -56,6 +69,7 @@ impl Body for Reply {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Whole(body) => SizeHint::with_exact(body.len() as u64),
+            Self::Length(length) => SizeHint::with_exact(*length as u64),
             Self::Stream { .. } => SizeHint::default(),
         }
     }

@@ -79,6 +79,7 @@ impl Drop for UnderWay<'_> {
 impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
+        let is_head = request.method() == Method::HEAD;
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
@@ -94,6 +95,9 @@ impl Service {
         });
         if wants_problems {
             response = problem::of(response);
+        }
+        if is_head {
+            response = response.map(Reply::without_body);
         }
         if let Some(cors) = &self.cors {
             cors.share(origin.as_ref(), &mut response);
@@ -149,7 +153,8 @@ impl Service {
             charge.must_hold(head_bytes);
             (Answered { answer, as_of }, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
         }
-        let response_bytes = answer.response.bytes() + if http2 { STREAM } else { 0 };
+        let length = answer.response.bytes();
+        let response_bytes = length + if http2 { STREAM } else { 0 };
         if answer.appended {
             charge.must_hold(response_bytes);
         } else {
@@ -161,6 +166,9 @@ impl Service {
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
         })?;
+        if let Some(reusable) = answer.reusable {
+            reusable.keep(&response);
+        }
         let (mut head, body) = response.into_parts();
         if let Some(as_of) = as_of {
             consistency::set_age(&mut head.headers, self.shards.env().clock.elapsed(as_of));
@@ -174,15 +182,20 @@ impl Service {
                     stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket), standing)
                 }
             }
-            Some(Sequel::Wait(_)) | None => Reply::Whole(charge.keep(body)),
+            Some(Sequel::Wait(_)) | None if body.len() == length => Reply::Whole(charge.keep(body)),
+            // A response to HEAD that was kept.
+            Some(Sequel::Wait(_)) | None => Reply::Length(length),
         };
         Ok(Response::from_parts(head, reply))
     }
 
     async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answered, Refusal> {
-        let client = Arc::clone(&incoming.client);
-        // Before the call: the state only gets newer.
+        // Before the response is made or looked up: the state only gets newer.
         let as_of = self.followed.as_ref().and_then(|followed| followed.as_of());
+        if let Some(answer) = self.shards.kept(&incoming) {
+            return Ok(Answered { answer, as_of });
+        }
+        let client = Arc::clone(&incoming.client);
         let answer = match timeout_at(deadline, client.turn.lock()).await {
             Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),

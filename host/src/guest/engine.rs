@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Env;
 use wasmtime::component::{Component, Linker};
 
+use super::cache::ResponseCache;
 use super::clock::Clock;
 use super::compiled;
 use super::compiler::Compiler;
@@ -37,6 +38,7 @@ pub struct Engine {
     limits: Limits,
     clock: Arc<Clock>,
     config: Arc<[(String, String)]>,
+    response_cache: Arc<ResponseCache>,
     compiler: Compiler,
     /// How many guests were made.
     guests: AtomicU64,
@@ -44,8 +46,14 @@ pub struct Engine {
 
 impl Engine {
     /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) is told to keep is in the directory
-    /// `cache`.
-    pub fn new(limits: Limits, config: Vec<(String, String)>, cache: Option<&Path>, env: &Env) -> Result<Self> {
+    /// `cache`; responses that can be reused take `response_cache_bytes`.
+    pub fn new(
+        limits: Limits,
+        config: Vec<(String, String)>,
+        cache: Option<&Path>,
+        response_cache_bytes: u64,
+        env: &Env,
+    ) -> Result<Self> {
         let engine = wasmtime::Engine::new(&settings(Cpu::This)?).map_err(anyhow::Error::from);
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
@@ -54,10 +62,12 @@ impl Engine {
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
         epoch::tick(engine.weak(), env)?;
+        let clock = Arc::new(Clock::new(env.clone()));
         Ok(Self {
             linker,
             limits,
-            clock: Arc::new(Clock::new(env.clone())),
+            response_cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &env.random)?,
+            clock,
             config: config.into(),
             compiler: Compiler::new(cache),
             guests: AtomicU64::default(),
@@ -85,8 +95,9 @@ impl Engine {
         let instance = self.linker.instantiate_pre(&component)?;
         let exports = Arc::new(ExportsPre::new(instance, world.is_sharded())?);
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
+        let response_cache = Arc::clone(&self.response_cache);
         let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
-        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config })
+        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config, response_cache })
     }
 
     /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
@@ -223,6 +234,7 @@ pub struct Guest {
     limits: Limits,
     config: Arc<[(String, String)]>,
     clock: Arc<Clock>,
+    response_cache: Arc<ResponseCache>,
 }
 
 impl Guest {
@@ -249,6 +261,11 @@ impl Guest {
         &self.clock
     }
 
+    /// Where its responses are kept.
+    pub fn response_cache(&self) -> &Arc<ResponseCache> {
+        &self.response_cache
+    }
+
     /// Another for each guest, the same for all its instances.
     pub fn number(&self) -> u64 {
         self.number
@@ -267,9 +284,10 @@ impl Guest {
         part: Part,
     ) -> impl Fn() -> Result<Instance> + Send + 'static {
         let (exports, config, clock) = (Arc::clone(&self.exports), self.config.clone(), self.clock.clone());
-        let (number, limits) = (self.number, self.limits);
+        let (number, limits, cache) = (self.number, self.limits, Arc::clone(&self.response_cache));
         move || {
-            let state = State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone());
+            let state =
+                State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone(), Arc::clone(&cache));
             Instance::new(&exports, number, limits, state)
         }
     }

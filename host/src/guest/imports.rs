@@ -10,6 +10,7 @@ use kvs_txlog::TransactionLog;
 use kvs_txlog::subscribers::{Keys, Selection};
 use wasmtime::component::{HasSelf, Linker};
 
+use super::cache::{self, Declared, ResponseCache};
 use super::clock::Clock;
 use super::key;
 use super::limits::Limits;
@@ -17,11 +18,19 @@ use super::memory::Memory;
 use super::message::{Client, Watch};
 use super::owner::Part;
 use super::sandbox::Sandbox;
-use crate::contract::{AppendError, Event, Imports, Selector, config, connection, http, transaction_log, watch};
+use crate::contract::{
+    AppendError, Event, Imports, Selector, config, connection, http, response_cache, transaction_log, watch,
+};
 
 /// The contract's own imports. `http` has types only, and a component that names those imports it too.
-pub const OFFERED: [&str; 5] =
-    ["kvs:store/transaction-log", "kvs:store/connection", "kvs:store/watch", "kvs:store/http", "wasi:config/store"];
+pub const OFFERED: [&str; 6] = [
+    "kvs:store/transaction-log",
+    "kvs:store/connection",
+    "kvs:store/watch",
+    "kvs:store/response-cache",
+    "kvs:store/http",
+    "wasi:config/store",
+];
 
 /// What an instance holds on the host's side.
 pub struct State {
@@ -33,6 +42,7 @@ pub struct State {
     sandbox: Sandbox,
     pub(super) call: Call,
     pub(super) clock: Arc<Clock>,
+    pub(super) cache: Arc<ResponseCache>,
     /// What the call in progress was told, in milliseconds since 1970.
     time: u64,
     /// Epochs that it may take beyond those it has been given.
@@ -51,6 +61,20 @@ pub(super) struct Call {
     /// Whether an append was refused because the guest is near its limit of memory.
     pub(super) refused: bool,
     pub(super) asked: Option<Asked>,
+    /// The generation that it serves in, where responses are kept.
+    pub(super) serving: Option<cache::Serving>,
+    pub(super) reuse: Reuse,
+    /// Whether it was told about the connection.
+    pub(super) connection_read: bool,
+}
+
+/// Its declaration that the response can be reused.
+#[derive(Default)]
+pub(super) enum Reuse {
+    #[default]
+    None,
+    Void,
+    Declared(Declared),
 }
 
 /// What it asked for in place of its response as it is.
@@ -66,13 +90,33 @@ impl State {
         config: Arc<[(String, String)]>,
         limits: Limits,
         clock: Arc<Clock>,
+        cache: Arc<ResponseCache>,
     ) -> Self {
         let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits, Arc::clone(&clock)));
-        Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, time: 0, rest: 0 }
+        Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, cache, time: 0, rest: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
         &mut self.sandbox
+    }
+
+    /// The declaration of the call that is over. Void when the call did more than to read keys of its own.
+    pub(super) fn reuse_declared(&mut self) -> Option<Declared> {
+        let Call { appends, asked, reuse, connection_read, .. } = &mut self.call;
+        let reuse = std::mem::take(reuse);
+        let read_more = *appends > 0 || asked.is_some() || *connection_read || self.sandbox.has_read_surroundings();
+        match reuse {
+            Reuse::Declared(declared) if !read_more => return Some(declared),
+            Reuse::None => {}
+            Reuse::Declared(_) | Reuse::Void => self.cache.count_void(),
+        }
+        None
+    }
+
+    /// The client of the call in progress, when that asks about it.
+    fn client(&mut self) -> Option<&Client> {
+        self.call.connection_read = true;
+        self.call.client.as_deref()
     }
 
     /// The time that the next call is told.
@@ -106,6 +150,8 @@ impl transaction_log::Host for State {
             self.call.refused = true;
             return Err(AppendError::InsufficientStorage);
         }
+        // Before the log has them: whoever watches can hear of them before the call returns.
+        events.iter().for_each(|event| self.cache.announce(key_of(event)));
         let events: Vec<kvs_txlog::Event> = events.into_iter().map(Into::into).collect();
         let first = self.log.append(self.time, &events)?;
         if let Some(others) = events.len().checked_sub(1) {
@@ -145,15 +191,29 @@ impl watch::Host for State {
     }
 }
 
+impl response_cache::Host for State {
+    fn reuse(&mut self, keys: Vec<String>, until_ms: Option<u64>) {
+        let Some(serving) = &self.call.serving else { return };
+        let is_over = until_ms.is_some_and(|until| until <= self.time);
+        self.call.reuse = if keys.iter().any(String::is_empty) || is_over {
+            Reuse::None
+        } else if keys.len() > cache::KEYS || !keys.iter().all(|key| self.part.owns(key)) {
+            Reuse::Void
+        } else {
+            Reuse::Declared(self.cache.declare(serving, &keys, until_ms))
+        };
+    }
+}
+
 impl connection::Host for State {
     fn peer_address(&mut self) -> Option<String> {
-        Some(self.call.client.as_ref()?.address.to_string())
+        Some(self.client()?.address.to_string())
     }
     fn tls_version(&mut self) -> Option<String> {
-        Some(self.call.client.as_ref()?.tls_version?.to_owned())
+        Some(self.client()?.tls_version?.to_owned())
     }
     fn client_identity(&mut self) -> Option<String> {
-        Some(self.call.client.as_ref()?.identity.as_ref()?.to_string())
+        Some(self.client()?.identity.as_ref()?.to_string())
     }
 }
 

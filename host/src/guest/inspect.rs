@@ -17,7 +17,7 @@ use crate::contract::Description;
 /// Prints the description of a component, and fails when it does not fit.
 pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, out: &mut dyn Write) -> Result<()> {
     let env = Env::real();
-    let engine = Engine::new(limits, config, None, &env)?;
+    let engine = Engine::new(limits, config, None, 0, &env)?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);

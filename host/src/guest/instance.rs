@@ -37,7 +37,7 @@ pub struct Instance {
     guest: u64,
     limits: Limits,
     description: Description,
-    wanted_headers: Box<[HeaderName]>,
+    wanted_headers: Arc<[HeaderName]>,
 }
 
 impl Instance {
@@ -60,6 +60,16 @@ impl Instance {
 
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// Names of the request headers that the guest is given.
+    pub fn wanted_headers(&self) -> &Arc<[HeaderName]> {
+        &self.wanted_headers
+    }
+
+    /// Notes that a key is about to change, by an entry that another process appended.
+    pub fn announce(&self, key: &str) {
+        self.store.data().cache.announce(key);
     }
 
     /// The number of the guest that this is an instance of.
@@ -142,6 +152,7 @@ impl Instance {
             read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
+            reusable: None,
         })
     }
 
@@ -149,9 +160,11 @@ impl Instance {
         let time = self.store.data_mut().now();
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
-        let call = Call { may_append: true, client: Some(Arc::clone(&incoming.client)), ..Call::default() };
+        let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
+        let call = Call { may_append: true, client, serving, ..Call::default() };
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
 
+        let declared = self.store.data_mut().reuse_declared();
         let sequel = match self.store.data_mut().call.asked.take() {
             Some(Asked::Watch(watch)) => Some(Sequel::Watch(watch)),
             Some(Asked::Wait { key, timeout }) => {
@@ -170,11 +183,15 @@ impl Instance {
             warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
             self.count()?;
         }
-        Ok(Answer { response: self.given(response), read_sequence, appended: appended.is_some(), sequel })
+        // Made of what the guest was given.
+        let reusable = declared.and_then(|declared| {
+            self.store.data().cache.reusable(&incoming.record(&headers, time), declared, read_sequence)
+        });
+        Ok(Answer { response: self.given(response), read_sequence, appended: appended.is_some(), sequel, reusable })
     }
 
     fn given(&self, record: contract::Response) -> Given {
-        Given { record, most: self.limits.response_bytes }
+        Given::Fresh { record, most: self.limits.response_bytes }
     }
 
     /// Makes one call, within the limits of a call.
@@ -193,6 +210,7 @@ impl Instance {
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
         self.store.data_mut().call = call;
+        self.store.data_mut().sandbox().begin_call();
         begin(&mut self.store, limit);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();
@@ -226,7 +244,7 @@ fn overdue(mut store: StoreContextMut<'_, State>) -> wasmtime::Result<UpdateDead
 }
 
 /// The description is shown in logs and used on every request; refuses what is not fit for that.
-fn check(description: &Description) -> Result<Box<[HeaderName]>> {
+fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
     let is_word = |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
     ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");

@@ -13,6 +13,7 @@ use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use kvs_txlog::subscribers::Selection;
 
+use super::cache::{Kept, Reusable};
 use crate::contract::{self, Grant, HeaderRef, ResponseRef, Scope};
 
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
@@ -105,24 +106,37 @@ pub struct Answer {
     pub appended: bool,
     /// What the guest asked for in place of the response as it is.
     pub sequel: Option<Sequel>,
+    /// Keeps the response for equal requests, when the guest declared that it can be reused.
+    pub reusable: Option<Box<Reusable>>,
 }
 
-/// A response as the guest gave it. It is looked at by who asked, when others have their turn.
-pub struct Given {
-    pub(super) record: contract::Response,
-    /// How long its body may be.
-    pub(super) most: usize,
+/// A response as the guest gave it.
+pub enum Given {
+    /// Now. It is looked at by who asked, when others have their turn.
+    Fresh {
+        record: contract::Response,
+        /// Longest body.
+        most: usize,
+    },
+    /// Before, to an equal request.
+    Kept(Arc<Kept>),
 }
 
 impl Given {
     /// The size of its body.
     pub fn bytes(&self) -> usize {
-        self.record.body.len()
+        match self {
+            Self::Fresh { record, .. } => record.body.len(),
+            Self::Kept(kept) => kept.length,
+        }
     }
 
-    /// The HTTP message that it is, if it is one.
+    /// The HTTP message that it is, if it is one. The body of a kept response to HEAD can be missing.
     pub fn message(self) -> Result<Response<Bytes>> {
-        let Self { record, most } = self;
+        let (record, most) = match self {
+            Self::Fresh { record, most } => (record, most),
+            Self::Kept(kept) => return Ok(kept.message()),
+        };
         ensure!((200..=599).contains(&record.status), "status {}", record.status);
         let bytes = record.body.len();
         ensure!(bytes <= most, "a body of {bytes} bytes, at most {most} are allowed");
@@ -141,14 +155,26 @@ impl Given {
     }
 
     pub(super) fn headers(&self) -> Vec<HeaderRef<'_>> {
-        self.record.headers.iter().map(|header| HeaderRef { name: &header.name, value: &header.value }).collect()
+        match self {
+            Self::Fresh { record, .. } => {
+                record.headers.iter().map(|header| HeaderRef { name: &header.name, value: &header.value }).collect()
+            }
+            Self::Kept(kept) => kept
+                .headers
+                .iter()
+                .map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() })
+                .collect(),
+        }
     }
 }
 
 impl Answer {
     pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
-        let contract::Response { status, body, .. } = &self.response.record;
-        ResponseRef { status: *status, headers, body, read_sequence: Some(self.read_sequence) }
+        let (status, body) = match &self.response {
+            Given::Fresh { record, .. } => (record.status, &*record.body),
+            Given::Kept(kept) => (kept.status.as_u16(), &*kept.body),
+        };
+        ResponseRef { status, headers, body, read_sequence: Some(self.read_sequence) }
     }
 }
 

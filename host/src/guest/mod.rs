@@ -5,10 +5,11 @@
 //!
 //! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
 //! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
-//! called), `replica` (how an instance comes by its state, and follows with it as a spare) and `swap` (another guest takes
-//! over).
+//! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
+//! spare) and `swap` (another guest takes over).
 
 mod alarm;
+mod cache;
 mod clock;
 mod compile;
 mod compiled;
@@ -36,6 +37,7 @@ mod shards;
 mod source;
 mod swap;
 
+pub use cache::ResponseCache;
 pub use compile::compile;
 pub use engine::{Engine, Guest};
 pub use inspect::inspect;

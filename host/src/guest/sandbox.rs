@@ -85,6 +85,8 @@ pub struct Sandbox {
     /// In `apply`: clocks stand, and randomness is the fixed stream.
     in_apply: bool,
     fixed: Fixed,
+    /// Whether the call in progress, or the last one, read a clock or randomness.
+    has_read: bool,
 }
 
 /// The fixed stream of `apply`: SplitMix64 from 0. It continues from one call to the next, as the boundaries of batches mean
@@ -132,12 +134,23 @@ impl Sandbox {
             clock,
             in_apply: false,
             fixed: Fixed::default(),
+            has_read: false,
         }
     }
 
     /// The name that the guest's lines carry.
     pub fn set_name(&mut self, guest: &str) {
         self.guest = guest.to_owned();
+    }
+
+    /// A call begins.
+    pub fn begin_call(&mut self) {
+        self.has_read = false;
+    }
+
+    /// Whether the call read a clock or randomness.
+    pub fn has_read_surroundings(&self) -> bool {
+        self.has_read
     }
 
     /// A call of `apply` begins.
@@ -383,6 +396,7 @@ impl io::streams::HostOutputStream for Sandbox {
 
 impl clocks::monotonic_clock::Host for Sandbox {
     fn now(&mut self) -> Result<u64> {
+        self.has_read = true;
         if self.in_apply {
             return Ok(0);
         }
@@ -402,6 +416,7 @@ impl clocks::monotonic_clock::Host for Sandbox {
 
 impl clocks::wall_clock::Host for Sandbox {
     fn now(&mut self) -> Result<clocks::wall_clock::Datetime> {
+        self.has_read = true;
         let now = match self.in_apply {
             true => Duration::ZERO,
             false => Duration::from_millis(self.clock.now()),
@@ -415,6 +430,7 @@ impl clocks::wall_clock::Host for Sandbox {
 
 impl Sandbox {
     fn random_bytes(&mut self, len: u64) -> Result<Vec<u8>> {
+        self.has_read = true;
         ensure!(len <= RANDOM_BYTES, "{len} random bytes asked for at once, at most {RANDOM_BYTES} are given");
         let mut bytes = vec![0; len as usize];
         if self.in_apply {
@@ -428,6 +444,7 @@ impl Sandbox {
     }
 
     fn random_u64(&mut self) -> Result<u64> {
+        self.has_read = true;
         if self.in_apply {
             return Ok(self.fixed.next());
         }

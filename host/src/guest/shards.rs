@@ -99,7 +99,9 @@ impl Shards {
         let serving = Serving::new(guest, &replicas[0].instance);
         let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
-        let shared = Arc::new(Shared { log, housekeeping, metrics, alarm, building: Arc::default(), env });
+        let cache = Arc::clone(serving.guest.response_cache());
+        cache.serve(Arc::clone(&serving.headers));
+        let shared = Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building: Arc::default(), env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -196,6 +198,11 @@ impl Shards {
         &self.shared.metrics
     }
 
+    /// The response that was given to an equal request and is still right. Takes nobody's turn.
+    pub fn kept(&self, incoming: &Incoming) -> Option<Answer> {
+        self.shared.cache.get(incoming)
+    }
+
     /// Asks the shard that a request belongs to.
     pub async fn call(&self, mut incoming: Incoming, deadline: tokio::time::Instant) -> Result<Answer, CallError> {
         loop {
@@ -282,9 +289,15 @@ impl Shards {
 
     /// Has all of it built from the log once more, while those who ask wait.
     pub async fn rebuild(&self) -> Result<()> {
+        let mut turns = Vec::with_capacity(self.shards.len());
         for shard in &self.shards {
+            turns.push(shard.visit().await?);
+        }
+        let serving = self.serving();
+        self.shared.cache.serve(Arc::clone(&serving.headers));
+        for mut turn in turns {
             // A turn that ends without an instance is followed by one.
-            shard.visit().await?.take_out(self.serving());
+            turn.take_out(serving.clone());
         }
         Ok(())
     }
@@ -302,6 +315,7 @@ impl Shards {
     /// of it already.
     pub fn promoted(&self) {
         self.metrics().promotions[Cause::Takeover as usize].add(1);
+        self.shared.cache.serve(self.serving().headers);
         self.shared.housekeeping.wish(Duration::ZERO);
     }
 
@@ -322,6 +336,7 @@ impl Shards {
         let paused = paused.unwrap_or_else(|| self.env().clock.now());
         let promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)).await;
         let switched = promoted.map(|replicas| {
+            self.shared.cache.serve(Arc::clone(&serving.headers));
             let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
             Switched {
                 pause: self.env().clock.elapsed(paused),
@@ -350,6 +365,7 @@ impl Shards {
             });
         }
         self.routers.store(before.routers);
+        self.shared.cache.serve(Arc::clone(&before.serving.headers));
         for turn in &mut turns {
             turn.take_out(before.serving.clone());
         }
@@ -427,7 +443,8 @@ impl Measured for Shards {
         )?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
-        page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))
+        page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))?;
+        self.shared.cache.measure(page)
     }
 }
 

@@ -174,13 +174,18 @@ impl Client<'_> {
         form: Form,
         steps: &[Step],
     ) -> io::Result<Response> {
-        let (method, mut target, condition, body) = match form {
+        let (method, mut target, mut condition, body) = match form {
             Form::Plain => self.plain(steps),
             Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
         };
         // A guest that knows this path traps there, after the operation.
         if method != "GET" && self.rng.u8(..) == 0 {
             target.insert_str(0, "/trap");
+        }
+        // What a guest reads of a request tells it from others, so that no response to those is given in its place. Without
+        // `Range` this one means nothing.
+        if method == "GET" && self.rng.bool() {
+            condition.push_str(&format!("if-range: \"{}\"\r\n", self.rng.u64(..)));
         }
         connection.try_ask_with(method, &target, &condition, body.as_bytes())
     }

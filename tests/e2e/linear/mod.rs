@@ -59,6 +59,7 @@ fn history_under_faults_is_linearizable() {
     let mut operations = 0;
     let mut unknown = 0;
     let mut trapped = 0;
+    let mut hits = 0;
     for round in 0..histories.div_ceil(AT_ONCE) {
         let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
         let stage = Stage::default();
@@ -70,12 +71,17 @@ fn history_under_faults_is_linearizable() {
         trapped += troubled.1 + traps(&server.stderr());
         operations += judged.operations;
         unknown += judged.unknown;
+        hits += Metrics::of(&server).get("kvs_response_cache_hits_total") as usize;
         // Its log lines are counted once.
         server = server.terminate().restart(&args);
     }
-    println!("{histories} histories of {operations} operations, {unknown} of unknown outcome, {trapped} traps");
+    println!(
+        "{histories} histories of {operations} operations, {unknown} of unknown outcome, {trapped} traps, {hits} hits"
+    );
     assert_eq!(operations as u64, histories * OPERATIONS);
     assert!(unknown as u64 > histories && trapped as u64 > histories / 10, "{unknown} unknown, {trapped} traps");
+    // Of the servers that ran at the end of a round, whose histories have reads that were given from the cache.
+    assert!(hits > 0, "no read was given from the cache");
 }
 
 /// The guest traps every few operations, and spares are promoted; now and then it is swapped.

@@ -17,12 +17,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use hyper::header::HeaderName;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 
 pub use self::promotion::promote;
 pub use self::turn::Turn;
 use super::alarm::Alarm;
+use super::cache::ResponseCache;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
 use super::instance::Instance;
@@ -75,6 +77,7 @@ pub struct Shard {
 /// What all shards share.
 pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
+    pub cache: Arc<ResponseCache>,
     pub housekeeping: Housekeeping,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
@@ -111,6 +114,8 @@ struct State {
 pub struct Serving {
     pub guest: Arc<Guest>,
     pub description: Arc<Description>,
+    /// Names of the request headers that it is given.
+    pub headers: Arc<[HeaderName]>,
 }
 
 struct Waiting {
@@ -305,6 +310,7 @@ pub struct Raised {
 
 impl Serving {
     pub fn new(guest: Guest, instance: &Instance) -> Self {
-        Self { guest: Arc::new(guest), description: Arc::new(instance.description().clone()) }
+        let (description, headers) = (Arc::new(instance.description().clone()), Arc::clone(instance.wanted_headers()));
+        Self { guest: Arc::new(guest), description, headers }
     }
 }

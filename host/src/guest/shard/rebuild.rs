@@ -88,6 +88,10 @@ impl Shard {
                 (replica, Cause::Rebuild, Some(replayed))
             }
         };
+        // It can be ahead of what was taken in of the log of another process, and so of responses that are kept.
+        if self.shared.log.read_only().is_some() {
+            self.shared.cache.serve(Arc::clone(&serving.headers));
+        }
         let mut turns = [Turn::of_rebuild(self)];
         let down = self.outage().map_or_else(|| clock.now(), |outage| outage.begun);
         promote(&self.shared, &serving, &mut turns, vec![replica], (cause, down)).await?;

@@ -132,6 +132,9 @@ impl Turn {
     /// Hands over what another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
         let Some(mut replica) = self.replica.take() else { return };
+        // Before any of them can be seen; those that it has already, too.
+        let own = changes.iter().filter(|change| self.shard.part.owns(change.key()));
+        own.for_each(|change| replica.instance.announce(change.key()));
         match replica.apply_changes(changes, until) {
             Ok(()) => self.replica = Some(replica),
             Err(error) => {

@@ -16,6 +16,7 @@ use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::connection;
 use kvs::store::http::{Header, Request, Response};
+use kvs::store::response_cache::reuse;
 use kvs::store::transaction_log::{Entry, Event, Put, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 use wasi::config::store as config;
@@ -205,6 +206,16 @@ fn answer(state: &mut State, request: Request) -> Response {
             wait_for_change(rest, 300_000);
             text(200, state.handled)
         }
+        // `DEED/KEYS[/UNTIL]`: declares that the response can be reused, and does something beside.
+        (_, "reuse") => {
+            let mut parts = rest.split('/');
+            let (deed, keys) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+            let until = parts.next().map(|after| request.time_ms + after.parse::<u64>().expect("milliseconds"));
+            besides(deed);
+            let keys: Vec<_> = keys.split(',').map(str::to_owned).collect();
+            reuse(&keys, until);
+            text(200, state.handled)
+        }
         // Any key: the body.
         (method, "append-any") => {
             let key = String::from_utf8(request.body).expect("text");
@@ -290,6 +301,26 @@ fn answer(state: &mut State, request: Request) -> Response {
             Response { headers, ..text(200, "") }
         }
         _ => text(404, "no such trick"),
+    }
+}
+
+/// Deeds by which a declaration of reuse is void, and others by which it is not.
+fn besides(deed: &str) {
+    match deed {
+        "append" => drop(append(&[put("{own}beside", Vec::new())])),
+        "append-nothing" => drop(append(&[])),
+        "subscribe" => subscribe(&[], None, false),
+        "wait" => wait_for_change("{own}waited-for", 1),
+        "peer" => drop(connection::peer_address()),
+        "tls" => drop(connection::tls_version()),
+        "identity" => drop(connection::client_identity()),
+        "wall-clock" => drop(wasi::clocks::wall_clock::now()),
+        "monotonic-clock" => drop(wasi::clocks::monotonic_clock::now()),
+        "random" => drop(wasi::random::random::get_random_u64()),
+        "seed" => drop(wasi::random::insecure_seed::insecure_seed()),
+        "config" => drop(config::get("fault")),
+        "print" => println!("beside"),
+        _ => {}
     }
 }
 

@@ -16,7 +16,7 @@ use std::thread;
 use fastrand::Rng;
 
 use super::beside::Beside;
-use super::content::{Appended, Model, Outcome, check_content, former};
+use super::content::{Model, Outcome, check_content, former};
 use super::disk::Promise;
 use super::history::{History, recover};
 use super::mutants::{self, Mutant};
@@ -25,6 +25,7 @@ use super::*;
 use crate::file::spare;
 use crate::file::verify::verify_in;
 use crate::file::Finding;
+use crate::file::home::Home;
 
 /// What is done in a history, and in one that begins on what a power cut left.
 const STEPS: usize = 30;
