@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use kvs::guest::{Engine, Limits, Shards, Source};
+use kvs::guest::{Arrangement, Engine, Limits, Shards, Source};
 use kvs_runtime::Env;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
 
@@ -35,7 +35,8 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let durability = Durability::Os;
     let log = Options { data: data.into(), segment_bytes, group_bytes, durability, advertise: None, env: env.clone() };
-    let (shards, _) = Shards::build(guest, Arc::new(FileLog::open(log)?), 1, env)?;
+    let arrangement = Arrangement { count: 1, with_spares: false };
+    let (shards, _) = Shards::build(guest, Arc::new(FileLog::open(log)?), arrangement, env)?;
     let mut replica = shards.replicas(&shards.serving().guest)?.pop().context("there is one shard")?;
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
