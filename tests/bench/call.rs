@@ -30,7 +30,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         log_line_bytes: 1 << 10,
     };
     let env = Env::real();
-    let engine = Engine::new(limits, Vec::new(), None, &env)?;
+    let engine = Engine::new(limits, Vec::new(), None, 0, &env)?;
     let guest = engine.load(Source::choose(None, data))?;
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let durability = Durability::Os;

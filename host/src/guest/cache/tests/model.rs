@@ -124,8 +124,10 @@ fn check(scenario: impl Fn() + Clone + Send + Sync + 'static) {
     check_pct(scenario, EXECUTIONS, DEPTH);
 }
 
+type Deed = fn(&Server);
+
 /// Does each in a thread of its own, so many times.
-fn beside_each_other(deeds: &[(fn(&Server), usize)]) {
+fn beside_each_other(deeds: &[(Deed, usize)]) {
     let server = Server::new();
     let threads: Vec<_> = deeds
         .iter()

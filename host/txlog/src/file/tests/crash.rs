@@ -22,10 +22,10 @@ use super::history::{History, recover};
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
-use crate::file::spare;
-use crate::file::verify::verify_in;
 use crate::file::Finding;
 use crate::file::home::Home;
+use crate::file::spare;
+use crate::file::verify::verify_in;
 
 /// What is done in a history, and in one that begins on what a power cut left.
 const STEPS: usize = 30;

@@ -1,7 +1,7 @@
 //! Modules under every interleaving that a model checker comes upon.
 
-mod change_feed;
-mod watermark;
+mod feed;
+mod waiters;
 
 use shuttle::{check_pct, check_random};
 
