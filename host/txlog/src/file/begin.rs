@@ -15,9 +15,9 @@ use super::disk::{File, is_full};
 use super::found::Found;
 use super::identity::{self, State};
 use super::incarnations;
+use super::preallocate::{self, Sizes, Spare};
 use super::recovery::Recovered;
 use super::segment::{HEAD_BYTES, VERSION};
-use super::spare::{self, Sizes, Spare};
 #[cfg(test)]
 use super::tests::mutants::{self, Mutant};
 use super::writer::Writer;
@@ -226,7 +226,8 @@ impl Ahead<'_> {
             return Ok(Current { file, size });
         }
         let (number, size) = (self.next, self.next_size);
-        let file = spare::make(&*self.home.disk, self.log, number, size).context("cannot make a segment of the log")?;
+        let file =
+            preallocate::make(&*self.home.disk, self.log, number, size).context("cannot make a segment of the log")?;
         segments.push(Segment::empty(number, last, chain, size));
         (self.next, self.next_size) = (number + 1, self.sizes.after(size));
         Ok(Current { file, size })

@@ -5,7 +5,7 @@
 //! numbers the new one contains; recovery removes them. Segments go oldest first, and each step is durable before the
 //! next begins: so a delete never goes before the put that it deletes.
 //!
-//! Memory: one frame being read, one being written, and what [`garbage`](super::garbage) needs.
+//! Memory: one frame being read, one being written, and what [`liveness`](super::liveness) needs.
 
 use std::io;
 use std::ops::Range;
@@ -16,8 +16,8 @@ use super::catalog::Segment;
 use super::disk::{File, is_full};
 use super::entry;
 use super::frame::{Builder, Ending};
-use super::garbage::{self, Fate, Garbage, Pause, Share};
 use super::incarnations;
+use super::liveness::{self, Fate, Garbage, Pause, Share};
 use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, VERSION};
 #[cfg(test)]
 use super::tests::mutants;
@@ -32,7 +32,7 @@ pub struct Effort {
     pub now: u64,
     /// A file is rewritten when that saves at least this share of it, in percent.
     pub worth_percent: u64,
-    /// Keys in the table; see [`garbage::KEYS`].
+    /// Keys in the table; see [`liveness::KEYS`].
     pub keys: usize,
 }
 
@@ -52,7 +52,7 @@ pub struct Outcome {
 
 /// One run over segments that are not written any more, oldest first and without a gap.
 pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut Pause<'_>) -> anyhow::Result<Outcome> {
-    let garbage = garbage::find(shared, segments, effort.keys, effort.now, pause)?;
+    let garbage = liveness::find(shared, segments, effort.keys, effort.now, pause)?;
     let sum = |of: fn(&Share) -> u64| garbage.shares.iter().map(of).sum::<u64>();
     let (entries, bytes, needed) = (sum(|share| share.entries), sum(|share| share.bytes), sum(Share::needed));
     let needed_entries = (entries * needed).checked_div(bytes).unwrap_or(0);
@@ -167,7 +167,7 @@ impl Rewrite<'_> {
             for (segment, share) in segments.iter().zip(shares) {
                 let mut at = share.begin;
                 let mut failed = Ok(());
-                garbage::walk(shared, segment, pause, &mut |entry| {
+                liveness::walk(shared, segment, pause, &mut |entry| {
                     let fate = self.garbage.fate(at);
                     at += 1;
                     let goes = match fate {

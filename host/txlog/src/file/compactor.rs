@@ -25,7 +25,7 @@ use kvs_runtime::Clock;
 
 use super::catalog::Segment;
 use super::compact::{self, Effort, Outcome, SyncFailed};
-use super::garbage::{GRACE_MS, KEYS};
+use super::liveness::{GRACE_MS, KEYS};
 use super::{Damage, Shared};
 use crate::Condition;
 

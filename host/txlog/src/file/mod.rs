@@ -132,7 +132,7 @@
 //!
 //! 1. One process has the directory, whatever becomes of the files in it: `lock`.
 //! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
-//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`. The
+//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `preallocate`, `queue`. The
 //!    first of a log is small, for a start waits for it, and each is larger than the one before up to `--segment-bytes`.
 //! 3. A batch is one frame, which says what it follows on and what was durable; no length in it is believed before the
 //!    file is known to be so long: `frame`, `entry`, `scan`.
@@ -141,7 +141,7 @@
 //! 6. A sync that failed ends the log; what was not known to be durable never will be: `writer`, [`FileLog::append`].
 //! 7. Recovery drops what is only in memory, reads all, and syncs what it read before anything rests on it: `recovery`.
 //! 8. A tear is what was not yet durable, or damage; frames behind it tell which: `tail`.
-//! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `garbage` (what),
+//! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `liveness` (what),
 //!    `compact` (how).
 //! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`, and see below.
 //! 11. What was lost all the same, or is in another copy of the log, is never given again: `begin`, `identity`.
@@ -173,19 +173,19 @@ mod found;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-mod garbage;
 mod identity;
 mod incarnations;
+mod liveness;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
+mod preallocate;
 mod queue;
 mod recovery;
 mod replay;
 mod scan;
 mod segment;
-mod spare;
 mod tail;
 #[cfg(test)]
 pub mod tests;
@@ -208,8 +208,8 @@ use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
 use self::lock::Lock;
 use self::metrics::Metrics;
+use self::preallocate::{Sizes, Spares};
 use self::queue::{FRAME_OVERHEAD, Queue};
-use self::spare::{Sizes, Spares};
 use self::writer::Writer;
 use super::{Condition, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event, History};
@@ -313,7 +313,7 @@ impl FileLog {
         shared.spares.begin(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
-            spares: start("log spare", &shared, spare::run)?,
+            spares: start("log spare", &shared, preallocate::run)?,
             compactor: None,
             _lock: lock,
         };

@@ -9,7 +9,7 @@ use kvs_runtime::Env;
 use super::catalog::Segment;
 use super::compact::{self, Effort};
 use super::disk::{Directory, Disk};
-use super::garbage::KEYS;
+use super::liveness::KEYS;
 use super::lock::Lock;
 use super::{DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
 use crate::{Incarnation, Receive};

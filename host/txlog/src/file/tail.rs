@@ -15,9 +15,9 @@ use super::disk::{File, is_full};
 use super::found::Found;
 use super::frame::{self, Ending, Frame, Head as FrameHead};
 use super::incarnations;
+use super::preallocate::zero;
 use super::scan::{Scan, Stop, is_zero, written_end};
 use super::segment::HEAD_BYTES;
-use super::spare::zero;
 use crate::Incarnation;
 
 /// What torn tails are copied to ends with this.

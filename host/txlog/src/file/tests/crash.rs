@@ -21,7 +21,7 @@ use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
 use crate::file::compact::{self, Effort};
-use crate::file::spare;
+use crate::file::preallocate;
 use crate::file::verify::verify_in;
 use crate::file::writer::Writer;
 use crate::file::{Finding, Home, offline};
@@ -92,7 +92,7 @@ impl History {
             22 => self.fork(),
             0..12 => self.append_and_commit(),
             12..15 => self.compact(),
-            15..17 => spare::fill(&self.shared).map(drop),
+            15..17 => preallocate::fill(&self.shared).map(drop),
             17 => self.writer.mark(&self.shared),
             19 if self.options.durability == Durability::Sync => self.fail(),
             18 => {
@@ -109,9 +109,9 @@ impl History {
 
     fn close(&mut self) -> anyhow::Result<()> {
         self.shared.queue.close();
-        spare::fill(&self.shared)?;
+        preallocate::fill(&self.shared)?;
         while self.writer.step(&self.shared)? {
-            spare::fill(&self.shared)?;
+            preallocate::fill(&self.shared)?;
         }
         Ok(())
     }
@@ -171,7 +171,7 @@ impl History {
 
     fn commit(&mut self) -> anyhow::Result<()> {
         while self.shared.watermark.durable() < self.shared.queue.appended() {
-            spare::fill(&self.shared)?;
+            preallocate::fill(&self.shared)?;
             self.writer.step(&self.shared)?;
         }
         Ok(())
@@ -183,7 +183,7 @@ impl History {
         if appended.is_err() {
             // Too much waits, or nobody has asked yet whether there is room for more.
             self.commit()?;
-            spare::fill(&self.shared)?;
+            preallocate::fill(&self.shared)?;
             appended = self.shared.queue.append(self.time, &group);
         }
         let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
@@ -301,7 +301,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let (shared, mut writer) = recover(disk, options, mutant)?;
     check_content(&shared, model, at, promised)?;
     let more = put("more", &[0x5a; 100]);
-    spare::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
+    preallocate::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
     let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
     writer.step(&shared).map_err(|error| format!("it cannot go on: {error:#}"))?;
     if shared.watermark.durable() != sequence {

@@ -10,7 +10,7 @@ use super::disk::Operation;
 use super::*;
 use crate::Entry;
 use crate::file::disk::Disk;
-use crate::file::{largest_group, spare};
+use crate::file::{largest_group, preallocate};
 
 #[test]
 fn what_was_appended_comes_back_in_order_and_whole() {
@@ -340,7 +340,7 @@ fn zeros_go_where_they_belong_and_no_further() {
     let disk = FakeDisk::default();
     disk.put("file", vec![1; 3 << 20]);
     let (from, to) = (100, (3 << 19) + 100);
-    spare::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
+    preallocate::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
     let bytes = disk.read("file");
     let (before, rest) = bytes.split_at(from);
     let (zeros, after) = rest.split_at(to - from);
