@@ -303,7 +303,7 @@ fn an_unfinished_write_is_told_and_is_no_damage() {
     assert!(fs::read(&segment).expect("it is still there") == bytes, "verify changes nothing");
     let (printed, said) = done(log("cat", stopped.data(), &[]));
     assert_eq!(printed.lines().count(), 3);
-    assert!(said.contains("unfinished write") && said.contains(".torn"), "{said}");
+    assert!(said.contains("torn write") && said.contains(".torn"), "{said}");
     stopped.restart(&[]).terminate();
 }
 

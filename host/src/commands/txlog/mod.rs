@@ -156,7 +156,7 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
                 }
             }
             Finding::Torn(what) => say(format!("{what}; the next start cuts it off")),
-            Finding::Wrong(what) => {
+            Finding::Corrupt(what) => {
                 say(format!("WRONG: {what}"));
                 if wrong == 0 {
                     first_wrong = what;
@@ -315,7 +315,7 @@ pub mod tests {
                 let other = directory_with(&events());
                 std::fs::copy(other.path().join("log/0000000002.seg"), log.join("0000000002.seg")).unwrap();
             }),
-            ("is cut off", |log| std::fs::write(log.join("0000000002.seg"), "").unwrap()),
+            ("is truncated", |log| std::fs::write(log.join("0000000002.seg"), "").unwrap()),
         ];
         for (told, spoil) in spoils {
             let directory = directory_with(&events());

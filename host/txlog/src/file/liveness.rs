@@ -1,16 +1,17 @@
-//! Finds the entries that the store does not need any more.
+//! Liveness analysis: which entries of the log are live, superseded, or tombstones.
 //!
-//! Owns: what may be dropped, and when. An entry is
+//! Owns: which entries compaction may drop, and when. An entry is
 //!
-//! - **superseded** when a newer one of its key is in a sealed segment, and hence durable. It may go at any time: the
-//!   newer one stays, or goes under the rules below.
-//! - **void** when it is the newest of its key and says that the key is gone: a delete, or a put that has expired. It may
-//!   go only when no older put of its key is left, because that would rise from the dead.
-//! - **forgettable** when it is void and the log holds nothing older of its key.
+//! - **superseded** when a newer entry of its key is in a sealed segment, and hence durable. It may be dropped at any time:
+//!   the newer entry is kept, or dropped under the rules below.
+//! - a **tombstone** when it is the newest entry of its key and the key does not exist any more: a delete, or a put that
+//!   has expired. It may be dropped only when no older put of its key is left, because a replay would restore that put.
+//! - a **droppable tombstone** when the log holds no older entry of its key.
+//! - **live** otherwise.
 //!
-//! Memory is bounded without trusting luck: a table of the newest entry of each key holds [`KEYS`] of them, keys being
-//! known by a keyed hash of 128 bits. When more turn up, the upper half of the hashes is left to another pass. So it
-//! costs one reading of the log for each [`KEYS`] live keys, 40 MB, and two bits for each entry of the log.
+//! Memory is bounded: the table of the newest entry of each key holds [`MAX_KEYS`] keys, which are identified by a keyed
+//! hash of 128 bits. When the table is full, the upper half of the hashes is left to another pass. So the analysis takes
+//! one pass over the log for each [`MAX_KEYS`] live keys, 40 MB, and two bits for each entry of the log.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,48 +24,49 @@ use super::catalog::Segment;
 use super::entry::Raw;
 use super::frame::Ending;
 
-/// Keys that one pass can tell apart.
-pub const KEYS: usize = 800_000;
+/// Size of the table of keys in one pass.
+pub const MAX_KEYS: usize = 800_000;
 
-/// How long a delete stays although nothing needs it, for the sake of a reader who comes back to catch up.
-pub const GRACE_MS: u64 = 10_000;
+/// Grace period of tombstones, so that a reader that reconnects shortly after a delete can still catch up.
+pub const TOMBSTONE_GRACE_MS: u64 = 10_000;
 
+/// Liveness of an entry; see the head of this file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    Needed = 0,
+pub enum Liveness {
+    Live = 0,
     Superseded = 1,
-    Void = 2,
-    Forgettable = 3,
+    Tombstone = 2,
+    DroppableTombstone = 3,
 }
 
-/// The fate of every entry of some segments, and what that means for each segment.
-pub struct Garbage {
+/// The liveness of every entry of some segments, and its sums for each segment.
+pub struct LivenessMap {
     /// Two bits for each entry, in the order of the log.
-    fates: Vec<u64>,
-    pub shares: Vec<Share>,
-    /// Bytes of needed entries that will expire within 2^n seconds and not within half of that.
+    bits: Vec<u64>,
+    pub stats: Vec<SegmentStats>,
+    /// Bytes of live entries that will expire within 2^n seconds and not within half of that.
     pub expiring: [u64; 40],
-    /// How often the log was read.
+    /// Number of passes over the log.
     pub passes: u64,
 }
 
-/// Of one segment, in bytes of entries.
+/// Liveness of the entries of one segment, in bytes.
 #[derive(Clone, Copy, Default, Debug)]
-pub struct Share {
-    /// Entries in all segments before it.
+pub struct SegmentStats {
+    /// Number of entries in the segments before this one.
     pub begin: u64,
     pub entries: u64,
     pub bytes: u64,
     pub superseded: u64,
-    pub void: u64,
-    pub forgettable: u64,
-    /// The last frame in it or before it.
+    pub tombstones: u64,
+    pub droppable_tombstones: u64,
+    /// The last frame in this segment, or before it where it has none.
     pub ending: Ending,
 }
 
-impl Share {
-    pub fn needed(&self) -> u64 {
-        self.bytes - self.superseded - self.void - self.forgettable
+impl SegmentStats {
+    pub fn live(&self) -> u64 {
+        self.bytes - self.superseded - self.tombstones - self.droppable_tombstones
     }
 }
 
@@ -73,73 +75,73 @@ struct Newest {
     entry: u64,
     segment: u32,
     bytes: u32,
-    gone: bool,
-    /// Something older of this key is in the log.
-    older: bool,
+    is_tombstone: bool,
+    /// The log holds an older entry of this key.
+    has_older: bool,
 }
 
-/// Called with the bytes that were just read or written. It may take its time; an error stops the work.
-pub type Pause<'p> = dyn FnMut(u64) -> anyhow::Result<()> + 'p;
+/// Called with the number of bytes that were just read or written. It can block to throttle the run; an error stops it.
+pub type ThrottleHook<'p> = dyn FnMut(u64) -> anyhow::Result<()> + 'p;
 
-/// Goes over some segments as often as it needs to. What has expired or was deleted at `now` is gone.
+/// Reads the segments in as many passes as the table requires. Deletes and expiries up to `now` make tombstones.
 pub fn find(
     shared: &Shared,
     segments: &[Segment],
     keys: usize,
     now: u64,
-    pause: &mut Pause<'_>,
-) -> anyhow::Result<Garbage> {
-    let shares = vec![Share::default(); segments.len()];
-    let mut garbage = Garbage { fates: Vec::new(), shares, expiring: [0; 40], passes: 0 };
-    // The key of the hash is secret, so nobody can make two keys meet.
+    throttle: &mut ThrottleHook<'_>,
+) -> anyhow::Result<LivenessMap> {
+    let stats = vec![SegmentStats::default(); segments.len()];
+    let mut map = LivenessMap { bits: Vec::new(), stats, expiring: [0; 40], passes: 0 };
+    // The hash is keyed with a secret, so that a client cannot construct two keys with the same hash.
     let hasher = SipHasher13::new_with_key(shared.home.env.random.uuid()?.as_bytes());
     let (mut low, mut first) = (0, true);
     let mut ending = Ending::default();
     loop {
-        garbage.passes += 1;
+        map.passes += 1;
         let mut pass = Pass { newest: HashMap::new(), keys, low, high: u64::MAX, now };
         let mut at = 0;
         for (number, segment) in segments.iter().enumerate() {
             let begin = at;
             let mut bytes = 0;
-            let walked = walk(shared, segment, pause, &mut |entry| {
+            let walked = walk(shared, segment, throttle, &mut |entry| {
                 if first {
-                    garbage.fates.resize(at as usize / 32 + 1, 0);
+                    map.bits.resize(at as usize / 32 + 1, 0);
                     bytes += entry.encoded.len() as u64;
-                    garbage.expect_expiry(&entry, now);
+                    map.expect_expiry(&entry, now);
                 }
-                pass.meet(&mut garbage, hash(&hasher, entry.key), at, number as u32, &entry);
+                pass.visit(&mut map, hash(&hasher, entry.key), at, number as u32, &entry);
                 at += 1;
             })?;
             if first {
                 shared.catalog.set_end(segment.numbers, walked.end);
                 ending = segment.ending.or(walked.ending).unwrap_or(ending);
-                let share = &mut garbage.shares[number];
-                (share.begin, share.entries, share.bytes, share.ending) = (begin, at - begin, bytes, ending);
+                let stats = &mut map.stats[number];
+                (stats.begin, stats.entries, stats.bytes, stats.ending) = (begin, at - begin, bytes, ending);
             }
         }
-        for slot in pass.newest.values().filter(|slot| slot.gone) {
-            garbage.set(slot, if slot.older { Fate::Void } else { Fate::Forgettable });
+        for slot in pass.newest.values().filter(|slot| slot.is_tombstone) {
+            map.set(slot, if slot.has_older { Liveness::Tombstone } else { Liveness::DroppableTombstone });
         }
         match pass.high.checked_add(1) {
             Some(next) => (low, first) = (next, false),
-            None => return Ok(garbage),
+            None => return Ok(map),
         }
     }
 }
 
-/// One reading of the log, which decides on the keys whose hashes are in a range.
+/// One pass over the log, for the keys whose hashes are in a range.
 struct Pass {
     newest: HashMap<(u64, u64), Newest>,
     keys: usize,
     low: u64,
-    /// Comes down when the table is full. What was concluded of keys above it stays true.
+    /// Halved when the table is full. Conclusions about keys above it remain valid.
     high: u64,
     now: u64,
 }
 
 impl Pass {
-    fn meet(&mut self, garbage: &mut Garbage, hash: (u64, u64), at: u64, segment: u32, entry: &Raw<'_>) {
+    fn visit(&mut self, map: &mut LivenessMap, hash: (u64, u64), at: u64, segment: u32, entry: &Raw<'_>) {
         if self.newest.len() >= self.keys && !self.newest.contains_key(&hash) {
             while self.newest.len() >= self.keys && self.high > self.low {
                 self.high = self.low + (self.high - self.low) / 2;
@@ -149,21 +151,21 @@ impl Pass {
         if hash.0 < self.low || hash.0 > self.high {
             return;
         }
-        let gone = match &entry.put {
+        let is_tombstone = match &entry.put {
             Some(put) => put.expires.is_some_and(|expires| expires <= self.now),
-            // One that is too young to go counts as needed.
+            // A delete within its grace period counts as live.
             None => entry.time <= self.now,
         };
-        let slot = Newest { entry: at, segment, bytes: entry.encoded.len() as u32, gone, older: false };
+        let slot = Newest { entry: at, segment, bytes: entry.encoded.len() as u32, is_tombstone, has_older: false };
         match self.newest.entry(hash) {
             Entry::Occupied(mut found) => {
-                let older = found.insert(Newest { older: true, ..slot });
-                garbage.set(&older, Fate::Superseded);
+                let older = found.insert(Newest { has_older: true, ..slot });
+                map.set(&older, Liveness::Superseded);
             }
-            // A delete with nothing to delete need not be remembered.
+            // A delete of a key without entries takes no place in the table.
             Entry::Vacant(_) if entry.put.is_none() => {
-                if gone {
-                    garbage.set(&slot, Fate::Forgettable);
+                if is_tombstone {
+                    map.set(&slot, Liveness::DroppableTombstone);
                 }
             }
             Entry::Vacant(free) => drop(free.insert(slot)),
@@ -171,7 +173,7 @@ impl Pass {
     }
 }
 
-impl Garbage {
+impl LivenessMap {
     fn expect_expiry(&mut self, entry: &Raw<'_>, now: u64) {
         if let Some(expires) = entry.put.and_then(|put| put.expires).filter(|expires| *expires > now) {
             let power = (expires - now).div_ceil(1000).checked_next_power_of_two().map_or(39, u64::trailing_zeros);
@@ -179,27 +181,27 @@ impl Garbage {
         }
     }
 
-    pub fn fate(&self, entry: u64) -> Fate {
-        match self.fates[(entry / 32) as usize] >> (entry % 32 * 2) & 3 {
-            0 => Fate::Needed,
-            1 => Fate::Superseded,
-            2 => Fate::Void,
-            _ => Fate::Forgettable,
+    pub fn liveness(&self, entry: u64) -> Liveness {
+        match self.bits[(entry / 32) as usize] >> (entry % 32 * 2) & 3 {
+            0 => Liveness::Live,
+            1 => Liveness::Superseded,
+            2 => Liveness::Tombstone,
+            _ => Liveness::DroppableTombstone,
         }
     }
 
-    /// A later pass may come to the same conclusion once more.
-    fn set(&mut self, slot: &Newest, fate: Fate) {
-        if self.fate(slot.entry) == fate {
+    /// Idempotent: a later pass can reach the same conclusion again.
+    fn set(&mut self, slot: &Newest, liveness: Liveness) {
+        if self.liveness(slot.entry) == liveness {
             return;
         }
-        self.fates[(slot.entry / 32) as usize] |= (fate as u64) << (slot.entry % 32 * 2);
-        let share = &mut self.shares[slot.segment as usize];
-        let bytes = match fate {
-            Fate::Needed => return,
-            Fate::Superseded => &mut share.superseded,
-            Fate::Void => &mut share.void,
-            Fate::Forgettable => &mut share.forgettable,
+        self.bits[(slot.entry / 32) as usize] |= (liveness as u64) << (slot.entry % 32 * 2);
+        let stats = &mut self.stats[slot.segment as usize];
+        let bytes = match liveness {
+            Liveness::Live => return,
+            Liveness::Superseded => &mut stats.superseded,
+            Liveness::Tombstone => &mut stats.tombstones,
+            Liveness::DroppableTombstone => &mut stats.droppable_tombstones,
         };
         *bytes += u64::from(slot.bytes);
     }
@@ -212,17 +214,17 @@ fn hash(hasher: &SipHasher13, key: &str) -> (u64, u64) {
     (hash.h1, hash.h2)
 }
 
-/// Where the frames of a segment end, and the last of them.
+/// The end of the frames of a segment, and the last frame.
 pub struct Walked {
     pub end: u64,
     ending: Option<Ending>,
 }
 
-/// Goes over the entries of a sealed segment.
+/// Calls `each` with every entry of a sealed segment.
 pub fn walk(
     shared: &Shared,
     segment: &Segment,
-    pause: &mut Pause<'_>,
+    throttle: &mut ThrottleHook<'_>,
     each: &mut dyn FnMut(Raw<'_>),
 ) -> anyhow::Result<Walked> {
     let Shared { home, log, .. } = shared;
@@ -234,10 +236,10 @@ pub fn walk(
         for frame in scan.frames() {
             ending = Some(frame.head.ending());
             for entry in frame.entries() {
-                each(entry.ok_or_else(|| home.damage(&name, frame.offset, "a frame holds what is not an entry"))?);
+                each(entry.ok_or_else(|| home.damage(&name, frame.offset, "a frame contains an invalid entry"))?);
             }
         }
-        pause(scan.offset() - from)?;
+        throttle(scan.offset() - from)?;
         from = scan.offset();
     }
     segment.ended(home, &scan)?;

@@ -1,4 +1,4 @@
-//! What is counted of the log: how long it takes, and how large it is.
+//! Metrics of the file log.
 
 use std::fmt;
 
@@ -37,18 +37,17 @@ impl Measured for FileLog {
         page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
         page.histogram("txlog_write_duration_seconds", "Time to write a batch", &metrics.write)?;
         page.histogram("txlog_fsync_duration_seconds", "Time to sync a batch", &metrics.sync)?;
-        page.histogram("txlog_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.histogram("txlog_batch_entries", "Entries of a batch, which became durable together", &metrics.batch)?;
         page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
-        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        page.gauge("txlog_unsynced_entries", "Entries appended but not durable yet", newest.saturating_sub(durable))?;
         let segments = catalog.all();
-        page.gauge("txlog_segments", "Files of the log", segments.len() as u64)?;
+        page.gauge("txlog_segments", "Segment files of the log", segments.len() as u64)?;
         page.gauge("txlog_bytes", "Bytes of the log in use", segments.iter().map(|segment| segment.end).sum())?;
-        let help =
-            "Bytes of full segments beyond what the last compaction found needed, of what may be dead: an estimate";
-        page.gauge("txlog_garbage_bytes", help, compactor.dead(&self.shared))?;
+        let help = "Estimated garbage in sealed segments, in bytes: what the next compaction can drop";
+        page.gauge("txlog_garbage_bytes", help, compactor.garbage(&self.shared))?;
         page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
-        page.counter("txlog_reclaimed_bytes", "Bytes that compactions dropped", metrics.reclaimed.get())
+        page.counter("txlog_reclaimed_bytes", "Bytes freed by compaction", metrics.reclaimed.get())
     }
 }

@@ -1,24 +1,23 @@
 //! The file log: a directory of segments.
 //!
-//! Owns: the bytes on disk and the promise that a write answered with success is there after any crash. Must never know:
-//! what a key or a value means. To read it, begin here, then `queue` (where events come in), `writer` (how they
-//! become durable), `recovery` and `tail` (what a crash leaves), `begin` (what a run begins with), `replay` (how they
-//! come out).
+//! Owns: the bytes on disk, and the guarantee that an acknowledged write survives any crash. Must never know: what a key or
+//! a value means. Read on in `queue` (append), `writer` (group commit), `recovery` and `tail`, `begin` (incarnations),
+//! `replay` (reads).
 //!
-//! # The bytes
+//! # Format
 //!
-//! This is format 2. Format 1 is read and never written; what it lacks is at the end of this section.
+//! This is format 2. Format 1 is read and never written; its differences are at the end of this section.
 //!
 //! ```text
-//! DIR/LOCK                              the process that uses the directory
+//! DIR/LOCK                              process that uses the directory
 //! DIR/log/0000000001-0000000007.seg     segments 1 to 7, compacted into one file
 //! DIR/log/0000000008.seg                a segment, full
 //! DIR/log/0000000009.seg                the segment being written
-//! DIR/log/0000000010.seg                the spare: a header, then zeros
-//! DIR/log/watermark                     how far the log was durable when last idle
-//! DIR/log/identity                      by what a copy of the directory is told from it
-//! DIR/log/0000000009.seg.4096.1.torn    what recovery cut off at that byte
-//! DIR/log/*.tmp                         begun; removed at the start
+//! DIR/log/0000000010.seg                the preallocated segment: a header, then zeros
+//! DIR/log/watermark                     durable watermark when the log was last idle
+//! DIR/log/identity                      distinguishes the directory from a copy of it
+//! DIR/log/0000000009.seg.4096.1.torn    torn write that recovery truncated at that byte
+//! DIR/log/*.tmp                         incomplete; removed at the start
 //! ```
 //!
 //! All numbers are little-endian, all checksums CRC32C. A segment:
@@ -28,15 +27,15 @@
 //!      magic  version kind log (UUID) first no. last no. compacted: see below, size  ending   zero  checksum frames, zeros ...
 //!
 //! byte 48          56         64   72            76            80                 84     88         96
-//!      first seq.  last seq.  end  chain before  chain after   own last checksum  epoch  forgotten  file's size
+//!      first seq.  last seq.  end  chain before  chain after   own last checksum  epoch  horizon    file's size
 //! ```
 //!
 //! "kvs log\n", version 2, kind 0 (written) or 1 (compacted). Magic, version and the place of the checksum never change,
-//! so that a version this binary does not read is told from damage. A file that is shorter than its header says was cut
-//! off. In a written segment bytes 48 to 96 and 104 to 108 are zero. A compacted segment stands for the segments from
-//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never given again, and it
-//! hands on the checksum of their last frame, so that the chain of frames goes on after it, and that frame's epoch, kind
-//! and flags (`ending`, as in a frame). `forgotten`, the compaction horizon, is the newest sequence of a dropped delete.
+//! so that an unsupported version is distinguished from corruption. A file that is shorter than its header states was
+//! truncated. In a written segment bytes 48 to 96 and 104 to 108 are zero. A compacted segment stands for the segments from
+//! `first no.` to `last no.`. It covers their sequences, so that those of dropped entries are never reused, and it
+//! preserves the checksum of their last frame, so that the chain of frames continues after it, and that frame's epoch, kind
+//! and flags (`ending`, as in a frame). `horizon`, the compaction horizon, is the newest sequence of a dropped tombstone.
 //!
 //! A frame is one batch, one write, one sync. Frames begin at multiples of 8:
 //!
@@ -57,11 +56,11 @@
 //! | 2 | incarnation: the first frame of its segment | records, see below; `count` is 0, `first seq.` that of the first record |
 //! | 3 | reserved: a claim in a replicated log | |
 //!
-//! Flag 1: the body begins with optional fields. Flag 2: the run that wrote the frame answers before it syncs
-//! (`--durability os`); its first frame is synced all the same, so that a start after a power cut knows.
+//! Flag 1: the body begins with optional fields. Flag 2: the process that wrote the frame acknowledges before it syncs
+//! (`--durability os`); its first frame is synced nevertheless, so that a start after a power cut can detect this.
 //!
-//! A frame with right checksums of a kind or with a flag that this binary does not know is refused by number, and an
-//! optional field by name: it is not skipped, and it is no torn write. No field is defined yet.
+//! A frame with valid checksums and an unknown kind or flag is refused by number, and one with an unknown optional field by
+//! name: it is not skipped, and it is not a torn write. No field is defined yet.
 //!
 //! ```text
 //! byte 0                2
@@ -89,14 +88,13 @@
 //! ```
 //!
 //! A written segment has one record at most; a compacted one lists those of the segments it stands for, oldest first,
-//! however early or late in them they began. So the first frames of all segments tell the history. A record of which
-//! the jump lies below the compaction horizon may be dropped: who resumes there is told to begin anew in any case. The
-//! newest of the log stays. Where the dropped one was the first thing in a compacted segment, `first seq.` of that is the
-//! one after the fork: the jump counts as covered.
+//! wherever in them they began. So the first frames of all segments contain the history. A record whose jump lies below
+//! the compaction horizon may be dropped: a reader that resumes there must replay from the start in any case. The newest
+//! record of the log is kept. Where the dropped one was the first record of a compacted segment, `first seq.` of that is
+//! the sequence after the fork: the jump counts as covered.
 //!
-//! After the last frame there are zeros to the end of the segment. A segment that is not the newest may hold no frame at
-//! all: a spare that was too small. And one may be left before it is full, where an incarnation began or the format
-//! changed.
+//! After the last frame there are zeros. A segment that is not the newest may hold no frame: a preallocated one that was too
+//! small. One is sealed before it is full where an incarnation begins or the format changes.
 //!
 //! The watermark file, and the identity file:
 //!
@@ -112,55 +110,54 @@
 //!
 //! Format 1 has version 1 in the header of a segment. Its frames have zeros in bytes 52 to 60; one without entries is a
 //! close. Compacted segments have zeros for epoch and ending. There are no incarnations, and no identity. A log in format
-//! 1 that is opened for writing goes on in a new segment in format 2, and compaction writes format 2.
+//! 1 that is opened for writing continues in a new segment in format 2, and compaction writes format 2.
 //!
 //! # When an incarnation begins
 //!
 //! At an open for writing, in a log that has entries, where sequences may have been given out that are not in it:
 //!
-//! - The identity file is not the file it says it is: the directory was copied, or restored from a backup, into another
-//!   or into its own. `mv` keeps it. Without the file the log is taken for a copy, unless it was never written in format
-//!   2: an upgrade in place begins none, and so a copy of format 1 goes unnoticed at its first start. What copies blocks
-//!   copies inodes: clones and snapshots of volumes need `kvs txlog fork`.
-//! - It was not closed, and was written with `--durability os`, or is opened with it: a power cut can have taken what
-//!   clients have seen.
-//! - `kvs txlog fork` asks for it.
+//! - The identity file does not match its own inode and birth time: the directory was copied, or restored from a backup,
+//!   into another or into its own. `mv` keeps it. A log without the file counts as a copy, unless it was never written in
+//!   format 2: an upgrade in place begins no incarnation, so a copy of format 1 goes undetected at its first start.
+//!   Block-level clones and snapshots of volumes keep inodes: they need `kvs txlog fork`.
+//! - The log was not closed, and was written with `--durability os`, or is opened with it: a power cut can have lost
+//!   entries that clients have seen.
+//! - `kvs txlog fork` requests it.
 //!
-//! It is synced before anything is served, and what made it necessary stays until then.
+//! It is synced before the server is ready, and its cause remains on disk until then.
 //!
-//! # How a write survives, and where that stands
+//! # How a write becomes durable, by file
 //!
-//! 1. One process has the directory, whatever becomes of the files in it: `lock`.
-//! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
-//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `preallocate`, `queue`. The
-//!    first of a log is small, for a start waits for it, and each is larger than the one before up to `--segment-bytes`.
-//! 3. A batch is one frame, which says what it follows on and what was durable; no length in it is believed before the
-//!    file is known to be so long: `frame`, `entry`, `scan`.
-//! 4. It is written at a place that is kept track of, never at "the end of the file": `writer`.
-//! 5. It is synced, then the watermark moves, and only then whoever waits for it goes on: `writer`, `super::watermark`.
-//! 6. A sync that failed ends the log; what was not known to be durable never will be: `writer`, [`FileLog::append`].
-//! 7. Recovery drops what is only in memory, reads all, and syncs what it read before anything rests on it: `recovery`.
-//! 8. A tear is what was not yet durable, or damage; frames behind it tell which: `tail`.
-//! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `liveness` (what),
+//! 1. One process locks the directory, whatever happens to the files in it: `lock`.
+//! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced. One is
+//!    preallocated, so that a full disk is detected before a write is accepted: `segment`, `preallocate`, `queue`. The
+//!    first of a log is small, since a start waits for it, and each is larger than the one before up to `--segment-bytes`.
+//! 3. A batch is one frame, which names its predecessor and the durable watermark; no length in it is trusted unless the
+//!    file is that long: `frame`, `entry`, `scan`.
+//! 4. It is written at a tracked offset, never at "the end of the file": `writer`.
+//! 5. It is synced, then the watermark advances, and only then waiting requests continue: `writer`, `super::watermark`.
+//! 6. A failed sync fails the log; entries not known to be durable never become so: `writer`, [`FileLog::append`].
+//! 7. Recovery drops cached pages, reads everything, and syncs what it read before anything depends on it: `recovery`.
+//! 8. An invalid frame is either torn, not yet durable, or corrupt; the frames after it decide which: `tail`.
+//! 9. Compaction drops garbage, creating new files before it removes old ones: `compactor` (when), `liveness` (what),
 //!    `compact` (how).
-//! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`, and see below.
-//! 11. What was lost all the same, or is in another copy of the log, is never given again: `begin`, `identity`.
+//! 10. A clean shutdown and an idle log leave a frame and a file with the end of the log: `mark`, and see below.
+//! 11. Sequences that were lost, or that are in another copy of the log, are never reused: `begin`, `identity`.
 //!
 //! # What is assumed of the disk
 //!
-//! - A sync that returned success means that what was written before is there after a power cut, and a sync of the
-//!   directory the same of names. One that failed means nothing, then and ever after.
-//! - Until then each sector of 512 bytes that was written can hold its old content, the new, zeros or anything; a size
-//!   or a name can be the old or the new.
+//! - A successful sync means that all earlier writes survive a power cut, and a sync of the directory the same for names.
+//!   After a failed sync nothing is known about them, even if a later sync succeeds.
+//! - Before a sync each written sector of 512 bytes can hold its old content, the new, zeros or anything; a size or a name
+//!   can be the old or the new.
 //! - A write never changes bytes outside its own range, power cut or not. Frames share sectors.
-//! - Renaming replaces a name at once and whole.
-//! - Writing into space that was allocated does not run out of space.
+//! - Rename is atomic.
+//! - A write into allocated space does not run out of space.
 //!
 //! # What stays undetected
 //!
-//! Damage to exactly the last frame looks like a write that was never finished, and is cut off with a line in the
-//! host's own log. After a clean end, and a second after the last write, there is a frame or a watermark file that tells
-//! the difference; in between nothing on one disk can.
+//! Damage of exactly the last frame looks like a torn write, and is truncated with a log line. After a clean shutdown,
+//! and a second after the last write, a frame or the watermark file shows the difference; in between nothing on one disk can.
 
 mod begin;
 mod bytes;
@@ -208,19 +205,19 @@ use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
 use self::lock::Lock;
 use self::metrics::Metrics;
-use self::preallocate::{Sizes, Spares};
+use self::preallocate::{Preallocator, Sizes};
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::writer::Writer;
 use super::{Condition, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event, History};
 
-/// What an answered write has behind it.
+/// Durability of an acknowledged write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Durability {
-    /// The disk: it survives a power cut.
+    /// Synced to disk: the write survives a power cut.
     #[default]
     Sync,
-    /// The operating system: it survives the end of this process, and a power cut takes the last seconds with it.
+    /// Handed to the operating system: the write survives a crash of this process; a power cut loses the last seconds.
     Os,
 }
 
@@ -228,9 +225,9 @@ pub enum Durability {
 pub struct Options {
     /// The data directory; the log is in `log` under it.
     pub data: PathBuf,
-    /// The size of a segment file, from the third on at the latest: the first are smaller.
+    /// Size of a segment file, from the third on at the latest: the first are smaller.
     pub segment_bytes: u64,
-    /// The largest group of events that is taken, in bytes of the log.
+    /// Maximum size of a group of events, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
     /// The clock, the randomness and the threads of the log.
@@ -253,14 +250,15 @@ impl Options {
     }
 }
 
-/// The size of segment files where nobody says otherwise.
+/// Default size of segment files.
 pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 
-/// The largest group that segments of a size can hold.
+/// Returns the size of the largest group that fits segments of this size.
 pub fn largest_group(segment_bytes: u64) -> u64 {
     segment_bytes.saturating_sub(segment::HEAD_BYTES + FRAME_OVERHEAD)
 }
 
+/// The transaction log in a directory of segment files.
 pub struct FileLog {
     shared: Arc<Shared>,
     running: Mutex<Option<Running>>,
@@ -268,23 +266,23 @@ pub struct FileLog {
 
 struct Running {
     writer: Thread,
-    spares: Thread,
+    preallocator: Thread,
     compactor: Option<Thread>,
-    /// Given up last. None where the disk is not a directory.
+    /// Released last. None where the disk is not a directory.
     _lock: Option<Lock>,
 }
 
-/// What the threads of one log share.
+/// State shared by the threads of one log.
 struct Shared {
     home: Home,
     log: Uuid,
-    /// None begins while the log is open.
+    /// No incarnation begins while the log is open.
     history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
     catalog: Catalog,
     queue: Queue,
-    spares: Spares,
+    preallocator: Preallocator,
     compactor: Compactor,
     watermark: Watermark,
     metrics: Metrics,
@@ -300,8 +298,8 @@ impl FileLog {
         Ok(log)
     }
 
-    /// Opens the log on a disk that is given from outside, as [`open`](Self::open) does on the directory `log` below
-    /// `options.data`, which is used in messages only. Whoever gives the disk sees to it that one process uses it.
+    /// Opens the log on the given disk, like [`open`](Self::open) on the directory `log` below `options.data`, which is used
+    /// in messages only. The caller ensures that no other process uses the disk.
     pub fn open_on_disk(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Self> {
         let log = Self::open_on(disk, options, None)?;
         log.compact_in_background()?;
@@ -310,17 +308,17 @@ impl FileLog {
 
     fn open_on(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>) -> anyhow::Result<Self> {
         let (shared, writer) = Shared::recover(disk, options)?;
-        shared.spares.begin(&shared)?;
+        shared.preallocator.reserve(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
-            spares: start("log spare", &shared, preallocate::run)?,
+            preallocator: start("log spare", &shared, preallocate::run)?,
             compactor: None,
             _lock: lock,
         };
         Ok(Self { shared, running: Mutex::new(Some(running)) })
     }
 
-    /// Why the log takes nothing any more, when it failed.
+    /// Returns why the log failed, and accepts no appends any more.
     pub fn failure(&self) -> Option<String> {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -364,13 +362,13 @@ impl TransactionLog for FileLog {
     fn close(&self) -> anyhow::Result<()> {
         let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         self.shared.compactor.stop();
-        self.shared.spares.close();
+        self.shared.preallocator.close();
         self.shared.queue.close();
-        // However they end, the failure says why.
+        // If a thread failed, `failure` has the reason.
         let _ = running.compactor.map(Thread::join);
         running.writer.join();
-        self.shared.spares.stop();
-        running.spares.join();
+        self.shared.preallocator.stop();
+        running.preallocator.join();
         self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
     }
 }
@@ -383,8 +381,8 @@ impl Drop for FileLog {
     }
 }
 
-/// Runs a thread of the log. However it fails, the log fails with it: nothing more is accepted, and whoever waits is
-/// told that the outcome is unknown.
+/// Starts a thread of the log. The log fails with it: appends are rejected from then on, and writes in flight end with an
+/// unknown outcome.
 fn start(
     name: &'static str,
     shared: &Arc<Shared>,
@@ -397,12 +395,12 @@ fn start(
 }
 
 impl Shared {
-    /// The log of a directory, read, put right and begun, and the writer that can go on with it. Nothing runs yet.
+    /// Recovers the log of a directory for writing, and returns the writer that continues it. No thread runs yet.
     fn recover(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<(Arc<Self>, Writer)> {
         Self::begin(disk, options, None)
     }
 
-    /// The same, with the reason why another incarnation of the log is to begin, where there is one.
+    /// Like `recover`, with the reason for a new incarnation of the log, if one was requested.
     fn begin(
         disk: Arc<dyn Disk>,
         options: Options,
@@ -416,7 +414,7 @@ impl Shared {
         Ok((Arc::new(Self::new(home, &options, sizes, ready)), writer))
     }
 
-    /// The log of a directory, read and put right. It is not written, and no incarnation of it begins.
+    /// Recovers the log of a directory for reading. No incarnation begins.
     fn read(home: Home, options: &Options) -> anyhow::Result<Arc<Self>> {
         let recovered =
             recovery::recover(&home).with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
@@ -443,7 +441,7 @@ impl Shared {
                 options.group_bytes,
                 options.env.clock.clone(),
             ),
-            spares: Spares::new(spares, next, next_size, sizes),
+            preallocator: Preallocator::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
             watermark: Watermark::new(appended),
             metrics: Metrics::new(),
@@ -459,10 +457,10 @@ impl Shared {
         let reason = format!("the transaction log failed: {error:#}");
         tracing::error!("{reason}");
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
-        // Appends first: none may be accepted after those who wait were told.
+        // Appends first: none may be accepted after the waiting writes were failed.
         self.queue.fail();
         self.compactor.stop();
-        self.spares.stop();
+        self.preallocator.stop();
         self.watermark.latch(reason);
     }
 }

@@ -1,8 +1,8 @@
-//! The spare: the next segment, made ahead, so that a full disk is met before a write is accepted and not after.
+//! Preallocation of the next segment, so that a full disk is detected before a write is accepted and not after.
 //!
-//! Owns: the making of segments, and the thread that does it. The space for the segment after the next is taken before
-//! anything is written to the next: what is accepted always has its place, and whatever else happens on the disk, the
-//! queue knows when there is none.
+//! Owns: the creation of segments, and the thread that does it. The space for the segment after the next is reserved
+//! before anything is written to the next: there is always space for accepted writes, and the queue knows when there is
+//! none for more, whatever else writes to the disk.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,16 +16,16 @@ use super::Shared;
 use super::disk::{Disk, File, is_full, is_shortage};
 use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
 
-/// How long a full disk, or a system without descriptors, is left alone before it is asked again.
-const RETRY: Duration = Duration::from_millis(200);
+/// Delay before the next attempt on a full disk, or on a system without free file descriptors.
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 
-/// A start makes the first segment of a log before it serves, and reads the newest of one that is there.
+/// Size of the first segment of a log, which is created before the server is ready.
 const FIRST_BYTES: u64 = 8 << 20;
-/// How many times as large as the one before the next is.
+/// Growth factor from one segment to the next.
 const GROWTH: u64 = 4;
 
-/// How large segments are: the first small, so that a new log is begun at once, and each larger than the one before until
-/// they are as large as they may be.
+/// Sizes of segments: the first is small, so that a new log is created quickly, and each is larger than the previous one
+/// up to the maximum.
 #[derive(Clone, Copy)]
 pub struct Sizes {
     first: u64,
@@ -33,64 +33,66 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// None is smaller than what the largest group needs, which is at most `largest`.
+    /// No segment is smaller than `needed`, the size of the largest group, which is at most `largest`.
     pub fn new(needed: u64, largest: u64) -> Self {
         Self { first: FIRST_BYTES.max(needed).min(largest), largest }
     }
 
-    /// Of the segment that follows on one of this size, 0 for none.
+    /// Returns the size of the segment that follows one of this size, 0 for none.
     pub fn after(self, size: u64) -> u64 {
         size.saturating_mul(GROWTH).clamp(self.first, self.largest)
     }
 
-    /// The smallest that is made while another is written.
+    /// Returns the size of the smallest segment that is preallocated while another is written.
     pub fn smallest_spare(self) -> u64 {
         self.after(self.first)
     }
 }
 
-pub struct Spare {
+/// A segment that is ready to be written.
+pub struct PreallocatedSegment {
     pub number: u64,
     pub file: Arc<dyn File>,
     pub size: u64,
 }
 
-pub struct Spares {
+/// Keeps one segment preallocated.
+pub struct Preallocator {
     state: Mutex<State>,
     changed: Condvar,
     sizes: Sizes,
 }
 
 struct State {
-    /// More than one only when they were found at the start.
-    ready: VecDeque<Spare>,
+    /// More than one only when several were found at the start.
+    ready: VecDeque<PreallocatedSegment>,
+    /// Number and size of the next segment to create.
     next: u64,
-    /// The size of that.
     size: u64,
-    /// Its file, when its space is taken and nothing is in it yet.
-    begun: Option<Arc<dyn File>>,
+    /// File of that segment, when its space is reserved and nothing is in it yet.
+    reserved: Option<Arc<dyn File>>,
     full: bool,
-    /// A writer that waits on a full disk gives up.
+    /// A writer that waits on a full disk gives up, since the log is closing.
     closing: bool,
     stopped: bool,
 }
 
-impl Spares {
-    /// `next` and `size` are the number and the size of the next that is made.
-    pub fn new(ready: VecDeque<Spare>, next: u64, size: u64, sizes: Sizes) -> Self {
-        let state = State { ready, next, size, begun: None, full: false, closing: false, stopped: false };
+impl Preallocator {
+    /// `next` and `size` are the number and the size of the next segment to create.
+    pub fn new(ready: VecDeque<PreallocatedSegment>, next: u64, size: u64, sizes: Sizes) -> Self {
+        let state = State { ready, next, size, reserved: None, full: false, closing: false, stopped: false };
         Self { state: Mutex::new(state), changed: Condvar::new(), sizes }
     }
 
-    /// Takes the spare, and waits for it where it is not ready. None when there will be none.
-    pub fn take(&self, shared: &Shared) -> anyhow::Result<Option<Spare>> {
+    /// Returns the preallocated segment, and waits for it if necessary. None when there will be none.
+    pub fn take(&self, shared: &Shared) -> anyhow::Result<Option<PreallocatedSegment>> {
         let mut state = self.lock();
         loop {
-            if let Some(spare) = state.ready.pop_front() {
-                state.begin(shared)?;
-                shared.queue.begin_segment(spare.size - HEAD_BYTES, state.full);
+            if let Some(segment) = state.ready.pop_front() {
+                state.reserve(shared)?;
+                shared.queue.begin_segment(segment.size - HEAD_BYTES, state.full);
                 self.changed.notify_all();
-                return Ok(Some(spare));
+                return Ok(Some(segment));
             }
             if state.stopped || (state.full && state.closing) {
                 return Ok(None);
@@ -99,9 +101,9 @@ impl Spares {
         }
     }
 
-    /// Takes the space for one where there is none.
-    pub fn begin(&self, shared: &Shared) -> anyhow::Result<()> {
-        self.lock().begin(shared)
+    /// Reserves the space for the next segment, unless one is ready or reserved.
+    pub fn reserve(&self, shared: &Shared) -> anyhow::Result<()> {
+        self.lock().reserve(shared)
     }
 
     pub fn close(&self) {
@@ -114,7 +116,7 @@ impl Spares {
         self.changed.notify_all();
     }
 
-    /// Waits as long as something holds, or for a time; false when it is to stop.
+    /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
     fn wait(&self, clock: &Clock, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
         let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
         let state = match time {
@@ -129,67 +131,69 @@ impl Spares {
     }
 }
 
-/// The thread that keeps one spare ready until it is stopped.
+/// Preallocation thread: keeps one segment ready until shutdown.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
-    let spares = &shared.spares;
+    let preallocator = &shared.preallocator;
     let clock = shared.clock();
-    while spares.wait(clock, None, |state| !state.ready.is_empty()) {
-        if !fill(shared)? && !spares.wait(clock, Some(RETRY), |_| true) {
+    while preallocator.wait(clock, None, |state| !state.ready.is_empty()) {
+        if !preallocate_one(shared)? && !preallocator.wait(clock, Some(RETRY_DELAY), |_| true) {
             break;
         }
     }
-    let mut state = spares.lock();
-    if state.begun.take().is_some() {
-        // Nothing is in it. Where this fails, the next start does it.
+    let mut state = preallocator.lock();
+    if state.reserved.take().is_some() {
+        // The file is empty. If this fails, the next start removes it.
         let _ = shared.home.disk.remove(&temporary(state.next));
     }
     Ok(())
 }
 
-/// Makes a spare where there is none; false when there is no room for it.
-pub fn fill(shared: &Shared) -> anyhow::Result<bool> {
-    let spares = &shared.spares;
-    spares.begin(shared)?;
-    let mut state = spares.lock();
-    let Some(file) = state.begun.take() else { return Ok(!state.full) };
+/// Preallocates a segment unless one is ready; returns false when the disk is full.
+pub fn preallocate_one(shared: &Shared) -> anyhow::Result<bool> {
+    let preallocator = &shared.preallocator;
+    preallocator.reserve(shared)?;
+    let mut state = preallocator.lock();
+    let Some(file) = state.reserved.take() else { return Ok(!state.full) };
     let (number, size) = (state.next, state.size);
     drop(state);
-    let made = finish(&*shared.home.disk, shared.log, number, size, &*file);
-    let mut state = spares.lock();
-    if let Some(file) = state.unless_full(shared, made)? {
-        (state.next, state.size) = (number + 1, spares.sizes.after(size));
-        state.ready.push_back(Spare { number, file, size });
+    let created = finish(&*shared.home.disk, shared.log, number, size, &*file);
+    let mut state = preallocator.lock();
+    if let Some(file) = state.handle_enospc(shared, created)? {
+        (state.next, state.size) = (number + 1, preallocator.sizes.after(size));
+        state.ready.push_back(PreallocatedSegment { number, file, size });
     }
-    spares.changed.notify_all();
+    preallocator.changed.notify_all();
     Ok(!state.full)
 }
 
 impl State {
-    fn begin(&mut self, shared: &Shared) -> anyhow::Result<()> {
-        if self.ready.is_empty() && self.begun.is_none() {
-            let begun = begin(&*shared.home.disk, self.next, self.size);
-            self.begun = self.unless_full(shared, begun)?;
+    fn reserve(&mut self, shared: &Shared) -> anyhow::Result<()> {
+        if self.ready.is_empty() && self.reserved.is_none() {
+            let reserved = reserve(&*shared.home.disk, self.next, self.size);
+            self.reserved = self.handle_enospc(shared, reserved)?;
         }
         Ok(())
     }
 
-    /// A full disk is not the end, nor is a shortage of the system: nothing was promised yet, and there may be room again. A
-    /// disk that fails is not trusted with what comes next.
-    fn unless_full(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
+    /// Turns a full disk, or a shortage of file descriptors, into None: nothing was acknowledged yet, and space may become
+    /// available again. Any other error fails the log.
+    fn handle_enospc(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
         let was_full =
             std::mem::replace(&mut self.full, file.as_ref().is_err_and(|error| is_full(error) || is_shortage(error)));
-        // Before it is told.
+        // Before the log line, which tests and operators act upon.
         shared.queue.set_full(self.full);
         match file {
             Err(error) if self.full => {
                 if !was_full {
-                    tracing::warn!("no room for the next segment of the log, writes will be refused: {error}");
+                    tracing::warn!(
+                        "disk full: cannot allocate the next segment of the log, writes will be rejected until there is space: {error}"
+                    );
                 }
                 Ok(None)
             }
             Ok(file) => {
                 if was_full {
-                    tracing::info!("there is room for the log again");
+                    tracing::info!("disk space is available for the log again");
                 }
                 Ok(Some(file))
             }
@@ -198,19 +202,19 @@ impl State {
     }
 }
 
-/// Makes an empty segment under a temporary name, so that one found under its own name is always whole.
-pub fn make(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
-    finish(disk, log, number, size, &*begin(disk, number, size)?)
+/// Creates an empty segment under a temporary name, so that a segment under its final name is always complete.
+pub fn create(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
+    finish(disk, log, number, size, &*reserve(disk, number, size)?)
 }
 
-/// Takes the space for a segment.
-fn begin(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
+/// Reserves the space for a segment.
+fn reserve(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
     let temporary = temporary(number);
-    let begun = disk.create(&temporary).and_then(|file| {
+    let reserved = disk.create(&temporary).and_then(|file| {
         file.allocate(size)?;
         Ok(file)
     });
-    give_back_when_full(disk, &temporary, begun)
+    remove_if_full(disk, &temporary, reserved)
 }
 
 fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -> io::Result<Arc<dyn File>> {
@@ -224,27 +228,26 @@ fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -
         file.sync()?;
         disk.rename(&temporary, &name)?;
         disk.sync()?;
-        // Under the name that errors are to tell from now on.
+        // Reopened, so that errors name the final path from now on.
         disk.open(&name)
     };
-    give_back_when_full(disk, &temporary, write())
+    remove_if_full(disk, &temporary, write())
 }
 
 fn temporary(number: u64) -> String {
     format!("{}.tmp", Numbers::one(number).file_name())
 }
 
-/// What little there was. Where even this fails, the next attempt empties the file.
-fn give_back_when_full(disk: &dyn Disk, name: &str, made: io::Result<Arc<dyn File>>) -> io::Result<Arc<dyn File>> {
-    if made.as_ref().is_err_and(is_full) {
+/// Frees the partly allocated file on a full disk. If even this fails, the next attempt truncates the file.
+fn remove_if_full(disk: &dyn Disk, name: &str, created: io::Result<Arc<dyn File>>) -> io::Result<Arc<dyn File>> {
+    if created.as_ref().is_err_and(is_full) {
         let _ = disk.remove(name);
     }
-    made
+    created
 }
 
-/// Writes zeros, and not only for a clean end of the log: a sync into space that was merely allocated must also note in
-/// the file system's journal that the space is now in use. On ext4, zeros made a commit of 8 KiB take 93 us instead of
-/// 146, and of 64 KiB 115 instead of 189.
+/// Writes zeros, not only for a clean end of the log: a sync of space that was merely allocated must also update the file
+/// system's journal. On ext4, zeros made a commit of 8 KiB take 93 us instead of 146, and of 64 KiB 115 instead of 189.
 pub fn zero(file: &dyn File, from: u64, to: u64) -> io::Result<()> {
     let zeros = vec![0; to.saturating_sub(from).min(1 << 20) as usize];
     let mut at = from;

@@ -70,7 +70,7 @@ impl Writer {
     fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
         let left = self.size - self.end;
         let unused = if frame.sealed_len() > left { left } else { 0 };
-        shared.compactor.admit(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
+        shared.compactor.stall_if_needed(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
             if !self.rotate(shared)? {
                 bail!("no room for another segment of the log");
@@ -145,7 +145,7 @@ impl Writer {
         if self.synced < self.last {
             self.sync()?;
         }
-        let Some(spare) = shared.spares.take(shared)? else { return Ok(false) };
+        let Some(spare) = shared.preallocator.take(shared)? else { return Ok(false) };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain, spare.size));
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
         shared.compactor.sealed(shared);

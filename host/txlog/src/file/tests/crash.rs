@@ -20,7 +20,7 @@ use super::disk::Promise;
 use super::mutants::{self, Mutant};
 use super::surface::Surface;
 use super::*;
-use crate::file::compact::{self, Effort};
+use crate::file::compact::{self, CompactionParams};
 use crate::file::preallocate;
 use crate::file::verify::verify_in;
 use crate::file::writer::Writer;
@@ -92,7 +92,7 @@ impl History {
             22 => self.fork(),
             0..12 => self.append_and_commit(),
             12..15 => self.compact(),
-            15..17 => preallocate::fill(&self.shared).map(drop),
+            15..17 => preallocate::preallocate_one(&self.shared).map(drop),
             17 => self.writer.mark(&self.shared),
             19 if self.options.durability == Durability::Sync => self.fail(),
             18 => {
@@ -109,9 +109,9 @@ impl History {
 
     fn close(&mut self) -> anyhow::Result<()> {
         self.shared.queue.close();
-        preallocate::fill(&self.shared)?;
+        preallocate::preallocate_one(&self.shared)?;
         while self.writer.step(&self.shared)? {
-            preallocate::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
         }
         Ok(())
     }
@@ -171,7 +171,7 @@ impl History {
 
     fn commit(&mut self) -> anyhow::Result<()> {
         while self.shared.watermark.durable() < self.shared.queue.appended() {
-            preallocate::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
             self.writer.step(&self.shared)?;
         }
         Ok(())
@@ -183,7 +183,7 @@ impl History {
         if appended.is_err() {
             // Too much waits, or nobody has asked yet whether there is room for more.
             self.commit()?;
-            preallocate::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
             appended = self.shared.queue.append(self.time, &group);
         }
         let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
@@ -211,11 +211,11 @@ impl History {
     fn compact(&mut self) -> anyhow::Result<()> {
         let now = self.time.saturating_sub(self.dice.u64(0..10));
         self.model.compactions.push((self.disk.recorded(), now));
-        let worth_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
+        let min_yield_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
         let shared = self.shared.clone();
         // Enough for all keys: how often the log is read must not rest on the secret of the hash.
-        let effort = Effort { now, worth_percent, keys: 100 };
-        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| match self.dice.u8(0..8) {
+        let params = CompactionParams { now, min_yield_percent, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| match self.dice.u8(0..8) {
             0 => self.append_and_commit(),
             _ => Ok(()),
         });
@@ -301,7 +301,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let (shared, mut writer) = recover(disk, options, mutant)?;
     check_content(&shared, model, at, promised)?;
     let more = put("more", &[0x5a; 100]);
-    preallocate::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
+    preallocate::preallocate_one(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
     let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
     writer.step(&shared).map_err(|error| format!("it cannot go on: {error:#}"))?;
     if shared.watermark.durable() != sequence {
@@ -312,7 +312,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let mut wrong = None;
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}
-        Finding::Torn(what) | Finding::Wrong(what) => wrong = Some(what),
+        Finding::Torn(what) | Finding::Corrupt(what) => wrong = Some(what),
     };
     verify_in(&home, &mut report, &mut |_| ()).map_err(|error| error.to_string())?;
     if let Some(wrong) = wrong {
