@@ -18,8 +18,8 @@ use crate::watch::Events;
 use crate::wire::Connection;
 use crate::zoo;
 
-const STANDS_BY: &str = "[+]log ok, but standing by while process ";
-pub const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
+const STANDS_BY: &str = "[+]log ok, but standby of process ";
+pub const UP_TO_DATE: &str = ", replication lag 0 entries\n";
 
 pub fn stand_by(url: &str, args: &[&str]) -> Server {
     let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
@@ -111,7 +111,7 @@ fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is
         proxy.set(Way::Reset);
         proxy.set(Way::Open);
         let standby = standby.join().expect("it stands by");
-        standby.says("standing by, and the database is away");
+        standby.says("database unavailable, standby retries to connect");
         assert_eq!(get(&standby, "a"), (200, "1".into()));
     });
     let nowhere = database.url().replace("/postgres?", "/nothere?");
