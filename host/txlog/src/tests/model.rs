@@ -1,5 +1,4 @@
-//! The watermark under every interleaving that a model checker comes upon: nobody waits for ever, and nobody is released
-//! before the log is durable.
+//! Model checking of the watermark: in every interleaving each waiter is released, and none before the log is durable.
 
 use std::sync::Arc;
 
@@ -8,12 +7,12 @@ use shuttle::{check_pct, check_random, thread};
 
 use self::watermark::Watermark;
 
-/// Of each scenario and scheduler.
+/// Number of executions of each scenario with each scheduler.
 const EXECUTIONS: usize = 3_000;
-/// Changes of priority in one execution, beside which a mistake shows.
+/// Number of priority changes in one execution of the PCT scheduler.
 const DEPTH: usize = 3;
 
-/// What the file below finds in place of `crate::sync`.
+/// Replacement of `crate::sync` for the file below.
 mod sync {
     pub use std::sync::PoisonError;
 
@@ -30,7 +29,7 @@ fn check(scenario: impl Fn() + Clone + Send + Sync + 'static) {
     check_pct(scenario, EXECUTIONS, DEPTH);
 }
 
-/// Waits in a thread of its own. Returns whether the sequence became durable.
+/// Waits in its own thread. Returns whether the sequence became durable.
 fn wait_for(watermark: &Arc<Watermark>, sequence: u64) -> thread::JoinHandle<bool> {
     let watermark = Arc::clone(watermark);
     thread::spawn(move || {
@@ -81,7 +80,7 @@ fn watermark_that_latches_keeps_what_is_durable() {
         watermark.advance(1);
         deposed.join().unwrap();
         let [first, second] = waiting.map(|waits| waits.join().unwrap());
-        // Whoever asks again is told what is durable.
+        // A second wait for a durable sequence succeeds.
         assert!(!second && block_on(watermark.reached(1)).is_ok(), "{first} {second}");
     });
 }
