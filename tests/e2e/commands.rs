@@ -157,7 +157,7 @@ fn what_went_wrong_is_one_line() {
 
     let open = Server::start(&["--guest-max-memory-bytes", "16MiB"]);
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
-    refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["/nowhere cannot be read"]);
+    refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["cannot read /nowhere"]);
     refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
     refuses(&open, &["watch", "--since", "7"]).with(1, &["the position 7 is not in the history of this log", "(410)"]);
     let many: String =
@@ -169,7 +169,7 @@ fn what_went_wrong_is_one_line() {
     for command in [&["get", "a"][..], &["list"], &["watch"], &["import", &many]] {
         let mut unreachable = kvs();
         unreachable.args(command).args(["--url", "127.0.0.1:1"]);
-        let told = ["no answer from http://127.0.0.1:1", "is the server running, and is this its --url?"];
+        let told = ["no response from http://127.0.0.1:1", "check that the server is running and that --url is right"];
         refused(unreachable).with(1, &told);
     }
 }
@@ -225,10 +225,10 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     // Whoever cannot be trusted is not told anything.
     let mut untrusting = kvs();
     untrusting.args(["get", "a", "--url", &url]);
-    refused(untrusting).with(1, &["no answer from https://localhost", "--cacert"]);
+    refused(untrusting).with(1, &["no response from https://localhost", "--cacert"]);
     let mut wrong = kvs();
     wrong.args(["get", "a", "--url", &url, "--cacert", "Cargo.toml"]);
-    refused(wrong).with(1, &["--cacert Cargo.toml holds no certificate"]);
+    refused(wrong).with(1, &["--cacert Cargo.toml contains no PEM certificate"]);
 }
 
 #[test]
@@ -349,7 +349,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
             let output = load.wait_with_output().expect("a child can be waited for");
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(said.starts_with("kvs: line ") && said.lines().count() == 1, "{said}");
-            assert!(said.contains("no answer from") && said.contains("resume with kvs import --resume"), "{said}");
+            assert!(said.contains("no response from") && said.contains("resume with kvs import --resume"), "{said}");
             server = again(stopped, address, &SLOW);
         }
         let mark = mark(&file);
@@ -370,7 +370,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
     write(&text);
     let elsewhere = Server::start(&[]);
     refuses(&elsewhere, &["import", "--resume", name])
-        .with(1, &["kvs-import is of an import into", "import without --resume"]);
+        .with(1, &["kvs-import belongs to an import into", "import without --resume"]);
 
     let output = run(client(&server, &["import", "--resume", name]), b"");
     let said = String::from_utf8_lossy(&output.stderr);
