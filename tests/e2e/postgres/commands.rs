@@ -57,7 +57,7 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
 
     // What is left is the newest of nine keys and one that expires later, and no index, not even of one who was killed at it.
     database.sql("CREATE INDEX transactions_key ON kvs.transactions (sequence)");
-    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries are left\n"));
+    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries remain\n"));
     assert_eq!(database.sql("SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);
     assert_eq!(database.sql("SELECT last, forgotten FROM kvs.writer"), ["32|32"]);
     let server = start(&url);

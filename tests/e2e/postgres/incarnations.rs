@@ -295,7 +295,7 @@ fn fork_begins_incarnation_at_rest() {
     assert_eq!(tag(&server, "a"), two.first + 1);
     assert_eq!(database.sql(COUNT), ["2"]);
     server.terminate();
-    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 1 entries are left\n"));
+    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 1 entries remain\n"));
     // A row that was restored into the gap is nobody's.
     database.sql("INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'lost')");
     let verify = log(&["verify", "--txlog", &url]);
