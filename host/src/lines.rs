@@ -29,7 +29,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::queue::Queue;
-use crate::edge::auth::MARK;
+use crate::edge::auth::TOKEN_PREFIX;
 
 /// Number of digits after the prefix of tokens from which a word is redacted as a token, or a part of one.
 const REDACTED_DIGITS: usize = 16;
@@ -154,8 +154,8 @@ impl Write for Stderr {
 fn redact_tokens(text: &str) -> Cow<'_, str> {
     let mut shown = Cow::Borrowed(text);
     let mut from = 0;
-    while let Some(at) = shown[from..].find(MARK) {
-        from += at + MARK.len();
+    while let Some(at) = shown[from..].find(TOKEN_PREFIX) {
+        from += at + TOKEN_PREFIX.len();
         let digits = shown[from..].bytes().take_while(u8::is_ascii_hexdigit).count();
         if digits >= REDACTED_DIGITS {
             shown.to_mut().replace_range(from..from + digits, "…");

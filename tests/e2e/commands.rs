@@ -136,16 +136,16 @@ fn what_went_wrong_is_one_line() {
 
     let nobody = |args: &[&str]| refuses(&server, args);
     for args in [&["get", "a"][..], &["put", "a", "x"], &["list"], &["watch"], &["export"], &["delete", "a"]] {
-        nobody(args).with(1, &["a token is needed", "KVS_TOKEN or --token-file", "(401)"]);
+        nobody(args).with(1, &["a bearer token is required", "KVS_TOKEN or --token-file", "(401)"]);
     }
     let unknown = file("unknown", "kvs_0\n");
-    nobody(&["get", "a", "--token-file", &unknown]).with(1, &["this token is not known", "(401)"]);
+    nobody(&["get", "a", "--token-file", &unknown]).with(1, &["the token is unknown", "(401)"]);
     nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token has characters"]);
     nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["cannot read --token-file /nowhere"]);
     nobody(&["get", "a", "--token-file", &unknown, "--token", "x"]).with(2, &["--token", "cannot be used with"]);
     let reader = file("reader", &reader);
     nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);
-    nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["this token is for reading only (403)"]);
+    nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["the token is read-only (403)"]);
     // What needs no escape has none.
     let by_variable = |args: &[&str]| {
         let mut command = client(&server, args);
@@ -153,7 +153,7 @@ fn what_went_wrong_is_one_line() {
         command
     };
     assert_eq!(printed(by_variable(&["put", "team-a_1:~!$&'()*+,;=@/1", "x"]), b""), b"1\n");
-    refused(by_variable(&["put", "team-b", "x"])).with(1, &["this token is for other paths (403)"]);
+    refused(by_variable(&["put", "team-b", "x"])).with(1, &["the token is not valid for this path (403)"]);
 
     let open = Server::start(&["--guest-max-memory-bytes", "16MiB"]);
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);

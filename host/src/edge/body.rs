@@ -1,4 +1,4 @@
-//! Reads a body whole, within its limits of size, time and pace.
+//! Reading of request bodies, with limits of size, time and rate.
 
 use std::time::Duration;
 
@@ -15,9 +15,10 @@ use super::budget::Charge;
 use super::metrics::Limit;
 use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
 
-/// A body is not called slow before this.
+/// Time before the minimum rate applies.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Reads a body completely.
 pub async fn read(
     headers: &HeaderMap,
     mut body: Arriving,
@@ -43,7 +44,7 @@ pub async fn read(
         let frame = match timeout_at(deadline.min(pace), body.frame()).await {
             Ok(None) => return Ok(whole),
             Ok(Some(Ok(frame))) => frame,
-            // Nobody is left to read this, unless only the framing was wrong.
+            // The client gets this response only if just the framing was invalid.
             Ok(Some(Err(error))) => {
                 debug!("body: {error}");
                 return Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")).into());
@@ -53,10 +54,10 @@ pub async fn read(
                 return Err(closing(beyond(Limit::BodyTimeout, refusal)).into());
             }
         };
-        // Trailers are not for guests.
+        // Trailers are ignored.
         let Ok(data) = frame.into_data() else { continue };
         if (whole.len() + data.len()) as u64 > limit {
-            let reason = format!("the body is more than the {limit} bytes that are allowed");
+            let reason = format!("the body exceeds {limit} bytes");
             return Err(unread(headers, body, too_large(&reason)).into());
         }
         if charge.hold(head_bytes + whole.len() + data.len()).is_err() {
@@ -65,7 +66,7 @@ pub async fn read(
         if whole.is_empty() {
             whole = data;
         } else {
-            // In place, as long as nobody else holds it.
+            // In place, unless the buffer is shared.
             let mut grown = whole.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
             grown.extend_from_slice(&data);
             whole = grown.freeze();
@@ -73,7 +74,7 @@ pub async fn read(
     }
 }
 
-/// What is refused because clients hold as much as they may.
+/// Returns the rejection of a request when the budget of bytes in flight is used up.
 pub fn full() -> Answer {
     let reason = "too many bytes of requests and responses are in flight";
     beyond(Limit::InflightBytes, refuse(StatusCode::SERVICE_UNAVAILABLE, reason))

@@ -1,6 +1,7 @@
-//! An HTTP/2 stream of frames, read for no longer than a turn, on which refusals are overheard and control frames counted:
-//! the library reads and answers for as long as something comes, and refuses streams beyond the limit by itself, and
-//! tells nobody but the client.
+//! I/O wrapper for HTTP/2 connections, which inspects frames.
+//!
+//! It bounds reads by the time slice of the connection, limits control frames, and counts `RST_STREAM(REFUSED_STREAM)` on the
+//! wire: h2 reads and responds as long as data arrives, and enforces its limit of concurrent streams without reporting it.
 
 use std::io;
 use std::pin::Pin;
@@ -10,23 +11,24 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::{Allowance, Frames};
-use super::metrics::{Beyond, Limit, Metrics};
-use super::multiplex::Turn;
+use super::metrics::{Limit, LimitExceeded, Metrics};
+use super::multiplex::TimeSlice;
 
-pub struct Overheard<S> {
+/// A stream whose frames are inspected.
+pub struct FrameInspector<S> {
     stream: S,
     received: Frames,
     sent: Frames,
     allowance: Allowance,
     metrics: Arc<Metrics>,
-    turn: Turn,
+    slice: TimeSlice,
 }
 
-impl<S> Overheard<S> {
-    /// So many control frames a second may come, beside those that requests and responses need.
-    pub fn new(stream: S, metrics: &Arc<Metrics>, turn: Turn, control_frames: u32) -> Self {
+impl<S> FrameInspector<S> {
+    /// Wraps a stream, with a limit of control frames per second in addition to those that requests and responses need.
+    pub fn new(stream: S, metrics: &Arc<Metrics>, slice: TimeSlice, control_frames: u32) -> Self {
         let (received, sent, allowance) = (Frames::of_client(), Frames::default(), Allowance::new(control_frames));
-        Self { stream, received, sent, allowance, metrics: Arc::clone(metrics), turn }
+        Self { stream, received, sent, allowance, metrics: Arc::clone(metrics), slice }
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -48,17 +50,17 @@ impl<S> Overheard<S> {
             return Ok(());
         }
         self.metrics.rejected(Limit::ControlFrames);
-        Err(io::Error::other(Beyond(Limit::ControlFrames)))
+        Err(io::Error::other(LimitExceeded(Limit::ControlFrames)))
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for FrameInspector<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.turn.is_over(context) {
+        if self.slice.is_over(context) {
             return Poll::Pending;
         }
         let before = buffer.filled().len();
@@ -70,7 +72,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Overheard<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for FrameInspector<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         if let Poll::Ready(Ok(count)) = &written {
@@ -119,16 +121,16 @@ mod tests {
     use hyper::rt::Executor;
     use tokio::io::{join, repeat, sink};
 
-    use super::super::multiplex::Streams;
+    use super::super::multiplex::RequestExecutor;
     use super::*;
 
     #[test]
-    fn however_much_comes_requests_and_others_have_their_turn() {
-        let turn = Turn::default();
-        let streams = Streams::new(&turn);
+    fn continuous_input_does_not_starve_requests() {
+        let slice = TimeSlice::default();
+        let streams = RequestExecutor::new(&slice);
         let (executor, answered) = (streams.clone(), Arc::new(AtomicUsize::new(0)));
         let mut turns = pin!(streams.run());
-        let mut stream = pin!(Overheard::new(join(repeat(0), sink()), &Arc::default(), turn, u32::MAX));
+        let mut stream = pin!(FrameInspector::new(join(repeat(0), sink()), &Arc::default(), slice, u32::MAX));
         let context = &mut Context::from_waker(Waker::noop());
         for round in 1..=10 {
             let answers = Arc::clone(&answered);

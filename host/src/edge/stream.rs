@@ -1,6 +1,6 @@
-//! Responses that go on: changes of keys as Server-Sent Events, for as long as the client stays.
+//! Event streams: changes of keys as server-sent events, until the client disconnects.
 //!
-//! Owns: how changes are written, and the heartbeat. Must never know: who may watch, which the guest decided.
+//! Owns: the format of events, and keep-alives. Must never know: who may watch, which the guest decides.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,32 +31,32 @@ use kvs_txlog::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
 
-/// How far behind a watcher can be and still be caught up while new changes wait for it.
+/// Maximum lag at which a watch switches from the log to the change feed, which queues new changes from then on.
 const NEAR: u64 = 1_000;
 
-/// Selectors that a watch may have. Each costs a look at every append.
-const SELECTORS: usize = 100;
+/// Maximum number of selectors of a watch. Each costs a lookup at every append.
+const MAX_SELECTORS: usize = 100;
 
-/// A watch that can begin: what happened since its position is there.
+/// A watch that can start: the changes since its position are available.
 pub struct Stream {
     changes: Arc<ChangeFeed>,
     selection: Arc<Selection>,
     after: u64,
     past: Past,
-    /// What is held of the past until it is sent.
+    /// Budget of the history until it is sent.
     charge: Charge,
 }
 
-/// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
+/// Parses the position of a watch and reads the changes since then. A rejection is sent as the response.
 pub async fn open(
     changes: &Arc<ChangeFeed>,
     Watch { selection, after, end }: Watch,
     account: &Arc<Account>,
 ) -> Result<Stream, Refusal> {
     let count = selection.keys.len();
-    if count > SELECTORS {
-        let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
-        return Err(refuse(StatusCode::BAD_REQUEST, &told).into());
+    if count > MAX_SELECTORS {
+        let reason = format!("a watch of {count} selectors, at most {MAX_SELECTORS} are allowed");
+        return Err(refuse(StatusCode::BAD_REQUEST, &reason).into());
     }
     let after = after.map_or(Ok(end), |position| changes.position(&position)).map_err(|error| {
         let status = match error {
@@ -68,16 +68,18 @@ pub async fn open(
     let selection = Arc::new(selection);
     let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
         Some(Forgotten { after, newest }) => {
-            let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
-            refuse(StatusCode::GONE, &told)
+            let reason = format!(
+                "changes after sequence {after} were compacted; list the keys again and watch with since={newest}"
+            );
+            refuse(StatusCode::GONE, &reason)
         }
         None if error.downcast_ref().is_some_and(is_shortage) => {
-            warn!("the log could not be read for a watch: {error:#}");
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log cannot be read at the moment")
+            warn!("failed to read the log for a watch: {error:#}");
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log is temporarily unavailable")
         }
         None => {
-            warn!("the log could not be read for a watch: {error:#}");
-            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
+            warn!("failed to read the log for a watch: {error:#}");
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, "failed to read the log")
         }
     })?;
     let mut charge = account.begin(0);
@@ -86,7 +88,7 @@ pub async fn open(
 }
 
 impl Stream {
-    /// The body of a response that continues with the changes, without a gap.
+    /// Returns the body of a response that continues with the changes, without a gap.
     pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>, standing: Option<Standing>) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
@@ -101,17 +103,17 @@ impl Stream {
         Reply::Stream { pieces: body, _under_way: None }
     }
 
-    /// Delivers until the client sends no more, or is a slow consumer, or the server stops.
+    /// Delivers events until the client disconnects, is a slow consumer, or the server stops.
     async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
         let Self { changes, selection, after, past, mut charge } = self;
-        // At once, so that the client sees that it watches, and knows where it is before anything happens.
+        // At once, so that the client sees that the watch is established, and has a position before the first event.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
         let mut after = send(past, &text, &mut charge).await?;
         while changes.watermark().durable() > after + NEAR {
             after = send(changes.past(&selection, after).await.ok()?, &text, &mut charge).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
-        // What was appended before it began to watch comes by the log, as soon as it is durable.
+        // Changes appended before the subscription come from the log, as soon as they are durable.
         changes.watermark().reached(watcher.from).await.ok()?;
         while after < watcher.from {
             let mut past = changes.past(&selection, after).await.ok()?;
@@ -126,7 +128,7 @@ impl Stream {
         loop {
             let next = tokio::select! {
                 change = watcher.next() => match change? {
-                    // It came by the log.
+                    // Sent from the log already.
                     change if change.sequence <= after => continue,
                     change => change.text.get_or_init(|| print(&change)).clone(),
                 },
@@ -139,7 +141,7 @@ impl Stream {
     }
 }
 
-/// Sends what happened before, charged until it is sent. What happens from now on is not: all who watch it share it.
+/// Sends a chunk of history, which is charged until it is sent. New changes are not charged: all subscribers share them.
 async fn send(past: Past, text: &mpsc::Sender<Bytes>, charge: &mut Charge) -> Option<u64> {
     charge.hold(bytes(&past)).ok()?;
     for change in &past.changes {
@@ -149,7 +151,7 @@ async fn send(past: Past, text: &mpsc::Sender<Bytes>, charge: &mut Charge) -> Op
     Some(past.until)
 }
 
-/// Bytes of keys and values.
+/// Returns the bytes of keys and values.
 fn bytes(past: &Past) -> usize {
     let of = |change: &Change| match &change.event {
         Event::Delete(key) => key.len(),
@@ -158,7 +160,7 @@ fn bytes(past: &Past) -> usize {
     past.changes.iter().map(of).sum()
 }
 
-/// An event: its sequence, what happened, and what the key has now.
+/// Formats a change as an event.
 fn print(change: &Change) -> Bytes {
     let (event, data) = match &change.event {
         Event::Delete(key) => ("delete", json!({ "key": key })),
@@ -177,6 +179,6 @@ fn print(change: &Change) -> Bytes {
             ("put", data)
         }
     };
-    // JSON has no line breaks of its own, so the data is one line.
+    // JSON without formatting has no line breaks, so the data is one line.
     Bytes::from(format!("id: {}\nevent: {event}\ndata: {data}\n\n", change.sequence))
 }
