@@ -1,7 +1,7 @@
 //! Types and calls of the contract, generated from `wit/`, and their conversion from and to those of the log.
 //!
-//! Types that travel in both directions come twice, once owned (handed over by a guest) and once borrowed (handed to a
-//! guest, straight from the buffer they lie in).
+//! Types that are passed in both directions exist twice: owned, as received from a guest, and borrowed, as passed to a
+//! guest from a buffer.
 
 use kvs_txlog as txlog;
 use wasmtime::component::InstancePre;
@@ -17,7 +17,7 @@ mod store {
 
 /// The package of the contract.
 pub const PACKAGE: &str = "kvs:store";
-/// The version of it that this host runs.
+/// The version of the contract that this host supports.
 pub const VERSION: &str = "0.2.0";
 
 use store::exports::kvs::store::{handler, lifecycle, sharding};

@@ -1,33 +1,33 @@
-//! Open files: how many the process may have, and how many of them connections leave to everything else.
+//! Limit of open files, and the share of it for connections.
 
 use anyhow::{Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
-/// Files that connections never take: those of the transaction log and its compaction, of guests that are rebuilt from it,
-/// of a database, of reloaded files, and the connections of the admin listener.
+/// File descriptors reserved for other uses than connections: the transaction log and its compaction, rebuilds of guests,
+/// a database, reloaded files, and the admin listener.
 const RESERVE: u64 = 192;
-/// Fewer connections than this are no service.
-const LEAST: u64 = 64;
+/// Minimum number of connections.
+const MIN_CONNECTIONS: u64 = 64;
 
-/// Raises the soft limit as far as so many connections need it and the hard limit allows. Returns how many there can be.
+/// Raises the soft limit for this number of connections, up to the hard limit. Returns the possible number.
 pub fn connections(wanted: usize) -> Result<usize> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let needed = (wanted as u64).saturating_add(RESERVE);
-    // Without a number there is no limit.
+    // None means unlimited.
     let mut limit = current.unwrap_or(u64::MAX);
     let raised = needed.min(maximum.unwrap_or(u64::MAX));
     if raised > limit {
         match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum }) {
             Ok(()) => limit = raised,
-            Err(error) => warn!("the limit of {limit} open files cannot be raised to {raised}: {error}"),
+            Err(error) => warn!("cannot raise the limit of {limit} open files to {raised}: {error}"),
         }
     }
     let room = limit.saturating_sub(RESERVE);
     ensure!(
-        room >= LEAST.min(wanted as u64),
+        room >= MIN_CONNECTIONS.min(wanted as u64),
         "the process may have {limit} open files, at least {} are needed; raise the limit (ulimit -n, LimitNOFILE)",
-        RESERVE + LEAST
+        RESERVE + MIN_CONNECTIONS
     );
     if needed > limit {
         warn!(

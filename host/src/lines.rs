@@ -1,6 +1,6 @@
-//! The host's own log lines on standard error: for people, or each a JSON object. Whatever is logged, no token is in it.
+//! Diagnostics: log lines on standard error, as text or as JSON objects, with tokens redacted.
 //!
-//! They go through a queue to a thread of their own, so that nothing that logs depends on standard error: see `queue`.
+//! Lines go through a queue to their own thread, so that logging never blocks on standard error: see `queue`.
 
 mod queue;
 
@@ -29,27 +29,28 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::queue::Queue;
-use crate::edge::auth::MARK;
+use crate::edge::auth::TOKEN_PREFIX;
 
-/// Digits that a word needs behind the mark of tokens to be taken for one, or for a part of one.
-const DIGITS: usize = 16;
+/// Number of digits after the prefix of tokens from which a word is redacted as a token, or a part of one.
+const REDACTED_DIGITS: usize = 16;
 
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Text,
     Json,
 }
 
-/// Lines on their way to standard error, of which a process has one.
+/// Queue of lines to standard error, one per process.
 static LINES: Queue = Queue::new();
 
-/// Whether the thread that writes them runs.
+/// Whether the thread that writes lines is running.
 static BEGUN: AtomicBool = AtomicBool::new(false);
 
-/// The longest wait for standard error at the end of the process.
-const LAST_LINES: Duration = Duration::from_secs(1);
+/// Timeout of standard error at the end of the process.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Starts writing lines. From here on a panic is one, too.
+/// Starts the logger. From here on panics are logged too.
 pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
     let filter: Targets = filter.parse().with_context(|| format!("--log-filter {filter}"))?;
     let clock = env.clock.clone();
@@ -57,9 +58,9 @@ pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
         let lost = |lost| warn!(lost, "log lines were lost: standard error did not take them");
         LINES.write_all(&mut Stderr, &clock, lost)
     };
-    env.tasks.restart_thread("log lines", &env.clock, write).context("no thread for log lines")?;
+    env.tasks.restart_thread("log lines", &env.clock, write).context("cannot start a thread for log lines")?;
     BEGUN.store(true, Ordering::Release);
-    // What the library itself would print, it prints by a macro that panics when standard error is gone.
+    // The library prints its internal errors by a macro that panics when standard error is closed.
     let lines = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).log_internal_errors(false);
     let lines = lines.with_writer(|| Line);
     match format {
@@ -68,8 +69,8 @@ pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
     }
     panic::set_hook(Box::new(|panic| {
         let (thread, at) = (thread::current(), panic.location().map(ToString::to_string));
-        error!(thread = thread.name(), at, "a thread panicked: {}", panic.payload_as_str().unwrap_or_default());
-        // Where nothing unwinds, this is the end.
+        error!(thread = thread.name(), at, "thread panicked: {}", panic.payload_as_str().unwrap_or_default());
+        // The process aborts next.
         if cfg!(panic = "abort") {
             end();
         }
@@ -77,12 +78,12 @@ pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the lines so far are written, but not for long.
+/// Flushes the lines, with a timeout.
 pub fn end() {
-    LINES.flush(LAST_LINES);
+    LINES.flush(FLUSH_TIMEOUT);
 }
 
-/// The last words of the program: why it failed, in one line.
+/// Prints the fatal error of the program, as its last line.
 pub fn failed(format: Format, reason: &str) {
     notice(match format {
         Format::Text => format!("kvs: {reason}"),
@@ -90,23 +91,23 @@ pub fn failed(format: Format, reason: &str) {
     });
 }
 
-/// A line for the person who runs a command, as it is.
+/// Prints a line for the user of a command, without formatting.
 pub fn notice(line: impl Display) {
     let line = format!("{line}\n");
     if BEGUN.load(Ordering::Acquire) {
         LINES.push(line.as_bytes());
     } else {
-        // Where it is gone there is nobody to tell.
+        // An error of standard error cannot be reported.
         let _ = stderr().write_all(line.as_bytes());
     }
 }
 
-/// The reason why lines are lost now.
+/// Returns the reason why lines are being lost.
 pub fn failure() -> Option<String> {
     LINES.failure()
 }
 
-/// Adds the number of lines that were lost.
+/// Registers the metric of lost lines.
 pub fn measure(metrics: &Metrics) {
     metrics.add(Arc::new(Lost));
 }
@@ -115,17 +116,17 @@ struct Lost;
 
 impl Measured for Lost {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-        page.counter("log_lines_lost", "Log lines that standard error did not take", LINES.lost())
+        page.counter("log_lines_lost", "Log lines lost because standard error could not be written", LINES.lost())
     }
 }
 
-/// Takes a line to the queue, whole.
+/// Writer that puts complete lines into the queue.
 struct Line;
 
 impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         match str::from_utf8(line) {
-            Ok(text) => LINES.push(without_tokens(text).as_bytes()),
+            Ok(text) => LINES.push(redact_tokens(text).as_bytes()),
             Err(_) => LINES.push(line),
         }
         Ok(line.len())
@@ -136,7 +137,7 @@ impl Write for Line {
     }
 }
 
-/// Standard error, without its lock: a thread that holds it may never give it up.
+/// Standard error without its lock, which a blocked thread may hold forever.
 struct Stderr;
 
 impl Write for Stderr {
@@ -149,20 +150,21 @@ impl Write for Stderr {
     }
 }
 
-/// The text, without tokens that somebody may have put where none belongs: into a path, or what a guest prints.
-fn without_tokens(text: &str) -> Cow<'_, str> {
+/// Redacts tokens in a text, which can be in a path or in the output of a guest.
+fn redact_tokens(text: &str) -> Cow<'_, str> {
     let mut shown = Cow::Borrowed(text);
     let mut from = 0;
-    while let Some(at) = shown[from..].find(MARK) {
-        from += at + MARK.len();
+    while let Some(at) = shown[from..].find(TOKEN_PREFIX) {
+        from += at + TOKEN_PREFIX.len();
         let digits = shown[from..].bytes().take_while(u8::is_ascii_hexdigit).count();
-        if digits >= DIGITS {
+        if digits >= REDACTED_DIGITS {
             shown.to_mut().replace_range(from..from + digits, "…");
         }
     }
     shown
 }
 
+/// JSON format of log lines.
 struct Json;
 
 impl<S, N> FormatEvent<S, N> for Json
@@ -181,7 +183,7 @@ where
     }
 }
 
-/// Writes each field behind the ones before it.
+/// Visitor that appends each field to the line.
 struct Fields<'l> {
     line: Writer<'l>,
     result: fmt::Result,
@@ -219,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_are_not_shown() {
+    fn tokens_are_redacted() {
         let token = format!("kvs_{}", "0123456789abcdef".repeat(4));
         for (text, shown) in [
             ("nothing".to_owned(), "nothing"),
@@ -228,7 +230,7 @@ mod tests {
             ("kvs_kvs_metrics_total kvs_0123".to_owned(), "kvs_kvs_metrics_total kvs_0123"),
             (format!("kvs_{token}é"), "kvs_kvs_…é"),
         ] {
-            assert_eq!(without_tokens(&text), shown);
+            assert_eq!(redact_tokens(&text), shown);
         }
     }
 }

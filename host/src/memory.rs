@@ -1,11 +1,11 @@
-//! Memory that this process may use: what the machine has, or less where a control group says so.
+//! Memory available to this process: that of the machine, or the limit of its control group.
 
 use std::fs;
 use std::path::Path;
 
-/// Where control groups are, and the file of a limit in each: in version 2, and in version 1.
-const UNIFIED: (&str, &str) = ("/sys/fs/cgroup", "memory.max");
-const OWN: (&str, &str) = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes");
+/// Mount point of control groups, and the file with the limit in each: version 2, and version 1.
+const CGROUP_V2: (&str, &str) = ("/sys/fs/cgroup", "memory.max");
+const CGROUP_V1: (&str, &str) = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes");
 
 /// Returns the size of the memory in bytes.
 pub fn size() -> u64 {
@@ -15,20 +15,20 @@ pub fn size() -> u64 {
     limits.fold(machine, u64::min)
 }
 
-/// The first line of `/proc/meminfo`.
+/// Parses the total in the first line of `/proc/meminfo`.
 fn total(text: &str) -> Option<u64> {
     let kib: u64 = text.strip_prefix("MemTotal:")?.lines().next()?.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib << 10)
 }
 
-/// The least limit of a group, a line of `/proc/self/cgroup`, and of those that it lies in. In a container the path can be one
-/// that only the machine sees; then the root of what the container sees is its own.
+/// Returns the smallest limit of a group, a line of `/proc/self/cgroup`, and of its ancestors. In a container the path may
+/// exist only on the host; then the root visible in the container is its own group.
 fn limit(group: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let mut fields = group.splitn(3, ':').skip(1);
     let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
     let (root, file) = match controllers {
-        "" => UNIFIED,
-        controllers if controllers.split(',').any(|one| one == "memory") => OWN,
+        "" => CGROUP_V2,
+        controllers if controllers.split(',').any(|one| one == "memory") => CGROUP_V1,
         _ => return None,
     };
     let groups = Path::new(path).ancestors().map(|path| Path::new(root).join(path).join(file));
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn least_limit_of_all_groups_counts() {
+    fn smallest_limit_of_all_groups_applies() {
         let read = |path: &Path| {
             let text = match path.to_str()? {
                 "/sys/fs/cgroup/a/b/memory.max" => "max\n",

@@ -9,16 +9,16 @@ use hyper::Uri;
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
         text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
-    addresses.next().ok_or_else(|| "this name has no address".to_owned())
+    addresses.next().ok_or_else(|| "the name has no address".to_owned())
 }
 
-/// The address of a listener that comes and goes, and that clients know.
+/// Parses the address of a listener that is opened after a takeover; its port must be fixed.
 pub fn fixed_address(text: &str) -> Result<SocketAddr, String> {
     let address = address(text)?;
     if address.port() == 0 { Err("this listener needs a port other than 0".to_owned()) } else { Ok(address) }
 }
 
-/// A URL that fits in a header and in a log line.
+/// Parses a URL that fits in a header and in a log line.
 pub fn advertise(text: &str) -> Result<String, String> {
     let uri = text.parse::<Uri>().ok().filter(|_| text.len() <= 256);
     let is_http =
@@ -26,29 +26,29 @@ pub fn advertise(text: &str) -> Result<String, String> {
     if is_http {
         Ok(text.to_owned())
     } else {
-        Err("a URL of at most 256 bytes, like https://kvs-1.example:8443".to_owned())
+        Err("must be a URL of at most 256 bytes, like https://kvs-1.example:8443".to_owned())
     }
 }
 
 pub fn duration(text: &str) -> Result<Duration, String> {
     let duration =
         humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
-    if duration.is_zero() { Err("a time of nothing leaves no time at all".to_owned()) } else { Ok(duration) }
+    if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
 }
 
-/// What a database answers within, and no longer than a writer without a lease is waited for.
+/// Parses a read lease: longer than a statement takes, and no longer than the timeout of a primary without one.
 pub fn read_lease(text: &str) -> Result<Duration, String> {
     let lease = duration(text)?;
     let range = Duration::from_millis(100)..=Duration::from_secs(10);
-    if range.contains(&lease) { Ok(lease) } else { Err("a read lease is from 100ms to 10s".to_owned()) }
+    if range.contains(&lease) { Ok(lease) } else { Err("must be from 100ms to 10s".to_owned()) }
 }
 
 pub fn count(text: &str) -> Result<usize, String> {
-    // What a semaphore can count, with room to spare; the system's own limits are far below.
+    // Below the maximum of a semaphore, and far above the limits of the system.
     text.parse()
         .ok()
         .filter(|count| (1..=1 << 24).contains(count))
-        .ok_or_else(|| "a count from 1 to 16777216".to_owned())
+        .ok_or_else(|| "must be a count from 1 to 16777216".to_owned())
 }
 
 pub fn rate(text: &str) -> Result<(u32, Duration), String> {
@@ -59,11 +59,11 @@ pub fn rate(text: &str) -> Result<(u32, Duration), String> {
         "m" => Some(Duration::from_secs(60)),
         _ => None,
     };
-    count.zip(per).ok_or_else(|| "a rate is from 1 to 1000000 a second or minute, like 1000/s or 600/m".to_owned())
+    count.zip(per).ok_or_else(|| "must be from 1 to 1000000 per second or minute, like 1000/s or 600/m".to_owned())
 }
 
 pub fn target_bytes(text: &str) -> Result<ByteSize, String> {
-    // What hyper takes.
+    // The maximum of hyper.
     size(text, 256, 65_534)
 }
 
@@ -88,7 +88,7 @@ pub fn size(text: &str, least: u64, most: u64) -> Result<ByteSize, String> {
     if (least..=most).contains(&size.as_u64()) {
         Ok(size)
     } else {
-        Err(format!("a size from {} to {}", ByteSize(least), ByteSize(most)))
+        Err(format!("must be a size from {} to {}", ByteSize(least), ByteSize(most)))
     }
 }
 
@@ -97,12 +97,12 @@ pub fn setting(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// Whole seconds, the unit of the HTTP interface.
+/// Parses a time in whole seconds, the unit of the HTTP API.
 pub fn seconds(text: &str) -> Result<u64, String> {
     let time =
         humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
     if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
-        return Err("a time of whole seconds, at least one".to_owned());
+        return Err("must be whole seconds, at least one".to_owned());
     }
     Ok(time.as_secs())
 }
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_bounds_and_units() {
+    fn size_has_bounds_and_units() {
         assert_eq!(value_bytes("1MiB"), Ok(ByteSize(1 << 20)));
         assert_eq!(value_bytes("4096"), Ok(ByteSize(4096)));
         assert!(value_bytes("0").is_err());
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn ttl_is_of_whole_seconds() {
+    fn ttl_must_be_whole_seconds() {
         assert_eq!(seconds("90s"), Ok(90));
         assert_eq!(seconds("1h 1s"), Ok(3_601));
         for wrong in ["0s", "500ms", "1s 1ms", "90", "soon"] {

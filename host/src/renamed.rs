@@ -1,4 +1,4 @@
-//! Former names of flags, variables, commands and values: each is rejected with its new name.
+//! Former names of flags, variables and commands: each is rejected with its new name.
 //!
 //! A unit file or script that still uses one must not start on a default instead, such as an empty transaction log.
 
@@ -23,7 +23,7 @@ const FLAGS: [(&str, &str); 17] = [
     ("watch", "watch-guest"),
 ];
 
-/// Commands, each with the words before it.
+/// Commands, with their parents.
 const COMMANDS: [(&str, &str); 5] = [
     ("kvs dump", "kvs export"),
     ("kvs load", "kvs import"),
@@ -32,13 +32,13 @@ const COMMANDS: [(&str, &str); 5] = [
     ("kvs txlog dump", "kvs txlog cat"),
 ];
 
-/// Explains the rejection of a flag such as `--log`.
+/// Returns the error for a former flag such as `--log`.
 pub fn flag(name: &str) -> Option<String> {
     let new = new_flag(name.strip_prefix("--")?)?;
     Some(format!("{name} was renamed: use --{new}"))
 }
 
-/// Explains the rejection of a variable such as `KVS_LOG`.
+/// Returns the error for a former variable such as `KVS_LOG`.
 pub fn variable(name: &str) -> Option<String> {
     if name == "KVS_LOG" {
         return Some(
@@ -51,7 +51,7 @@ pub fn variable(name: &str) -> Option<String> {
     Some(format!("{name} was renamed: use KVS_{new}"))
 }
 
-/// Explains the rejection of a command such as `kvs log`.
+/// Returns the error for a former command such as `kvs log`.
 pub fn command(name: &str) -> Option<String> {
     let (_, new) = COMMANDS.iter().find(|(old, _)| *old == name)?;
     Some(format!("`{name}` was renamed: use `{new}`"))

@@ -58,7 +58,7 @@ fn a_token_allows_what_its_scope_says() {
 
     for method in ["GET", "PUT", "DELETE", "POST", "BREW"] {
         let response = ask(&server, method, "/v1/a", "");
-        response.says(401, "a token is needed: Authorization: Bearer TOKEN");
+        response.says(401, "a bearer token is required: Authorization: Bearer TOKEN");
         assert_eq!(challenge(&response), "Bearer realm=\"kvs\"");
     }
     let wrong = format!("kvs_{}", "0".repeat(64));
@@ -72,7 +72,7 @@ fn a_token_allows_what_its_scope_says() {
         with(&read) + &with(&write),
     ] {
         let response = ask(&server, "GET", "/v1/a", &authorization);
-        response.says(401, "this token is not known");
+        response.says(401, "the token is unknown");
         assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"invalid_token\"");
     }
 
@@ -83,7 +83,7 @@ fn a_token_allows_what_its_scope_says() {
     }
     for method in ["PUT", "DELETE", "POST", "BREW"] {
         let response = ask(&server, method, "/v1/a", &with(&read));
-        response.says(403, "this token is for reading only");
+        response.says(403, "the token is read-only");
         assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"insufficient_scope\"");
     }
     ask(&server, "GET", "/v1/a", &with(&read)).says(404, "no such key");
@@ -105,7 +105,7 @@ fn a_token_can_be_bound_to_paths() {
     assert_eq!(ask(&server, "PUT", "/v1/a-1", &with(&bound)).status, 201);
     assert_eq!(ask(&server, "GET", "/v1/a-1?x=y", &with(&bound)).status, 400);
     for path in ["/v1/b", "/v1", "/", "/v1/%61-1", "/v1/key/a-1", "/v1/a-/../b", "/v1/a-%2F..%2Fb", "//v1/a-1"] {
-        ask(&server, "GET", path, &with(&bound)).says(403, "this token is for other paths");
+        ask(&server, "GET", path, &with(&bound)).says(403, "the token is not valid for this path");
     }
 }
 
@@ -141,19 +141,19 @@ fn tokens_are_read_again() {
     let server = Server::start(&["--tokens", &tokens.file()]);
     let second = tokens.add(&["second"]);
     // Nobody tells the server.
-    server.says("the file of tokens was read again");
+    server.says("reloaded the token file");
     ask(&server, "GET", "/v1/a", &with(&second)).says(404, "no such key");
 
     fs::write(tokens.file(), "nonsense\n").expect("the file can be written");
     server.signal(Signal::HUP);
-    let line = server.says("the old one stays in force");
-    assert!(line.contains("line 1: a line is: NAME SCOPE SHA256"), "{line}");
+    let line = server.says("keeping the current one");
+    assert!(line.contains("line 1: the line is not NAME SCOPE SHA256"), "{line}");
     ask(&server, "GET", "/v1/a", &with(&first)).says(404, "no such key");
 
     fs::write(tokens.file(), "").expect("the file can be written");
     server.signal(Signal::HUP);
-    server.says_again("the file of tokens was read again", 2);
-    ask(&server, "GET", "/v1/a", &with(&first)).says(401, "this token is not known");
+    server.says_again("reloaded the token file", 2);
+    ask(&server, "GET", "/v1/a", &with(&first)).says(401, "the token is unknown");
 }
 
 #[test]
@@ -170,11 +170,11 @@ fn tokens_are_reloaded_after_a_shortage_of_descriptors() {
     let limit = Rlimit { current: Some(3), maximum };
     let before = prlimit(pid, Resource::Nofile, limit).expect("a child can be limited");
     fs::write(tokens.file(), "").expect("the file can be written");
-    server.says("the file of tokens could not be read again");
+    server.says("failed to reload the token file");
     prlimit(pid, Resource::Nofile, before).expect("a child can be limited");
     // Nobody changes the file again, or tells the server.
-    server.says("the file of tokens was read again");
-    client.ask_with("GET", "/v1/a", &headers, b"").says(401, "this token is not known");
+    server.says("reloaded the token file");
+    client.ask_with("GET", "/v1/a", &headers, b"").says(401, "the token is unknown");
 }
 
 /// Replaces the line of a token, or removes it.
@@ -211,10 +211,10 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
     change(&tokens, &server, "weaker", |line| Some(line.replace(" write ", " read ")));
     change(&tokens, &server, "renamed", |line| Some(line.replace("renamed", "another")));
     let refusals = [
-        (401, "this token is not known"),
-        (403, "this token is for other paths"),
-        (403, "this token allows less than when this began"),
-        (403, "this token allows less than when this began"),
+        (401, "the token is unknown"),
+        (403, "the token is not valid for this path"),
+        (403, "the permissions of the token were reduced during the request"),
+        (403, "the permissions of the token were reduced during the request"),
     ];
     for ((mut watching, mut waiting), (status, told)) in ended.into_iter().zip(refusals) {
         assert_eq!(watching.next(), None, "{told}");
@@ -225,7 +225,7 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
     assert_eq!(watching.next().map(|event| event.id), Some(1));
     assert_eq!(waiting.read().etag(), Some(1));
     change(&tokens, &server, "stays", |line| Some(line.replace(" write ", " admin ")));
-    server.says_again("the file of tokens was read again", 2);
+    server.says_again("reloaded the token file", 2);
     assert_eq!(ask(&server, "PUT", "/v1/b", &with(&stays)).status, 201);
     assert_eq!(watching.next().map(|event| event.id), Some(2));
 }
@@ -246,8 +246,8 @@ fn a_token_is_made_once_and_kept_as_a_hash() {
         command.args(["token", "create", "--tokens", &tokens.file()]).args(args);
         refused(command)
     };
-    refuses(&["alice"]).with(1, &[&tokens.file(), "a token of this name"]);
-    refuses(&["a b"]).with(1, &["a name is 1 to 64 letters"]);
+    refuses(&["alice"]).with(1, &[&tokens.file(), "a token with this name"]);
+    refuses(&["a b"]).with(1, &["the name must be 1 to 64 letters"]);
     refuses(&["carol", "--path-prefix", "v1"]).with(1, &["slash"]);
     refuses(&["carol", "--scope", "all"]).with(2, &["--scope", "read", "write", "admin"]);
     assert_eq!(fs::read_to_string(tokens.file()).expect("the file is there").lines().count(), 2);
@@ -256,7 +256,7 @@ fn a_token_is_made_once_and_kept_as_a_hash() {
 #[test]
 fn a_file_of_tokens_that_cannot_be_used() {
     let tokens = Tokens::new();
-    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot be read"]);
+    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot read"]);
     fs::write(tokens.file(), "alice read\n").expect("the file can be written");
     serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "line 1"]);
 }
@@ -295,8 +295,8 @@ fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
     };
     let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", &tokens.file()]);
     assert_eq!(ask(&server, "").status, 401);
-    ask(&server, &with(&write)).says(403, "this token is not for the admin listener");
-    ask(&server, &with(&bound)).says(403, "this token is not for the admin listener");
+    ask(&server, &with(&write)).says(403, "the token is not valid for the admin listener");
+    ask(&server, &with(&bound)).says(403, "the token is not valid for the admin listener");
     assert_eq!(ask(&server, &with(&admin)).status, 200);
     // Health is open to those who decide where requests go.
     for path in ["/livez", "/readyz"] {
@@ -328,7 +328,7 @@ fn a_client_above_its_rate_is_told_when_to_come_again() {
         ask(&server, "GET", "/v1/a", &with(&alice)).says(404, "no such key");
     }
     let refused = ask(&server, "GET", "/v1/a", &with(&alice));
-    refused.says(429, "too many requests; wait and try again");
+    refused.says(429, "rate limit exceeded; retry later");
     let wait: u64 = refused.header("retry-after").and_then(|wait| wait.parse().ok()).expect("a number of seconds");
     assert!((1..=60).contains(&wait), "{wait}");
     assert_eq!(refused.header("ratelimit"), Some(format!("\"client\";r=0;t={wait}").as_str()));

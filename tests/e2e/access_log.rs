@@ -148,7 +148,7 @@ fn a_flood_is_sampled_and_what_is_left_out_is_told() {
     }
     let seconds = begun.elapsed().as_secs() + 2;
     // Told without another request.
-    server.says("requests that the access log left out");
+    server.says("access log rate exceeded");
     let in_all = |lines: &[String]| {
         let lines = parsed(lines);
         let left_out: u64 = lines.iter().filter_map(|line| line["left_out"].as_u64()).sum();

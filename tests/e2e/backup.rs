@@ -81,7 +81,7 @@ fn copy_all(server: &Server, copy: &TempDir) -> bool {
     status.expect("cp is part of every system").success()
 }
 
-/// An unfinished write at its end is all that may be wrong with a copy.
+/// A copy may end in a torn write, and must be intact otherwise.
 fn verify(copy: &TempDir) {
     let mut command = crate::server::kvs();
     let status =

@@ -118,7 +118,7 @@ fn a_log_with_files_that_are_not_right_is_refused_by_name() {
         refuses(stopped.data(), told);
         let mut verify = kvs();
         verify.args(["txlog", "verify", "--data-dir"]).arg(stopped.data());
-        refused(verify).with(1, &["is damaged in "]);
+        refused(verify).with(1, &["is corrupted in "]);
     }
 }
 

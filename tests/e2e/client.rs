@@ -142,7 +142,7 @@ fn a_large_chunked_body_is_refused_once_it_is_too_large() {
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ntransfer-encoding: chunked\r\n\r\n8\r\n12345678\r\n");
     client.send("8\r\n12345678\r\n");
-    client.read().says(413, "the body is more than the 10 bytes that are allowed");
+    client.read().says(413, "the body exceeds 10 bytes");
     Connection::open(server.address()).ask("GET", "/v1/a", b"").says(404, "no such key");
 }
 

@@ -136,16 +136,16 @@ fn what_went_wrong_is_one_line() {
 
     let nobody = |args: &[&str]| refuses(&server, args);
     for args in [&["get", "a"][..], &["put", "a", "x"], &["list"], &["watch"], &["export"], &["delete", "a"]] {
-        nobody(args).with(1, &["a token is needed", "KVS_TOKEN or --token-file", "(401)"]);
+        nobody(args).with(1, &["a bearer token is required", "KVS_TOKEN or --token-file", "(401)"]);
     }
     let unknown = file("unknown", "kvs_0\n");
-    nobody(&["get", "a", "--token-file", &unknown]).with(1, &["this token is not known", "(401)"]);
+    nobody(&["get", "a", "--token-file", &unknown]).with(1, &["the token is unknown", "(401)"]);
     nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token has characters"]);
     nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["cannot read --token-file /nowhere"]);
     nobody(&["get", "a", "--token-file", &unknown, "--token", "x"]).with(2, &["--token", "cannot be used with"]);
     let reader = file("reader", &reader);
     nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);
-    nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["this token is for reading only (403)"]);
+    nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["the token is read-only (403)"]);
     // What needs no escape has none.
     let by_variable = |args: &[&str]| {
         let mut command = client(&server, args);
@@ -153,11 +153,11 @@ fn what_went_wrong_is_one_line() {
         command
     };
     assert_eq!(printed(by_variable(&["put", "team-a_1:~!$&'()*+,;=@/1", "x"]), b""), b"1\n");
-    refused(by_variable(&["put", "team-b", "x"])).with(1, &["this token is for other paths (403)"]);
+    refused(by_variable(&["put", "team-b", "x"])).with(1, &["the token is not valid for this path (403)"]);
 
     let open = Server::start(&["--guest-max-memory-bytes", "16MiB"]);
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
-    refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["/nowhere cannot be read"]);
+    refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["cannot read /nowhere"]);
     refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
     refuses(&open, &["watch", "--since", "7"]).with(1, &["the position 7 is not in the history of this log", "(410)"]);
     let many: String =
@@ -169,7 +169,7 @@ fn what_went_wrong_is_one_line() {
     for command in [&["get", "a"][..], &["list"], &["watch"], &["import", &many]] {
         let mut unreachable = kvs();
         unreachable.args(command).args(["--url", "127.0.0.1:1"]);
-        let told = ["no answer from http://127.0.0.1:1", "is the server running, and is this its --url?"];
+        let told = ["no response from http://127.0.0.1:1", "check that the server is running and that --url is right"];
         refused(unreachable).with(1, &told);
     }
 }
@@ -225,10 +225,10 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     // Whoever cannot be trusted is not told anything.
     let mut untrusting = kvs();
     untrusting.args(["get", "a", "--url", &url]);
-    refused(untrusting).with(1, &["no answer from https://localhost", "--cacert"]);
+    refused(untrusting).with(1, &["no response from https://localhost", "--cacert"]);
     let mut wrong = kvs();
     wrong.args(["get", "a", "--url", &url, "--cacert", "Cargo.toml"]);
-    refused(wrong).with(1, &["--cacert Cargo.toml holds no certificate"]);
+    refused(wrong).with(1, &["--cacert Cargo.toml contains no PEM certificate"]);
 }
 
 #[test]
@@ -349,7 +349,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
             let output = load.wait_with_output().expect("a child can be waited for");
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(said.starts_with("kvs: line ") && said.lines().count() == 1, "{said}");
-            assert!(said.contains("no answer from") && said.contains("resume with kvs import --resume"), "{said}");
+            assert!(said.contains("no response from") && said.contains("resume with kvs import --resume"), "{said}");
             server = again(stopped, address, &SLOW);
         }
         let mark = mark(&file);
@@ -370,7 +370,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
     write(&text);
     let elsewhere = Server::start(&[]);
     refuses(&elsewhere, &["import", "--resume", name])
-        .with(1, &["kvs-import is of an import into", "import without --resume"]);
+        .with(1, &["kvs-import belongs to an import into", "import without --resume"]);
 
     let output = run(client(&server, &["import", "--resume", name]), b"");
     let said = String::from_utf8_lossy(&output.stderr);

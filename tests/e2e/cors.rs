@@ -57,7 +57,7 @@ fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
     for origin in ["https://example.com", "https://example.org:444", "null"] {
         let wanted = [("origin", origin), wanted[1]];
         let answer = ask(&server, "OPTIONS", "/v1/a", &wanted);
-        answer.says(403, "pages of this origin may not ask here");
+        answer.says(403, "origin not allowed");
         // Caches are not to mix the answers up.
         assert_eq!(shared(&answer), [None, None, Some("origin")]);
     }

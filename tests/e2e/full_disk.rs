@@ -130,7 +130,7 @@ fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
     let server = disk.serve();
     let mut client = Connection::open(server.address());
     let count = fill(&mut client, 0);
-    server.says("no room for the next segment of the log, writes will be refused");
+    server.says("disk full: cannot allocate the next segment of the log");
     assert!(count > 500, "{count} values filled it");
     is_full_of(&mut client, count);
 
@@ -155,7 +155,7 @@ fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
     let count = fill(&mut client, count);
 
     fs::remove_file(filler).expect("it is there");
-    server.says("there is room for the log again");
+    server.says("disk space is available for the log again");
     let more = fill(&mut client, count);
     assert!(more > count + 100, "only {} more values after room was made", more - count);
     is_full_of(&mut client, more);

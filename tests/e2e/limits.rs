@@ -158,7 +158,7 @@ fn a_target_longer_than_allowed_is_414() {
     let mut client = Connection::open(server.address());
     let path = |length: usize| format!("/v1/{}", "k".repeat(length - 4));
     client.ask("GET", &path(1_024), b"").says(404, "no such key");
-    client.ask("GET", &path(1_025), b"").says(414, "the target of the request is too long");
+    client.ask("GET", &path(1_025), b"").says(414, "the request target is too long");
     assert_eq!(client.end(), "");
     // Longer than the parser takes.
     let mut client = Connection::open(server.address());

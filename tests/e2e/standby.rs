@@ -194,7 +194,7 @@ fn standby_reports_corruption_and_touches_nothing() {
     // The version of its format is a newer one.
     segment.write_all_at(&[9], 8).expect("it can be written");
     assert_eq!(put(&primary, "a", "2"), 201);
-    becomes_ready(&standby, 503, "[-]log standing by, and it cannot be followed: ");
+    becomes_ready(&standby, 503, "[-]log standby cannot follow the log: ");
     assert_eq!(get(&standby, "a"), (200, "1".into()));
     let mut command = serve(data.path());
     command.arg("--standby");
@@ -221,7 +221,7 @@ fn standby_takes_over_on_a_full_disk() {
     assert!(stored > 0, "there was room for some");
     shows(&standby, &format!("key-{}", stored - 1), 200, &"x".repeat(10_000));
     primary.kill();
-    standby.says("this process writes the log now");
+    standby.says("promoted to primary");
     assert_eq!(get(&standby, &format!("key-{}", stored - 1)).0, 200);
     fs::remove_file(brim).expect("it is there");
     becomes_ready(&standby, 200, WELL);

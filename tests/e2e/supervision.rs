@@ -49,7 +49,7 @@ fn files_are_read_again_after_a_panic() {
     starts_again(&server, "guest reload");
     authority.issue("server", Kind::Server, 2);
     fs::write(&file, component(guest())).expect("it can be written");
-    server.says("the TLS certificate was read again and is in force");
+    server.says("reloaded the TLS certificate");
     server.says("the guest was swapped guest=\"unruly\"");
 }
 

@@ -479,7 +479,7 @@ fn kvs_swap_fails_in_one_line() {
     let elsewhere = format!("http://{}", server.address());
     kvs_swap_refused(elsewhere, &[guest()]).with(1, &["not swapped", "404"]);
     server.terminate();
-    kvs_swap_refused(admin, &[guest()]).with(1, &["no answer from", "is the server running"]);
+    kvs_swap_refused(admin, &[guest()]).with(1, &["no response from", "check that the server is running"]);
 }
 
 /// Nothing that was begun keeps a server from stopping.

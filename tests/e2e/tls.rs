@@ -169,13 +169,13 @@ fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
     let nonsense = authority.write("nonsense.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
     let directory = authority.path("");
     for (certificate, key, told) in [
-        (&missing, &good.key, &["--tls-cert", &missing, "cannot be read", "No such file"][..]),
-        (&directory, &good.key, &["--tls-cert", &directory, "cannot be read"]),
-        (&empty, &good.key, &["--tls-cert", &empty, "no certificate"]),
+        (&missing, &good.key, &["--tls-cert", &missing, "cannot read", "No such file"][..]),
+        (&directory, &good.key, &["--tls-cert", &directory, "cannot read"]),
+        (&empty, &good.key, &["--tls-cert", &empty, "no PEM certificate"]),
         (&cut, &good.key, &["--tls-cert", &cut]),
         (&nonsense, &good.key, &["--tls-cert", &nonsense]),
-        (&good.certificate, &missing, &["--tls-key", &missing, "cannot be read"]),
-        (&good.certificate, &good.certificate, &["--tls-key", &good.certificate, "no private key"]),
+        (&good.certificate, &missing, &["--tls-key", &missing, "cannot read"]),
+        (&good.certificate, &good.certificate, &["--tls-key", &good.certificate, "no PEM private key"]),
         (&good.certificate, &encrypted, &["--tls-key", &encrypted, "encrypted", "openssl"]),
         (&good.certificate, &other.key, &[&good.certificate, &other.key, "does not belong"]),
         (&expired.certificate, &expired.key, &["--tls-cert", &expired.certificate, "expired at 2020"]),
@@ -269,18 +269,18 @@ fn a_new_pair_is_taken_up_and_open_connections_stay() {
 
     // Both are replaced in place, as its own line says; nobody tells the server.
     authority.issue("server", Kind::Server, 2);
-    server.says("the TLS certificate was read again");
+    server.says("reloaded the TLS certificate");
     let second = shown(&client.open(server.address()).expect("it is served"));
     assert!(first != second, "the first certificate is still in use");
 
     authority.issue("server", Kind::Server, 3);
     server.signal(Signal::HUP);
-    server.says_again("the TLS certificate was read again", 2);
+    server.says_again("reloaded the TLS certificate", 2);
     let third = shown(&client.open(server.address()).expect("it is served"));
     assert!(third != second, "the second certificate is still in use");
     // Told to, it reads what has not changed too.
     server.signal(Signal::HUP);
-    server.says_again("the TLS certificate was read again", 3);
+    server.says_again("reloaded the TLS certificate", 3);
 
     assert_eq!(open.ask("GET", "/v1/a", b"").body, b"value");
     server.terminate();
@@ -305,7 +305,7 @@ fn a_thousand_new_pairs_and_no_handshake_fails() {
             });
         }
         let _over = SaysOver(&over);
-        let in_force = "the TLS certificate was read again and is in force";
+        let in_force = "reloaded the TLS certificate";
         let times = || server.stderr().iter().filter(|line| line.contains(in_force)).count();
         for round in 0..1_000 {
             let pair = &pairs[round % 2];
@@ -363,7 +363,7 @@ fn a_bad_pair_is_told_and_the_old_one_stays() {
     let mut refuses = |why: &str| {
         times += 1;
         server.signal(Signal::HUP);
-        let line = server.says_again("the old one stays in force", times);
+        let line = server.says_again("keeping the current one", times);
         assert!(line.contains(why), "{line}");
         assert!(first == shown(&client.open(server.address()).expect("it is served")), "{why}: it is in use");
     };
@@ -373,10 +373,10 @@ fn a_bad_pair_is_told_and_the_old_one_stays() {
     fs::copy(&expired.certificate, &certificate).expect("a file can be replaced");
     refuses("expired at 2020");
     fs::remove_file(&certificate).expect("a file can be removed");
-    refuses("cannot be read");
+    refuses("cannot read");
     fs::copy(&other.certificate, &certificate).expect("a file can be replaced");
     fs::copy(&other.key, &key).expect("a file can be replaced");
-    server.says("was read again and is in force");
+    server.says("reloaded the TLS certificate");
     assert!(first != shown(&client.open(server.address()).expect("it is served")), "the good pair is not used");
 }
 
@@ -444,7 +444,7 @@ fn a_list_of_revoked_certificates_is_taken_up() {
     assert_eq!(client.get(&server, "/principal").expect("it is good"), "Some(\"CN=alice\")");
     authority.revoke(&[&alice, &bob]);
     server.signal(Signal::HUP);
-    server.says("the TLS certificate was read again");
+    server.says("reloaded the TLS certificate");
     client.get(&server, "/principal").expect_err("it was revoked");
 }
 

@@ -179,7 +179,7 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
     }
     let server = Server::spawn(serve(data.path()), data);
     refused(&server, "/v1?watch&since=1")
-        .says(410, "what happened after 1 is forgotten; read the keys, and watch since=2");
+        .says(410, "changes after sequence 1 were compacted; list the keys again and watch with since=2");
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
     assert_eq!(events.next(), event(3, "put", json!({"key": "stays", "value": "value"})));
 }
@@ -358,7 +358,7 @@ fn puts_that_were_compacted_away_are_410_too() {
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&[]);
     for since in [0, 1] {
-        let told = format!("what happened after {since} is forgotten; read the keys, and watch since=4");
+        let told = format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
         refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &told);
     }
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);

@@ -1,4 +1,4 @@
-//! Progress of an import, in a checkpoint file beside the one that it reads.
+//! Checkpoint of an import, in a file beside the imported one.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-/// A place in a text, and what was before it: a text that was changed there is another one.
+/// A position in the imported file, with a checksum of everything before it, to detect a changed file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Checkpoint {
     pub line: u64,
@@ -16,14 +16,15 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Goes on behind a line, whose end is with it.
-    pub fn pass(&mut self, line: &[u8]) {
+    /// Advances by a line, including its newline.
+    pub fn advance(&mut self, line: &[u8]) {
         self.line += 1;
         self.bytes += line.len() as u64;
         self.crc32c = crc32c::crc32c_append(self.crc32c, line);
     }
 }
 
+/// The file with the checkpoint of an import.
 pub struct CheckpointFile {
     path: PathBuf,
     server: String,
@@ -33,7 +34,7 @@ pub struct CheckpointFile {
 struct Content {
     server: String,
     #[serde(flatten)]
-    mark: Checkpoint,
+    checkpoint: Checkpoint,
 }
 
 impl CheckpointFile {
@@ -41,40 +42,40 @@ impl CheckpointFile {
         Self { path: with(file, ".kvs-import"), server: server.to_owned() }
     }
 
-    /// None when there is nothing to go on from.
+    /// Reads the checkpoint, None if there is none.
     pub fn read(&self) -> Result<Option<Checkpoint>> {
         let name = self.path.display();
         let text = match fs::read(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            text => text.with_context(|| format!("{name} cannot be read"))?,
+            text => text.with_context(|| format!("cannot read {name}"))?,
         };
         let content: Content = serde_json::from_slice(&text)
             .with_context(|| format!("{name} is not a checkpoint of an import; import without --resume"))?;
         if content.server != self.server {
-            bail!("{name} is of an import into {}, not {}; import without --resume", content.server, self.server);
+            bail!("{name} belongs to an import into {}, not {}; import without --resume", content.server, self.server);
         }
-        Ok(Some(content.mark))
+        Ok(Some(content.checkpoint))
     }
 
-    /// Replaces the checkpoint before, whole or not at all.
-    pub fn keep(&self, mark: &Checkpoint) -> Result<()> {
+    /// Replaces the checkpoint atomically.
+    pub fn save(&self, checkpoint: &Checkpoint) -> Result<()> {
         let new = with(&self.path, ".new");
         let write = || {
             let mut file = File::create(&new)?;
-            file.write_all(&serde_json::to_vec(&Content { server: self.server.clone(), mark: *mark })?)?;
+            file.write_all(&serde_json::to_vec(&Content { server: self.server.clone(), checkpoint: *checkpoint })?)?;
             file.sync_data()?;
             fs::rename(&new, &self.path)
         };
-        let told = || {
+        let context = || {
             let name = self.path.display();
             format!("cannot write the checkpoint {name}; without one, read the file through standard input")
         };
-        write().with_context(told)
+        write().with_context(context)
     }
 
     /// Removes the checkpoint of a finished import.
     pub fn remove(&self) -> Result<()> {
-        fs::remove_file(&self.path).with_context(|| format!("{} cannot be removed", self.path.display()))
+        fs::remove_file(&self.path).with_context(|| format!("cannot remove {}", self.path.display()))
     }
 }
 

@@ -1,7 +1,7 @@
-//! Imports: puts the keys and values of JSON lines, several at a time, in their order where they name the same key.
+//! Import: puts the keys and values of JSON lines, concurrently but in order for lines with the same key.
 //!
-//! Progress is kept in a checkpoint file beside the one that is read, so that an import that was interrupted in any way can
-//! resume: all lines up to a checkpoint were acknowledged. What is put again after it is what was put before.
+//! Progress is saved in a checkpoint file beside the imported one, so that an interrupted import can resume: all lines up to
+//! a checkpoint were acknowledged, and lines after it are put again with the same values.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,62 +18,71 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
 use super::checkpoint::{Checkpoint, CheckpointFile};
-use super::record::{Life, Record};
-use super::server::{Ask, Failure, Server, add, path_of};
+use super::record::{Expiry, Record};
+use super::server::{ApiRequest, ClientError, Server, add, path_of};
 
-/// Requests at a time.
+/// Number of concurrent requests.
 const CONNECTIONS: usize = 16;
-/// What is read and not yet answered.
-const AHEAD_LINES: usize = 1_024;
-const AHEAD_BYTES: u64 = 64 << 20;
-/// Longer than any line can be, every byte of a value escaped. It bounds what is held of a text without lines.
+/// Maximum lines, and bytes of them, that are read and not acknowledged yet.
+const MAX_IN_FLIGHT_LINES: usize = 1_024;
+const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
+/// Maximum length of a line: more than a value of the maximum size with every byte escaped. It bounds memory.
 const LINE_BYTES: u64 = 8 << 30;
-/// How often it is written down how far the import came.
-const KEEP: Duration = Duration::from_secs(1);
+/// Interval of checkpoints.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Makes a progress bar of a length, with a unit.
+/// Creates a progress bar of a length, with a unit.
 pub type NewProgressBar = fn(u64, &'static str) -> ProgressBar;
 
-/// Puts the lines of a file, and returns how many. `-` is standard input.
+/// Imports the lines of a file, and returns their number. `-` is standard input.
 pub fn import(server: &Server, file: &Path, resume: bool, bar: NewProgressBar) -> Result<u64> {
     let mut source = Source::open(file)?;
-    let marks = source.size.map(|_| CheckpointFile::beside(file, server.base()));
+    let checkpoint_file = source.size.map(|_| CheckpointFile::beside(file, server.base()));
     let mut begin = Checkpoint::default();
     if resume {
-        let Some(marks) = &marks else {
-            bail!("only the import of a file can resume; of a pipe, skip lines with tail -n +LINE");
+        let Some(checkpoint_file) = &checkpoint_file else {
+            bail!("--resume requires a file; for a pipe, skip lines with tail -n +LINE");
         };
-        begin = marks.read()?.unwrap_or_default();
+        begin = checkpoint_file.read()?.unwrap_or_default();
     }
     if let Some(size) = source.size {
         source.check(&bar(size, "bytes checked"), &begin)?;
     }
     let progress = source.size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported"));
-    let (ahead, kept) = (VecDeque::new(), Instant::now());
-    let mut import = Import { server, marks: marks.as_ref(), progress, mark: begin, ahead, kept };
-    import.keep()?;
-    let (mark, failed) = import.run(&mut source)?;
+    let mut import = Import {
+        server,
+        file: checkpoint_file.as_ref(),
+        progress,
+        checkpoint: begin,
+        in_flight: VecDeque::new(),
+        saved: Instant::now(),
+    };
+    import.save()?;
+    let (checkpoint, failed) = import.run(&mut source)?;
     match failed {
         None => {
-            marks.map_or(Ok(()), |marks| marks.remove())?;
-            Ok(mark.line - begin.line)
+            checkpoint_file.map_or(Ok(()), |file| file.remove())?;
+            Ok(checkpoint.line - begin.line)
         }
         Some(failed) if source.size.is_some() => {
             let file = file.display();
-            Err(anyhow!("{failed:#}; the first {} lines are stored, resume with kvs import --resume {file}", mark.line))
+            Err(anyhow!(
+                "{failed:#}; the first {} lines are stored, resume with kvs import --resume {file}",
+                checkpoint.line
+            ))
         }
-        Some(failed) => Err(anyhow!("{failed:#}; the first {} lines are stored", mark.line)),
+        Some(failed) => Err(anyhow!("{failed:#}; the first {} lines are stored", checkpoint.line)),
     }
 }
 
-/// Lines to read.
+/// The imported file.
 struct Source {
     reader: BufReader<File>,
     name: String,
-    /// A pipe has none, and can be read once only.
+    /// Size of a file. A pipe has none, and can be read only once.
     size: Option<u64>,
-    /// All that was read.
-    mark: Checkpoint,
+    /// Position up to which it was read.
+    position: Checkpoint,
 }
 
 impl Source {
@@ -88,38 +97,38 @@ impl Source {
             let metadata = file.metadata()?;
             Ok((file, metadata.is_file().then_some(metadata.len())))
         };
-        let (file, size) = opened().with_context(|| format!("{name} cannot be read"))?;
-        Ok(Self { reader: BufReader::with_capacity(1 << 16, file), name, size, mark: Checkpoint::default() })
+        let (file, size) = opened().with_context(|| format!("cannot read {name}"))?;
+        Ok(Self { reader: BufReader::with_capacity(1 << 16, file), name, size, position: Checkpoint::default() })
     }
 
-    /// Reads it once before anything is put: every line must be good, and what was imported before must be the same. Then it
-    /// is ready to be read from there.
+    /// Validates all lines before the first put, and that the part before the checkpoint `begin` is unchanged. Then seeks to
+    /// the checkpoint.
     fn check(&mut self, bar: &ProgressBar, begin: &Checkpoint) -> Result<()> {
-        let mut same = *begin == Checkpoint::default();
+        let mut is_unchanged = *begin == Checkpoint::default();
         while let Some(line) = self.next()? {
-            put_of(&line).map_err(Error::msg).with_context(|| self.place(self.mark.line))?;
-            same |= self.mark == *begin;
-            bar.set_position(self.mark.bytes);
+            put_of(&line).map_err(Error::msg).with_context(|| self.place(self.position.line))?;
+            is_unchanged |= self.position == *begin;
+            bar.set_position(self.position.bytes);
         }
         bar.finish_and_clear();
-        if !same {
+        if !is_unchanged {
             bail!("the imported part of {} has changed; import it without --resume", self.name);
         }
-        self.reader.seek(io::SeekFrom::Start(begin.bytes)).with_context(|| format!("{} cannot be read", self.name))?;
-        self.mark = *begin;
+        self.reader.seek(io::SeekFrom::Start(begin.bytes)).with_context(|| format!("cannot read {}", self.name))?;
+        self.position = *begin;
         Ok(())
     }
 
     fn next(&mut self) -> Result<Option<Vec<u8>>> {
         let mut line = Vec::new();
         let read = self.reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line);
-        let read = read.with_context(|| format!("{} cannot be read", self.name))? as u64;
+        let read = read.with_context(|| format!("cannot read {}", self.name))? as u64;
         if read == 0 {
             return Ok(None);
         }
-        self.mark.pass(&line);
+        self.position.advance(&line);
         if line.pop_if(|last| *last == b'\n').is_none() && read == LINE_BYTES {
-            return Err(anyhow!("it is longer than any line can be")).with_context(|| self.place(self.mark.line));
+            return Err(anyhow!("the line exceeds the maximum length")).with_context(|| self.place(self.position.line));
         }
         Ok(Some(line))
     }
@@ -129,7 +138,7 @@ impl Source {
     }
 }
 
-/// What is asked for a line.
+/// The request of a line.
 struct Put {
     key: String,
     target: String,
@@ -137,45 +146,46 @@ struct Put {
     value: Vec<u8>,
 }
 
-/// None for what has expired.
+/// Parses a line; None if the value has expired.
 fn put_of(line: &[u8]) -> Result<Option<Put>, String> {
     let record = Record::parse(line)?;
     let mut target = path_of(&record.key);
-    match record.life() {
-        Life::Forever => {}
-        Life::Seconds(seconds) => add(&mut target, "ttl", &seconds.to_string()),
-        Life::Over => return Ok(None),
+    match record.expiry() {
+        Expiry::Never => {}
+        Expiry::In(seconds) => add(&mut target, "ttl", &seconds.to_string()),
+        Expiry::Expired => return Ok(None),
     }
     let (key, content_type) = (record.key.clone(), record.content_type.clone());
     Ok(Some(Put { key, target, content_type, value: record.into_value()? }))
 }
 
-/// A line on its way: its number, which tells it from others, and what to put.
+/// A line in flight: its number and its request.
 struct Job {
     line: u64,
     put: Put,
 }
 
-/// What became of a line.
-type Answer = (u64, Result<()>);
+/// Result of a line.
+type LineResult = (u64, Result<()>);
 
 struct Import<'l> {
     server: &'l Server,
-    marks: Option<&'l CheckpointFile>,
+    file: Option<&'l CheckpointFile>,
     progress: ProgressBar,
-    /// Everything up to here was answered.
-    mark: Checkpoint,
-    /// The lines after it that were read, and whether they were answered.
-    ahead: VecDeque<(Checkpoint, bool)>,
-    kept: Instant,
+    /// Position up to which every line was acknowledged.
+    checkpoint: Checkpoint,
+    /// Later lines that were read, and whether they were acknowledged.
+    in_flight: VecDeque<(Checkpoint, bool)>,
+    /// Time of the last saved checkpoint.
+    saved: Instant,
 }
 
 impl Import<'_> {
-    /// Gives how far it came, and what stopped it before the end.
+    /// Runs the import. Returns the checkpoint, and the error that stopped it before the end.
     fn run(mut self, source: &mut Source) -> Result<(Checkpoint, Option<Error>)> {
         let stopped = AtomicBool::new(false);
         let failed = thread::scope(|scope| {
-            let (done, answers) = channel();
+            let (done, results) = channel();
             let workers = (0..CONNECTIONS).map(|_| {
                 let (jobs, work) = channel();
                 let (server, done, stopped) = (self.server, done.clone(), &stopped);
@@ -184,94 +194,99 @@ impl Import<'_> {
             });
             let workers: Vec<Sender<Job>> = workers.collect();
             drop(done);
-            let mut failed = self.feed(source, &workers, &answers).err();
-            // They end when they have put all that they were handed, or one of them failed.
+            let mut failed = self.feed(source, &workers, &results).err();
+            // The workers end when they have put all their lines, or one of them failed.
             drop(workers);
-            for answer in answers {
-                failed = failed.or(self.answered(answer, source).err());
+            for result in results {
+                failed = failed.or(self.acknowledge(result, source).err());
             }
             failed
         });
         self.progress.finish_and_clear();
-        self.keep()?;
-        Ok((self.mark, failed))
+        self.save()?;
+        Ok((self.checkpoint, failed))
     }
 
-    /// Hands all lines to the workers, and never too many at once.
-    fn feed(&mut self, source: &mut Source, workers: &[Sender<Job>], answers: &Receiver<Answer>) -> Result<()> {
+    /// Hands all lines to the workers, with a limit of those in flight.
+    fn feed(&mut self, source: &mut Source, workers: &[Sender<Job>], results: &Receiver<LineResult>) -> Result<()> {
         while let Some(line) = source.next()? {
-            let put = put_of(&line).map_err(Error::msg).with_context(|| source.place(source.mark.line))?;
-            self.ahead.push_back((source.mark, put.is_none()));
-            self.settle()?;
+            let put = put_of(&line).map_err(Error::msg).with_context(|| source.place(source.position.line))?;
+            self.in_flight.push_back((source.position, put.is_none()));
+            self.advance()?;
             if let Some(put) = put {
-                // The same key goes to the same worker, which keeps its order.
+                // All lines of a key go to the same worker, which preserves their order.
                 let mut hash = DefaultHasher::new();
                 put.key.hash(&mut hash);
                 let worker = &workers[hash.finish() as usize % workers.len()];
-                if worker.send(Job { line: source.mark.line, put }).is_err() {
-                    // It stopped because of another one, whose answer tells why.
+                if worker.send(Job { line: source.position.line, put }).is_err() {
+                    // The worker stopped because another one failed, whose result has the reason.
                     return Ok(());
                 }
             }
-            while let Some(answer) = if self.is_far_ahead() { answers.recv().ok() } else { answers.try_recv().ok() } {
-                self.answered(answer, source)?;
+            while let Some(result) = self.next_result(results) {
+                self.acknowledge(result, source)?;
             }
         }
         Ok(())
     }
 
-    fn is_far_ahead(&self) -> bool {
-        let bytes = self.ahead.back().map_or(0, |(last, _)| last.bytes - self.mark.bytes);
-        self.ahead.len() >= AHEAD_LINES || bytes >= AHEAD_BYTES
+    /// Returns a result that is there; at the limit of lines in flight it waits for one.
+    fn next_result(&self, results: &Receiver<LineResult>) -> Option<LineResult> {
+        let bytes = self.in_flight.back().map_or(0, |(last, _)| last.bytes - self.checkpoint.bytes);
+        if self.in_flight.len() >= MAX_IN_FLIGHT_LINES || bytes >= MAX_IN_FLIGHT_BYTES {
+            results.recv().ok()
+        } else {
+            results.try_recv().ok()
+        }
     }
 
-    fn answered(&mut self, (line, answer): Answer, source: &Source) -> Result<()> {
-        answer.with_context(|| source.place(line))?;
-        let at = (line - self.mark.line - 1) as usize;
-        if let Some((_, answered)) = self.ahead.get_mut(at) {
-            *answered = true;
+    fn acknowledge(&mut self, (line, result): LineResult, source: &Source) -> Result<()> {
+        result.with_context(|| source.place(line))?;
+        let at = (line - self.checkpoint.line - 1) as usize;
+        if let Some((_, acknowledged)) = self.in_flight.get_mut(at) {
+            *acknowledged = true;
         }
-        self.settle()
+        self.advance()
     }
 
-    /// Moves the mark. The first line ahead of it is one that was not answered.
-    fn settle(&mut self) -> Result<()> {
-        while let Some((mark, _)) = self.ahead.pop_front_if(|(_, answered)| *answered) {
-            self.mark = mark;
+    /// Advances the checkpoint to the first line that is not acknowledged.
+    fn advance(&mut self) -> Result<()> {
+        while let Some((position, _)) = self.in_flight.pop_front_if(|(_, acknowledged)| *acknowledged) {
+            self.checkpoint = position;
         }
-        self.progress.set_position(self.mark.bytes);
-        if self.kept.elapsed() >= KEEP {
-            self.keep()?;
+        self.progress.set_position(self.checkpoint.bytes);
+        if self.saved.elapsed() >= CHECKPOINT_INTERVAL {
+            self.save()?;
         }
         Ok(())
     }
 
-    fn keep(&mut self) -> Result<()> {
-        self.kept = Instant::now();
-        self.marks.map_or(Ok(()), |marks| marks.keep(&self.mark))
+    fn save(&mut self) -> Result<()> {
+        self.saved = Instant::now();
+        self.file.map_or(Ok(()), |file| file.save(&self.checkpoint))
     }
 }
 
-/// The work of one connection.
-fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<Answer>, stopped: &AtomicBool) {
+/// Worker: puts lines over one connection.
+fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, stopped: &AtomicBool) {
     for Job { line, put } in work {
         let headers: Vec<_> = put.content_type.iter().map(|kind| ("content-type", kind.as_str())).collect();
-        let ask = Ask { method: "PUT", target: &put.target, headers: &headers, body: Some(&put.value) };
-        let answer = loop {
+        let request = ApiRequest { method: "PUT", target: &put.target, headers: &headers, body: Some(&put.value) };
+        let result = loop {
             if stopped.load(Ordering::Relaxed) {
                 return;
             }
-            match server.ask(&ask) {
-                // It asks too often, or the server is not ready: nothing happened.
-                Err(Failure::Refused { status: 429 | 503, again_after: Some(time), .. }) => thread::sleep(time),
-                answer => break answer.map(drop),
+            match server.send(&request) {
+                // Rate limit exceeded, or the server is not ready: nothing was stored.
+                Err(ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }) => thread::sleep(time),
+                result => break result.map(drop),
             }
         };
-        if answer.is_err() {
+        if result.is_err() {
             stopped.store(true, Ordering::Relaxed);
         }
-        let answer = answer.with_context(|| format!("put {}", put.key));
-        if done.send((line, answer)).is_err() {
+        let result = result.with_context(|| format!("put {}", put.key));
+        if done.send((line, result)).is_err() {
             return;
         }
     }

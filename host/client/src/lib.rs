@@ -1,7 +1,7 @@
-//! The client of the HTTP interface: what `kvs get`, `put`, `delete`, `list`, `watch`, `export` and `import` do.
+//! Client of the HTTP API, for `kvs get`, `put`, `delete`, `list`, `watch`, `export` and `import`.
 //!
-//! Knows a server by its interface alone: nothing here reads a log or calls a guest. [`Server`] is how a request is made;
-//! each other file is one operation, or the operations on one key.
+//! It uses the HTTP API only: no file here reads a log or calls a guest. [`Server`] sends requests; each other file
+//! implements one operation, or the operations on one key.
 
 mod checkpoint;
 mod import;
@@ -13,6 +13,6 @@ mod watch;
 
 pub use self::import::{NewProgressBar, import};
 pub use self::list::{export, list};
-pub use self::server::{Ask, Failure, Options, Server};
+pub use self::server::{ApiRequest, ClientError, Options, Server};
 pub use self::value::{Condition, Put, delete, get, put};
 pub use self::watch::watch;

@@ -1,4 +1,4 @@
-//! Lists and exports: all keys, or those that begin with a prefix, page by page.
+//! Lists and exports: all keys, or those with a prefix, page by page.
 
 use std::io::{self, BufWriter, Read, Write};
 
@@ -6,12 +6,12 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::server::{Ask, Server, add};
+use super::server::{ApiRequest, Server, add};
 
-/// More than a page has, which ends after a mebibyte or the first value beyond.
+/// Maximum size of a page: more than a server sends, which ends a page after a mebibyte or the first value beyond it.
 const PAGE_BYTES: u64 = 8 << 30;
 
-/// A key and what a list tells of it, which is up to the guest.
+/// A list entry: a key and attributes, which depend on the guest.
 type Entry = Map<String, Value>;
 
 #[derive(Deserialize)]
@@ -25,7 +25,7 @@ struct Page {
 /// Prints keys, or, as JSON, the whole list entry of each.
 pub fn list(server: &Server, prefix: &str, json: bool, out: &mut dyn Write) -> Result<()> {
     each(server, prefix, false, out, &mut |entry, out| match (json, entry.get("key")) {
-        // A line of its own: no key holds a line break.
+        // One line each: keys have no line breaks.
         (false, Some(Value::String(key))) => writeln!(out, "{key}"),
         _ => writeln!(out, "{}", Value::Object(entry)),
     })
@@ -53,13 +53,13 @@ fn each(server: &Server, prefix: &str, values: bool, out: &mut dyn Write, print:
                 add(&mut target, name, value);
             }
         }
-        let ask = Ask { method: "GET", target: &target, headers: &[], body: None };
-        let response = server.ask(&ask).with_context(|| format!("list {prefix}"))?;
+        let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
+        let response = server.send(&request).with_context(|| format!("list {prefix}"))?;
         let mut text = Vec::new();
         let reader = response.into_body().into_reader();
-        reader.take(PAGE_BYTES).read_to_end(&mut text).map_err(|error| server.unanswered(&error))?;
+        reader.take(PAGE_BYTES).read_to_end(&mut text).map_err(|error| server.transport_error(&error))?;
         let page: Page =
-            serde_json::from_slice(&text).with_context(|| format!("{} gives no list of keys", server.base()))?;
+            serde_json::from_slice(&text).with_context(|| format!("{} returned no list of keys", server.base()))?;
         for entry in page.keys {
             print(entry, &mut out)?;
         }
@@ -67,9 +67,9 @@ fn each(server: &Server, prefix: &str, values: bool, out: &mut dyn Write, print:
             out.flush()?;
             return Ok(());
         }
-        // The same again would never end.
+        // The same cursor would loop forever.
         if page.cursor.is_none() || page.cursor == cursor {
-            bail!("{} gives a list that does not go on", server.base());
+            bail!("{} returned a page without a new cursor", server.base());
         }
         cursor = page.cursor;
     }

@@ -6,68 +6,70 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
+/// A line of an export or import.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
     pub key: String,
     #[serde(default)]
     value: Option<String>,
-    /// A value that is not text.
+    /// A value that is not UTF-8.
     #[serde(default)]
     value_base64: Option<String>,
     #[serde(default)]
     pub content_type: Option<String>,
-    /// When it is gone, in milliseconds since 1970.
+    /// Expiry, in milliseconds since 1970.
     #[serde(default)]
     expires: Option<u64>,
-    /// The same for people who write such lines: in so many seconds.
+    /// Time to live in seconds, an alternative for hand-written lines.
     #[serde(default)]
     ttl: Option<u64>,
-    /// What a dump tells of the store it came from, and another store cannot take over.
+    /// Part of an export, but meaningless in another store.
     #[serde(default, rename = "etag")]
     _etag: Option<String>,
 }
 
-/// How long a value is there.
+/// Expiry of a value.
 #[derive(Debug, PartialEq)]
-pub enum Life {
-    Forever,
-    Seconds(u64),
-    Over,
+pub enum Expiry {
+    Never,
+    /// After this number of seconds.
+    In(u64),
+    Expired,
 }
 
 impl Record {
-    /// Reads a line. An error says what is wrong with it.
+    /// Parses a line.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
         let record: Self = serde_json::from_slice(line)
             .map_err(|error| error.to_string().replace(" at line 1 column ", " at byte "))?;
         if record.ttl.is_some() && record.expires.is_some() {
-            return Err("`ttl` and `expires` are both there".to_owned());
+            return Err("`ttl` and `expires` are mutually exclusive".to_owned());
         }
         if record.ttl == Some(0) {
-            return Err("`ttl` is at least 1".to_owned());
+            return Err("`ttl` must be at least 1".to_owned());
         }
         Ok(record)
     }
 
-    /// The value, out of the one field that is there.
+    /// Returns the value, from either field.
     pub fn into_value(self) -> Result<Vec<u8>, &'static str> {
         match (self.value, self.value_base64) {
             (Some(text), None) => Ok(text.into_bytes()),
             (None, Some(base64)) => STANDARD.decode(base64).map_err(|_| "`value_base64` is not base64"),
             (None, None) => Err("`value` or `value_base64` is missing"),
-            (Some(_), Some(_)) => Err("`value` and `value_base64` are both there"),
+            (Some(_), Some(_)) => Err("`value` and `value_base64` are mutually exclusive"),
         }
     }
 
-    pub fn life(&self) -> Life {
+    pub fn expiry(&self) -> Expiry {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         match (self.ttl, self.expires) {
-            (Some(ttl), _) => Life::Seconds(ttl),
-            (None, None) => Life::Forever,
+            (Some(ttl), _) => Expiry::In(ttl),
+            (None, None) => Expiry::Never,
             (None, Some(expires)) => match expires.saturating_sub(now).div_ceil(1_000) {
-                0 => Life::Over,
-                seconds => Life::Seconds(seconds),
+                0 => Expiry::Expired,
+                seconds => Expiry::In(seconds),
             },
         }
     }
@@ -78,18 +80,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_with_a_line_is_said() {
+    fn parse_rejects_malformed_lines() {
         for (line, wrong) in [
             ("", "EOF while parsing a value at byte 0"),
             ("{\"key\": \"a\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
             ("{\"value\": \"a\"}", "missing field `key` at byte 14"),
             ("{\"key\": \"a\", \"colour\": 5}", "unknown field `colour`"),
             ("{\"key\": \"a\", \"key\": \"b\"}", "duplicate field `key`"),
-            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": 1, \"expires\": 1}", "`ttl` and `expires` are both there"),
-            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": 0}", "`ttl` is at least 1"),
+            (
+                "{\"key\": \"a\", \"value\": \"\", \"ttl\": 1, \"expires\": 1}",
+                "`ttl` and `expires` are mutually exclusive",
+            ),
+            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": 0}", "`ttl` must be at least 1"),
         ] {
-            let told = Record::parse(line.as_bytes()).expect_err(line);
-            assert!(told.contains(wrong), "{line}: {told}");
+            let error = Record::parse(line.as_bytes()).expect_err(line);
+            assert!(error.contains(wrong), "{line}: {error}");
         }
         let value = |line: &str| Record::parse(line.as_bytes()).expect(line).into_value();
         assert_eq!(value(r#"{"key": "a", "value": "é\u0000"}"#), Ok("é\0".into()));
@@ -100,13 +105,13 @@ mod tests {
     }
 
     #[test]
-    fn what_expires_is_put_for_the_time_that_is_left() {
-        let life = |expires| Record { expires, ..Record::default() }.life();
+    fn expiry_becomes_remaining_seconds() {
+        let expiry = |expires| Record { expires, ..Record::default() }.expiry();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-        assert_eq!(life(None), Life::Forever);
-        assert_eq!(life(Some(now)), Life::Over);
-        assert_eq!(life(Some(0)), Life::Over);
-        let Life::Seconds(left) = life(Some(now + 3_600_000)) else { panic!("it is not over") };
+        assert_eq!(expiry(None), Expiry::Never);
+        assert_eq!(expiry(Some(now)), Expiry::Expired);
+        assert_eq!(expiry(Some(0)), Expiry::Expired);
+        let Expiry::In(left) = expiry(Some(now + 3_600_000)) else { panic!("it has not expired") };
         assert!((3_500..=3_600).contains(&left), "{left}");
     }
 }

@@ -1,6 +1,6 @@
-//! A server, as a client sees it: asks over HTTP, with or without TLS, and has one line for what went wrong.
+//! HTTP client of one server, with or without TLS, and with one-line errors.
 //!
-//! Owns: URLs, tokens, and whom to trust. Must never know: what is asked.
+//! Owns: URLs, tokens, and trusted CAs. Must never know: the meaning of a request.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,7 +15,7 @@ use ureq::http::{HeaderValue, Request, Response, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
-/// What a segment of a path cannot hold as it is. Nothing more is escaped, since tokens can be bound to paths as written.
+/// Characters to escape in a path segment. No others are escaped, since tokens can be limited to paths as written.
 const IN_PATH: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -33,55 +33,56 @@ const IN_PATH: &AsciiSet = &CONTROLS
     .add(b'{')
     .add(b'|')
     .add(b'}');
-/// The value of a parameter, where `+` and `&` have a meaning too.
+/// Characters to escape in a query parameter, where `+` and `&` have a meaning too.
 const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// How long a connection may take to be made.
-const CONNECT: Duration = Duration::from_secs(10);
-/// Connections that wait for the next request.
-const IDLE: usize = 64;
-/// Bodies beyond this are sent when the server has said that it takes them.
-const ASK_FIRST_BYTES: usize = 1 << 20;
-/// What is read of an answer that says why something was not done.
+/// Connect timeout.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of idle connections.
+const MAX_IDLE: usize = 64;
+/// Size of a body above which the request has `Expect: 100-continue`.
+const EXPECT_CONTINUE_BYTES: usize = 1 << 20;
+/// Maximum length of the reason that is read from an error response.
 const REASON_BYTES: u64 = 4 << 10;
 
 /// How to reach a server.
 #[derive(Clone, Copy)]
 pub struct Options<'o> {
-    /// A URL, or an address alone.
+    /// A URL, or just an address.
     pub url: &'o str,
-    /// The flag that named it, for errors.
+    /// The flag with the URL, for errors.
     pub flag: &'static str,
     /// The bearer token to present.
     pub token: Option<&'o str>,
-    /// A PEM file of authorities to trust in place of those of the system.
+    /// A PEM file of trusted CAs, in place of those of the system.
     pub authorities: Option<&'o Path>,
-    /// The longest time without a byte from the server.
+    /// Read timeout: the longest time without a byte from the server.
     pub read_timeout: Option<Duration>,
-    /// Accept stale reads of a server that is not primary.
+    /// Whether stale reads, from a standby, are accepted.
     pub stale: bool,
 }
 
+/// A client of one server.
 pub struct Server {
     agent: Agent,
     base: String,
-    /// The flag that named it.
+    /// The flag with the URL.
     flag: &'static str,
     token: Option<HeaderValue>,
     stale: bool,
 }
 
-/// Why there is no answer, or not the one that was wanted.
+/// A failed request.
 #[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    #[error("no answer from {base}: {reason}; is the server running, and is this its {flag}?")]
-    Unanswered { base: String, reason: String, flag: &'static str },
+pub enum ClientError {
+    #[error("no response from {base}: {reason}; check that the server is running and that {flag} is right")]
+    Transport { base: String, reason: String, flag: &'static str },
     #[error("{reason} ({status})")]
-    Refused { status: u16, reason: String, again_after: Option<Duration> },
+    Status { status: u16, reason: String, retry_after: Option<Duration> },
 }
 
-/// What to ask.
-pub struct Ask<'a> {
+/// A request to the server.
+pub struct ApiRequest<'a> {
     pub method: &'static str,
     /// Path and query.
     pub target: &'a str,
@@ -98,9 +99,9 @@ impl Server {
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .max_idle_connections(IDLE)
-            .max_idle_connections_per_host(IDLE)
-            .timeout_connect(Some(CONNECT))
+            .max_idle_connections(MAX_IDLE)
+            .max_idle_connections_per_host(MAX_IDLE)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_per_read(read_timeout)
             .timeout_per_write(read_timeout)
             .proxy(None);
@@ -113,90 +114,91 @@ impl Server {
         Ok(Self { agent: config.build().into(), base, flag, token: token.map(bearer).transpose()?, stale })
     }
 
-    /// Where it is.
+    /// Returns the base URL.
     pub fn base(&self) -> &str {
         &self.base
     }
 
-    /// Asks, and gives the answer when it is that this was done.
-    pub fn ask(&self, ask: &Ask<'_>) -> Result<Response<Body>, Failure> {
-        let mut request = Request::builder().method(ask.method).uri(format!("{}{}", self.base, ask.target));
+    /// Sends a request, and returns the response if its status is a success.
+    pub fn send(&self, api_request: &ApiRequest<'_>) -> Result<Response<Body>, ClientError> {
+        let mut request =
+            Request::builder().method(api_request.method).uri(format!("{}{}", self.base, api_request.target));
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, token);
         }
         if self.stale {
             request = request.header("kvs-consistency", "stale");
         }
-        for (name, value) in ask.headers {
+        for (name, value) in api_request.headers {
             request = request.header(*name, *value);
         }
-        let answered = match ask.body {
+        let answered = match api_request.body {
             None => request.body(()).map_err(ureq::Error::from).and_then(|request| self.agent.run(request)),
             Some(body) => {
-                if body.len() > ASK_FIRST_BYTES {
+                if body.len() > EXPECT_CONTINUE_BYTES {
                     request = request.header(header::EXPECT, "100-continue");
                 }
                 request.body(body).map_err(ureq::Error::from).and_then(|request| self.agent.run(request))
             }
         };
-        let response = answered.map_err(|error| self.unanswered(&error))?;
-        if response.status().is_success() { Ok(response) } else { Err(refused(response)) }
+        let response = answered.map_err(|error| self.transport_error(&error))?;
+        if response.status().is_success() { Ok(response) } else { Err(status_error(response)) }
     }
 
-    /// The end of an answer that began well.
-    pub fn unanswered(&self, error: &dyn std::error::Error) -> Failure {
+    /// Returns the error of a request without a complete response.
+    pub fn transport_error(&self, error: &dyn std::error::Error) -> ClientError {
         let mut reason = error.to_string();
         if reason.contains("UnknownIssuer") {
-            reason += ", which --cacert can name";
+            reason += " (add the CA with --cacert)";
         }
-        Failure::Unanswered { base: self.base.clone(), reason, flag: self.flag }
+        ClientError::Transport { base: self.base.clone(), reason, flag: self.flag }
     }
 }
 
 fn bearer(token: &str) -> Result<HeaderValue> {
-    // The error does not show it.
+    // The error does not show the token.
     let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
-        .map_err(|_| anyhow!("the token has characters that no token has"))?;
+        .map_err(|_| anyhow!("the token contains invalid characters"))?;
     value.set_sensitive(true);
     Ok(value)
 }
 
-fn refused(response: Response<Body>) -> Failure {
+fn status_error(response: Response<Body>) -> ClientError {
     let status = response.status().as_u16();
-    let again_after = response.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
+    let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
     let mut text = Vec::new();
-    // However it ends, the status is known.
+    // A read error is ignored: the status is known.
     let _ = response.into_body().into_reader().take(REASON_BYTES).read_to_end(&mut text);
     let mut reason = String::from_utf8_lossy(&text).trim().replace(char::is_control, " ");
     if reason.is_empty() {
-        reason = "the server gives no reason".to_owned();
+        reason = "the server returned no reason".to_owned();
     }
     if status == 401 {
-        reason += "; it can be in KVS_TOKEN or --token-file";
+        reason += "; set KVS_TOKEN or --token-file";
     }
-    Failure::Refused { status, reason, again_after: again_after.map(Duration::from_secs) }
+    ClientError::Status { status, reason, retry_after: retry_after.map(Duration::from_secs) }
 }
 
-/// The authorities in a file, or those that the system trusts.
+/// Reads the CAs in a file, or those that the system trusts.
 fn trusted(file: Option<&Path>) -> Result<Vec<Certificate<'static>>> {
     let Some(file) = file else {
         let found = rustls_native_certs::load_native_certs();
-        ensure!(!found.certs.is_empty(), "this system trusts no authorities; --cacert names some");
+        ensure!(!found.certs.is_empty(), "this system has no trusted CAs; give some with --cacert");
         return Ok(found.certs.iter().map(|der| Certificate::from_der(der).to_owned()).collect());
     };
     let name = file.display();
-    let pem = fs::read(file).with_context(|| format!("--cacert {name} cannot be read"))?;
+    let pem = fs::read(file).with_context(|| format!("cannot read --cacert {name}"))?;
     let mut certificates = Vec::new();
     for item in parse_pem(&pem) {
-        if let PemItem::Certificate(certificate) = item.with_context(|| format!("--cacert {name} is damaged"))? {
+        if let PemItem::Certificate(certificate) = item.with_context(|| format!("--cacert {name} is malformed"))? {
             certificates.push(certificate);
         }
     }
-    ensure!(!certificates.is_empty(), "--cacert {name} holds no certificate in PEM");
+    ensure!(!certificates.is_empty(), "--cacert {name} contains no PEM certificate");
     Ok(certificates)
 }
 
-/// The path of a key.
+/// Returns the path of a key.
 pub fn path_of(key: &str) -> String {
     format!("/v1/{}", utf8_percent_encode(key, IN_PATH))
 }
@@ -213,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_escaped_where_a_path_needs_it_and_nowhere_else() {
+    fn keys_are_escaped_only_where_needed() {
         assert_eq!(path_of("team-a_1.~!$&'()*+,;=:@"), "/v1/team-a_1.~!$&'()*+,;=:@");
         assert_eq!(path_of("a/b c%41?d#é\n"), "/v1/a%2Fb%20c%2541%3Fd%23%C3%A9%0A");
         let mut target = "/v1".to_owned();

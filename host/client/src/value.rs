@@ -5,12 +5,12 @@ use std::io::{self, IsTerminal, Read, Write};
 
 use anyhow::{Context, Result, bail};
 
-use super::server::{Ask, Server, add, path_of};
+use super::server::{ApiRequest, Server, add, path_of};
 
-/// More than any server takes.
+/// Maximum size of a value, above that of any server.
 const MAX_VALUE_BYTES: u64 = 1 << 30;
 
-/// A condition, without which nothing is changed.
+/// Precondition of a change.
 #[derive(Clone, Debug, Default)]
 pub enum Condition {
     #[default]
@@ -32,13 +32,13 @@ impl Condition {
     }
 }
 
-/// Prints the value as it is. At a terminal its last line is ended, so that the prompt is not glued to it.
+/// Prints the value unchanged. On a terminal a missing newline at its end is added.
 pub fn get(server: &Server, key: &str, out: &mut (impl Write + IsTerminal)) -> Result<()> {
-    let ask = Ask { method: "GET", target: &path_of(key), headers: &[], body: None };
-    let mut value = server.ask(&ask).with_context(|| format!("get {key}"))?.into_body().into_reader();
+    let request = ApiRequest { method: "GET", target: &path_of(key), headers: &[], body: None };
+    let mut value = server.send(&request).with_context(|| format!("get {key}"))?.into_body().into_reader();
     let (mut buffer, mut last) = ([0; 1 << 16], b'\n');
     loop {
-        let read = value.read(&mut buffer).map_err(|error| server.unanswered(&error))?;
+        let read = value.read(&mut buffer).map_err(|error| server.transport_error(&error))?;
         let Some(end) = buffer[..read].last() else { break };
         last = *end;
         out.write_all(&buffer[..read])?;
@@ -50,7 +50,7 @@ pub fn get(server: &Server, key: &str, out: &mut (impl Write + IsTerminal)) -> R
     Ok(())
 }
 
-/// What is put beside the key.
+/// Value and options of a put.
 #[derive(Debug)]
 pub struct Put {
     /// The value; `@FILE` is the content of a file, `None` standard input.
@@ -70,37 +70,38 @@ pub fn put(server: &Server, key: &str, put: &Put, out: &mut impl Write) -> Resul
     let condition = put.condition.header();
     let kind = put.content_type.as_ref().map(|kind| ("content-type", kind.clone()));
     let headers: Vec<_> = [&condition, &kind].into_iter().flatten().map(|(name, value)| (*name, &value[..])).collect();
-    let ask = Ask { method: "PUT", target: &target, headers: &headers, body: Some(&value) };
-    let response = server.ask(&ask).with_context(|| format!("put {key}"))?;
+    let request = ApiRequest { method: "PUT", target: &target, headers: &headers, body: Some(&value) };
+    let response = server.send(&request).with_context(|| format!("put {key}"))?;
     if let Some(tag) = response.headers().get("etag").and_then(|tag| tag.to_str().ok()) {
         writeln!(out, "{}", tag.trim_matches('"'))?;
     }
     Ok(())
 }
 
+/// Deletes a key.
 pub fn delete(server: &Server, key: &str, condition: &Condition) -> Result<()> {
     let condition = condition.header();
     let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
-    let ask = Ask { method: "DELETE", target: &path_of(key), headers: &headers, body: None };
-    server.ask(&ask).with_context(|| format!("delete {key}"))?;
+    let request = ApiRequest { method: "DELETE", target: &path_of(key), headers: &headers, body: None };
+    server.send(&request).with_context(|| format!("delete {key}"))?;
     Ok(())
 }
 
-fn read_value(said: Option<&str>) -> Result<Vec<u8>> {
-    let (name, mut from): (String, Box<dyn Read>) = match said {
+fn read_value(argument: Option<&str>) -> Result<Vec<u8>> {
+    let (name, mut from): (String, Box<dyn Read>) = match argument {
         None | Some("@-") => ("standard input".to_owned(), Box::new(io::stdin())),
         Some(text) => match text.strip_prefix('@') {
             None => return Ok(text.as_bytes().to_vec()),
             Some(name) => {
-                let file = File::open(name).with_context(|| format!("{name} cannot be read"))?;
+                let file = File::open(name).with_context(|| format!("cannot read {name}"))?;
                 (name.to_owned(), Box::new(file))
             }
         },
     };
     let mut value = Vec::new();
     let limited = from.by_ref().take(MAX_VALUE_BYTES + 1).read_to_end(&mut value);
-    if limited.with_context(|| format!("{name} cannot be read"))? as u64 > MAX_VALUE_BYTES {
-        bail!("{name} is larger than any value can be");
+    if limited.with_context(|| format!("cannot read {name}"))? as u64 > MAX_VALUE_BYTES {
+        bail!("{name} exceeds the maximum size of a value");
     }
     Ok(value)
 }

@@ -1,5 +1,4 @@
-//! Watches: prints changes of keys, a line each. A lost connection is made again, and the stream resumes after the last
-//! line.
+//! Watch: prints changes of keys, one line each. It reconnects after a lost connection, and resumes after the last line.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::thread;
@@ -10,15 +9,15 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
-use super::server::{Ask, Failure, Server, add};
+use super::server::{ApiRequest, ClientError, Server, add};
 
-/// Longer than any event, all of it escaped.
+/// Maximum length of a line: more than the largest event with every byte escaped.
 const LINE_BYTES: u64 = 8 << 30;
-/// How long to wait before the connection is made again, at first and at most.
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LAST_WAIT: Duration = Duration::from_secs(5);
+/// Backoff before a reconnect, at first and at most.
+const MIN_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// An event as it comes in.
+/// A server-sent event.
 #[derive(Default)]
 struct Event {
     id: Option<u64>,
@@ -26,7 +25,7 @@ struct Event {
     data: String,
 }
 
-/// Prints changes until an error ends it. `report` gets a line for people when the connection is made again.
+/// Prints changes until an error. `report` is called with a message when it reconnects.
 pub fn watch(
     server: &Server,
     prefix: &str,
@@ -35,7 +34,7 @@ pub fn watch(
     out: &mut dyn Write,
     report: fn(&str),
 ) -> Result<()> {
-    let (mut last, mut wait, mut watched) = (since, FIRST_WAIT, false);
+    let (mut last, mut wait, mut watched) = (since, MIN_BACKOFF, false);
     loop {
         let mut target = "/v1?watch".to_owned();
         if !prefix.is_empty() {
@@ -44,9 +43,9 @@ pub fn watch(
         if let Some(last) = last {
             add(&mut target, "since", &last.to_string());
         }
-        match server.ask(&Ask { method: "GET", target: &target, headers: &[], body: None }) {
+        match server.send(&ApiRequest { method: "GET", target: &target, headers: &[], body: None }) {
             Ok(response) => {
-                (wait, watched) = (FIRST_WAIT, true);
+                (wait, watched) = (MIN_BACKOFF, true);
                 let mut events = BufReader::new(response.into_body().into_reader());
                 let lost = loop {
                     match next(&mut events, &mut last) {
@@ -56,23 +55,23 @@ pub fn watch(
                 };
                 report(&format!("connection lost, reconnecting: {lost}"));
             }
-            Err(failure) if watched && may_pass(&failure) => {}
+            Err(failure) if watched && is_transient(&failure) => {}
             Err(failure) => return Err(failure).with_context(|| format!("watch {prefix}")),
         }
         thread::sleep(wait);
-        wait = LAST_WAIT.min(wait * 2);
+        wait = MAX_BACKOFF.min(wait * 2);
     }
 }
 
-/// A server that is being started again does not answer, or says that it is not ready.
-fn may_pass(failure: &Failure) -> bool {
+/// Returns whether a retry can succeed: a restarting server does not respond, or is not ready.
+fn is_transient(failure: &ClientError) -> bool {
     match failure {
-        Failure::Unanswered { .. } => true,
-        Failure::Refused { status, .. } => *status == 429 || *status >= 500,
+        ClientError::Transport { .. } => true,
+        ClientError::Status { status, .. } => *status == 429 || *status >= 500,
     }
 }
 
-/// The next event. `last` is what to go on after when the connection is lost.
+/// Reads the next event. `last` is set to the position to resume after.
 fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> {
     let mut event = Event::default();
     let mut line = String::new();
@@ -85,7 +84,7 @@ fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> 
             "id" => event.id = value.parse().ok(),
             "event" => value.clone_into(&mut event.kind),
             "data" => value.clone_into(&mut event.data),
-            // The end of one that only tells where the stream is.
+            // End of an event. One without data only has a position.
             "" if text.is_empty() => {
                 *last = event.id.or(*last);
                 if !event.data.is_empty() {
@@ -93,7 +92,7 @@ fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> 
                 }
                 event = Event::default();
             }
-            // A comment, or what later versions tell.
+            // A comment, or a field of a later version.
             _ => {}
         }
     }
@@ -101,7 +100,7 @@ fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> 
 
 fn print(event: &Event, json: bool, out: &mut dyn Write) -> Result<()> {
     let mut data: Map<String, Value> =
-        serde_json::from_str(&event.data).context("the server sends what is no event")?;
+        serde_json::from_str(&event.data).context("the server sent a malformed event")?;
     let id = event.id.unwrap_or_default();
     if json {
         data.insert("sequence".to_owned(), id.into());
@@ -126,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_is_read_as_it_is_written() {
+    fn stream_ends_after_last_complete_event() {
         let text = "id: 4\n\n:\n\nid: 7\nevent: put\ndata: {\"key\":\"a: b\",\"value\":\"x\\n\"}\n\n\
                     id: 8\nevent: put\ndata: {\"key\":\"c\",\"value_base64\":\"/w==\"}\n\n\
                     id: 9\nevent: delete\ndata: {\"key\":\"c\"}\n\nid: 10\nevent: put\nda";
@@ -134,17 +133,17 @@ mod tests {
         let (mut last, mut plain, mut json) = (None, Vec::new(), Vec::new());
         while let Ok(event) = next(&mut stream, &mut last) {
             assert_eq!(event.id, last);
-            print(&event, false, &mut plain).expect("a vector takes all");
-            print(&event, true, &mut json).expect("a vector takes all");
+            print(&event, false, &mut plain).expect("writing to a vector cannot fail");
+            print(&event, true, &mut json).expect("writing to a vector cannot fail");
         }
-        // The one that was cut off is not told, and comes again.
+        // The truncated event is not printed; the server sends it again after a resume.
         assert_eq!(last, Some(9));
         let plain = String::from_utf8(plain).expect("text");
         assert_eq!(plain, "7 put \"a: b\" = \"x\\n\"\n8 put \"c\" = b\"\\xff\"\n9 delete \"c\"\n");
         let json = String::from_utf8(json).expect("text");
         let first = r#"{"key":"a: b","sequence":7,"type":"put","value":"x\n"}"#;
         assert_eq!(json.lines().next(), Some(first));
-        // Where the stream begins is told before anything happens.
+        // The first position comes before any event.
         let mut last = None;
         assert!(next(&mut "id: 4\n\n".as_bytes(), &mut last).is_err());
         assert_eq!(last, Some(4));

@@ -1,9 +1,9 @@
-//! Numbers that are counted while requests are served, and the text that tells them to Prometheus.
+//! Metrics: counters and histograms, and their exposition to Prometheus in the OpenMetrics text format.
 //!
-//! To count costs an atomic add or two and takes no lock: who counts holds the counter itself, in a field or an array. What
-//! they are called is said only when somebody asks.
+//! Recording takes one or two atomic additions and no lock, nor an allocation: a component holds its counters in its own
+//! fields. Names and help are given only at a scrape.
 //!
-//! Owns: how numbers are kept and written down. Must never know: what they mean.
+//! Owns: the representation and the exposition of metrics. Must never know: their meaning.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,13 +15,13 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, 
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-/// The text's media type, as OpenMetrics has it.
+/// Media type of the exposition, as in OpenMetrics.
 pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What every name here begins with.
+/// Prefix of all names.
 const PREFIX: &str = "kvs";
 
-/// Grows only.
+/// A monotonic counter.
 #[derive(Default)]
 pub struct Counter(AtomicU64);
 
@@ -35,16 +35,16 @@ impl Counter {
     }
 }
 
-/// How many were how large. What is measured is a whole number; a unit of the text has `scale` of them.
+/// A histogram of integers. An exposed unit consists of `scale` recorded ones.
 pub struct Histogram {
     bounds: &'static [u64],
     scale: f64,
-    /// One for each bound, and one for what lies beyond.
+    /// One for each bound, and one for larger values.
     counts: Box<[Counter]>,
     sum: Counter,
 }
 
-/// Bounds of times, in nanoseconds: of what takes a microsecond, and of what waits for a disk or a network.
+/// Bounds of times, in nanoseconds: of operations of some microseconds, and of those that wait for a disk or a network.
 const SHORT: &[u64] =
     &[1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000];
 const LONG: &[u64] = &[
@@ -69,12 +69,12 @@ const SECOND: f64 = 1e9;
 const MANY: &[u64] = &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096];
 
 impl Histogram {
-    /// Of times of some microseconds.
+    /// Creates a histogram of times of some microseconds.
     pub fn of_short_times() -> Self {
         Self::new(SHORT, SECOND)
     }
 
-    /// Of times from a tenth of a millisecond to some seconds.
+    /// Creates a histogram of times from a tenth of a millisecond to some seconds.
     pub fn of_times() -> Self {
         Self::new(LONG, SECOND)
     }
@@ -110,12 +110,12 @@ impl Histogram {
     }
 }
 
-/// A part of the house that tells numbers of itself.
+/// A source of metrics.
 pub trait Measured: Send + Sync + 'static {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result;
 }
 
-/// Where a part writes its numbers. Names come without what all begin with, and counters without the `total` they end in.
+/// Writer of one exposition. Names are given without the common prefix, those of counters also without the suffix `total`.
 pub struct Page<'p>(DescriptorEncoder<'p>);
 
 /// The names and values of labels.
@@ -162,7 +162,7 @@ impl Page<'_> {
         histogram.write(self.0.encode_descriptor(name, help, None, MetricType::Histogram)?)
     }
 
-    /// Those that nothing was observed of are left out.
+    /// Writes the histograms that have observations.
     pub fn histograms<'h, const N: usize>(
         &mut self,
         name: &str,
@@ -176,13 +176,13 @@ impl Page<'_> {
         Ok(())
     }
 
-    /// What is told by its labels alone; `info` is added to its name.
+    /// Writes an info metric, whose labels are its value; the suffix `info` is added to its name.
     pub fn info<const N: usize>(&mut self, name: &str, help: &str, labels: Labels<'_, N>) -> fmt::Result {
         self.0.encode_descriptor(name, help, None, MetricType::Info)?.encode_info(&labels)
     }
 }
 
-/// All parts that tell numbers.
+/// All sources of metrics.
 pub struct Metrics(RwLock<Registry>);
 
 impl Default for Metrics {
@@ -192,28 +192,28 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// From now on this part is asked too.
-    pub fn add(&self, part: Arc<dyn Measured>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).register_collector(Box::new(Part(part)));
+    /// Registers a source.
+    pub fn add(&self, source: Arc<dyn Measured>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).register_collector(Box::new(SourceAdapter(source)));
     }
 
     pub fn text(&self) -> String {
         let mut page = String::new();
-        // Nothing that writes to a string fails.
+        // Writing to a string cannot fail.
         let _ = text::encode(&mut page, &self.0.read().unwrap_or_else(PoisonError::into_inner));
         page
     }
 }
 
-struct Part(Arc<dyn Measured>);
+struct SourceAdapter(Arc<dyn Measured>);
 
-impl fmt::Debug for Part {
+impl fmt::Debug for SourceAdapter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Part")
+        f.write_str("SourceAdapter")
     }
 }
 
-impl Collector for Part {
+impl Collector for SourceAdapter {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.0.measure(&mut Page(encoder))
     }
@@ -227,13 +227,13 @@ mod tests {
 
     impl Measured for Rain {
         fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-            page.histogram("rain_seconds", "How long it rained", &self.0)?;
+            page.histogram("rain_seconds", "Duration of the rain", &self.0)?;
             page.counters("drops", "Drops", [([("where", "\"here\"\\\n")], 7)])
         }
     }
 
     #[test]
-    fn what_is_observed_is_in_the_bucket_that_holds_it() {
+    fn observation_is_counted_in_its_bucket() {
         let rain = Arc::new(Rain(Histogram::of_short_times()));
         for nanoseconds in [0, 1_000, 1_001, 1_000_000_000, 1_000_000_001, u64::MAX / 4] {
             rain.0.observe(nanoseconds);
@@ -252,7 +252,7 @@ mod tests {
             "kvs_drops_total{where=\"\\\"here\\\"\\\\\\n\"} 7",
             "# EOF",
         ] {
-            assert!(text.lines().any(|told| told == line), "{line} is missing in:\n{text}");
+            assert!(text.lines().any(|written| written == line), "{line} is missing in:\n{text}");
         }
     }
 }

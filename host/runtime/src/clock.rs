@@ -1,4 +1,4 @@
-//! The clock: what time it is, and waiting.
+//! The clock: time, and waiting.
 //!
 //! Reading the system's clock through this costs a predicted branch over reading it directly.
 
@@ -8,19 +8,20 @@ use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// How often a thread that waits looks at a clock that is not the system's.
-const LOOK: Duration = Duration::from_millis(1);
+/// Polling interval of a waiting thread with an injected clock.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// A clock that is given from outside: one that a simulation moves, or that drifts from another process's.
+/// An injected clock, such as the manual one of a simulation, or one that drifts.
 pub trait Time: Send + Sync + 'static {
-    /// Monotonic time. Any `Instant` that was read once, plus what has passed since, will do.
+    /// Returns monotonic time: any `Instant`, plus the time passed since.
     fn now(&self) -> Instant;
-    /// Wall-clock time.
+    /// Returns wall-clock time.
     fn wall(&self) -> SystemTime;
-    /// Ends when so much time has passed.
+    /// Completes when this time has passed.
     fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
+/// The clock of a process, real or injected.
 #[derive(Clone)]
 pub struct Clock(Source);
 
@@ -32,7 +33,7 @@ enum Source {
 
 #[expect(clippy::disallowed_methods, reason = "the place where the system's clock is read")]
 impl Clock {
-    /// The operating system's clock, and tokio's timers.
+    /// Creates the clock of the operating system, with the timers of tokio.
     pub fn system() -> Self {
         Self(Source::System)
     }
@@ -41,7 +42,7 @@ impl Clock {
         Self(Source::Given(time))
     }
 
-    /// Monotonic time.
+    /// Returns monotonic time.
     #[inline]
     pub fn now(&self) -> Instant {
         match &self.0 {
@@ -50,13 +51,13 @@ impl Clock {
         }
     }
 
-    /// The time that has passed since.
+    /// Returns the time passed since.
     #[inline]
     pub fn elapsed(&self, since: Instant) -> Duration {
         self.now().saturating_duration_since(since)
     }
 
-    /// Wall-clock time.
+    /// Returns wall-clock time.
     pub fn wall(&self) -> SystemTime {
         match &self.0 {
             Source::System => SystemTime::now(),
@@ -64,7 +65,7 @@ impl Clock {
         }
     }
 
-    /// Wall-clock time in milliseconds since 1970.
+    /// Returns wall-clock time in milliseconds since 1970.
     #[inline]
     pub fn unix_ms(&self) -> u64 {
         let since = self.wall().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
@@ -86,14 +87,13 @@ impl Clock {
             Source::Given(given) => {
                 let begun = given.now();
                 while given.now().saturating_duration_since(begun) < time {
-                    thread::sleep(LOOK);
+                    thread::sleep(POLL_INTERVAL);
                 }
             }
         }
     }
 
-    /// [`Condvar::wait_timeout`] by this clock. True when the time is over; false when it was notified, or woken for no
-    /// reason.
+    /// [`Condvar::wait_timeout`] by this clock. Returns true on timeout; false after a notification or a spurious wakeup.
     pub fn wait_timeout<'m, T>(
         &self,
         changed: &Condvar,
@@ -106,7 +106,7 @@ impl Clock {
         };
         let begun = given.now();
         while given.now().saturating_duration_since(begun) < time {
-            let (woken, timeout) = changed.wait_timeout(guard, LOOK).unwrap_or_else(PoisonError::into_inner);
+            let (woken, timeout) = changed.wait_timeout(guard, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner);
             guard = woken;
             if !timeout.timed_out() {
                 return (guard, false);
@@ -138,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// Stands still until it is moved.
+    /// A manual clock.
     struct Manual {
         begun: Instant,
         passed: Mutex<Duration>,
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn given_clock_is_the_only_one_asked() {
+    async fn given_clock_replaces_the_system_clock() {
         let (_, clock) = manual();
         let begun = clock.now();
         clock.sleep(Duration::from_secs(3600)).await;
@@ -181,14 +181,14 @@ mod tests {
             scope.spawn(|| {
                 for _ in 0..200 {
                     *manual.passed.lock().unwrap() += Duration::from_secs(1);
-                    thread::sleep(LOOK);
+                    thread::sleep(POLL_INTERVAL);
                 }
             });
             let guard = mutex.lock().unwrap();
             drop(clock.wait_timeout_while(&changed, guard, Duration::from_secs(8), |()| true));
         });
         assert!(clock.unix_ms() >= 8_000);
-        // Nobody moves it, so only the notice can end this.
+        // The clock stands still, so only the notification can end this.
         thread::scope(|scope| {
             let guard = mutex.lock().unwrap();
             scope.spawn(|| {

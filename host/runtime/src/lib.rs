@@ -1,8 +1,8 @@
-//! The surroundings of the logic: a clock, a source of randomness, and the place where threads and tasks are started.
+//! The environment of the application logic: clock, randomness, and the supervisor of threads and tasks.
 //!
-//! The one [`Env`] of a process is made by [`Env::real`] where everything is put together, and handed to each part that
-//! needs it; there is no global one. A simulation or a model checker makes another, out of its own [`Time`], [`Entropy`] and
-//! [`Spawn`], and runs the same code. `clippy.toml` refuses calls that go around this crate.
+//! [`Env::real`] creates the single [`Env`] of a process at startup, and each component that needs it receives it; there is
+//! no global one. A simulation or a model checker creates its own, from a [`Time`], an [`Entropy`] and a [`Spawn`], and runs
+//! the same code. `clippy.toml` rejects calls that bypass this crate.
 //!
 //! Owns: the calls to the operating system and to tokio behind these. Must never know: what a task does.
 
@@ -33,7 +33,7 @@ impl fmt::Debug for Env {
 }
 
 impl Env {
-    /// The operating system's, and tasks of the tokio runtime in which they are started.
+    /// Creates the environment of the operating system. Tasks run in the tokio runtime that starts them.
     pub fn real() -> Self {
         Self { clock: Clock::system(), random: Random::system(), tasks: Tasks::system() }
     }

@@ -1,14 +1,15 @@
-//! Randomness: the operating system's, or a simulation's, which is the same in every run.
+//! Randomness: of the operating system, or the reproducible one of a simulation.
 
 use std::sync::Arc;
 
 use uuid::Uuid;
 
-/// A source that is given from outside.
+/// An injected source of randomness.
 pub trait Entropy: Send + Sync + 'static {
     fn fill(&self, bytes: &mut [u8]);
 }
 
+/// The source of randomness of a process.
 #[derive(Clone)]
 pub struct Random(Source);
 
@@ -18,9 +19,9 @@ enum Source {
     Given(Arc<dyn Entropy>),
 }
 
-#[expect(clippy::disallowed_methods, reason = "the place where the system is asked for randomness")]
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the randomness of the system")]
 impl Random {
-    /// The operating system's: nobody outside can foresee it.
+    /// Creates the cryptographically secure source of the operating system.
     pub fn system() -> Self {
         Self(Source::System)
     }
@@ -29,7 +30,7 @@ impl Random {
         Self(Source::Given(entropy))
     }
 
-    /// An error is the operating system's, which has none to give.
+    /// Fills `bytes`. Fails if the operating system provides no randomness.
     pub fn fill(&self, bytes: &mut [u8]) -> anyhow::Result<()> {
         match &self.0 {
             Source::System => getrandom::fill(bytes).map_err(|error| anyhow::anyhow!("no randomness: {error}")),
@@ -46,7 +47,7 @@ impl Random {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// A random UUID, of version 4.
+    /// Returns a random UUID, of version 4.
     pub fn uuid(&self) -> anyhow::Result<Uuid> {
         let mut bytes = [0; 16];
         self.fill(&mut bytes)?;
@@ -67,14 +68,14 @@ mod tests {
     }
 
     #[test]
-    fn given_source_is_the_only_one_asked() {
+    fn given_source_replaces_the_system_source() {
         let random = Random::given(Arc::new(Sevens));
         assert_eq!(random.u64().unwrap(), 0x0707_0707_0707_0707);
         assert_eq!(random.uuid().unwrap().to_string(), "07070707-0707-4707-8707-070707070707");
     }
 
     #[test]
-    fn system_never_repeats_itself() {
+    fn system_source_does_not_repeat() {
         let random = Random::system();
         assert_ne!(random.uuid().unwrap(), random.uuid().unwrap());
     }

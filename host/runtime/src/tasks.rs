@@ -1,19 +1,18 @@
-//! The supervisor: the one place that starts threads and tasks, and notices when one dies.
+//! The supervisor: the only place that starts threads and tasks, and detects their end.
 //!
-//! Each is started with its name and with what its end means:
+//! Each is started with a name and a policy for its end:
 //!
-//! - **Restart**: it is started again, with a backoff, after an error is logged and `kvs_task_restarts_total{task}` is
-//!   raised. For parts that keep no state of their own: reloaders, sweeps, the ticker.
-//! - **Fail**: whoever started it is handed the error. For parts that nothing can go on without: the threads and tasks of
-//!   the log, with which the log fails, the server stops serving, and the process exits with 1.
-//! - **Detach**: its end is normal, and a panic is logged and counted in `kvs_task_panics_total{task}`. For connections,
-//!   requests, and work whose result somebody waits for.
+//! - **Restart**: it is restarted with a backoff, after an error is logged and `kvs_task_restarts_total{task}` is
+//!   incremented. For stateless tasks: reloaders, sweeps, the ticker.
+//! - **Fail**: the error is passed to a callback. For essential threads and tasks: those of the log, with which the log
+//!   fails, the server stops serving, and the process exits with 1.
+//! - **Detach**: its end is normal; a panic is logged and counted in `kvs_task_panics_total{task}`. For connections,
+//!   requests, and work with an awaited result.
 //!
-//! That is what builds with unwinding panics do: all but the profile `dist`. There a panic ends the process at once, with a
-//! signal and hence not with 0, and whatever supervises it starts it again; what was acknowledged is in the log. An error
-//! that a task returns is the same in both.
+//! This applies to builds with unwinding panics: all but the profile `dist`, where a panic aborts the process with a signal,
+//! and its supervisor restarts it; acknowledged writes are in the log. An error returned by a task is handled alike in both.
 //!
-//! Owns: names, counts and backoffs. Must never know: what a task does.
+//! Owns: names, counters and backoffs. Must never know: the purpose of a task.
 
 mod handles;
 
@@ -36,25 +35,25 @@ use tracing::error;
 use crate::Clock;
 pub use handles::{Task, Thread};
 
-/// The pauses before restarts that follow on each other: doubled from the first to the last.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
-/// A task that ran for so long has not failed again for the same reason.
-const QUIET: Duration = Duration::from_secs(60);
+/// Backoff before consecutive restarts: doubled from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// Running time after which the backoff is reset.
+const BACKOFF_RESET: Duration = Duration::from_secs(60);
 
 pub type BoxedTask = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub type BoxedWork = Box<dyn FnOnce() + Send>;
 
-/// Threads and tasks that are given from outside: those of a simulation or of a model checker.
+/// An injected spawner of threads and tasks, of a simulation or a model checker.
 pub trait Spawn: Send + Sync + 'static {
     /// Starts a thread.
     fn thread(&self, name: &str, work: BoxedWork) -> io::Result<()>;
     /// Starts a task.
     fn task(&self, name: &str, task: BoxedTask);
-    /// Called within a thread or task whenever it begins, also again. A panic in here is one of it.
+    /// Called within a thread or task at each start and restart. A panic here counts as a panic of the task.
     fn begins(&self, _name: &str) {}
 }
 
-/// Starts threads and tasks. Clones share what is counted.
+/// The supervisor. Clones share their counters.
 #[derive(Clone)]
 pub struct Tasks {
     spawn: Spawner,
@@ -63,23 +62,23 @@ pub struct Tasks {
 
 #[derive(Clone)]
 enum Spawner {
-    /// In the tokio runtime of whoever starts a task.
+    /// In the current tokio runtime.
     System,
     In(Handle),
     Given(Arc<dyn Spawn>),
 }
 
-/// What is known of the tasks of one name.
+/// Counters and state of the tasks with one name.
 #[derive(Default)]
 struct Record {
     restarts: u64,
     panics: u64,
-    /// Why it does not run, while it waits to be started again.
+    /// The error, while the task waits for a restart.
     down: Option<String>,
 }
 
 impl Tasks {
-    /// The operating system's threads, and tasks of the tokio runtime in which they are started.
+    /// Creates a supervisor for threads of the operating system and tasks of the current tokio runtime.
     pub fn system() -> Self {
         Self { spawn: Spawner::System, ledger: Arc::default() }
     }
@@ -88,7 +87,7 @@ impl Tasks {
         Self { spawn: Spawner::Given(spawn), ledger: Arc::default() }
     }
 
-    /// The same, with tasks in this runtime whoever starts them.
+    /// Returns this supervisor with tasks in the given runtime.
     pub fn in_runtime(&self, runtime: &Handle) -> Self {
         let spawn = match &self.spawn {
             Spawner::System | Spawner::In(_) => Spawner::In(runtime.clone()),
@@ -97,7 +96,7 @@ impl Tasks {
         Self { spawn, ledger: Arc::clone(&self.ledger) }
     }
 
-    /// Policy *restart*: starts a task again when it panics or returns an error. Once it returns success it is over.
+    /// Policy *restart*: restarts a task that panics or returns an error, until it returns success.
     pub fn restart<T, F>(&self, name: &'static str, clock: &Clock, make: impl FnMut() -> F + Send + 'static) -> Task
     where
         T: Send,
@@ -121,7 +120,7 @@ impl Tasks {
         })
     }
 
-    /// Policy *fail*: a task whose panic or error is handed to `failed`.
+    /// Policy *fail*: passes the panic or error of a task to `failed`.
     pub fn fail<F>(&self, name: &'static str, task: F, failed: impl FnOnce(&Error) + Send + 'static) -> Task
     where
         F: Future<Output = Result<()>> + Send + 'static,
@@ -138,7 +137,7 @@ impl Tasks {
         })
     }
 
-    /// Policy *detach*: a task that may end at any time. Costs no more than to start it otherwise.
+    /// Policy *detach*: a task that may end at any time. It costs no more than a plain spawn.
     pub fn detach(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let witness = Witness { tasks: self.clone(), name };
         let task = async move {
@@ -149,16 +148,16 @@ impl Tasks {
         self.spawn(name, task);
     }
 
-    /// Runs within a task. A panic is logged and counted as one of a detached task, and returned as an error.
+    /// Runs `work` within the current task. A panic is logged and counted as one of a detached task, and returned as an error.
     pub async fn caught<T>(&self, name: &'static str, work: impl Future<Output = T>) -> Result<T> {
         let ended = AssertUnwindSafe(work).catch_unwind().await;
         caught(ended.map(Ok)).inspect_err(|error| {
-            error!(task = name, "a task panicked: {error:#}");
+            error!(task = name, "task panicked: {error:#}");
             self.ledger().entry(name).or_default().panics += 1;
         })
     }
 
-    /// Policy *restart* for a thread, which is started once and runs the work again.
+    /// Policy *restart* for a thread, which is created once and repeats the work.
     pub fn restart_thread<T>(
         &self,
         name: &'static str,
@@ -212,23 +211,23 @@ impl Tasks {
         })
     }
 
-    /// What does not run and is about to be started again, for those who look after it.
+    /// Returns a description of the tasks that wait for a restart.
     pub fn condition(&self) -> Option<String> {
         let ledger = self.ledger();
         let down = ledger.iter().filter_map(|(name, record)| {
             let reason = record.down.as_ref()?;
-            Some(format!("the task `{name}` failed and is started again soon: {reason}"))
+            Some(format!("the task `{name}` failed, restarting: {reason}"))
         });
         let down: Vec<_> = down.collect();
         (!down.is_empty()).then(|| down.join("; "))
     }
 
-    /// How often tasks of this name were started again.
+    /// Returns the number of restarts of tasks with this name.
     pub fn restarts(&self, name: &str) -> u64 {
         self.ledger().get(name).map_or(0, |record| record.restarts)
     }
 
-    /// How often detached tasks of this name panicked.
+    /// Returns the number of panics of detached tasks with this name.
     pub fn panics(&self, name: &str) -> u64 {
         self.ledger().get(name).map_or(0, |record| record.panics)
     }
@@ -274,9 +273,9 @@ impl Tasks {
         }
     }
 
-    /// Notes that a task does not run, until what this returns is dropped: at a restart, or when the task is aborted.
+    /// Marks a task as down until the returned guard is dropped: at its restart, or when it is aborted.
     fn goes_down(&self, name: &'static str, error: &Error, pause: Duration) -> Down {
-        error!(task = name, "a task failed and is started again in {pause:.0?}: {error:#}");
+        error!(task = name, "task failed, restarting in {pause:.0?}: {error:#}");
         let mut ledger = self.ledger();
         let record = ledger.entry(name).or_default();
         record.restarts += 1;
@@ -286,7 +285,7 @@ impl Tasks {
     }
 
     fn ledger(&self) -> MutexGuard<'_, BTreeMap<&'static str, Record>> {
-        // Every change under this lock is whole.
+        // Every change under this lock is complete.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -297,11 +296,11 @@ impl Measured for Tasks {
         let restarts = ledger.iter().map(|(name, record)| ([("task", *name)], record.restarts));
         page.counters("task_restarts", "Restarts of background tasks that failed", restarts)?;
         let panics = ledger.iter().map(|(name, record)| ([("task", *name)], record.panics));
-        page.counters("task_panics", "Panics of tasks that are not started again", panics)
+        page.counters("task_panics", "Panics of tasks that are not restarted", panics)
     }
 }
 
-/// A task that does not run.
+/// Guard of a task that is down.
 struct Down {
     tasks: Tasks,
     name: &'static str,
@@ -315,7 +314,7 @@ impl Drop for Down {
     }
 }
 
-/// Sees a detached task unwind. It is dropped in an orderly manner in any other case.
+/// Guard that reports the panic of a detached task, when it is dropped by unwinding.
 struct Witness {
     tasks: Tasks,
     name: &'static str,
@@ -324,7 +323,7 @@ struct Witness {
 impl Drop for Witness {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            error!(task = self.name, "a task panicked");
+            error!(task = self.name, "task panicked");
             self.tasks.ledger().entry(self.name).or_default().panics += 1;
         }
     }
@@ -336,14 +335,14 @@ struct Backoff {
 }
 
 impl Backoff {
-    /// The pause after a run that took so long.
+    /// Returns the backoff after a run of this duration.
     fn next(&mut self, ran: Duration) -> Duration {
-        self.pause = if ran >= QUIET { PAUSES.0 } else { (self.pause * 2).clamp(PAUSES.0, PAUSES.1) };
+        self.pause = if ran >= BACKOFF_RESET { BACKOFF.0 } else { (self.pause * 2).clamp(BACKOFF.0, BACKOFF.1) };
         self.pause
     }
 }
 
-/// A panic is an error like others.
+/// Turns a panic into an error.
 fn caught<T>(ended: std::thread::Result<Result<T>>) -> Result<T> {
     ended.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied();

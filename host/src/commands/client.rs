@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kvs_client::{Options, Server};
 
-/// The longest time without a byte from a server; one that streams sends keep-alives far more often.
+/// Read timeout; a server sends keep-alives on streams far more often.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
@@ -20,12 +20,12 @@ pub struct ServerArgs {
     #[command(flatten)]
     token: TokenArgs,
 
-    /// Trusted authorities, PEM, in place of those of the system
+    /// Trusted CA certificates, PEM, in place of those of the system
     #[arg(long, env = "KVS_CACERT", value_name = "FILE")]
     cacert: Option<PathBuf>,
 }
 
-/// The server that is read from.
+/// Options of commands that read from a server.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
 pub struct ReadArgs {
@@ -39,11 +39,11 @@ pub struct ReadArgs {
 
 #[derive(Debug, Default, clap::Args)]
 pub struct TokenArgs {
-    /// Bearer token; on the command line other users of this machine see it, in the variable or a file they do not
+    /// Bearer token; on the command line it is visible to other users of this machine, unlike in the variable or a file
     #[arg(long, env = "KVS_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
     token: Option<String>,
 
-    /// File that holds the bearer token
+    /// File with the bearer token
     #[arg(long, env = "KVS_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 }

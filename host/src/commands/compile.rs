@@ -17,7 +17,7 @@ pub struct Compile {
     #[arg(long, short, value_name = "GUEST.cwasm")]
     output: PathBuf,
 
-    /// Use all instructions of this machine's CPU; other CPUs may refuse the result
+    /// Use all CPU features of this machine; the result may not run on other CPUs
     #[arg(long)]
     native: bool,
 }

@@ -8,7 +8,7 @@ use super::client::ServerArgs;
 pub struct Delete {
     key: String,
 
-    /// Only when the key has this entity tag; * for any
+    /// Delete only if the key has this entity tag; * for any
     #[arg(long, value_name = "ETAG")]
     if_match: Option<String>,
 

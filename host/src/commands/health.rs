@@ -4,9 +4,9 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvs_client::{Ask, Failure, Options, Server};
+use kvs_client::{ApiRequest, ClientError, Options, Server};
 
-/// The longest time without a byte from the admin listener.
+/// Read timeout of the admin listener.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
@@ -30,8 +30,8 @@ pub fn run(args: &Health) -> Result<()> {
         stale: false,
     })?;
     let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
-    match server.ask(&Ask { method: "GET", target, headers: &[], body: None }) {
-        Err(rejected @ Failure::Refused { .. }) => Err(rejected).context(format!("not {state}")),
+    match server.send(&ApiRequest { method: "GET", target, headers: &[], body: None }) {
+        Err(rejected @ ClientError::Status { .. }) => Err(rejected).context(format!("not {state}")),
         response => {
             response?;
             writeln!(io::stdout(), "{state}")?;

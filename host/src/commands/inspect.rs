@@ -1,4 +1,4 @@
-//! `kvs inspect`: describes a component, and checks whether it could serve here.
+//! `kvs inspect`: describes a component, and checks whether this host can run it.
 
 use std::io;
 
@@ -14,7 +14,7 @@ pub struct Inspect {
 }
 
 pub fn run(args: &Inspect) -> anyhow::Result<()> {
-    // The largest value makes no difference to whether it fits.
+    // The maximum size of a value is irrelevant for the check.
     let limits = args.guest.limits(ByteSize(0))?;
     guest::inspect(&args.guest.source(), limits, args.guest.guest_config.clone(), &mut io::stdout().lock())
 }

@@ -42,7 +42,7 @@ pub struct Cli {
     #[arg(long, global = true, env = "KVS_LOG_FILTER", value_name = "FILTER", default_value = "info")]
     pub log_filter: String,
 
-    /// Format of diagnostics: text for people, json for an object per line
+    /// Format of diagnostics: text, or json with an object per line
     #[arg(long, global = true, env = "KVS_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub log_format: Format,
 }
@@ -54,35 +54,35 @@ pub enum Command {
     /// Create tokens for clients
     #[command(subcommand)]
     Token(token::TokenCommand),
-    /// Replace the serving guest, under load
+    /// Replace the serving guest, without downtime
     Swap(swap::Swap),
-    /// Check whether a server is ready; exit code 1 when it is not
+    /// Check whether a server is ready; exit code 1 if it is not
     Health(health::Health),
     /// Compile a guest ahead of time, for a binary without a compiler
     Compile(compile::Compile),
-    /// Describe a component, and check whether it could serve
+    /// Describe a component, and check whether this host can run it
     Inspect(Box<inspect::Inspect>),
     /// Verify, print, export, import and compact a transaction log that no server uses
     #[command(subcommand)]
     Txlog(txlog::TxlogCommand),
-    /// Print the value of a key, as it is
+    /// Print the value of a key, unchanged
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
     Put(Box<put::Put>),
     /// Delete a key
     Delete(delete::Delete),
-    /// Print all keys, or those that begin with PREFIX, in order
+    /// Print all keys, or those with a PREFIX, in order
     List(list::List),
-    /// Print changes of all keys, or of those that begin with PREFIX, as they happen
+    /// Print changes of all keys, or of those with a PREFIX, as they happen
     Watch(watch::Watch),
-    /// Print all keys, or those that begin with PREFIX, with their values, as JSON lines that `kvs import` reads
+    /// Print all keys, or those with a PREFIX, with their values, as JSON lines that `kvs import` reads
     ///
-    /// A key that changes in the meantime is printed as it was before or after.
+    /// The export is not a snapshot: a key that changes during the export is printed with its old or new value.
     Export(export::Export),
     /// Put the keys and values of JSON lines: {"key": "a", "value": "1"}, as `kvs export` prints them
     ///
     /// Beside `value`, or `value_base64`, a line can have `content_type`, and `ttl` in seconds or `expires` in milliseconds
-    /// since 1970. A file is checked whole before anything is put. Progress is kept in FILE.kvs-import.
+    /// since 1970. A file is validated completely before the first put. Progress is saved in FILE.kvs-import.
     Import(import::Import),
 }
 
@@ -111,7 +111,7 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
 /// Common prefix of the variables of all settings.
 const PREFIX: &str = "KVS_";
 
-/// The reason to reject a variable of the environment that looks like a setting and is not one.
+/// Returns the reason to reject an environment variable with the prefix of the settings that is not one of them.
 pub fn unknown_variable() -> Option<String> {
     let mut known = BTreeSet::new();
     add_variables(&Cli::command(), &mut known);

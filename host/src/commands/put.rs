@@ -11,14 +11,14 @@ use crate::parse::seconds;
 pub struct Put {
     key: String,
 
-    /// Value; @FILE for the content of a file, and without it standard input
+    /// Value; @FILE for the content of a file; standard input if omitted
     value: Option<String>,
 
-    /// Only when the key does not exist
+    /// Put only if the key does not exist
     #[arg(long, conflicts_with = "if_match")]
     create: bool,
 
-    /// Only when the key has this entity tag; * for any
+    /// Put only if the key has this entity tag; * for any
     #[arg(long, value_name = "ETAG")]
     if_match: Option<String>,
 

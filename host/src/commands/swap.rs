@@ -12,10 +12,10 @@ use serde_json::Value;
 use super::client::TokenArgs;
 use super::health::READ_TIMEOUT;
 use crate::guest::read_component;
-use kvs_client::{Ask, Failure, Options, Server};
+use kvs_client::{ApiRequest, ClientError, Options, Server};
 use kvs_runtime::Env;
 
-/// How often a swap is asked how far it is.
+/// Interval of the progress display.
 const PROGRESS: Duration = Duration::from_millis(200);
 
 #[derive(Debug, clap::Args)]
@@ -31,13 +31,13 @@ pub struct Swap {
     #[command(flatten)]
     token: TokenArgs,
 
-    /// Check the component and replay the log into it, without the switch
+    /// Validate the component and replay the log into it, but do not switch
     #[arg(long)]
     dry_run: bool,
 }
 
 pub fn run(args: &Swap) -> Result<()> {
-    // It answers when the new guest's probation is over.
+    // No read timeout: the server responds when the probation of the new guest is over.
     let token = args.token.read()?;
     let options = Options {
         url: &args.admin,
@@ -59,35 +59,35 @@ pub fn run(args: &Swap) -> Result<()> {
     bar.enable_steady_tick(PROGRESS);
     let (ended, end) = channel();
     let target = if args.dry_run { "/guest?dry-run" } else { "/guest" };
-    // Nobody waits for the thread when there is no answer: the process ends.
+    // The thread is not joined: without a response the process just exits.
     let _ = Env::real().tasks.detach_thread("swap", move || {
         let method = if component.is_some() { "PUT" } else { "DELETE" };
-        let _ = ended.send(server.ask(&Ask { method, target, headers: &[], body: component.as_deref() }));
+        let _ = ended.send(server.send(&ApiRequest { method, target, headers: &[], body: component.as_deref() }));
     });
-    let answer = loop {
+    let result = loop {
         match end.recv_timeout(PROGRESS) {
-            Ok(answer) => break answer,
+            Ok(result) => break result,
             Err(RecvTimeoutError::Timeout) => bar.set_message(progress(&watched).unwrap_or_default()),
-            Err(RecvTimeoutError::Disconnected) => bail!("the request to {base} ended half-way"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the request to {base} was aborted"),
         }
     };
     bar.finish_and_clear();
 
-    let response = match answer {
-        Err(refused @ Failure::Refused { .. }) => return Err(refused).context("not swapped"),
-        answer => answer?,
+    let response = match result {
+        Err(refused @ ClientError::Status { .. }) => return Err(refused).context("not swapped"),
+        result => result?,
     };
     let mut body = Vec::new();
     let read = response.into_body().into_reader().take(1 << 20).read_to_end(&mut body);
-    read.map_err(|error| watched.unanswered(&error))?;
+    read.map_err(|error| watched.transport_error(&error))?;
     let report: Value =
         serde_json::from_slice(&body).with_context(|| format!("{base} is not an admin listener of kvs"))?;
-    writeln!(io::stdout(), "{}", tell(&report))?;
+    writeln!(io::stdout(), "{}", summary(&report))?;
     Ok(())
 }
 
-/// One line for people.
-fn tell(report: &Value) -> String {
+/// Summarizes the report of a swap in one line.
+fn summary(report: &Value) -> String {
     let text = |name: &str| report[name].as_str().unwrap_or("?").to_owned();
     let seconds = |name: &str| report[name].as_f64().unwrap_or_default();
     let (name, version) = (text("name"), text("version"));
@@ -106,7 +106,7 @@ fn tell(report: &Value) -> String {
 }
 
 fn progress(server: &Server) -> Option<String> {
-    let response = server.ask(&Ask { method: "GET", target: "/guest", headers: &[], body: None }).ok()?;
+    let response = server.send(&ApiRequest { method: "GET", target: "/guest", headers: &[], body: None }).ok()?;
     let status: Value = serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()?;
     let swap = status.get("swap").filter(|swap| !swap.is_null())?;
     let phase = swap["phase"].as_str()?;

@@ -10,17 +10,17 @@ use crate::edge::auth::{self, Scope};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenCommand {
-    /// Create a token: its hash goes into the file, the token itself to standard output, this once
+    /// Create a token: the file gets its hash, and the token itself is printed once
     Create {
-        /// Name of its owner, which is the principal that the guest sees
+        /// Name of the owner, the principal of its requests
         name: String,
         /// Scope
         #[arg(long, default_value = "read")]
         scope: Scope,
-        /// Prefix of the paths that it allows
+        /// Prefix of the allowed paths
         #[arg(long, value_name = "PREFIX")]
         path_prefix: Option<String>,
-        /// Token file, created when it does not exist
+        /// Token file, created if it does not exist
         #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
         tokens: PathBuf,
     },

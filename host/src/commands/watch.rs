@@ -10,11 +10,11 @@ pub struct Watch {
     #[arg(default_value = "", hide_default_value = true)]
     prefix: String,
 
-    /// Sequence to resume after; without it, the watch begins now
+    /// Sequence to resume after; by default the watch begins now
     #[arg(long, value_name = "SEQUENCE")]
     since: Option<u64>,
 
-    /// Print an object per line; a value that is not text is `value_base64`
+    /// Print an object per line; a value that is not UTF-8 is `value_base64`
     #[arg(long)]
     json: bool,
 

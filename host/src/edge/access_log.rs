@@ -1,7 +1,7 @@
-//! The access log: a line for each request, so many a second at most. What is left out is counted, and told when the
-//! second is over.
+//! The access log: a line for each request, up to a rate per second. Requests over the rate are counted, and reported at the
+//! end of the second.
 //!
-//! Owns: what is told of a request. Never a body or a header but its id.
+//! Owns: the logged fields of a request. Bodies and headers are never logged, except the request id.
 
 use std::convert::Infallible;
 use std::mem;
@@ -16,22 +16,23 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// What is told of a target at most.
+/// Maximum length of a logged target.
 const TARGET_BYTES: usize = 256;
 
+/// The access log.
 pub struct AccessLog {
-    most: usize,
+    rate: usize,
     second: Mutex<Second>,
 }
 
-/// The second under way; [`AccessLog::start`] has it ended.
+/// Counters of the current second, which the task of [`AccessLog::start`] resets.
 #[derive(Default)]
 struct Second {
-    told: usize,
+    logged: usize,
     left_out: usize,
 }
 
-/// What is told.
+/// The logged fields of a request.
 pub struct Line<'l> {
     pub id: &'l HeaderValue,
     pub peer: SocketAddr,
@@ -39,18 +40,18 @@ pub struct Line<'l> {
     pub method: &'l Method,
     pub uri: &'l Uri,
     pub status: StatusCode,
-    /// Of the body; none of a response that goes on.
+    /// Size of the response body; None for a stream.
     pub bytes: Option<u64>,
     pub took: Duration,
 }
 
 impl AccessLog {
-    /// Tells of at most so many requests a second.
-    pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, second: Mutex::default() })
+    /// Creates an access log of at most `rate` requests per second.
+    pub fn new(rate: usize) -> Arc<Self> {
+        Arc::new(Self { rate, second: Mutex::default() })
     }
 
-    pub fn tell(&self, line: &Line<'_>) {
+    pub fn log(&self, line: &Line<'_>) {
         if !self.has_room() {
             return;
         }
@@ -63,35 +64,35 @@ impl AccessLog {
 
     fn has_room(&self) -> bool {
         let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = second.told < self.most;
-        if room {
-            second.told += 1;
+        let has_room = second.logged < self.rate;
+        if has_room {
+            second.logged += 1;
         } else {
             second.left_out += 1;
         }
-        room
+        has_room
     }
 
-    /// Starts the task that tells what was left out in each second, to the end of the process.
+    /// Starts the task that reports the requests over the rate in each second.
     pub fn start(self: &Arc<Self>, env: &Env) -> Task {
         let access_log = Arc::clone(self);
-        env.tasks.restart("access log", &env.clock, move || Arc::clone(&access_log).keep())
+        env.tasks.restart("access log", &env.clock, move || Arc::clone(&access_log).run())
     }
 
-    async fn keep(self: Arc<Self>) -> anyhow::Result<Infallible> {
+    async fn run(self: Arc<Self>) -> anyhow::Result<Infallible> {
         let mut interval = interval(SECOND);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
             let Second { left_out, .. } = mem::take(&mut *self.second.lock().unwrap_or_else(PoisonError::into_inner));
             if left_out > 0 {
-                warn!(left_out, "requests that the access log left out");
+                warn!(left_out, "access log rate exceeded, requests were not logged");
             }
         }
     }
 }
 
-/// Path and query, and not without end.
+/// Returns path and query, truncated.
 fn target(uri: &Uri) -> String {
     let mut target = uri.path_and_query().map_or("", |target| target.as_str()).to_owned();
     if target.len() > TARGET_BYTES {

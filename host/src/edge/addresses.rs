@@ -1,23 +1,23 @@
-//! How many connections each address has.
+//! Limit of connections per client address.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bounded by the connections there are.
+/// Number of connections of each address. Its size is bounded by the number of connections.
 #[derive(Default)]
 pub struct Addresses(Mutex<HashMap<IpAddr, usize>>);
 
-/// One of an address's connections, until it is dropped.
-pub struct Counted {
+/// Permit of a connection, released on drop.
+pub struct ConnectionPermit {
     all: Arc<Addresses>,
     address: IpAddr,
 }
 
 impl Addresses {
-    /// Counts a connection, unless its address has `most` already.
-    pub fn enter(self: &Arc<Self>, address: IpAddr, most: usize) -> Option<Counted> {
+    /// Returns a permit, unless the address has `most` connections already.
+    pub fn enter(self: &Arc<Self>, address: IpAddr, most: usize) -> Option<ConnectionPermit> {
         let address = network(address);
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address).or_default();
@@ -25,11 +25,11 @@ impl Addresses {
             return None;
         }
         *count += 1;
-        Some(Counted { all: Arc::clone(self), address })
+        Some(ConnectionPermit { all: Arc::clone(self), address })
     }
 }
 
-impl Drop for Counted {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut counts = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Entry::Occupied(mut count) = counts.entry(self.address) {
@@ -41,7 +41,7 @@ impl Drop for Counted {
     }
 }
 
-/// What counts as one address: of IPv6 the 64 bits that one customer has, of IPv4 written as IPv6 the IPv4.
+/// Returns the network that counts as one address: for IPv6 the /64 of one customer, for IPv4-mapped IPv6 the IPv4 address.
 pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),

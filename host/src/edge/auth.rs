@@ -1,10 +1,9 @@
-//! Who may do what: bearer tokens, each with a scope.
+//! Authentication and authorization: bearer tokens, each with a scope.
 //!
-//! A file has one token a line: a name, a scope, the SHA-256 of the token in hexadecimal, and, for a token that is bound
-//! to some keys, the prefix of their paths. The token itself is nowhere; it is 256 random bits, so its hash says nothing
-//! of it.
+//! The token file has one token per line: a name, a scope, the SHA-256 of the token in hexadecimal, and optionally a path
+//! prefix that it is limited to. The token itself is not stored; it is 256 random bits, so its hash reveals nothing.
 //!
-//! Must never know: what a path means. Scopes go by method, and prefixes by the bytes of the path as it was sent.
+//! Must never know: the meaning of a path. Scopes depend on the method, and prefixes on the bytes of the path as sent.
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -28,17 +27,17 @@ use super::fresh::Fresh;
 use super::refusal::{Answer, Refusal, refuse};
 use crate::contract;
 
-/// What a token starts with, so that those who look for leaked secrets know it.
-pub const MARK: &str = "kvs_";
+/// Prefix of tokens, so that scanners recognise leaked ones.
+pub const TOKEN_PREFIX: &str = "kvs_";
 
-/// What a token allows. Each allows what those before it do.
+/// Scope of a token. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Scope {
     /// GET, HEAD and OPTIONS
     Read,
     /// Every method
     Write,
-    /// The admin listener too
+    /// Also the admin listener
     Admin,
 }
 
@@ -58,79 +57,79 @@ struct Token {
     prefix: Option<String>,
 }
 
-/// Who asks, by which token, and what that allows.
+/// Principal, scope and token of a request.
 pub struct Grant {
     pub name: Arc<str>,
     pub scope: Scope,
     hash: Hash,
 }
 
-/// The tokens that are in force.
-pub type Tokens = Fresh<Known>;
+/// The reloadable table of tokens.
+pub type Tokens = Fresh<TokenTable>;
 
-/// Tokens by the first bytes of their hashes, with the whole of them.
+/// Table of tokens, by the first bytes of their hashes.
 ///
-/// Hashes are compared in constant time, also when there is none to compare with. How long it takes to find the first
-/// bytes of one says nothing of a token that has them.
-pub struct Known(HashMap<First, Vec<(Hash, Token)>>);
+/// Hashes are compared in constant time, even if there is none to compare with. The time to look up the first bytes reveals
+/// nothing about a token.
+pub struct TokenTable(HashMap<First, Vec<(Hash, Token)>>);
 
 type Hash = [u8; 32];
 type First = [u8; 8];
 
-/// The hash of nothing that anybody has.
+/// Dummy hash for a comparison in constant time.
 const NOBODY: Hash = [0; 32];
 
-/// Reads the file, again whenever it changes.
+/// Loads the token file, and reloads it when it changes.
 pub fn load(file: &Path) -> Result<Arc<Tokens>> {
     let file = file.to_owned();
-    Fresh::new("the file of tokens", vec![file.clone()], move || {
-        let text = fs::read_to_string(&file).with_context(|| format!("--tokens {} cannot be read", file.display()))?;
-        Known::parse(&text).with_context(|| format!("--tokens {}", file.display()))
+    Fresh::new("the token file", vec![file.clone()], move || {
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read --tokens {}", file.display()))?;
+        TokenTable::parse(&text).with_context(|| format!("--tokens {}", file.display()))
     })
 }
 
-impl Known {
+impl TokenTable {
     fn parse(text: &str) -> Result<Self> {
         let mut tokens = HashMap::new();
         let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
         for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
-            // The line is not shown: somebody may have put the token itself there.
+            // The error does not show the line, which may contain the token itself by mistake.
             let (hash, token) = parse_line(line).with_context(|| format!("line {number}"))?;
-            let alike: &mut Vec<(Hash, Token)> = tokens.entry(first(&hash)).or_default();
-            ensure!(alike.iter().all(|(other, _)| *other != hash), "line {number}: this token is there twice");
-            alike.push((hash, token));
+            let same_prefix: &mut Vec<(Hash, Token)> = tokens.entry(first(&hash)).or_default();
+            ensure!(same_prefix.iter().all(|(other, _)| *other != hash), "line {number}: duplicate token");
+            same_prefix.push((hash, token));
         }
         Ok(Self(tokens))
     }
 
-    /// Finds out who asks, and whether that is allowed.
+    /// Authenticates and authorizes a request.
     ///
-    /// The prefix of its paths is enforced here, and the guest does not hear of it: which keys a path names is for the guest to
-    /// say, so no prefix of keys follows from it.
+    /// The path prefix of a token is enforced here and not passed to the guest: which keys a path names depends on the guest,
+    /// so no key prefix follows from it.
     pub fn check(&self, head: &Parts) -> Result<Grant, Refusal> {
         let (hash, token) = self.find(&head.headers)?;
         token.allow(hash, &head.method, head.uri.path())
     }
 
-    /// Whether what was granted for a request still is.
+    /// Checks that an earlier grant is still valid.
     fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Refusal> {
         let token = self.known(&grant.hash).ok_or_else(unknown)?;
         let now = token.allow(grant.hash, method, path)?;
-        // The guest answered for this name and scope.
+        // The response of the guest was for this name and scope.
         let holds = now.name == grant.name && now.scope >= grant.scope;
-        if holds { Ok(()) } else { Err(forbidden("this token allows less than when this began")) }
+        if holds { Ok(()) } else { Err(forbidden("the permissions of the token were reduced during the request")) }
     }
 
-    /// The same for the admin listener.
+    /// Authenticates and authorizes a request to the admin listener.
     pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let (_, token) = self.find(headers)?;
         let admin = token.scope == Scope::Admin && token.prefix.is_none();
-        if admin { Ok(()) } else { Err(forbidden("this token is not for the admin listener")) }
+        if admin { Ok(()) } else { Err(forbidden("the token is not valid for the admin listener")) }
     }
 
     fn known(&self, hash: &Hash) -> Option<&Token> {
         match self.0.get(&first(hash)) {
-            Some(alike) => alike.iter().find(|(other, _)| other.ct_eq(hash).into()).map(|(_, token)| token),
+            Some(same_prefix) => same_prefix.iter().find(|(other, _)| other.ct_eq(hash).into()).map(|(_, token)| token),
             None => {
                 black_box(NOBODY.ct_eq(hash));
                 None
@@ -141,7 +140,7 @@ impl Known {
     fn find(&self, headers: &HeaderMap) -> Result<(Hash, &Token), Refusal> {
         let mut given = headers.get_all(header::AUTHORIZATION).iter();
         let token = match (given.next(), given.next()) {
-            (None, _) => return Err(unauthorized("a token is needed: Authorization: Bearer TOKEN", "")),
+            (None, _) => return Err(unauthorized("a bearer token is required: Authorization: Bearer TOKEN", "")),
             (Some(only), None) => bearer(only.as_bytes()),
             _ => None,
         };
@@ -157,20 +156,20 @@ impl Token {
             _ => Scope::Write,
         };
         if self.scope < needed {
-            return Err(forbidden("this token is for reading only"));
+            return Err(forbidden("the token is read-only"));
         }
         if let Some(prefix) = &self.prefix
             && !within(prefix, path)
         {
-            return Err(forbidden("this token is for other paths"));
+            return Err(forbidden("the token is not valid for this path"));
         }
-        // One that is bound to paths is not for the admin listener, whatever its scope.
+        // A token with a path prefix is never valid for the admin listener.
         let scope = if self.prefix.is_some() { self.scope.min(Scope::Write) } else { self.scope };
         Ok(Grant { name: Arc::clone(&self.name), scope, hash })
     }
 }
 
-/// What a token allowed for a request that goes on.
+/// Authorization of a streaming or waiting request.
 pub struct Standing {
     pub tokens: Arc<Tokens>,
     pub grant: Grant,
@@ -179,9 +178,9 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// Returns when that is not allowed any more, and why.
+    /// Waits until the authorization is revoked, and returns the response for it.
     pub async fn revoked(&self) -> Refusal {
-        // Before the first look, so that nothing is missed.
+        // Before the first check, so that no reload is missed.
         let mut renewals = self.tokens.renewals();
         loop {
             if let Err(refusal) = self.tokens.get().check_again(&self.grant, &self.method, self.uri.path()) {
@@ -194,7 +193,7 @@ impl Standing {
     }
 }
 
-/// The same; without tokens nothing is revoked.
+/// Waits for a revocation; never returns without tokens.
 pub async fn revoked(standing: Option<&Standing>) -> Refusal {
     match standing {
         Some(standing) => standing.revoked().await,
@@ -203,7 +202,7 @@ pub async fn revoked(standing: Option<&Standing>) -> Refusal {
 }
 
 fn unknown() -> Refusal {
-    unauthorized("this token is not known", ", error=\"invalid_token\"")
+    unauthorized("the token is unknown", ", error=\"invalid_token\"")
 }
 
 fn first(hash: &Hash) -> First {
@@ -215,19 +214,22 @@ fn parse_line(line: &str) -> Result<(Hash, Token)> {
     let (name, scope, hash, prefix) = match words[..] {
         [name, scope, hash] => (name, scope, hash, None),
         [name, scope, hash, prefix] => (name, scope, hash, Some(prefix.to_owned())),
-        _ => return Err(anyhow!("a line is: NAME SCOPE SHA256 [PATH-PREFIX]")),
+        _ => return Err(anyhow!("the line is not NAME SCOPE SHA256 [PATH-PREFIX]")),
     };
     check_name(name)?;
     let scope = Scope::from_str(scope, false).map_err(|_| anyhow!("the scope is not read, write or admin"))?;
     let hash = from_hex(hash).context("the hash is not 64 hexadecimal digits")?;
-    ensure!(prefix.as_ref().is_none_or(|prefix| prefix.starts_with('/')), "a path prefix starts with a slash");
+    ensure!(prefix.as_ref().is_none_or(|prefix| prefix.starts_with('/')), "the path prefix must start with a slash");
     Ok((hash, Token { name: name.into(), scope, prefix }))
 }
 
-/// Names are never mistaken for the subject of a certificate, which has an equals sign.
+/// Validates a name. It cannot equal the subject of a certificate, which contains an equals sign.
 fn check_name(name: &str) -> Result<()> {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    ensure!((1..=64).contains(&name.len()) && name.bytes().all(fits), "a name is 1 to 64 letters, digits, - _ and .");
+    ensure!(
+        (1..=64).contains(&name.len()) && name.bytes().all(fits),
+        "the name must be 1 to 64 letters, digits, - _ and ."
+    );
     Ok(())
 }
 
@@ -236,7 +238,7 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
-/// Whether a path, as it was sent, lies below a prefix, however the guest reads it: one with dot segments may not.
+/// Returns whether a path, as sent, lies below a prefix, however the guest normalizes it: dot segments are excluded.
 fn within(prefix: &str, path: &str) -> bool {
     let plain =
         path.to_ascii_lowercase().replace("%2e", ".").replace("%2f", "/").replace("%5c", "/").replace('\\', "/");
@@ -251,7 +253,7 @@ fn forbidden(reason: &str) -> Refusal {
     challenge(refuse(StatusCode::FORBIDDEN, reason), ", error=\"insufficient_scope\"")
 }
 
-/// As RFC 6750 has it.
+/// Adds the challenge of RFC 6750.
 fn challenge(mut response: Answer, error: &str) -> Refusal {
     if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"kvs\"{error}")) {
         response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
@@ -278,12 +280,12 @@ fn from_hex(text: &str) -> Option<Hash> {
     Some(bytes)
 }
 
-/// Creates a token: appends the line with its hash to the file, and returns the token, which is nowhere else.
+/// Creates a token: appends the line with its hash to the file, and returns the token, which is stored nowhere.
 pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, random: &Random) -> Result<String> {
     check_name(name)?;
     let mut secret = [0; 32];
     random.fill(&mut secret)?;
-    let token = format!("{MARK}{}", hex(&secret));
+    let token = format!("{TOKEN_PREFIX}{}", hex(&secret));
     let scope = scope.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
     let prefix = path_prefix.map(|prefix| format!(" {prefix}")).unwrap_or_default();
     let line = format!("{name} {scope} {}{prefix}", hex(&hash(token.as_bytes())));
@@ -293,10 +295,10 @@ pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, 
         Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
     };
-    let known = Known::parse(&before).with_context(|| file.display().to_string())?;
+    let known = TokenTable::parse(&before).with_context(|| file.display().to_string())?;
     ensure!(
         known.0.values().flatten().all(|(_, token)| *token.name != *name),
-        "{} has a token of this name; take another, or remove it",
+        "{} already has a token with this name; choose another name, or remove it",
         file.display()
     );
     let mut options = OpenOptions::new();
@@ -311,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_lies_below_a_prefix_only_when_nobody_can_read_it_otherwise() {
+    fn path_below_prefix_must_be_unambiguous() {
         for (path, below) in [
             ("/v1/team-a", true),
             ("/v1/team-a/x", true),
@@ -332,9 +334,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_wrong_is_told_by_its_line_and_not_by_its_contents() {
+    fn token_file_errors_show_line_not_content() {
         let hash = "0".repeat(64);
-        assert!(Known::parse(&format!("# people\n\nalice read {hash}\n")).is_ok());
+        assert!(TokenTable::parse(&format!("# people\n\nalice read {hash}\n")).is_ok());
         for (text, line) in [
             ("alice".to_owned(), 1),
             (format!("\nalice all {hash}"), 2),
@@ -344,7 +346,7 @@ mod tests {
             (format!("alice read {hash} v1"), 1),
             (format!("alice read {hash}\nbob read {hash}"), 2),
         ] {
-            let error = format!("{:#}", Known::parse(&text).err().expect("it is wrong"));
+            let error = format!("{:#}", TokenTable::parse(&text).err().expect("it is invalid"));
             assert!(error.starts_with(&format!("line {line}: ")) && !error.contains("secret"), "{text}: {error}");
         }
     }

@@ -1,4 +1,4 @@
-//! Reads a body whole, within its limits of size, time and pace.
+//! Reading of request bodies, with limits of size, time and rate.
 
 use std::time::Duration;
 
@@ -12,16 +12,18 @@ use tracing::debug;
 
 use super::Limits;
 use super::budget::Charge;
-use super::frames::SMALL;
+use super::frames::SMALL_DATA;
 use super::metrics::Limit;
 use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
 
-/// Most parts of a body that are smaller than 16 bytes, as in chunks of a byte each. A part costs as much as a kilobyte.
+/// Maximum number of parts of a body that are smaller than 16 bytes, as in chunks of a byte each. A part costs as much as a
+/// kilobyte.
 const SMALL_PARTS: u32 = 10_000;
 
-/// A body is not called slow before this.
+/// Time before the minimum rate applies.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Reads a body completely.
 pub async fn read(
     headers: &HeaderMap,
     mut body: Arriving,
@@ -47,7 +49,7 @@ pub async fn read(
         let frame = match timeout_at(deadline.min(pace), body.frame()).await {
             Ok(None) => return Ok(whole),
             Ok(Some(Ok(frame))) => frame,
-            // Nobody is left to read this, unless only the framing was wrong.
+            // The client gets this response only if just the framing was invalid.
             Ok(Some(Err(error))) => {
                 debug!("body: {error}");
                 return Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")).into());
@@ -57,15 +59,15 @@ pub async fn read(
                 return Err(closing(beyond(Limit::BodyTimeout, refusal)).into());
             }
         };
-        // Trailers are not for guests.
+        // Trailers are ignored.
         let Ok(data) = frame.into_data() else { continue };
         if (whole.len() + data.len()) as u64 > limit {
-            let reason = format!("the body is more than the {limit} bytes that are allowed");
+            let reason = format!("the body exceeds {limit} bytes");
             return Err(unread(headers, body, too_large(&reason)).into());
         }
-        small_parts += u32::from(data.len() < SMALL);
+        small_parts += u32::from(data.len() < SMALL_DATA);
         if small_parts > SMALL_PARTS {
-            let reason = format!("the body came in more than {SMALL_PARTS} parts of less than {SMALL} bytes");
+            let reason = format!("the body has more than {SMALL_PARTS} parts of less than {SMALL_DATA} bytes");
             return Err(unread(headers, body, refuse(StatusCode::BAD_REQUEST, &reason)).into());
         }
         if charge.hold(head_bytes + whole.len() + data.len()).is_err() {
@@ -74,7 +76,7 @@ pub async fn read(
         if whole.is_empty() {
             whole = data;
         } else {
-            // In place, as long as nobody else holds it.
+            // In place, unless the buffer is shared.
             let mut grown = whole.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
             grown.extend_from_slice(&data);
             whole = grown.freeze();
@@ -82,7 +84,7 @@ pub async fn read(
     }
 }
 
-/// What is refused because clients hold as much as they may.
+/// Returns the rejection of a request when the budget of bytes in flight is used up.
 pub fn full() -> Answer {
     let reason = "too many bytes of requests and responses are in flight";
     beyond(Limit::InflightBytes, refuse(StatusCode::SERVICE_UNAVAILABLE, reason))

@@ -22,19 +22,19 @@ use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
 use super::budget::Account;
-use super::counted::Counted;
+use super::counted::MeteredSocket;
 use super::frames::PREFACE;
-use super::metrics::{Beyond, Limit};
-use super::multiplex::{Streams, Turn};
-use super::overheard::Overheard;
-use super::patience::{Activity, Patience, Verdict};
+use super::metrics::{Limit, LimitExceeded};
+use super::multiplex::{RequestExecutor, TimeSlice};
+use super::overheard::FrameInspector;
+use super::patience::{Activity, ConnectionTimeouts, TimeoutAction};
 use super::{Edge, tls};
 use crate::guest::Client;
 
-/// Bytes of bodies that an HTTP/2 client may send before a request takes them: more than the network holds at 5 MB/s over 50 ms. What is
-/// not taken is in no budget, so a connection has one such window, whatever its streams are.
+/// Flow-control window of an HTTP/2 connection and of its streams, in bytes: more than the network holds at 5 MB/s over 50 ms.
+/// Bytes that no request has read are in no budget, so all streams of a connection share one window.
 const WINDOW: u32 = 256 << 10;
-/// Bytes of a response that an HTTP/2 stream takes in advance. A piece that is larger is shared with the budget, not copied.
+/// Size of the send buffer of an HTTP/2 stream. A larger piece is shared with the budget, not copied.
 const SEND_BUFFER: usize = 64 << 10;
 
 /// How often to look whether the rest of it has come.
@@ -66,22 +66,22 @@ impl Edge {
             let http2 = tokio::select! {
                 begun = timeout(self.limits.header_timeout, speaks_http2(&socket)) => match begun {
                     Ok(http2) => http2?,
-                    Err(_) => bail!(Beyond(Limit::HeaderTimeout)),
+                    Err(_) => bail!(LimitExceeded(Limit::HeaderTimeout)),
                 },
                 _ = stop.changed() => return Ok(()),
             };
             let activity = Arc::<Activity>::default();
-            let stream = Counted::new(&socket, metrics, &activity);
+            let stream = MeteredSocket::new(&socket, metrics, &activity);
             return self.http(stream, http2, self.peer(client, socket), activity, pending(), stop).await;
         };
         let activity = Arc::<Activity>::default();
         let renewals = tls.renewals();
         let shaking =
-            TlsAcceptor::from(Arc::clone(&tls.get().config)).accept(Counted::new(&socket, metrics, &activity));
+            TlsAcceptor::from(Arc::clone(&tls.get().config)).accept(MeteredSocket::new(&socket, metrics, &activity));
         let stream = tokio::select! {
             shaken = timeout(self.limits.handshake_timeout, shaking) => match shaken {
                 Ok(shaken) => shaken.inspect_err(|error| metrics.handshake_failed(error))?,
-                Err(_) => bail!(Beyond(Limit::HandshakeTimeout)),
+                Err(_) => bail!(LimitExceeded(Limit::HandshakeTimeout)),
             },
             // Nothing was asked yet, so nothing is lost.
             _ = stop.changed() => return Ok(()),
@@ -114,11 +114,11 @@ impl Edge {
     {
         let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
         let asked = Arc::clone(&activity);
-        let patience = Patience::new(activity, http2, &self.limits);
+        let patience = ConnectionTimeouts::new(activity, http2, &self.limits);
         let address = peer.client.address;
         let cut = async {
             tokio::select! {
-                () = account.cut() => Error::new(Beyond(Limit::InflightBytes)),
+                () = account.cut() => Error::new(LimitExceeded(Limit::InflightBytes)),
                 error = revoked => {
                     info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
                     Error::new(error)
@@ -135,9 +135,9 @@ impl Edge {
         });
         let limits = &self.limits;
         if http2 {
-            let turn = Turn::default();
-            let streams = Streams::new(&turn);
-            let stream = TokioIo::new(Overheard::new(stream, &self.service.metrics, turn, limits.control_frames));
+            let turn = TimeSlice::default();
+            let streams = RequestExecutor::new(&turn);
+            let stream = TokioIo::new(FrameInspector::new(stream, &self.service.metrics, turn, limits.control_frames));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)
@@ -167,7 +167,7 @@ async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
     streams: impl Future<Output = Infallible>,
     cut: impl Future<Output = Error>,
-    mut patience: Patience,
+    mut patience: ConnectionTimeouts,
     mut stop: watch::Receiver<()>,
 ) -> Result<()> {
     let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
@@ -183,9 +183,9 @@ async fn drive(
                 connection.as_mut().graceful_shutdown();
             }
             () = sleep(patience.next_look()) => match patience.look() {
-                Verdict::GoOn => {}
-                Verdict::End => connection.as_mut().graceful_shutdown(),
-                Verdict::CutOff(limit) => bail!(Beyond(limit)),
+                TimeoutAction::Continue => {}
+                TimeoutAction::ShutDown => connection.as_mut().graceful_shutdown(),
+                TimeoutAction::Abort(limit) => bail!(LimitExceeded(limit)),
             }
         }
     }

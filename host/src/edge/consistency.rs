@@ -1,7 +1,7 @@
-//! Reads of a server that is not primary. They are stale by design: answered when the client, or the operator, asked for stale
-//! reads, and then with their age.
+//! Consistency of reads on a standby: they are stale by design, so they are served only when the client or the operator accepts
+//! stale reads, and their age is in the response.
 //!
-//! Owns: the header that asks, and those that answer. Must never know: how a standby learns of anything.
+//! Owns: the headers of requests and responses. Must never know: the replication of a standby.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::refusal::{Answer, Refusal, refuse};
 
-/// In a request: which reads the client accepts.
+/// Request header: the consistency that the client requires.
 const CONSISTENCY: HeaderName = HeaderName::from_static("kvs-consistency");
-/// In a response: milliseconds for which there may have been newer data.
+/// Response header: maximum staleness of the response, in milliseconds.
 const STALE_AGE: HeaderName = HeaderName::from_static("kvs-stale-age-ms");
-/// In a refusal: URL of the primary.
+/// Response header of a rejection: URL of the primary.
 const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
 
-/// Whether a client accepts stale reads. None where it does not say.
+/// Returns whether a client accepts stale reads; None if it has no preference.
 pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
     let mut given = headers.get_all(CONSISTENCY).iter().map(HeaderValue::as_bytes);
     match (given.next(), given.next()) {
@@ -28,7 +28,7 @@ pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
     }
 }
 
-/// Refuses what only the primary does, and names it where it is known.
+/// Rejects a request that only the primary serves, with the URL of the primary if it is known.
 pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer {
     let mut line = reason.to_owned();
     if is_read {
@@ -71,7 +71,7 @@ mod tests {
         let known = not_primary("this server stands by", false, Some("http://10.0.0.1:8080"));
         assert_eq!(known.headers()[PRIMARY], "http://10.0.0.1:8080");
         assert_eq!(known.body(), "this server stands by; the primary is http://10.0.0.1:8080\n");
-        // It comes from a file or a database.
+        // The URL comes from a file or a database.
         for unfit in [None, Some("http://a\r\nb: c")] {
             let unknown = not_primary("this server stands by", false, unfit);
             assert!(!unknown.headers().contains_key(PRIMARY));

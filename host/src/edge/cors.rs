@@ -1,7 +1,7 @@
-//! Which pages of other origins may ask, and read what is answered (the CORS protocol, in the Fetch standard).
+//! CORS (the Fetch standard): requests of web pages of other origins, and their access to responses.
 //!
-//! It is the browser that keeps the others out; what somebody may do is decided by tokens as ever. Here rather than in
-//! guests, since a browser asks first, without a token, and wants to read what the host refuses too.
+//! The browser enforces it; permissions still depend on tokens. It is implemented in the host and not in guests, since a
+//! preflight request has no token, and a page also reads the rejections of the host.
 
 use bytes::Bytes;
 use hyper::header::{self, HeaderValue};
@@ -11,17 +11,17 @@ use hyper::{Method, Response, StatusCode, Uri};
 use super::refusal::{Answer, refuse};
 use super::reply::Reply;
 
-/// How long a browser need not ask again, in seconds.
+/// Time for which a browser caches a preflight response, in seconds.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("600");
 const ANY: HeaderValue = HeaderValue::from_static("*");
 
-/// The origins that are let in.
+/// The allowed origins.
 #[derive(Clone, Debug)]
 pub struct Cors(Vec<HeaderValue>);
 
-/// An origin, as browsers write it: `https://example.org`, `http://localhost:3000`; or `*`, which is any.
+/// Parses an origin, as browsers send it: `https://example.org`, `http://localhost:3000`; or `*` for any.
 pub fn origin(text: &str) -> Result<HeaderValue, String> {
-    let what = || "an origin looks like https://example.org or http://localhost:3000; * is any".to_owned();
+    let what = || "an origin must look like https://example.org or http://localhost:3000, or be * for any".to_owned();
     let value = HeaderValue::from_str(text).map_err(|_| what())?;
     let uri: Uri = text.parse().map_err(|_| what())?;
     let written = uri.scheme_str().zip(uri.authority()).map(|(scheme, authority)| format!("{scheme}://{authority}"));
@@ -30,21 +30,21 @@ pub fn origin(text: &str) -> Result<HeaderValue, String> {
 }
 
 impl Cors {
-    /// None when there are no origins.
+    /// Returns None without origins.
     pub fn new(origins: Vec<HeaderValue>) -> Option<Self> {
         (!origins.is_empty()).then_some(Self(origins))
     }
 
-    /// The answer to a browser that asks beforehand whether a page may send a request. Which methods and headers make
-    /// sense is for the guest to say when they come.
+    /// Returns the response to a preflight request. Methods and headers are not restricted: the guest rejects unsupported
+    /// ones.
     pub fn preflight(&self, head: &Parts) -> Option<Answer> {
         let method = head.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD)?;
         let origin = head.headers.get(header::ORIGIN)?;
         if head.method != Method::OPTIONS {
             return None;
         }
-        if !self.lets_in(origin) {
-            return Some(refuse(StatusCode::FORBIDDEN, "pages of this origin may not ask here"));
+        if !self.allows(origin) {
+            return Some(refuse(StatusCode::FORBIDDEN, "origin not allowed"));
         }
         let mut answer = Response::new(Bytes::new());
         *answer.status_mut() = StatusCode::NO_CONTENT;
@@ -57,21 +57,21 @@ impl Cors {
         Some(answer)
     }
 
-    /// Lets the page of an origin read a response, with all its headers.
+    /// Allows pages of an origin to read a response with all its headers.
     pub fn share(&self, origin: Option<&HeaderValue>, response: &mut Response<Reply>) {
         let headers = response.headers_mut();
         let any = self.0.contains(&ANY);
         if !any {
             headers.append(header::VARY, HeaderValue::from_name(header::ORIGIN));
         }
-        if let Some(origin) = origin.filter(|origin| self.lets_in(origin)) {
-            let let_in = if any { ANY } else { origin.clone() };
-            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, let_in);
+        if let Some(origin) = origin.filter(|origin| self.allows(origin)) {
+            let allowed = if any { ANY } else { origin.clone() };
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
             headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, ANY);
         }
     }
 
-    fn lets_in(&self, origin: &HeaderValue) -> bool {
+    fn allows(&self, origin: &HeaderValue) -> bool {
         self.0.iter().any(|other| *other == ANY || other == origin)
     }
 }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_origin_is_what_a_browser_would_write() {
+    fn origin_must_have_the_form_of_browsers() {
         for fits in ["*", "https://example.org", "http://localhost:3000", "http://[::1]:80", "app://page"] {
             assert_eq!(origin(fits).as_ref().map(HeaderValue::as_bytes), Ok(fits.as_bytes()));
         }

@@ -1,7 +1,7 @@
-//! The socket of a connection, whose bytes are counted on their way through.
+//! The socket of a connection, with counters of its bytes.
 //!
-//! The socket is shared with requests that wait: HTTP/1.1 reads nothing while it has a request to answer, so they look
-//! themselves whether the client has closed its side ([`left`]).
+//! The socket is shared with waiting requests: hyper does not read from an HTTP/1.1 connection while a request is in flight,
+//! so they detect themselves that the client has closed its side ([`left`]).
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::Shutdown;
@@ -16,13 +16,14 @@ use tokio::net::TcpStream;
 use super::metrics::Metrics;
 use super::patience::Activity;
 
-pub struct Counted {
+/// A socket that counts the bytes read and written.
+pub struct MeteredSocket {
     socket: Arc<TcpStream>,
     metrics: Arc<Metrics>,
     activity: Arc<Activity>,
 }
 
-impl Counted {
+impl MeteredSocket {
     pub fn new(socket: &Arc<TcpStream>, metrics: &Arc<Metrics>, activity: &Arc<Activity>) -> Self {
         Self { socket: Arc::clone(socket), metrics: Arc::clone(metrics), activity: Arc::clone(activity) }
     }
@@ -45,13 +46,13 @@ impl Counted {
     }
 }
 
-/// Returns when the client has closed its side of the connection, or all of it, which cannot be told apart.
+/// Waits until the client closes its side of the connection, or all of it, which cannot be distinguished.
 pub async fn left(socket: &TcpStream) {
-    // Urgent data is not asked for, which leaves the end of what comes. An error is an end too.
+    // Urgent data is not enabled, so this reports the end of the stream. An error is an end too.
     let _ = socket.ready(Interest::PRIORITY).await;
 }
 
-impl AsyncRead for Counted {
+impl AsyncRead for MeteredSocket {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let socket = &self.socket;
         loop {
@@ -60,7 +61,7 @@ impl AsyncRead for Counted {
             let read = socket.try_io(Interest::READABLE, || {
                 let read = socket.try_read_buf(buffer)?;
                 count = Some(read);
-                // A part of what there is room for is all there is, and the next read need not find out.
+                // A short read has emptied the socket: the next read need not find that out by a system call.
                 if read > 0 && read < room { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
             });
             match (count, read) {
@@ -78,7 +79,7 @@ impl AsyncRead for Counted {
     }
 }
 
-impl AsyncWrite for Counted {
+impl AsyncWrite for MeteredSocket {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.send(context, |socket| socket.try_write(bytes))
     }

@@ -1,33 +1,31 @@
-//! Frames of HTTP/2 in a stream of bytes, and how many of a client's the connection puts up with.
-//!
-//! Frames are those of RFC 9113, section 4.1.
+//! HTTP/2 frame headers (RFC 9113, section 4.1) in a stream of bytes, and the limit of control frames of a client.
 
 use std::time::Duration;
 
 use h2::Reason;
 use tokio::time::Instant;
 
-/// What a client sends before its first frame.
+/// Connection preface of a client.
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Of a frame: three bytes of length, one that says what it is, one of flags, and four of the stream.
-const HEAD: usize = 9;
+/// Size of a frame header: three bytes of length, one of type, one of flags, and four of the stream.
+const HEADER_BYTES: usize = 9;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Control frames that come with a request: more headers, its priority, its end, a window.
-const OF_REQUEST: u32 = 4;
-/// Windows, of the stream and of the connection, that come for each frame of a response.
-const OF_RESPONSE: u32 = 2;
-/// So many times the rate can be left over from these.
-const LEFT_OVER: u32 = 10;
-/// A part of a body that is smaller than this, and not the last, is as good as none.
-pub const SMALL: usize = 16;
+/// Control frames per request: continuations, priority, reset, window updates.
+const PER_REQUEST: u32 = 4;
+/// Window updates, of the stream and of the connection, per frame of a response.
+const PER_RESPONSE_FRAME: u32 = 2;
+/// Maximum allowance earned by these, as a multiple of the rate.
+const MAX_EARNED: u32 = 10;
+/// Size below which a DATA frame counts as a control frame, unless it ends the stream.
+pub const SMALL_DATA: usize = 16;
 const END_STREAM: u8 = 1;
 
-/// A frame whose head has come, and, of one that ends a stream, the reason.
+/// Header of a frame, and the reason of an RST_STREAM.
 #[derive(Clone, Copy)]
 pub struct Frame {
     kind: u8,
@@ -49,29 +47,29 @@ impl Frame {
         self.kind == HEADERS
     }
 
-    /// Whether it is neither a request nor a part of one worth its frame.
+    /// Returns whether the frame carries neither a request nor a relevant part of one.
     fn is_control(&self) -> bool {
-        let is_part = self.kind == DATA && (self.length >= SMALL || self.flags & END_STREAM != 0);
+        let is_part = self.kind == DATA && (self.length >= SMALL_DATA || self.flags & END_STREAM != 0);
         !is_part && !self.is_headers()
     }
 }
 
-/// Where in a frame the bytes are that come next.
+/// Parser of frame headers.
 #[derive(Default)]
 pub struct Frames {
-    /// What has come of the head and, of a frame that ends a stream, of the reason.
+    /// Received part of the header, and of the reason of an RST_STREAM.
     head: Vec<u8>,
-    /// Bytes to the end of the frame that are of no interest.
+    /// Remaining bytes of the frame, which are skipped.
     skip: usize,
 }
 
 impl Frames {
-    /// Those that a client sends, which begin after its preface.
+    /// Creates a parser for the frames of a client, which follow its preface.
     pub fn of_client() -> Self {
         Self { skip: PREFACE.len(), ..Self::default() }
     }
 
-    /// Finds the frames in these bytes, which go on where those before ended.
+    /// Finds the frames in the next bytes of the stream.
     pub fn find(&mut self, mut bytes: &[u8], mut found: impl FnMut(Frame)) {
         loop {
             let skipped = self.skip.min(bytes.len());
@@ -80,8 +78,8 @@ impl Frames {
                 return;
             }
             let wanted = match self.head[..] {
-                [_, _, _, RST_STREAM, ..] => HEAD + 4,
-                _ => HEAD,
+                [_, _, _, RST_STREAM, ..] => HEADER_BYTES + 4,
+                _ => HEADER_BYTES,
             };
             let (part, rest) = bytes.split_at(bytes.len().min(wanted - self.head.len()));
             self.head.extend_from_slice(part);
@@ -104,7 +102,7 @@ impl Frames {
     }
 }
 
-/// Control frames that a client may still send: so many a second, and some for each request and each part of a response.
+/// Allowance of control frames: a rate per second, and some for each request and each frame of a response.
 pub struct Allowance {
     per_second: u32,
     left: u32,
@@ -116,15 +114,15 @@ impl Allowance {
         Self { per_second, left: per_second, since: Instant::now() }
     }
 
-    /// A part of a response was sent.
+    /// Notes a sent frame of a response.
     pub fn sent(&mut self) {
-        self.earn(OF_RESPONSE);
+        self.earn(PER_RESPONSE_FRAME);
     }
 
-    /// A frame has come. Returns whether it may.
+    /// Notes a received frame. Returns whether it is within the allowance.
     pub fn admit(&mut self, frame: Frame) -> bool {
         if frame.is_headers() {
-            self.earn(OF_REQUEST);
+            self.earn(PER_REQUEST);
         }
         if !frame.is_control() {
             return true;
@@ -136,7 +134,7 @@ impl Allowance {
     }
 
     fn earn(&mut self, frames: u32) {
-        self.left = self.left.saturating_add(frames).min(self.per_second.saturating_mul(LEFT_OVER).max(self.left));
+        self.left = self.left.saturating_add(frames).min(self.per_second.saturating_mul(MAX_EARNED).max(self.left));
     }
 }
 
@@ -158,12 +156,12 @@ mod tests {
     }
 
     #[test]
-    fn control_frames_are_allowed_by_time_and_by_work() {
+    fn control_frames_are_limited_by_time_and_work() {
         let mut allowance = Allowance::new(10);
         let admitted = |allowance: &mut Allowance, frame| (0..1_000).take_while(|_| allowance.admit(frame)).count();
         assert_eq!(admitted(&mut allowance, of(PING, 0, 8)), 10);
-        // What requests are made of costs nothing.
-        assert_eq!(admitted(&mut allowance, of(DATA, 0, SMALL)), 1_000);
+        // Parts of requests are free.
+        assert_eq!(admitted(&mut allowance, of(DATA, 0, SMALL_DATA)), 1_000);
         assert_eq!(admitted(&mut allowance, of(DATA, END_STREAM, 0)), 1_000);
         assert_eq!(admitted(&mut allowance, of(DATA, 0, 1)), 0);
         allowance.sent();
@@ -171,7 +169,7 @@ mod tests {
         assert!(allowance.admit(of(HEADERS, 0, 100)));
         assert_eq!(admitted(&mut allowance, of(PING, 0, 8)), 4);
         assert_eq!(admitted(&mut allowance, of(HEADERS, 0, 100)), 1_000);
-        assert_eq!(admitted(&mut allowance, of(PING, 0, 8)), 100, "not without end");
+        assert_eq!(admitted(&mut allowance, of(PING, 0, 8)), 100, "the earned allowance is bounded");
         allowance.since -= SECOND;
         assert_eq!(admitted(&mut allowance, of(PING, 0, 8)), 10);
     }
@@ -180,7 +178,7 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn frames_are_found_wherever_the_bytes_are_cut(
+        fn frames_are_found_across_any_split(
             frames in prop::collection::vec(prop_oneof![
                 (0..10_u8, prop::collection::vec(0..8_u8, 0..40)).prop_filter("ends no stream", |(kind, _)| *kind != RST_STREAM),
                 (6..9_u32).prop_map(|reason| (RST_STREAM, reason.to_be_bytes().to_vec())),

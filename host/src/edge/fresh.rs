@@ -1,7 +1,7 @@
-//! What is made from files, made anew when the files change or the process is told to (SIGHUP).
+//! A value built from files (TLS configuration, tokens) that is reloaded when they change, or on SIGHUP.
 //!
-//! Whoever uses it takes what is in force at that moment and keeps it for as long as it likes. What cannot be made is
-//! told, and what was in force stays.
+//! Users get the current value and can keep it for any time. If a reload fails, this is logged, and the current value is
+//! kept.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -21,12 +21,13 @@ use tracing::{info, warn};
 use crate::changes::{Changes, LOOK};
 use crate::signals::Listen;
 
+/// A reloadable value.
 pub struct Fresh<T> {
-    /// In log lines, with an article.
+    /// Name in log lines, with an article.
     what: &'static str,
     make: Box<dyn Fn() -> Result<T> + Send + Sync>,
     current: ArcSwap<T>,
-    /// Those who hold something to what was in force.
+    /// Notifies users of a new value.
     renewed: watch::Sender<()>,
     changes: Mutex<Changes>,
     /// Why the last attempt to read the files again failed.
@@ -45,12 +46,12 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         Ok(Arc::new(Self { what, make: Box::new(make), current, renewed, changes, failure }))
     }
 
-    /// What is in force.
+    /// Returns the current value.
     pub fn get(&self) -> Arc<T> {
         self.current.load_full()
     }
 
-    /// Changes whenever something else is in force.
+    /// Returns a receiver that changes with each reload.
     pub fn renewals(&self) -> watch::Receiver<()> {
         self.renewed.subscribe()
     }
@@ -81,11 +82,11 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             let fresh = Arc::clone(&self);
             let looked = task::spawn_blocking(move || fresh.look(told)).await;
             if let Err(panic) = &looked {
-                // What the files say is not in force.
+                // The current value is not that of the files.
                 *lock(&self.failure) = Some(panic.to_string());
                 lock(&self.changes).unread();
             }
-            looked.with_context(|| format!("{} could not be read again", self.what))?;
+            looked.with_context(|| format!("failed to reload {}", self.what))?;
         }
     }
 
@@ -103,14 +104,14 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             Ok(made) => {
                 self.current.store(Arc::new(made));
                 self.renewed.send_replace(());
-                info!("{} was read again and is in force", self.what);
+                info!("reloaded {}", self.what);
             }
             Err(error) => {
-                // The files may be sound, and say that somebody may no longer come in.
+                // The files may be valid, and revoke an access: try again.
                 if error.downcast_ref().is_some_and(is_shortage) {
                     changes.unread();
                 }
-                warn!("{} could not be read again, the old one stays in force: {error:#}", self.what);
+                warn!("failed to reload {}, keeping the current one: {error:#}", self.what);
             }
         }
     }
@@ -135,7 +136,7 @@ mod tests {
     async fn files_whose_reading_panicked_are_read_again() {
         let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
         let reads = AtomicU32::new(0);
-        // The first is that of the start.
+        // The first look is that of the start.
         let make = move || match reads.fetch_add(1, Ordering::Relaxed) {
             1 => panic!("sabotage"),
             count => Ok(count),

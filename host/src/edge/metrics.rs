@@ -1,4 +1,4 @@
-//! What the edge counts: connections and their bytes, requests by what was asked and answered, and what was refused.
+//! Metrics of connections and requests.
 
 use std::error::Error;
 use std::fmt;
@@ -13,11 +13,11 @@ use rustls::Error as TlsError;
 
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
-/// Methods that are told apart, in the order of their numbers; all others are one.
+/// Methods with their own labels, in the order of their numbers; all others share one.
 const METHODS: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
 const STATUSES: usize = 600;
 
-/// A limit that a client came up against. Its flag, where it has one of its own, has the same name.
+/// A limit that a client can exceed. The name is that of its flag, if it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     ConnectionsPerAddress,
@@ -53,19 +53,20 @@ const LIMITS: [(Limit, &str); 14] = [
     (Limit::ControlFrames, "http2-max-control-frames"),
 ];
 
-/// A connection was ended because of a limit.
+/// Error of a connection that exceeded a limit.
 #[derive(Debug, thiserror::Error)]
 #[error("--{0}")]
-pub struct Beyond(pub Limit);
+pub struct LimitExceeded(pub Limit);
 
-/// Why a TLS handshake failed.
+/// Reasons of failed TLS handshakes.
 const TLS_ERRORS: [&str; 6] = ["not-tls", "client-certificate", "incompatible", "refused", "gone", "other"];
 
+/// The metrics.
 pub struct Metrics {
     /// By method and status.
     requests: Box<[[Counter; STATUSES]; METHODS.len()]>,
     durations: [Histogram; METHODS.len()],
-    /// Requests under way; a limit is held against it.
+    /// Requests in flight, which `--max-requests` limits.
     pub under_way: AtomicUsize,
     pub received: Counter,
     pub sent: Counter,
@@ -103,13 +104,13 @@ impl Default for Metrics {
     }
 }
 
-/// The number of a method.
+/// Returns the number of a method.
 pub fn number(method: &Method) -> usize {
     METHODS.iter().position(|name| method.as_str() == *name).unwrap_or(METHODS.len() - 1)
 }
 
 impl Metrics {
-    /// A request to the method of this number was answered.
+    /// Notes the response to a request with the method of this number.
     pub fn answered(&self, method: usize, status: StatusCode, took: Duration) {
         self.durations[method].observe_time(took);
         if let Some(count) = self.requests[method].get(usize::from(status.as_u16())) {
@@ -136,9 +137,9 @@ impl Metrics {
         }
     }
 
-    /// A connection did not end well.
+    /// Notes the error of a connection.
     pub fn connection_failed(&self, error: &anyhow::Error) {
-        if let Some(Beyond(limit)) = error.downcast_ref() {
+        if let Some(LimitExceeded(limit)) = error.downcast_ref() {
             return self.rejected(*limit);
         }
         let Some(error) = error.downcast_ref::<hyper::Error>() else { return };
@@ -152,16 +153,17 @@ impl Metrics {
         }
     }
 
-    /// A connection is open until this is dropped.
-    pub fn open(self: &Arc<Self>) -> Open {
+    /// Counts a connection as open until the returned guard is dropped.
+    pub fn open(self: &Arc<Self>) -> OpenGuard {
         self.opened.add(1);
-        Open(Arc::clone(self))
+        OpenGuard(Arc::clone(self))
     }
 }
 
-pub struct Open(Arc<Metrics>);
+/// Guard of an open connection.
+pub struct OpenGuard(Arc<Metrics>);
 
-impl Drop for Open {
+impl Drop for OpenGuard {
     fn drop(&mut self) {
         self.0.closed.add(1);
     }
@@ -174,31 +176,35 @@ impl Measured for Metrics {
             let counts = counts.iter().zip(&statuses).filter(|(count, _)| count.get() > 0);
             counts.map(|(count, status)| ([("method", *method), ("status", status.as_str())], count.get()))
         });
-        page.counters("http_requests", "Requests that were answered", requests)?;
+        page.counters("http_requests", "Requests with a response", requests)?;
         let durations = METHODS.iter().zip(&self.durations).map(|(method, times)| ([("method", *method)], times));
         let help = "Time from the head of a request to the head of its response";
         page.histograms("http_request_duration_seconds", help, durations)?;
         let under_way = self.under_way.load(Ordering::Relaxed) as u64;
-        page.gauge("http_requests_in_flight", "Requests under way, those included that wait for the guest", under_way)?;
-        page.counter("http_requests_throttled", "Requests answered 429", self.throttled.get())?;
-        page.counter(
-            "http_requests_delayed",
-            "Requests that waited for their turn (--rate-queue)",
-            self.delayed.get(),
+        page.gauge(
+            "http_requests_in_flight",
+            "Requests in flight, including those that wait for the guest",
+            under_way,
         )?;
+        page.counter("http_requests_throttled", "Requests rejected with 429 (rate limit)", self.throttled.get())?;
+        page.counter("http_requests_delayed", "Requests delayed by the rate limit (--rate-queue)", self.delayed.get())?;
         let rejected = LIMITS.iter().map(|(limit, name)| ([("limit", *name)], self.rejected[*limit as usize].get()));
-        page.counters("limit_exceeded", "Requests and connections refused because of a limit", rejected)?;
-        let help = "Connections closed because what came was no HTTP";
+        page.counters("limit_exceeded", "Requests and connections rejected because of a limit", rejected)?;
+        let help = "Connections closed because of malformed HTTP";
         page.counter("http_parse_errors", help, self.malformed.get())?;
-        page.counter("connections_opened", "Connections that were accepted", self.opened.get())?;
-        // In this order: what was opened in between must not make it less than nothing.
+        page.counter("connections_opened", "Accepted connections", self.opened.get())?;
+        // In this order, so that a connection opened in between does not make it negative.
         let closed = self.closed.get();
-        page.gauge("connections", "Connections open", self.opened.get().saturating_sub(closed))?;
-        page.counter("network_receive_bytes", "Bytes from clients, TLS and heads included", self.received.get())?;
-        page.counter("network_transmit_bytes", "Bytes to clients, TLS and heads included", self.sent.get())?;
+        page.gauge("connections", "Open connections", self.opened.get().saturating_sub(closed))?;
+        page.counter(
+            "network_receive_bytes",
+            "Bytes received from clients, including TLS and headers",
+            self.received.get(),
+        )?;
+        page.counter("network_transmit_bytes", "Bytes sent to clients, including TLS and headers", self.sent.get())?;
         let failed =
             TLS_ERRORS.iter().zip(&self.tls_errors).map(|(reason, count)| ([("reason", *reason)], count.get()));
-        page.counters("tls_errors", "TLS handshakes that failed", failed)
+        page.counters("tls_errors", "Failed TLS handshakes", failed)
     }
 }
 
@@ -207,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_stand_in_the_order_of_their_numbers() {
+    fn limits_are_listed_in_order() {
         for (number, (limit, _)) in LIMITS.iter().enumerate() {
             assert_eq!(*limit as usize, number, "{limit:?}");
         }

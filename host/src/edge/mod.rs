@@ -1,11 +1,11 @@
-//! The edge: sockets in, whole requests on, responses out when they may leave.
+//! The HTTP server: accepts connections, passes complete requests on, and releases responses once they are durable.
 //!
-//! Owns: connections and who is at their other end, the limits of what comes in, deadlines.
-//! Must never know: what a path or a key means, or what lies in the log.
+//! Owns: connections, authentication, limits of requests, deadlines.
+//! Must never know: the meaning of a path or a key, or the contents of the log.
 //!
 //! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
-//! and what it admits requests by: `head`, `cors`, `auth`, `throttle`, `consistency`, `budget`, `body`; `stream` has the responses that go on,
-//! `problem` errors for programs, `metrics` what is counted and `access_log` what is told.
+//! and its admission checks: `head`, `cors`, `auth`, `throttle`, `consistency`, `budget`, `body`; `stream` has event streams,
+//! `problem` machine-readable errors.
 
 pub mod access_log;
 mod addresses;
@@ -52,7 +52,7 @@ pub use request_id::RequestIds;
 pub use service::Service;
 use tls::Tls;
 
-/// How long to leave the listener alone when the system has no more sockets to give.
+/// Delay before the next accept when the system is out of sockets.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Limits of a connection and of a request.
@@ -67,21 +67,21 @@ pub struct Limits {
     pub header_timeout: Duration,
     pub idle_timeout: Duration,
     pub body_bytes: u64,
-    /// The slowest that a body may come, in bytes a second.
+    /// Minimum rate of a request body, in bytes per second.
     pub body_rate: u64,
-    /// Of one HTTP/2 connection: requests at once, and requests that its client takes back before they are answered.
+    /// Maximum concurrent streams, and pending reset streams, of one HTTP/2 connection.
     pub streams: u32,
     pub resets: usize,
-    /// Control frames of one HTTP/2 connection in a second, beside those that its requests and responses need.
+    /// Control frames per second of one HTTP/2 connection, in addition to those that its requests and responses need.
     pub control_frames: u32,
-    /// Requests under way at once, on all connections.
+    /// Maximum requests in flight, on all connections.
     pub requests: usize,
     pub request_timeout: Duration,
-    /// How often a stream of events says that it goes on, when nothing happens.
+    /// Interval of keep-alive comments on event streams.
     pub stream_heartbeat: Duration,
-    /// How long a guest may hold a request.
+    /// Maximum duration of a long poll.
     pub hold: Duration,
-    /// How long requests under way may take when the server stops.
+    /// Timeout of requests in flight at shutdown.
     pub drain: Duration,
 }
 
@@ -114,7 +114,7 @@ impl Edge {
         let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
         let mut opened = None;
         loop {
-            // A free place first: who finds none waits in the backlog of the listener.
+            // The permit first: without one, connections wait in the backlog of the listener.
             let accepted = async {
                 let place = Arc::clone(&connections).acquire_owned().await;
                 let accepted = tokio::select! {
@@ -173,10 +173,10 @@ async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, Socket
 }
 
 async fn accept_failed(error: &io::Error) {
-    // The peer gave up between its handshake and our accept: nothing is wrong here.
+    // The peer aborted between its handshake and the accept, which is normal.
     if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) {
         return;
     }
-    warn!("no connection could be accepted: {error}");
+    warn!("failed to accept a connection: {error}");
     sleep(ACCEPT_PAUSE).await;
 }

@@ -1,7 +1,7 @@
-//! The turns of one HTTP/2 connection, and its requests, which run where it does.
+//! Executor for the requests of one HTTP/2 connection, which run in its task and share its time slices.
 //!
-//! A task of its own for each would spread what one client asks at once over all threads, and everybody else would wait
-//! behind it. So a connection is one task, whatever comes on it, and goes to the end of the queue when its turn is over.
+//! With a task for each request, the concurrent requests of one client would spread over all threads, and delay all other
+//! clients. So a connection is one task, which yields at the end of its time slice.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -16,20 +16,20 @@ use futures_util::stream::FuturesUnordered;
 use hyper::rt::Executor;
 use tokio::time::Instant;
 
-/// How long a turn is: time for some small requests, whose answers leave together.
-const SLICE: Duration = Duration::from_micros(100);
+/// Length of a time slice: enough for some small requests, whose responses are sent together.
+const SLICE_TIME: Duration = Duration::from_micros(100);
 
-/// When the turn of a connection is over. It begins with whoever asks first.
+/// Time slice of a connection. It begins with the first check.
 #[derive(Clone, Default)]
-pub struct Turn {
+pub struct TimeSlice {
     over: Arc<Mutex<Option<Instant>>>,
 }
 
-impl Turn {
-    /// Whether others have theirs first. Who asks is woken for the next.
+impl TimeSlice {
+    /// Returns whether the slice is over. If so, the task is woken for the next one.
     pub fn is_over(&self, context: &Context<'_>) -> bool {
         let now = Instant::now();
-        let over = now >= *lock(&self.over).get_or_insert(now + SLICE);
+        let over = now >= *lock(&self.over).get_or_insert(now + SLICE_TIME);
         if over {
             context.waker().wake_by_ref();
         }
@@ -43,40 +43,40 @@ impl Turn {
 
 type Request = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Takes the requests that begin, to be run.
+/// Executor of new requests.
 #[derive(Clone)]
-pub struct Streams {
+pub struct RequestExecutor {
     begun: Arc<Mutex<Vec<Request>>>,
-    /// Apart, since requests know of it: what they stand in they would keep for ever.
-    turn: Turn,
+    /// Separate from `begun`, since requests hold it: a reference to the queue would be a cycle.
+    slice: TimeSlice,
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for RequestExecutor {
     fn execute(&self, request: F) {
-        let (turn, mut request) = (self.turn.clone(), Box::pin(request));
+        let (slice, mut request) = (self.slice.clone(), Box::pin(request));
         let in_turn = poll_fn(
             move |context: &mut Context<'_>| {
-                if turn.is_over(context) { Poll::Pending } else { request.as_mut().poll(context) }
+                if slice.is_over(context) { Poll::Pending } else { request.as_mut().poll(context) }
             },
         );
         lock(&self.begun).push(Box::pin(in_turn));
     }
 }
 
-impl Streams {
-    pub fn new(turn: &Turn) -> Self {
-        Self { begun: Arc::default(), turn: turn.clone() }
+impl RequestExecutor {
+    pub fn new(slice: &TimeSlice) -> Self {
+        Self { begun: Arc::default(), slice: slice.clone() }
     }
 
-    /// Runs them. To be polled after the connection, which begins them, at the end of every turn.
+    /// Runs the requests. To be polled after the connection, which starts them, at the end of every slice.
     pub async fn run(self) -> Infallible {
         let mut running = FuturesUnordered::new();
         poll_fn(|context: &mut Context<'_>| {
             running.extend(mem::take(&mut *lock(&self.begun)));
-            // What was read has had its time, however much came: requests have their own.
-            self.turn.end();
+            // Requests have their own slice, independent of the reads before.
+            self.slice.end();
             while let Poll::Ready(Some(())) = running.poll_next_unpin(context) {}
-            self.turn.end();
+            self.slice.end();
             Poll::Pending
         })
         .await
@@ -92,8 +92,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_that_ends_takes_what_it_has_just_begun_with_it() {
-        let (streams, held) = (Streams::new(&Turn::default()), Arc::new(()));
+    fn dropped_executor_drops_new_requests() {
+        let (streams, held) = (RequestExecutor::new(&TimeSlice::default()), Arc::new(()));
         let (executor, holds) = (streams.clone(), Arc::clone(&held));
         executor.execute(async move { drop(holds) });
         drop((executor, streams.run()));

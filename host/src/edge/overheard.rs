@@ -1,6 +1,7 @@
-//! An HTTP/2 stream of frames, read for no longer than a turn, on which refusals are overheard and control frames counted:
-//! the library reads and answers for as long as something comes, and refuses streams beyond the limit by itself, and
-//! tells nobody but the client.
+//! I/O wrapper for HTTP/2 connections, which inspects frames.
+//!
+//! It bounds reads by the time slice of the connection, limits control frames, and counts `RST_STREAM(REFUSED_STREAM)` on the
+//! wire: h2 reads and responds as long as data arrives, and enforces its limit of concurrent streams without reporting it.
 
 use std::io;
 use std::pin::Pin;
@@ -12,29 +13,30 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
 use super::frames::{Allowance, Frames};
-use super::metrics::{Beyond, Limit, Metrics};
-use super::multiplex::Turn;
+use super::metrics::{Limit, LimitExceeded, Metrics};
+use super::multiplex::TimeSlice;
 
-/// Time from a flood to the end of its connection, in which nothing is read. A client that floods connects again as soon as it is
-/// closed: to accept it so often would cost others more than the frames.
+/// Delay between a flood and the end of its connection, in which nothing is read. A client that floods reconnects as soon as it
+/// is disconnected: to accept it that often would cost other clients more than the frames.
 const PENALTY: Duration = Duration::from_secs(1);
 
-pub struct Overheard<S> {
+/// A stream whose frames are inspected.
+pub struct FrameInspector<S> {
     stream: S,
     received: Frames,
     sent: Frames,
     allowance: Allowance,
-    /// Once too many control frames have come.
+    /// Set once the limit of control frames is exceeded.
     penalty: Option<Pin<Box<Sleep>>>,
     metrics: Arc<Metrics>,
-    turn: Turn,
+    slice: TimeSlice,
 }
 
-impl<S> Overheard<S> {
-    /// So many control frames a second may come, beside those that requests and responses need.
-    pub fn new(stream: S, metrics: &Arc<Metrics>, turn: Turn, control_frames: u32) -> Self {
+impl<S> FrameInspector<S> {
+    /// Wraps a stream, with a limit of control frames per second in addition to those that requests and responses need.
+    pub fn new(stream: S, metrics: &Arc<Metrics>, slice: TimeSlice, control_frames: u32) -> Self {
         let (received, sent, allowance) = (Frames::of_client(), Frames::default(), Allowance::new(control_frames));
-        Self { stream, received, sent, allowance, penalty: None, metrics: Arc::clone(metrics), turn }
+        Self { stream, received, sent, allowance, penalty: None, metrics: Arc::clone(metrics), slice }
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -49,7 +51,7 @@ impl<S> Overheard<S> {
         });
     }
 
-    /// Whether these may come.
+    /// Inspects received bytes; returns false if the limit of control frames is exceeded.
     fn receive(&mut self, bytes: &[u8]) -> bool {
         let (allowance, mut admitted) = (&mut self.allowance, true);
         self.received.find(bytes, |frame| admitted &= allowance.admit(frame));
@@ -57,7 +59,7 @@ impl<S> Overheard<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for FrameInspector<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -65,9 +67,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
     ) -> Poll<io::Result<()>> {
         if let Some(penalty) = &mut self.penalty {
             ready!(penalty.as_mut().poll(context));
-            return Poll::Ready(Err(io::Error::other(Beyond(Limit::ControlFrames))));
+            return Poll::Ready(Err(io::Error::other(LimitExceeded(Limit::ControlFrames))));
         }
-        if self.turn.is_over(context) {
+        if self.slice.is_over(context) {
             return Poll::Pending;
         }
         let before = buffer.filled().len();
@@ -82,7 +84,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Overheard<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Overheard<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for FrameInspector<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
         if let Poll::Ready(Ok(count)) = &written {
@@ -131,26 +133,26 @@ mod tests {
     use hyper::rt::Executor;
     use tokio::io::{AsyncReadExt, join, repeat, sink};
 
-    use super::super::multiplex::Streams;
+    use super::super::multiplex::RequestExecutor;
     use super::*;
 
     #[tokio::test]
-    async fn flood_is_not_read_on_and_ends_after_its_penalty() {
-        // All of them are empty frames of DATA.
-        let mut stream = Overheard::new(join(repeat(0), sink()), &Arc::default(), Turn::default(), 1);
+    async fn flood_is_disconnected_after_penalty() {
+        // Zeros are empty DATA frames.
+        let mut stream = FrameInspector::new(join(repeat(0), sink()), &Arc::default(), TimeSlice::default(), 1);
         let mut buffer = [0; 1024];
-        assert!(stream.read(&mut buffer).now_or_never().is_none(), "it could come again at once");
-        let received = stream.read(&mut buffer).await.expect_err("it goes on");
+        assert!(stream.read(&mut buffer).now_or_never().is_none(), "the client could reconnect at once");
+        let received = stream.read(&mut buffer).await.expect_err("flood is rejected");
         assert_eq!(received.to_string(), "--http2-max-control-frames");
     }
 
     #[test]
-    fn however_much_comes_requests_and_others_have_their_turn() {
-        let turn = Turn::default();
-        let streams = Streams::new(&turn);
+    fn continuous_input_does_not_starve_requests() {
+        let slice = TimeSlice::default();
+        let streams = RequestExecutor::new(&slice);
         let (executor, answered) = (streams.clone(), Arc::new(AtomicUsize::new(0)));
         let mut turns = pin!(streams.run());
-        let mut stream = pin!(Overheard::new(join(repeat(0), sink()), &Arc::default(), turn, u32::MAX));
+        let mut stream = pin!(FrameInspector::new(join(repeat(0), sink()), &Arc::default(), slice, u32::MAX));
         let context = &mut Context::from_waker(Waker::noop());
         for round in 1..=10 {
             let answers = Arc::clone(&answered);

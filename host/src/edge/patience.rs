@@ -1,7 +1,7 @@
-//! How long a connection may ask nothing, take its time with the head of a request, or leave its answers lying.
+//! Timeouts of connections: keep-alive idle, request header read, and response write.
 //!
-//! What happens on a connection is noted as it happens, for an atomic store or two; who has no more patience finds out by
-//! looking at the notes now and again, up to a quarter of its time late.
+//! Activity is recorded by one or two atomic stores. The timeouts are checked periodically, up to a quarter of the timeout
+//! late, which is cheaper than a timer for each request.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,16 +12,16 @@ use tokio::time::Instant;
 use super::Limits;
 use super::metrics::Limit;
 
-/// Looks at a connection come no closer to each other.
-const SHORTEST: Duration = Duration::from_millis(10);
+/// Minimum interval between two checks of a connection.
+const MIN_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What happens on a connection.
+/// Recorded activity of a connection.
 #[derive(Default)]
 pub struct Activity {
-    /// Requests begun and ended. One whose response goes on is under way for as long as it does.
+    /// Number of requests begun and ended. A request is in flight until the end of its response.
     begun: AtomicU64,
     ended: AtomicU64,
-    /// Times that bytes came, and how many of these before a request ended last.
+    /// Number of reads, in all and until the end of the last request.
     reads: AtomicU64,
     reads_before: AtomicU64,
 }
@@ -37,7 +37,7 @@ impl Activity {
     }
 }
 
-/// A request under way, until it is dropped.
+/// Guard of a request in flight.
 pub struct UnderWay(Arc<Activity>);
 
 impl Drop for UnderWay {
@@ -48,72 +48,74 @@ impl Drop for UnderWay {
     }
 }
 
-/// What to do with a connection.
-pub enum Verdict {
-    GoOn,
-    /// Nothing is lost by that, if its client takes its answers.
-    End,
-    CutOff(Limit),
+/// Action on a connection.
+pub enum TimeoutAction {
+    Continue,
+    /// Graceful shutdown: responses are still sent.
+    ShutDown,
+    Abort(Limit),
 }
 
-pub struct Patience {
+/// The timeouts of one connection.
+pub struct ConnectionTimeouts {
     activity: Arc<Activity>,
     http2: bool,
     header_timeout: Duration,
     idle_timeout: Duration,
-    /// Since when it does what it does.
+    /// State at the last check, and the time since when.
     state: State,
     since: Instant,
-    /// Since when it was told to end.
+    /// Time since when it is shutting down.
     ending: Option<Instant>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Busy,
-    /// It has yet to ask for anything, or a part of a head is here.
-    Asking {
+    /// Waiting for the first request, or for the rest of a request head.
+    ReadingHead {
         ended: u64,
     },
-    /// After so many requests.
+    /// Idle after this number of requests.
     Idle {
         ended: u64,
     },
 }
 
-impl Patience {
+impl ConnectionTimeouts {
     pub fn new(activity: Arc<Activity>, http2: bool, limits: &Limits) -> Self {
         let (header_timeout, idle_timeout) = (limits.header_timeout, limits.idle_timeout);
-        let (state, since) = (State::Asking { ended: 0 }, Instant::now());
+        let (state, since) = (State::ReadingHead { ended: 0 }, Instant::now());
         Self { activity, http2, header_timeout, idle_timeout, state, since, ending: None }
     }
 
-    /// When to look again.
+    /// Returns the time until the next check.
     pub fn next_look(&self) -> Duration {
-        (self.header_timeout.min(self.idle_timeout) / 4).max(SHORTEST)
+        (self.header_timeout.min(self.idle_timeout) / 4).max(MIN_INTERVAL)
     }
 
-    pub fn look(&mut self) -> Verdict {
+    /// Checks the timeouts.
+    pub fn look(&mut self) -> TimeoutAction {
         let state = self.now();
         if state != self.state {
             (self.state, self.since, self.ending) = (state, Instant::now(), None);
         }
         let (timeout, limit) = match state {
-            State::Busy => return Verdict::GoOn,
-            State::Asking { .. } => (self.header_timeout, Limit::HeaderTimeout),
+            State::Busy => return TimeoutAction::Continue,
+            State::ReadingHead { .. } => (self.header_timeout, Limit::HeaderTimeout),
             State::Idle { .. } => (self.idle_timeout, Limit::IdleTimeout),
         };
         let is_over = self.since.elapsed() >= timeout;
-        // To half a head of HTTP/1.1 there is nothing to say.
-        let at_once = !self.http2 && matches!(state, State::Asking { .. });
+        // A partial head of HTTP/1.1 cannot be responded to.
+        let at_once = !self.http2 && matches!(state, State::ReadingHead { .. });
         match self.ending {
-            None if is_over && at_once => Verdict::CutOff(limit),
+            None if is_over && at_once => TimeoutAction::Abort(limit),
             None if is_over => {
                 self.ending = Some(Instant::now());
-                Verdict::End
+                TimeoutAction::ShutDown
             }
-            Some(told) if told.elapsed() >= timeout => Verdict::CutOff(limit),
-            None | Some(_) => Verdict::GoOn,
+            Some(since) if since.elapsed() >= timeout => TimeoutAction::Abort(limit),
+            None | Some(_) => TimeoutAction::Continue,
         }
     }
 
@@ -123,9 +125,9 @@ impl Patience {
         let (ended, begun) = (get(ended), get(begun));
         if begun > ended {
             State::Busy
-        // With HTTP/2 other things than heads come between requests.
+        // With HTTP/2 other frames than heads arrive between requests.
         } else if begun == 0 || (!self.http2 && get(reads) != get(reads_before)) {
-            State::Asking { ended }
+            State::ReadingHead { ended }
         } else {
             State::Idle { ended }
         }

@@ -1,7 +1,7 @@
-//! Errors for programs: `application/problem+json` (RFC 9457) in place of a line of text, for those who ask for it.
+//! Machine-readable errors: `application/problem+json` (RFC 9457) in place of a line of text, if the client accepts it.
 //!
-//! What the host refuses and what a guest does come out alike, and a guest has only to write the line. Must never know:
-//! what the line says.
+//! Errors of the host and of guests are converted alike, so that a guest only has to return the line. Must never know: the
+//! meaning of the line.
 
 use bytes::Bytes;
 use hyper::header::{self, HeaderMap, HeaderValue};
@@ -12,7 +12,7 @@ use super::reply::Reply;
 
 const MEDIA_TYPE: &str = "application/problem+json";
 
-/// Whether the headers of a request ask for it by name.
+/// Returns whether a request accepts the media type by name.
 pub fn is_wanted(headers: &HeaderMap) -> bool {
     let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
     accepts.flat_map(|accept| accept.split(',')).any(|range| {
@@ -22,12 +22,12 @@ pub fn is_wanted(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The same answer as a problem, when it is an error that is told in text.
+/// Converts an error response with a text body.
 pub fn of(response: Response<Reply>) -> Response<Reply> {
     let status = response.status();
     let is_text = |kind: &HeaderValue| kind.as_bytes().starts_with(b"text/plain");
-    let told = response.headers().get(header::CONTENT_TYPE).is_some_and(is_text);
-    if !told || !(status.is_client_error() || status.is_server_error()) {
+    let has_text = response.headers().get(header::CONTENT_TYPE).is_some_and(is_text);
+    if !has_text || !(status.is_client_error() || status.is_server_error()) {
         return response;
     }
     let (mut head, body) = response.into_parts();
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_wanted_when_it_is_named() {
+    fn problem_json_must_be_accepted_by_name() {
         for (accept, wanted) in [
             ("application/problem+json", true),
             ("text/html, Application/Problem+JSON;q=0.5", true),
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_the_line_said_and_only_of_errors() {
+    fn only_text_errors_become_problems() {
         let problem = of(refuse(StatusCode::SERVICE_UNAVAILABLE, "a \"line\"").map(Reply::Whole));
         assert_eq!(problem.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
         assert_eq!(problem.headers()[header::RETRY_AFTER], "1");

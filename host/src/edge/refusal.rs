@@ -1,4 +1,4 @@
-//! Answers the host gives itself: a status and one line that says why.
+//! Rejections by the host: a status and a line with the reason.
 
 use std::time::Duration;
 
@@ -11,19 +11,19 @@ use tokio::time::timeout;
 
 use super::metrics::Limit;
 
-/// What is still read of a body that is refused, so that the client gets to see why: closing a socket with unread bytes
-/// resets it, and the response is lost.
+/// Lingering close: bytes and time for which the body of a rejected request is still read, so that the client gets the
+/// response: closing a socket with unread bytes resets it, and the response is lost.
 const LINGER_BYTES: usize = 16 << 20;
-/// In so many parts: a client can send them in chunks of a byte.
+/// Maximum number of parts of such a body: a client can send it in chunks of a byte.
 const LINGER_PARTS: usize = 10_000;
 const LINGER: Duration = Duration::from_secs(2);
 
 pub type Answer = Response<Bytes>;
 
-/// An answer in place of what was wanted. Boxed, since most requests have none.
+/// A rejection. Boxed, since most requests have none.
 pub type Refusal = Box<Answer>;
 
-/// One line of plain text.
+/// Creates a rejection with a line of plain text.
 pub fn refuse(status: StatusCode, reason: &str) -> Answer {
     let mut response = Response::new(Bytes::from(format!("{reason}\n")));
     *response.status_mut() = status;
@@ -35,25 +35,25 @@ pub fn refuse(status: StatusCode, reason: &str) -> Answer {
     response
 }
 
-/// It is refused because of this limit, which is counted.
+/// Tags a rejection with the exceeded limit, for the metrics.
 pub fn beyond(limit: Limit, mut response: Answer) -> Answer {
     response.extensions_mut().insert(limit);
     response
 }
 
-/// Nothing can follow on this connection.
+/// Closes the connection after the response.
 pub fn closing(mut response: Answer) -> Answer {
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 
-/// Refuses a request whose body was not read.
-#[expect(clippy::disallowed_methods, reason = "a task that nothing waits for, of a connection that is closed next")]
+/// Rejects a request whose body was not read, with a lingering close.
+#[expect(clippy::disallowed_methods, reason = "a detached task of a connection that is about to close")]
 pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
     if body.is_end_stream() {
         return response;
     }
-    // Who asked first (Expect: 100-continue) has sent nothing, and reading on would tell it to go on.
+    // A client with Expect: 100-continue has not sent the body, and a read would make hyper ask for it.
     if !headers.contains_key(header::EXPECT) {
         tokio::spawn(discard(body));
     }
@@ -70,6 +70,6 @@ async fn discard(body: Arriving) {
             }
         }
     };
-    // However it ends, the connection is closed next.
+    // The result is irrelevant: the connection is about to close.
     let _ = timeout(LINGER, reading).await;
 }

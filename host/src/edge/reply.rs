@@ -13,7 +13,7 @@ use super::patience::UnderWay;
 
 pub enum Reply {
     Whole(Bytes),
-    /// Length of a body that is not sent: the request was HEAD.
+    /// Length of a body that is not sent, since the request was HEAD.
     Length(usize),
     /// Ends with the sender. Its request is under way until then.
     Stream {
@@ -60,7 +60,7 @@ impl Body for Reply {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Whole(body) => body.is_empty(),
-            // The length is told of what may have a body only.
+            // Only a response that may have a body states a length.
             Self::Length(length) => *length == 0,
             Self::Stream { .. } => false,
         }

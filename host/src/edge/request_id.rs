@@ -1,5 +1,4 @@
-//! The id by which a request is known to its client and in the host's log lines: the client's, if it sent one that can be
-//! shown anywhere, or else a new one.
+//! Request ids, for clients and log lines: that of the client, if it is safe to log, or else a new one.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,10 +8,10 @@ use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 pub const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
-/// As long as ids of any kind are, and no longer.
-const LONGEST: usize = 128;
+/// Maximum length of an id.
+const MAX_LENGTH: usize = 128;
 
-/// Makes ids, each once. Those of two processes differ by where they begin, which is random.
+/// Generator of unique ids. It starts at a random number, so that those of two processes differ.
 pub struct RequestIds(AtomicU64);
 
 impl Default for RequestIds {
@@ -36,9 +35,9 @@ impl RequestIds {
     }
 }
 
-/// Nothing that would need quotes anywhere.
+/// Returns whether an id consists of characters that need no quoting anywhere.
 fn is_sane(id: &HeaderValue) -> bool {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte);
     let text = id.to_str().unwrap_or_default();
-    (1..=LONGEST).contains(&text.len()) && text.bytes().all(fits)
+    (1..=MAX_LENGTH).contains(&text.len()) && text.bytes().all(fits)
 }

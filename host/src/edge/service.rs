@@ -106,7 +106,7 @@ impl Service {
         self.metrics.answered(method, status, took);
         if let Some((log, method, uri)) = &logged {
             let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
-            log.tell(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+            log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
         }
         // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });

@@ -1,7 +1,7 @@
-//! Responses that go on: changes of keys as Server-Sent Events, for as long as the client stays.
+//! Event streams: changes of keys as server-sent events, until the client disconnects.
 //!
-//! Owns: how changes are written, what a watch holds in memory, and the heartbeat. Must never know: who may watch, which the guest
-//! decided.
+//! Owns: the format of events, the memory of a watch, and keep-alives. Must never know: who may watch, which the guest
+//! decides.
 
 use std::future::pending;
 use std::pin::pin;
@@ -34,13 +34,13 @@ use kvs_txlog::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
 
-/// How far behind a watcher can be and still be caught up while new changes wait for it.
+/// Maximum lag at which a watch switches from the log to the change feed, which queues new changes from then on.
 const NEAR: u64 = 1_000;
 
-/// Selectors that a watch may have. Each costs a look at every append.
-const SELECTORS: usize = 100;
+/// Maximum number of selectors of a watch. Each costs a lookup at every append.
+const MAX_SELECTORS: usize = 100;
 
-/// A watch that can begin: what happened since its position is there.
+/// A watch that can start: the changes since its position are available.
 pub struct Stream {
     changes: Arc<ChangeFeed>,
     selection: Arc<Selection>,
@@ -49,16 +49,16 @@ pub struct Stream {
     holding: Holding,
 }
 
-/// What a watch holds: changes that it has yet to send, and texts that its client has not taken.
+/// Memory of a watch: changes still to be sent, and texts that its client has not received.
 struct Holding {
     account: Arc<Account>,
-    /// So many bytes of a text are free.
+    /// Number of bytes of a text that are not charged.
     free: usize,
     past: Charge,
     waiting: Charge,
 }
 
-/// Parses the position of a watch and reads what happened since then. A refusal leaves in place of the head.
+/// Parses the position of a watch and reads the changes since then. A rejection is sent as the response.
 pub async fn open(
     changes: &Arc<ChangeFeed>,
     Watch { selection, after, end }: Watch,
@@ -66,9 +66,9 @@ pub async fn open(
     free: usize,
 ) -> Result<Stream, Refusal> {
     let count = selection.keys.len();
-    if count > SELECTORS {
-        let told = format!("a watch of {count} selectors, at most {SELECTORS} are allowed");
-        return Err(refuse(StatusCode::BAD_REQUEST, &told).into());
+    if count > MAX_SELECTORS {
+        let reason = format!("a watch of {count} selectors, at most {MAX_SELECTORS} are allowed");
+        return Err(refuse(StatusCode::BAD_REQUEST, &reason).into());
     }
     let after = match after {
         None => end,
@@ -84,16 +84,18 @@ pub async fn open(
     let selection = Arc::new(selection);
     let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
         Some(Forgotten { after, newest }) => {
-            let told = format!("what happened after {after} is forgotten; read the keys, and watch since={newest}");
-            refuse(StatusCode::GONE, &told)
+            let reason = format!(
+                "changes after sequence {after} were compacted; list the keys again and watch with since={newest}"
+            );
+            refuse(StatusCode::GONE, &reason)
         }
         None if error.downcast_ref().is_some_and(is_shortage) => {
-            warn!("the log could not be read for a watch: {error:#}");
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log cannot be read at the moment")
+            warn!("failed to read the log for a watch: {error:#}");
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log is temporarily unavailable")
         }
         None => {
-            warn!("the log could not be read for a watch: {error:#}");
-            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the log could not be read")
+            warn!("failed to read the log for a watch: {error:#}");
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, "failed to read the log")
         }
     })?;
     let (past_charge, waiting) = (account.begin(0), account.begin(free));
@@ -103,7 +105,7 @@ pub async fn open(
 }
 
 impl Stream {
-    /// The body of a response that continues with the changes, without a gap.
+    /// Returns the body of a response that continues with the changes, without a gap.
     pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>, standing: Option<Standing>) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
@@ -118,17 +120,17 @@ impl Stream {
         Reply::Stream { pieces: body, _under_way: None }
     }
 
-    /// Delivers until the client sends no more, or is a slow consumer, or there is no room for what waits, or the server stops.
+    /// Delivers events until the client disconnects, is a slow consumer, or exceeds the memory budget, or the server stops.
     async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
         let Self { changes, selection, after, past, mut holding } = self;
-        // At once, so that the client sees that it watches, and knows where it is before anything happens.
+        // At once, so that the client sees that the watch is established, and has a position before the first event.
         text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
         let mut after = holding.send_past(past, &text, None).await?;
         while changes.watermark().durable() > after + NEAR {
             after = holding.send_past(changes.past(&selection, after).await.ok()?, &text, None).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
-        // What was appended before it began to watch comes by the log, as soon as it is durable.
+        // Changes appended before the subscription come from the log, as soon as they are durable.
         changes.watermark().reached(watcher.from).await.ok()?;
         while after < watcher.from {
             let mut past = changes.past(&selection, after).await.ok()?;
@@ -142,7 +144,7 @@ impl Stream {
         loop {
             let next = tokio::select! {
                 change = watcher.next() => match change? {
-                    // It came by the log.
+                    // Sent from the log already.
                     change if change.sequence <= after => continue,
                     change => change.text.get_or_init(|| print(&change)).clone(),
                 },
@@ -156,7 +158,7 @@ impl Stream {
 }
 
 impl Holding {
-    /// Sends what happened before.
+    /// Sends a chunk of history.
     async fn send_past(
         &mut self,
         past: Past,
@@ -171,16 +173,16 @@ impl Holding {
         Some(past.until)
     }
 
-    /// Sends a piece, which is charged until the client has taken it, as are the changes that wait behind it. None when there is
-    /// no room for them.
+    /// Sends a piece, which is charged until the client has received it, as are the changes queued behind it. Returns None when
+    /// the memory budget is exceeded.
     async fn send(&mut self, piece: Bytes, text: &mpsc::Sender<Bytes>, watcher: Option<&Subscription>) -> Option<()> {
         let mut charge = self.account.begin(self.free);
         charge.hold(piece.len()).ok()?;
         let piece = charge.keep(piece);
         let mut room = pin!(text.reserve());
         loop {
-            // Others share these changes, and may have had their texts written, which are as large. They are charged to each:
-            // only slow consumers have more than one.
+            // Other subscribers share these changes, and possibly their formatted texts, which are as large. Each subscriber is
+            // charged for them: only slow consumers have more than one.
             self.waiting.hold(2 * watcher.map_or(0, Subscription::waiting)).ok()?;
             tokio::select! {
                 biased;
@@ -201,7 +203,7 @@ async fn grown(watcher: Option<&Subscription>) {
     }
 }
 
-/// Bytes of keys and values.
+/// Returns the bytes of keys and values.
 fn bytes(past: &Past) -> usize {
     let of = |change: &Change| match &change.event {
         Event::Delete(key) => key.len(),
@@ -210,7 +212,7 @@ fn bytes(past: &Past) -> usize {
     past.changes.iter().map(of).sum()
 }
 
-/// An event: its sequence, what happened, and what the key has now.
+/// Formats a change as an event.
 fn print(change: &Change) -> Bytes {
     let (event, data) = match &change.event {
         Event::Delete(key) => ("delete", json!({ "key": key })),
@@ -229,8 +231,8 @@ fn print(change: &Change) -> Bytes {
             ("put", data)
         }
     };
-    // JSON has no line breaks of its own, so the data is one line.
+    // JSON without formatting has no line breaks, so the data is one line.
     let text = format!("id: {}\nevent: {event}\ndata: {data}\n\n", change.sequence);
-    // Without the room that it grew into: it is kept, and charged by its length.
+    // Without excess capacity: it is kept, and charged by its length.
     Bytes::from(text.into_boxed_str().into_boxed_bytes())
 }

@@ -1,6 +1,6 @@
-//! A token bucket for each client: so many requests a second, and a burst.
+//! Rate limit: a token bucket for each client, with a rate and a burst.
 //!
-//! A client is a principal, or else an address (of IPv6, the network of 64 bits that one customer has).
+//! A client is a principal, or else an address (for IPv6, the /64 network of one customer).
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -19,21 +19,21 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use super::addresses::network;
 use super::refusal::{Refusal, refuse};
 
-/// Clients that are told apart. When there are more, those without a name share a bucket until some have gone.
-const CLIENTS: usize = 100_000;
-/// How often buckets that are full again are forgotten.
-const SWEEP: Duration = Duration::from_secs(1);
+/// Maximum number of buckets. If there are more clients, those without a name share a bucket until some have gone.
+const MAX_CLIENTS: usize = 100_000;
+/// Interval at which full buckets are removed.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often a client may ask.
+/// Rate limit of a client.
 #[derive(Clone, Copy, Debug)]
 pub struct Rate {
     pub quota: Quota,
-    /// How long a request may wait for its turn instead of being refused.
+    /// Maximum time that a request waits for a token before it is rejected.
     pub queue: Duration,
 }
 
 impl Rate {
-    /// `None` when one of these allows nothing.
+    /// Returns `None` if count or burst is zero.
     pub fn new(count: u32, per: Duration, burst: Option<u32>, queue: Duration) -> Option<Self> {
         let count = NonZeroU32::new(count)?;
         let burst = burst.map_or(Some(count), NonZeroU32::new)?;
@@ -45,25 +45,26 @@ impl Rate {
 enum Key {
     Principal(Arc<str>),
     Address(IpAddr),
-    Crowd,
+    Overflow,
 }
 
+/// The rate limiter.
 pub struct Throttle {
     buckets: DefaultKeyedRateLimiter<Key>,
     rate: Rate,
-    crowded: AtomicBool,
+    is_full: AtomicBool,
 }
 
 impl Throttle {
     pub fn new(rate: Rate) -> Arc<Self> {
-        Arc::new(Self { buckets: RateLimiter::keyed(rate.quota), rate, crowded: AtomicBool::new(false) })
+        Arc::new(Self { buckets: RateLimiter::keyed(rate.quota), rate, is_full: AtomicBool::new(false) })
     }
 
-    /// Takes a token, or waits for one within the time for that. Gives whether it had to wait.
+    /// Takes a token, or waits for one within the time of the queue. Returns whether it had to wait.
     pub async fn admit(&self, principal: Option<&Arc<str>>, address: IpAddr) -> Result<bool, Refusal> {
         let key = match principal {
             Some(name) => Key::Principal(Arc::clone(name)),
-            None if self.crowded.load(Ordering::Relaxed) => Key::Crowd,
+            None if self.is_full.load(Ordering::Relaxed) => Key::Overflow,
             None => Key::Address(network(address)),
         };
         let latest = Instant::now() + self.rate.queue;
@@ -80,8 +81,8 @@ impl Throttle {
     }
 
     fn refusal(&self, wait: Duration) -> Refusal {
-        let mut response = refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests; wait and try again");
-        // A second is the smallest wait these can say.
+        let mut response = refuse(StatusCode::TOO_MANY_REQUESTS, "rate limit exceeded; retry later");
+        // The headers have a resolution of one second.
         let wait = wait.as_secs_f64().ceil().max(1.0);
         let (burst, window) = (self.rate.quota.burst_size(), self.rate.quota.burst_size_replenished_in());
         let window = window.as_secs_f64().ceil().max(1.0);
@@ -97,20 +98,20 @@ impl Throttle {
         response.into()
     }
 
-    /// Starts the task that forgets clients that have not asked for a while, to the end of the process.
+    /// Starts the task that removes the buckets of idle clients.
     pub fn start(self: &Arc<Self>, env: &Env) -> Task {
         let throttle = Arc::clone(self);
         env.tasks.restart("throttle sweep", &env.clock, move || Arc::clone(&throttle).sweep())
     }
 
     async fn sweep(self: Arc<Self>) -> anyhow::Result<Infallible> {
-        let mut interval = interval(SWEEP);
+        let mut interval = interval(SWEEP_INTERVAL);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
             self.buckets.retain_recent();
             self.buckets.shrink_to_fit();
-            self.crowded.store(self.buckets.len() > CLIENTS, Ordering::Relaxed);
+            self.is_full.store(self.buckets.len() > MAX_CLIENTS, Ordering::Relaxed);
         }
     }
 }

@@ -1,6 +1,6 @@
-//! TLS: certificates and keys in, connections with a known client out.
+//! TLS: certificates, keys, and the authentication of clients by certificates.
 //!
-//! Owns: what is accepted of a certificate, ours or a client's. Must never know: HTTP, what a client may do.
+//! Owns: the validation of certificates of server and clients. Must never know: HTTP, or the permissions of a client.
 
 use std::fs;
 use std::future::pending;
@@ -25,12 +25,13 @@ use x509_cert::der::Decode;
 
 use super::fresh::Fresh;
 
-/// HTTP/2, as ALPN names it.
+/// ALPN name of HTTP/2.
 const HTTP2: &[u8] = b"h2";
-/// How often a certificate that was shown is verified again when no file changes, unless a watch shows sooner that it goes on.
-const LOOK: Duration = Duration::from_secs(60);
+/// Interval at which client certificates of open connections are verified again when no file changes, unless keep-alives of a
+/// watch come more often.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The files TLS is made of, and how much it asks of a client.
+/// Files and options of TLS.
 #[derive(Clone, Debug)]
 pub struct Files {
     pub certificate: PathBuf,
@@ -39,6 +40,7 @@ pub struct Files {
     pub client: Option<ClientFiles>,
 }
 
+/// Files and options of client certificates.
 #[derive(Clone, Debug)]
 pub struct ClientFiles {
     pub authorities: PathBuf,
@@ -46,7 +48,7 @@ pub struct ClientFiles {
     pub demand: Demand,
 }
 
-/// The oldest version of TLS that is spoken.
+/// Minimum version of TLS.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Least {
     #[value(name = "1.2")]
@@ -55,25 +57,25 @@ pub enum Least {
     Tls13,
 }
 
-/// Whether a client must show a certificate. One that is shown must be good in any case.
+/// Whether clients must present a certificate. A presented one must be valid in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Demand {
     Optional,
     Required,
 }
 
-/// The TLS that is in force.
+/// The reloadable TLS configuration.
 pub type Tls = Fresh<Acceptance>;
 
-/// How connections are accepted.
+/// TLS configuration of the server.
 pub struct Acceptance {
     pub config: Arc<ServerConfig>,
-    /// None where no certificates of clients are asked for.
+    /// None without client certificates.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     clock: Clock,
 }
 
-/// Reads the files, again whenever they change.
+/// Loads the files, and reloads them when they change.
 pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
     let mut all = vec![files.certificate.clone(), files.key.clone()];
     if let Some(client) = &files.client {
@@ -102,18 +104,18 @@ fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
     };
     let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => anyhow!(
-            "the key in {} does not belong to the certificate in {}; give the pair that was made together",
+            "the key in {} does not belong to the certificate in {}; use a matching pair",
             files.key.display(),
             files.certificate.display()
         ),
-        error => anyhow!("--tls-key {}: {error}; give a key of type RSA, ECDSA or Ed25519", files.key.display()),
+        error => anyhow!("--tls-key {}: {error}; use a key of type RSA, ECDSA or Ed25519", files.key.display()),
     })?;
     config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
     Ok(Acceptance { config: Arc::new(config), verifier, clock: clock.clone() })
 }
 
 impl Acceptance {
-    /// Whether the certificates that a client showed are good now.
+    /// Verifies the certificates of a client as of now.
     fn verify(&self, shown: &[CertificateDer<'static>]) -> Result<(), rustls::Error> {
         let (Some(verifier), Some((certificate, chain))) = (&self.verifier, shown.split_first()) else { return Ok(()) };
         let now = UnixTime::since_unix_epoch(Duration::from_millis(self.clock.unix_ms()));
@@ -121,7 +123,7 @@ impl Acceptance {
     }
 }
 
-/// Checks what the handshake did not: a session that is resumed is that of a certificate which was good then.
+/// Verifies what the handshake did not: a resumed session has a certificate that was valid when the session began.
 pub fn verify_resumed<S>(tls: &Tls, stream: &TlsStream<S>) -> Result<(), rustls::Error> {
     match stream.get_ref().1.handshake_kind() {
         Some(HandshakeKind::Resumed) => tls.get().verify(&shown(stream)),
@@ -129,8 +131,8 @@ pub fn verify_resumed<S>(tls: &Tls, stream: &TlsStream<S>) -> Result<(), rustls:
     }
 }
 
-/// Returns when the certificate that a client showed is not good any more: it was revoked or expired, or its authority is gone.
-/// `renewals` are those since before it was found good; `heartbeat` is when a watch shows that it goes on.
+/// Waits until the certificate of a client becomes invalid: it was revoked or expired, or its CA was removed. `renewals` must
+/// have been created before the certificate was verified; `heartbeat` is the interval of a watch's keep-alives.
 pub async fn revoked(
     tls: &Tls,
     shown: Vec<CertificateDer<'static>>,
@@ -141,80 +143,80 @@ pub async fn revoked(
         return pending().await;
     }
     loop {
-        // Its end comes by the clock, which can be set.
-        let _ = timeout(heartbeat.min(LOOK), renewals.changed()).await;
+        // Expiry depends on the clock, which can be set.
+        let _ = timeout(heartbeat.min(RECHECK_INTERVAL), renewals.changed()).await;
         if let Err(error) = tls.get().verify(&shown) {
             return error;
         }
     }
 }
 
-/// The certificates that a client showed and that were found good.
+/// Returns the verified certificates of a client.
 pub fn shown<S>(stream: &TlsStream<S>) -> Vec<CertificateDer<'static>> {
     stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec()
 }
 
 fn verifier(files: &ClientFiles, provider: Arc<CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>> {
-    let told = |flag: &str, file: &Path| format!("{flag} {}", file.display());
+    let name = |flag: &str, file: &Path| format!("{flag} {}", file.display());
     let mut roots = RootCertStore::empty();
     for authority in certificates(&files.authorities, "--client-ca")? {
-        roots.add(authority).with_context(|| told("--client-ca", &files.authorities))?;
+        roots.add(authority).with_context(|| name("--client-ca", &files.authorities))?;
     }
     let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
     if let Some(file) = &files.revoked {
         let lists = CertificateRevocationListDer::pem_slice_iter(&read(file, "--client-crl")?)
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| anyhow!("{}: {error}", told("--client-crl", file)))?;
-        ensure!(!lists.is_empty(), "{} has no revocation list in PEM", told("--client-crl", file));
+            .map_err(|error| anyhow!("{}: {error}", name("--client-crl", file)))?;
+        ensure!(!lists.is_empty(), "{} contains no PEM revocation list", name("--client-crl", file));
         builder = builder.with_crls(lists);
     }
     if files.demand == Demand::Optional {
         builder = builder.allow_unauthenticated();
     }
-    builder.build().with_context(|| told("--client-ca", &files.authorities))
+    builder.build().with_context(|| name("--client-ca", &files.authorities))
 }
 
 fn certificates(file: &Path, flag: &str) -> Result<Vec<CertificateDer<'static>>> {
     let certificates = CertificateDer::pem_slice_iter(&read(file, flag)?)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| anyhow!("{flag} {}: {error}", file.display()))?;
-    ensure!(!certificates.is_empty(), "{flag} {} has no certificate in PEM", file.display());
+    ensure!(!certificates.is_empty(), "{flag} {} contains no PEM certificate", file.display());
     Ok(certificates)
 }
 
 fn key(file: &Path) -> Result<PrivateKeyDer<'static>> {
     let pem = read(file, "--tls-key")?;
     if pem.windows(9).any(|window| window == b"ENCRYPTED") {
-        bail!("--tls-key {} is encrypted; decrypt it first, for instance with: openssl pkey", file.display());
+        bail!("--tls-key {} is encrypted; decrypt it first, for example with: openssl pkey", file.display());
     }
-    // The error would show bytes of what may be a key.
-    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| anyhow!("--tls-key {} has no private key in PEM", file.display()))
+    // The original error would show bytes of the key.
+    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| anyhow!("--tls-key {} contains no PEM private key", file.display()))
 }
 
 fn read(file: &Path, flag: &str) -> Result<Vec<u8>> {
-    fs::read(file).with_context(|| format!("{flag} {} cannot be read", file.display()))
+    fs::read(file).with_context(|| format!("cannot read {flag} {}", file.display()))
 }
 
-/// Clients would refuse it: better to hear of it here.
+/// Checks the validity period: clients would reject the certificate.
 fn valid_now(certificate: &CertificateDer<'_>, clock: &Clock) -> Result<()> {
-    let certificate = Certificate::from_der(certificate).context("a certificate that cannot be understood")?;
+    let certificate = Certificate::from_der(certificate).context("a certificate is malformed")?;
     let validity = certificate.tbs_certificate.validity;
     let now = clock.wall();
     let (from, to) = (validity.not_before, validity.not_after);
     ensure!(
         from.to_system_time() <= now,
-        "the certificate is not valid before {from}; check the clock, or give another"
+        "the certificate is not valid before {from}; check the clock, or use another one"
     );
-    ensure!(now <= to.to_system_time(), "the certificate expired at {to}; give a new one");
+    ensure!(now <= to.to_system_time(), "the certificate expired at {to}; renew it");
     Ok(())
 }
 
-/// Whether HTTP/2 was agreed on.
+/// Returns whether HTTP/2 was negotiated.
 pub fn speaks_http2<S>(stream: &TlsStream<S>) -> bool {
     stream.get_ref().1.alpn_protocol() == Some(HTTP2)
 }
 
-/// The version that a connection speaks, in the field's own words.
+/// Returns the TLS version of a connection, by its usual name.
 pub fn version<S>(stream: &TlsStream<S>) -> &'static str {
     match stream.get_ref().1.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
@@ -222,10 +224,10 @@ pub fn version<S>(stream: &TlsStream<S>) -> &'static str {
     }
 }
 
-/// The subject of the certificate that the client showed and that was found good, as RFC 4514 writes it.
+/// Returns the subject of the verified certificate of a client, in the format of RFC 4514.
 pub fn identity<S>(stream: &TlsStream<S>) -> Option<Arc<str>> {
     let shown = stream.get_ref().1.peer_certificates()?.first()?;
     let subject = Certificate::from_der(shown).ok()?.tbs_certificate.subject.to_string();
-    // A certificate can be without a subject; then it says that the client may come in, and not who it is.
+    // A certificate without a subject authenticates a client without a name.
     if subject.is_empty() { None } else { Some(subject.into()) }
 }

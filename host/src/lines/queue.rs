@@ -1,12 +1,12 @@
 //! The queue of log lines, bounded in bytes, and the thread that writes them to standard error.
 //!
-//! Whoever logs never waits and never fails: standard error can be a pipe that nobody reads, or a file on a full disk. Lines
-//! beyond the bound, and those that cannot be written, are lost and counted.
+//! Logging never blocks and never fails: standard error can be a pipe without a reader, or a file on a full disk. Lines over
+//! the limit, and those that cannot be written, are dropped and counted.
 //!
 //! Not tracing-appender: it counts the lines that its queue drops and not those that fail to be written, its guard prints
 //! to standard output by a macro that panics, and its thread is not one of the supervisor's.
 //!
-//! Must never know: what is in a line.
+//! Must never know: the content of a line.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
@@ -15,11 +15,12 @@ use std::time::Duration;
 
 use kvs_runtime::Clock;
 
-/// Bytes of lines that wait to be written; more are lost.
+/// Maximum size of the queue in bytes.
 const BYTES: usize = 1 << 20;
-/// The pause before standard error is asked again, when it is a pipe that takes nothing now and does not block.
-const FULL: Duration = Duration::from_millis(10);
+/// Delay before the next attempt to write to a full non-blocking pipe.
+const RETRY_DELAY: Duration = Duration::from_millis(10);
 
+/// The queue of log lines.
 pub struct Queue {
     state: Mutex<State>,
     changed: Condvar,
@@ -28,12 +29,12 @@ pub struct Queue {
 struct State {
     lines: VecDeque<Box<[u8]>>,
     bytes: usize,
-    /// A line that was taken is being written.
+    /// A line was taken and is being written.
     is_writing: bool,
     lost: u64,
-    /// Of these, those that no line has reported yet.
+    /// Number of lost lines that are not reported yet.
     unreported: u64,
-    /// The reason why lines are lost now.
+    /// Reason why lines are being lost.
     failure: Option<String>,
 }
 
@@ -44,11 +45,11 @@ impl Queue {
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Puts a line in, or loses it.
+    /// Adds a line, or drops it if the queue is full.
     pub fn push(&self, line: &[u8]) {
         let mut state = self.lock();
         if state.bytes + line.len() > BYTES {
-            state.lose("nobody reads standard error");
+            state.lose("standard error is blocked");
             return;
         }
         state.bytes += line.len();
@@ -57,23 +58,23 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Waits until every line is written or lost, but no longer than this.
+    /// Waits until every line is written or lost, at most for `time`.
     pub fn flush(&self, time: Duration) {
         let is_busy = |state: &mut State| state.is_writing || !state.lines.is_empty();
         drop(self.changed.wait_timeout_while(self.lock(), time, is_busy).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The number of lines that were lost.
+    /// Returns the number of lost lines.
     pub fn lost(&self) -> u64 {
         self.lock().lost
     }
 
-    /// The reason why lines are lost now.
+    /// Returns the reason why lines are being lost.
     pub fn failure(&self) -> Option<String> {
         self.lock().failure.clone()
     }
 
-    /// Writes lines as they come, and calls `recovered` with the number of lost ones when they can be written again.
+    /// Writes lines as they arrive, and calls `recovered` with the number of lost ones when writing succeeds again.
     pub fn write_all(&self, out: &mut dyn Write, clock: &Clock, recovered: impl Fn(u64)) -> ! {
         // A line that was written in part is not continued by another one.
         let mut is_torn = false;
@@ -86,7 +87,7 @@ impl Queue {
                 is_torn = true;
                 write(out, &line, clock)
             });
-            is_torn = is_torn && written.as_ref().is_err_and(|unwritten| unwritten.begun);
+            is_torn = is_torn && written.as_ref().is_err_and(|unwritten| unwritten.is_partial);
             let unreported = self.done(written.map_err(|unwritten| unwritten.error));
             if unreported > 0 {
                 recovered(unreported);
@@ -94,7 +95,7 @@ impl Queue {
         }
     }
 
-    /// Counts the line as lost that a run before, which panicked, had taken.
+    /// Counts the line as lost that was being written when the writer panicked.
     fn begin(&self) {
         let mut state = self.lock();
         if std::mem::take(&mut state.is_writing) {
@@ -114,7 +115,7 @@ impl Queue {
         }
     }
 
-    /// Notes the fate of a line, and returns how many lost ones are to be reported now.
+    /// Notes the result of a line, and returns the number of lost ones to report now.
     fn done(&self, written: io::Result<()>) -> u64 {
         let mut state = self.lock();
         state.is_writing = false;
@@ -134,7 +135,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is whole.
+        // Every change under this lock is complete.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -151,20 +152,20 @@ impl State {
 
 struct Unwritten {
     error: io::Error,
-    /// Some of the line was written.
-    begun: bool,
+    /// Part of the line was written.
+    is_partial: bool,
 }
 
-/// [`Write::write_all`], which waits where a pipe that does not block is full.
+/// [`Write::write_all`] that waits while a non-blocking pipe is full.
 fn write(out: &mut dyn Write, line: &[u8], clock: &Clock) -> Result<(), Unwritten> {
     let mut rest = line;
     while !rest.is_empty() {
         match out.write(rest) {
-            Ok(0) => return Err(Unwritten { error: ErrorKind::WriteZero.into(), begun: rest.len() < line.len() }),
+            Ok(0) => return Err(Unwritten { error: ErrorKind::WriteZero.into(), is_partial: rest.len() < line.len() }),
             Ok(count) => rest = &rest[count.min(rest.len())..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => clock.pause(FULL),
-            Err(error) => return Err(Unwritten { error, begun: rest.len() < line.len() }),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => clock.pause(RETRY_DELAY),
+            Err(error) => return Err(Unwritten { error, is_partial: rest.len() < line.len() }),
         }
     }
     Ok(())
@@ -178,13 +179,13 @@ mod tests {
 
     use super::*;
 
-    /// Answers each write as it is told to, and passes on what it took.
-    struct Told {
+    /// Writer with scripted results, which passes on the written bytes.
+    struct Scripted {
         answers: Receiver<io::Result<usize>>,
         taken: Sender<Vec<u8>>,
     }
 
-    impl Write for Told {
+    impl Write for Scripted {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             let count = self.answers.recv().map_err(io::Error::other)??.min(bytes.len());
             self.taken.send(bytes[..count].to_vec()).map_err(io::Error::other)?;
@@ -210,7 +211,7 @@ mod tests {
         let (recover, recovered) = channel();
         let writing = Arc::clone(&queue);
         thread::spawn(move || {
-            let mut out = Told { answers: asked, taken: took };
+            let mut out = Scripted { answers: asked, taken: took };
             writing.write_all(&mut out, &Clock::system(), |lost| recover.send(lost).unwrap())
         });
         Started { queue, answers, taken, recovered }
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn line_after_a_torn_one_begins_anew() {
+    fn line_after_partial_one_starts_on_new_line() {
         let Started { queue, answers, taken, .. } = start();
         for answer in [Ok(2), Err(ErrorKind::StorageFull.into()), Ok(ALL), Ok(ALL)] {
             answers.send(answer).unwrap();
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn full_pipe_that_does_not_block_is_waited_for() {
+    fn full_nonblocking_pipe_is_retried() {
         let Started { queue, answers, taken, .. } = start();
         for answer in [Err(ErrorKind::WouldBlock.into()), Ok(1), Err(ErrorKind::Interrupted.into()), Ok(ALL)] {
             answers.send(answer).unwrap();

@@ -1,4 +1,4 @@
-//! A change: what an entry of the log did, for those who keep it for a while.
+//! A change: an owned entry of the log.
 
 use std::sync::OnceLock;
 
@@ -6,13 +6,13 @@ use bytes::Bytes;
 
 use crate::{Entry, Event, EventRef, Put, PutRef};
 
-/// What an entry of the log did.
+/// An owned entry of the log, as it is published to subscribers.
 pub struct Change {
     pub sequence: u64,
-    /// When it was appended.
+    /// Time of the append, in milliseconds since 1970.
     pub time: u64,
     pub event: Event,
-    /// The change as those who watch are told, written once for all of them.
+    /// The change as a server-sent event, formatted once for all subscribers.
     pub text: OnceLock<Bytes>,
 }
 
@@ -34,7 +34,7 @@ impl Change {
         Self::new(entry.sequence, entry.time, event)
     }
 
-    /// What [`Change::entry`] has for metadata.
+    /// Returns the metadata in the form that [`Change::entry`] needs.
     pub fn metadata(&self) -> Vec<(&str, &str)> {
         match &self.event {
             Event::Delete(_) => Vec::new(),
@@ -42,7 +42,7 @@ impl Change {
         }
     }
 
-    /// As it comes out of the log.
+    /// Returns the entry of the log.
     pub fn entry<'c>(&'c self, metadata: &'c [(&'c str, &'c str)]) -> Entry<'c> {
         let event = match &self.event {
             Event::Delete(key) => EventRef::Delete(key),

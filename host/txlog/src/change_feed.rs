@@ -1,10 +1,10 @@
-//! Durable changes, for those who watch.
+//! Change feed: publishes durable changes to subscribers.
 //!
-//! Stands in front of a log: what is appended goes to it, and, when somebody watches its key, stays here until it is durable
-//! and then goes to whoever watches it. What happened before somebody began to watch is read from the log. So a write
-//! costs nothing more than a look while nobody watches its key, and else a copy, and as much as its subscribers are many.
+//! It wraps a log: an append goes to the log, and, if its key has subscribers, is kept here until it is durable and then
+//! published. Earlier changes are read from the log. So a write costs a lookup if its key has no subscribers, otherwise a
+//! copy, and time in proportion to their number.
 //!
-//! Owns: when a change goes to whom, and what is told of the past. Must never know: HTTP, or why somebody watches.
+//! Owns: the delivery of changes, and the reading of history. Must never know: HTTP, or the purpose of a subscription.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -21,39 +21,39 @@ use super::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard}
 use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
 
-/// Entries that are read at a time of what happened before.
+/// Maximum number of entries in one chunk of history.
 const PAST_ENTRIES: usize = 10_000;
-/// Bytes of their keys and values after which no more are read.
+/// Bytes of keys and values after which a chunk of history ends.
 const PAST_BYTES: usize = 4 << 20;
 
 pub struct ChangeFeed {
     log: Arc<dyn TransactionLog>,
-    /// What a watcher may have waiting before it is given up, in bytes of keys and values.
+    /// Maximum size of the queue of a subscriber, in bytes of keys and values.
     lag_bytes: usize,
     env: Env,
     /// Taken before `pending`; while it is held to write, nothing is appended.
     subscribers: RwLock<Subscribers>,
-    /// What was appended, is watched, and has not gone to the subscribers; in the order of the log.
+    /// Appended changes that have subscribers and are not published yet, in the order of the log.
     pub(super) pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
 }
 
-/// One who watches, until it is dropped.
+/// A subscription, which ends on drop.
 pub struct Subscription {
     changes: Arc<ChangeFeed>,
     selection: Selection,
     number: u64,
     queue: Arc<Queue>,
-    /// All later changes come by the queue, and none of the earlier ones.
+    /// All later changes are queued, and no earlier ones.
     pub from: u64,
 }
 
-/// Some of what happened before.
+/// A chunk of history.
 pub struct Past {
     pub changes: Vec<Change>,
-    /// All up to this sequence was looked at.
+    /// The chunk covers the log up to this sequence.
     pub until: u64,
-    /// Compaction has left something out.
+    /// Compaction has dropped entries.
     pub gap: bool,
 }
 
@@ -72,7 +72,7 @@ pub enum PositionError {
     NotYet(u64),
 }
 
-/// Ends a replay that has brought enough.
+/// Stops a replay at the end of a chunk.
 #[derive(Debug, thiserror::Error)]
 #[error("enough")]
 struct Enough;
@@ -83,15 +83,15 @@ impl ChangeFeed {
         Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended })
     }
 
-    /// Starts the task that hands out changes. Should it die, whoever watches then is told nothing more, and finds out by
-    /// asking what it missed; the task is started again.
+    /// Starts the task that publishes changes. If it panics, the current subscriptions are canceled, whose clients resume
+    /// with what they missed, and the task is restarted.
     pub fn start(self: &Arc<Self>) -> Task {
         let changes = Arc::clone(self);
         self.env.tasks.restart("change feed", &self.env.clock, move || {
             let changes = Arc::clone(&changes);
             async move {
                 let dying = Dismissal(&changes);
-                // Whoever waits for the log hears of its failure there.
+                // A failure of the log is reported by the watermark.
                 let _ = changes.run().await;
                 drop(dying);
                 Ok(())
@@ -99,12 +99,12 @@ impl ChangeFeed {
         })
     }
 
-    /// The clock and the tasks that it was given.
+    /// Returns the environment.
     pub fn env(&self) -> &Env {
         &self.env
     }
 
-    /// Hands out changes as they become durable, for as long as the log lives.
+    /// Publishes changes as they become durable, until the log ends.
     pub async fn run(&self) -> Result<(), OutcomeUnknown> {
         loop {
             let next = lock(&self.pending).front().map(|change| change.sequence);
@@ -121,7 +121,7 @@ impl ChangeFeed {
         }
     }
 
-    /// Begins to watch. None when the end has come.
+    /// Subscribes. None after the end of the feed.
     pub fn watch(self: &Arc<Self>, selection: Selection) -> Option<Subscription> {
         let mut subscribers = self.subscribers_mut();
         let from = self.log.appended();
@@ -129,13 +129,13 @@ impl ChangeFeed {
         Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
-    /// Parses the position that a watch resumes after, and checks that it is in the history of this log, as far as that was
-    /// taken in.
+    /// Parses the position that a watch resumes after, and checks that it is in the history of this log, as far as
+    /// this process has applied it.
     pub async fn position(&self, text: &str) -> Result<u64, PositionError> {
         // As they are written: without a sign, and without zeros before.
         let sequence = text.parse::<u64>().ok().filter(|sequence| sequence.to_string() == text);
         let sequence = sequence.ok_or(PositionError::Malformed)?;
-        // Before the history, of which a standby learns together with the end.
+        // Before the history, which a standby receives together with the end.
         let end = if sequence <= self.log.appended() { Some(sequence) } else { self.log.end_of_log().await };
         if !self.log.history().contains(sequence) || end.is_some_and(|end| end < sequence) {
             Err(PositionError::Unknown(sequence))
@@ -146,10 +146,11 @@ impl ChangeFeed {
         }
     }
 
-    /// Some of these changes after a sequence, and how far that goes: to what is durable when nothing is left.
+    /// Reads a chunk of the selected changes after a sequence. At the end of history it covers the log up to the durable
+    /// watermark.
     ///
-    /// The log numbers entries without gaps, so one is what compaction has left, and [`Forgotten`]: a change that is not
-    /// there any more is not passed over in silence, however well the newer ones make up for it.
+    /// Sequences have no gaps of their own, so a gap is due to compaction, and an error: [`Forgotten`]. A dropped change is
+    /// never skipped silently, even if newer ones supersede it.
     pub async fn past(&self, selection: &Arc<Selection>, after: u64) -> Result<Past> {
         let selection = Arc::clone(selection);
         let past = self.read(after, move |event| selection.selects(event)).await?;
@@ -157,15 +158,15 @@ impl ChangeFeed {
         Ok(past)
     }
 
-    /// [`ChangeFeed::past`], of what is left of it, whichever events `selects` picks.
+    /// Reads a chunk of history like [`ChangeFeed::past`], but with gaps, and with any filter of events.
     pub async fn read(&self, after: u64, selects: impl Fn(&Event) -> bool + Send + 'static) -> Result<Past> {
         let log = Arc::clone(&self.log);
         task::spawn_blocking(move || {
-            // Nothing follows on a position in a lost future.
+            // A position in a lost future is followed by a gap.
             let mut past = Past { changes: Vec::new(), until: after, gap: !log.history().contains(after) };
             let (mut seen, mut bytes) = (0, 0);
             let replayed = log.replay(after, &mut |entries| {
-                // Now, and not before: a standby learns of an incarnation together with its first entries.
+                // Not earlier: a standby learns of an incarnation together with its first entries.
                 let history = log.history();
                 for entry in entries {
                     past.gap |= entry.sequence != history.next(past.until);
@@ -195,7 +196,7 @@ impl ChangeFeed {
         .await?
     }
 
-    /// Hands out what another process appended, after the log was told that it is there.
+    /// Publishes changes of another process, after they were acknowledged to the log.
     pub fn tell(&self, past: Past) {
         if past.gap {
             return self.dismiss();
@@ -206,12 +207,13 @@ impl ChangeFeed {
         }
     }
 
-    /// Who watches now would miss something, is told nothing more, and finds out by asking for what it missed.
+    /// Cancels the current subscriptions, which would miss changes. Their clients resume with what they missed, or get an
+    /// error.
     pub fn dismiss(&self) {
         self.subscribers().dismiss();
     }
 
-    /// Nobody watches any more, and nobody begins to.
+    /// Ends the feed: cancels all subscriptions, and accepts no new ones.
     pub fn end(&self) {
         self.subscribers_mut().end();
     }
@@ -237,7 +239,7 @@ impl ChangeFeed {
     }
 }
 
-/// Dismisses whoever watches, when the task that told them ends, however that comes.
+/// Cancels the subscriptions when the task that serves them ends, also by a panic.
 struct Dismissal<'c>(&'c ChangeFeed);
 
 impl Drop for Dismissal<'_> {
@@ -301,17 +303,17 @@ impl TransactionLog for ChangeFeed {
 }
 
 impl Subscription {
-    /// The next change, once it is durable. None when the watcher fell too far behind, or the end has come.
+    /// Returns the next change, once it is durable. None if the consumer was too slow, or the feed ended.
     pub async fn next(&mut self) -> Option<Arc<Change>> {
         self.queue.next().await
     }
 
-    /// Bytes of keys and values of changes that wait for the watcher.
+    /// Returns the bytes of keys and values of queued changes.
     pub fn waiting(&self) -> usize {
         self.queue.bytes()
     }
 
-    /// Returns when more waits, or the end has come.
+    /// Waits until a change is queued, or the feed ends.
     pub async fn grown(&self) {
         self.queue.changed().await;
     }

@@ -1,14 +1,14 @@
 //! Events: changes of one key each, in the schema that the contract with the guests fixes.
 //!
-//! Each type comes twice, owned (as appended) and borrowed (as replayed, straight from the buffer it lies in).
+//! Each type exists twice: owned, as appended, and borrowed, as replayed from a read buffer.
 
-/// A value, and all that belongs to it.
+/// A put: a key with its value, metadata and expiry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Put {
     pub key: String,
     pub value: Vec<u8>,
     pub metadata: Vec<(String, String)>,
-    /// Milliseconds since 1970-01-01T00:00:00Z, from which on the key is gone.
+    /// Expiry, in milliseconds since 1970-01-01T00:00:00Z.
     pub expires: Option<u64>,
 }
 
@@ -35,11 +35,11 @@ pub enum EventRef<'a> {
     Delete(&'a str),
 }
 
-/// An event of the log with its place in it.
+/// An entry of the log: an event with its sequence and time.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<'a> {
     pub sequence: u64,
-    /// Milliseconds since 1970-01-01T00:00:00Z at which it was appended.
+    /// Time of the append, in milliseconds since 1970-01-01T00:00:00Z.
     pub time: u64,
     pub event: EventRef<'a>,
 }
@@ -53,7 +53,7 @@ pub enum AppendError {
     Unavailable,
     #[error("the transaction log is read-only here")]
     ReadOnly,
-    /// With the largest group of events that is accepted, in bytes as the log counts them.
+    /// Contains the maximum size of a group of events, in bytes as the log counts them.
     #[error("the group of events exceeds {0} bytes")]
     TooLarge(u64),
 }

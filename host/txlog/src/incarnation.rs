@@ -1,15 +1,14 @@
 //! Incarnations: the points at which a log was continued from a copy of itself, or without a lost tail.
 //!
-//! Sequences are entity tags and watch positions, and clients keep them for longer than a log may last: a restored backup
-//! goes on without entries that clients have seen. So it goes on under sequences far beyond any that can have been given
-//! out, and what lies between is a gap in the history that no entry is ever in. A tag is never given twice, and a position
-//! from the lost future is recognised.
+//! Sequences are entity tags and watch positions, which clients keep for longer than a log may last: a restored backup lacks
+//! entries that clients have seen. So the log continues under sequences far beyond any that can have been given out, and the
+//! gap between them never has entries. A tag is never reused, and a position from the lost future is recognised.
 
 use uuid::Uuid;
 
-/// The distance from the fork to the first sequence after it: more than any lost future holds.
+/// Minimum distance from the fork to the first sequence after it: more entries than any lost future has.
 pub const JUMP: u64 = 1 << 40;
-/// Bound of the random part of the distance, by which two restores of one backup differ.
+/// Bound of the random part of the distance, which distinguishes two restores of one backup.
 const RANDOM: u64 = 1 << 44;
 
 /// The beginning of an incarnation, a record in the log.
@@ -18,14 +17,14 @@ pub struct Incarnation {
     pub id: Uuid,
     /// The incarnation before it; that of the log's beginning is the UUID of the log.
     pub parent: Uuid,
-    /// The newest sequence that it has in common with its parent.
+    /// The newest sequence shared with its parent.
     pub fork: u64,
-    /// The sequence of its first entry.
+    /// Sequence of its first entry.
     pub first: u64,
 }
 
 impl Incarnation {
-    /// Continues `parent` after `fork`. `random` is any number.
+    /// Creates the incarnation that continues `parent` after `fork`, at a distance that depends on `random`.
     pub fn after(parent: Uuid, fork: u64, id: Uuid, random: u64) -> Self {
         Self { id, parent, fork, first: fork + JUMP + random % RANDOM }
     }
@@ -48,18 +47,18 @@ impl History {
         self.0.push(incarnation);
     }
 
-    /// Whether a sequence can have been given out in this history, rather than in a future that it does not have.
+    /// Returns whether a sequence belongs to this history, rather than to a lost future.
     pub fn contains(&self, sequence: u64) -> bool {
         !self.0.iter().any(|incarnation| incarnation.fork < sequence && sequence < incarnation.first)
     }
 
-    /// The number of entries after one sequence, up to another, of which none is in a gap.
+    /// Returns the number of entries after one sequence, up to and including another, without those in gaps.
     pub fn entries(&self, after: u64, until: u64) -> u64 {
         let gaps = self.0.iter().map(|gap| (gap.first - 1).min(until).saturating_sub(gap.fork.max(after)));
         until.saturating_sub(after).saturating_sub(gaps.sum())
     }
 
-    /// The sequence that follows another where no entry is missing.
+    /// Returns the sequence that follows without a gap, which is across the jump at a fork.
     pub fn next(&self, sequence: u64) -> u64 {
         self.0.iter().fold(sequence + 1, |next, incarnation| {
             if incarnation.fork < next && next < incarnation.first { incarnation.first } else { next }
@@ -73,7 +72,7 @@ mod tests {
 
     fn history() -> History {
         let record = |fork, first| Incarnation { id: Uuid::nil(), parent: Uuid::nil(), fork, first };
-        // The third was begun before the second had an entry.
+        // The third began before the second had an entry.
         History::new(vec![record(10, 100), record(150, 1_000), record(999, 5_000)])
     }
 

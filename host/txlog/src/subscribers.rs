@@ -1,6 +1,7 @@
-//! Those who watch for changes, each with a queue of what it has yet to be told.
+//! Subscribers of the change feed, each with a queue of pending changes.
 //!
-//! Owns: which keys concern whom, and how far behind a watcher may fall. Must never know: when a change may be told.
+//! Owns: the matching of keys to subscribers, and the limit of a queue, beyond which a slow consumer is disconnected. Must
+//! never know: when a change may be published.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,37 +15,39 @@ use crate::Event;
 /// First character of the keys that belong to guests. A prefix that does not begin with it selects none of them.
 pub const GUEST_KEY: char = '\u{1}';
 
-/// Keys that somebody watches.
+/// Selector of keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Keys {
-    /// All that begin so.
+    /// All keys with this prefix.
     Begin(Box<str>),
     One(Box<str>),
 }
 
-/// Changes that somebody watches: of keys that any of these selects. Each comes once, however many do.
+/// The changes that a subscriber watches: those of keys that match any selector. Each is delivered once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
     pub keys: Box<[Keys]>,
-    /// Puts without deletes.
+    /// Only puts, no deletes.
     pub puts_only: bool,
 }
 
 type Queues = HashMap<Box<str>, HashMap<u64, Arc<Queue>>>;
 
+/// The subscribers, indexed by what they watch.
 #[derive(Default)]
 pub struct Subscribers {
     ended: bool,
     next: u64,
-    /// By what they watch, so that a change looks at those only that it concerns.
+    /// Indexes, so that a change is matched with its subscribers only.
     by_prefix: Queues,
     by_key: Queues,
-    /// Of those who watch no keys: nothing comes for them but the end.
+    /// Subscribers without keys, which only get the end of the feed.
     idle: HashMap<u64, Arc<Queue>>,
-    /// How many prefixes there are of each length.
+    /// Number of prefixes of each length.
     lengths: BTreeMap<usize, usize>,
 }
 
+/// Pending changes of one subscriber.
 #[derive(Default)]
 pub struct Queue {
     puts_only: bool,
@@ -56,10 +59,10 @@ pub struct Queue {
 struct Waiting {
     changes: VecDeque<Arc<Change>>,
     bytes: usize,
-    /// Sequence of the change that came last, or after which they begin. Another selector may bring the same one, and those
-    /// before come by the log: they are none that the watcher falls behind with.
+    /// Sequence of the last queued change, at first that of the newest change before the subscription. Changes up to it are
+    /// skipped: several selectors can match one, and earlier ones come from the log.
     last: u64,
-    /// It fell too far behind, or the log ended: nothing more comes.
+    /// The consumer was too slow, or the feed ended: no more changes follow.
     over: bool,
 }
 
@@ -77,7 +80,7 @@ impl Keys {
 }
 
 impl Selection {
-    /// Puts and deletes of keys.
+    /// Selects puts and deletes of keys.
     pub fn of(keys: impl IntoIterator<Item = Keys>) -> Self {
         Self { keys: keys.into_iter().collect(), puts_only: false }
     }
@@ -93,7 +96,7 @@ fn is_delete(event: &Event) -> bool {
 }
 
 impl Subscribers {
-    /// Changes after this sequence come from now on. None after the end.
+    /// Adds a subscriber to the changes after this sequence. Returns None after the end of the feed.
     pub fn enter(&mut self, selection: &Selection, after: u64) -> Option<(u64, Arc<Queue>)> {
         if self.ended {
             return None;
@@ -146,7 +149,7 @@ impl Subscribers {
         self.by_prefix.is_empty() && self.by_key.is_empty()
     }
 
-    /// The queues of all who watch such an event. One that several of its selectors bring is there as often.
+    /// Returns the queues of the subscribers of an event, once for each matching selector.
     pub fn concerned(&self, event: &Event) -> impl Iterator<Item = &Arc<Queue>> {
         let key = event.key();
         // The empty prefix selects no keys of guests.
@@ -157,13 +160,13 @@ impl Subscribers {
         queues.filter(move |queue| !(queue.puts_only && is_delete))
     }
 
-    /// Nobody watches any more, and nobody begins to.
+    /// Ends the feed: cancels all subscribers, and accepts no new ones.
     pub fn end(&mut self) {
         self.ended = true;
         self.dismiss();
     }
 
-    /// Nothing more comes for those who watch.
+    /// Cancels all subscribers: their queues end after the pending changes.
     pub fn dismiss(&self) {
         let watching = self.by_prefix.values().chain(self.by_key.values()).flat_map(HashMap::values);
         for queue in watching.chain(self.idle.values()) {
@@ -181,7 +184,7 @@ impl Subscribers {
 }
 
 impl Queue {
-    /// The next change. None when the watcher fell too far behind, or the end has come.
+    /// Returns the next change. None if the consumer was too slow, or the feed ended.
     pub async fn next(&self) -> Option<Arc<Change>> {
         loop {
             {
@@ -198,12 +201,12 @@ impl Queue {
         }
     }
 
-    /// Bytes of keys and values that wait.
+    /// Returns the bytes of keys and values of pending changes.
     pub fn bytes(&self) -> usize {
         lock(&self.waiting).bytes
     }
 
-    /// Returns when something has come since, or the end.
+    /// Waits until a change is queued, or the feed ends.
     pub async fn changed(&self) {
         self.ready.notified().await;
     }
@@ -215,7 +218,7 @@ impl Queue {
         }
         waiting.last = change.sequence;
         waiting.bytes += change.bytes();
-        // A single large change is no reason.
+        // A single change may exceed the limit.
         if waiting.bytes > lag_bytes && !waiting.changes.is_empty() {
             *waiting = Waiting { over: true, ..Waiting::default() };
         } else {
@@ -226,6 +229,6 @@ impl Queue {
 }
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing is called under these locks that could panic and leave something half changed.
+    // No code under these locks can panic in the middle of a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

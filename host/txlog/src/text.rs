@@ -1,4 +1,4 @@
-//! The log as text, one line an entry, fields separated by tabs.
+//! Text format of the log: one line per entry, fields separated by tabs.
 //!
 //! ```text
 //! sequence  2  key  value  time  expires, or nothing  name=value  name=value ...
@@ -7,16 +7,16 @@
 //! ```
 //!
 //! The first four fields are those of the service in *Cloud Native Go*: 1 is a delete, 2 a put. Every byte that is not a
-//! printable ASCII character is written as `%` and two digits, and so are `%`, `+` and `=`: any key and any value
-//! survives, and whoever decodes the value as that service does gets it right. Sequences grow from line to line.
+//! printable ASCII character is percent-encoded, and so are `%`, `+` and `=`: any key and any value can be represented, and
+//! that service decodes the values correctly. Sequences increase from line to line.
 //!
-//! Reading is strict: a line that neither of the two writes is refused, and never taken for something else.
+//! Parsing is strict: a line that neither program writes is an error, and is never interpreted in another way.
 
 use std::fmt::Write;
 
 use crate::{Entry, Event, EventRef, Put};
 
-/// Which program wrote the text.
+/// Dialect of the text, by the program that wrote it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
     /// `kvs txlog export`
@@ -26,15 +26,16 @@ pub enum Format {
     CloudNativeGo,
 }
 
-/// An entry that was read from a line.
+/// A parsed line.
 #[derive(Debug)]
 pub struct Line {
-    /// What it had where the text comes from.
+    /// Sequence in the log that was exported.
     pub sequence: u64,
     pub time: u64,
     pub event: Event,
 }
 
+/// Appends the line of an entry.
 pub fn print(entry: &Entry<'_>, line: &mut String) {
     let (sequence, time) = (entry.sequence, entry.time);
     // Writing to a string cannot fail.
@@ -65,7 +66,7 @@ pub fn print(entry: &Entry<'_>, line: &mut String) {
     line.push('\n');
 }
 
-/// Reads a line without its end. `now` is the time of a line that has none. The error says what is wrong with it.
+/// Parses a line without its newline. `now` is the time of an entry whose line has none.
 pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
     let mut fields = line.split(|byte| *byte == b'\t');
     let mut field = |what: &str| fields.next().ok_or_else(|| format!("the {what} is missing"));
@@ -80,20 +81,20 @@ pub fn parse(line: &[u8], format: Format, now: u64) -> Result<Line, String> {
     let value = match kind {
         b"1" => Vec::new(),
         b"2" => unescape(field("value")?, "value", format == Format::CloudNativeGo)?,
-        kind => return Err(format!("the type is {}, and only 1 and 2 are known", quoted(kind))),
+        kind => return Err(format!("the type is {}, but must be 1 or 2", quoted(kind))),
     };
     let delete = kind == b"1";
     if delete && fields.next().is_some_and(|value| !value.is_empty()) {
         return Err("a delete has a value".into());
     }
     if format == Format::CloudNativeGo && fields.next().is_some() {
-        return Err("there is something after the value".into());
+        return Err("unexpected field after the value".into());
     }
     let time = fields.next().map_or(Ok(now), |time| number(time, "time"))?;
     if delete {
         return match fields.next() {
             None => Ok(Line { sequence, time, event: Event::Delete(key) }),
-            Some(_) => Err("there is something after the time of a delete".into()),
+            Some(_) => Err("unexpected field after the time of a delete".into()),
         };
     }
     let expires = fields.next().filter(|expires| !expires.is_empty());
@@ -146,7 +147,7 @@ fn unescape(field: &[u8], what: &str, plus_is_space: bool) -> Result<Vec<u8>, St
                 bytes.push(byte.ok_or_else(wrong)?);
             }
             b'+' if plus_is_space => bytes.push(b' '),
-            // For instance the end of a line as other systems write it.
+            // Such as the carriage return of a Windows line ending.
             byte if byte.is_ascii_control() => {
                 return Err(format!("the {what} has the control character {byte:#04x}, which would be escaped"));
             }
@@ -156,7 +157,7 @@ fn unescape(field: &[u8], what: &str, plus_is_space: bool) -> Result<Vec<u8>, St
     Ok(bytes)
 }
 
-/// What is wrong may be anything, of any length.
+/// Quotes a field for an error message, with a bounded length.
 fn quoted(field: &[u8]) -> String {
     const ENOUGH: usize = 40;
     let text = String::from_utf8_lossy(&field[..field.len().min(ENOUGH)]);
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_book_writes_is_read() {
+    fn parse_reads_cloud_native_go() {
         let read = |line: &str| words(line.as_bytes(), Format::CloudNativeGo);
         assert_eq!(
             read("1\t2\tkey-a\tHello%2C+world%21"),
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_what_others_read() {
+    fn print_writes_percent_encoded_fields() {
         let metadata = [("content-type", "text/plain; x=1")];
         let put = PutRef { key: "käy+1~", value: b"100% of !\0", metadata: &metadata, expires: Some(9) };
         let mut lines = String::new();
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_is_told() {
+    fn parse_rejects_malformed_lines() {
         for (line, what) in [
             ("", "the sequence is \"\", not a number"),
             ("x\t2\ta\tb", "the sequence is \"x\", not a number"),
@@ -213,12 +214,12 @@ mod tests {
             ("1", "the type is missing"),
             ("1\t2", "the key is missing"),
             ("1\t2\ta", "the value is missing"),
-            ("1\t3\ta\tb", "the type is \"3\", and only 1 and 2 are known"),
+            ("1\t3\ta\tb", "the type is \"3\", but must be 1 or 2"),
             ("1\t2\ta%4\tb", "the key has a % that is not followed by two hexadecimal digits"),
             ("1\t2\ta\t%zz", "the value has a % that is not followed by two hexadecimal digits"),
             ("1\t2\t%FF\tb", "the key is not UTF-8"),
             ("1\t1\ta\tb", "a delete has a value"),
-            ("1\t1\ta\t\t5\t6", "there is something after the time of a delete"),
+            ("1\t1\ta\t\t5\t6", "unexpected field after the time of a delete"),
             ("1\t2\ta\tb\tnow", "the time is \"now\", not a number"),
             ("1\t2\ta\tb\t1\t-", "the expiry is \"-\", not a number"),
             ("1\t2\ta\tb\t1\t\tname", "metadata is not name=value"),
@@ -230,7 +231,7 @@ mod tests {
         ] {
             assert_eq!(words(line.as_bytes(), Format::Kvs), what, "{line:?}");
         }
-        assert_eq!(words(b"1\t2\ta\tb\tc", Format::CloudNativeGo), "there is something after the value");
+        assert_eq!(words(b"1\t2\ta\tb\tc", Format::CloudNativeGo), "unexpected field after the value");
         assert_eq!(
             words(b"1\t2\ta\tb\r", Format::CloudNativeGo),
             "the value has the control character 0x0d, which would be escaped"
@@ -243,7 +244,7 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn everything_survives(
+        fn printed_entry_parses_to_itself(
             key: String, value: Vec<u8>, metadata: Vec<(String, String)>, time: u64, expires: Option<u64>,
         ) {
             let pairs: Vec<_> = metadata.iter().map(|(name, value)| (&name[..], &value[..])).collect();

@@ -1,6 +1,6 @@
-//! The watermark: how far the log is durable, who waits for it, and whether it can ever move again.
+//! The durable watermark: the newest durable sequence, and the waiters for it.
 //!
-//! Responses wait here. They are let go from one place, in the order of their sequences, by whoever made the log durable.
+//! Responses wait here. They are released in one place, in the order of their sequences, by the writer of the log.
 
 use tokio::sync::oneshot;
 
@@ -12,6 +12,7 @@ use super::sync::{Mutex, MutexGuard, PoisonError};
 #[error("outcome unknown: the transaction log failed before this was known to be durable")]
 pub struct OutcomeUnknown;
 
+/// The durable watermark.
 pub struct Watermark {
     durable: AtomicU64,
     waiting: Mutex<Waiting>,
@@ -19,9 +20,9 @@ pub struct Watermark {
 
 #[derive(Default)]
 struct Waiting {
-    /// Set once and never taken back: after a failed sync nothing can be said about what was written.
+    /// Reason of the failure. Set once and never reset: after a failed sync the state of written entries is unknown.
     latched: Option<String>,
-    /// In no order: there are no more of them than requests in flight.
+    /// Waiters in no order: at most one for each request in flight.
     sequences: Vec<(u64, oneshot::Sender<()>)>,
     latch: Vec<oneshot::Sender<()>>,
 }
@@ -31,7 +32,7 @@ impl Watermark {
         Self { durable: AtomicU64::new(durable), waiting: Mutex::default() }
     }
 
-    /// The newest sequence known to be durable.
+    /// Returns the newest durable sequence.
     pub fn durable(&self) -> u64 {
         self.durable.load(Ordering::Acquire)
     }
@@ -43,7 +44,7 @@ impl Watermark {
         }
         let released = {
             let mut waiting = self.waiting();
-            // Once more under the lock: `advance` may have come between.
+            // Again under the lock, for a concurrent `advance`.
             if sequence <= self.durable() {
                 return Ok(());
             }
@@ -57,37 +58,37 @@ impl Watermark {
         released.await.map_err(|_| OutcomeUnknown)
     }
 
-    /// Everything up to `durable` is on disk: lets go who waited for it, lowest sequence first.
+    /// Advances the watermark, and releases the waiters up to it, lowest sequence first.
     pub fn advance(&self, durable: u64) {
         let mut waiting = self.waiting();
-        // What is durable stays so, in whatever order those come who found it.
+        // The watermark never goes back, in whatever order its updates arrive.
         let durable = durable.max(self.durable());
         self.durable.store(durable, Ordering::Release);
         let mut released: Vec<_> = waiting.sequences.extract_if(.., |(sequence, _)| *sequence <= durable).collect();
         drop(waiting);
         released.sort_unstable_by_key(|(sequence, _)| *sequence);
         for (_, release) in released {
-            // A client that left waits no more.
+            // The waiter may be gone, with its client.
             let _ = release.send(());
         }
     }
 
-    /// The log failed for good, or is another process's. Everyone who waits, and everyone who comes to wait for what is not
-    /// durable, is told that the outcome is unknown.
+    /// Fails the watermark for good: the log failed, or another process took it over. All current and future waiters for
+    /// later sequences get [`OutcomeUnknown`].
     pub fn latch(&self, reason: String) {
         let mut waiting = self.waiting();
         waiting.latched.get_or_insert(reason);
-        // Dropping a sender is the bad news.
+        // A dropped sender signals the failure.
         waiting.sequences.clear();
         waiting.latch.clear();
     }
 
-    /// Why the log failed, if it did.
+    /// Returns why the log failed, if it did.
     pub fn failure(&self) -> Option<String> {
         self.waiting().latched.clone()
     }
 
-    /// Waits until the log failed, and says why.
+    /// Waits until the log fails, and returns the reason.
     pub async fn latched(&self) -> String {
         let failed = {
             let mut waiting = self.waiting();
@@ -103,7 +104,7 @@ impl Watermark {
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        // Every change under this lock is whole at every step, so a panic elsewhere does not spoil it.
+        // Every change under this lock is complete at every step, so poisoning can be ignored.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

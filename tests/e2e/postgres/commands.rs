@@ -36,7 +36,7 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
     }
     client.ask("PUT", "/v1/typed?ttl=1000", b"\xff");
     client.ask("DELETE", "/v1/key-3", b"");
-    refused(log(&["verify", "--txlog", &url])).with(1, &["writes it", "stop that first"]);
+    refused(log(&["verify", "--txlog", &url])).with(1, &["it is in use by", "stop it first"]);
     server.terminate();
     let sound = "schema kvs: version 4\nthe log is sound: 32 entries, newest sequence 32\n";
     assert_eq!(done(&["verify", "--txlog", &url]).0, sound);
@@ -58,7 +58,7 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
 
     // What is left is the newest of nine keys and one that expires later, and no index, not even of one who was killed at it.
     database.sql("CREATE INDEX transactions_key ON kvs.transactions (sequence)");
-    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries are left\n"));
+    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries remain\n"));
     assert_eq!(database.sql("SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);
     assert_eq!(database.sql("SELECT last, forgotten FROM kvs.writer"), ["32|32"]);
     let server = start(&url);
@@ -77,12 +77,12 @@ fn the_table_of_the_book_becomes_a_log() {
         refused(log(&["import", "--from", &url, "--data-dir", data.to_str().expect("it is text")])).with(1, told);
         assert!(!data.exists(), "nothing is begun");
     };
-    refuses(&["cannot read the book's table", "\"transactions\" does not exist"]);
+    refuses(&["cannot read the table transactions", "\"transactions\" does not exist"]);
     database
         .sql("CREATE TABLE transactions (sequence BIGSERIAL PRIMARY KEY, event_type SMALLINT, key TEXT, value TEXT)");
     database.sql("INSERT INTO transactions (event_type, key, value) VALUES (2, 'a', '1'), (2, 'b', 'Hello, world ä'), (1, 'a', '')");
     database.sql("INSERT INTO transactions VALUES (9, 3, 'c', 'x')");
-    refuses(&["the row with sequence 9", "its type is Some(3)"]);
+    refuses(&["the row with sequence 9", "its event_type is Some(3)"]);
     database.sql("UPDATE transactions SET event_type = 2, value = NULL WHERE sequence = 9");
     refuses(&["the row with sequence 9", "it puts no value"]);
     database.sql("UPDATE transactions SET value = 'x' WHERE sequence = 9");

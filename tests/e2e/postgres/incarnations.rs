@@ -112,7 +112,7 @@ fn dump_restored_in_place_begins_incarnation() {
     database.load("postgres", &dump);
     let server = start(&database.url());
     let line = server.says(BEGINS);
-    assert!(line.contains("the table kvs.writer is another one"), "{line}");
+    assert!(line.contains("the table kvs.writer differs from"), "{line}");
     assert!(tag(&server, "a") > JUMP);
     assert_eq!(ask(&server, "GET", "/v1?watch&since=2", ("accept", "*/*")).status, 410);
 }
@@ -132,7 +132,7 @@ fn database_on_new_timeline_begins_incarnation() {
     database.recover();
     let server = start(&database.url());
     let line = server.says(BEGINS);
-    assert!(line.contains("the timeline is another one"), "{line}");
+    assert!(line.contains("the timeline differs from"), "{line}");
     assert!(tag(&server, "a") > JUMP);
     assert_eq!(database.sql(COUNT), ["1"]);
 }
@@ -189,7 +189,7 @@ fn unclean_end_begins_incarnation_where_commits_may_be_lost() {
     // Whoever comes next, with durable commits too.
     let server = start(&url);
     let line = server.says(BEGINS);
-    assert!(line.contains("its writer ended without closing it") && line.contains("follows on 4"), "{line}");
+    assert!(line.contains("its primary did not close it") && line.contains("follows on 4"), "{line}");
     let mut watch = Events::open(&server, "/v1?watch&since=3", &[]);
     let first = tag(&server, "a");
     assert!(first > JUMP);
@@ -297,11 +297,11 @@ fn fork_begins_incarnation_at_rest() {
     assert_eq!(tag(&server, "a"), two.first + 1);
     assert_eq!(database.sql(COUNT), ["2"]);
     server.terminate();
-    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 1 entries are left\n"));
+    assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 1 entries remain\n"));
     // A row that was restored into the gap is nobody's.
     database.sql("INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'lost')");
     let verify = log(&["verify", "--txlog", &url]);
-    refused(verify).with(1, &["holds the sequence 2, which no incarnation of the log has"]);
+    refused(verify).with(1, &["contains sequence 2, which is in no incarnation of the log"]);
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn formats_before_are_migrated_and_written_on() {
         database.load(name, before.as_bytes());
         let recorded = read(format!("{fixture}.export.tsv"));
         let sound = read(format!("{fixture}.verify.txt"));
-        let verified = format!("schema kvs: version 4, brought up from version {version}\n{sound}");
+        let verified = format!("schema kvs: version 4, migrated from version {version}\n{sound}");
         assert_eq!(done(&["verify", "--txlog", &url]).0, verified, "{name}");
         assert_eq!(done(&["export", "--txlog", &url]).0, recorded, "{name}");
         assert_eq!(database.sql_in(name, "SELECT max(version) FROM kvs.migrations"), ["4"]);

@@ -65,7 +65,7 @@ pub fn becomes_ready(server: &Server, status: u16, told: &str) {
     }
 }
 
-const DEPOSED: &str = "another process writes this log now";
+const DEPOSED: &str = "lost the epoch of the log: another process is primary";
 
 /// Waits for the end of a server from which another has taken the log over.
 fn is_deposed(server: Server) {
@@ -75,7 +75,7 @@ fn is_deposed(server: Server) {
 }
 
 pub const WELL: &str = "[+]log ok\n";
-pub const AWAY: &str = "[+]log ok, but the database is away";
+pub const AWAY: &str = "[+]log ok, but database unavailable";
 
 /// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
 /// outcome nobody tells, or when `trouble` is over.
@@ -196,7 +196,7 @@ fn a_database_that_is_killed_costs_no_write_and_reads_go_on_without_it() {
     }
     let said = server.stderr();
     let told = |text: &str| said.iter().filter(|line| line.contains(text)).count();
-    assert_eq!((told("the database is away"), told("the database is back")), (3, 3), "a line for each change");
+    assert_eq!((told("database unavailable"), told("database available again")), (3, 3), "a line for each change");
     // What the server has is what the log has.
     server.terminate();
     clients.settle(start(&database.url()).address());
@@ -247,7 +247,7 @@ fn a_server_that_is_stopped_while_its_database_is_away_says_from_where_on_nothin
     let (status, stopped) = server.ends();
     let last = stopped.stderr().last().expect("it says why");
     assert!(
-        status.code() == Some(1) && last.contains("entries from 2 on were not known to be written"),
+        status.code() == Some(1) && last.contains("the outcome of entries from sequence 2 on is unknown"),
         "{status}: {last}"
     );
     database.signal(Signal::CONT);
@@ -360,7 +360,7 @@ fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
     // Each shard reads for itself.
     let server = Server::start(&["--txlog", &database.url_at(proxy.port), "--txlog-timeout", "1s", "--shards", "1"]);
     assert_eq!(put(&server, "a", "1"), 201);
-    let again = "reading the log after sequence 0 again";
+    let again = "retrying to read the log after sequence 0";
     proxy.set(Way::Reset);
     let swapped = swap(&server, &component(DEFAULT_GUEST));
     assert_eq!(swapped.status, 500, "{}", swapped.text());
@@ -383,7 +383,7 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
     let paused = start(&url);
     assert_eq!(put(&paused, "a", "1"), 201);
     serve_refused(&["--txlog", &url])
-        .with(1, &["cannot open the log in the database \"postgres\" at 127.0.0.1", "writes it"]);
+        .with(1, &["cannot open the log in the database \"postgres\" at 127.0.0.1", "it is in use by"]);
     let mut clients = Clients::new(&mut zoo::dice());
     let mut taken = None;
     under_load(&paused, &mut clients, 500, || {

@@ -28,9 +28,9 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
     refused(&secret("1/postgres?sslmode=disable"), &["127.0.0.1:1", "refused"]);
     refused(&secret("PORT/postgres"), &["does not support TLS", "sslmode=disable"]);
     refused(&secret("PORT/postgres?colour=red"), &["URL of the log", "colour"]);
-    refused(&secret("PORT/postgres?sslmode=never"), &["sslmode is disable, prefer"]);
-    refused("postgres://postgres@127.0.0.1?passfile=/nowhere", &["the file of passwords /nowhere cannot be read"]);
-    refused("postgress://postgres:secret@localhost/postgres", &["a log is `file` or looks like postgres://"]);
+    refused(&secret("PORT/postgres?sslmode=never"), &["sslmode must be disable, prefer"]);
+    refused("postgres://postgres@127.0.0.1?passfile=/nowhere", &["cannot read the password file /nowhere"]);
+    refused("postgress://postgres:secret@localhost/postgres", &["--txlog must be `file` or postgres://"]);
     refused(&url.replace("/postgres?", "/nothere?"), &["database \"nothere\" does not exist"]);
 
     database.sql("CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'");
@@ -49,16 +49,16 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
     database.sql(
         "DELETE FROM kvs.migrations WHERE version = 7; ALTER TABLE kvs.transactions RENAME COLUMN expires TO ends",
     );
-    refused(&url, &["the tables in the schema kvs are not those", "\"expires\""]);
+    refused(&url, &["the tables in the schema kvs have an unexpected shape", "\"expires\""]);
     database.sql("ALTER TABLE kvs.transactions RENAME COLUMN ends TO expires");
     database.sql("INSERT INTO kvs.transactions VALUES (3, 0, 1, 'c')");
-    refused(&url, &["kvs.transactions holds the sequence 3", "newest is 2"]);
+    refused(&url, &["kvs.transactions contains sequence 3", "last one in kvs.writer is 2"]);
     database.sql(
         "DELETE FROM kvs.transactions WHERE sequence = 3; UPDATE kvs.transactions SET key = '\\xff' WHERE sequence = 2",
     );
-    refused(&url, &["sequence Some(2) is damaged: its key is not UTF-8"]);
+    refused(&url, &["sequence 2 is corrupted: its key is not UTF-8"]);
     database.sql("UPDATE kvs.transactions SET key = 'b', metadata = '{}' WHERE sequence = 2");
-    refused(&url, &["sequence Some(2) is damaged: its metadata"]);
+    refused(&url, &["sequence 2 is corrupted: its metadata"]);
     database.sql("UPDATE kvs.transactions SET metadata = NULL");
     database.kill();
     refused(&url, &["127.0.0.1", "refused"]);
@@ -100,8 +100,8 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
         (trusting("", &other), "certificate"),
         (trusting("sslmode=verify-ca&", &other), "certificate"),
         (named(trusting("", &authority)), "not valid for name"),
-        (trusting("sslcert=/nowhere&", &authority), "sslcert and sslkey go together"),
-        (url("sslrootcert=/nowhere"), "cannot be read from /nowhere"),
+        (trusting("sslcert=/nowhere&", &authority), "sslcert and sslkey must be given together"),
+        (url("sslrootcert=/nowhere"), "from /nowhere"),
     ] {
         serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
     }
@@ -136,8 +136,8 @@ fn a_certificate_is_shown_to_a_database_that_asks_for_one() {
     for (bad, told) in [
         (without, "connection requires a valid client certificate"),
         (url(&another.certificate, &another.key), "certificate authentication failed for user \"keyholder\""),
-        (url(&own.certificate, &another.key), "sslcert and sslkey do not fit"),
-        (url(&own.certificate, "/nowhere"), "sslkey cannot be read from /nowhere"),
+        (url(&own.certificate, &another.key), "sslcert and sslkey do not match"),
+        (url(&own.certificate, "/nowhere"), "cannot read sslkey from /nowhere"),
     ] {
         serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
     }

@@ -21,9 +21,9 @@ use crate::watch::Events;
 use crate::wire::{Connection, STALE};
 use crate::zoo;
 
-pub const STANDS_BY: &str = "[+]log ok, but standing by while process ";
+pub const STANDS_BY: &str = "[+]log ok, but standby of process ";
 const REFUSED: &str = "this server stands by; another one takes writes";
-pub const UP_TO_DATE: &str = "writes it, 0 entries behind\n";
+pub const UP_TO_DATE: &str = ", replication lag 0 entries\n";
 
 pub fn stand_by(url: &str, args: &[&str]) -> Server {
     let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
@@ -150,7 +150,7 @@ fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is
         proxy.set(Way::Reset);
         proxy.set(Way::Open);
         let standby = standby.join().expect("it stands by");
-        standby.says("standing by, and the database is away");
+        standby.says("database unavailable, standby retries to connect");
         assert_eq!(get_stale(&standby, "a"), (200, "1".into()));
     });
     let nowhere = database.url().replace("/postgres?", "/nothere?");
@@ -199,7 +199,7 @@ fn position_that_standby_has_not_reached_is_503() {
     assert_eq!(put(&server, "a", "2"), 201);
     let held = database.lock("kvs.transactions");
     standby.signal(Signal::CONT);
-    becomes_ready(&standby, 200, "writes it, 1 entries behind\n");
+    becomes_ready(&standby, 200, ", replication lag 1 entries\n");
     let refused = resume("GET", 2);
     refused.says(
         503,

@@ -1,36 +1,36 @@
-//! What is left in the hands of whoever started a thread or a task.
+//! Handles of started threads and tasks.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::AbortHandle;
 use tokio::sync::oneshot;
 
-/// A task. It goes on when this is dropped.
+/// Handle of a task, which continues when the handle is dropped.
 pub struct Task {
     abort: AbortHandle,
     ended: oneshot::Receiver<()>,
 }
 
 impl Task {
-    /// Beside it what the task drops at its end.
+    /// Creates a handle, and the sender that the task drops at its end.
     pub(super) fn new(abort: AbortHandle) -> (oneshot::Sender<()>, Self) {
         let (end, ended) = oneshot::channel();
         (end, Self { abort, ended })
     }
 
-    /// Ends it where it waits next.
+    /// Aborts the task at its next await.
     pub fn abort(&self) {
         self.abort.abort();
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the task.
     pub async fn ended(self) {
         // Nothing is ever sent: the sender goes with the task.
         let _ = self.ended.await;
     }
 }
 
-/// A thread. It goes on when this is dropped.
+/// Handle of a thread, which continues when the handle is dropped.
 pub struct Thread(Arc<End>);
 
 #[derive(Default)]
@@ -39,7 +39,7 @@ struct End {
     changed: Condvar,
 }
 
-/// Dropped by the thread at its end, however that comes.
+/// Guard that the thread drops at its end, also on a panic.
 pub(super) struct Ending(Arc<End>);
 
 impl Thread {
@@ -48,7 +48,7 @@ impl Thread {
         (Ending(Arc::clone(&end)), Self(end))
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the thread.
     pub fn join(self) {
         let over = self.0.lock();
         let waited = self.0.changed.wait_while(over, |over| !*over);

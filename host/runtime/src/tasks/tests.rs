@@ -5,7 +5,7 @@ use kvs_metrics::Metrics;
 
 use super::*;
 
-/// Ends a task by panic at its first beginnings.
+/// Makes a task panic at its first starts.
 struct Saboteur {
     left: AtomicU32,
 }
@@ -49,7 +49,7 @@ async fn restarting_task_survives_panics_and_errors() {
 }
 
 #[tokio::test]
-async fn restart_pending_is_a_condition() {
+async fn pending_restart_is_reported_in_condition() {
     let tasks = sabotaged(1);
     let task = tasks.restart("sweep", &Clock::system(), std::future::pending::<Result<()>>);
     while tasks.restarts("sweep") == 0 {
@@ -57,14 +57,14 @@ async fn restart_pending_is_a_condition() {
     }
     let condition = tasks.condition().unwrap();
     assert!(condition.contains("`sweep`") && condition.contains("sabotage of sweep"), "{condition}");
-    // One that is not wanted any more is no condition.
+    // An aborted task is not reported.
     task.abort();
     task.ended().await;
     assert_eq!(tasks.condition(), None);
 }
 
 #[tokio::test]
-async fn failing_task_hands_over_its_panic() {
+async fn failing_task_passes_panic_to_callback() {
     let (failed, reason) = oneshot();
     let failed = move |error: &Error| failed.send(format!("{error:#}")).unwrap();
     sabotaged(1).fail("writer", async { Ok(()) }, failed);
@@ -73,7 +73,7 @@ async fn failing_task_hands_over_its_panic() {
     let failed = move |error: &Error| failed.send(format!("{error:#}")).unwrap();
     sabotaged(0).fail("writer", async { Err(anyhow!("no disk")) }, failed);
     assert_eq!(reason.await.unwrap(), "the task `writer` ended: no disk");
-    // Success is no failure.
+    // Success does not call it.
     let task = sabotaged(0).fail("writer", async { Ok(()) }, |error| panic!("{error:#}"));
     task.ended().await;
 }
@@ -91,7 +91,7 @@ async fn detached_task_panics_are_counted() {
 }
 
 #[test]
-fn aborted_detached_task_is_no_panic() {
+fn aborted_detached_task_counts_no_panic() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let tasks = Tasks::system();
     runtime.block_on(async { tasks.detach("connection", std::future::pending()) });
@@ -109,7 +109,7 @@ fn restarting_thread_survives_a_panic() {
 }
 
 #[test]
-fn failing_thread_hands_over_its_panic() {
+fn failing_thread_passes_panic_to_callback() {
     let (failed, reason) = mpsc::channel();
     let failed = move |error: &Error| failed.send(format!("{error:#}")).unwrap();
     sabotaged(1).fail_thread("log writer", || Ok(()), failed).unwrap().join();
@@ -125,11 +125,11 @@ fn joined_thread_has_ended() {
 }
 
 #[test]
-fn backoff_doubles_and_forgets() {
+fn backoff_doubles_and_resets() {
     let mut backoff = Backoff::default();
     let pauses: Vec<_> = (0..9).map(|_| backoff.next(Duration::ZERO).as_millis()).collect();
     assert_eq!(pauses, [50, 100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
-    assert_eq!(backoff.next(QUIET), PAUSES.0);
+    assert_eq!(backoff.next(BACKOFF_RESET), BACKOFF.0);
 }
 
 fn oneshot<T>() -> (tokio::sync::oneshot::Sender<T>, tokio::sync::oneshot::Receiver<T>) {

@@ -1,4 +1,4 @@
-//! `kvs txlog cat` and `kvs txlog export`: every entry of a log, in words, in JSON, or in the text that is read back.
+//! `kvs txlog cat` and `kvs txlog export`: prints every entry of a log, as text, as JSON, or in the format of `import`.
 
 use std::fmt::Write as _;
 use std::io::{BufWriter, Write};
@@ -12,12 +12,12 @@ use kvs_txlog::file::Offline;
 use kvs_txlog::postgres::PostgresLog;
 use kvs_txlog::{Entry, EventRef, Receive, TransactionLog};
 
-use super::At;
+use super::StorageArgs;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar_beside_output;
 
-/// Prints all entries of a log. Where damage stops it, what was before is printed.
-pub fn all(at: &At, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
+/// Prints all entries of a log, up to the first corruption.
+pub fn all(at: &StorageArgs, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
     match &at.txlog {
         TxlogStorage::File => {
             let log = Offline::open(&at.data_dir)?;
@@ -36,7 +36,7 @@ fn entries(
     out: &mut dyn Write,
     print: fn(&Entry<'_>, &mut String),
 ) -> anyhow::Result<()> {
-    const CANNOT: &str = "cannot write to standard output";
+    const WRITE_ERROR: &str = "cannot write to standard output";
     let bar = bar_beside_output(newest, "entries");
     let mut out = BufWriter::new(out);
     let mut line = String::new();
@@ -44,18 +44,19 @@ fn entries(
         for entry in entries {
             line.clear();
             print(entry, &mut line);
-            out.write_all(line.as_bytes()).context(CANNOT)?;
+            out.write_all(line.as_bytes()).context(WRITE_ERROR)?;
         }
         bar.set_position(entries.last().map_or(0, |entry| entry.sequence));
         Ok(())
     })?;
-    out.flush().context(CANNOT)?;
+    out.flush().context(WRITE_ERROR)?;
     bar.finish_and_clear();
     Ok(())
 }
 
+/// Formats an entry as text.
 pub fn plain(entry: &Entry<'_>, line: &mut String) {
-    let time = moment(entry.time);
+    let time = timestamp(entry.time);
     // Writing to a string cannot fail.
     let _ = write!(line, "{} {time} ", entry.sequence);
     let _ = match &entry.event {
@@ -67,7 +68,7 @@ pub fn plain(entry: &Entry<'_>, line: &mut String) {
                 Err(_) => write!(line, "b\"{}\"", put.value.escape_ascii()),
             };
             if let Some(expires) = put.expires {
-                let _ = write!(line, ", expires {}", moment(expires));
+                let _ = write!(line, ", expires {}", timestamp(expires));
             }
             put.metadata.iter().try_for_each(|(name, value)| write!(line, ", {name:?}: {value:?}"))
         }
@@ -75,8 +76,8 @@ pub fn plain(entry: &Entry<'_>, line: &mut String) {
     line.push('\n');
 }
 
-/// Milliseconds since 1970 as people write a moment. What comes after the year 9999 stays a number.
-fn moment(milliseconds: u64) -> String {
+/// Formats milliseconds since 1970 as RFC 3339, but as a number after the year 9999.
+fn timestamp(milliseconds: u64) -> String {
     const LAST: u64 = 253_402_300_799_999;
     if milliseconds > LAST {
         return milliseconds.to_string();
@@ -84,6 +85,7 @@ fn moment(milliseconds: u64) -> String {
     humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(milliseconds)).to_string()
 }
 
+/// Formats an entry as JSON.
 pub fn json(entry: &Entry<'_>, line: &mut String) {
     let (sequence, time) = (entry.sequence, entry.time);
     let value = match &entry.event {
@@ -95,7 +97,7 @@ pub fn json(entry: &Entry<'_>, line: &mut String) {
                 "sequence": sequence, "time": time, "type": "put", "key": put.key,
                 "metadata": put.metadata, "expires": put.expires,
             });
-            // Any bytes can be a value; most are text, and are easier to read as such.
+            // Values are arbitrary bytes, but most are text, which is easier to read.
             match std::str::from_utf8(put.value) {
                 Ok(text) => object["value"] = text.into(),
                 Err(_) => object["value_base64"] = STANDARD.encode(put.value).into(),
@@ -120,7 +122,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_dump_in_json_is_an_object_a_line() {
+    fn json_output_has_one_object_per_line() {
         let directory = directory_with(&events());
         let text = printed(directory.path(), json);
         let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -133,7 +135,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_dump_for_people_is_a_line_each() {
+    fn text_output_has_one_line_per_entry() {
         let directory = directory_with(&events());
         let text = printed(directory.path(), plain);
         let lines: Vec<_> = text.lines().collect();
@@ -145,9 +147,9 @@ pub mod tests {
     }
 
     #[test]
-    fn no_moment_is_too_late() {
-        assert_eq!(moment(253_402_300_799_999), "9999-12-31T23:59:59.999Z");
-        assert_eq!(moment(253_402_300_800_000), "253402300800000");
-        assert_eq!(moment(u64::MAX), u64::MAX.to_string());
+    fn timestamp_after_year_9999_is_a_number() {
+        assert_eq!(timestamp(253_402_300_799_999), "9999-12-31T23:59:59.999Z");
+        assert_eq!(timestamp(253_402_300_800_000), "253402300800000");
+        assert_eq!(timestamp(u64::MAX), u64::MAX.to_string());
     }
 }

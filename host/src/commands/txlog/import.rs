@@ -1,4 +1,4 @@
-//! `kvs txlog import`: appends what a text says, line by line.
+//! `kvs txlog import`: appends the entries of a text, line by line.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -15,15 +15,15 @@ use kvs_txlog::postgres::{PostgresLog, Url, cloud_native_go};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 
-use super::At;
+use super::StorageArgs;
 use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
 
-/// Longer than any entry can be, every byte of it escaped. It bounds what is held of a text without lines.
+/// Maximum length of a line: more than the largest entry with every byte escaped. It bounds memory.
 const LINE_BYTES: u64 = 4 * DEFAULT_SEGMENT_BYTES;
 
-pub fn run(at: &At, format: Format, from: Option<&Url>, file: Option<&Path>) -> anyhow::Result<()> {
+pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&Path>) -> anyhow::Result<()> {
     let source = match (from, file) {
         (Some(url), _) => Source::Table(url),
         (None, file) => Source::Text(Text::open(file.unwrap_or(Path::new("-")), format)?),
@@ -46,24 +46,24 @@ fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
     let now = now();
     let imported = source.each(&mut |time, event| {
         late += u64::from(time > now);
-        let (time, event) = not_after(now, time, event);
+        let (time, event) = clamp_time(now, time, event);
         append(log, time, &event)?;
         count += 1;
         Ok(())
     });
-    // What was appended is made durable, whatever came after it.
+    // Makes the appended entries durable even after an error.
     log.close()?;
     imported.map_err(|error| anyhow!("{error:#}; the {count} entries before it were imported"))?;
     if late > 0 {
-        notice(format_args!("{late} entries were of the future: their times, and those of expiry, were moved to now"));
+        notice(format_args!("{late} entries had a time in the future: their times and expiries were moved to now"));
     }
     notice(format_args!("imported {count} entries; the newest sequence is {}", log.appended()));
     Ok(())
 }
 
-/// An entry of the future is one of now, and a value keeps the time that it has left: one that was written by a clock
-/// that was ahead would carry that clock to this log.
-fn not_after(now: u64, time: u64, mut event: Event) -> (u64, Event) {
+/// Moves an entry with a time in the future to now, with the same remaining time to live. Otherwise an entry written under
+/// a fast clock would advance the clock of this log.
+fn clamp_time(now: u64, time: u64, mut event: Event) -> (u64, Event) {
     let ahead = time.saturating_sub(now);
     if let Event::Put(Put { expires: Some(expires), .. }) = &mut event {
         *expires = expires.saturating_sub(ahead);
@@ -71,14 +71,15 @@ fn not_after(now: u64, time: u64, mut event: Event) -> (u64, Event) {
     (time - ahead, event)
 }
 
+/// Source of an import.
 enum Source<'s> {
     Text(Text),
-    /// The book's, in a database.
+    /// The table of *Cloud Native Go*, in a database.
     Table(&'s Url),
 }
 
 impl Source<'_> {
-    /// Reads it all before anything is appended, where that can be done twice.
+    /// Validates everything before the first append, if the source can be read twice.
     fn check(&self) -> anyhow::Result<()> {
         match self {
             Self::Text(Text { size: Some(size), .. }) => self.read(&bar(*size, "bytes checked"), &mut |_, _| Ok(())),
@@ -109,14 +110,14 @@ fn now() -> u64 {
     Env::real().clock.unix_ms()
 }
 
-/// A text to read.
+/// An open text file or pipe.
 struct Text {
     file: File,
     name: String,
     format: Format,
-    /// The time of entries that have none.
+    /// Time of entries that have none.
     now: u64,
-    /// Where reading begins, and how much there is. A pipe has no size, and can be read once only.
+    /// Start offset and size. A pipe has no size, and can be read only once.
     begin: u64,
     size: Option<u64>,
 }
@@ -136,21 +137,21 @@ impl Text {
         Ok(Self { file, name, format, now: now(), begin, size })
     }
 
-    /// Hands over what each line says. An error names the line.
+    /// Calls `each` with every line. An error names the line.
     fn each_line(
         &self,
         bar: &ProgressBar,
         each: &mut dyn FnMut(text::Line) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let cannot = || format!("cannot read {}", self.name);
+        let context = || format!("cannot read {}", self.name);
         if self.size.is_some() {
-            (&self.file).seek(SeekFrom::Start(self.begin)).with_context(cannot)?;
+            (&self.file).seek(SeekFrom::Start(self.begin)).with_context(context)?;
         }
         let mut reader = BufReader::with_capacity(1 << 16, &self.file);
         let (mut bytes, mut number, mut previous) = (Vec::new(), 0_u64, None);
         loop {
             bytes.clear();
-            let read = reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut bytes).with_context(cannot)? as u64;
+            let read = reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut bytes).with_context(context)? as u64;
             if read == 0 {
                 return Ok(());
             }
@@ -158,13 +159,13 @@ impl Text {
             bar.inc(read);
             let place = || format!("line {number} of {}", self.name);
             let Some(text) = bytes.strip_suffix(b"\n").or((read < LINE_BYTES).then_some(&bytes)) else {
-                return Err(anyhow!("it is longer than any entry can be")).with_context(place);
+                return Err(anyhow!("the line exceeds the maximum length")).with_context(place);
             };
             let line = text::parse(text, self.format, self.now).map_err(anyhow::Error::msg).with_context(place)?;
-            // As the service in the book does: a text that was shuffled or mixed would give another store.
+            // Like the service in the book: a reordered or merged text would build a different store.
             if previous.is_some_and(|previous| line.sequence <= previous) {
                 let (sequence, previous) = (line.sequence, previous.unwrap_or_default());
-                return Err(anyhow!("the sequence {sequence} comes after {previous}")).with_context(place);
+                return Err(anyhow!("sequence {sequence} follows {previous}, but must be larger")).with_context(place);
             }
             previous = Some(line.sequence);
             each(line).with_context(place)?;
@@ -172,7 +173,7 @@ impl Text {
     }
 }
 
-/// Waits where the log is only behind.
+/// Appends an event, and waits while the queue of the log is full.
 fn append(log: &dyn TransactionLog, time: u64, event: &Event) -> anyhow::Result<()> {
     loop {
         return match log.append(time, std::slice::from_ref(event)) {
@@ -185,7 +186,7 @@ fn append(log: &dyn TransactionLog, time: u64, event: &Event) -> anyhow::Result<
                 }
             },
             Err(AppendError::InsufficientStorage) => bail!("the disk is full"),
-            Err(AppendError::TooLarge(limit)) => bail!("it is larger than {limit} bytes"),
+            Err(AppendError::TooLarge(limit)) => bail!("the entry exceeds {limit} bytes"),
             Err(AppendError::ReadOnly) => bail!("the log is read-only"),
         };
     }
@@ -203,15 +204,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entry_of_the_future_is_moved_to_now() {
+    fn entry_from_the_future_is_moved_to_now() {
         let put = |expires| Event::Put(Put { key: "a".into(), value: vec![], metadata: vec![], expires });
-        assert_eq!(not_after(1_000, 900, put(Some(5_000))), (900, put(Some(5_000))));
-        assert_eq!(not_after(1_000, 9_000, put(Some(9_500))), (1_000, put(Some(1_500))));
-        assert_eq!(not_after(1_000, 9_000, put(None)), (1_000, put(None)));
-        assert_eq!(not_after(1_000, 9_000, Event::Delete("a".into())), (1_000, Event::Delete("a".into())));
+        assert_eq!(clamp_time(1_000, 900, put(Some(5_000))), (900, put(Some(5_000))));
+        assert_eq!(clamp_time(1_000, 9_000, put(Some(9_500))), (1_000, put(Some(1_500))));
+        assert_eq!(clamp_time(1_000, 9_000, put(None)), (1_000, put(None)));
+        assert_eq!(clamp_time(1_000, 9_000, Event::Delete("a".into())), (1_000, Event::Delete("a".into())));
     }
 
-    /// Writes a text to a file beside the log and imports it. One segment holds it all, so that nothing is compacted.
+    /// Writes a text to a file beside the log and imports it. It fits one segment, so that nothing is compacted.
     fn import_text(data: &Path, format: Format, text: &str) {
         let file = data.join("text");
         fs::write(&file, text).unwrap();
@@ -222,7 +223,7 @@ mod tests {
         import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }
 
-    /// What the store holds after a log: its newest put of each key, without its sequence.
+    /// Returns the store that a log builds: the newest put of each key, without its sequence.
     fn store(data: &Path) -> BTreeMap<String, String> {
         let mut store = BTreeMap::new();
         for line in printed(data, text::print).lines() {
@@ -236,13 +237,13 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_line_is_told_and_nothing_is_imported() {
+    fn malformed_line_prevents_the_import() {
         let directory = tempfile::tempdir().unwrap();
         let (file, data) = (directory.path().join("file"), directory.path().join("data"));
         let good = "1\t2\tkey-a\tHello%2C+world\n2\t1\tkey-a\t\n";
         for (bad, what) in [
             ("3\t2\tkey-b\n", "the value is missing"),
-            ("2\t2\tkey-b\tv\n", "the sequence 2 comes after 2"),
+            ("2\t2\tkey-b\tv\n", "sequence 2 follows 2, but must be larger"),
             ("\n", "the sequence is \"\", not a number"),
         ] {
             fs::write(&file, [good, bad].concat()).unwrap();
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_imported_comes_after_what_is_there() {
+    fn import_appends_to_existing_entries() {
         let directory = directory_with(&events());
         let exported = printed(directory.path(), text::print);
         import_text(directory.path(), Format::Kvs, &exported);
@@ -272,7 +273,7 @@ mod tests {
     }
 
     fn event() -> impl Strategy<Value = Event> {
-        // Few keys, so that they meet again; of any characters.
+        // Few keys, so that they repeat, of any characters.
         let key = prop_oneof!["[ab\t\n%+=é]{0,2}", any::<String>()];
         let put = (key.clone(), any::<Vec<u8>>(), any::<Vec<(String, String)>>(), any::<Option<u64>>());
         prop_oneof![
@@ -285,22 +286,22 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn what_is_exported_and_imported_is_the_same(events in prop::collection::vec(event(), 0..40)) {
+        fn import_restores_an_export(events in prop::collection::vec(event(), 0..40)) {
             let from = directory_with(&events);
             let exported = printed(from.path(), text::print);
             prop_assert_eq!(exported.lines().count(), events.len());
             let to = tempfile::tempdir().unwrap();
             import_text(to.path(), Format::Kvs, &exported);
             prop_assert_eq!(&printed(to.path(), text::print), &exported);
-            // Again, and the store is as it was.
+            // A second import does not change the store.
             let before = store(to.path());
             import_text(to.path(), Format::Kvs, &exported);
             prop_assert_eq!(store(to.path()), before);
         }
 
         #[test]
-        fn what_the_book_writes_is_imported(puts in prop::collection::vec(("[a-z +%=]{1,3}", "\\PC*"), 0..20)) {
-            // Escaped as Go does, by other code than that under test.
+        fn import_reads_cloud_native_go(puts in prop::collection::vec(("[a-z +%=]{1,3}", "\\PC*"), 0..20)) {
+            // Escaped like in Go, by other code than the one under test.
             let lines = puts.iter().enumerate().map(|(at, (key, value))| {
                 let value = percent_encoding::utf8_percent_encode(value, percent_encoding::NON_ALPHANUMERIC);
                 format!("{}\t2\t{key}\t{}\n", at + 1, value.to_string().replace("%20", "+"))

@@ -26,62 +26,63 @@ use crate::terminal::bar;
 pub enum TxlogCommand {
     /// Check every checksum, the chain of frames and the sequences; change nothing
     ///
-    /// Prints what each file holds, and what is wrong with which file at which byte. Exit code 1 when something is.
+    /// Prints the contents of each file, and each corruption with its file and byte offset. Exit code 1 on corruption.
     Verify {
         #[command(flatten)]
-        at: At,
+        at: StorageArgs,
     },
-    /// Print every entry, oldest first, for people or as JSON
+    /// Print every entry, oldest first, as text or JSON
     Cat {
         #[command(flatten)]
-        at: At,
-        /// One object a line; a value that is not text is `value_base64`, times are milliseconds since 1970
+        at: StorageArgs,
+        /// One object per line; a value that is not UTF-8 is `value_base64`, times are milliseconds since 1970
         #[arg(long)]
         json: bool,
     },
     /// Print the log as text that `import` reads: kvs txlog export > backup.txt
     ///
-    /// An entry is a line: sequence TAB type TAB key TAB value TAB time TAB expiry TAB name=value ..., with type 1 for a
-    /// delete and 2 for a put. All but printable ASCII is written as in URLs, so that every key and value survives.
+    /// Each entry is a line: sequence TAB type TAB key TAB value TAB time TAB expiry TAB name=value ..., with type 1 for a
+    /// delete and 2 for a put. All but printable ASCII is percent-encoded, so that every key and value can be represented.
     Export {
         #[command(flatten)]
-        at: At,
+        at: StorageArgs,
     },
-    /// Append what a text says, in its order and under new sequences, to a log that is there or is begun
+    /// Append the entries of a text, in order and under new sequences, to an existing or new log
     ///
-    /// A file is checked whole before anything is appended. What comes through a pipe is appended as it comes, up to the
-    /// first line that is malformed.
+    /// A file is validated completely before the first append. Lines from a pipe are appended as they arrive, up to the first
+    /// malformed one.
     Import {
         #[command(flatten)]
-        at: At,
-        /// Who wrote the text
+        at: StorageArgs,
+        /// Program that wrote the text
         #[arg(long, default_value = "kvs", value_name = "kvs|cloud-native-go", value_parser = format())]
         format: Format,
         /// Read the table of the service in *Cloud Native Go* instead: postgres://USER@HOST/DATABASE
         #[arg(long, value_name = "URL", conflicts_with_all = ["file", "format"])]
         from: Option<Url>,
-        /// The file to read; - is standard input
+        /// File to read; - is standard input
         #[arg(required_unless_present = "from")]
         file: Option<PathBuf>,
     },
-    /// Drop what the store does not need any more: what was overwritten, deleted or has expired
+    /// Drop superseded, deleted and expired entries
     Compact {
         #[command(flatten)]
-        at: At,
+        at: StorageArgs,
     },
-    /// Begin an incarnation of a log that is a copy: its sequences go on far beyond those that the original gives
+    /// Begin an incarnation of a log that is a copy: its sequences continue far beyond those of the original
     ///
-    /// A copied directory is recognised at its first start. Run this before the first start of a copy that looks like the
-    /// original from within: a clone of a volume, a snapshot of a file system or of a virtual machine. Entity tags and
-    /// watch positions of the original that are newer than the copy are then never given again, and are refused.
+    /// A copied directory is recognised at its first start. Run this before the first start of a copy that cannot be
+    /// distinguished from the original: a clone of a volume, a snapshot of a file system or of a virtual machine. Entity tags
+    /// and watch positions of the original that are newer than the copy are then never reused, and are rejected.
     Fork {
         #[command(flatten)]
-        at: At,
+        at: StorageArgs,
     },
 }
 
+/// Storage of the log.
 #[derive(Debug, clap::Args)]
-pub struct At {
+pub struct StorageArgs {
     /// Directory of the transaction log
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
     data_dir: PathBuf,
@@ -106,7 +107,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
             TxlogStorage::File => compact(&at.data_dir),
             TxlogStorage::Postgres(url) => {
                 let left = PostgresLog::at_rest(url, false)?.compact()?;
-                notice(format_args!("compacted: {left} entries are left"));
+                notice(format_args!("compacted: {left} entries remain"));
                 Ok(())
             }
         },
@@ -119,7 +120,7 @@ fn format() -> impl TypedValueParser<Value = Format> {
         .map(|name| if name == "kvs" { Format::Kvs } else { Format::CloudNativeGo })
 }
 
-/// Reads all rows as a start does, which refuses what is damaged.
+/// Verifies a log in a database, by a replay, which rejects corrupt rows.
 fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = PostgresLog::at_rest(url, false)?;
     let (bar, mut all) = (bar(log.appended(), "entries"), 0);
@@ -136,8 +137,11 @@ fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
 
 fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
     let bar = bar(directory_bytes(data), "bytes checked");
-    let (mut wrong, mut first_wrong, mut all, mut newest, mut printed) = (0, String::new(), 0, 0, Ok(()));
-    let mut say = |line: String| {
+    let mut corruptions = 0;
+    let mut first = String::new();
+    let (mut all, mut newest) = (0, 0);
+    let mut printed = Ok(());
+    let mut print = |line: String| {
         if printed.is_ok() {
             printed = bar.suspend(|| writeln!(out, "{line}"));
         }
@@ -149,30 +153,30 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
                 (all, newest) = (all + entries, newest.max(last));
                 let file = format!("{file}: format {format}");
                 match entries {
-                    0 => say(format!("{file}, no entries, {bytes} bytes")),
-                    _ => say(format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                    0 => print(format!("{file}, no entries, {bytes} bytes")),
+                    _ => print(format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes")),
                 }
                 for Incarnation { id, fork, first, .. } in incarnations {
-                    say(format!("{file}, incarnation {id} after sequence {fork} with {first}"));
+                    print(format!("{file}, incarnation {id} after sequence {fork} with {first}"));
                 }
             }
-            Finding::Torn(what) => say(format!("{what}; the next start cuts it off")),
-            Finding::Wrong(what) => {
-                say(format!("WRONG: {what}"));
-                if wrong == 0 {
-                    first_wrong = what;
+            Finding::Torn(what) => print(format!("{what}; the next start truncates it")),
+            Finding::Corrupt(what) => {
+                print(format!("CORRUPT: {what}"));
+                if corruptions == 0 {
+                    first = what;
                 }
-                wrong += 1;
+                corruptions += 1;
             }
         },
         &mut |bytes| bar.inc(bytes),
     )?;
     bar.finish_and_clear();
-    // Before a failure to print: whoever looks at the exit code alone must learn of damage.
-    if wrong > 0 {
+    // Before an error of the output: corruption must show in the exit code in any case.
+    if corruptions > 0 {
         bail!(
-            "the log in {} is damaged in {wrong} place(s), first: {first_wrong}; restore a backup, or begin anew in an \
-             empty directory",
+            "the log in {} is corrupted in {corruptions} place(s), first: {first}; restore a backup, or start over in an empty \
+             directory",
             data.display()
         );
     }
@@ -180,29 +184,29 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fork(at: &At, out: &mut dyn Write) -> anyhow::Result<()> {
+fn fork(at: &StorageArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let Incarnation { id, fork, first, .. } = match &at.txlog {
         TxlogStorage::File => Offline::fork(&at.data_dir)?,
         TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, false)?.fork()?,
     };
-    writeln!(out, "begun incarnation {id}: the log goes on after sequence {fork} with {first}")?;
+    writeln!(out, "began incarnation {id}: the log continues after sequence {fork} with {first}")?;
     Ok(())
 }
 
 fn compact(data: &Path) -> anyhow::Result<()> {
     let log = Offline::open(data)?;
     let before = directory_bytes(data);
-    // Read once to find what can go, and once to write the rest.
+    // One pass of analysis, and one that copies the live entries.
     let bar = bar(2 * before, "bytes read");
     log.compact(&mut |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     let after = directory_bytes(data);
     let saved = ByteSize(before.saturating_sub(after));
-    notice(format_args!("compacted: the log takes {}, {saved} less than before", ByteSize(after)));
+    notice(format_args!("compacted: the log takes {}, saved {saved}", ByteSize(after)));
     Ok(())
 }
 
-/// What the files of the log take.
+/// Returns the size of the files of the log.
 fn directory_bytes(data: &Path) -> u64 {
     let files = data.join("log").read_dir().into_iter().flatten().flatten();
     files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
@@ -219,8 +223,8 @@ pub mod tests {
 
     use super::*;
 
-    pub fn at(data: &Path) -> At {
-        At { data_dir: data.into(), txlog: TxlogStorage::File }
+    pub fn at(data: &Path) -> StorageArgs {
+        StorageArgs { data_dir: data.into(), txlog: TxlogStorage::File }
     }
 
     pub fn directory_with(events: &[Event]) -> tempfile::TempDir {
@@ -237,11 +241,11 @@ pub mod tests {
         for (time, event) in (1000..).zip(events) {
             log.append(time, std::slice::from_ref(event)).unwrap();
         }
-        // The spare is made beside what is appended, and not any more once the log is closed.
-        let spare = directory.path().join("log/0000000002.seg");
+        // Preallocation is concurrent, and ends when the log is closed.
+        let preallocated = directory.path().join("log/0000000002.seg");
         let started = Instant::now();
-        while !spare.exists() {
-            assert!(started.elapsed() < Duration::from_secs(60), "{} is not made", spare.display());
+        while !preallocated.exists() {
+            assert!(started.elapsed() < Duration::from_secs(60), "{} is not created", preallocated.display());
             sleep(Duration::from_millis(1));
         }
         log.close().unwrap();
@@ -264,7 +268,7 @@ pub mod tests {
     }
 
     #[test]
-    fn verification_fails_with_the_place() {
+    fn verify_locates_corruption() {
         let directory = directory_with(&events());
         let (text, failed) = verified(directory.path());
         assert!(text.ends_with("the log is sound: 3 entries, newest sequence 3\n"), "{text}");
@@ -276,12 +280,12 @@ pub mod tests {
         std::fs::write(&segment, bytes).unwrap();
         let (text, failed) = verified(directory.path());
         let place = format!("{} at byte 512: ", segment.display());
-        assert!(text.contains(&format!("WRONG: {place}")), "{text}");
+        assert!(text.contains(&format!("CORRUPT: {place}")), "{text}");
         assert!(failed.contains(&place) && failed.contains("1 place(s)"), "{failed}");
     }
 
     #[test]
-    fn damage_is_told_even_where_nothing_can_be_printed() {
+    fn verify_fails_on_corruption_without_output() {
         struct Closed;
         impl Write for Closed {
             fn write(&mut self, _: &[u8]) -> io::Result<usize> {
@@ -296,11 +300,11 @@ pub mod tests {
         assert!(error.is::<io::Error>(), "{error:#}");
         std::fs::write(directory.path().join("log/0000000001.seg"), [b'x'; 600]).unwrap();
         let error = verify_log(directory.path(), &mut Closed).unwrap_err();
-        assert!(error.to_string().contains("is damaged"), "{error:#}");
+        assert!(error.to_string().contains("is corrupted"), "{error:#}");
     }
 
     #[test]
-    fn nothing_that_a_start_refuses_is_sound() {
+    fn verify_rejects_what_recovery_rejects() {
         type Spoil = fn(&Path);
         let spoils: [(&str, Spoil); 6] = [
             ("is missing", |log| std::fs::remove_file(log.join("0000000001.seg")).unwrap()),
@@ -317,37 +321,37 @@ pub mod tests {
                 let other = directory_with(&events());
                 std::fs::copy(other.path().join("log/0000000002.seg"), log.join("0000000002.seg")).unwrap();
             }),
-            ("is cut off", |log| std::fs::write(log.join("0000000002.seg"), "").unwrap()),
+            ("is truncated", |log| std::fs::write(log.join("0000000002.seg"), "").unwrap()),
         ];
-        for (told, spoil) in spoils {
+        for (reason, spoil) in spoils {
             let directory = directory_with(&events());
             spoil(&directory.path().join("log"));
             let (text, failed) = verified(directory.path());
-            let refused = format!("{:#}", Offline::open(directory.path()).err().expect(told));
-            assert!(failed.contains("is damaged") && text.contains(told), "{told}: {failed:?}, {text:?}");
-            assert!(refused.contains(told), "{told}: {refused:?}");
+            let refused = format!("{:#}", Offline::open(directory.path()).err().expect(reason));
+            assert!(failed.contains("is corrupted") && text.contains(reason), "{reason}: {failed:?}, {text:?}");
+            assert!(refused.contains(reason), "{reason}: {refused:?}");
         }
     }
 
     #[test]
-    fn a_compacted_log_covers_what_it_did() {
+    fn verify_prints_range_of_compacted_log() {
         let kept = Event::Put(Put { key: "kept".into(), value: vec![], metadata: vec![], expires: None });
         let directory = directory_with(&[vec![kept], events()].concat());
         compact(directory.path()).unwrap();
         let (text, _) = verified(directory.path());
-        // The second has expired, the third was deleted, and nothing is left of the delete but that it was the fourth.
+        // The second entry has expired, the third was deleted, and of the delete only its sequence is left.
         assert!(text.contains(".seg: format 2, 1 entries, sequences 1 to 4, "), "{text}");
         assert!(text.ends_with("the log is sound: 1 entries, newest sequence 4\n"), "{text}");
     }
 
     #[test]
-    fn fork_prints_where_the_log_goes_on() {
+    fn fork_prints_the_next_sequence() {
         let directory = directory_with(&events());
         let mut out = Vec::new();
         fork(&at(directory.path()), &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();
         let (before, first) = out.trim_end().split_once(" after sequence 3 with ").expect(&out);
-        let id = before.strip_prefix("begun incarnation ").and_then(|line| line.split(':').next()).expect(&out);
+        let id = before.strip_prefix("began incarnation ").and_then(|line| line.split(':').next()).expect(&out);
         let first: u64 = first.parse().unwrap();
         assert!(first - 3 >= 1 << 40, "{out}");
         let (text, _) = verified(directory.path());

@@ -15,9 +15,9 @@ use super::disk::{File, is_full};
 use super::found::Found;
 use super::identity::{self, State};
 use super::incarnations;
+use super::preallocate::{self, PreallocatedSegment, Sizes};
 use super::recovery::Recovered;
 use super::segment::{HEAD_BYTES, VERSION};
-use super::spare::{self, Sizes, Spare};
 #[cfg(test)]
 use super::tests::mutants::{self, Mutant};
 use super::writer::Writer;
@@ -32,7 +32,7 @@ pub struct Ready {
     /// The sequence that the next one follows on, and what is left in the newest segment.
     pub last: u64,
     pub room: u64,
-    pub spares: VecDeque<Spare>,
+    pub spares: VecDeque<PreallocatedSegment>,
     /// The number of the next spare to be made, and its size.
     pub next: u64,
     pub next_size: u64,
@@ -126,10 +126,10 @@ pub fn begin(
         marked,
         position,
     };
-    // What is there is durable.
+    // Everything recovered is durable.
     writer.publish(log, &home.env.clock)?;
     let Ahead { files, next, next_size, .. } = ahead;
-    let spare = |found: Found| Spare { number: found.numbers.first, file: found.file, size: found.size };
+    let spare = |found: Found| PreallocatedSegment { number: found.numbers.first, file: found.file, size: found.size };
     let spares = files.into_iter().map(spare).collect();
     Ok((Ready { log, segments, history, last, room: size - end, spares, next, next_size }, writer))
 }
@@ -243,7 +243,8 @@ impl Ahead<'_> {
             return Ok(Current { file, size });
         }
         let (number, size) = (self.next, self.next_size);
-        let file = spare::make(&*self.home.disk, self.log, number, size).context("cannot make a segment of the log")?;
+        let file = preallocate::create(&*self.home.disk, self.log, number, size)
+            .context("cannot make a segment of the log")?;
         segments.push(Segment::empty(number, last, chain, size));
         (self.next, self.next_size) = (number + 1, self.sizes.after(size));
         Ok(Current { file, size })

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::Home;
 use super::disk::{Disk, File};
 use super::frame::Ending;
-use super::scan::{Scan, Stop};
+use super::scan::{Scan, ScanEnd};
 use super::segment::{Compacted, HEAD_BYTES, Numbers, VERSION};
 use crate::Incarnation;
 
@@ -37,8 +37,8 @@ pub struct Segment {
     pub end: u64,
     /// Bytes of its file: after its frames there may be room that the next frame did not fit in.
     pub size: u64,
-    /// See [`Compacted::forgotten`].
-    pub forgotten: u64,
+    /// See [`Compacted::horizon`].
+    pub horizon: u64,
     /// What a compacted segment says of the last frame that it stands for. Of others it is found by reading them.
     pub ending: Option<Ending>,
     /// The incarnations that begin in it, oldest first.
@@ -70,7 +70,7 @@ impl Segment {
             tip: chain,
             end: HEAD_BYTES,
             size,
-            forgotten: 0,
+            horizon: 0,
             ending: None,
             incarnations: Vec::new(),
             deletes: 0,
@@ -80,7 +80,7 @@ impl Segment {
 
     /// A segment that compaction made, and the incarnations in its first frame.
     pub fn compacted(numbers: Numbers, version: u32, compacted: &Compacted, incarnations: Vec<Incarnation>) -> Self {
-        let Compacted { first, last, before, after, tip, ending, end, forgotten } = *compacted;
+        let Compacted { first, last, before, after, tip, ending, end, horizon } = *compacted;
         let ending = Some(ending);
         let (size, deletes, marks) = (end, 0, Vec::new());
         Self {
@@ -93,7 +93,7 @@ impl Segment {
             tip,
             end,
             size,
-            forgotten,
+            horizon,
             ending,
             incarnations,
             deletes,
@@ -125,11 +125,11 @@ impl Segment {
     /// Whether a scan that came to its end saw the whole segment.
     pub fn ended(&self, home: &Home, scan: &Scan) -> anyhow::Result<()> {
         let damage = |what| Err(home.damage(&self.numbers.file_name(), scan.offset(), what));
-        match scan.stop() {
-            Stop::Bad(what) => damage(what),
-            Stop::Refused(why) => Err(home.refused(&self.numbers.file_name(), scan.offset(), &why)),
-            Stop::End if scan.chain() != Some(self.tip) => damage("frames are missing at its end"),
-            Stop::End => Ok(()),
+        match scan.end() {
+            ScanEnd::Invalid(what) => damage(what),
+            ScanEnd::Unsupported(why) => Err(home.refused(&self.numbers.file_name(), scan.offset(), &why)),
+            ScanEnd::Clean if scan.chain() != Some(self.tip) => damage("frames are missing at the end of the segment"),
+            ScanEnd::Clean => Ok(()),
         }
     }
 }
@@ -169,21 +169,21 @@ impl Catalog {
         }
     }
 
-    /// Begins to read what comes after a sequence. The error is the newest sequence that is forgotten, when that is
-    /// newer: who knows the log up to `after` cannot learn from it what has happened since.
+    /// Begins to read what comes after a sequence. The error is the compaction horizon, when that is
+    /// newer than `after`: the reader would miss deletes.
     pub fn reader(&self, after: u64) -> Result<Reader<'_>, u64> {
         let mut names = self.names();
-        let forgotten = self.forgotten();
-        if after > 0 && after < forgotten {
-            return Err(forgotten);
+        let horizon = self.horizon();
+        if after > 0 && after < horizon {
+            return Err(horizon);
         }
         names.readers += 1;
         Ok(Reader { catalog: self })
     }
 
     /// The compaction horizon: whoever knows the log up to an older sequence would miss something.
-    pub fn forgotten(&self) -> u64 {
-        self.segments().iter().map(|segment| segment.forgotten).max().unwrap_or(0)
+    pub fn horizon(&self) -> u64 {
+        self.segments().iter().map(|segment| segment.horizon).max().unwrap_or(0)
     }
 
     /// Whether somebody reads now.

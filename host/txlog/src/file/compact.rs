@@ -1,11 +1,11 @@
-//! Compaction: puts one new file in the place of several segments, without what the store does not need any more.
+//! Compaction: replaces several segments by one new file, without superseded entries and droppable tombstones.
 //!
 //! Owns: the order of steps that makes a crash harmless at each. The new file is written under a temporary name, synced,
-//! renamed, the directory is synced, and only *then* are the old ones removed. A crash in between leaves old files whose
-//! numbers the new one contains; recovery removes them. Segments go oldest first, and each step is durable before the
-//! next begins: so a delete never goes before the put that it deletes.
+//! renamed, the directory is synced, and only *then* are the old files removed. A crash in between leaves old files whose
+//! numbers the new one contains; recovery removes them. Segments are rewritten oldest first, and each step is durable
+//! before the next begins: so a delete is never dropped before the put that it deletes.
 //!
-//! Memory: one frame being read, one being written, and what [`garbage`](super::garbage) needs.
+//! Memory: one frame being read, one being written, and the table of [`liveness`](super::liveness).
 
 use std::io;
 use std::ops::Range;
@@ -16,60 +16,73 @@ use super::catalog::Segment;
 use super::disk::{File, is_full};
 use super::entry;
 use super::frame::{Builder, Ending};
-use super::garbage::{self, Fate, Garbage, Pause, Share};
 use super::incarnations;
+use super::liveness::{self, Liveness, LivenessMap, SegmentStats, ThrottleHook};
 use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, VERSION};
 #[cfg(test)]
 use super::tests::mutants;
 use crate::Incarnation;
 
-/// Frames of a compacted segment are about as large as what is read at once.
+/// Maximum size of a frame in a compacted segment: about one read.
 const FRAME_BYTES: usize = 1 << 20;
 
-/// How much one run does.
-pub struct Effort {
-    /// What is older may go.
+/// Parameters of one compaction run.
+pub struct CompactionParams {
+    /// Deletes and expiries up to this time, in milliseconds since 1970, make tombstones.
     pub now: u64,
-    /// A file is rewritten when that saves at least this share of it, in percent.
-    pub worth_percent: u64,
-    /// Keys in the table; see [`garbage::KEYS`].
+    /// Minimum stats of a group of segments that a rewrite must save, in percent.
+    pub min_yield_percent: u64,
+    /// Size of the table of keys; see [`liveness::MAX_KEYS`].
     pub keys: usize,
 }
 
-/// What a run found and did, in bytes of entries.
+/// Result of a run, in bytes of entries.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Of entries that the store needs.
-    pub needed: u64,
-    pub needed_entries: u64,
-    /// See [`Garbage::expiring`].
+    /// Bytes of live entries.
+    pub live: u64,
+    pub live_entries: u64,
+    /// See [`LivenessMap::expiring`].
     pub expiring: [u64; 40],
-    /// How often the log was read to find what can go.
+    /// Number of passes over the log in the liveness analysis.
     pub passes: u64,
-    /// In bytes of files.
+    /// Bytes of files saved.
     pub saved: u64,
 }
 
-/// One run over segments that are not written any more, oldest first and without a gap.
-pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut Pause<'_>) -> anyhow::Result<Outcome> {
-    let garbage = garbage::find(shared, segments, effort.keys, effort.now, pause)?;
-    let sum = |of: fn(&Share) -> u64| garbage.shares.iter().map(of).sum::<u64>();
-    let (entries, bytes, needed) = (sum(|share| share.entries), sum(|share| share.bytes), sum(Share::needed));
-    let needed_entries = (entries * needed).checked_div(bytes).unwrap_or(0);
-    let mut outcome = Outcome { needed, needed_entries, expiring: garbage.expiring, passes: garbage.passes, saved: 0 };
+/// Compacts sealed segments, given oldest first and without a gap.
+pub fn run(
+    shared: &Shared,
+    segments: &[Segment],
+    params: &CompactionParams,
+    throttle: &mut ThrottleHook<'_>,
+) -> anyhow::Result<Outcome> {
+    let map = liveness::find(shared, segments, params.keys, params.now, throttle)?;
+    let sum = |of: fn(&SegmentStats) -> u64| map.stats.iter().map(of).sum::<u64>();
+    let entries = sum(|stats| stats.entries);
+    let bytes = sum(|stats| stats.bytes);
+    let live = sum(SegmentStats::live);
+    let live_entries = (entries * live).checked_div(bytes).unwrap_or(0);
+    let mut outcome = Outcome { live, live_entries, expiring: map.expiring, passes: map.passes, saved: 0 };
 
-    let mut plan = Plan::new(shared, segments, &garbage, effort.worth_percent);
-    // Where leaving alone what is hardly worth it would leave too much in all, nothing is left alone.
-    if plan.left > needed + needed / 3 {
-        plan = Plan::new(shared, segments, &garbage, 0);
+    let mut plan = Plan::new(shared, segments, &map, params.min_yield_percent);
+    // If skipping low-yield segments would leave too much map overall, rewrite all of them.
+    if plan.remaining > live + live / 3 {
+        plan = Plan::new(shared, segments, &map, 0);
     }
     for group in plan.groups {
-        let shares = &garbage.shares[group.clone()];
-        // Readers are in the way of forgetting, and of nothing else.
-        let forget = !shared.catalog.is_read();
-        let rewrite = Rewrite { shared, segments: &segments[group], garbage: &garbage, void: plan.void, forget };
-        let saved = match rewrite.run(shares, pause)? {
-            None => Rewrite { forget: false, ..rewrite }.run(shares, pause)?,
+        let stats = &map.stats[group.clone()];
+        // A reader prevents the dropping of tombstones, and of nothing else: it may have read the put already.
+        let drop_tombstones = !shared.catalog.is_read();
+        let rewrite = Rewrite {
+            shared,
+            segments: &segments[group],
+            map: &map,
+            all_tombstones: plan.all_tombstones,
+            drop_tombstones,
+        };
+        let saved = match rewrite.run(stats, throttle)? {
+            None => Rewrite { drop_tombstones: false, ..rewrite }.run(stats, throttle)?,
             saved => saved,
         };
         outcome.saved += saved.unwrap_or(0);
@@ -77,116 +90,119 @@ pub fn run(shared: &Shared, segments: &[Segment], effort: &Effort, pause: &mut P
     Ok(outcome)
 }
 
-/// What a run is to do.
+/// Plan of a run.
 struct Plan {
-    /// Which segments become one.
+    /// Ranges of segments that are rewritten into one each.
     groups: Vec<Range<usize>>,
-    /// Whether what is void may go.
-    void: bool,
-    /// Bytes of entries that will be there afterwards.
-    left: u64,
+    /// Whether tombstones that have older entries can be dropped too.
+    all_tombstones: bool,
+    /// Bytes of entries that remain after the run.
+    remaining: u64,
 }
 
 impl Plan {
-    /// A group is rewritten when that saves at least this share of it, in percent.
-    fn new(shared: &Shared, segments: &[Segment], garbage: &Garbage, worth_percent: u64) -> Self {
-        let with_void = |share: &Share| share.superseded + share.forgettable + share.void;
-        let without = |share: &Share| share.superseded + share.forgettable;
-        // What is void may go when everything that was superseded goes: only then no older put of its key stays.
-        let groups = groups(shared, segments, garbage, worth_percent, with_void);
-        let stays = |at: usize| garbage.shares[at].superseded > 0 && !groups.iter().any(|group| group.contains(&at));
-        let void = !(0..segments.len()).any(stays);
-        let groups = if void { groups } else { self::groups(shared, segments, garbage, worth_percent, without) };
-        let goes = if void { with_void } else { without };
-        let gone: u64 = groups.iter().flat_map(|group| &garbage.shares[group.clone()]).map(goes).sum();
-        let left = garbage.shares.iter().map(|share| share.bytes).sum::<u64>() - gone;
-        Self { groups, void, left }
+    /// Selects the groups of which a rewrite saves at least `min_yield_percent`.
+    fn new(shared: &Shared, segments: &[Segment], map: &LivenessMap, min_yield_percent: u64) -> Self {
+        let droppable = |stats: &SegmentStats| stats.superseded + stats.droppable_tombstones;
+        let with_tombstones = |stats: &SegmentStats| stats.superseded + stats.droppable_tombstones + stats.tombstones;
+        // All tombstones can be dropped if all superseded entries are: only then is no older put of their keys kept.
+        let groups = groups(shared, segments, map, min_yield_percent, with_tombstones);
+        let is_kept = |at: usize| map.stats[at].superseded > 0 && !groups.iter().any(|group| group.contains(&at));
+        let all_tombstones = !(0..segments.len()).any(is_kept);
+        let (groups, dropped) = if all_tombstones {
+            (groups, with_tombstones as fn(&SegmentStats) -> u64)
+        } else {
+            (self::groups(shared, segments, map, min_yield_percent, droppable), droppable as _)
+        };
+        let dropped: u64 = groups.iter().flat_map(|group| &map.stats[group.clone()]).map(dropped).sum();
+        let remaining = map.stats.iter().map(|stats| stats.bytes).sum::<u64>() - dropped;
+        Self { groups, all_tombstones, remaining }
     }
 }
 
-/// Neighbours go together as long as what stays of them fits one segment.
+/// Groups adjacent segments as long as the entries kept of them fit one segment.
 fn groups(
     shared: &Shared,
     segments: &[Segment],
-    garbage: &Garbage,
-    worth_percent: u64,
-    goes: fn(&Share) -> u64,
+    map: &LivenessMap,
+    min_yield_percent: u64,
+    dropped: fn(&SegmentStats) -> u64,
 ) -> Vec<Range<usize>> {
     let mut groups: Vec<(Range<usize>, u64)> = Vec::new();
-    for (at, share) in garbage.shares.iter().enumerate() {
-        let stays = share.bytes - goes(share) + incarnations::frame_bytes(segments[at].incarnations.len());
+    for (at, stats) in map.stats.iter().enumerate() {
+        let kept = stats.bytes - dropped(stats) + incarnations::frame_bytes(segments[at].incarnations.len());
         match groups.last_mut() {
-            Some((group, sum)) if *sum + stays <= shared.segment_bytes - HEAD_BYTES => {
+            Some((group, sum)) if *sum + kept <= shared.segment_bytes - HEAD_BYTES => {
                 group.end = at + 1;
-                *sum += stays;
+                *sum += kept;
             }
-            _ => groups.push((at..at + 1, stays)),
+            _ => groups.push((at..at + 1, kept)),
         }
     }
-    let worth = |(group, stays): &(Range<usize>, u64)| {
+    let is_worthwhile = |(group, kept): &(Range<usize>, u64)| {
         let bytes: u64 = segments[group.clone()].iter().map(|segment| segment.size).sum();
-        let saved = bytes.saturating_sub(*stays + HEAD_BYTES);
-        let some = garbage.shares[group.clone()].iter().any(|share| goes(share) > 0) || group.len() > 1;
+        let saved = bytes.saturating_sub(*kept + HEAD_BYTES);
+        let saves_entries = map.stats[group.clone()].iter().any(|stats| dropped(stats) > 0) || group.len() > 1;
         // Many small frames take more than one large one with the same entries.
-        (some || saved * 4 >= bytes) && saved * 100 >= bytes * worth_percent
+        (saves_entries || saved * 4 >= bytes) && saved * 100 >= bytes * min_yield_percent
     };
-    groups.into_iter().filter(worth).map(|(group, _)| group).collect()
+    groups.into_iter().filter(is_worthwhile).map(|(group, _)| group).collect()
 }
 
-/// Several segments on their way into one file.
+/// Rewrite of several segments into one file.
 struct Rewrite<'a> {
     shared: &'a Shared,
     segments: &'a [Segment],
-    garbage: &'a Garbage,
-    /// Whether what is void may go, and what is forgettable.
-    void: bool,
-    forget: bool,
+    map: &'a LivenessMap,
+    /// Whether tombstones that have older entries are dropped too, where tombstones are dropped at all.
+    all_tombstones: bool,
+    drop_tombstones: bool,
 }
 
 impl Rewrite<'_> {
-    /// Returns the bytes saved; None when a reader was in the way and nothing was done.
-    fn run(&self, shares: &[Share], pause: &mut Pause<'_>) -> anyhow::Result<Option<u64>> {
+    /// Returns the bytes saved; None when a reader prevented the rewrite and nothing was changed.
+    fn run(&self, stats: &[SegmentStats], throttle: &mut ThrottleHook<'_>) -> anyhow::Result<Option<u64>> {
         let Self { shared, segments, .. } = self;
         let ([oldest, ..], [.., newest]) = (segments, segments) else { return Ok(None) };
         let disk = &*shared.home.disk;
         let numbers = Numbers { first: oldest.numbers.first, last: newest.numbers.last };
         let name = numbers.file_name();
         let temporary = format!("{name}.tmp");
-        let mut forgotten = segments.iter().map(|segment| segment.forgotten).max().unwrap_or(0);
-        let inherited = forgotten;
+        let mut horizon = segments.iter().map(|segment| segment.horizon).max().unwrap_or(0);
+        let inherited = horizon;
 
         let incarnations = self.incarnations();
-        // The jump of one that is dropped counts as covered: none of its sequences is ever given out.
+        // The jump of a dropped incarnation counts as covered: its sequences are never given out.
         let first =
             if incarnations.first() == oldest.incarnations.first() { oldest.first } else { oldest.preceding() + 1 };
         let written = disk.create(&temporary).map_err(anyhow::Error::from).and_then(|file| {
             let mut output = Output::new(shared, file, oldest.before, newest.last);
-            output.epoch = shares.first().map_or(0, |share| share.ending.epoch);
+            output.epoch = stats.first().map_or(0, |stats| stats.ending.epoch);
             output.frame = incarnations::frame(&incarnations);
             output.flush()?;
-            for (segment, share) in segments.iter().zip(shares) {
-                let mut at = share.begin;
+            for (segment, stats) in segments.iter().zip(stats) {
+                let mut at = stats.begin;
                 let mut failed = Ok(());
-                garbage::walk(shared, segment, pause, &mut |entry| {
-                    let fate = self.garbage.fate(at);
+                liveness::walk(shared, segment, throttle, &mut |entry| {
+                    let liveness = self.map.liveness(at);
                     at += 1;
-                    let goes = match fate {
-                        Fate::Needed => false,
-                        Fate::Superseded => true,
-                        Fate::Void => self.void && self.forget,
-                        Fate::Forgettable => self.forget,
+                    let is_dropped = match liveness {
+                        Liveness::Live => false,
+                        Liveness::Superseded => true,
+                        Liveness::Tombstone => self.all_tombstones && self.drop_tombstones,
+                        Liveness::DroppableTombstone => self.drop_tombstones,
                     };
-                    if !goes {
+                    if !is_dropped {
                         if failed.is_ok() {
-                            output.epoch = share.ending.epoch;
+                            output.epoch = stats.ending.epoch;
                             failed = output.push(entry.sequence, entry.encoded);
                         }
-                    } else if fate != Fate::Superseded {
-                        forgotten = forgotten.max(entry.sequence);
+                    } else if liveness != Liveness::Superseded {
+                        horizon = horizon.max(entry.sequence);
                     }
                 })?;
                 failed?;
-                pause(0)?;
+                throttle(0)?;
             }
             output.flush()?;
             let compacted = Compacted {
@@ -195,9 +211,9 @@ impl Rewrite<'_> {
                 before: oldest.before,
                 after: newest.after,
                 tip: output.chain,
-                ending: shares.last().map_or_else(Ending::default, |share| share.ending),
+                ending: stats.last().map_or_else(Ending::default, |stats| stats.ending),
                 end: output.end,
-                forgotten,
+                horizon,
             };
             let head =
                 Head { version: VERSION, log: shared.log, numbers, size: output.end, compacted: Some(compacted) };
@@ -210,7 +226,7 @@ impl Rewrite<'_> {
 
         let segment = Segment::compacted(numbers, VERSION, &compacted, incarnations);
         let rename = || disk.rename(&temporary, &name);
-        let Some(old) = shared.catalog.replace(segment, forgotten > inherited, rename)? else {
+        let Some(old) = shared.catalog.replace(segment, horizon > inherited, rename)? else {
             disk.remove(&temporary)?;
             return Ok(None);
         };
@@ -223,25 +239,25 @@ impl Rewrite<'_> {
         Ok(Some(saved))
     }
 
-    /// The incarnations that begin in the segments, without those whose jumps lie below the compaction horizon: whoever
-    /// resumes in such a jump is below the horizon too, and is told to begin anew. The horizon is on disk already. The
-    /// newest of the log stays, for the next continues it.
+    /// Returns the incarnations that begin in the segments, without those whose jumps lie below the compaction horizon: a
+    /// reader that resumes in such a jump is below the horizon too and must replay from the start. The horizon is on disk
+    /// already. The newest incarnation of the log is kept, since the next one continues it.
     fn incarnations(&self) -> Vec<Incarnation> {
-        let horizon = self.shared.catalog.forgotten();
+        let horizon = self.shared.catalog.horizon();
         let newest = self.shared.history.incarnations().last();
         let all = self.segments.iter().flat_map(|segment| &segment.incarnations);
-        let stays = |one: &&Incarnation| {
+        let is_kept = |one: &&Incarnation| {
             #[cfg(test)]
             if mutants::is(mutants::Mutant::NewestIncarnationDropped) {
                 return one.first > horizon && Some(*one) != newest;
             }
             one.first > horizon || Some(*one) == newest
         };
-        all.filter(stays).copied().collect()
+        all.filter(is_kept).copied().collect()
     }
 }
 
-/// The new file.
+/// The compacted segment being written.
 struct Output<'a> {
     shared: &'a Shared,
     file: Arc<dyn File>,
@@ -250,7 +266,7 @@ struct Output<'a> {
     end: u64,
     chain: u32,
     durable: u64,
-    /// That of the newest segment that something was copied from, so that epochs never go back along the log.
+    /// Epoch of the newest segment that an entry was copied from, so that epochs never decrease along the log.
     epoch: u32,
 }
 
@@ -273,7 +289,7 @@ impl<'a> Output<'a> {
         Ok(())
     }
 
-    /// Synced one by one: a commit that comes meanwhile waits for the disk behind one frame, not behind a whole segment.
+    /// Writes and syncs one frame. A concurrent commit then waits for the disk behind one frame, not a whole segment.
     fn flush(&mut self) -> anyhow::Result<()> {
         let Some(mut frame) = self.frame.take() else { return Ok(()) };
         self.chain = frame.seal(self.shared.log, self.epoch, self.durable, self.chain);
@@ -283,13 +299,13 @@ impl<'a> Output<'a> {
         self.sync()
     }
 
-    /// A file without a name is given up when there was no room for it; nothing was promised of it.
+    /// A full disk is a recoverable error here: the file has no name yet and nothing depends on it.
     fn sync(&self) -> anyhow::Result<()> {
         self.file.sync().map_err(|error| if is_full(&error) { error.into() } else { SyncFailed(error).into() })
     }
 }
 
-/// Nothing on this disk is certain any more: the log must fail with it.
+/// A failed sync. The state of the disk is unknown after it, so the log fails too.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct SyncFailed(io::Error);

@@ -1,21 +1,21 @@
-//! The compactor: decides when compaction is worth its while, how hard it may press the disk, and how far the log may
-//! grow meanwhile.
+//! The compactor: schedules compaction, throttles its disk I/O, and stalls the writer when the log grows too fast.
 //!
-//! What is dead is not known without reading the log, but estimated: since the last run, whose result is known, each put
-//! can have superseded about its own size, and each delete the size of a mean entry. When what may be dead has grown to a
-//! third of the log, a run is due. A run that finds nothing has read as much as was written since the last, so the cost
-//! stays in proportion. A delete counts once its segment is sealed, for until then no run can act on it.
+//! The amount of garbage is not known without reading the log, but estimated: since the last run, whose result is known,
+//! each put can have superseded about its own size, and each delete the size of a mean entry. A run is due when garbage
+//! may have grown to a third of the log. A run that finds none has read as much as was written since the last, so the cost
+//! stays in proportion. A delete counts once its segment is sealed, since no run can act on it before.
 //!
-//! The log stays at most twice the entries that are needed, and two segments. Mostly a run is over long before; where it is
-//! not, each commit waits until the run is as far as the log has grown: see [`Debt`]. Beside that the disk holds the spare,
-//! the rest of the newest segment, and during a run the file that it writes, a segment each.
+//! The log is bounded by twice the live entries, plus two segments. Most runs end long before that bound is reached;
+//! otherwise each commit waits until the progress of the run matches the growth of the log: see [`Debt`]. In addition, the
+//! disk holds the preallocated segment, the rest of the newest segment, and during a run the file that it writes, one
+//! segment each.
 //!
-//! What is needed is what was at the last run, as far as nothing tells that it is less: values deleted or made small that
-//! were far larger than the mean stay until the next run, which falls due at the latest when half as much is written.
-//! Where an estimate falls below what is there, half a segment is let in until the run is over. So all files together take
-//! at most **twice the data that was live at any time since the run before the last, and five and a half segments**. Where
-//! the log was not empty when it was opened, this begins with the end of the first run; where compaction fails, the log
-//! grows on.
+//! The live bytes are those of the last run, less known deletes and expiries: values that were deleted or overwritten and
+//! were far larger than the mean remain until the next run, which is due at the latest when half as much is written.
+//! Where an estimate falls below the actual size, the log may grow by half a segment until the run ends. So all files
+//! together take at most **twice the data that was live at any time since the run before the last, and five and a half
+//! segments**. Where the log was not empty when it was opened, this holds from the end of the first run; while compaction
+//! fails, the log grows without this bound.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,102 +24,101 @@ use std::time::{Duration, Instant};
 use kvs_runtime::Clock;
 
 use super::catalog::Segment;
-use super::compact::{self, Effort, Outcome, SyncFailed};
-use super::garbage::{GRACE_MS, KEYS};
+use super::compact::{self, CompactionParams, Outcome, SyncFailed};
+use super::liveness::{MAX_KEYS, TOMBSTONE_GRACE_MS};
 use super::{Damage, Shared};
 use crate::Condition;
 
-/// After a segment was sealed it waits this long: what comes up meanwhile makes one run and not several.
+/// Delay after a segment was sealed, so that segments sealed shortly after it share one run.
 const DEBOUNCE: Duration = Duration::from_millis(20);
-/// Entries expire although nothing is written.
-const LOOK: Duration = Duration::from_secs(1);
-/// For each second of work, this many of rest, as long as the log does not grow faster than the work goes on.
-const REST: u32 = 3;
-/// At most at once, so that a stop is not kept waiting.
-const LONGEST_REST: Duration = Duration::from_millis(100);
-/// After a failure it waits this long, then twice as long, up to the longest: a full disk for instance.
-const AGAIN: Duration = Duration::from_secs(5);
-const LONGEST_AGAIN: Duration = Duration::from_secs(320);
-const WORTH_PERCENT: u64 = 25;
+/// Interval at which an idle log is checked: entries expire although nothing is written.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Idle time per time of work, as long as the run keeps up with the growth of the log.
+const IDLE_RATIO: u32 = 3;
+/// Longest single pause of a run, so that a shutdown does not wait for it.
+const MAX_IDLE: Duration = Duration::from_millis(100);
+/// Exponential backoff after a failed run, for instance on a full disk.
+const RETRY_BACKOFF: Duration = Duration::from_secs(5);
+const MAX_RETRY_BACKOFF: Duration = Duration::from_secs(320);
+const MIN_YIELD_PERCENT: u64 = 25;
 const NO_LIMIT: u64 = u64::MAX;
 
 pub struct Compactor {
     state: Mutex<State>,
     changed: Condvar,
-    /// How large the log may be on disk when the writer goes on.
+    /// Size of the log on disk above which the writer stalls.
     limit: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
-    /// The thread is there, and not recovering from a failure.
+    /// The thread is running, and not in backoff after a failure.
     ready: bool,
     stopped: bool,
-    /// A segment is not written any more, and nobody looked at that yet.
+    /// A segment was sealed since the last check.
     sealed: bool,
-    /// The writer waits.
-    held: bool,
-    /// None where the log was not empty when it was opened, and nothing is known of it yet.
-    known: Option<Known>,
-    /// A run is due or under way.
+    writer_stalled: bool,
+    /// None until the first run over a log that was not empty when it was opened.
+    estimate: Option<Estimate>,
+    /// Set while a run is due or running.
     debt: Option<Debt>,
     /// Why the last run failed.
     failure: Option<String>,
 }
 
-/// What was known of the log after the last run, and when that was.
-struct Known {
-    needed: u64,
+/// Estimate of the live bytes, based on the last run.
+struct Estimate {
+    live: u64,
     mean: u64,
     expiring: [u64; 40],
-    /// The newest sequence that the run saw.
+    /// Newest sequence that the run read.
     last: u64,
     at: Instant,
-    /// How often the log had to be read to find what can go.
+    /// Number of passes over the log that the run took.
     passes: u64,
-    /// So much more than what is needed made no run worth its while.
-    floor: u64,
+    /// Garbage that the last run could not remove, and that does not make the next one due.
+    hysteresis: u64,
 }
 
-impl Known {
-    /// Bytes that are at least needed now.
-    fn needed(&self, clock: &Clock, sealed: &[Segment]) -> u64 {
+impl Estimate {
+    /// Returns a lower bound of the live bytes now.
+    fn live(&self, clock: &Clock, sealed: &[Segment]) -> u64 {
         let passed = clock.elapsed(self.at).as_secs();
         let expired: u64 = (0..40).filter(|power| 1 << power <= passed).map(|power| self.expiring[power]).sum();
-        // Those that a run did not see: one that is not sealed yet makes nothing dead that could go.
+        // Only deletes in segments sealed since that run: no run can act on the others.
         let deletes: u64 = sealed.iter().filter(|one| one.first > self.last).map(|one| one.deletes).sum();
         let deleted = deletes.saturating_mul(self.mean);
-        self.needed.saturating_sub(expired).saturating_sub(deleted)
+        self.live.saturating_sub(expired).saturating_sub(deleted)
     }
 }
 
-/// A run that is due, as the writer sees it. The log may grow by a quarter of what is left to its bound at once, and by
-/// the rest as the run goes on. So it never passes the bound, and no commit waits for a whole run: it waits for as much
-/// of the run as is in proportion to what it writes.
+/// Compaction debt: the write stall while a run is due or running. The log may grow at once by a quarter of the room left
+/// to its bound, and by the rest in proportion to the progress of the run. So it never exceeds the bound, and no commit
+/// waits for a whole run, but for a part of it in proportion to the bytes it writes.
 #[derive(Clone, Copy, Debug)]
 pub struct Debt {
-    /// The size of the log when the run fell due, and what it may be when the run is over.
+    /// The size of the log when the run became due, and its maximum size when the run ends.
     pub begin: u64,
     pub bound: u64,
-    /// Bytes that the run has to read, once it is known, and has read.
+    /// Bytes that the run has to read, `u64::MAX` until that is known, and bytes that it has read.
     pub work: u64,
     pub done: u64,
 }
 
 impl Debt {
-    pub fn new(begin: u64, sealed: u64, needed: Option<u64>, segment_bytes: u64) -> Self {
-        let bound = match needed {
-            // However near it is: the writer may have gone on before this was looked at.
-            Some(needed) if begin < 2 * (needed + segment_bytes) => 2 * (needed + segment_bytes),
-            // Less is needed than there was.
+    pub fn new(begin: u64, sealed: u64, live: Option<u64>, segment_bytes: u64) -> Self {
+        let bound = match live {
+            // However near the bound is: the writer may have continued before this check.
+            Some(live) if begin < 2 * (live + segment_bytes) => 2 * (live + segment_bytes),
+            // Fewer bytes are live than before.
             Some(_) => begin + segment_bytes / 2,
-            // Nothing is known yet, so nothing can be kept; the first run is not to take for ever all the same.
+            // No estimate yet, hence no bound to keep, but the first run must still end.
             None => begin + segment_bytes.max(sealed / 2),
         };
         Self { begin, bound, work: u64::MAX, done: 0 }
     }
 
-    /// How large the log may be now.
+    /// Returns the size up to which the log may grow now.
     pub fn limit(&self) -> u64 {
         let room = self.bound - self.begin;
         let earned = u128::from(room - room / 4) * u128::from(self.done.min(self.work)) / u128::from(self.work);
@@ -134,120 +133,123 @@ impl Default for Compactor {
 }
 
 impl Compactor {
-    /// Its thread is about to be there. From now on the log keeps to its bound, however long the thread takes to come.
+    /// Enables scheduling, shortly before the thread starts. The bound holds from now on, however late the thread is.
     pub fn begin_with(&self, shared: &Shared) {
         let at = shared.clock().now();
-        let nothing = Known { needed: 0, mean: 0, expiring: [0; 40], last: 0, at, passes: 1, floor: 0 };
+        let empty = Estimate { live: 0, mean: 0, expiring: [0; 40], last: 0, at, passes: 1, hysteresis: 0 };
         let mut state = self.lock();
-        state.known = shared.catalog.sealed().is_empty().then_some(nothing);
+        state.estimate = shared.catalog.sealed().is_empty().then_some(empty);
         state.ready = true;
-        self.consider(&mut state, shared);
+        self.check(&mut state, shared);
     }
 
-    /// A segment is not written any more.
+    /// Notifies the compactor that a segment was sealed.
     pub fn sealed(&self, shared: &Shared) {
         let mut state = self.lock();
         state.sealed = true;
-        self.consider(&mut state, shared);
+        self.check(&mut state, shared);
     }
 
-    /// The writer is about to write so many bytes: waits until the log may grow by them.
-    pub fn admit(&self, shared: &Shared, bytes: u64) {
-        let is_held = || {
+    /// Stalls the writer until the log may grow by `bytes`.
+    pub fn stall_if_needed(&self, shared: &Shared, bytes: u64) {
+        let exceeds_limit = || {
             let limit = self.limit.load(Ordering::Acquire);
             limit != NO_LIMIT && shared.catalog.bytes() + bytes > limit
         };
-        if !is_held() {
+        if !exceeds_limit() {
             return;
         }
         let mut state = self.lock();
-        while is_held() {
-            state.held = true;
+        while exceeds_limit() {
+            state.writer_stalled = true;
             self.changed.notify_all();
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.held = false;
+        state.writer_stalled = false;
     }
 
-    /// Bytes that may be dead, as far as is known.
-    pub fn dead(&self, shared: &Shared) -> u64 {
+    /// Returns the estimated bytes of garbage.
+    pub fn garbage(&self, shared: &Shared) -> u64 {
         let state = self.lock();
         let sealed = shared.catalog.sealed();
-        state.known.as_ref().map_or(0, |known| size(&sealed).saturating_sub(known.needed(shared.clock(), &sealed)))
+        let live = state.estimate.as_ref().map(|estimate| estimate.live(shared.clock(), &sealed));
+        live.map_or(0, |live| size(&sealed).saturating_sub(live))
     }
 
-    /// Whether the log keeps its bound, or grows on since the last run failed.
+    /// Returns a degraded condition while the log exceeds its bound because the last run failed.
     pub fn condition(&self) -> Condition {
         let failure = self.lock().failure.clone();
-        failure.map_or(Condition::Well, |reason| Condition::But(format!("it is not compacted and grows: {reason}")))
+        failure.map_or(Condition::Well, |reason| {
+            Condition::But(format!("compaction fails and the log keeps growing: {reason}"))
+        })
     }
 
     pub fn stop(&self) {
         let mut state = self.lock();
         state.stopped = true;
-        self.forgive(&mut state);
+        self.clear_debt(&mut state);
     }
 
-    /// Decides whether a run is due: what may be dead has grown enough.
-    fn consider(&self, state: &mut State, shared: &Shared) {
+    /// Makes a run due if there is enough garbage.
+    fn check(&self, state: &mut State, shared: &Shared) {
         if state.ready && !state.stopped && state.debt.is_none() {
             let sealed = shared.catalog.sealed();
-            let needed = state.known.as_ref().map(|known| known.needed(shared.clock(), &sealed));
+            let live = state.estimate.as_ref().map(|estimate| estimate.live(shared.clock(), &sealed));
             let sealed = size(&sealed);
-            let floor = state.known.as_ref().map_or(0, |known| known.floor);
-            if needed.is_none_or(|needed| sealed > needed + needed / 2 + floor) && sealed > 0 {
-                state.debt = Some(Debt::new(shared.catalog.bytes(), sealed, needed, shared.segment_bytes));
+            let hysteresis = state.estimate.as_ref().map_or(0, |estimate| estimate.hysteresis);
+            if live.is_none_or(|live| sealed > live + live / 2 + hysteresis) && sealed > 0 {
+                state.debt = Some(Debt::new(shared.catalog.bytes(), sealed, live, shared.segment_bytes));
             }
         }
-        self.limit_now(state);
+        self.update_limit(state);
     }
 
-    /// No run is due, and the writer goes on as it likes.
-    fn forgive(&self, state: &mut State) {
+    /// Cancels the scheduled run and lifts the write stall.
+    fn clear_debt(&self, state: &mut State) {
         state.debt = None;
-        self.limit_now(state);
+        self.update_limit(state);
     }
 
-    fn limit_now(&self, state: &State) {
+    fn update_limit(&self, state: &State) {
         self.limit.store(state.debt.map_or(NO_LIMIT, |debt| debt.limit()), Ordering::Release);
         self.changed.notify_all();
     }
 
-    /// Waits until a run is due; false when it is to stop.
+    /// Waits until a run is due; returns false at shutdown.
     fn wait_until_due(&self, shared: &Shared) -> bool {
         let mut state = self.lock();
         while !state.stopped && state.debt.is_none() {
             let idle = |state: &mut State| !state.stopped && !std::mem::take(&mut state.sealed);
-            state = shared.clock().wait_timeout_while(&self.changed, state, LOOK, idle);
-            self.consider(&mut state, shared);
+            state = shared.clock().wait_timeout_while(&self.changed, state, POLL_INTERVAL, idle);
+            self.check(&mut state, shared);
         }
         drop(state);
         self.rest(shared, DEBOUNCE)
     }
 
-    /// Waits, unless the writer does; false when it is to stop.
+    /// Waits, unless the writer is stalled; returns false at shutdown.
     fn rest(&self, shared: &Shared, time: Duration) -> bool {
-        let resting = |state: &mut State| !state.stopped && !state.held;
+        let resting = |state: &mut State| !state.stopped && !state.writer_stalled;
         !shared.clock().wait_timeout_while(&self.changed, self.lock(), time, resting).stopped
     }
 
-    /// A run over so many bytes begins.
+    /// Notes that a run over `sealed` bytes begins.
     fn begin(&self, sealed: u64) {
         let mut state = self.lock();
-        let passes = state.known.as_ref().map_or(1, |known| known.passes);
+        let passes = state.estimate.as_ref().map_or(1, |estimate| estimate.passes);
         if let Some(debt) = &mut state.debt {
-            // Once more to write what stays.
+            // The last pass copies the live entries.
             debt.work = (passes + 1) * sealed;
         }
     }
 
-    /// The run has read so many bytes more. Returns whether the log comes close to what it may be.
+    /// Notes that the run has read `bytes` more. Returns whether the log is close to its limit.
     fn advance(&self, shared: &Shared, bytes: u64) -> bool {
         let mut state = self.lock();
         let Some(debt) = &mut state.debt else { return false };
         debt.done += bytes;
         let (limit, room) = (debt.limit(), debt.bound - debt.begin);
-        self.limit_now(&state);
+        self.update_limit(&state);
         shared.catalog.bytes() + room / 8 > limit
     }
 
@@ -256,37 +258,40 @@ impl Compactor {
     }
 }
 
-/// The thread that compacts until it is stopped.
+/// Compaction thread: runs until shutdown.
 pub fn run(shared: &Shared) -> anyhow::Result<()> {
     let compactor = &shared.compactor;
-    let mut again = AGAIN;
+    let mut backoff = RETRY_BACKOFF;
     while compactor.wait_until_due(shared) {
         match compact(shared) {
-            Ok(known) => {
+            Ok(estimate) => {
                 let mut state = compactor.lock();
-                (state.known, state.debt, state.failure) = (Some(known), None, None);
-                // At once, for what was sealed meanwhile.
-                compactor.consider(&mut state, shared);
-                again = AGAIN;
+                state.estimate = Some(estimate);
+                state.debt = None;
+                state.failure = None;
+                // At once, for segments that were sealed during the run.
+                compactor.check(&mut state, shared);
+                backoff = RETRY_BACKOFF;
             }
             Err(error) if error.is::<Stopped>() => break,
             Err(error) if error.is::<SyncFailed>() => return Err(error),
             Err(error) => {
                 let mut state = compactor.lock();
-                (state.ready, state.failure) = (false, Some(format!("{error:#}")));
-                compactor.forgive(&mut state);
-                // The store goes on with what it has in memory; what is on disk is left to whoever repairs it.
+                state.ready = false;
+                state.failure = Some(format!("{error:#}"));
+                compactor.clear_debt(&mut state);
+                // The store continues to serve from memory; the corrupted files are left to the operator.
                 if error.is::<Damage>() {
-                    tracing::error!("the log is not compacted any more: {error:#}");
+                    tracing::error!("compaction of the log stopped for good, it is corrupted: {error:#}");
                     break;
                 }
-                // The log is as it was, only larger than need be.
-                tracing::warn!("the log could not be compacted, next try in {again:.0?}: {error:#}");
+                // The log is unchanged, only larger than necessary.
+                tracing::warn!("compaction of the log failed, retrying in {backoff:.0?}: {error:#}");
                 drop(state);
-                if !compactor.rest(shared, again) {
+                if !compactor.rest(shared, backoff) {
                     break;
                 }
-                again = (2 * again).min(LONGEST_AGAIN);
+                backoff = (2 * backoff).min(MAX_RETRY_BACKOFF);
                 compactor.lock().ready = true;
             }
         }
@@ -294,32 +299,35 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One run over all that is sealed, and what is known after it.
-fn compact(shared: &Shared) -> anyhow::Result<Known> {
+/// Compacts all sealed segments, and returns the new estimate.
+fn compact(shared: &Shared) -> anyhow::Result<Estimate> {
     let sealed = shared.catalog.sealed();
     let size = size(&sealed);
-    let effort =
-        Effort { now: shared.clock().unix_ms().saturating_sub(GRACE_MS), worth_percent: WORTH_PERCENT, keys: KEYS };
+    let params = CompactionParams {
+        now: shared.clock().unix_ms().saturating_sub(TOMBSTONE_GRACE_MS),
+        min_yield_percent: MIN_YIELD_PERCENT,
+        keys: MAX_KEYS,
+    };
     shared.compactor.begin(size);
     let clock = shared.clock();
     let begun = clock.now();
-    let mut pace = Pace { shared, since: begun };
-    let outcome = compact::run(shared, &sealed, &effort, &mut |bytes| pace.pause(bytes))?;
-    let Outcome { needed, needed_entries, expiring, passes, saved } = outcome;
+    let mut throttle = Throttle { shared, since: begun };
+    let outcome = compact::run(shared, &sealed, &params, &mut |bytes| throttle.pause(bytes))?;
+    let Outcome { live, live_entries, expiring, passes, saved } = outcome;
     shared.metrics.compactions.add(1);
     shared.metrics.reclaimed.add(saved);
     if saved > 0 {
-        tracing::info!("compacted the log: {saved} bytes less, in {:.1?}", clock.elapsed(begun));
+        tracing::info!("compacted the log: saved {saved} bytes in {:.1?}", clock.elapsed(begun));
     }
-    let mean = needed.checked_div(needed_entries).unwrap_or(0);
-    // Where a run could do little, the next must not come for the same.
-    let left = size.saturating_sub(saved);
-    let floor = (left + left / 8).saturating_sub(needed + needed / 2);
+    let mean = live.checked_div(live_entries).unwrap_or(0);
+    // After a low-yield run the next one is due only when the log has grown by an eighth.
+    let remaining = size.saturating_sub(saved);
+    let hysteresis = (remaining + remaining / 8).saturating_sub(live + live / 2);
     let last = sealed.last().map_or(0, |segment| segment.last);
-    Ok(Known { needed, mean, expiring, last, at: clock.now(), passes, floor })
+    Ok(Estimate { live, mean, expiring, last, at: clock.now(), passes, hysteresis })
 }
 
-/// Bytes of the files of these segments.
+/// Returns the bytes of the files of these segments.
 fn size(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| segment.size).sum()
 }
@@ -328,19 +336,19 @@ fn size(segments: &[Segment]) -> u64 {
 #[error("stopped")]
 struct Stopped;
 
-/// Leaves the disk to those who wait for it, unless the log grows faster than it is compacted.
-struct Pace<'a> {
+/// Pauses between reads, so that the disk is free for commits, unless the log grows faster than it is compacted.
+struct Throttle<'a> {
     shared: &'a Shared,
     since: Instant,
 }
 
-impl Pace<'_> {
+impl Throttle<'_> {
     fn pause(&mut self, bytes: u64) -> anyhow::Result<()> {
         let compactor = &self.shared.compactor;
-        let behind = compactor.advance(self.shared, bytes);
-        let rest =
-            if behind { Duration::ZERO } else { (self.shared.clock().elapsed(self.since) * REST).min(LONGEST_REST) };
-        if !compactor.rest(self.shared, rest) {
+        let is_behind = compactor.advance(self.shared, bytes);
+        let worked = self.shared.clock().elapsed(self.since);
+        let idle = if is_behind { Duration::ZERO } else { (worked * IDLE_RATIO).min(MAX_IDLE) };
+        if !compactor.rest(self.shared, idle) {
             return Err(Stopped.into());
         }
         self.since = self.shared.clock().now();
@@ -355,45 +363,46 @@ mod tests {
     use crate::{Event, Put};
 
     #[test]
-    fn what_has_expired_and_what_was_deleted_since_is_needed_no_more() {
+    fn estimate_subtracts_expiries_and_deletes() {
         let mut expiring = [0; 40];
         // Within a second, within four, and much later.
         (expiring[0], expiring[2], expiring[20]) = (10, 200, 3_000);
         let clock = Clock::system();
-        let known = |seconds| {
+        let estimate = |seconds| {
             let at = Instant::now().checked_sub(Duration::from_secs(seconds)).expect("this machine runs for longer");
-            Known { needed: 10_000, mean: 100, expiring, last: 9, at, passes: 1, floor: 0 }
+            Estimate { live: 10_000, mean: 100, expiring, last: 9, at, passes: 1, hysteresis: 0 }
         };
         assert_eq!(
-            [0, 1, 3, 4, 9].map(|seconds| known(seconds).needed(&clock, &[])),
+            [0, 1, 3, 4, 9].map(|seconds| estimate(seconds).live(&clock, &[])),
             [10_000, 9_990, 9_990, 9_790, 9_790]
         );
         let deletes = |last, deletes| Segment { deletes, ..Segment::empty(1, last, 0, 0) };
-        assert_eq!(known(0).needed(&clock, &[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
-        assert_eq!(known(0).needed(&clock, &[deletes(20, 1_000)]), 0);
+        assert_eq!(estimate(0).live(&clock, &[deletes(8, 5), deletes(9, 7), deletes(20, 1)]), 9_200);
+        assert_eq!(estimate(0).live(&clock, &[deletes(20, 1_000)]), 0);
     }
 
     #[test]
-    fn a_run_that_could_do_little_is_due_again_when_the_log_has_grown_by_an_eighth() {
+    fn low_yield_compaction_reschedules_after_growth() {
         let log = open(&FakeDisk::default()).unwrap();
         let shared = &log.shared;
         for number in 0..800 {
-            append(&log, 1, &[put(&format!("key {number}"), b"needed"), Event::Delete(format!("nothing {number}"))]);
+            append(&log, 1, &[put(&format!("key {number}"), b"live"), Event::Delete(format!("nothing {number}"))]);
         }
         // Until the last delete is in a sealed segment.
         for _ in 0..9 {
             commit(&log, put("a", &[1; 500]));
         }
-        // Who reads is in the way of forgetting the deletes.
+        // A reader prevents the dropping of the deletes.
         let reader = shared.catalog.reader(0).unwrap();
-        let known = compact(shared).unwrap();
+        let estimate = compact(shared).unwrap();
         drop(reader);
         let left = size(&shared.catalog.sealed());
-        assert!(known.needed < left * 6 / 10, "{} of {left}", known.needed);
+        assert!(estimate.live < left * 6 / 10, "{} of {left}", estimate.live);
         {
             let mut state = shared.compactor.lock();
-            (state.ready, state.known) = (true, Some(known));
-            shared.compactor.consider(&mut state, shared);
+            state.ready = true;
+            state.estimate = Some(estimate);
+            shared.compactor.check(&mut state, shared);
         }
         let (least, mut most) = (left + left / 8, left);
         while shared.compactor.lock().debt.is_none() {
@@ -405,29 +414,29 @@ mod tests {
     }
 
     #[test]
-    fn the_log_may_grow_as_a_run_goes_on() {
+    fn write_stall_limit_follows_progress_of_the_run() {
         let log = open(&FakeDisk::default()).unwrap();
         let (shared, compactor) = (&log.shared, &log.shared.compactor);
         let bytes = shared.catalog.bytes();
         let begin = bytes - 150;
         compactor.lock().debt = Some(Debt { begin, bound: begin + 800, work: u64::MAX, done: 0 });
-        // To be read once, and once more to write what stays.
+        // One pass of analysis, and one that copies the live entries.
         compactor.begin(100);
-        // What was read more, by how much the log may have grown, and whether it comes close to that.
+        // Bytes read, by how much the log may have grown then, and whether it is close to that.
         for (read, growth, is_close) in [(0, 200, true), (30, 290, false), (170, 800, false), (50, 800, false)] {
             assert_eq!(compactor.advance(shared, read), is_close, "{read}");
             assert_eq!(compactor.limit.load(Ordering::Acquire), begin + growth, "{read}");
         }
-        // Nobody waits who need not.
-        compactor.admit(shared, begin + 800 - bytes);
-        let mut pace = Pace { shared, since: Instant::now() };
-        assert!(pace.pause(0).is_ok());
+        // A commit within the limit does not wait.
+        compactor.stall_if_needed(shared, begin + 800 - bytes);
+        let mut throttle = Throttle { shared, since: Instant::now() };
+        assert!(throttle.pause(0).is_ok());
         compactor.stop();
-        assert!(pace.pause(0).is_err_and(|error| error.is::<Stopped>()));
+        assert!(throttle.pause(0).is_err_and(|error| error.is::<Stopped>()));
     }
 
     #[test]
-    fn what_goes_has_expired_by_the_clock_and_not_just_now() {
+    fn expired_entries_are_dropped_after_grace_period() {
         let log = open(&FakeDisk::default()).unwrap();
         let now = || log.shared.clock().unix_ms();
         for (key, expires) in [("long ago", 5), ("just now", now() - 1), ("later", now() + 1_000_000)] {

@@ -1,6 +1,6 @@
 //! One entry in the body of a frame.
 //!
-//! The bytes are drawn at the head of `mod.rs`.
+//! The format is described in `deploy/txlog-format.md`.
 
 use std::ops::Range;
 

@@ -1,14 +1,14 @@
-//! The follower: reads the log beside the process that writes it, as far as that says that it is durable.
+//! The follower: reads the log concurrently with the primary, up to the durable watermark that the primary publishes.
 //!
-//! Owns: what can be believed of files that another process writes, compacts and removes meanwhile. Must never know: the
-//! lock. It changes nothing in the directory.
+//! Owns: consistent reads of files that another process writes, compacts and removes meanwhile. Must never know: the lock.
+//! It changes nothing in the directory.
 //!
 //! Segments are opened before the position is read, the newest first. Compaction drops an entry only when a newer one is
 //! durable, and then the position covers that. It drops a delete only after all older puts of its key, from segments before
-//! it: whoever opened a segment that the delete is gone from finds them gone too. What is open stays readable after it was
-//! replaced.
+//! it: a reader that opened a segment without the delete finds no older puts either. An open segment stays readable after it
+//! was replaced.
 //!
-//! The position is believed when the frames up to it have the checksum that it names: see `position`.
+//! The position is valid if the frames up to it have the checksum that it names: see `position`.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,15 +23,15 @@ use super::listing::Listing;
 use super::position::{self, Position};
 use super::recovery::{self, Known};
 use super::replay::{self, Span};
-use super::scan::Stop;
+use super::scan::ScanEnd;
 use super::segment::HEAD_BYTES;
 #[cfg(test)]
 use super::tests::mutants::{self, Mutant};
 use super::{Home, incarnations, tail};
 use crate::{Forgotten, History, Incarnation, Receive};
 
-/// How often it looks again when what it found does not fit together: rotation and compaction come between, and what is
-/// still wrong then is.
+/// Number of attempts to read a consistent state, since rotation and compaction can interfere. An inconsistency that remains is
+/// an error.
 const ATTEMPTS: u32 = 5;
 
 pub struct Follower {
@@ -39,20 +39,20 @@ pub struct Follower {
     state: Mutex<State>,
 }
 
-/// What was found so far.
+/// State of the log as it was found so far.
 #[derive(Default)]
 struct State {
-    /// The last position that was believed.
+    /// The last valid position.
     position: Option<Position>,
     /// The newest durable sequence.
     newest: u64,
     history: Arc<History>,
-    /// Places to begin reading at and the numbers of their segments, oldest first.
+    /// Offsets at which a read can begin, with the numbers of their segments, oldest first.
     marks: VecDeque<(u64, Mark)>,
 }
 
 impl State {
-    /// Keeps no more marks than one for each so many bytes.
+    /// Adds a mark, and keeps at most one for each `MARK_BYTES`.
     fn mark(&mut self, segment: u64, mark: Mark) {
         let before = self.marks.len().checked_sub(2).map(|at| self.marks[at]);
         if before.is_some_and(|(number, before)| number == segment && mark.offset - before.offset < MARK_BYTES) {
@@ -62,7 +62,7 @@ impl State {
     }
 }
 
-/// The log, opened: all segments that hold something after some sequence.
+/// Open segments: all that hold entries after some sequence.
 struct View {
     log: Uuid,
     segments: Vec<(Segment, Arc<dyn File>)>,
@@ -75,7 +75,7 @@ impl Follower {
         Self { home, state: Mutex::default() }
     }
 
-    /// Looks how far the log is durable. Returns the newest durable sequence.
+    /// Reads the position. Returns the newest durable sequence.
     pub fn look(&self) -> anyhow::Result<u64> {
         let known = self.state().position;
         if known.is_some() && position::read(&*self.home.disk)? == known {
@@ -87,11 +87,11 @@ impl Follower {
     /// See [`TransactionLog::replay`](crate::TransactionLog::replay); up to the published position.
     pub fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
         let view = self.view(after)?;
-        let forgotten = view.segments.iter().map(|(segment, _)| segment.forgotten).max().unwrap_or(0);
+        let horizon = view.segments.iter().map(|(segment, _)| segment.horizon).max().unwrap_or(0);
         #[cfg(test)]
-        let forgotten = if mutants::is(Mutant::ForgottenIgnored) { 0 } else { forgotten };
-        if after > 0 && after < forgotten {
-            return Err(Forgotten { after, newest: forgotten }.into());
+        let horizon = if mutants::is(Mutant::ForgottenIgnored) { 0 } else { horizon };
+        if after > 0 && after < horizon {
+            return Err(Forgotten { after, newest: horizon }.into());
         }
         let span = Span { after, until: view.until };
         for (segment, file) in view.segments.into_iter().filter(|(segment, _)| segment.last > after) {
@@ -100,7 +100,7 @@ impl Follower {
         Ok(view.newest.max(after))
     }
 
-    /// Nobody reads what is before this sequence any more, or from the beginning.
+    /// Drops the marks before this sequence: later reads begin after it, or at the start of the log.
     pub fn passed(&self, sequence: u64) {
         let mut state = self.state();
         let passed = state.marks.partition_point(|(_, mark)| mark.sequence <= sequence);
@@ -115,7 +115,7 @@ impl Follower {
         Arc::clone(&self.state().history)
     }
 
-    /// What a recovery must find there; None where nothing was found.
+    /// Returns the state that a recovery must find; None if there is none yet.
     pub fn known(&self) -> Option<Known> {
         let state = self.state();
         state.position.map(|position| Known { log: position.log, durable: state.newest })
@@ -131,7 +131,7 @@ impl Follower {
         }
     }
 
-    /// Opens the log once. An error can be due to what the other process does at the same time.
+    /// Opens the log once. An error can be due to concurrent changes by the primary.
     fn survey(&self, after: u64) -> anyhow::Result<View> {
         let Self { home, .. } = self;
         let (known, marks) = {
@@ -192,7 +192,7 @@ impl Follower {
         })
     }
 
-    /// Notes what was found. Returns the newest sequence that was given out.
+    /// Records a valid position. Returns the newest sequence that was given out.
     fn believe(&self, position: Position, incarnations: Vec<Incarnation>, seen: Vec<Mark>) -> u64 {
         let mut state = self.state();
         let known = state.history.incarnations();
@@ -216,7 +216,7 @@ impl Follower {
     }
 }
 
-/// The segment of the position, read as far as that, and the places in it to begin reading at that were not known.
+/// Reads the segment of the position up to it, and returns it with the new marks in it.
 fn newest(home: &Home, found: &Found, position: Position, marks: Vec<Mark>) -> anyhow::Result<(Segment, Vec<Mark>)> {
     let Position { log, sequence, segment: number, offset, chain } = position;
     let is_not_there = || {
@@ -246,7 +246,7 @@ fn newest(home: &Home, found: &Found, position: Position, marks: Vec<Mark>) -> a
             seen.push(Mark { sequence, offset: marked, chain });
         }
     }
-    if let Stop::Refused(why) = scan.stop() {
+    if let ScanEnd::Unsupported(why) = scan.end() {
         return Err(home.refused(&found.name, scan.offset(), &why));
     }
     let is_end = scan.offset() == offset && scan.chain() == Some(chain) && last.is_none_or(|last| last == sequence);

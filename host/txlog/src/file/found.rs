@@ -1,4 +1,4 @@
-//! A segment file as it is found, before anything but its head was read.
+//! A segment file of which only the header was read.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::Home;
 use super::disk::File;
 use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
 
-/// A segment file whose head was read and found right.
+/// An open segment file with a valid header.
 pub struct Found {
     pub name: String,
     pub file: Arc<dyn File>,
@@ -21,14 +21,14 @@ pub struct Found {
 }
 
 impl Found {
-    /// What is in memory of it may be what a failed sync has left there: it is read from the disk.
+    /// Opens a segment, and drops its cached pages: after a failed sync they may differ from the disk.
     pub fn open(home: &Home, numbers: Numbers) -> anyhow::Result<Self> {
         let file = home.disk.open(&numbers.file_name())?;
         file.forget_cached()?;
         Self::read(home, numbers, file)
     }
 
-    /// For whoever reads beside the process that writes, and no further than that says.
+    /// Opens a segment that another process writes. It is read up to the published position only.
     pub fn open_shared(home: &Home, numbers: Numbers) -> anyhow::Result<Self> {
         let file = home.disk.open(&numbers.file_name())?;
         Self::read(home, numbers, file)
@@ -38,16 +38,16 @@ impl Found {
         let name = numbers.file_name();
         let size = file.size()?;
         if size < HEAD_BYTES {
-            return Err(home.damage(&name, size, "it is cut off"));
+            return Err(home.damage(&name, size, "it is truncated"));
         }
         let mut head = [0; HEAD_BYTES as usize];
         file.read_at(&mut head, 0)?;
         let head = Head::decode(&head).map_err(|what| home.damage(&name, 0, what))?;
         if head.numbers != numbers {
-            bail!("{} was named {}; give it that name again", home.path(&name).display(), head.numbers.file_name());
+            bail!("{} was named {}; rename it back", home.path(&name).display(), head.numbers.file_name());
         }
         if size < head.size {
-            return Err(home.damage(&name, size, "it is cut off"));
+            return Err(home.damage(&name, size, "it is truncated"));
         }
         let Head { version, log, compacted, .. } = head;
         Ok(Self { name, file, size, version, log, numbers, compacted })

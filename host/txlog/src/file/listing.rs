@@ -1,6 +1,6 @@
-//! The names in the directory of the log, and which of them make up the log now.
+//! The files in the directory of the log by their names, and the segments that make up the log.
 //!
-//! Must never know: what is in the files. Nothing is changed here: recovery cleans up, and a standby must not.
+//! Must never know: the content of the files. Nothing is changed here: recovery cleans up, and a standby must not.
 
 use std::cmp::Reverse;
 
@@ -13,11 +13,11 @@ use super::{Home, identity, mark, position, tail};
 pub struct Listing {
     /// The segments, oldest first.
     pub segments: Vec<Numbers>,
-    /// The first that is not there.
+    /// Number of the first missing segment.
     missing: Option<u64>,
-    /// Those that a compacted one of `segments` stands for, and that are there still.
+    /// Segments replaced by a compacted one of `segments`, and not removed yet.
     pub replaced: Vec<Numbers>,
-    /// Files that were begun.
+    /// Incomplete files.
     pub temporary: Vec<String>,
     pub strangers: Vec<String>,
 }
@@ -36,7 +36,7 @@ impl Listing {
                 strangers.push(name);
             }
         }
-        // Where two begin with the same number, the one that stands for more comes first.
+        // Of two that begin with the same number, the one that covers more comes first.
         found.sort_by_key(|numbers| (numbers.first, Reverse(numbers.last)));
         let (mut segments, mut replaced, mut missing) = (Vec::<Numbers>::new(), Vec::new(), None);
         for numbers in found {
@@ -54,8 +54,8 @@ impl Listing {
         Ok(Self { segments, missing, replaced, temporary, strangers })
     }
 
-    /// Checks that there are segments from number 1 on and without gaps. What is missing can be there under another name,
-    /// which whoever opens the segments finds.
+    /// Checks that the segments begin with number 1 and have no gaps. A missing one can exist under another name, which is
+    /// found when the segments are opened.
     pub fn is_whole(&self, home: &Home) -> anyhow::Result<()> {
         let Some(missing) = self.missing else { return Ok(()) };
         let missing = Numbers::one(missing).file_name();
@@ -63,7 +63,7 @@ impl Listing {
     }
 }
 
-/// A name that the log gives to a file, before or after it is whole.
+/// Returns whether this is the name of a file of the log, complete or not.
 fn is_ours(name: &str) -> bool {
     Numbers::parse(name).is_some()
         || [mark::NAME, identity::NAME, position::NAME].contains(&name)

@@ -1,4 +1,4 @@
-//! What is counted of the log: how long it takes, and how large it is.
+//! Metrics of the file log.
 
 use std::fmt;
 
@@ -37,19 +37,18 @@ impl Measured for FileLog {
         page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
         page.histogram("txlog_write_duration_seconds", "Time to write a batch", &metrics.write)?;
         page.histogram("txlog_fsync_duration_seconds", "Time to sync a batch", &metrics.sync)?;
-        page.histogram("txlog_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.histogram("txlog_batch_entries", "Entries of a batch, which became durable together", &metrics.batch)?;
         page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
-        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", newest.saturating_sub(durable))?;
+        page.gauge("txlog_unsynced_entries", "Entries appended but not durable yet", newest.saturating_sub(durable))?;
         let segments = catalog.all();
-        page.gauge("txlog_segments", "Files of the log", segments.len() as u64)?;
+        page.gauge("txlog_segments", "Segment files of the log", segments.len() as u64)?;
         page.gauge("txlog_bytes", "Bytes of the log in use", segments.iter().map(|segment| segment.end).sum())?;
-        let help =
-            "Bytes of full segments beyond what the last compaction found needed, of what may be dead: an estimate";
-        page.gauge("txlog_garbage_bytes", help, compactor.dead(&self.shared))?;
+        let help = "Estimated garbage in sealed segments, in bytes: what the next compaction can drop";
+        page.gauge("txlog_garbage_bytes", help, compactor.garbage(&self.shared))?;
         page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
-        page.counter("txlog_reclaimed_bytes", "Bytes that compactions dropped", metrics.reclaimed.get())
+        page.counter("txlog_reclaimed_bytes", "Bytes freed by compaction", metrics.reclaimed.get())
     }
 }
 
@@ -59,8 +58,12 @@ impl Measured for StandbyLog {
             Some(log) => log.measure(page)?,
             None => page.gauge("txlog_sequence", "The newest durable sequence", self.watermark().durable())?,
         }
-        page.gauge("txlog_role", "1 while another process writes the log", u64::from(!self.begun()))?;
+        page.gauge("txlog_role", "Role: 0 for primary, 1 for standby", u64::from(!self.begun()))?;
         let behind = if self.begun() { 0 } else { self.history().entries(self.appended(), self.newest()) };
-        page.gauge("txlog_replication_lag_entries", "Entries another process wrote that were not taken in yet", behind)
+        page.gauge(
+            "txlog_replication_lag_entries",
+            "Entries of the primary that this standby has not applied yet",
+            behind,
+        )
     }
 }

@@ -1,29 +1,28 @@
 //! The file log: a directory of segments.
 //!
-//! Owns: the bytes on disk and the promise that a write answered with success is there after any crash. Must never know:
-//! what a key or a value means. To read it, begin here, then `queue` (where events come in), `writer` (how they
-//! become durable), `recovery` and `tail` (what a crash leaves), `begin` (what a run begins with), `replay` (how they
-//! come out).
+//! Owns: the bytes on disk, and the guarantee that an acknowledged write survives any crash. Must never know: what a key or
+//! a value means. Read on in `queue` (append), `writer` (group commit), `recovery` and `tail`, `begin` (incarnations),
+//! `replay` (reads).
 //!
-//! The bytes, the disk that they are made for, and when an incarnation begins: `deploy/txlog-format.md`.
+//! The format, the assumptions about the disk, and the reasons for a new incarnation: `deploy/txlog-format.md`.
 //!
-//! # How a write survives, and where that stands
+//! # How a write becomes durable, by file
 //!
-//! 1. One process has the directory, whatever becomes of the files in it: `lock`.
-//! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced; one is
-//!    made before it is needed, so that a full disk is met before a write is taken: `segment`, `spare`, `queue`. The
-//!    first of a log is small, for a start waits for it, and each is larger than the one before up to `--segment-bytes`.
-//! 3. A batch is one frame, which says what it follows on and what was durable; no length in it is believed before the
-//!    file is known to be so long: `frame`, `entry`, `scan`.
-//! 4. It is written at a place that is kept track of, never at "the end of the file": `writer`.
-//! 5. It is synced, then the watermark moves, and only then whoever waits for it goes on: `writer`, `super::watermark`.
-//! 6. A sync that failed ends the log; what was not known to be durable never will be: `writer`, [`FileLog::append`].
-//! 7. Recovery drops what is only in memory, reads all, and syncs what it read before anything rests on it: `recovery`.
-//! 8. A tear is what was not yet durable, or damage; frames behind it tell which: `tail`.
-//! 9. What no store needs any more goes, new files first and old ones last: `compactor` (when), `garbage` (what),
+//! 1. One process locks the directory, whatever happens to the files in it: `lock`.
+//! 2. Segments are allocated, headed and synced under a temporary name, renamed, and the directory is synced. One is
+//!    preallocated, so that a full disk is detected before a write is accepted: `segment`, `preallocate`, `queue`. The
+//!    first of a log is small, since a start waits for it, and each is larger than the one before up to `--segment-bytes`.
+//! 3. A batch is one frame, which names its predecessor and the durable watermark; no length in it is trusted unless the
+//!    file is that long: `frame`, `entry`, `scan`.
+//! 4. It is written at a tracked offset, never at "the end of the file": `writer`.
+//! 5. It is synced, then the watermark advances, and only then waiting requests continue: `writer`, `super::watermark`.
+//! 6. A failed sync fails the log; entries not known to be durable never become so: `writer`, [`FileLog::append`].
+//! 7. Recovery drops cached pages, reads everything, and syncs what it read before anything depends on it: `recovery`.
+//! 8. An invalid frame is either torn, not yet durable, or corrupt; the frames after it decide which: `tail`.
+//! 9. Compaction drops garbage, creating new files before it removes old ones: `compactor` (when), `liveness` (what),
 //!    `compact` (how).
-//! 10. A clean end and an idle moment leave a frame and a file that say how far the log went: `mark`.
-//! 11. What was lost all the same, or is in another copy of the log, is never given again: `begin`, `identity`.
+//! 10. A clean shutdown and an idle log leave a frame and a file with the end of the log: `mark`.
+//! 11. Sequences that were lost, or that are in another copy of the log, are never reused: `begin`, `identity`.
 
 mod begin;
 mod bytes;
@@ -37,22 +36,22 @@ mod found;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-mod garbage;
 mod home;
 mod identity;
 mod incarnations;
 mod listing;
+mod liveness;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
 mod position;
+mod preallocate;
 mod queue;
 mod recovery;
 mod replay;
 mod scan;
 mod segment;
-mod spare;
 mod standby;
 mod tail;
 #[cfg(test)]
@@ -79,20 +78,20 @@ use self::disk::{Directory, Disk};
 use self::home::Home;
 use self::lock::Lock;
 use self::metrics::Metrics;
+use self::preallocate::{Preallocator, Sizes};
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::recovery::Known;
-use self::spare::{Sizes, Spares};
 use self::writer::Writer;
 use super::{Condition, Receive, TransactionLog, Watermark, sync};
 use crate::{AppendError, Event, History};
 
-/// What an answered write has behind it.
+/// Durability of an acknowledged write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Durability {
-    /// The disk: it survives a power cut.
+    /// Synced to disk: the write survives a power cut.
     #[default]
     Sync,
-    /// The operating system: it survives the end of this process, and a power cut takes the last seconds with it.
+    /// Handed to the operating system: the write survives a crash of this process; a power cut loses the last seconds.
     Os,
 }
 
@@ -100,12 +99,12 @@ pub enum Durability {
 pub struct Options {
     /// The data directory; the log is in `log` under it.
     pub data: PathBuf,
-    /// The size of a segment file, from the third on at the latest: the first are smaller.
+    /// Size of a segment file, from the third on at the latest: the first are smaller.
     pub segment_bytes: u64,
-    /// The largest group of events that is taken, in bytes of the log.
+    /// Maximum size of a group of events, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
-    /// URL at which this process serves clients, announced to those who stand by.
+    /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
     pub env: Env,
@@ -127,14 +126,15 @@ impl Options {
     }
 }
 
-/// The size of segment files where nobody says otherwise.
+/// Default size of segment files.
 pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 
-/// The largest group that segments of a size can hold.
+/// Returns the size of the largest group that fits segments of this size.
 pub fn largest_group(segment_bytes: u64) -> u64 {
     segment_bytes.saturating_sub(segment::HEAD_BYTES + FRAME_OVERHEAD)
 }
 
+/// The transaction log in a directory of segment files.
 pub struct FileLog {
     shared: Arc<Shared>,
     running: Mutex<Option<Running>>,
@@ -142,34 +142,34 @@ pub struct FileLog {
 
 struct Running {
     writer: Thread,
-    spares: Thread,
+    preallocator: Thread,
     compactor: Option<Thread>,
-    /// Given up last. None where the disk is not a directory.
+    /// Released last. None where the disk is not a directory.
     _lock: Option<Lock>,
 }
 
-/// What the threads of one log share.
+/// State shared by the threads of one log.
 struct Shared {
     home: Home,
     log: Uuid,
-    /// None begins while the log is open.
+    /// No incarnation begins while the log is open.
     history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
     catalog: Catalog,
     queue: Queue,
-    spares: Spares,
+    preallocator: Preallocator,
     compactor: Compactor,
     watermark: Arc<Watermark>,
     metrics: Metrics,
     failure: Mutex<Option<String>>,
 }
 
-/// What came before a log is opened.
+/// State from before a log is opened.
 struct Before {
-    /// Why another incarnation of it is to begin.
+    /// Reason for a new incarnation of the log, if one was requested.
     asked: Option<&'static str>,
-    /// What a standby has seen of it, and the watermark that those wait for who use that.
+    /// State of the log that a standby has observed, and the watermark that its users wait for.
     known: Option<Known>,
     watermark: Arc<Watermark>,
 }
@@ -189,8 +189,8 @@ impl FileLog {
         Ok(log)
     }
 
-    /// Opens the log on a disk that is given from outside, as [`open`](Self::open) does on the directory `log` below
-    /// `options.data`, which is used in messages only. Whoever gives the disk sees to it that one process uses it.
+    /// Opens the log on the given disk, like [`open`](Self::open) on the directory `log` below `options.data`, which is used
+    /// in messages only. The caller ensures that no other process uses the disk.
     pub fn open_on_disk(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Self> {
         let log = Self::open_on(disk, options, None)?;
         log.compact_in_background()?;
@@ -203,17 +203,17 @@ impl FileLog {
 
     fn open_after(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>, before: Before) -> anyhow::Result<Self> {
         let (shared, writer) = Shared::begin(disk, options, before)?;
-        shared.spares.begin(&shared)?;
+        shared.preallocator.reserve(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
-            spares: start("log spare", &shared, spare::run)?,
+            preallocator: start("log spare", &shared, preallocate::run)?,
             compactor: None,
             _lock: lock,
         };
         Ok(Self { shared, running: Mutex::new(Some(running)) })
     }
 
-    /// Why the log takes nothing any more, when it failed.
+    /// Returns why the log failed, and accepts no appends any more.
     pub fn failure(&self) -> Option<String> {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -257,13 +257,13 @@ impl TransactionLog for FileLog {
     fn close(&self) -> anyhow::Result<()> {
         let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         self.shared.compactor.stop();
-        self.shared.spares.close();
+        self.shared.preallocator.close();
         self.shared.queue.close();
-        // However they end, the failure says why.
+        // If a thread failed, `failure` has the reason.
         let _ = running.compactor.map(Thread::join);
         running.writer.join();
-        self.shared.spares.stop();
-        running.spares.join();
+        self.shared.preallocator.stop();
+        running.preallocator.join();
         self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
     }
 }
@@ -276,8 +276,8 @@ impl Drop for FileLog {
     }
 }
 
-/// Runs a thread of the log. However it fails, the log fails with it: nothing more is accepted, and whoever waits is
-/// told that the outcome is unknown.
+/// Starts a thread of the log. The log fails with it: appends are rejected from then on, and writes in flight end with an
+/// unknown outcome.
 fn start(
     name: &'static str,
     shared: &Arc<Shared>,
@@ -290,7 +290,7 @@ fn start(
 }
 
 impl Shared {
-    /// The log of a directory, read, put right and begun, and the writer that can go on with it. Nothing runs yet.
+    /// Recovers the log of a directory for writing, and returns the writer that continues it. No thread runs yet.
     fn begin(disk: Arc<dyn Disk>, options: Options, before: Before) -> anyhow::Result<(Arc<Self>, Writer)> {
         let Before { asked, known, watermark } = before;
         let sizes = options.sizes()?;
@@ -301,7 +301,7 @@ impl Shared {
         Ok((Arc::new(Self::new(home, &options, sizes, ready, watermark)), writer))
     }
 
-    /// The log of a directory, read and put right. It is not written, and no incarnation of it begins.
+    /// Recovers the log of a directory for reading. No incarnation begins.
     fn read(home: Home, options: &Options) -> anyhow::Result<Arc<Self>> {
         let recovered = recovery::recover(&home, None)
             .with_context(|| format!("cannot open the log in {}", home.path("").display()))?;
@@ -330,7 +330,7 @@ impl Shared {
                 options.group_bytes,
                 options.env.clock.clone(),
             ),
-            spares: Spares::new(spares, next, next_size, sizes),
+            preallocator: Preallocator::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
             watermark,
             metrics: Metrics::new(),
@@ -346,10 +346,10 @@ impl Shared {
         let reason = format!("the transaction log failed: {error:#}");
         tracing::error!("{reason}");
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
-        // Appends first: none may be accepted after those who wait were told.
+        // Appends first: none may be accepted after the waiting writes were failed.
         self.queue.fail();
         self.compactor.stop();
-        self.spares.stop();
+        self.preallocator.stop();
         self.watermark.latch(reason);
     }
 }

@@ -1,4 +1,4 @@
-//! A log that nobody serves from: opened, put right as at a start, and read, compacted or forked by one thread.
+//! Offline access to a log that no server uses: recovered as at a start, then read, compacted or forked by one thread.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,33 +7,34 @@ use anyhow::{Context, bail};
 use kvs_runtime::Env;
 
 use super::catalog::Segment;
-use super::compact::{self, Effort};
+use super::compact::{self, CompactionParams};
 use super::disk::{Directory, Disk};
-use super::garbage::KEYS;
+use super::liveness::MAX_KEYS;
 use super::lock::Lock;
 use super::{Before, DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
 use crate::{Incarnation, Receive};
 
+/// A log opened offline.
 pub struct Offline {
     shared: Arc<Shared>,
     _lock: Lock,
 }
 
 impl Offline {
-    /// Refuses a log that is in use, and one that is not there: only `serve` and `import` begin one.
+    /// Opens a log that exists and is not in use: only `serve` and `import` create one.
     pub fn open(data: &Path) -> anyhow::Result<Self> {
         let (home, lock) = take(data)?;
         let shared = Shared::read(home, &options(data))?;
         Ok(Self { shared, _lock: lock })
     }
 
-    /// Begins another incarnation of a log: for one whose copy nothing tells from it, such as a clone of its blocks.
+    /// Begins a new incarnation of a log whose copy cannot be recognised as one, such as a block-level clone.
     pub fn fork(data: &Path) -> anyhow::Result<Incarnation> {
         let (home, _lock) = take(data)?;
         fork(home.disk, options(data))
     }
 
-    /// The newest sequence.
+    /// Returns the newest sequence.
     pub fn newest(&self) -> u64 {
         self.shared.queue.appended()
     }
@@ -42,17 +43,17 @@ impl Offline {
         replay::replay(&self.shared, 0, receive)
     }
 
-    /// Drops all that can be dropped, and returns the bytes saved. `progress` hears of the bytes read.
+    /// Drops every entry that can be dropped, and returns the bytes saved. `progress` is called with the bytes read.
     pub fn compact(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<u64> {
-        let effort = Effort { now: self.shared.clock().unix_ms(), worth_percent: 0, keys: KEYS };
-        let outcome = compact::run(&self.shared, &self.written(), &effort, &mut |bytes| {
+        let params = CompactionParams { now: self.shared.clock().unix_ms(), min_yield_percent: 0, keys: MAX_KEYS };
+        let outcome = compact::run(&self.shared, &self.written(), &params, &mut |bytes| {
             progress(bytes);
             Ok(())
         })?;
         Ok(outcome.saved)
     }
 
-    /// Without a writer no segment is written any more. Those after the last entry are spares.
+    /// Returns all segments but the preallocated ones, which follow the last entry. Without a writer all are sealed.
     fn written(&self) -> Vec<Segment> {
         let mut segments = self.shared.catalog.all();
         while segments.last().is_some_and(|segment| segment.last < segment.first) {
@@ -83,14 +84,14 @@ pub fn fork(disk: Arc<dyn Disk>, options: Options) -> anyhow::Result<Incarnation
     let before = Before { asked: Some("`kvs txlog fork` asked for it"), ..Before::default() };
     let (shared, _) = Shared::begin(disk, options, before)?;
     let begun = shared.history.incarnations().last().copied();
-    begun.with_context(|| format!("the log in {data} begins no incarnation"))
+    begun.with_context(|| format!("the log in {data} did not begin a new incarnation"))
 }
 
-/// Takes the lock of a log that is there.
+/// Locks a log that exists.
 pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
     let directory = data.join("log");
     if !directory.is_dir() {
-        bail!("there is no log in {}; give the data directory of a store with --data-dir", data.display());
+        bail!("there is no log in {}; pass the data directory of a store with --data-dir", data.display());
     }
     let lock = Lock::take(data, None)?;
     Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))

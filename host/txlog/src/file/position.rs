@@ -1,9 +1,9 @@
-//! The position file: how far the log is durable now, for standbys on the same machine.
+//! The position file: the durable watermark now, for standbys on the same machine.
 //!
-//! The primary overwrites it after each sync, before anybody hears of what was synced. It is not synced: a power cut ends
-//! those who read it. What it says is believed where the segments hold it, and so one that a power cut or a former primary
-//! has left does no harm: the checksum of the last frame covers all frames before it, and was known to nobody before the
-//! sync of that frame had returned. Recovery does not read it.
+//! The primary overwrites it after each sync, before the entries are acknowledged. It is not synced: a power cut ends its
+//! readers too. A reader verifies it against the segments, so a stale one, after a power cut or of a former primary, does no
+//! harm: the checksum of the last frame covers all frames before it, and is not published before the sync of that frame
+//! has returned. Recovery does not read it.
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::disk::{Disk, File, is_full};
 pub const NAME: &str = "position";
 const MAGIC: [u8; 8] = *b"kvs posn";
 const BYTES: usize = 56;
-/// How often it is read where a write of the primary came between.
+/// Number of attempts to read the file, which the primary can overwrite meanwhile.
 const ATTEMPTS: u32 = 3;
 
 /// The end of the last durable frame.
@@ -24,14 +24,14 @@ const ATTEMPTS: u32 = 3;
 pub struct Position {
     pub log: Uuid,
     pub sequence: u64,
-    /// The number of its segment, its offset there, and the checksum of the frame.
+    /// Number of the segment, offset of the end in it, and checksum of the frame.
     pub segment: u64,
     pub offset: u64,
     pub chain: u32,
 }
 
 impl Position {
-    /// Replaces what the file says. The page is there, so this fails only where the disk does.
+    /// Overwrites the file. Its space is allocated, so this fails only if the disk does.
     pub fn write(&self, file: &dyn File) -> io::Result<()> {
         let mut bytes = [0; BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
@@ -46,10 +46,10 @@ impl Position {
     }
 }
 
-/// The file, to be written. None where there is no room for one: then no standby can follow.
+/// Opens the file for writing. None if the disk is full: then no standby can follow.
 pub fn open(disk: &dyn Disk) -> io::Result<Option<Arc<dyn File>>> {
     match disk.open(NAME) {
-        // It has its space.
+        // Its space is allocated.
         Ok(file) if file.size()? == BYTES as u64 => return Ok(Some(file)),
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -60,14 +60,14 @@ pub fn open(disk: &dyn Disk) -> io::Result<Option<Arc<dyn File>>> {
     });
     match created {
         Err(error) if is_full(&error) => {
-            tracing::warn!("no room for the position file, no standby can follow: {error}");
+            tracing::warn!("disk full: no position file, no standby can follow: {error}");
             Ok(None)
         }
         created => created.map(Some),
     }
 }
 
-/// None when there is none, or it says nothing that can be believed.
+/// Reads the position; None if there is no file, or no valid one.
 pub fn read(disk: &dyn Disk) -> io::Result<Option<Position>> {
     let file = match disk.open(NAME) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

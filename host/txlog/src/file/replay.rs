@@ -56,7 +56,7 @@ pub fn read(
         let mut batch = Batch::default();
         for frame in scan.frames() {
             for entry in frame.entries() {
-                let damaged = || home.damage(&name, frame.offset, "a frame holds what is not an entry");
+                let damaged = || home.damage(&name, frame.offset, "a frame contains an invalid entry");
                 let entry = entry.ok_or_else(damaged)?;
                 if entry.sequence <= span.after {
                     continue;

@@ -1,7 +1,7 @@
-//! Reads the frames of one segment in order, many at a time, and checks them as it goes.
+//! Sequential scan of the frames of one segment, which reads many at a time and validates them.
 //!
-//! Owns: the rule where a run of frames ends, and what makes one bad. Must never know: what follows from a bad one.
-//! Holds one buffer, as large as the largest frame met or [`CHUNK_BYTES`].
+//! Owns: the rules for the end of the frames, and for invalid frames. Must never know: the consequences of an invalid
+//! frame. Holds one buffer of [`CHUNK_BYTES`], or of the size of the largest frame.
 
 use std::io;
 use std::sync::Arc;
@@ -12,37 +12,37 @@ use super::disk::File;
 use super::frame::{self, Frame, Head};
 use super::segment::HEAD_BYTES;
 
-/// Large enough that a call costs nothing beside it, small enough to stay in the processor's cache.
+/// Large enough to make the cost of a system call negligible, small enough for the processor's cache.
 const CHUNK_BYTES: usize = 1 << 20;
 
+/// A scan over the frames of a segment.
 pub struct Scan {
     file: Arc<dyn File>,
-    /// The format of the segment.
+    /// Format version of the segment.
     version: u32,
     log: Uuid,
-    /// Nothing is read from here on.
+    /// Offset at which the scan ends.
     limit: u64,
     buffer: Vec<u8>,
-    /// Where in the file the buffer begins, how much of it is filled, and how much of that was gone over.
+    /// Offset of the buffer in the file, bytes in it, and bytes of these that were scanned.
     base: u64,
     filled: usize,
-    passed: usize,
+    consumed: usize,
     frames: Vec<(usize, Head)>,
-    /// The checksum that the next frame must call the previous one's; unknown before the first when None.
+    /// Checksum that the next frame must name as that of the previous frame; None if unknown before the first.
     chain: Option<u32>,
-    stop: Option<Stop>,
+    end: Option<ScanEnd>,
 }
 
-/// Why there are no more frames.
+/// Reason for the end of a scan.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Zeros, where nothing was written yet, or the limit.
-    End,
-    /// Something else, and what is wrong with it.
-    Bad(&'static str),
-    /// A frame whose checksums are right, and why this binary does not read it. It was written so: no tear, and no
-    /// damage.
-    Refused(String),
+pub enum ScanEnd {
+    /// Zeros, where nothing was written yet, or the limit of the scan.
+    Clean,
+    /// An invalid frame, and why it is invalid.
+    Invalid(&'static str),
+    /// A frame with valid checksums that this binary does not support, and why. It is neither torn nor corrupt.
+    Unsupported(String),
 }
 
 impl Scan {
@@ -56,20 +56,20 @@ impl Scan {
         let size = limit.saturating_sub(from).min(CHUNK_BYTES as u64) as usize;
         let buffer = vec![0; size];
         let frames = Vec::new();
-        Self { file, version, log, limit, buffer, base: from, filled: 0, passed: 0, frames, chain, stop: None }
+        Self { file, version, log, limit, buffer, base: from, filled: 0, consumed: 0, frames, chain, end: None }
     }
 
-    /// Goes on to the next frames, false when there are none. What `frames` gave before is gone.
+    /// Reads the next frames, and returns false when there are none. They replace the previous ones of `frames`.
     pub fn advance(&mut self) -> io::Result<bool> {
         self.frames.clear();
-        self.buffer.copy_within(self.passed..self.filled, 0);
-        self.base += self.passed as u64;
-        self.filled -= self.passed;
-        self.passed = 0;
-        while self.stop.is_none() && self.frames.is_empty() {
+        self.buffer.copy_within(self.consumed..self.filled, 0);
+        self.base += self.consumed as u64;
+        self.filled -= self.consumed;
+        self.consumed = 0;
+        while self.end.is_none() && self.frames.is_empty() {
             self.fill()?;
             let needed = self.check();
-            // Not even one frame fits: `check` made sure that the file holds as much as it says it needs.
+            // The buffer is too small for one frame: `check` ensured that the file holds that many bytes.
             if self.frames.is_empty() && needed > self.buffer.len() {
                 self.buffer.resize(needed, 0);
             }
@@ -85,26 +85,26 @@ impl Scan {
         Ok(())
     }
 
-    /// Goes over the whole frames in the buffer. Returns the bytes that the first one which is not whole needs.
+    /// Validates the complete frames in the buffer. Returns the size of the first incomplete one.
     fn check(&mut self) -> usize {
         loop {
-            let rest = &self.buffer[self.passed..self.filled];
-            let left = self.limit.saturating_sub(self.base + self.passed as u64);
+            let rest = &self.buffer[self.consumed..self.filled];
+            let left = self.limit.saturating_sub(self.base + self.consumed as u64);
             if left < frame::HEAD_BYTES as u64 && rest.len() as u64 == left {
-                // Too short for a head: the very end of the file.
-                self.stop = Some(if is_zero(rest) { Stop::End } else { Stop::Bad("it is cut off") });
+                // Too short for a header: the end of the file.
+                self.end = Some(if is_zero(rest) { ScanEnd::Clean } else { ScanEnd::Invalid("it is truncated") });
                 return 0;
             }
             if rest.len() < frame::HEAD_BYTES {
                 return frame::HEAD_BYTES;
             }
             if is_zero(&rest[..frame::HEAD_BYTES]) {
-                self.stop = Some(Stop::End);
+                self.end = Some(ScanEnd::Clean);
                 return 0;
             }
-            let bad = match Head::decode(rest, self.log) {
-                None => "this is not the head of a frame of this log",
-                // A length is believed only when the file has that many bytes: nothing larger is ever allocated.
+            let reason = match Head::decode(rest, self.log) {
+                None => "this is not the header of a frame of this log",
+                // A length is trusted only if the file has that many bytes, so that nothing larger is ever allocated.
                 Some(head) if head.total() > left => "a frame is longer than its segment",
                 Some(head) if self.chain.is_some_and(|chain| chain != head.previous) => {
                     "a frame does not follow the one before it"
@@ -114,20 +114,20 @@ impl Scan {
                     let total = head.total() as usize;
                     let body = &rest[frame::HEAD_BYTES..total];
                     if head.accepts(body) {
-                        let is_first = self.base + self.passed as u64 == HEAD_BYTES;
+                        let is_first = self.base + self.consumed as u64 == HEAD_BYTES;
                         if let Err(why) = head.check(self.version, is_first, body) {
-                            self.stop = Some(Stop::Refused(why));
+                            self.end = Some(ScanEnd::Unsupported(why));
                             return 0;
                         }
-                        self.frames.push((self.passed, head));
-                        self.passed += total;
+                        self.frames.push((self.consumed, head));
+                        self.consumed += total;
                         self.chain = Some(head.checksum);
                         continue;
                     }
                     "the checksum of a frame is wrong"
                 }
             };
-            self.stop = Some(Stop::Bad(bad));
+            self.end = Some(ScanEnd::Invalid(reason));
             return 0;
         }
     }
@@ -140,23 +140,23 @@ impl Scan {
         })
     }
 
-    /// Where the frame after the last good one begins, or would.
+    /// Returns the offset after the last valid frame.
     pub fn offset(&self) -> u64 {
-        self.base + self.passed as u64
+        self.base + self.consumed as u64
     }
 
-    /// The checksum of the last good frame.
+    /// Returns the checksum of the last valid frame.
     pub fn chain(&self) -> Option<u32> {
         self.chain
     }
 
-    /// Why it went no further; [`Stop::End`] while it still can.
-    pub fn stop(&self) -> Stop {
-        self.stop.clone().unwrap_or(Stop::End)
+    /// Returns why the scan ended; [`ScanEnd::Clean`] while it has not.
+    pub fn end(&self) -> ScanEnd {
+        self.end.clone().unwrap_or(ScanEnd::Clean)
     }
 }
 
-/// The end of the last byte in `from..size` that is not zero; None when all are.
+/// Returns the offset after the last nonzero byte in `from..size`; None when all are zero.
 pub fn written_end(file: &dyn File, from: u64, size: u64) -> io::Result<Option<u64>> {
     let mut buffer = vec![0; size.saturating_sub(from).min(CHUNK_BYTES as u64) as usize];
     let (mut at, mut end) = (from, None);
@@ -172,7 +172,7 @@ pub fn written_end(file: &dyn File, from: u64, size: u64) -> io::Result<Option<u
 }
 
 pub fn is_zero(bytes: &[u8]) -> bool {
-    // By words: a start looks at the rest of a segment, and a build for size makes no wide loop of single bytes.
+    // By words: recovery checks the rest of a segment, and a build for size does not vectorize a loop over bytes.
     let (words, rest) = bytes.as_chunks::<16>();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }

@@ -1,26 +1,26 @@
-//! The head of a segment, and the names of segment files.
+//! Segment headers, and the names of segment files.
 //!
-//! The bytes are drawn at the head of `mod.rs`.
+//! The byte layout is at the head of `mod.rs`.
 
 use uuid::Uuid;
 
 use super::bytes::{array, u32_at, u64_at};
 use super::frame::Ending;
 
-/// Frames begin here. The head has the first sector for itself.
+/// Size of the header, which has the first sector for itself. Frames follow it.
 pub const HEAD_BYTES: u64 = 512;
 
-/// The names of segment files end with this.
+/// Extension of segment files.
 pub const SUFFIX: &str = ".seg";
 
 const MAGIC: [u8; 8] = *b"kvs log\n";
-/// The version that is written. Format 1 is read.
+/// Format version of new segments. Format 1 can be read.
 pub const VERSION: u32 = 2;
-/// Magic, version and the place of this checksum stay as they are in every version of the format, so that a binary can
-/// tell a head from another time from a damaged one.
+/// Offset of the checksum. It is the same in every version of the format, like magic and version, so that a binary can
+/// distinguish a header of an unsupported version from a corrupt one.
 const CHECKSUM_AT: usize = 508;
 
-/// The numbers of the segments that a file stands for: one, or several that were compacted into it.
+/// The numbers of the segments in a file: one, or those that were compacted into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Numbers {
     pub first: u64,
@@ -42,7 +42,7 @@ impl Numbers {
         let numbers = name.strip_suffix(SUFFIX)?;
         let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
         let numbers = Self { first: first.parse().ok()?, last: last.parse().ok()? };
-        // Written another way it is not one of ours: `3.seg` beside `0000000003.seg`.
+        // Only the canonical spelling counts, so that `3.seg` does not stand beside `0000000003.seg`.
         (1 <= numbers.first && numbers.first <= numbers.last && numbers.file_name() == name).then_some(numbers)
     }
 
@@ -51,36 +51,37 @@ impl Numbers {
     }
 }
 
+/// Header of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     pub version: u32,
     pub log: Uuid,
     pub numbers: Numbers,
-    /// Of its file, which never becomes smaller.
+    /// Size of the file, which never shrinks.
     pub size: u64,
-    /// In a segment that compaction made.
+    /// Set in a segment written by compaction.
     pub compacted: Option<Compacted>,
 }
 
-/// What a compacted segment says of itself. It is written whole and never grows, so it can say where it ends; and it
-/// says what the segments it stands for said, which its frames cannot: they are others.
+/// Header fields of a compacted segment. It is written as a whole and never grows, so the header states where it ends.
+/// It also states properties of the segments it replaces, which its own frames do not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Compacted {
-    /// The sequences it covers, those of dropped entries included: they must never be given again.
+    /// The sequences it covers, including those of dropped entries, which must never be reused.
     pub first: u64,
     pub last: u64,
-    /// The checksum of the frame before the first that it stands for, and of the last that it stands for.
+    /// Checksum of the frame before the first frame it replaces, and of the last frame it replaces.
     pub before: u32,
     pub after: u32,
-    /// The checksum of its own last frame, or `before` if it has none.
+    /// Checksum of its own last frame, or `before` if it has none.
     pub tip: u32,
-    /// The last frame that it stands for.
+    /// The last frame it replaces.
     pub ending: Ending,
-    /// Where its frames end.
+    /// End of its frames.
     pub end: u64,
-    /// The newest sequence of a delete, or of a put that had expired, which is not in the log any more: whoever knows
-    /// the log up to an older one and not further would never hear of it.
-    pub forgotten: u64,
+    /// Compaction horizon: the newest sequence of a dropped tombstone. A reader that resumes at an older sequence would
+    /// miss it.
+    pub horizon: u64,
 }
 
 impl Head {
@@ -101,7 +102,7 @@ impl Head {
             put(76, &compacted.after.to_le_bytes());
             put(80, &compacted.tip.to_le_bytes());
             put(84, &compacted.ending.epoch.to_le_bytes());
-            put(88, &compacted.forgotten.to_le_bytes());
+            put(88, &compacted.horizon.to_le_bytes());
             put(104, &(u32::from(compacted.ending.kind) | compacted.ending.flags << 8).to_le_bytes());
         }
         put(96, &self.size.to_le_bytes());
@@ -110,13 +111,13 @@ impl Head {
         bytes
     }
 
-    /// The error says what is wrong, in words that fit after "at byte 0:".
+    /// Parses a header. The error is a description that fits after "at byte 0:".
     pub fn decode(bytes: &[u8; HEAD_BYTES as usize]) -> Result<Self, String> {
         if bytes[..8] != MAGIC {
-            return Err("it does not begin as a segment does".into());
+            return Err("it is not a segment of a log".into());
         }
         if crc32c::crc32c(&bytes[..CHECKSUM_AT]) != u32_at(bytes, CHECKSUM_AT) {
-            return Err("the checksum of its head is wrong".into());
+            return Err("the checksum of its header does not match".into());
         }
         let version = u32_at(bytes, 8);
         if !(1..=VERSION).contains(&version) {
@@ -136,9 +137,9 @@ impl Head {
                 tip: u32_at(bytes, 80),
                 // Zeros in format 1.
                 ending: Ending { kind: bytes[104], flags: u32_at(bytes, 104) >> 8, epoch: u32_at(bytes, 84) },
-                forgotten: u64_at(bytes, 88),
+                horizon: u64_at(bytes, 88),
             }),
-            kind => return Err(format!("it is of an unknown kind, {kind}")),
+            kind => return Err(format!("its kind {kind} is unknown")),
         };
         Ok(Self {
             version,
@@ -155,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_names_that_are_given_are_read() {
+    fn segment_range_rejects_noncanonical_names() {
         for (first, last) in [(1, 1), (3, 7), (9_999_999_999, 10_000_000_000)] {
             assert_eq!(Numbers::parse(&Numbers { first, last }.file_name()), Some(Numbers { first, last }));
         }

@@ -1,7 +1,7 @@
-//! The standby: follows the log while another process has the directory, and takes the directory when that one is gone.
+//! The standby: follows the log while another process has the lock, and takes over when that process ends.
 //!
-//! Owns: when this process is the primary. Before it has the lock it changes nothing; from then on the log is opened as at
-//! any start, and must hold all that was followed.
+//! Owns: the role of this process. Before it has the lock it changes nothing; then the log is opened as at any start, and must
+//! contain all entries that were followed.
 
 use std::future::ready;
 use std::pin::Pin;
@@ -21,10 +21,10 @@ use super::{Before, Damage, FileLog, Options};
 use crate::standby::end_of_log;
 use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
 
-/// How often it looks, hence how old what it shows can be, and how long after the end of the primary it takes over.
+/// Polling interval, hence a bound for the staleness of reads, and for the time from the end of the primary to the takeover.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A log of which another process is the primary, until this one is.
+/// A log whose primary is another process, until the takeover.
 pub struct StandbyLog {
     shared: Arc<Shared>,
     thread: Mutex<Option<Thread>>,
@@ -33,13 +33,13 @@ pub struct StandbyLog {
 struct Shared {
     options: Options,
     follower: Follower,
-    /// One for the whole life: those who wait on it need not hear of a takeover.
+    /// The same before and after the takeover, so that its waiters are not affected.
     watermark: Arc<Watermark>,
     followed: AtomicU64,
     news: watch::Sender<News>,
-    /// Set when this process takes the directory.
+    /// Set when this process takes over.
     log: OnceLock<FileLog>,
-    /// All was followed, and appends are accepted.
+    /// All entries were followed, and appends are accepted.
     begun: AtomicBool,
     state: Mutex<State>,
     closing: Condvar,
@@ -47,23 +47,23 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Why what is new is not known, and why it could not be read.
+    /// Why the end of the log is unknown, and why new entries could not be read.
     blind: Option<String>,
     unread: Option<String>,
     closed: bool,
 }
 
-/// What a look has found.
+/// Result of polling the log.
 enum Look {
-    /// The log is this process's.
+    /// This process is primary.
     Ours,
     Theirs,
-    /// Another process has the directory, and there is nothing to follow.
+    /// Another process has the lock, and the log cannot be followed.
     Nothing(anyhow::Error),
 }
 
 impl StandbyLog {
-    /// Blocks until there is a log to follow, or to write, when no other process has the directory.
+    /// Blocks until there is a log to follow, or this process is primary.
     pub fn open(options: Options) -> Result<Self> {
         options.sizes()?;
         lock::make_directory(&options.data)?;
@@ -80,17 +80,17 @@ impl StandbyLog {
                 }
                 Look::Theirs => {
                     let newest = follower.newest();
-                    // Whoever serves from the log begins with a replay of all that.
+                    // The server begins with a replay of all these entries.
                     log.follow(newest);
                     let (holder, _) = lock::holder(&options.data);
-                    tracing::info!("standing by at sequence {newest} while {holder} writes the log");
+                    tracing::info!("standby of {holder} at sequence {newest}");
                     log.start()?;
                     return Ok(log);
                 }
                 Look::Nothing(error) if error.is::<Damage>() => {
                     return Err(error.context(format!("cannot follow the log in {data}")));
                 }
-                // It has not begun to serve yet, or is of another time.
+                // The primary is starting, or is of a version that publishes no position.
                 Look::Nothing(error) => {
                     log.shared.note(Some(&error));
                     log.shared.clock().pause(LOOK);
@@ -108,7 +108,7 @@ impl StandbyLog {
         Ok(())
     }
 
-    /// The newest sequence of the log that this process knows of, applied or not.
+    /// Returns the newest known sequence of the log, applied or not.
     pub(super) fn newest(&self) -> u64 {
         self.shared.news.borrow().newest
     }
@@ -144,7 +144,7 @@ impl Shared {
         &self.options.env.clock
     }
 
-    /// Looks until the log is this process's.
+    /// Polls until this process is primary.
     fn run(&self) -> Result<()> {
         loop {
             let state = self.state();
@@ -161,7 +161,7 @@ impl Shared {
         }
     }
 
-    /// Takes the directory where nobody has it, and looks what is new otherwise. An error is that of a takeover.
+    /// Takes over if the lock is free, and reads the position otherwise. An error is one of a takeover.
     fn look(&self) -> Result<Look> {
         let as_of = self.clock().now();
         let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
@@ -188,14 +188,14 @@ impl Shared {
         }
     }
 
-    /// Notes why nothing can be followed, and reports it once.
+    /// Records why the log cannot be followed, and logs it once.
     fn note(&self, blind: Option<&anyhow::Error>) {
         let blind = blind.map(|error| format!("{error:#}"));
         let mut state = self.state();
         if blind != state.blind {
             match &blind {
-                Some(why) => tracing::warn!("the log cannot be followed: {why}"),
-                None => tracing::info!("the log is followed again"),
+                Some(why) => tracing::warn!("cannot follow the log: {why}"),
+                None => tracing::info!("following the log again"),
             }
             state.blind = blind;
         }
@@ -210,7 +210,7 @@ impl Shared {
         if self.log.set(log).is_err() {
             bail!("the log was taken over twice");
         }
-        tracing::info!("took the log over at sequence {newest} within {:.0?}", self.clock().elapsed(begun));
+        tracing::info!("took over the log at sequence {newest} within {:.0?}", self.clock().elapsed(begun));
         self.news.send_replace(News { newest, holder: None, primary: None, as_of: begun });
         Ok(())
     }
@@ -290,14 +290,14 @@ impl TransactionLog for StandbyLog {
         }
         let state = self.shared.state();
         if let Some(why) = state.blind.as_ref().or(state.unread.as_ref()) {
-            return Condition::Unfit(format!("standing by, and it cannot be followed: {why}"));
+            return Condition::Unfit(format!("standby cannot follow the log: {why}"));
         }
         drop(state);
         let News { newest, holder, .. } = self.shared.news.borrow().clone();
         let behind = self.history().entries(self.appended(), newest);
         Condition::But(match holder {
-            Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
-            None => format!("taking it over, {behind} entries behind"),
+            Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
+            None => format!("failover in progress, replication lag {behind} entries"),
         })
     }
 
@@ -327,10 +327,10 @@ impl Standby for StandbyLog {
 
     fn begin(&self) -> Result<()> {
         let log = self.log().context("another process writes the log")?;
-        // Not before: it could drop what is followed still.
+        // Not earlier: compaction could drop entries that are not applied yet.
         log.compact_in_background()?;
         self.shared.begun.store(true, Ordering::Release);
-        tracing::info!("this process writes the log now, after sequence {}", log.appended());
+        tracing::info!("promoted to primary, accepting writes after sequence {}", log.appended());
         Ok(())
     }
 }

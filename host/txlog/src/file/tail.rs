@@ -1,9 +1,9 @@
-//! The tail: where the log ends, and whether what is wrong there is a tear or damage.
+//! The tail of the log: its end, and whether an invalid frame there is a torn write or corruption.
 //!
-//! The writer never writes a frame before the sync of the one before it returned. So when a frame is bad and a later one
-//! says that the bad one's sequence had been durable, this is damage, and the log is not opened. Otherwise the bad frame
-//! is the last that was ever begun, nobody was told that it succeeded, and it is cut off. A rule that looked at the bad
-//! frame alone would refuse after honest power cuts, or drop what had been promised.
+//! The writer never writes a frame before the sync of the previous one returned. So if a frame is invalid and a later frame
+//! states that its sequence had been durable, this is corruption, and the log is not opened. Otherwise the invalid frame is
+//! the last that was written, it was never acknowledged, and it is truncated. A rule that looked at the invalid frame alone
+//! would refuse to start after ordinary power cuts, or drop acknowledged writes.
 
 use std::io;
 
@@ -15,15 +15,15 @@ use super::disk::{File, is_full};
 use super::found::Found;
 use super::frame::{self, Ending, Frame, Head as FrameHead};
 use super::incarnations;
-use super::scan::{Scan, Stop, is_zero, written_end};
+use super::preallocate::zero;
+use super::scan::{Scan, ScanEnd, is_zero, written_end};
 use super::segment::HEAD_BYTES;
-use super::spare::zero;
 use crate::Incarnation;
 
-/// What torn tails are copied to ends with this.
+/// Extension of copies of torn writes.
 pub const COPY_SUFFIX: &str = ".torn";
 
-/// What a segment holds, read to its end.
+/// Content of a segment, read to its end.
 pub struct Content {
     pub segment: Segment,
     pub holds_frames: bool,
@@ -32,17 +32,17 @@ pub struct Content {
     pub tear: Option<Tear>,
 }
 
-/// The last good frame ends at `at`, and something follows it that is not one.
+/// A torn write: the last valid frame ends at `at`, and other bytes follow.
 #[derive(Clone, Copy)]
 pub struct Tear {
     pub at: u64,
-    /// Where the last byte of it ends that is not zero.
+    /// Offset after its last nonzero byte.
     pub end: u64,
     pub what: &'static str,
 }
 
-/// Goes over the frames of a segment. One made by compaction was whole before it had its name: it is not read here, but
-/// for the incarnations in its first frame, and whatever is wrong with it is damage.
+/// Reads the frames of a segment. A compacted one was complete before it got its name: of it only the incarnations in the
+/// first frame are read, and any invalid frame is corruption.
 pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
     if let Some(compacted) = &found.compacted {
         let first = first_frame(home, found)?.map_or_else(Vec::new, |(_, incarnations)| incarnations);
@@ -67,15 +67,15 @@ pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
         (segment.after, segment.tip) = (newest.checksum, newest.checksum);
     }
     segment.end = scan.offset();
-    if let Stop::Refused(why) = scan.stop() {
+    if let ScanEnd::Unsupported(why) = scan.end() {
         return Err(home.refused(&found.name, segment.end, &why));
     }
-    let tear = tear(found, segment.end, &scan.stop())?;
+    let tear = tear(found, segment.end, &scan.end())?;
     let ending = newest.as_ref().map_or_else(Ending::default, FrameHead::ending);
     Ok(Content { segment, holds_frames: first.is_some(), ending, tear })
 }
 
-/// The head of the first frame of a segment, and the incarnations that it records; None in a segment without frames.
+/// Returns the header of the first frame of a segment, and the incarnations that it records; None without frames.
 pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHead, Vec<Incarnation>)>> {
     let end = found.compacted.as_ref().map_or(found.size, |compacted| compacted.end);
     if end < HEAD_BYTES + frame::HEAD_BYTES as u64 {
@@ -88,9 +88,9 @@ pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHe
         return Ok(None);
     }
     let head = FrameHead::decode(&bytes, found.log);
-    let head = head.ok_or_else(|| damage("this is not the head of a frame of this log"))?;
+    let head = head.ok_or_else(|| damage("this is not the header of a frame of this log"))?;
     if head.kind == frame::ENTRIES {
-        // Whoever reads the segment checks the rest of it.
+        // The rest of the frame is checked when the segment is replayed.
         return Ok(Some((head, Vec::new())));
     }
     if head.total() > end - HEAD_BYTES {
@@ -107,40 +107,42 @@ pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHe
     Ok(Some((head, incarnations)))
 }
 
-/// What follows the last good frame, if it is not what follows the end of a log: zeros.
-pub fn tear(found: &Found, at: u64, stop: &Stop) -> io::Result<Option<Tear>> {
+/// Returns the torn write after the last valid frame, unless only zeros follow.
+pub fn tear(found: &Found, at: u64, stop: &ScanEnd) -> io::Result<Option<Tear>> {
     let what = match stop {
-        Stop::Bad(what) => what,
+        ScanEnd::Invalid(what) => what,
         // The first sectors of a frame can be lost while later ones are not.
-        Stop::End | Stop::Refused(_) => "something follows the end of the log",
+        ScanEnd::Clean | ScanEnd::Unsupported(_) => "something follows the end of the log",
     };
     Ok(written_end(&*found.file, at, found.size)?.map(|end| Tear { at, end, what }))
 }
 
-/// Cuts a torn tail off, so that it can never be taken for what will be written there. `last` and `chain`
-/// are the sequence and the checksum before it.
+/// Truncates a torn write, so that no later scan can read it as a frame. `last` and `chain` are the sequence and the
+/// checksum before it.
 pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64, chain: u32) -> anyhow::Result<()> {
     let Tear { at, end, what } = tear;
     if let Some((offset, later)) = later_frame(found, tear, last, chain)? {
-        let what =
-            format!("{what}, yet it had been durable, as the frame at byte {offset} says (to {})", later.durable);
+        let what = format!(
+            "{what}, but it had been durable according to the frame at byte {offset} (up to {})",
+            later.durable
+        );
         return Err(home.damage(&found.name, at, what));
     }
-    let copy = copy(home, found, tear).context("cannot set a torn tail of the log aside")?;
+    let copy = copy(home, found, tear).context("cannot save a copy of a torn write of the log")?;
     zero(&*found.file, at, end)?;
     found.file.sync()?;
     tracing::warn!(
-        "{} ended in an unfinished write at byte {at} ({what}): cut off {} bytes that nobody was told of; {copy}",
-        home.path(&found.name).display(),
-        end - at
+        "truncated a torn write of {} bytes at byte {at} of {} ({what}); it was never acknowledged; {copy}",
+        end - at,
+        home.path(&found.name).display()
     );
     Ok(())
 }
 
-/// A frame beyond the tear whose writer knew that what is torn had been durable. `last` and `chain` are the sequence and
-/// the checksum before the tear. It says so itself; or it has the next sequence and yet follows another frame, which
-/// then held no entries and was the end of a log that was closed. Frames that followed without a sync, as
-/// `--durability os` writes them, say nothing of the kind.
+/// Returns a frame after the tear which proves that the torn frame had been durable. `last` and `chain` are the sequence
+/// and the checksum before the tear. Either its durable sequence states so; or it has the next sequence and yet follows
+/// another frame, which then held no entries and closed the log. Frames written without a sync in between, with
+/// `--durability os`, prove nothing.
 pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Result<Option<(u64, FrameHead)>> {
     const STEP: usize = 1 << 20;
     let mut buffer = vec![0; ((found.size - tear.at).min(STEP as u64) as usize) + frame::HEAD_BYTES];
@@ -150,8 +152,8 @@ pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Resu
         found.file.read_at(window, at)?;
         let places = (0..window.len().min(STEP)).step_by(frame::ALIGNMENT);
         let heads = places.filter_map(|place| Some((place, FrameHead::decode(&window[place..], found.log)?)));
-        let goes_on = |head: &FrameHead| head.first == last + 1 && head.count > 0 && head.previous != chain;
-        let proves = |head: &FrameHead| head.durable > last || goes_on(head);
+        let follows_close = |head: &FrameHead| head.first == last + 1 && head.count > 0 && head.previous != chain;
+        let proves = |head: &FrameHead| head.durable > last || follows_close(head);
         if let Some((place, head)) = heads.into_iter().find(|(_, head)| proves(head)) {
             return Ok(Some((at + place as u64, head)));
         }
@@ -160,7 +162,7 @@ pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Resu
     Ok(None)
 }
 
-/// Keeps the bytes for whoever wants to look, and says where.
+/// Copies the torn bytes for inspection, and returns where they are, for the log line.
 fn copy(home: &Home, found: &Found, tear: Tear) -> io::Result<String> {
     let names = home.disk.list()?;
     let candidates = (1..).map(|count| format!("{}.{}.{count}{COPY_SUFFIX}", found.name, tear.at));
@@ -173,11 +175,11 @@ fn copy(home: &Home, found: &Found, tear: Tear) -> io::Result<String> {
         home.disk.sync()
     });
     match copied {
-        Ok(()) => Ok(format!("they are in {}", home.path(&name).display())),
-        // A disk that was filled up must not keep the log from opening.
+        Ok(()) => Ok(format!("original bytes saved to {}", home.path(&name).display())),
+        // A full disk must not prevent the log from opening.
         Err(error) if is_full(&error) => {
             let _ = home.disk.remove(&temporary);
-            Ok("there was no room to keep them".into())
+            Ok("the disk is full, the original bytes were not saved".into())
         }
         Err(error) => Err(error),
     }

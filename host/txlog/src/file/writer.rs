@@ -47,7 +47,7 @@ pub struct Writer {
     pub announced: bool,
     /// What the watermark file says.
     pub marked: u64,
-    /// The position file, where there is room for one.
+    /// The position file; None if the disk was full.
     pub position: Option<Arc<dyn File>>,
 }
 
@@ -77,7 +77,7 @@ impl Writer {
     fn commit(&mut self, shared: &Shared, mut frame: Builder) -> anyhow::Result<()> {
         let left = self.size - self.end;
         let unused = if frame.sealed_len() > left { left } else { 0 };
-        shared.compactor.admit(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
+        shared.compactor.stall_if_needed(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
             if !self.rotate(shared)? {
                 bail!("no room for another segment of the log");
@@ -106,7 +106,7 @@ impl Writer {
             self.announced = true;
             shared.metrics.sync.observe_time(clock.elapsed(written));
         }
-        // Before anybody hears of it: a standby that finds nothing new knows that nothing was acknowledged.
+        // Before the acknowledgement: a standby that finds nothing new knows that nothing was acknowledged.
         self.publish(shared.log, shared.clock())?;
         // The catalogue first: whoever sees the watermark must find what it covers.
         shared.catalog.extend(self.end, self.last, self.chain, frame.deletes);
@@ -138,8 +138,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Tells standbys how far the log is durable. They would take what was published last for the end of the log, so the
-    /// log fails where this does.
+    /// Publishes the durable watermark to standbys. They would take the last published one for the end of the log, so a
+    /// failure here fails the log.
     pub fn publish(&self, log: Uuid, clock: &Clock) -> io::Result<()> {
         let Some(file) = &self.position else { return Ok(()) };
         let (sequence, segment, offset, chain) = (self.last, self.number, self.end, self.chain);
@@ -160,7 +160,7 @@ impl Writer {
         if self.synced < self.last {
             self.sync()?;
         }
-        let Some(spare) = shared.spares.take(shared)? else { return Ok(false) };
+        let Some(spare) = shared.preallocator.take(shared)? else { return Ok(false) };
         shared.catalog.push(Segment::empty(spare.number, self.last, self.chain, spare.size));
         self.number = spare.number;
         (self.file, self.size, self.end) = (spare.file, spare.size, super::segment::HEAD_BYTES);
@@ -199,7 +199,7 @@ impl Writer {
     }
 }
 
-/// Writes the same bytes again where there was no memory for them.
+/// Retries a write that failed for lack of memory.
 fn despite_shortage(clock: &Clock, write: impl Fn() -> io::Result<()>) -> io::Result<()> {
     let mut tries = 0;
     loop {

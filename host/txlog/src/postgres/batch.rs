@@ -1,31 +1,32 @@
-//! What is committed together: entries that follow on each other, as columns.
+//! A batch: consecutive entries that are committed together, as columns.
 
 use std::time::Instant;
 
 use crate::Event;
 
-/// As in the book's table.
+/// Event types, as in the table of *Cloud Native Go*.
 pub const DELETE: i16 = 1;
 pub const PUT: i16 = 2;
 
-/// What an entry takes beside its key, value and metadata, as limits count it.
+/// Overhead of an entry beside its key, value and metadata, as limits count it.
 const ENTRY_BYTES: u64 = 32;
 
+/// A batch of entries.
 pub struct Batch {
-    /// The newest entry when it was begun.
+    /// The last sequence before the batch.
     pub before: u64,
-    /// The sequence of its first entry.
+    /// Sequence of its first entry.
     pub first: u64,
     pub times: Vec<i64>,
     pub types: Vec<i16>,
     pub keys: Vec<Vec<u8>>,
-    /// None where the key was deleted.
+    /// None for a delete.
     pub values: Vec<Option<Vec<u8>>>,
-    /// JSON: a list of names and values, in order.
+    /// JSON: a list of pairs of name and value, in order.
     pub metadata: Vec<Option<String>>,
     pub expires: Vec<Option<i64>>,
     pub bytes: u64,
-    /// Groups of entries that were appended at once, most of them for a client each.
+    /// Number of appends, that is of groups of entries: mostly one for each client.
     pub appends: u64,
     pub begun: Instant,
 }
@@ -51,14 +52,14 @@ impl Batch {
         self.keys.len() as u64
     }
 
-    /// The sequence of its last entry.
+    /// Returns the sequence of its last entry.
     pub fn last(&self) -> u64 {
         self.first + self.len() - 1
     }
 
     pub fn push(&mut self, time: u64, event: &Event) {
         self.bytes += size(event);
-        // Numbers of the contract have 64 bits without a sign, those of the database have one: the bits stay.
+        // The contract has unsigned numbers, the database signed ones: the bits are kept.
         self.times.push(time.cast_signed());
         match event {
             Event::Delete(key) => {
@@ -79,7 +80,7 @@ impl Batch {
     }
 }
 
-/// What an event takes, as limits count it.
+/// Returns the size of an event, as limits count it.
 pub fn size(event: &Event) -> u64 {
     let bytes = match event {
         Event::Delete(key) => key.len(),

@@ -1,10 +1,10 @@
-//! A circuit breaker around the database: while it is away, nobody waits for it.
+//! Circuit breaker around the database: during an outage writes fail fast.
 //!
-//! Closed, calls are made. After [`FAILURES`] failures in a row it is open: a write is refused at once. After a pause, which
-//! grows with every vain try and is never twice the same, it is half open: one call is tried, and clients still wait for
-//! nothing. Its success closes it. The one who tries is the writer, so no client is ever the one to find out.
+//! While it is closed, calls are made. After [`FAILURES`] consecutive failures it is open: writes are rejected at once.
+//! After an exponential backoff with jitter it is half-open: one call is attempted, and clients still do not wait. A success
+//! closes it. The writer makes the attempts, never a client's request.
 //!
-//! Owns: when to try again, and one line for each change. Must never know: what is called.
+//! Owns: the delay between attempts, and a log line for each change. Must never know: what is called.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,10 +16,11 @@ use tracing::{info, warn};
 use kvs_metrics::Counter;
 use kvs_runtime::Clock;
 
-/// One can be a connection that was idle for too long.
+/// Consecutive failures that open the breaker. A single one can be a connection that was idle for too long.
 const FAILURES: u32 = 2;
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// The circuit breaker.
 pub struct Breaker {
     /// Read by every write.
     open: AtomicBool,
@@ -31,12 +32,12 @@ pub struct Breaker {
 
 enum State {
     Closed { failures: u32, pauses: ExponentialBackoff },
-    Open { since: Instant, reason: String, pauses: ExponentialBackoff, trying: bool },
+    Open { since: Instant, reason: String, pauses: ExponentialBackoff, half_open: bool },
 }
 
-/// What a breaker is, by the name that everybody gives it.
+/// State of a circuit breaker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
+pub enum BreakerState {
     Closed,
     Open,
     HalfOpen,
@@ -48,30 +49,30 @@ impl Breaker {
         Self { open: AtomicBool::new(false), state, opened: Counter::default(), failures: Counter::default(), clock }
     }
 
-    /// The time by its clock.
+    /// Returns the time of its clock.
     pub fn now(&self) -> Instant {
         self.clock.now()
     }
 
-    /// Whether a call would be made.
+    /// Returns whether writes are accepted.
     pub fn is_closed(&self) -> bool {
         !self.open.load(Ordering::Acquire)
     }
 
-    /// Whether the last call succeeded.
+    /// Returns whether the last call succeeded.
     pub fn is_well(&self) -> bool {
         matches!(&*self.lock(), State::Closed { failures: 0, .. })
     }
 
-    pub fn position(&self) -> Position {
+    pub fn current(&self) -> BreakerState {
         match &*self.lock() {
-            State::Closed { .. } => Position::Closed,
-            State::Open { trying: false, .. } => Position::Open,
-            State::Open { trying: true, .. } => Position::HalfOpen,
+            State::Closed { .. } => BreakerState::Closed,
+            State::Open { half_open: false, .. } => BreakerState::Open,
+            State::Open { half_open: true, .. } => BreakerState::HalfOpen,
         }
     }
 
-    /// Why it is not closed.
+    /// Returns the last error, unless it is closed.
     pub fn reason(&self) -> Option<String> {
         match &*self.lock() {
             State::Closed { .. } => None,
@@ -79,14 +80,14 @@ impl Breaker {
         }
     }
 
-    /// A call is about to be tried.
-    pub fn try_again(&self) {
-        if let State::Open { trying, .. } = &mut *self.lock() {
-            *trying = true;
+    /// Notes that a call is attempted: an open breaker becomes half-open.
+    pub fn on_attempt(&self) {
+        if let State::Open { half_open, .. } = &mut *self.lock() {
+            *half_open = true;
         }
     }
 
-    /// A call failed. Returns how long to wait before the next.
+    /// Notes a failed call. Returns the delay before the next attempt.
     pub fn failed(&self, why: &str) -> Duration {
         self.failures.add(1);
         let mut state = self.lock();
@@ -95,22 +96,22 @@ impl Breaker {
             if *failures < FAILURES {
                 return pauses.next().unwrap_or(PAUSES.1);
             }
-            warn!("the database is away, writes are refused and reads go on: {why}");
+            warn!("database unavailable: rejecting writes, still serving reads: {why}");
             self.opened.add(1);
             self.open.store(true, Ordering::Release);
-            *state = State::Open { since: self.now(), reason: why.to_owned(), pauses: backoff(), trying: false };
+            *state = State::Open { since: self.now(), reason: why.to_owned(), pauses: backoff(), half_open: false };
         }
-        let State::Open { reason, pauses, trying, .. } = &mut *state else { return PAUSES.1 };
+        let State::Open { reason, pauses, half_open, .. } = &mut *state else { return PAUSES.1 };
         why.clone_into(reason);
-        *trying = false;
+        *half_open = false;
         pauses.next().unwrap_or(PAUSES.1)
     }
 
-    /// A call succeeded.
+    /// Notes a successful call.
     pub fn succeeded(&self) {
         let mut state = self.lock();
         if let State::Open { since, .. } = &*state {
-            info!("the database is back after {:.1?}", self.clock.elapsed(*since));
+            info!("database available again after {:.1?}", self.clock.elapsed(*since));
         }
         self.open.store(false, Ordering::Release);
         if !matches!(&*state, State::Closed { failures: 0, .. }) {
@@ -119,7 +120,7 @@ impl Breaker {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change under this lock is whole at every step.
+        // Every change under this lock is complete at every step.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -130,7 +131,7 @@ impl State {
     }
 }
 
-/// Without end, each longer than the one before, up to a point.
+/// Returns an unlimited exponential backoff with jitter and a maximum delay.
 pub fn backoff() -> ExponentialBackoff {
     let builder = ExponentialBuilder::new().with_min_delay(PAUSES.0).with_max_delay(PAUSES.1);
     builder.with_jitter().without_max_times().build()
@@ -141,28 +142,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_opens_after_failures_in_a_row_and_closes_after_one_success() {
+    fn breaker_opens_on_consecutive_failures_only() {
         let breaker = Breaker::new(Clock::system());
         breaker.failed("a");
         assert!(breaker.is_closed());
         breaker.succeeded();
         breaker.failed("b");
-        assert_eq!((breaker.is_closed(), breaker.position()), (true, Position::Closed));
+        assert_eq!((breaker.is_closed(), breaker.current()), (true, BreakerState::Closed));
         breaker.failed("c");
-        assert_eq!((breaker.is_closed(), breaker.position()), (false, Position::Open));
+        assert_eq!((breaker.is_closed(), breaker.current()), (false, BreakerState::Open));
         assert_eq!(breaker.reason().as_deref(), Some("c"));
-        breaker.try_again();
-        assert_eq!((breaker.is_closed(), breaker.position()), (false, Position::HalfOpen));
+        breaker.on_attempt();
+        assert_eq!((breaker.is_closed(), breaker.current()), (false, BreakerState::HalfOpen));
         breaker.failed("d");
-        assert_eq!(breaker.position(), Position::Open);
-        breaker.try_again();
+        assert_eq!(breaker.current(), BreakerState::Open);
+        breaker.on_attempt();
         breaker.succeeded();
-        assert_eq!((breaker.is_closed(), breaker.position()), (true, Position::Closed));
+        assert_eq!((breaker.is_closed(), breaker.current()), (true, BreakerState::Closed));
         assert_eq!((breaker.reason(), breaker.opened.get(), breaker.failures.get()), (None, 1, 4));
     }
 
     #[test]
-    fn pauses_grow_up_to_a_point_and_differ() {
+    fn backoff_grows_to_its_maximum_with_jitter() {
         let breaker = Breaker::new(Clock::system());
         let pauses: Vec<_> = (0..20).map(|_| breaker.failed("a")).collect();
         assert!(pauses[1] < PAUSES.0 * 2 && pauses[19] >= PAUSES.1, "{pauses:?}");

@@ -13,15 +13,15 @@ use super::target::Target;
 use crate::{Event, Put};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Whatever its columns are exactly: the book leaves that open.
+/// Casts, since the book leaves the column types open.
 const ROWS: &str =
     "SELECT sequence::bigint, event_type::smallint, key::text, value::text FROM transactions ORDER BY sequence";
 
-/// Hands over each event of the table, in its order. An error names the row.
+/// Calls `each` with every event of the table, in order. An error names the row.
 pub fn each(url: &Url, each: &mut dyn FnMut(Event) -> Result<()>) -> Result<()> {
     let target = Target::new(url, TIMEOUT).context("the URL of --from cannot be used")?;
     let runtime =
-        Builder::new_multi_thread().worker_threads(1).enable_all().build().context("no thread to read with")?;
+        Builder::new_multi_thread().worker_threads(1).enable_all().build().context("cannot start a thread")?;
     let reading = async {
         let session = Session::connect(&target, TIMEOUT, "SET default_transaction_read_only = on").await?;
         let mut rows = session.rows(ROWS, &[]).await?;
@@ -30,14 +30,14 @@ pub fn each(url: &Url, each: &mut dyn FnMut(Event) -> Result<()>) -> Result<()> 
             let sequence: i64 = row.try_get(0)?;
             let place = || format!("the row with sequence {sequence}");
             if previous == Some(sequence) {
-                return Err(anyhow!("it is there twice")).with_context(place);
+                return Err(anyhow!("the sequence is duplicated")).with_context(place);
             }
             previous = Some(sequence);
             each(event(&row).with_context(place)?).with_context(place)?;
         }
         Ok(())
     };
-    runtime.block_on(reading).with_context(|| format!("cannot read the book's table in the {}", target.name()))
+    runtime.block_on(reading).with_context(|| format!("cannot read the table transactions of the {}", target.name()))
 }
 
 fn event(row: &Row) -> Result<Event> {
@@ -48,6 +48,6 @@ fn event(row: &Row) -> Result<Event> {
             let value = row.try_get::<_, Option<String>>(3)?.context("it puts no value")?;
             Event::Put(Put { key, value: value.into_bytes(), metadata: Vec::new(), expires: None })
         }
-        kind => bail!("its type is {kind:?}, and only 1 and 2 are known"),
+        kind => bail!("its event_type is {kind:?}, but must be 1 or 2"),
     })
 }

@@ -1,11 +1,10 @@
-//! Conditions of what an acknowledged write has behind it: settings of the database, which can change at any time, and with
-//! a failover.
+//! Database settings that the durability of acknowledged writes depends on. They can change at any time, and with a failover.
 //!
-//! What a session can set for itself is set when it begins, and no later change of the configuration reaches it. The rest is
-//! checked at the beginning of each session that writes, and whenever the writer renews its claim. Where nothing can be
-//! written, or not what the log needs, the session is of no use; what only lowers the promise is reported.
+//! Settings of a session are set when it begins, and no later change of the configuration affects them. The others are
+//! checked at the beginning of each session that writes, and with each heartbeat. Settings that prevent writes make the
+//! session unusable; those that only weaken durability are reported.
 //!
-//! Owns: which settings these are. Must never know: what is written.
+//! Owns: the list of these settings. Must never know: what is written.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,7 +14,7 @@ use super::session::{Failure, Session};
 use crate::file::Durability;
 
 const ISOLATION: &str = "SET default_transaction_isolation = 'read committed'";
-/// Also where a role, a database or the configuration says otherwise. `remote_apply` is more than that.
+/// Overrides the setting of the role, the database or the configuration. `remote_apply` is stricter, and kept.
 const SYNC: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit') \
      WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false)";
 const OS: &str = "SET synchronous_commit = off";
@@ -24,39 +23,40 @@ const CHECK: &str = "SELECT current_setting('server_encoding'), pg_is_in_recover
      current_setting('transaction_read_only'), current_setting('fsync'), current_setting('full_page_writes'), \
      current_setting('synchronous_commit'), current_setting('synchronous_standby_names')";
 
-const CUTS: &str = "a power cut of the database takes acknowledged writes with it";
-const FAILOVERS: &str = "a failover of the database takes acknowledged writes with it";
+const POWER_CUT: &str = "a power cut of the database loses acknowledged writes";
+const FAILOVER: &str = "a failover of the database loses acknowledged writes";
 
+/// The settings, and warnings about them.
 pub struct Conditions {
     durability: Durability,
-    known: Mutex<Known>,
+    state: Mutex<State>,
 }
 
 #[derive(Default)]
-struct Known {
-    /// What an operator should know of the database, however well it is.
-    doubts: Vec<String>,
-    /// Commits have waited for standbys of the database.
+struct State {
+    /// Weakened durability, for the operator.
+    warnings: Vec<String>,
+    /// Commits have waited for synchronous standbys of the database before.
     replicated: bool,
 }
 
 impl Conditions {
     pub fn new(durability: Durability) -> Self {
-        Self { durability, known: Mutex::default() }
+        Self { durability, state: Mutex::default() }
     }
 
-    /// Statements that a session begins with.
+    /// Returns the statements that a session begins with.
     pub fn settings(&self) -> String {
         let commit = if self.durability == Durability::Os { OS } else { SYNC };
         format!("{ISOLATION}; {commit}")
     }
 
-    /// Checks a session that is to write, outside of a transaction.
+    /// Checks a session for writes, outside of a transaction.
     pub async fn check(&self, session: &Session) -> Result<(), Failure> {
         let row = session.one(CHECK, &[]).await?;
         let encoding: &str = row.try_get(0)?;
         if encoding != "UTF8" {
-            return Err(Failure::refused(format!("its encoding is {encoding}, and the log needs UTF8")));
+            return Err(Failure::refused(format!("its encoding is {encoding}, but the log requires UTF8")));
         }
         if row.try_get(1)? {
             return Err(Failure::unusable("it is a standby of another database, and read-only".into()));
@@ -65,39 +65,39 @@ impl Conditions {
             let reason = "it is read-only: default_transaction_read_only is on for this role or database";
             return Err(Failure::unusable(reason.into()));
         }
-        let mut doubts = Vec::new();
+        let mut warnings = Vec::new();
         for (index, name) in [(3, "fsync"), (4, "full_page_writes")] {
             if row.try_get::<_, &str>(index)? == "off" {
-                doubts.push(format!("{name} is off: {CUTS}"));
+                warnings.push(format!("{name} is off: {POWER_CUT}"));
             }
         }
         let commit: &str = row.try_get(5)?;
         if self.durability == Durability::Sync && !["on", "remote_apply"].contains(&commit) {
-            doubts.push(format!("synchronous_commit is {commit}: {CUTS}"));
+            warnings.push(format!("synchronous_commit is {commit}: {POWER_CUT}"));
         }
         let is_replicated = !row.try_get::<_, &str>(6)?.trim().is_empty();
-        self.note(doubts, is_replicated);
+        self.note(warnings, is_replicated);
         Ok(())
     }
 
-    /// What the promise lacks, as of the last check.
-    pub fn doubts(&self) -> Vec<String> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).doubts.clone()
+    /// Returns the warnings of the last check.
+    pub fn durability_warnings(&self) -> Vec<String> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).warnings.clone()
     }
 
-    fn note(&self, mut doubts: Vec<String>, is_replicated: bool) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.replicated |= is_replicated;
-        if known.replicated && !is_replicated {
-            doubts.push(format!("synchronous_standby_names is empty now: {FAILOVERS}"));
+    fn note(&self, mut warnings: Vec<String>, is_replicated: bool) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.replicated |= is_replicated;
+        if state.replicated && !is_replicated {
+            warnings.push(format!("synchronous_standby_names is empty now: {FAILOVER}"));
         }
-        for doubt in doubts.iter().filter(|doubt| !known.doubts.contains(doubt)) {
-            warn!("{doubt}");
+        for warning in warnings.iter().filter(|warning| !state.warnings.contains(warning)) {
+            warn!("{warning}");
         }
-        for doubt in known.doubts.iter().filter(|doubt| !doubts.contains(doubt)) {
-            info!("no longer so: {doubt}");
+        for warning in state.warnings.iter().filter(|warning| !warnings.contains(warning)) {
+            info!("resolved: {warning}");
         }
-        known.doubts = doubts;
+        state.warnings = warnings;
     }
 }
 
@@ -106,16 +106,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loss_of_standbys_is_noted_once_there_were_some() {
+    fn loss_of_synchronous_standbys_is_reported() {
         let conditions = Conditions::new(Durability::Sync);
         conditions.note(Vec::new(), false);
-        assert!(conditions.doubts().is_empty());
+        assert!(conditions.durability_warnings().is_empty());
         conditions.note(Vec::new(), true);
-        assert!(conditions.doubts().is_empty());
+        assert!(conditions.durability_warnings().is_empty());
         conditions.note(vec!["fsync is off".into()], false);
-        let doubts = conditions.doubts();
-        assert!(doubts.len() == 2 && doubts[1].contains("synchronous_standby_names is empty now"), "{doubts:?}");
+        let warnings = conditions.durability_warnings();
+        assert!(warnings.len() == 2 && warnings[1].contains("synchronous_standby_names is empty now"), "{warnings:?}");
         conditions.note(Vec::new(), true);
-        assert!(conditions.doubts().is_empty());
+        assert!(conditions.durability_warnings().is_empty());
     }
 }

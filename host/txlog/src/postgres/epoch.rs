@@ -1,9 +1,9 @@
-//! The epoch: who may write the log.
+//! The epoch, a fencing token: the process that took the newest one is primary.
 //!
-//! Whoever takes it learns the history of the log, and begins an incarnation where entries may have been lost that were
-//! acknowledged; both are one transaction, which is durable however little the others need be.
+//! The process that takes it reads the history of the log, and begins an incarnation if acknowledged entries may have been
+//! lost; both are one transaction, which is durable even where others need not be.
 //!
-//! Owns: when the epoch is to be had, and how it is taken. Must never know: what is written under it.
+//! Owns: when the epoch is available, and how it is taken. Must never know: what is written under it.
 
 use std::time::{Duration, Instant};
 
@@ -15,63 +15,64 @@ use super::incarnations::{self, Identity, Place};
 use super::session::{Failure, Session};
 use crate::{History, Incarnation};
 
-/// A writer without a read lease that was not seen for this long has lost its right. So has one whose connection is there.
-const UNSEEN: Duration = Duration::from_secs(10);
-/// One with a lease has, after so many times the lease, unless it was seen to renew it and has lost its connection.
-const LEASES: u32 = 5;
+/// Timeout of a primary without a read lease, and of one that still has a connection.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of a primary with a read lease, as a multiple of the lease, unless it renewed the lease before and has lost its
+/// connection.
+const TIMEOUT_LEASES: u32 = 5;
 
-/// Held by the connection of whoever writes.
+/// Advisory lock held by the connection of the primary.
 pub const LOCK: i64 = 0x6b76_7301;
-/// Shared by the connections of all that stand by.
+/// Advisory lock shared by the connections of all standbys.
 pub const STANDBYS: i64 = 0x6b76_7302;
 
-/// Between the name of the holder and its URL, in one column: versions that know of no URL show it as part of the name.
+/// Separates the name of the holder from its URL in one column: versions without URLs show it as part of the name.
 const SERVING: &str = " serving ";
 
-/// The right to write, and what was there when it was taken.
+/// An epoch held by this process, and the state of the log when it was taken.
 pub struct Epoch {
     pub number: i64,
     pub last: u64,
     pub compacted: u64,
     pub history: History,
-    /// The connection holds the advisory lock. It does not where that of the former writer is still there.
+    /// The connection holds the advisory lock. It does not while that of the former primary still exists.
     pub is_locked: bool,
 }
 
-/// Whoever writes, as it is seen from here.
+/// Monitor of the primary's heartbeats.
 pub struct Holder {
     standby: bool,
     seen: String,
     since: Instant,
-    /// It was seen to renew its lease.
+    /// The primary renewed its lease while it was monitored.
     renews: bool,
     clock: Clock,
 }
 
-/// What was seen in one look.
+/// Status of the primary and the log at one poll.
 pub struct Look {
-    /// The epoch is to be had.
+    /// The epoch is available: the primary's claim has expired.
     pub is_free: bool,
-    /// The holder is there: its connection is, or it was seen to write.
+    /// The primary is alive: it has a connection, or it sent a heartbeat while it was monitored.
     pub is_alive: bool,
-    /// Its number.
+    /// Number of the epoch.
     epoch: i64,
-    /// When the holder wrote last.
+    /// Time of the last heartbeat.
     seen: String,
     pub holder: String,
     /// URL at which the holder serves clients.
     pub primary: Option<String>,
-    /// For how long the holder was not seen.
+    /// Time since the last heartbeat.
     pub unseen: Duration,
     /// The last entry of the log.
     pub newest: u64,
-    /// The number of incarnations it has.
+    /// Number of incarnations of the log.
     pub incarnations: usize,
 }
 
 impl Holder {
-    /// One that stands by takes nothing from a writer that has merely lost its connection, as all do when the database is
-    /// started again: it goes by what it sees itself.
+    /// Creates a monitor. A standby does not take over from a primary that has merely lost its connection, as all do when
+    /// the database restarts: it measures the time since the last heartbeat itself.
     pub fn new(standby: bool, clock: &Clock) -> Self {
         Self { standby, seen: String::new(), since: clock.now(), renews: false, clock: clock.clone() }
     }
@@ -92,17 +93,17 @@ impl Holder {
         }
         let unseen = self.clock.elapsed(self.since);
         let (unseen, is_free) = match (&holder, lease) {
-            (None, _) => (unseen, !is_locked || unseen >= UNSEEN),
+            (None, _) => (unseen, !is_locked || unseen >= HEARTBEAT_TIMEOUT),
             (Some(_), Some(lease)) if self.standby => {
-                let wait = if is_locked || !self.renews { lease * LEASES } else { lease };
+                let wait = if is_locked || !self.renews { lease * TIMEOUT_LEASES } else { lease };
                 (unseen, unseen >= wait)
             }
-            (Some(_), None) if self.standby => (unseen, unseen >= UNSEEN),
+            (Some(_), None) if self.standby => (unseen, unseen >= HEARTBEAT_TIMEOUT),
             (Some(_), Some(lease)) if !is_locked => (unseen, unseen >= lease),
-            // By the clock of the database, since this process has only just begun to look.
+            // By the clock of the database, since this process has just started to monitor.
             (Some(_), lease) => {
                 let unseen = Duration::try_from_secs_f64(ago).unwrap_or_default();
-                (unseen, unseen >= UNSEEN || !is_locked && lease.is_none())
+                (unseen, unseen >= HEARTBEAT_TIMEOUT || !is_locked && lease.is_none())
             }
         };
         let holder = holder.unwrap_or("another process".into());
@@ -111,7 +112,7 @@ impl Holder {
             None => (holder, None),
         };
         if is_free && is_locked {
-            warn!("{holder} has not been seen for {unseen:.0?}: it writes no more");
+            warn!("lease of {holder} expired ({unseen:.0?} without a heartbeat), taking over");
         }
         let is_alive = is_locked || self.renews;
         let [newest, incarnations, epoch]: [i64; 3] = [row.try_get(3)?, row.try_get(4)?, row.try_get(5)?];
@@ -124,15 +125,15 @@ impl Holder {
 #[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
 /// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
 /// that has not seen it yet, and when the holder was there after all. The connection must not be used after an error. `url` is
-/// announced to those who stand by.
+/// announced to standbys.
 pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<Option<Epoch>, Failure> {
     let here = Place::of(session).await?;
     let durable = is_durable(session).await?;
     let is_locked: bool = session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.try_get(0)?;
     begin_durable(session).await?;
-    // Until the end of the transaction nobody appends, so what is read here is what there is.
+    // No append can commit until the end of the transaction, so this is the end of the log.
     let row = session.one("SELECT holder IS NOT NULL, last, epoch, seen::text FROM kvs.writer FOR UPDATE", &[]).await?;
-    // A holder that was seen meanwhile has its lease.
+    // A primary that sent a heartbeat in the meantime has its lease.
     if row.try_get::<_, i64>(2)? != look.epoch || row.try_get::<_, &str>(3)? != look.seen {
         session.run("ROLLBACK").await?;
         if is_locked {
@@ -147,9 +148,9 @@ pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<O
     let log = identity.log.unwrap_or_else(Uuid::new_v4);
     let moved = identity.place.differs(&here);
     let cause = match moved {
-        Some(what) => Some(format!("the {what} is another one than that of the last writer")),
+        Some(what) => Some(format!("the {what} differs from that of the last primary")),
         None if is_held && !(durable && identity.durable.unwrap_or(true)) => {
-            Some("its writer ended without closing it, and commits need not survive a power cut".into())
+            Some("its primary did not close it, and commits need not survive a power cut".into())
         }
         None => None,
     };
@@ -168,24 +169,24 @@ pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<O
     Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history, is_locked }))
 }
 
-/// Begins an incarnation under an epoch, after its last entry. The connection must not be used after an error.
+/// Begins an incarnation under an epoch, after the last entry. The connection must not be used after an error.
 pub async fn fork(session: &Session, epoch: i64, last: u64) -> Result<(Incarnation, History), Failure> {
     begin_durable(session).await?;
     let unchanged = "SELECT epoch = $1 AND last = $2 FROM kvs.writer FOR UPDATE";
     if !session.one(unchanged, &[&epoch, &last.cast_signed()]).await?.try_get(0)? {
-        return Err(Failure::damaged("another process has written it meanwhile".into()));
+        return Err(Failure::damaged("another process has written to it in the meantime".into()));
     }
     let mut history = incarnations::history(session).await?;
     let Some(log) = Identity::read(session).await?.log else {
         return Err(Failure::damaged("the row of kvs.identity has lost the UUID of the log".into()));
     };
-    let incarnation = incarnations::begin(session, &history, log, last, "it was asked for").await?;
+    let incarnation = incarnations::begin(session, &history, log, last, "`kvs txlog fork` requested it").await?;
     session.run("COMMIT").await?;
     history.push(incarnation);
     Ok((incarnation, history))
 }
 
-/// Begins a transaction that survives a power cut where all others need not, unless `fsync` is off.
+/// Begins a transaction that survives a power cut even where others need not, unless `fsync` is off.
 async fn begin_durable(session: &Session) -> Result<(), Failure> {
     session.run("BEGIN").await?;
     let durably =
@@ -193,7 +194,7 @@ async fn begin_durable(session: &Session) -> Result<(), Failure> {
     session.run(durably).await
 }
 
-/// Whether another connection holds this lock, as an expression.
+/// Returns the SQL expression for whether another connection holds this lock.
 pub fn is_held(lock: i64) -> String {
     format!(
         "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid <> pg_backend_pid() AND \
@@ -201,26 +202,26 @@ pub fn is_held(lock: i64) -> String {
     )
 }
 
-/// Tells the writer that this connection is of one that stands by, once it can be told what is durable.
+/// Announces a standby to the primary by a lock, once the connection shows only durable entries.
 pub async fn stand_by(session: &Session) -> Result<(), Failure> {
     confirm(session).await?;
     session.run(&format!("SELECT pg_advisory_lock_shared({STANDBYS})")).await
 }
 
-/// Waits until the database's synchronous standbys have everything that can be read on this connection. One that was
+/// Waits until the synchronous standbys of the database have everything that this connection can read. A database that was
 /// restarted shows more than that.
 async fn confirm(session: &Session) -> Result<(), Failure> {
     session.run("UPDATE kvs.identity SET log = log").await
 }
 
-/// Makes everything durable that was committed, and leaves the log to others.
+/// Makes every commit durable, and releases the epoch for other processes.
 pub async fn leave(session: &Session, epoch: i64) -> Result<(), Failure> {
     begin_durable(session).await?;
     session.execute("UPDATE kvs.writer SET holder = NULL WHERE epoch = $1", &[&epoch]).await?;
     session.run("COMMIT").await
 }
 
-/// Whether commits of this connection survive a power cut.
+/// Returns whether commits of this connection survive a power cut.
 async fn is_durable(session: &Session) -> Result<bool, Failure> {
     let settings = "SELECT current_setting('fsync') <> 'off' AND current_setting('synchronous_commit') <> 'off'";
     Ok(session.one(settings, &[]).await?.try_get(0)?)

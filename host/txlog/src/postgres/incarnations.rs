@@ -1,19 +1,19 @@
 //! Incarnations in the database: when one begins, and how the history is read.
 //!
-//! A writer that takes the epoch compares the place where it finds the log with the place where the newest writer found it. A
-//! dump that was restored, a copied database, a point-in-time recovery and a failover all make it another place, and what was
-//! acknowledged in the old one may be missing here. So does an unclean end of a writer whose commits need not survive a power
-//! cut. In both cases the log goes on with a new incarnation. One too many harms nobody: the entries before it stay as they are.
+//! A process that takes the epoch compares the place of the log with the place that the last primary recorded. A restored
+//! dump, a copied database, a point-in-time recovery and a failover of the database all change the place, and acknowledged
+//! entries may be missing then. The same holds after an unclean end of a primary whose commits need not survive a power cut.
+//! In both cases the log continues with a new incarnation. A superfluous one is harmless: earlier entries are unaffected.
 //!
-//! A place is the identifier of the database system, the identity of the database in it, that of the table `kvs.writer` in
-//! that, and the timeline of the write-ahead log. Every role may ask for these unless somebody has revoked it, or the service
-//! lacks the function; what cannot be read is not compared. The timeline is that of the position at which the database writes:
-//! in the control file it changes with the first checkpoint after a failover, which can be minutes later.
+//! A place is the identifier of the database system, the OID of the database, the OID of the table `kvs.writer`, and the
+//! timeline of the write-ahead log. Every role may read these, unless the privilege was revoked or the service lacks the
+//! function; unreadable ones are not compared. The timeline is that of the current write position: in the control file it
+//! changes with the first checkpoint after a failover, which can be minutes later.
 //!
 //! A copy of the files of a whole database system that starts by crash recovery, such as a snapshot of a volume, and rows that
-//! were restored into tables that stayed, are in the same place. `kvs txlog fork` begins an incarnation there.
+//! were restored into existing tables, have the same place. `kvs txlog fork` begins an incarnation there.
 //!
-//! Owns: the tables `kvs.incarnations` and `kvs.identity`. Must never know: who may write.
+//! Owns: the tables `kvs.incarnations` and `kvs.identity`. Must never know: which process is primary.
 
 use tokio_postgres::Row;
 use tracing::{debug, warn};
@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::session::{Failure, Session};
 use crate::{History, Incarnation};
 
-/// Each gives one number, or nothing, and can be refused for itself.
+/// Queries for the numbers of a place. Each may return nothing, or fail independently.
 const PLACE: [(&str, &str); 4] = [
     ("database system", "SELECT system_identifier FROM pg_control_system()"),
     ("database", "SELECT oid::bigint FROM pg_database WHERE datname = current_database()"),
@@ -32,7 +32,7 @@ const PLACE: [(&str, &str); 4] = [
 
 const SELECT: &str = "SELECT id::text, parent::text, fork, first FROM kvs.incarnations ORDER BY first";
 
-/// Where the log is: a number for each of [`PLACE`], as far as they are known.
+/// Place of a log: a number for each of [`PLACE`], as far as they are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place([Option<i64>; 4]);
 
@@ -41,12 +41,12 @@ pub struct Identity {
     /// The UUID of the log, which its copies have too.
     pub log: Option<Uuid>,
     pub place: Place,
-    /// Whether the commits of the newest writer survive a power cut.
+    /// Whether the commits of the last primary survive a power cut.
     pub durable: Option<bool>,
 }
 
 impl Place {
-    /// Asks for each number by itself, outside of a transaction, so that one that is refused takes no other with it.
+    /// Reads each number separately, outside of a transaction, so that one failure does not affect the others.
     pub async fn of(session: &Session) -> Result<Self, Failure> {
         let mut place = [None; 4];
         for ((name, query), number) in PLACE.iter().zip(&mut place) {
@@ -54,7 +54,7 @@ impl Place {
                 Ok(row) => row.try_get(0)?,
                 Err(failure) if failure.is_silence() => return Err(failure),
                 Err(failure) => {
-                    debug!("the database does not give the identity of its {name}: {failure}");
+                    debug!("cannot read the identity of the {name} from the database: {failure}");
                     None
                 }
             };
@@ -62,14 +62,14 @@ impl Place {
         Ok(Self(place))
     }
 
-    /// The name of the first number that is another one here. Only numbers that are known in both places are compared.
+    /// Returns the name of the first number that differs. Only numbers known in both places are compared.
     pub fn differs(&self, here: &Self) -> Option<&'static str> {
         let differing = |(before, now): (&Option<i64>, &Option<i64>)| before.zip(*now).is_some_and(|(a, b)| a != b);
         let index = self.0.iter().zip(&here.0).position(differing)?;
         Some(PLACE[index].0)
     }
 
-    /// The numbers of this place, and those of another where this one has none.
+    /// Returns the numbers of this place, and those of `other` where this one has none.
     pub fn or(self, other: Self) -> Self {
         let mut numbers = self.0;
         for (number, other) in numbers.iter_mut().zip(other.0) {
@@ -99,7 +99,7 @@ impl Identity {
     }
 }
 
-/// All incarnations of the log.
+/// Reads all incarnations of the log.
 pub async fn history(session: &Session) -> Result<History, Failure> {
     let mut rows = session.rows(SELECT, &[]).await?;
     let mut incarnations = Vec::new();
@@ -110,7 +110,7 @@ pub async fn history(session: &Session) -> Result<History, Failure> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
-/// Continues the log after its last entry. The caller's transaction holds the row of `kvs.writer`.
+/// Begins an incarnation after the last entry of the log. The caller's transaction holds the row of `kvs.writer`.
 pub async fn begin(
     session: &Session,
     history: &History,
@@ -119,7 +119,7 @@ pub async fn begin(
     cause: &str,
 ) -> Result<Incarnation, Failure> {
     let parent = history.incarnations().last().map_or(log, |incarnation| incarnation.id);
-    // Where the newest incarnation has no entry here, it may have some in another copy: they are left out too.
+    // If the newest incarnation has no entry here, it may have some in another copy: these are excluded too.
     let fork = history.next(last) - 1;
     let (random, _) = Uuid::new_v4().as_u64_pair();
     let incarnation = Incarnation::after(parent, fork, Uuid::new_v4(), random);

@@ -1,64 +1,65 @@
-//! The read lease: for how long the primary answers reads without a word from the database.
+//! Read lease: the time for which the primary serves reads without contact to the database.
 //!
-//! A primary that is paused, or cut off from the database, cannot know whether another process has taken over and written.
-//! With a standby about, it answers reads only while less than 0.8 of the lease have passed since it sent a statement that
-//! was committed under its epoch. The others take the epoch only when they have seen no such statement for all of the lease,
-//! which the transaction that takes it checks once more. So whatever was answered was answered before the epoch was taken,
-//! whichever clocks those two have, as long as they run at about the same rate. That of a virtual machine that is paused as a
-//! whole does not: it learns what it missed from the database, with its next heartbeat.
+//! A primary that is paused, or partitioned from the database, cannot know whether another process has taken over and
+//! written. With a standby, it serves reads only while less than 0.8 of the lease have passed since it sent a statement that
+//! was committed under its epoch. Other processes take the epoch only when they have seen no such statement for the whole
+//! lease, which the transaction that takes it checks again. So every read was served before the epoch was taken, whatever
+//! clocks those two have, as long as they run at about the same rate. The clock of a virtual machine that is paused as a
+//! whole does not: it detects the failover with its next heartbeat.
 //!
-//! A lease does not rest on the advisory lock. That one tells whether the connection of the primary is there: then it is
-//! waited for five times as long, since a primary whose statements take long still writes.
+//! The lease does not depend on the advisory lock, which shows whether the connection of the primary exists: then the
+//! timeout is five times as long, since a primary with slow statements still writes.
 //!
-//! The length of the lease is in the row `kvs.writer`, which the primary changes in steps: it keeps to a lease before it is
-//! written there, and until after it is taken out. A primary that has not heard of its standby yet has none there, and is
-//! waited for longest.
+//! The length of the lease is in the row `kvs.writer`, which the primary changes in steps: it obeys a lease before it is
+//! written there, and until after it is removed. A primary that has not noticed its standby yet has none there, and gets the
+//! longest timeout.
 //!
-//! Owns: until when reads are answered. Must never know: who else there is, or what is read.
+//! Owns: the time up to which reads are served. Must never know: other processes, or what is read.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvs_runtime::Clock;
 
-/// Without a limit.
+/// No expiry.
 const ALWAYS: u64 = u64::MAX;
-/// Renewals in the time of one lease.
+/// Number of renewals per lease.
 const RENEWALS: u32 = 4;
 
+/// The read lease of a primary.
 pub struct Lease {
     pub time: Duration,
     begun: Instant,
-    /// Microseconds after `begun`. Changed by the writer alone, read by every request.
+    /// Expiry, in microseconds after `begun`. Written by the writer only, read by every request.
     until: AtomicU64,
     clock: Clock,
 }
 
 impl Lease {
-    /// One without a limit, as long as no standby is known of.
+    /// Creates a lease without expiry, which lasts until a standby is known.
     pub fn new(time: Duration, clock: &Clock) -> Self {
         Self { time, begun: clock.now(), until: AtomicU64::new(ALWAYS), clock: clock.clone() }
     }
 
-    /// The time between renewals.
+    /// Returns the time between renewals.
     pub fn pause(&self) -> Duration {
         self.time / RENEWALS
     }
 
-    /// Whether nothing that is read now may be answered.
+    /// Returns whether the lease has expired, so that no read may be served.
     pub fn is_over(&self) -> bool {
         let until = self.until.load(Ordering::Acquire);
         until != ALWAYS && self.after(self.clock.now()) >= until
     }
 
-    /// A statement that was sent at this time was committed under the epoch.
+    /// Renews the lease: a statement sent at this time was committed under the epoch.
     pub fn renew(&self, sent: Instant) {
         if self.until.load(Ordering::Acquire) != ALWAYS {
             self.limit(sent);
         }
     }
 
-    /// That statement also wrote whether there is a lease, and read whether there is a standby.
+    /// Renews the lease by a statement that also wrote whether there is a lease, and read whether there is a standby.
     pub fn renew_with(&self, sent: Instant, is_written: bool, has_standby: bool) {
         if is_written || has_standby {
             self.limit(sent);
@@ -102,20 +103,20 @@ mod tests {
         }
 
         fn sleep(&self, _time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-            unreachable!("nobody sleeps")
+            unreachable!("the lease does not sleep")
         }
     }
 
     #[test]
-    fn lease_lasts_from_sending_and_only_with_a_standby() {
+    fn lease_expires_only_while_there_is_a_standby() {
         let hand = Arc::new(Hand(Mutex::new(Instant::now())));
         let lease = Lease::new(Duration::from_secs(10), &Clock::given(Arc::clone(&hand) as _));
         let pass = |seconds| *hand.0.lock().expect("nothing panics under it") += Duration::from_secs(seconds);
         let begun = hand.now();
         pass(100);
         lease.renew(begun);
-        assert!(!lease.is_over(), "no standby is known of");
-        // A standby is there: from here on there is a limit, before that is written.
+        assert!(!lease.is_over(), "there is no known standby");
+        // With a standby the lease expires, even before it is written.
         let sent = hand.now();
         pass(7);
         lease.renew_with(sent, false, true);
@@ -126,7 +127,7 @@ mod tests {
         lease.renew(sent);
         pass(7);
         assert!(!lease.is_over());
-        // The standby has gone, and others read that there is a lease.
+        // The standby has gone, but the row still has the lease.
         lease.renew_with(hand.now(), true, false);
         pass(8);
         assert!(lease.is_over());

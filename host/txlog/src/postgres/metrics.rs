@@ -1,8 +1,8 @@
-//! What is counted of the log: how long it takes, and how the database is.
+//! Metrics of the log in PostgreSQL.
 
 use std::fmt;
 
-use super::breaker::Position;
+use super::breaker::BreakerState;
 use super::{PostgresLog, Shared};
 use crate::TransactionLog;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
@@ -37,38 +37,34 @@ impl Measured for PostgresLog {
         let help = "Time from the first append of a batch until the batch is durable";
         page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
         page.histogram("txlog_write_duration_seconds", "Time the database took to commit a batch", &metrics.write)?;
-        page.histogram("txlog_batch_entries", "Entries that were made durable together", &metrics.batch)?;
+        page.histogram("txlog_batch_entries", "Entries of a batch, which became durable together", &metrics.batch)?;
         page.counter("txlog_written_bytes", "Bytes of batches written", metrics.written.get())?;
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
         let history = self.history();
         let unsynced = history.entries(durable, newest);
-        page.gauge("txlog_unsynced_entries", "Entries appended and not durable yet", unsynced)?;
+        page.gauge("txlog_unsynced_entries", "Entries appended but not durable yet", unsynced)?;
         let behind = history.entries(newest, self.shared.news.borrow().newest);
-        page.gauge("txlog_role", "1 while another process writes the log", u64::from(!queue.begun()))?;
+        page.gauge("txlog_role", "Role: 0 for primary, 1 for standby", u64::from(!queue.begun()))?;
         page.gauge(
             "txlog_replication_lag_entries",
-            "Entries another process wrote that were not taken in yet",
+            "Entries of the primary that this standby has not applied yet",
             behind,
         )?;
-        let help = "1 while reads are answered: the read lease is not over, or there is no standby";
+        let help = "1 while reads are served: the read lease is valid, or there is no standby";
         page.gauge("txlog_read_lease", help, u64::from(self.reads_refused().is_none()))?;
-        let breaker_is = |position| u64::from(breaker.position() == position);
-        let help = "Whether the breaker is closed (the database answers), half open (it is tried) or open (it is away)";
+        let breaker_is = |position| u64::from(breaker.current() == position);
+        let help = "State of the circuit breaker: closed (database available), half-open (attempting a call), open (unavailable)";
         page.gauges(
             "txlog_breaker",
             help,
-            [("closed", Position::Closed), ("half-open", Position::HalfOpen), ("open", Position::Open)]
+            [("closed", BreakerState::Closed), ("half-open", BreakerState::HalfOpen), ("open", BreakerState::Open)]
                 .map(|(name, position)| ([("state", name)], breaker_is(position))),
         )?;
-        page.counter("txlog_breaker_opened", "How often the breaker opened", breaker.opened.get())?;
-        page.counter(
-            "txlog_failures",
-            "Calls of the database that failed, and were made again",
-            breaker.failures.get(),
-        )?;
-        page.counter("txlog_connections", "Connections made anew to the database", metrics.connections.get())?;
-        let help = "Batches whose outcome was unknown, or that somebody else was before, and that were looked up";
+        page.counter("txlog_breaker_opened", "Times that the circuit breaker opened", breaker.opened.get())?;
+        page.counter("txlog_failures", "Database calls that failed and were retried", breaker.failures.get())?;
+        page.counter("txlog_connections", "Reconnects to the database", metrics.connections.get())?;
+        let help = "Batches whose outcome was unknown, or that another process preceded, and was checked";
         page.counter("txlog_lookups", help, metrics.lookups.get())?;
         page.counter("txlog_compacted_entries", "Entries that compaction dropped", metrics.compacted.get())
     }

@@ -1,43 +1,42 @@
-//! The log in a table of Postgres.
+//! The transaction log in a table of PostgreSQL.
 //!
-//! Owns: the schema `kvs` of one database, and everything about a dependency that is elsewhere and can be away. Must never
-//! know: what a key or a value means. To read it, begin with `schema.sql`, then `queue` (where events come in), `writer` (how
-//! they become durable, once and in order), `breaker` (what happens while the database is away), `epoch` (who may write),
-//! `incarnations` (what becomes of a log whose end was lost), `standby` (who waits for the epoch), `lease` (until when reads are answered) and `replay` (how entries
-//! come out).
+//! Owns: the schema `kvs` of one database, and the handling of a remote dependency that can be unavailable. Must never
+//! know: what a key or a value means. Read `schema.sql` first, then `queue` (append), `writer` (commit, once and in order),
+//! `breaker` (outages of the database), `epoch` (fencing), `incarnations` (a log whose end was lost), `standby` (failover),
+//! `lease` (read lease) and `replay` (reads).
 //!
-//! # Who writes
+//! # Primary, epoch and fencing
 //!
-//! Whoever took the newest epoch, by adding one to `epoch` in `kvs.writer`. Every append names its epoch, and does nothing
-//! under a newer one: a process that was paused, or cut off, for however long, cannot write after another took over. It
-//! steps down: the log is at its end for it, as one that failed. It holds entries that the log may not have, so it does
-//! not follow the other with what it has; a server that is to stand by begins anew. The epoch is taken at the start, when
-//! nobody holds the advisory lock that a writer's connection holds, or when the one who does was not seen for
-//! ten seconds; or later, by one that stands by. With such a one, reads are answered under a lease (`lease`).
+//! The primary is the process that took the newest epoch, by adding one to `epoch` in `kvs.writer`. Every append names its
+//! epoch, and has no effect under a newer one: a process that was paused or partitioned, for however long, cannot write
+//! after a failover. It steps down: the log fails for it. It may hold entries that the log does not have, so it does not
+//! become a standby with its state; a server with `--standby` restarts instead. A process takes the epoch at its start, if
+//! no primary's connection holds the advisory lock or the primary sent no heartbeat for ten seconds; a standby takes it
+//! later. While there is a standby, the primary answers reads under a lease (`lease`).
 //!
-//! # While another process writes
+//! # Standby
 //!
-//! One that stands by looks ten times a second how far the log has come. Whoever serves from it takes in what is new by
-//! [`TransactionLog::replay`] and says so ([`Standby::follow`]); nothing can be appended. When the epoch is to be had
-//! it is taken at once, which makes an end of what can come; the rest is taken in, and then the log begins to take appends
+//! A standby polls the end of the log ten times a second. Its server applies new entries by [`TransactionLog::replay`] and
+//! acknowledges them ([`Standby::follow`]); appends are rejected. When the primary's claim has expired, the standby takes
+//! the epoch at once, so that no more entries can come; its server applies the rest, and then the log accepts appends
 //! ([`Standby::begin`]).
 //!
-//! # What an answered write has behind it
+//! # Durability
 //!
-//! A committed transaction. Whether that survives a power cut is the database's to say: where `fsync` is off, or a setting
-//! like it (`conditions`), a log line and `/readyz` report it for as long as it is so.
+//! An acknowledged write is a committed transaction. Whether that survives a power cut depends on the database: while `fsync`
+//! or a similar setting is off (`conditions`), a log line and `/readyz` report it.
 //!
-//! # After a restore, a failover of the database, or an unclean end without durable commits
+//! # After a restore, a failover of the database, or an unclean shutdown without durable commits
 //!
-//! Entries may be missing that clients have seen. Whoever takes the epoch begins an incarnation then: the log goes on under
-//! sequences far beyond those of the lost entries, so that no sequence is given twice. Sequences have no other gaps, and the
-//! rows of `kvs.incarnations` name these. [`PostgresLog::fork`] begins one where that cannot be recognized. One that stands by
-//! learns of an incarnation before it hands over entries beyond it.
+//! Entries may be missing that clients have seen. The process that takes the epoch then begins an incarnation: the log
+//! continues under sequences far beyond those of the lost entries, so that no sequence is reused. Sequences have no other
+//! gaps, and the rows of `kvs.incarnations` list these. [`PostgresLog::fork`] begins one where this cannot be detected. A
+//! standby learns of an incarnation before it hands over entries after it.
 //!
-//! # While the database is away
+//! # Outages of the database
 //!
-//! Reads that rest on what is durable are answered from memory. Writes under way wait for the outcome, up to their
-//! deadline; the batch is asked for again until the database tells what became of it. New writes are refused at once.
+//! Reads that depend on durable entries only are served from memory. Writes in flight wait for their outcome, up to their
+//! deadline; the writer repeats the batch until the database reports its outcome. New writes are rejected at once.
 
 mod batch;
 mod breaker;
@@ -76,7 +75,7 @@ pub use self::opening::Manner;
 pub use self::target::Url;
 
 use self::breaker::Breaker;
-use self::compactor::Effort;
+use self::compactor::CompactionParams;
 use self::conditions::Conditions;
 use self::epoch::Epoch;
 use self::lease::Lease;
@@ -91,25 +90,25 @@ use super::{Condition, History, Incarnation, News, Receive, Standby, Transaction
 use crate::standby::end_of_log;
 use crate::{AppendError, Event};
 
-/// Replays at once, each with a connection of its own.
-const READERS: usize = 4;
-/// A group is one message to the database, which takes no more than a gigabyte.
+/// Maximum number of concurrent replays, each with its own connection.
+const MAX_CONCURRENT_REPLAYS: usize = 4;
+/// Maximum size of a group: it is one message to the database, which accepts at most a gigabyte.
 const GROUP_BYTES: u64 = 256 << 20;
 
-/// Read lease, where nothing else is said.
+/// Default read lease.
 pub const READ_LEASE: Duration = Duration::from_secs(2);
 
 pub struct Options {
     pub url: Url,
-    /// The largest group of events that is taken.
+    /// Maximum size of a group of events, in bytes.
     pub group_bytes: u64,
     pub durability: Durability,
-    /// Longest wait for one call of the database.
+    /// Timeout of one database call.
     pub timeout: Duration,
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
-    /// URL at which this process serves clients, announced to those who stand by.
+    /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
     pub env: Env,
@@ -123,37 +122,37 @@ pub struct PostgresLog {
 }
 
 struct Running {
-    /// Of its own, so that it can be waited for by whoever runs on another.
+    /// Separate runtime, so that tasks of another one can wait for it.
     runtime: Runtime,
     writer: Task,
 }
 
-/// What all tasks of one log share.
+/// State shared by the tasks of one log.
 struct Shared {
     target: Target,
     timeout: Duration,
     conditions: Conditions,
-    /// URL that is announced.
+    /// URL announced to standbys.
     url: Option<String>,
-    /// Set when this process takes it.
+    /// The epoch of this process, once it took one.
     epoch: OnceLock<i64>,
     news: watch::Sender<News>,
-    /// Of the log as far as this process has learned of it: all of it once the epoch is its own.
+    /// History of the log as far as this process has read it: complete once it holds the epoch.
     history: RwLock<Arc<History>>,
     queue: Queue,
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
     readers: Semaphore,
-    /// The connection of the last reader, for one that stands by and reads again soon.
+    /// Connection of the last replay, kept for the next one of a standby.
     idle: Mutex<Option<Session>>,
     metrics: Metrics,
-    /// Its tasks are in the runtime of the log.
+    /// Environment whose tasks run in the runtime of the log.
     env: Env,
 }
 
 impl PostgresLog {
-    /// Blocks until the log is there and its epoch taken. Not to be called from a task.
+    /// Opens the log and takes its epoch. Blocks, so must not be called from a task.
     pub fn open(options: &Options) -> Result<Self> {
         let target = Target::new(&options.url, options.timeout).context("the URL of the log cannot be used")?;
         let name = target.name();
@@ -162,7 +161,10 @@ impl PostgresLog {
 
     fn open_at(target: Target, options: &Options) -> Result<Self> {
         let Options { group_bytes, durability, timeout, manner, lease, .. } = *options;
-        ensure!(group_bytes <= GROUP_BYTES, "it takes writes of at most {GROUP_BYTES} bytes: lower --max-value-bytes");
+        ensure!(
+            group_bytes <= GROUP_BYTES,
+            "the maximum size of a write is {GROUP_BYTES} bytes with PostgreSQL: lower --max-value-bytes"
+        );
         let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
         let runtime = threads.context("no thread for the log")?;
         let conditions = Conditions::new(durability);
@@ -196,7 +198,7 @@ impl PostgresLog {
             news: watch::Sender::new(news),
             breaker: Breaker::new(env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
-            readers: Semaphore::new(READERS),
+            readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
             env,
@@ -207,7 +209,7 @@ impl PostgresLog {
                 shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
             Holding::Theirs(look, _) => {
-                info!("standing by while {} writes the log", look.holder);
+                info!("standby of {}", look.holder);
                 shared.start("log standby", standby::run(Arc::clone(&shared), session, append))
             }
         };
@@ -223,36 +225,36 @@ impl PostgresLog {
         Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
     }
 
-    /// The version of the schema, for people, and which one it had before this process opened the log.
+    /// Formats the version of the schema, and the version before this process opened the log.
     pub fn schema(&self) -> String {
         let version = schema::VERSION;
         if self.schema < version {
-            format!("version {version}, brought up from version {}", self.schema)
+            format!("version {version}, migrated from version {}", self.schema)
         } else {
             format!("version {version}")
         }
     }
 
-    /// Begins an incarnation after the last entry: for a copy that cannot be recognized as one. Nothing may be appended
-    /// meanwhile.
+    /// Begins an incarnation after the last entry, for a copy that cannot be recognized as one. No append may run
+    /// concurrently.
     pub fn fork(&self) -> Result<Incarnation> {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let last = self.appended();
-        ensure!(self.shared.watermark.durable() == last, "entries were appended that are not written yet");
+        ensure!(self.shared.watermark.durable() == last, "appended entries are not committed yet");
         let forking = async { epoch::fork(&self.shared.connect_to_write().await?, epoch, last).await };
         let forked: Result<_, Failure> = self.handle.block_on(forking);
-        let (incarnation, history) = forked.context("no incarnation can be begun")?;
+        let (incarnation, history) = forked.context("cannot begin an incarnation")?;
         self.shared.set_history(history);
         self.shared.begin();
         Ok(incarnation)
     }
 
-    /// Drops all that can be dropped, and returns how many entries are left.
+    /// Drops every entry that can be dropped, and returns the number of remaining ones.
     pub fn compact(&self) -> Result<u64> {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
-        let effort = Effort { rest: 0, grace: Duration::ZERO };
-        self.handle.block_on(compactor::compact(&self.shared, epoch, newest, effort))
+        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO };
+        self.handle.block_on(compactor::compact(&self.shared, epoch, newest, params))
     }
 }
 
@@ -308,7 +310,7 @@ impl TransactionLog for PostgresLog {
     fn condition(&self) -> Condition {
         let Shared { queue, watermark, breaker, conditions, .. } = &*self.shared;
         if queue.ended() == Some(End::ReadOnly) {
-            return Condition::Unfit("read-only: another process writes this log now".into());
+            return Condition::Unfit("read-only: another process is primary".into());
         }
         if let Some(reason) = watermark.failure() {
             return Condition::Unfit(format!("failed: {reason}"));
@@ -316,24 +318,24 @@ impl TransactionLog for PostgresLog {
         if let Some(reason) = self.reads_refused() {
             return Condition::Unfit(format!("reads are refused: {reason}"));
         }
-        let mut told = conditions.doubts();
+        let mut told = conditions.durability_warnings();
         if !queue.begun() {
             let News { newest, holder, .. } = &*self.shared.news.borrow();
             let behind = self.history().entries(queue.appended(), *newest);
             told.push(match holder {
-                Some(holder) => format!("standing by while {holder} writes it, {behind} entries behind"),
-                None => format!("taking it over, {behind} entries behind"),
+                Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
+                None => format!("failover in progress, replication lag {behind} entries"),
             });
         }
-        // Reads go on. Who takes a server out of service for a database makes more of it than it is.
-        told.extend(breaker.reason().map(|reason| format!("the database is away, writes are refused: {reason}")));
+        // Not unfit: reads are still served, and all servers would be taken out of service at once.
+        told.extend(breaker.reason().map(|reason| format!("database unavailable, rejecting writes: {reason}")));
         if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
     }
 
     fn close(&self) -> Result<()> {
         let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         self.shared.queue.end(End::Closed);
-        // A thread that serves may be waiting here, which its runtime would not let it do for another.
+        // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, writer } = running;
         let failed = Arc::clone(&self.shared);
         let close = move || {
@@ -360,7 +362,7 @@ impl Standby for PostgresLog {
     fn begin(&self) -> Result<()> {
         self.shared.begin();
         *self.shared.idle() = None;
-        info!("this process writes the log now, after sequence {}", self.appended());
+        info!("promoted to primary, accepting writes after sequence {}", self.appended());
         Ok(())
     }
 }
@@ -374,7 +376,7 @@ impl Drop for PostgresLog {
 }
 
 impl Shared {
-    /// Starts what the log cannot do without. Should it panic, the log fails.
+    /// Starts an essential task. If it panics, the log fails.
     fn start(self: &Arc<Self>, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> Task {
         let failed = Arc::clone(self);
         let task = async {
@@ -384,7 +386,7 @@ impl Shared {
         self.env.tasks.fail(name, task, move |error| failed.fail(error))
     }
 
-    /// Writes as long as the epoch is this process's.
+    /// Writes until the epoch is lost or the log is closed.
     async fn write(self: Arc<Self>, epoch: Epoch, connection: (Session, Statement)) {
         let (shared, Env { tasks, clock, .. }) = (Arc::clone(&self), &self.env);
         tasks.restart("log compactor", clock, move || {
@@ -394,7 +396,7 @@ impl Shared {
         Writer::new(&epoch, connection).run(self).await;
     }
 
-    /// The queue takes appends from now on, after everything that is there.
+    /// Makes the queue accept appends after the entries of the log.
     fn begin(&self) {
         self.queue.begin(self.history().next(self.queue.appended()));
     }
@@ -403,7 +405,7 @@ impl Shared {
         Arc::clone(&self.history.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Incarnations are only ever added: an older reading takes none away.
+    /// Replaces the history by a longer one. Incarnations are only ever added, so a shorter one is stale.
     fn set_history(&self, history: History) {
         let mut known = self.history.write().unwrap_or_else(PoisonError::into_inner);
         if history.incarnations().len() > known.incarnations().len() {
@@ -415,12 +417,12 @@ impl Shared {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A session that reads.
+    /// Opens a session for reads.
     async fn connect(&self) -> Result<Session, Failure> {
         Session::connect(&self.target, self.timeout, &self.conditions.settings()).await
     }
 
-    /// A session that writes.
+    /// Opens a session for writes.
     async fn connect_to_write(&self) -> Result<Session, Failure> {
         let session = self.connect().await?;
         self.conditions.check(&session).await?;
@@ -430,15 +432,15 @@ impl Shared {
     fn fail(&self, error: &anyhow::Error) {
         let reason = format!("the transaction log failed: {error:#}");
         error!("{reason}");
-        // Appends first: none may be accepted after those who wait were told.
+        // Appends first: none may be accepted after the waiting writes were failed.
         self.queue.end(End::Failed);
         self.watermark.latch(reason);
     }
 
-    /// Another process took the epoch. What was appended here and not written never will be, so whoever holds it is of no
-    /// more use.
+    /// Fails the log: another process took the epoch. Entries that were appended here and not committed never will be, so
+    /// guest instances that applied them must not be used any more.
     fn step_down(&self) {
-        let reason = "another process writes this log now";
+        let reason = "lost the epoch of the log: another process is primary";
         error!("{reason}");
         self.queue.end(End::ReadOnly);
         self.watermark.latch(reason.into());

@@ -1,5 +1,4 @@
-//! What is done before anything is read or written: a session of its own, the schema, the conditions, and whether the epoch
-//! is to be had.
+//! Opening the log: connects, migrates the schema, checks the settings, and takes the epoch or becomes a standby.
 
 use std::time::Duration;
 
@@ -15,20 +14,20 @@ use super::target::Target;
 use super::{incarnations, pooler, schema, writer};
 use crate::History;
 
-/// The connection of a process that was just killed takes a moment to be missed.
-const PATIENCE: Duration = Duration::from_secs(2);
-const LOOK: Duration = Duration::from_millis(50);
-/// Least timeout of a call before the log is open: a database that is slow to let a process in, or to bring its tables up to date, is no
-/// reason for it to end.
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// How often one that stands by tries a database that is away.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Time to wait for the epoch: the server notices the end of a killed process with a delay.
+const EPOCH_TIMEOUT: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Minimum timeout of a call before the log is open: a database that is slow to accept a connection, or to migrate the tables,
+/// must not end the process.
+const MIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Delay between attempts of a standby to connect.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 pub struct Opened {
     pub session: Session,
     pub append: Statement,
     pub holding: Holding,
-    /// Version that the schema had before it was brought up to date.
+    /// Version of the schema before its migration.
     pub schema: usize,
 }
 
@@ -57,7 +56,7 @@ pub async fn open(
 ) -> Result<Opened> {
     loop {
         let opened = async {
-            let session = connect(target, timeout.max(TIMEOUT), conditions).await?;
+            let session = connect(target, timeout.max(MIN_TIMEOUT), conditions).await?;
             let mut opened = begin(session, manner, url, clock).await?;
             opened.session.set_timeout(timeout).await?;
             Ok(opened)
@@ -65,8 +64,8 @@ pub async fn open(
         let opened: Result<_> = opened.await;
         match opened {
             Err(error) if manner.standby && error.downcast_ref().is_some_and(Failure::is_silence) => {
-                warn!("standing by, and the database is away: {error:#}");
-                clock.sleep(TRY_AGAIN).await;
+                warn!("database unavailable, standby retries to connect: {error:#}");
+                clock.sleep(RETRY_DELAY).await;
             }
             opened => return opened,
         }
@@ -84,7 +83,7 @@ async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) ->
 async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Clock) -> Result<Opened> {
     let Manner { begin, standby } = manner;
     let schema = schema::prepare(&session, begin).await?;
-    let shape = "the tables in the schema kvs are not those that this kvs makes";
+    let shape = "the tables in the schema kvs have an unexpected shape";
     let append = writer::prepare(&session).await.context(shape)?;
     if standby {
         epoch::stand_by(&session).await?;
@@ -103,11 +102,15 @@ async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Cloc
             let history = incarnations::history(&session).await?;
             break Holding::Theirs(look, history);
         }
-        // Who is gone may answer reads until its lease is over.
-        if look.is_alive && clock.elapsed(begun) > PATIENCE {
-            bail!("{} writes it, and did so {:.1?} ago: stop that first", look.holder, look.unseen);
+        // A primary that is gone may still have a read lease.
+        if look.is_alive && clock.elapsed(begun) > EPOCH_TIMEOUT {
+            bail!(
+                "it is in use by {} (last heartbeat {:.1?} ago); stop it first, or serve with --standby",
+                look.holder,
+                look.unseen
+            );
         }
-        clock.sleep(LOOK).await;
+        clock.sleep(POLL_INTERVAL).await;
     };
     Ok(Opened { session, append, holding, schema })
 }

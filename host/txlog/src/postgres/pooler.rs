@@ -1,32 +1,31 @@
-//! Poolers that give a session of the database to another client after each transaction.
+//! Detection of connection poolers that share a database session between clients after each transaction.
 //!
-//! The log needs a session of its own: what it sets, prepares and locks there must be there in the next transaction. PgBouncer
-//! with `pool_mode = transaction`, and what does the same, keeps none of that, and the log would never be written. With
-//! `pool_mode = session` it can be.
+//! The log requires a session of its own: settings, prepared statements and locks must last beyond a transaction. PgBouncer
+//! with `pool_mode = transaction`, and similar poolers, keep none of these; `pool_mode = session` works.
 //!
 //! Must never know: what a session is used for.
 
 use super::session::{Failure, Session};
 
-/// Each finds nearly all; a pooler that others use too gives sessions out by chance.
+/// Number of attempts. One detects nearly every pooler; one under load of other clients assigns sessions by chance.
 const ROUNDS: usize = 3;
 const PID: &str = "SELECT pg_backend_pid()";
 
-/// An error when two connections share the sessions of the database. Neither is in a transaction.
+/// Fails if the two connections share database sessions. Neither may be in a transaction.
 pub async fn refuse(session: &Session, other: &Session) -> Result<(), Failure> {
     for _ in 0..ROUNDS {
-        let pid = session.word(PID).await?;
-        // One that gives them out in turn has another for the next transaction, if it has several.
-        let again = session.word(PID).await?;
+        let pid = session.text(PID).await?;
+        // A round-robin pooler with several sessions assigns another one to the next transaction.
+        let again = session.text(PID).await?;
         other.run("BEGIN").await?;
-        let others = other.word(PID).await?;
-        // One that gives out the last used has given this one to the other transaction.
-        let is_own = pid == again && pid != others && session.word(PID).await? == pid;
+        let others = other.text(PID).await?;
+        // A pooler that prefers the last used session has assigned this one to the other transaction.
+        let is_own = pid == again && pid != others && session.text(PID).await? == pid;
         other.run("COMMIT").await?;
         if !is_own {
             return Err(Failure::refused(
-                "a pooler in front of it gives its sessions to others after each transaction, and the log needs one of its \
-                 own: connect to the database itself, or set pool_mode = session in PgBouncer"
+                "a connection pooler shares its sessions after each transaction, but the log requires a session of its own: \
+                 connect to the database directly, or set pool_mode = session in PgBouncer"
                     .into(),
             ));
         }

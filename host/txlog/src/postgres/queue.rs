@@ -1,7 +1,7 @@
-//! The open batch: where appended events wait for the writer.
+//! The write queue: batches of appended events that wait for the writer.
 //!
-//! Owns: the sequences, hence the order of the service, and every reason for which an append is refused. What is in here
-//! was accepted: it will be written, or nothing after it ever will. Must never know: the database.
+//! Owns: the sequences, hence the order of the service, and every reason for which an append is rejected. Events in the
+//! queue were accepted: they will be written, or no later event ever will. Must never know: the database.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,14 +15,15 @@ use super::batch::{Batch, size};
 use super::breaker::Breaker;
 use crate::{AppendError, Event};
 
-/// What may wait at most. A database that is this far behind will not catch up within a request's deadline.
+/// Maximum size of the queue. A database this far behind does not catch up within the deadline of a request.
 const QUEUE_BYTES: u64 = 32 << 20;
-/// A batch larger than this is committed as several.
+/// Maximum size of a batch.
 const BATCH_BYTES: u64 = 4 << 20;
 
+/// The write queue.
 pub struct Queue {
     state: Mutex<State>,
-    /// Tells the writer that there is something to do.
+    /// Notifies the writer.
     ready: Notify,
     appended: AtomicU64,
     group_bytes: u64,
@@ -30,46 +31,48 @@ pub struct Queue {
 
 #[derive(Default)]
 struct State {
-    /// The last is being filled.
+    /// Batches to write, of which the last is still open.
     batches: VecDeque<Batch>,
-    /// Of all batches here and the one being written.
+    /// Bytes of all batches here and of the one in flight.
     bytes: u64,
-    /// Appends that the writer waits for.
+    /// Number of appends that the writer waits for.
     wanted: u64,
     next: u64,
-    /// The log is this process's to write.
+    /// This process is primary, and appends are accepted.
     begun: bool,
-    /// The database said that it has no room.
+    /// The database reported a full disk.
     full: bool,
     end: Option<End>,
 }
 
+/// Why no more appends are accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Closed,
     Failed,
-    /// Another process writes this log now.
+    /// Another process is primary.
     ReadOnly,
 }
 
-/// What the writer is to do.
-pub enum Work {
+/// Next step of the writer.
+pub enum WriterCommand {
     Write(Batch),
-    /// Nothing came for a while.
+    /// No append within the idle time.
     Idle,
-    /// Nothing will come any more, and everything was written.
+    /// The queue is closed, and every batch was taken.
     Closed,
 }
 
-/// What a batch may wait for before it is taken.
+/// Delay of a commit so that more appends share it, like `commit_siblings` and `commit_delay` of PostgreSQL.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Company {
-    pub appends: u64,
-    pub patience: Duration,
+pub struct CommitDelay {
+    /// Number of appends after which the batch is taken at once.
+    pub siblings: u64,
+    pub delay: Duration,
 }
 
 impl State {
-    /// Whether there is no reason to wait for so many appends any more.
+    /// Returns whether waiting for `appends` is over: they are there, the batch is full, or the queue is closed.
     fn has(&self, appends: u64) -> bool {
         self.end.is_some()
             || self.batches.len() > 1
@@ -78,17 +81,17 @@ impl State {
 }
 
 impl Queue {
-    /// One that takes nothing before it is begun.
+    /// Creates a queue that rejects appends until [`begin`](Self::begin).
     pub fn new(appended: u64, group_bytes: u64) -> Self {
         Self { state: Mutex::default(), ready: Notify::new(), appended: AtomicU64::new(appended), group_bytes }
     }
 
-    /// What others wrote is taken in up to this sequence.
+    /// Notes that the entries of another process were applied up to this sequence.
     pub fn follow(&self, appended: u64) {
         self.appended.store(appended, Ordering::Release);
     }
 
-    /// The log is this process's, and goes on with this sequence.
+    /// Accepts appends, beginning with this sequence.
     pub fn begin(&self, next: u64) {
         let mut state = self.lock();
         state.begun = true;
@@ -99,7 +102,7 @@ impl Queue {
         let size: u64 = events.iter().map(size).sum();
         let mut state = self.lock();
         match state.end {
-            // Also where another process took the log over while the guest was called: asked again, the client is told so.
+            // Also if another process took over during the guest's call: a retry of the client is redirected.
             Some(_) => return Err(AppendError::Unavailable),
             None if !state.begun => return Err(AppendError::ReadOnly),
             None => {}
@@ -114,11 +117,11 @@ impl Queue {
         if state.full {
             return Err(AppendError::InsufficientStorage);
         }
-        // One group is taken into an empty queue however large it is.
+        // An empty queue accepts one group of any size.
         if !breaker.is_closed() || state.bytes > 0 && state.bytes + size > QUEUE_BYTES {
             return Err(AppendError::Unavailable);
         }
-        // A group lies within one batch: that is what makes it all or nothing.
+        // A group is never split, so that it is atomic.
         if state.batches.back().is_none_or(|batch| batch.bytes + size > BATCH_BYTES) {
             state.batches.push_back(Batch::new(self.appended(), first, breaker.now()));
         }
@@ -140,20 +143,20 @@ impl Queue {
         self.appended.load(Ordering::Acquire)
     }
 
-    /// Waits for work: all that came while the last batch was being written, up to a batch. Gives up after `idle`. Where
-    /// there is less than it would like, it gives more a moment to come.
-    pub async fn take(&self, idle: Duration, company: Company) -> Work {
-        if !self.comes(1, idle).await {
-            return Work::Idle;
+    /// Waits for a batch, at most for `idle`: the appends that came while the previous batch was written, up to the maximum
+    /// size of a batch. Delays a batch with fewer appends than `delay` asks for.
+    pub async fn take(&self, idle: Duration, delay: CommitDelay) -> WriterCommand {
+        if !self.wait_for(1, idle).await {
+            return WriterCommand::Idle;
         }
-        self.comes(company.appends, company.patience).await;
-        // Nothing is here any more only when the log has come to its end.
-        self.lock().batches.pop_front().map_or(Work::Closed, Work::Write)
+        self.wait_for(delay.siblings, delay.delay).await;
+        // The queue is empty here only if it is closed.
+        self.lock().batches.pop_front().map_or(WriterCommand::Closed, WriterCommand::Write)
     }
 
-    /// Whether so many appends, or all that there will be, are here in time.
-    async fn comes(&self, appends: u64, time: Duration) -> bool {
-        let coming = async {
+    /// Waits for this number of appends, at most for `time`; returns false on timeout.
+    async fn wait_for(&self, appends: u64, time: Duration) -> bool {
+        let arrival = async {
             loop {
                 {
                     let mut state = self.lock();
@@ -162,14 +165,14 @@ impl Queue {
                     }
                     state.wanted = appends;
                 }
-                // What came in between has left a permit.
+                // An append in between has left a permit.
                 self.ready.notified().await;
             }
         };
-        timeout(time, coming).await.is_ok()
+        timeout(time, arrival).await.is_ok()
     }
 
-    /// A batch that was taken is durable.
+    /// Releases the limits of a batch that is durable.
     pub fn written(&self, batch: &Batch) {
         let mut state = self.lock();
         state.bytes -= batch.bytes;
@@ -180,7 +183,7 @@ impl Queue {
         self.lock().full = true;
     }
 
-    /// No appends from now on. What is here is still to be written when it is closed, and is lost else.
+    /// Rejects appends from now on. Queued batches are still written if it is closed, and dropped otherwise.
     pub fn end(&self, end: End) {
         let mut state = self.lock();
         state.end.get_or_insert(end);
@@ -200,8 +203,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // An append that panicked half-way may have left half a group. Nothing under this lock panics but running out of
-        // memory, which aborts.
+        // A panic during an append could leave half a group, but only an allocation failure panics here, which aborts.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -217,55 +219,55 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// How many entries the next batch has, when `meanwhile` runs once the writer waits for it.
-    fn taken(queue: &Queue, company: Company, meanwhile: impl FnOnce()) -> Option<u64> {
+    /// Returns the number of entries of the next batch, when `meanwhile` runs once the writer waits for it.
+    fn taken(queue: &Queue, delay: CommitDelay, meanwhile: impl FnOnce()) -> Option<u64> {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
         runtime.block_on(async {
             let later = async {
                 task::yield_now().await;
                 meanwhile();
             };
-            match join!(queue.take(LONG, company), later).0 {
-                Work::Write(batch) => Some(batch.len()),
-                Work::Idle | Work::Closed => None,
+            match join!(queue.take(LONG, delay), later).0 {
+                WriterCommand::Write(batch) => Some(batch.len()),
+                WriterCommand::Idle | WriterCommand::Closed => None,
             }
         })
     }
 
     fn append(queue: &Queue, entries: usize) {
         let event = Event::Delete("a".into());
-        queue.append(&Breaker::new(Clock::system()), 0, &vec![event; entries]).expect("it is taken");
+        queue.append(&Breaker::new(Clock::system()), 0, &vec![event; entries]).expect("the append is accepted");
     }
 
     #[test]
-    fn a_batch_waits_for_as_many_appends_as_it_is_to_have_and_no_longer_than_it_may() {
+    fn batch_waits_for_siblings_up_to_the_delay() {
         let queue = Queue::new(0, 1 << 20);
         queue.begin(1);
-        let wanted = |appends| Company { appends, patience: LONG };
+        let wanted = |siblings| CommitDelay { siblings, delay: LONG };
         append(&queue, 1);
         assert_eq!(taken(&queue, wanted(1), || ()), Some(1));
         append(&queue, 10);
         assert_eq!(taken(&queue, wanted(3), || (0..2).for_each(|_| append(&queue, 1))), Some(12));
         assert_eq!(taken(&queue, wanted(2), || (0..5).for_each(|_| append(&queue, 1))), Some(5));
         append(&queue, 1);
-        assert_eq!(taken(&queue, Company { appends: 2, patience: Duration::ZERO }, || ()), Some(1));
-        // What comes to its end, or is full, waits for nobody.
+        assert_eq!(taken(&queue, CommitDelay { siblings: 2, delay: Duration::ZERO }, || ()), Some(1));
+        // A closed queue does not wait.
         append(&queue, 1);
         assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
         assert_eq!(taken(&queue, wanted(2), || ()), None);
     }
 
-    /// Appends what takes so many bytes, as limits count them.
+    /// Appends an event of this size, as limits count it.
     fn append_bytes(queue: &Queue, bytes: u64) -> Result<u64, AppendError> {
         let put =
             |value| Put { key: "key".into(), value, metadata: vec![("name".into(), "of it".into())], expires: None };
-        let besides = size(&Event::Put(put(Vec::new())));
-        assert_eq!(besides, 32 + 3 + 8 + 9);
-        queue.append(&Breaker::new(Clock::system()), 0, &[Event::Put(put(vec![0; (bytes - besides) as usize]))])
+        let overhead = size(&Event::Put(put(Vec::new())));
+        assert_eq!(overhead, 32 + 3 + 8 + 9);
+        queue.append(&Breaker::new(Clock::system()), 0, &[Event::Put(put(vec![0; (bytes - overhead) as usize]))])
     }
 
     #[test]
-    fn no_more_waits_than_may_and_no_batch_is_larger_than_it_may_be() {
+    fn queue_and_batches_stay_within_their_limits() {
         let group_bytes = 2 << 20;
         let queue = Queue::new(0, group_bytes);
         queue.begin(1);
@@ -277,9 +279,9 @@ mod tests {
         }
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         for _ in 0..QUEUE_BYTES / BATCH_BYTES {
-            assert_eq!(taken(&queue, Company::default(), || ()), Some(BATCH_BYTES / group_bytes));
+            assert_eq!(taken(&queue, CommitDelay::default(), || ()), Some(BATCH_BYTES / group_bytes));
         }
-        // What is being written waits too, until it is durable.
+        // The batch in flight counts until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         let mut batch = Batch::new(0, 1, Clock::system().now());
         batch.bytes = 100;
@@ -293,20 +295,20 @@ mod tests {
         queue.begin(1_000);
         append(&queue, 2);
         assert_eq!(queue.appended(), 1_001);
-        let Work::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
         assert_eq!((batch.before, batch.first, batch.last()), (7, 1_000, 1_001));
         append(&queue, 1);
-        let Work::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
         assert_eq!((batch.before, batch.first, batch.last()), (1_001, 1_002, 1_002));
     }
 
-    fn taken_batch(queue: &Queue) -> Work {
+    fn taken_batch(queue: &Queue) -> WriterCommand {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-        runtime.block_on(queue.take(LONG, Company::default()))
+        runtime.block_on(queue.take(LONG, CommitDelay::default()))
     }
 
     #[test]
-    fn one_group_is_taken_into_an_empty_queue_however_large_it_is() {
+    fn empty_queue_accepts_group_of_any_size() {
         let queue = Queue::new(0, 2 * QUEUE_BYTES);
         queue.begin(1);
         assert!(append_bytes(&queue, QUEUE_BYTES + 1).is_ok());
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_database_without_room_is_written_to_again_when_a_batch_was() {
+    fn appends_resume_after_full_disk_when_batch_is_written() {
         let queue = Queue::new(0, 1 << 20);
         queue.begin(1);
         queue.set_full();
@@ -324,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_too_late_for_this_process_can_be_tried_elsewhere() {
+    fn ended_queue_rejects_appends_as_unavailable() {
         for end in [End::Closed, End::Failed, End::ReadOnly] {
             let queue = Queue::new(0, 1 << 20);
             queue.begin(1);

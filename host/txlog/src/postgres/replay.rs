@@ -1,4 +1,4 @@
-//! Replay: the entries of the log, streamed from the database and never all in memory.
+//! Replay: streams the entries of the log from the database.
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::time::sleep;
@@ -11,8 +11,8 @@ use super::{Shared, breaker, incarnations};
 use crate::{Entry, EventRef, History, PutRef};
 use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
-/// Vain tries, one after the other, after which a replay is given up.
-const TRIES: usize = 5;
+/// Consecutive retries without progress after which a replay fails.
+const MAX_RETRIES: usize = 5;
 
 const ENTRIES: &str = "SELECT sequence, time, event_type, key, value, metadata::text, expires FROM kvs.transactions \
      WHERE sequence > $1 ORDER BY sequence";
@@ -24,7 +24,7 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
     }
     let _reader = shared.readers.acquire().await?;
     let mut position = after;
-    let mut pauses = breaker::backoff().take(TRIES);
+    let mut pauses = breaker::backoff().take(MAX_RETRIES);
     loop {
         let before = position;
         let error = match read(shared, after, &mut position, receive).await {
@@ -35,18 +35,18 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
             return Err(error);
         }
         if position > before {
-            pauses = breaker::backoff().take(TRIES);
+            pauses = breaker::backoff().take(MAX_RETRIES);
         }
-        // What came is not asked for again.
+        // Resumes after the entries received so far.
         let Some(pause) = pauses.next() else { return Err(error) };
-        warn!("reading the log after sequence {position} again: {error:#}");
+        warn!("retrying to read the log after sequence {position}: {error:#}");
         sleep(pause).await;
     }
 }
 
-/// Hands over what is after `position` and known to be durable, and moves it along. A database that was restarted shows
-/// entries that its synchronous standbys may not have yet. All that is read is of one moment, in which compaction has
-/// dropped nothing for the sake of what is not there yet.
+/// Hands over the durable entries after `position`, and advances it. A database that was restarted shows entries that its
+/// synchronous standbys may not have yet, which are left out. All is read in one snapshot: compaction has dropped nothing
+/// in it because of an entry that is not in it.
 async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Receive<'_>) -> Result<u64> {
     let idle = shared.idle().take();
     let session = match idle {
@@ -58,11 +58,11 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let until = last.min(until.cast_signed());
-    // What it wrote is not this process's to show, and what it dropped is not known here.
-    ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process writes this log now");
+    // Entries of another primary must not be served here, and its compaction is not known.
+    ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process is primary");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     ensure!(after == 0 || newest <= after, Forgotten { after, newest });
-    // Of the same moment: whoever receives an entry can see that nothing is missing before it.
+    // Of the same snapshot: a receiver can check that no entry is missing.
     let history = incarnations::history(&session).await?;
     shared.set_history(history.clone());
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
@@ -72,7 +72,7 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
         let ended = row.is_none();
         if let Some(row) = row {
             let sequence: i64 = row.try_get(0)?;
-            // Beyond the newest there is nothing, unless others wrote it.
+            // Rows after the last entry were written by another program, and are reported below.
             if sequence <= until || sequence > last {
                 bytes += row.raw_size_bytes();
                 batch.push(row);
@@ -109,13 +109,13 @@ fn hand_over(
     let Some(last) = entries.last() else { return Ok(()) };
     ensure!(
         entries[0].sequence > *position && last.sequence <= newest.cast_unsigned(),
-        "kvs.transactions holds the sequence {}, but its newest is {newest} as kvs.writer has it: rows were written by others",
+        "kvs.transactions contains sequence {}, but the last one in kvs.writer is {newest}: other programs write to it",
         last.sequence
     );
     if let Some(lost) = entries.iter().find(|entry| !history.contains(entry.sequence)) {
         bail!(
-            "kvs.transactions holds the sequence {}, which no incarnation of the log has: rows were written by others, or \
-             restored from another copy",
+            "kvs.transactions contains sequence {}, which is in no incarnation of the log: other programs write to it, or rows \
+             were restored from another copy",
             lost.sequence
         );
     }
@@ -127,13 +127,14 @@ fn hand_over(
 fn metadata(row: &Row) -> Result<Vec<(String, String)>> {
     match row.try_get::<_, Option<&str>>(5)? {
         None => Ok(Vec::new()),
-        Some(text) => serde_json::from_str(text).with_context(|| wrong(row, "its metadata is not pairs of text")),
+        Some(text) => serde_json::from_str(text)
+            .with_context(|| corrupted_row(row, "its metadata is not a list of pairs of strings")),
     }
 }
 
 fn entry<'r>(row: &'r Row, metadata: &'r [(&'r str, &'r str)]) -> Result<Entry<'r>> {
     let sequence = row.try_get::<_, i64>(0)?.cast_unsigned();
-    let key = std::str::from_utf8(row.try_get(3)?).with_context(|| wrong(row, "its key is not UTF-8"))?;
+    let key = std::str::from_utf8(row.try_get(3)?).with_context(|| corrupted_row(row, "its key is not UTF-8"))?;
     let value: Option<&[u8]> = row.try_get(4)?;
     let event = match (row.try_get::<_, i16>(2)?, value) {
         (DELETE, _) => EventRef::Delete(key),
@@ -141,11 +142,12 @@ fn entry<'r>(row: &'r Row, metadata: &'r [(&'r str, &'r str)]) -> Result<Entry<'
             let expires = row.try_get::<_, Option<i64>>(6)?.map(i64::cast_unsigned);
             EventRef::Put(PutRef { key, value, metadata, expires })
         }
-        _ => bail!(wrong(row, "it neither deletes a key nor puts one")),
+        _ => bail!(corrupted_row(row, "it is neither a put nor a delete")),
     };
     Ok(Entry { sequence, time: row.try_get::<_, i64>(1)?.cast_unsigned(), event })
 }
 
-fn wrong(row: &Row, what: &str) -> String {
-    format!("the row of kvs.transactions with sequence {:?} is damaged: {what}", row.try_get::<_, i64>(0).ok())
+fn corrupted_row(row: &Row, what: &str) -> String {
+    let sequence = row.try_get::<_, i64>(0).unwrap_or_default();
+    format!("the row of kvs.transactions with sequence {sequence} is corrupted: {what}")
 }

@@ -1,22 +1,22 @@
-//! The schema `kvs`, and how it becomes what this version needs.
+//! The schema `kvs`, and its migrations.
 
 use anyhow::{Context, Result, ensure};
 
 use super::session::Session;
 
-/// Each makes the next version of what the one before left. They are never changed, only followed by others.
+/// Migrations, each to the next version. Existing ones never change.
 const MIGRATIONS: &[&str] = &[
     include_str!("schema.sql"),
-    // Compaction makes it for itself.
+    // Compaction creates the index for each run.
     "DROP INDEX kvs.transactions_key",
     include_str!("incarnations.sql"),
     include_str!("lease.sql"),
 ];
 
-/// Held by whoever changes the schema, until the end of the transaction.
+/// Advisory lock of a migration, until the end of the transaction.
 const LOCK: i64 = 0x6b76_7300;
 
-/// The newest version.
+/// Current version of the schema.
 pub const VERSION: usize = MIGRATIONS.len();
 
 /// Makes the schema, if one is to be begun, or brings it up to date. Returns the version that it had.
@@ -46,7 +46,7 @@ async fn migrate(session: &Session) -> Result<()> {
          kvs.migrations (version int PRIMARY KEY, time timestamptz NOT NULL DEFAULT now())"
     );
     session.run(&begin).await?;
-    // Another one may have been faster.
+    // Another process may have migrated in the meantime.
     for (index, migration) in MIGRATIONS.iter().enumerate().skip(version(session).await?) {
         session.run(migration).await?;
         session.run(&format!("INSERT INTO kvs.migrations (version) VALUES ({})", index + 1)).await?;

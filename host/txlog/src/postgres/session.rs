@@ -1,6 +1,6 @@
-//! One connection to the database: made, bounded in time, and what its errors mean.
+//! A database session: connecting, timeouts, and the classification of errors.
 //!
-//! Owns: the words of the protocol. Must never know: what is asked for, or whether to ask again.
+//! Owns: the protocol. Must never know: the purpose of a statement, or whether to retry it.
 
 use std::error::Error as _;
 use std::future::{Future, poll_fn};
@@ -21,12 +21,12 @@ use tokio_postgres::{
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::target::Target;
-use super::tls::Verify;
+use super::tls::TlsMode;
 
-/// The function of the server that warns when it no longer waits for a synchronous standby, in any language.
+/// The server function that warns when the wait for a synchronous standby was canceled; it is the same in every language.
 const STANDBY_WAIT: &str = "SyncRepWaitForLSN";
 
-/// What did not go well.
+/// A failed database call.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Failure {
@@ -34,15 +34,16 @@ pub struct Failure {
     pub kind: Kind,
 }
 
+/// Class of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The session is of no more use. Where it gave no answer, what was asked may have been done or not.
+    /// The session is unusable. If it gave no response, the outcome of the call is unknown.
     Silent,
-    /// The database answered that it did not do it, and the session has no part in that.
+    /// The database rejected the statement, for a reason independent of the session.
     Refused,
-    /// That, for want of space on its disk.
+    /// The database rejected the statement because its disk is full.
     Full,
-    /// That, since rows are there that should not be, or the other way round.
+    /// The database rejected the statement because of unexpected or missing rows.
     Damaged,
 }
 
@@ -55,12 +56,12 @@ impl Failure {
         Self { reason, kind: Kind::Refused }
     }
 
-    /// On this session nothing can be written.
+    /// Returns the error for a session that cannot write.
     pub fn unusable(reason: String) -> Self {
         Self { reason, kind: Kind::Silent }
     }
 
-    /// Whether it may be another matter on another connection.
+    /// Returns whether another connection may succeed.
     pub fn is_silence(&self) -> bool {
         self.kind == Kind::Silent
     }
@@ -73,40 +74,39 @@ impl From<Error> for Failure {
                 Some(source) => source.to_string(),
                 None => error.to_string(),
             };
-            // What cannot be written or read never will be.
+            // The connection is broken.
             return Self { reason, kind: Kind::Silent };
         };
         Self { reason: format!("{} ({})", answer.message(), answer.code().code()), kind: kind(answer.code()) }
     }
 }
 
-/// The meaning of an SQLSTATE. Its first two digits are its class.
+/// Classifies an SQLSTATE. Its first two digits are its class.
 fn kind(state: &SqlState) -> Kind {
     let code = state.code();
     match code.get(..2).unwrap_or_default() {
         _ if state == &SqlState::DISK_FULL => Kind::Full,
         "23" => Kind::Damaged,
-        // The connection, or the server, comes to its end.
+        // The connection or the server is shutting down.
         "08" => Kind::Silent,
         "57" if code.starts_with("57P") => Kind::Silent,
-        // A transaction in a state that nobody here has begun; read-only after a failover, which a session outlives behind a
-        // virtual address.
+        // An unexpected transaction state; read-only after a failover, which a session survives behind a virtual address.
         "25" => Kind::Silent,
-        // A prepared statement or a cursor is missing, is there already, or no longer fits the tables.
+        // A prepared statement or a cursor is missing, exists already, or does not match the tables any more.
         "26" | "34" | "0A" => Kind::Silent,
         _ if state == &SqlState::DUPLICATE_PSTATEMENT => Kind::Silent,
-        // It has no memory or no room for a session, cannot read its files, or has an error of its own.
+        // Out of memory or of connections, an I/O error, or an internal error.
         "53" | "58" | "XX" => Kind::Silent,
         _ => Kind::Refused,
     }
 }
 
-/// A connection. Gone when it is dropped.
+/// A session, closed on drop.
 pub struct Session {
     client: Client,
-    /// What is made of every connection runs beside.
+    /// Task that drives the connection.
     connection: AbortHandle,
-    /// A transaction was committed, and a synchronous standby may not have it.
+    /// A transaction was committed without confirmation of a synchronous standby.
     unconfirmed: Arc<AtomicBool>,
     timeout: Duration,
 }
@@ -120,16 +120,16 @@ impl Drop for Session {
 pub type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 
 impl Session {
-    /// `timeout` is for every call, and the server is told so. `settings` are run before all else.
+    /// Connects. `timeout` applies to every call, and is set on the server too. `settings` run first.
     pub async fn connect(target: &Target, timeout: Duration, settings: &str) -> Result<Self, Failure> {
         let failed = |reason: String| Failure { reason, kind: Kind::Silent };
         let unconfirmed = Arc::<AtomicBool>::default();
         let connecting = async {
-            if target.trust.verify == Verify::Disable {
+            if target.tls.mode == TlsMode::Disable {
                 let (client, connection) = target.config.connect(NoTls).await?;
                 return Ok((client, drive(connection, &unconfirmed)));
             }
-            let tls = target.trust.config().map_err(|error| failed(format!("{error:#}")))?;
+            let tls = target.tls.config().map_err(|error| failed(format!("{error:#}")))?;
             let (client, connection) = target.config.connect(MakeRustlsConnect::new(tls)).await?;
             Ok((client, drive(connection, &unconfirmed)))
         };
@@ -138,8 +138,8 @@ impl Session {
             Err(_) => Err(failed(format!("no connection within {timeout:?}"))),
         };
         let (client, connection) = connected.map_err(|mut failure| {
-            if target.trust.verify > Verify::Prefer && failure.reason.contains("server does not support TLS") {
-                failure.reason.push_str("; if the way to it is safe, add sslmode=disable");
+            if target.tls.mode > TlsMode::Prefer && failure.reason.contains("server does not support TLS") {
+                failure.reason.push_str("; if the network is trusted, add sslmode=disable");
             }
             failure
         })?;
@@ -149,9 +149,9 @@ impl Session {
         Ok(session)
     }
 
-    /// Changes the timeout of every call.
+    /// Sets the timeout of calls.
     pub async fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
-        // The server gives up a little earlier than this side, so that it can still say so.
+        // The server times out a little earlier than the client, so that it can still report that.
         let milliseconds = (timeout * 4 / 5).as_millis().max(1);
         self.run(&format!("SET statement_timeout = {milliseconds}")).await?;
         self.timeout = timeout;
@@ -164,28 +164,29 @@ impl Session {
                 let answered = answered?;
                 // An operator can cancel the wait for a standby, and the server reports the commit as a success.
                 if self.unconfirmed.load(Ordering::Acquire) {
-                    let reason = "a wait for a synchronous standby was canceled, which may not have what was committed";
+                    let reason =
+                        "the wait for a synchronous standby was canceled, which may not have the committed transaction";
                     return Err(Failure { reason: reason.into(), kind: Kind::Silent });
                 }
                 Ok(answered)
             }
-            Err(_) => Err(Failure { reason: format!("no answer within {:?}", self.timeout), kind: Kind::Silent }),
+            Err(_) => Err(Failure { reason: format!("no response within {:?}", self.timeout), kind: Kind::Silent }),
         }
     }
 
-    /// Statements without parameters.
+    /// Runs statements without parameters.
     pub async fn run(&self, statements: &str) -> Result<(), Failure> {
         self.within(self.client.batch_execute(statements)).await
     }
 
-    /// The first column of a statement that gives one row, as text, without anything prepared.
-    pub async fn word(&self, statement: &str) -> Result<String, Failure> {
+    /// Returns the first column of the only row of a statement as text, without a prepared statement.
+    pub async fn text(&self, statement: &str) -> Result<String, Failure> {
         let messages = self.within(self.client.simple_query(statement)).await?;
-        let word = messages.iter().find_map(|message| match message {
+        let text = messages.iter().find_map(|message| match message {
             SimpleQueryMessage::Row(row) => row.get(0),
             _ => None,
         });
-        Ok(word.unwrap_or_default().to_owned())
+        Ok(text.unwrap_or_default().to_owned())
     }
 
     pub async fn prepare(&self, statement: &str) -> Result<Statement, Failure> {
@@ -216,15 +217,18 @@ impl Session {
         self.within(self.client.query_opt(statement, with)).await
     }
 
-    /// Rows as they come, never all at once.
+    /// Streams the rows of a statement.
     pub async fn rows(&self, statement: &str, with: &[i64]) -> Result<Rows<'_>, Failure> {
         let rows = self.within(self.client.query_raw(statement, with)).await?;
         Ok(Rows { rows: Box::pin(rows), session: self })
     }
 }
 
-/// Runs a connection in a task of its own, and notes what the server warns of before the answer that it is about.
-#[expect(clippy::disallowed_methods, reason = "its end, by panic or not, is that of the connection, which is noticed")]
+/// Drives a connection in its own task, and notes warnings of the server, which precede the response they are about.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "its end, by panic or not, closes the connection, which the session notices"
+)]
 fn drive<S, T>(mut connection: Connection<S, T>, unconfirmed: &Arc<AtomicBool>) -> AbortHandle
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -243,13 +247,14 @@ where
     task::spawn(driving).abort_handle()
 }
 
+/// A stream of rows.
 pub struct Rows<'s> {
     rows: Pin<Box<RowStream>>,
     session: &'s Session,
 }
 
 impl Rows<'_> {
-    /// None after the last.
+    /// Returns the next row, None after the last.
     pub async fn next(&mut self) -> Result<Option<Row>, Failure> {
         self.session.within(self.rows.try_next()).await
     }

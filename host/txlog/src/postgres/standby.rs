@@ -1,6 +1,6 @@
-//! Standing by: another process writes the log, and this one looks how far it has come. When it is gone, this one writes.
+//! Standby: polls the end of the log, and takes over when the claim of the primary has expired.
 //!
-//! Owns: when it looks, and what is known of what is new. Must never know: who takes that in.
+//! Owns: the polling, and the status of the primary. Must never know: how new entries are applied.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,18 +9,18 @@ use anyhow::anyhow;
 use tokio_postgres::Statement;
 
 use super::epoch::{self, Epoch, Holder};
-use super::queue::{Company, Work};
+use super::queue::{CommitDelay, WriterCommand};
 use super::session::{Failure, Kind, Session};
 use super::{News, Shared, incarnations, writer};
 
-/// How often it looks, hence how old what it shows can be.
+/// Polling interval, hence a bound for the staleness of reads.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Looks until the epoch is to be had, and then writes. Ends with the log.
+/// Standby task: polls until it can take the epoch, and then writes. Ends with the log.
 pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
     let (mut connection, mut holder) = (Some((session, append)), Holder::new(true, &shared.env.clock));
-    while !matches!(shared.queue.take(LOOK, Company::default()).await, Work::Closed) {
-        shared.breaker.try_again();
+    while !matches!(shared.queue.take(LOOK, CommitDelay::default()).await, WriterCommand::Closed) {
+        shared.breaker.on_attempt();
         match look(&shared, &mut holder, &mut connection).await {
             Ok(None) => shared.breaker.succeeded(),
             Ok(Some(epoch)) => {
@@ -30,7 +30,7 @@ pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
             }
             Err(Failure { reason, kind: Kind::Damaged }) => return shared.fail(&anyhow!(reason)),
             Err(failure) => {
-                // Who could not be seen may have been there.
+                // A primary that could not be observed may have sent heartbeats.
                 (connection, holder) = (None, Holder::new(true, &shared.env.clock));
                 shared.env.clock.sleep(shared.breaker.failed(&failure.reason)).await;
             }
@@ -38,7 +38,7 @@ pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
     }
 }
 
-/// Looks once, and takes the epoch if it is to be had.
+/// Polls once, and takes the epoch if it is available.
 async fn look(
     shared: &Shared,
     holder: &mut Holder,
@@ -60,11 +60,12 @@ async fn look(
     let newest = epoch.as_ref().map_or(look.newest, |epoch| epoch.last);
     let known = shared.queue.appended();
     if newest < known {
-        let reason =
-            format!("its newest entry is {newest}, where there were {known} before: the database was set back");
+        let reason = format!(
+            "its newest entry is {newest}, but was {known} before: the database was rolled back, by a restore or a failover"
+        );
         return Err(Failure { reason, kind: Kind::Damaged });
     }
-    // Before whoever takes in the entries hears of them.
+    // Before the receivers of new entries are notified.
     if let Some(epoch) = &epoch {
         shared.set_history(epoch.history.clone());
         // Once in the life of a process.

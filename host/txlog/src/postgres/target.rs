@@ -1,7 +1,7 @@
-//! Where the database is and who asks, as people write it for libpq: `postgres://user@host:port/database?sslmode=...`.
+//! Connection parameters, from a URL as libpq accepts it: `postgres://user@host:port/database?sslmode=...`.
 //!
-//! Owns: what such a URL may say, and where the password comes from when it does not. Neither the URL nor the password is
-//! ever shown: [`Target::name`] is what errors call the database.
+//! Owns: the syntax of such a URL, and the sources of a password that is not in it. Neither the URL nor the password is ever
+//! shown: errors name the database by [`Target::name`].
 
 use std::fmt::{self, Debug};
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ use percent_encoding::percent_decode_str;
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode};
 
-use super::tls::{Trust, Verify};
+use super::tls::{TlsMode, TlsOptions};
 
-/// A dead connection is found out within this, where the URL says nothing else.
+/// Default idle time before TCP keep-alive probes.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const PORT: u16 = 5432;
 
-/// The text of a URL, which can hold a password.
+/// A connection URL, which can contain a password.
 #[derive(Clone)]
 pub struct Url(String);
 
@@ -35,43 +35,43 @@ impl Debug for Url {
     }
 }
 
-/// What is needed to connect.
+/// Parsed connection parameters.
 pub struct Target {
     pub config: Config,
-    pub trust: Trust,
+    pub tls: TlsOptions,
 }
 
 impl Target {
-    /// `timeout` is how long a connection may take to be made, where the URL says nothing else.
+    /// Parses a URL. `timeout` is the default connect timeout.
     pub fn new(url: &Url, timeout: Duration) -> Result<Self> {
         ensure!(
             url.0.starts_with("postgres://") || url.0.starts_with("postgresql://"),
-            "a log is `file` or looks like postgres://USER@HOST/DATABASE"
+            "--txlog must be `file` or postgres://USER@HOST/DATABASE"
         );
         let (base, query) = url.0.split_once('?').unwrap_or((&url.0, ""));
-        let (mut trust, mut passfile, mut rest) = (Trust::default(), None, Vec::new());
+        let (mut tls, mut passfile, mut rest) = (TlsOptions::default(), None, Vec::new());
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').context("its parameters look like name=value")?;
-            let value = percent_decode_str(value).decode_utf8().context("a parameter is not UTF-8")?;
+            let (name, value) = pair.split_once('=').context("URL parameters must have the form name=value")?;
+            let value = percent_decode_str(value).decode_utf8().context("a URL parameter is not UTF-8")?;
             let file = || Some(PathBuf::from(&*value));
             match name {
-                "sslmode" => trust.verify = Verify::named(&value)?,
-                "sslrootcert" => trust.authorities = file(),
-                "sslcert" => trust.certificate = file(),
-                "sslkey" => trust.key = file(),
+                "sslmode" => tls.mode = TlsMode::named(&value)?,
+                "sslrootcert" => tls.authorities = file(),
+                "sslcert" => tls.certificate = file(),
+                "sslkey" => tls.key = file(),
                 "passfile" => passfile = file(),
                 _ => rest.push(pair),
             }
         }
         let known = if rest.is_empty() { base.to_owned() } else { format!("{base}?{}", rest.join("&")) };
-        // Its error may show what was parsed, but for the reason.
+        // The error itself may show the URL, its source does not.
         let mut config: Config = known.parse().map_err(|error: tokio_postgres::Error| {
             anyhow!("{}", std::error::Error::source(&error).map_or(error.to_string(), ToString::to_string))
         })?;
-        ensure!(!config.get_hosts().is_empty(), "it names no host");
-        config.ssl_mode(match trust.verify {
-            Verify::Disable => SslMode::Disable,
-            Verify::Prefer => SslMode::Prefer,
+        ensure!(!config.get_hosts().is_empty(), "the URL has no host");
+        config.ssl_mode(match tls.mode {
+            TlsMode::Disable => SslMode::Disable,
+            TlsMode::Prefer => SslMode::Prefer,
             _ => SslMode::Require,
         });
         if config.get_connect_timeout().is_none() {
@@ -84,7 +84,7 @@ impl Target {
         if config.get_application_name().is_none() {
             config.application_name("kvs");
         }
-        let mut target = Self { config, trust };
+        let mut target = Self { config, tls };
         if target.config.get_password().is_none()
             && let Some(password) = target.password(passfile)?
         {
@@ -93,7 +93,7 @@ impl Target {
         Ok(target)
     }
 
-    /// What it is called in front of people.
+    /// Returns the name of the database for messages.
     pub fn name(&self) -> String {
         let host = match self.config.get_hosts().first() {
             Some(Host::Tcp(host)) => host.clone(),
@@ -115,19 +115,19 @@ impl Target {
         self.config.get_ports().first().copied().unwrap_or(PORT)
     }
 
-    /// From the environment, or from a file of passwords.
+    /// Reads the password from the environment, or from a password file.
     fn password(&self, passfile: Option<PathBuf>) -> Result<Option<String>> {
         if let Ok(password) = env::var("PGPASSWORD") {
             return Ok(Some(password));
         }
         let named = passfile.or_else(|| env::var_os("PGPASSFILE").map(PathBuf::from));
-        let asked = named.is_some();
+        let is_explicit = named.is_some();
         let Some(file) = named.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".pgpass"))) else {
             return Ok(None);
         };
         let text = match fs::read_to_string(&file) {
-            Err(_) if !asked => return Ok(None),
-            read => read.with_context(|| format!("the file of passwords {} cannot be read", file.display()))?,
+            Err(_) if !is_explicit => return Ok(None),
+            read => read.with_context(|| format!("cannot read the password file {}", file.display()))?,
         };
         let host = match self.config.get_hosts().first() {
             Some(Host::Tcp(host)) => host.clone(),
@@ -138,7 +138,7 @@ impl Target {
     }
 }
 
-/// The password of a line `host:port:database:user:password`, if it is about these; `*` is about all.
+/// Returns the password of a line `host:port:database:user:password` if it matches; `*` matches everything.
 fn password_in(line: &str, wanted: &[String; 4]) -> Option<String> {
     if line.starts_with('#') {
         return None;
@@ -152,20 +152,21 @@ fn password_in(line: &str, wanted: &[String; 4]) -> Option<String> {
             _ => fields.last_mut()?.push(character),
         }
     }
-    let [about @ .., password] = &fields[..] else { return None };
-    let fits = about.len() == 4 && about.iter().zip(wanted).all(|(field, wanted)| field == "*" || field == wanted);
-    fits.then(|| password.clone())
+    let [patterns @ .., password] = &fields[..] else { return None };
+    let matches =
+        patterns.len() == 4 && patterns.iter().zip(wanted).all(|(field, wanted)| field == "*" || field == wanted);
+    matches.then(|| password.clone())
 }
 
-impl Verify {
+impl TlsMode {
     fn named(name: &str) -> Result<Self> {
         Ok(match name {
             "disable" => Self::Disable,
             "allow" | "prefer" => Self::Prefer,
-            "require" => Self::Nothing,
-            "verify-ca" => Self::Authority,
-            "verify-full" => Self::Full,
-            _ => bail!("sslmode is disable, prefer, require, verify-ca or verify-full"),
+            "require" => Self::Require,
+            "verify-ca" => Self::VerifyCa,
+            "verify-full" => Self::VerifyFull,
+            _ => bail!("sslmode must be disable, prefer, require, verify-ca or verify-full"),
         })
     }
 }
@@ -179,29 +180,29 @@ mod tests {
     }
 
     #[test]
-    fn a_url_says_what_libpq_would_understand() {
+    fn url_is_parsed_like_by_libpq() {
         let target =
             target("postgres://me:a%20b@db:6000/logs?sslmode=verify-ca&sslrootcert=%2Fca.pem&application_name=x")
                 .expect("it is a good one");
         assert_eq!(target.name(), "database \"logs\" at db:6000");
         assert_eq!(target.config.get_password(), Some(&b"a b"[..]));
-        assert_eq!((target.trust.verify, target.trust.authorities), (Verify::Authority, Some("/ca.pem".into())));
+        assert_eq!((target.tls.mode, target.tls.authorities), (TlsMode::VerifyCa, Some("/ca.pem".into())));
         assert_eq!(target.config.get_application_name(), Some("x"));
         assert_eq!(target.config.get_ssl_mode(), SslMode::Require);
     }
 
     #[test]
-    fn a_database_has_the_name_of_its_user_where_nothing_else_is_said() {
+    fn database_defaults_to_the_user() {
         assert_eq!(target("postgres://me@db").expect("it is a good one").name(), "database \"me\" at db:5432");
     }
 
     #[test]
-    fn without_a_word_about_tls_the_server_is_verified() {
-        assert_eq!(target("postgres://me@db/logs").expect("it is a good one").trust.verify, Verify::Full);
+    fn sslmode_defaults_to_verify_full() {
+        assert_eq!(target("postgres://me@db/logs").expect("it is a good one").tls.mode, TlsMode::VerifyFull);
     }
 
     #[test]
-    fn what_is_wrong_is_told_without_the_password() {
+    fn url_errors_do_not_show_the_password() {
         for wrong in [
             "postgres://me:secret@db/logs?sslmode=maybe",
             "postgres://me:secret@db/logs?colour=red",
@@ -209,14 +210,14 @@ mod tests {
             "postgres://me:secret@",
             "postgres://me:secret@db/logs?x",
         ] {
-            let told = format!("{:#}", target(wrong).err().expect("it is refused"));
-            assert!(!told.contains("secret"), "{told}");
+            let error = format!("{:#}", target(wrong).err().expect("it is refused"));
+            assert!(!error.contains("secret"), "{error}");
         }
         assert!(!format!("{:?}", Url::from("postgres://me:secret@db")).contains("secret"));
     }
 
     #[test]
-    fn a_file_of_passwords_is_read_as_libpq_reads_it() {
+    fn password_file_is_parsed_like_by_libpq() {
         let wanted = ["db", "5432", "logs", "me"].map(str::to_owned);
         for (line, password) in [
             ("db:5432:logs:me:secret", Some("secret")),

@@ -1,4 +1,4 @@
-//! TLS towards the database, as the modes of libpq have it. Verified unless somebody says otherwise.
+//! TLS to the database, with the modes of libpq. The default is full verification.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,54 +11,57 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
-/// How much of the server is verified.
+/// Verification of the server, the `sslmode` of libpq.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd)]
-pub enum Verify {
+pub enum TlsMode {
     /// No TLS.
     Disable,
-    /// TLS where the server has it, whoever it is.
+    /// TLS if the server supports it, without verification.
     Prefer,
-    /// TLS, whoever the server is.
-    Nothing,
-    /// That an authority vouches for its certificate.
-    Authority,
-    /// That, and that the certificate is for the host that was asked for.
+    /// TLS without verification.
+    Require,
+    /// The certificate must be issued by a trusted CA.
+    VerifyCa,
+    /// The certificate must be issued by a trusted CA for the requested host.
     #[default]
-    Full,
+    VerifyFull,
 }
 
+/// TLS options of a connection.
 #[derive(Clone, Debug, Default)]
-pub struct Trust {
-    pub verify: Verify,
-    /// Without, those that the system trusts.
+pub struct TlsOptions {
+    pub mode: TlsMode,
+    /// CA certificates; those of the system if None.
     pub authorities: Option<PathBuf>,
-    /// What this side shows of itself.
+    /// Client certificate.
     pub certificate: Option<PathBuf>,
     pub key: Option<PathBuf>,
 }
 
-impl Trust {
+impl TlsOptions {
     pub fn config(&self) -> Result<ClientConfig> {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let builder =
             ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-        let verifier: Arc<dyn ServerCertVerifier> = match self.verify {
-            Verify::Disable | Verify::Prefer | Verify::Nothing => Arc::new(Lenient { provider, verifier: None }),
-            Verify::Authority => {
-                let verifier = Some(self.verifier(Arc::clone(&provider))?);
-                Arc::new(Lenient { provider, verifier })
+        let verifier: Arc<dyn ServerCertVerifier> = match self.mode {
+            TlsMode::Disable | TlsMode::Prefer | TlsMode::Require => {
+                Arc::new(PartialVerifier { provider, verifier: None })
             }
-            Verify::Full => self.verifier(provider)?,
+            TlsMode::VerifyCa => {
+                let verifier = Some(self.verifier(Arc::clone(&provider))?);
+                Arc::new(PartialVerifier { provider, verifier })
+            }
+            TlsMode::VerifyFull => self.verifier(provider)?,
         };
         let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
         match (&self.certificate, &self.key) {
             (Some(certificate), Some(key)) => {
                 let chain = certificates(certificate)?;
                 let key = PrivateKeyDer::from_pem_file(key).with_context(|| unreadable("sslkey", key))?;
-                builder.with_client_auth_cert(chain, key).context("sslcert and sslkey do not fit")
+                builder.with_client_auth_cert(chain, key).context("sslcert and sslkey do not match")
             }
             (None, None) => Ok(builder.with_no_client_auth()),
-            _ => anyhow::bail!("sslcert and sslkey go together"),
+            _ => anyhow::bail!("sslcert and sslkey must be given together"),
         }
     }
 
@@ -69,7 +72,7 @@ impl Trust {
             None => rustls_native_certs::load_native_certs().certs,
         };
         roots.add_parsable_certificates(authorities);
-        ensure!(!roots.is_empty(), "there is no authority to trust; name one with sslrootcert, in PEM");
+        ensure!(!roots.is_empty(), "no CA certificates; give them in PEM with sslrootcert");
         Ok(WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build()?)
     }
 }
@@ -77,23 +80,23 @@ impl Trust {
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let read = || CertificateDer::pem_file_iter(file)?.collect::<Result<Vec<_>, _>>();
     let certificates = read().with_context(|| unreadable("a certificate", file))?;
-    ensure!(!certificates.is_empty(), "{} holds no certificate in PEM", file.display());
+    ensure!(!certificates.is_empty(), "{} contains no PEM certificate", file.display());
     Ok(certificates)
 }
 
 fn unreadable(what: &str, file: &Path) -> String {
-    format!("{what} cannot be read from {}", file.display())
+    format!("cannot read {what} from {}", file.display())
 }
 
-/// Verifies that the other side has the key of the certificate it shows, and no name in it; with a verifier, that an
-/// authority vouches for it.
+/// Certificate verifier for the modes below `verify-full`: it ignores the host name, and without an inner verifier also the
+/// CA. The server still has to prove that it has the key of its certificate.
 #[derive(Debug)]
-struct Lenient {
+struct PartialVerifier {
     provider: Arc<CryptoProvider>,
     verifier: Option<Arc<WebPkiServerVerifier>>,
 }
 
-impl ServerCertVerifier for Lenient {
+impl ServerCertVerifier for PartialVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -104,7 +107,7 @@ impl ServerCertVerifier for Lenient {
     ) -> Result<ServerCertVerified, Error> {
         let Some(verifier) = &self.verifier else { return Ok(ServerCertVerified::assertion()) };
         match verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
-            // The last of what is checked.
+            // The name is checked last.
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) => Ok(ServerCertVerified::assertion()),

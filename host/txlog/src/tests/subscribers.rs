@@ -1,4 +1,4 @@
-//! Queues of those who watch.
+//! The queues of subscribers.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::subscribers::Queue;
 use crate::{Event, Put};
 
 #[tokio::test]
-async fn a_watcher_may_fall_behind_by_so_many_bytes_of_keys_and_values() {
+async fn slow_consumer_is_limited_by_bytes() {
     let queue = Queue::default();
     let push = |sequence| {
         let put = Put { key: "ab".into(), value: b"cde".into(), metadata: Vec::new(), expires: None };

@@ -1,4 +1,4 @@
-//! What the watermark releases, one step after the other.
+//! Tests of the watermark, one step after the other.
 
 use std::future::Future;
 use std::pin::pin;
@@ -11,13 +11,13 @@ fn poll<F: Future>(future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
 }
 
 #[test]
-fn a_durable_sequence_is_not_waited_for() {
+fn durable_sequence_is_reached_at_once() {
     let watermark = Watermark::new(7);
     assert!(matches!(poll(pin!(watermark.reached(7))), Poll::Ready(Ok(()))));
 }
 
 #[test]
-fn advancing_releases_what_it_covers_and_nothing_more() {
+fn advance_releases_waiters_up_to_it() {
     let watermark = Watermark::new(0);
     let (mut first, mut second) = (pin!(watermark.reached(1)), pin!(watermark.reached(2)));
     assert!(poll(first.as_mut()).is_pending());
@@ -28,7 +28,7 @@ fn advancing_releases_what_it_covers_and_nothing_more() {
 }
 
 #[test]
-fn a_latch_tells_those_who_wait_and_those_who_come() {
+fn latch_fails_current_and_future_waiters() {
     let watermark = Watermark::new(3);
     let mut waiting = pin!(watermark.reached(4));
     let mut latched = pin!(watermark.latched());

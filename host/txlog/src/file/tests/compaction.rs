@@ -1,4 +1,4 @@
-//! Compaction: the store stays the same, whoever reads the log and however far they had come.
+//! Compaction preserves the store that a reader builds, wherever in the log the reader resumes.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +7,15 @@ use proptest::prelude::*;
 use super::*;
 use crate::Forgotten;
 use crate::file::catalog::Segment;
-use crate::file::compact::{self, Effort, Outcome};
+use crate::file::compact::{self, CompactionParams, Outcome};
 use crate::file::frame;
 use crate::file::segment::HEAD_BYTES;
 
 pub type Store = BTreeMap<String, (u64, Vec<u8>)>;
 
-pub fn compact_at(log: &FileLog, now: u64, worth_percent: u64, keys: usize) -> Outcome {
-    let effort = Effort { now, worth_percent, keys };
-    compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap()
+pub fn compact_at(log: &FileLog, now: u64, min_yield_percent: u64, keys: usize) -> Outcome {
+    let params = CompactionParams { now, min_yield_percent, keys };
+    compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap()
 }
 
 /// Applies what comes after a sequence to a store, and returns how far that went.
@@ -51,7 +51,7 @@ pub fn fill(log: &FileLog, puts: u64) {
 }
 
 #[test]
-fn what_was_superseded_goes_and_the_newest_stays() {
+fn compaction_drops_superseded_entries() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, 40);
@@ -70,7 +70,7 @@ fn what_was_superseded_goes_and_the_newest_stays() {
 }
 
 #[test]
-fn deletes_go_with_what_they_deleted_and_sequences_are_not_given_again() {
+fn dropped_tombstones_keep_their_sequences_used() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     for number in 0..20 {
@@ -79,7 +79,7 @@ fn deletes_go_with_what_they_deleted_and_sequences_are_not_given_again() {
     for number in 0..20 {
         commit(&log, Event::Delete(format!("key {number}")));
     }
-    // So that what was said so far is in sealed segments.
+    // Seals the segments written so far.
     fill(&log, 7);
     compact_at(&log, 1, 25, 100);
     assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence > 40));
@@ -91,10 +91,10 @@ fn deletes_go_with_what_they_deleted_and_sequences_are_not_given_again() {
 }
 
 #[test]
-fn a_delete_stays_while_an_older_put_does() {
+fn tombstone_is_kept_while_older_put_exists() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
-    // The first segment is hardly worth compacting: one small put of it is dead.
+    // A low-yield segment: one small put of it is superseded.
     commit(&log, put("victim", b"1"));
     for number in 0..12 {
         commit(&log, put(&format!("steady {number}"), &[1; 500]));
@@ -104,17 +104,17 @@ fn a_delete_stays_while_an_older_put_does() {
     let before = store(&log);
     compact_at(&log, 1, 25, 100);
     let all = replayed(&log);
-    assert!(all.iter().any(|entry| entry.2.starts_with("put \"victim\"")), "the segment was left alone");
+    assert!(all.iter().any(|entry| entry.2.starts_with("put \"victim\"")), "the segment was not rewritten");
     assert!(all.iter().any(|entry| entry.2 == "delete \"victim\""));
     assert_eq!(store(&log), before);
-    // With all effort both go.
+    // With all params both go.
     compact_at(&log, 1, 0, 100);
     assert!(!replayed(&log).iter().any(|entry| entry.2.contains("victim")));
     assert_eq!(store(&log), before);
 }
 
 #[test]
-fn a_little_that_is_dead_in_each_segment_is_too_much_in_all() {
+fn low_yield_segments_are_rewritten_in_the_end() {
     let options = Options { segment_bytes: 64 << 10, ..options() };
     let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
     let key = |round: i32, number: i32| format!("{round:0100}/{number:050}");
@@ -123,8 +123,8 @@ fn a_little_that_is_dead_in_each_segment_is_too_much_in_all() {
         let first = append(&log, 1, &live(-round).collect::<Vec<_>>());
         assert!(durable(&log, first + 5));
     }
-    // All but worth it in each segment: a fifth was deleted later, and as much deletes what was before. It may go only
-    // when all that was deleted does, the little in the first segment too.
+    // Just below the minimum yield in each segment: a fifth was deleted later, and as much are deletes of earlier entries.
+    // Those can be dropped only with everything that was deleted, including the little in the first segment.
     append(&log, 1, &[Event::Delete(key(-1, 2))]);
     for round in 0..400 {
         let doomed = (0..2).map(|number| put(&key(round, number), b""));
@@ -136,15 +136,15 @@ fn a_little_that_is_dead_in_each_segment_is_too_much_in_all() {
     let before = store(&log);
     let sealed: u64 = log.shared.catalog.sealed().iter().map(|segment| segment.end).sum();
     let outcome = compact_at(&log, 1, 25, 10_000);
-    // But for the heads of files and of their frames.
+    // Without the headers of files and frames.
     let entries = |segment: &Segment| segment.end - HEAD_BYTES - frame::HEAD_BYTES as u64;
     let left: u64 = log.shared.catalog.sealed().iter().map(entries).sum();
-    assert!(sealed * 3 > outcome.needed * 4 && left * 3 <= outcome.needed * 4, "{sealed} {left} {outcome:?}");
+    assert!(sealed * 3 > outcome.live * 4 && left * 3 <= outcome.live * 4, "{sealed} {left} {outcome:?}");
     assert_eq!(store(&log), before);
 }
 
 #[test]
-fn what_has_expired_goes_and_what_is_younger_than_the_grace_stays() {
+fn expired_entries_are_dropped_after_grace() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     for expires in [10, 20, 30] {
@@ -170,7 +170,7 @@ fn what_has_expired_goes_and_what_is_younger_than_the_grace_stays() {
 }
 
 #[test]
-fn whoever_missed_a_delete_is_told_so() {
+fn reader_behind_horizon_gets_an_error() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", &[1; 1000]));
@@ -184,11 +184,11 @@ fn whoever_missed_a_delete_is_told_so() {
     assert!(catch_up(&log, 2, &mut follower).is_ok());
     log.close().unwrap();
     let error = catch_up(&open(&disk).unwrap(), after, &mut follower).unwrap_err();
-    assert!(error.is::<Forgotten>(), "a restart does not forget that");
+    assert!(error.is::<Forgotten>(), "the horizon survives a restart");
 }
 
 #[test]
-fn a_delete_stays_while_somebody_reads() {
+fn tombstone_is_kept_during_a_replay() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", &[1; 1000]));
@@ -214,7 +214,7 @@ fn a_delete_stays_while_somebody_reads() {
 }
 
 #[test]
-fn whoever_reads_is_given_the_newer_put_when_the_older_goes_meanwhile() {
+fn replay_sees_newer_put_of_compacted_key() {
     let log = open(&FakeDisk::default()).unwrap();
     fill(&log, 20);
     commit(&log, put("a", b"old"));
@@ -237,16 +237,16 @@ fn whoever_reads_is_given_the_newer_put_when_the_older_goes_meanwhile() {
 }
 
 #[test]
-fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
+fn tombstone_is_kept_for_reader_starting_mid_run() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", &[1; 1000]));
     commit(&log, Event::Delete("a".into()));
     fill(&log, 20);
     let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
-    let effort = Effort { now: 1, worth_percent: 0, keys: 100 };
+    let params = CompactionParams { now: 1, min_yield_percent: 0, keys: 100 };
     let mut reader = None;
-    let outcome = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| {
+    let outcome = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| {
         if reader.is_none() && disk.names().iter().any(|name| name.contains('-')) {
             reader = Some(log.shared.catalog.reader(0).unwrap());
         }
@@ -254,14 +254,14 @@ fn a_delete_stays_for_whoever_begins_to_read_while_it_would_go() {
     })
     .unwrap();
     assert!(reader.is_some() && is_there());
-    assert!(outcome.saved > 0, "all else goes: {outcome:?}");
+    assert!(outcome.saved > 0, "superseded entries are dropped: {outcome:?}");
     drop(reader);
     compact_at(&log, 1, 0, 100);
     assert!(!is_there());
 }
 
 #[test]
-fn what_is_put_together_fits_one_segment() {
+fn merged_segments_fit_segment_size() {
     let log = open(&FakeDisk::default()).unwrap();
     for number in 0..8 {
         for key in [&format!("key {number}"), "dead", "dead"] {
@@ -271,12 +271,12 @@ fn what_is_put_together_fits_one_segment() {
     fill(&log, 7);
     compact_at(&log, 1, 0, 100);
     let ends: Vec<_> = log.shared.catalog.sealed().iter().map(|segment| segment.end).collect();
-    // Beside the entries a frame takes its head, and padding.
+    // In addition to entries, a frame has a header and padding.
     assert!(ends.len() == 2 && ends.iter().all(|end| *end <= SEGMENT_BYTES + 71), "{ends:?}");
 }
 
 #[test]
-fn where_segments_end_is_known_after_a_run() {
+fn compaction_learns_segment_ends() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     for number in 0..20 {
@@ -286,13 +286,13 @@ fn where_segments_end_is_known_after_a_run() {
     let known = ends(&log);
     log.close().unwrap();
     let log = open(&disk).unwrap();
-    assert_ne!(ends(&log), known, "they are not read at the start");
+    assert_ne!(ends(&log), known, "segments are not read at the start");
     compact_at(&log, 1, 100, 100);
     assert_eq!(ends(&log), known);
 }
 
 #[test]
-fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
+fn small_key_table_takes_more_passes() {
     let mut left = Vec::new();
     for (keys, one_pass) in [(2, false), (7, false), (1000, true)] {
         let disk = FakeDisk::default();
@@ -317,7 +317,7 @@ fn more_keys_than_the_table_holds_take_more_passes_and_come_to_the_same() {
 }
 
 #[test]
-fn new_keys_do_not_make_the_table_larger_than_it_may_be() {
+fn key_table_stays_within_its_size() {
     let log = open(&FakeDisk::default()).unwrap();
     for number in 0..100 {
         commit(&log, put(&format!("key {number}"), &[1; 100]));
@@ -331,12 +331,12 @@ fn new_keys_do_not_make_the_table_larger_than_it_may_be() {
 enum Step {
     Append(Vec<(u8, Option<u16>, Option<u64>)>),
     Compact {
-        worth_percent: u64,
+        min_yield_percent: u64,
         keys: usize,
     },
     CatchUp,
     Restart,
-    /// Closed, and opened as a copy.
+    /// Closes the log and opens a copy.
     Copy,
 }
 
@@ -346,7 +346,7 @@ fn step() -> impl Strategy<Value = Step> {
     let group = proptest::collection::vec((0..12_u8, size, expires), 1..4);
     prop_oneof![
         12 => group.prop_map(Step::Append),
-        2 => (0..60_u64, 2..20_usize).prop_map(|(worth_percent, keys)| Step::Compact { worth_percent, keys }),
+        2 => (0..60_u64, 2..20_usize).prop_map(|(min_yield_percent, keys)| Step::Compact { min_yield_percent, keys }),
         1 => Just(Step::CatchUp),
         1 => Just(Step::Restart),
         1 => Just(Step::Copy),
@@ -357,7 +357,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
     #[test]
-    fn every_history_builds_the_same_store(steps in proptest::collection::vec(step(), 1..120)) {
+    fn compaction_preserves_every_history(steps in proptest::collection::vec(step(), 1..120)) {
         let disk = FakeDisk::default();
         let mut log = open(&disk).unwrap();
         let mut model: BTreeMap<String, (u64, Vec<u8>, Option<u64>)> = BTreeMap::new();
@@ -384,7 +384,7 @@ proptest! {
                     }
                     prop_assert_eq!(log.appended(), log.watermark().durable());
                 }
-                Step::Compact { worth_percent, keys } => drop(compact_at(&log, time, *worth_percent, *keys)),
+                Step::Compact { min_yield_percent, keys } => drop(compact_at(&log, time, *min_yield_percent, *keys)),
                 Step::CatchUp => {
                     after = match catch_up(&log, after, &mut follower) {
                         Ok(after) => after,
@@ -394,7 +394,7 @@ proptest! {
                             catch_up(&log, 0, &mut follower).unwrap()
                         }
                     };
-                    // What has expired may be there or not.
+                    // Expired entries may be there or not.
                     follower.retain(|key, _| !model.get(key).is_some_and(|(.., expires)| expires.is_some_and(|at| at <= time)));
                     let mut expected = Store::new();
                     for (key, (sequence, value, expires)) in &model {

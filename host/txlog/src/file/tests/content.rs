@@ -148,7 +148,7 @@ fn check_sequences(shared: &Shared, model: &Model, newest: u64, seen: u64) -> Ou
     }
     let left = history.incarnations();
     let is_left = |one: &Incarnation| left.contains(one);
-    let horizon = shared.catalog.forgotten();
+    let horizon = shared.catalog.horizon();
     if let Some(gone) = model.incarnations.iter().find(|one| !is_left(one) && one.first > horizon) {
         return Err(format!("the incarnation with {} is gone", gone.first));
     }

@@ -24,7 +24,7 @@ use super::surface::Surface;
 use super::*;
 use crate::file::Finding;
 use crate::file::home::Home;
-use crate::file::spare;
+use crate::file::preallocate;
 use crate::file::verify::verify_in;
 
 /// What is done in a history, and in one that begins on what a power cut left.
@@ -59,7 +59,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     }
     standby.check(model)?;
     let more = put("more", &[0x5a; 100]);
-    spare::fill(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
+    preallocate::preallocate_one(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;
     let sequence = shared.queue.append(u64::MAX, std::slice::from_ref(&more)).map_err(|error| format!("{error:?}"))?;
     writer.step(&shared).map_err(|error| format!("it cannot go on: {error:#}"))?;
     if shared.watermark.durable() != sequence {
@@ -70,7 +70,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let mut wrong = None;
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}
-        Finding::Torn(what) | Finding::Wrong(what) => wrong = Some(what),
+        Finding::Torn(what) | Finding::Corrupt(what) => wrong = Some(what),
     };
     verify_in(&home, &mut report, &mut |_| ()).map_err(|error| error.to_string())?;
     if let Some(wrong) = wrong {

@@ -111,7 +111,7 @@ fn each(numbers: usize, work: impl Fn(usize) + Sync) {
 }
 
 #[test]
-fn every_bit_is_flipped() {
+fn every_flipped_bit_is_detected() {
     let sound = Sound::new();
     let (opened, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
     for (name, whole) in sound.files() {
@@ -132,7 +132,7 @@ fn every_bit_is_flipped() {
 }
 
 #[test]
-fn every_file_is_cut_off_at_every_byte() {
+fn file_truncated_at_any_byte_is_detected() {
     let sound = Sound::new();
     for (name, whole) in sound.files() {
         each(whole.len(), |size| match sound.check(&name, whole[..size].to_vec()) {
@@ -146,7 +146,7 @@ fn every_file_is_cut_off_at_every_byte() {
 }
 
 #[test]
-fn every_file_is_longer_than_it_was() {
+fn file_with_appended_bytes_is_detected() {
     let sound = Sound::new();
     for (name, whole) in sound.files() {
         each(700, |more| {

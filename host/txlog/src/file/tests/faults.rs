@@ -8,7 +8,7 @@ use std::thread;
 use super::disk::Operation;
 use super::*;
 use crate::file::disk::Disk;
-use crate::file::spare;
+use crate::file::preallocate;
 
 /// Appends until there is no room for more; returns the newest sequence.
 fn fill_up(log: &FileLog) -> u64 {
@@ -104,7 +104,7 @@ fn zeros_go_where_they_belong_and_no_further() {
     let disk = FakeDisk::default();
     disk.put("file", vec![1; 3 << 20]);
     let (from, to) = (100, (3 << 19) + 100);
-    spare::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
+    preallocate::zero(&*disk.open("file").unwrap(), from as u64, to as u64).unwrap();
     let bytes = disk.read("file");
     let (before, rest) = bytes.split_at(from);
     let (zeros, after) = rest.split_at(to - from);

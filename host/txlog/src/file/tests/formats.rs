@@ -67,7 +67,7 @@ fn formats(data: &Path) -> Vec<u32> {
     let mut formats = Vec::new();
     let mut report = |finding| match finding {
         Finding::Sound { format, .. } => formats.push(format),
-        Finding::Torn(what) | Finding::Wrong(what) => panic!("{what}"),
+        Finding::Torn(what) | Finding::Corrupt(what) => panic!("{what}"),
     };
     verify(data, &mut report, &mut |_| ()).unwrap();
     formats.dedup();

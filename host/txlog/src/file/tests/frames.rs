@@ -143,7 +143,7 @@ fn epoch_grows_and_never_goes_back() {
         (frame, 2)
     });
     let wrong = wrong(&disk);
-    assert!(wrong[0].ends_with("a frame is of an epoch before that of an older one"), "{wrong:?}");
+    assert!(wrong[0].ends_with("the epoch of a frame is lower than that of an earlier frame"), "{wrong:?}");
 }
 
 #[test]

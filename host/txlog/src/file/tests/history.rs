@@ -9,10 +9,10 @@ use super::content::{Appended, Model, Outcome, check_content};
 use super::disk::Promise;
 use super::mutants::Mutant;
 use super::*;
-use crate::file::compact::{self, Effort};
+use crate::file::compact::{self, CompactionParams};
 use crate::file::offline;
+use crate::file::preallocate;
 use crate::file::recovery::Known;
-use crate::file::spare;
 use crate::file::writer::Writer;
 
 /// One history, as far as it has come.
@@ -89,7 +89,7 @@ impl History {
             22 => self.fork(),
             0..12 => self.append_and_commit(),
             12..15 => self.compact(),
-            15..17 => spare::fill(&self.shared).map(drop),
+            15..17 => preallocate::preallocate_one(&self.shared).map(drop),
             17 => self.writer.mark(&self.shared),
             19 if self.options.durability == Durability::Sync => self.fail(),
             18 => {
@@ -106,9 +106,9 @@ impl History {
 
     fn close(&mut self) -> anyhow::Result<()> {
         self.shared.queue.close();
-        spare::fill(&self.shared)?;
+        preallocate::preallocate_one(&self.shared)?;
         while self.writer.step(&self.shared)? {
-            spare::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
         }
         Ok(())
     }
@@ -168,7 +168,7 @@ impl History {
 
     fn commit(&mut self) -> anyhow::Result<()> {
         while self.shared.watermark.durable() < self.shared.queue.appended() {
-            spare::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
             self.writer.step(&self.shared)?;
         }
         Ok(())
@@ -180,7 +180,7 @@ impl History {
         if appended.is_err() {
             // Too much waits, or nobody has asked yet whether there is room for more.
             self.commit()?;
-            spare::fill(&self.shared)?;
+            preallocate::preallocate_one(&self.shared)?;
             appended = self.shared.queue.append(self.time, &group);
         }
         let first = appended.map_err(|error| anyhow::anyhow!("{error:?}"))?;
@@ -208,11 +208,11 @@ impl History {
     fn compact(&mut self) -> anyhow::Result<()> {
         let now = self.time.saturating_sub(self.dice.u64(0..10));
         self.model.compactions.push((self.disk.recorded(), now));
-        let worth_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
+        let min_yield_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
         let shared = self.shared.clone();
         // Enough for all keys: how often the log is read must not rest on the secret of the hash.
-        let effort = Effort { now, worth_percent, keys: 100 };
-        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| match self.dice.u8(0..8) {
+        let params = CompactionParams { now, min_yield_percent, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| match self.dice.u8(0..8) {
             0 => self.append_and_commit(),
             _ => Ok(()),
         });

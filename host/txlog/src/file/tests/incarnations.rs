@@ -4,7 +4,7 @@ use std::fs;
 
 use super::compaction::{compact_at, fill};
 use super::formats::{copy_files, open_in};
-use super::runs::until_the_spare_is_there;
+use super::runs::wait_for_preallocated_segment;
 use super::*;
 use crate::file::verify::verify_in;
 use crate::file::{Finding, Home, Offline, offline};
@@ -24,7 +24,7 @@ pub fn closed(entries: u64) -> FakeDisk {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, entries);
-    until_the_spare_is_there(&log, &disk);
+    wait_for_preallocated_segment(&log, &disk);
     log.close().unwrap();
     disk
 }
@@ -39,7 +39,7 @@ pub fn wrong(disk: &FakeDisk) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut report = |finding| match finding {
         Finding::Sound { .. } => {}
-        Finding::Torn(what) | Finding::Wrong(what) => wrong.push(what),
+        Finding::Torn(what) | Finding::Corrupt(what) => wrong.push(what),
     };
     verify_in(&home, &mut report, &mut |_| ()).unwrap();
     wrong
@@ -287,7 +287,7 @@ fn compaction_drops_incarnations_below_horizon() {
         compact_at(&log, 1, 0, 100);
         fill(&log, 20);
     }
-    let horizon = log.shared.catalog.forgotten();
+    let horizon = log.shared.catalog.horizon();
     assert!(horizon > known[2].first);
     log.close().unwrap();
     assert_eq!(wrong(&disk), Vec::<String>::new());

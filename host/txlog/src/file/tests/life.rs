@@ -230,7 +230,7 @@ fn a_replay_tells_that_the_end_of_a_segment_is_missing() {
     disk.put(&name, bytes);
     let error = replayed_after(&log, 0).unwrap_err().to_string();
     assert!(
-        error.contains(&format!("{name} is damaged")) && error.contains("frames are missing at its end"),
+        error.contains(&format!("{name} is damaged")) && error.contains("frames are missing at the end of the segment"),
         "{error}"
     );
 }

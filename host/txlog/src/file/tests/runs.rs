@@ -1,4 +1,4 @@
-//! Runs of compaction: beside writes, on disks that fail, over damage, after a crash, and how large the log is meanwhile.
+//! Compaction runs: concurrent with writes, on failing disks, over corruption, after a crash, and the size of the log.
 
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,13 +9,13 @@ use super::compaction::{Store, compact_at, fill, replay_into, store};
 use super::disk::Operation;
 use super::*;
 use crate::file::Damage;
-use crate::file::compact::{self, Effort};
+use crate::file::compact::{self, CompactionParams};
 use crate::file::compactor::Debt;
 use crate::file::disk::Disk;
 use crate::file::segment::{self, Numbers};
 
 #[test]
-fn a_write_waits_for_nothing_that_compaction_does() {
+fn commit_does_not_wait_for_compaction() {
     let disk = FakeDisk::default();
     let log = Arc::new(open(&disk).unwrap());
     fill(&log, 40);
@@ -50,14 +50,14 @@ fn a_write_waits_for_nothing_that_compaction_does() {
     disk.before_each(|_| Ok(()));
 }
 
-/// From then on nothing is written but what is committed or compacted.
-pub fn until_the_spare_is_there(log: &FileLog, disk: &FakeDisk) {
+/// Waits until the next segment is preallocated: after that only commits and compaction write.
+pub fn wait_for_preallocated_segment(log: &FileLog, disk: &FakeDisk) {
     let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
     eventually(|| disk.names().contains(&spare));
 }
 
 #[test]
-fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
+fn compaction_syncs_in_commit_sized_pieces() {
     let disk = FakeDisk::default();
     let segment_bytes = 16 << 20;
     let options = Options { segment_bytes, group_bytes: 1 << 20, ..options() };
@@ -65,8 +65,8 @@ fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
     for number in 0..40 {
         commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
     }
-    // The spare is written in larger pieces.
-    until_the_spare_is_there(&log, &disk);
+    // Preallocation writes larger pieces.
+    wait_for_preallocated_segment(&log, &disk);
     disk.record();
     assert!(compact_at(&log, 1, 0, 100).saved > 0);
     let (mut compacted, mut unsynced, mut most) = (None, 0, 0);
@@ -83,7 +83,7 @@ fn what_is_compacted_is_synced_in_pieces_no_larger_than_a_commit() {
 }
 
 #[test]
-fn a_run_tells_of_every_byte_it_reads_once() {
+fn compaction_reports_every_byte_once() {
     let options = Options { segment_bytes: 16 << 20, group_bytes: 1 << 20, ..options() };
     let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
     for number in 0..40 {
@@ -91,28 +91,28 @@ fn a_run_tells_of_every_byte_it_reads_once() {
     }
     let sealed = log.shared.catalog.sealed();
     let bytes: u64 = sealed.iter().map(|segment| segment.end - segment::HEAD_BYTES).sum();
-    let (effort, mut told) = (Effort { now: 1, worth_percent: 0, keys: 100 }, 0);
+    let (params, mut reported) = (CompactionParams { now: 1, min_yield_percent: 0, keys: 100 }, 0);
     let pause = &mut |more| {
-        told += more;
+        reported += more;
         Ok(())
     };
-    assert_eq!(compact::run(&log.shared, &sealed, &effort, pause).unwrap().passes, 1);
-    assert_eq!(told, 2 * bytes, "to find what goes, and to copy what stays");
+    assert_eq!(compact::run(&log.shared, &sealed, &params, pause).unwrap().passes, 1);
+    assert_eq!(reported, 2 * bytes, "one pass of analysis, and one that copies the live entries");
 }
 
 #[test]
-fn a_disk_that_fails_compaction_does_not_fail_the_log() {
+fn interrupted_compaction_preserves_the_log() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, 40);
     let before = store(&log);
-    // Wherever it is stopped.
+    // For every operation at which it can be interrupted.
     for operations in 0.. {
         let disk = disk.copy();
         let (shared, _) = recover(Arc::new(disk.clone()), options()).unwrap();
         disk.kill_after(Some(operations));
-        let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
-        let done = compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(()));
+        let params = CompactionParams { now: 1, min_yield_percent: 25, keys: 100 };
+        let done = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| Ok(()));
         disk.kill_after(None);
         let mut store = Store::new();
         replay_into(&mut store, |receive| replay::replay(&shared, 0, receive)).unwrap();
@@ -124,8 +124,8 @@ fn a_disk_that_fails_compaction_does_not_fail_the_log() {
             }
             Err(error) => assert!(!error.is::<Damage>(), "{error}"),
         }
-        // It is tried again.
-        compact::run(&shared, &shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap();
+        // The run is repeated.
+        compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap();
         drop(shared);
         let log = open(&disk).unwrap();
         assert_eq!(self::store(&log), before, "stopped after {operations}, and started again");
@@ -133,8 +133,8 @@ fn a_disk_that_fails_compaction_does_not_fail_the_log() {
 }
 
 #[test]
-fn a_disk_that_fails_stops_compaction_and_one_that_fails_to_sync_stops_the_log() {
-    // Whether the sync fails or the file cannot be made, with which error, and whether that is the end.
+fn only_failed_sync_of_compaction_fails_log() {
+    // Whether the sync fails or the creation of the file, the error, and whether it is fatal.
     for (sync, error, fatal) in [
         (false, ErrorKind::PermissionDenied, false),
         (false, ErrorKind::StorageFull, false),
@@ -167,7 +167,7 @@ fn a_disk_that_fails_stops_compaction_and_one_that_fails_to_sync_stops_the_log()
             eventually(|| log.failure().is_some());
             continue;
         }
-        // Many times what the log may grow by while a run is under way.
+        // Many times the growth that the write stall allows during a run.
         fill(&log, 100);
         assert_eq!((log.failure(), store(&log).len()), (None, 3));
         log.close().unwrap();
@@ -175,7 +175,7 @@ fn a_disk_that_fails_stops_compaction_and_one_that_fails_to_sync_stops_the_log()
 }
 
 #[test]
-fn compaction_is_tried_again_after_the_disk_failed() {
+fn compaction_retries_after_disk_error() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, 40);
@@ -197,7 +197,7 @@ fn compaction_is_tried_again_after_the_disk_failed() {
 }
 
 #[test]
-fn what_is_deleted_makes_a_run_due() {
+fn deletes_make_compaction_due() {
     let log = open(&FakeDisk::default()).unwrap();
     let keys: Vec<_> = (0..300).map(|number| format!("key {number}")).collect();
     for some in keys.chunks(3) {
@@ -207,7 +207,7 @@ fn what_is_deleted_makes_a_run_due() {
     log.compact_in_background().unwrap();
     eventually(|| log.shared.metrics.compactions.get() > 0);
     let all = log.shared.catalog.bytes();
-    // Far too little to make one due by its size.
+    // Far too few bytes to make a run due by size.
     for some in keys.chunks(50) {
         append(&log, 1, &some.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
     }
@@ -217,7 +217,7 @@ fn what_is_deleted_makes_a_run_due() {
 }
 
 #[test]
-fn deletes_that_a_run_came_too_early_for_make_the_next_one_due() {
+fn unsealed_deletes_make_next_compaction_due() {
     for is_reopened in [false, true] {
         let disk = FakeDisk::default();
         let mut log = open(&disk).unwrap();
@@ -225,7 +225,7 @@ fn deletes_that_a_run_came_too_early_for_make_the_next_one_due() {
         for some in keys.chunks(3) {
             append(&log, 1, &some.iter().map(|key| put(key, &[1; 500])).collect::<Vec<_>>());
         }
-        // In the newest segment, which no run looks at.
+        // In the newest segment, which is not compacted.
         append(&log, 1, &keys.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
         assert!(durable(&log, 100));
         if is_reopened {
@@ -235,7 +235,7 @@ fn deletes_that_a_run_came_too_early_for_make_the_next_one_due() {
         log.compact_in_background().unwrap();
         eventually(|| log.shared.metrics.compactions.get() > 0);
         let all = log.shared.catalog.bytes();
-        // The next segment is begun, and no more is written than that.
+        // Just enough to begin the next segment.
         for _ in 0..6 {
             append(&log, 1, &[put("another", &[1; 500])]);
         }
@@ -247,10 +247,10 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_commit_waits_for_a_part_of_a_run_in_proportion_to_what_it_writes(
+    fn write_stall_is_proportional_to_bytes_written(
         needed in 0..1_u64 << 40, segment_bytes in 1_u64 << 16..1 << 32, bytes in 1_u64..4 << 20, done in 0.0..1.0,
     ) {
-        // As large as it can be when a run falls due: a third of it may be dead, or is in the segment just sealed.
+        // The maximum size when a run becomes due: a third may be garbage, or is in the segment just sealed.
         let sealed = needed + needed / 2 + segment_bytes;
         let mut debt = Debt::new(sealed, sealed, Some(needed), segment_bytes);
         debt.work = 2 * sealed;
@@ -265,23 +265,23 @@ proptest! {
 }
 
 #[test]
-fn damage_is_not_compacted_away() {
+fn compaction_refuses_corrupt_segment() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, 40);
     let mut bytes = disk.read("0000000002.seg");
     bytes[600] ^= 1;
     disk.put("0000000002.seg", bytes);
-    until_the_spare_is_there(&log, &disk);
+    wait_for_preallocated_segment(&log, &disk);
     let names = disk.names();
-    let effort = Effort { now: 1, worth_percent: 25, keys: 100 };
-    let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap_err();
+    let params = CompactionParams { now: 1, min_yield_percent: 25, keys: 100 };
+    let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("0000000002.seg is damaged at byte 512"), "{error}");
     assert_eq!(disk.names(), names);
 }
 
 #[test]
-fn what_compaction_left_behind_in_a_crash_is_removed() {
+fn recovery_removes_replaced_segments() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     fill(&log, 40);
@@ -289,14 +289,14 @@ fn what_compaction_left_behind_in_a_crash_is_removed() {
     let old = disk.copy();
     compact_at(&log, 1, 25, 100);
     drop(log);
-    // The names of the old files had been removed, and the crash brought them back.
+    // The removal of the old files was lost in the crash.
     for name in old.names().iter().filter(|name| name.as_str() < "0000000004.seg") {
         disk.put(name, old.read(name));
     }
     let log = open(&disk).unwrap();
     assert_eq!(store(&log), before);
     assert!(!disk.names().contains(&"0000000002.seg".into()));
-    // A file that stands for others but is another log's does not count.
+    // A compacted segment of another log does not replace these.
     let names: Vec<_> = disk.names().into_iter().filter(|name| name.contains('-')).collect();
     assert_eq!(names.len(), 1);
     disk.remove(&names[0]).unwrap();

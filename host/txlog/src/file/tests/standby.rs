@@ -10,10 +10,10 @@ use super::beside::Beside;
 use super::content::{Appended, Model, Outcome};
 use super::mutants::{self, Mutant};
 use super::*;
-use crate::file::compact::{self, Effort};
+use crate::file::compact::{self, CompactionParams};
 use crate::file::disk::File;
 use crate::file::position::{self, Position};
-use crate::file::{StandbyLog, spare};
+use crate::file::{StandbyLog, preallocate};
 use crate::{Condition, Standby};
 
 /// A primary without threads.
@@ -36,8 +36,8 @@ impl Primary {
         if self.dice.u8(0..5) == 0 {
             let now = self.time.saturating_sub(3);
             self.model.compactions.push((0, now));
-            let effort = Effort { now, worth_percent: 0, keys: 100 };
-            compact::run(&self.shared, &self.shared.catalog.sealed(), &effort, &mut |_| Ok(())).unwrap();
+            let params = CompactionParams { now, min_yield_percent: 0, keys: 100 };
+            compact::run(&self.shared, &self.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap();
             return;
         }
         for _ in 0..self.dice.usize(1..5) {
@@ -54,7 +54,7 @@ impl Primary {
             let value = vec![self.dice.u8(..); self.dice.usize(0..900)];
             Event::Put(Put { key, value, metadata: Vec::new(), expires })
         };
-        spare::fill(&self.shared).unwrap();
+        preallocate::preallocate_one(&self.shared).unwrap();
         let sequence = self.shared.queue.append(self.time, std::slice::from_ref(&event)).unwrap();
         self.writer.step(&self.shared).unwrap();
         self.model.entries.push(Appended { sequence, time: self.time, event, ends_group: true });
@@ -184,7 +184,7 @@ fn standby_follows_and_takes_over_where_the_primary_ends() {
     committed(&primary, "before");
     let standby = StandbyLog::open(on(directory.path())).unwrap();
     assert_eq!((standby.appended(), standby.append(1, &[put("key", &[])])), (1, Err(AppendError::ReadOnly)));
-    assert!(matches!(standby.condition(), Condition::But(what) if what.starts_with("standing by while process ")));
+    assert!(matches!(standby.condition(), Condition::But(what) if what.starts_with("standby of process ")));
     for number in 0..100 {
         committed(&primary, &number.to_string());
     }

@@ -28,7 +28,7 @@ fn entries(disk: &FakeDisk) -> anyhow::Result<u64> {
 const NAME: &str = "0000000001.seg";
 
 #[test]
-fn a_tail_torn_at_any_byte_is_cut_and_written_over() {
+fn tail_torn_at_any_byte_is_truncated() {
     let (disk, offsets) = crashed(3);
     let whole = disk.read(NAME);
     for torn_at in offsets[2]..offsets[3] {
@@ -49,7 +49,7 @@ fn a_tail_torn_at_any_byte_is_cut_and_written_over() {
 }
 
 #[test]
-fn a_tail_with_any_sector_lost_or_garbled_is_cut() {
+fn tail_with_any_bad_sector_is_truncated() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("first", b"1"));
@@ -70,7 +70,7 @@ fn a_tail_with_any_sector_lost_or_garbled_is_cut() {
 }
 
 #[test]
-fn the_copy_of_a_torn_tail_holds_its_bytes() {
+fn copy_of_torn_tail_has_its_bytes() {
     let (disk, offsets) = crashed(2);
     let mut bytes = disk.read(NAME);
     bytes[offsets[1] as usize + 70] ^= 1;
@@ -83,7 +83,7 @@ fn the_copy_of_a_torn_tail_holds_its_bytes() {
 }
 
 #[test]
-fn a_torn_tail_is_cut_unkept_only_where_there_is_no_room() {
+fn torn_tail_is_not_copied_on_full_disk() {
     let (torn, offsets) = crashed(2);
     let mut bytes = torn.read(NAME);
     bytes[offsets[1] as usize + 70] ^= 1;
@@ -105,7 +105,7 @@ fn a_torn_tail_is_cut_unkept_only_where_there_is_no_room() {
 }
 
 #[test]
-fn damage_before_the_last_frame_is_refused_with_its_place() {
+fn corruption_before_last_frame_is_located() {
     let (disk, offsets) = crashed(3);
     for frame in [0, 1] {
         let disk = disk.copy();
@@ -121,7 +121,7 @@ fn damage_before_the_last_frame_is_refused_with_its_place() {
 }
 
 #[test]
-fn what_proves_that_a_torn_frame_had_been_durable_is_found_however_far_away() {
+fn distant_frame_proves_torn_frame_was_durable() {
     // A megabyte is looked through at a time, from the eighth byte of the torn frame on.
     let border = (1 << 20) + 8;
     for size in [border - 64, border - 8, border, border + 8, 2 * border + 64] {
@@ -136,12 +136,12 @@ fn what_proves_that_a_torn_frame_had_been_durable_is_found_however_far_away() {
         bytes[torn + 100] ^= 1;
         disk.put(NAME, bytes);
         let error = format!("{:#}", entries(&disk).expect_err("what had been durable is gone"));
-        assert!(error.contains(&format!("as the frame at byte {} says", torn + size)), "{error}");
+        assert!(error.contains(&format!("according to the frame at byte {}", torn + size)), "{error}");
     }
 }
 
 #[test]
-fn after_a_clean_end_damage_to_the_last_entry_is_no_torn_tail() {
+fn corrupt_last_entry_of_closed_log_is_not_torn() {
     let (disk, offsets) = crashed(2);
     open(&disk).unwrap().close().unwrap();
     let mut bytes = disk.read(NAME);
@@ -151,7 +151,7 @@ fn after_a_clean_end_damage_to_the_last_entry_is_no_torn_tail() {
 }
 
 #[test]
-fn damage_to_the_end_of_a_log_that_was_closed_and_opened_again_is_no_torn_tail() {
+fn corrupt_end_of_reopened_log_is_not_torn() {
     let (disk, offsets) = crashed(2);
     open(&disk).unwrap().close().unwrap();
     let log = open(&disk).unwrap();
@@ -169,7 +169,7 @@ fn damage_to_the_end_of_a_log_that_was_closed_and_opened_again_is_no_torn_tail()
 }
 
 #[test]
-fn the_watermark_file_tells_that_the_end_is_missing() {
+fn watermark_file_reveals_missing_end() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", b"1"));
@@ -185,7 +185,7 @@ fn the_watermark_file_tells_that_the_end_is_missing() {
 }
 
 #[test]
-fn a_watermark_file_that_is_damaged_or_of_another_log_says_nothing() {
+fn foreign_or_corrupt_watermark_file_is_ignored() {
     let closed = |entries: u64| {
         let disk = FakeDisk::default();
         let log = open(&disk).unwrap();
@@ -205,7 +205,7 @@ fn a_watermark_file_that_is_damaged_or_of_another_log_says_nothing() {
 }
 
 #[test]
-fn a_watermark_file_that_cannot_be_read_is_not_taken_for_none() {
+fn unreadable_watermark_file_fails_recovery() {
     let (disk, _) = crashed(2);
     assert_eq!(entries(&disk).unwrap(), 2, "it need not be there");
     disk.put("watermark", vec![0; 36]);
@@ -215,7 +215,7 @@ fn a_watermark_file_that_cannot_be_read_is_not_taken_for_none() {
 }
 
 #[test]
-fn what_a_failed_sync_left_in_memory_is_not_believed() {
+fn recovery_ignores_pages_of_failed_sync() {
     let (disk, offsets) = crashed(3);
     let mut bytes = disk.read(NAME);
     bytes[offsets[2] as usize..].fill(0);
@@ -224,7 +224,7 @@ fn what_a_failed_sync_left_in_memory_is_not_believed() {
 }
 
 #[test]
-fn frames_written_without_a_sync_prove_nothing_until_the_log_is_closed() {
+fn unsynced_frames_prove_nothing_before_close() {
     let disk = FakeDisk::default();
     let options = Options { durability: Durability::Os, ..options() };
     let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
@@ -254,7 +254,7 @@ fn frames_written_without_a_sync_prove_nothing_until_the_log_is_closed() {
 }
 
 #[test]
-fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
+fn missing_renamed_or_foreign_segment_is_refused() {
     let make = || {
         let disk = FakeDisk::default();
         let log = open(&disk).unwrap();
@@ -326,7 +326,7 @@ fn segments_that_are_missing_renamed_or_of_another_log_are_refused() {
 
 /// Of a file that had been of that log before, for instance.
 #[test]
-fn frames_of_another_log_are_nothing() {
+fn frames_of_another_log_are_ignored() {
     let [disk, other] = [(); 2].map(|()| crashed(2).0);
     let mut bytes = disk.read(NAME);
     bytes[512..].copy_from_slice(&other.read(NAME)[512..]);
@@ -336,7 +336,7 @@ fn frames_of_another_log_are_nothing() {
 
 /// As when files of one log that came from two backups are put together: every checksum is right.
 #[test]
-fn a_frame_that_followed_another_one_is_damage() {
+fn frame_with_wrong_predecessor_is_corruption() {
     let (start, offsets) = crashed(1);
     let [disk, other] = [b"one", b"two"].map(|value| {
         let disk = start.copy();
@@ -356,7 +356,7 @@ fn a_frame_that_followed_another_one_is_damage() {
 }
 
 #[test]
-fn a_newest_segment_with_garbage_after_its_end_is_cut() {
+fn garbage_after_last_frame_is_truncated() {
     let (disk, offsets) = crashed(3);
     let mut bytes = disk.read(NAME);
     bytes.extend([0xa5; 1000]);

@@ -15,7 +15,7 @@ fn verified(disk: &FakeDisk) -> (u64, Vec<String>) {
             covered.push((first, last));
         }
         Finding::Torn(what) => said.push(format!("torn: {what}")),
-        Finding::Wrong(what) => said.push(what),
+        Finding::Corrupt(what) => said.push(what),
     };
     verify_in(&home, &mut report, &mut |_| ()).unwrap();
     assert_eq!(disk.names(), names, "nothing is changed");
@@ -40,7 +40,7 @@ fn log_of(puts: u64, compacted: bool) -> FakeDisk {
 }
 
 #[test]
-fn a_sound_log_is_found_sound() {
+fn verify_accepts_intact_log() {
     assert_eq!(verified(&log_of(40, false)), (40, vec![]));
     let (entries, said) = verified(&log_of(40, true));
     assert!((9..18).contains(&entries) && said.is_empty(), "{entries} {said:?}");
@@ -58,7 +58,7 @@ fn a_sound_log_is_found_sound() {
 
 /// What no damage but only a fault of whoever wrote it makes: all checksums are right.
 #[test]
-fn a_sequence_that_is_left_out_is_wrong_where_nothing_was_compacted() {
+fn verify_finds_gap_in_uncompacted_segment() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     append(&log, 1, &[put("a", b""), put("b", b"")]);
@@ -77,16 +77,16 @@ fn a_sequence_that_is_left_out_is_wrong_where_nothing_was_compacted() {
         verified(&disk)
     };
     assert_eq!(forge(head + 8, 1), (2, vec![]), "what is there is written once more");
-    let frame = format!("data/log/{name} at byte {head}: a frame has sequences that are out of order");
+    let frame = format!("data/log/{name} at byte {head}: the sequences of a frame are out of order");
     assert_eq!(forge(head + 8, 2), (0, vec![frame]));
-    let entry = format!("data/log/{name} at byte {head}: an entry has a sequence that is out of order");
+    let entry = format!("data/log/{name} at byte {head}: the sequence of an entry is out of order");
     for offset in [0, 2] {
         assert_eq!(forge(body + 26, offset), (0, vec![entry.clone()]));
     }
 }
 
 #[test]
-fn every_flipped_bit_is_found() {
+fn verify_finds_every_flipped_bit() {
     for compacted in [false, true] {
         let disk = log_of(12, compacted);
         let sound = verified(&disk).0;
@@ -105,7 +105,7 @@ fn every_flipped_bit_is_found() {
 }
 
 #[test]
-fn damage_is_named_and_does_not_hide_what_comes_after() {
+fn verify_continues_after_corruption() {
     let disk = log_of(40, false);
     let mut bytes = disk.read("0000000002.seg");
     bytes[600] ^= 1;
@@ -119,7 +119,7 @@ fn damage_is_named_and_does_not_hide_what_comes_after() {
 }
 
 #[test]
-fn what_a_compacted_segment_lacks_and_what_has_another_name_is_told() {
+fn verify_finds_missing_frames_and_odd_names() {
     let disk = log_of(40, true);
     let name = disk.names().into_iter().find(|name| name.contains('-')).unwrap();
     let mut bytes = disk.read(&name);
@@ -127,13 +127,13 @@ fn what_a_compacted_segment_lacks_and_what_has_another_name_is_told() {
     bytes[512..].fill(0);
     disk.put(&name, bytes);
     disk.put("3.seg", Vec::new());
-    let missing = format!("data/log/{name} at byte 512: frames are missing at its end");
+    let missing = format!("data/log/{name} at byte 512: frames are missing at the end of the segment");
     let stranger = "data/log/3.seg is not a segment of a log; move it away".to_owned();
     assert_eq!(verified(&disk).1, [stranger, missing]);
 }
 
 #[test]
-fn a_torn_tail_is_no_damage() {
+fn verify_accepts_torn_tail() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     commit(&log, put("a", b"1"));
@@ -148,7 +148,7 @@ fn a_torn_tail_is_no_damage() {
 }
 
 #[test]
-fn a_torn_segment_is_damage_when_a_later_one_was_begun() {
+fn verify_rejects_torn_write_in_older_segment() {
     let disk = log_of(40, false);
     let mut bytes = disk.read("0000000001.seg");
     let last = bytes.iter().rposition(|byte| *byte != 0).unwrap();
@@ -157,11 +157,11 @@ fn a_torn_segment_is_damage_when_a_later_one_was_begun() {
     let (_, said) = verified(&disk);
     assert_eq!(said.len(), 1, "{said:?}");
     assert!(said[0].starts_with("data/log/0000000001.seg at byte "), "{said:?}");
-    assert!(said[0].ends_with("and a later segment had been begun"), "{said:?}");
+    assert!(said[0].ends_with("yet a later segment exists"), "{said:?}");
 }
 
 #[test]
-fn an_end_that_is_missing_is_found_before_a_segment_that_nothing_was_written_to() {
+fn verify_finds_missing_end_before_empty_segment() {
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
     for key in ["key 1", "key 2"] {
@@ -178,7 +178,7 @@ fn an_end_that_is_missing_is_found_before_a_segment_that_nothing_was_written_to(
 }
 
 #[test]
-fn a_log_in_use_is_refused_and_one_that_is_not_is_compacted() {
+fn offline_compaction_refuses_log_in_use() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path();
     let error = Offline::open(data).err().unwrap().to_string();

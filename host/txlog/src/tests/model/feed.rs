@@ -1,4 +1,5 @@
-//! The change feed: a watcher gets each change after its position once, in order and not before it is durable, or is cut off.
+//! The change feed: a subscriber gets each change after its position once, in order and not before it is durable, or is
+//! canceled.
 
 use std::sync::Arc;
 
@@ -24,10 +25,10 @@ mod change_feed;
 #[path = "../../subscribers.rs"]
 mod subscribers;
 
-/// Sequences without what is behind them, durable after each append.
+/// A log of sequences without content, durable after each append.
 struct Numbers {
     appended: sync::Mutex<u64>,
-    /// Held by the one who syncs.
+    /// Held during a sync.
     disk: sync::Mutex<()>,
     watermark: Watermark,
 }
@@ -56,7 +57,7 @@ impl TransactionLog for Numbers {
     }
 }
 
-/// Appends in all, by two threads.
+/// Total number of appends, by two threads.
 const ALL: u64 = 4;
 
 struct Scenario {
@@ -67,7 +68,7 @@ struct Scenario {
 }
 
 impl Scenario {
-    /// A feed that runs, of which a watcher may fall behind by so many changes.
+    /// Starts a feed whose queues hold at most this number of changes.
     fn begin(lag: usize) -> Self {
         let (appended, disk) = (sync::Mutex::new(0), sync::Mutex::new(()));
         let log = Arc::new(Numbers { appended, disk, watermark: Watermark::new(0) });
@@ -97,7 +98,7 @@ impl Scenario {
         })
     }
 
-    /// Watches until it has all or is cut off. Returns the sequence of the last change, if it was cut off.
+    /// Subscribes until it has all changes or is canceled. Returns the sequence of the last change if it was canceled.
     fn watch(&self) -> JoinHandle<Option<u64>> {
         let (log, feed) = (Arc::clone(&self.log), Arc::clone(&self.feed));
         thread::spawn(move || {
@@ -140,7 +141,7 @@ fn feed_cuts_a_slow_consumer_and_leaves_no_gap() {
         let watching = [scenario.watch(), scenario.watch()];
         appending.into_iter().for_each(|appends| appends.join().unwrap());
         for cut in watching.map(|watches| watches.join().unwrap()).into_iter().flatten() {
-            // One waited, and another came.
+            // One change was pending, and another was queued.
             assert!(cut + 2 <= ALL, "it was cut off after {cut}");
         }
         scenario.end();

@@ -1,16 +1,16 @@
-//! Modules under every interleaving that a model checker comes upon.
+//! Model checking of modules: each scenario runs under many interleavings.
 
 mod feed;
 mod waiters;
 
 use shuttle::{check_pct, check_random};
 
-/// Of each scenario and scheduler.
+/// Number of executions of each scenario with each scheduler.
 const EXECUTIONS: usize = 3_000;
-/// Changes of priority in one execution, beside which a mistake shows.
+/// Number of priority changes in one execution of the PCT scheduler.
 const DEPTH: usize = 3;
 
-/// What a file that is compiled below one of these modules finds in place of `crate::sync`.
+/// Replacement of `crate::sync` for the files compiled below these modules.
 pub mod sync {
     pub use std::sync::PoisonError;
     use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ pub mod sync {
     use shuttle::rand::{Rng, thread_rng};
     pub use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
 
-    /// A clock by which a wait can be over at any moment.
+    /// A clock by which a wait can time out at any moment.
     pub struct Clock;
 
     impl Clock {
@@ -36,7 +36,7 @@ pub mod sync {
                 return (guard, true);
             }
             let guard = changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
-            // The time can be over while it is notified.
+            // The timeout can expire while it is notified.
             (guard, thread_rng().r#gen())
         }
     }

@@ -1,5 +1,4 @@
-//! The watermark: nobody waits for ever, and nobody is released
-//! before the log is durable.
+//! Model checking of the watermark: in every interleaving each waiter is released, and none before the log is durable.
 
 use std::sync::Arc;
 
@@ -14,7 +13,7 @@ use super::{check, sync};
 #[path = "../../watermark.rs"]
 mod watermark;
 
-/// Waits in a thread of its own. Returns whether the sequence became durable.
+/// Waits in its own thread. Returns whether the sequence became durable.
 fn wait_for(watermark: &Arc<Watermark>, sequence: u64) -> thread::JoinHandle<bool> {
     let watermark = Arc::clone(watermark);
     thread::spawn(move || {
@@ -65,7 +64,7 @@ fn watermark_that_latches_keeps_what_is_durable() {
         watermark.advance(1);
         deposed.join().unwrap();
         let [first, second] = waiting.map(|waits| waits.join().unwrap());
-        // Whoever asks again is told what is durable.
+        // A second wait for a durable sequence succeeds.
         assert!(!second && block_on(watermark.reached(1)).is_ok(), "{first} {second}");
     });
 }

@@ -1,0 +1,260 @@
+//! Preallocation of the next segment, so that a full disk is detected before a write is accepted and not after.
+//!
+//! Owns: the creation of segments, and the thread that does it. The space for the segment after the next is reserved
+//! before anything is written to the next: there is always space for accepted writes, and the queue knows when there is
+//! none for more, whatever else writes to the disk.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kvs_runtime::Clock;
+use uuid::Uuid;
+
+use super::Shared;
+use super::disk::{Disk, File, is_full, is_shortage};
+use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
+
+/// Delay before the next attempt on a full disk, or on a system without free file descriptors.
+const RETRY_DELAY: Duration = Duration::from_millis(200);
+
+/// Size of the first segment of a log, which is created before the server is ready.
+const FIRST_BYTES: u64 = 8 << 20;
+/// Growth factor from one segment to the next.
+const GROWTH: u64 = 4;
+
+/// Sizes of segments: the first is small, so that a new log is created quickly, and each is larger than the previous one
+/// up to the maximum.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    first: u64,
+    largest: u64,
+}
+
+impl Sizes {
+    /// No segment is smaller than `needed`, the size of the largest group, which is at most `largest`.
+    pub fn new(needed: u64, largest: u64) -> Self {
+        Self { first: FIRST_BYTES.max(needed).min(largest), largest }
+    }
+
+    /// Returns the size of the segment that follows one of this size, 0 for none.
+    pub fn after(self, size: u64) -> u64 {
+        size.saturating_mul(GROWTH).clamp(self.first, self.largest)
+    }
+
+    /// Returns the size of the smallest segment that is preallocated while another is written.
+    pub fn smallest_spare(self) -> u64 {
+        self.after(self.first)
+    }
+}
+
+/// A segment that is ready to be written.
+pub struct PreallocatedSegment {
+    pub number: u64,
+    pub file: Arc<dyn File>,
+    pub size: u64,
+}
+
+/// Keeps one segment preallocated.
+pub struct Preallocator {
+    state: Mutex<State>,
+    changed: Condvar,
+    sizes: Sizes,
+}
+
+struct State {
+    /// More than one only when several were found at the start.
+    ready: VecDeque<PreallocatedSegment>,
+    /// Number and size of the next segment to create.
+    next: u64,
+    size: u64,
+    /// File of that segment, when its space is reserved and nothing is in it yet.
+    reserved: Option<Arc<dyn File>>,
+    full: bool,
+    /// A writer that waits on a full disk gives up, since the log is closing.
+    closing: bool,
+    stopped: bool,
+}
+
+impl Preallocator {
+    /// `next` and `size` are the number and the size of the next segment to create.
+    pub fn new(ready: VecDeque<PreallocatedSegment>, next: u64, size: u64, sizes: Sizes) -> Self {
+        let state = State { ready, next, size, reserved: None, full: false, closing: false, stopped: false };
+        Self { state: Mutex::new(state), changed: Condvar::new(), sizes }
+    }
+
+    /// Returns the preallocated segment, and waits for it if necessary. None when there will be none.
+    pub fn take(&self, shared: &Shared) -> anyhow::Result<Option<PreallocatedSegment>> {
+        let mut state = self.lock();
+        loop {
+            if let Some(segment) = state.ready.pop_front() {
+                state.reserve(shared)?;
+                shared.queue.begin_segment(segment.size - HEAD_BYTES, state.full);
+                self.changed.notify_all();
+                return Ok(Some(segment));
+            }
+            if state.stopped || (state.full && state.closing) {
+                return Ok(None);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Reserves the space for the next segment, unless one is ready or reserved.
+    pub fn reserve(&self, shared: &Shared) -> anyhow::Result<()> {
+        self.lock().reserve(shared)
+    }
+
+    pub fn close(&self) {
+        self.lock().closing = true;
+        self.changed.notify_all();
+    }
+
+    pub fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
+    fn wait(&self, clock: &Clock, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
+        let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
+        let state = match time {
+            None => self.changed.wait_while(state, holds).unwrap_or_else(PoisonError::into_inner),
+            Some(time) => clock.wait_timeout_while(&self.changed, state, time, holds),
+        };
+        !state.stopped
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Preallocation thread: keeps one segment ready until shutdown.
+pub fn run(shared: &Shared) -> anyhow::Result<()> {
+    let preallocator = &shared.preallocator;
+    let clock = shared.clock();
+    while preallocator.wait(clock, None, |state| !state.ready.is_empty()) {
+        if !preallocate_one(shared)? && !preallocator.wait(clock, Some(RETRY_DELAY), |_| true) {
+            break;
+        }
+    }
+    let mut state = preallocator.lock();
+    if state.reserved.take().is_some() {
+        // The file is empty. If this fails, the next start removes it.
+        let _ = shared.home.disk.remove(&temporary(state.next));
+    }
+    Ok(())
+}
+
+/// Preallocates a segment unless one is ready; returns false when the disk is full.
+pub fn preallocate_one(shared: &Shared) -> anyhow::Result<bool> {
+    let preallocator = &shared.preallocator;
+    preallocator.reserve(shared)?;
+    let mut state = preallocator.lock();
+    let Some(file) = state.reserved.take() else { return Ok(!state.full) };
+    let (number, size) = (state.next, state.size);
+    drop(state);
+    let created = finish(&*shared.home.disk, shared.log, number, size, &*file);
+    let mut state = preallocator.lock();
+    if let Some(file) = state.handle_enospc(shared, created)? {
+        (state.next, state.size) = (number + 1, preallocator.sizes.after(size));
+        state.ready.push_back(PreallocatedSegment { number, file, size });
+    }
+    preallocator.changed.notify_all();
+    Ok(!state.full)
+}
+
+impl State {
+    fn reserve(&mut self, shared: &Shared) -> anyhow::Result<()> {
+        if self.ready.is_empty() && self.reserved.is_none() {
+            let reserved = reserve(&*shared.home.disk, self.next, self.size);
+            self.reserved = self.handle_enospc(shared, reserved)?;
+        }
+        Ok(())
+    }
+
+    /// Turns a full disk, or a shortage of file descriptors, into None: nothing was acknowledged yet, and space may become
+    /// available again. Any other error fails the log.
+    fn handle_enospc(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
+        let was_full =
+            std::mem::replace(&mut self.full, file.as_ref().is_err_and(|error| is_full(error) || is_shortage(error)));
+        // Before the log line, which tests and operators act upon.
+        shared.queue.set_full(self.full);
+        match file {
+            Err(error) if self.full => {
+                if !was_full {
+                    tracing::warn!(
+                        "disk full: cannot allocate the next segment of the log, writes will be rejected until there is space: {error}"
+                    );
+                }
+                Ok(None)
+            }
+            Ok(file) => {
+                if was_full {
+                    tracing::info!("disk space is available for the log again");
+                }
+                Ok(Some(file))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Creates an empty segment under a temporary name, so that a segment under its final name is always complete.
+pub fn create(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
+    finish(disk, log, number, size, &*reserve(disk, number, size)?)
+}
+
+/// Reserves the space for a segment.
+fn reserve(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
+    let temporary = temporary(number);
+    let reserved = disk.create(&temporary).and_then(|file| {
+        file.allocate(size)?;
+        Ok(file)
+    });
+    remove_if_full(disk, &temporary, reserved)
+}
+
+fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -> io::Result<Arc<dyn File>> {
+    let (name, temporary) = (Numbers::one(number).file_name(), temporary(number));
+    let write = || {
+        file.write_at(
+            &Head { version: VERSION, log, numbers: Numbers::one(number), size, compacted: None }.encode(),
+            0,
+        )?;
+        zero(file, HEAD_BYTES, size)?;
+        file.sync()?;
+        disk.rename(&temporary, &name)?;
+        disk.sync()?;
+        // Reopened, so that errors name the final path from now on.
+        disk.open(&name)
+    };
+    remove_if_full(disk, &temporary, write())
+}
+
+fn temporary(number: u64) -> String {
+    format!("{}.tmp", Numbers::one(number).file_name())
+}
+
+/// Frees the partly allocated file on a full disk. If even this fails, the next attempt truncates the file.
+fn remove_if_full(disk: &dyn Disk, name: &str, created: io::Result<Arc<dyn File>>) -> io::Result<Arc<dyn File>> {
+    if created.as_ref().is_err_and(is_full) {
+        let _ = disk.remove(name);
+    }
+    created
+}
+
+/// Writes zeros, not only for a clean end of the log: a sync of space that was merely allocated must also update the file
+/// system's journal. On ext4, zeros made a commit of 8 KiB take 93 us instead of 146, and of 64 KiB 115 instead of 189.
+pub fn zero(file: &dyn File, from: u64, to: u64) -> io::Result<()> {
+    let zeros = vec![0; to.saturating_sub(from).min(1 << 20) as usize];
+    let mut at = from;
+    while at < to {
+        let chunk = &zeros[..(to - at).min(zeros.len() as u64) as usize];
+        file.write_at(chunk, at)?;
+        at += chunk.len() as u64;
+    }
+    Ok(())
+}
