@@ -36,7 +36,7 @@ fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
         put(&mut client, &format!("after {round}").replace(' ', "-"));
         put(&mut Connection::open(server.address()), &format!("new-{round}"));
     }
-    let grown = peak(&server) - before;
+    let grown = peak(&server).saturating_sub(before);
     assert!(grown < (MEMORY << 10) + BOUND, "{harm}: the host grew by {grown} KiB");
 
     let others = ["harm", "{own}often"];
@@ -118,7 +118,7 @@ fn a_response_that_is_much_too_large_is_never_copied() {
     let mut client = Connection::open(server.address());
     let before = peak(&server);
     get(&mut client, "/body/300000000").says(500, "the store failed on this request");
-    let grown = peak(&server) - before;
+    let grown = peak(&server).saturating_sub(before);
     assert!(grown < 350 << 10, "300 MB in the guest cost the host {grown} KiB");
     server.says("the guest trapped");
     assert_eq!(get(&mut client, "/body/1000").body.len(), 1000);
@@ -169,7 +169,7 @@ fn a_trap_in_apply() {
         assert_eq!(Connection::open(server.address()).ask("GET", "/store/{own}before", b"").status, 503);
         assert_eq!(Connection::open(server.admin()).ask("GET", "/livez", b"").status, 200);
     }
-    let grown = peak(&server) - before;
+    let grown = peak(&server).saturating_sub(before);
     assert!(grown < BOUND, "instances that could not be rebuilt took {grown} KiB");
     holds(server, &keys.into_iter().chain(["{own}harm"]).collect::<Vec<_>>());
 }
@@ -222,7 +222,7 @@ fn a_trap_in_tick() {
             server.says_again("the guest trapped in tick", 1 + n / 100);
         }
     }
-    let grown = peak(&server) - before;
+    let grown = peak(&server).saturating_sub(before);
     assert!(grown < BOUND, "the host grew by {grown} KiB");
     holds(server, &keys);
 }
