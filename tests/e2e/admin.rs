@@ -36,8 +36,8 @@ fn health_has_a_line_and_an_exit_code() {
     is_well(admin, &[], "ready\n");
     is_well(admin, &["--live"], "alive\n");
     drop(server);
-    refused(health(admin, &[])).with(1, &["no answer", &admin.to_string(), "--admin"]);
-    refused(health(admin, &["--live"])).with(1, &["no answer"]);
+    refused(health(admin, &[])).with(1, &["no response", &admin.to_string(), "--admin"]);
+    refused(health(admin, &["--live"])).with(1, &["no response"]);
 }
 
 #[test]

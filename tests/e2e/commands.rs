@@ -140,7 +140,7 @@ fn what_went_wrong_is_one_line() {
     }
     let unknown = file("unknown", "kvs_0\n");
     nobody(&["get", "a", "--token-file", &unknown]).with(1, &["the token is unknown", "(401)"]);
-    nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token has characters"]);
+    nobody(&["get", "a", "--token-file", &file("odd", "kvs\0_0")]).with(1, &["the token contains invalid characters"]);
     nobody(&["get", "a", "--token-file", "/nowhere"]).with(1, &["cannot read --token-file /nowhere"]);
     nobody(&["get", "a", "--token-file", &unknown, "--token", "x"]).with(2, &["--token", "cannot be used with"]);
     let reader = file("reader", &reader);
