@@ -31,7 +31,7 @@ fn serve_in(data: &Path, args: &[&str]) -> Server {
 }
 
 fn stand_by(data: &Path, args: &[&str]) -> Server {
-    let server = serve_in(data, &[&["--standby"], args].concat());
+    let server = serve_in(data, &[&["--standby", "--stale-reads"], args].concat());
     becomes_ready(&server, 200, STANDS_BY);
     server
 }

@@ -114,7 +114,7 @@ fn spare_of_standby_follows_the_primary() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
-    let standby = stand_by(&url, &[brittle(), "--shards", "1", "--spare"]);
+    let standby = stand_by(&url, &[brittle(), "--shards", "1", "--spare", "--stale-reads"]);
     let traps = || {
         counts(&standby, "kvs_guest_spares", 1.0);
         let answer = Connection::open(standby.address()).ask("GET", "/trap/v1/a", b"");
@@ -172,7 +172,7 @@ fn a_guest_that_appends_while_its_server_stands_by_is_told_that_it_may_not() {
 fn guest_has_a_tick_after_a_promotion() {
     let database = Database::start();
     let server = start(&database.url());
-    let standby = stand_by(&database.url(), &[guest(), "--guest-config", "fault=tick-appends"]);
+    let standby = stand_by(&database.url(), &[guest(), "--guest-config", "fault=tick-appends", "--stale-reads"]);
     let begun = Instant::now();
     while !Connection::open(standby.address()).ask("GET", "/refusal", b"").text().contains("ReadOnly") {
         assert!(begun.elapsed() < PATIENCE, "no tick while it stands by");
@@ -188,7 +188,7 @@ fn position_that_standby_has_not_reached_is_503() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());
-    let standby = stand_by(&database.url_at(proxy.port), &[]);
+    let standby = stand_by(&database.url_at(proxy.port), &["--stale-reads"]);
     assert_eq!(put(&server, "a", "1"), 201);
     shows(&standby, "a", 200, "1");
     let resume = |method: &str, position: u64| {
