@@ -59,7 +59,7 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
     shows(&standby, "a", 200, "2");
     becomes_ready(&standby, 200, UP_TO_DATE);
     let refused = Connection::open(standby.address()).ask("PUT", "/v1/a", b"");
-    refused.says(503, "this server stands by; another one takes writes");
+    refused.says(503, &format!("this server stands by; another one takes writes; the primary is {}", primary.url("")));
     let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
     for line in ["\nkvs_txlog_role 1\n", "\nkvs_txlog_replication_lag_entries 0\n", "\nkvs_txlog_sequence 3\n"] {
         assert!(metrics.text().contains(line), "{line:?} is not in {}", metrics.text());
