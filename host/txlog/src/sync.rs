@@ -6,5 +6,5 @@
 
 pub use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
 
-/// Waits for a [`Condvar`] for a time.
+// It waits on a condition variable with a timeout.
 pub use kvs_runtime::Clock;
