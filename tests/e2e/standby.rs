@@ -5,16 +5,20 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::components::DEFAULT_GUEST;
 use crate::full_disk::Mount;
 use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
 use crate::load::{Clients, SMALL_SEGMENTS, SaysOver};
 use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, shows};
 use crate::postgres::{WELL, becomes_ready, get, put, ready, under_load};
-use crate::server::{Server, serve};
+use crate::server::{PATIENCE, Server, serve};
+use crate::swap::{copy_of, swap};
 use crate::watch::Events;
 use crate::wire::Connection;
 use crate::zoo;
@@ -68,6 +72,43 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
     standby.kill();
     assert_eq!(names(data.path()), before);
     primary.terminate();
+}
+
+/// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.
+#[test]
+fn standby_serves_the_guest_of_its_primary() {
+    let data = directory();
+    let primary = serve_in(data.path(), &["--probation", "100ms"]);
+    let standby = stand_by(data.path(), &["--probation", "100ms"]);
+    let digest = |server: &Server| -> String {
+        let answer = Connection::open(server.admin()).ask("GET", "/guest", b"");
+        let status: Value = serde_json::from_str(answer.text()).expect("the answer is JSON");
+        status["sha256"].as_str().expect("a digest is text").to_owned()
+    };
+    let (first, other) = (digest(&primary), copy_of(DEFAULT_GUEST));
+    let reason = "this server stands by and serves the guest of its primary; swap the guest there";
+    swap(&standby, &other).says(409, reason);
+    assert_eq!(Connection::open(standby.admin()).ask("PUT", "/guest?dry-run", &other).status, 200);
+    assert_eq!((swap(&primary, &other).status, put(&primary, "a", "1")), (200, 201));
+    let follows = |before: &str| {
+        let begun = Instant::now();
+        while digest(&standby) == before {
+            assert!(begun.elapsed() < PATIENCE, "the standby keeps its guest");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(digest(&standby), digest(&primary));
+    };
+    follows(&first);
+    let second = digest(&primary);
+    assert_eq!(Connection::open(primary.admin()).ask("DELETE", "/guest", b"").status, 200);
+    follows(&second);
+    assert_eq!(swap(&primary, &other).status, 200);
+    follows(&first);
+    primary.kill();
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((digest(&standby), get(&standby, "a")), (second, (200, "1".into())));
+    assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/guest", b"").status, 200);
+    assert_eq!(digest(&standby), first);
 }
 
 #[test]

@@ -56,6 +56,10 @@ impl Guests {
     }
 
     async fn swap(&self, source: Source, component: Vec<u8>, dry_run: bool) -> Response<Full<Bytes>> {
+        if !dry_run && self.swapper.follows_primary() {
+            let reason = "this server stands by and serves the guest of its primary; swap the guest there";
+            return line(StatusCode::CONFLICT, reason);
+        }
         match self.swapper.swap(source, component, dry_run).await {
             Ok(outcome) => document(report(&outcome)),
             Err(error) => refused(&error),

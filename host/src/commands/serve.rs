@@ -79,7 +79,9 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
     let hangup = || listen_for(SignalKind::hangup());
     let _heard = hangup()?;
-    let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest)?;
+    let shares_data = args.standby && matches!(args.txlog, TxlogStorage::File);
+    let primary = shares_data.then_some(&*args.data_dir);
+    let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
     let exposures = exposed(args)?;
@@ -152,7 +154,8 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     let metrics = Arc::new(edge::Metrics::default());
     admin.metrics.add(metrics.clone());
-    let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), args.data_dir.clone(), args.probation);
+    let data = (args.data_dir.clone(), shares_data);
+    let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), data, args.probation);
     admin.set_swapper(Arc::clone(&swapper));
     let reloading = reload.start(swapper, env);
     health.reached(Phase::Serving);

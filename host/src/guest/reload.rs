@@ -1,4 +1,5 @@
-//! Swaps the guest for what its file holds now: on SIGHUP, and with `--watch-guest` whenever the file changes.
+//! Swaps the guest for what its file holds now: on SIGHUP, and with `--watch-guest` whenever the file changes. A standby that
+//! shares the data directory of its primary follows the file in which that remembers its guest.
 //!
 //! Must never know: how a swap is made.
 
@@ -13,40 +14,64 @@ use tokio::task;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
-use super::source::{Digest, Source};
+use super::source::{self, Digest, Source};
 use super::swap::{SwapError, Swapper};
 use crate::changes::{Changes, LOOK};
 use crate::signals::{Listen, listen};
 
 pub struct Reload {
-    file: Option<PathBuf>,
+    named: Named,
     hangup: Listen,
     /// Of the file, when it is watched.
     changes: Option<Changes>,
 }
 
+/// Where the guest comes from after the start.
+#[derive(Clone)]
+enum Named {
+    Nowhere,
+    File(PathBuf),
+    /// The data directory of the primary.
+    ByPrimary(PathBuf),
+}
+
+impl Named {
+    fn source(&self) -> Option<Source> {
+        match self {
+            Self::Nowhere => None,
+            Self::File(file) => Some(Source::File(file.clone())),
+            Self::ByPrimary(data) => Some(Source::choose(None, data)),
+        }
+    }
+}
+
 impl Reload {
-    /// `file` is the guest that was named at the start, before it is read. From here on SIGHUP does not end the process.
-    pub fn new(file: Option<&Path>, watch: bool) -> Result<Self> {
-        let file = file.map(Path::to_owned);
-        let changes = file.clone().filter(|_| watch).map(|file| Changes::of(vec![file]));
-        Ok(Self { file, hangup: listen(SignalKind::hangup())?, changes })
+    /// `file` is the guest that was named at the start, before it is read. Where none was, a standby follows that of `primary`,
+    /// the data directory that it shares. From here on SIGHUP does not end the process.
+    pub fn new(file: Option<&Path>, watch: bool, primary: Option<&Path>) -> Result<Self> {
+        let (named, watched) = match (file, primary) {
+            (Some(file), _) => (Named::File(file.to_owned()), watch.then(|| file.to_owned())),
+            (None, Some(data)) => (Named::ByPrimary(data.to_owned()), Some(source::remembered(data))),
+            (None, None) => (Named::Nowhere, None),
+        };
+        let changes = watched.map(|file| Changes::of(vec![file]));
+        Ok(Self { named, hangup: listen(SignalKind::hangup())?, changes })
     }
 
     /// Starts the task that swaps the guest. Started again, it compares the file with what it was at the start: a guest
     /// that serves already is not swapped.
     pub fn start(self, swapper: Arc<Swapper>, env: &Env) -> Task {
-        let Self { file, mut hangup, changes } = self;
+        let Self { named, mut hangup, changes } = self;
         env.tasks.restart("guest reload", &env.clock, move || {
-            let (hangup, file, changes, swapper) = (hangup(), file.clone(), changes.clone(), Arc::clone(&swapper));
-            async move { run(hangup?, file, changes, swapper).await }
+            let (hangup, named, changes, swapper) = (hangup(), named.clone(), changes.clone(), Arc::clone(&swapper));
+            async move { run(hangup?, named, changes, swapper).await }
         })
     }
 }
 
 async fn run(
     mut hangup: Signal,
-    file: Option<PathBuf>,
+    named: Named,
     mut changes: Option<Changes>,
     swapper: Arc<Swapper>,
 ) -> Result<Infallible> {
@@ -63,17 +88,16 @@ async fn run(
         if let Some(changes) = &mut changes {
             changes.reading();
         }
-        match &file {
-            None => info!("told to read the guest again, but no file was named at the start"),
-            Some(file) => reload(file.clone(), &swapper).await,
-        }
+        reload(&named, &swapper).await;
     }
 }
 
-async fn reload(file: PathBuf, swapper: &Arc<Swapper>) {
-    let source = Source::File(file);
+async fn reload(named: &Named, swapper: &Arc<Swapper>) {
     let mut waits = false;
     loop {
+        let Some(source) = named.source() else {
+            return info!("told to read the guest again, but no file was named at the start");
+        };
         let (from, serving) = (source.clone(), swapper.serving());
         let read = task::spawn_blocking(move || from.read()).await;
         let component = match read.map_err(Into::into).flatten() {

@@ -35,7 +35,7 @@ pub enum Source {
 impl Source {
     /// The guest to start with: the one that is asked for, the one swapped in last, the one in the binary.
     pub fn choose(asked_for: Option<&Path>, data: &Path) -> Self {
-        let remembered = data.join(REMEMBERED);
+        let remembered = remembered(data);
         match asked_for {
             Some(file) => Self::File(file.to_owned()),
             None if remembered.exists() => Self::Remembered(remembered),
@@ -84,10 +84,15 @@ pub fn read(file: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The file in which a data directory remembers the guest that was swapped in last.
+pub fn remembered(data: &Path) -> PathBuf {
+    data.join(REMEMBERED)
+}
+
 /// Lets the next start serve this component; without one, the default guest.
 pub fn remember(data: &Path, component: Option<&[u8]>) -> Result<()> {
-    let (file, unfinished) = (data.join(REMEMBERED), data.join("guest.wasm.new"));
-    let remember = || match component {
+    let (file, unfinished) = (remembered(data), data.join("guest.wasm.new"));
+    let change = || match component {
         Some(bytes) => {
             let mut writing = File::create(&unfinished)?;
             writing.write_all(bytes)?;
@@ -100,7 +105,7 @@ pub fn remember(data: &Path, component: Option<&[u8]>) -> Result<()> {
         }),
     };
     // The name is certain only when the directory is on disk too.
-    remember().and_then(|()| File::open(data)?.sync_all()).with_context(|| format!("cannot change {}", file.display()))
+    change().and_then(|()| File::open(data)?.sync_all()).with_context(|| format!("cannot change {}", file.display()))
 }
 
 /// What tells one component from another: the SHA-256 of its bytes.

@@ -67,6 +67,8 @@ pub struct Swapper {
     shards: Arc<Shards>,
     log: Arc<dyn TransactionLog>,
     data: PathBuf,
+    /// While this server is standby, the data directory is that of its primary.
+    shares_data: bool,
     probation: Duration,
     /// In the runtime where requests are served, whoever asks for the swap.
     tasks: Tasks,
@@ -96,17 +98,22 @@ impl Swapper {
         engine: Engine,
         shards: Arc<Shards>,
         log: Arc<dyn TransactionLog>,
-        data: PathBuf,
+        (data, shares_data): (PathBuf, bool),
         probation: Duration,
     ) -> Arc<Self> {
         let status = Status { since: shards.env().clock.unix_ms(), phase: None, last: Value::Null };
         let tasks = shards.env().tasks.in_runtime(&Handle::current());
         let (under_way, status) = (tokio::sync::Mutex::default(), Mutex::new(status));
-        Arc::new(Self { engine, shards, log, data, probation, tasks, under_way, status })
+        Arc::new(Self { engine, shards, log, data, shares_data, probation, tasks, under_way, status })
     }
 
     pub fn serving(&self) -> Serving {
         self.shards.serving()
+    }
+
+    /// Whether the primary decides which guest serves here.
+    pub fn follows_primary(&self) -> bool {
+        self.shares_data && self.log.read_only().is_some()
     }
 
     /// The guest that serves, the swap under way, and how the last one ended.
@@ -233,6 +240,7 @@ impl Swapper {
         .await?;
         // A file that was named at the start is named again at the next.
         let remembered = match &source {
+            _ if self.follows_primary() => Ok(()),
             Source::Sent => source::remember(&self.data, Some(&component)),
             Source::BuiltIn => source::remember(&self.data, None),
             Source::File(_) | Source::Remembered(_) => Ok(()),
