@@ -36,7 +36,7 @@ pub fn swaps(server: &Server, component: &[u8]) {
 }
 
 /// What the admin listener says of the guest.
-fn status(server: &Server) -> serde_json::Value {
+pub fn status(server: &Server) -> serde_json::Value {
     let answer = Connection::open(server.admin()).ask("GET", "/guest", b"");
     assert_eq!(answer.header("content-type"), Some("application/json"));
     serde_json::from_slice(&answer.body).expect("the status is JSON")
