@@ -214,6 +214,14 @@ impl Site<'_> {
     fn measure_one(&self) -> Result<Gaps> {
         let server = self.start(None)?;
         let address = server.address;
+        if self.case.flags.contains(&"--spare") {
+            // A trap before that waits for it to be built.
+            let begun = Instant::now();
+            while server.metric("kvs_guest_spares")? < 1.0 {
+                ensure!(begun.elapsed() < PATIENCE, "there is no spare");
+                thread::sleep(RETRY);
+            }
+        }
         if self.case.event == Event::Trap {
             let gaps = watch(&[address], || {
                 let agent = Agent::new_with_defaults();
