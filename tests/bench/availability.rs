@@ -235,7 +235,14 @@ impl Site<'_> {
         let mut again = None;
         let gaps = watch(&[address], || {
             server.signal(Signal::KILL)?;
-            again = Some(self.start(Some(address))?);
+            // A supervisor: the former process holds its lock until the system has freed its memory.
+            let begun = Instant::now();
+            again = Some(loop {
+                match self.start(Some(address)) {
+                    Err(_) if begun.elapsed() < PATIENCE => thread::sleep(RETRY),
+                    started => break started?,
+                }
+            });
             Ok(())
         })?;
         again.context("it was started again")?.stop()?;
