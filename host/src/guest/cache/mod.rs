@@ -142,8 +142,8 @@ impl ResponseCache {
         (self.largest > 0).then(|| self.versions.generation())
     }
 
-    /// Another guest serves, which reads these headers, or the same with another history. To be called before it is called,
-    /// in all turns that it gets.
+    /// Begins a generation: another guest serves, which reads these headers, or the same with another history. To be called before
+    /// that guest is, which is why a swap calls it in all turns.
     pub fn serve(&self, headers: Arc<[HeaderName]>) {
         self.versions.next_generation(headers);
     }
