@@ -182,7 +182,7 @@ impl Default for Before {
 
 impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let lock = Lock::take(&options.data, options.advertise.as_deref())?;
+        let lock = Lock::take(&options.data, options.advertise.as_deref(), &options.env.clock)?;
         let directory = Arc::new(Directory::new(options.data.join("log")));
         let log = Self::open_on(directory, options, Some(lock))?;
         log.compact_in_background()?;

@@ -93,6 +93,7 @@ pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
     if !directory.is_dir() {
         bail!("there is no log in {}; pass the data directory of a store with --data-dir", data.display());
     }
-    let lock = Lock::take(data, None)?;
-    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))
+    let env = Env::real();
+    let lock = Lock::take(data, None, &env.clock)?;
+    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env }, lock))
 }
