@@ -36,6 +36,7 @@ mod shard;
 mod shards;
 mod source;
 mod swap;
+mod sync;
 
 pub use cache::ResponseCache;
 pub use compile::compile;

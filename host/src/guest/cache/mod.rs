@@ -7,7 +7,6 @@
 //! Owns: what is kept, for how long, and how much. Must never know: whose turn it is, how a response leaves.
 
 mod key;
-mod sync;
 #[cfg(test)]
 mod tests;
 mod versions;
@@ -27,6 +26,7 @@ use siphasher::sip::SipHasher13;
 
 use super::clock::Clock;
 use super::message::{Answer, Given, Incoming};
+use super::sync;
 use crate::contract::Request;
 use versions::{Generation, Stamp, Versions};
 
