@@ -1,5 +1,8 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
+# Tests wait for servers more than they compute
+export RUST_TEST_THREADS := env("RUST_TEST_THREADS", `echo $((2 * $(nproc)))`)
+
 # What can be done here
 [private]
 default:
@@ -65,7 +68,7 @@ _build: _target
     cargo build --release --package kvs
 
 # The tests of the server with four shards: those of what a shard does, or those that a filter picks
-_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: swap:: transactions:: unruly:: watch::": _build _python
+_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: spare:: swap:: transactions:: unruly:: watch::": _build _python
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- {{ FILTER }}
 
 # The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
