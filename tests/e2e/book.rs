@@ -25,7 +25,7 @@ pub fn curl(args: &[&str]) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn the_books_session_through_a_library() {
+fn session_through_a_library() {
     let server = Server::start(&[]);
     let (agent, url) = (agent(), server.url("/v1/key-a"));
     let put = |value: &str| agent.put(&url).send(value).expect("PUT is answered");
@@ -55,7 +55,7 @@ fn the_books_session_through_a_library() {
 }
 
 #[test]
-fn the_books_session_through_curl() {
+fn session_through_curl() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let put = |value: &str| curl(&["-X", "PUT", "-d", value, &url]);
@@ -76,14 +76,14 @@ fn the_books_session_through_curl() {
 }
 
 #[test]
-fn curl_uploads_a_file_after_asking_first() {
+fn curl_uploads_with_expect_continue() {
     let server = Server::start(&[]);
     let file = server.data().join("upload");
     let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();
     std::fs::write(&file, &value).expect("the directory takes a file");
     let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
 
-    // curl sends the body when it was told to go on, or else after a time that is longer than the whole test.
+    // curl sends the body after 100 Continue, or else after a time that is longer than the whole test.
     let ask_first = ["--expect100-timeout", "50", "-H", "Expect: 100-continue", "-T", file];
     assert_eq!(curl(&[&ask_first[..], &[&url]].concat()), (201, vec![]));
     assert_eq!(curl(&[&url]), (200, value));

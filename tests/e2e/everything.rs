@@ -39,7 +39,7 @@ const LAST: &str = "written-last";
 const MAX_HANDLES: usize = 256;
 
 #[test]
-fn nothing_is_lost_when_everything_happens_at_once() {
+fn everything_at_once_loses_nothing() {
     let time = Duration::from_secs(count("KVS_TEST_EVERYTHING", SECONDS));
     let (authority, tokens) = (Authority::new(), Tokens::new());
     let pair = authority.issue("server", Kind::Server, 1);

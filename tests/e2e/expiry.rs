@@ -42,7 +42,7 @@ fn deletes(stopped: &Stopped) -> usize {
 }
 
 #[test]
-fn a_value_with_a_time_to_live_is_there_and_then_gone() {
+fn value_with_ttl_expires() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a?ttl=2", b"value").status, 201);
@@ -59,7 +59,7 @@ fn a_value_with_a_time_to_live_is_there_and_then_gone() {
 }
 
 #[test]
-fn a_time_to_live_goes_on_through_a_restart() {
+fn ttl_continues_over_a_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/soon?ttl=1", b"value");
@@ -73,7 +73,7 @@ fn a_time_to_live_goes_on_through_a_restart() {
 }
 
 #[test]
-fn many_that_expire_at_once_are_deleted_in_the_log_while_requests_are_served() {
+fn mass_expiry_does_not_delay_requests() {
     let server = Server::start(&["--durability", "os"]);
     let count = 20_000;
     thread::scope(|scope| {
@@ -112,7 +112,7 @@ fn clock(server: &Server) -> String {
 }
 
 #[test]
-fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
+fn ttl_ends_after_a_run_with_a_clock_ahead() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let time = next_year();
@@ -142,7 +142,7 @@ fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
 }
 
 #[test]
-fn imported_entries_of_the_future_keep_the_time_they_have_left() {
+fn imported_future_entries_keep_their_remaining_ttl() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let time = next_year();
     let mut import = kvs_at(data.path());

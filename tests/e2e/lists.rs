@@ -12,7 +12,7 @@ fn list(client: &mut Connection, query: &str) -> Value {
 }
 
 #[test]
-fn keys_are_listed_as_they_are_there_also_after_a_restart() {
+fn list_has_all_keys_also_after_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(list(&mut client, ""), json!({"keys": [], "list_complete": true}));
@@ -40,7 +40,7 @@ fn keys_are_listed_as_they_are_there_also_after_a_restart() {
 }
 
 #[test]
-fn pages_by_their_cursors_have_every_key_once_while_others_change() {
+fn pagination_lists_every_key_once_during_changes() {
     let server = Server::start(&["--durability", "os"]);
     let mut client = Connection::open(server.address());
     for n in 0..300 {
@@ -65,10 +65,10 @@ fn pages_by_their_cursors_have_every_key_once_while_others_change() {
 }
 
 #[test]
-fn what_a_list_cannot_be_asked_is_400_with_the_name() {
+fn invalid_list_parameter_is_400_with_its_name() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    for (query, told) in [
+    for (query, expected) in [
         ("limit=0", "query parameter `limit` must be a whole number from 1 to 1000"),
         ("limit=5&limit=5", "query parameter `limit` was given twice"),
         ("cursor=nonsense", "query parameter `cursor` must be one that a list has given"),
@@ -76,7 +76,7 @@ fn what_a_list_cannot_be_asked_is_400_with_the_name() {
         ("delimiter", "query parameter `delimiter` must be at least one character"),
         ("perfix=a", "unknown query parameter `perfix`"),
     ] {
-        client.ask("GET", &format!("/v1?{query}"), b"").says(400, told);
+        client.ask("GET", &format!("/v1?{query}"), b"").says(400, expected);
     }
     for method in ["PUT", "DELETE", "PATCH"] {
         let refused = client.ask(method, "/v1", b"");
@@ -86,7 +86,7 @@ fn what_a_list_cannot_be_asked_is_400_with_the_name() {
 }
 
 #[test]
-fn a_program_gets_problems_when_it_asks_for_them() {
+fn errors_are_problem_documents_on_request() {
     let server = Server::start(&["--max-value-bytes", "10"]);
     let mut client = Connection::open(server.address());
     let accept = [("accept", "application/problem+json, */*")];

@@ -30,7 +30,7 @@ fn is_new(response: &Response, value: &str, etag: u64) {
 }
 
 #[test]
-fn who_waits_is_answered_when_the_key_changes() {
+fn change_answers_long_polls() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let mut first = waits(&server, "/v1/a?wait=300s", None);
@@ -58,7 +58,7 @@ fn who_waits_is_answered_when_the_key_changes() {
 }
 
 #[test]
-fn who_has_something_else_does_not_wait() {
+fn outdated_client_does_not_wait() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -68,7 +68,7 @@ fn who_has_something_else_does_not_wait() {
 }
 
 #[test]
-fn a_wait_that_is_over_says_that_nothing_changed() {
+fn expired_wait_is_304() {
     // Longer than a request may take otherwise.
     let server = Server::start(&["--request-timeout", "2s"]);
     let mut client = Connection::open(server.address());
@@ -82,13 +82,13 @@ fn a_wait_that_is_over_says_that_nothing_changed() {
 }
 
 #[test]
-fn no_wait_is_longer_than_its_flag_allows() {
+fn max_wait_limits_a_wait() {
     let server = Server::start(&["--max-wait", "1ms"]);
     asks(&server, "/v1/a?wait=300s", None).read().says(404, "no such key");
 }
 
 #[test]
-fn a_wait_that_cannot_be_is_400() {
+fn invalid_wait_is_400() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let unfit = "query parameter `wait` must be a whole number of seconds from 1s to 300s";
@@ -100,7 +100,7 @@ fn a_wait_that_cannot_be_is_400() {
 }
 
 #[test]
-fn a_wait_goes_on_through_a_swap_and_a_trap() {
+fn wait_continues_over_swap_and_trap() {
     let server = Server::start(&["--probation", "300ms"]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -117,7 +117,7 @@ fn a_wait_goes_on_through_a_swap_and_a_trap() {
 }
 
 #[test]
-fn a_server_that_stops_lets_nobody_wait() {
+fn graceful_stop_ends_waits() {
     let server = Server::start(&["--drain-timeout", "10m"]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"value");
     let mut waiting = waits(&server, "/v1/a?wait=300s", Some(1));
@@ -127,7 +127,7 @@ fn a_server_that_stops_lets_nobody_wait() {
 }
 
 #[test]
-fn who_leaves_makes_room() {
+fn departed_client_frees_its_place() {
     let server = Server::start(&["--max-connections", "3"]);
     for _ in 0..3 {
         let waiting: Vec<_> = (0..3).map(|_| waits(&server, "/v1/a?wait=300s", None)).collect();
@@ -137,7 +137,7 @@ fn who_leaves_makes_room() {
 }
 
 #[test]
-fn many_wait_and_nobody_else_does() {
+fn many_waits_do_not_delay_others() {
     let places = ["--max-connections", "1100", "--max-connections-per-address", "1100", "--max-requests", "900"];
     let server = Server::start(&places);
     // Half of them for one key.

@@ -1,6 +1,7 @@
 //! The end-to-end tests: the real binary, real sockets, real files.
 //!
-//! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows. `rest`,
+//! Start with `server`, which runs the binary, and `book`, the session every reader of *Cloud Native Go* knows; `pages` runs
+//! those of README.md and the book in docs/. `rest`,
 //! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `long_poll`, `cors`, `openapi`, `client` and `operator` say what
 //! each kind of user gets, `tls` and its `certificates` whom a server trusts; `components`, `compiled`, `unruly` and `hostile` what a
 //! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `shards` that several are one store; `durability`, and under the
@@ -46,6 +47,7 @@ mod long_poll;
 mod metrics;
 mod openapi;
 mod operator;
+mod pages;
 mod pair;
 mod postgres;
 mod raw;

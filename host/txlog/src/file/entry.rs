@@ -1,6 +1,6 @@
 //! One entry in the body of a frame.
 //!
-//! The format is described in `deploy/txlog-format.md`.
+//! The format is described in `docs/txlog-format.md`.
 
 use std::ops::Range;
 

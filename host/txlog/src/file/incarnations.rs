@@ -1,6 +1,6 @@
 //! The records of incarnations in frames, and what follows from them for sequences.
 //!
-//! The format is described in `deploy/txlog-format.md`. Must never know: why an incarnation begins, which is the business of
+//! The format is described in `docs/txlog-format.md`. Must never know: why an incarnation begins, which is the business of
 //! `begin`.
 
 use uuid::Uuid;

@@ -4,7 +4,7 @@
 //! a value means. Read on in `queue` (append), `writer` (group commit), `recovery` and `tail`, `begin` (incarnations),
 //! `replay` (reads).
 //!
-//! The format, the assumptions about the disk, and the reasons for a new incarnation: `deploy/txlog-format.md`.
+//! The format, the assumptions about the disk, and the reasons for a new incarnation: `docs/txlog-format.md`.
 //!
 //! # How a write becomes durable, by file
 //!
