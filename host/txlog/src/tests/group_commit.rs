@@ -168,8 +168,8 @@ fn host_that_reports_nothing_delays_nothing() {
 
 #[test]
 fn every_mutant_of_group_commit_is_found() {
-    let tests: [(Mutant, fn() -> Vec<u64>); 4] = [
-        (Mutant::LoneClientDelayed, lone_client),
+    let tests = [
+        (Mutant::LoneClientDelayed, lone_client as fn() -> Vec<u64>),
         (Mutant::IdleIgnored, idle_threads),
         (Mutant::DelayUnbounded, busy_threads),
         (Mutant::LargeBatchDelayed, large_batch),
