@@ -23,3 +23,4 @@ pub mod renamed;
 mod settings;
 mod signals;
 mod terminal;
+mod workers;

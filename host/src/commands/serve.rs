@@ -17,7 +17,7 @@ use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
 use tokio::task;
@@ -38,6 +38,7 @@ use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
+use crate::workers::Workers;
 
 /// The share of the memory that requests and responses in flight may take, and what they may take in any case.
 const MEMORY_SHARE: u64 = 8;
@@ -45,8 +46,12 @@ const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve, env: &Env) -> Result<()> {
-    let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let ended = runtime.block_on(serve(args, env));
+    let workers = Arc::new(Workers::default());
+    let (parks, unparks) = (Arc::clone(&workers), Arc::clone(&workers));
+    let mut builder = Builder::new_multi_thread();
+    builder.enable_all().on_thread_park(move || parks.park()).on_thread_unpark(move || unparks.unpark());
+    let runtime = builder.build().context("no threads to serve with")?;
+    let ended = runtime.block_on(serve(args, env, &workers));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
     match ended? {
@@ -72,7 +77,7 @@ fn begin_anew() -> Result<()> {
     Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
 }
 
-async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
+async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let Env { clock, tasks, .. } = env;
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal(env)?;
@@ -107,6 +112,13 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?, env.clone());
     let log: Arc<dyn TransactionLog> = changes.clone();
     changes.start();
+    // Weak: the threads of the runtime outlive the log.
+    let idling = Arc::downgrade(&log);
+    workers.observe(Handle::current().metrics().num_workers(), move |idle| {
+        if let Some(log) = idling.upgrade() {
+            log.set_idle(idle);
+        }
+    });
 
     health.set_log(Arc::clone(&log));
 

@@ -264,6 +264,10 @@ impl TransactionLog for ChangeFeed {
         Ok(first)
     }
 
+    fn set_idle(&self, idle: bool) {
+        self.log.set_idle(idle);
+    }
+
     fn appended(&self) -> u64 {
         self.log.appended()
     }

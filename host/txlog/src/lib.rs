@@ -15,6 +15,7 @@ mod event;
 pub mod file;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod group_commit;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
@@ -44,6 +45,10 @@ pub trait TransactionLog: Send + Sync + 'static {
     /// without gaps. `time` is stored with each. Never waits for the disk: an append that could not become durable for a
     /// foreseeable reason fails here, before anything changed.
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError>;
+
+    /// Notes whether all threads that append are idle, so that an open batch can be committed without delay: `group_commit`.
+    /// Cheap, to be called whenever this changes. A log whose host never calls it takes them for idle.
+    fn set_idle(&self, _idle: bool) {}
 
     /// The newest sequence given out, durable or not; 0 in an empty log.
     fn appended(&self) -> u64;

@@ -1,7 +1,7 @@
 //! The file log: a directory of segments.
 //!
 //! Owns: the bytes on disk, and the guarantee that an acknowledged write survives any crash. Must never know: what a key or
-//! a value means. Read on in `queue` (append), `writer` (group commit), `recovery` and `tail`, `begin` (incarnations),
+//! a value means. Read on in `queue` (append), `writer` (commit), `recovery` and `tail`, `begin` (incarnations),
 //! `replay` (reads).
 //!
 //! The format, the assumptions about the disk, and the reasons for a new incarnation: `docs/txlog-format.md`.
@@ -82,7 +82,7 @@ use self::preallocate::{Preallocator, Sizes};
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::recovery::Known;
 use self::writer::Writer;
-use super::{Condition, Receive, TransactionLog, Watermark, sync};
+use super::{Condition, Receive, TransactionLog, Watermark, group_commit, sync};
 use crate::{AppendError, Event, History};
 
 /// Durability of an acknowledged write.
@@ -230,6 +230,10 @@ impl FileLog {
 impl TransactionLog for FileLog {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
         self.shared.queue.append(time, events)
+    }
+
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
     }
 
     fn appended(&self) -> u64 {

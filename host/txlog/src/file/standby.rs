@@ -247,6 +247,12 @@ impl TransactionLog for StandbyLog {
         }
     }
 
+    fn set_idle(&self, idle: bool) {
+        if let Some(log) = self.log() {
+            log.set_idle(idle);
+        }
+    }
+
     fn appended(&self) -> u64 {
         match self.log() {
             Some(log) if self.begun() => log.appended(),

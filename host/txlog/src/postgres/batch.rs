@@ -26,8 +26,6 @@ pub struct Batch {
     pub metadata: Vec<Option<String>>,
     pub expires: Vec<Option<i64>>,
     pub bytes: u64,
-    /// Number of appends, that is of groups of entries: mostly one for each client.
-    pub appends: u64,
     pub begun: Instant,
 }
 
@@ -43,7 +41,6 @@ impl Batch {
             metadata: Vec::new(),
             expires: Vec::new(),
             bytes: 0,
-            appends: 0,
             begun,
         }
     }

@@ -263,6 +263,10 @@ impl TransactionLog for PostgresLog {
         self.shared.queue.append(&self.shared.breaker, time, events)
     }
 
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
+    }
+
     fn appended(&self) -> u64 {
         self.shared.queue.appended()
     }

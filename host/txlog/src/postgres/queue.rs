@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvs_runtime::Clock;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::batch::{Batch, size};
 use super::breaker::Breaker;
+use crate::group_commit::GroupCommit;
 use crate::{AppendError, Event};
 
 /// Maximum size of the queue. A database this far behind does not catch up within the deadline of a request.
@@ -27,6 +29,7 @@ pub struct Queue {
     ready: Notify,
     appended: AtomicU64,
     group_bytes: u64,
+    group_commit: GroupCommit,
 }
 
 #[derive(Default)]
@@ -35,8 +38,8 @@ struct State {
     batches: VecDeque<Batch>,
     /// Bytes of all batches here and of the one in flight.
     bytes: u64,
-    /// Number of appends that the writer waits for.
-    wanted: u64,
+    /// The writer delays the open batch, and not every append ends that.
+    delayed: bool,
     next: u64,
     /// This process is primary, and appends are accepted.
     begun: bool,
@@ -63,27 +66,11 @@ pub enum WriterCommand {
     Closed,
 }
 
-/// Delay of a commit so that more appends share it, like `commit_siblings` and `commit_delay` of PostgreSQL.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CommitDelay {
-    /// Number of appends after which the batch is taken at once.
-    pub siblings: u64,
-    pub delay: Duration,
-}
-
-impl State {
-    /// Returns whether waiting for `appends` is over: they are there, the batch is full, or the queue is closed.
-    fn has(&self, appends: u64) -> bool {
-        self.end.is_some()
-            || self.batches.len() > 1
-            || self.batches.front().is_some_and(|batch| batch.appends >= appends)
-    }
-}
-
 impl Queue {
     /// Creates a queue that rejects appends until [`begin`](Self::begin).
     pub fn new(appended: u64, group_bytes: u64) -> Self {
-        Self { state: Mutex::default(), ready: Notify::new(), appended: AtomicU64::new(appended), group_bytes }
+        let (state, ready, appended) = (Mutex::default(), Notify::new(), AtomicU64::new(appended));
+        Self { state, ready, appended, group_bytes, group_commit: GroupCommit::new() }
     }
 
     /// Notes that the entries of another process were applied up to this sequence.
@@ -127,11 +114,11 @@ impl Queue {
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
-        batch.appends += 1;
         state.bytes += size;
         state.next += events.len() as u64;
         self.appended.store(state.next - 1, Ordering::Release);
-        let is_awaited = state.has(state.wanted);
+        let is_due = self.group_commit.append(state.bytes) || state.batches.len() > 1;
+        let is_awaited = !state.delayed || is_due;
         drop(state);
         if is_awaited {
             self.ready.notify_one();
@@ -144,37 +131,56 @@ impl Queue {
     }
 
     /// Waits for a batch, at most for `idle`: the appends that came while the previous batch was written, up to the maximum
-    /// size of a batch. Delays a batch with fewer appends than `delay` asks for.
-    pub async fn take(&self, idle: Duration, delay: CommitDelay) -> WriterCommand {
-        if !self.wait_for(1, idle).await {
-            return WriterCommand::Idle;
-        }
-        self.wait_for(delay.siblings, delay.delay).await;
-        // The queue is empty here only if it is closed.
-        self.lock().batches.pop_front().map_or(WriterCommand::Closed, WriterCommand::Write)
-    }
-
-    /// Waits for this number of appends, at most for `time`; returns false on timeout.
-    async fn wait_for(&self, appends: u64, time: Duration) -> bool {
+    /// size of a batch, and those that group commit waits for.
+    pub async fn take(&self, idle: Duration, clock: &Clock) -> WriterCommand {
         let arrival = async {
-            loop {
-                {
-                    let mut state = self.lock();
-                    if state.has(appends) {
-                        return;
-                    }
-                    state.wanted = appends;
-                }
+            while self.is_empty() {
                 // An append in between has left a permit.
                 self.ready.notified().await;
             }
         };
-        timeout(time, arrival).await.is_ok()
+        if timeout(idle, arrival).await.is_err() {
+            return WriterCommand::Idle;
+        }
+        while let Some(delay) = self.delay(clock) {
+            // A permit from before only ends this one wait.
+            let _ = timeout(delay, self.ready.notified()).await;
+        }
+        let mut state = self.lock();
+        state.delayed = false;
+        self.group_commit.taken();
+        // The queue is empty here only if it is closed.
+        state.batches.pop_front().map_or(WriterCommand::Closed, WriterCommand::Write)
     }
 
-    /// Releases the limits of a batch that is durable.
-    pub fn written(&self, batch: &Batch) {
+    fn is_empty(&self) -> bool {
+        let state = self.lock();
+        state.batches.is_empty() && state.end.is_none()
+    }
+
+    /// Returns for how long to delay the batch, if it is the open one.
+    fn delay(&self, clock: &Clock) -> Option<Duration> {
         let mut state = self.lock();
+        let begun = match state.batches.front() {
+            Some(batch) if state.end.is_none() && state.batches.len() == 1 => batch.begun,
+            _ => return None,
+        };
+        let delay = self.group_commit.delay(clock.elapsed(begun), state.bytes);
+        state.delayed = delay.is_some();
+        delay
+    }
+
+    /// Notes whether the threads that append are idle, and ends the delay of a batch if they are.
+    pub fn set_idle(&self, idle: bool) {
+        if self.group_commit.set_idle(idle) {
+            self.ready.notify_one();
+        }
+    }
+
+    /// Releases the limits of a batch that is durable. Its commit took this long.
+    pub fn written(&self, batch: &Batch, took: Duration) {
+        let mut state = self.lock();
+        self.group_commit.committed(took);
         state.bytes -= batch.bytes;
         state.full = false;
     }
@@ -210,7 +216,12 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use kvs_runtime::Clock;
+    use std::future::pending;
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+    use kvs_runtime::Time;
     use tokio::runtime::Builder;
     use tokio::{join, task};
 
@@ -219,19 +230,44 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(3600);
 
-    /// Returns the number of entries of the next batch, when `meanwhile` runs once the writer waits for it.
-    fn taken(queue: &Queue, delay: CommitDelay, meanwhile: impl FnOnce()) -> Option<u64> {
+    /// A clock that stands still, so that no delay ends by itself.
+    struct Standing(Instant);
+
+    impl Time for Standing {
+        fn now(&self) -> Instant {
+            self.0
+        }
+
+        fn wall(&self) -> SystemTime {
+            UNIX_EPOCH
+        }
+
+        fn sleep(&self, _time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+            Box::pin(pending())
+        }
+    }
+
+    /// Returns the next batch, when `meanwhile` runs once the writer waits for it.
+    fn taken(queue: &Queue, meanwhile: impl FnOnce()) -> Option<Batch> {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+        let clock = Clock::given(Arc::new(Standing(Instant::now())));
         runtime.block_on(async {
             let later = async {
                 task::yield_now().await;
                 meanwhile();
             };
-            match join!(queue.take(LONG, delay), later).0 {
-                WriterCommand::Write(batch) => Some(batch.len()),
+            match join!(queue.take(LONG, &clock), later).0 {
+                WriterCommand::Write(batch) => Some(batch),
                 WriterCommand::Idle | WriterCommand::Closed => None,
             }
         })
+    }
+
+    /// Commits the next batch, and returns its number of entries.
+    fn committed(queue: &Queue, took: Duration, meanwhile: impl FnOnce()) -> Option<u64> {
+        let batch = taken(queue, meanwhile)?;
+        queue.written(&batch, took);
+        Some(batch.len())
     }
 
     fn append(queue: &Queue, entries: usize) {
@@ -240,21 +276,28 @@ mod tests {
     }
 
     #[test]
-    fn batch_waits_for_siblings_up_to_the_delay() {
+    fn batch_is_delayed_for_clients_and_busy_threads() {
+        let (slow, fast) = (Duration::from_secs(1), Duration::from_micros(100));
         let queue = Queue::new(0, 1 << 20);
         queue.begin(1);
-        let wanted = |siblings| CommitDelay { siblings, delay: LONG };
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, slow, || ()), Some(3));
+        // The three clients that it answered, though the threads are idle.
         append(&queue, 1);
-        assert_eq!(taken(&queue, wanted(1), || ()), Some(1));
-        append(&queue, 10);
-        assert_eq!(taken(&queue, wanted(3), || (0..2).for_each(|_| append(&queue, 1))), Some(12));
-        assert_eq!(taken(&queue, wanted(2), || (0..5).for_each(|_| append(&queue, 1))), Some(5));
+        assert_eq!(committed(&queue, slow, || (0..2).for_each(|_| append(&queue, 5))), Some(11));
+        let queue = Queue::new(0, 1 << 20);
+        queue.begin(1);
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, fast, || ()), Some(3));
+        queue.set_idle(false);
         append(&queue, 1);
-        assert_eq!(taken(&queue, CommitDelay { siblings: 2, delay: Duration::ZERO }, || ()), Some(1));
+        assert_eq!(committed(&queue, fast, || queue.set_idle(true)), Some(1));
         // A closed queue does not wait.
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, slow, || ()), Some(3));
         append(&queue, 1);
-        assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
-        assert_eq!(taken(&queue, wanted(2), || ()), None);
+        assert_eq!(committed(&queue, slow, || queue.end(End::Closed)), Some(1));
+        assert_eq!(committed(&queue, slow, || ()), None);
     }
 
     /// Appends an event of this size, as limits count it.
@@ -279,13 +322,13 @@ mod tests {
         }
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         for _ in 0..QUEUE_BYTES / BATCH_BYTES {
-            assert_eq!(taken(&queue, CommitDelay::default(), || ()), Some(BATCH_BYTES / group_bytes));
+            assert_eq!(taken(&queue, || ()).map(|batch| batch.len()), Some(BATCH_BYTES / group_bytes));
         }
         // The batch in flight counts until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         let mut batch = Batch::new(0, 1, Clock::system().now());
         batch.bytes = 100;
-        queue.written(&batch);
+        queue.written(&batch, Duration::ZERO);
         assert!(append_bytes(&queue, 101).is_err() && append_bytes(&queue, 100).is_ok());
     }
 
@@ -295,16 +338,11 @@ mod tests {
         queue.begin(1_000);
         append(&queue, 2);
         assert_eq!(queue.appended(), 1_001);
-        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let batch = taken(&queue, || ()).expect("there is work");
         assert_eq!((batch.before, batch.first, batch.last()), (7, 1_000, 1_001));
         append(&queue, 1);
-        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let batch = taken(&queue, || ()).expect("there is work");
         assert_eq!((batch.before, batch.first, batch.last()), (1_001, 1_002, 1_002));
-    }
-
-    fn taken_batch(queue: &Queue) -> WriterCommand {
-        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-        runtime.block_on(queue.take(LONG, CommitDelay::default()))
     }
 
     #[test]
@@ -321,7 +359,7 @@ mod tests {
         queue.begin(1);
         queue.set_full();
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
-        queue.written(&Batch::new(0, 1, Clock::system().now()));
+        queue.written(&Batch::new(0, 1, Clock::system().now()), Duration::ZERO);
         assert!(append_bytes(&queue, 100).is_ok());
     }
 

@@ -10,7 +10,6 @@
 //! synchronous standbys do not have yet. So the writer concludes that a batch is durable only from a statement that writes,
 //! which completes when the standbys have everything up to it.
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,14 +21,11 @@ use tokio_postgres::types::ToSql;
 use super::Shared;
 use super::batch::Batch;
 use super::epoch::{self, Epoch};
-use super::queue::{CommitDelay, WriterCommand};
+use super::queue::WriterCommand;
 use super::session::{Failure, Kind, Session};
 
 /// Timeout of a shutdown while the database is unavailable.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Range of the commit delay. A timer is no finer than its start, and commits that fast are better not delayed.
-const COMMIT_DELAY: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(5);
 
 /// Appends a batch. $1 epoch, $2 the entry before, $3 the last, $4 the first, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
@@ -50,7 +46,6 @@ pub struct Writer {
     has_standby: bool,
     /// Time at which the last heartbeat was sent. None when the next is due.
     last_heartbeat: Option<Instant>,
-    commit_delay: CommitDelay,
 }
 
 /// The connection of the writer.
@@ -82,7 +77,6 @@ impl Writer {
             last: epoch.last,
             has_standby: false,
             last_heartbeat: None,
-            commit_delay: CommitDelay::default(),
         }
     }
 
@@ -101,7 +95,7 @@ impl Writer {
                 }
                 continue;
             }
-            match shared.queue.take(idle, self.commit_delay).await {
+            match shared.queue.take(idle, &shared.env.clock).await {
                 WriterCommand::Write(batch) => {
                     if !self.commit(&shared, &batch).await {
                         return;
@@ -147,10 +141,9 @@ impl Writer {
                 metrics.append.observe_time(clock.elapsed(batch.begun));
                 let took = clock.elapsed(begun);
                 metrics.write.observe_time(took);
-                self.commit_delay = commit_delay(batch.appends, took);
                 metrics.batch.observe(batch.len());
                 metrics.written.add(batch.bytes);
-                shared.queue.written(batch);
+                shared.queue.written(batch, took);
             }
             if !self.on_result(shared, attempt.map(|outcome| outcome == Outcome::Durable)).await {
                 return false;
@@ -284,31 +277,7 @@ fn other_end(newest: u64, written: u64) -> Failure {
     ))
 }
 
-/// Returns the commit delay after a batch of `appends` that took this long. Its clients send their next requests soon.
-/// Without a delay the first of these would be committed alone, and all others after it: twice the commits.
-fn commit_delay(appends: u64, took: Duration) -> CommitDelay {
-    let delay = took / 2;
-    if delay < *COMMIT_DELAY.start() {
-        CommitDelay::default()
-    } else {
-        CommitDelay { siblings: appends, delay: delay.min(*COMMIT_DELAY.end()) }
-    }
-}
-
 /// Prepares the statement that appends, which fails if the tables have an unexpected shape.
 pub async fn prepare(session: &Session) -> Result<Statement, Failure> {
     session.prepare(APPEND).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn commit_delay_is_half_of_last_commit_within_range() {
-        let after = |milliseconds| commit_delay(64, Duration::from_millis(milliseconds));
-        assert_eq!((after(0), after(1)), (CommitDelay::default(), CommitDelay::default()));
-        let waits = |milliseconds| CommitDelay { siblings: 64, delay: Duration::from_millis(milliseconds) };
-        assert_eq!((after(2), after(6), after(1_000)), (waits(1), waits(3), waits(5)));
-    }
 }
