@@ -12,6 +12,7 @@ use kvs_txlog::Entry;
 use tracing::warn;
 use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
+use super::batch::Batch;
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
@@ -85,10 +86,10 @@ impl Instance {
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
         self.store.data().clock.not_before(last.time);
-        let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
+        let batch = Batch::of(entries);
         self.store.data_mut().sandbox().begin_apply();
         let limit = self.limits.of_replay();
-        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
+        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, batch.record()))
             .with_context(|| match entries.len() {
                 1 => format!("apply of entry {} failed", first.sequence),
                 _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
