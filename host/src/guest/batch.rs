@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(batch.bytes, b"a12bcde3f4");
         assert_eq!(batch.metadata, [&text, &other]);
         let puts = batch.entries.iter().map(|entry| {
-            let put = entry.put.map(|put| (put.value_bytes, put.metadata, put.expires_at_ms));
+            let put = entry.put.as_ref().map(|put| (put.value_bytes, put.metadata, put.expires_at_ms));
             (entry.sequence, entry.time_ms, entry.key_bytes, put)
         });
         let expected = [
