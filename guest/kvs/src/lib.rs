@@ -29,12 +29,12 @@ mod watch;
 
 use std::cell::RefCell;
 
-use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::lifecycle::{Batch, Description, Statistics};
 use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::http::{Request, Response};
 use kvs::store::response_cache::reuse;
-use kvs::store::transaction_log::{AppendError, Entry, Event, append};
+use kvs::store::transaction_log::{AppendError, Event, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 
 wit_bindgen::generate!({
@@ -81,8 +81,8 @@ pub struct Component;
 #[macro_export]
 macro_rules! default_lifecycle {
     () => {
-        fn apply(entries: Vec<$crate::kvs::store::transaction_log::Entry>) {
-            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(entries);
+        fn apply(batch: $crate::exports::kvs::store::lifecycle::Batch) {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(batch);
         }
 
         fn tick(now_ms: u64) -> Option<u64> {
@@ -128,12 +128,8 @@ impl lifecycle::Guest for Component {
         }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        STORE.with_borrow_mut(|store| {
-            for entry in entries {
-                store.replay(entry.sequence, &entry.event);
-            }
-        });
+    fn apply(batch: Batch) {
+        STORE.with_borrow_mut(|store| store.replay(&batch));
     }
 
     fn tick(now_ms: u64) -> Option<u64> {

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::{mem, slice};
 
+use crate::exports::kvs::store::lifecycle::Batch;
 use crate::item::Item;
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::order::Order;
@@ -60,28 +61,41 @@ impl Store {
 
     /// Takes in what was just appended.
     pub fn apply(&mut self, sequence: u64, event: &Event) {
-        self.replay(sequence, event);
+        match event {
+            Event::Put(put) => self.take_in(Item::new(sequence, put)),
+            Event::Delete(key) => self.take_away(sequence, key.as_bytes()),
+        }
         self.settle();
     }
 
-    /// Takes in what an entry did, in the order of the log. Puts off some work, which is less for many at once.
-    pub fn replay(&mut self, sequence: u64, event: &Event) {
-        match event {
-            Event::Put(put) => {
-                let item = Item::new(sequence, put);
-                let (expires, bytes) = (item.expires(), item.bytes());
-                let slot = self.put(item);
-                self.bytes += bytes;
-                if let Some(expires) = expires {
-                    self.expiries.insert((expires, sequence), slot);
-                }
-            }
-            Event::Delete(key) => {
-                if let Some(old) = self.remove(key.as_bytes()) {
-                    self.forget(&old);
-                    self.newest_delete = sequence;
-                }
-            }
+    /// Takes in what entries did, in the order of the log. Puts off some work, which is less for many at once.
+    pub fn replay(&mut self, batch: &Batch) {
+        let mut rest = &batch.bytes[..];
+        for entry in &batch.entries {
+            let key = take(&mut rest, entry.key_bytes);
+            let Some(put) = &entry.put else {
+                self.take_away(entry.sequence, key);
+                continue;
+            };
+            let value = take(&mut rest, put.value_bytes);
+            let metadata = put.metadata.map_or(&[][..], |index| &batch.metadata[index as usize]);
+            self.take_in(Item::of(entry.sequence, key, value, metadata, put.expires_at_ms));
+        }
+    }
+
+    fn take_in(&mut self, item: Item) {
+        let (sequence, expires, bytes) = (item.sequence(), item.expires(), item.bytes());
+        let slot = self.put(item);
+        self.bytes += bytes;
+        if let Some(expires) = expires {
+            self.expiries.insert((expires, sequence), slot);
+        }
+    }
+
+    fn take_away(&mut self, sequence: u64, key: &[u8]) {
+        if let Some(old) = self.remove(key) {
+            self.forget(&old);
+            self.newest_delete = sequence;
         }
     }
 
@@ -181,6 +195,13 @@ impl Store {
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+}
+
+/// The next bytes of a batch.
+fn take<'b>(rest: &mut &'b [u8], length: u32) -> &'b [u8] {
+    let (taken, after) = rest.split_at(length as usize);
+    *rest = after;
+    taken
 }
 
 /// A store with nothing put off.

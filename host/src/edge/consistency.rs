@@ -8,6 +8,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
+use super::head;
 use super::refusal::{Answer, Refusal, refuse};
 
 /// Request header: the consistency that the client requires.
@@ -19,7 +20,7 @@ const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
 
 /// Returns whether a client accepts stale reads; None if it has no preference.
 pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
-    let mut given = headers.get_all(CONSISTENCY).iter().map(HeaderValue::as_bytes);
+    let mut given = head::values(headers, CONSISTENCY).map(HeaderValue::as_bytes);
     match (given.next(), given.next()) {
         (None, _) => Ok(None),
         (Some(b"stale"), None) => Ok(Some(true)),

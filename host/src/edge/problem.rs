@@ -8,13 +8,14 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde_json::json;
 
+use super::head;
 use super::reply::Reply;
 
 const MEDIA_TYPE: &str = "application/problem+json";
 
 /// Returns whether a request accepts the media type by name.
 pub fn is_wanted(headers: &HeaderMap) -> bool {
-    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|accept| accept.to_str().ok());
+    let accepts = head::values(headers, header::ACCEPT).filter_map(|accept| accept.to_str().ok());
     accepts.flat_map(|accept| accept.split(',')).any(|range| {
         let mut parts = range.split(';').map(str::trim);
         let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case(MEDIA_TYPE));

@@ -12,10 +12,11 @@ use kvs_txlog::Entry;
 use tracing::warn;
 use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
 
+use super::batch::Batch;
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
-use super::message::{Answer, Given, Incoming, Sequel, Wait};
+use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted};
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
@@ -37,7 +38,7 @@ pub struct Instance {
     guest: u64,
     limits: Limits,
     description: Description,
-    wanted_headers: Arc<[HeaderName]>,
+    wanted_headers: Arc<Wanted>,
 }
 
 impl Instance {
@@ -52,7 +53,7 @@ impl Instance {
         let mut told = |error| anyhow!(trapped(&error, limit));
         let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
         let description = exports.lifecycle.call_describe(&mut store).map_err(told).context("describe failed")?;
-        let wanted_headers = check(&description)?;
+        let wanted_headers = Arc::new(Wanted::new(check(&description)?));
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
         Ok(Self { store, exports, guest, limits, description, wanted_headers })
@@ -63,7 +64,7 @@ impl Instance {
     }
 
     /// Names of the request headers that the guest is given.
-    pub fn wanted_headers(&self) -> &Arc<[HeaderName]> {
+    pub fn wanted_headers(&self) -> &Arc<Wanted> {
         &self.wanted_headers
     }
 
@@ -85,10 +86,10 @@ impl Instance {
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
         self.store.data().clock.not_before(last.time);
-        let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
+        let batch = Batch::of(entries);
         self.store.data_mut().sandbox().begin_apply();
         let limit = self.limits.of_replay();
-        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
+        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, batch.record()))
             .with_context(|| match entries.len() {
                 1 => format!("apply of entry {} failed", first.sequence),
                 _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
@@ -244,7 +245,7 @@ fn overdue(mut store: StoreContextMut<'_, State>) -> wasmtime::Result<UpdateDead
 }
 
 /// The description is shown in logs and used on every request; refuses what is not fit for that.
-fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
+fn check(description: &Description) -> Result<Vec<HeaderName>> {
     let is_word = |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
     ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");

@@ -9,6 +9,7 @@
 //! spare) and `swap` (another guest takes over).
 
 mod alarm;
+mod batch;
 mod cache;
 mod clock;
 mod compile;

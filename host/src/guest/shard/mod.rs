@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use hyper::header::HeaderName;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 
@@ -30,7 +29,7 @@ use super::cache::ResponseCache;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
 use super::instance::Instance;
-use super::message::{Answer, Incoming};
+use super::message::{Answer, Incoming, Wanted};
 use super::metrics::{Held, Metrics};
 use super::outage::Outage;
 use super::owner::Part;
@@ -106,7 +105,7 @@ pub struct Serving {
     pub guest: Arc<Guest>,
     pub description: Arc<Description>,
     /// Names of the request headers that it gets.
-    pub headers: Arc<[HeaderName]>,
+    pub headers: Arc<Wanted>,
 }
 
 /// A queued request.
