@@ -254,6 +254,23 @@ fn a_token_is_made_once_and_kept_as_a_hash() {
 }
 
 #[test]
+fn token_that_cannot_be_printed_is_not_created() {
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let mut command = kvs();
+    let full = fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(full);
+    refused(command).with(1, &["cannot print the token, none was created"]);
+    let (reader, closed) = std::io::pipe().expect("a pipe can be made");
+    drop(reader);
+    let mut command = kvs();
+    command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(closed);
+    refused(command).with(1, &["cannot print the token, none was created"]);
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    assert!(text.starts_with("alice ") && text.lines().count() == 1, "{text}");
+}
+
+#[test]
 fn a_file_of_tokens_that_cannot_be_used() {
     let tokens = Tokens::new();
     serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot read"]);

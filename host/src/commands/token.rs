@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use kvs_runtime::Env;
 
+use crate::audit::{self, Actor};
 use crate::edge::auth::{self, Scope};
 
 #[derive(Debug, clap::Subcommand)]
@@ -28,7 +29,11 @@ pub enum TokenCommand {
 
 pub fn run(command: TokenCommand) -> Result<()> {
     let TokenCommand::Create { name, scope, path_prefix, tokens } = command;
-    let token = auth::create(&tokens, &name, scope, path_prefix.as_deref(), &Env::real().random)?;
-    writeln!(io::stdout(), "{token}")?;
+    // A broken pipe is a failure here: nobody would know the token.
+    let show = |token: &str| {
+        writeln!(io::stdout(), "{token}").map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
+    };
+    auth::create(&tokens, &name, scope, path_prefix.as_deref(), &Env::real().random, show)?;
+    audit::log(&Actor::user(), "token-create", name, "success");
     Ok(())
 }

@@ -121,10 +121,14 @@ impl TokenTable {
     }
 
     /// Authenticates and authorizes a request to the admin listener.
-    pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+    pub fn check_admin(&self, headers: &HeaderMap) -> Result<Arc<str>, Refusal> {
         let (_, token) = self.find(headers)?;
         let admin = token.scope == Scope::Admin && token.prefix.is_none();
-        if admin { Ok(()) } else { Err(forbidden("the token is not valid for the admin listener")) }
+        if admin {
+            Ok(Arc::clone(&token.name))
+        } else {
+            Err(forbidden("the token is not valid for the admin listener"))
+        }
     }
 
     fn known(&self, hash: &Hash) -> Option<&Token> {
@@ -280,8 +284,16 @@ fn from_hex(text: &str) -> Option<Hash> {
     Some(bytes)
 }
 
-/// Creates a token: appends the line with its hash to the file, and returns the token, which is stored nowhere.
-pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, random: &Random) -> Result<String> {
+/// Creates a token: shows it, then appends the line with its hash to the file. The token itself is stored nowhere, so one
+/// that could not be shown is not created.
+pub fn create(
+    file: &Path,
+    name: &str,
+    scope: Scope,
+    path_prefix: Option<&str>,
+    random: &Random,
+    show: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
     check_name(name)?;
     let mut secret = [0; 32];
     random.fill(&mut secret)?;
@@ -303,9 +315,11 @@ pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, 
     );
     let mut options = OpenOptions::new();
     let opened = options.append(true).create(true).mode(0o600).open(file);
-    let written = opened.and_then(|mut opened| opened.write_all(format!("{line}\n").as_bytes()));
-    written.with_context(|| format!("cannot write {}", file.display()))?;
-    Ok(token)
+    let mut opened = opened.with_context(|| format!("cannot write {}", file.display()))?;
+    show(&token)?;
+    opened
+        .write_all(format!("{line}\n").as_bytes())
+        .with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
 }
 
 #[cfg(test)]
