@@ -65,6 +65,37 @@ fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
 }
 
 #[test]
+fn half_a_request_head_does_not_hold_up_the_stop() {
+    let server = Server::start(&["--drain-timeout", "1h", "--idle-timeout", "1h", "--header-timeout", "1h"]);
+    let mut first = Connection::open(server.address());
+    first.send("GET /v1/a HTTP/1.1\r\nhost: ");
+    let mut second = Connection::open(server.address());
+    second.ask("GET", "/v1/a", b"").says(404, "no such key");
+    second.send("GET /v1/a HTTP/1.1\r\nhost: ");
+    let mut http2 = Connection::open(server.address());
+    http2.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    let stopped = server.terminate();
+    let lines = stopped.stderr().join("\n");
+    assert!(!lines.contains("cut off"), "{lines}");
+    for client in [&mut first, &mut second] {
+        assert_eq!(client.end(), "");
+    }
+}
+
+#[test]
+fn connections_that_ended_in_time_do_not_count_as_cut_off() {
+    let server = Server::start(&["--drain-timeout", "2s", "--request-timeout", "1h"]);
+    let mut clients: Vec<_> = (0..3).map(|_| under_way(&server)).collect();
+    server.signal(Signal::TERM);
+    server.says("stopping: finishing what is under way");
+    clients[0].send(" whole");
+    assert_eq!(clients[0].read().status, 201);
+    let stopped = server.ends_well();
+    let lines = stopped.stderr().join("\n");
+    assert!(lines.contains("2 connections were cut off after 2s"), "{lines}");
+}
+
+#[test]
 fn a_second_signal_stops_at_once() {
     let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     let _client = under_way(&server);
