@@ -6,16 +6,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use hyper::header::HeaderName;
 use kvs_txlog::Entry;
 use tracing::warn;
-use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
+use wasmtime::{Store, StoreContextMut, UpdateDeadline};
 
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
 use super::message::{Answer, Given, Incoming, Sequel, Wait};
+use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
@@ -24,11 +25,6 @@ const WANTED_HEADERS: usize = 64;
 const CAPABILITIES: usize = 64;
 /// What a guest hands over in one call beside a body: headers, keys, and what comes with them.
 const TRANSFER_BYTES: usize = 1 << 20;
-
-/// The guest trapped, or passed a limit: its memory can be in any state, and the instance must not be called again.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Trapped(String);
 
 pub struct Instance {
     store: Store<State>,
@@ -49,9 +45,11 @@ impl Instance {
         store.epoch_deadline_callback(overdue);
         let limit = limits.of_call();
         begin(&mut store, limit);
-        let mut told = |error| anyhow!(trapped(&error, limit));
-        let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
-        let description = exports.lifecycle.call_describe(&mut store).map_err(told).context("describe failed")?;
+        let exports = exports.instantiate(&mut store);
+        let exports =
+            exports.map_err(|error| trapped(&mut store, &error, limit)).context("the guest does not start")?;
+        let description = exports.lifecycle.call_describe(&mut store);
+        let description = description.map_err(|error| trapped(&mut store, &error, limit)).context("describe failed")?;
         let wanted_headers = check(&description)?;
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
@@ -161,7 +159,8 @@ impl Instance {
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
-        let call = Call { may_append: true, client, serving, ..Call::default() };
+        let request_id = Some(incoming.id.clone());
+        let call = Call { may_append: true, client, request_id, serving, ..Call::default() };
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
 
         let declared = self.store.data_mut().reuse_declared();
@@ -206,16 +205,21 @@ impl Instance {
     fn call_within<T>(
         &mut self,
         limit: CpuLimit,
-        call: Call,
+        mut call: Call,
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
+        let request_id = call.request_id.take();
         self.store.data_mut().call = call;
-        self.store.data_mut().sandbox().begin_call();
+        self.store.data_mut().sandbox().begin_call(request_id);
         begin(&mut self.store, limit);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();
-        result.map_err(|error| trapped(&error, limit))
+        result.map_err(|error| trapped(&mut self.store, &error, limit))
     }
+}
+
+fn trapped(store: &mut Store<State>, error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
+    Trapped::new(error, limit, store.data_mut().sandbox().printed())
 }
 
 /// Exports that are called only with several shards, which a guest without them never serves.
@@ -259,17 +263,4 @@ fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
         "a capability is not a word of at most 64 printable ASCII characters"
     );
     Ok(headers)
-}
-
-/// What happened and in which functions, in one line.
-fn trapped(error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
-    let cause = match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => format!("the call took longer than {:?} ({})", limit.time, limit.flag),
-        _ => error.root_cause().to_string(),
-    };
-    let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
-    let names = frames.iter().filter_map(|frame| frame.func_name()).take(10);
-    // Without the hash that Rust adds; names of other languages stay as they are.
-    let functions: Vec<_> = names.map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect();
-    Trapped(if functions.is_empty() { cause } else { format!("{cause}, in {}", functions.join(" < ")) })
 }

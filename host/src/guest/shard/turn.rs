@@ -11,10 +11,11 @@ use kvs_txlog::change::Change;
 use tokio::task;
 use tracing::error;
 
-use super::super::instance::{Instance, Trapped};
+use super::super::instance::Instance;
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
 use super::super::replica::Replica;
+use super::super::trap::Trapped;
 use super::{CallError, Called, OTHERS, Raised, Serving, Shard, Waiting};
 
 /// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
@@ -231,7 +232,7 @@ impl Drop for Turn {
             }
             None => {
                 let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
-                self.shard.shared.metrics.traps.add(1);
+                self.shard.shared.trapped(&reason);
                 self.shard.is_down(format!("the guest trapped: {reason}"));
                 let turn = Some(Self::without_instance(&self.shard));
                 self.shard.shared.alarm.raise(Raised { reason, turn });
