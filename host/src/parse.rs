@@ -30,9 +30,13 @@ pub fn advertise(text: &str) -> Result<String, String> {
     }
 }
 
+/// Parses a time with its unit, or in seconds as in the HTTP API.
+fn time(text: &str) -> Result<Duration, humantime::DurationError> {
+    text.parse().map(Duration::from_secs).or_else(|_| humantime::parse_duration(text))
+}
+
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let duration =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    let duration = time(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
 }
 
@@ -99,8 +103,7 @@ pub fn setting(text: &str) -> Result<(String, String), String> {
 
 /// Parses a time in whole seconds, the unit of the HTTP API.
 pub fn seconds(text: &str) -> Result<u64, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
+    let time = time(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
     if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
         return Err("must be whole seconds, at least one".to_owned());
     }
@@ -134,8 +137,9 @@ mod tests {
     #[test]
     fn ttl_must_be_whole_seconds() {
         assert_eq!(seconds("90s"), Ok(90));
+        assert_eq!(seconds("90"), Ok(90));
         assert_eq!(seconds("1h 1s"), Ok(3_601));
-        for wrong in ["0s", "500ms", "1s 1ms", "90", "soon"] {
+        for wrong in ["0", "0s", "500ms", "1s 1ms", "-1", "1.5", "", "soon"] {
             assert!(seconds(wrong).is_err(), "{wrong}");
         }
     }

@@ -220,6 +220,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let access_log = args.access_log_rate.map(AccessLog::new);
     if let Some(access_log) = &access_log {
         access_log.start(env);
+        admin.metrics.add(access_log.clone());
     }
     let service = Service {
         shards,
