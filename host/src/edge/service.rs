@@ -80,6 +80,7 @@ impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let is_head = request.method() == Method::HEAD;
+        let is_cacheable = is_head || request.method() == Method::GET;
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
@@ -107,6 +108,11 @@ impl Service {
         if let Some((log, method, uri)) = &logged {
             let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
             log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+        }
+        if is_cacheable {
+            // Without it, caches may keep a response for a while of their own choice, also a 404.
+            let no_cache = const { HeaderValue::from_static("no-cache") };
+            response.headers_mut().entry(header::CACHE_CONTROL).or_insert(no_cache);
         }
         // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
@@ -176,6 +182,8 @@ impl Service {
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                // A proxy that buffers would hold events back.
+                head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 if is_head {
                     Reply::Whole(Bytes::new())
                 } else {

@@ -83,9 +83,11 @@ pub async fn open(
     };
     let selection = Arc::new(selection);
     let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
-        Some(Forgotten { after, newest }) => {
+        Some(Forgotten { after, .. }) => {
+            // The end of the log, not that of what was compacted, which a compaction may have moved when the client is back.
+            let end = changes.watermark().durable();
             let reason = format!(
-                "changes after sequence {after} were compacted; list the keys again and watch with since={newest}"
+                "changes after sequence {after} were compacted; list the keys again and watch with since={end}"
             );
             refuse(StatusCode::GONE, &reason)
         }
