@@ -226,6 +226,19 @@ mod tests {
     }
 
     #[test]
+    fn limit_of_the_pod_leaves_room_for_the_second_guest_of_a_swap() {
+        let manifest = include_str!("../../deploy/kubernetes/kvs.yaml");
+        let mib = |before: &str| {
+            let size = manifest.split_once(before).and_then(|(_, after)| after.split(' ').next()).expect(before);
+            let (number, unit) = size.split_at(size.find(|c: char| !c.is_ascii_digit()).expect("a unit"));
+            let number: u64 = number.parse().expect("a number");
+            if unit.starts_with('G') { number << 10 } else { number }
+        };
+        let (guest, limit) = (mib("KVS_GUEST_MAX_MEMORY_BYTES, value: "), mib("limits: { memory: "));
+        assert!(2 * guest + limit / 8 + 128 <= limit, "{guest} MiB twice, and requests, in {limit} MiB");
+    }
+
+    #[test]
     fn what_is_in_deploy_has_no_other_settings() {
         let settings = settings();
         for (file, text) in [

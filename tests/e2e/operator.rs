@@ -10,7 +10,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use crate::log::of_files;
-use crate::server::{Refused, Server, kvs, refused, serve, serve_refused};
+use crate::server::{Refused, Server, kvs, refused, serve, serve_refused, through};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
@@ -246,8 +246,7 @@ fn data_is_readable_by_its_owner_alone() {
     of_files!();
     let parent = temporary();
     let data = parent.path().join("data");
-    let mut command = serve(&data);
-    command.args(["--segment-bytes", "4KiB", "--max-value-bytes", "1KiB"]);
+    let command = serve(&data);
     let server = Server::spawn(command, temporary());
     let mut client = Connection::open(server.address());
     (0..50).for_each(|_| assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 1000]).status, 201));
@@ -284,4 +283,54 @@ fn a_variable_of_another_command_is_left_alone() {
     let mut command = serve(data.path());
     command.envs([("KVS_URL", "http://127.0.0.1:1"), ("KVS_TOKEN", "x"), ("KVSX", "x"), ("kvs_x", "x")]);
     Server::spawn(command, data).terminate();
+}
+
+#[test]
+fn settings_are_checked_without_a_start() {
+    let data = temporary();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("a listener has an address").to_string();
+    let check = |args: &[&str]| {
+        let mut command = serve(&data.path().join("data"));
+        command.args(["--check", "--admin", &address]).args(args);
+        command
+    };
+    // A running server has the addresses.
+    let output = check(&[guest()]).output().expect("the binary under test can be started");
+    let lines = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && lines.contains("the settings are valid"), "{lines}");
+    for (args, parts) in [
+        (&["--tokens", "/nowhere"][..], &["--tokens /nowhere"][..]),
+        (&["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], &["--tls-cert /nowhere"]),
+        (&["--listen", "0.0.0.0:0"], &["--listen 0.0.0.0:0", "--insecure"]),
+        (&["--segment-bytes", "4KiB"], &["--segment-bytes"]),
+        (&["--txlog", "mysql://x"], &["--txlog"]),
+        (&["/dev/null"], &["/dev/null", "WebAssembly"]),
+        (&["--max-inflight-bytes", "1MiB"], &["--max-inflight-bytes"]),
+    ] {
+        refused(check(args)).with(1, parts);
+    }
+    assert!(!data.path().join("data").exists(), "it wrote something");
+}
+
+#[test]
+fn memory_too_small_for_the_log_is_named() {
+    of_files!();
+    let server = Server::start(&["--shards", "1"]);
+    let mut client = Connection::open(server.address());
+    for n in 0..40 {
+        assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &vec![b'x'; 1 << 20]).status, 201);
+    }
+    let refused = server.terminate().refuses(&["--shards", "1", "--guest-max-memory-bytes", "16MiB"]);
+    refused.with(1, &["the log needs more memory than --guest-max-memory-bytes, which is 16.0 MiB; raise it"]);
+}
+
+#[test]
+fn address_space_too_small_for_the_guest_is_named() {
+    let data = temporary();
+    let mut command = through("sh", &serve(data.path()));
+    // In KiB: enough for the server, and not for the memory of a guest.
+    command.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh", kvs_tests::binary()]);
+    command.args(["serve", "--listen", "127.0.0.1:0"]);
+    refused(command).with(1, &["the guest does not start", "ulimit -v"]);
 }

@@ -333,7 +333,10 @@ fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, sto
             match server.send(&request) {
                 // Rate limit exceeded, or the server is not ready: nothing was stored.
                 Err(reason @ ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }) => {
-                    waits.begin(&reason);
+                    // At 429 the import is too fast, which is no reason to worry.
+                    if matches!(reason, ClientError::Status { status: 503, .. }) {
+                        waits.begin(&reason);
+                    }
                     thread::sleep(time);
                 }
                 result => break result.map(drop),

@@ -90,6 +90,10 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     let connections = descriptors::connections(args.max_connections)?;
     let budget = Budget::new(inflight_bytes(args)?);
+    if args.check {
+        check(args, env)?;
+        return Ok(Ended::Stopped);
+    }
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
     let admin = watched(args.admin, tokens.clone(), env)?;
@@ -111,7 +115,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     health.set_log(Arc::clone(&log));
 
     let engine = Engine::new(
-        args.guest.limits(args.max_value_bytes)?,
+        args.guest.limits(args.max_value_bytes, args.shards)?,
         args.guest.guest_config.clone(),
         Some(&args.data_dir.join("cache")),
         args.response_cache_bytes.as_u64(),
@@ -272,6 +276,19 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     Ok(Ended::Stopped)
 }
 
+/// Checks the settings that are used only when the server has begun, and the guest.
+fn check(args: &Serve, env: &Env) -> Result<()> {
+    match &args.txlog {
+        TxlogStorage::File => file_options(args, None, env.clone()).check()?,
+        TxlogStorage::Postgres(url) => url.check()?,
+    }
+    let limits = args.guest.limits(args.max_value_bytes, args.shards)?;
+    let engine = Engine::new(limits, args.guest.guest_config.clone(), None, 0, env)?;
+    engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    info!("the settings are valid");
+    Ok(())
+}
+
 /// What clients may hold in memory: as configured, or a share of what there is. Never so little that no value fits.
 fn inflight_bytes(args: &Serve) -> Result<usize> {
     let least = 2 * args.max_value_bytes.as_u64();
@@ -288,7 +305,7 @@ fn inflight_bytes(args: &Serve) -> Result<usize> {
 
 /// The warning that the instances and their spares, of which each may grow to its limit, do not fit into the memory.
 fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
-    let (limit, instances) = (args.guest.guest_max_memory_bytes, 2 * u64::from(args.shards));
+    let (limit, instances) = (args.guest.memory_limit(memory, args.shards), 2 * u64::from(args.shards));
     let most = limit.as_u64().saturating_mul(instances);
     (args.spare && most > memory).then(|| {
         format!(
@@ -300,6 +317,17 @@ fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
     })
 }
 
+fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
+    file::Options {
+        data: args.data_dir.clone(),
+        segment_bytes: args.segment_bytes.as_u64(),
+        group_bytes: args.guest.group_bytes(args.max_value_bytes),
+        durability: args.durability,
+        advertise,
+        env,
+    }
+}
+
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
 async fn open_log(
     args: &Serve,
@@ -308,11 +336,9 @@ async fn open_log(
     env: &Env,
 ) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
     let env = env.clone();
-    let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
-            let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let options = file_options(args, advertise, env);
             if args.standby {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());
@@ -328,6 +354,7 @@ async fn open_log(
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
             let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
             let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());

@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use bytesize::ByteSize;
 use hyper::header::HeaderName;
 use kvs_txlog::Entry;
+use rustix::process::{Resource, getrlimit};
 use tracing::warn;
 use wasmtime::{Store, StoreContextMut, UpdateDeadline};
 
@@ -46,8 +48,7 @@ impl Instance {
         let limit = limits.of_call();
         begin(&mut store, limit);
         let exports = exports.instantiate(&mut store);
-        let exports =
-            exports.map_err(|error| trapped(&mut store, &error, limit)).context("the guest does not start")?;
+        let exports = exports.map_err(|error| trapped(&mut store, &error, limit)).with_context(does_not_start)?;
         let description = exports.lifecycle.call_describe(&mut store);
         let description = description.map_err(|error| trapped(&mut store, &error, limit)).context("describe failed")?;
         let wanted_headers = check(&description)?;
@@ -86,11 +87,22 @@ impl Instance {
         let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
         self.store.data_mut().sandbox().begin_apply();
         let limit = self.limits.of_replay();
-        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
-            .with_context(|| match entries.len() {
-                1 => format!("apply of entry {} failed", first.sequence),
-                _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
-            })
+        let applied =
+            self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records));
+        applied.map_err(|trapped| self.out_of_memory(trapped)).with_context(|| match entries.len() {
+            1 => format!("apply of entry {} failed", first.sequence),
+            _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
+        })
+    }
+
+    /// Names the limit of memory, where that may be why entries could not be applied.
+    fn out_of_memory(&self, trapped: Trapped) -> anyhow::Error {
+        let error = anyhow::Error::new(trapped);
+        if !self.store.data().memory.was_denied() {
+            return error;
+        }
+        let limit = ByteSize(self.limits.memory_bytes as u64);
+        error.context(format!("the log needs more memory than --guest-max-memory-bytes, which is {limit}; raise it"))
     }
 
     /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
@@ -215,6 +227,18 @@ impl Instance {
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();
         result.map_err(|error| trapped(&mut self.store, &error, limit))
+    }
+}
+
+/// Names the limit of the address space, where there is one.
+fn does_not_start() -> String {
+    match getrlimit(Resource::As).current {
+        None => "the guest does not start".to_owned(),
+        Some(limit) => format!(
+            "the guest does not start, with an address space of {} (ulimit -v), of which each memory of an instance \
+             reserves more than 4 GiB; raise the limit",
+            ByteSize(limit)
+        ),
     }
 }
 

@@ -136,7 +136,7 @@ impl Shards {
         let down = self.outages().map(|(number, outage)| {
             is_unfit |= outage.is_long(clock);
             let since = humantime::format_rfc3339_seconds(outage.since);
-            // Whoever asks for the health needs no token.
+            // The health is reported without a token.
             let reason = trap::without_printed(&outage.reason);
             format!("shard {number} of {count} has had no instance since {since}: {reason}")
         });
