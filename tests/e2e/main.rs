@@ -18,6 +18,7 @@ mod attacks;
 mod audit;
 mod backup;
 mod bad_log;
+mod behind_a_proxy;
 mod book;
 mod certificates;
 mod client;
