@@ -1,4 +1,4 @@
-//! The audit trail: who replaced a guest, created a token or wrote to a log offline, as log lines of the target `audit`.
+//! The audit trail: who replaced a guest, or created or revoked a token, as log lines of the target `audit`.
 
 use std::fmt::Display;
 
@@ -9,7 +9,7 @@ use tracing::info;
 /// Target of the log lines, for `--log-filter`.
 pub const TARGET: &str = "audit";
 
-/// Whoever caused an action.
+/// The cause of an action: a client, a user or a signal.
 #[derive(Clone)]
 pub struct Actor {
     /// Name of the token, or the user or the signal. None where the listener asks for no token.

@@ -328,6 +328,10 @@ pub struct Access {
     #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
     pub tokens: Option<PathBuf>,
 
+    /// Ask for no token on the admin listener, which must be on loopback then
+    #[arg(long, env = "KVS_ADMIN_OPEN", requires = "tokens")]
+    pub admin_open: bool,
+
     /// Allow an address that is not loopback without TLS and tokens
     #[arg(long, env = "KVS_INSECURE")]
     pub insecure: bool,

@@ -48,7 +48,7 @@ fn nothing_is_lost_when_everything_happens_at_once() {
     let args = [
         &SMALL_SEGMENTS[..],
         &["--shards", "4", "--probation", "1s", "--tls-cert", &pair.certificate, "--tls-key", &pair.key],
-        &["--tokens", &file, "--rate-limit", "1000/s", "--rate-burst", "100", "--rate-queue", "50ms"],
+        &["--tokens", &file, "--admin-open", "--rate-limit", "1000/s", "--rate-burst", "100", "--rate-queue", "50ms"],
     ]
     .concat();
     let guests = [DEFAULT_GUEST.to_owned(), built("brittle"), built("counters")].map(|file| component(&file));

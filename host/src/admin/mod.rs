@@ -36,7 +36,7 @@ use self::guest::Guests;
 pub use self::health::{Health, Phase};
 use crate::audit::Actor;
 use crate::edge::RequestIds;
-use crate::edge::auth::Tokens;
+use crate::edge::auth::{Scope, Tokens};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
@@ -51,7 +51,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Admin {
     pub health: Health,
     pub metrics: Metrics,
-    /// Asked for a token of scope admin, where there are any, by all but health.
+    /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
     ids: RequestIds,
     /// None until there is a guest.
@@ -121,7 +121,8 @@ impl Admin {
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
         let mut principal = None;
         if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health) {
-            match tokens.get().check_admin(request.headers()) {
+            let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
+            match tokens.get().check_admin(request.headers(), needed) {
                 Ok(name) => principal = Some(name.to_string()),
                 Err(refusal) => return refusal.map(Full::new),
             }

@@ -53,7 +53,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve a store over HTTP
     Serve(Box<Serve>),
-    /// Create tokens for clients
+    /// Create, list and revoke tokens of clients
     #[command(subcommand)]
     Token(token::TokenCommand),
     /// Replace the serving guest, without downtime

@@ -4,7 +4,6 @@ mod listeners;
 
 use std::convert::Infallible;
 use std::env;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -83,7 +82,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
-    let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
+    let tokens = args.access.tokens.as_deref().map(|file| edge::auth::load(file, clock.clone())).transpose()?;
     let exposures = exposed(args)?;
     if let Some(excess) = too_large_with_spares(args, memory::size()) {
         warn!("{excess}");
@@ -96,7 +95,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args.admin, tokens.clone(), env)?;
+    let admin = watched(args, tokens.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
@@ -393,9 +392,9 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-    // Who is on this machine may ask for its health without a token.
-    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
+fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+    let address = args.admin;
+    let tokens = tokens.filter(|_| !args.access.admin_open);
     let listener = bind(address, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
     let admin = Arc::new(Admin::new(tokens, env));

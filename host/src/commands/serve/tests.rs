@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ impl Site {
         // An address of its own, so that nobody takes the port meanwhile.
         let admin = TcpListener::bind("127.0.0.4:0").unwrap().local_addr().unwrap();
         let args =
-            ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null"];
+            ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null", "--admin-open"];
         let others = ["--rate-limit", "1000/s", "--access-log-rate", "10", "--data-dir", data.path().to_str().unwrap()];
         let args = Program::parse_from(args.into_iter().chain(others)).serve;
         Self { _data: data, admin, args }

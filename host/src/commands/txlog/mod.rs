@@ -18,7 +18,6 @@ use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
 
-use crate::audit::{self, Actor};
 use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
@@ -93,16 +92,6 @@ pub struct StorageArgs {
     txlog: TxlogStorage,
 }
 
-impl StorageArgs {
-    /// The storage without its password.
-    fn name(&self) -> String {
-        match &self.txlog {
-            TxlogStorage::File => self.data_dir.display().to_string(),
-            TxlogStorage::Postgres(_) => "postgres".to_owned(),
-        }
-    }
-}
-
 pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
     let out = &mut io::stdout().lock();
     match command {
@@ -113,11 +102,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
         TxlogCommand::Cat { at, json: true } => cat::all(&at, out, cat::json),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
         TxlogCommand::Export { at } => cat::all(&at, out, text::print),
-        TxlogCommand::Import { at, format, from, file } => {
-            import::run(&at, format, from.as_ref(), file.as_deref())?;
-            audit::log(&Actor::user(), "txlog-import", at.name(), "success");
-            Ok(())
-        }
+        TxlogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
         TxlogCommand::Compact { at } => match &at.txlog {
             TxlogStorage::File => compact(&at.data_dir),
             TxlogStorage::Postgres(url) => {
