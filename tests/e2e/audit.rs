@@ -41,7 +41,7 @@ fn swap_is_recorded_with_digest_principal_and_request_id() {
     }
     assert_eq!(done["object"].as_str().map(str::len), Some(64), "{done}");
     assert_eq!(put(b"nonsense"), 422);
-    let failed = record(&server.says("WebAssembly"));
+    let failed = record(&server.says("\"outcome\":\"it is not WebAssembly\""));
     assert_eq!((&failed["action"], &failed["principal"]), (&"swap".into(), &"alice".into()));
 }
 
