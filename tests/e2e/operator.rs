@@ -302,7 +302,7 @@ fn settings_are_checked_without_a_start() {
     for (args, parts) in [
         (&["--tokens", "/nowhere"][..], &["--tokens /nowhere"][..]),
         (&["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], &["--tls-cert /nowhere"]),
-        (&["--listen", "0.0.0.0:0"], &["--listen 0.0.0.0:0", "--insecure"]),
+        (&["--listen-when-primary", "0.0.0.0:8080"], &["--listen-when-primary 0.0.0.0:8080", "--insecure"]),
         (&["--segment-bytes", "4KiB"], &["--segment-bytes"]),
         (&["--txlog", "mysql://x"], &["--txlog"]),
         (&["/dev/null"], &["/dev/null", "WebAssembly"]),

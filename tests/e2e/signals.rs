@@ -84,11 +84,20 @@ fn half_a_request_head_does_not_hold_up_the_stop() {
 
 #[test]
 fn connections_that_ended_in_time_do_not_count_as_cut_off() {
-    let server = Server::start(&["--drain-timeout", "10s", "--request-timeout", "1h"]);
-    let mut clients: Vec<_> = (0..3).map(|_| under_way(&server)).collect();
+    let args = ["--drain-timeout", "10s", "--request-timeout", "1h", "--min-body-rate", "1"];
+    let server = Server::start(&args);
+    // Half of each body, at which the lowest rate is kept for minutes.
+    let begin = || {
+        let mut client = Connection::open(server.address());
+        client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n");
+        assert_eq!(client.read().status, 100);
+        client.send([b'x'; 500]);
+        client
+    };
+    let mut clients = [begin(), begin(), begin()];
     server.signal(Signal::TERM);
     server.says("stopping: finishing what is under way");
-    clients[0].send(" whole");
+    clients[0].send([b'x'; 500]);
     assert_eq!(clients[0].read().status, 201);
     let stopped = server.ends_well();
     let lines = stopped.stderr().join("\n");
