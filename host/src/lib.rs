@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 pub mod admin;
+mod audit;
 mod changes;
 pub mod commands;
 mod contract;

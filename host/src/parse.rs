@@ -1,10 +1,11 @@
 //! Parsers of flag values: addresses, times, counts, sizes, rates.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 use hyper::Uri;
+use kvs_runtime::Clock;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
@@ -30,10 +31,25 @@ pub fn advertise(text: &str) -> Result<String, String> {
     }
 }
 
+/// Parses a time with its unit, or in seconds as in the HTTP API.
+fn time(text: &str) -> Result<Duration, humantime::DurationError> {
+    text.parse().map(Duration::from_secs).or_else(|_| humantime::parse_duration(text))
+}
+
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let duration =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    let duration = time(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+}
+
+/// Parses the expiry of a token: a time from now, or a date, with or without a time of day in UTC.
+pub fn expiry(text: &str) -> Result<SystemTime, String> {
+    let now = Clock::system().wall();
+    let date = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
+    match date.ok().or_else(|| now.checked_add(humantime::parse_duration(text).ok()?)) {
+        Some(at) if at > now => Ok(at),
+        Some(_) => Err("is in the past".to_owned()),
+        None => Err("an expiry looks like 90days, 2027-01-31 or 2027-01-31T12:00:00Z".to_owned()),
+    }
 }
 
 /// Parses a read lease: longer than a statement takes, and no longer than the timeout of a primary without one.
@@ -99,8 +115,7 @@ pub fn setting(text: &str) -> Result<(String, String), String> {
 
 /// Parses a time in whole seconds, the unit of the HTTP API.
 pub fn seconds(text: &str) -> Result<u64, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
+    let time = time(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
     if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
         return Err("must be whole seconds, at least one".to_owned());
     }
@@ -132,10 +147,24 @@ mod tests {
     }
 
     #[test]
+    fn expiry_is_a_date_or_a_time_from_now() {
+        let since =
+            |text| expiry(text).map(|at| at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |at| at.as_secs()));
+        assert_eq!(since("2227-01-31"), Ok(8_112_700_800));
+        assert_eq!(since("2227-01-31T00:00:01Z"), Ok(8_112_700_801));
+        let soon = since("90days").expect("it is one") - since("1day").expect("it is one");
+        assert!(soon.abs_diff(89 * 86_400) < 60, "{soon}");
+        for wrong in ["", "soon", "2020-01-01", "0s", "-1d", "90"] {
+            assert!(expiry(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn ttl_must_be_whole_seconds() {
         assert_eq!(seconds("90s"), Ok(90));
+        assert_eq!(seconds("90"), Ok(90));
         assert_eq!(seconds("1h 1s"), Ok(3_601));
-        for wrong in ["0s", "500ms", "1s 1ms", "90", "soon"] {
+        for wrong in ["0", "0s", "500ms", "1s 1ms", "-1", "1.5", "", "soon"] {
             assert!(seconds(wrong).is_err(), "{wrong}");
         }
     }

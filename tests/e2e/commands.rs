@@ -255,8 +255,10 @@ fn a_malformed_line_is_named() {
         ("{\"key\": \"b\"}", "`value` or `value_base64` is missing"),
         ("{\"key\": \"b\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
         ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
-        ("", "EOF while parsing a value"),
         ("{\"key\": \"b\", ", "EOF while parsing"),
+        ("{\"key\": \"..\", \"value\": \"\"}", "no server accepts the key \"..\""),
+        ("{\"key\": \"\", \"value\": \"\"}", "no server accepts the key \"\""),
+        (&format!("{{\"key\": \"{}\", \"value\": \"\"}}", "x".repeat(100_000)), "xxx… (100000 bytes)\""),
     ] {
         let file = server.data().join("lines");
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
@@ -270,10 +272,35 @@ fn a_malformed_line_is_named() {
     let told = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
     assert_eq!((output.status.code(), said.as_ref()), (Some(1), told));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
-    // The server has its own rules.
-    let output = run(client(&server, &["import"]), b"{\"key\": \"..\", \"value\": \"\"}\n");
+    // The server has rules of its own, and a key can be long.
+    let long = format!("{{\"key\": \"{}\", \"value\": \"\", \"content_type\": \"none\"}}\n", "x".repeat(1_000));
+    let output = run(client(&server, &["import"]), long.as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("line 1 of standard input: put ..: key has a `..` segment (400)"), "{said}");
+    assert!(said.contains("line 1 of standard input: put xxx") && said.contains("(400)"), "{said}");
+    assert!(said.contains("xxx… (1000 bytes)") && said.len() < 600, "{said}");
+}
+
+#[test]
+fn blank_lines_and_a_byte_order_mark_are_skipped() {
+    let server = Server::start(&[]);
+    let text = "\u{feff}{\"key\": \"a\", \"value\": \"1\"}\n\n \t\r\n{\"key\": \"b\", \"value\": \"2\"}\r\n\n";
+    let file = server.data().join("lines");
+    fs::write(&file, text).expect("the directory takes a file");
+    printed(client(&server, &["import", file.to_str().expect("a temporary path is text")]), b"");
+    assert_eq!(lines(client(&server, &["list"])), ["a", "b"]);
+    printed(client(&server, &["delete", "a"]), b"");
+    printed(client(&server, &["import"]), text.as_bytes());
+    assert_eq!(lines(client(&server, &["list"])), ["a", "b"]);
+}
+
+#[test]
+fn times_have_a_unit_or_are_seconds() {
+    let server = Server::start(&["--idle-timeout", "75"]);
+    for ttl in ["3600", "3600s", "1h"] {
+        printed(client(&server, &["put", "a", "1", "--ttl", ttl]), b"");
+        let expires = Connection::open(server.address()).ask("GET", "/v1/a", b"").header("expires").map(str::to_owned);
+        assert!(expires.is_some(), "{ttl}");
+    }
 }
 
 /// How far a load came, by the file it keeps.

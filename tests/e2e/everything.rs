@@ -48,7 +48,7 @@ fn everything_at_once_loses_nothing() {
     let args = [
         &SMALL_SEGMENTS[..],
         &["--shards", "4", "--probation", "1s", "--tls-cert", &pair.certificate, "--tls-key", &pair.key],
-        &["--tokens", &file, "--rate-limit", "1000/s", "--rate-burst", "100", "--rate-queue", "50ms"],
+        &["--tokens", &file, "--admin-open", "--rate-limit", "1000/s", "--rate-burst", "100", "--rate-queue", "50ms"],
     ]
     .concat();
     let guests = [DEFAULT_GUEST.to_owned(), built("brittle"), built("counters")].map(|file| component(&file));

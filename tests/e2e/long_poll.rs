@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::components::DEFAULT_GUEST;
+use crate::metrics::{Metrics, until};
 use crate::server::Server;
 use crate::swap::{component, swaps};
 use crate::unruly;
@@ -156,4 +157,28 @@ fn many_waits_do_not_delay_others() {
         let answer = client.read();
         assert_eq!((answer.status, answer.text()), (200, "value"));
     }
+}
+
+#[test]
+fn watches_and_long_polls_are_gauges_and_no_latency() {
+    let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", "2"]);
+    let metrics = Metrics::of(&server);
+    assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(2 * 64 << 20));
+    let mut watch = Connection::open(server.address());
+    assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
+    let mut poll = Connection::open(server.address());
+    poll.send("GET /v1/a?wait=300s HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    until(&server, "both are open", |now| {
+        [now.get("kvs_watches"), now.get("kvs_http_requests_waiting_for_change")] == [1.0, 1.0]
+    });
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"").status, 201);
+    assert_eq!(poll.read().status, 200);
+    drop(watch);
+    let after = until(&server, "both have ended", |now| {
+        [now.get("kvs_watches"), now.get("kvs_http_requests_waiting_for_change")] == [0.0, 0.0]
+    });
+    // That of the head of the watch alone.
+    let get = "{method=\"GET\"}";
+    assert_eq!(after.get(&format!("kvs_http_request_duration_seconds_count{get}")), 1.0);
+    assert_eq!(after.get("kvs_http_requests_total{method=\"GET\",status=\"200\"}"), 2.0);
 }

@@ -7,7 +7,7 @@
 //! bad guest can do, `attacks` what bad clients can, `swap` and `guests` what good guests can; `shards` that several are one store; `durability`, and under the
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it, and `everything` all of that at once; `metrics` and `access_log` what an operator sees of it, and
-//! `diagnostics` that nothing depends on whether anybody looks; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
+//! `diagnostics` that nothing depends on whether anybody looks; `audit` who changed a server, `traps` what is reported of a guest that fails; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
 //! `response_cache` that what is reused is right; `commands` what the client in the binary
 //! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
 //! database.
@@ -16,8 +16,10 @@ mod access;
 mod access_log;
 mod admin;
 mod attacks;
+mod audit;
 mod backup;
 mod bad_log;
+mod behind_a_proxy;
 mod book;
 mod certificates;
 mod client;
@@ -63,6 +65,7 @@ mod supervision;
 mod swap;
 mod tls;
 mod transactions;
+mod traps;
 mod unruly;
 mod watch;
 mod wire;

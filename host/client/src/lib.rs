@@ -11,7 +11,7 @@ mod server;
 mod value;
 mod watch;
 
-pub use self::import::{NewProgressBar, import};
+pub use self::import::{ImportHooks, NewProgressBar, import};
 pub use self::list::{export, list};
 pub use self::server::{ApiRequest, ClientError, Options, Server};
 pub use self::value::{Condition, Put, delete, get, put};

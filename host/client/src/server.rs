@@ -44,6 +44,8 @@ const MAX_IDLE: usize = 64;
 const EXPECT_CONTINUE_BYTES: usize = 1 << 20;
 /// Maximum length of the reason that is read from an error response.
 const REASON_BYTES: u64 = 4 << 10;
+/// Maximum length of a key in an error.
+const MAX_SHOWN_KEY_BYTES: usize = 100;
 
 /// How to reach a server.
 #[derive(Clone, Copy)]
@@ -198,6 +200,14 @@ fn trusted(file: Option<&Path>) -> Result<Vec<Certificate<'static>>> {
     Ok(certificates)
 }
 
+/// Returns a key for an error: a long one is truncated.
+pub fn shown(key: &str) -> String {
+    if key.len() <= MAX_SHOWN_KEY_BYTES {
+        return key.to_owned();
+    }
+    format!("{}… ({} bytes)", &key[..key.floor_char_boundary(MAX_SHOWN_KEY_BYTES)], key.len())
+}
+
 /// Returns the path of a key.
 pub fn path_of(key: &str) -> String {
     format!("/v1/{}", utf8_percent_encode(key, IN_PATH))
@@ -213,6 +223,13 @@ pub fn add(target: &mut String, name: &str, value: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_key_is_truncated_between_characters() {
+        assert_eq!(shown(&"a".repeat(100)), "a".repeat(100));
+        assert_eq!(shown(&"é".repeat(100)), format!("{}… (200 bytes)", "é".repeat(50)));
+        assert_eq!(shown(&format!("a{}", "é".repeat(100))), format!("a{}… (201 bytes)", "é".repeat(49)));
+    }
 
     #[test]
     fn keys_are_escaped_only_where_needed() {

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Read, Write};
 
 use anyhow::{Context, Result, bail};
 
-use super::server::{ApiRequest, Server, add, path_of};
+use super::server::{ApiRequest, Server, add, path_of, shown};
 
 /// Maximum size of a value, above that of any server.
 const MAX_VALUE_BYTES: u64 = 1 << 30;
@@ -35,7 +35,7 @@ impl Condition {
 /// Prints the value unchanged. On a terminal a missing newline at its end is added.
 pub fn get(server: &Server, key: &str, out: &mut (impl Write + IsTerminal)) -> Result<()> {
     let request = ApiRequest { method: "GET", target: &path_of(key), headers: &[], body: None };
-    let mut value = server.send(&request).with_context(|| format!("get {key}"))?.into_body().into_reader();
+    let mut value = server.send(&request).with_context(|| format!("get {}", shown(key)))?.into_body().into_reader();
     let (mut buffer, mut last) = ([0; 1 << 16], b'\n');
     loop {
         let read = value.read(&mut buffer).map_err(|error| server.transport_error(&error))?;
@@ -71,7 +71,7 @@ pub fn put(server: &Server, key: &str, put: &Put, out: &mut impl Write) -> Resul
     let kind = put.content_type.as_ref().map(|kind| ("content-type", kind.clone()));
     let headers: Vec<_> = [&condition, &kind].into_iter().flatten().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "PUT", target: &target, headers: &headers, body: Some(&value) };
-    let response = server.send(&request).with_context(|| format!("put {key}"))?;
+    let response = server.send(&request).with_context(|| format!("put {}", shown(key)))?;
     if let Some(tag) = response.headers().get("etag").and_then(|tag| tag.to_str().ok()) {
         writeln!(out, "{}", tag.trim_matches('"'))?;
     }
@@ -83,7 +83,7 @@ pub fn delete(server: &Server, key: &str, condition: &Condition) -> Result<()> {
     let condition = condition.header();
     let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "DELETE", target: &path_of(key), headers: &headers, body: None };
-    server.send(&request).with_context(|| format!("delete {key}"))?;
+    server.send(&request).with_context(|| format!("delete {}", shown(key)))?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
-use super::server::{ApiRequest, ClientError, Server, add};
+use super::server::{ApiRequest, ClientError, Server, add, shown};
 
 /// Maximum length of a line: more than the largest event with every byte escaped.
 const LINE_BYTES: u64 = 8 << 30;
@@ -56,7 +56,7 @@ pub fn watch(
                 report(&format!("connection lost, reconnecting: {lost}"));
             }
             Err(failure) if watched && is_transient(&failure) => {}
-            Err(failure) => return Err(failure).with_context(|| format!("watch {prefix}")),
+            Err(failure) => return Err(failure).with_context(|| format!("watch {}", shown(prefix))),
         }
         thread::sleep(wait);
         wait = MAX_BACKOFF.min(wait * 2);

@@ -350,3 +350,16 @@ fn deployment_files_use_known_settings() {
         }
     }
 }
+
+#[test]
+fn pod_limit_leaves_room_for_second_guest_of_swap() {
+    let manifest = page("deploy/kubernetes/kvs.yaml").text;
+    let mib = |before: &str| {
+        let size = manifest.split_once(before).and_then(|(_, after)| after.split(' ').next()).expect(before);
+        let (number, unit) = size.split_at(size.find(|c: char| !c.is_ascii_digit()).expect("a unit"));
+        let number: u64 = number.parse().expect("a number");
+        if unit.starts_with('G') { number << 10 } else { number }
+    };
+    let (guest, limit) = (mib("KVS_GUEST_MAX_MEMORY_BYTES, value: "), mib("limits: { memory: "));
+    assert!(2 * guest + limit / 8 + 128 <= limit, "{guest} MiB twice, and requests, in {limit} MiB");
+}

@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::{not_allowed, text};
+use crate::audit::Actor;
 use crate::guest::{GUEST_BYTES, Outcome, Source, SwapError, Swapper};
 
 /// How long a component may take to arrive.
@@ -31,7 +32,7 @@ impl Guests {
         Self { swapper, arriving: Mutex::default() }
     }
 
-    pub async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    pub async fn respond(&self, request: Request<Incoming>, actor: Actor) -> Response<Full<Bytes>> {
         let dry_run = match request.uri().query() {
             None | Some("") => false,
             Some("dry-run") => true,
@@ -42,25 +43,25 @@ impl Guests {
             Method::PUT => {
                 let Ok(_alone) = self.arriving.try_lock() else { return refused(&SwapError::Busy) };
                 match read(request).await {
-                    Ok(component) => self.swap(Source::Sent, component, dry_run).await,
+                    Ok(component) => self.swap(Source::Sent, component, dry_run, actor).await,
                     Err(refusal) => refusal,
                 }
             }
             // What is removed is the guest that was put there; what is left is the one in the binary.
             Method::DELETE => match Source::BuiltIn.read() {
-                Ok(component) => self.swap(Source::BuiltIn, component, dry_run).await,
+                Ok(component) => self.swap(Source::BuiltIn, component, dry_run, actor).await,
                 Err(error) => refused(&SwapError::Failed(error)),
             },
             _ => not_allowed("GET, HEAD, PUT, DELETE"),
         }
     }
 
-    async fn swap(&self, source: Source, component: Vec<u8>, dry_run: bool) -> Response<Full<Bytes>> {
+    async fn swap(&self, source: Source, component: Vec<u8>, dry_run: bool, actor: Actor) -> Response<Full<Bytes>> {
         if !dry_run && self.swapper.follows_primary() {
             let reason = "this server stands by and serves the guest of its primary; swap the guest there";
             return line(StatusCode::CONFLICT, reason);
         }
-        match self.swapper.swap(source, component, dry_run).await {
+        match self.swapper.swap(source, component, dry_run, actor).await {
             Ok(outcome) => document(report(&outcome)),
             Err(error) => refused(&error),
         }

@@ -73,6 +73,16 @@ impl Health {
         }
     }
 
+    /// Whether this server follows a primary and is ready, for a proxy that spreads stale reads; and a line that says so.
+    pub fn replica(&self) -> (bool, String) {
+        let read_only = self.log.get().is_some_and(|log| log.read_only().is_some());
+        match self.report() {
+            (true, _) if read_only => (true, "replica\n".to_owned()),
+            (true, _) => (false, "primary\n".to_owned()),
+            (false, report) => (false, report),
+        }
+    }
+
     /// Whether requests should be sent here, and a line for each part that has a say in it.
     pub fn report(&self) -> (bool, String) {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
@@ -153,6 +163,7 @@ mod tests {
         health.reached(Phase::Serving);
         assert_eq!(health.report(), (true, format!("[+]log ok\n[+]guest ok\n[+]edge ok\n{OTHERS}")));
         assert_eq!(health.primary(), (true, "primary\n".into()));
+        assert_eq!(health.replica(), (false, "primary\n".into()));
         log.watermark().latch("input/output error".into());
         let failed = format!("[-]log failed: input/output error\n[+]guest ok\n[+]edge ok\n{OTHERS}");
         assert_eq!(health.report(), (false, failed.clone()));

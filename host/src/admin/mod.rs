@@ -6,6 +6,7 @@
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+mod exposition;
 mod guest;
 mod health;
 
@@ -33,9 +34,11 @@ use tracing::debug;
 
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
-use crate::edge::auth::Tokens;
+use crate::audit::Actor;
+use crate::edge::RequestIds;
+use crate::edge::auth::{Scope, Tokens};
 use crate::guest::Swapper;
-use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
+use kvs_metrics::{Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
@@ -48,8 +51,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Admin {
     pub health: Health,
     pub metrics: Metrics,
-    /// Asked for a token of scope admin, where there are any, by all but health.
+    /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
+    ids: RequestIds,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
     env: Env,
@@ -61,7 +65,8 @@ impl Admin {
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), env: env.clone() }
+        let (ids, guests) = (RequestIds::default(), OnceLock::new());
+        Self { health, metrics, tokens, ids, guests, env: env.clone() }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -113,11 +118,14 @@ impl Admin {
     /// The paths there are, and what answers them.
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         // Health is for whoever decides where requests go, and no secret.
-        let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary");
-        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health)
-            && let Err(refusal) = tokens.get().check_admin(request.headers())
-        {
-            return refusal.map(Full::new);
+        let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
+        let mut principal = None;
+        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health) {
+            let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
+            match tokens.get().check_admin(request.headers(), needed) {
+                Ok(name) => principal = Some(name.to_string()),
+                Err(refusal) => return refusal.map(Full::new),
+            }
         }
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
@@ -130,18 +138,27 @@ impl Admin {
                 text(if primary { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
             ("/metrics", &Method::GET | &Method::HEAD) => {
-                let mut response = text(StatusCode::OK, self.metrics.text());
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+                let (exposition, media_type) = exposition::of(&self.metrics, request.headers());
+                let mut response = text(StatusCode::OK, exposition);
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
                 response
             }
-            ("/livez" | "/readyz" | "/primary" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/replica", &Method::GET | &Method::HEAD) => {
+                let (replica, report) = self.health.replica();
+                text(if replica { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+            }
+            ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/guest", _) => match self.guests.get() {
-                Some(guests) => guests.respond(request).await,
+                Some(guests) => {
+                    let request_id = Some(self.ids.of(request.headers()));
+                    guests.respond(request, Actor { principal, request_id }).await
+                }
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => {
-                text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest\n")
-            }
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "unknown path; there are /livez, /readyz, /primary, /replica, /metrics and /guest\n",
+            ),
         }
     }
 }

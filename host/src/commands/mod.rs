@@ -24,6 +24,8 @@ use std::env;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 use kvs_runtime::Env;
+use rustix::fs::Mode;
+use rustix::process::umask;
 use strsim::jaro;
 
 use crate::lines::{self, Format};
@@ -51,7 +53,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve a store over HTTP
     Serve(Box<Serve>),
-    /// Create tokens for clients
+    /// Create, list and revoke tokens of clients
     #[command(subcommand)]
     Token(token::TokenCommand),
     /// Replace the serving guest, without downtime
@@ -82,13 +84,18 @@ pub enum Command {
     /// Put the keys and values of JSON lines: {"key": "a", "value": "1"}, as `kvs export` prints them
     ///
     /// Beside `value`, or `value_base64`, a line can have `content_type`, and `ttl` in seconds or `expires` in milliseconds
-    /// since 1970. A file is validated completely before the first put. Progress is saved in FILE.kvs-import.
+    /// since 1970. Blank lines are skipped. A file is validated completely before the first put; the server can still reject a
+    /// value, for its size or its type, and then the lines before it are stored. Progress is saved in FILE.kvs-import.
     Import(import::Import),
 }
 
 /// Runs a command to its end, in these surroundings.
 pub fn run(cli: Cli, env: &Env) -> Result<()> {
     lines::begin(cli.log_format, &cli.log_filter, env)?;
+    if matches!(cli.command, Command::Serve(_) | Command::Txlog(_)) {
+        // Directories of data are 0700, and their files 0600.
+        umask(Mode::RWXG | Mode::RWXO);
+    }
     // Output that nobody reads any more is no failure: `kvs txlog cat | head`.
     ignore_broken_pipe(match cli.command {
         Command::Serve(args) => return serve::run(&args, env),
@@ -111,24 +118,33 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
 /// Common prefix of the variables of all settings.
 const PREFIX: &str = "KVS_";
 
-/// Returns the reason to reject an environment variable with the prefix of the settings that is not one of them.
-pub fn unknown_variable() -> Option<String> {
+/// Returns the reason to reject an environment variable with the prefix of the settings that is not one of them. In a pod,
+/// only a server rejects the variables of a service: they would be in the way of every other command in the namespace.
+pub fn unknown_variable(command: &Command) -> Option<String> {
+    let is_server = matches!(command, Command::Serve(_));
     let mut known = BTreeSet::new();
     add_variables(&Cli::command(), &mut known);
     let given: BTreeSet<_> = env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
-    let unknown = given.into_iter().find(|name| name.starts_with(PREFIX) && !known.contains(name))?;
+    let mut unknown = given.into_iter().filter(|name| name.starts_with(PREFIX) && !known.contains(name));
+    let unknown = unknown.find(|name| is_server || !is_service_link(name))?;
     if let Some(renamed) = renamed::variable(&unknown) {
         return Some(format!("the variable {renamed}"));
     }
     let nearest = known.iter().max_by(|a, b| jaro(a, &unknown).total_cmp(&jaro(b, &unknown)))?;
-    // Kubernetes sets such variables in every pod, for a service that is called kvs.
-    let advice = match env::var_os("KUBERNETES_SERVICE_HOST") {
-        Some(_) if unknown.contains("SERVICE") || unknown.contains("PORT") => {
-            "give the pod enableServiceLinks: false".to_owned()
-        }
-        _ => format!("is {nearest} meant? Unset it, or see kvs serve --help"),
+    let advice = if is_service_link(&unknown) {
+        "give the pod enableServiceLinks: false".to_owned()
+    } else {
+        format!("is {nearest} meant? Unset it, or see kvs serve --help")
     };
     Some(format!("the variable {unknown} is not a setting of kvs; {advice}"))
+}
+
+/// Returns whether Kubernetes may have set this variable, as it does in every pod beside a service whose name begins with
+/// `kvs`: `KVS_SERVICE_HOST`, `KVS_SERVICE_PORT_HTTP`, `KVS_PORT`, `KVS_PORT_8080_TCP_ADDR`.
+fn is_service_link(name: &str) -> bool {
+    let service = ["_SERVICE_HOST", "_SERVICE_PORT"].iter().any(|part| name.contains(part));
+    let docker = name.ends_with("_PORT") || name.contains("_PORT_") && (name.contains("_TCP") || name.contains("_UDP"));
+    env::var_os("KUBERNETES_SERVICE_HOST").is_some() && (service || docker)
 }
 
 fn add_variables(command: &clap::Command, known: &mut BTreeSet<String>) {

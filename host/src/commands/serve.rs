@@ -4,7 +4,6 @@ mod listeners;
 
 use std::convert::Infallible;
 use std::env;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -88,16 +87,20 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
-    let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
+    let tokens = args.access.tokens.as_deref().map(|file| edge::auth::load(file, clock.clone())).transpose()?;
     let exposures = exposed(args)?;
     if let Some(excess) = too_large_with_spares(args, memory::size()) {
         warn!("{excess}");
     }
     let connections = descriptors::connections(args.max_connections)?;
     let budget = Budget::new(inflight_bytes(args)?);
+    if args.check {
+        check(args, env)?;
+        return Ok(Ended::Stopped);
+    }
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args.admin, tokens.clone(), env)?;
+    let admin = watched(args, tokens.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
@@ -123,7 +126,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     health.set_log(Arc::clone(&log));
 
     let engine = Engine::new(
-        args.guest.limits(args.max_value_bytes)?,
+        args.guest.limits(args.max_value_bytes, args.shards)?,
         args.guest.guest_config.clone(),
         Some(&args.data_dir.join("cache")),
         args.response_cache_bytes.as_u64(),
@@ -197,6 +200,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
+        admin.metrics.add(tls.clone());
         let tls = Arc::clone(tls);
         health.add("tls", move || tls.condition());
     }
@@ -232,6 +236,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let access_log = args.access_log_rate.map(AccessLog::new);
     if let Some(access_log) = &access_log {
         access_log.start(env);
+        admin.metrics.add(access_log.clone());
     }
     let service = Service {
         shards,
@@ -283,6 +288,19 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     Ok(Ended::Stopped)
 }
 
+/// Checks the settings that are used only when the server has begun, and the guest.
+fn check(args: &Serve, env: &Env) -> Result<()> {
+    match &args.txlog {
+        TxlogStorage::File => file_options(args, None, env.clone()).check()?,
+        TxlogStorage::Postgres(url) => url.check()?,
+    }
+    let limits = args.guest.limits(args.max_value_bytes, args.shards)?;
+    let engine = Engine::new(limits, args.guest.guest_config.clone(), None, 0, env)?;
+    engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    info!("the settings are valid");
+    Ok(())
+}
+
 /// What clients may hold in memory: as configured, or a share of what there is. Never so little that no value fits.
 fn inflight_bytes(args: &Serve) -> Result<usize> {
     let least = 2 * args.max_value_bytes.as_u64();
@@ -299,7 +317,7 @@ fn inflight_bytes(args: &Serve) -> Result<usize> {
 
 /// The warning that the instances and their spares, of which each may grow to its limit, do not fit into the memory.
 fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
-    let (limit, instances) = (args.guest.guest_max_memory_bytes, 2 * u64::from(args.shards));
+    let (limit, instances) = (args.guest.memory_limit(memory, args.shards), 2 * u64::from(args.shards));
     let most = limit.as_u64().saturating_mul(instances);
     (args.spare && most > memory).then(|| {
         format!(
@@ -311,6 +329,17 @@ fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
     })
 }
 
+fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
+    file::Options {
+        data: args.data_dir.clone(),
+        segment_bytes: args.segment_bytes.as_u64(),
+        group_bytes: args.guest.group_bytes(args.max_value_bytes),
+        durability: args.durability,
+        advertise,
+        env,
+    }
+}
+
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
 async fn open_log(
     args: &Serve,
@@ -319,11 +348,9 @@ async fn open_log(
     env: &Env,
 ) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
     let env = env.clone();
-    let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
-            let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let options = file_options(args, advertise, env);
             if args.standby {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());
@@ -339,6 +366,7 @@ async fn open_log(
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
             let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
             let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
@@ -376,9 +404,9 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-    // Who is on this machine may ask for its health without a token.
-    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
+fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+    let address = args.admin;
+    let tokens = tokens.filter(|_| !args.access.admin_open);
     let listener = bind(address, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
     let admin = Arc::new(Admin::new(tokens, env));

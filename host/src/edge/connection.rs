@@ -180,11 +180,13 @@ async fn drive(
             error = cut.as_mut() => return Err(error),
             _ = stop.changed(), if !stopping => {
                 stopping = true;
+                patience.shut_down();
                 connection.as_mut().graceful_shutdown();
             }
             () = sleep(patience.next_look()) => match patience.look() {
                 TimeoutAction::Continue => {}
                 TimeoutAction::ShutDown => connection.as_mut().graceful_shutdown(),
+                TimeoutAction::Abort(Limit::HeaderTimeout) if stopping => return Ok(()),
                 TimeoutAction::Abort(limit) => bail!(LimitExceeded(limit)),
             }
         }

@@ -7,6 +7,7 @@
 //! and its admission checks: `head`, `cors`, `auth`, `throttle`, `consistency`, `budget`, `body`; `stream` has event streams,
 //! `problem` machine-readable errors.
 
+pub mod accept;
 pub mod access_log;
 mod addresses;
 pub mod auth;
@@ -156,12 +157,10 @@ impl Edge {
             });
         }
         drop((listener, opened));
-        let open = stopping.receiver_count();
         stopping.send_replace(());
-        match timeout(edge.limits.drain, stopping.closed()).await {
-            Ok(()) => 0,
-            Err(_) => open,
-        }
+        // Those that are left after the timeout are cut off.
+        let _ = timeout(edge.limits.drain, stopping.closed()).await;
+        stopping.receiver_count()
     }
 }
 

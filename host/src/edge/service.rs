@@ -24,7 +24,7 @@ use super::connection::Peer;
 use super::consistency;
 use super::cors::Cors;
 use super::counted::left;
-use super::metrics::{self, Limit, Metrics};
+use super::metrics::{self, Limit, Metrics, WatchGuard};
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
@@ -67,6 +67,14 @@ struct Answered {
     as_of: Option<time::Instant>,
 }
 
+/// What is known of a request when it is answered, whichever way.
+#[derive(Default)]
+struct Noted {
+    principal: Option<Arc<str>>,
+    /// Whether it was a long poll that waited.
+    waited: bool,
+}
+
 /// A request under way, until it is dropped.
 struct UnderWay<'s>(&'s AtomicUsize);
 
@@ -80,13 +88,14 @@ impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let is_head = request.method() == Method::HEAD;
+        let is_cacheable = is_head || request.method() == Method::GET;
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let (address, mut principal) = (peer.client.address, None);
+        let (address, mut noted) = (peer.client.address, Noted::default());
         let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
-        let answered = self.answer(request, peer, &id, deadline, &mut principal).await;
+        let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
         let mut response = answered.unwrap_or_else(|refusal| {
             if let Some(limit) = refusal.extensions().get() {
                 self.metrics.rejected(*limit);
@@ -103,10 +112,15 @@ impl Service {
             cors.share(origin.as_ref(), &mut response);
         }
         let (status, took) = (response.status(), begun.elapsed());
-        self.metrics.answered(method, status, took);
+        self.metrics.answered(method, status, took, noted.waited);
         if let Some((log, method, uri)) = &logged {
-            let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
+            let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
             log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+        }
+        if is_cacheable {
+            // Without it, caches may keep a response for a while of their own choice, also a 404.
+            let no_cache = const { HeaderValue::from_static("no-cache") };
+            response.headers_mut().entry(header::CACHE_CONTROL).or_insert(no_cache);
         }
         // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
@@ -120,7 +134,7 @@ impl Service {
         peer: &Peer,
         id: &HeaderValue,
         mut deadline: Instant,
-        principal: &mut Option<Arc<str>>,
+        noted: &mut Noted,
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
         let http2 = head.version == Version::HTTP_2;
@@ -129,7 +143,7 @@ impl Service {
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
         let admitted = match charge.hold(head_bytes) {
-            Ok(()) => self.admit(&head, &peer.client, principal).await,
+            Ok(()) => self.admit(&head, &peer.client, &mut noted.principal).await,
             Err(Exceeded) => Err(full().into()),
         };
         let (under_way, grant) = match admitted {
@@ -143,13 +157,14 @@ impl Service {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
         });
-        let (request, principal) = (Request::from_parts(head, body), principal.clone());
+        let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
         let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
+            noted.waited = true;
             charge.must_hold(head_bytes);
             (Answered { answer, as_of }, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
         }
@@ -176,10 +191,17 @@ impl Service {
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                // A proxy that buffers would hold events back.
+                head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 if is_head {
                     Reply::Whole(Bytes::new())
                 } else {
-                    stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket), standing)
+                    stream.start(
+                        self.limits.stream_heartbeat,
+                        Arc::clone(&peer.socket),
+                        standing,
+                        WatchGuard::new(&self.metrics),
+                    )
                 }
             }
             Some(Sequel::Wait(_)) | None if body.len() == length => Reply::Whole(charge.keep(body)),
@@ -224,6 +246,8 @@ impl Service {
         socket: &TcpStream,
         standing: Option<&Standing>,
     ) -> Result<(Answered, Instant), Refusal> {
+        self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = UnderWay(&self.metrics.waiting);
         let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.

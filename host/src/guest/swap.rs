@@ -20,11 +20,12 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::engine::{Engine, Guest};
-use super::instance::Trapped;
 use super::replica::{self, Replayed, Replica};
 use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
-use super::source::{self, Source};
+use super::source::{self, Digest, Source};
+use super::trap::{self, Trapped};
+use crate::audit::{self, Actor};
 use kvs_txlog::{Forgotten, TransactionLog};
 
 /// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
@@ -147,6 +148,7 @@ impl Swapper {
             "since": status.since,
             "swap": under_way,
             "last_swap": status.last,
+            "last_trap": self.shards.last_trap().map(|trap| json!({ "at": trap.at, "reason": trap.reason })),
             "spares": spares.collect::<Vec<_>>(),
             "shards_down": down.collect::<Vec<_>>(),
         })
@@ -159,12 +161,19 @@ impl Swapper {
         source: Source,
         component: Vec<u8>,
         dry_run: bool,
+        actor: Actor,
     ) -> Result<Outcome, SwapError> {
         let me = Arc::clone(self);
         let (done, outcome) = oneshot::channel();
         self.tasks.detach("guest swap", async move {
+            let (action, digest) = (if dry_run { "swap-dry-run" } else { "swap" }, Digest::of(&component));
+            let outcome = me.swap_alone(source, component, dry_run).await;
+            match &outcome {
+                Ok(_) => audit::log(&actor, action, digest, "success"),
+                Err(error) => audit::log(&actor, action, digest, trap::without_printed(&error.to_string())),
+            }
             // Whoever asked may have left.
-            let _ = done.send(me.swap_alone(source, component, dry_run).await);
+            let _ = done.send(outcome);
         });
         outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
     }

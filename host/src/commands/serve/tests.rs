@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -65,7 +65,8 @@ impl Site {
         let data = TempDir::new().unwrap();
         // An address of its own, so that nobody takes the port meanwhile.
         let admin = TcpListener::bind("127.0.0.4:0").unwrap().local_addr().unwrap();
-        let args = ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null"];
+        let args =
+            ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null", "--admin-open"];
         let others = ["--rate-limit", "1000/s", "--access-log-rate", "10", "--data-dir", data.path().to_str().unwrap()];
         let args = Program::parse_from(args.into_iter().chain(others)).serve;
         Self { _data: data, admin, args }
@@ -160,11 +161,13 @@ fn spares_beyond_the_memory_are_reported() {
         let args = Program::parse_from(["kvs"].iter().chain(flags)).serve;
         too_large_with_spares(&args, memory).unwrap_or_default()
     };
-    assert_eq!(excess(&["--spare"], 8 * GIB), "");
+    // By default they fit.
+    assert_eq!(excess(&["--spare", "--shards", "4"], GIB), "");
+    assert_eq!(excess(&["--spare", "--guest-max-memory-bytes", "4GiB"], 8 * GIB), "");
     assert_eq!(excess(&["--shards", "64"], GIB), "");
     assert_eq!(excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "1GiB"], 8 * GIB), "");
-    let reported = excess(&["--spare"], 8 * GIB - 1);
+    let reported = excess(&["--spare", "--guest-max-memory-bytes", "4GiB"], 8 * GIB - 1);
     assert!(reported.contains("2 instances may take 8.0 GiB together"), "{reported}");
-    let reported = excess(&["--spare", "--shards", "4"], 16 * GIB);
+    let reported = excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "4GiB"], 16 * GIB);
     assert!(reported.contains("8 instances may take 32.0 GiB together, and the memory is 16.0 GiB"), "{reported}");
 }

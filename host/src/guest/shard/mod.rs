@@ -83,7 +83,25 @@ pub struct Shared {
     pub alarm: Alarm<Raised>,
     /// Held while a spare is built and during a swap: there is memory for one more instance of each shard, not for two.
     pub building: Arc<tokio::sync::Mutex<()>>,
+    pub last_trap: Mutex<Option<LastTrap>>,
     pub env: Env,
+}
+
+/// The last trap of a serving instance or a router.
+#[derive(Clone)]
+pub struct LastTrap {
+    /// In milliseconds since 1970.
+    pub at: u64,
+    pub reason: String,
+}
+
+impl Shared {
+    /// Counts and keeps a trap.
+    pub fn trapped(&self, reason: &str) {
+        self.metrics.traps.add(1);
+        let trap = LastTrap { at: self.env.clock.unix_ms(), reason: reason.to_owned() };
+        *self.last_trap.lock().unwrap_or_else(PoisonError::into_inner) = Some(trap);
+    }
 }
 
 struct State {

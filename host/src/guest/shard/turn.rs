@@ -11,10 +11,11 @@ use kvs_txlog::change::Change;
 use tokio::task;
 use tracing::error;
 
-use super::super::instance::{Instance, Trapped};
+use super::super::instance::Instance;
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
 use super::super::replica::Replica;
+use super::super::trap::Trapped;
 use super::handoff::Next;
 use super::{CallError, Called, Raised, Serving, Shard, Waiting};
 
@@ -171,7 +172,7 @@ impl Turn {
     /// Reports a trap, which leads to a rebuild, or on probation to a rollback.
     fn trapped(&mut self, failure: &str) {
         self.has = Instanced::Over;
-        self.shard.shared.metrics.traps.add(1);
+        self.shard.shared.trapped(failure);
         let reason = failure.to_owned();
         self.shard.is_down(format!("the guest trapped: {reason}"));
         let turn = Some(Self::without_instance(&self.shard));

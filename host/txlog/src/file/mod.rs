@@ -111,6 +111,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// Checks that segments hold the largest write.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.sizes().map(drop)
+    }
+
     fn sizes(&self) -> anyhow::Result<Sizes> {
         let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + self.group_bytes;
         if needed > self.segment_bytes || self.segment_bytes > u64::from(u32::MAX) {

@@ -65,7 +65,7 @@ enum Look {
 impl StandbyLog {
     /// Blocks until there is a log to follow, or this process is primary.
     pub fn open(options: Options) -> Result<Self> {
-        options.sizes()?;
+        options.check()?;
         lock::make_directory(&options.data)?;
         lock::make_directory(&options.data.join("log"))?;
         let log = Self { shared: Arc::new(Shared::new(options)), thread: Mutex::default() };

@@ -1,28 +1,29 @@
 //! Authentication and authorization: bearer tokens, each with a scope.
 //!
-//! The token file has one token per line: a name, a scope, the SHA-256 of the token in hexadecimal, and optionally a path
-//! prefix that it is limited to. The token itself is not stored; it is 256 random bits, so its hash reveals nothing.
-//!
+//! Owns: who a client is, and what it may do. `file` has the tokens at rest.
 //! Must never know: the meaning of a path. Scopes depend on the method, and prefixes on the bytes of the path as sent.
 
+mod file;
+
 use std::collections::HashMap;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::future::pending;
 use std::hint::black_box;
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Uri};
-use kvs_runtime::Random;
+use kvs_runtime::Clock;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tokio::time::timeout;
 
+pub use self::file::{Limits, create, list, revoke};
 use super::fresh::Fresh;
 use super::refusal::{Answer, Refusal, refuse};
 use crate::contract;
@@ -30,9 +31,11 @@ use crate::contract;
 /// Prefix of tokens, so that scanners recognise leaked ones.
 pub const TOKEN_PREFIX: &str = "kvs_";
 
-/// Scope of a token. Each includes those before it.
+/// Scope of a token. Each includes those before it, but `metrics`, which only `admin` includes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Scope {
+    /// Only /metrics of the admin listener
+    Metrics,
     /// GET, HEAD and OPTIONS
     Read,
     /// Every method
@@ -44,17 +47,23 @@ pub enum Scope {
 impl From<Scope> for contract::Scope {
     fn from(scope: Scope) -> Self {
         match scope {
-            Scope::Read => Self::Read,
+            // A token for metrics is rejected before.
+            Scope::Metrics | Scope::Read => Self::Read,
             Scope::Write => Self::Write,
             Scope::Admin => Self::Admin,
         }
     }
 }
 
+/// Interval at which the expiry of a token is checked during a request, since the clock can be set.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
+
 struct Token {
     name: Arc<str>,
     scope: Scope,
     prefix: Option<String>,
+    /// In milliseconds since 1970.
+    expires: Option<u64>,
 }
 
 /// Principal, scope and token of a request.
@@ -62,6 +71,7 @@ pub struct Grant {
     pub name: Arc<str>,
     pub scope: Scope,
     hash: Hash,
+    expires: Option<u64>,
 }
 
 /// The reloadable table of tokens.
@@ -71,7 +81,10 @@ pub type Tokens = Fresh<TokenTable>;
 ///
 /// Hashes are compared in constant time, even if there is none to compare with. The time to look up the first bytes reveals
 /// nothing about a token.
-pub struct TokenTable(HashMap<First, Vec<(Hash, Token)>>);
+pub struct TokenTable {
+    tokens: HashMap<First, Vec<(Hash, Token)>>,
+    clock: Clock,
+}
 
 type Hash = [u8; 32];
 type First = [u8; 8];
@@ -80,26 +93,21 @@ type First = [u8; 8];
 const NOBODY: Hash = [0; 32];
 
 /// Loads the token file, and reloads it when it changes.
-pub fn load(file: &Path) -> Result<Arc<Tokens>> {
+pub fn load(file: &Path, clock: Clock) -> Result<Arc<Tokens>> {
     let file = file.to_owned();
     Fresh::new("the token file", vec![file.clone()], move || {
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read --tokens {}", file.display()))?;
-        TokenTable::parse(&text).with_context(|| format!("--tokens {}", file.display()))
+        TokenTable::parse(&text, &clock).with_context(|| format!("--tokens {}", file.display()))
     })
 }
 
 impl TokenTable {
-    fn parse(text: &str) -> Result<Self> {
-        let mut tokens = HashMap::new();
-        let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
-        for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
-            // The error does not show the line, which may contain the token itself by mistake.
-            let (hash, token) = parse_line(line).with_context(|| format!("line {number}"))?;
-            let same_prefix: &mut Vec<(Hash, Token)> = tokens.entry(first(&hash)).or_default();
-            ensure!(same_prefix.iter().all(|(other, _)| *other != hash), "line {number}: duplicate token");
-            same_prefix.push((hash, token));
+    fn parse(text: &str, clock: &Clock) -> Result<Self> {
+        let mut tokens: HashMap<First, Vec<(Hash, Token)>> = HashMap::new();
+        for (hash, token) in file::parse(text)? {
+            tokens.entry(first(&hash)).or_default().push((hash, token));
         }
-        Ok(Self(tokens))
+        Ok(Self { tokens, clock: clock.clone() })
     }
 
     /// Authenticates and authorizes a request.
@@ -114,21 +122,25 @@ impl TokenTable {
     /// Checks that an earlier grant is still valid.
     fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Refusal> {
         let token = self.known(&grant.hash).ok_or_else(unknown)?;
+        self.check_expiry(token)?;
         let now = token.allow(grant.hash, method, path)?;
         // The response of the guest was for this name and scope.
         let holds = now.name == grant.name && now.scope >= grant.scope;
         if holds { Ok(()) } else { Err(forbidden("the permissions of the token were reduced during the request")) }
     }
 
-    /// Authenticates and authorizes a request to the admin listener.
-    pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+    /// Authenticates and authorizes a request to the admin listener. Returns the name of the token.
+    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> Result<Arc<str>, Refusal> {
         let (_, token) = self.find(headers)?;
-        let admin = token.scope == Scope::Admin && token.prefix.is_none();
-        if admin { Ok(()) } else { Err(forbidden("the token is not valid for the admin listener")) }
+        if token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed) {
+            Ok(Arc::clone(&token.name))
+        } else {
+            Err(forbidden("the token is not valid for the admin listener"))
+        }
     }
 
     fn known(&self, hash: &Hash) -> Option<&Token> {
-        match self.0.get(&first(hash)) {
+        match self.tokens.get(&first(hash)) {
             Some(same_prefix) => same_prefix.iter().find(|(other, _)| other.ct_eq(hash).into()).map(|(_, token)| token),
             None => {
                 black_box(NOBODY.ct_eq(hash));
@@ -145,7 +157,21 @@ impl TokenTable {
             _ => None,
         };
         let hash = token.map(hash).ok_or_else(unknown)?;
-        Ok((hash, self.known(&hash).ok_or_else(unknown)?))
+        let token = self.known(&hash).ok_or_else(unknown)?;
+        self.check_expiry(token)?;
+        Ok((hash, token))
+    }
+
+    fn check_expiry(&self, token: &Token) -> Result<(), Refusal> {
+        match self.remaining(token.expires) {
+            Some(Duration::ZERO) => Err(unauthorized("the token has expired", ", error=\"invalid_token\"")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Time until an expiry. None without one.
+    fn remaining(&self, expires: Option<u64>) -> Option<Duration> {
+        expires.map(|expires| Duration::from_millis(expires.saturating_sub(self.clock.unix_ms())))
     }
 }
 
@@ -156,7 +182,8 @@ impl Token {
             _ => Scope::Write,
         };
         if self.scope < needed {
-            return Err(forbidden("the token is read-only"));
+            let is_of_metrics = self.scope == Scope::Metrics;
+            return Err(forbidden(if is_of_metrics { "the token is for metrics" } else { "the token is read-only" }));
         }
         if let Some(prefix) = &self.prefix
             && !within(prefix, path)
@@ -165,7 +192,7 @@ impl Token {
         }
         // A token with a path prefix is never valid for the admin listener.
         let scope = if self.prefix.is_some() { self.scope.min(Scope::Write) } else { self.scope };
-        Ok(Grant { name: Arc::clone(&self.name), scope, hash })
+        Ok(Grant { name: Arc::clone(&self.name), scope, hash, expires: self.expires })
     }
 }
 
@@ -183,11 +210,14 @@ impl Standing {
         // Before the first check, so that no reload is missed.
         let mut renewals = self.tokens.renewals();
         loop {
-            if let Err(refusal) = self.tokens.get().check_again(&self.grant, &self.method, self.uri.path()) {
+            let table = self.tokens.get();
+            if let Err(refusal) = table.check_again(&self.grant, &self.method, self.uri.path()) {
                 return refusal;
             }
-            if renewals.changed().await.is_err() {
-                pending().await
+            match table.remaining(self.grant.expires) {
+                Some(remaining) => drop(timeout(remaining.min(RECHECK_INTERVAL), renewals.changed()).await),
+                None if renewals.changed().await.is_err() => pending().await,
+                None => {}
             }
         }
     }
@@ -207,30 +237,6 @@ fn unknown() -> Refusal {
 
 fn first(hash: &Hash) -> First {
     std::array::from_fn(|index| hash[index])
-}
-
-fn parse_line(line: &str) -> Result<(Hash, Token)> {
-    let words: Vec<_> = line.split_whitespace().collect();
-    let (name, scope, hash, prefix) = match words[..] {
-        [name, scope, hash] => (name, scope, hash, None),
-        [name, scope, hash, prefix] => (name, scope, hash, Some(prefix.to_owned())),
-        _ => return Err(anyhow!("the line is not NAME SCOPE SHA256 [PATH-PREFIX]")),
-    };
-    check_name(name)?;
-    let scope = Scope::from_str(scope, false).map_err(|_| anyhow!("the scope is not read, write or admin"))?;
-    let hash = from_hex(hash).context("the hash is not 64 hexadecimal digits")?;
-    ensure!(prefix.as_ref().is_none_or(|prefix| prefix.starts_with('/')), "the path prefix must start with a slash");
-    Ok((hash, Token { name: name.into(), scope, prefix }))
-}
-
-/// Validates a name. It cannot equal the subject of a certificate, which contains an equals sign.
-fn check_name(name: &str) -> Result<()> {
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    ensure!(
-        (1..=64).contains(&name.len()) && name.bytes().all(fits),
-        "the name must be 1 to 64 letters, digits, - _ and ."
-    );
-    Ok(())
 }
 
 fn bearer(value: &[u8]) -> Option<&[u8]> {
@@ -265,49 +271,6 @@ fn hash(token: &[u8]) -> Hash {
     Sha256::digest(token).into()
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Option<Hash> {
-    let mut bytes = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
-    }
-    Some(bytes)
-}
-
-/// Creates a token: appends the line with its hash to the file, and returns the token, which is stored nowhere.
-pub fn create(file: &Path, name: &str, scope: Scope, path_prefix: Option<&str>, random: &Random) -> Result<String> {
-    check_name(name)?;
-    let mut secret = [0; 32];
-    random.fill(&mut secret)?;
-    let token = format!("{TOKEN_PREFIX}{}", hex(&secret));
-    let scope = scope.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
-    let prefix = path_prefix.map(|prefix| format!(" {prefix}")).unwrap_or_default();
-    let line = format!("{name} {scope} {}{prefix}", hex(&hash(token.as_bytes())));
-    parse_line(&line)?;
-    let before = match fs::read_to_string(file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
-    };
-    let known = TokenTable::parse(&before).with_context(|| file.display().to_string())?;
-    ensure!(
-        known.0.values().flatten().all(|(_, token)| *token.name != *name),
-        "{} already has a token with this name; choose another name, or remove it",
-        file.display()
-    );
-    let mut options = OpenOptions::new();
-    let opened = options.append(true).create(true).mode(0o600).open(file);
-    let written = opened.and_then(|mut opened| opened.write_all(format!("{line}\n").as_bytes()));
-    written.with_context(|| format!("cannot write {}", file.display()))?;
-    Ok(token)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,24 +293,6 @@ mod tests {
             ("/v1/team-a/..x", true),
         ] {
             assert_eq!(within("/v1/team-a", path), below, "{path}");
-        }
-    }
-
-    #[test]
-    fn token_file_errors_show_line_not_content() {
-        let hash = "0".repeat(64);
-        assert!(TokenTable::parse(&format!("# people\n\nalice read {hash}\n")).is_ok());
-        for (text, line) in [
-            ("alice".to_owned(), 1),
-            (format!("\nalice all {hash}"), 2),
-            (format!("alice read {hash}0"), 1),
-            ("alice read kvs_secret".to_owned(), 1),
-            (format!("al=ice read {hash}"), 1),
-            (format!("alice read {hash} v1"), 1),
-            (format!("alice read {hash}\nbob read {hash}"), 2),
-        ] {
-            let error = format!("{:#}", TokenTable::parse(&text).err().expect("it is invalid"));
-            assert!(error.starts_with(&format!("line {line}: ")) && !error.contains("secret"), "{text}: {error}");
         }
     }
 }
