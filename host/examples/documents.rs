@@ -103,10 +103,11 @@ mod tests {
     const README: &str = include_str!("../../README.md");
     const JUSTFILE: &str = include_str!("../../justfile");
     /// Who tells people what to type.
-    const PAGES: [(&str, &str); 3] = [
+    const PAGES: [(&str, &str); 4] = [
         ("README.md", README),
         ("CONTRIBUTING.md", include_str!("../../CONTRIBUTING.md")),
         ("guest/README.md", include_str!("../../guest/README.md")),
+        ("docs/backup.md", include_str!("../../docs/backup.md")),
     ];
 
     /// What stands between backticks, and the lines that are typed; one of `kvs` without `$` is what it answers.
@@ -234,6 +235,8 @@ mod tests {
             ("pair/compose.yaml", include_str!("../../deploy/pair/compose.yaml")),
             ("pair/pair.conf", include_str!("../../deploy/pair/pair.conf")),
             ("kubernetes/kvs.yaml", include_str!("../../deploy/kubernetes/kvs.yaml")),
+            ("kubernetes/backup.yaml", include_str!("../../deploy/kubernetes/backup.yaml")),
+            ("kvs-backup.service", include_str!("../../deploy/kvs-backup.service")),
             ("kvs.env", include_str!("../../deploy/kvs.env")),
             ("kvs.service", include_str!("../../deploy/kvs.service")),
         ] {

@@ -1,10 +1,11 @@
 //! Parsers of flag values: addresses, times, counts, sizes, rates.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use hyper::Uri;
+use kvs_txlog::backup::Until;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
@@ -34,6 +35,22 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     let duration =
         humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+}
+
+/// Parses a point in time: a sequence, a time as RFC 3339, or one in milliseconds since 1970.
+pub fn until(text: &str) -> Result<Until, String> {
+    if let Ok(sequence) = text.parse() {
+        return Ok(Until::Sequence(sequence));
+    }
+    if let Some(Ok(time)) = text.strip_suffix("ms").map(str::parse) {
+        return Ok(Until::Time(time));
+    }
+    let time = humantime::parse_rfc3339_weak(text).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let time = time.and_then(|since| u64::try_from(since.as_millis()).ok());
+    time.map(Until::Time).ok_or_else(|| {
+        "must be a sequence, a time like 2026-05-31T12:00:00Z, or milliseconds since 1970 like 1780228800000ms"
+            .to_owned()
+    })
 }
 
 /// Parses a read lease: longer than a statement takes, and no longer than the timeout of a primary without one.

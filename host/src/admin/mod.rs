@@ -6,6 +6,7 @@
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+mod backup;
 mod guest;
 mod health;
 
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::server::conn::http1;
@@ -31,6 +32,8 @@ use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tracing::debug;
 
+use self::backup::Pieces;
+pub use self::backup::{Backups, ENTRIES_HEADER};
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
 use crate::edge::auth::Tokens;
@@ -44,6 +47,9 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A response that is there, or a backup.
+type AdminBody = Either<Full<Bytes>, Pieces>;
+
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Health,
@@ -52,6 +58,8 @@ pub struct Admin {
     tokens: Option<Arc<Tokens>>,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
+    /// None until the log is open.
+    backups: OnceLock<Backups>,
     env: Env,
 }
 
@@ -61,12 +69,18 @@ impl Admin {
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), env: env.clone() }
+        Self { health, metrics, tokens, guests: OnceLock::new(), backups: OnceLock::new(), env: env.clone() }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
         // One guest is started in the life of a process; the others are swapped in.
         let _ = self.guests.set(Guests::new(swapper));
+    }
+
+    pub fn set_backups(&self, backups: Backups) {
+        self.metrics.add(backups.metrics());
+        // One log is opened in the life of a process.
+        let _ = self.backups.set(backups);
     }
 
     /// Serves `listener` from a thread of its own, to the end of the process.
@@ -111,14 +125,24 @@ impl Admin {
     }
 
     /// The paths there are, and what answers them.
-    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: Request<Incoming>) -> Response<AdminBody> {
         // Health is for whoever decides where requests go, and no secret.
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary");
         if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health)
             && let Err(refusal) = tokens.get().check_admin(request.headers())
         {
-            return refusal.map(Full::new);
+            return refusal.map(Full::new).map(Either::Left);
         }
+        if request.uri().path() == "/backup" {
+            return match self.backups.get() {
+                Some(backups) => backups.respond(request).await,
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
+            };
+        }
+        self.respond_whole(request).await.map(Either::Left)
+    }
+
+    async fn respond_whole(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
             ("/readyz", &Method::GET | &Method::HEAD) => {
@@ -139,9 +163,10 @@ impl Admin {
                 Some(guests) => guests.respond(request).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => {
-                text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest\n")
-            }
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "unknown path; there are /livez, /readyz, /primary, /metrics, /guest and /backup\n",
+            ),
         }
     }
 }

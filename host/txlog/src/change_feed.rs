@@ -14,6 +14,7 @@ use anyhow::{Result, ensure};
 use kvs_runtime::{Env, Task};
 use tokio::sync::Notify;
 use tokio::task;
+use uuid::Uuid;
 
 use super::change::Change;
 use super::subscribers::{Queue, Selection, Subscribers, lock};
@@ -278,6 +279,10 @@ impl TransactionLog for ChangeFeed {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.log.replay(after, receive)
+    }
+
+    fn id(&self) -> Uuid {
+        self.log.id()
     }
 
     fn history(&self) -> Arc<History> {

@@ -9,6 +9,9 @@ use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
+pub mod backup;
 pub mod change;
 pub mod change_feed;
 mod event;
@@ -18,6 +21,7 @@ pub mod fuzz;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+mod restoration;
 mod standby;
 pub mod subscribers;
 mod sync;
@@ -28,6 +32,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
 
@@ -63,6 +68,11 @@ pub trait TransactionLog: Send + Sync + 'static {
     ///
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// The UUID of the log, which its copies have too; nil where there is none.
+    fn id(&self) -> Uuid {
+        Uuid::nil()
+    }
 
     /// The incarnations of the log: which sequences are not in its history.
     fn history(&self) -> Arc<History> {

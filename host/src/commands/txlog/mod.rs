@@ -85,11 +85,11 @@ pub enum TxlogCommand {
 pub struct StorageArgs {
     /// Directory of the transaction log
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
-    data_dir: PathBuf,
+    pub data_dir: PathBuf,
 
     /// Storage of the transaction log: files, or a database, postgres://USER@HOST/DATABASE
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
-    txlog: TxlogStorage,
+    pub txlog: TxlogStorage,
 }
 
 pub fn run(command: TxlogCommand) -> anyhow::Result<()> {

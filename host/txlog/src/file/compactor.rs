@@ -24,8 +24,9 @@ use std::time::{Duration, Instant};
 use kvs_runtime::Clock;
 
 use super::catalog::Segment;
-use super::compact::{self, CompactionParams, Outcome, SyncFailed};
+use super::compact::{self, CompactionParams, Outcome};
 use super::liveness::{MAX_KEYS, TOMBSTONE_GRACE_MS};
+use super::output::SyncFailed;
 use super::{Damage, Shared};
 use crate::Condition;
 

@@ -25,33 +25,36 @@
 //! 11. Sequences that were lost, or that are in another copy of the log, are never reused: `begin`, `identity`.
 
 mod begin;
-mod bytes;
+pub(crate) mod bytes;
 mod catalog;
 mod compact;
 mod compactor;
 pub mod disk;
-mod entry;
+pub(crate) mod entry;
 mod follower;
 mod found;
-mod frame;
+pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod home;
 mod identity;
-mod incarnations;
+pub(crate) mod incarnations;
 mod listing;
 mod liveness;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
+mod output;
+pub(crate) mod packer;
 mod position;
 mod preallocate;
 mod queue;
 mod recovery;
 mod replay;
+mod restore;
 mod scan;
-mod segment;
+pub(crate) mod segment;
 mod standby;
 mod tail;
 #[cfg(test)]
@@ -68,6 +71,8 @@ use uuid::Uuid;
 
 pub use self::home::Damage;
 pub use self::offline::Offline;
+pub(crate) use self::replay::Batch;
+pub use self::restore::{check_empty, restore};
 pub use self::standby::StandbyLog;
 pub use self::verify::{Finding, verify};
 
@@ -244,6 +249,10 @@ impl TransactionLog for FileLog {
         replay::replay(&self.shared, after, receive)
     }
 
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
     fn history(&self) -> Arc<History> {
         self.shared.history.clone()
     }
@@ -311,7 +320,7 @@ impl Shared {
 
     fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready, watermark: Arc<Watermark>) -> Self {
         let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
-        let appended = incarnations::newest_given(&history, last);
+        let appended = history.newest_given(last);
         let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
         let full = spares.is_empty();
         watermark.advance(appended);

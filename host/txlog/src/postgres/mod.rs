@@ -51,6 +51,7 @@ mod opening;
 mod pooler;
 mod queue;
 mod replay;
+mod restore;
 mod schema;
 mod session;
 mod standby;
@@ -70,6 +71,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
 use tokio_postgres::Statement;
 use tracing::{error, info};
+use uuid::Uuid;
 
 pub use self::opening::Manner;
 pub use self::target::Url;
@@ -136,6 +138,8 @@ struct Shared {
     url: Option<String>,
     /// The epoch of this process, once it took one.
     epoch: OnceLock<i64>,
+    /// UUID of the log; nil where no version that knows incarnations has written it.
+    log: Uuid,
     news: watch::Sender<News>,
     /// History of the log as far as this process has read it: complete once it holds the epoch.
     history: RwLock<Arc<History>>,
@@ -174,16 +178,17 @@ impl PostgresLog {
         let opened =
             runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding, schema } = opened;
-        let (epoch, history, news) = match &holding {
+        let (epoch, log, history, news) = match &holding {
             Holding::Ours(epoch) => (
                 OnceLock::from(epoch.number),
+                epoch.log,
                 epoch.history.clone(),
                 News { newest: epoch.last, holder: None, primary: None, as_of },
             ),
-            Holding::Theirs(look, history) => {
+            Holding::Theirs(look, history, log) => {
                 let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
                 let news = News { newest: look.newest, holder, primary, as_of };
-                (OnceLock::new(), history.clone(), news)
+                (OnceLock::new(), log.unwrap_or_default(), history.clone(), news)
             }
         };
         let shared = Arc::new(Shared {
@@ -192,6 +197,7 @@ impl PostgresLog {
             conditions,
             url,
             epoch,
+            log,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
@@ -208,7 +214,7 @@ impl PostgresLog {
                 shared.begin();
                 shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
-            Holding::Theirs(look, _) => {
+            Holding::Theirs(look, ..) => {
                 info!("standby of {}", look.holder);
                 shared.start("log standby", standby::run(Arc::clone(&shared), session, append))
             }
@@ -280,6 +286,10 @@ impl TransactionLog for PostgresLog {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
     }
 
     fn history(&self) -> Arc<History> {
