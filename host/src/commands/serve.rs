@@ -312,7 +312,8 @@ async fn open_log(
     match &args.txlog {
         TxlogStorage::File => {
             let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let retain = args.backup.retain;
+            let options = file::Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
             if args.standby {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());
@@ -327,8 +328,9 @@ async fn open_log(
             let data = args.data_dir.display();
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
+            let (url, timeout, lease, retain) = (url.clone(), args.txlog_timeout, args.read_lease, args.backup.retain);
+            let options =
+                postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);

@@ -285,6 +285,10 @@ impl TransactionLog for ChangeFeed {
         self.log.id()
     }
 
+    fn retained(&self) -> u64 {
+        self.log.retained()
+    }
+
     fn history(&self) -> Arc<History> {
         self.log.history()
     }

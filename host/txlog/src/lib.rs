@@ -74,6 +74,11 @@ pub trait TransactionLog: Send + Sync + 'static {
         Uuid::nil()
     }
 
+    /// The oldest sequence from which on every state of the log can be restored; `u64::MAX` where that is not known.
+    fn retained(&self) -> u64 {
+        u64::MAX
+    }
+
     /// The incarnations of the log: which sequences are not in its history.
     fn history(&self) -> Arc<History> {
         Arc::default()

@@ -33,8 +33,8 @@ pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&P
         TxlogStorage::File => {
             let (data, segment_bytes, durability) = (at.data_dir.clone(), DEFAULT_SEGMENT_BYTES, Durability::Sync);
             let group_bytes = largest_group(segment_bytes);
-            let (advertise, env) = (None, Env::real());
-            let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let (retain, advertise, env) = (Duration::ZERO, None, Env::real());
+            let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
             import(&source, &FileLog::open(options)?)
         }
         TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
@@ -217,8 +217,8 @@ mod tests {
         let file = data.join("text");
         fs::write(&file, text).unwrap();
         let (segment_bytes, group_bytes, durability) = (4 << 20, 1 << 20, Durability::Os);
-        let (data, advertise, env) = (data.into(), None, Env::real());
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+        let (data, retain, advertise, env) = (data.into(), Duration::ZERO, None, Env::real());
+        let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
         let log = FileLog::open(options).unwrap();
         import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }

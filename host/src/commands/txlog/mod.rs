@@ -234,6 +234,7 @@ pub mod tests {
             segment_bytes: 1 << 18,
             group_bytes: 1 << 17,
             durability: Durability::Os,
+            retain: Duration::ZERO,
             advertise: None,
             env: Env::real(),
         };

@@ -1,9 +1,11 @@
 //! Backups of a log in files: what is restored, and what is refused.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvs_runtime::{Env, Random};
 use tempfile::TempDir;
@@ -14,9 +16,13 @@ use crate::file::{self, Durability, FileLog, Offline, Options};
 use crate::{Event, Forgotten, Put, TransactionLog};
 
 fn open_log(data: &Path) -> FileLog {
+    open_retaining(data, Duration::ZERO)
+}
+
+fn open_retaining(data: &Path, retain: Duration) -> FileLog {
     let (durability, env) = (Durability::Sync, Env::real());
     let (segment_bytes, group_bytes, advertise) = (1 << 18, 1 << 16, None);
-    FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability, advertise, env })
+    FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability, retain, advertise, env })
         .expect("the log opens")
 }
 
@@ -361,4 +367,66 @@ async fn backup_ends_with_the_error_of_its_output() {
         let mut full = Full(Arc::new(room.into()));
         assert!(write(&log, 0, &mut full).is_err(), "{room}");
     }
+}
+
+/// The newest value of each key, up to where it is padded.
+fn state(log: &dyn TransactionLog) -> BTreeMap<String, String> {
+    let mut state = BTreeMap::new();
+    let replayed = log.replay(0, &mut |entries| {
+        for entry in entries {
+            match Change::of(entry).event {
+                Event::Delete(key) => drop(state.remove(&key)),
+                Event::Put(put) => {
+                    let value = String::from_utf8(put.value).unwrap();
+                    state.insert(put.key, value.trim_end_matches('v').to_owned());
+                }
+            }
+        }
+        Ok(())
+    });
+    replayed.expect("the log is readable");
+    state
+}
+
+#[tokio::test]
+async fn every_state_of_the_retained_part_is_restored() {
+    let (directory, files) = (tempfile::tempdir().unwrap(), Files::new());
+    let log = open_retaining(directory.path(), Duration::from_secs(3_600));
+    let (padding, now) = ("v".repeat(50_000), Env::real().clock.unix_ms());
+    let mut states = vec![BTreeMap::new()];
+    // The first half is from long ago.
+    for number in 1..=60_u64 {
+        let (key, mut state) = (["a", "b", "c"][(number % 3) as usize], states[number as usize - 1].clone());
+        let event = if number == 40 {
+            state.remove(key);
+            Event::Delete(key.into())
+        } else {
+            state.insert(key.into(), number.to_string());
+            put(key, &format!("{number}{padding}"))
+        };
+        states.push(state);
+        let time = if number <= 30 { 1_000 + number } else { now };
+        let sequence = log.append(time, std::slice::from_ref(&event)).unwrap();
+        log.watermark().reached(sequence).await.unwrap();
+    }
+    let count =
+        |from| content(&log).iter().filter(|entry| from <= entry.split(' ').next().unwrap().parse().unwrap()).count();
+    let begun = Env::real().clock.now();
+    while count(1) > 50 {
+        assert!(Env::real().clock.elapsed(begun) < Duration::from_secs(60), "nothing is compacted");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(count(31), 30, "the retained part is whole");
+    assert!((3..=30).contains(&log.retained()), "{}", log.retained());
+    let full = [files.add("full", &backup(&log, 0))];
+    for last in 30..=60 {
+        let (data, _) = restore(&full, Some(Until::Sequence(last))).unwrap();
+        assert_eq!(state(&open_log(data.path())), states[last as usize], "{last}");
+    }
+    let said = refusal(&full, Some(Until::Sequence(2)));
+    assert!(said.contains("it can be had from sequence "), "{said}");
+    // What is known of it outlives a restart.
+    let retained = log.retained();
+    drop(log);
+    assert!((retained..=30).contains(&open_log(directory.path()).retained()));
 }

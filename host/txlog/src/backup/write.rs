@@ -28,7 +28,8 @@ pub fn write(log: &dyn TransactionLog, since: u64, out: &mut dyn Write) -> Resul
     let sequence =
         log.replay(since, &mut |entries| entries.iter().try_for_each(|entry| writer.push(entry, &history)))?;
     ensure!(log.history() == history, "an incarnation of the log began during the backup; take it again");
-    writer.end(sequence, &history)
+    // After the replay, during which the log can have been compacted.
+    writer.end(sequence, log.retained(), &history)
 }
 
 struct Writer<'w> {
@@ -66,14 +67,14 @@ impl<'w> Writer<'w> {
         Ok(())
     }
 
-    fn end(mut self, sequence: u64, history: &History) -> Result<Trailer> {
+    fn end(mut self, sequence: u64, retained: u64, history: &History) -> Result<Trailer> {
         let Self { out, digest, packer, .. } = &mut self;
         packer.flush(&mut |frame| append(*out, digest, frame))?;
         self.has_gaps |= history.entries(self.last, sequence) > 0;
         let trailer = Trailer {
             sequence,
             count: self.count,
-            retained: if self.has_gaps { sequence } else { self.header.since },
+            retained: if self.has_gaps { retained.clamp(self.header.since, sequence) } else { self.header.since },
             incarnation: history.at(self.header.log, sequence),
             digest: self.digest.finalize().into(),
         };

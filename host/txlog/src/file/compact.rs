@@ -26,6 +26,8 @@ use crate::Incarnation;
 pub struct CompactionParams {
     /// Deletes and expiries up to this time, in milliseconds since 1970, make tombstones.
     pub now: u64,
+    /// What is superseded or deleted after this time, in milliseconds since 1970, is retained; `u64::MAX` retains nothing.
+    pub retain_from: u64,
     /// Minimum stats of a group of segments that a rewrite must save, in percent.
     pub min_yield_percent: u64,
     /// Size of the table of keys; see [`liveness::MAX_KEYS`].
@@ -53,7 +55,7 @@ pub fn run(
     params: &CompactionParams,
     throttle: &mut ThrottleHook<'_>,
 ) -> anyhow::Result<Outcome> {
-    let map = liveness::find(shared, segments, params.keys, params.now, throttle)?;
+    let map = liveness::find(shared, segments, params.keys, (params.now, params.retain_from), throttle)?;
     let sum = |of: fn(&SegmentStats) -> u64| map.stats.iter().map(of).sum::<u64>();
     let entries = sum(|stats| stats.entries);
     let bytes = sum(|stats| stats.bytes);
@@ -166,6 +168,9 @@ impl Rewrite<'_> {
         let temporary = format!("{name}.tmp");
         let mut horizon = segments.iter().map(|segment| segment.horizon).max().unwrap_or(0);
         let inherited = horizon;
+        // Never less than before, whatever is retained now. Where an older binary dropped entries, up to the end of this run.
+        let earlier = segments.iter().map(|segment| segment.retained.min(self.map.last));
+        let retained = earlier.fold(self.map.retained.max(1), u64::max);
 
         let incarnations = self.incarnations();
         // The jump of a dropped incarnation counts as covered: its sequences are never given out.
@@ -214,6 +219,7 @@ impl Rewrite<'_> {
                 ending: stats.last().map_or_else(Ending::default, |stats| stats.ending),
                 end: output.end,
                 horizon,
+                retained,
             };
             output.finish(shared.log, numbers, compacted)?;
             let old_bytes: u64 = segments.iter().map(|segment| segment.size).sum();

@@ -64,6 +64,7 @@ mod writer;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use kvs_runtime::{Clock, Env, Thread};
@@ -109,6 +110,8 @@ pub struct Options {
     /// Maximum size of a group of events, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
@@ -161,6 +164,7 @@ struct Shared {
     history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
+    retain: Duration,
     catalog: Catalog,
     queue: Queue,
     preallocator: Preallocator,
@@ -253,6 +257,10 @@ impl TransactionLog for FileLog {
         self.shared.log
     }
 
+    fn retained(&self) -> u64 {
+        self.shared.catalog.retained()
+    }
+
     fn history(&self) -> Arc<History> {
         self.shared.history.clone()
     }
@@ -330,6 +338,7 @@ impl Shared {
             history: Arc::new(history),
             segment_bytes: options.segment_bytes,
             durability: options.durability,
+            retain: options.retain,
             catalog: Catalog::new(segments),
             queue: Queue::new(
                 (appended, last + 1),
@@ -349,6 +358,15 @@ impl Shared {
 
     fn clock(&self) -> &Clock {
         &self.home.env.clock
+    }
+
+    /// Returns the time from which on entries are retained, in milliseconds since 1970.
+    fn retain_from(&self) -> u64 {
+        if self.retain.is_zero() {
+            return u64::MAX;
+        }
+        let retained = u64::try_from(self.retain.as_millis()).unwrap_or(u64::MAX);
+        self.clock().unix_ms().saturating_sub(retained)
     }
 
     fn fail(&self, error: &anyhow::Error) {

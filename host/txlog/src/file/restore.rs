@@ -162,8 +162,9 @@ impl<'a> Segments<'a> {
         output.flush()?;
         self.tip = output.packer.chain;
         let (tip, end, horizon) = (self.tip, output.end, self.horizon);
+        let retained = if horizon > 0 { self.restoration.last } else { 1 };
         let ending = Ending { kind: INCARNATION, flags: 0, epoch: 1 };
-        let compacted = Compacted { first, last, before, after: tip, tip, ending, end, horizon };
+        let compacted = Compacted { first, last, before, after: tip, tip, ending, end, horizon, retained };
         output.finish(self.restoration.log, numbers, compacted)?;
         Ok(())
     }

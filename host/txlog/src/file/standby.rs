@@ -278,6 +278,10 @@ impl TransactionLog for StandbyLog {
         self.log().map_or_else(known, FileLog::id)
     }
 
+    fn retained(&self) -> u64 {
+        self.log().map_or(u64::MAX, FileLog::retained)
+    }
+
     fn history(&self) -> Arc<History> {
         self.log().map_or_else(|| self.shared.follower.history(), FileLog::history)
     }

@@ -61,6 +61,7 @@ mod writer;
 
 use std::future::ready;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -110,6 +111,8 @@ pub struct Options {
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
@@ -147,6 +150,9 @@ struct Shared {
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
+    retain: Duration,
+    /// The newest sequence for which compaction can have dropped an older entry, as of the last replay.
+    retained: AtomicU64,
     readers: Semaphore,
     /// Connection of the last replay, kept for the next one of a standby.
     idle: Mutex<Option<Session>>,
@@ -204,6 +210,8 @@ impl PostgresLog {
             news: watch::Sender::new(news),
             breaker: Breaker::new(env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
+            retain: options.retain,
+            retained: AtomicU64::new(0),
             readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
@@ -227,8 +235,8 @@ impl PostgresLog {
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
-        let (group_bytes, advertise) = (GROUP_BYTES, None);
-        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
+        let (group_bytes, retain, advertise) = (GROUP_BYTES, Duration::ZERO, None);
+        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env })
     }
 
     /// Formats the version of the schema, and the version before this process opened the log.
@@ -259,7 +267,7 @@ impl PostgresLog {
     pub fn compact(&self) -> Result<u64> {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
-        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO };
+        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO, retain: Duration::ZERO };
         self.handle.block_on(compactor::compact(&self.shared, epoch, newest, params))
     }
 }
@@ -290,6 +298,10 @@ impl TransactionLog for PostgresLog {
 
     fn id(&self) -> Uuid {
         self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.retained.load(Ordering::Acquire)
     }
 
     fn history(&self) -> Arc<History> {
