@@ -301,3 +301,37 @@ fn backup_from_standard_output_is_verified_and_restored() {
     let server = Server::spawn(serve(data.path()), data);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/b", b"").text(), "2");
 }
+
+#[test]
+fn history_of_a_key_has_all_its_entries() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    for value in ["1", "2"] {
+        assert_eq!(client.ask("PUT", "/v1/a%20%C3%A9", value.as_bytes()).status, 201);
+        assert_eq!(client.ask("PUT", "/v1/b", value.as_bytes()).status, 201);
+    }
+    assert_eq!(client.ask("DELETE", "/v1/a%20%C3%A9", b"").status, 200);
+    let history = |args: &[&str]| {
+        let mut command = kvs();
+        command.arg("history").args(args).env("KVS_ADMIN", server.admin().to_string());
+        command
+    };
+    let lines = |args: &[&str]| -> Vec<(u64, String, serde_json::Value)> {
+        let printed = done(history(args));
+        let parsed = printed.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("it is JSON"));
+        let fields = parsed.map(|line| {
+            let text = |name: &str| line[name].as_str().expect("it is text").to_owned();
+            (line["sequence"].as_u64().expect("it is a number"), text("type"), line["value"].clone())
+        });
+        fields.collect()
+    };
+    let (first, second) = ((1, "put".to_owned(), "1".into()), (3, "put".to_owned(), "2".into()));
+    let deleted = (5, "delete".to_owned(), serde_json::Value::Null);
+    assert_eq!(lines(&["a é"]), [first.clone(), second.clone(), deleted.clone()]);
+    assert_eq!((lines(&["a é", "--at", "2"]), lines(&["a é", "--at", "3"])), (vec![first], vec![second]));
+    assert_eq!((lines(&["a é", "--at", "5"]), lines(&["nothing"])), (vec![deleted], vec![]));
+    refused(history(&["a é", "--at", "0"])).with(1, &["no history", "(404)"]);
+    refused(history(&["a é", "--at", "6"])).with(1, &["sequence 6 is not in the history", "(410)"]);
+    let ask = |method: &str, target: &str| Connection::open(server.admin()).ask(method, target, b"").status;
+    assert_eq!((ask("GET", "/history"), ask("GET", "/history?at=1"), ask("PUT", "/history?key=a")), (400, 400, 405));
+}

@@ -9,6 +9,8 @@
 mod backup;
 mod guest;
 mod health;
+mod history;
+mod scan;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -26,16 +28,19 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
+use kvs_txlog::TransactionLog;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tracing::debug;
 
-use self::backup::Pieces;
-pub use self::backup::{Backups, ENTRIES_HEADER};
+use self::backup::Backups;
+pub use self::backup::ENTRIES_HEADER;
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
+use self::history::Histories;
+use self::scan::Pieces;
 use crate::edge::auth::Tokens;
 use crate::guest::Swapper;
 use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
@@ -59,7 +64,7 @@ pub struct Admin {
     /// None until there is a guest.
     guests: OnceLock<Guests>,
     /// None until the log is open.
-    backups: OnceLock<Backups>,
+    log: OnceLock<(Backups, Histories)>,
     env: Env,
 }
 
@@ -69,7 +74,7 @@ impl Admin {
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), backups: OnceLock::new(), env: env.clone() }
+        Self { health, metrics, tokens, guests: OnceLock::new(), log: OnceLock::new(), env: env.clone() }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -77,10 +82,12 @@ impl Admin {
         let _ = self.guests.set(Guests::new(swapper));
     }
 
-    pub fn set_backups(&self, backups: Backups) {
+    pub fn set_log(&self, log: Arc<dyn TransactionLog>, backup_timeout: Duration) {
+        let backups = Backups::new(Arc::clone(&log), backup_timeout, &self.env);
         self.metrics.add(backups.metrics());
+        self.health.set_log(Arc::clone(&log));
         // One log is opened in the life of a process.
-        let _ = self.backups.set(backups);
+        let _ = self.log.set((backups, Histories::new(log, &self.env)));
     }
 
     /// Serves `listener` from a thread of its own, to the end of the process.
@@ -133,10 +140,11 @@ impl Admin {
         {
             return refusal.map(Full::new).map(Either::Left);
         }
-        if request.uri().path() == "/backup" {
-            return match self.backups.get() {
-                Some(backups) => backups.respond(request).await,
-                None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
+        if matches!(request.uri().path(), "/backup" | "/history") {
+            return match (self.log.get(), request.uri().path()) {
+                (Some((backups, _)), "/backup") => backups.respond(request).await,
+                (Some((_, histories)), _) => histories.respond(request).await,
+                (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
             };
         }
         self.respond_whole(request).await.map(Either::Left)
@@ -165,7 +173,7 @@ impl Admin {
             },
             _ => text(
                 StatusCode::NOT_FOUND,
-                "unknown path; there are /livez, /readyz, /primary, /metrics, /guest and /backup\n",
+                "unknown path; there are /livez, /readyz, /primary, /metrics, /guest, /backup and /history\n",
             ),
         }
     }

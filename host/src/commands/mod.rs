@@ -9,6 +9,7 @@ mod delete;
 mod export;
 mod get;
 mod health;
+mod history;
 mod import;
 mod inspect;
 mod list;
@@ -73,6 +74,8 @@ pub enum Command {
     Backup(backup::Backup),
     /// Make a new log, in files or in a database, out of backups
     Restore(restore::Restore),
+    /// Print every entry of a key that the log still has, oldest first, as JSON lines
+    History(history::History),
     /// Print the value of a key, unchanged
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
@@ -108,6 +111,7 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Txlog(command) => txlog::run(command),
         Command::Backup(args) => backup::run(&args),
         Command::Restore(args) => restore::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),
         Command::Delete(args) => delete::run(&args),

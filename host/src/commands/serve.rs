@@ -24,7 +24,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
-use crate::admin::{Admin, Backups, Phase};
+use crate::admin::{Admin, Phase};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
@@ -108,8 +108,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let log: Arc<dyn TransactionLog> = changes.clone();
     changes.start();
 
-    health.set_log(Arc::clone(&log));
-    admin.set_backups(Backups::new(Arc::clone(&log), args.backup.backup_timeout, env));
+    admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
 
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes)?,

@@ -202,6 +202,7 @@ mod tests {
     use super::super::cat::{self, tests::printed};
     use super::super::tests::{at, directory_with, events};
     use super::*;
+    use crate::entry_json;
 
     #[test]
     fn entry_from_the_future_is_moved_to_now() {
@@ -308,7 +309,7 @@ mod tests {
             });
             let book = tempfile::tempdir().unwrap();
             import_text(book.path(), Format::CloudNativeGo, &lines.collect::<String>());
-            let imported: Vec<serde_json::Value> = printed(book.path(), cat::json)
+            let imported: Vec<serde_json::Value> = printed(book.path(), entry_json::print)
                 .lines().map(|line| serde_json::from_str(line).unwrap()).collect();
             let pairs = imported.iter().map(|put| (put["key"].as_str().unwrap(), put["value"].as_str().unwrap()));
             prop_assert!(pairs.eq(puts.iter().map(|(key, value)| (&key[..], &value[..]))));

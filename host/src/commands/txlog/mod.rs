@@ -18,6 +18,7 @@ use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
 
+use crate::entry_json;
 use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
@@ -99,7 +100,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
             TxlogStorage::File => verify_log(&at.data_dir, out),
             TxlogStorage::Postgres(url) => verify_rows(url, out),
         },
-        TxlogCommand::Cat { at, json: true } => cat::all(&at, out, cat::json),
+        TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
         TxlogCommand::Export { at } => cat::all(&at, out, text::print),
         TxlogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
