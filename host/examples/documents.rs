@@ -103,11 +103,12 @@ mod tests {
     const README: &str = include_str!("../../README.md");
     const JUSTFILE: &str = include_str!("../../justfile");
     /// Who tells people what to type.
-    const PAGES: [(&str, &str); 4] = [
+    const PAGES: [(&str, &str); 5] = [
         ("README.md", README),
         ("CONTRIBUTING.md", include_str!("../../CONTRIBUTING.md")),
         ("guest/README.md", include_str!("../../guest/README.md")),
         ("docs/backup.md", include_str!("../../docs/backup.md")),
+        ("docs/read-only.md", include_str!("../../docs/read-only.md")),
     ];
 
     /// What stands between backticks, and the lines that are typed; one of `kvs` without `$` is what it answers.

@@ -104,11 +104,15 @@ fn it_answers_while_the_guest_has_every_thread() {
     assert!(client.is_silent_for(Duration::from_millis(1)), "the guest was not busy after all");
 }
 
+/// What the admin listener says of a path that it does not have.
+const UNKNOWN: &str =
+    "unknown path; there are /livez, /readyz, /primary, /metrics, /guest, /backup, /history and /read-only";
+
 #[test]
 fn what_it_does_not_have_is_404_and_405() {
     let server = Server::start(&[]);
-    get(server.admin(), "/").says(404, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest");
-    get(server.admin(), "/v1/a").says(404, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest");
+    get(server.admin(), "/").says(404, UNKNOWN);
+    get(server.admin(), "/v1/a").says(404, UNKNOWN);
     let refused = Connection::open(server.admin()).ask("PUT", "/livez", b"dead");
     refused.says(405, "this path has GET, HEAD");
     assert_eq!(refused.header("allow"), Some("GET, HEAD"));

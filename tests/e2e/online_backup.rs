@@ -335,3 +335,39 @@ fn history_of_a_key_has_all_its_entries() {
     let ask = |method: &str, target: &str| Connection::open(server.admin()).ask(method, target, b"").status;
     assert_eq!((ask("GET", "/history"), ask("GET", "/history?at=1"), ask("PUT", "/history?key=a")), (400, 400, 405));
 }
+
+#[test]
+fn read_only_server_rejects_writes_also_after_a_restart() {
+    let server = Server::start(&[]);
+    let ask = |server: &Server, method: &str, path: &str| Connection::open(server.address()).ask(method, path, b"1");
+    assert_eq!(ask(&server, "PUT", "/v1/a").status, 201);
+    let read_only = |server: &Server, state: &str| {
+        let mut command = kvs();
+        command.args(["read-only", state]).env("KVS_ADMIN", server.admin().to_string());
+        assert_eq!(done(command), format!("{state}\n"));
+    };
+    let gauge = |server: &Server| Metrics::of(server).get("kvs_read_only");
+    assert_eq!(gauge(&server), 0.0);
+    read_only(&server, "on");
+    let is_read_only = |server: &Server| {
+        for (method, path) in [("PUT", "/v1/a"), ("DELETE", "/v1/a"), ("POST", "/v1")] {
+            let answer = ask(server, method, path);
+            answer.says(503, "the server is read-only, for maintenance; try again later");
+            assert_eq!(answer.header("retry-after"), Some("1"));
+        }
+        assert_eq!((ask(server, "GET", "/v1/a").text(), gauge(server)), ("1", 1.0));
+        let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+        assert_eq!(ready.status, 200);
+        assert!(ready.text().contains("[+]log ok, but read-only: writes are rejected"), "{}", ready.text());
+    };
+    is_read_only(&server);
+    let server = server.terminate().restart(&[]);
+    server.says("read-only since before the start");
+    is_read_only(&server);
+    Connection::open(server.admin()).ask("GET", "/read-only", b"").says(200, "on");
+    read_only(&server, "off");
+    assert_eq!((ask(&server, "PUT", "/v1/a").status, gauge(&server)), (201, 0.0));
+    let server = server.terminate().restart(&[]);
+    assert_eq!(ask(&server, "DELETE", "/v1/a").status, 200);
+    assert_eq!(Connection::open(server.admin()).ask("POST", "/read-only", b"").status, 405);
+}

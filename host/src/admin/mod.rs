@@ -10,6 +10,7 @@ mod backup;
 mod guest;
 mod health;
 mod history;
+mod read_only;
 mod scan;
 
 use std::convert::Infallible;
@@ -40,6 +41,7 @@ pub use self::backup::ENTRIES_HEADER;
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
 use self::history::Histories;
+pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
 use crate::edge::auth::Tokens;
 use crate::guest::Swapper;
@@ -65,6 +67,8 @@ pub struct Admin {
     guests: OnceLock<Guests>,
     /// None until the log is open.
     log: OnceLock<(Backups, Histories)>,
+    /// None until the log is open.
+    read_only: OnceLock<Arc<ReadOnly>>,
     env: Env,
 }
 
@@ -74,7 +78,15 @@ impl Admin {
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), log: OnceLock::new(), env: env.clone() }
+        Self {
+            health,
+            metrics,
+            tokens,
+            guests: OnceLock::new(),
+            log: OnceLock::new(),
+            read_only: OnceLock::new(),
+            env: env.clone(),
+        }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -88,6 +100,13 @@ impl Admin {
         self.health.set_log(Arc::clone(&log));
         // One log is opened in the life of a process.
         let _ = self.log.set((backups, Histories::new(log, &self.env)));
+    }
+
+    pub fn set_read_only(&self, read_only: ReadOnly) {
+        let read_only = Arc::new(read_only);
+        self.metrics.add(read_only.clone());
+        // One log is opened in the life of a process.
+        let _ = self.read_only.set(read_only);
     }
 
     /// Serves `listener` from a thread of its own, to the end of the process.
@@ -167,13 +186,17 @@ impl Admin {
                 response
             }
             ("/livez" | "/readyz" | "/primary" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/read-only", method) => match self.read_only.get() {
+                Some(read_only) => read_only.respond(method).await,
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n"),
+            },
             ("/guest", _) => match self.guests.get() {
                 Some(guests) => guests.respond(request).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
             _ => text(
                 StatusCode::NOT_FOUND,
-                "unknown path; there are /livez, /readyz, /primary, /metrics, /guest, /backup and /history\n",
+                "unknown path; there are /livez, /readyz, /primary, /metrics, /guest, /backup, /history and /read-only\n",
             ),
         }
     }

@@ -14,6 +14,7 @@ mod import;
 mod inspect;
 mod list;
 mod put;
+mod read_only;
 mod restore;
 mod serve;
 mod swap;
@@ -74,6 +75,8 @@ pub enum Command {
     Backup(backup::Backup),
     /// Make a new log, in files or in a database, out of backups
     Restore(restore::Restore),
+    /// Have a running server reject writes, for maintenance, or accept them again; kept over restarts
+    ReadOnly(read_only::ReadOnly),
     /// Print every entry of a key that the log still has, oldest first, as JSON lines
     History(history::History),
     /// Print the value of a key, unchanged
@@ -111,6 +114,7 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Txlog(command) => txlog::run(command),
         Command::Backup(args) => backup::run(&args),
         Command::Restore(args) => restore::run(&args),
+        Command::ReadOnly(args) => read_only::run(&args),
         Command::History(args) => history::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),

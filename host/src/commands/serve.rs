@@ -24,7 +24,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
-use crate::admin::{Admin, Phase};
+use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
@@ -109,6 +109,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     changes.start();
 
     admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
+    admin.set_read_only(ReadOnly::open(Arc::clone(&changes), &args.data_dir)?);
 
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes)?,
