@@ -209,7 +209,7 @@ lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
     target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
-    target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/kvs.yaml deploy/kubernetes/monitor.yaml
+    target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
 # Phrases that a standard term says better, as `just lint` checks
 _PHRASES := 'told|under way|whoever|anew|in vain|goes on|so many|hears|wherever'

@@ -15,6 +15,7 @@ pub mod commands;
 mod contract;
 mod descriptors;
 pub mod edge;
+mod entry_json;
 mod follow;
 pub mod guest;
 pub mod lines;

@@ -1,11 +1,12 @@
 //! Parsers of flag values: addresses, times, counts, sizes, rates.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use hyper::Uri;
 use kvs_runtime::Clock;
+use kvs_txlog::backup::Until;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
@@ -50,6 +51,22 @@ pub fn expiry(text: &str) -> Result<SystemTime, String> {
         Some(_) => Err("is in the past".to_owned()),
         None => Err("an expiry looks like 90days, 2027-01-31 or 2027-01-31T12:00:00Z".to_owned()),
     }
+}
+
+/// Parses a point in time: a sequence, a time as RFC 3339, or one in milliseconds since 1970.
+pub fn until(text: &str) -> Result<Until, String> {
+    if let Ok(sequence) = text.parse() {
+        return Ok(Until::Sequence(sequence));
+    }
+    if let Some(Ok(time)) = text.strip_suffix("ms").map(str::parse) {
+        return Ok(Until::Time(time));
+    }
+    let time = humantime::parse_rfc3339_weak(text).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let time = time.and_then(|since| u64::try_from(since.as_millis()).ok());
+    time.map(Until::Time).ok_or_else(|| {
+        "must be a sequence, a time like 2026-05-31T12:00:00Z, or milliseconds since 1970 like 1780228800000ms"
+            .to_owned()
+    })
 }
 
 /// Parses a read lease: longer than a statement takes, and no longer than the timeout of a primary without one.

@@ -1,5 +1,7 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
+pub mod backup;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -43,7 +45,7 @@ pub struct Serve {
     #[arg(long, env = "KVS_ADVERTISE", value_name = "URL", value_parser = advertise)]
     pub advertise: Option<String>,
 
-    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest); port 0 takes a free one
+    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only); port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 
@@ -95,6 +97,9 @@ pub struct Serve {
 
     #[command(flatten)]
     pub access: Access,
+
+    #[command(flatten)]
+    pub backup: backup::Backup,
 
     /// Request timeout, from the first byte to the response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,

@@ -119,7 +119,7 @@ fn ttl_ends_after_a_run_with_a_clock_ahead() {
     {
         let (data, segment_bytes, env) = (data.path().into(), DEFAULT_SEGMENT_BYTES, Env::real());
         let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+        let options = Options { data, segment_bytes, group_bytes, durability, retain: Duration::ZERO, advertise, env };
         let log = FileLog::open(options).expect("it can be opened");
         for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
             let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };

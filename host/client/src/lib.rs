@@ -13,6 +13,6 @@ mod watch;
 
 pub use self::import::{ImportHooks, NewProgressBar, import};
 pub use self::list::{export, list};
-pub use self::server::{ApiRequest, ClientError, Options, Server};
+pub use self::server::{ApiRequest, ClientError, Options, Server, add};
 pub use self::value::{Condition, Put, delete, get, put};
 pub use self::watch::watch;

@@ -340,6 +340,8 @@ fn deployment_files_use_known_settings() {
         "deploy/pair/compose.yaml",
         "deploy/pair/pair.conf",
         "deploy/kubernetes/kvs.yaml",
+        "deploy/kubernetes/backup.yaml",
+        "deploy/kvs-backup.service",
         "deploy/kvs.env",
         "deploy/kvs.service",
     ] {

@@ -135,6 +135,8 @@ fn line(condition: Condition) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use kvs_runtime::Env;
     use kvs_txlog::file::{Durability, FileLog, Options};
@@ -152,7 +154,8 @@ mod tests {
         let data = data.path().to_owned();
         let (durability, env) = (Durability::Sync, Env::real());
         let (segment_bytes, group_bytes, advertise) = (1 << 20, 1 << 10, None);
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+        let retain = Duration::ZERO;
+        let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
         let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(options).expect("a new log can be opened"));
         health.set_log(Arc::clone(&log));
         health.reached(Phase::Replaying);

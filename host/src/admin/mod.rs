@@ -6,9 +6,13 @@
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+mod backup;
 mod exposition;
 mod guest;
 mod health;
+mod history;
+mod read_only;
+mod scan;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -18,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::server::conn::http1;
@@ -26,14 +30,20 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
+use kvs_txlog::TransactionLog;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tracing::debug;
 
+use self::backup::Backups;
+pub use self::backup::ENTRIES_HEADER;
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
+use self::history::Histories;
+pub use self::read_only::ReadOnly;
+use self::scan::Pieces;
 use crate::audit::Actor;
 use crate::edge::RequestIds;
 use crate::edge::auth::{Scope, Tokens};
@@ -47,6 +57,9 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A response that is there, or a backup.
+type AdminBody = Either<Full<Bytes>, Pieces>;
+
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Health,
@@ -56,6 +69,10 @@ pub struct Admin {
     ids: RequestIds,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
+    /// None until the log is open.
+    log: OnceLock<(Backups, Histories)>,
+    /// None until the log is open.
+    read_only: OnceLock<Arc<ReadOnly>>,
     env: Env,
 }
 
@@ -65,13 +82,36 @@ impl Admin {
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        let (ids, guests) = (RequestIds::default(), OnceLock::new());
-        Self { health, metrics, tokens, ids, guests, env: env.clone() }
+        Self {
+            health,
+            metrics,
+            tokens,
+            ids: RequestIds::default(),
+            guests: OnceLock::new(),
+            log: OnceLock::new(),
+            read_only: OnceLock::new(),
+            env: env.clone(),
+        }
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
         // One guest is started in the life of a process; the others are swapped in.
         let _ = self.guests.set(Guests::new(swapper));
+    }
+
+    pub fn set_log(&self, log: Arc<dyn TransactionLog>, backup_timeout: Duration) {
+        let backups = Backups::new(Arc::clone(&log), backup_timeout, &self.env);
+        self.metrics.add(backups.metrics());
+        self.health.set_log(Arc::clone(&log));
+        // One log is opened in the life of a process.
+        let _ = self.log.set((backups, Histories::new(log, &self.env)));
+    }
+
+    pub fn set_read_only(&self, read_only: ReadOnly) {
+        let read_only = Arc::new(read_only);
+        self.metrics.add(read_only.clone());
+        // One log is opened in the life of a process.
+        let _ = self.read_only.set(read_only);
     }
 
     /// Serves `listener` from a thread of its own, to the end of the process.
@@ -116,7 +156,7 @@ impl Admin {
     }
 
     /// The paths there are, and what answers them.
-    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: Request<Incoming>) -> Response<AdminBody> {
         // Health is for whoever decides where requests go, and no secret.
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
         let mut principal = None;
@@ -124,9 +164,20 @@ impl Admin {
             let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
             match tokens.get().check_admin(request.headers(), needed) {
                 Ok(name) => principal = Some(name.to_string()),
-                Err(refusal) => return refusal.map(Full::new),
+                Err(refusal) => return refusal.map(Full::new).map(Either::Left),
             }
         }
+        if matches!(request.uri().path(), "/backup" | "/history") {
+            return match (self.log.get(), request.uri().path()) {
+                (Some((backups, _)), "/backup") => backups.respond(request).await,
+                (Some((_, histories)), _) => histories.respond(request).await,
+                (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
+            };
+        }
+        self.respond_whole(request, principal).await.map(Either::Left)
+    }
+
+    async fn respond_whole(&self, request: Request<Incoming>, principal: Option<String>) -> Response<Full<Bytes>> {
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
             ("/readyz", &Method::GET | &Method::HEAD) => {
@@ -148,6 +199,10 @@ impl Admin {
                 text(if replica { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
             ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/read-only", method) => match self.read_only.get() {
+                Some(read_only) => read_only.respond(method).await,
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n"),
+            },
             ("/guest", _) => match self.guests.get() {
                 Some(guests) => {
                     let request_id = Some(self.ids.of(request.headers()));
@@ -157,7 +212,7 @@ impl Admin {
             },
             _ => text(
                 StatusCode::NOT_FOUND,
-                "unknown path; there are /livez, /readyz, /primary, /replica, /metrics and /guest\n",
+                "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history and /read-only\n",
             ),
         }
     }

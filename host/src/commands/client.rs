@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use kvs_client::{Options, Server};
 
 /// Read timeout; a server sends keep-alives on streams far more often.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
@@ -46,6 +46,31 @@ pub struct TokenArgs {
     /// File with the bearer token
     #[arg(long, env = "KVS_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
+}
+
+/// The admin listener of a server.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct AdminArgs {
+    /// Admin listener of the server: an address or a URL
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    #[command(flatten)]
+    token: TokenArgs,
+}
+
+impl AdminArgs {
+    pub fn server(&self, read_timeout: Option<Duration>) -> Result<Server> {
+        Server::new(&Options {
+            url: &self.admin,
+            flag: "--admin",
+            token: self.token.read()?.as_deref(),
+            authorities: None,
+            read_timeout,
+            stale: false,
+        })
+    }
 }
 
 impl ServerArgs {

@@ -2,16 +2,20 @@
 //!
 //! Owns: names, flags and output of commands. Must never know: how a server or a log does its work.
 
+mod backup;
 mod client;
 mod compile;
 mod delete;
 mod export;
 mod get;
 mod health;
+mod history;
 mod import;
 mod inspect;
 mod list;
 mod put;
+mod read_only;
+mod restore;
 mod serve;
 mod swap;
 mod token;
@@ -67,6 +71,16 @@ pub enum Command {
     /// Verify, print, export, import and compact a transaction log that no server uses
     #[command(subcommand)]
     Txlog(txlog::TxlogCommand),
+    /// Take a backup of the log of a running server, in full or since a sequence, or check one
+    ///
+    /// Prints the sequence that the backup ends with.
+    Backup(backup::Backup),
+    /// Make a new log, in files or in a database, out of backups
+    Restore(restore::Restore),
+    /// Have a running server reject writes, for maintenance, or accept them again; kept over restarts
+    ReadOnly(read_only::ReadOnly),
+    /// Print every entry of a key that the log still has, oldest first, as JSON lines
+    History(history::History),
     /// Print the value of a key, unchanged
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
@@ -105,6 +119,10 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Txlog(command) => txlog::run(command),
+        Command::Backup(args) => backup::run(&args),
+        Command::Restore(args) => restore::run(&args),
+        Command::ReadOnly(args) => read_only::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),
         Command::Delete(args) => delete::run(&args),

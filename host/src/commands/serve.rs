@@ -23,7 +23,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
-use crate::admin::{Admin, Phase};
+use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
@@ -123,7 +123,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         }
     });
 
-    health.set_log(Arc::clone(&log));
+    admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
+    admin.set_read_only(ReadOnly::open(Arc::clone(&changes), &args.data_dir)?);
 
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes, args.shards)?,
@@ -335,6 +336,7 @@ fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Opti
         segment_bytes: args.segment_bytes.as_u64(),
         group_bytes: args.guest.group_bytes(args.max_value_bytes),
         durability: args.durability,
+        retain: args.backup.retain,
         advertise,
         env,
     }
@@ -365,9 +367,10 @@ async fn open_log(
             let data = args.data_dir.display();
             std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let (url, timeout, lease, retain) = (url.clone(), args.txlog_timeout, args.read_lease, args.backup.retain);
             let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
+            let options =
+                postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);

@@ -337,6 +337,10 @@ impl Service {
             let primary = self.followed.as_ref().and_then(|followed| followed.primary());
             return Err(consistency::not_primary(reason, is_read, primary.as_deref()).into());
         }
+        if !is_read && self.changes.rejects_appends() {
+            let reason = "the server is read-only, for maintenance; try again later";
+            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
+        }
         Ok((under_way, grant))
     }
 }

@@ -9,6 +9,9 @@ use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
+pub mod backup;
 pub mod change;
 pub mod change_feed;
 mod event;
@@ -19,6 +22,7 @@ mod group_commit;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+mod restoration;
 mod standby;
 pub mod subscribers;
 mod sync;
@@ -29,6 +33,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
 
@@ -68,6 +73,16 @@ pub trait TransactionLog: Send + Sync + 'static {
     ///
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// The UUID of the log, which its copies have too; nil where there is none.
+    fn id(&self) -> Uuid {
+        Uuid::nil()
+    }
+
+    /// The oldest sequence from which on every state of the log can be restored; `u64::MAX` where that is not known.
+    fn retained(&self) -> u64 {
+        u64::MAX
+    }
 
     /// The incarnations of the log: which sequences are not in its history.
     fn history(&self) -> Arc<History> {

@@ -1,5 +1,6 @@
 //! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
 
+mod backup;
 mod commands;
 pub mod database;
 mod incarnations;

@@ -23,6 +23,8 @@ pub const ENTRIES: u8 = 0;
 pub const CLOSE: u8 = 1;
 pub const INCARNATION: u8 = 2;
 // 3 is reserved for a claim in a replicated log.
+/// The last frame of a backup, which no log contains.
+pub const TRAILER: u8 = 4;
 
 /// Flags of frames: optional fields come before the rest of the body.
 const HAS_FIELDS: u32 = 1;

@@ -25,33 +25,36 @@
 //! 11. Sequences that were lost, or that are in another copy of the log, are never reused: `begin`, `identity`.
 
 mod begin;
-mod bytes;
+pub(crate) mod bytes;
 mod catalog;
 mod compact;
 mod compactor;
 pub mod disk;
-mod entry;
+pub(crate) mod entry;
 mod follower;
 mod found;
-mod frame;
+pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod home;
 mod identity;
-mod incarnations;
+pub(crate) mod incarnations;
 mod listing;
 mod liveness;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
+mod output;
+pub(crate) mod packer;
 mod position;
 mod preallocate;
 mod queue;
 mod recovery;
 mod replay;
+mod restore;
 mod scan;
-mod segment;
+pub(crate) mod segment;
 mod standby;
 mod tail;
 #[cfg(test)]
@@ -61,6 +64,7 @@ mod writer;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use kvs_runtime::{Clock, Env, Thread};
@@ -68,6 +72,8 @@ use uuid::Uuid;
 
 pub use self::home::Damage;
 pub use self::offline::Offline;
+pub(crate) use self::replay::Batch;
+pub use self::restore::{check_empty, restore};
 pub use self::standby::StandbyLog;
 pub use self::verify::{Finding, verify};
 
@@ -104,6 +110,8 @@ pub struct Options {
     /// Maximum size of a group of events, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
@@ -161,6 +169,7 @@ struct Shared {
     history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
+    retain: Duration,
     catalog: Catalog,
     queue: Queue,
     preallocator: Preallocator,
@@ -253,6 +262,14 @@ impl TransactionLog for FileLog {
         replay::replay(&self.shared, after, receive)
     }
 
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.catalog.retained()
+    }
+
     fn history(&self) -> Arc<History> {
         self.shared.history.clone()
     }
@@ -320,7 +337,7 @@ impl Shared {
 
     fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready, watermark: Arc<Watermark>) -> Self {
         let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
-        let appended = incarnations::newest_given(&history, last);
+        let appended = history.newest_given(last);
         let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
         let full = spares.is_empty();
         watermark.advance(appended);
@@ -330,6 +347,7 @@ impl Shared {
             history: Arc::new(history),
             segment_bytes: options.segment_bytes,
             durability: options.durability,
+            retain: options.retain,
             catalog: Catalog::new(segments),
             queue: Queue::new(
                 (appended, last + 1),
@@ -349,6 +367,15 @@ impl Shared {
 
     fn clock(&self) -> &Clock {
         &self.home.env.clock
+    }
+
+    /// Returns the time from which on entries are retained, in milliseconds since 1970.
+    fn retain_from(&self) -> u64 {
+        if self.retain.is_zero() {
+            return u64::MAX;
+        }
+        let retained = u64::try_from(self.retain.as_millis()).unwrap_or(u64::MAX);
+        self.clock().unix_ms().saturating_sub(retained)
     }
 
     fn fail(&self, error: &anyhow::Error) {

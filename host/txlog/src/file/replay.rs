@@ -77,7 +77,7 @@ pub fn read(
 
 /// Entries gathered for one call of the receiver, all from one buffer.
 #[derive(Default)]
-struct Batch<'a> {
+pub(crate) struct Batch<'a> {
     entries: Vec<(Raw<'a>, Range<usize>)>,
     /// The metadata of all entries, one after the other.
     pairs: Vec<(&'a str, &'a str)>,
@@ -85,19 +85,19 @@ struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    fn has_room_for(&self, entry: &Raw<'_>) -> bool {
+    pub fn has_room_for(&self, entry: &Raw<'_>) -> bool {
         self.entries.is_empty() || (self.entries.len() < REPLAY_ENTRIES && self.bytes + entry.bytes() <= REPLAY_BYTES)
     }
 
     /// None is damage.
-    fn push(&mut self, entry: Raw<'a>) -> Option<()> {
+    pub fn push(&mut self, entry: Raw<'a>) -> Option<()> {
         let pairs = entry.metadata(&mut self.pairs)?;
         self.bytes += entry.bytes();
         self.entries.push((entry, pairs));
         Some(())
     }
 
-    fn hand_over(&mut self, receive: &mut Receive<'_>) -> anyhow::Result<()> {
+    pub fn hand_over(&mut self, receive: &mut Receive<'_>) -> anyhow::Result<()> {
         if self.entries.is_empty() {
             return Ok(());
         }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use kvs_runtime::{Clock, Thread};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::disk::Directory;
 use super::follower::Follower;
@@ -276,6 +277,15 @@ impl TransactionLog for StandbyLog {
             Some(log) => log.replay(after, receive),
             None => self.shared.replay(after, receive),
         }
+    }
+
+    fn id(&self) -> Uuid {
+        let known = || self.shared.follower.known().map_or(Uuid::nil(), |known| known.log);
+        self.log().map_or_else(known, FileLog::id)
+    }
+
+    fn retained(&self) -> u64 {
+        self.log().map_or(u64::MAX, FileLog::retained)
     }
 
     fn history(&self) -> Arc<History> {

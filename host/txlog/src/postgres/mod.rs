@@ -51,6 +51,7 @@ mod opening;
 mod pooler;
 mod queue;
 mod replay;
+mod restore;
 mod schema;
 mod session;
 mod standby;
@@ -60,6 +61,7 @@ mod writer;
 
 use std::future::ready;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -70,6 +72,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
 use tokio_postgres::Statement;
 use tracing::{error, info};
+use uuid::Uuid;
 
 pub use self::opening::Manner;
 pub use self::target::Url;
@@ -108,6 +111,8 @@ pub struct Options {
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
@@ -136,6 +141,8 @@ struct Shared {
     url: Option<String>,
     /// The epoch of this process, once it took one.
     epoch: OnceLock<i64>,
+    /// UUID of the log; nil where no version that knows incarnations has written it.
+    log: Uuid,
     news: watch::Sender<News>,
     /// History of the log as far as this process has read it: complete once it holds the epoch.
     history: RwLock<Arc<History>>,
@@ -143,6 +150,9 @@ struct Shared {
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
+    retain: Duration,
+    /// The newest sequence for which compaction can have dropped an older entry, as of the last replay.
+    retained: AtomicU64,
     readers: Semaphore,
     /// Connection of the last replay, kept for the next one of a standby.
     idle: Mutex<Option<Session>>,
@@ -174,16 +184,17 @@ impl PostgresLog {
         let opened =
             runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding, schema } = opened;
-        let (epoch, history, news) = match &holding {
+        let (epoch, log, history, news) = match &holding {
             Holding::Ours(epoch) => (
                 OnceLock::from(epoch.number),
+                epoch.log,
                 epoch.history.clone(),
                 News { newest: epoch.last, holder: None, primary: None, as_of },
             ),
-            Holding::Theirs(look, history) => {
+            Holding::Theirs(look, history, log) => {
                 let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
                 let news = News { newest: look.newest, holder, primary, as_of };
-                (OnceLock::new(), history.clone(), news)
+                (OnceLock::new(), log.unwrap_or_default(), history.clone(), news)
             }
         };
         let shared = Arc::new(Shared {
@@ -192,12 +203,15 @@ impl PostgresLog {
             conditions,
             url,
             epoch,
+            log,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
             breaker: Breaker::new(env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
+            retain: options.retain,
+            retained: AtomicU64::new(0),
             readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
@@ -208,7 +222,7 @@ impl PostgresLog {
                 shared.begin();
                 shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
-            Holding::Theirs(look, _) => {
+            Holding::Theirs(look, ..) => {
                 info!("standby of {}", look.holder);
                 shared.start("log standby", standby::run(Arc::clone(&shared), session, append))
             }
@@ -221,8 +235,8 @@ impl PostgresLog {
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
-        let (group_bytes, advertise) = (GROUP_BYTES, None);
-        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
+        let (group_bytes, retain, advertise) = (GROUP_BYTES, Duration::ZERO, None);
+        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env })
     }
 
     /// Formats the version of the schema, and the version before this process opened the log.
@@ -253,7 +267,7 @@ impl PostgresLog {
     pub fn compact(&self) -> Result<u64> {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
-        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO };
+        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO, retain: Duration::ZERO };
         self.handle.block_on(compactor::compact(&self.shared, epoch, newest, params))
     }
 }
@@ -284,6 +298,14 @@ impl TransactionLog for PostgresLog {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.retained.load(Ordering::Acquire)
     }
 
     fn history(&self) -> Arc<History> {
