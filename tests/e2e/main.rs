@@ -45,6 +45,7 @@ mod log_command;
 mod long_poll;
 mod metrics;
 mod openapi;
+mod operations;
 mod operator;
 mod pair;
 mod postgres;

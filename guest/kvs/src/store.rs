@@ -9,7 +9,7 @@ use std::{mem, slice};
 
 use crate::item::Item;
 use crate::kvs::store::transaction_log::{AppendError, Event};
-use crate::order::Order;
+use crate::order::{Order, Place};
 use crate::table::Table;
 
 /// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
@@ -60,27 +60,38 @@ impl Store {
 
     /// Takes in what was just appended.
     pub fn apply(&mut self, sequence: u64, event: &Event) {
-        self.replay(sequence, event);
+        self.replace(sequence, event);
+    }
+
+    /// As `apply`. Returns the item that was at the key before.
+    pub fn replace(&mut self, sequence: u64, event: &Event) -> Option<Item> {
+        let before = self.take_in(sequence, event);
         self.settle();
+        before
     }
 
     /// Takes in what an entry did, in the order of the log. Puts off some work, which is less for many at once.
     pub fn replay(&mut self, sequence: u64, event: &Event) {
+        self.take_in(sequence, event);
+    }
+
+    fn take_in(&mut self, sequence: u64, event: &Event) -> Option<Item> {
         match event {
             Event::Put(put) => {
                 let item = Item::new(sequence, put);
                 let (expires, bytes) = (item.expires(), item.bytes());
-                let slot = self.put(item);
+                let (slot, before) = self.put(item);
                 self.bytes += bytes;
                 if let Some(expires) = expires {
                     self.expiries.insert((expires, sequence), slot);
                 }
+                before
             }
             Event::Delete(key) => {
-                if let Some(old) = self.remove(key.as_bytes()) {
-                    self.forget(&old);
-                    self.newest_delete = sequence;
-                }
+                let before = self.remove(key.as_bytes())?;
+                self.forget(&before);
+                self.newest_delete = sequence;
+                Some(before)
             }
         }
     }
@@ -101,15 +112,15 @@ impl Store {
         self.table.find(key, |slot| self.slots[slot as usize].key() == key)
     }
 
-    /// Puts an item into the slot of its key, or into one that is empty.
-    fn put(&mut self, item: Item) -> u32 {
+    /// Puts an item into the slot of its key, or into one that is empty. Returns also the item that was there before.
+    fn put(&mut self, item: Item) -> (u32, Option<Item>) {
         let free = self.free.last().copied();
         let slot = free.unwrap_or(self.slots.len() as u32);
         let key = item.key();
         if let Some(slot) = self.table.find_or_insert(key, slot, |slot| self.slots[slot as usize].key() == key) {
             let old = mem::replace(&mut self.slots[slot as usize], item);
             self.forget(&old);
-            return slot;
+            return (slot, Some(old));
         }
         if free.is_some() {
             self.free.pop();
@@ -122,7 +133,7 @@ impl Store {
         } else if self.slots.len() - self.ordered >= DISORDER {
             self.settle();
         }
-        slot
+        (slot, None)
     }
 
     fn remove(&mut self, key: &[u8]) -> Option<Item> {
@@ -186,12 +197,42 @@ impl Store {
 /// A store with nothing put off.
 pub struct InOrder<'s>(&'s Store);
 
+/// Expired keys that a count passes over, at most: some milliseconds' work.
+const MOST_EXPIRED: usize = 100_000;
+
 impl<'s> InOrder<'s> {
+    /// The items before a key, or all, from the last one back, with those that have expired and wait for a tick.
+    pub fn range_back(&self, until: Option<&[u8]>) -> impl Iterator<Item = &'s Item> + use<'s> {
+        let Store { slots, order, .. } = self.0;
+        let place = until.map_or_else(|| order.end(), |until| self.place(until));
+        order.walk_back(place).map(|slot| &slots[slot as usize])
+    }
+
+    /// How many keys from `least` on and before `most`, or to the end, have not expired. None when too many have that wait
+    /// for a tick.
+    pub fn count(&self, least: &[u8], most: Option<&[u8]>, now: u64) -> Option<usize> {
+        let Store { slots, order, expiries, .. } = self.0;
+        let end = most.map_or_else(|| order.end(), |most| self.place(most));
+        let held = order.count_before(end).saturating_sub(order.count_before(self.place(least)));
+        let mut expired = 0;
+        for (passed, (_, slot)) in expiries.range(..=(now, u64::MAX)).enumerate() {
+            if passed == MOST_EXPIRED {
+                return None;
+            }
+            let key = slots[*slot as usize].key();
+            expired += usize::from(key >= least && most.is_none_or(|most| key < most));
+        }
+        Some(held - expired)
+    }
+
+    fn place(&self, key: &[u8]) -> Place {
+        self.0.order.place(key, |slot| self.0.slots[slot as usize].key())
+    }
+
     /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
     pub fn range(&self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
         let Store { slots, order, .. } = self.0;
-        let place = order.place(from, |slot| slots[slot as usize].key());
-        order.walk(place).map(|slot| &slots[slot as usize])
+        order.walk(self.place(from)).map(|slot| &slots[slot as usize])
     }
 }
 

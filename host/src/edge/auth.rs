@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::fresh::Fresh;
+use super::head;
 use super::refusal::{Answer, Refusal, refuse};
 use crate::contract;
 
@@ -33,7 +34,7 @@ pub const TOKEN_PREFIX: &str = "kvs_";
 /// Scope of a token. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Scope {
-    /// GET, HEAD and OPTIONS
+    /// GET, HEAD, OPTIONS and QUERY
     Read,
     /// Every method
     Write,
@@ -151,10 +152,7 @@ impl TokenTable {
 
 impl Token {
     fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Refusal> {
-        let needed = match *method {
-            Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
-            _ => Scope::Write,
-        };
+        let needed = if head::is_safe(method) { Scope::Read } else { Scope::Write };
         if self.scope < needed {
             return Err(forbidden("the token is read-only"));
         }

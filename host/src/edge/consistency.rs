@@ -8,6 +8,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
+use super::problem::{NOT_PRIMARY, with_code};
 use super::refusal::{Answer, Refusal, refuse};
 
 /// Request header: the consistency that the client requires.
@@ -38,7 +39,7 @@ pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer
     if let (Some(primary), Some(_)) = (primary, &url) {
         line += &format!("; the primary is {primary}");
     }
-    let mut refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, &line);
+    let mut refusal = with_code(NOT_PRIMARY, refuse(StatusCode::SERVICE_UNAVAILABLE, &line));
     refusal.headers_mut().extend(url.map(|url| (PRIMARY, url)));
     refusal
 }

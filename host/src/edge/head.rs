@@ -16,6 +16,11 @@ use super::refusal::{Refusal, beyond, closing, refuse};
 /// Transfer coding of a body of unknown length.
 const CHUNKED: &[u8] = b"chunked";
 
+/// Returns whether a request with this method reads only: GET, HEAD, OPTIONS, TRACE, and QUERY, a GET with a body.
+pub fn is_safe(method: &Method) -> bool {
+    method.is_safe() || method.as_str() == "QUERY"
+}
+
 /// Checks the head of a request.
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
