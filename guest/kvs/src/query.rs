@@ -48,12 +48,15 @@ pub fn parameters<'q, const N: usize>(
     with_repeated(query, known, []).map(|(found, [])| found)
 }
 
+/// Parameters that are there at most once, and those that can be there several times.
+pub type Found<'q, const N: usize, const M: usize> = ([Option<Parameter<'q>>; N], [Vec<Parameter<'q>>; M]);
+
 /// As `parameters`, with some that can be there several times.
 pub fn with_repeated<'q, const N: usize, const M: usize>(
     query: &'q str,
     known: [&'static str; N],
     repeated: [&'static str; M],
-) -> Result<([Option<Parameter<'q>>; N], [Vec<Parameter<'q>>; M]), BadQuery> {
+) -> Result<Found<'q, N, M>, BadQuery> {
     let mut found = known.map(|_| None);
     let mut lists = repeated.map(|_| Vec::new());
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
