@@ -59,7 +59,7 @@ fn additions_to_other_values_are_rejected() {
         assert_eq!((refused.status, &problem["code"], &problem["operation"]), (409, &json!(code), &json!(1)));
     }
     client.ask("POST", "/v1/a?op=add", b"").says(400, "query parameter `delta` is missing: op=add needs it");
-    client.ask("POST", "/v1/a", b"").says(405, "a key has GET, HEAD, PUT and DELETE");
+    client.ask("POST", "/v1/a", b"").says(405, "POST of a key needs the query parameter `op`: add or touch");
 }
 
 #[test]

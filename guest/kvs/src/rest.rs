@@ -35,6 +35,9 @@ pub const HEADERS: [&str; 11] = [
 /// The interface, for programs.
 const OPENAPI: &str = include_str!("../openapi.json");
 
+/// The methods of a key.
+const KEY_METHODS: &str = "GET, HEAD, PUT, POST, DELETE";
+
 /// What a target is about.
 enum Resource<'t> {
     Key(Cow<'t, str>),
@@ -67,7 +70,11 @@ pub fn respond(store: &mut Store, mut request: Request, host: &mut impl Host) ->
         ("PUT", Resource::Key(key)) => write::put(store, key, query, request, host),
         ("DELETE", Resource::Key(key)) => write::delete(store, key, query, &request, host),
         ("POST", Resource::Key(key)) if modify::is_wanted(query) => modify::post(store, key, query, &request, host),
-        (_, Resource::Key(_)) => not_allowed("a key has", "GET, HEAD, PUT, DELETE"),
+        ("POST", Resource::Key(_)) => {
+            let reason = "POST of a key needs the query parameter `op`: add or touch";
+            with(line(405, reason), header("allow", KEY_METHODS))
+        }
+        (_, Resource::Key(_)) => not_allowed("a key has", KEY_METHODS),
         ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(query, &request, host),
         ("GET" | "HEAD", Resource::AllKeys) if many::is_wanted(query) => many::get(store, query, &request),
         ("QUERY", Resource::AllKeys) => many::get(store, query, &request),
@@ -156,8 +163,8 @@ mod tests {
             ),
             ("PUT", "/v1/?a", 400, "key is empty\n"),
             ("PUT", "/v1/%zz", 400, "bad percent escape at byte 1 of the key\n"),
-            ("POST", "/v1/a", 405, "a key has GET, HEAD, PUT and DELETE\n"),
-            ("get", "/v1/a", 405, "a key has GET, HEAD, PUT and DELETE\n"),
+            ("POST", "/v1/a", 405, "POST of a key needs the query parameter `op`: add or touch\n"),
+            ("get", "/v1/a", 405, "a key has GET, HEAD, PUT, POST and DELETE\n"),
             ("GET", "/v1/a?ttl=5", 400, "unknown query parameter `ttl`\n"),
             ("PUT", "/v1/a?&a\r\nb&c", 400, "unknown query parameter `ab`\n"),
             ("DELETE", "/v1/a?=5", 400, "unknown query parameter ``\n"),
@@ -167,7 +174,7 @@ mod tests {
             let response = handle(&mut store_with(&[], None), request, unasked);
             assert_eq!((response.status, text_of(&response)), (status, text), "{method} {target}");
             assert_eq!(response.read_sequence, NO_STATE, "{method} {target}");
-            let allow = (status == 405).then_some("GET, HEAD, PUT, DELETE");
+            let allow = (status == 405).then_some("GET, HEAD, PUT, POST, DELETE");
             assert_eq!(header_of(&response, "allow"), allow, "{method} {target}");
         }
     }
