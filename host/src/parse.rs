@@ -32,13 +32,11 @@ pub fn advertise(text: &str) -> Result<String, String> {
     }
 }
 
-/// Parses a time with its unit, or in seconds as in the HTTP API.
-fn time(text: &str) -> Result<Duration, humantime::DurationError> {
-    text.parse().map(Duration::from_secs).or_else(|_| humantime::parse_duration(text))
-}
-
+/// Parses a duration. A number without a unit is in seconds, as in the HTTP API.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let duration = time(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let parsed = humantime::parse_duration(&if is_number { format!("{text}s") } else { text.to_owned() });
+    let duration = parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
 }
 
@@ -130,15 +128,6 @@ pub fn setting(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// Parses a time in whole seconds, the unit of the HTTP API.
-pub fn seconds(text: &str) -> Result<u64, String> {
-    let time = time(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
-    if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
-        return Err("must be whole seconds, at least one".to_owned());
-    }
-    Ok(time.as_secs())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,12 +166,12 @@ mod tests {
     }
 
     #[test]
-    fn ttl_must_be_whole_seconds() {
-        assert_eq!(seconds("90s"), Ok(90));
-        assert_eq!(seconds("90"), Ok(90));
-        assert_eq!(seconds("1h 1s"), Ok(3_601));
-        for wrong in ["0", "0s", "500ms", "1s 1ms", "-1", "1.5", "", "soon"] {
-            assert!(seconds(wrong).is_err(), "{wrong}");
+    fn duration_without_unit_is_in_seconds() {
+        for (text, milliseconds) in [("90", 90_000), ("90s", 90_000), ("500ms", 500), ("1h 1s", 3_601_000)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for wrong in ["", "0", "0s", "1.5", "-1", "soon", "99999999999999999999"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
         }
     }
 }

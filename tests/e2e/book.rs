@@ -51,7 +51,7 @@ fn session_through_a_library() {
 
     let post = agent.post(&url).send("x").expect("POST is answered");
     assert_eq!(post.status(), 405);
-    assert_eq!(post.headers().get("allow").map(|value| value.as_bytes()), Some(&b"GET, HEAD, PUT, DELETE"[..]));
+    assert_eq!(post.headers().get("allow").map(|value| value.as_bytes()), Some(&b"GET, HEAD, PUT, POST, DELETE"[..]));
 }
 
 #[test]

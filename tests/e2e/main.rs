@@ -49,6 +49,7 @@ mod long_poll;
 mod metrics;
 mod online_backup;
 mod openapi;
+mod operations;
 mod operator;
 mod pages;
 mod pair;

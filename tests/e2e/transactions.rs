@@ -72,8 +72,8 @@ fn malformed_transaction_is_400_with_its_place() {
         (&deep, "operation 0: invalid type: sequence, expected an operation at line 1 column 1"),
         (
             r#"[{"op": "get", "key": "a"}, {"op": "get", "kex": "a"}]"#,
-            "operation 1: unknown field `kex`, expected one of `op`, `key`, `value`, `value_base64`, `content_type`, `ttl`, \
-             `etag` at line 1 column 47",
+            "operation 1: unknown field `kex`, expected one of `op`, `key`, `value`, `value_base64`, `content_type`, \
+             `json`, `ttl`, `delta`, `etag` at line 1 column 47",
         ),
         (r#"[{"op": "put", "key": "a"}]"#, "operation 0: `value` or `value_base64` is missing"),
         (r#"[{"op": "get", "key": "a/.."}]"#, "operation 0: key has a `..` segment"),

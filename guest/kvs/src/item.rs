@@ -80,6 +80,11 @@ impl Item {
         std::iter::from_fn(move || Some((text()?, text()?)))
     }
 
+    /// Metadata as an entry of the log has it.
+    pub fn owned_metadata(&self) -> Vec<(String, String)> {
+        self.metadata().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
     /// Key and value.
     pub fn bytes(&self) -> u64 {
         (self.tail_at() - HEAD) as u64
@@ -132,8 +137,7 @@ mod tests {
             let item = Item::new(sequence, &put);
             prop_assert_eq!((item.sequence(), item.key()), (sequence, put.key.as_bytes()));
             prop_assert_eq!((item.value(), item.expires()), (put.value.as_slice(), put.expires_at_ms));
-            let metadata = item.metadata().map(|(name, value)| (name.to_owned(), value.to_owned()));
-            prop_assert_eq!(metadata.collect::<Vec<_>>(), put.metadata);
+            prop_assert_eq!(item.owned_metadata(), put.metadata);
             prop_assert_eq!(item.bytes(), (put.key.len() + put.value.len()) as u64);
         }
     }

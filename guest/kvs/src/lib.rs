@@ -8,12 +8,17 @@ pub mod allocator;
 pub mod answer;
 pub mod conditions;
 pub mod content_type;
+mod duration;
 pub mod item;
 pub mod key;
 mod list;
+mod many;
+mod modify;
+mod number;
 mod operation;
 mod order;
 mod percent;
+mod prefix;
 pub mod query;
 mod range;
 pub mod rest;
@@ -26,6 +31,7 @@ mod transaction;
 mod unkept;
 mod value;
 mod watch;
+mod write;
 
 use std::cell::RefCell;
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::de::DeserializeOwned;
 use ureq::http::{HeaderValue, Request, Response, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
@@ -42,6 +43,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_IDLE: usize = 64;
 /// Size of a body above which the request has `Expect: 100-continue`.
 const EXPECT_CONTINUE_BYTES: usize = 1 << 20;
+/// Maximum size of a response in JSON: more than a server sends, which ends a page after a mebibyte or the first value beyond
+/// it.
+const MAX_JSON_BYTES: u64 = 8 << 30;
 /// Maximum length of the reason that is read from an error response.
 const REASON_BYTES: u64 = 4 << 10;
 /// Maximum length of a key in an error.
@@ -145,6 +149,14 @@ impl Server {
         };
         let response = answered.map_err(|error| self.transport_error(&error))?;
         if response.status().is_success() { Ok(response) } else { Err(status_error(response)) }
+    }
+
+    /// Sends a request, and reads the JSON of its response.
+    pub fn send_for<T: DeserializeOwned>(&self, api_request: &ApiRequest<'_>) -> Result<T> {
+        let reader = self.send(api_request)?.into_body().into_reader();
+        let mut text = Vec::new();
+        reader.take(MAX_JSON_BYTES).read_to_end(&mut text).map_err(|error| self.transport_error(&error))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} returned something else than expected", self.base))
     }
 
     /// Returns the error of a request without a complete response.

@@ -3,7 +3,7 @@
 use std::io;
 
 use anyhow::{Context, Result};
-use kvs_client::{ApiRequest, add};
+use kvs_client::{ApiRequest, add_parameter as add};
 
 use super::client::{AdminArgs, READ_TIMEOUT};
 

@@ -2,6 +2,7 @@
 //!
 //! Owns: names, flags and output of commands. Must never know: how a server or a log does its work.
 
+mod add;
 mod backup;
 mod client;
 mod compile;
@@ -19,7 +20,9 @@ mod restore;
 mod serve;
 mod swap;
 mod token;
+mod touch;
 mod txlog;
+mod txn;
 mod watch;
 
 use std::collections::BTreeSet;
@@ -85,11 +88,17 @@ pub enum Command {
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
     Put(Box<put::Put>),
-    /// Delete a key
+    /// Add to the number at a key, which counts as 0 if it does not exist; prints the sum
+    Add(add::Add),
+    /// Give the value of a key another time to live; prints its entity tag
+    Touch(touch::Touch),
+    /// Delete a key, or all keys with a prefix
     Delete(delete::Delete),
+    /// Do several operations, all or nothing; prints the result of each
+    Txn(txn::Txn),
     /// Print all keys, or those with a PREFIX, in order
     List(list::List),
-    /// Print changes of all keys, or of those with a PREFIX, as they happen
+    /// Print changes of all keys, or of those with one of the prefixes, as they happen
     Watch(watch::Watch),
     /// Print all keys, or those with a PREFIX, with their values, as JSON lines that `kvs import` reads
     ///
@@ -125,7 +134,10 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::History(args) => history::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),
+        Command::Add(args) => add::run(&args),
+        Command::Touch(args) => touch::run(&args),
         Command::Delete(args) => delete::run(&args),
+        Command::Txn(args) => txn::run(&args),
         Command::List(args) => list::run(&args),
         Command::Watch(args) => watch::run(&args),
         Command::Export(args) => export::run(&args),

@@ -9,6 +9,7 @@ use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::head;
+use super::problem::{NOT_PRIMARY, with_code};
 use super::refusal::{Answer, Refusal, refuse};
 
 /// Request header: the consistency that the client requires.
@@ -39,7 +40,7 @@ pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer
     if let (Some(primary), Some(_)) = (primary, &url) {
         line += &format!("; the primary is {primary}");
     }
-    let mut refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, &line);
+    let mut refusal = with_code(NOT_PRIMARY, refuse(StatusCode::SERVICE_UNAVAILABLE, &line));
     refusal.headers_mut().extend(url.map(|url| (PRIMARY, url)));
     refusal
 }

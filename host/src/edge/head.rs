@@ -21,6 +21,11 @@ pub fn values(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &He
     headers.iter().filter(move |(other, _)| **other == name).map(|(_, value)| value)
 }
 
+/// Returns whether a request with this method reads only: GET, HEAD, OPTIONS, TRACE, and QUERY, a GET with a body.
+pub fn is_safe(method: &Method) -> bool {
+    method.is_safe() || method.as_str() == "QUERY"
+}
+
 /// Checks the head of a request.
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());

@@ -14,7 +14,7 @@ use rustls::Error as TlsError;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
 /// Methods with their own labels, in the order of their numbers; all others share one.
-const METHODS: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
+const METHODS: [&str; 10] = ["GET", "HEAD", "QUERY", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
 const STATUSES: usize = 600;
 
 /// A limit that a client can exceed. The name is that of its flag, if it has one.

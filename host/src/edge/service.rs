@@ -102,9 +102,7 @@ impl Service {
             }
             refusal.map(Reply::Whole)
         });
-        if wants_problems {
-            response = problem::of(response);
-        }
+        response = problem::complete(response, wants_problems);
         if is_head {
             response = response.map(Reply::without_body);
         }
@@ -287,7 +285,10 @@ impl Service {
                 Some(reason) if !answer.appended => Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into()),
                 _ => Ok(()),
             },
-            Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
+            Ok(Err(unknown)) => {
+                let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string());
+                Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
+            }
             Err(_) if answer.appended => {
                 let unknown = "outcome unknown: this was not known to be durable in time";
                 Err(beyond(Limit::RequestTimeout, refuse(StatusCode::GATEWAY_TIMEOUT, unknown)).into())
@@ -330,7 +331,7 @@ impl Service {
         }
         let accepts_stale = consistency::accepts_stale(&head.headers)?.unwrap_or(self.stale_reads);
         // A guest may find that there is nothing to do, and would say it is done, where it is not where it is written.
-        let is_read = head.method.is_safe();
+        let is_read = head::is_safe(&head.method);
         if !(is_read && accepts_stale)
             && let Some(reason) = self.changes.read_only()
         {

@@ -156,11 +156,14 @@ impl Instance {
         let record = incoming.record(&headers, time);
         let heads: Vec<_> = answers.iter().map(|answer| answer.response.headers()).collect();
         let responses: Vec<_> = answers.iter().zip(&heads).map(|(answer, head)| answer.record(head)).collect();
+        // What one of them does not show yet may be newer than that.
+        let ends = answers.iter().filter_map(|answer| answer.response.end());
+        let end = ends.min().unwrap_or_else(|| self.store.data().log.appended());
         let merged = self.call(Call::default(), |exports, store| {
             sharding(exports)?.call_merge_responses(store, record, &responses)
         })?;
         Ok(Answer {
-            response: self.given(merged),
+            response: self.given(merged, end),
             read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
@@ -175,6 +178,7 @@ impl Instance {
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
         let request_id = Some(incoming.id.clone());
         let call = Call { may_append: true, client, request_id, serving, ..Call::default() };
+        let end = self.store.data().log.appended();
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
 
         let declared = self.store.data_mut().reuse_declared();
@@ -200,11 +204,17 @@ impl Instance {
         let reusable = declared.and_then(|declared| {
             self.store.data().cache.reusable(&incoming.record(&headers, time), declared, read_sequence)
         });
-        Ok(Answer { response: self.given(response), read_sequence, appended: appended.is_some(), sequel, reusable })
+        Ok(Answer {
+            response: self.given(response, end),
+            read_sequence,
+            appended: appended.is_some(),
+            sequel,
+            reusable,
+        })
     }
 
-    fn given(&self, record: contract::Response) -> Given {
-        Given::Fresh { record, most: self.limits.response_bytes }
+    fn given(&self, record: contract::Response, end: u64) -> Given {
+        Given::Fresh { record, most: self.limits.response_bytes, end }
     }
 
     /// Makes one call, within the limits of a call.

@@ -33,6 +33,10 @@ const CONNECTION_HEADERS: [HeaderName; 7] = [
     header::UPGRADE,
 ];
 
+/// Header that a guest sets for the host to give it a value: the position from which a watch misses nothing that the response
+/// does not show.
+const POSITION: HeaderName = HeaderName::from_static("kvs-position");
+
 /// Who is at the other end of a connection.
 #[derive(Debug)]
 pub struct Client {
@@ -144,6 +148,8 @@ pub enum Given {
         record: contract::Response,
         /// Longest body.
         most: usize,
+        /// End of the log when the call began; of several calls, the smallest.
+        end: u64,
     },
     /// Before, to an equal request.
     Kept(Arc<Kept>),
@@ -160,8 +166,8 @@ impl Given {
 
     /// The HTTP message that it is, if it is one. The body of a kept response to HEAD can be missing.
     pub fn message(self) -> Result<Response<Bytes>> {
-        let (record, most) = match self {
-            Self::Fresh { record, most } => (record, most),
+        let (record, most, end) = match self {
+            Self::Fresh { record, most, end } => (record, most, end),
             Self::Kept(kept) => return Ok(kept.message()),
         };
         ensure!((200..=599).contains(&record.status), "status {}", record.status);
@@ -175,10 +181,22 @@ impl Given {
         for header in record.headers {
             let name = HeaderName::from_bytes(header.name.as_bytes())?;
             ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
-            let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
+            let value = if name == POSITION {
+                HeaderValue::from(end)
+            } else {
+                HeaderValue::from_maybe_shared(Bytes::from(header.value))?
+            };
             response.headers_mut().append(name, value);
         }
         Ok(response)
+    }
+
+    /// End of the log when the call began.
+    pub(super) fn end(&self) -> Option<u64> {
+        match self {
+            Self::Fresh { end, .. } => Some(*end),
+            Self::Kept(_) => None,
+        }
     }
 
     pub(super) fn headers(&self) -> Vec<HeaderRef<'_>> {

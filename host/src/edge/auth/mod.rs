@@ -25,6 +25,7 @@ use tokio::time::timeout;
 
 pub use self::file::{Limits, create, list, revoke};
 use super::fresh::Fresh;
+use super::head;
 use super::refusal::{Answer, Refusal, refuse};
 use crate::contract;
 
@@ -36,7 +37,7 @@ pub const TOKEN_PREFIX: &str = "kvs_";
 pub enum Scope {
     /// Only /metrics of the admin listener
     Metrics,
-    /// GET, HEAD and OPTIONS
+    /// GET, HEAD, OPTIONS and QUERY
     Read,
     /// Every method
     Write,
@@ -177,10 +178,7 @@ impl TokenTable {
 
 impl Token {
     fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Refusal> {
-        let needed = match *method {
-            Method::GET | Method::HEAD | Method::OPTIONS => Scope::Read,
-            _ => Scope::Write,
-        };
+        let needed = if head::is_safe(method) { Scope::Read } else { Scope::Write };
         if self.scope < needed {
             let is_of_metrics = self.scope == Scope::Metrics;
             return Err(forbidden(if is_of_metrics { "the token is for metrics" } else { "the token is read-only" }));
