@@ -1,23 +1,30 @@
-//! The admin listener: is the server alive, is it ready, what has it counted, which guest serves, and another in its place.
+//! The admin listener: is the server alive, is it ready, what has it counted, which guest serves, and another in its place;
+//! and the console, a page in the browser that shows all that.
 //!
 //! It has a thread and a runtime of its own, and waits for nothing that requests to the store wait for: it answers when
-//! every guest is busy, being built, or gone.
+//! every guest is busy, being built, or gone. Requests to `/v1` are passed on to the threads that serve clients.
 //!
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+#[cfg(feature = "console")]
+mod console;
+#[cfg(not(feature = "console"))]
+#[path = "no_console.rs"]
+mod console;
 mod guest;
 mod health;
+mod origin;
 
 use std::convert::Infallible;
 use std::fmt;
-use std::net::TcpListener as Bound;
+use std::net::{SocketAddr, TcpListener as Bound};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::server::conn::http1;
@@ -27,13 +34,16 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SetOnce};
 use tokio::time::sleep;
 use tracing::debug;
 
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
+use self::origin::Hosts;
+pub use self::origin::host_name;
 use crate::edge::auth::Tokens;
+use crate::edge::{Caller, Forwarder, Reply};
 use crate::guest::Swapper;
 use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
 
@@ -41,27 +51,45 @@ use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
 const CONNECTIONS: usize = 64;
 /// Longest wait for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// What a request with another path is answered.
+const UNKNOWN: &str = if cfg!(feature = "console") {
+    "unknown path; there are /livez, /readyz, /primary, /metrics, /guest, /v1 and /console\n"
+} else {
+    "unknown path; there are /livez, /readyz, /primary, /metrics, /guest and /v1\n"
+};
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The response to a request.
+type Answer = Response<Reply>;
 
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Health,
     pub metrics: Metrics,
+    hosts: Hosts,
     /// Asked for a token of scope admin, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
+    /// Passes requests on to the HTTP interface. None until it is open.
+    forwarder: OnceLock<Forwarder>,
     env: Env,
 }
 
 impl Admin {
-    pub fn new(tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
+    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
         let metrics = Metrics::default();
         metrics.add(Arc::new(Build));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), env: env.clone() }
+        let (hosts, guests, forwarder) = (Hosts::new(hosts), OnceLock::new(), OnceLock::new());
+        Self { health, metrics, hosts, tokens, guests, forwarder, env: env.clone() }
+    }
+
+    pub fn set_forwarder(&self, forwarder: Forwarder) {
+        // One HTTP interface is opened in the life of a process.
+        let _ = self.forwarder.set(forwarder);
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
@@ -86,8 +114,11 @@ impl Admin {
         let connections = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let place = Arc::clone(&connections).acquire_owned().await;
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let accepted = listener.accept().await;
+            let accepted =
+                accepted.and_then(|(stream, address)| Ok((stream.as_fd().try_clone_to_owned()?, stream, address)));
+            let (socket, stream, address) = match accepted {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     debug!("no admin connection could be accepted: {error}");
                     sleep(ACCEPT_PAUSE).await;
@@ -96,14 +127,20 @@ impl Admin {
             };
             let admin = Arc::clone(self);
             self.env.tasks.detach("admin connection", async move {
+                let connection = Connection { socket, address, caller: SetOnce::new() };
                 let service = service_fn(|request| {
-                    let admin = Arc::clone(&admin);
-                    async move { Ok::<_, Infallible>(admin.respond(request).await) }
+                    let (admin, connection) = (&admin, &connection);
+                    async move { Ok::<_, Infallible>(admin.respond(request, connection).await) }
                 });
                 let mut http = http1::Builder::new();
                 http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-                if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-                    debug!("admin connection ended: {error}");
+                tokio::select! {
+                    ended = http.serve_connection(TokioIo::new(stream), service) => {
+                        if let Err(error) = ended {
+                            debug!("admin connection ended: {error}");
+                        }
+                    }
+                    () = async { connection.caller.wait().await.cut().await } => debug!("admin connection cut off"),
                 }
                 drop(place);
             });
@@ -111,13 +148,17 @@ impl Admin {
     }
 
     /// The paths there are, and what answers them.
-    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        // Health is for whoever decides where requests go, and no secret.
+    async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Answer {
+        if let Err(refusal) = self.hosts.check(&request) {
+            return *refusal;
+        }
+        // Health is for whoever decides where requests go, and no secret; nor is the page that asks for a token.
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary");
-        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health)
+        let is_public = is_health || console::file(request.uri().path()).is_some();
+        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_public)
             && let Err(refusal) = tokens.get().check_admin(request.headers())
         {
-            return refusal.map(Full::new);
+            return refusal.map(Reply::Whole);
         }
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
@@ -139,11 +180,39 @@ impl Admin {
                 Some(guests) => guests.respond(request).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => {
-                text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest\n")
-            }
+            (path, _) if path == "/v1" || path.starts_with("/v1/") => self.forward(request, connection).await,
+            (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
+            _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
     }
+
+    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens.
+    async fn forward(&self, request: Request<Incoming>, connection: &Connection) -> Answer {
+        let Some(forwarder) = self.forwarder.get() else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
+        };
+        let caller = match connection.caller.get() {
+            Some(caller) => Arc::clone(caller),
+            None => match forwarder.open(connection.socket.as_fd(), connection.address) {
+                // Requests of one connection come one after the other, so this is the first.
+                Ok(caller) => {
+                    let _ = connection.caller.set(Arc::clone(&caller));
+                    caller
+                }
+                Err(refusal) => return refusal.map(Reply::Whole),
+            },
+        };
+        forwarder.respond(request, caller).await
+    }
+}
+
+/// An accepted connection.
+struct Connection {
+    /// A second handle of its socket, for requests that wait and notice that the client has left.
+    socket: OwnedFd,
+    address: SocketAddr,
+    /// Set by the first request to the HTTP interface.
+    caller: SetOnce<Arc<Caller>>,
 }
 
 /// What is known when it was built.
@@ -155,8 +224,8 @@ impl Measured for Build {
     }
 }
 
-fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(text.into()));
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Reply::Whole(text.into()));
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
@@ -164,7 +233,7 @@ fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response
 }
 
-fn not_allowed(methods: &'static str) -> Response<Full<Bytes>> {
+fn not_allowed(methods: &'static str) -> Answer {
     let mut response = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path has {methods}\n"));
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
     response

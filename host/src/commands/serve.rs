@@ -4,7 +4,6 @@ mod listeners;
 
 use std::convert::Infallible;
 use std::env;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -31,7 +30,7 @@ use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, RequestIds, Service};
+use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
 use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
 use crate::lines;
@@ -92,7 +91,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let budget = Budget::new(inflight_bytes(args)?);
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args.admin, tokens.clone(), env)?;
+    let admin = watched(args, tokens.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
@@ -107,6 +106,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?, env.clone());
     let log: Arc<dyn TransactionLog> = changes.clone();
     changes.start();
+    admin.metrics.add(changes.clone());
 
     health.set_log(Arc::clone(&log));
 
@@ -242,7 +242,10 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, second, async {
+    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stopping: watch::Sender::new(false) };
+    let edge = Arc::new(edge);
+    admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
+    let cut_off = edge.serve(listener, second, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -364,12 +367,12 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
     // Who is on this machine may ask for its health without a token.
-    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
-    let listener = bind(address, "--admin")?;
-    let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
-    let admin = Arc::new(Admin::new(tokens, env));
+    let tokens = tokens.filter(|_| !args.admin.ip().to_canonical().is_loopback());
+    let listener = bind(args.admin, "--admin")?;
+    let (address, listener) = listen(listener).with_context(|| cannot_listen(args.admin, "--admin"))?;
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens, env));
     Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(admin)

@@ -7,10 +7,13 @@
 //! Owns: the delivery of changes, and the reading of history. Must never know: HTTP, or the purpose of a subscription.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, ensure};
+use kvs_metrics::{Measured, Page};
 use kvs_runtime::{Env, Task};
 use tokio::sync::Notify;
 use tokio::task;
@@ -36,6 +39,14 @@ pub struct ChangeFeed {
     /// Appended changes that have subscribers and are not published yet, in the order of the log.
     pub(super) pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
+    /// Number of subscriptions, for the metrics, which wait for no lock.
+    watchers: AtomicU64,
+}
+
+impl Measured for ChangeFeed {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        page.gauge("watchers", "Watches and long polls that wait for changes", self.watchers.load(Ordering::Relaxed))
+    }
 }
 
 /// A subscription, which ends on drop.
@@ -80,7 +91,8 @@ struct Enough;
 impl ChangeFeed {
     pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize, env: Env) -> Arc<Self> {
         let (subscribers, pending, appended) = (RwLock::default(), Mutex::default(), Notify::new());
-        Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended })
+        let watchers = AtomicU64::new(0);
+        Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended, watchers })
     }
 
     /// Starts the task that publishes changes. If it panics, the current subscriptions are canceled, whose clients resume
@@ -126,6 +138,7 @@ impl ChangeFeed {
         let mut subscribers = self.subscribers_mut();
         let from = self.log.appended();
         let (number, queue) = subscribers.enter(&selection, from)?;
+        self.watchers.fetch_add(1, Ordering::Relaxed);
         Some(Subscription { changes: Arc::clone(self), selection, number, queue, from })
     }
 
@@ -322,5 +335,6 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         self.changes.subscribers_mut().leave(&self.selection, self.number);
+        self.changes.watchers.fetch_sub(1, Ordering::Relaxed);
     }
 }
