@@ -47,7 +47,7 @@ certs: (_tool "openssl")
 
 # Run all tests: those of the server with one shard, then with four and on Postgres where these matter; a filter picks some: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "prometheus") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}

@@ -65,7 +65,7 @@ type Answer = Response<Reply>;
 
 /// Answers the requests of the admin listener.
 pub struct Admin {
-    pub health: Health,
+    pub health: Arc<Health>,
     pub metrics: Metrics,
     hosts: Hosts,
     /// Asked for a token of scope admin, where there are any, by all but health.
@@ -80,9 +80,10 @@ pub struct Admin {
 impl Admin {
     pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
         let metrics = Metrics::default();
-        metrics.add(Arc::new(Build));
+        metrics.add(Arc::new(Build { started: env.clock.unix_ms() / 1_000 }));
         metrics.add(Arc::new(env.tasks.clone()));
-        let health = Health::new(env.tasks.clone());
+        let health = Arc::new(Health::new(env.tasks.clone()));
+        metrics.add(health.clone());
         let (hosts, guests, forwarder) = (Hosts::new(hosts), OnceLock::new(), OnceLock::new());
         Self { health, metrics, hosts, tokens, guests, forwarder, env: env.clone() }
     }
@@ -215,12 +216,15 @@ struct Connection {
     caller: SetOnce<Arc<Caller>>,
 }
 
-/// What is known when it was built.
-struct Build;
+/// The program, and the time of its start in seconds since 1970.
+struct Build {
+    started: u64,
+}
 
 impl Measured for Build {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-        page.info("build", "The program", [("version", env!("CARGO_PKG_VERSION"))])
+        page.info("build", "The program", [("version", env!("CARGO_PKG_VERSION"))])?;
+        page.gauge("start_time_seconds", "Time of the start, in seconds since 1970", self.started)
     }
 }
 

@@ -185,6 +185,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
+        admin.metrics.add(tls.clone());
         let tls = Arc::clone(tls);
         health.add("tls", move || tls.condition());
     }

@@ -455,6 +455,8 @@ impl Measured for Shards {
             "Linear memory of the guest, in all shards",
             self.sum(|held| &held.memory_bytes),
         )?;
+        let limit = (serving.guest.limits().memory_bytes * self.shards.len()) as u64;
+        page.gauge("guest_memory_limit_bytes", "Most linear memory of the guest, in all shards", limit)?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
         page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))?;
