@@ -50,7 +50,7 @@ certs: (_tool "openssl")
 
 # Run all tests, those of the server with one shard, then with four and on PostgreSQL where these matter; a filter selects by name: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}

@@ -13,6 +13,7 @@ use hyper::header::HeaderValue;
 use kvs_txlog::file::Durability;
 use kvs_txlog::postgres::Url;
 
+use crate::admin::host_name;
 use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
@@ -45,9 +46,14 @@ pub struct Serve {
     #[arg(long, env = "KVS_ADVERTISE", value_name = "URL", value_parser = advertise)]
     pub advertise: Option<String>,
 
-    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only); port 0 takes a free one
+    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only,
+    /// /console); port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
+
+    /// Host name by which requests may address the admin listener, besides addresses and localhost; can be repeated
+    #[arg(long, env = "KVS_ADMIN_HOST", value_name = "NAME", value_delimiter = ',', value_parser = host_name)]
+    pub admin_host: Vec<String>,
 
     /// Directory of the transaction log and of everything else that is kept between runs
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]

@@ -25,6 +25,8 @@ pub enum Kind {
     Server,
     ExpiredServer,
     EarlyServer,
+    /// A server whose certificate is good for so many seconds.
+    ShortServer(u64),
     Client,
     ExpiredClient,
     /// Client certificate that is valid for a number of seconds.
@@ -69,7 +71,9 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, name);
         params.serial_number = Some(SerialNumber::from(serial));
         params.extended_key_usages = vec![match kind {
-            Kind::Server | Kind::ExpiredServer | Kind::EarlyServer => ExtendedKeyUsagePurpose::ServerAuth,
+            Kind::Server | Kind::ExpiredServer | Kind::EarlyServer | Kind::ShortServer(_) => {
+                ExtendedKeyUsagePurpose::ServerAuth
+            }
             Kind::Client | Kind::ExpiredClient | Kind::ShortClient(_) => ExtendedKeyUsagePurpose::ClientAuth,
         }];
         if kind == Kind::EarlyServer {
@@ -78,7 +82,7 @@ impl Authority {
         if matches!(kind, Kind::ExpiredServer | Kind::ExpiredClient) {
             params.not_after = date_time_ymd(2020, 1, 1);
         }
-        if let Kind::ShortClient(seconds) = kind {
+        if let Kind::ShortServer(seconds) | Kind::ShortClient(seconds) = kind {
             params.not_after = (SystemTime::now() + Duration::from_secs(seconds)).into();
         }
         let key = KeyPair::generate().expect("a key can be made");

@@ -1,6 +1,7 @@
 //! Values that expire.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -111,22 +112,25 @@ fn clock(server: &Server) -> String {
     ready.text().lines().find(|line| line.contains("clock")).expect("it has such a line").to_owned()
 }
 
+/// Writes a log as a server does whose clock is a year ahead: a key that expires a second later, and one that stays.
+pub fn write_a_year_ahead(data: &Path) {
+    let time = next_year();
+    let (data, segment_bytes, env) = (data.into(), DEFAULT_SEGMENT_BYTES, Env::real());
+    let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
+    let options = Options { data, segment_bytes, group_bytes, durability, retain: Duration::ZERO, advertise, env };
+    let log = FileLog::open(options).expect("it can be opened");
+    for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
+        let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
+        log.append(time, &[Event::Put(put)]).expect("it takes it");
+    }
+    log.close().expect("it can be closed");
+}
+
 #[test]
 fn ttl_ends_after_a_run_with_a_clock_ahead() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
-    let time = next_year();
-    {
-        let (data, segment_bytes, env) = (data.path().into(), DEFAULT_SEGMENT_BYTES, Env::real());
-        let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
-        let options = Options { data, segment_bytes, group_bytes, durability, retain: Duration::ZERO, advertise, env };
-        let log = FileLog::open(options).expect("it can be opened");
-        for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
-            let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
-            log.append(time, &[Event::Put(put)]).expect("it takes it");
-        }
-        log.close().expect("it can be closed");
-    }
+    write_a_year_ahead(data.path());
     let mut server = Server::spawn(serve(data.path()), data);
     for path in ["/v1/a", "/v1/b"] {
         let mut client = Connection::open(server.address());

@@ -163,7 +163,7 @@ fn many_waits_do_not_delay_others() {
 fn watches_and_long_polls_are_gauges_and_no_latency() {
     let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", "2"]);
     let metrics = Metrics::of(&server);
-    assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(2 * 64 << 20));
+    assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(128 << 20));
     let mut watch = Connection::open(server.address());
     assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
     let mut poll = Connection::open(server.address());

@@ -185,9 +185,7 @@ fn the_dashboard_shows_what_there_is() {
     let words = expressions.iter().flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
     let shown: BTreeSet<String> = words.filter(|word| word.starts_with("kvs_")).map(str::to_owned).collect();
     assert!(shown.len() > 20, "it shows hardly anything: {shown:?}");
-    let missing: Vec<_> = shown.difference(&there).collect();
-    assert!(missing.is_empty(), "it shows what is not there: {missing:?}");
-    // What an operator would miss, whatever it is called.
+    // What an operator would miss, whatever it is called; that all it shows is there is tested in `alerts`.
     for name in there.iter().filter(|name| !name.ends_with("_sum") && !name.ends_with("_count")) {
         assert!(shown.contains(name), "it does not show {name}");
     }

@@ -144,11 +144,11 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
     let seen = thread::scope(|scope| {
         let writing = scope.spawn(move || {
             let mut client = Connection::open(address);
-            (0..2_000).for_each(|n| drop(client.ask("PUT", &format!("/v1/a/{n:04}"), b"value")));
+            (0..600).for_each(|n| drop(client.ask("PUT", &format!("/v1/a%2F{n:04}"), b"value")));
         });
         let mut client = Connection::open(address);
         // In the midst of the puts, unless the machine lets nobody in.
-        while read(&client.ask("GET", "/v1?count=true&prefix=a/", b""))["count"].as_u64() < Some(300) {}
+        while read(&client.ask("GET", "/v1?count=true&prefix=a/", b""))["count"].as_u64() < Some(100) {}
         let first = client.ask("GET", "/v1?prefix=a/&limit=100", b"");
         let position = first.header("kvs-position").expect("a position").to_owned();
         let (mut page, mut seen) = (read(&first), BTreeSet::new());
@@ -161,7 +161,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
         }
         writing.join().expect("all is written");
         client.ask("PUT", "/v1/end", b"");
-        client.ask("DELETE", "/v1/a/0000", b"");
+        client.ask("DELETE", "/v1/a%2F0000", b"");
         client.ask("PUT", "/v1/end", b"");
         let mut events =
             Events::open(&server, &format!("/v1?watch&prefix=a/&key=end&puts-only=true&since={position}"), &[]);
@@ -176,7 +176,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
         }
         seen
     });
-    assert_eq!(seen.len(), 2_000);
+    assert_eq!(seen.len(), 600);
 }
 
 #[test]

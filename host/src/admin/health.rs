@@ -1,7 +1,9 @@
 //! Whether the server is ready, and if not, which part of it is not.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use kvs_metrics::{Measured, Page};
 use kvs_runtime::Tasks;
 use kvs_txlog::{Condition, TransactionLog};
 
@@ -85,6 +87,22 @@ impl Health {
 
     /// Whether requests should be sent here, and a line for each part that has a say in it.
     pub fn report(&self) -> (bool, String) {
+        let mut ready = true;
+        let mut report = String::new();
+        for (name, check) in self.parts() {
+            match check {
+                Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
+                Err(reason) => {
+                    ready = false;
+                    report.push_str(&format!("[-]{name} {reason}\n"));
+                }
+            }
+        }
+        (ready, report)
+    }
+
+    /// The parts, in the order of the report.
+    fn parts(&self) -> Vec<(&'static str, Result<String, String>)> {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let log = match self.log.get() {
             None => Err("not open yet".to_owned()),
@@ -102,8 +120,6 @@ impl Health {
             Phase::Serving => Ok("ok".to_owned()),
             Phase::Stopping => Err("stopping".to_owned()),
         };
-        let mut ready = true;
-        let mut report = String::new();
         let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
         let others = others.iter().map(|(name, check)| (*name, line(check())));
         // They come back by themselves, and requests do not wait for them.
@@ -111,16 +127,17 @@ impl Health {
         let lost = lines::failure().map(|reason| format!("log lines are lost: {reason}"));
         let diagnostics = line(lost.map_or(Condition::Well, Condition::But));
         let own = [("log", log), ("guest", guest), ("edge", edge)].into_iter();
-        for (name, check) in own.chain(others).chain([("tasks", tasks), ("diagnostics", diagnostics)]) {
-            match check {
-                Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
-                Err(reason) => {
-                    ready = false;
-                    report.push_str(&format!("[-]{name} {reason}\n"));
-                }
-            }
-        }
-        (ready, report)
+        own.chain(others).chain([("tasks", tasks), ("diagnostics", diagnostics)]).collect()
+    }
+}
+
+impl Measured for Health {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let parts = self.parts();
+        let ready = parts.iter().all(|(_, check)| check.is_ok());
+        page.gauge("ready", "1 when requests should be sent here, as /readyz says", u64::from(ready))?;
+        let parts = parts.iter().map(|(name, check)| ([("part", *name)], u64::from(check.is_ok())));
+        page.gauges("part_ready", "1 for each part that is ready", parts)
     }
 }
 

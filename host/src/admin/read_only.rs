@@ -9,16 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::{Method, Response, StatusCode};
+use hyper::{Method, StatusCode};
 use kvs_metrics::{Measured, Page};
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::disk::sync_directory;
 use tokio::task;
 use tracing::{info, warn};
 
-use super::{not_allowed, text};
+use super::{Answer, not_allowed, text};
 
 /// Name of the file in the data directory that is there while the server is read-only.
 const FILE: &str = "read-only";
@@ -43,7 +41,7 @@ impl ReadOnly {
         Ok(Self { changes, data: data.into(), changing: Mutex::default() })
     }
 
-    pub async fn respond(self: &Arc<Self>, method: &Method) -> Response<Full<Bytes>> {
+    pub async fn respond(self: &Arc<Self>, method: &Method) -> Answer {
         let changed = match *method {
             Method::GET | Method::HEAD => Ok(()),
             Method::PUT => self.change(true).await,

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::{Either, Full};
+use http_body_util::Either;
 use hyper::body::{Body, Frame};
 use hyper::header::{self, HeaderValue};
 use hyper::{Response, StatusCode};
@@ -24,6 +24,7 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tracing::warn;
 
 use super::{AdminBody, text};
+use crate::edge::Reply;
 
 /// Size of a piece of a response, and number of pieces that the client has not taken.
 const PIECE_BYTES: usize = 1 << 20;
@@ -89,7 +90,7 @@ impl Scans {
         // Nothing is sent before the log can be read: until then an error has a status.
         let body = match received.recv().await {
             Some(Piece::Bytes(first)) => Either::Right(Pieces { first: Some(first), received }),
-            Some(Piece::End) => Either::Left(Full::default()),
+            Some(Piece::End) => Either::Left(Reply::Whole(Bytes::new())),
             Some(Piece::Failed(status, reason)) => return text(status, reason).map(Either::Left),
             None => {
                 let reason = format!("the {name} failed\n");

@@ -3,7 +3,7 @@
 use std::io;
 
 use anyhow::{Context, Result};
-use kvs_client::{ApiRequest, add_parameter as add};
+use kvs_client::{ApiRequest, add_parameter};
 
 use super::client::{AdminArgs, READ_TIMEOUT};
 
@@ -22,9 +22,9 @@ pub struct History {
 pub fn run(args: &History) -> Result<()> {
     let server = args.admin.server(Some(READ_TIMEOUT))?;
     let mut target = "/history".to_owned();
-    add(&mut target, "key", &args.key);
+    add_parameter(&mut target, "key", &args.key);
     if let Some(at) = args.at {
-        add(&mut target, "at", &at.to_string());
+        add_parameter(&mut target, "at", &at.to_string());
     }
     let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
     let response = server.send(&request).context("no history")?;

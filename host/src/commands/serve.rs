@@ -30,7 +30,7 @@ use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, RequestIds, Service};
+use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
 use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
 use crate::lines;
@@ -260,7 +260,10 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, second, async {
+    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stopping: watch::Sender::new(false) };
+    let edge = Arc::new(edge);
+    admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
+    let cut_off = edge.serve(listener, second, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -408,11 +411,10 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 
 /// Starts the admin listener, which speaks of the health it gives.
 fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-    let address = args.admin;
     let tokens = tokens.filter(|_| !args.access.admin_open);
-    let listener = bind(address, "--admin")?;
-    let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
-    let admin = Arc::new(Admin::new(tokens, env));
+    let listener = bind(args.admin, "--admin")?;
+    let (address, listener) = listen(listener).with_context(|| cannot_listen(args.admin, "--admin"))?;
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens, env));
     Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(admin)

@@ -88,9 +88,8 @@ impl Instance {
         let batch = Batch::of(entries);
         self.store.data_mut().sandbox().begin_apply();
         let limit = self.limits.of_replay();
-        let applied = self.call_within(limit, Call::default(), |exports, store| {
-            exports.lifecycle.call_apply(store, batch.record())
-        });
+        let applied = self
+            .call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, batch.record()));
         applied.map_err(|trapped| self.out_of_memory(trapped)).with_context(|| match entries.len() {
             1 => format!("apply of entry {} failed", first.sequence),
             _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),

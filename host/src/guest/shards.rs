@@ -178,8 +178,12 @@ impl Shards {
         fit_twice(self.sum(|held| &held.memory_bytes), memory)
     }
 
+    fn held(&self, number: fn(&Held) -> &AtomicU64) -> impl Iterator<Item = u64> {
+        self.each().iter().map(move |shard| number(shard.held()).load(Ordering::Relaxed))
+    }
+
     fn sum(&self, number: fn(&Held) -> &AtomicU64) -> u64 {
-        self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
+        self.held(number).sum()
     }
 
     /// Drops the spares, and builds no other until the guard is dropped: there is memory for another guest. Waits for the
@@ -363,10 +367,20 @@ impl Shards {
         self.shared.alarm.unset()
     }
 
+    /// Raises the alarm on request. False when no guest is on probation.
+    pub fn roll_back(&self) -> bool {
+        self.shared.alarm.raise(Raised { reason: "rolled back on request".to_owned(), turn: None })
+    }
+
+    /// Linear memory of the guest in each shard.
+    pub fn memory_bytes(&self) -> impl Iterator<Item = u64> {
+        self.held(|held| &held.memory_bytes)
+    }
+
     /// Puts the guest back that served before the one that trapped. Its instances lack what was appended since.
     pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
-        error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
+        error!("{} is rolled back on probation, {} serves again", out.name, back.name);
         let (mut turns, paused) = (Vec::with_capacity(self.shards.len()), self.env().clock.now());
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {

@@ -42,7 +42,7 @@ pub enum SwapError {
     /// It is no guest, or one that cannot take in this log.
     #[error("{0:#}")]
     Unfit(anyhow::Error),
-    #[error("{guest} trapped on probation and was taken out, the guest before serves again: {reason}")]
+    #[error("{guest} was rolled back on probation, the guest before serves again: {reason}")]
     TakenBack { guest: String, reason: String },
     /// Nothing is known to be wrong with the guest.
     #[error("{0:#}")]
@@ -146,6 +146,8 @@ impl Swapper {
             "sha256": serving.guest.digest().to_string(),
             "source": serving.guest.source().to_string(),
             "since": status.since,
+            "probation_seconds": self.probation.as_secs_f64(),
+            "shards": self.shards.memory_bytes().map(|bytes| json!({ "memory_bytes": bytes })).collect::<Vec<_>>(),
             "swap": under_way,
             "last_swap": status.last,
             "last_trap": self.shards.last_trap().map(|trap| json!({ "at": trap.at, "reason": trap.reason })),
@@ -176,6 +178,11 @@ impl Swapper {
             let _ = done.send(outcome);
         });
         outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+    }
+
+    /// Ends the probation of the guest: the one before serves again. False when none is on probation.
+    pub fn roll_back(&self) -> bool {
+        self.shards.roll_back()
     }
 
     async fn swap_alone(

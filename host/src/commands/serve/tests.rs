@@ -120,8 +120,9 @@ async fn every_task_that_panics_is_started_again() {
         let restarted = |name: &&str| format!("kvs_task_restarts_total{{task=\"{name}\"}} 1\n");
         site.until("/metrics", |metrics| TASKS.iter().map(restarted).all(|line| metrics.contains(&line))).await;
     };
+    let workers = Workers::default();
     tokio::select! {
-        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        served = serve(&site.args, &env, &workers) => panic!("it ended: {served:?}"),
         () = looking => {}
     }
 }
@@ -137,8 +138,9 @@ async fn task_that_goes_on_panicking_is_reported() {
         saboteur.0.lock().unwrap().clear();
         site.until("/readyz", |report| report.contains("[+]tasks ok\n")).await;
     };
+    let workers = Workers::default();
     tokio::select! {
-        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        served = serve(&site.args, &env, &workers) => panic!("it ended: {served:?}"),
         () = looking => {}
     }
 }
@@ -148,7 +150,8 @@ async fn thread_of_the_log_that_panics_ends_the_server() {
     for name in ["log writer", "log spare", "log compactor"] {
         let site = Site::new();
         let env = Saboteur::of(&[name], 1).env();
-        let served = timeout(PATIENCE, serve(&site.args, &env)).await.expect("it goes on serving");
+        let workers = Workers::default();
+        let served = timeout(PATIENCE, serve(&site.args, &env, &workers)).await.expect("it goes on serving");
         let reason = format!("{:#}", served.expect_err("it ended well"));
         assert!(reason.contains(&format!("sabotage of {name}")), "{reason}");
     }

@@ -127,9 +127,10 @@ async fn backup_of_a_restored_log_keeps_its_history() {
     for generation in 1..=3_usize {
         let (data, _) = restore(&[file], None).unwrap();
         let log = open_log(data.path());
+        // Compaction drops entries in the background, and changes no state.
+        assert_eq!(state(&log), state(&last.1));
         append(&log, &[put("a", "1"), Event::Delete("b".into())]).await;
         assert_eq!(log.history().incarnations().len(), generation);
-        assert_eq!(content(&log)[..content(&log).len() - 2], content(&last.1));
         file = files.add(&generation.to_string(), &backup(&log, 0));
         last = (data, log);
     }
@@ -202,7 +203,7 @@ async fn chain_is_restored_in_order_only() {
     assert!(refusal(&[full.clone(), other], None).contains("another log"));
 
     // The future of a restored log does not continue the backups of the lost one.
-    let (data, _) = restore(&[full.clone()], None).unwrap();
+    let (data, _) = restore(std::slice::from_ref(&full), None).unwrap();
     let restored = open_log(data.path());
     append(&restored, &[put("z", "1")]).await;
     let continued = files.add("continued", &backup(&restored, 2));

@@ -44,7 +44,9 @@ impl Lock {
             let Holder { process, .. } = Holder::read(data);
             if clock.elapsed(begun) > ENDING || !process.is_some_and(is_ending) {
                 let (holder, data) = (describe(process), data.display());
-                bail!("data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir");
+                bail!(
+                    "data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir"
+                );
             }
             clock.pause(ENDING_POLL);
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
-use kvs_runtime::Env;
+use kvs_runtime::{Clock, Env};
 
 use super::disk::{Directory, Disk};
 use super::frame::{Ending, INCARNATION};
@@ -38,7 +38,7 @@ pub fn check_empty(data: &Path) -> anyhow::Result<()> {
 
 /// Writes a restored log, and the beginning of its new incarnation.
 pub fn restore(data: &Path, restoration: &Restoration<'_>) -> anyhow::Result<()> {
-    let _lock = Lock::take(data, None)?;
+    let _lock = Lock::take(data, None, &Clock::system())?;
     check_empty(data)?;
     restore_on(&Directory::new(data.join("log")), restoration)
 }
