@@ -96,7 +96,7 @@ macro_rules! pages {
 pages! {
     readme: "README.md",
     getting_started: "docs/getting-started.md",
-    using_http: "docs/using-http.md",
+    http_api: "docs/http-api.md",
     conditional_requests: "docs/conditional-requests.md",
     ttl: "docs/ttl.md",
     transactions: "docs/transactions.md",
