@@ -35,7 +35,7 @@ impl ReadOnly {
         let file = data.join(FILE);
         let is_on = file.try_exists().with_context(|| format!("cannot look for {}", file.display()))?;
         if is_on {
-            warn!("read-only since before the start: writes are rejected until `kvs read-only off`");
+            warn!("read-only since before the start: writes are rejected until kvs read-only off");
         }
         changes.reject_appends(is_on);
         Ok(Self { changes, data: data.into(), changing: Mutex::default() })
