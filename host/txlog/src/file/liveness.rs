@@ -200,7 +200,7 @@ impl LivenessMap {
         }
     }
 
-    /// Notes bytes that can be dropped after so many milliseconds.
+    /// Notes bytes that can be dropped after this many milliseconds.
     fn expect_garbage(&mut self, bytes: u64, after_ms: u64) {
         let power = after_ms.div_ceil(1000).checked_next_power_of_two().map_or(39, u64::trailing_zeros);
         self.expiring[power.min(39) as usize] += bytes;
