@@ -68,7 +68,7 @@ _build: _target
     cargo build --release --package kvs
 
 # Run the tests of the server with four shards: those that shards affect, or those that a filter selects
-_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: spare:: swap:: transactions:: unruly:: watch::": _build _python
+_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: operations:: spare:: swap:: transactions:: unruly:: watch::": _build _python
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- {{ FILTER }}
 
 # Run the tests of the server with the log in PostgreSQL: those in which the log matters most, or those that a filter selects;

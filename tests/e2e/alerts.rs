@@ -256,6 +256,14 @@ fn alerts_fire_for_clock_and_tasks() {
 }
 
 #[test]
+fn alert_fires_for_maintenance() {
+    let server = Server::start(&[]);
+    let prometheus = Prometheus::of(&[server.admin()]);
+    assert_eq!(Connection::open(server.admin()).ask("PUT", "/read-only", b"").status, 200);
+    prometheus.fires("KvsReadOnly", server.admin());
+}
+
+#[test]
 fn alerts_fire_for_restarts_and_absence() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let admin = listener.local_addr().expect("a listener has an address");

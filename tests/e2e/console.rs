@@ -55,7 +55,7 @@ fn loaded(page: &Page) {
 }
 
 #[test]
-fn page_shows_health_charts_and_guest() {
+fn page_shows_health_charts_guest_and_backup() {
     let server = Server::start(&[]);
     put(&server, "a", "value");
     let page = console(&server);
@@ -71,8 +71,7 @@ fn page_shows_health_charts_and_guest() {
         page.says("#figures", chart);
     }
     page.says("#figures", "201: ");
-    // What the server does not have is not offered.
-    assert_eq!(page.value("document.querySelector('#backup').checkVisibility()"), false);
+    assert_eq!(page.value("document.querySelector('#backup').checkVisibility()"), true);
     page.is_clean();
 }
 
