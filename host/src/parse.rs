@@ -40,11 +40,15 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
 }
 
+/// The end of the year 9999: a later date has no text form.
+const LATEST_EXPIRY: Duration = Duration::from_secs(253_402_300_799);
+
 /// Parses the expiry of a token: a time from now, or a date, with or without a time of day in UTC.
 pub fn expiry(text: &str) -> Result<SystemTime, String> {
     let now = Clock::system().wall();
     let date = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
     match date.ok().or_else(|| now.checked_add(humantime::parse_duration(text).ok()?)) {
+        Some(at) if at > UNIX_EPOCH + LATEST_EXPIRY => Err("is after the year 9999".to_owned()),
         Some(at) if at > now => Ok(at),
         Some(_) => Err("is in the past".to_owned()),
         None => Err("an expiry looks like 90days, 2027-01-31 or 2027-01-31T12:00:00Z".to_owned()),
@@ -160,7 +164,7 @@ mod tests {
         assert_eq!(since("2227-01-31T00:00:01Z"), Ok(8_112_700_801));
         let soon = since("90days").expect("it is one") - since("1day").expect("it is one");
         assert!(soon.abs_diff(89 * 86_400) < 60, "{soon}");
-        for wrong in ["", "soon", "2020-01-01", "0s", "-1d", "90"] {
+        for wrong in ["", "soon", "2020-01-01", "0s", "-1d", "90", "9000years", "99999999999years"] {
             assert!(expiry(wrong).is_err(), "{wrong}");
         }
     }

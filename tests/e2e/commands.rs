@@ -99,12 +99,18 @@ fn every_operation_has_a_command() {
     let json = |args: &[&str]| objects(kvs(&[args, &["--output", "json"]].concat())).remove(0);
     assert_eq!(printed(kvs(&["add", "visits"]), b""), b"1\n");
     assert_eq!(printed(kvs(&["add", "visits", "-5", "--ttl", "1h"]), b""), b"-4\n");
-    assert_eq!(json(&["add", "visits", "6", "--if-match", "2"]), json!({"key": "visits", "etag": "3", "value": "2"}));
+    assert_eq!(
+        json(&["add", "visits", "6", "--if-match", "2"]),
+        json!({"key": "visits", "etag": "\"3\"", "value": "2"})
+    );
     refuses(&server, &["add", "visits", "x"]).with(2, &["x"]);
     assert_eq!(printed(kvs(&["touch", "visits", "90"]), b""), b"4\n");
     refuses(&server, &["touch", "nothing", "90s"]).with(1, &["touch nothing", "no such key", "(404)"]);
 
-    assert_eq!(json(&["put", "a", "text", "--content-type", "a/b"]), json!({"key": "a", "etag": "5", "created": true}));
+    assert_eq!(
+        json(&["put", "a", "text", "--content-type", "a/b"]),
+        json!({"key": "a", "etag": "\"5\"", "created": true})
+    );
     let shown = String::from_utf8(printed(kvs(&["get", "-i", "a"]), b"")).expect("text");
     assert_eq!(shown, "etag: 5\ncontent-type: a/b\n\ntext");
     let entry = json!({"key": "a", "etag": "\"5\"", "size": 4, "content_type": "a/b", "value": "text"});
@@ -126,7 +132,7 @@ fn every_operation_has_a_command() {
 
     assert_eq!(lines(kvs(&["list", "--reverse", "--limit", "2"])), ["visits", "awaited"]);
     assert_eq!(lines(kvs(&["list", "a", "--long"])), ["7\t3\t-\ta", "6\t4\t-\tawaited"]);
-    assert_eq!(json(&["delete", "awaited"]), json!({"key": "awaited", "deleted": "6", "sequence": "8"}));
+    assert_eq!(json(&["delete", "awaited"]), json!({"key": "awaited", "deleted": "\"6\"", "sequence": "8"}));
     assert_eq!(json(&["delete", "awaited"]), json!({"key": "awaited", "deleted": null, "sequence": null}));
     assert_eq!(json(&["delete", "--prefix", "a"]), json!({"prefix": "a", "count": 1, "deleted": 0}));
     assert_eq!(lines(kvs(&["delete", "--prefix", "a", "--yes"])), ["1 keys deleted"]);
@@ -333,16 +339,12 @@ fn blank_lines_and_a_byte_order_mark_are_skipped() {
     printed(client(&server, &["delete", "a"]), b"");
     printed(client(&server, &["import"]), text.as_bytes());
     assert_eq!(lines(client(&server, &["list"])), ["a", "b"]);
-}
-
-#[test]
-fn times_have_a_unit_or_are_seconds() {
-    let server = Server::start(&["--idle-timeout", "75"]);
-    for ttl in ["3600", "3600s", "1h"] {
-        printed(client(&server, &["put", "a", "1", "--ttl", ttl]), b"");
-        let expires = Connection::open(server.address()).ask("GET", "/v1/a", b"").header("expires").map(str::to_owned);
-        assert!(expires.is_some(), "{ttl}");
-    }
+    let output = run(
+        client(&server, &["import"]),
+        b"{\"key\": \"c\", \"value\": \"3\"}\n\n{\"key\": \"d\", \"value\": \"4\"}\nx\n",
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("line 4 of standard input") && said.contains("the first 3 lines are stored"), "{said}");
 }
 
 /// How far a load came, by the file it keeps.

@@ -134,3 +134,22 @@ fn ranges_return_parts() {
     let changed = client.ask_with("GET", "/v1/a", &[("range", "bytes=0-9"), ("if-range", "\"7\"")], b"");
     assert_eq!((changed.status, changed.body.len()), (200, 100_000));
 }
+
+#[test]
+fn conditions_of_requests_for_many_keys_are_rejected() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    for condition in ["if-match", "if-none-match"] {
+        for (method, path, body) in
+            [("POST", "/v1", &b"[{\"op\": \"delete\", \"key\": \"a\"}]"[..]), ("DELETE", "/v1?prefix=a", b"")]
+        {
+            let response = client.ask_with(method, path, &[(condition, "\"999\"")], body);
+            response.says(
+                400,
+                "if-match and if-none-match go with requests of one key; a transaction has the operation `check`",
+            );
+        }
+    }
+    assert_eq!(client.ask("GET", "/v1/a", b"").text(), "value");
+}

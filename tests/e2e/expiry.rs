@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::log::{kvs_at, of_files};
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, Stopped, serve};
+use crate::server::{PATIENCE, Server, Stopped, kvs, serve};
 use crate::wire::Connection;
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
@@ -160,4 +160,19 @@ fn imported_future_entries_keep_their_remaining_ttl() {
     expires(&mut client, "/v1/a");
     assert_eq!(client.ask("GET", "/v1/b", b"").status, 200);
     assert_eq!(clock(&server), "[+]clock ok");
+}
+
+#[test]
+fn times_have_a_unit_or_are_seconds() {
+    let server = Server::start(&["--idle-timeout", "75"]);
+    for ttl in ["3600", "3600s", "1h"] {
+        let put = kvs()
+            .args(["put", "a", "1", "--ttl", ttl])
+            .env("KVS_URL", server.url(""))
+            .output()
+            .expect("the binary under test can be started");
+        assert!(put.status.success(), "{ttl}");
+        let expires = Connection::open(server.address()).ask("GET", "/v1/a", b"").header("expires").map(str::to_owned);
+        assert!(expires.is_some(), "{ttl}");
+    }
 }

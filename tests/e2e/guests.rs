@@ -262,7 +262,9 @@ fn new_guest_builds_passes_its_test_and_serves() {
     let server = server.terminate().restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
 
-    for (name, why) in [("note-book", "exists already"), ("Note_Book", "lower-case letters"), ("../x", "lower-case letters")] {
+    for (name, why) in
+        [("note-book", "exists already"), ("Note_Book", "lower-case letters"), ("../x", "lower-case letters")]
+    {
         let again = Command::new("just").current_dir(&project).args(["new-guest", name]).output().expect("just starts");
         let said = String::from_utf8_lossy(&again.stderr);
         assert!(!again.status.success() && said.contains(why), "{name}: {said}");

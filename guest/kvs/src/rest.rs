@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 
 use crate::answer::{Host, NO_STATE, header, line, problem, with};
-use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
+use crate::conditions::{self, IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
 use crate::exports::kvs::store::sharding::Target;
 use crate::key::{self, NoKey};
@@ -79,6 +79,9 @@ pub fn respond(store: &mut Store, mut request: Request, host: &mut impl Host) ->
         ("GET" | "HEAD", Resource::AllKeys) if many::is_wanted(query) => many::get(store, query, &request),
         ("QUERY", Resource::AllKeys) => many::get(store, query, &request),
         ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time_ms),
+        ("POST" | "DELETE", Resource::AllKeys) if conditions::are_in(&request.headers) => {
+            line(400, "if-match and if-none-match go with requests of one key; a transaction has the operation `check`")
+        }
         ("POST", Resource::AllKeys) => transaction::post(store, query, request, |events| host.append(events)),
         ("DELETE", Resource::AllKeys) => prefix::delete(store, query, &request, host),
         (_, Resource::AllKeys) => not_allowed("the list of keys has", "GET, HEAD, QUERY, POST, DELETE"),

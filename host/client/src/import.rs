@@ -282,7 +282,8 @@ impl Import<'_> {
 
     fn acknowledge(&mut self, (line, result): LineResult, source: &Source) -> Result<()> {
         result.with_context(|| source.place(line))?;
-        let at = (line - self.checkpoint.line - 1) as usize;
+        // Blank lines are not in flight.
+        let at = self.in_flight.partition_point(|(position, _)| position.line < line);
         if let Some((_, acknowledged)) = self.in_flight.get_mut(at) {
             *acknowledged = true;
         }

@@ -141,7 +141,7 @@ pub fn put(server: &Server, key: &str, put: &Put, output: Output, out: &mut impl
     let response = server.send(&request).with_context(|| format!("put {}", shown(key)))?;
     let created = header_of(&response, "kvs-created").map(|created| created == "true");
     let tag = tag_of(&response);
-    output.print(tag, || json!({"key": key, "etag": tag, "created": created}), out)?;
+    output.print(tag, || json!({"key": key, "etag": header_of(&response, "etag"), "created": created}), out)?;
     Ok(())
 }
 
@@ -165,7 +165,7 @@ pub fn add(server: &Server, key: &str, add: &Add, output: Output, out: &mut impl
     let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "POST", target: &target, headers: &headers, body: Some(b"") };
     let response = server.send(&request).with_context(|| format!("add to {}", shown(key)))?;
-    let tag = tag_of(&response).map(str::to_owned);
+    let tag = header_of(&response, "etag").map(str::to_owned);
     let mut sum = String::new();
     response.into_body().into_reader().read_to_string(&mut sum).map_err(|error| server.transport_error(&error))?;
     output.print(Some(&sum), || json!({"key": key, "etag": tag, "value": sum}), out)?;
@@ -180,7 +180,7 @@ pub fn touch(server: &Server, key: &str, ttl: Duration, output: Output, out: &mu
     let request = ApiRequest { method: "POST", target: &target, headers: &[], body: Some(b"") };
     let response = server.send(&request).with_context(|| format!("touch {}", shown(key)))?;
     let tag = tag_of(&response);
-    output.print(tag, || json!({"key": key, "etag": tag}), out)?;
+    output.print(tag, || json!({"key": key, "etag": header_of(&response, "etag")}), out)?;
     Ok(())
 }
 
@@ -190,7 +190,7 @@ pub fn delete(server: &Server, key: &str, condition: &Condition, output: Output,
     let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "DELETE", target: &path_of(key), headers: &headers, body: None };
     let response = server.send(&request).with_context(|| format!("delete {}", shown(key)))?;
-    let deleted = header_of(&response, "kvs-deleted").filter(|tag| *tag != "none").map(|tag| tag.trim_matches('"'));
+    let deleted = header_of(&response, "kvs-deleted").filter(|tag| *tag != "none");
     let sequence = header_of(&response, "kvs-sequence");
     output.print(None, || json!({"key": key, "deleted": deleted, "sequence": sequence}), out)?;
     Ok(())
