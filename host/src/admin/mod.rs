@@ -136,8 +136,7 @@ impl Admin {
         let _ = self.log.set((backups, Histories::new(log, &self.env)));
     }
 
-    pub fn set_read_only(&self, read_only: ReadOnly) {
-        let read_only = Arc::new(read_only);
+    pub fn set_read_only(&self, read_only: Arc<ReadOnly>) {
         self.metrics.add(read_only.clone());
         // One log is opened in the life of a process.
         let _ = self.read_only.set(read_only);
@@ -247,7 +246,10 @@ impl Admin {
             }
             ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/read-only", method) => match self.read_only.get() {
-                Some(read_only) => read_only.respond(method).await,
+                Some(read_only) => {
+                    let request_id = Some(self.ids.of(request.headers()));
+                    read_only.respond(method, &Actor { principal, request_id }).await
+                }
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n"),
             },
             ("/guest", _) => match self.guests.get() {

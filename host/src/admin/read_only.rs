@@ -17,6 +17,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use super::{Answer, not_allowed, text};
+use crate::audit::{self, Actor};
 
 /// Name of the file in the data directory that is there while the server is read-only.
 const FILE: &str = "read-only";
@@ -30,22 +31,28 @@ pub struct ReadOnly {
 }
 
 impl ReadOnly {
-    /// Continues in the state that the data directory is in.
-    pub fn open(changes: Arc<ChangeFeed>, data: &Path) -> Result<Self> {
-        let file = data.join(FILE);
+    pub fn open(changes: Arc<ChangeFeed>, data: &Path) -> Result<Arc<Self>> {
+        let read_only = Self { changes, data: data.into(), changing: Mutex::default() };
+        read_only.resume()?;
+        Ok(Arc::new(read_only))
+    }
+
+    /// Continues in the state of the data directory, which a standby on it shares with the former primary.
+    pub fn resume(&self) -> Result<()> {
+        let file = self.data.join(FILE);
         let is_on = file.try_exists().with_context(|| format!("cannot look for {}", file.display()))?;
         if is_on {
             warn!("read-only since before the start: writes are rejected until kvs read-only off");
         }
-        changes.reject_appends(is_on);
-        Ok(Self { changes, data: data.into(), changing: Mutex::default() })
+        self.changes.reject_appends(is_on);
+        Ok(())
     }
 
-    pub async fn respond(self: &Arc<Self>, method: &Method) -> Answer {
+    pub async fn respond(self: &Arc<Self>, method: &Method, actor: &Actor) -> Answer {
         let changed = match *method {
             Method::GET | Method::HEAD => Ok(()),
-            Method::PUT => self.change(true).await,
-            Method::DELETE => self.change(false).await,
+            Method::PUT => self.change(true, actor).await,
+            Method::DELETE => self.change(false, actor).await,
             _ => return not_allowed("GET, HEAD, PUT, DELETE"),
         };
         match changed {
@@ -61,9 +68,13 @@ impl ReadOnly {
     }
 
     /// Changes the state in another thread: the admin listener waits for no disk.
-    async fn change(self: &Arc<Self>, on: bool) -> io::Result<()> {
+    async fn change(self: &Arc<Self>, on: bool, actor: &Actor) -> io::Result<()> {
         let changed = Arc::clone(self);
-        task::spawn_blocking(move || changed.set(on)).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+        let done = task::spawn_blocking(move || changed.set(on)).await;
+        let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let outcome = done.as_ref().map_or_else(ToString::to_string, |()| "success".to_owned());
+        audit::log(actor, "read-only", if on { "on" } else { "off" }, outcome);
+        done
     }
 
     /// Changes the state, and keeps it: it is on from the switch to the removal of the file.

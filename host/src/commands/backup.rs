@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::process;
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
@@ -40,7 +41,7 @@ pub fn run(args: &Backup) -> Result<()> {
     let file = args.output.as_deref().unwrap_or(Path::new("-"));
     if file.as_os_str() == "-" {
         let mut out = io::stdout().lock();
-        let trailer = receive(args, &mut out, bar_beside_output)?;
+        let trailer = receive(args, &mut out, bar_beside_output).context("no backup on standard output")?;
         out.flush().context("cannot write to standard output")?;
         notice(summary(&trailer, args.since));
         return Ok(());
@@ -52,15 +53,22 @@ pub fn run(args: &Backup) -> Result<()> {
     Ok(())
 }
 
-/// Writes a backup to a file that gets its name when it is complete and durable.
+/// Writes a backup to a file that gets its name when it is complete and durable. A device or a pipe is written directly.
 fn receive_file(args: &Backup, file: &Path) -> Result<Trailer> {
-    let mut temporary = file.as_os_str().to_owned();
-    temporary.push(".incomplete");
-    let temporary = PathBuf::from(temporary);
     let cannot_write = || format!("cannot write {}", file.display());
+    // A link stays a link.
+    let file = &fs::canonicalize(file).unwrap_or_else(|_| file.into());
+    if fs::metadata(file).is_ok_and(|there| !there.is_file()) {
+        let mut out = File::options().write(true).open(file).with_context(cannot_write)?;
+        return receive(args, &mut out, bar).with_context(|| format!("no backup in {}", file.display()));
+    }
+    let mut temporary = file.as_os_str().to_owned();
+    // Another command can write the same backup.
+    temporary.push(format!(".{}.incomplete", process::id()));
+    let temporary = PathBuf::from(temporary);
     let written = File::create(&temporary).with_context(cannot_write).and_then(|created| {
         let mut out = BufWriter::with_capacity(1 << 16, &created);
-        let trailer = receive(args, &mut out, bar)?;
+        let trailer = receive(args, &mut out, bar).with_context(|| format!("no backup in {}", file.display()))?;
         out.flush().with_context(cannot_write)?;
         drop(out);
         created.sync_all().with_context(cannot_write)?;
@@ -79,7 +87,7 @@ fn receive(args: &Backup, out: &mut dyn Write, bar: fn(u64, &'static str) -> Pro
     let server = args.admin.server(Some(READ_TIMEOUT))?;
     let target = format!("/backup?since={}", args.since);
     let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
-    let response = server.send(&request).context("no backup")?;
+    let response = server.send(&request)?;
     let entries = response.headers().get(ENTRIES_HEADER).and_then(|entries| entries.to_str().ok()?.parse().ok());
     let entries = entries.with_context(|| format!("{} is not an admin listener of kvs", server.base()))?;
     let bar = bar(entries, "entries");

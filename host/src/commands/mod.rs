@@ -115,8 +115,8 @@ pub enum Command {
 /// Runs a command to its end, in these surroundings.
 pub fn run(cli: Cli, env: &Env) -> Result<()> {
     lines::begin(cli.log_format, &cli.log_filter, env)?;
-    if matches!(cli.command, Command::Serve(_) | Command::Txlog(_)) {
-        // Directories of data are 0700, and their files 0600.
+    if matches!(cli.command, Command::Serve(_) | Command::Txlog(_) | Command::Backup(_) | Command::Restore(_)) {
+        // Directories of data are 0700, and their files 0600, backups too.
         umask(Mode::RWXG | Mode::RWXO);
     }
     // Output that nobody reads any more is no failure: `kvs txlog cat | head`.

@@ -124,7 +124,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     });
 
     admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
-    admin.set_read_only(ReadOnly::open(Arc::clone(&changes), &args.data_dir)?);
+    let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir)?;
+    admin.set_read_only(Arc::clone(&read_only));
 
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes, args.shards)?,
@@ -189,7 +190,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     if let Some(followed) = followed.clone() {
         let (changes, shards) = (Arc::clone(&changes), Arc::clone(&shards));
         tasks.restart("follow", clock, move || {
-            follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards))
+            follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards), Arc::clone(&read_only))
         });
     }
     let housekeeping = {

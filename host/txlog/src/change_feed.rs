@@ -269,7 +269,8 @@ impl Drop for Dismissal<'_> {
 impl TransactionLog for ChangeFeed {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
         if self.rejects_appends() {
-            return Err(AppendError::ReadOnly);
+            // For a time, unlike a log that is read-only for this process.
+            return Err(AppendError::Unavailable);
         }
         let subscribers = self.subscribers();
         if subscribers.is_empty() {

@@ -35,12 +35,12 @@ impl Shard {
             if log.watermark().failure().is_some() {
                 return Ok(()); // The process is about to stop.
             }
-            if spare.is_none() {
-                if let Some(visitor) = self.instance.take_visitor(Visit::Swap) {
-                    // A turn that promotes nothing starts another rebuild.
-                    let _ = visitor.send(Turn::without_instance(&self));
-                    return Ok(());
-                }
+            if spare.is_none()
+                && let Some(visitor) = self.instance.take_visitor(Visit::Swap)
+            {
+                // A turn that promotes nothing starts another rebuild.
+                let _ = visitor.send(Turn::without_instance(&self));
+                return Ok(());
             }
             match self.rebuild_once(spare).await {
                 Ok(turn) => {

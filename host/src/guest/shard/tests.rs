@@ -178,7 +178,7 @@ fn calls_end_when_the_value_is_lost_and_replaced() {
         let lost = shard.visit(Visit::Swap);
         let calls = [(); 2].map(|()| spawn(&shard, Shard::call));
         let rebuild = spawn(&shard, move |shard| {
-            drop(lost);
+            let Instance = lost;
             shard.handoff().reject().for_each(|reply| reply.send(Outcome::Down).unwrap());
             thread::yield_now();
             shard.handoff().replaced();
