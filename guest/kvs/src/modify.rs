@@ -6,7 +6,6 @@
 use std::borrow::Cow;
 
 use crate::answer::{Host, NO_SUCH_KEY, header, line, not_stored, problem};
-use crate::conditions::Conditions;
 use crate::content_type;
 use crate::item::Item;
 use crate::kvs::store::http::{Request, Response};
@@ -15,7 +14,7 @@ use crate::number;
 use crate::query::{self, BadQuery, Parameter};
 use crate::store::Store;
 use crate::value::caching;
-use crate::write::{expiry, not_met, write};
+use crate::write::{expiry, item_to_change, write};
 
 /// The change that a query asks for.
 enum Change {
@@ -42,14 +41,10 @@ pub fn post(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request
     if !request.body.is_empty() {
         return line(400, "the body must be empty; `op` has all its arguments in the query");
     }
-    let conditions = match Conditions::sent(&request.headers) {
-        Ok(conditions) => conditions,
-        Err(malformed) => return line(400, &malformed.to_string()),
+    let there = match item_to_change(store, &key, request) {
+        Ok(there) => there,
+        Err(refusal) => return refusal,
     };
-    let there = store.get(&key, request.time_ms);
-    if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
-        return not_met(unmet, there);
-    }
     let read_sequence = Some(there.map_or_else(|absence| absence, Item::sequence));
     let item = there.ok();
     let (value, expires, body) = match change {

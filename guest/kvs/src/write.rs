@@ -62,14 +62,10 @@ pub fn delete(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Reque
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
     }
-    let conditions = match Conditions::sent(&request.headers) {
-        Ok(conditions) => conditions,
-        Err(malformed) => return line(400, &malformed.to_string()),
+    let there = match item_to_change(store, &key, request) {
+        Ok(there) => there,
+        Err(refusal) => return refusal,
     };
-    let there = store.get(&key, request.time_ms);
-    if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
-        return not_met(unmet, there);
-    }
     let response = |headers, read_sequence| Response {
         status: 200,
         headers,
@@ -98,6 +94,14 @@ pub fn write(store: &mut Store, event: Event, host: &mut impl Host) -> Result<(u
 pub fn expiry(ttl: Option<Parameter<'_>>, now: u64) -> Result<Option<u64>, BadQuery> {
     let ttl = ttl.map(|ttl| ttl.duration(1..=MAX_TTL)).transpose()?;
     Ok(ttl.map(|ttl| now.saturating_add(ttl)))
+}
+
+/// The item that a request is about to change, or the sequence of its absence; an error if a condition does not hold.
+pub fn item_to_change<'s>(store: &'s Store, key: &str, request: &Request) -> Result<Result<&'s Item, u64>, Response> {
+    let conditions = Conditions::sent(&request.headers).map_err(|malformed| line(400, &malformed.to_string()))?;
+    let there = store.get(key, request.time_ms);
+    conditions.check(there.ok().map(Item::sequence)).map_err(|unmet| not_met(unmet, there))?;
+    Ok(there)
 }
 
 /// The response to a condition that does not hold.

@@ -197,7 +197,7 @@ impl Admin {
         if let Err(refusal) = self.hosts.check(&request) {
             return (*refusal).map(Either::Left);
         }
-        // Health is for whoever decides where requests go, and no secret; nor is the page that asks for a token.
+        // Load balancers ask for health without a token. The console is public, since it asks for the token.
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
         let is_public = is_health || console::file(request.uri().path()).is_some();
         let mut principal = None;

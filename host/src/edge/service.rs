@@ -226,11 +226,13 @@ impl Service {
             Err(_) => Err(CallError::Late),
         };
         let answer = answer.map_err(|error| {
-            let told = error.to_string();
+            let reason = error.to_string();
             match error {
-                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
-                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &told).into(),
-                CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
+                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
+                CallError::Late => {
+                    beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into()
+                }
             }
         });
         answer.map(|answer| Answered { answer, as_of })

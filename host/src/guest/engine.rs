@@ -252,10 +252,6 @@ impl Guest {
         self.exports.is_sharded()
     }
 
-    pub fn limits(&self) -> &Limits {
-        &self.limits
-    }
-
     pub fn digest(&self) -> &Digest {
         &self.digest
     }

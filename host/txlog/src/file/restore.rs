@@ -118,7 +118,7 @@ impl<'a> Segments<'a> {
         Ok(())
     }
 
-    /// Goes on to the segment for a sequence, with room for these bytes. None spans the jump of an incarnation.
+    /// Continues with the segment for a sequence, with room for these bytes. None spans the jump of an incarnation.
     fn reach(&mut self, sequence: u64, bytes: u64) -> anyhow::Result<()> {
         let begun = self.incarnations.until(sequence).incarnations().to_vec();
         if self.current.is_none() && begun.first().is_none_or(|first| first.fork > 0) {
