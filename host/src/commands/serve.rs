@@ -1,28 +1,28 @@
 //! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
 
+mod check;
 mod listeners;
+mod stop;
+mod store;
 
-use std::convert::Infallible;
 use std::env;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
-use bytesize::ByteSize;
-use kvs_metrics::Metrics;
+use anyhow::{Context, Result, bail};
 use kvs_runtime::Env;
+use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::file::{self, FileLog, StandbyLog};
-use kvs_txlog::postgres::{self, PostgresLog};
-use kvs_txlog::{Standby, TransactionLog};
 use tokio::runtime::{Builder, Handle};
-use tokio::signal::unix::{Signal, SignalKind};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
-use tokio::task;
 use tracing::{info, warn};
 
+use self::check::{check, inflight_bytes, too_large_with_spares};
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
+use self::stop::on_signal;
+use self::store::open_log;
 use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
@@ -32,16 +32,12 @@ use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
-use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
+use crate::guest::{Reload, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 use crate::workers::Workers;
-
-/// The share of the memory that requests and responses in flight may take, and what they may take in any case.
-const MEMORY_SHARE: u64 = 8;
-const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve, env: &Env) -> Result<()> {
@@ -127,26 +123,10 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir)?;
     admin.set_read_only(Arc::clone(&read_only));
 
-    let engine = Engine::new(
-        args.guest.limits(args.max_value_bytes, args.shards)?,
-        args.guest.guest_config.clone(),
-        Some(&args.data_dir.join("cache")),
-        args.response_cache_bytes.as_u64(),
-        env,
-    )?;
-    let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    let (engine, guest) = store::load(args, env)?;
     health.reached(Phase::Replaying);
-    let building = {
-        let arrangement = Arrangement { count: usize::from(args.shards), with_spares: args.spare };
-        let (log, env) = (Arc::clone(&log), env.clone());
-        task::spawn_blocking(move || {
-            let (shards, replayed) = Shards::build(guest, log, arrangement, env)?;
-            engine.keep(&shards.serving().guest);
-            Ok::<_, anyhow::Error>((engine, shards, replayed))
-        })
-    };
     let (engine, shards, replayed) = tokio::select! {
-        built = building => built??,
+        built = store::build(args, engine, guest, Arc::clone(&log), env) => built?,
         _ = stop.changed() => {
             log.close()?;
             info!("stopped before the log was replayed");
@@ -215,26 +195,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     if let Some(throttle) = &throttle {
         throttle.start(env);
     }
-    let limits = edge::Limits {
-        connections,
-        connections_per_address: args.max_connections_per_address,
-        handshake_timeout: args.tls.handshake_timeout,
-        header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
-        headers: args.max_headers,
-        target_bytes: usize::try_from(args.max_target_bytes.as_u64())?,
-        header_timeout: args.header_timeout,
-        idle_timeout: args.idle_timeout,
-        body_bytes: args.max_value_bytes.as_u64(),
-        body_rate: args.min_body_rate.as_u64(),
-        requests: args.max_requests,
-        streams: args.http2_max_streams,
-        resets: args.http2_max_resets,
-        control_frames: args.http2_max_control_frames,
-        request_timeout: args.request_timeout,
-        stream_heartbeat: args.watch_keep_alive,
-        hold: args.max_wait,
-        drain: args.drain_timeout,
-    };
+    let limits = limits(args, connections)?;
     let access_log = args.access_log_rate.map(AccessLog::new);
     if let Some(access_log) = &access_log {
         access_log.start(env);
@@ -293,121 +254,28 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     Ok(Ended::Stopped)
 }
 
-/// Checks the settings that are used only when the server has begun, and the guest.
-fn check(args: &Serve, env: &Env) -> Result<()> {
-    match &args.txlog {
-        TxlogStorage::File => file_options(args, None, env.clone()).check()?,
-        TxlogStorage::Postgres(url) => url.check()?,
-    }
-    let limits = args.guest.limits(args.max_value_bytes, args.shards)?;
-    let engine = Engine::new(limits, args.guest.guest_config.clone(), None, 0, env)?;
-    engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
-    info!("the settings are valid");
-    Ok(())
-}
-
-/// What clients may hold in memory: as configured, or a share of what there is. Never so little that no value fits.
-fn inflight_bytes(args: &Serve) -> Result<usize> {
-    let least = 2 * args.max_value_bytes.as_u64();
-    let Some(configured) = args.max_inflight_bytes else {
-        return Ok(usize::try_from((memory::size() / MEMORY_SHARE).max(LEAST_INFLIGHT).max(least))?);
-    };
-    ensure!(
-        configured.as_u64() >= least,
-        "--max-inflight-bytes {configured} is less than twice --max-value-bytes {}; give at least that",
-        args.max_value_bytes
-    );
-    Ok(usize::try_from(configured.as_u64())?)
-}
-
-/// The warning that the instances and their spares, of which each may grow to its limit, do not fit into the memory.
-fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
-    let (limit, instances) = (args.guest.memory_limit(memory, args.shards), 2 * u64::from(args.shards));
-    let most = limit.as_u64().saturating_mul(instances);
-    (args.spare && most > memory).then(|| {
-        format!(
-            "with --spare {instances} instances may take {} together, and the memory is {}: when the spares do not fit they \
-             are left out; a lower --guest-max-memory-bytes, now {limit}, refuses data before",
-            ByteSize(most),
-            ByteSize(memory)
-        )
+/// Limits of connections and requests.
+fn limits(args: &Serve, connections: usize) -> Result<edge::Limits> {
+    Ok(edge::Limits {
+        connections,
+        connections_per_address: args.max_connections_per_address,
+        handshake_timeout: args.tls.handshake_timeout,
+        header_bytes: usize::try_from(args.max_header_bytes.as_u64())?,
+        headers: args.max_headers,
+        target_bytes: usize::try_from(args.max_target_bytes.as_u64())?,
+        header_timeout: args.header_timeout,
+        idle_timeout: args.idle_timeout,
+        body_bytes: args.max_value_bytes.as_u64(),
+        body_rate: args.min_body_rate.as_u64(),
+        requests: args.max_requests,
+        streams: args.http2_max_streams,
+        resets: args.http2_max_resets,
+        control_frames: args.http2_max_control_frames,
+        request_timeout: args.request_timeout,
+        stream_heartbeat: args.watch_keep_alive,
+        hold: args.max_wait,
+        drain: args.drain_timeout,
     })
-}
-
-fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
-    file::Options {
-        data: args.data_dir.clone(),
-        segment_bytes: args.segment_bytes.as_u64(),
-        group_bytes: args.guest.group_bytes(args.max_value_bytes),
-        durability: args.durability,
-        retain: args.backup.retain,
-        advertise,
-        env,
-    }
-}
-
-/// Opens the log. Given twice when another process writes it, and it is to be followed.
-async fn open_log(
-    args: &Serve,
-    advertise: Option<String>,
-    metrics: &Metrics,
-    env: &Env,
-) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
-    let env = env.clone();
-    match &args.txlog {
-        TxlogStorage::File => {
-            let options = file_options(args, advertise, env);
-            if args.standby {
-                let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
-                metrics.add(log.clone());
-                let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-                return Ok((log, followed));
-            }
-            let log = Arc::new(FileLog::open(options)?);
-            metrics.add(log.clone());
-            Ok((log, None))
-        }
-        TxlogStorage::Postgres(url) => {
-            let data = args.data_dir.display();
-            std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
-            let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout, lease, retain) = (url.clone(), args.txlog_timeout, args.read_lease, args.backup.retain);
-            let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
-            let options =
-                postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
-            let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
-            metrics.add(log.clone());
-            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-            Ok((log, followed))
-        }
-    }
-}
-
-/// Changes when the process is told to stop. Told twice, it stops at once.
-fn on_signal(env: &Env) -> Result<watch::Receiver<bool>> {
-    let mut terminate = listen_for(SignalKind::terminate())?;
-    let mut interrupt = listen_for(SignalKind::interrupt())?;
-    let (stop, stopped) = watch::channel(false);
-    env.tasks.restart("signals", &env.clock, move || {
-        let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
-        async move { heed(terminate?, interrupt?, &stop).await }
-    });
-    Ok(stopped)
-}
-
-async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender<bool>) -> Result<Infallible> {
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        if stop.send_replace(true) {
-            // What was acknowledged is durable already.
-            warn!("stopping at once");
-            lines::end();
-            std::process::exit(1);
-        }
-    }
 }
 
 /// Starts the admin listener, which speaks of the health it gives.

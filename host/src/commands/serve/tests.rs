@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::Parser;
 use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
 use tempfile::TempDir;
+use tokio::task;
 use tokio::time::{sleep, timeout};
 
 use super::*;

@@ -1,0 +1,39 @@
+//! Signals to stop.
+
+use std::convert::Infallible;
+
+use anyhow::Result;
+use kvs_runtime::Env;
+use tokio::signal::unix::{Signal, SignalKind};
+use tokio::sync::watch;
+use tracing::warn;
+
+use crate::lines;
+use crate::signals::listen as listen_for;
+
+/// Changes when the process is told to stop. Told twice, it stops at once.
+pub fn on_signal(env: &Env) -> Result<watch::Receiver<bool>> {
+    let mut terminate = listen_for(SignalKind::terminate())?;
+    let mut interrupt = listen_for(SignalKind::interrupt())?;
+    let (stop, stopped) = watch::channel(false);
+    env.tasks.restart("signals", &env.clock, move || {
+        let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
+        async move { heed(terminate?, interrupt?, &stop).await }
+    });
+    Ok(stopped)
+}
+
+async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender<bool>) -> Result<Infallible> {
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        if stop.send_replace(true) {
+            // What was acknowledged is durable already.
+            warn!("stopping at once");
+            lines::end();
+            std::process::exit(1);
+        }
+    }
+}

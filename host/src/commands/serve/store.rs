@@ -1,0 +1,94 @@
+//! The log, and the shards that are built from it.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use kvs_metrics::Metrics;
+use kvs_runtime::Env;
+use kvs_txlog::file::{self, FileLog, StandbyLog};
+use kvs_txlog::postgres::{self, PostgresLog};
+use kvs_txlog::{Standby, TransactionLog};
+use tokio::task;
+
+use crate::guest::{Arrangement, Engine, Guest, Replayed, Shards, Source};
+use crate::settings::{Serve, TxlogStorage};
+
+pub fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
+    file::Options {
+        data: args.data_dir.clone(),
+        segment_bytes: args.segment_bytes.as_u64(),
+        group_bytes: args.guest.group_bytes(args.max_value_bytes),
+        durability: args.durability,
+        retain: args.backup.retain,
+        advertise,
+        env,
+    }
+}
+
+/// Opens the log. Given twice when another process writes it, and it is to be followed.
+pub async fn open_log(
+    args: &Serve,
+    advertise: Option<String>,
+    metrics: &Metrics,
+    env: &Env,
+) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
+    let env = env.clone();
+    match &args.txlog {
+        TxlogStorage::File => {
+            let options = file_options(args, advertise, env);
+            if args.standby {
+                let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
+                metrics.add(log.clone());
+                let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+                return Ok((log, followed));
+            }
+            let log = Arc::new(FileLog::open(options)?);
+            metrics.add(log.clone());
+            Ok((log, None))
+        }
+        TxlogStorage::Postgres(url) => {
+            let data = args.data_dir.display();
+            std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
+            let manner = postgres::Manner { begin: true, standby: args.standby };
+            let (url, timeout, lease, retain) = (url.clone(), args.txlog_timeout, args.read_lease, args.backup.retain);
+            let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
+            let options =
+                postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
+            let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
+            metrics.add(log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+            Ok((log, followed))
+        }
+    }
+}
+
+/// Loads the guest that is to serve.
+pub fn load(args: &Serve, env: &Env) -> Result<(Engine, Guest)> {
+    let engine = Engine::new(
+        args.guest.limits(args.max_value_bytes, args.shards)?,
+        args.guest.guest_config.clone(),
+        Some(&args.data_dir.join("cache")),
+        args.response_cache_bytes.as_u64(),
+        env,
+    )?;
+    let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    Ok((engine, guest))
+}
+
+/// Builds the shards of a guest from the log.
+pub async fn build(
+    args: &Serve,
+    engine: Engine,
+    guest: Guest,
+    log: Arc<dyn TransactionLog>,
+    env: &Env,
+) -> Result<(Engine, Arc<Shards>, Replayed)> {
+    let arrangement = Arrangement { count: usize::from(args.shards), with_spares: args.spare };
+    let env = env.clone();
+    task::spawn_blocking(move || {
+        let (shards, replayed) = Shards::build(guest, log, arrangement, env)?;
+        engine.keep(&shards.serving().guest);
+        Ok((engine, shards, replayed))
+    })
+    .await?
+}
