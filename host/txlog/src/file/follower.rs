@@ -111,6 +111,11 @@ impl Follower {
         self.state().newest
     }
 
+    /// Returns the last valid position.
+    pub fn position(&self) -> Option<Position> {
+        self.state().position
+    }
+
     pub fn history(&self) -> Arc<History> {
         Arc::clone(&self.state().history)
     }

@@ -1,7 +1,9 @@
 //! The lock: a data directory belongs to one process at a time, and the error of a second one names the holder.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,13 +23,13 @@ const ENDING: Duration = Duration::from_secs(30);
 const ENDING_POLL: Duration = Duration::from_millis(5);
 
 /// Lock of a data directory, held for the life of the log. The operating system releases it however the process ends, so it is
-/// never stale.
+/// never stale. It belongs to the open files, not to the process: one that gets their descriptors holds it too.
 ///
 /// The directory of the log itself is locked. A file can be removed, and then two processes lock two files of one name;
 /// `LOCK` names the holder, and is locked too, since a kvs that wrote format 1 knows no other lock.
 pub struct Lock {
-    _directory: File,
-    _file: File,
+    directory: File,
+    file: File,
 }
 
 impl Lock {
@@ -60,7 +62,7 @@ impl Lock {
             return Ok(None);
         }
         let path = data.join(NAME);
-        let mut file = File::options()
+        let file = File::options()
             .read(true)
             .write(true)
             .create(true)
@@ -70,16 +72,32 @@ impl Lock {
         if !lock(&file, &path)? {
             return Ok(None);
         }
+        let lock = Self { directory, file };
+        lock.announce(data, url)?;
+        Ok(Some(lock))
+    }
+
+    /// Names this process as the holder.
+    pub(super) fn announce(&self, data: &Path, url: Option<&str>) -> anyhow::Result<()> {
         let url = url.map(|url| format!("{url}\n")).unwrap_or_default();
         let holder = format!("{}\n{url}", std::process::id());
-        match file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())) {
+        match self.file.set_len(0).and_then(|()| self.file.write_all_at(holder.as_bytes(), 0)) {
             // A full disk must not prevent the log from opening; the error of a second process names no holder then.
             Err(error) if !is_full(&error) => {
-                return Err(error).with_context(|| format!("cannot write {}", path.display()));
+                Err(error).with_context(|| format!("cannot write {}", data.join(NAME).display()))
             }
-            _ => {}
+            _ => Ok(()),
         }
-        Ok(Some(Self { _directory: directory, _file: file }))
+    }
+
+    /// Returns the descriptors that hold the lock, for another process.
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.directory.as_fd(), self.file.as_fd()]
+    }
+
+    /// Takes the descriptors of a lock that another process holds.
+    pub fn from_descriptors([directory, file]: [OwnedFd; 2]) -> Self {
+        Self { directory: directory.into(), file: file.into() }
     }
 }
 

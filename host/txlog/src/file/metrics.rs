@@ -32,7 +32,8 @@ impl Metrics {
 
 impl Measured for FileLog {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-        let Shared { metrics, catalog, compactor, .. } = &*self.shared;
+        let shared = self.shared();
+        let Shared { metrics, catalog, compactor, .. } = &**shared;
         let help = "Time from the first append of a batch until the batch is durable";
         page.histogram("txlog_commit_duration_seconds", help, &metrics.append)?;
         page.histogram("txlog_write_duration_seconds", "Time to write a batch", &metrics.write)?;
@@ -46,7 +47,7 @@ impl Measured for FileLog {
         page.gauge("txlog_segments", "Segment files of the log", segments.len() as u64)?;
         page.gauge("txlog_bytes", "Bytes of the log in use", segments.iter().map(|segment| segment.end).sum())?;
         let help = "Estimated garbage in sealed segments, in bytes: what the next compaction can drop";
-        page.gauge("txlog_garbage_bytes", help, compactor.garbage(&self.shared))?;
+        page.gauge("txlog_garbage_bytes", help, compactor.garbage(&shared))?;
         page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
         page.counter("txlog_reclaimed_bytes", "Bytes freed by compaction", metrics.reclaimed.get())
     }

@@ -36,6 +36,7 @@ mod found;
 pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod handover;
 mod home;
 mod identity;
 pub(crate) mod incarnations;
@@ -63,14 +64,17 @@ mod verify;
 mod writer;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use arc_swap::{ArcSwap, Guard};
 use kvs_runtime::{Clock, Env, Thread};
 use uuid::Uuid;
 
+pub use self::handover::{HandOver, Handed};
 pub use self::home::Damage;
+pub use self::lock::Lock;
 pub use self::offline::Offline;
 pub(crate) use self::replay::Batch;
 pub use self::restore::{check_empty, restore};
@@ -82,7 +86,6 @@ use self::catalog::Catalog;
 use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
 use self::home::Home;
-use self::lock::Lock;
 use self::metrics::Metrics;
 use self::preallocate::{Preallocator, Sizes};
 use self::queue::{FRAME_OVERHEAD, Queue};
@@ -149,7 +152,11 @@ pub fn largest_group(segment_bytes: u64) -> u64 {
 
 /// The transaction log in a directory of segment files.
 pub struct FileLog {
-    shared: Arc<Shared>,
+    /// Another one after the log was handed over and taken back.
+    shared: ArcSwap<Shared>,
+    watermark: Arc<Watermark>,
+    disk: Arc<dyn Disk>,
+    options: Options,
     running: Mutex<Option<Running>>,
 }
 
@@ -158,7 +165,7 @@ struct Running {
     preallocator: Thread,
     compactor: Option<Thread>,
     /// Released last. None where the disk is not a directory.
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 /// State shared by the threads of one log.
@@ -216,26 +223,63 @@ impl FileLog {
     }
 
     fn open_after(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>, before: Before) -> anyhow::Result<Self> {
+        let watermark = Arc::clone(&before.watermark);
+        let (shared, running) = Self::run(Arc::clone(&disk), options.clone(), lock, before)?;
+        Ok(Self { shared: ArcSwap::new(shared), watermark, disk, options, running: Mutex::new(Some(running)) })
+    }
+
+    /// Recovers the log, and starts its threads, but not compaction.
+    fn run(
+        disk: Arc<dyn Disk>,
+        options: Options,
+        lock: Option<Lock>,
+        before: Before,
+    ) -> anyhow::Result<(Arc<Shared>, Running)> {
         let (shared, writer) = Shared::begin(disk, options, before)?;
         shared.preallocator.reserve(&shared)?;
         let running = Running {
             writer: start("log writer", &shared, |shared| writer.run(shared))?,
             preallocator: start("log spare", &shared, preallocate::run)?,
             compactor: None,
-            _lock: lock,
+            lock,
         };
-        Ok(Self { shared, running: Mutex::new(Some(running)) })
+        Ok((shared, running))
+    }
+
+    fn shared(&self) -> Guard<Arc<Shared>> {
+        self.shared.load()
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        // Every change under this lock is whole.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes what was appended durable, and ends the threads. Returns the lock; None when the log was closed before.
+    fn stop(&self) -> anyhow::Result<Option<Lock>> {
+        let Some(running) = self.running().take() else { return Ok(None) };
+        let shared = self.shared();
+        shared.compactor.stop();
+        shared.preallocator.close();
+        shared.queue.close();
+        // If a thread failed, `failure` has the reason.
+        let _ = running.compactor.map(Thread::join);
+        running.writer.join();
+        shared.preallocator.stop();
+        running.preallocator.join();
+        self.failure().map_or(Ok(running.lock), |reason| Err(anyhow!(reason)))
     }
 
     /// Returns why the log failed, and accepts no appends any more.
     pub fn failure(&self) -> Option<String> {
-        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared().failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn compact_in_background(&self) -> anyhow::Result<()> {
-        if let Some(running) = &mut *self.running.lock().unwrap_or_else(PoisonError::into_inner) {
-            self.shared.compactor.begin_with(&self.shared);
-            running.compactor = Some(start("log compactor", &self.shared, compactor::run)?);
+        if let Some(running) = &mut *self.running() {
+            let shared = self.shared();
+            shared.compactor.begin_with(&shared);
+            running.compactor = Some(start("log compactor", &shared, compactor::run)?);
         }
         Ok(())
     }
@@ -243,54 +287,45 @@ impl FileLog {
 
 impl TransactionLog for FileLog {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
-        self.shared.queue.append(time, events)
+        self.shared().queue.append(time, events)
     }
 
     fn set_idle(&self, idle: bool) {
-        self.shared.queue.set_idle(idle);
+        self.shared().queue.set_idle(idle);
     }
 
     fn appended(&self) -> u64 {
-        self.shared.queue.appended()
+        self.shared().queue.appended()
     }
 
     fn watermark(&self) -> &Watermark {
-        &self.shared.watermark
+        &self.watermark
     }
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
-        replay::replay(&self.shared, after, receive)
+        replay::replay(&self.shared(), after, receive)
     }
 
     fn id(&self) -> Uuid {
-        self.shared.log
+        self.shared().log
     }
 
     fn retained(&self) -> u64 {
-        self.shared.catalog.retained()
+        self.shared().catalog.retained()
     }
 
     fn history(&self) -> Arc<History> {
-        self.shared.history.clone()
+        self.shared().history.clone()
     }
 
     fn condition(&self) -> Condition {
         let failure = self.watermark().failure();
         failure
-            .map_or_else(|| self.shared.compactor.condition(), |reason| Condition::Unfit(format!("failed: {reason}")))
+            .map_or_else(|| self.shared().compactor.condition(), |reason| Condition::Unfit(format!("failed: {reason}")))
     }
 
     fn close(&self) -> anyhow::Result<()> {
-        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
-        self.shared.compactor.stop();
-        self.shared.preallocator.close();
-        self.shared.queue.close();
-        // If a thread failed, `failure` has the reason.
-        let _ = running.compactor.map(Thread::join);
-        running.writer.join();
-        self.shared.preallocator.stop();
-        running.preallocator.join();
-        self.failure().map_or(Ok(()), |reason| Err(anyhow!(reason)))
+        self.stop().map(drop)
     }
 }
 

@@ -5,6 +5,7 @@
 //! harm: the checksum of the last frame covers all frames before it, and is not published before the sync of that frame
 //! has returned. Recovery does not read it.
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -43,6 +44,13 @@ impl Position {
         let checksum = crc32c::crc32c(&bytes[..52]);
         bytes[52..].copy_from_slice(&checksum.to_le_bytes());
         file.write_at(&bytes, 0)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { log, sequence, segment, offset, chain } = self;
+        write!(f, "sequence {sequence} of {log}, byte {offset} of segment {segment}, checksum {chain:08x}")
     }
 }
 

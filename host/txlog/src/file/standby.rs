@@ -18,7 +18,7 @@ use super::disk::Directory;
 use super::follower::Follower;
 use super::home::Home;
 use super::lock::{self, Lock};
-use super::{Before, Damage, FileLog, Options};
+use super::{Before, Damage, FileLog, Handed, Options};
 use crate::standby::end_of_log;
 use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
 
@@ -52,6 +52,8 @@ struct State {
     blind: Option<String>,
     unread: Option<String>,
     closed: bool,
+    /// What the primary has handed to this process.
+    handed: Option<Handed>,
 }
 
 /// Result of polling the log.
@@ -98,6 +100,12 @@ impl StandbyLog {
                 }
             }
         }
+    }
+
+    /// Takes the log over from a primary that has closed it for this process.
+    pub fn receive(&self, handed: Handed) {
+        self.shared.state().handed = Some(handed);
+        self.shared.closing.notify_all();
     }
 
     fn start(&self) -> Result<()> {
@@ -149,11 +157,16 @@ impl Shared {
     fn run(&self) -> Result<()> {
         loop {
             let state = self.state();
-            let state = self.clock().wait_timeout_while(&self.closing, state, LOOK, |state| !state.closed);
+            let waits = |state: &mut State| !state.closed && state.handed.is_none();
+            let mut state = self.clock().wait_timeout_while(&self.closing, state, LOOK, waits);
             if state.closed {
                 return Ok(());
             }
+            let handed = state.handed.take();
             drop(state);
+            if let Some(handed) = handed {
+                return self.take_handed(handed);
+            }
             match self.look()? {
                 Look::Ours => return Ok(()),
                 Look::Theirs => {}
@@ -167,12 +180,12 @@ impl Shared {
         let as_of = self.clock().now();
         let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
             Ok(Some(lock)) => {
-                self.take_over(Some(lock), as_of)?;
+                self.take_over(Some(lock), as_of, None)?;
                 return Ok(Look::Ours);
             }
             #[cfg(test)]
             Ok(None) if super::tests::mutants::is(super::tests::mutants::Mutant::TakenUnlocked) => {
-                self.take_over(None, as_of)?;
+                self.take_over(None, as_of, None)?;
                 return Ok(Look::Ours);
             }
             Ok(None) => self.follower.look(),
@@ -202,12 +215,27 @@ impl Shared {
         }
     }
 
-    fn take_over(&self, lock: Option<Lock>, begun: Instant) -> Result<()> {
+    /// Takes over a log that must end exactly where its primary has closed it.
+    fn take_handed(&self, Handed { lock, position }: Handed) -> Result<()> {
+        let as_of = self.clock().now();
+        let newest = self.follower.look()?;
+        let found = self.follower.position().map(|found| found.to_string());
+        if found.as_ref() != Some(&position) {
+            bail!("the log was handed over at {position}, and ends at {}", found.as_deref().unwrap_or("its begin"));
+        }
+        lock.announce(&self.options.data, self.options.advertise.as_deref())?;
+        self.take_over(Some(lock), as_of, Some(newest))
+    }
+
+    fn take_over(&self, lock: Option<Lock>, begun: Instant, end: Option<u64>) -> Result<()> {
         let disk = Arc::new(Directory::new(self.options.data.join("log")));
         let before =
             Before { known: self.follower.known(), watermark: Arc::clone(&self.watermark), ..Before::default() };
         let log = FileLog::open_after(disk, self.options.clone(), lock, before)?;
         let newest = log.appended();
+        if let Some(end) = end.filter(|end| *end != newest) {
+            bail!("the log was handed over at sequence {end}, and was opened at {newest}");
+        }
         if self.log.set(log).is_err() {
             bail!("the log was taken over twice");
         }

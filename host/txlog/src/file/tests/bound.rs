@@ -83,13 +83,13 @@ fn percent_of_bound(load: Load, dice: &mut Rng) -> u64 {
         let range = if kind < load.large_percent && grows { load.large } else { load.small };
         let deletes = kind >= 100 - load.delete_percent;
         let event = if deletes { Event::Delete(key) } else { put(&key, &vec![7; dice.usize(range.0..range.1)]) };
-        live.lock().unwrap().note(log.shared.metrics.compactions.get(), &event);
+        live.lock().unwrap().note(log.shared().metrics.compactions.get(), &event);
         let sequence = append(&log, 1, &[event]);
         // What is live and what is written are not far apart.
         assert!(!number.is_multiple_of(64) || durable(&log, sequence));
     }
     assert!(durable(&log, log.appended()));
-    let runs = log.shared.metrics.compactions.get();
+    let runs = log.shared().metrics.compactions.get();
     assert!(runs > 3, "{load:?}: the log was compacted {runs} times");
     let expected = store(&log);
     disk.before_each(|_| Ok(()));

@@ -15,7 +15,7 @@ pub type Store = BTreeMap<String, (u64, Vec<u8>)>;
 
 pub fn compact_at(log: &FileLog, now: u64, min_yield_percent: u64, keys: usize) -> Outcome {
     let params = CompactionParams { retain_from: u64::MAX, now, min_yield_percent, keys };
-    compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap()
+    compact::run(&log.shared(), &log.shared().catalog.sealed(), &params, &mut |_| Ok(())).unwrap()
 }
 
 /// Applies what comes after a sequence to a store, and returns how far that went.
@@ -59,7 +59,7 @@ fn compaction_drops_superseded_entries() {
     let outcome = compact_at(&log, 1, 25, 100);
     assert!(outcome.saved > 15_000, "{outcome:?}");
     assert_eq!(store(&log), before);
-    let sealed = log.shared.catalog.sealed();
+    let sealed = log.shared().catalog.sealed();
     assert_eq!(sealed.len(), 1);
     assert!(disk.read(&sealed[0].numbers.file_name()).len() < 512 + 3 * 700);
     log.close().unwrap();
@@ -83,7 +83,7 @@ fn dropped_tombstones_keep_their_sequences_used() {
     fill(&log, 7);
     compact_at(&log, 1, 25, 100);
     assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence > 40));
-    let sealed = log.shared.catalog.sealed();
+    let sealed = log.shared().catalog.sealed();
     assert_eq!(sealed[0].first, 1);
     log.close().unwrap();
     let log = open(&disk).unwrap();
@@ -134,11 +134,11 @@ fn low_yield_segments_are_rewritten_in_the_end() {
         assert!(durable(&log, first + 9));
     }
     let before = store(&log);
-    let sealed: u64 = log.shared.catalog.sealed().iter().map(|segment| segment.end).sum();
+    let sealed: u64 = log.shared().catalog.sealed().iter().map(|segment| segment.end).sum();
     let outcome = compact_at(&log, 1, 25, 10_000);
     // Without the headers of files and frames.
     let entries = |segment: &Segment| segment.end - HEAD_BYTES - frame::HEAD_BYTES as u64;
-    let left: u64 = log.shared.catalog.sealed().iter().map(entries).sum();
+    let left: u64 = log.shared().catalog.sealed().iter().map(entries).sum();
     assert!(sealed * 3 > outcome.live * 4 && left * 3 <= outcome.live * 4, "{sealed} {left} {outcome:?}");
     assert_eq!(store(&log), before);
 }
@@ -246,9 +246,9 @@ fn tombstone_is_kept_for_reader_starting_mid_run() {
     let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
     let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 0, keys: 100 };
     let mut reader = None;
-    let outcome = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| {
+    let outcome = compact::run(&log.shared(), &log.shared().catalog.sealed(), &params, &mut |_| {
         if reader.is_none() && disk.names().iter().any(|name| name.contains('-')) {
-            reader = Some(log.shared.catalog.reader(0).unwrap());
+            reader = Some(log.shared().catalog.reader(0).unwrap());
         }
         Ok(())
     })
@@ -270,7 +270,7 @@ fn merged_segments_fit_segment_size() {
     }
     fill(&log, 7);
     compact_at(&log, 1, 0, 100);
-    let ends: Vec<_> = log.shared.catalog.sealed().iter().map(|segment| segment.end).collect();
+    let ends: Vec<_> = log.shared().catalog.sealed().iter().map(|segment| segment.end).collect();
     // In addition to entries, a frame has a header and padding.
     assert!(ends.len() == 2 && ends.iter().all(|end| *end <= SEGMENT_BYTES + 71), "{ends:?}");
 }
@@ -282,7 +282,7 @@ fn compaction_learns_segment_ends() {
     for number in 0..20 {
         commit(&log, put(&format!("key {number}"), &[1; 700]));
     }
-    let ends = |log: &FileLog| log.shared.catalog.sealed().iter().map(|segment| segment.end).collect::<Vec<_>>();
+    let ends = |log: &FileLog| log.shared().catalog.sealed().iter().map(|segment| segment.end).collect::<Vec<_>>();
     let known = ends(&log);
     log.close().unwrap();
     let log = open(&disk).unwrap();
@@ -322,7 +322,7 @@ fn key_table_stays_within_its_size() {
     for number in 0..100 {
         commit(&log, put(&format!("key {number}"), &[1; 100]));
     }
-    let sealed = log.shared.catalog.sealed().last().unwrap().last;
+    let sealed = log.shared().catalog.sealed().last().unwrap().last;
     let passes = compact_at(&log, 1, 0, 10).passes;
     assert!(passes >= sealed / 10, "{passes} for {sealed}");
 }

@@ -39,7 +39,7 @@ impl Sound {
             assert!(durable(&log, first + 1));
             let appended = |(sequence, event)| Appended { sequence, time: 1, event, ends_group: true };
             model.entries.extend((first..).zip(group).map(appended));
-            if model.compactions.is_empty() && log.shared.catalog.sealed().len() == 4 {
+            if model.compactions.is_empty() && log.shared().catalog.sealed().len() == 4 {
                 assert!(super::compaction::compact_at(&log, 1, 0, 100).saved > 0);
                 model.compactions.push((0, 1));
             }

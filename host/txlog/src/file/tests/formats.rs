@@ -183,7 +183,7 @@ fn make_fixtures() {
                 commit(&log, put("last", &[0xe5; 200]));
                 disk = disk.copy();
                 if name == "torn" {
-                    let segment = log.shared.catalog.all().last().unwrap().clone();
+                    let segment = log.shared().catalog.all().last().unwrap().clone();
                     let mut bytes = disk.read(&segment.numbers.file_name());
                     bytes[segment.end as usize - 100..segment.end as usize].fill(0);
                     disk.put(&segment.numbers.file_name(), bytes);

@@ -180,7 +180,7 @@ fn frame_never_spans_a_jump() {
     fill(&log, 20);
     let before = super::compaction::store(&log);
     assert!(compact_at(&log, 0, 0, 100).saved > 0);
-    assert_eq!(log.shared.catalog.sealed().len(), 1, "both are in one segment");
+    assert_eq!(log.shared().catalog.sealed().len(), 1, "both are in one segment");
     assert_eq!(super::compaction::store(&log), before);
     let first = begun(&log)[0].first;
     assert!(replayed(&log).iter().all(|(sequence, ..)| *sequence == 1 || *sequence >= first));

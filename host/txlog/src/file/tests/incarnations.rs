@@ -55,7 +55,7 @@ fn copy_gives_no_sequence_of_the_original() {
     assert_eq!(copied.watermark().durable(), 5);
     assert_eq!(begun(&log), []);
     let [incarnation] = begun(&copied)[..] else { panic!("one begins") };
-    assert_eq!((incarnation.fork, incarnation.parent), (5, copied.shared.log));
+    assert_eq!((incarnation.fork, incarnation.parent), (5, copied.shared().log));
     assert_eq!(copied.replay(5, &mut |_| panic!("nothing came after it")).unwrap(), 5);
 
     let given = commit(&log, put("a", b""));
@@ -176,7 +176,7 @@ fn clean_close_begins_no_incarnation() {
     let log = open_os(&disk);
     assert_eq!(begun(&log), []);
     // To the last byte of the segment: a frame that says so goes to the next.
-    let room = || SEGMENT_BYTES - log.shared.catalog.all().last().unwrap().end;
+    let room = || SEGMENT_BYTES - log.shared().catalog.all().last().unwrap().end;
     while !(300..1_900).contains(&room()) {
         commit(&log, put("a", &[1; 300]));
     }
@@ -265,7 +265,7 @@ fn compaction_keeps_incarnations_of_its_segments() {
     // Too early for the deletes, so nothing is below the horizon.
     compact_at(&log, 0, 0, 100);
     assert_eq!(super::compaction::store(&log), before);
-    let sealed = log.shared.catalog.sealed();
+    let sealed = log.shared().catalog.sealed();
     assert!(sealed.iter().any(|segment| segment.incarnations.len() > 1), "{sealed:?}");
     log.close().unwrap();
     assert_eq!(wrong(&disk), Vec::<String>::new());
@@ -287,7 +287,7 @@ fn compaction_drops_incarnations_below_horizon() {
         compact_at(&log, 1, 0, 100);
         fill(&log, 20);
     }
-    let horizon = log.shared.catalog.horizon();
+    let horizon = log.shared().catalog.horizon();
     assert!(horizon > known[2].first);
     log.close().unwrap();
     assert_eq!(wrong(&disk), Vec::<String>::new());

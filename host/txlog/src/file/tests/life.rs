@@ -182,7 +182,7 @@ fn catching_up_reads_only_what_is_near_its_end() {
     let options = Options { segment_bytes: 8 << 20, group_bytes: 1 << 20, ..options() };
     let log = FileLog::open_on(Arc::new(disk.clone()), options, None).unwrap();
     let newest = (0..40).map(|number| commit(&log, put(&format!("{number}"), &[1; 100_000]))).last().unwrap();
-    let marks = log.shared.catalog.all()[0].marks.len();
+    let marks = log.shared().catalog.all()[0].marks.len();
     assert!((1..10).contains(&marks), "{marks} places kept of 40 frames");
     let name = &disk.names()[0];
     let mut bytes = disk.read(name);
@@ -223,7 +223,7 @@ fn a_replay_tells_that_the_end_of_a_segment_is_missing() {
     for number in 0..8 {
         commit(&log, put(&format!("{number}"), &[1; 1000]));
     }
-    let sealed = &log.shared.catalog.sealed()[0];
+    let sealed = &log.shared().catalog.sealed()[0];
     let name = sealed.numbers.file_name();
     let mut bytes = disk.read(&name);
     bytes[sealed.end as usize - 1096..].fill(0);
@@ -294,7 +294,7 @@ fn what_was_compacted_is_gone_from_a_real_directory() {
     let directory = tempfile::tempdir().unwrap();
     let log = FileLog::open(Options { data: directory.path().into(), ..options() }).unwrap();
     fill(&log, 100);
-    eventually(|| log.shared.catalog.all().len() <= 2);
+    eventually(|| log.shared().catalog.all().len() <= 2);
     log.close().unwrap();
     let is_there = |segment: &str| directory.path().join("log").join(segment).exists();
     assert!(!is_there("0000000001.seg") && !is_there("0000000002.seg"));

@@ -52,7 +52,7 @@ fn commit_does_not_wait_for_compaction() {
 
 /// Waits until the next segment is preallocated: after that only commits and compaction write.
 pub fn wait_for_preallocated_segment(log: &FileLog, disk: &FakeDisk) {
-    let spare = Numbers::one(log.shared.catalog.all().last().unwrap().numbers.last + 1).file_name();
+    let spare = Numbers::one(log.shared().catalog.all().last().unwrap().numbers.last + 1).file_name();
     eventually(|| disk.names().contains(&spare));
 }
 
@@ -89,7 +89,7 @@ fn compaction_reports_every_byte_once() {
     for number in 0..40 {
         commit(&log, put(&format!("key {}", number % 10), &vec![1; 1_000_000]));
     }
-    let sealed = log.shared.catalog.sealed();
+    let sealed = log.shared().catalog.sealed();
     let bytes: u64 = sealed.iter().map(|segment| segment.end - segment::HEAD_BYTES).sum();
     let (params, mut reported) =
         (CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 0, keys: 100 }, 0);
@@ -97,7 +97,7 @@ fn compaction_reports_every_byte_once() {
         reported += more;
         Ok(())
     };
-    assert_eq!(compact::run(&log.shared, &sealed, &params, pause).unwrap().passes, 1);
+    assert_eq!(compact::run(&log.shared(), &sealed, &params, pause).unwrap().passes, 1);
     assert_eq!(reported, 2 * bytes, "one pass of analysis, and one that copies the live entries");
 }
 
@@ -189,12 +189,12 @@ fn compaction_retries_after_disk_error() {
         }
         _ => Ok(()),
     });
-    let all = log.shared.catalog.bytes();
+    let all = log.shared().catalog.bytes();
     log.compact_in_background().unwrap();
     for _ in 0..2 {
         attempts.recv_timeout(Duration::from_secs(60)).unwrap();
     }
-    eventually(|| log.shared.catalog.bytes() < all / 2);
+    eventually(|| log.shared().catalog.bytes() < all / 2);
 }
 
 #[test]
@@ -206,14 +206,14 @@ fn deletes_make_compaction_due() {
     }
     assert!(durable(&log, 300));
     log.compact_in_background().unwrap();
-    eventually(|| log.shared.metrics.compactions.get() > 0);
-    let all = log.shared.catalog.bytes();
+    eventually(|| log.shared().metrics.compactions.get() > 0);
+    let all = log.shared().catalog.bytes();
     // Far too few bytes to make a run due by size.
     for some in keys.chunks(50) {
         append(&log, 1, &some.iter().cloned().map(Event::Delete).collect::<Vec<_>>());
     }
     assert!(durable(&log, 600));
-    eventually(|| log.shared.catalog.bytes() < all / 2);
+    eventually(|| log.shared().catalog.bytes() < all / 2);
     assert_eq!(store(&log).len(), 0);
 }
 
@@ -234,13 +234,13 @@ fn unsealed_deletes_make_next_compaction_due() {
             log = open(&disk).unwrap();
         }
         log.compact_in_background().unwrap();
-        eventually(|| log.shared.metrics.compactions.get() > 0);
-        let all = log.shared.catalog.bytes();
+        eventually(|| log.shared().metrics.compactions.get() > 0);
+        let all = log.shared().catalog.bytes();
         // Just enough to begin the next segment.
         for _ in 0..6 {
             append(&log, 1, &[put("another", &[1; 500])]);
         }
-        eventually(|| log.shared.catalog.bytes() < all / 2);
+        eventually(|| log.shared().catalog.bytes() < all / 2);
     }
 }
 
@@ -276,7 +276,7 @@ fn compaction_refuses_corrupt_segment() {
     wait_for_preallocated_segment(&log, &disk);
     let names = disk.names();
     let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 25, keys: 100 };
-    let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap_err();
+    let error = compact::run(&log.shared(), &log.shared().catalog.sealed(), &params, &mut |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("0000000002.seg is damaged at byte 512"), "{error}");
     assert_eq!(disk.names(), names);
 }

@@ -13,7 +13,7 @@ use super::*;
 use crate::file::compact::{self, CompactionParams};
 use crate::file::disk::File;
 use crate::file::position::{self, Position};
-use crate::file::{StandbyLog, preallocate};
+use crate::file::{HandOver, Handed, Lock, StandbyLog, preallocate};
 use crate::{Condition, Standby};
 
 /// A primary without threads.
@@ -224,6 +224,76 @@ fn standby_without_primary_is_the_primary() {
     assert_eq!(committed(&primary, "key"), 2);
     eventually(|| standby.news().borrow().newest == 2);
     assert!(!is_primary(&standby));
+}
+
+/// Duplicates a lock, as another process gets it.
+fn passed(lock: &Lock) -> Lock {
+    Lock::from_descriptors(lock.descriptors().map(|descriptor| descriptor.try_clone_to_owned().unwrap()))
+}
+
+#[test]
+fn log_is_handed_over_and_its_lock_is_never_free() {
+    let directory = tempfile::tempdir().unwrap();
+    let primary = FileLog::open(on(directory.path())).unwrap();
+    committed(&primary, "before");
+    let next = StandbyLog::open(on(directory.path())).unwrap();
+    let other = StandbyLog::open(on(directory.path())).unwrap();
+    let Handed { lock, position } = primary.hand_over().unwrap();
+    assert!(primary.append(1, &[put("key", &[])]).is_err());
+    next.receive(Handed { lock: passed(&lock), position });
+    drop(lock);
+    eventually(|| next.news().borrow().holder.is_none());
+    take_in(&next);
+    next.begin().unwrap();
+    // Without an incarnation: the log was closed.
+    assert_eq!(committed(&next, "after"), 2);
+    eventually(|| other.news().borrow().newest == 2);
+    assert!(other.read_only().is_some(), "the lock was free");
+    // In turn.
+    let handed = next.hand_over().unwrap();
+    assert!(Lock::attempt(directory.path(), None).unwrap().is_none());
+    drop((next, primary));
+    other.receive(handed);
+    eventually(|| other.news().borrow().holder.is_none());
+}
+
+#[test]
+fn log_is_taken_back_with_what_another_process_appended() {
+    let directory = tempfile::tempdir().unwrap();
+    let primary = FileLog::open(on(directory.path())).unwrap();
+    committed(&primary, "before");
+    let Handed { lock, .. } = primary.hand_over().unwrap();
+    primary.take_back(passed(&lock)).unwrap();
+    assert_eq!(committed(&primary, "kept"), 2);
+
+    let next = StandbyLog::open(on(directory.path())).unwrap();
+    let Handed { lock, position } = primary.hand_over().unwrap();
+    next.receive(Handed { lock: passed(&lock), position });
+    eventually(|| next.news().borrow().holder.is_none());
+    take_in(&next);
+    next.begin().unwrap();
+    assert_eq!(committed(&next, "by the next"), 3);
+    drop(next);
+    primary.take_back(lock).unwrap();
+    assert_eq!((primary.appended(), primary.watermark().durable()), (3, 3));
+    assert_eq!(committed(&primary, "last"), 4);
+    assert_eq!(replayed(&primary).len(), 4);
+}
+
+#[test]
+fn log_that_ends_elsewhere_is_not_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let primary = FileLog::open(on(directory.path())).unwrap();
+    committed(&primary, "before");
+    let next = StandbyLog::open(on(directory.path())).unwrap();
+    let Handed { lock, position } = primary.hand_over().unwrap();
+    next.receive(Handed { lock: passed(&lock), position: position.replace("sequence 1 ", "sequence 2 ") });
+    eventually(|| next.watermark().failure().is_some());
+    let reason = next.watermark().failure().unwrap();
+    assert!(reason.contains("the log was handed over at sequence 2 of "), "{reason}");
+    drop(next);
+    primary.take_back(lock).unwrap();
+    assert_eq!(committed(&primary, "kept"), 2);
 }
 
 /// Whether a standby looks at a directory that another log has, and leaves it alone.

@@ -47,7 +47,7 @@ fn verify_accepts_intact_log() {
     // Of one whose newest entries compaction has dropped.
     let disk = FakeDisk::default();
     let log = open(&disk).unwrap();
-    while log.shared.catalog.sealed().len() < 2 {
+    while log.shared().catalog.sealed().len() < 2 {
         commit(&log, Event::Delete("nothing".into()));
     }
     super::compaction::compact_at(&log, 1, 0, 100);
