@@ -43,6 +43,13 @@ impl Followed {
         self.log.news().borrow().primary.clone()
     }
 
+    /// Waits until at most so many entries of the log are missing.
+    pub async fn caught_up(&self, few: u64) {
+        let lags = |news: &News| self.log.history().entries(self.log.appended(), news.newest) > few;
+        // The sender is in the log.
+        let _ = self.log.news().wait_for(|news| !lags(news)).await;
+    }
+
     /// Ends when this process is primary.
     pub async fn promoted(&self) {
         // The sender is in `self`.

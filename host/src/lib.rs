@@ -24,5 +24,7 @@ mod parse;
 pub mod renamed;
 mod settings;
 mod signals;
+mod systemd;
 mod terminal;
+mod upgrade;
 mod workers;

@@ -23,8 +23,10 @@ mod scan;
 
 use std::convert::Infallible;
 use std::fmt;
+use std::future::pending;
 use std::net::{SocketAddr, TcpListener as Bound};
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -41,7 +43,7 @@ use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
-use tokio::sync::{Semaphore, SetOnce};
+use tokio::sync::{Semaphore, SetOnce, watch};
 use tokio::time::sleep;
 use tracing::debug;
 
@@ -94,6 +96,8 @@ pub struct Admin {
     read_only: OnceLock<Arc<ReadOnly>>,
     /// Passes requests on to the HTTP interface. None until it is open.
     forwarder: OnceLock<Forwarder>,
+    /// Set when another process serves the listener.
+    handed_over: watch::Sender<bool>,
     env: Env,
 }
 
@@ -114,6 +118,7 @@ impl Admin {
             log: OnceLock::new(),
             read_only: OnceLock::new(),
             forwarder: OnceLock::new(),
+            handed_over: watch::Sender::new(false),
             env: env.clone(),
         }
     }
@@ -142,6 +147,16 @@ impl Admin {
         let _ = self.read_only.set(read_only);
     }
 
+    /// Leaves the listener to another process, and ends the connections after their requests in flight.
+    pub fn hand_over(&self) {
+        self.handed_over.send_replace(true);
+    }
+
+    async fn is_handed_over(&self) {
+        // The sender is in `self`.
+        let _ = self.handed_over.subscribe().wait_for(|handed_over| *handed_over).await;
+    }
+
     /// Serves `listener` from a thread of its own, to the end of the process.
     pub fn start(self: Arc<Self>, listener: Bound) -> Result<()> {
         listener.set_nonblocking(true)?;
@@ -159,7 +174,10 @@ impl Admin {
         let connections = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let place = Arc::clone(&connections).acquire_owned().await;
-            let accepted = listener.accept().await;
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = self.is_handed_over() => return pending().await,
+            };
             let accepted =
                 accepted.and_then(|(stream, address)| Ok((stream.as_fd().try_clone_to_owned()?, stream, address)));
             let (socket, stream, address) = match accepted {
@@ -179,13 +197,26 @@ impl Admin {
                 });
                 let mut http = http1::Builder::new();
                 http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-                tokio::select! {
-                    ended = http.serve_connection(TokioIo::new(stream), service) => {
-                        if let Err(error) = ended {
-                            debug!("admin connection ended: {error}");
+                let mut served = pin!(http.serve_connection(TokioIo::new(stream), service));
+                let mut cut = pin!(async { connection.caller.wait().await.cut().await });
+                let mut ends = false;
+                loop {
+                    tokio::select! {
+                        ended = served.as_mut() => {
+                            if let Err(error) = ended {
+                                debug!("admin connection ended: {error}");
+                            }
+                            break;
+                        }
+                        () = cut.as_mut() => {
+                            debug!("admin connection cut off");
+                            break;
+                        }
+                        () = admin.is_handed_over(), if !ends => {
+                            ends = true;
+                            served.as_mut().graceful_shutdown();
                         }
                     }
-                    () = async { connection.caller.wait().await.cut().await } => debug!("admin connection cut off"),
                 }
                 drop(place);
             });

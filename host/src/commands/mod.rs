@@ -23,6 +23,7 @@ mod token;
 mod touch;
 mod txlog;
 mod txn;
+mod upgrade;
 mod watch;
 
 use std::collections::BTreeSet;
@@ -39,6 +40,7 @@ use crate::lines::{self, Format};
 use crate::renamed;
 use crate::settings::Serve;
 use crate::terminal::ignore_broken_pipe;
+use crate::upgrade::VARIABLE;
 
 /// An in-memory key-value store with a durable transaction log, whose logic is a WebAssembly component.
 #[derive(Debug, Parser)]
@@ -65,6 +67,11 @@ pub enum Command {
     Token(token::TokenCommand),
     /// Replace the serving guest, without downtime
     Swap(swap::Swap),
+    /// Replace the process of a running server by another binary, without downtime
+    ///
+    /// The new process gets the flags, the listeners and the log. If it fails, the server serves on. SIGUSR2 to the server does
+    /// the same with the binary at the path that it was started by.
+    Upgrade(upgrade::Upgrade),
     /// Check whether a server is ready; exit code 1 if it is not
     Health(health::Health),
     /// Compile a guest ahead of time, for a binary without a compiler
@@ -124,6 +131,7 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Serve(args) => return serve::run(&args, env),
         Command::Token(command) => token::run(command),
         Command::Swap(args) => swap::run(&args),
+        Command::Upgrade(args) => upgrade::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
@@ -155,6 +163,8 @@ pub fn unknown_variable(command: &Command) -> Option<String> {
     let mut known = BTreeSet::new();
     add_variables(&Cli::command(), &mut known);
     let given: BTreeSet<_> = env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
+    // Not a setting, but from the server that this one is to replace.
+    known.insert(VARIABLE.to_owned());
     let mut unknown = given.into_iter().filter(|name| name.starts_with(PREFIX) && !known.contains(name));
     let unknown = unknown.find(|name| is_server || !is_service_link(name))?;
     if let Some(renamed) = renamed::variable(&unknown) {

@@ -6,37 +6,40 @@ mod stop;
 mod store;
 
 use std::env;
+use std::net::TcpListener as StdListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
+use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use self::check::{check, inflight_bytes, too_large_with_spares};
-use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
+use self::listeners::{Socket, WhenPrimary, advertised, cannot_listen, exposed};
 use self::stop::on_signal;
-use self::store::open_log;
+use self::store::{Opened, open_log};
 use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
-use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
+use crate::edge::{self, Edge, Forwarder, RequestIds, Service, Stage};
 use crate::follow::{self, Followed};
 use crate::guest::{Reload, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
+use crate::systemd::{self, Activated};
+use crate::upgrade::{Control, Inherited, Listeners, Upgrader, VARIABLE};
 use crate::workers::Workers;
 
 /// Serves until the process is told to stop, or the log fails.
@@ -67,7 +70,7 @@ enum Ended {
 fn begin_anew() -> Result<()> {
     let mut arguments = env::args_os();
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(arguments.next().unwrap_or_default()).args(arguments);
+    command.arg0(arguments.next().unwrap_or_default()).args(arguments).env_remove(VARIABLE);
     lines::end();
     Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
 }
@@ -79,6 +82,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
     let hangup = || listen_for(SignalKind::hangup());
     let _heard = hangup()?;
+    let upgrade_signal = listen_for(SignalKind::user_defined2())?;
+    let mut inherited = Inherited::receive()?;
+    let activated = Activated::take()?;
     let shares_data = args.standby && matches!(args.txlog, TxlogStorage::File);
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
@@ -95,14 +101,22 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         return Ok(Ended::Stopped);
     }
     // A taken port is found before a long replay; clients can connect only after it.
-    let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args, tokens.clone(), env)?;
+    let inherited_listener = inherited.as_mut().and_then(|inherited| inherited.listener.take()).or(activated.listener);
+    let socket = Socket::new(inherited_listener, args.listen, "--listen")?;
+    let inherited_admin = inherited.as_mut().and_then(|inherited| inherited.admin.take()).or(activated.admin);
+    let admin_listener = Socket::new(inherited_admin, args.admin, "--admin")?;
+    let admin_listener = admin_listener.listen().with_context(|| cannot_listen(args.admin, "--admin"))?.into_std()?;
+    let tokens_of_admin = tokens.clone().filter(|_| !args.access.admin_open);
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens_of_admin, env));
+    if inherited.is_none() {
+        start_admin(&admin, &admin_listener)?;
+    }
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
     let advertise = advertised(args, socket.local_addr()?);
-    let (log, followed) = tokio::select! {
-        opened = open_log(args, advertise, &admin.metrics, env) => opened?,
+    let Opened { log, followed, handed_over, standby } = tokio::select! {
+        opened = open_log(args, inherited.is_some(), advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
             info!("stopped before the log was opened");
             return Ok(Ended::Stopped);
@@ -134,7 +148,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         }
     };
 
-    let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
+    let listener = Arc::new(socket.listen().with_context(|| cannot_listen(args.listen, "--listen"))?);
+    let address = listener.local_addr()?;
     let description = shards.serving().description;
     for exposure in exposures {
         warn!("{exposure}");
@@ -154,18 +169,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let data = (args.data_dir.clone(), shares_data);
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), data, args.probation);
     admin.set_swapper(Arc::clone(&swapper));
-    let reloading = reload.start(swapper, env);
+    let reloading = reload.start(Arc::clone(&swapper), env);
     health.reached(Phase::Serving);
-    info!(
-        data = %args.data_dir.display(),
-        guest = description.name,
-        version = description.version,
-        entries = replayed.entries,
-        keys = replayed.keys,
-        took = ?replayed.took,
-        "serving on {scheme}://{address}",
-    );
-
     let followed = followed.map(|log| Arc::new(Followed::new(log)));
     if let Some(followed) = followed.clone() {
         let (changes, shards) = (Arc::clone(&changes), Arc::clone(&shards));
@@ -201,8 +206,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         access_log.start(env);
         admin.metrics.add(access_log.clone());
     }
+    let successor = Arc::new(OnceLock::new());
     let service = Service {
-        shards,
+        shards: Arc::clone(&shards),
         changes: Arc::clone(&changes),
         followed: followed.clone(),
         stale_reads: args.stale_reads,
@@ -213,6 +219,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         metrics,
         ids: RequestIds::default(),
         access_log,
+        successor: Arc::clone(&successor),
     };
     admin.metrics.add(budget.clone());
     let when_primary = Arc::new(WhenPrimary::default());
@@ -220,21 +227,88 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         let when_primary = Arc::clone(&when_primary);
         health.add("primary listener", move || when_primary.condition());
     }
-    let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stopping: watch::Sender::new(false) };
+    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stage: watch::Sender::new(Stage::Serving) };
     let edge = Arc::new(edge);
     admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
+
+    // Before that this process is a standby that nobody knows of.
+    if let (Some(inherited), Some(standby), Some(followed)) = (&inherited, &standby, &followed) {
+        let former = tokio::select! {
+            taken = inherited.take_over(standby, followed) => taken?,
+            reason = log.watermark().latched() => bail!("{reason}"),
+            _ = stop.changed() => {
+                log.close()?;
+                info!("stopped before the log was taken over");
+                return Ok(Ended::Stopped);
+            }
+        };
+        if let Some(former) = former {
+            let forwarded = Arc::clone(&edge).serve_forwarded(former);
+            tasks.detach("forwarded connection", async move {
+                if let Err(error) = forwarded.await {
+                    warn!("requests of the former process: {error:#}");
+                }
+            });
+        }
+    }
+    let (mut control, mut second) = (None, None);
+    if let Some(inherited) = &mut inherited {
+        start_admin(&admin, &admin_listener)?;
+        control = inherited.control.take();
+        second = inherited.when_primary.take().map(TcpListener::from_std).transpose()?;
+    }
+    info!(
+        data = %args.data_dir.display(),
+        guest = description.name,
+        version = description.version,
+        entries = replayed.entries,
+        keys = replayed.keys,
+        took = ?replayed.took,
+        "serving on {scheme}://{address}",
+    );
+
+    let control = Control::new(&args.data_dir, control)?;
+    let (stop_of_upgrade, opened_when_primary) = (stop.clone(), Arc::clone(&when_primary));
+    let upgrader = Arc::new(Upgrader {
+        shards,
+        swapper,
+        changes: Arc::clone(&changes),
+        log: handed_over,
+        listeners: Listeners {
+            listener: Arc::downgrade(&listener),
+            admin: admin_listener,
+            control: Arc::clone(&control),
+            when_primary: Box::new(move || opened_when_primary.listener()),
+        },
+        successor,
+        handed_over: watch::Sender::new(false),
+        stop: stop_of_upgrade,
+        alone: Arc::default(),
+    });
+    Arc::clone(&upgrader).start(upgrade_signal, followed.clone());
+    let second = when_primary.open(args.listen_when_primary, second, followed, clock);
+    if let Some(inherited) = &inherited {
+        inherited.serves();
+    }
+    systemd::ready();
+    let mut handed_over = upgrader.handed_over.subscribe();
     let cut_off = edge.serve(listener, second, async {
         tokio::select! {
             _ = stop.changed() => {}
+            _ = handed_over.wait_for(|handed_over| *handed_over) => {
+                admin.hand_over();
+                return Stage::HandedOver;
+            }
             reason = log.watermark().latched() => failure = Some(reason),
         }
         health.reached(Phase::Stopping);
+        systemd::stopping();
         changes.end();
         if failure.is_none() {
             info!("stopping: finishing what is under way");
         }
+        Stage::Stopping
     });
     let cut_off = cut_off.await;
     housekeeping.abort();
@@ -248,6 +322,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
             return Ok(Ended::Deposed);
         }
         bail!("{reason}; what was acknowledged is safe, start again to recover");
+    }
+    // One that was begun before the stop.
+    let _upgraded = upgrader.alone.lock().await;
+    if !*upgrader.handed_over.borrow() {
+        control.remove();
     }
     log.close()?;
     info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
@@ -278,15 +357,12 @@ fn limits(args: &Serve, connections: usize) -> Result<edge::Limits> {
     })
 }
 
-/// Starts the admin listener, which speaks of the health it gives.
-fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-    let tokens = tokens.filter(|_| !args.access.admin_open);
-    let listener = bind(args.admin, "--admin")?;
-    let (address, listener) = listen(listener).with_context(|| cannot_listen(args.admin, "--admin"))?;
-    let admin = Arc::new(Admin::new(&args.admin_host, tokens, env));
-    Arc::clone(&admin).start(listener.into_std()?)?;
+/// Starts the admin listener.
+fn start_admin(admin: &Arc<Admin>, listener: &StdListener) -> Result<()> {
+    let address = listener.local_addr()?;
+    Arc::clone(admin).start(listener.try_clone()?)?;
     info!("admin on http://{address}");
-    Ok(admin)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Error, Result, bail};
+use hyper::header::{self, HeaderValue};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -28,7 +29,7 @@ use super::metrics::{Limit, LimitExceeded};
 use super::multiplex::{RequestExecutor, TimeSlice};
 use super::overheard::FrameInspector;
 use super::patience::{Activity, ConnectionTimeouts, TimeoutAction};
-use super::{Edge, tls};
+use super::{Edge, Stage, tls};
 use crate::guest::Client;
 
 /// Flow-control window of an HTTP/2 connection and of its streams, in bytes: more than the network holds at 5 MB/s over 50 ms.
@@ -43,7 +44,8 @@ const PEEK: Duration = Duration::from_millis(10);
 /// The other end of a connection, and what it holds here.
 pub(super) struct Peer {
     pub client: Arc<Client>,
-    pub socket: Arc<TcpStream>,
+    /// None for a request that the former process forwards, which waits for nothing.
+    pub socket: Option<Arc<TcpStream>>,
     pub account: Arc<Account>,
 }
 
@@ -53,7 +55,7 @@ impl Edge {
         self: &Arc<Self>,
         stream: TcpStream,
         address: SocketAddr,
-        mut stop: watch::Receiver<bool>,
+        mut stage: watch::Receiver<Stage>,
     ) -> Result<()> {
         // Responses are written whole; without this the kernel would hold the last packet back.
         if let Err(error) = stream.set_nodelay(true) {
@@ -68,11 +70,11 @@ impl Edge {
                     Ok(http2) => http2?,
                     Err(_) => bail!(LimitExceeded(Limit::HeaderTimeout)),
                 },
-                _ = stop.changed() => return Ok(()),
+                () = reached(&mut stage, Stage::Stopping) => return Ok(()),
             };
             let activity = Arc::<Activity>::default();
             let stream = MeteredSocket::new(&socket, metrics, &activity);
-            return self.http(stream, http2, self.peer(client, socket), activity, pending(), stop).await;
+            return self.http(stream, http2, self.peer(client, socket), activity, pending(), stage).await;
         };
         let activity = Arc::<Activity>::default();
         let renewals = tls.renewals();
@@ -84,7 +86,7 @@ impl Edge {
                 Err(_) => bail!(LimitExceeded(Limit::HandshakeTimeout)),
             },
             // Nothing was asked yet, so nothing is lost.
-            _ = stop.changed() => return Ok(()),
+            () = reached(&mut stage, Stage::Stopping) => return Ok(()),
         };
         tls::verify_resumed(tls, &stream).inspect_err(|error| {
             info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
@@ -93,11 +95,11 @@ impl Edge {
         let client = Client { address, tls_version, identity, turn: Mutex::default() };
         let http2 = tls::speaks_http2(&stream);
         let revoked = tls::revoked(tls, tls::shown(&stream), renewals, self.limits.stream_heartbeat);
-        self.http(stream, http2, self.peer(client, socket), activity, revoked, stop).await
+        self.http(stream, http2, self.peer(client, socket), activity, revoked, stage).await
     }
 
     fn peer(&self, client: Client, socket: Arc<TcpStream>) -> Arc<Peer> {
-        Arc::new(Peer { client: Arc::new(client), socket, account: self.budget.open() })
+        Arc::new(Peer { client: Arc::new(client), socket: Some(socket), account: self.budget.open() })
     }
 
     async fn http<S>(
@@ -107,7 +109,7 @@ impl Edge {
         peer: Arc<Peer>,
         activity: Arc<Activity>,
         revoked: impl Future<Output = rustls::Error>,
-        stop: watch::Receiver<bool>,
+        stage: watch::Receiver<Stage>,
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -129,7 +131,11 @@ impl Edge {
             let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));
             async move {
                 let under_way = activity.begin();
-                let response = edge.service.respond(request, &peer).await;
+                let mut response = edge.service.respond(request, &peer).await;
+                if !http2 && *edge.stage.borrow() != Stage::Serving {
+                    let close = const { HeaderValue::from_static("close") };
+                    response.headers_mut().insert(header::CONNECTION, close);
+                }
                 Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
             }
         });
@@ -147,7 +153,8 @@ impl Edge {
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), streams.run(), cut, patience, stop).await
+            drive(http.serve_connection(stream, service), streams.run(), cut, patience, (stage, Stage::HandedOver))
+                .await
         } else {
             let mut http = http1::Builder::new();
             // Without a timer, which would be set for each request: patience is kept for less. The size is that of a head that is read,
@@ -155,12 +162,20 @@ impl Edge {
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
             // A client that sends no more is still answered.
             http.half_close(true);
-            drive(http.serve_connection(TokioIo::new(stream), service), pending(), cut, patience, stop).await
+            drive(
+                http.serve_connection(TokioIo::new(stream), service),
+                pending(),
+                cut,
+                patience,
+                (stage, Stage::Stopping),
+            )
+            .await
         }
     }
 }
 
-/// Serves a connection to its end: the client's, ours when told to stop or to cut it, or that of our patience.
+/// Serves a connection to its end: the client's, ours at the stage `last` or when told to cut it, or that of our patience. HTTP/2
+/// has GOAWAY to end one that is idle; with HTTP/1.1 a request can be on its way.
 ///
 /// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
@@ -168,7 +183,7 @@ async fn drive(
     streams: impl Future<Output = Infallible>,
     cut: impl Future<Output = Error>,
     mut patience: ConnectionTimeouts,
-    mut stop: watch::Receiver<bool>,
+    (mut stage, last): (watch::Receiver<Stage>, Stage),
 ) -> Result<()> {
     let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
     let mut stopping = false;
@@ -178,7 +193,7 @@ async fn drive(
             ended = connection.as_mut() => return Ok(ended?),
             never = streams.as_mut() => match never {},
             error = cut.as_mut() => return Err(error),
-            _ = stop.changed(), if !stopping => {
+            () = reached(&mut stage, last), if !stopping => {
                 stopping = true;
                 patience.shut_down();
                 connection.as_mut().graceful_shutdown();
@@ -191,6 +206,12 @@ async fn drive(
             }
         }
     }
+}
+
+/// Waits for a stage of the service, or a later one.
+async fn reached(stage: &mut watch::Receiver<Stage>, awaited: Stage) {
+    // The sender is in the edge, which outlives its connections.
+    let _ = stage.wait_for(|stage| *stage >= awaited).await;
 }
 
 /// Whether the first bytes, which stay where they are, are those of HTTP/2. No method of HTTP/1.1 starts like this.

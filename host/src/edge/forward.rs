@@ -14,10 +14,10 @@ use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::Edge;
 use super::connection::Peer;
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
+use super::{Edge, Stage};
 use crate::guest::Client;
 
 /// Maximum number of connections of the admin listener that use the HTTP interface: its other connections stay free for
@@ -60,7 +60,7 @@ impl Forwarder {
         })?;
         let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
         let account = self.edge.budget.open();
-        let peer = Peer { client: Arc::new(client), socket: Arc::new(socket), account };
+        let peer = Peer { client: Arc::new(client), socket: Some(Arc::new(socket)), account };
         Ok(Arc::new(Caller { peer, _place }))
     }
 
@@ -69,8 +69,8 @@ impl Forwarder {
         let edge = Arc::clone(&self.edge);
         let (mut done, response) = oneshot::channel();
         // Held until the response is written: a graceful shutdown waits for it.
-        let open = edge.stopping.subscribe();
-        if *open.borrow() {
+        let open = edge.stage.subscribe();
+        if *open.borrow() == Stage::Stopping {
             return refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping").map(Reply::Whole);
         }
         self.tasks.detach("forwarded request", async move {

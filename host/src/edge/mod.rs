@@ -31,6 +31,7 @@ mod reply;
 mod request_id;
 mod service;
 mod stream;
+mod successor;
 pub mod throttle;
 pub mod tls;
 
@@ -54,10 +55,14 @@ pub use metrics::Metrics;
 pub use reply::Reply;
 pub use request_id::RequestIds;
 pub use service::Service;
+pub use successor::Successor;
 use tls::Tls;
 
 /// Delay before the next accept when the system is out of sockets.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Timeout of closing idle connections when the service has been handed over for as long as the drain timeout.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Limits of a connection and of a request.
 #[derive(Clone, Copy, Debug)]
@@ -99,8 +104,18 @@ pub struct Edge {
     pub budget: Arc<Budget>,
     /// Starts a task for each connection.
     pub tasks: Tasks,
-    /// Whether it is stopping. Each connection, and each request of the admin listener, holds a receiver to its end.
-    pub stopping: watch::Sender<bool>,
+    /// Each connection, and each request of the admin listener, holds a receiver to its end.
+    pub stage: watch::Sender<Stage>,
+}
+
+/// Stage of the service. It only goes forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Serving,
+    /// Another process accepts connections. Open ones end with their next response, so that no request is lost on an idle one.
+    HandedOver,
+    /// Requests in flight are finished, and idle connections closed.
+    Stopping,
 }
 
 impl Edge {
@@ -108,28 +123,28 @@ impl Edge {
     /// connections had to be cut off.
     pub async fn serve(
         self: Arc<Self>,
-        listener: TcpListener,
-        second: impl Future<Output = TcpListener>,
-        stop: impl Future<Output = ()>,
+        listener: Arc<TcpListener>,
+        second: impl Future<Output = Arc<TcpListener>>,
+        stop: impl Future<Output = Stage>,
     ) -> usize {
         let edge = self;
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
         let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
         let mut opened = None;
-        loop {
+        let stage = loop {
             // The permit first: without one, connections wait in the backlog of the listener.
             let accepted = async {
                 let place = Arc::clone(&connections).acquire_owned().await;
                 let accepted = tokio::select! {
                     accepted = listener.accept() => accepted,
-                    accepted = accept(opened.as_ref()) => accepted,
+                    accepted = accept(opened.as_deref()) => accepted,
                 };
                 (place, accepted)
             };
             let (place, stream, peer) = tokio::select! {
                 biased;
-                () = &mut stop => break,
+                stage = &mut stop => break stage,
                 listener = &mut second, if opened.is_none() => {
                     opened = Some(listener);
                     continue;
@@ -149,21 +164,25 @@ impl Edge {
             };
             let edge = Arc::clone(&edge);
             let open = edge.service.metrics.open();
-            let stop = edge.stopping.subscribe();
+            let stage = edge.stage.subscribe();
             let tasks = edge.tasks.clone();
             tasks.detach("connection", async move {
-                if let Err(error) = edge.connected(stream, peer, stop).await {
+                if let Err(error) = edge.connected(stream, peer, stage).await {
                     edge.service.metrics.connection_failed(&error);
                     debug!(%peer, "connection ended: {error:#}");
                 }
                 drop((place, counted, open));
             });
-        }
+        };
         drop((listener, opened));
-        edge.stopping.send_replace(true);
+        edge.stage.send_replace(stage);
         // Those that are left after the timeout are cut off.
-        let _ = timeout(edge.limits.drain, edge.stopping.closed()).await;
-        edge.stopping.receiver_count()
+        let _ = timeout(edge.limits.drain, edge.stage.closed()).await;
+        if stage == Stage::HandedOver {
+            edge.stage.send_replace(Stage::Stopping);
+            let _ = timeout(CLOSE_TIMEOUT, edge.stage.closed()).await;
+        }
+        edge.stage.receiver_count()
     }
 }
 

@@ -3,9 +3,10 @@
 //!
 //! Must never know: sockets, what the request means.
 
-use std::sync::Arc;
+use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time;
+use std::sync::{Arc, OnceLock};
+use std::time::{self, Duration};
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
@@ -28,6 +29,7 @@ use super::metrics::{self, Limit, Metrics, WatchGuard};
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
+use super::successor::{Forwarded, Successor};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
 use crate::contract::Scope;
@@ -59,6 +61,8 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub access_log: Option<Arc<AccessLog>>,
+    /// Set when another process serves in place of this one.
+    pub successor: Arc<OnceLock<Successor>>,
 }
 
 /// The guest's answer, and on a standby the time up to which it has everything.
@@ -102,12 +106,17 @@ impl Service {
             }
             refusal.map(Reply::Whole)
         });
-        response = problem::complete(response, wants_problems);
-        if is_head {
-            response = response.map(Reply::without_body);
-        }
-        if let Some(cors) = &self.cors {
-            cors.share(origin.as_ref(), &mut response);
+        // A forwarded one is complete.
+        if response.extensions().get::<Forwarded>().is_none() {
+            response = problem::complete(response, wants_problems);
+            if is_head {
+                response = response.map(Reply::without_body);
+            }
+            if let Some(cors) = &self.cors {
+                cors.share(origin.as_ref(), &mut response);
+            }
+        } else if is_head {
+            response = Forwarded::head(response);
         }
         let (status, took) = (response.status(), begun.elapsed());
         self.metrics.answered(method, status, took, noted.waited);
@@ -164,7 +173,7 @@ impl Service {
             drop(under_way);
             noted.waited = true;
             charge.must_hold(head_bytes);
-            (Answered { answer, as_of }, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
+            (Answered { answer, as_of }, deadline) = self.wait(wait, peer.socket.as_deref(), standing.as_ref()).await?;
         }
         let length = answer.response.bytes();
         let response_bytes = length + if http2 { STREAM } else { 0 };
@@ -191,15 +200,16 @@ impl Service {
                 let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
-                if is_head {
-                    Reply::Whole(Bytes::new())
-                } else {
-                    stream.start(
+                match &peer.socket {
+                    Some(_) if is_head => Reply::Whole(Bytes::new()),
+                    Some(socket) => stream.start(
                         self.limits.stream_heartbeat,
-                        Arc::clone(&peer.socket),
+                        Arc::clone(socket),
                         standing,
                         WatchGuard::new(&self.metrics),
-                    )
+                    ),
+                    // It would end with the former process, perhaps within an event. The client resumes here.
+                    None => Reply::Whole(stream.begin()),
                 }
             }
             Some(Sequel::Wait(_)) | None if body.len() == length => Reply::Whole(charge.keep(body)),
@@ -225,17 +235,20 @@ impl Service {
             Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),
         };
-        let answer = answer.map_err(|error| {
-            let reason = error.to_string();
-            match error {
-                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
-                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
-                CallError::Late => {
-                    beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into()
-                }
-            }
-        });
-        answer.map(|answer| Answered { answer, as_of })
+        let error = match answer {
+            Ok(answer) => return Ok(Answered { answer, as_of }),
+            Err(error) => error,
+        };
+        let reason = error.to_string();
+        Err(match error {
+            CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+            CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
+            CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into(),
+            CallError::HandedOver(incoming) => match self.successor.get() {
+                Some(successor) => successor.respond(*incoming, deadline).await.into(),
+                None => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
+            },
+        })
     }
 
     /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
@@ -243,12 +256,14 @@ impl Service {
     async fn wait(
         &self,
         mut wait: Box<Wait>,
-        socket: &TcpStream,
+        socket: Option<&TcpStream>,
         standing: Option<&Standing>,
     ) -> Result<(Answered, Instant), Refusal> {
         self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = UnderWay(&self.metrics.waiting);
-        let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
+        // A forwarded request does not wait: the former process is about to end.
+        let longest = if socket.is_some() { wait.timeout.min(self.limits.hold) } else { Duration::ZERO };
+        let mut until = Instant::now() + longest;
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
@@ -261,7 +276,7 @@ impl Service {
                         refusal = revoked(standing) => return Err(refusal),
                         _ = timeout_at(until, watcher.next()) => {}
                         // Who closed its side may have left, and would wait for nobody.
-                        () = left(socket) => until = Instant::now(),
+                        () = client_left(socket) => until = Instant::now(),
                     }
                     wait = again;
                 }
@@ -345,5 +360,13 @@ impl Service {
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
         Ok((under_way, grant))
+    }
+}
+
+/// Waits until the client closes its side of the connection. A forwarded request has none.
+async fn client_left(socket: Option<&TcpStream>) {
+    match socket {
+        Some(socket) => left(socket).await,
+        None => pending().await,
     }
 }

@@ -108,6 +108,11 @@ pub async fn open(
 }
 
 impl Stream {
+    /// Returns the begin of the body, from which a client can resume.
+    pub fn begin(&self) -> Bytes {
+        begin(self.after)
+    }
+
     /// Returns the body of a response that continues with the changes, without a gap.
     pub fn start(
         self,
@@ -134,7 +139,7 @@ impl Stream {
     async fn deliver(self, heartbeat: Duration, text: mpsc::Sender<Bytes>, socket: Arc<TcpStream>) -> Option<()> {
         let Self { changes, selection, after, past, mut holding } = self;
         // At once, so that the client sees that the watch is established, and has a position before the first event.
-        text.send(Bytes::from(format!("id: {after}\n\n"))).await.ok()?;
+        text.send(begin(after)).await.ok()?;
         let mut after = holding.send_past(past, &text, None).await?;
         while changes.watermark().durable() > after + NEAR {
             after = holding.send_past(changes.past(&selection, after).await.ok()?, &text, None).await?;
@@ -165,6 +170,10 @@ impl Stream {
             holding.send(next, &text, Some(&watcher)).await?;
         }
     }
+}
+
+fn begin(after: u64) -> Bytes {
+    Bytes::from(format!("id: {after}\n\n"))
 }
 
 impl Holding {

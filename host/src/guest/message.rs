@@ -74,7 +74,7 @@ impl Wanted {
 }
 
 /// A request, read whole.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Incoming {
     pub request: Request<Bytes>,
     pub client: Arc<Client>,

@@ -50,6 +50,6 @@ pub use message::{Answer, Client, Incoming, Sequel, Wait, Watch};
 pub use reload::Reload;
 pub use replica::Replayed;
 pub use shard::CallError;
-pub use shards::{Arrangement, Shards};
+pub use shards::{Arrangement, Paused, Shards};
 pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
 pub use swap::{Outcome, SwapError, Swapper};

@@ -7,10 +7,12 @@
 //! Owns: which shard is asked, and which guest serves. Must never know: what is asked, whose turn it is in a shard, why
 //! another guest is wanted.
 
+mod handover;
+
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -39,6 +41,8 @@ use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
 use kvs_txlog::change::Change;
 use kvs_txlog::{Condition, TransactionLog};
+
+pub use self::handover::Paused;
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -102,8 +106,9 @@ impl Shards {
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
         let cache = Arc::clone(serving.guest.response_cache());
         cache.serve(Arc::clone(&serving.headers));
-        let (building, last_trap) = (Arc::default(), Mutex::default());
-        let shared = Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, env });
+        let (building, last_trap, handed_over) = Default::default();
+        let shared =
+            Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, handed_over, env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -225,6 +230,9 @@ impl Shards {
             };
             match called? {
                 Called::Answered(answer) => return Ok(answer),
+                Called::Moved(moved) if self.shared.handed_over.load(Ordering::Acquire) => {
+                    return Err(CallError::HandedOver(Box::new(moved)));
+                }
                 Called::Moved(moved) => incoming = moved,
             }
         }

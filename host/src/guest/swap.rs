@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use kvs_runtime::{Clock, Tasks};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task;
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -73,7 +73,7 @@ pub struct Swapper {
     probation: Duration,
     /// In the runtime where requests are served, whoever asks for the swap.
     tasks: Tasks,
-    under_way: tokio::sync::Mutex<()>,
+    under_way: Arc<tokio::sync::Mutex<()>>,
     status: Mutex<Status>,
 }
 
@@ -104,7 +104,7 @@ impl Swapper {
     ) -> Arc<Self> {
         let status = Status { since: shards.env().clock.unix_ms(), phase: None, last: Value::Null };
         let tasks = shards.env().tasks.in_runtime(&Handle::current());
-        let (under_way, status) = (tokio::sync::Mutex::default(), Mutex::new(status));
+        let (under_way, status) = (Arc::default(), Mutex::new(status));
         Arc::new(Self { engine, shards, log, data, shares_data, probation, tasks, under_way, status })
     }
 
@@ -178,6 +178,11 @@ impl Swapper {
             let _ = done.send(outcome);
         });
         outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+    }
+
+    /// Allows no swap until the guard is dropped. None while there is one.
+    pub fn hold(&self) -> Option<OwnedMutexGuard<()>> {
+        Arc::clone(&self.under_way).try_lock_owned().ok()
     }
 
     /// Ends the probation of the guest: the one before serves again. False when none is on probation.

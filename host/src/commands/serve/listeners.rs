@@ -4,8 +4,8 @@
 
 use std::future::pending;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -50,8 +50,35 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
     Ok(exposures)
 }
 
-pub fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {
-    try_bind(address).with_context(|| cannot_listen(address, flag))
+/// The socket of a listener.
+pub enum Socket {
+    /// Clients cannot connect yet.
+    Bound(TcpSocket),
+    /// Of the process that this one replaces. Clients connect, and are served by one of the two.
+    Inherited(TcpListener),
+}
+
+impl Socket {
+    pub fn new(inherited: Option<StdListener>, address: SocketAddr, flag: &str) -> Result<Self> {
+        match inherited {
+            Some(listener) => Ok(Self::Inherited(TcpListener::from_std(listener)?)),
+            None => Ok(Self::Bound(try_bind(address).with_context(|| cannot_listen(address, flag))?)),
+        }
+    }
+
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Bound(socket) => socket.local_addr(),
+            Self::Inherited(listener) => listener.local_addr(),
+        }
+    }
+
+    pub fn listen(self) -> io::Result<TcpListener> {
+        match self {
+            Self::Bound(socket) => socket.listen(BACKLOG),
+            Self::Inherited(listener) => Ok(listener),
+        }
+    }
 }
 
 fn try_bind(address: SocketAddr) -> io::Result<TcpSocket> {
@@ -60,11 +87,6 @@ fn try_bind(address: SocketAddr) -> io::Result<TcpSocket> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
-}
-
-pub fn listen(socket: TcpSocket) -> io::Result<(SocketAddr, TcpListener)> {
-    let listener = socket.listen(BACKLOG)?;
-    Ok((listener.local_addr()?, listener))
 }
 
 pub fn cannot_listen(address: SocketAddr, flag: &str) -> String {
@@ -86,6 +108,8 @@ pub fn advertised(args: &Serve, listen: SocketAddr) -> Option<String> {
 pub struct WhenPrimary {
     /// Why the address cannot be had yet.
     failure: Mutex<Option<String>>,
+    /// The listener while it is open.
+    listener: Mutex<Weak<TcpListener>>,
 }
 
 impl WhenPrimary {
@@ -93,19 +117,23 @@ impl WhenPrimary {
     pub async fn open(
         &self,
         address: Option<SocketAddr>,
+        inherited: Option<TcpListener>,
         followed: Option<Arc<Followed>>,
         clock: &Clock,
-    ) -> TcpListener {
+    ) -> Arc<TcpListener> {
+        if let Some(listener) = inherited {
+            return self.opened(listener);
+        }
         let Some(address) = address else { pending().await };
         if let Some(followed) = followed {
             followed.promoted().await;
         }
         loop {
-            match try_bind(address).and_then(listen) {
-                Ok((address, listener)) => {
+            match try_bind(address).and_then(|socket| socket.listen(BACKLOG)) {
+                Ok(listener) => {
                     self.set_failure(None);
                     info!("primary, listening on {address} too");
-                    return listener;
+                    return self.opened(listener);
                 }
                 Err(error) => {
                     let failure = format!("--listen-when-primary {address} cannot be opened: {error}");
@@ -116,6 +144,17 @@ impl WhenPrimary {
             }
             clock.sleep(PAUSE).await;
         }
+    }
+
+    fn opened(&self, listener: TcpListener) -> Arc<TcpListener> {
+        let listener = Arc::new(listener);
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&listener);
+        listener
+    }
+
+    /// Returns the listener, while it is open.
+    pub fn listener(&self) -> Option<Arc<TcpListener>> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 
     /// Returns whether it is another one than before.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
-use kvs_txlog::file::{self, FileLog, StandbyLog};
+use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
 use tokio::task;
@@ -25,26 +25,37 @@ pub fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::
     }
 }
 
-/// Opens the log. Given twice when another process writes it, and it is to be followed.
+/// An open log, and what else it is.
+pub struct Opened {
+    pub log: Arc<dyn TransactionLog>,
+    /// Where another process writes it, and it is to be followed.
+    pub followed: Option<Arc<dyn Standby>>,
+    /// Where it can be handed over to another process, and taken over from one.
+    pub handed_over: Option<Arc<dyn HandOver>>,
+    pub standby: Option<Arc<StandbyLog>>,
+}
+
+/// Opens the log. `inherits` while a server runs that this one replaces.
 pub async fn open_log(
     args: &Serve,
+    inherits: bool,
     advertise: Option<String>,
     metrics: &Metrics,
     env: &Env,
-) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
+) -> Result<Opened> {
     let env = env.clone();
     match &args.txlog {
         TxlogStorage::File => {
             let options = file_options(args, advertise, env);
-            if args.standby {
+            if args.standby || inherits {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());
                 let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-                return Ok((log, followed));
+                return Ok(Opened { log: log.clone(), followed, handed_over: Some(log.clone()), standby: Some(log) });
             }
             let log = Arc::new(FileLog::open(options)?);
             metrics.add(log.clone());
-            Ok((log, None))
+            Ok(Opened { log: log.clone(), followed: None, handed_over: Some(log), standby: None })
         }
         TxlogStorage::Postgres(url) => {
             let data = args.data_dir.display();
@@ -57,7 +68,7 @@ pub async fn open_log(
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-            Ok((log, followed))
+            Ok(Opened { log, followed, handed_over: None, standby: None })
         }
     }
 }

@@ -103,7 +103,7 @@ fn ask(admin: SocketAddr, path: &str) -> io::Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_task_that_panics_is_started_again() {
-    const TASKS: [&str; 9] = [
+    const TASKS: [&str; 11] = [
         "access log",
         "admin",
         "change feed",
@@ -113,6 +113,8 @@ async fn every_task_that_panics_is_started_again() {
         "signals",
         "throttle sweep",
         "token reload",
+        "upgrade requests",
+        "upgrade signal",
     ];
     let site = Site::new();
     let env = Saboteur::of(&TASKS, 1).env();

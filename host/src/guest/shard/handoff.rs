@@ -37,7 +37,7 @@ pub enum Entered<T, C, R> {
     Free(T, C),
     /// With its ticket, and where its answer is received.
     Queued(u64, R),
-    Rejected,
+    Rejected(C),
 }
 
 /// The next use of the value.
@@ -69,7 +69,7 @@ impl<T, W, V> Handoff<T, W, V> {
             return Entered::Free(value, call);
         }
         if state.rejects {
-            return Entered::Rejected;
+            return Entered::Rejected(call);
         }
         let ticket = state.tickets;
         state.tickets += 1;

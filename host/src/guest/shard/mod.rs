@@ -14,6 +14,7 @@ mod rebuild;
 mod tests;
 mod turn;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,12 +56,15 @@ pub enum CallError {
     /// The shard has had no instance for a while. The request has no effect.
     #[error("the store is down: its guest is being rebuilt")]
     Down,
+    /// Another process serves. The request has no effect here.
+    #[error("another process serves")]
+    HandedOver(Box<Incoming>),
 }
 
 /// Result of a call.
 pub enum Called {
     Answered(Answer),
-    /// Not called: the guest that routed the request here was replaced.
+    /// Not called: the guest that routed the request here was replaced, or another process serves.
     Moved(Incoming),
 }
 
@@ -84,6 +88,8 @@ pub struct Shared {
     /// Held while a spare is built and during a swap: there is memory for one more instance of each shard, not for two.
     pub building: Arc<tokio::sync::Mutex<()>>,
     pub last_trap: Mutex<Option<LastTrap>>,
+    /// Another process serves. Set before callers are rejected for it.
+    pub handed_over: AtomicBool,
     pub env: Env,
 }
 
@@ -230,7 +236,10 @@ impl Shard {
                 return called;
             }
             Entered::Queued(ticket, answer) => (ticket, answer),
-            Entered::Rejected => return Err(CallError::Down),
+            Entered::Rejected(incoming) if self.shared.handed_over.load(Ordering::Acquire) => {
+                return Ok(Called::Moved(incoming));
+            }
+            Entered::Rejected(_) => return Err(CallError::Down),
         };
         let place = Place { shard: self, ticket };
         if self.is_long_down() && self.instance.withdraw(ticket) {

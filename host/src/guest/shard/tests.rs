@@ -86,7 +86,7 @@ impl Shard {
                 Ok(Outcome::Called)
             }
             Entered::Queued(ticket, answer) => Err((ticket, answer)),
-            Entered::Rejected => Ok(Outcome::Down),
+            Entered::Rejected(_) => Ok(Outcome::Down),
         }
     }
 

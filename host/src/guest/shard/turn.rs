@@ -64,6 +64,11 @@ impl Turn {
         Arc::ptr_eq(&self.shard, shard)
     }
 
+    /// The guest that serves.
+    pub fn serving(&self) -> Serving {
+        self.shard.serving()
+    }
+
     fn take(&mut self, then: Instanced) -> Option<Box<Replica>> {
         match std::mem::replace(&mut self.has, then) {
             Instanced::Free(replica) => Some(replica),
@@ -190,6 +195,16 @@ impl Turn {
         self.shard.held.memory(instance.memory_bytes());
         self.shard.state().count_from = next_count(self.clock().now(), self.clock().elapsed(begun));
         Ok(())
+    }
+
+    /// Ends the turn, and all that would follow: the instance is dropped, and callers are sent to another process.
+    pub fn hand_over(mut self) {
+        self.take(Instanced::Over).into_iter().for_each(discard);
+        self.has = Instanced::Over;
+        for Waiting { incoming, reply, .. } in self.shard.instance.reject() {
+            // A client that disconnected needs no answer.
+            let _ = reply.send(Ok(Called::Moved(incoming)));
+        }
     }
 
     /// Ends the turn: serves queued requests, and passes the instance on. After [`OTHERS`] a task does that, so that the caller

@@ -1,0 +1,33 @@
+//! `kvs upgrade`: replaces the process of a running server, without downtime.
+
+use std::io::{self, Write};
+use std::path::{self, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::parse::duration;
+use crate::upgrade::{Upgraded, request};
+
+#[derive(Debug, clap::Args)]
+pub struct Upgrade {
+    /// Data directory of the server, which runs as the same user
+    #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
+    data_dir: PathBuf,
+
+    /// Binary to run; without it, the one at the path that the server was started by
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+
+    /// Timeout of the start of the new process, which replays the log
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
+    timeout: Duration,
+}
+
+pub fn run(args: &Upgrade) -> Result<()> {
+    let binary = args.binary.as_deref().map(path::absolute).transpose()?;
+    let upgraded = request(&args.data_dir, binary.as_deref(), args.timeout);
+    let Upgraded { process, pause } = upgraded.context("not upgraded, the server serves on")?;
+    writeln!(io::stdout(), "process {process} serves; no call was made for {:.1}ms", pause.as_secs_f64() * 1e3)?;
+    Ok(())
+}

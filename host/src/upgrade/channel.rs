@@ -1,0 +1,110 @@
+//! The pair of sockets between the old and the new process: whole messages, with descriptors.
+
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+/// Maximum size of a message, and of the number of its descriptors.
+const MESSAGE_BYTES: usize = 1 << 10;
+const DESCRIPTORS: usize = 4;
+
+pub struct Channel(OwnedFd);
+
+/// A message and its descriptors.
+pub struct Message {
+    pub text: String,
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl Channel {
+    /// Returns one end, and the other for another process.
+    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((Self(ours), theirs))
+    }
+
+    pub fn new(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+
+    pub fn send(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(io::Error::other("too many descriptors for a message"));
+        }
+        sendmsg(&self.0, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Waits for a message, at most this long. None when the other end is closed, which is so when its process has ended.
+    pub fn receive(&self, timeout: Option<Duration>) -> io::Result<Option<Message>> {
+        set_socket_timeout(&self.0, Timeout::Recv, timeout)?;
+        let mut bytes = [0; MESSAGE_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut into = [IoSliceMut::new(&mut bytes)];
+            match recvmsg(&self.0, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Ok(received) => break received.bytes,
+                Err(error) => match io::Error::from(error) {
+                    error if error.kind() == ErrorKind::Interrupted => {}
+                    // The other process was killed before it had read everything.
+                    error if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
+                    error => return Err(error),
+                },
+            }
+        };
+        let mut descriptors = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(passed) = message {
+                descriptors.extend(passed);
+            }
+        }
+        let text = String::from_utf8_lossy(&bytes[..received]).into_owned();
+        Ok((received > 0).then_some(Message { text, descriptors }))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Seek, Write};
+
+    use super::*;
+
+    #[test]
+    fn messages_arrive_whole_with_their_descriptors() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::new(theirs);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"kept").unwrap();
+        ours.send("first", &[]).unwrap();
+        ours.send("second", &[file.as_fd(), ours.as_fd()]).unwrap();
+        let first = theirs.receive(None).unwrap().unwrap();
+        assert_eq!((first.text.as_str(), first.descriptors.len()), ("first", 0));
+        let second = theirs.receive(None).unwrap().unwrap();
+        assert_eq!((second.text.as_str(), second.descriptors.len()), ("second", 2));
+        let mut passed = File::from(second.descriptors.into_iter().next().unwrap());
+        passed.rewind().unwrap();
+        let mut text = String::new();
+        passed.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "kept");
+        assert_eq!(theirs.receive(Some(Duration::from_millis(1))).err().unwrap().kind(), ErrorKind::WouldBlock);
+        drop(ours);
+        assert!(theirs.receive(None).unwrap().is_none());
+    }
+}

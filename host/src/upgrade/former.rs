@@ -1,0 +1,284 @@
+//! The server that is upgraded: it starts the new process, gives it what it has, and goes on where the new one fails.
+
+use std::convert::Infallible;
+use std::env;
+use std::io::ErrorKind;
+use std::net::TcpListener as StdListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use kvs_runtime::Env;
+use kvs_txlog::change_feed::ChangeFeed;
+use kvs_txlog::file::{HandOver, Handed};
+use tokio::net::TcpListener;
+use tokio::signal::unix::Signal;
+use tokio::sync::{oneshot, watch};
+use tokio::task;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use super::channel::{Channel, Message};
+use super::{ADMIN, CONTROL, Control, LISTEN, LOG, PROTOCOL, READY, SERVING, Upgraded, VARIABLE, WHEN_PRIMARY};
+use crate::audit::{self, Actor};
+use crate::edge::Successor;
+use crate::follow::Followed;
+use crate::guest::{Paused, Shards, Swapper};
+use crate::memory;
+use crate::signals::Listen;
+use crate::systemd;
+
+/// Timeout of the start of a new process, when it is asked for by a signal.
+const START_TIMEOUT: Duration = Duration::from_secs(600);
+/// Timeout of each step in which no call is made: requests wait meanwhile.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The listeners that the new process gets.
+pub struct Listeners {
+    /// Gone when the server no longer accepts connections.
+    pub listener: Weak<TcpListener>,
+    pub admin: StdListener,
+    pub control: Arc<Control>,
+    pub when_primary: Box<dyn Fn() -> Option<Arc<TcpListener>> + Send + Sync>,
+}
+
+/// What is handed over, and the switch that ends this process when it was.
+pub struct Upgrader {
+    pub shards: Arc<Shards>,
+    pub swapper: Arc<Swapper>,
+    pub changes: Arc<ChangeFeed>,
+    /// None where the log is in a database.
+    pub log: Option<Arc<dyn HandOver>>,
+    pub listeners: Listeners,
+    pub successor: Arc<OnceLock<Successor>>,
+    /// Set when another process serves.
+    pub handed_over: watch::Sender<bool>,
+    pub stop: watch::Receiver<bool>,
+    /// Held during an upgrade.
+    pub alone: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// The new process, until it serves or has ended.
+struct NewProcess(Child);
+
+impl NewProcess {
+    /// Starts `binary` with the flags of this process. `channel` becomes its standard input.
+    fn start(binary: &PathBuf, channel: OwnedFd) -> Result<Self> {
+        let mut command = Command::new(binary);
+        command.args(env::args_os().skip(1)).env(VARIABLE, std::process::id().to_string()).stdin(channel);
+        let child = command.spawn().with_context(|| format!("cannot start {}", binary.display()))?;
+        Ok(Self(child))
+    }
+
+    /// Kills it, and waits for its end. It is a child, so its number means no other process before that.
+    fn end(&mut self) -> String {
+        // An error means that it has ended.
+        let _ = self.0.kill();
+        self.0.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
+    }
+}
+
+impl Upgrader {
+    pub fn env(&self) -> &Env {
+        self.shards.env()
+    }
+
+    /// Starts to accept requests for an upgrade: by signal, and, once this process is primary, at the control socket.
+    pub fn start(self: Arc<Self>, mut signal: Listen, followed: Option<Arc<Followed>>) {
+        let Env { tasks, clock, .. } = self.env();
+        let upgrader = Arc::clone(&self);
+        tasks.restart("upgrade signal", clock, move || {
+            let (signal, upgrader) = (signal(), Arc::clone(&upgrader));
+            async move { upgrader.heed(signal?).await }
+        });
+        let upgrader = Arc::clone(&self);
+        tasks.restart("upgrade requests", clock, move || {
+            let (upgrader, followed) = (Arc::clone(&upgrader), followed.clone());
+            async move {
+                if let Some(followed) = followed {
+                    followed.promoted().await;
+                }
+                let control = Arc::clone(&upgrader.listeners.control);
+                control.serve(upgrader).await
+            }
+        });
+    }
+
+    async fn heed(self: Arc<Self>, mut signal: Signal) -> Result<Infallible> {
+        loop {
+            signal.recv().await;
+            // The outcome is logged.
+            let _ = self.upgrade(None, START_TIMEOUT, Actor::cause("SIGUSR2")).await;
+        }
+    }
+
+    /// Replaces this process by `binary`, or by the one at the path that this one was started by. Goes on to its end whether or
+    /// not anybody waits for it. `timeout` is that of the start of the new process.
+    pub async fn upgrade(
+        self: &Arc<Self>,
+        binary: Option<PathBuf>,
+        timeout: Duration,
+        actor: Actor,
+    ) -> Result<Upgraded> {
+        let me = Arc::clone(self);
+        let binary = binary.or_else(|| env::args_os().next().map(PathBuf::from)).context("no binary is known")?;
+        let (done, outcome) = oneshot::channel();
+        self.env().tasks.detach("upgrade", async move {
+            let outcome = match me.alone.try_lock() {
+                Ok(_alone) => me.steps(&binary, timeout).await,
+                Err(_) => Err(anyhow!("another upgrade is in progress")),
+            };
+            let told = outcome.as_ref().map_or_else(|error| format!("{error:#}"), |_| "success".to_owned());
+            audit::log(&actor, "upgrade", binary.display(), &told);
+            match &outcome {
+                Ok(Upgraded { process, pause }) => {
+                    info!(?pause, "process {process} serves in place of this one");
+                    me.handed_over.send_replace(true);
+                }
+                Err(_) => {
+                    warn!("not upgraded, this process serves on: {told}");
+                    if !*me.handed_over.borrow() {
+                        systemd::ready();
+                    }
+                }
+            }
+            // Whoever asked may have left.
+            let _ = done.send(outcome);
+        });
+        outcome.await.context("the upgrade ended half-way")?
+    }
+
+    async fn steps(&self, binary: &PathBuf, timeout: Duration) -> Result<Upgraded> {
+        ensure!(!*self.handed_over.borrow(), "another process serves already; ask again");
+        let log = self.log.as_ref().context(
+            "only a log in files is handed over; with PostgreSQL start the new version with --standby, and stop this server",
+        )?;
+        if let Some(reason) = log.read_only() {
+            bail!("{reason}; restart this server instead");
+        }
+        ensure!(
+            std::process::id() != 1,
+            "this is process 1 of a container, which ends with it; start the new version with --standby on the same data \
+             directory, and stop this server"
+        );
+        let no_swaps = self.swapper.hold().context("a swap is in progress; upgrade when its probation has ended")?;
+        let no_spares = self.shards.make_room(memory::size()).await?;
+
+        let (channel, theirs) = Channel::pair()?;
+        let channel = Arc::new(channel);
+        let mut new = NewProcess::start(binary, theirs)?;
+        let process = new.0.id();
+        info!(process, binary = %binary.display(), "upgrade: the new process is started");
+        systemd::reloading();
+        let mut stop = self.stop.clone();
+        let ready = tokio::select! {
+            ready = self.is_ready(&channel, timeout) => ready,
+            _ = stop.wait_for(|stop| *stop) => Err(anyhow!("this server is stopping")),
+        };
+        if let Err(error) = ready {
+            return Err(error.context(format!("the new process failed, {}", new.end())));
+        }
+
+        let begun = self.env().clock.now();
+        let switched = self.switch(&**log, &channel, &mut new).await;
+        let (paused, successor) = switched.map_err(|error| {
+            // It may have ended already.
+            error.context(format!("the new process failed, {}", new.end()))
+        })?;
+        let pause = self.env().clock.elapsed(begun);
+        // Set once: the next process does the next upgrade.
+        let _ = self.successor.set(successor);
+        paused.hand_over();
+        self.changes.end();
+        // What is handed over takes no swap and builds no spares.
+        std::mem::forget((no_swaps, no_spares));
+        Ok(Upgraded { process, pause })
+    }
+
+    /// Gives the new process the listeners, and waits until it has caught up with the log.
+    async fn is_ready(&self, channel: &Arc<Channel>, timeout: Duration) -> Result<()> {
+        let Listeners { listener, admin, control, when_primary } = &self.listeners;
+        let listener = listener.upgrade().context("this server is stopping")?;
+        let (control, when_primary) = (control.listener(), when_primary());
+        let mut named: Vec<(&str, BorrowedFd<'_>)> = vec![(LISTEN, listener.as_fd()), (ADMIN, admin.as_fd())];
+        named.extend(control.map(|control| (CONTROL, control.as_fd())));
+        named.extend(when_primary.as_ref().map(|when_primary| (WHEN_PRIMARY, when_primary.as_fd())));
+        let (names, descriptors): (Vec<_>, Vec<_>) = named.into_iter().unzip();
+        channel.send(&format!("{PROTOCOL} {}", names.join(" ")), &descriptors)?;
+        expect(channel, READY, timeout).await
+    }
+
+    /// Stops making calls, closes the log, and waits until the new process serves. An error leaves this process serving, and the
+    /// new one ended.
+    async fn switch(
+        &self,
+        log: &dyn HandOver,
+        channel: &Arc<Channel>,
+        new: &mut NewProcess,
+    ) -> Result<(Paused, Successor)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let successor = Successor::connect(ours, &self.env().tasks).await?;
+        let begun = self.env().clock.now();
+        let paused = timeout(PAUSE_TIMEOUT, self.shards.pause()).await.context("a call takes too long")??;
+        let durable = timeout(PAUSE_TIMEOUT, log.watermark().reached(log.appended())).await;
+        match durable.context("the log is not durable in time").and_then(|durable| Ok(durable?)) {
+            Ok(()) => {}
+            Err(error) => {
+                paused.resume();
+                return Err(error);
+            }
+        }
+        let appended = log.appended();
+        // From here on, only this process or the new one may have the log open.
+        let handed = task::block_in_place(|| log.hand_over());
+        let Handed { lock, position } = handed.map_err(|error| fail(log, "closed", error))?;
+        let sent = {
+            let [directory, file] = lock.descriptors();
+            channel.send(&format!("{LOG}{position}"), &[directory, file, theirs.as_fd()])
+        };
+        let serves = match sent {
+            Ok(()) => expect(channel, SERVING, PAUSE_TIMEOUT).await,
+            Err(error) => Err(error.into()),
+        };
+        let Err(error) = serves else { return Ok((paused, successor)) };
+        let status = new.end();
+        warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
+        task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
+        if log.appended() == appended {
+            paused.resume();
+        } else {
+            // The new process has served for a moment.
+            self.changes.dismiss();
+            paused.rebuild();
+        }
+        let took = self.env().clock.elapsed(begun);
+        Err(error.context(format!("no call was made for {took:.0?}")))
+    }
+}
+
+/// Fails the log: this process ends, and the next start recovers.
+fn fail(log: &dyn HandOver, done: &str, error: Error) -> Error {
+    let error = error.context(format!("the log cannot be {done} for an upgrade"));
+    error!("{error:#}");
+    log.watermark().latch(format!("{error:#}"));
+    error
+}
+
+/// Waits for a message of the new process.
+async fn expect(channel: &Arc<Channel>, expected: &'static str, timeout: Duration) -> Result<()> {
+    let channel = Arc::clone(channel);
+    let message = task::spawn_blocking(move || channel.receive(Some(timeout))).await?;
+    match message {
+        Ok(Some(Message { text, .. })) if text == expected => Ok(()),
+        Ok(Some(Message { text, .. })) => bail!("it reports {text:?} in place of {expected:?}"),
+        Ok(None) => bail!("it ended before it reported {expected:?}; its log lines have the reason"),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            bail!("it did not report {expected:?} within {timeout:.0?}")
+        }
+        Err(error) => Err(error.into()),
+    }
+}

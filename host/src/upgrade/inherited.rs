@@ -1,0 +1,111 @@
+//! The new process: what it gets from the one that serves, and when.
+
+use std::env;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use kvs_txlog::file::{Handed, Lock, StandbyLog};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Signal, getpid, getuid, kill_process};
+use tokio::task;
+use tracing::info;
+
+use super::channel::{Channel, Message};
+use super::{ADMIN, CONTROL, LISTEN, LOG, PROTOCOL, READY, SERVING, VARIABLE, WHEN_PRIMARY};
+use crate::follow::Followed;
+
+/// Timeout of the first message, which is sent at once.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Entries that may be missing when the old process is asked for the log: they are applied while no call is made.
+const FEW: u64 = 2_000;
+
+/// Names, for tests, the step at which a new process kills or stops itself: `kill:ready`, `stop:log`.
+const FAILPOINT: &str = "UPGRADE_FAILPOINT";
+
+/// The listeners of the old process, and the channel to it.
+pub struct Inherited {
+    channel: Arc<Channel>,
+    pub listener: Option<TcpListener>,
+    pub admin: Option<TcpListener>,
+    pub control: Option<UnixListener>,
+    pub when_primary: Option<TcpListener>,
+}
+
+impl Inherited {
+    /// Returns what the process that serves gives to this one. None where this one was started by anything else.
+    pub fn receive() -> Result<Option<Self>> {
+        if env::var_os(VARIABLE).is_none() {
+            return Ok(None);
+        }
+        fail_at("start");
+        let from = "the server that is to be upgraded";
+        let socket = io::stdin().as_fd().try_clone_to_owned()?;
+        let peer =
+            socket_peercred(&socket).with_context(|| format!("{VARIABLE} is set, but not by {from}; unset it"))?;
+        ensure!(peer.uid == getuid(), "{from} belongs to another user");
+        let channel = Channel::new(socket);
+        let first = channel.receive(Some(TIMEOUT)).with_context(|| format!("no message from {from}"))?;
+        let Message { text, descriptors } = first.with_context(|| format!("{from} has ended"))?;
+        let Some(names) = text.strip_prefix(PROTOCOL) else {
+            bail!("{from} is of another version: it begins with {text:?}, not with {PROTOCOL:?}; restart it instead");
+        };
+        let mut inherited =
+            Self { channel: Arc::new(channel), listener: None, admin: None, control: None, when_primary: None };
+        for (name, descriptor) in names.split_whitespace().zip(descriptors) {
+            match name {
+                LISTEN => inherited.listener = Some(descriptor.into()),
+                ADMIN => inherited.admin = Some(descriptor.into()),
+                CONTROL => inherited.control = Some(descriptor.into()),
+                WHEN_PRIMARY => inherited.when_primary = Some(descriptor.into()),
+                _ => bail!("{from} gives a listener {name:?} that this version does not know; restart it instead"),
+            }
+        }
+        Ok(Some(inherited))
+    }
+
+    /// Follows the log until this process is primary. Returns the socket at which the old process forwards requests; None if it
+    /// has ended, so that the log was taken over as by any standby.
+    pub async fn take_over(&self, log: &StandbyLog, followed: &Followed) -> Result<Option<UnixStream>> {
+        followed.caught_up(FEW).await;
+        fail_at("ready");
+        self.channel.send(READY, &[]).context("cannot report to the server that is to be upgraded")?;
+        let channel = Arc::clone(&self.channel);
+        let message = task::spawn_blocking(move || channel.receive(None)).await?;
+        let Some(Message { text, descriptors }) = message.context("cannot receive the log")? else {
+            info!("the server that was to be upgraded has ended");
+            followed.promoted().await;
+            return Ok(None);
+        };
+        fail_at("log");
+        let descriptors: Result<[OwnedFd; 3], _> = descriptors.try_into();
+        let (Some(position), Ok([directory, file, socket])) = (text.strip_prefix(LOG), descriptors) else {
+            bail!("the server that is to be upgraded sends {text:?} in place of the log");
+        };
+        log.receive(Handed { lock: Lock::from_descriptors([directory, file]), position: position.to_owned() });
+        followed.promoted().await;
+        fail_at("promoted");
+        Ok(Some(socket.into()))
+    }
+
+    /// Reports that this process serves. An old one that has ended need not know.
+    pub fn serves(&self) {
+        let _ = self.channel.send(SERVING, &[]);
+        fail_at("serving");
+    }
+}
+
+/// Ends or stops this process at the step that a test names.
+fn fail_at(step: &str) {
+    let Ok(failpoint) = env::var(FAILPOINT) else { return };
+    let signal = match failpoint.split_once(':') {
+        Some(("kill", at)) if at == step => Signal::KILL,
+        Some(("stop", at)) if at == step => Signal::STOP,
+        _ => return,
+    };
+    let _ = kill_process(getpid(), signal);
+}
