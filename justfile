@@ -125,6 +125,7 @@ soak: _build (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
+    KVS_TEST_UPGRADES=100 cargo test --release --package kvs-tests --test e2e -- --nocapture upgrade::
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \

@@ -67,7 +67,7 @@ impl<'c> Client<'c> {
         connect(&self.config(), address)
     }
 
-    fn config(&self) -> Arc<ClientConfig> {
+    pub fn config(&self) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.authority.file()).expect("a certificate")).expect("an authority");
         let config = ClientConfig::builder_with_provider(Arc::new(default_provider()));
@@ -90,7 +90,7 @@ impl<'c> Client<'c> {
 }
 
 /// Connections with the same configuration can resume a session.
-fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
+pub fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
     let name = ServerName::try_from("localhost").expect("a name");
     let mut tls = ClientConnection::new(Arc::clone(config), name).expect("a client");
     let mut stream = plain(address)?;

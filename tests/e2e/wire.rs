@@ -216,6 +216,13 @@ impl<S: Read + Write> Connection<S> {
         Ok((length > 0).then_some(chunk))
     }
 
+    /// Reads so many bytes of a body.
+    pub fn try_read_exact(&mut self, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
     /// As `ask`; an error when the connection ended before the whole response arrived.
     pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
         self.try_ask_with(method, path, "", body)

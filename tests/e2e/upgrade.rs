@@ -1,0 +1,430 @@
+//! Upgrades: the process of a server is replaced while clients of every kind use it, and new processes fail at every step.
+
+mod clients;
+
+use std::cell::Cell;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use self::clients::{END, Tally, http1, http2, watch};
+use crate::certificates::{Authority, Kind};
+use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge};
+use crate::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::log::{kvs_at, of_files};
+use crate::postgres::database::Database;
+use crate::server::{PATIENCE, Server, serve, through};
+use crate::tls::Client;
+use crate::unruly::guest;
+use crate::watch::Events;
+use crate::wire::{Connection, Way};
+use crate::zoo;
+
+/// Old processes leave soon, and requests wait for a new one that hangs.
+const ARGS: [&str; 4] = ["--drain-timeout", "2s", "--request-timeout", "60s"];
+
+/// A server whose process is replaced. The last one is killed when this is dropped.
+struct Upgraded {
+    first: Option<Server>,
+    data: TempDir,
+    address: SocketAddr,
+    admin: SocketAddr,
+    process: Cell<i32>,
+}
+
+impl Upgraded {
+    fn start(args: &[&str]) -> Self {
+        Self::start_with(args, |_| {})
+    }
+
+    fn start_with(args: &[&str], prepare: impl FnOnce(&mut Command)) -> Self {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        let mut command = serve(data.path());
+        command.args(ARGS).args(args);
+        prepare(&mut command);
+        let first = Server::spawn(command, TempDir::new().expect("a temporary directory can be made"));
+        let (address, admin, process) = (first.address(), first.admin(), Cell::new(pid(&first)));
+        Self { first: Some(first), data, address, admin, process }
+    }
+
+    fn first(&self) -> &Server {
+        self.first.as_ref().expect("it is there until the end")
+    }
+
+    /// Runs `kvs upgrade`.
+    fn run(&self, args: &[&str]) -> Output {
+        kvs_at(self.data.path()).arg("upgrade").args(args).output().expect("it can be run")
+    }
+
+    /// Upgrades, and returns the time without a call.
+    fn upgrade(&self, args: &[&str]) -> Duration {
+        let output = self.run(args);
+        let (printed, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{told}");
+        let rest = printed.strip_prefix("process ").expect(&printed);
+        let (process, rest) = rest.split_once(" serves; no call was made for ").expect(&printed);
+        let process = process.parse().expect("a number");
+        assert_ne!(self.process.replace(process), process);
+        let milliseconds = rest.trim().strip_suffix("ms").and_then(|number| number.parse().ok());
+        Duration::from_secs_f64(milliseconds.unwrap_or_else(|| panic!("no time: {printed}")) / 1e3)
+    }
+
+    /// Upgrades to a program that must fail, and returns what is told.
+    fn fails(&self, binary: &Path) -> String {
+        let output = self.run(&["--binary", binary.to_str().expect("a path is text")]);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("not upgraded, the server serves on"), "{told}");
+        told
+    }
+
+    /// Ends the serving process in good order.
+    fn terminate(mut self) -> TempDir {
+        let process = Pid::from_raw(self.process.get()).expect("not 0");
+        kill_process(process, Signal::TERM).expect("it runs");
+        let first = self.first.take().expect("it is there until the end");
+        // The end of the last line is that of the last process.
+        first.ends();
+        await_end(self.process.get());
+        std::mem::replace(&mut self.data, TempDir::new().expect("a temporary directory can be made"))
+    }
+}
+
+impl Drop for Upgraded {
+    fn drop(&mut self) {
+        if let Some(process) = Pid::from_raw(self.process.get()) {
+            let _ = kill_process(process, Signal::KILL);
+        }
+    }
+}
+
+fn pid(server: &Server) -> i32 {
+    i32::try_from(server.pid()).expect("a number of a process")
+}
+
+fn await_end(process: i32) {
+    await_some("the end of a process", || {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        (stat.is_empty() || stat.contains(") Z ")).then_some(())
+    });
+}
+
+fn await_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A program in place of the next binary.
+fn program(directory: &TempDir, name: &str, text: &str) -> PathBuf {
+    let path = directory.path().join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("the directory takes a file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    path
+}
+
+/// Runs clients of all kinds, in this way where it is given, while `meanwhile` upgrades the server.
+fn under_load(server: &Upgraded, way: &Way, with_http2: bool, meanwhile: impl FnOnce()) -> Tally {
+    let over = AtomicBool::new(false);
+    let tally = Tally::default();
+    thread::scope(|scope| {
+        let (over, tally, address) = (&over, &tally, server.address);
+        let watching = scope.spawn(move || watch(way, address, over, tally));
+        let mut writing: Vec<_> = (0..4).map(|n| scope.spawn(move || http1(way, address, n, over, tally))).collect();
+        if with_http2 {
+            writing.push(scope.spawn(move || http2(address, over, tally)));
+        }
+        {
+            let _over = SaysOver(over);
+            await_some("the load", || (tally.requests.load(Ordering::Relaxed) > 100).then_some(()));
+            meanwhile();
+        }
+        let written: Vec<_> = writing.into_iter().map(|client| client.join()).collect();
+        let end = way.try_open(address).expect("a connection").ask("PUT", &format!("/v1/{END}"), b"");
+        assert_eq!(end.status, 201);
+        let seen = watching.join().expect("no event is lost");
+        let mut written: Vec<u64> = written.into_iter().flat_map(|client| client.expect("no request fails")).collect();
+        written.sort_unstable();
+        assert_eq!(seen.len(), written.len(), "events and writes");
+        assert!(seen == written, "a watch gets every write once, in order");
+    });
+    tally
+}
+
+fn upgrades_under_load(args: &[&str], way: &Way, with_http2: bool, upgrades: u64) {
+    let server = Upgraded::start(args);
+    let mut pauses = Vec::new();
+    let tally = under_load(&server, way, with_http2, || {
+        for _ in 0..upgrades {
+            pauses.push(server.upgrade(&[]));
+        }
+    });
+    pauses.sort_unstable();
+    let Tally { requests, closed, watches } = &tally;
+    println!(
+        "{upgrades} upgrades, {requests:?} requests, {closed:?} closed connections, {watches:?} watches, {pauses:?}"
+    );
+    assert!(watches.load(Ordering::Relaxed) as u64 > upgrades, "a watch ends with each process");
+    assert_eq!(Connection::open(server.admin).ask("GET", "/livez", b"").status, 200);
+    server.terminate();
+}
+
+#[test]
+fn upgrades_under_load_lose_nothing() {
+    of_files!();
+    upgrades_under_load(&SMALL_SEGMENTS, &Way::default(), true, count("KVS_TEST_UPGRADES", 10));
+}
+
+#[test]
+fn upgrades_with_shards_and_spares_lose_nothing() {
+    of_files!();
+    let args = ["--spare", "--shards", "4"];
+    upgrades_under_load(&args, &Way::default(), true, count("KVS_TEST_UPGRADES", 10).div_ceil(3));
+}
+
+#[test]
+fn upgrades_over_tls_lose_nothing() {
+    of_files!();
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let args = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key];
+    let config = Client::of(&authority).config();
+    let way = Way::new(move |address| Ok(Box::new(crate::tls::connect(&config, address)?)), "");
+    upgrades_under_load(&args, &way, false, count("KVS_TEST_UPGRADES", 10).div_ceil(3));
+}
+
+#[test]
+fn failure_of_new_process_at_each_step_leaves_old_serving() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let kvs = kvs_tests::binary();
+    let server = Upgraded::start(&SMALL_SEGMENTS);
+    under_load(&server, &Way::default(), true, || {
+        for (step, told) in [
+            ("kill:start", "it ended before it reported \"ready\""),
+            ("kill:ready", "it ended before it reported \"ready\""),
+            ("kill:log", "it ended before it reported \"serving\""),
+            ("kill:promoted", "it ended before it reported \"serving\""),
+            ("stop:log", "it did not report \"serving\" within 10s"),
+            ("stop:promoted", "it did not report \"serving\" within 10s"),
+        ] {
+            let binary = program(&programs, "failing", &format!("UPGRADE_FAILPOINT={step} exec {kvs} \"$@\""));
+            let failed = server.fails(&binary);
+            assert!(failed.contains(told), "{step}: {failed}");
+        }
+        let bad_flag = program(&programs, "flag", &format!("exec {kvs} \"$@\" --no-such-flag"));
+        assert!(server.fails(&bad_flag).contains("exit status: 2"));
+        let other = program(&programs, "other", "echo another program; exit 0");
+        assert!(server.fails(&other).contains("it ended before it reported \"ready\""));
+        let trapping =
+            program(&programs, "trapping", &format!("exec {kvs} \"$@\" --guest-config fault=apply-traps {}", guest()));
+        server.fails(&trapping);
+        assert!(server.fails(&programs.path().join("missing")).contains("cannot start"));
+        server.upgrade(&["--binary", kvs]);
+    });
+    server.terminate();
+}
+
+#[test]
+fn signal_upgrades_like_the_command() {
+    of_files!();
+    let server = Upgraded::start(&[]);
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
+    server.first().signal(Signal::USR2);
+    let line = server.first().says("serves in place of this one");
+    let (_, rest) = line.split_once("process ").expect("it is named");
+    server.process.set(rest.split(' ').next().expect("a number").parse().expect("a number"));
+    assert!(server.first().says("audit").contains("SIGUSR2"));
+    assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    server.upgrade(&[]);
+    assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    server.terminate();
+}
+
+#[test]
+fn open_connections_are_served_until_their_next_response() {
+    of_files!();
+    let server = Upgraded::start(&[]);
+    let mut idle = Connection::open(server.address);
+    assert_eq!(idle.ask("PUT", "/v1/a", b"1").status, 201);
+    let mut head = Connection::open(server.address);
+    assert_eq!(head.ask("GET", "/v1/a", b"").status, 200);
+    let mut admin = Connection::open(server.admin);
+    assert_eq!(admin.ask("GET", "/livez", b"").status, 200);
+    let fresh = Connection::open(server.address);
+    let mut events =
+        Events::over(Connection::open(server.address), "/v1?watch", &[]).expect("answered").expect("events");
+    let mut poll = Connection::open(server.address);
+    let etag = [("if-none-match", "\"1\""), ("prefer", "wait=60")];
+    thread::scope(|scope| {
+        let polling = scope.spawn(move || poll.ask_with("GET", "/v1/a", &etag, b"").status);
+        server.upgrade(&[]);
+        assert_eq!(polling.join().expect("it is answered"), 304, "a long poll ends as at a stop");
+    });
+    assert_eq!(events.next(), None, "a watch ends after a whole event");
+    let mut watch = Connection::open(server.address);
+    assert_eq!(watch.ask("PUT", "/v1/b", b"2").status, 201);
+    // Read from the new process, by the old one.
+    let answer = idle.ask("GET", "/v1/b", b"");
+    assert_eq!((answer.status, answer.text(), answer.header("connection")), (200, "2", Some("close")));
+    assert_eq!(idle.end(), "");
+    let answer = head.ask("HEAD", "/v1/b", b"");
+    assert_eq!((answer.status, answer.header("content-length")), (200, Some("1")));
+    let mut fresh = fresh;
+    assert_eq!(fresh.ask("GET", "/v1/none", b"").status, 404);
+    assert_eq!(admin.end(), "", "an idle connection of the admin listener is closed");
+    server.terminate();
+}
+
+#[test]
+fn death_of_old_process_during_upgrade_is_a_takeover() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let kvs = kvs_tests::binary();
+    let script = format!(
+        "echo $$ > {}/pid; UPGRADE_FAILPOINT=stop:ready exec {} \"$@\"",
+        programs.path().display(),
+        kvs.display()
+    );
+    let binary = program(&programs, "stopped", &script);
+    let server = Upgraded::start(&[]);
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| server.run(&["--binary", binary.to_str().expect("a path is text")]));
+        let process: i32 = await_some("the new process", || {
+            let process: i32 = fs::read_to_string(programs.path().join("pid")).ok()?.trim().parse().ok()?;
+            let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+            stat.contains(") T ").then_some(process)
+        });
+        server.first().signal(Signal::KILL);
+        assert!(!upgrade.join().expect("it ends").status.success());
+        server.process.set(process);
+        kill_process(Pid::from_raw(process).expect("not 0"), Signal::CONT).expect("it is there");
+        assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    });
+    server.upgrade(&[]);
+    assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    server.terminate();
+}
+
+#[test]
+fn upgrade_is_refused_where_it_cannot_be() {
+    of_files!();
+    let empty = TempDir::new().expect("a temporary directory can be made");
+    let output = kvs_at(empty.path()).arg("upgrade").output().expect("it can be run");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no server can be reached in"));
+    let server = Upgraded::start(&["--probation", "60s"]);
+    let swapped = Connection::open(server.admin);
+    thread::scope(|scope| {
+        let mut swapped = swapped;
+        scope.spawn(move || swapped.ask("PUT", "/guest", &crate::swap::copy_of(crate::components::DEFAULT_GUEST)));
+        server.first().says("another guest serves, on probation");
+        assert!(server.fails(Path::new(kvs_tests::binary())).contains("a swap is in progress"));
+        assert_eq!(Connection::open(server.admin).ask("DELETE", "/guest?rollback", b"").status / 100, 2);
+    });
+    server.terminate();
+}
+
+/// Clients record what they see, over upgrades of the process.
+#[test]
+fn history_over_upgrades_is_linearizable() {
+    of_files!();
+    let mut rng = zoo::dice();
+    let histories = count("KVS_TEST_HISTORIES", 40).div_ceil(2);
+    let server = Upgraded::start(&SMALL_SEGMENTS);
+    let (mut upgrades, mut operations) = (0, 0);
+    for round in 0..histories.div_ceil(AT_ONCE) {
+        let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
+        let stage = Stage::default();
+        stage.set(Some(server.address));
+        let all = names.len() as u64 * OPERATIONS;
+        let (judged, ()) = judge(&stage, &names, &mut rng, |_| {
+            for moment in 1..4 {
+                stage.wait_for(all * moment / 5);
+                server.upgrade(&[]);
+                upgrades += 1;
+            }
+        });
+        assert_eq!(judged.unknown, 0, "no outcome is unknown");
+        operations += judged.operations as u64;
+    }
+    println!("{histories} histories of {operations} operations over {upgrades} upgrades");
+    assert_eq!(operations, histories * OPERATIONS);
+    server.terminate();
+}
+
+#[test]
+fn service_manager_gets_state_and_main_process() {
+    of_files!();
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let manager = UnixDatagram::bind(directory.path().join("notify")).expect("it can be bound");
+    manager.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
+    let told = || {
+        let mut bytes = [0; 512];
+        let length = manager.recv(&mut bytes).expect("something is reported");
+        String::from_utf8_lossy(&bytes[..length]).into_owned()
+    };
+    let notify = directory.path().join("notify");
+    let server = Upgraded::start_with(&[], |command| {
+        command.env("NOTIFY_SOCKET", &notify);
+    });
+    let ready = |process: i32| format!("READY=1\nMAINPID={process}\n");
+    assert_eq!(told(), ready(server.process.get()));
+    let other = program(&directory, "other", "exit 1");
+    server.fails(&other);
+    assert!(told().starts_with("RELOADING=1\nMONOTONIC_USEC="));
+    assert_eq!(told(), ready(server.process.get()));
+    server.upgrade(&[]);
+    assert!(told().starts_with("RELOADING=1\n"));
+    assert_eq!(told(), ready(server.process.get()));
+    server.terminate();
+    assert_eq!(told(), "STOPPING=1\n");
+}
+
+#[test]
+fn socket_activation_gives_both_listeners() {
+    of_files!();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let admin = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let (address, admin_address) = (listener.local_addr().expect("bound"), admin.local_addr().expect("bound"));
+    // Clients connect before the server is there.
+    let mut client = Connection::open(address);
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let served = serve(data.path());
+    let mut command = through("/bin/sh", &served);
+    command.args(["-c", "export LISTEN_PID=$$ LISTEN_FDS=2; exec \"$@\" 3<&0 4<&1 </dev/null >/dev/null", "sh"]);
+    command.arg(served.get_program()).args(served.get_args());
+    command.stdin(OwnedFd::from(listener)).stdout(OwnedFd::from(admin));
+    let server = Server::spawn(command, data);
+    assert_eq!((server.address(), server.admin()), (address, admin_address));
+    assert_eq!(client.ask("PUT", "/v1/a", b"1").status, 201);
+    assert_eq!(Connection::open(admin_address).ask("GET", "/readyz", b"").status, 200);
+    server.terminate();
+    assert!(Connection::try_open(address).is_err(), "the listener is closed");
+}
+
+#[test]
+fn log_in_database_is_handed_over_by_standby_only() {
+    of_files!();
+    let database = Database::start();
+    let server = crate::postgres::start(&database.url());
+    let output = kvs_at(server.data()).arg("upgrade").output().expect("it can be run");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("with PostgreSQL start the new version with --standby"), "{told}");
+    server.terminate();
+}
