@@ -12,6 +12,7 @@ mod modify;
 pub mod number;
 mod operation;
 mod order;
+pub mod own;
 mod prefix;
 mod range;
 pub mod rest;
