@@ -11,6 +11,7 @@ pub use kvs_tests::built;
 use kvs_tests::{succeeds, target_dir};
 use tempfile::TempDir;
 
+use crate::pages::run_in;
 use crate::server::{Process, Server, serve};
 use crate::swap::{component, serving, swaps, under_load};
 use crate::wire::Connection;
@@ -251,6 +252,16 @@ fn project(name: &str) -> PathBuf {
     copy(Path::new(kvs_tests::ROOT), &project);
     symlink(target_dir(), project.join("target")).expect("the directory takes a link");
     project
+}
+
+#[test]
+fn tutorial() {
+    run_in("docs/guest-tutorial.md", &project("tutorial"));
+}
+
+#[test]
+fn lock_service_page() {
+    run_in("docs/locks.md", &project("locks"));
 }
 
 #[test]
