@@ -18,7 +18,10 @@ FROM tools AS dependencies
 COPY Cargo.toml Cargo.lock ./
 COPY guest/counters/Cargo.toml guest/counters/
 COPY guest/default/Cargo.toml guest/default/
+COPY guest/extension/Cargo.toml guest/extension/
+COPY guest/kit/Cargo.toml guest/kit/
 COPY guest/kvs/Cargo.toml guest/kvs/
+COPY guest/locks/Cargo.toml guest/locks/
 COPY guest/schema/Cargo.toml guest/schema/
 COPY guest/template/Cargo.toml guest/template/
 COPY host/Cargo.toml host/

@@ -77,13 +77,14 @@ _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_p
     PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
 
-# Create a guest, guest/NAME, from the template, a store in one file
+# Create a guest, guest/NAME: a store of its own in one file, or with `--on default` the default store with a route more
 [group('guests')]
-new-guest NAME:
+new-guest NAME *BASE:
     @[[ "{{ NAME }}" =~ ^[a-z][a-z0-9-]*$ ]] || { echo "the name of a guest consists of lower-case letters, digits and -: just new-guest my-store" >&2; exit 1; }
     @[ ! -e "guest/{{ NAME }}" ] || { echo "guest/{{ NAME }} exists already; choose another name" >&2; exit 1; }
-    @cp -r guest/template "guest/{{ NAME }}"
-    @sed -i 's/template/{{ NAME }}/g' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
+    @[[ "{{ BASE }}" =~ ^(--on\ default)?$ ]] || { echo "{{ BASE }} is unknown: just new-guest {{ NAME }}, or just new-guest {{ NAME }} --on default" >&2; exit 1; }
+    @cp -r guest/{{ if BASE == "" { "template" } else { "extension" } }} "guest/{{ NAME }}"
+    @sed -i -E 's/(template|extension)(-guest)?"/{{ NAME }}\2"/' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
     @echo "created guest/{{ NAME }}/src/lib.rs; test and build it with: just guest {{ NAME }}"
 
 # Test a guest in Rust, guest/NAME, and build it as a component: target/guests/NAME.wasm

@@ -16,6 +16,8 @@ const COMPILED: &str = "COMPILED_GUEST";
 fn main() {
     for path in [
         "guest/default",
+        "guest/kit/Cargo.toml",
+        "guest/kit/src",
         "guest/kvs/Cargo.toml",
         "guest/kvs/openapi.json",
         "guest/kvs/src",

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
@@ -11,6 +11,7 @@ pub use kvs_tests::built;
 use kvs_tests::{succeeds, target_dir};
 use tempfile::TempDir;
 
+use crate::pages::run_in;
 use crate::server::{Process, Server, serve};
 use crate::swap::{component, serving, swaps, under_load};
 use crate::wire::Connection;
@@ -54,7 +55,7 @@ fn counters_add_and_share_values_with_the_built_in_guest() {
     let counted = client.ask("PATCH", "/v1/visits", b"+1");
     assert_eq!((counted.status, counted.text(), counted.etag()), (200, "42", Some(3)));
     assert_eq!(client.ask("PATCH", "/v1/key/a/new/one", b"-7\n").text(), "-7");
-    client.ask("PATCH", "/v1/name", b"+1").says(409, "the value is no number, so that nothing can be added");
+    client.ask("PATCH", "/v1/name", b"+1").says(409, "the value is not a 64-bit signed integer in decimal text");
     client.ask("PATCH", "/v1/visits", b"lots").says(422, "the body is no number with a sign: +1, -5");
     client.ask("PATCH", "/v1/a/b", b"+1");
     assert_eq!(client.ask("POST", "/v1/visits", b"").header("allow"), Some("GET, HEAD, PUT, POST, DELETE, PATCH"));
@@ -244,14 +245,42 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-#[test]
-fn new_guest_builds_passes_its_test_and_serves() {
-    // Always the same place, so that nothing is built again that is as it was.
-    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-guest");
+/// A copy of the project, always in the same place, so that nothing is built again that is as it was.
+fn project(name: &str) -> PathBuf {
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let _ = fs::remove_dir_all(&project);
     copy(Path::new(kvs_tests::ROOT), &project);
     symlink(target_dir(), project.join("target")).expect("the directory takes a link");
+    project
+}
 
+#[test]
+fn tutorial() {
+    run_in("docs/guest-tutorial.md", &project("tutorial"));
+}
+
+#[test]
+fn lock_service_page() {
+    run_in("docs/locks.md", &project("locks"));
+}
+
+#[test]
+fn guest_on_the_default_one_builds_and_serves() {
+    let project = project("new-extension");
+    just(&project, &["new-guest", "long-book", "--on", "default"]);
+    just(&project, &["guest", "long-book"]);
+    let server = Server::start(&[project.join("target/guests/long-book.wasm").to_str().expect("the path is text")]);
+    assert!(server.says("serving on").contains("long-book"));
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/key/a/b", b"value").status, 201);
+    assert_eq!(client.ask("GET", "/length/a%2Fb", b"").text(), "5");
+    client.ask("GET", "/length/b", b"").says(404, "no such key");
+    assert_eq!(client.ask("GET", "/v1?count=true", b"").text(), r#"{"count":1}"#);
+}
+
+#[test]
+fn new_guest_builds_passes_its_test_and_serves() {
+    let project = project("new-guest");
     just(&project, &["new-guest", "note-book"]);
     just(&project, &["guest", "note-book"]);
     let server = Server::start(&[project.join("target/guests/note-book.wasm").to_str().expect("the path is text")]);
@@ -262,11 +291,15 @@ fn new_guest_builds_passes_its_test_and_serves() {
     let server = server.terminate().restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
 
-    for (name, why) in
-        [("note-book", "exists already"), ("Note_Book", "lower-case letters"), ("../x", "lower-case letters")]
-    {
-        let again = Command::new("just").current_dir(&project).args(["new-guest", name]).output().expect("just starts");
+    for (arguments, why) in [
+        (&["note-book"][..], "exists already"),
+        (&["Note_Book"], "lower-case letters"),
+        (&["../x"], "lower-case letters"),
+        (&["x", "--on", "kvs"], "is unknown"),
+    ] {
+        let again = Command::new("just").current_dir(&project).arg("new-guest").args(arguments).output();
+        let again = again.expect("just starts");
         let said = String::from_utf8_lossy(&again.stderr);
-        assert!(!again.status.success() && said.contains(why), "{name}: {said}");
+        assert!(!again.status.success() && said.contains(why), "{arguments:?}: {said}");
     }
 }

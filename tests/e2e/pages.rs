@@ -1,7 +1,7 @@
 //! Console sessions of README.md and the book: what the pages show is what a reader gets.
 //!
 //! A session is all `console` blocks of a page. A line after `$ ` is a command, which continues on the next line while a quote
-//! is open; the lines after it are its output, with `…` for anything.
+//! is open; the lines after it are its output, with `…` for anything. A block in `rust FILE` is what the reader writes to the file.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,15 +13,27 @@ use crate::server::Server;
 
 /// Separates the outputs of commands.
 const END: &str = "-- end of the output of a command --";
+const END_OF_FILE: &str = "end of the file";
 /// The address of the server, as the pages have it.
 const LISTEN: &str = "127.0.0.1:8080";
 
 /// Returns the commands of a page and their expected outputs.
 fn session(page: &str) -> Vec<(String, String)> {
-    let (mut all, mut fence) = (Vec::<(String, String)>::new(), None);
+    let (mut all, mut fence) = (Vec::<(String, String)>::new(), None::<&str>);
     for line in page.lines() {
+        let file = fence.and_then(|fence| fence.strip_prefix("rust "));
         if let Some(language) = line.strip_prefix("```") {
+            if let (Some(_), Some((command, _))) = (file, all.last_mut()) {
+                *command += &format!("{END_OF_FILE}\n");
+            }
             fence = if fence.is_some() { None } else { Some(language) };
+            if let Some(file) = fence.and_then(|fence| fence.strip_prefix("rust ")) {
+                all.push((format!("cat > {file} <<'{END_OF_FILE}'\n"), String::new()));
+            }
+            continue;
+        }
+        if let (Some(_), Some((command, _))) = (file, all.last_mut()) {
+            *command += &format!("{line}\n");
             continue;
         }
         if fence != Some("console") {
@@ -56,12 +68,17 @@ fn is_like(output: &str, expected: &str) -> bool {
 }
 
 fn run(page: &str) {
+    let here = TempDir::new().expect("a temporary directory can be created");
+    run_in(page, here.path());
+}
+
+/// Runs the session of a page in a directory.
+pub fn run_in(page: &str, here: &Path) {
     let path = Path::new(ROOT).join(page);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{page}: {error}"));
     let session = session(&text);
     assert!(!session.is_empty(), "{page} has no console session");
     let server = Server::start(&[]);
-    let here = TempDir::new().expect("a temporary directory can be created");
     let mut script = "exec 2>&1; curl() { command curl --silent --max-time 60 --noproxy '*' \"$@\"; }\n".to_owned();
     for (command, _) in &session {
         script += &format!("{command}echo '{END}'\n");
@@ -72,7 +89,8 @@ fn run(page: &str) {
         .arg(script.replace(LISTEN, &server.address().to_string()))
         .env("PATH", format!("{binaries}:{}", std::env::var("PATH").expect("PATH is set")))
         .env("KVS_URL", server.url(""))
-        .current_dir(&here)
+        .env("KVS_ADMIN", server.admin().to_string())
+        .current_dir(here)
         .stdin(Stdio::null())
         .output()
         .expect("bash is installed");
@@ -102,4 +120,5 @@ pages! {
     transactions: "docs/transactions.md",
     watches: "docs/watches.md",
     client: "docs/client.md",
+    recipes: "docs/recipes.md",
 }

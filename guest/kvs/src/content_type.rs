@@ -8,8 +8,7 @@ use thiserror::Error;
 use crate::item::Item;
 use crate::kvs::store::http::Header;
 
-/// The header, and the metadata that keeps it.
-pub const NAME: &str = "content-type";
+pub use crate::answer::CONTENT_TYPE as NAME;
 
 /// What a value has when its writer named nothing else.
 const DEFAULT: &str = "application/octet-stream";

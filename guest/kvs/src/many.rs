@@ -176,7 +176,7 @@ mod tests {
         let store = |key: &str, size| {
             let put = Put { key: key.to_owned(), value: vec![b'x'; size], metadata: vec![], expires_at_ms: None };
             let mut store = Store::default();
-            store.apply(1, &Event::Put(put));
+            store.replace(1, &Event::Put(put));
             store
         };
         let most = handle(&mut store("a", MAX_VALUE_BYTES), ask("key=a"), unasked);

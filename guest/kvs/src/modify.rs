@@ -5,7 +5,9 @@
 
 use std::borrow::Cow;
 
-use crate::answer::{Host, NO_SUCH_KEY, header, line, not_stored, problem};
+use kvs_kit::state::Logged;
+
+use crate::answer::{NO_SUCH_KEY, header, line, problem};
 use crate::content_type;
 use crate::item::Item;
 use crate::kvs::store::http::{Request, Response};
@@ -33,7 +35,7 @@ pub fn is_wanted(query: &str) -> bool {
     query::has(query, "op")
 }
 
-pub fn post(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request, host: &mut impl Host) -> Response {
+pub fn post(store: &mut Logged<'_, Store>, key: Cow<'_, str>, query: &str, request: &Request) -> Response {
     let change = match change(query, request.time_ms) {
         Ok(change) => change,
         Err(bad) => return line(400, &bad),
@@ -50,7 +52,7 @@ pub fn post(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request
     let (value, expires, body) = match change {
         Change::Add { delta, expires } => match number::add(item.map(Item::value), delta) {
             Ok(sum) => (sum.clone().into_bytes(), expires.or_else(|| item.and_then(Item::expires)), sum.into_bytes()),
-            Err(error) => return Response { read_sequence, ..problem(409, error.code(), &error.to_string()) },
+            Err(error) => return Response { read_sequence, ..error.into() },
         },
         Change::Touch { expires } => match item {
             Some(item) => (item.value().to_vec(), Some(expires), Vec::new()),
@@ -59,7 +61,7 @@ pub fn post(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request
     };
     let metadata = item.map(Item::owned_metadata).unwrap_or_default();
     let event = Event::Put(Put { key: key.into_owned(), value, metadata, expires_at_ms: expires });
-    match write(store, event, host) {
+    match write(store, event) {
         Ok((sequence, _)) => {
             let mut headers = Vec::new();
             if !body.is_empty() {
@@ -68,7 +70,7 @@ pub fn post(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request
             caching(sequence, expires, &mut headers);
             Response { status: 200, headers, body, read_sequence: Some(sequence) }
         }
-        Err(error) => not_stored(error),
+        Err(error) => error.into(),
     }
 }
 
@@ -111,7 +113,7 @@ mod tests {
         let metadata = vec![("content-type".to_owned(), "text/html".to_owned())];
         let put = Put { key: "a".to_owned(), value: value.into(), metadata, expires_at_ms: Some(NOW + 5) };
         let mut store = Store::default();
-        store.apply(7, &Event::Put(put));
+        store.replace(7, &Event::Put(put));
         store
     }
 

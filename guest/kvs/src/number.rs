@@ -2,7 +2,10 @@
 //!
 //! Must never know: the key that a number is at, or what becomes of it.
 
+use kvs_kit::Response;
 use thiserror::Error;
+
+use crate::answer::problem;
 
 /// Reason why a number cannot be added to a value.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -20,6 +23,12 @@ impl AddError {
             Self::NotANumber => "not_a_number",
             Self::OutOfRange => "number_out_of_range",
         }
+    }
+}
+
+impl From<AddError> for Response {
+    fn from(error: AddError) -> Self {
+        problem(409, error.code(), &error.to_string())
     }
 }
 

@@ -87,7 +87,8 @@ pub fn operations(body: &[u8], now: u64) -> Result<Vec<(String, Operation)>, Ref
         let length = body.len();
         return Err((413, format!("the transaction is {length} bytes, at most {MAX_BYTES} are allowed")));
     }
-    let Transaction(sents) = serde_json::from_slice(body).map_err(|error| (400, printable(&error)))?;
+    let Transaction(sents) =
+        serde_json::from_slice(body).map_err(|error| (400, text::printable(&error.to_string(), ECHOED_CHARACTERS)))?;
     let operation =
         |(at, sent): (usize, Sent)| operation(sent, now).map_err(|reason| (400, format!("operation {at}: {reason}")));
     sents.into_iter().enumerate().map(operation).collect()
@@ -233,9 +234,4 @@ impl<'de> Deserialize<'de> for Object {
         }
         operation.deserialize_map(Fields)
     }
-}
-
-/// What a parser says, which repeats what was sent, as a line.
-fn printable(error: &serde_json::Error) -> String {
-    error.to_string().chars().filter(|character| !character.is_control()).take(ECHOED_CHARACTERS).collect()
 }

@@ -3,9 +3,10 @@
 //! Owns: what a page deletes, in one group of the log, and where the next one goes on. With several instances each deletes a
 //! page of its own keys. Must never know: how items are kept.
 
+use kvs_kit::state::Logged;
 use serde::{Deserialize, Serialize};
 
-use crate::answer::{Host, json, line, not_stored};
+use crate::answer::{json, line};
 use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::Event;
 use crate::list::{self, Asked, Page, disagreement, parsed, position};
@@ -24,19 +25,17 @@ struct Deleted {
     cursor: Option<String>,
 }
 
-pub fn delete(store: &mut Store, query: &str, request: &Request, host: &mut impl Host) -> Response {
+pub fn delete(store: &mut Logged<'_, Store>, query: &str, request: &Request) -> Response {
     let asked = match asked(query) {
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
     };
     let Page { keys, cursor, .. } = list::page(&store.in_order(), &asked, request.time_ms);
     let events: Vec<_> = keys.into_iter().map(|entry| Event::Delete(entry.key)).collect();
-    if !events.is_empty() {
-        let first = match host.append(&events) {
-            Ok(first) => first,
-            Err(error) => return not_stored(error),
-        };
-        (first..).zip(&events).for_each(|(sequence, event)| store.apply(sequence, event));
+    if !events.is_empty()
+        && let Err(error) = store.append(&events)
+    {
+        return error.into();
     }
     json(&Deleted { deleted: events.len(), complete: cursor.is_none(), cursor })
 }
@@ -70,7 +69,7 @@ mod tests {
         for (sequence, key) in (1..).zip(keys) {
             let expires_at_ms = key.starts_with("a/old").then_some(NOW);
             let put = Put { key: (*key).to_owned(), value: b"value".into(), metadata: vec![], expires_at_ms };
-            store.apply(sequence, &Event::Put(put));
+            store.replace(sequence, &Event::Put(put));
         }
         store
     }

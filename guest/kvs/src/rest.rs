@@ -6,10 +6,13 @@
 
 use std::borrow::Cow;
 
-use crate::answer::{Host, NO_STATE, header, line, problem, with};
+use kvs_kit::Target;
+use kvs_kit::path::split;
+use kvs_kit::state::Logged;
+
+use crate::answer::{NO_STATE, cross_shard, header, line, not_allowed, with};
 use crate::conditions::{self, IF_MATCH, IF_NONE_MATCH};
 use crate::content_type;
-use crate::exports::kvs::store::sharding::Target;
 use crate::key::{self, NoKey};
 use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
@@ -51,39 +54,36 @@ pub fn handle(
     request: Request,
     mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
 ) -> Response {
-    respond(store, request, &mut append)
+    respond(&mut Logged::new(store, &mut append), request)
 }
 
 /// Answers a request. Changes the store only when the host has taken the change into the log.
-pub fn respond(store: &mut Store, mut request: Request, host: &mut impl Host) -> Response {
+pub fn respond(store: &mut Logged<'_, Store>, mut request: Request) -> Response {
     let target = std::mem::take(&mut request.target);
     let (path, query) = split(&target);
     let resource = match resource(path) {
         Ok(resource) => resource,
-        Err(no_key @ (NoKey::UnknownPath | NoKey::RawSlash)) => {
-            return problem(404, "unknown_path", &no_key.to_string());
-        }
-        Err(no_key) => return line(400, &no_key.to_string()),
+        Err(no_key) => return no_key.into(),
     };
     match (request.method.as_str(), resource) {
-        ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request, host),
-        ("PUT", Resource::Key(key)) => write::put(store, key, query, request, host),
-        ("DELETE", Resource::Key(key)) => write::delete(store, key, query, &request, host),
-        ("POST", Resource::Key(key)) if modify::is_wanted(query) => modify::post(store, key, query, &request, host),
+        ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request),
+        ("PUT", Resource::Key(key)) => write::put(store, key, query, request),
+        ("DELETE", Resource::Key(key)) => write::delete(store, key, query, &request),
+        ("POST", Resource::Key(key)) if modify::is_wanted(query) => modify::post(store, key, query, &request),
         ("POST", Resource::Key(_)) => {
             let reason = "POST of a key needs the query parameter `op`: add or touch";
             with(line(405, reason), header("allow", KEY_METHODS))
         }
         (_, Resource::Key(_)) => not_allowed("a key has", KEY_METHODS),
-        ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(query, &request, host),
+        ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(store, query, &request),
         ("GET" | "HEAD", Resource::AllKeys) if many::is_wanted(query) => many::get(store, query, &request),
         ("QUERY", Resource::AllKeys) => many::get(store, query, &request),
         ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time_ms),
         ("POST" | "DELETE", Resource::AllKeys) if conditions::are_in(&request.headers) => {
             line(400, "if-match and if-none-match go with requests of one key; a transaction has the operation `check`")
         }
-        ("POST", Resource::AllKeys) => transaction::post(store, query, request, |events| host.append(events)),
-        ("DELETE", Resource::AllKeys) => prefix::delete(store, query, &request, host),
+        ("POST", Resource::AllKeys) => transaction::post(store, query, request),
+        ("DELETE", Resource::AllKeys) => prefix::delete(store, query, &request),
         (_, Resource::AllKeys) => not_allowed("the list of keys has", "GET, HEAD, QUERY, POST, DELETE"),
         ("GET" | "HEAD", Resource::Description) => describe(query),
         (_, Resource::Description) => not_allowed("this document has", "GET, HEAD"),
@@ -96,11 +96,6 @@ fn resource(path: &str) -> Result<Resource<'_>, NoKey> {
         "/openapi.json" => Ok(Resource::Description),
         path => key::in_path(path).map(Resource::Key),
     }
-}
-
-fn not_allowed(what_has: &str, methods: &str) -> Response {
-    let (others, last) = methods.rsplit_once(", ").unwrap_or_default();
-    with(line(405, &format!("{what_has} {others} and {last}")), header("allow", methods))
 }
 
 fn describe(query: &str) -> Response {
@@ -127,7 +122,7 @@ pub fn route(method: &str, target: &str) -> Target {
 /// One response of those of all instances; none came when the keys of a transaction lie in several.
 pub fn merge(request: &Request, mut responses: Vec<Response>) -> Response {
     if responses.is_empty() {
-        return transaction::scattered();
+        return cross_shard();
     }
     if let Some(refused) = responses.iter().position(|response| response.status != 200) {
         return responses.swap_remove(refused);
@@ -138,15 +133,6 @@ pub fn merge(request: &Request, mut responses: Vec<Response>) -> Response {
         "QUERY" => many::merge(&responses),
         _ if many::is_wanted(query) => many::merge(&responses),
         _ => list::merge(query, &responses),
-    }
-}
-
-/// Path and query.
-fn split(target: &str) -> (&str, &str) {
-    // A target is short, and a loop over its bytes takes a third of what `split_once` does.
-    match target.bytes().position(|byte| byte == b'?') {
-        Some(end) => (&target[..end], &target[end + 1..]),
-        None => (target, ""),
     }
 }
 

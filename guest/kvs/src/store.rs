@@ -7,7 +7,8 @@
 use std::collections::BTreeMap;
 use std::{mem, slice};
 
-use crate::exports::kvs::store::lifecycle::Batch;
+use kvs_kit::state::{Entry, Logged, State, Statistics, Value};
+
 use crate::item::Item;
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::order::{Order, Place};
@@ -53,18 +54,12 @@ impl Store {
         }
     }
 
-    /// The store for those who read in order.
-    pub fn in_order(&mut self) -> InOrder<'_> {
-        self.settle();
+    /// The store, which has settled, for those who read in order.
+    pub fn in_order(&self) -> InOrder<'_> {
         InOrder(self)
     }
 
-    /// Takes in what was just appended.
-    pub fn apply(&mut self, sequence: u64, event: &Event) {
-        self.replace(sequence, event);
-    }
-
-    /// As `apply`. Returns the item that was at the key before.
+    /// Takes in what was just appended. Returns the item that was at the key before.
     pub fn replace(&mut self, sequence: u64, event: &Event) -> Option<Item> {
         let before = match event {
             Event::Put(put) => self.take_in(Item::new(sequence, put)),
@@ -72,21 +67,6 @@ impl Store {
         };
         self.settle();
         before
-    }
-
-    /// Takes in what entries did, in the order of the log. Puts off some work, which is less for many at once.
-    pub fn replay(&mut self, batch: &Batch) {
-        let mut rest = &batch.bytes[..];
-        for entry in &batch.entries {
-            let key = take(&mut rest, entry.key_bytes);
-            let Some(put) = &entry.put else {
-                self.take_away(entry.sequence, key);
-                continue;
-            };
-            let value = take(&mut rest, put.value_bytes);
-            let metadata = put.metadata.map_or(&[][..], |index| &batch.metadata[index as usize]);
-            self.take_in(Item::of(entry.sequence, key, value, metadata, put.expires_at_ms));
-        }
     }
 
     fn take_in(&mut self, item: Item) -> Option<Item> {
@@ -104,18 +84,6 @@ impl Store {
         self.forget(&before);
         self.newest_delete = sequence;
         Some(before)
-    }
-
-    /// Does what was put off.
-    pub fn settle(&mut self) {
-        let slots = self.ordered..self.slots.len();
-        if slots.is_empty() {
-            return;
-        }
-        self.ordered = slots.end;
-        let key = |slot: u32| self.slots[slot as usize].key();
-        let filled = slots.filter(|slot| !self.slots[*slot].is_none()).map(|slot| slot as u32);
-        self.order.insert_all(filled.collect(), key);
     }
 
     fn slot(&self, key: &[u8]) -> Option<u32> {
@@ -163,36 +131,6 @@ impl Store {
         }
     }
 
-    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns the time
-    /// at which the next expires; `now` when there are more than one tick deletes.
-    ///
-    /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
-    /// up the others. Readers miss an expired key whether it is deleted or not.
-    pub fn tick(&mut self, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) -> Option<u64> {
-        let expired = self.expiries.range(..=(now, u64::MAX)).take(DELETES_PER_TICK);
-        let key = |slot: u32| String::from_utf8_lossy(self.slots[slot as usize].key()).into_owned();
-        let deletes: Vec<Event> = expired.map(|(_, slot)| Event::Delete(key(*slot))).collect();
-        let mut deleted = 0;
-        for delete in &deletes {
-            match append(slice::from_ref(delete)) {
-                Ok(sequence) => {
-                    self.apply(sequence, delete);
-                    deleted += 1;
-                }
-                Err(AppendError::TooLarge(_) | AppendError::InvalidKey) => {}
-                Err(AppendError::InsufficientStorage | AppendError::Unavailable | AppendError::ReadOnly) => {
-                    return None;
-                }
-            }
-        }
-        // Were none deleted, the next tick would not get further.
-        if deletes.len() == DELETES_PER_TICK && deleted > 0 {
-            return Some(now);
-        }
-        let (next, _) = self.expiries.range((now.saturating_add(1), 0)..).next()?.0;
-        Some(*next.max(&now.saturating_add(EXPIRY_PAUSE_MS)))
-    }
-
     /// How many keys are held, with those that have expired and wait for a tick.
     pub fn keys(&self) -> u64 {
         (self.slots.len() - self.free.len()) as u64
@@ -204,11 +142,60 @@ impl Store {
     }
 }
 
-/// The next bytes of a batch.
-fn take<'b>(rest: &mut &'b [u8], length: u32) -> &'b [u8] {
-    let (taken, after) = rest.split_at(length as usize);
-    *rest = after;
-    taken
+impl State for Store {
+    fn apply(&mut self, Entry { sequence, key, put }: Entry<'_>) {
+        match put {
+            Some(Value { bytes, metadata, expires_at_ms }) => {
+                self.take_in(Item::of(sequence, key, bytes, metadata, expires_at_ms));
+            }
+            None => {
+                self.take_away(sequence, key);
+            }
+        }
+    }
+
+    /// Puts what came since the last time in order.
+    fn settle(&mut self) {
+        let slots = self.ordered..self.slots.len();
+        if slots.is_empty() {
+            return;
+        }
+        self.ordered = slots.end;
+        let key = |slot: u32| self.slots[slot as usize].key();
+        let filled = slots.filter(|slot| !self.slots[*slot].is_none()).map(|slot| slot as u32);
+        self.order.insert_all(filled.collect(), key);
+    }
+
+    fn statistics(&self) -> Statistics {
+        Statistics { keys: self.keys(), bytes: self.bytes() }
+    }
+
+    /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns the time
+    /// at which the next expires; `now` when there are more than one tick deletes.
+    ///
+    /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
+    /// up the others. Readers miss an expired key whether it is deleted or not.
+    fn tick(store: &mut Logged<'_, Self>, now: u64) -> Option<u64> {
+        let expired = store.expiries.range(..=(now, u64::MAX)).take(DELETES_PER_TICK);
+        let key = |slot: u32| String::from_utf8_lossy(store.slots[slot as usize].key()).into_owned();
+        let deletes: Vec<Event> = expired.map(|(_, slot)| Event::Delete(key(*slot))).collect();
+        let mut deleted = 0;
+        for delete in &deletes {
+            match store.append(slice::from_ref(delete)) {
+                Ok(_) => deleted += 1,
+                Err(AppendError::TooLarge(_) | AppendError::InvalidKey) => {}
+                Err(AppendError::InsufficientStorage | AppendError::Unavailable | AppendError::ReadOnly) => {
+                    return None;
+                }
+            }
+        }
+        // Were none deleted, the next tick would not get further.
+        if deletes.len() == DELETES_PER_TICK && deleted > 0 {
+            return Some(now);
+        }
+        let (next, _) = store.expiries.range((now.saturating_add(1), 0)..).next()?.0;
+        Some(*next.max(&now.saturating_add(EXPIRY_PAUSE_MS)))
+    }
 }
 
 /// A store with nothing put off.
@@ -280,9 +267,15 @@ mod tests {
         Event::Delete(key.to_owned())
     }
 
+    fn tick(store: &mut Store, now: u64, mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>) -> Option<u64> {
+        State::tick(&mut Logged::new(store, &mut append), now)
+    }
+
     fn store_of(entries: impl IntoIterator<Item = (u64, Event)>) -> Store {
         let mut store = Store::default();
-        entries.into_iter().for_each(|(sequence, event)| store.apply(sequence, &event));
+        entries.into_iter().for_each(|(sequence, event)| {
+            store.replace(sequence, &event);
+        });
         store
     }
 
@@ -312,7 +305,7 @@ mod tests {
             Put { key: "a".into(), value: vec![1], metadata: vec![("x".into(), "y".into())], expires_at_ms: Some(10) };
         let mut store = store_of([(1, Event::Put(old)), (2, put("a", "new", None))]);
         assert_eq!(store.get("a", 10).map(|item| item.metadata().count()), Ok(0));
-        store.tick(10, |_| panic!("nothing has expired"));
+        tick(&mut store, 10, |_| panic!("nothing has expired"));
     }
 
     #[test]
@@ -333,8 +326,8 @@ mod tests {
         let mut store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", Some(10)))]);
         assert_eq!(value(&store, "b", 9), Ok(&b""[..]));
         assert_eq!(value(&store, "b", 10), Err(3));
-        store.apply(4, &put("a", "", None));
-        store.apply(5, &delete("a"));
+        store.replace(4, &put("a", "", None));
+        store.replace(5, &delete("a"));
         assert_eq!(value(&store, "b", 10), Err(5));
     }
 
@@ -343,7 +336,7 @@ mod tests {
         let mut store =
             store_of([(1, put("a", "", Some(10))), (2, put("b", "", Some(11))), (3, put("c", "", Some(10)))]);
         let mut appended = Vec::new();
-        store.tick(10, log(&mut appended));
+        tick(&mut store, 10, log(&mut appended));
         assert_eq!(appended, [delete("a"), delete("c")]);
         assert_eq!((store.keys(), value(&store, "a", 10)), (1, Err(102)));
     }
@@ -352,7 +345,7 @@ mod tests {
     fn a_tick_does_a_bounded_amount_and_the_next_ones_the_rest() {
         let mut store = store_of((1..=2_500).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
         for (left, next) in [(1_500, Some(2_500)), (500, Some(2_500)), (0, None), (0, None)] {
-            assert_eq!((store.tick(2_500, log(&mut Vec::new())), store.keys()), (next, left));
+            assert_eq!((tick(&mut store, 2_500, log(&mut Vec::new())), store.keys()), (next, left));
         }
     }
 
@@ -360,13 +353,13 @@ mod tests {
     fn tick_returns_the_next_expiry_after_a_pause() {
         let expiring = |(sequence, expires): (u64, u64)| (sequence, put(&format!("{expires}"), "", Some(expires)));
         let mut store = store_of([(1, 1_000), (2, 1_050), (3, 2_000)].map(expiring));
-        assert_eq!(store.tick(500, log(&mut Vec::new())), Some(1_000));
-        assert_eq!(store.tick(1_000, log(&mut Vec::new())), Some(1_000 + EXPIRY_PAUSE_MS));
-        assert_eq!(store.tick(1_100, log(&mut Vec::new())), Some(2_000));
-        assert_eq!((store.tick(2_000, log(&mut Vec::new())), store.keys()), (None, 0));
+        assert_eq!(tick(&mut store, 500, log(&mut Vec::new())), Some(1_000));
+        assert_eq!(tick(&mut store, 1_000, log(&mut Vec::new())), Some(1_000 + EXPIRY_PAUSE_MS));
+        assert_eq!(tick(&mut store, 1_100, log(&mut Vec::new())), Some(2_000));
+        assert_eq!((tick(&mut store, 2_000, log(&mut Vec::new())), store.keys()), (None, 0));
         // A key that expires never, and one that cannot be deleted.
         let mut store = store_of([(1, put("a", "", None)), expiring((2, 10))]);
-        assert_eq!(store.tick(10, |_| Err(AppendError::TooLarge(3))), None);
+        assert_eq!(tick(&mut store, 10, |_| Err(AppendError::TooLarge(3))), None);
     }
 
     #[test]
@@ -374,7 +367,7 @@ mod tests {
         let entries = || [(1, put("a", "", Some(10))), (2, put("b", "", Some(10)))];
         for error in [AppendError::InsufficientStorage, AppendError::Unavailable, AppendError::ReadOnly] {
             let (mut store, mut calls) = (store_of(entries()), 0);
-            store.tick(10, |_| {
+            tick(&mut store, 10, |_| {
                 calls += 1;
                 Err(error)
             });
@@ -385,14 +378,14 @@ mod tests {
     #[test]
     fn a_delete_that_is_too_large_does_not_hold_up_the_others() {
         let mut store = store_of([(1, put("long", "", Some(10))), (2, put("b", "", Some(10)))]);
-        store.tick(10, |events| if events == [delete("long")] { Err(AppendError::TooLarge(3)) } else { Ok(3) });
+        tick(&mut store, 10, |events| if events == [delete("long")] { Err(AppendError::TooLarge(3)) } else { Ok(3) });
         assert_eq!((store.keys(), value(&store, "long", 10)), (1, Err(3)));
     }
 
     #[test]
     fn a_tick_that_can_delete_nothing_asks_for_no_other() {
         let mut store = store_of((1..=1_000).map(|n| (n, put(&format!("{n}"), "", Some(n)))));
-        assert_eq!(store.tick(1_000, |_| Err(AppendError::TooLarge(3))), None);
+        assert_eq!(tick(&mut store, 1_000, |_| Err(AppendError::TooLarge(3))), None);
     }
 
     #[test]

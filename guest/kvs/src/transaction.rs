@@ -6,14 +6,15 @@
 
 use std::collections::HashMap;
 
+use kvs_kit::state::Logged;
 use serde::Serialize;
 
-use crate::answer::{json, line, not_stored, problem};
+use crate::answer::{json, line, problem};
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
 use crate::kvs::store::http::{Request, Response};
-use crate::kvs::store::transaction_log::{AppendError, Event, Put};
+use crate::kvs::store::transaction_log::{Event, Put};
 use crate::number;
 use crate::operation::{Expected, Op, Operation, operations};
 use crate::query;
@@ -44,12 +45,7 @@ struct Given<'o> {
     event: Option<usize>,
 }
 
-pub fn post(
-    store: &mut Store,
-    query: &str,
-    request: Request,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
+pub fn post(store: &mut Logged<'_, Store>, query: &str, request: Request) -> Response {
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
     }
@@ -66,13 +62,10 @@ pub fn post(
         Err(rejected) => return Response { read_sequence: None, ..rejected },
     };
     if !events.is_empty() {
-        let first = match append(&events) {
+        let first = match store.append(&events) {
             Ok(first) => first,
-            Err(error) => return not_stored(error),
+            Err(error) => return error.into(),
         };
-        for (sequence, event) in (first..).zip(&events) {
-            store.apply(sequence, event);
-        }
         for given in &mut given {
             given.etag = given.event.map(|event| tag_of(first + event as u64)).or(given.etag.take());
         }
@@ -83,15 +76,6 @@ pub fn post(
 /// The keys of a transaction; none when it is malformed.
 pub fn keys(body: &[u8]) -> Vec<String> {
     operations(body, 0).unwrap_or_default().into_iter().map(|(key, _)| key).collect()
-}
-
-/// The answer to a transaction whose keys lie in different instances.
-pub fn scattered() -> Response {
-    problem(
-        422,
-        "cross_shard",
-        "the keys lie in different shards; those that share a {tag}, like {cart7}:items and {cart7}:total, share a shard",
-    )
 }
 
 /// Does the operations one after the other, without changing the store. Gives what they give, and the events that make it

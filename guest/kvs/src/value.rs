@@ -4,7 +4,9 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::answer::{Host, NO_SUCH_KEY, etag, header, line, problem, with};
+use kvs_kit::state::Logged;
+
+use crate::answer::{NO_SUCH_KEY, etag, header, line, problem, with};
 use crate::conditions::{Conditions, Unmet};
 use crate::content_type;
 use crate::item::Item;
@@ -25,7 +27,7 @@ const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
 
 /// GET, and HEAD: the host drops the body. With `wait` the client learns when something else is there than it has: the
 /// values of `If-None-Match`, or none.
-pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut impl Host) -> Response {
+pub fn get(store: &Logged<'_, Store>, key: &str, query: &str, request: &Request) -> Response {
     let wait = match wait(query) {
         Ok(wait) => wait,
         Err(bad) => return line(400, &bad.to_string()),
@@ -36,8 +38,8 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
     };
     let there = store.get(key, request.time_ms);
     // Whatever the answer is, it is the same until the key changes or expires; not when the client waits for that.
-    host.reuse(key, there.ok().and_then(Item::expires));
-    let mut wait_for_change = || wait.into_iter().for_each(|timeout_ms| host.wait_for_change(key, timeout_ms));
+    store.reuse(key, there.ok().and_then(Item::expires));
+    let wait_for_change = || wait.into_iter().for_each(|timeout_ms| store.wait_for_change(key, timeout_ms));
     let item = match there {
         Ok(item) => item,
         // Conditions are for what would succeed without them.
@@ -108,6 +110,8 @@ pub fn caching(sequence: u64, expires: Option<u64>, headers: &mut Vec<Header>) {
 
 #[cfg(test)]
 mod tests {
+    use kvs_kit::host::Host;
+
     use super::*;
     use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
     use crate::kvs::store::transaction_log::{AppendError, Event};
@@ -187,7 +191,7 @@ mod tests {
 
         let declared = |mut store: Store, request: Request| {
             let mut host = Reusing::default();
-            respond(&mut store, request, &mut host);
+            respond(&mut Logged::new(&mut store, &mut host), request);
             host.0
         };
         let until = |until| vec![("a".to_owned(), until)];
@@ -239,7 +243,7 @@ mod tests {
             for method in ["GET", "HEAD"] {
                 let mut store = if there { store_with(&[], None) } else { Store::default() };
                 let (mut host, asked) = (Holding::default(), request_with(method, "wait=10s", condition.as_slice()));
-                let response = respond(&mut store, asked, &mut host);
+                let response = respond(&mut Logged::new(&mut store, &mut host), asked);
                 let expected = held.then(|| ("a".to_owned(), 10_000));
                 assert_eq!((response.status, host.0), (status, expected), "{method} {there} {condition:?}");
             }

@@ -2,12 +2,15 @@
 
 use std::borrow::Cow;
 
-use crate::answer::{Host, header, line};
+use kvs_kit::state::Logged;
+
+use crate::answer::{header, line};
 use crate::content_type;
 use crate::key::GUEST_KEY;
 use crate::kvs::store::http::{Header, Request, Response};
 use crate::kvs::store::watch::Selector;
 use crate::query::{self, BadQuery};
+use crate::store::Store;
 
 pub const LAST_EVENT_ID: &str = "last-event-id";
 
@@ -16,7 +19,7 @@ pub fn is_wanted(query: &str) -> bool {
     query::has(query, "watch")
 }
 
-pub fn get(query: &str, request: &Request, host: &mut impl Host) -> Response {
+pub fn get(store: &Logged<'_, Store>, query: &str, request: &Request) -> Response {
     let Asked { selectors, since, puts_only } = match asked(query) {
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
@@ -26,7 +29,7 @@ pub fn get(query: &str, request: &Request, host: &mut impl Host) -> Response {
         Ok(last) => last,
         Err(refusal) => return refusal,
     };
-    host.subscribe(&selectors, last.or(since).as_deref(), puts_only);
+    store.subscribe(&selectors, last.or(since).as_deref(), puts_only);
     let headers = vec![header(content_type::NAME, "text/event-stream"), header("cache-control", "no-store")];
     Response { status: 200, headers, body: Vec::new(), read_sequence: None }
 }
@@ -68,6 +71,8 @@ fn last_event(headers: &[Header]) -> Result<Option<Cow<'_, str>>, Response> {
 
 #[cfg(test)]
 mod tests {
+    use kvs_kit::host::Host;
+
     use super::*;
     use crate::kvs::store::transaction_log::{AppendError, Event};
     use crate::testing::EVERYTHING;
@@ -101,7 +106,7 @@ mod tests {
         let (method, target, body) = ("GET".to_owned(), String::new(), vec![]);
         let request = Request { method, target, headers, body, principal: None, grant: EVERYTHING, time_ms: 0 };
         let mut host = Asked::default();
-        (get(query, &request, &mut host), host.0)
+        (get(&Logged::new(&mut Store::default(), &mut host), query, &request), host.0)
     }
 
     #[test]

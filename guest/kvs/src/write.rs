@@ -4,7 +4,9 @@
 
 use std::borrow::Cow;
 
-use crate::answer::{Host, etag, header, line, not_stored, with};
+use kvs_kit::state::Logged;
+
+use crate::answer::{etag, header, line, with};
 use crate::conditions::{Conditions, IF_MATCH, IF_NONE_MATCH, Unmet, tag_of};
 use crate::content_type;
 use crate::item::Item;
@@ -24,7 +26,7 @@ const DELETED: &str = "kvs-deleted";
 /// Response header of DELETE: the sequence of the delete, if there was anything to delete.
 const SEQUENCE: &str = "kvs-sequence";
 
-pub fn put(store: &mut Store, key: Cow<'_, str>, query: &str, request: Request, host: &mut impl Host) -> Response {
+pub fn put(store: &mut Logged<'_, Store>, key: Cow<'_, str>, query: &str, request: Request) -> Response {
     let conditions = match Conditions::sent(&request.headers) {
         Ok(conditions) => conditions,
         Err(malformed) => return line(400, &malformed.to_string()),
@@ -47,18 +49,18 @@ pub fn put(store: &mut Store, key: Cow<'_, str>, query: &str, request: Request, 
         }
     }
     let event = Event::Put(Put { key: key.into_owned(), value: request.body, metadata, expires_at_ms: expires });
-    match write(store, event, host) {
+    match write(store, event) {
         Ok((sequence, before)) => {
             let created = before.is_none_or(|before| before.is_expired(request.time_ms));
             let headers = vec![etag(sequence), header(CREATED, if created { "true" } else { "false" })];
             Response { status: 201, headers, body: Vec::new(), read_sequence: Some(sequence) }
         }
-        Err(error) => not_stored(error),
+        Err(error) => error.into(),
     }
 }
 
 /// 200 also when there is nothing to delete, so that a client can try again without asking what became of the first try.
-pub fn delete(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Request, host: &mut impl Host) -> Response {
+pub fn delete(store: &mut Logged<'_, Store>, key: Cow<'_, str>, query: &str, request: &Request) -> Response {
     if let Err(bad) = query::nothing(query) {
         return line(400, &bad.to_string());
     }
@@ -73,21 +75,20 @@ pub fn delete(store: &mut Store, key: Cow<'_, str>, query: &str, request: &Reque
         read_sequence: Some(read_sequence),
     };
     match there.map(Item::sequence) {
-        Ok(deleted) => match write(store, Event::Delete(key.into_owned()), host) {
+        Ok(deleted) => match write(store, Event::Delete(key.into_owned())) {
             Ok((sequence, _)) => {
                 response(vec![header(DELETED, tag_of(deleted)), header(SEQUENCE, sequence.to_string())], sequence)
             }
-            Err(error) => not_stored(error),
+            Err(error) => error.into(),
         },
         Err(read_sequence) => response(vec![header(DELETED, "none")], read_sequence),
     }
 }
 
 /// Appends first, then changes. Returns the sequence of the event, and the item that was there before, expired or not.
-pub fn write(store: &mut Store, event: Event, host: &mut impl Host) -> Result<(u64, Option<Item>), AppendError> {
+pub fn write(store: &mut Logged<'_, Store>, event: Event) -> Result<(u64, Option<Item>), AppendError> {
     let events = [event];
-    let sequence = host.append(&events)?;
-    Ok((sequence, store.replace(sequence, &events[0])))
+    store.append_with(&events, |store, sequence| (sequence, store.replace(sequence, &events[0])))
 }
 
 /// Time from which on a value is gone that is put now with this time to live.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use kvs_guest::exports::kvs::store::lifecycle::{Batch, Entry, EntryPut};
-use kvs_guest::kvs::store::http::{Grant, Header, Request, Response, Scope};
-use kvs_guest::kvs::store::transaction_log::{AppendError, Event, Put};
-use kvs_guest::rest;
-use kvs_guest::store::Store;
+use kvs_guest::{Kvs, Store, rest};
+use kvs_kit::bindings::kvs::store::http::{Grant, Scope};
+use kvs_kit::guest::{apply, stats, tick};
+use kvs_kit::testing::batch;
+use kvs_kit::{AppendError, Event, Header, Put, Request, Response};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -163,7 +163,7 @@ impl Run {
     /// What another guest appended reaches this one by `apply`.
     fn apply(&mut self, event: Event) {
         let sequence = append(&mut self.log, &mut self.sequence, std::slice::from_ref(&event));
-        self.store.apply(sequence, &event);
+        self.store.replace(sequence, &event);
     }
 
     /// What the model has at a key that has not expired.
@@ -240,7 +240,9 @@ impl Run {
             Step::Gap => self.sequence += 3,
             Step::Wait { milliseconds } => self.now += milliseconds,
             Step::Tick => {
-                self.store.tick(self.now, |events| Ok(append(&mut self.log, &mut self.sequence, events)));
+                tick::<Kvs>(&mut self.store, self.now, &mut |events: &[Event]| {
+                    Ok(append(&mut self.log, &mut self.sequence, events))
+                });
                 let now = self.now;
                 self.model.retain(|_, (_, put)| put.expires_at_ms.is_none_or(|expires| expires > now));
             }
@@ -396,24 +398,10 @@ fn append(log: &mut Vec<(u64, Event)>, sequence: &mut u64, events: &[Event]) -> 
 }
 
 fn replayed<'e>(entries: impl Iterator<Item = &'e (u64, Event)>) -> Store {
-    let mut batch = Batch { entries: Vec::new(), bytes: Vec::new(), metadata: Vec::new() };
-    for (sequence, event) in entries {
-        let (key, put) = match event {
-            Event::Delete(key) => (key, None),
-            Event::Put(put) => (&put.key, Some(put)),
-        };
-        batch.bytes.extend(key.as_bytes());
-        let key_bytes = key.len() as u32;
-        let put = put.map(|put| {
-            batch.bytes.extend(&put.value);
-            batch.metadata.push(put.metadata.clone());
-            let (value_bytes, metadata) = (put.value.len() as u32, Some(batch.metadata.len() as u32 - 1));
-            EntryPut { value_bytes, metadata, expires_at_ms: put.expires_at_ms }
-        });
-        batch.entries.push(Entry { sequence: *sequence, time_ms: 0, key_bytes, put });
-    }
+    let entries: Vec<_> = entries.map(|(sequence, event)| (*sequence, 0, event.clone())).collect();
     let mut store = Store::default();
-    store.replay(&batch);
+    apply::<Kvs>(&mut store, &batch(&entries));
+    stats::<Kvs>(&mut store);
     store
 }
 
@@ -434,7 +422,7 @@ proptest! {
         for step in steps {
             run.take(step)?;
         }
-        let mut replayed = replayed(run.log.iter());
+        let replayed = replayed(run.log.iter());
         prop_assert_eq!(&replayed, &run.store);
         prop_assert!(replayed.in_order().range(b"").eq(run.store.in_order().range(b"")));
     }

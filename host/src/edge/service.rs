@@ -252,7 +252,8 @@ impl Service {
     }
 
     /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
-    /// more, or the timeout is over.
+    /// more, or the timeout is over. A request that is not safe is not called again for a client that sends no more: that would
+    /// change something for nobody.
     async fn wait(
         &self,
         mut wait: Box<Wait>,
@@ -264,7 +265,16 @@ impl Service {
         // A forwarded request does not wait: the former process is about to end.
         let longest = if socket.is_some() { wait.timeout.min(self.limits.hold) } else { Duration::ZERO };
         let mut until = Instant::now() + longest;
+        let is_safe = head::is_safe(wait.incoming.request.method());
         loop {
+            tokio::select! {
+                biased;
+                () = client_left(socket), if !is_safe => {
+                    let reason = "the connection was closed on the side of the client, which waited for a change";
+                    return Err(refuse(StatusCode::REQUEST_TIMEOUT, reason).into());
+                }
+                () = std::future::ready(()) => {}
+            }
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
@@ -274,9 +284,9 @@ impl Service {
                     tokio::select! {
                         biased;
                         refusal = revoked(standing) => return Err(refusal),
-                        _ = timeout_at(until, watcher.next()) => {}
                         // Who closed its side may have left, and would wait for nobody.
                         () = client_left(socket) => until = Instant::now(),
+                        _ = timeout_at(until, watcher.next()) => {}
                     }
                     wait = again;
                 }

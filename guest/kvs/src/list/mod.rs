@@ -68,7 +68,7 @@ struct Count {
 }
 
 /// GET, and HEAD: the host drops the body.
-pub fn get(store: &mut Store, query: &str, now: u64) -> Response {
+pub fn get(store: &Store, query: &str, now: u64) -> Response {
     let store = store.in_order();
     let asked = match asked(query) {
         Ok(asked) => asked,

@@ -15,7 +15,9 @@ fn put(key: &str, value: &[u8], expires: Option<u64>) -> Event {
 
 fn store_of<K: AsRef<str>>(keys: impl IntoIterator<Item = K>) -> Store {
     let mut store = Store::default();
-    (1..).zip(keys).for_each(|(sequence, key)| store.apply(sequence, &put(key.as_ref(), b"value", None)));
+    (1..).zip(keys).for_each(|(sequence, key)| {
+        store.replace(sequence, &put(key.as_ref(), b"value", None));
+    });
     store
 }
 
@@ -42,8 +44,8 @@ fn pages(store: &mut Store, query: &str) -> Vec<Page> {
 #[test]
 fn a_list_is_sorted_by_bytes_and_tells_what_is_there() {
     let mut store = store_of(["b", "ä", "a/", "a", "Z", "a b"]);
-    store.apply(7, &put("z", b"\xff", Some(NOW + 1)));
-    store.apply(8, &put("gone", b"", Some(NOW)));
+    store.replace(7, &put("z", b"\xff", Some(NOW + 1)));
+    store.replace(8, &put("gone", b"", Some(NOW)));
     let response = get(&mut store, "", NOW);
     let expected = r#"{"keys":[{"key":"Z","etag":"\"5\"","size":5},{"key":"a","etag":"\"4\"","size":5},{"key":"a b","etag":"\"6\"","size":5},{"key":"a/","etag":"\"3\"","size":5},{"key":"b","etag":"\"1\"","size":5},{"key":"z","etag":"\"7\"","size":1,"expires":1001},{"key":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
     assert_eq!(String::from_utf8_lossy(&response.body), expected);
@@ -56,10 +58,10 @@ fn a_list_is_sorted_by_bytes_and_tells_what_is_there() {
 #[test]
 fn values_come_when_asked_for() {
     let mut store = Store::default();
-    store.apply(1, &put("bytes", b"\xff", None));
+    store.replace(1, &put("bytes", b"\xff", None));
     let metadata = vec![("content-type".to_owned(), "a/b".to_owned())];
     let text = Put { key: "text".to_owned(), value: b"value".into(), metadata, expires_at_ms: None };
-    store.apply(2, &Event::Put(text));
+    store.replace(2, &Event::Put(text));
     let page = read(&get(&mut store, "values=true", NOW));
     assert_eq!(page.keys[0].value_base64.as_deref(), Some("/w=="));
     assert_eq!((page.keys[1].value.as_deref(), page.keys[1].content_type.as_deref()), (Some("value"), Some("a/b")));
@@ -76,12 +78,16 @@ fn a_page_ends_at_its_limit_its_bytes_and_its_steps() {
     assert_eq!(lengths(pages(&mut store, "limit=999&prefix=1")), [999, 1]);
 
     let mut store = Store::default();
-    (1..=5).for_each(|n| store.apply(n, &put(&format!("{n}"), &[b'x'; 600_000], None)));
+    (1..=5).for_each(|n| {
+        store.replace(n, &put(&format!("{n}"), &[b'x'; 600_000], None));
+    });
     assert_eq!(lengths(pages(&mut store, "values=true")), [2, 2, 1]);
     assert_eq!(lengths(pages(&mut store, "")), [5]);
 
     let mut store = store_of(["a", "z"]);
-    (3..25_003).for_each(|n| store.apply(n, &put(&format!("b{n}"), b"", Some(NOW))));
+    (3..25_003).for_each(|n| {
+        store.replace(n, &put(&format!("b{n}"), b"", Some(NOW)));
+    });
     assert_eq!(lengths(pages(&mut store, "")), [1, 0, 1]);
 }
 
@@ -136,9 +142,9 @@ fn keys_of_guests_are_not_listed() {
 fn a_cursor_goes_on_where_it_was_while_keys_change() {
     let mut store = store_of(["a", "b", "c", "d"]);
     let page = read(&get(&mut store, "limit=2", NOW));
-    store.apply(5, &Event::Delete("b".to_owned()));
-    store.apply(6, &put("aa", b"", None));
-    store.apply(7, &put("bb", b"", None));
+    store.replace(5, &Event::Delete("b".to_owned()));
+    store.replace(6, &put("aa", b"", None));
+    store.replace(7, &put("bb", b"", None));
     let cursor = page.cursor.expect("there is more");
     assert_eq!(rows(&read(&get(&mut store, &format!("cursor={cursor}"), NOW))).0, ["bb", "c", "d"]);
     assert_eq!(rows(&read(&get(&mut store, &format!("prefix=d&cursor={cursor}"), NOW))).0, ["d"]);
@@ -222,7 +228,7 @@ proptest! {
         let mut whole = store_of(&keys);
         let mut stores: Vec<_> = (0..parts).map(|_| Store::default()).collect();
         for (n, key) in keys.iter().enumerate() {
-            stores[n % parts].apply(n as u64 + 1, &put(key, b"value", None));
+            stores[n % parts].replace(n as u64 + 1, &put(key, b"value", None));
         }
         let mut bounds = format!("prefix={prefix}&reverse={reverse}");
         bounds.extend(start.iter().map(|start| format!("&start={start}")));
@@ -280,7 +286,7 @@ fn first_page_asks_for_a_position() {
 #[test]
 fn count_passes_over_expired_keys_and_keys_of_guests() {
     let mut store = store_of(["\u{1}g", "a", "b", "c"]);
-    store.apply(9, &put("bb", b"", Some(NOW)));
+    store.replace(9, &put("bb", b"", Some(NOW)));
     for (query, count) in [("", 3), ("&prefix=b", 1), ("&start=b&end=c", 1), ("&start=c&end=a", 0), ("&end=a", 0)] {
         let counted = get(&mut store, &format!("count=true{query}"), NOW);
         assert_eq!(String::from_utf8_lossy(&counted.body), format!("{{\"count\":{count}}}"), "{query}");

@@ -1,4 +1,7 @@
+use kvs_kit::answer::cross_shard;
+
 use super::*;
+use crate::kvs::store::transaction_log::AppendError;
 use crate::testing::{EVERYTHING, header_of};
 
 const NOW: u64 = 1_000;
@@ -9,12 +12,21 @@ fn store() -> Store {
     let puts = [("a", &b"1"[..], None), ("b", b"2", Some(9_000)), ("old", b"3", Some(NOW)), ("bytes", b"\xff", None)];
     for (sequence, (key, value, expires)) in (1..).zip(puts) {
         let metadata = vec![("content-type".to_owned(), "text/plain".to_owned())];
-        store.apply(
+        store.replace(
             sequence,
             &Event::Put(Put { key: key.to_owned(), value: value.into(), metadata, expires_at_ms: expires }),
         );
     }
     store
+}
+
+fn post(
+    store: &mut Store,
+    query: &str,
+    request: Request,
+    mut append: impl FnMut(&[Event]) -> Result<u64, AppendError>,
+) -> Response {
+    super::post(&mut Logged::new(store, &mut append), query, request)
 }
 
 fn request(body: &str) -> Request {
@@ -77,7 +89,9 @@ fn operations_happen_in_order_and_each_sees_those_before_it() {
     let read = |text| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
     assert_eq!(read(text(&response)), read(given));
     let mut replayed = self::store();
-    (10..).zip(&expected).for_each(|(sequence, event)| replayed.apply(sequence, event));
+    (10..).zip(&expected).for_each(|(sequence, event)| {
+        replayed.replace(sequence, event);
+    });
     assert_eq!(store, replayed);
 }
 
@@ -244,7 +258,7 @@ fn what_is_too_large_is_refused() {
     assert_eq!(refused(&sized((1 << 20) + 1)).0, 413);
     assert_eq!(post(&mut store, "", request(&sized(1 << 20)), |_| panic!("appended")).status, 200);
     let put = Put { key: "large".to_owned(), value: vec![b'x'; (1 << 20) - 1], metadata: vec![], expires_at_ms: None };
-    store.apply(9, &Event::Put(put));
+    store.replace(9, &Event::Put(put));
     for (body, status) in [
         (r#"[{"op":"get","key":"large"},{"op":"get","key":"a"}]"#, 200),
         (r#"[{"op":"get","key":"large"},{"op":"get","key":"a"},{"op":"get","key":"a"}]"#, 413),
@@ -282,5 +296,5 @@ fn it_is_placed_by_its_keys() {
     let body = br#"[{"op":"get","key":"{cart7}:items"},{"op":"delete","key":"x"}]"#;
     assert_eq!(keys(body), ["{cart7}:items", "x"]);
     assert_eq!(keys(b"nonsense"), [""; 0]);
-    assert_eq!(scattered().status, 422);
+    assert_eq!(cross_shard().status, 422);
 }

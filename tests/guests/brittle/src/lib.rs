@@ -1,48 +1,34 @@
 //! The default store, but that `/trap/v1/{key}` does what `/v1/{key}` does and traps then: its clients do not learn what
 //! became of what they asked.
 
-use kvs_guest::exports::kvs::store::lifecycle::Description;
-use kvs_guest::exports::kvs::store::sharding::Target;
-use kvs_guest::exports::kvs::store::{handler, lifecycle, sharding};
-use kvs_guest::kvs::store::http::{Request, Response};
+use kvs_guest::{Kvs, Store, respond};
+use kvs_kit::guest::Guest;
+use kvs_kit::sharding::Sharding;
+use kvs_kit::state::Logged;
+use kvs_kit::{Request, Target, answer};
 
-type Default = kvs_guest::Component;
+pub struct Brittle;
 
-/// What the host instantiates.
-pub struct Component;
+kvs_kit::export!(Brittle, sharding = Brittle);
 
-impl handler::Guest for Component {
-    fn handle(mut request: Request) -> Response {
-        let Some(target) = request.target.strip_prefix("/trap") else { return Default::handle(request) };
+impl Guest for Brittle {
+    type State = Store;
+
+    const NAME: &'static str = "brittle";
+    const HEADERS: &'static [&'static str] = Kvs::HEADERS;
+
+    fn handle(store: &mut Logged<'_, Store>, mut request: Request) -> answer::Result {
+        let Some(target) = request.target.strip_prefix("/trap") else { return Ok(respond(store, request)) };
         request.target = target.to_owned();
-        let answer = Default::handle(request);
+        let answer = respond(store, request);
         panic!("as it was asked to, rather than answer {}", answer.status)
     }
 }
 
-impl lifecycle::Guest for Component {
-    fn describe() -> Description {
-        Description { name: "brittle".to_owned(), ..Default::describe() }
-    }
+impl Sharding for Brittle {
+    type Base = Kvs;
 
-    kvs_guest::default_lifecycle!();
-}
-
-impl sharding::Guest for Component {
-    fn route(method: String, target: String) -> Target {
-        let target = target.strip_prefix("/trap").map(str::to_owned).unwrap_or(target);
-        Default::route(method, target)
-    }
-
-    fn extract_keys(body: Vec<u8>) -> Vec<String> {
-        Default::extract_keys(body)
-    }
-
-    fn merge_responses(request: Request, responses: Vec<Response>) -> Response {
-        Default::merge_responses(request, responses)
+    fn route(method: &str, target: &str) -> Target {
+        Kvs::route(method, target.strip_prefix("/trap").unwrap_or(target))
     }
 }
-
-// The names under which a component exports its calls are none that a native linker takes.
-#[cfg(target_arch = "wasm32")]
-kvs_guest::export!(Component with_types_in kvs_guest);

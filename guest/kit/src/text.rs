@@ -1,4 +1,4 @@
-//! Values in JSON: `value` when it is text, `value_base64` when it is not.
+//! Values in JSON: `value` when it is text, `value_base64` when it is not; and text of clients in responses.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -19,6 +19,11 @@ pub fn value(text: Option<String>, base64: Option<String>) -> Result<Vec<u8>, &'
         (None, None) => Err("`value` or `value_base64` is missing"),
         (Some(_), Some(_)) => Err("`value` and `value_base64` are both there"),
     }
+}
+
+/// Text that repeats what a client sent, as a part of a line.
+pub fn printable(text: &str, most_characters: usize) -> String {
+    text.chars().filter(|character| !character.is_control()).take(most_characters).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use thiserror::Error;
 
-use crate::kvs::store::http::Header;
+use crate::Header;
 
 pub const IF_MATCH: &str = "if-match";
 pub const IF_NONE_MATCH: &str = "if-none-match";

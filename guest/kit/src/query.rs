@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::duration;
 use crate::key::{self, NoKey};
 use crate::percent::{self, Undecodable};
+use crate::text::printable;
 
 /// Characters of a parameter's name that are worth repeating.
 const ECHOED_CHARACTERS: usize = 64;
@@ -70,7 +71,7 @@ pub fn with_repeated<'q, const N: usize, const M: usize>(
             continue;
         }
         let known = known.iter().zip(&mut found).find(|(known, _)| **known == name);
-        let (&name, found) = known.ok_or_else(|| BadQuery::Unknown(printable(name)))?;
+        let (&name, found) = known.ok_or_else(|| BadQuery::Unknown(printable(name, ECHOED_CHARACTERS)))?;
         if found.replace(decoded(name)?).is_some() {
             return Err(BadQuery::Twice(name));
         }
@@ -86,10 +87,6 @@ pub fn has(query: &str, name: &str) -> bool {
 /// A query that has no parameters.
 pub fn nothing(query: &str) -> Result<(), BadQuery> {
     parameters(query, []).map(|[]| ())
-}
-
-fn printable(name: &str) -> String {
-    name.chars().filter(|character| !character.is_control()).take(ECHOED_CHARACTERS).collect()
 }
 
 impl<'q> Parameter<'q> {
