@@ -72,6 +72,7 @@ fn run(page: &str) {
         .arg(script.replace(LISTEN, &server.address().to_string()))
         .env("PATH", format!("{binaries}:{}", std::env::var("PATH").expect("PATH is set")))
         .env("KVS_URL", server.url(""))
+        .env("KVS_ADMIN", server.admin().to_string())
         .current_dir(&here)
         .stdin(Stdio::null())
         .output()
@@ -102,4 +103,5 @@ pages! {
     transactions: "docs/transactions.md",
     watches: "docs/watches.md",
     client: "docs/client.md",
+    swap: "docs/swap.md",
 }

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use arc_swap::ArcSwapOption;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 
@@ -35,6 +36,7 @@ use super::outage::Outage;
 use super::owner::Part;
 use super::replica::Replica;
 use super::replica::spare::{Spare, Surroundings};
+use super::shadow::{Queue, Shadow};
 use super::sync;
 use crate::contract::Description;
 use kvs_runtime::Env;
@@ -72,6 +74,8 @@ pub struct Shard {
     held: Held,
     /// Replacement for an instance that traps, with `--spare`.
     spare: Option<Spare>,
+    /// Takes all calls to a candidate, during shadow traffic.
+    tap: ArcSwapOption<Queue>,
 }
 
 /// State that all shards share.
@@ -84,6 +88,7 @@ pub struct Shared {
     /// Held while a spare is built and during a swap: there is memory for one more instance of each shard, not for two.
     pub building: Arc<tokio::sync::Mutex<()>>,
     pub last_trap: Mutex<Option<LastTrap>>,
+    pub shadow: Shadow,
     pub env: Env,
 }
 
@@ -159,7 +164,8 @@ impl Shard {
             pause: Duration::ZERO,
             outage: None,
         });
-        Self { shared, part, instance: Handoff::new(Box::new(replica)), state, held, spare }
+        let (instance, tap) = (Handoff::new(Box::new(replica)), ArcSwapOption::empty());
+        Self { shared, part, instance, state, held, spare, tap }
     }
 
     /// Returns the guest that serves now.
@@ -175,6 +181,15 @@ impl Shard {
     /// Returns the outage of this shard while it has no instance.
     pub fn outage(&self) -> Option<Outage> {
         self.state().outage.clone()
+    }
+
+    fn tap(&self) -> Option<Arc<Queue>> {
+        self.tap.load_full()
+    }
+
+    /// Sets the queue that all calls go to, or none. To be set in a turn.
+    pub fn set_tap(&self, tap: Option<Arc<Queue>>) {
+        self.tap.store(tap);
     }
 
     /// Returns the replacement for an instance that traps, with `--spare`.
@@ -292,8 +307,8 @@ pub struct Raised {
 }
 
 impl Serving {
-    pub fn new(guest: Guest, instance: &Instance) -> Self {
+    pub fn new(guest: Arc<Guest>, instance: &Instance) -> Self {
         let (description, headers) = (Arc::new(instance.description().clone()), Arc::clone(instance.wanted_headers()));
-        Self { guest: Arc::new(guest), description, headers }
+        Self { guest, description, headers }
     }
 }
