@@ -152,7 +152,7 @@ impl Write for Stderr {
 }
 
 /// Redacts tokens in a text, which can be in a path or in the output of a guest.
-fn redact_tokens(text: &str) -> Cow<'_, str> {
+pub fn redact_tokens(text: &str) -> Cow<'_, str> {
     let mut shown = Cow::Borrowed(text);
     let mut from = 0;
     while let Some(at) = shown[from..].find(TOKEN_PREFIX) {

@@ -8,6 +8,8 @@ use hyper::Uri;
 use kvs_runtime::Clock;
 use kvs_txlog::backup::Until;
 
+use crate::guest::MAX_SHADOW;
+
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
         text.to_socket_addrs().map_err(|error| format!("{error}; an address looks like 127.0.0.1:8080"))?;
@@ -38,6 +40,21 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     let parsed = humantime::parse_duration(&if is_number { format!("{text}s") } else { text.to_owned() });
     let duration = parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+}
+
+/// Parses the duration of shadow traffic.
+pub fn shadow(text: &str) -> Result<Duration, String> {
+    let duration = duration(text)?;
+    let max = humantime::format_duration(MAX_SHADOW);
+    if duration <= MAX_SHADOW { Ok(duration) } else { Err(format!("must be at most {max}")) }
+}
+
+/// Parses a percentage that is more than nothing.
+pub fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse().ok();
+    number
+        .filter(|percent| (0.0..=100.0).contains(percent) && *percent > 0.0)
+        .ok_or_else(|| "must be a percentage above 0 and up to 100, like 10%".to_owned())
 }
 
 /// The end of the year 9999: a later date has no text form.

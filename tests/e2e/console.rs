@@ -312,6 +312,32 @@ fn guest_is_swapped_and_rolled_back() {
 }
 
 #[test]
+fn shadow_traffic_is_shown_and_ended() {
+    let server = Server::start(&["--probation", "1ms"]);
+    put(&server, "a", "value");
+    let files = TempDir::new().expect("a temporary directory can be made");
+    let copy = files.path().join("copy.wasm");
+    fs::write(&copy, copy_of(DEFAULT_GUEST)).expect("the directory takes a file");
+    let page = console(&server);
+    page.choose("#component", &copy);
+    page.says("#swap-result", "fits; 1 entries replayed");
+    page.value("document.querySelector('#shadow').value = '600'");
+    page.value("document.querySelector('#sample').value = '100%'");
+    page.click("#swap");
+    page.says("#swap-phase", "Swap: shadow");
+    page.says("#roll-back", "End shadow traffic");
+    page.until(&format!(
+        "fetch('{}') && !/Compared\\s0\\s/.test(document.querySelector('#shadow-facts').innerText)",
+        "/v1/a"
+    ));
+    page.says("#shadow-facts", "Different\n0");
+    page.click("#roll-back");
+    page.says("#swap-result", "shadow traffic was ended on request");
+    page.says("#shadow-facts", "Candidate");
+    page.is_clean();
+}
+
+#[test]
 fn guest_with_another_interface_is_named() {
     let server = Server::start(&["--probation", "1ms"]);
     let page = console(&server);

@@ -4,7 +4,7 @@
 //! those of README.md and the book in docs/. `rest`,
 //! `conditions`, `expiry`, `lists`, `transactions`, `watch`, `long_poll`, `cors`, `openapi`, `client` and `operator` say what
 //! each kind of user gets, `tls` and its `certificates` whom a server trusts; `components`, `compiled`, `unruly` and `hostile` what a
-//! bad guest can do, `attacks` what bad clients can, `swap`, `guests` and `locks` what good guests can; `shards` that several are one store; `durability`, and under the
+//! bad guest can do, `attacks` what bad clients can, `swap`, `guests` and `locks` what good guests can, `shadow` what is found of them before they serve; `shards` that several are one store; `durability`, and under the
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it, and `everything` all of that at once; `online_backup` that a backup of a running server holds what was acknowledged; `metrics`, `access_log` and, in a `browser`, `console` what an operator sees of it, `alerts` what Prometheus tells the operator, and
 //! `diagnostics` that nothing depends on whether anybody looks; `audit` who changed a server, `traps` what is reported of a guest that fails; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
@@ -63,6 +63,7 @@ mod response_cache;
 mod rest;
 mod sabotage;
 mod server;
+mod shadow;
 mod shards;
 mod signals;
 mod spare;

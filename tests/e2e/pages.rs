@@ -121,4 +121,5 @@ pages! {
     watches: "docs/watches.md",
     client: "docs/client.md",
     recipes: "docs/recipes.md",
+    swap: "docs/swap.md",
 }

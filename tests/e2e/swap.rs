@@ -152,7 +152,7 @@ fn a_dry_run_does_everything_but_the_switch() {
     assert_no_trace(&server);
     Connection::open(server.admin())
         .ask("PUT", "/guest?dry", b"")
-        .says(400, "unknown query; there are ?dry-run, and ?rollback for DELETE");
+        .says(400, "unknown query; there are ?dry-run, ?shadow=TIME with &sample=PERCENT and &max-differences=COUNT, and ?rollback for DELETE");
     server.terminate();
 }
 

@@ -8,13 +8,15 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderValue};
 use hyper::{Method, Request, StatusCode};
+use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::{Answer, not_allowed, text};
 use crate::audit::Actor;
-use crate::guest::{GUEST_BYTES, Outcome, Source, SwapError, Swapper};
+use crate::guest::{GUEST_BYTES, Outcome, ShadowPlan, Source, Steps, SwapError, Swapper};
+use crate::parse;
 
 /// How long a component may take to arrive.
 const ARRIVAL: Duration = Duration::from_secs(60);
@@ -32,26 +34,25 @@ impl Guests {
     }
 
     pub async fn respond(&self, request: Request<Incoming>, actor: Actor) -> Answer {
-        let dry_run = match request.uri().query() {
-            None | Some("") => false,
-            Some("dry-run") => true,
+        let steps = match request.uri().query() {
             Some("rollback") if request.method() == Method::DELETE => return self.roll_back(),
-            Some(_) => {
-                return line(StatusCode::BAD_REQUEST, "unknown query; there are ?dry-run, and ?rollback for DELETE");
-            }
+            query => match steps(query.unwrap_or_default()) {
+                Ok(steps) => steps,
+                Err(reason) => return line(StatusCode::BAD_REQUEST, reason),
+            },
         };
         match *request.method() {
             Method::GET | Method::HEAD => document(self.swapper.status()),
             Method::PUT => {
                 let Ok(_alone) = self.arriving.try_lock() else { return refused(&SwapError::Busy) };
                 match read(request).await {
-                    Ok(component) => self.swap(Source::Sent, component, dry_run, actor).await,
+                    Ok(component) => self.swap(Source::Sent, component, steps, actor).await,
                     Err(refusal) => refusal,
                 }
             }
             // What is removed is the guest that was put there; what is left is the one in the binary.
             Method::DELETE => match Source::BuiltIn.read() {
-                Ok(component) => self.swap(Source::BuiltIn, component, dry_run, actor).await,
+                Ok(component) => self.swap(Source::BuiltIn, component, steps, actor).await,
                 Err(error) => refused(&SwapError::Failed(error)),
             },
             _ => not_allowed("GET, HEAD, PUT, DELETE"),
@@ -66,16 +67,54 @@ impl Guests {
         }
     }
 
-    async fn swap(&self, source: Source, component: Vec<u8>, dry_run: bool, actor: Actor) -> Answer {
-        if !dry_run && self.swapper.follows_primary() {
+    async fn swap(&self, source: Source, component: Vec<u8>, steps: Steps, actor: Actor) -> Answer {
+        if !steps.dry_run && self.swapper.follows_primary() {
             let reason = "this server stands by and serves the guest of its primary; swap the guest there";
             return line(StatusCode::CONFLICT, reason);
         }
-        match self.swapper.swap(source, component, dry_run, actor).await {
+        if steps.shadow.is_some() && self.swapper.stands_by() {
+            let reason = "this server stands by and gets no writes to compare; use shadow traffic on its primary";
+            return line(StatusCode::CONFLICT, reason);
+        }
+        match self.swapper.swap(source, component, steps, actor).await {
             Ok(outcome) => document(report(&outcome)),
             Err(error) => refused(&error),
         }
     }
+}
+
+/// Parses the query of a swap.
+fn steps(query: &str) -> Result<Steps, String> {
+    let mut steps = Steps::default();
+    let (mut duration, mut sample, mut max_differences) = (None, None, None);
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let value = percent_decode_str(value).decode_utf8_lossy();
+        let invalid = |reason: String| format!("{name}: {reason}");
+        match name {
+            "dry-run" if value.is_empty() => steps.dry_run = true,
+            "shadow" => duration = Some(parse::shadow(&value).map_err(invalid)?),
+            "sample" => sample = Some(parse::percent(&value).map_err(invalid)?),
+            "max-differences" => {
+                max_differences = Some(value.parse::<u64>().map_err(|error| invalid(error.to_string()))?)
+            }
+            _ => {
+                return Err("unknown query; there are ?dry-run, ?shadow=TIME with &sample=PERCENT and \
+                            &max-differences=COUNT, and ?rollback for DELETE"
+                    .to_owned());
+            }
+        }
+    }
+    steps.shadow = match (duration, sample, max_differences) {
+        (None, None, None) => None,
+        (None, ..) => return Err("sample and max-differences need shadow=TIME".to_owned()),
+        (Some(duration), sample, max_differences) => Some(ShadowPlan {
+            duration,
+            sample: sample.unwrap_or(ShadowPlan::DEFAULT_SAMPLE),
+            max_differences: max_differences.unwrap_or_default(),
+        }),
+    };
+    Ok(steps)
 }
 
 async fn read(request: Request<Incoming>) -> Result<Vec<u8>, Answer> {
@@ -93,7 +132,7 @@ async fn read(request: Request<Incoming>) -> Result<Vec<u8>, Answer> {
 }
 
 fn report(outcome: &Outcome) -> Value {
-    let Outcome { guest, version, digest, replayed, memory_bytes, pause } = outcome;
+    let Outcome { guest, version, digest, replayed, memory_bytes, pause, shadow } = outcome;
     json!({
         "name": guest,
         "version": version,
@@ -103,13 +142,16 @@ fn report(outcome: &Outcome) -> Value {
         "memory_bytes": memory_bytes,
         "seconds": replayed.took.as_secs_f64(),
         "pause_seconds": pause.map(|pause| pause.as_secs_f64()),
+        "shadow": shadow,
     })
 }
 
 fn refused(error: &SwapError) -> Answer {
     let status = match error {
         SwapError::Busy => StatusCode::CONFLICT,
-        SwapError::Unfit(_) | SwapError::TakenBack { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        SwapError::Unfit(_) | SwapError::TakenBack { .. } | SwapError::Shadow { .. } => {
+            StatusCode::UNPROCESSABLE_ENTITY
+        }
         SwapError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
     };
     line(status, error)
@@ -123,4 +165,41 @@ fn document(value: Value) -> Answer {
     let mut response = text(StatusCode::OK, format!("{value:#}\n"));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn query_chooses_the_steps() {
+        let shadow = |query| {
+            let ShadowPlan { duration, sample, max_differences } =
+                steps(query).expect("it is valid").shadow.expect("shadow");
+            (duration.as_secs(), sample, max_differences)
+        };
+        assert!(steps("").is_ok_and(|steps| !steps.dry_run && steps.shadow.is_none()));
+        assert!(steps("dry-run").is_ok_and(|steps| steps.dry_run && steps.shadow.is_none()));
+        assert_eq!(shadow("shadow=60s"), (60, 10.0, 0));
+        assert_eq!(shadow("shadow=2m&sample=0.5%25&max-differences=7&dry-run"), (120, 0.5, 7));
+    }
+
+    #[test]
+    fn query_that_is_wrong_is_rejected() {
+        for (query, reason) in [
+            ("dry", "unknown query"),
+            ("dry-run=1", "unknown query"),
+            ("rollback", "unknown query"),
+            ("sample=10", "need shadow=TIME"),
+            ("shadow=61m", "shadow: must be at most 1h"),
+            ("shadow=", "shadow: "),
+            ("shadow=1s&sample=0", "sample: must be a percentage"),
+            ("shadow=1s&sample=101", "sample: must be a percentage"),
+            ("shadow=1s&sample=NaN", "sample: must be a percentage"),
+            ("shadow=1s&max-differences=-1", "max-differences: "),
+        ] {
+            let error = steps(query).expect_err(query);
+            assert!(error.contains(reason), "{query}: {error}");
+        }
+    }
 }

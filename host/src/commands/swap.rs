@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::client::AdminArgs;
 use super::health::READ_TIMEOUT;
 use crate::guest::read_component;
+use crate::parse;
 use kvs_client::{ApiRequest, ClientError, Server};
 use kvs_runtime::Env;
 
@@ -30,6 +31,30 @@ pub struct Swap {
     /// Validate the component and replay the log into it, but do not switch
     #[arg(long)]
     dry_run: bool,
+
+    /// Duration of shadow traffic, at most 1h: first the component is given real requests too, and compared with the serving store
+    #[arg(long, value_name = "TIME", value_parser = parse::shadow)]
+    shadow: Option<Duration>,
+
+    /// Percentage of the requests that are compared
+    #[arg(long, value_name = "PERCENT", value_parser = parse::percent, default_value = "10%", requires = "shadow")]
+    sample: f64,
+
+    /// Number of requests that may differ; with more, the component does not serve
+    #[arg(long, value_name = "COUNT", default_value_t = 0, requires = "shadow")]
+    max_differences: u64,
+}
+
+impl Swap {
+    fn target(&self) -> String {
+        let mut parameters: Vec<_> = self.dry_run.then(|| "dry-run".to_owned()).into_iter().collect();
+        if let Some(shadow) = self.shadow {
+            let (sample, max_differences) = (self.sample, self.max_differences);
+            parameters.push(format!("shadow={}ms", shadow.as_millis()));
+            parameters.push(format!("sample={sample}&max-differences={max_differences}"));
+        }
+        format!("/guest{}{}", if parameters.is_empty() { "" } else { "?" }, parameters.join("&"))
+    }
 }
 
 pub fn run(args: &Swap) -> Result<()> {
@@ -45,11 +70,12 @@ pub fn run(args: &Swap) -> Result<()> {
     let bar = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
     bar.enable_steady_tick(PROGRESS);
     let (ended, end) = channel();
-    let target = if args.dry_run { "/guest?dry-run" } else { "/guest" };
+    let target = args.target();
     // The thread is not joined: without a response the process just exits.
     let _ = Env::real().tasks.detach_thread("swap", move || {
         let method = if component.is_some() { "PUT" } else { "DELETE" };
-        let _ = ended.send(server.send(&ApiRequest { method, target, headers: &[], body: component.as_deref() }));
+        let _ =
+            ended.send(server.send(&ApiRequest { method, target: &target, headers: &[], body: component.as_deref() }));
     });
     let result = loop {
         match end.recv_timeout(PROGRESS) {
@@ -61,7 +87,12 @@ pub fn run(args: &Swap) -> Result<()> {
     bar.finish_and_clear();
 
     let response = match result {
-        Err(refused @ ClientError::Status { .. }) => return Err(refused).context("not swapped"),
+        Err(refused @ ClientError::Status { .. }) => {
+            if let Some(status) = args.shadow.and_then(|_| status(&watched)) {
+                print_shadow(&status["last_swap"]["shadow"])?;
+            }
+            return Err(refused).context("not swapped");
+        }
         result => result?,
     };
     let mut body = Vec::new();
@@ -70,7 +101,34 @@ pub fn run(args: &Swap) -> Result<()> {
     let report: Value =
         serde_json::from_slice(&body).with_context(|| format!("{base} is not an admin listener of kvs"))?;
     writeln!(io::stdout(), "{}", summary(&report))?;
+    print_shadow(&report["shadow"])
+}
+
+/// Prints the report of shadow traffic, if there is one.
+fn print_shadow(report: &Value) -> Result<()> {
+    if report.is_null() {
+        return Ok(());
+    }
+    let mut out = io::stdout().lock();
+    writeln!(out, "shadow traffic: {}, {} rebuilds of the candidate", counts(report), report["rebuilds"])?;
+    for side in ["serving", "candidate"] {
+        let times = &report[side];
+        let time = |name: &str| times[name].as_f64().map_or("-".to_owned(), |time| format!("{:.3} ms", 1e3 * time));
+        let (half, most, max) = (time("p50_seconds"), time("p99_seconds"), time("max_seconds"));
+        let memory = times["memory_bytes"].as_u64().unwrap_or_default() >> 20;
+        writeln!(out, "  {side:9}  p50 {half}, p99 {most}, max {max}, {memory} MiB of memory")?;
+    }
+    for example in report["examples"].as_array().into_iter().flatten() {
+        let text = |name: &str| example[name].as_str().unwrap_or("-").to_owned();
+        let (method, target, id) = (text("method"), text("target"), text("request_id"));
+        let (what, serving, candidate) = (text("difference"), text("serving"), text("candidate"));
+        writeln!(out, "  {method} {target} ({id}): {what}: {serving}, candidate: {candidate}")?;
+    }
     Ok(())
+}
+
+fn counts(shadow: &Value) -> String {
+    format!("{} compared, {} different, {} dropped", shadow["compared"], shadow["different"], shadow["dropped"])
 }
 
 /// Summarizes the report of a swap in one line.
@@ -92,9 +150,14 @@ fn summary(report: &Value) -> String {
     }
 }
 
-fn progress(server: &Server) -> Option<String> {
+/// Returns the document of `GET /guest`.
+fn status(server: &Server) -> Option<Value> {
     let response = server.send(&ApiRequest { method: "GET", target: "/guest", headers: &[], body: None }).ok()?;
-    let status: Value = serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()?;
+    serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()
+}
+
+fn progress(server: &Server) -> Option<String> {
+    let status = status(server)?;
     let swap = status.get("swap").filter(|swap| !swap.is_null())?;
     let phase = swap["phase"].as_str()?;
     Some(match phase {
@@ -102,6 +165,10 @@ fn progress(server: &Server) -> Option<String> {
             "{phase}: {} entries, sequence {} of {}, {} entries/s",
             swap["entries"], swap["sequence"], swap["newest"], swap["entries_per_second"]
         ),
+        "shadow" => {
+            let (seconds, all) = (swap["seconds"].as_f64()?, swap["shadow"]["seconds"].as_f64()?);
+            format!("{phase}: {seconds:.0} of {all:.0} s, {}", counts(&swap["shadow"]))
+        }
         _ => format!("{phase}: {:.0} s", swap["seconds"].as_f64()?),
     })
 }

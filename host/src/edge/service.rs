@@ -166,7 +166,8 @@ impl Service {
         });
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
-        let incoming = Incoming { request, client, id: id.clone(), principal, scope };
+        let is_sampled = self.shards.shadow().samples();
+        let incoming = Incoming { request, client, id: id.clone(), principal, scope, is_sampled };
         let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.

@@ -19,6 +19,7 @@ use super::memory::Memory;
 use super::message::{Client, Watch};
 use super::owner::Part;
 use super::sandbox::Sandbox;
+use super::shadow::{Append, Appends, Surroundings};
 use crate::contract::{
     AppendError, Event, Imports, Selector, config, connection, http, response_cache, transaction_log, watch,
 };
@@ -69,6 +70,10 @@ pub(super) struct Call {
     pub(super) reuse: Reuse,
     /// Whether it was told about the connection.
     pub(super) connection_read: bool,
+    /// Recorded for a candidate, or those of a candidate.
+    pub(super) effects: Appends,
+    /// Taken when the call begins.
+    pub(super) surroundings: Surroundings,
 }
 
 /// Its declaration that the response can be reused.
@@ -84,6 +89,16 @@ pub(super) enum Reuse {
 pub(super) enum Asked {
     Watch(Watch),
     Wait { key: String, timeout: Duration },
+}
+
+impl Asked {
+    /// Describes it, for a comparison.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::Watch(Watch { selection, after, end: _ }) => format!("watch of {selection:?} after {after:?}"),
+            Self::Wait { key, timeout } => format!("wait for {key:?}, at most {timeout:?}"),
+        }
+    }
 }
 
 impl State {
@@ -124,7 +139,18 @@ impl State {
 
     /// The time that the next call is told.
     pub(super) fn now(&mut self) -> u64 {
-        self.time = self.clock.now();
+        let now = self.clock.now();
+        self.at(now)
+    }
+
+    /// The same, for a call that is told a certain time.
+    pub(super) fn at(&mut self, time: u64) -> u64 {
+        self.time = time;
+        time
+    }
+
+    /// The time that the last call was told.
+    pub(super) fn time(&self) -> u64 {
         self.time
     }
 }
@@ -135,8 +161,22 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 
 impl transaction_log::Host for State {
     fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
+        let events: Vec<kvs_txlog::Event> = events.into_iter().map(Into::into).collect();
+        if let Appends::Scripted(script) = &mut self.call.effects {
+            return script.append(&events);
+        }
+        let result = self.append_real(&events);
+        if let Appends::Recorded(recording) = &mut self.call.effects {
+            recording.add(Append { events, result: result.clone() });
+        }
+        result
+    }
+}
+
+impl State {
+    fn append_real(&mut self, events: &[kvs_txlog::Event]) -> Result<u64, AppendError> {
         // What it does not own, it would not be given again.
-        if !self.call.may_append || !events.iter().all(|event| self.part.owns(key_of(event))) {
+        if !self.call.may_append || !events.iter().all(|event| self.part.owns(event.key())) {
             return Err(AppendError::ReadOnly);
         }
         self.call.appends += 1;
@@ -144,7 +184,7 @@ impl transaction_log::Host for State {
             return Err(AppendError::Unavailable);
         }
         // What is there by other ways can be deleted.
-        if events.iter().any(|event| matches!(event, Event::Put(put) if !key::is_valid(&put.key))) {
+        if events.iter().any(|event| matches!(event, kvs_txlog::Event::Put(put) if !key::is_valid(&put.key))) {
             return Err(AppendError::InvalidKey);
         }
         // Before anything changed. What only deletes goes on, for that is how a guest gets out of it.
@@ -154,9 +194,8 @@ impl transaction_log::Host for State {
             return Err(AppendError::InsufficientStorage);
         }
         // Before the log has them: whoever watches can hear of them before the call returns.
-        events.iter().for_each(|event| self.cache.announce(key_of(event)));
-        let events: Vec<kvs_txlog::Event> = events.into_iter().map(Into::into).collect();
-        let first = self.log.append(self.time, &events)?;
+        events.iter().for_each(|event| self.cache.announce(event.key()));
+        let first = self.log.append(self.time, events)?;
         if let Some(others) = events.len().checked_sub(1) {
             self.call.appended = Some(first + others as u64);
         }
@@ -164,18 +203,11 @@ impl transaction_log::Host for State {
     }
 }
 
-fn key_of(event: &Event) -> &str {
-    match event {
-        Event::Put(put) => &put.key,
-        Event::Delete(key) => key,
-    }
-}
-
 /// What a guest is likely to keep of an event.
-fn taken_in(event: &Event) -> Option<u64> {
+fn taken_in(event: &kvs_txlog::Event) -> Option<u64> {
     match event {
-        Event::Put(put) => Some((put.key.len() + put.value.len()).max(1) as u64),
-        Event::Delete(_) => None,
+        kvs_txlog::Event::Put(put) => Some((put.key.len() + put.value.len()).max(1) as u64),
+        kvs_txlog::Event::Delete(_) => None,
     }
 }
 

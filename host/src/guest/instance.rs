@@ -19,6 +19,7 @@ use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
 use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted};
+use super::shadow::{Append, Appends, Difference, Given as Surrounded, Record, Recorded, Script, Surroundings};
 use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
@@ -37,6 +38,17 @@ pub struct Instance {
     limits: Limits,
     description: Description,
     wanted_headers: Arc<Wanted>,
+    /// Of the last call of `handle` or `tick`.
+    recorded: Option<Recorded>,
+}
+
+/// What a candidate did with a request.
+pub struct Scripted {
+    pub response: contract::Response,
+    /// The last of the entries that it appended as the serving guest did, or the first difference.
+    pub appends: Result<Option<u64>, Difference>,
+    /// A watch or a wait.
+    pub asked: Option<String>,
 }
 
 impl Instance {
@@ -55,7 +67,7 @@ impl Instance {
         let wanted_headers = Arc::new(Wanted::new(check(&description)?));
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
-        Ok(Self { store, exports, guest, limits, description, wanted_headers })
+        Ok(Self { store, exports, guest, limits, description, wanted_headers, recorded: None })
     }
 
     pub fn description(&self) -> &Description {
@@ -107,11 +119,11 @@ impl Instance {
     }
 
     /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
-    pub fn tick(&mut self) -> Result<Option<Duration>, Trapped> {
+    pub fn tick(&mut self, record: Record) -> Result<Option<Duration>, Trapped> {
         let now = self.store.data_mut().now();
-        let wish = self.call(Call { may_append: true, ..Call::default() }, |exports, store| {
-            exports.lifecycle.call_tick(store, now)
-        })?;
+        let call = Call { may_append: true, effects: Appends::new(record), ..Call::default() };
+        let wish = self.call(call, |exports, store| exports.lifecycle.call_tick(store, now))?;
+        self.keep_recorded();
         if self.store.data().memory.is_full() {
             self.count()?;
         }
@@ -148,9 +160,9 @@ impl Instance {
         self.call(Call::default(), |exports, store| sharding(exports)?.call_extract_keys(store, body))
     }
 
-    /// Makes one answer of those that all instances gave.
-    pub fn merge_responses(&mut self, incoming: &Incoming, answers: &[Answer]) -> Result<Answer, Trapped> {
-        let time = self.store.data_mut().now();
+    /// Makes one answer of those that all instances gave, at this time.
+    pub fn merge_responses(&mut self, incoming: &Incoming, answers: &[Answer], time: u64) -> Result<Answer, Trapped> {
+        let time = self.store.data_mut().at(time);
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let heads: Vec<_> = answers.iter().map(|answer| answer.response.headers()).collect();
@@ -170,15 +182,17 @@ impl Instance {
         })
     }
 
-    pub fn handle(&mut self, incoming: &Incoming) -> Result<Answer, Trapped> {
+    pub fn handle(&mut self, incoming: &Incoming, record: Record) -> Result<Answer, Trapped> {
         let time = self.store.data_mut().now();
         let headers = incoming.headers(&self.wanted_headers);
-        let record = incoming.record(&headers, time);
+        let request = incoming.record(&headers, time);
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
         let request_id = Some(incoming.id.clone());
-        let call = Call { may_append: true, client, request_id, serving, ..Call::default() };
+        let (effects, surroundings) = (Appends::new(record), Surroundings::new(record));
+        let call = Call { may_append: true, client, request_id, serving, effects, surroundings, ..Call::default() };
         let end = self.store.data().log.appended();
-        let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
+        let response = self.call(call, |exports, store| exports.handler.call_handle(store, request))?;
+        self.keep_recorded();
 
         let declared = self.store.data_mut().reuse_declared();
         let sequel = match self.store.data_mut().call.asked.take() {
@@ -212,6 +226,47 @@ impl Instance {
         })
     }
 
+    /// Handles a request as the serving guest did, at the same time, with the same clocks, randomness and results of its appends.
+    /// Nothing that it appends goes to the log.
+    pub fn handle_scripted(
+        &mut self,
+        incoming: &Incoming,
+        time: u64,
+        appends: Vec<Append>,
+        surroundings: Surrounded,
+    ) -> Result<Scripted, Trapped> {
+        let time = self.store.data_mut().at(time);
+        let headers = incoming.headers(&self.wanted_headers);
+        let request = incoming.record(&headers, time);
+        let call = Call {
+            client: Some(Arc::clone(&incoming.client)),
+            request_id: Some(incoming.id.clone()),
+            effects: Appends::Scripted(Script::new(appends)),
+            surroundings: Surroundings::Scripted(surroundings),
+            ..Call::default()
+        };
+        let response = self.call(call, |exports, store| exports.handler.call_handle(store, request))?;
+        let Call { effects, asked, .. } = &mut self.store.data_mut().call;
+        let appends = match std::mem::take(effects) {
+            Appends::Scripted(script) => script.end(),
+            Appends::Real | Appends::Recorded(_) => Ok(None),
+        };
+        Ok(Scripted { response, appends, asked: asked.as_ref().map(Asked::describe) })
+    }
+
+    /// Keeps what was recorded of the call that is over, before another one.
+    fn keep_recorded(&mut self) {
+        let state = self.store.data_mut();
+        let Appends::Recorded(recording) = std::mem::take(&mut state.call.effects) else { return };
+        let (time, asked) = (state.time(), state.call.asked.as_ref().map(Asked::describe));
+        self.recorded = Some(Recorded { time, recording, given: state.sandbox().recorded(), asked });
+    }
+
+    /// Returns what was recorded of the last call.
+    pub fn recorded(&mut self) -> Option<Recorded> {
+        self.recorded.take()
+    }
+
     fn given(&self, record: contract::Response, end: u64) -> Given {
         Given::Fresh { record, most: self.limits.response_bytes, end }
     }
@@ -231,9 +286,9 @@ impl Instance {
         mut call: Call,
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
-        let request_id = call.request_id.take();
+        let (request_id, surroundings) = (call.request_id.take(), std::mem::take(&mut call.surroundings));
         self.store.data_mut().call = call;
-        self.store.data_mut().sandbox().begin_call(request_id);
+        self.store.data_mut().sandbox().begin_call(request_id, surroundings);
         begin(&mut self.store, limit);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();

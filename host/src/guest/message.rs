@@ -84,6 +84,8 @@ pub struct Incoming {
     pub principal: Option<Arc<str>>,
     /// What the client may do.
     pub scope: Scope,
+    /// Whether a candidate is given it too.
+    pub is_sampled: bool,
 }
 
 impl Incoming {
@@ -124,6 +126,7 @@ impl Incoming {
             id: self.id.clone(),
             principal: self.principal.clone(),
             scope: self.scope,
+            is_sampled: self.is_sampled,
         }
     }
 }
@@ -193,8 +196,13 @@ impl Given {
 
     /// End of the log when the call began.
     pub(super) fn end(&self) -> Option<u64> {
+        self.fresh().map(|(end, _)| end)
+    }
+
+    /// The same, with the response to the call.
+    pub(super) fn fresh(&self) -> Option<(u64, &contract::Response)> {
         match self {
-            Self::Fresh { end, .. } => Some(*end),
+            Self::Fresh { end, record, .. } => Some((*end, record)),
             Self::Kept(_) => None,
         }
     }

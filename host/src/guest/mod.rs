@@ -6,7 +6,7 @@
 //! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
 //! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
 //! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
-//! spare) and `swap` (another guest takes over).
+//! spare), `shadow` (another guest is given real requests before it serves) and `swap` (another guest takes over).
 
 mod alarm;
 mod batch;
@@ -18,6 +18,7 @@ mod compiled;
 mod compiler;
 mod engine;
 mod epoch;
+mod fixed;
 mod housekeeping;
 mod imports;
 mod inspect;
@@ -33,6 +34,7 @@ mod reload;
 mod replica;
 mod routers;
 mod sandbox;
+mod shadow;
 mod shard;
 mod shards;
 mod source;
@@ -49,7 +51,8 @@ pub use limits::Limits;
 pub use message::{Answer, Client, Incoming, Sequel, Wait, Watch};
 pub use reload::Reload;
 pub use replica::Replayed;
+pub use shadow::{MAX_DURATION as MAX_SHADOW, Plan as ShadowPlan};
 pub use shard::CallError;
 pub use shards::{Arrangement, Paused, Shards};
 pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
-pub use swap::{Outcome, SwapError, Swapper};
+pub use swap::{Outcome, Steps, SwapError, Swapper};

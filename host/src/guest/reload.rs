@@ -15,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use super::source::{self, Digest, Source};
-use super::swap::{SwapError, Swapper};
+use super::swap::{Steps, SwapError, Swapper};
 use crate::audit::Actor;
 use crate::changes::{Changes, LOOK};
 use crate::signals::{Listen, listen};
@@ -111,7 +111,7 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
         if !waits {
             info!("the guest in {source} is another now");
         }
-        match swapper.swap(source.clone(), component, false, actor.clone()).await {
+        match swapper.swap(source.clone(), component, Steps::default(), actor.clone()).await {
             Err(SwapError::Busy) if waits => {}
             Err(SwapError::Busy) => info!("another swap is under way; the guest in {source} comes after it"),
             // How it ended is told by the swap.

@@ -32,6 +32,11 @@ impl Routers {
         self.guest.number()
     }
 
+    /// The time that the guest is told now, in milliseconds since 1970.
+    pub fn now(&self) -> u64 {
+        self.guest.clock().now()
+    }
+
     /// Asks one of them. One that traps is not asked again.
     pub fn ask<T, E>(&self, question: impl FnOnce(&mut Instance) -> Result<T, E>) -> Result<T>
     where

@@ -17,7 +17,9 @@ use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
 
 use super::clock::Clock;
+use super::fixed::Fixed;
 use super::limits::Limits;
+use super::shadow::{Given, Surroundings};
 use super::trap::Printed;
 
 mod bindings {
@@ -89,23 +91,11 @@ pub struct Sandbox {
     fixed: Fixed,
     /// Whether the call in progress, or the last one, read a clock or randomness.
     has_read: bool,
+    /// What it reads of them.
+    surroundings: Surroundings,
     /// Of the call in progress.
     request_id: Option<HeaderValue>,
     printed: Printed,
-}
-
-/// The fixed stream of `apply`: SplitMix64 from 0. It continues from one call to the next, as the boundaries of batches mean
-/// nothing.
-#[derive(Default)]
-struct Fixed(u64);
-
-impl Fixed {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
 }
 
 /// No operation here fails in a way that has more to say, so no guest ever holds one.
@@ -140,6 +130,7 @@ impl Sandbox {
             in_apply: false,
             fixed: Fixed::default(),
             has_read: false,
+            surroundings: Surroundings::default(),
             request_id: None,
             printed: Printed::default(),
         }
@@ -156,15 +147,24 @@ impl Sandbox {
     }
 
     /// A call begins, for a request where there is one.
-    pub fn begin_call(&mut self, request_id: Option<HeaderValue>) {
+    pub fn begin_call(&mut self, request_id: Option<HeaderValue>, surroundings: Surroundings) {
         self.has_read = false;
         self.request_id = request_id;
+        self.surroundings = surroundings;
         self.printed.clear();
     }
 
     /// Whether the call read a clock or randomness.
     pub fn has_read_surroundings(&self) -> bool {
         self.has_read
+    }
+
+    /// Returns what the last call was given of clocks and randomness, where that was recorded.
+    pub fn recorded(&mut self) -> Given {
+        match std::mem::take(&mut self.surroundings) {
+            Surroundings::Recorded(given) => given,
+            Surroundings::Real | Surroundings::Scripted(_) => Given::default(),
+        }
     }
 
     /// A call of `apply` begins.
@@ -416,7 +416,8 @@ impl clocks::monotonic_clock::Host for Sandbox {
         if self.in_apply {
             return Ok(0);
         }
-        Ok(u64::try_from(self.env.clock.elapsed(self.started).as_nanos())?)
+        let real = || u64::try_from(self.env.clock.elapsed(self.started).as_nanos()).unwrap_or(u64::MAX);
+        Ok(self.surroundings.monotonic(real))
     }
     fn resolution(&mut self) -> Result<u64> {
         Ok(1)
@@ -435,7 +436,7 @@ impl clocks::wall_clock::Host for Sandbox {
         self.has_read = true;
         let now = match self.in_apply {
             true => Duration::ZERO,
-            false => Duration::from_millis(self.clock.now()),
+            false => Duration::from_millis(self.surroundings.wall(|| self.clock.now())),
         };
         Ok(clocks::wall_clock::Datetime { seconds: now.as_secs(), nanoseconds: now.subsec_nanos() })
     }
@@ -454,17 +455,15 @@ impl Sandbox {
                 chunk.copy_from_slice(&self.fixed.next().to_le_bytes()[..chunk.len()]);
             }
         } else {
-            self.env.random.fill(&mut bytes).map_err(wasmtime::Error::from_anyhow)?;
+            let random = &self.env.random;
+            self.surroundings.fill(&mut bytes, |bytes| random.fill(bytes)).map_err(wasmtime::Error::from_anyhow)?;
         }
         Ok(bytes)
     }
 
     fn random_u64(&mut self) -> Result<u64> {
-        self.has_read = true;
-        if self.in_apply {
-            return Ok(self.fixed.next());
-        }
-        self.env.random.u64().map_err(wasmtime::Error::from_anyhow)
+        let bytes = self.random_bytes(size_of::<u64>() as u64)?;
+        Ok(u64::from_le_bytes(bytes.as_slice().try_into()?))
     }
 }
 

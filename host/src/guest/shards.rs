@@ -8,6 +8,7 @@
 //! another guest is wanted.
 
 mod handover;
+mod routing;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -26,7 +27,6 @@ use tracing::error;
 use super::alarm::Alarm;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
-use super::instance::Instance;
 use super::message::{Answer, Incoming};
 use super::metrics::{Cause, Held, Metrics};
 use super::outage::Outage;
@@ -34,9 +34,9 @@ use super::owner::Owners;
 use super::replica::spare::Spare;
 use super::replica::{self, Replayed, Replica};
 use super::routers::Routers;
+use super::shadow::Shadow;
 use super::shard::{CallError, Called, LastTrap, Raised, Serving, Shard, Shared, Turn, promote};
-use super::trap::{self, Trapped};
-use crate::contract::Target;
+use super::trap;
 use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
 use kvs_txlog::change::Change;
@@ -79,14 +79,6 @@ pub struct Before {
     replicas: Vec<Option<Box<Replica>>>,
 }
 
-/// Shards that a request is routed to.
-enum Route {
-    One(usize),
-    All,
-    /// None: its keys lie in several shards.
-    CrossShard,
-}
-
 impl Shards {
     /// So many, built from the log. Blocks until they are ready to be called.
     pub fn build(
@@ -101,14 +93,14 @@ impl Shards {
         replica::catch_up_all(&mut replicas, &|_, _| {})?;
         let replayed = replica::replayed_by_all(&mut replicas, started)?;
 
-        let serving = Serving::new(guest, &replicas[0].instance);
-        let routers = ArcSwap::from_pointee(routers(&serving, &log, &owners));
+        let serving = Serving::new(Arc::new(guest), &replicas[0].instance);
+        let routers = ArcSwap::from_pointee(routers(&serving.guest, &log, &owners));
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
         let cache = Arc::clone(serving.guest.response_cache());
         cache.serve(Arc::clone(&serving.headers));
-        let (building, last_trap, handed_over) = Default::default();
+        let (building, last_trap, handed_over, shadow) = Default::default();
         let shared =
-            Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, handed_over, env });
+            Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, handed_over, shadow, env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -216,6 +208,16 @@ impl Shards {
         &self.shared.metrics
     }
 
+    /// Routers of a guest.
+    pub fn routers_of(&self, guest: &Arc<Guest>) -> Routers {
+        routers(guest, &self.shared.log, &self.owners)
+    }
+
+    /// What is sampled for a candidate.
+    pub fn shadow(&self) -> &Shadow {
+        &self.shared.shadow
+    }
+
     /// The response that was given to an equal request and is still right. Takes nobody's turn.
     pub fn kept(&self, incoming: &Incoming) -> Option<Answer> {
         self.shared.cache.get(incoming)
@@ -236,69 +238,6 @@ impl Shards {
                 Called::Moved(moved) => incoming = moved,
             }
         }
-    }
-
-    async fn call_routed(&self, incoming: Incoming, deadline: tokio::time::Instant) -> Result<Called, CallError> {
-        let routers = &*self.routers.load_full();
-        let routed_by = Some(routers.guest());
-        match self.route(routers, &incoming)? {
-            Route::One(shard) => self.shards[shard].call(incoming, routed_by, deadline).await,
-            Route::All => {
-                let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), routed_by, deadline));
-                let mut answers = Vec::with_capacity(self.shards.len());
-                for called in join_all(calls).await {
-                    match called? {
-                        Called::Answered(answer) => answers.push(answer),
-                        Called::Moved(_) if answers.iter().any(|answer| answer.appended) => {
-                            return Err(CallError::Replaced);
-                        }
-                        Called::Moved(moved) => return Ok(Called::Moved(moved)),
-                    }
-                }
-                self.ask(routers, &incoming, "merge-responses", |instance| {
-                    instance.merge_responses(&incoming, &answers)
-                })
-                .map(Called::Answered)
-            }
-            Route::CrossShard => self
-                .ask(routers, &incoming, "merge-responses", |instance| instance.merge_responses(&incoming, &[]))
-                .map(Called::Answered),
-        }
-    }
-
-    fn route(&self, routers: &Routers, incoming: &Incoming) -> Result<Route, CallError> {
-        let any = || Route::One(self.next.fetch_add(1, Ordering::Relaxed) % self.shards.len());
-        Ok(match self.ask(routers, incoming, "route", |instance| instance.route(incoming))? {
-            Target::Key(key) => Route::One(self.owners.of(&key)),
-            Target::AllShards => Route::All,
-            Target::AnyShard => any(),
-            Target::KeysInBody => {
-                let keys = self.ask(routers, incoming, "extract-keys", |instance| instance.extract_keys(incoming))?;
-                let mut owners = keys.iter().map(|key| self.owners.of(key));
-                match owners.next() {
-                    None => any(),
-                    Some(first) if owners.all(|owner| owner == first) => Route::One(first),
-                    Some(_) => Route::CrossShard,
-                }
-            }
-        })
-    }
-
-    fn ask<T>(
-        &self,
-        routers: &Routers,
-        incoming: &Incoming,
-        what: &str,
-        question: impl FnOnce(&mut Instance) -> Result<T, Trapped>,
-    ) -> Result<T, CallError> {
-        routers.ask(question).map_err(|error| {
-            let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
-            error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
-            let reason = format!("in {what}: {error:#}");
-            self.shared.trapped(&reason);
-            self.shared.alarm.raise(Raised { reason, turn: None });
-            CallError::Trapped
-        })
     }
 
     /// Hands over what another process appended, up to `until`, to the shards that own it.
@@ -348,7 +287,7 @@ impl Shards {
 
     /// Puts another guest in the place of the one that serves, between two calls. It is given what it misses of the log
     /// while no call is made, so it should miss little. An error leaves everything as it was.
-    pub async fn switch(&self, guest: Guest, replicas: Vec<Replica>) -> Result<Switched> {
+    pub async fn switch(&self, guest: Arc<Guest>, replicas: Vec<Replica>) -> Result<Switched> {
         let (mut turns, mut paused) = (Vec::with_capacity(self.shards.len()), None);
         for shard in &self.shards {
             turns.push(shard.visit().await?);
@@ -359,7 +298,7 @@ impl Shards {
         let promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)).await;
         let switched = promoted.map(|replicas| {
             self.shared.cache.serve(Arc::clone(&serving.headers));
-            let routers = self.routers.swap(Arc::new(routers(&serving, &self.shared.log, &self.owners)));
+            let routers = self.routers.swap(Arc::new(self.routers_of(&serving.guest)));
             Switched {
                 pause: self.env().clock.elapsed(paused),
                 alarm: self.shared.alarm.set(),
@@ -425,8 +364,8 @@ fn fit_twice(held: u64, memory: u64) -> Result<()> {
     Ok(())
 }
 
-fn routers(serving: &Serving, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Routers {
-    Routers::new(Arc::clone(&serving.guest), Arc::clone(log), owners.part(0))
+fn routers(guest: &Arc<Guest>, log: &Arc<dyn TransactionLog>, owners: &Owners) -> Routers {
+    Routers::new(Arc::clone(guest), Arc::clone(log), owners.part(0))
 }
 
 impl Measured for Shards {
@@ -478,6 +417,7 @@ impl Measured for Shards {
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
         page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))?;
+        self.shared.shadow.measure(page)?;
         self.shared.cache.measure(page)
     }
 }

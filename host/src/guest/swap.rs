@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use super::engine::{Engine, Guest};
 use super::replica::{self, Replayed, Replica};
+use super::shadow::{self, Plan, Report};
 use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
 use super::source::{self, Digest, Source};
@@ -42,11 +43,22 @@ pub enum SwapError {
     /// It is no guest, or one that cannot take in this log.
     #[error("{0:#}")]
     Unfit(anyhow::Error),
+    /// Shadow traffic found differences, or was ended on request.
+    #[error("{reason}")]
+    Shadow { reason: String, report: Value },
     #[error("{guest} was rolled back on probation, the guest before serves again: {reason}")]
     TakenBack { guest: String, reason: String },
     /// Nothing is known to be wrong with the guest.
     #[error("{0:#}")]
     Failed(anyhow::Error),
+}
+
+/// The parts of a swap that are a matter of choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Steps {
+    /// Everything is done but the switch.
+    pub dry_run: bool,
+    pub shadow: Option<Plan>,
 }
 
 /// What a swap came to.
@@ -60,6 +72,8 @@ pub struct Outcome {
     pub memory_bytes: usize,
     /// How long no call was made; none in a dry run, after which the same guest serves as before.
     pub pause: Option<Duration>,
+    /// The report of shadow traffic.
+    pub shadow: Option<Value>,
 }
 
 /// Swaps the guest, one swap at a time.
@@ -81,6 +95,8 @@ struct Status {
     /// Since when the guest serves, in milliseconds since 1970.
     since: u64,
     phase: Option<Phase>,
+    /// Shadow traffic in progress, until it is ended on request.
+    shadow: Option<Arc<Report>>,
     /// How the last swap ended.
     last: Value,
 }
@@ -102,7 +118,7 @@ impl Swapper {
         (data, shares_data): (PathBuf, bool),
         probation: Duration,
     ) -> Arc<Self> {
-        let status = Status { since: shards.env().clock.unix_ms(), phase: None, last: Value::Null };
+        let status = Status { since: shards.env().clock.unix_ms(), phase: None, shadow: None, last: Value::Null };
         let tasks = shards.env().tasks.in_runtime(&Handle::current());
         let (under_way, status) = (Arc::default(), Mutex::new(status));
         Arc::new(Self { engine, shards, log, data, shares_data, probation, tasks, under_way, status })
@@ -117,10 +133,16 @@ impl Swapper {
         self.shares_data && self.log.read_only().is_some()
     }
 
+    /// Whether another process writes the log, so that there are no writes here to compare.
+    pub fn stands_by(&self) -> bool {
+        self.log.read_only().is_some()
+    }
+
     /// The guest that serves, the swap under way, and how the last one ended.
     pub fn status(&self) -> Value {
         let serving = self.serving();
         let status = self.lock();
+        let shadow = status.shadow.as_ref().map(|report| report.json(self.shards.memory_bytes().sum()));
         let under_way = status.phase.as_ref().map(|phase| {
             let seconds = self.clock().elapsed(phase.begun).as_secs_f64();
             json!({
@@ -130,6 +152,7 @@ impl Swapper {
                 "sequence": phase.sequence,
                 "newest": self.log.appended(),
                 "entries_per_second": (phase.entries as f64 / seconds).round(),
+                "shadow": shadow,
             })
         });
         let down = self.shards.outages().map(|(number, outage)| {
@@ -157,19 +180,18 @@ impl Swapper {
     }
 
     /// Swaps the guest for `component`, which came from `source`. Goes on to its end whether or not anybody waits for it.
-    /// In a dry run everything is done but the switch.
     pub async fn swap(
         self: &Arc<Self>,
         source: Source,
         component: Vec<u8>,
-        dry_run: bool,
+        steps: Steps,
         actor: Actor,
     ) -> Result<Outcome, SwapError> {
         let me = Arc::clone(self);
         let (done, outcome) = oneshot::channel();
         self.tasks.detach("guest swap", async move {
-            let (action, digest) = (if dry_run { "swap-dry-run" } else { "swap" }, Digest::of(&component));
-            let outcome = me.swap_alone(source, component, dry_run).await;
+            let (action, digest) = (if steps.dry_run { "swap-dry-run" } else { "swap" }, Digest::of(&component));
+            let outcome = me.swap_alone(source, component, steps).await;
             match &outcome {
                 Ok(_) => audit::log(&actor, action, digest, "success"),
                 Err(error) => audit::log(&actor, action, digest, trap::without_printed(&error.to_string())),
@@ -185,22 +207,24 @@ impl Swapper {
         Arc::clone(&self.under_way).try_lock_owned().ok()
     }
 
-    /// Ends the probation of the guest: the one before serves again. False when none is on probation.
+    /// Ends the probation of the guest, so that the one before serves again, or shadow traffic, so that the same one serves on. False
+    /// when there is neither.
     pub fn roll_back(&self) -> bool {
-        self.shards.roll_back()
+        let shadow = self.lock().shadow.take();
+        shadow.inspect(|report| report.stop()).is_some() || self.shards.roll_back()
     }
 
     async fn swap_alone(
         self: &Arc<Self>,
         source: Source,
         component: Vec<u8>,
-        dry_run: bool,
+        steps: Steps,
     ) -> Result<Outcome, SwapError> {
         let Ok(_alone) = self.under_way.try_lock() else { return Err(SwapError::Busy) };
         let steps = async {
             // In memory beside the guest that serves is the new one, and no spares.
             let _no_spares = self.shards.without_spares().await;
-            self.steps(source, component, dry_run).await
+            self.steps(source, component, steps).await
         };
         let steps = self.tasks.caught("guest swap", steps);
         let outcome = steps.await.unwrap_or_else(|panic| Err(SwapError::Failed(panic)));
@@ -208,14 +232,16 @@ impl Swapper {
         outcome
     }
 
-    async fn steps(self: &Arc<Self>, source: Source, component: Vec<u8>, dry_run: bool) -> Result<Outcome, SwapError> {
+    async fn steps(self: &Arc<Self>, source: Source, component: Vec<u8>, steps: Steps) -> Result<Outcome, SwapError> {
         self.phase("compiling");
         let component = Arc::new(component);
         let (me, from, bytes) = (Arc::clone(self), source.clone(), Arc::clone(&component));
         let guest = blocking(move || me.engine.compile(from, &bytes).map_err(SwapError::Unfit)).await?;
+        let guest = Arc::new(guest);
 
         let me = Arc::clone(self);
-        let (guest, replicas, replayed) = blocking(move || me.replay(guest)).await?;
+        let replaying = Arc::clone(&guest);
+        let (mut replicas, replayed) = blocking(move || me.replay(&replaying)).await?;
         let description = replicas[0].instance.description();
         let mut outcome = Outcome {
             guest: description.name.clone(),
@@ -224,8 +250,18 @@ impl Swapper {
             replayed,
             memory_bytes: replicas.iter().map(|replica| replica.instance.memory_bytes()).sum(),
             pause: None,
+            shadow: None,
         };
-        if dry_run {
+        if let Some(plan) = steps.shadow {
+            outcome.shadow = Some(self.shadow(&guest, replicas, plan, steps.dry_run).await?);
+            if steps.dry_run {
+                return Ok(outcome);
+            }
+            // What serves has been given no request before.
+            let (me, replaying) = (Arc::clone(self), Arc::clone(&guest));
+            (replicas, outcome.replayed) = blocking(move || me.replay(&replaying)).await?;
+        }
+        if steps.dry_run {
             // Memory is given back in its own time.
             task::spawn_blocking(move || drop(replicas));
             return Ok(outcome);
@@ -270,12 +306,35 @@ impl Swapper {
         Ok(outcome)
     }
 
+    /// Compares the guest with the one that serves, and returns the report.
+    async fn shadow(
+        &self,
+        guest: &Arc<Guest>,
+        replicas: Vec<Replica>,
+        plan: Plan,
+        dry_run: bool,
+    ) -> Result<Value, SwapError> {
+        self.phase("shadow");
+        let report = Arc::new(Report::new(plan, !dry_run));
+        self.lock().shadow = Some(Arc::clone(&report));
+        let ended = shadow::run(&self.shards, &self.log, (self.shards.routers_of(guest), replicas), &report).await;
+        let on_request = self.lock().shadow.take().is_none();
+        ended.map_err(blame)?;
+        let shown = report.json(self.shards.memory_bytes().sum());
+        let reason = match on_request {
+            true => "shadow traffic was ended on request, the same guest serves".to_owned(),
+            false if !dry_run && report.is_exceeded() => report.verdict(),
+            false => return Ok(shown),
+        };
+        Err(SwapError::Shadow { reason, report: shown })
+    }
+
     /// Builds its instances from the log, up to the last few entries.
-    fn replay(&self, guest: Guest) -> Result<(Guest, Vec<Replica>, Replayed), SwapError> {
+    fn replay(&self, guest: &Guest) -> Result<(Vec<Replica>, Replayed), SwapError> {
         for _ in 0..ATTEMPTS {
             self.phase("replaying");
             let started = self.clock().now();
-            let mut replicas = self.shards.replicas(&guest).map_err(SwapError::Unfit)?;
+            let mut replicas = self.shards.replicas(guest).map_err(SwapError::Unfit)?;
             match self.catch_up(&mut replicas) {
                 Err(error) if error.is::<Forgotten>() => warn!("the swap replays the log once more: {error}"),
                 Err(error) => return Err(blame(error)),
@@ -284,7 +343,7 @@ impl Swapper {
                 }
                 Ok(true) => {
                     let replayed = replica::replayed_by_all(&mut replicas, started).map_err(SwapError::Unfit)?;
-                    return Ok((guest, replicas, replayed));
+                    return Ok((replicas, replayed));
                 }
             }
         }
@@ -319,14 +378,17 @@ impl Swapper {
             Err(_) => metrics.swaps_refused.add(1),
         }
         let told = match outcome {
-            Ok(Outcome { guest, version, replayed, pause, .. }) => {
+            Ok(Outcome { guest, version, replayed, pause, shadow, .. }) => {
                 let what = if pause.is_some() { "the guest was swapped" } else { "the guest could be swapped" };
                 info!(guest, version, entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "{what}");
-                json!({ "at": self.clock().unix_ms(), "guest": guest, "version": version, "outcome": what })
+                let at = self.clock().unix_ms();
+                json!({ "at": at, "guest": guest, "version": version, "outcome": what, "shadow": shadow })
             }
             Err(error) => {
                 warn!("the guest was not swapped: {error}");
-                json!({ "at": self.clock().unix_ms(), "outcome": "the guest was not swapped", "reason": error.to_string() })
+                let shadow = if let SwapError::Shadow { report, .. } = error { report } else { &Value::Null };
+                let (at, what) = (self.clock().unix_ms(), "the guest was not swapped");
+                json!({ "at": at, "outcome": what, "reason": error.to_string(), "shadow": shadow })
             }
         };
         let mut status = self.lock();

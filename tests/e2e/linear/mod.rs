@@ -124,6 +124,37 @@ fn history_over_promotions_of_spares_is_linearizable() {
     assert!(promoted > histories as f64 / 2.0, "{promoted} spares were promoted in {trapped} traps");
 }
 
+/// A copy of the guest is swapped in again and again, after shadow traffic in which it never differs.
+#[test]
+fn history_over_swaps_with_shadow_is_linearizable() {
+    let mut rng = zoo::dice();
+    let histories = count("KVS_TEST_HISTORIES", 40).div_ceil(4);
+    let args = [&SMALL_SEGMENTS[..], &["--probation", "1ms"]].concat();
+    let server = Server::start(&args);
+    let (mut compared, mut operations) = (0, 0);
+    for round in 0..histories.div_ceil(AT_ONCE) {
+        let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
+        let stage = Stage::default();
+        stage.set(Some(server.address()));
+        let all = names.len() as u64 * OPERATIONS;
+        let (judged, ()) = judge(&stage, &names, &mut rng, |_| {
+            for (n, moment) in (0..all * 8 / 10).step_by(all as usize / 10).enumerate() {
+                stage.wait_for(moment);
+                let guest = if n % 2 == 0 { copy_of(DEFAULT_GUEST) } else { component(DEFAULT_GUEST) };
+                let query = "/guest?shadow=200ms&sample=50";
+                let answer = Connection::open(server.admin()).ask("PUT", query, &guest);
+                assert_eq!(answer.status, 200, "{}", answer.text());
+                let report: serde_json::Value = serde_json::from_slice(&answer.body).expect("the report is JSON");
+                compared += report["shadow"]["compared"].as_u64().expect("a count");
+            }
+        });
+        operations += judged.operations as u64;
+    }
+    println!("{histories} histories of {operations} operations, {compared} requests compared");
+    assert_eq!(operations, histories * OPERATIONS);
+    assert!(compared > 0, "nothing was compared");
+}
+
 /// Sizes of linearizable histories.
 pub struct Judged {
     pub operations: usize,

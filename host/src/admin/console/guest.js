@@ -1,6 +1,6 @@
 // The guest: which one serves, another in its place, and its probation.
 
-import { byId, bytes, confirmed, facts, reason, request, say, visible } from './server.js';
+import { byId, bytes, confirmed, element, facts, reason, request, say, visible } from './server.js';
 
 let component = null;
 let waiting = false;
@@ -18,13 +18,19 @@ export function show(guest) {
   ]);
   const { swap } = guest;
   byId('swap-progress').hidden = swap === null;
-  byId('roll-back').hidden = swap?.phase !== 'probation';
+  const is_shadow = swap?.phase === 'shadow' && swap.shadow !== null;
+  byId('roll-back').hidden = swap?.phase !== 'probation' && !is_shadow;
+  byId('roll-back').textContent = is_shadow ? 'End shadow traffic' : 'Roll back';
+  compare(swap?.shadow ?? guest.last_swap?.shadow ?? null);
   if (swap === null) return;
   const bar = byId('swap-bar');
   let left = '';
   if (swap.phase === 'probation') {
     left = `${Math.max(0, guest.probation_seconds - swap.seconds).toFixed(0)} s left`;
     [bar.max, bar.value] = [guest.probation_seconds, Math.min(swap.seconds, guest.probation_seconds)];
+  } else if (is_shadow) {
+    left = `${Math.max(0, swap.shadow.seconds - swap.seconds).toFixed(0)} s left`;
+    [bar.max, bar.value] = [swap.shadow.seconds, Math.min(swap.seconds, swap.shadow.seconds)];
   } else if (swap.phase === 'replaying' && swap.newest > 0) {
     left = `${swap.entries} entries of the log`;
     [bar.max, bar.value] = [swap.newest, Math.min(swap.sequence, swap.newest)];
@@ -35,6 +41,31 @@ export function show(guest) {
   // Announced only when it changes; the countdown is not.
   if (byId('swap-phase').textContent !== phase) byId('swap-phase').textContent = phase;
   byId('swap-left').textContent = left;
+}
+
+/** Shows a report of shadow traffic. */
+function compare(report) {
+  byId('shadow-report').hidden = report === null;
+  if (report === null) return;
+  const time = (seconds) => seconds === null ? '-' : `${(seconds * 1_000).toFixed(3)} ms`;
+  const side = ({ p50_seconds, p99_seconds, max_seconds, memory_bytes }) => `p50 ${time(p50_seconds)}, p99 ${time(p99_seconds)}, `
+    + `max ${time(max_seconds)}, ${bytes(memory_bytes)} of memory`;
+  facts('shadow-facts', [
+    ['Compared', report.compared],
+    ['Different', report.different],
+    ['Dropped', report.dropped],
+    ['Serving', side(report.serving)],
+    ['Candidate', side(report.candidate)],
+  ]);
+  byId('shadow-examples').replaceChildren(...report.examples.map((example) => element('li', {}, visible(
+    `${example.method} ${example.target}: ${example.difference}: ${example.serving}, candidate: ${example.candidate}`,
+  ))));
+}
+
+/** The query of a swap, by the form. */
+function query() {
+  const [shadow, sample, most] = ['shadow', 'sample', 'max-differences'].map((id) => encodeURIComponent(byId(id).value.trim()));
+  return shadow === '' ? '' : `?shadow=${shadow}&sample=${sample}&max-differences=${most}`;
 }
 
 function last(swap) {
@@ -83,7 +114,7 @@ function allow() {
 
 async function swap(method, body, what) {
   component = null;
-  const done = await send(method, '/guest', body, what);
+  const done = await send(method, `/guest${query()}`, body, what);
   if (!done) return;
   say('swap-result', '', 'good');
   byId('swap-result').append(visible(`${done.name} ${done.version}`), ` serves; requests were held for ${(done.pause_seconds * 1_000).toFixed(1)} ms`);

@@ -115,7 +115,7 @@ impl ResponseCache {
 
     /// The response to an equal request, when there is one that is right.
     pub fn get(&self, incoming: &Incoming) -> Option<Answer> {
-        if self.largest == 0 || !incoming.request.body().is_empty() {
+        if self.largest == 0 || incoming.is_sampled || !incoming.request.body().is_empty() {
             return None;
         }
         // Before the response is looked up and judged: in this generation it was right.

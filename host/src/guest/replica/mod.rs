@@ -105,8 +105,19 @@ impl Replica {
                 shard = self.part.told(),
                 "the log is replayed once more, with batches of {} from entry {from} on: {error:#}", self.pace.entries
             );
-            (*self.instance, self.sequence, self.entries) = ((self.another)()?, 0, 0);
+            self.begin_again()?;
         }
+    }
+
+    /// Replaces the instance by a new one, which has nothing of the log.
+    pub fn begin_again(&mut self) -> Result<()> {
+        (*self.instance, self.sequence, self.entries) = ((self.another)()?, 0, 0);
+        Ok(())
+    }
+
+    /// The sequence up to which it has its part of the log.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
     }
 
     /// Takes in the few entries that have become durable since. When the guest traps on them it is of no use any more.
@@ -206,13 +217,13 @@ pub fn replayed_by_all(replicas: &mut [Replica], started: Instant) -> Result<Rep
 }
 
 /// Does this with each, on as many threads.
-fn in_each<T: Send>(replicas: &mut [Replica], work: impl Fn(&mut Replica) -> T + Sync) -> Vec<T> {
-    if let [only] = replicas {
+pub fn in_each<R: Send, T: Send>(all: &mut [R], work: impl Fn(&mut R) -> T + Sync) -> Vec<T> {
+    if let [only] = all {
         return vec![work(only)];
     }
     thread::scope(|scope| {
         let work = &work;
-        let threads: Vec<_> = replicas.iter_mut().map(|replica| scope.spawn(move || work(replica))).collect();
+        let threads: Vec<_> = all.iter_mut().map(|one| scope.spawn(move || work(one))).collect();
         let join = |thread: thread::ScopedJoinHandle<'_, T>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         threads.into_iter().map(join).collect()
     })

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use arc_swap::ArcSwapOption;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 
@@ -36,6 +37,7 @@ use super::outage::Outage;
 use super::owner::Part;
 use super::replica::Replica;
 use super::replica::spare::{Spare, Surroundings};
+use super::shadow::{Queue, Shadow};
 use super::sync;
 use crate::contract::Description;
 use kvs_runtime::Env;
@@ -76,6 +78,8 @@ pub struct Shard {
     held: Held,
     /// Replacement for an instance that traps, with `--spare`.
     spare: Option<Spare>,
+    /// Takes all calls to a candidate, during shadow traffic.
+    tap: ArcSwapOption<Queue>,
 }
 
 /// State that all shards share.
@@ -90,6 +94,7 @@ pub struct Shared {
     pub last_trap: Mutex<Option<LastTrap>>,
     /// Another process serves. Set before callers are rejected for it.
     pub handed_over: AtomicBool,
+    pub shadow: Shadow,
     pub env: Env,
 }
 
@@ -165,7 +170,8 @@ impl Shard {
             pause: Duration::ZERO,
             outage: None,
         });
-        Self { shared, part, instance: Handoff::new(Box::new(replica)), state, held, spare }
+        let (instance, tap) = (Handoff::new(Box::new(replica)), ArcSwapOption::empty());
+        Self { shared, part, instance, state, held, spare, tap }
     }
 
     /// Returns the guest that serves now.
@@ -181,6 +187,15 @@ impl Shard {
     /// Returns the outage of this shard while it has no instance.
     pub fn outage(&self) -> Option<Outage> {
         self.state().outage.clone()
+    }
+
+    fn tap(&self) -> Option<Arc<Queue>> {
+        self.tap.load_full()
+    }
+
+    /// Sets the queue that all calls go to, or none. To be set in a turn.
+    pub fn set_tap(&self, tap: Option<Arc<Queue>>) {
+        self.tap.store(tap);
     }
 
     /// Returns the replacement for an instance that traps, with `--spare`.
@@ -301,8 +316,8 @@ pub struct Raised {
 }
 
 impl Serving {
-    pub fn new(guest: Guest, instance: &Instance) -> Self {
+    pub fn new(guest: Arc<Guest>, instance: &Instance) -> Self {
         let (description, headers) = (Arc::new(instance.description().clone()), Arc::clone(instance.wanted_headers()));
-        Self { guest: Arc::new(guest), description, headers }
+        Self { guest, description, headers }
     }
 }

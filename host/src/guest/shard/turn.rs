@@ -15,6 +15,7 @@ use super::super::instance::Instance;
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
 use super::super::replica::Replica;
+use super::super::shadow::{Loss, Record};
 use super::super::trap::Trapped;
 use super::handoff::Next;
 use super::{CallError, Called, Raised, Serving, Shard, Waiting};
@@ -100,6 +101,9 @@ impl Turn {
     /// Drops the instance, where a guest without one is to serve.
     pub fn take_out(&mut self, serving: Serving) {
         self.shard.state().serving = serving;
+        if let Some(tap) = self.shard.tap() {
+            tap.lose(Loss::Abandoned);
+        }
         self.take(Instanced::Missing).into_iter().for_each(discard);
         self.has = Instanced::Missing;
     }
@@ -110,16 +114,26 @@ impl Turn {
             self.has = Instanced::Free(replica);
             return Ok(Called::Moved(incoming));
         }
-        self.handle(replica, &incoming).map(Called::Answered)
+        self.handle(replica, incoming).map(Called::Answered)
     }
 
-    fn handle(&mut self, mut replica: Box<Replica>, incoming: &Incoming) -> Result<Answer, CallError> {
+    fn handle(&mut self, mut replica: Box<Replica>, incoming: Incoming) -> Result<Answer, CallError> {
+        let tap = self.shard.tap();
+        let record = match &tap {
+            None => Record::Nothing,
+            Some(_) if incoming.is_sampled => Record::All,
+            Some(_) => Record::Entries,
+        };
         let begun = self.clock().now();
-        let handled = replica.instance.handle(incoming);
-        self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
+        let handled = replica.instance.handle(&incoming, record);
+        let took = self.clock().elapsed(begun);
+        self.shard.shared.metrics.calls.observe_time(took);
         self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
             Ok(answer) => {
+                if let Some((tap, recorded)) = tap.zip(replica.instance.recorded()) {
+                    tap.add(recorded, (record == Record::All).then_some((incoming, &answer, took)));
+                }
                 self.has = Instanced::Free(replica);
                 Ok(answer)
             }
@@ -136,9 +150,13 @@ impl Turn {
 
     pub(super) fn tick(&mut self) {
         let Some(mut replica) = self.take(Instanced::Called) else { return };
-        let instance = &mut replica.instance;
-        match instance.tick().and_then(|wish| self.count(instance).map(|()| wish)) {
+        let (instance, tap) = (&mut replica.instance, self.shard.tap());
+        let record = if tap.is_some() { Record::Entries } else { Record::Nothing };
+        match instance.tick(record).and_then(|wish| self.count(instance).map(|()| wish)) {
             Ok(wish) => {
+                if let Some((tap, recorded)) = tap.zip(instance.recorded()) {
+                    tap.add(recorded, None);
+                }
                 self.has = Instanced::Free(replica);
                 self.shard.state().tick_trapped = false;
                 if let Some(after) = wish {
@@ -156,6 +174,9 @@ impl Turn {
     /// Applies entries that another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
         let Some(mut replica) = self.take(Instanced::Called) else { return };
+        if let Some(tap) = self.shard.tap() {
+            tap.lose(Loss::InLog);
+        }
         // Before any of them is visible; also for those that the instance has already.
         let own = changes.iter().filter(|change| self.shard.part.owns(change.key()));
         own.for_each(|change| replica.instance.announce(change.key()));
@@ -177,6 +198,10 @@ impl Turn {
     /// Reports a trap, which leads to a rebuild, or on probation to a rollback.
     fn trapped(&mut self, failure: &str) {
         self.has = Instanced::Over;
+        if let Some(tap) = self.shard.tap() {
+            // What the call appended was not recorded.
+            tap.lose(Loss::InLog);
+        }
         self.shard.shared.trapped(failure);
         let reason = failure.to_owned();
         self.shard.is_down(format!("the guest trapped: {reason}"));

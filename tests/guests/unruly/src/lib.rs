@@ -3,6 +3,7 @@
 //! What goes wrong is chosen by the path of a request, or for calls that are not requests by the setting `fault`
 //! (`--guest-config fault=…`). It also keeps a small store, so that tests can see what survived.
 
+mod candidate;
 mod lies;
 
 use std::cell::RefCell;
@@ -152,7 +153,8 @@ impl sharding::Guest for Component {
         match target[1..].split_once('/') {
             Some(("store" | "store-and-trap" | "store-early", key)) => Target::Key(key.to_owned()),
             _ if target == "/route-traps" => fall_over(),
-            _ if target == "/all-shards" => Target::AllShards,
+            _ if target == "/candidate/route" && candidate::is_candidate() => Target::AnyShard,
+            _ if target.starts_with("/all-shards") => Target::AllShards,
             _ => Target::Key(OWN.to_owned()),
         }
     }
@@ -161,8 +163,12 @@ impl sharding::Guest for Component {
         Vec::new()
     }
 
-    fn merge_responses(_request: Request, mut responses: Vec<Response>) -> Response {
-        responses.remove(0)
+    fn merge_responses(request: Request, mut responses: Vec<Response>) -> Response {
+        let mut merged = responses.remove(0);
+        if request.target == "/all-shards/candidate" && candidate::is_candidate() {
+            merged.status = 299;
+        }
+        merged
     }
 }
 
@@ -289,6 +295,7 @@ fn answer(state: &mut State, request: Request) -> Response {
             text(200, wasi::random::random::get_random_bytes(rest.parse().expect("a number")).len())
         }
         (_, "lie") => lies::tell(rest),
+        (_, "candidate") => candidate::differ(state, rest, &request),
 
         // Responses that are not HTTP, or not true.
         (_, "body") => Response { body: vec![b'x'; rest.parse().expect("a number")], ..text(200, "") },

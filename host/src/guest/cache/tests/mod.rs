@@ -39,6 +39,7 @@ fn request(method: &str, target: &str) -> Incoming {
         id: HeaderValue::from_static("1"),
         principal: None,
         scope: Scope::Read,
+        is_sampled: false,
     }
 }
 
