@@ -14,6 +14,8 @@ use bytesize::ByteSize;
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
@@ -323,17 +325,36 @@ async fn open_log(
             Ok((log, None))
         }
         TxlogStorage::Postgres(url) => {
-            let data = args.data_dir.display();
-            std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
+            make_data_dir(args)?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout, lease) = (url.clone(), args.txlog_timeout, args.read_lease);
+            let (url, timeout) = (url.clone(), args.txlog_timeout);
+            let lease = args.read_lease.unwrap_or(postgres::READ_LEASE);
             let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
             Ok((log, followed))
         }
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => {
+            make_data_dir(args)?;
+            let (url, data, standby) = (url.clone(), args.data_dir.clone(), args.standby);
+            let lease = args.read_lease.unwrap_or(cluster::READ_LEASE);
+            let options = cluster::Options { group_bytes: Some(group_bytes), standby, lease, advertise, env };
+            let (monitors, allow_unsafe) = (args.nats.txlog_monitor.clone(), args.nats.allow_unsafe_txlog);
+            let checks = nats::Checks { begin: true, allow_unsafe, monitors };
+            let opened = task::spawn_blocking(move || nats::open(&url, &checks, Some(&data), &options));
+            let log = Arc::new(opened.await??);
+            metrics.add(log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+            Ok((log, followed))
+        }
     }
+}
+
+fn make_data_dir(args: &Serve) -> Result<()> {
+    let data = args.data_dir.display();
+    std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))
 }
 
 /// Changes when the process is told to stop. Told twice, it stops at once.

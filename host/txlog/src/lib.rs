@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 pub mod change;
 pub mod change_feed;
+#[cfg(feature = "cluster")]
+pub mod cluster;
 mod event;
 pub mod file;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -18,6 +20,8 @@ pub mod fuzz;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(feature = "remote")]
+mod remote;
 mod standby;
 pub mod subscribers;
 mod sync;

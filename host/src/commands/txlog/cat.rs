@@ -8,6 +8,8 @@ use anyhow::Context;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::nats;
 use kvs_txlog::file::Offline;
 use kvs_txlog::postgres::PostgresLog;
 use kvs_txlog::{Entry, EventRef, Receive, TransactionLog};
@@ -25,6 +27,11 @@ pub fn all(at: &StorageArgs, out: &mut dyn Write, print: fn(&Entry<'_>, &mut Str
         }
         TxlogStorage::Postgres(url) => {
             let log = PostgresLog::at_rest(url, false)?;
+            entries(log.appended(), |receive| log.replay(0, receive), out, print)
+        }
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => {
+            let log = nats::read(url)?;
             entries(log.appended(), |receive| log.replay(0, receive), out, print)
         }
     }

@@ -25,17 +25,18 @@
 //! 11. Sequences that were lost, or that are in another copy of the log, are never reused: `begin`, `identity`.
 
 mod begin;
-mod bytes;
+pub(crate) mod bytes;
 mod catalog;
 mod compact;
 mod compactor;
 pub mod disk;
-mod entry;
+pub(crate) mod entry;
 mod follower;
 mod found;
-mod frame;
+pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+pub(crate) mod gathered;
 mod home;
 mod identity;
 mod incarnations;

@@ -1,12 +1,10 @@
 //! Replay: the entries of the log, straight from the buffer they were read into.
 
-use std::ops::Range;
-
 use super::catalog::Segment;
 use super::disk::File;
-use super::entry::Raw;
+use super::gathered::Batch;
 use super::{Home, Shared};
-use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
+use crate::{Forgotten, Receive};
 
 use std::sync::Arc;
 
@@ -73,41 +71,4 @@ pub fn read(
         batch.hand_over(receive)?;
     }
     segment.ended(home, &scan)
-}
-
-/// Entries gathered for one call of the receiver, all from one buffer.
-#[derive(Default)]
-struct Batch<'a> {
-    entries: Vec<(Raw<'a>, Range<usize>)>,
-    /// The metadata of all entries, one after the other.
-    pairs: Vec<(&'a str, &'a str)>,
-    bytes: usize,
-}
-
-impl<'a> Batch<'a> {
-    fn has_room_for(&self, entry: &Raw<'_>) -> bool {
-        self.entries.is_empty() || (self.entries.len() < REPLAY_ENTRIES && self.bytes + entry.bytes() <= REPLAY_BYTES)
-    }
-
-    /// None is damage.
-    fn push(&mut self, entry: Raw<'a>) -> Option<()> {
-        let pairs = entry.metadata(&mut self.pairs)?;
-        self.bytes += entry.bytes();
-        self.entries.push((entry, pairs));
-        Some(())
-    }
-
-    fn hand_over(&mut self, receive: &mut Receive<'_>) -> anyhow::Result<()> {
-        if self.entries.is_empty() {
-            return Ok(());
-        }
-        let entries: Vec<_> =
-            self.entries.iter().map(|(entry, pairs)| entry.entry(&self.pairs[pairs.clone()])).collect();
-        receive(&entries)?;
-        drop(entries);
-        self.entries.clear();
-        self.pairs.clear();
-        self.bytes = 0;
-        Ok(())
-    }
 }

@@ -9,9 +9,9 @@ use anyhow::anyhow;
 use tokio_postgres::Statement;
 
 use super::epoch::{self, Epoch, Holder};
-use super::queue::{CommitDelay, WriterCommand};
 use super::session::{Failure, Kind, Session};
 use super::{News, Shared, incarnations, writer};
+use crate::remote::queue::{CommitDelay, WriterCommand};
 
 /// Polling interval, hence a bound for the staleness of reads.
 const LOOK: Duration = Duration::from_millis(100);

@@ -10,7 +10,6 @@
 //! synchronous standbys do not have yet. So the writer concludes that a batch is durable only from a statement that writes,
 //! which completes when the standbys have everything up to it.
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,16 +19,13 @@ use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
 use super::Shared;
-use super::batch::Batch;
+use super::batch::Columns;
 use super::epoch::{self, Epoch};
-use super::queue::{CommitDelay, WriterCommand};
 use super::session::{Failure, Kind, Session};
+use crate::remote::queue::{Batch, CommitDelay, WriterCommand};
 
 /// Timeout of a shutdown while the database is unavailable.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Range of the commit delay. A timer is no finer than its start, and commits that fast are better not delayed.
-const COMMIT_DELAY: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(5);
 
 /// Appends a batch. $1 epoch, $2 the entry before, $3 the last, $4 the first, then the columns.
 const APPEND: &str = "WITH writer AS (UPDATE kvs.writer SET last = $3, seen = clock_timestamp() WHERE epoch = $1 AND last = $2 \
@@ -131,7 +127,7 @@ impl Writer {
     }
 
     /// Writes one batch, with retries for as long as it takes. Returns false when it never will be written.
-    async fn commit(&mut self, shared: &Shared, batch: &Batch) -> bool {
+    async fn commit(&mut self, shared: &Shared, batch: &Batch<Columns>) -> bool {
         let clock = &shared.env.clock;
         let mut closing = None;
         loop {
@@ -147,8 +143,8 @@ impl Writer {
                 metrics.append.observe_time(clock.elapsed(batch.begun));
                 let took = clock.elapsed(begun);
                 metrics.write.observe_time(took);
-                self.commit_delay = commit_delay(batch.appends, took);
-                metrics.batch.observe(batch.len());
+                self.commit_delay = CommitDelay::after(batch.appends, took);
+                metrics.batch.observe(batch.len);
                 metrics.written.add(batch.bytes);
                 shared.queue.written(batch);
             }
@@ -197,7 +193,7 @@ impl Writer {
     }
 
     /// Makes one attempt to write a batch.
-    async fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Outcome, Failure> {
+    async fn attempt(&mut self, shared: &Shared, batch: &Batch<Columns>) -> Result<Outcome, Failure> {
         let [before, first, last] = [batch.before, batch.first, batch.last()].map(u64::cast_signed);
         let epoch = self.epoch;
         let Connection { session, append, .. } = self.connection(shared).await?;
@@ -206,12 +202,12 @@ impl Writer {
             &before,
             &last,
             &first,
-            &batch.times,
-            &batch.types,
-            &batch.keys,
-            &batch.values,
-            &batch.metadata,
-            &batch.expires,
+            &batch.content.times,
+            &batch.content.types,
+            &batch.content.keys,
+            &batch.content.values,
+            &batch.content.metadata,
+            &batch.content.expires,
         ];
         if session.execute(&*append, &with).await? > 0 {
             return Ok(Outcome::Durable);
@@ -284,31 +280,7 @@ fn other_end(newest: u64, written: u64) -> Failure {
     ))
 }
 
-/// Returns the commit delay after a batch of `appends` that took this long. Its clients send their next requests soon.
-/// Without a delay the first of these would be committed alone, and all others after it: twice the commits.
-fn commit_delay(appends: u64, took: Duration) -> CommitDelay {
-    let delay = took / 2;
-    if delay < *COMMIT_DELAY.start() {
-        CommitDelay::default()
-    } else {
-        CommitDelay { siblings: appends, delay: delay.min(*COMMIT_DELAY.end()) }
-    }
-}
-
 /// Prepares the statement that appends, which fails if the tables have an unexpected shape.
 pub async fn prepare(session: &Session) -> Result<Statement, Failure> {
     session.prepare(APPEND).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn commit_delay_is_half_of_last_commit_within_range() {
-        let after = |milliseconds| commit_delay(64, Duration::from_millis(milliseconds));
-        assert_eq!((after(0), after(1)), (CommitDelay::default(), CommitDelay::default()));
-        let waits = |milliseconds| CommitDelay { siblings: 64, delay: Duration::from_millis(milliseconds) };
-        assert_eq!((after(2), after(6), after(1_000)), (waits(1), waits(3), waits(5)));
-    }
 }

@@ -1,4 +1,4 @@
-//! Read lease: the time for which the primary serves reads without contact to the database.
+//! Read lease: the time for which the primary serves reads without contact to the service that stores the log.
 //!
 //! A primary that is paused, or partitioned from the database, cannot know whether another process has taken over and
 //! written. With a standby, it serves reads only while less than 0.8 of the lease have passed since it sent a statement that
