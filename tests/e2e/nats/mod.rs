@@ -210,7 +210,9 @@ fn deleted_stream_is_never_an_empty_store() {
     let (status, stopped) = server.ends();
     let last = stopped.stderr().last().expect("it says why");
     assert!(status.code() == Some(1) && last.contains("the stream KVS-x-00 is gone"), "{status}: {last}");
-    stopped.refuses(&texts(&args(&nodes))).with(1, &["the stream KVS-x-00 is gone, which this data directory was used with"]);
+    stopped
+        .refuses(&texts(&args(&nodes)))
+        .with(1, &["the stream KVS-x-00 is gone, which this data directory was used with"]);
 }
 
 #[test]

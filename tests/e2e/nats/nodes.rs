@@ -37,8 +37,7 @@ impl Nodes {
 
     pub fn start_with(count: usize, settings: &str) -> Self {
         // All at once, so that no two are the same.
-        let free: Vec<_> =
-            (0..3 * count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port is free")).collect();
+        let free: Vec<_> = (0..3 * count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port is free")).collect();
         let port = |index: usize| free[index].local_addr().expect("it is bound").port();
         let ports: Vec<_> = (0..count)
             .map(|node| Ports { client: port(3 * node), routes: port(3 * node + 1), monitor: port(3 * node + 2) })
@@ -49,7 +48,8 @@ impl Nodes {
         for (node, Ports { client, routes: own, monitor }) in ports.iter().enumerate() {
             let store = home.path().join(format!("store{node}"));
             let settings = settings.replace("STORE", &format!("{store:?}"));
-            let cluster = format!("cluster {{ name: kvs, listen: \"127.0.0.1:{own}\", routes: [{}] }}\n", routes.join(", "));
+            let cluster =
+                format!("cluster {{ name: kvs, listen: \"127.0.0.1:{own}\", routes: [{}] }}\n", routes.join(", "));
             let text = format!(
                 "server_name: n{node}\nlisten: \"127.0.0.1:{client}\"\nhttp: \"127.0.0.1:{monitor}\"\n{settings}{}",
                 if count > 1 { &cluster } else { "" }

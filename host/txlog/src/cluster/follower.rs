@@ -88,6 +88,9 @@ impl Follower {
         let clock = &shared.env.clock;
         let begun = clock.now();
         let mut failures = 0;
+        if !self.is_free(shared) {
+            info!("waiting until the lease of {} expires", self.name());
+        }
         loop {
             let before = self.tip;
             match self.step(shared).await {

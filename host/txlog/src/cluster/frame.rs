@@ -270,7 +270,8 @@ mod tests {
         assert_eq!(read.accept(log, &heartbeat), Ok(Kind::Held(Holder { url: None, ..holder() })));
         assert_eq!(read.accept(log, &release), Ok(Kind::Released));
         assert_eq!(read, written);
-        let last = |log| Tip::of_last(log, 1, [&claim, &entries, &heartbeat, &release].into_iter().map(|bytes| &**bytes));
+        let last =
+            |log| Tip::of_last(log, 1, [&claim, &entries, &heartbeat, &release].into_iter().map(|bytes| &**bytes));
         assert_eq!(last(log), Ok((written, Kind::Released)));
         assert!(last(Uuid::from_u128(2)).is_err());
         let sequences: Vec<_> =

@@ -5,6 +5,7 @@
 //!
 //! Owns: the retries. Must never know: what is done with the frames.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -93,26 +94,64 @@ impl Shared {
     }
 }
 
-/// Number of frames between two that the index has.
+/// Number of frames between two that the index keeps for ever.
 const STEP: u64 = 64;
+/// Number of the newest frames that it has all of: standbys replay from there.
+const RECENT: usize = 256;
 
-/// Positions of some frames, by sequence.
+/// Positions of frames, by sequence.
 #[derive(Default)]
-pub struct Index(Mutex<Vec<Tip>>);
+pub struct Index(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    sparse: BTreeMap<u64, Tip>,
+    recent: VecDeque<Tip>,
+}
 
 impl Index {
     /// Notes the end of the log before a frame.
     pub fn note(&self, tip: Tip) {
-        let mut tips = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if tips.last().map_or(0, |last| last.position) + STEP <= tip.position {
-            tips.push(tip);
+        let Known { sparse, recent } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if tip.position.is_multiple_of(STEP) {
+            sparse.entry(tip.sequence).or_insert(tip);
+        }
+        if recent.back().is_none_or(|newest| newest.position < tip.position) {
+            if recent.len() == RECENT {
+                recent.pop_front();
+            }
+            recent.push_back(tip);
         }
     }
 
-    /// Returns the newest known end of the log with no entry after this sequence.
+    /// Returns the newest known end of the log that has no entry after this sequence.
     pub fn before(&self, sequence: u64) -> Tip {
-        let tips = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let after = tips.partition_point(|tip| tip.sequence <= sequence);
-        after.checked_sub(1).map_or_else(Tip::default, |index| tips[index])
+        let Known { sparse, recent } = &*self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = recent.partition_point(|tip| tip.sequence <= sequence);
+        let known = after.checked_sub(1).map(|index| recent[index]);
+        known.or_else(|| sparse.range(..=sequence).next_back().map(|(_, tip)| *tip)).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn index_finds_recent_frames_exactly_and_others_nearby() {
+        let index = Index::default();
+        let tip = |position: u64| {
+            let mut tip = Tip::default();
+            (tip.position, tip.sequence) = (position, position * 10);
+            tip
+        };
+        // A replay of older frames runs beside the newest ones.
+        (5_000..6_000).for_each(|position| index.note(tip(position)));
+        (0..5_000).for_each(|position| index.note(tip(position)));
+        assert_eq!(index.before(59_995), tip(5_999));
+        assert_eq!(index.before(59_000), tip(5_900));
+        let found = index.before(33_333);
+        assert!(found.sequence <= 33_333 && found.position + STEP > 3_333, "{found:?}");
+        assert_eq!(index.before(3), tip(0));
     }
 }

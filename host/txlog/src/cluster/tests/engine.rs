@@ -74,7 +74,10 @@ impl State {
             Ok(kind) => is_void = kind == Kind::Void,
             Err(reason) => self.violations.push(format!("frame {} was put, but {reason}", after + 1)),
         }
-        let entries = decoded(LOG, frame).filter(|_| !is_void).into_iter().flat_map(|frame| frame.entries().flatten().collect::<Vec<_>>());
+        let entries = decoded(LOG, frame)
+            .filter(|_| !is_void)
+            .into_iter()
+            .flat_map(|frame| frame.entries().flatten().collect::<Vec<_>>());
         self.keys.extend(entries.map(|entry| entry.key.to_owned()));
         self.frames.push(frame.clone());
         for replica in &mut self.replicas {
@@ -146,7 +149,8 @@ impl Engine for Connection {
                     sim.sleep(delay).await;
                 }
                 let outcome = cluster.state().commit(sim, after, &frame);
-                if there.pass().await && !sim.chance(lost_acks)
+                if there.pass().await
+                    && !sim.chance(lost_acks)
                     && let Some(outcome) = outcome
                 {
                     let _ = answer.send(outcome);
@@ -206,7 +210,7 @@ impl Engine for Connection {
                 if !frames.is_empty() || self.sim.now() >= until {
                     return Ok(frames);
                 }
-                self.sim.sleep(Duration::from_millis(30)).await;
+                self.sim.sleep(Duration::from_millis(120)).await;
             }
         })
     }

@@ -12,9 +12,9 @@ use super::mutants;
 use super::process::{Host, Seen, World};
 
 const HOSTS: usize = 3;
-const TROUBLE: Duration = Duration::from_secs(90);
+const TROUBLE: Duration = Duration::from_secs(80);
 /// Longer than a takeover takes, and a failed read is retried.
-const CALM: Duration = Duration::from_secs(150);
+const CALM: Duration = Duration::from_secs(60);
 
 /// Totals of a history.
 #[derive(Default)]

@@ -192,7 +192,8 @@ impl World {
         if shared.watermark.reached(shown).await.is_err() {
             return;
         }
-        let is_refused = if mutants::is("LeaseCheckedBefore") { refused_before } else { shared.reads_refused().is_some() };
+        let is_refused =
+            if mutants::is("LeaseCheckedBefore") { refused_before } else { shared.reads_refused().is_some() };
         if is_refused {
             return;
         }
