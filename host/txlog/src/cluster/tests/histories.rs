@@ -94,12 +94,14 @@ async fn trouble(world: &World) {
             sim.pause(process);
             sim.sleep(long).await;
             sim.resume(process);
+            read_there(world, host);
         }
         1 => world.kill(host, short),
         2 => {
             cluster.state().cut_off.push(host);
             sim.sleep(long).await;
             cluster.state().cut_off.clear();
+            read_there(world, host);
         }
         3 => {
             cluster.state().no_leader = true;
@@ -139,6 +141,18 @@ async fn trouble(world: &World) {
             sim.sleep(long).await;
             cluster.state().lag = 0;
         }
+    }
+}
+
+/// Clients read at a host that was away, and does not know that another one has taken over.
+fn read_there(world: &World, host: usize) {
+    let process = world.hosts[host].borrow().process;
+    for _ in 0..10 {
+        let (request, delay) = (world.clone(), world.sim.millis(0..1_000));
+        world.locals.start(process, async move {
+            request.sim.sleep(delay).await;
+            request.read(host).await;
+        });
     }
 }
 
