@@ -32,8 +32,8 @@ COPY tests/guests/single/Cargo.toml tests/guests/single/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
 COPY deploy/build.sh deploy/static.ld deploy/
 RUN for package in guest/* tests/guests/* host host/client host/metrics host/runtime host/txlog; do mkdir -p "$package/src" && touch "$package/src/lib.rs"; done \
-    && mkdir -p host/examples tests/bench tests/delivered tests/e2e && touch tests/lib.rs \
-    && for program in host/build host/examples/documents host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \
+    && mkdir -p host/examples/documents tests/bench tests/delivered tests/e2e && touch tests/lib.rs \
+    && for program in host/build host/examples/documents/main host/src/main tests/bench/main tests/delivered/main tests/e2e/main; do \
         echo 'fn main() {}' > "$program.rs"; done \
     && deploy/build.sh guest /dev/null
 

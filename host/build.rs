@@ -14,7 +14,15 @@ const COMPILED: &str = "COMPILED_GUEST";
 // Cargo reads what this prints.
 #[allow(clippy::print_stdout)]
 fn main() {
-    for path in ["guest/default", "guest/kvs/Cargo.toml", "guest/kvs/src", "wit", "Cargo.toml", "Cargo.lock"] {
+    for path in [
+        "guest/default",
+        "guest/kvs/Cargo.toml",
+        "guest/kvs/openapi.json",
+        "guest/kvs/src",
+        "wit",
+        "Cargo.toml",
+        "Cargo.lock",
+    ] {
         println!("cargo::rerun-if-changed=../{path}");
     }
     println!("cargo::rerun-if-env-changed={COMPILED}");

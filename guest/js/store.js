@@ -94,7 +94,18 @@ export const handler = {
 
 export const lifecycle = {
   describe: () => ({ name: 'js', version: '0.1.0', headers: ['content-type', 'content-range', 'content-encoding'], capabilities: [] }),
-  apply: (entries) => entries.forEach(({ sequence, event }) => change(sequence, event)),
+  apply({ entries, bytes, metadata }) {
+    let start = 0;
+    const take = (length) => bytes.slice(start, (start += length));
+    for (const { sequence, keyBytes, put } of entries) {
+      const key = new TextDecoder().decode(take(keyBytes));
+      if (!put) change(sequence, { tag: 'delete', val: key });
+      else {
+        const { valueBytes, expiresAtMs } = put;
+        change(sequence, { tag: 'put', val: { key, value: take(valueBytes), metadata: metadata[put.metadata] ?? [], expiresAtMs } });
+      }
+    }
+  },
   tick: () => undefined,
   stats: () => ({ keys: BigInt(items.size), bytes: BigInt(bytes) }),
 };

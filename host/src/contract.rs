@@ -22,14 +22,12 @@ pub const VERSION: &str = "0.2.0";
 
 use store::exports::kvs::store::{handler, lifecycle, sharding};
 
-pub use lifecycle::{Description, Statistics};
+pub use lifecycle::{Batch, Description, Entry, EntryPut, Statistics};
 pub use sharding::{Guest as Sharding, Target};
 pub use store::kvs::store::http::{
     Grant, HeaderParam as HeaderRef, Request, ResponseParam as ResponseRef, ResponseResult as Response, Scope,
 };
-pub use store::kvs::store::transaction_log::{
-    AppendError, Entry, EventParam as EventRef, EventResult as Event, PutParam as PutRef,
-};
+pub use store::kvs::store::transaction_log::{AppendError, Event};
 pub use store::kvs::store::watch::Selector;
 
 // The calls: what the host offers (a trait for each imported interface), and what it makes.
@@ -97,18 +95,6 @@ impl From<Event> for txlog::Event {
             }),
             Event::Delete(key) => Self::Delete(key),
         }
-    }
-}
-
-impl<'a> From<&txlog::Entry<'a>> for Entry<'a> {
-    fn from(entry: &txlog::Entry<'a>) -> Self {
-        let event = match entry.event {
-            txlog::EventRef::Put(txlog::PutRef { key, value, metadata, expires }) => {
-                EventRef::Put(PutRef { key, value, metadata, expires_at_ms: expires })
-            }
-            txlog::EventRef::Delete(key) => EventRef::Delete(key),
-        };
-        Self { sequence: entry.sequence, time_ms: entry.time, event }
     }
 }
 

@@ -5,8 +5,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
 /// File descriptors reserved for other uses than connections: the transaction log and its compaction, rebuilds of guests,
-/// a database, reloaded files, and the admin listener.
-const RESERVE: u64 = 192;
+/// a database, reloaded files, and the admin listener, which has two for a connection.
+const RESERVE: u64 = 256;
 /// Minimum number of connections.
 const MIN_CONNECTIONS: u64 = 64;
 

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
 
+use crate::admin::ReadOnly;
 use crate::guest::Shards;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::{Forgotten, News, Standby};
@@ -50,7 +51,12 @@ impl Followed {
 }
 
 /// Takes in what the other process writes, and all that it has written when the log becomes this process's.
-pub async fn run(followed: Arc<Followed>, changes: Arc<ChangeFeed>, shards: Arc<Shards>) -> Result<()> {
+pub async fn run(
+    followed: Arc<Followed>,
+    changes: Arc<ChangeFeed>,
+    shards: Arc<Shards>,
+    read_only: Arc<ReadOnly>,
+) -> Result<()> {
     let log = &*followed.log;
     let mut news = log.news();
     loop {
@@ -62,6 +68,7 @@ pub async fn run(followed: Arc<Followed>, changes: Arc<ChangeFeed>, shards: Arc<
             }
         }
         if holder.is_none() {
+            read_only.resume()?;
             log.begin()?;
             shards.promoted();
             followed.as_of.send_replace(None);

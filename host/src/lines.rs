@@ -29,6 +29,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::queue::Queue;
+use crate::audit;
 use crate::edge::auth::TOKEN_PREFIX;
 
 /// Number of digits after the prefix of tokens from which a word is redacted as a token, or a part of one.
@@ -176,6 +177,9 @@ where
         let mut time = String::new();
         SystemTime.format_time(&mut Writer::new(&mut time))?;
         write!(line, "{{\"time\":\"{time}\",\"level\":\"{}\"", event.metadata().level())?;
+        if event.metadata().target() == audit::TARGET {
+            write!(line, ",\"target\":\"{}\"", audit::TARGET)?;
+        }
         let mut fields = Fields { line: line.by_ref(), result: Ok(()) };
         event.record(&mut fields);
         fields.result?;

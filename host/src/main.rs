@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Err(help_or_version) => help_or_version.exit(),
     };
     let format = cli.log_format;
-    if let Some(unknown) = unknown_variable() {
+    if let Some(unknown) = unknown_variable(&cli.command) {
         return fail(USAGE, format, &unknown);
     }
     match commands::run(cli, &Env::real()) {

@@ -7,6 +7,17 @@ use std::path::Path;
 const CGROUP_V2: (&str, &str) = ("/sys/fs/cgroup", "memory.max");
 const CGROUP_V1: (&str, &str) = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes");
 
+/// Share of the memory for guests by default, in quarters. Requests in flight have an eighth.
+const GUEST_QUARTERS: u64 = 3;
+/// Memory limit of an instance by default, at least and at most.
+const INSTANCE_LIMITS: (u64, u64) = (64 << 20, 4 << 30);
+
+/// Returns the memory limit of an instance by default, so that two fit for each shard: a swap builds the second beside the
+/// first, and a spare is one.
+pub fn instance_limit(memory: u64, shards: u8) -> u64 {
+    (memory / 4 * GUEST_QUARTERS / (2 * u64::from(shards.max(1)))).clamp(INSTANCE_LIMITS.0, INSTANCE_LIMITS.1)
+}
+
 /// Returns the size of the memory in bytes.
 pub fn size() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total(&text)).unwrap_or(u64::MAX);
@@ -38,6 +49,21 @@ fn limit(group: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn instances_of_a_swap_fit_by_default() {
+        const MIB: u64 = 1 << 20;
+        for (memory, shards, limit) in [
+            (260 * MIB, 1, 260 * MIB / 8 * 3),
+            (1024 * MIB, 1, 384 * MIB),
+            (8192 * MIB, 4, 768 * MIB),
+            (64 << 30, 1, 4096 * MIB),
+            (u64::MAX, 64, 4096 * MIB),
+            (MIB, 64, 64 * MIB),
+        ] {
+            assert_eq!(instance_limit(memory, shards), limit, "{memory} bytes, {shards} shards");
+        }
+    }
 
     #[test]
     fn smallest_limit_of_all_groups_applies() {

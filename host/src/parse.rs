@@ -1,10 +1,12 @@
 //! Parsers of flag values: addresses, times, counts, sizes, rates.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use hyper::Uri;
+use kvs_runtime::Clock;
+use kvs_txlog::backup::Until;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
@@ -30,10 +32,43 @@ pub fn advertise(text: &str) -> Result<String, String> {
     }
 }
 
+/// Parses a duration. A number without a unit is in seconds, as in the HTTP API.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let duration =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let parsed = humantime::parse_duration(&if is_number { format!("{text}s") } else { text.to_owned() });
+    let duration = parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
     if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+}
+
+/// The end of the year 9999: a later date has no text form.
+const LATEST_EXPIRY: Duration = Duration::from_secs(253_402_300_799);
+
+/// Parses the expiry of a token: a time from now, or a date, with or without a time of day in UTC.
+pub fn expiry(text: &str) -> Result<SystemTime, String> {
+    let now = Clock::system().wall();
+    let date = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
+    match date.ok().or_else(|| now.checked_add(humantime::parse_duration(text).ok()?)) {
+        Some(at) if at > UNIX_EPOCH + LATEST_EXPIRY => Err("is after the year 9999".to_owned()),
+        Some(at) if at > now => Ok(at),
+        Some(_) => Err("is in the past".to_owned()),
+        None => Err("an expiry looks like 90days, 2027-01-31 or 2027-01-31T12:00:00Z".to_owned()),
+    }
+}
+
+/// Parses a point in time: a sequence, a time as RFC 3339, or one in milliseconds since 1970.
+pub fn until(text: &str) -> Result<Until, String> {
+    if let Ok(sequence) = text.parse() {
+        return Ok(Until::Sequence(sequence));
+    }
+    if let Some(Ok(time)) = text.strip_suffix("ms").map(str::parse) {
+        return Ok(Until::Time(time));
+    }
+    let time = humantime::parse_rfc3339_weak(text).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let time = time.and_then(|since| u64::try_from(since.as_millis()).ok());
+    time.map(Until::Time).ok_or_else(|| {
+        "must be a sequence, a time like 2026-05-31T12:00:00Z, or milliseconds since 1970 like 1780228800000ms"
+            .to_owned()
+    })
 }
 
 /// Parses a read lease: longer than a statement takes, and no longer than the timeout of a primary without one.
@@ -97,16 +132,6 @@ pub fn setting(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// Parses a time in whole seconds, the unit of the HTTP API.
-pub fn seconds(text: &str) -> Result<u64, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; a time looks like 90s, 12h or 30days"))?;
-    if time < Duration::from_secs(1) || time.subsec_nanos() != 0 {
-        return Err("must be whole seconds, at least one".to_owned());
-    }
-    Ok(time.as_secs())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,11 +157,25 @@ mod tests {
     }
 
     #[test]
-    fn ttl_must_be_whole_seconds() {
-        assert_eq!(seconds("90s"), Ok(90));
-        assert_eq!(seconds("1h 1s"), Ok(3_601));
-        for wrong in ["0s", "500ms", "1s 1ms", "90", "soon"] {
-            assert!(seconds(wrong).is_err(), "{wrong}");
+    fn expiry_is_a_date_or_a_time_from_now() {
+        let since =
+            |text| expiry(text).map(|at| at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |at| at.as_secs()));
+        assert_eq!(since("2227-01-31"), Ok(8_112_700_800));
+        assert_eq!(since("2227-01-31T00:00:01Z"), Ok(8_112_700_801));
+        let soon = since("90days").expect("it is one") - since("1day").expect("it is one");
+        assert!(soon.abs_diff(89 * 86_400) < 60, "{soon}");
+        for wrong in ["", "soon", "2020-01-01", "0s", "-1d", "90", "9000years", "99999999999years"] {
+            assert!(expiry(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn duration_without_unit_is_in_seconds() {
+        for (text, milliseconds) in [("90", 90_000), ("90s", 90_000), ("500ms", 500), ("1h 1s", 3_601_000)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for wrong in ["", "0", "0s", "1.5", "-1", "soon", "99999999999999999999"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
+pub mod backup;
 #[cfg(feature = "nats")]
 mod jetstream;
 
@@ -19,10 +20,12 @@ use kvs_txlog::postgres;
 #[cfg(feature = "nats")]
 pub use self::jetstream::Nats;
 
+use crate::admin::host_name;
 use crate::edge::cors::origin;
 use crate::edge::throttle::Rate;
 use crate::edge::tls::{ClientFiles, Demand, Files, Least};
 use crate::guest::{self, Source};
+use crate::memory::{self, instance_limit};
 use crate::parse::{
     address, advertise, count, duration, fixed_address, header_bytes, inflight_bytes, memory_bytes, rate, read_lease,
     setting, target_bytes, value_bytes,
@@ -50,13 +53,22 @@ pub struct Serve {
     #[arg(long, env = "KVS_ADVERTISE", value_name = "URL", value_parser = advertise)]
     pub advertise: Option<String>,
 
-    /// Address of the admin listener (/livez, /readyz, /primary, /metrics, /guest); port 0 takes a free one
+    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only,
+    /// /console); port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
+
+    /// Host name by which requests may address the admin listener, besides addresses and localhost; can be repeated
+    #[arg(long, env = "KVS_ADMIN_HOST", value_name = "NAME", value_delimiter = ',', value_parser = host_name)]
+    pub admin_host: Vec<String>,
 
     /// Directory of the transaction log and of everything else that is kept between runs
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
     pub data_dir: PathBuf,
+
+    /// Check all settings and the guest, and exit: nothing is opened, listened on or written
+    #[arg(long, env = "KVS_CHECK")]
+    pub check: bool,
 
     /// Storage of the transaction log: files, a database, postgres://USER@HOST/DATABASE, or NATS JetStream,
     /// nats://HOST,HOST,HOST/NAME
@@ -106,6 +118,9 @@ pub struct Serve {
 
     #[command(flatten)]
     pub access: Access,
+
+    #[command(flatten)]
+    pub backup: backup::Backup,
 
     /// Request timeout, from the first byte to the response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
@@ -246,10 +261,10 @@ pub struct Guest {
     #[arg(long, env = "KVS_GUEST_REPLAY_CPU_LIMIT", value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub guest_replay_cpu_limit: Duration,
 
-    /// Memory limit of an instance of the guest, which holds its keys and values; at most 4 GiB
-    #[arg(long, env = "KVS_GUEST_MAX_MEMORY_BYTES", value_name = "SIZE", default_value = "4GiB",
-          value_parser = memory_bytes)]
-    pub guest_max_memory_bytes: ByteSize,
+    /// Memory limit of an instance of the guest, which holds its keys and values; at most 4 GiB. Without it, as much as lets
+    /// two instances of each shard fit in three quarters of the memory, from 64 MiB to 4 GiB
+    #[arg(long, env = "KVS_GUEST_MAX_MEMORY_BYTES", value_name = "SIZE", value_parser = memory_bytes)]
+    pub guest_max_memory_bytes: Option<ByteSize>,
 
     /// Most elements of all tables of the guest, which hold its functions
     #[arg(long, env = "KVS_GUEST_MAX_TABLE_ELEMENTS", value_name = "COUNT", default_value = "100000",
@@ -339,6 +354,10 @@ pub struct Access {
     #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
     pub tokens: Option<PathBuf>,
 
+    /// Ask for no token on the admin listener, which must be on loopback then
+    #[arg(long, env = "KVS_ADMIN_OPEN", requires = "tokens")]
+    pub admin_open: bool,
+
     /// Allow an address that is not loopback without TLS and tokens
     #[arg(long, env = "KVS_INSECURE")]
     pub insecure: bool,
@@ -380,12 +399,17 @@ impl Guest {
         self.guest_max_append_bytes.unwrap_or(value_bytes + ByteSize::kib(64)).as_u64()
     }
 
+    /// The memory limit of an instance, in a memory of this size.
+    pub fn memory_limit(&self, memory: u64, shards: u8) -> ByteSize {
+        self.guest_max_memory_bytes.unwrap_or_else(|| ByteSize(instance_limit(memory, shards)))
+    }
+
     /// `value_bytes` is the largest value that is accepted.
-    pub fn limits(&self, value_bytes: ByteSize) -> anyhow::Result<guest::Limits> {
+    pub fn limits(&self, value_bytes: ByteSize, shards: u8) -> anyhow::Result<guest::Limits> {
         Ok(guest::Limits {
             call: self.guest_cpu_limit,
             replay: self.guest_replay_cpu_limit,
-            memory_bytes: usize::try_from(self.guest_max_memory_bytes.as_u64())?,
+            memory_bytes: usize::try_from(self.memory_limit(memory::size(), shards).as_u64())?,
             table_elements: self.guest_max_table_elements,
             instances: self.guest_max_instances,
             value_bytes: usize::try_from(value_bytes.as_u64())?,

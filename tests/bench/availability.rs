@@ -1,7 +1,7 @@
 //! Availability: for how long no read and no write succeeds, seen by a client that knows all servers and asks the next one ten
 //! milliseconds after it got no answer. `BENCH_KEYS=1000,10000000` measures with other numbers of keys.
 //!
-//! The table is in `deploy/availability.md` too.
+//! The table is in `docs/availability.md` too.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -29,7 +29,7 @@ const CALM: Duration = Duration::from_secs(1);
 /// The longest that is waited for.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-const PAGE: &str = "deploy/availability.md";
+const PAGE: &str = "docs/availability.md";
 const BEGIN: &str = "<!-- Written by `just bench availability`. -->\n";
 const END: &str = "<!-- The end of what is written. -->\n";
 
@@ -95,7 +95,7 @@ const CASES: [Case; 10] = [
         log: Log::Files,
         event: Event::Takeover(Signal::STOP),
         flags: &["--standby"],
-        lost: "nothing; the primary goes on with SIGCONT",
+        lost: "nothing; the primary continues with SIGCONT",
     },
     Case { name: "kill, restarted at once", log: Log::Postgres, event: Event::Restart, flags: &[], lost: IN_FLIGHT },
     Case {

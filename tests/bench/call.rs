@@ -34,7 +34,15 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let guest = engine.load(Source::choose(None, data))?;
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let durability = Durability::Os;
-    let log = Options { data: data.into(), segment_bytes, group_bytes, durability, advertise: None, env: env.clone() };
+    let log = Options {
+        data: data.into(),
+        segment_bytes,
+        group_bytes,
+        durability,
+        retain: Duration::ZERO,
+        advertise: None,
+        env: env.clone(),
+    };
     let arrangement = Arrangement { count: 1, with_spares: false };
     let (shards, _) = Shards::build(guest, Arc::new(FileLog::open(log)?), arrangement, env)?;
     let mut replica = shards.replicas(&shards.serving().guest)?.pop().context("there is one shard")?;

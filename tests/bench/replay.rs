@@ -72,7 +72,15 @@ fn scattered(number: u64) -> String {
 pub fn write(data: &Path, entries: u64, value: usize, key: impl Fn(u64) -> String) -> Result<f64> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let (durability, advertise, env) = (Durability::Os, None, Env::real());
-    let log = FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability, advertise, env })?;
+    let log = FileLog::open(Options {
+        data: data.into(),
+        segment_bytes,
+        group_bytes,
+        durability,
+        retain: Duration::ZERO,
+        advertise,
+        env,
+    })?;
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
     let mut bytes = 0;
     for number in 0..entries {

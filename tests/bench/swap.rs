@@ -84,8 +84,8 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let mut least = 0.0;
     for most in CLASSES.into_iter().chain([f64::INFINITY]) {
         let count = |seen: &Seen| pauses(&seen.swaps).filter(|pause| (least..most).contains(pause)).count();
-        let most_told = if most.is_finite() { number(most, 2) } else { "more".into() };
-        report.row(vec![most_told, count(&many).into(), count(&few).into()]);
+        let most_text = if most.is_finite() { number(most, 2) } else { "more".into() };
+        report.row(vec![most_text, count(&many).into(), count(&few).into()]);
         least = most;
     }
     Ok(())

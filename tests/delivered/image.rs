@@ -29,7 +29,7 @@ impl Image {
     }
 
     /// Without what was kept of earlier builds but cargo's own.
-    pub fn build_anew(flavour: &'static str) -> Self {
+    pub fn rebuild(flavour: &'static str) -> Self {
         Self::build_with(flavour, &["--no-cache"])
     }
 

@@ -105,7 +105,7 @@ fn is_the_same_when_built_again(image: &Image, flavour: &'static str) {
     // Asked for now: the new image takes over the name.
     let layers = image.layers();
     assert!(layers[0].is_string(), "{layers}");
-    assert_eq!(Image::build_anew(flavour).layers(), layers, "the same files gave another image");
+    assert_eq!(Image::rebuild(flavour).layers(), layers, "the same files produced another image");
 }
 
 /// With curl, as anybody would.

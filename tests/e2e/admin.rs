@@ -2,11 +2,13 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::server::{Process, Server, kvs, refused, serve, serve_refused};
+use crate::access::Tokens;
+use crate::metrics::counts;
+use crate::server::{PATIENCE, Process, Server, kvs, refused, serve, serve_refused};
 use crate::unruly::guest;
 use crate::wire::{Connection, Response};
 
@@ -107,11 +109,135 @@ fn it_answers_while_the_guest_has_every_thread() {
 #[test]
 fn what_it_does_not_have_is_404_and_405() {
     let server = Server::start(&[]);
-    get(server.admin(), "/").says(404, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest");
-    get(server.admin(), "/v1/a").says(404, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest");
+    get(server.admin(), "/")
+        .says(404, "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only, /v1 and /console");
     let refused = Connection::open(server.admin()).ask("PUT", "/livez", b"dead");
     refused.says(405, "this path has GET, HEAD");
     assert_eq!(refused.header("allow"), Some("GET, HEAD"));
+}
+
+#[test]
+fn page_of_another_site_is_refused() {
+    let server = Server::start(&["--admin-host", "kvs,admin.example.org"]);
+    let ask = |method: &str, path: &str, headers: &str| {
+        let mut client = Connection::open(server.admin());
+        client.send(format!("{method} {path} HTTP/1.1\r\n{headers}content-length: 0\r\n\r\n"));
+        client.try_read(method == "HEAD").expect("an answer").status
+    };
+    let paths =
+        ["/livez", "/readyz", "/primary", "/metrics", "/guest", "/v1", "/v1/a", "/console", "/console/app.js", "/x"];
+    for path in paths {
+        // The name of the page, rebound to this address.
+        assert_eq!(ask("GET", path, "host: evil.example\r\n"), 403, "{path}");
+        assert_eq!(ask("GET", path, "host: kvs\r\norigin: https://evil.example\r\n"), 403, "{path}");
+        for method in ["PUT", "POST", "DELETE", "OPTIONS", "HEAD"] {
+            assert_eq!(ask(method, path, "host: 127.0.0.1\r\norigin: null\r\n"), 403, "{method} {path}");
+        }
+    }
+    for host in
+        ["host: 10.1.2.3:9090\r\n", "host: [::1]:9090\r\n", "host: localhost\r\n", "host: admin.example.org\r\n", ""]
+    {
+        assert_eq!(ask("GET", "/readyz", host), 200, "{host}");
+    }
+    assert_eq!(ask("GET", "/guest", "host: kvs:9090\r\norigin: http://kvs:9090\r\n"), 200);
+    assert_eq!(ask("GET", "/guest", "host: kvs\r\nhost: kvs\r\n"), 400);
+    assert_eq!(ask("DELETE", "/guest", "host: evil.example\r\n"), 403);
+    assert!(!server.stderr().iter().any(|line| line.contains("swapped")), "a swap was begun");
+}
+
+#[test]
+fn request_to_v1_is_served_like_that_of_client() {
+    let tokens = Tokens::new();
+    let [reader, writer] =
+        [["reader", "--scope", "read"], ["writer", "--scope", "write"]].map(|args| tokens.add(&args));
+    let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
+    let mut admin = Connection::open(server.admin());
+    // The listener itself asks for no token, but the HTTP interface does.
+    assert_eq!(admin.ask("GET", "/guest", b"").status, 200);
+    assert_eq!(admin.ask("GET", "/v1", b"").status, 401);
+    let ask = |method, path, token: &str, body: &[u8]| {
+        let mut admin = Connection::open(server.admin());
+        admin.ask_with(method, path, &[("authorization", &format!("Bearer {token}"))], body)
+    };
+    assert_eq!(ask("PUT", "/v1/a", &reader, b"value").status, 403);
+    assert_eq!(ask("PUT", "/v1/a", &writer, b"value").etag(), Some(1));
+    assert_eq!(ask("GET", "/v1/key/a", &reader, b"").text(), "value");
+    let mut client = Connection::open(server.address());
+    let direct = client.ask_with("GET", "/v1/a", &[("authorization", &format!("Bearer {reader}"))], b"");
+    assert_eq!((direct.text(), direct.etag()), ("value", Some(1)));
+}
+
+#[test]
+fn watch_over_admin_ends_when_client_leaves() {
+    let server = Server::start(&["--watch-keep-alive", "1h"]);
+    let (mut watch, mut poll) = (Connection::open(server.admin()), Connection::open(server.admin()));
+    assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
+    poll.send("GET /v1/a?wait=300s HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    counts(&server, "kvs_watches", 1.0);
+    counts(&server, "kvs_http_requests_waiting_for_change", 1.0);
+    get(server.admin(), "/livez").says(200, "ok");
+    drop(poll);
+    counts(&server, "kvs_http_requests_waiting_for_change", 0.0);
+    drop(watch);
+    counts(&server, "kvs_watches", 0.0);
+    counts(&server, "kvs_http_requests_in_flight", 0.0);
+}
+
+#[test]
+fn watches_over_admin_leave_room_for_probes() {
+    let server = Server::start(&[]);
+    let watch = || {
+        let mut watch = Connection::open(server.admin());
+        (watch.ask_for_head("GET", "/v1?watch", &[]).status, watch)
+    };
+    let watches: Vec<_> = (0..32).map(|_| watch()).collect();
+    assert!(watches.iter().all(|(status, _)| *status == 200));
+    let refused = Connection::open(server.admin()).ask("GET", "/v1/a", b"");
+    assert_eq!(refused.status, 503, "{}", refused.text());
+    get(server.admin(), "/livez").says(200, "ok");
+    assert_eq!(get(server.admin(), "/metrics").status, 200);
+    drop(watches);
+    counts(&server, "kvs_watches", 0.0);
+    let begun = Instant::now();
+    while Connection::open(server.admin()).ask("GET", "/v1/a", b"").status == 503 {
+        assert!(begun.elapsed() < PATIENCE, "the places are never free again");
+    }
+}
+
+#[test]
+fn request_over_admin_is_finished_at_stop() {
+    let server = Server::start(&[]);
+    let mut admin = Connection::open(server.admin());
+    admin.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
+    assert_eq!(admin.read().status, 100);
+    let mut watch = Connection::open(server.admin());
+    assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
+    server.signal(Signal::TERM);
+    server.says("stopping: finishing what is under way");
+    let begun = Instant::now();
+    while Connection::open(server.admin()).ask("GET", "/v1/a", b"").status != 503 {
+        assert!(begun.elapsed() < PATIENCE, "it goes on serving");
+    }
+    admin.send("value");
+    assert_eq!(admin.read().status, 201);
+    server.ends_well();
+}
+
+#[test]
+fn busy_guest_does_not_keep_admin_from_answering() {
+    let data = tempfile::tempdir().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
+    let server = Server::spawn(command, data);
+    let mut client = Connection::open(server.address());
+    client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    server.says("going round in circles");
+    // The only thread that serves requests is kept, also from this one.
+    let mut forwarded = Connection::open(server.admin());
+    forwarded.send("GET /v1 HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    get(server.admin(), "/livez").says(200, "ok");
+    assert_eq!(get(server.admin(), "/console").status, 200);
+    assert!(forwarded.is_silent_for(Duration::from_millis(1)), "it was answered by nobody");
 }
 
 #[test]

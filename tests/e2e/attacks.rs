@@ -12,11 +12,11 @@ use crate::load::SaysOver;
 use crate::server::Server;
 use crate::wire::Connection;
 
-/// How long an attack goes on.
+/// Duration of an attack.
 const SECONDS: &str = "10";
 
-/// Asks on a connection of its own each time, as whoever has just come does, until told otherwise. Gives how many were
-/// served, of how many, and how long the slowest took: one that waits to the end is one among thousands.
+/// Sends requests, on a new connection for every ten, as new clients do, until `over`. Returns the number of served requests, of
+/// all requests, and the longest time of one.
 fn honest(server: &Server, from: &str, over: &AtomicBool) -> (usize, usize, Duration) {
     let (mut served, mut asked, mut slowest) = (0, 0, Duration::ZERO);
     while !over.load(Ordering::Relaxed) {
@@ -35,7 +35,7 @@ fn honest(server: &Server, from: &str, over: &AtomicBool) -> (usize, usize, Dura
 }
 
 #[test]
-fn slow_clients_at_the_cap_of_connections() {
+fn slow_clients_at_the_connection_limit() {
     let server = Server::start(
         &[
             ["--max-connections", "400", "--max-connections-per-address", "300"],
@@ -149,7 +149,7 @@ const ATTACKS: [(&str, Attack); 6] = [
 /// Everybody else is served, and the server's memory stays as it is. How long they wait, beside what they wait when nobody
 /// attacks, is printed and nothing more: all the other tests share this machine.
 #[test]
-fn frames_meant_to_do_harm() {
+fn harmful_http2_frames() {
     let server = Server::start(&["--idle-timeout", "1s", "--request-timeout", "1s"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/honest", &[b'x'; 100]).status, 201);

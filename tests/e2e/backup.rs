@@ -1,5 +1,5 @@
-//! A data directory is copied while a server under load has it: while the server is held still. The copy has all that was
-//! acknowledged or seen before, and the server goes on as if nothing had been.
+//! Copy of a data directory while the server under load is frozen. The copy contains everything that was acknowledged or seen
+//! before, and the server continues.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,17 +12,17 @@ use crate::load::{Clients, SMALL_SEGMENTS};
 use crate::server::{PATIENCE, Server, serve};
 use crate::zoo;
 
-/// Answers before the copy, and after it.
+/// Responses before the copy, and after it.
 const ANSWERS: u64 = 2_000;
 
 #[test]
-fn a_copy_made_while_the_server_is_held_still_is_a_backup() {
+fn copy_of_a_frozen_server_is_a_backup() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut server = Server::start(&SMALL_SEGMENTS);
     for cycle in 1..=6 {
         let copy = TempDir::new().expect("a temporary directory can be made");
-        // Every other time the clients never see anything newer than the copy; else the server goes on after it.
+        // Every other time the server ends with the copy; otherwise it continues.
         let restored = cycle % 2 == 1;
         let mut copied = false;
         run(&server, &mut clients, |answered| {
@@ -32,7 +32,7 @@ fn a_copy_made_while_the_server_is_held_still_is_a_backup() {
                 server.signal(Signal::CONT);
                 answered(ANSWERS);
             }
-            // Whatever failed: the clients end with the server.
+            // On any failure, the clients end with the server.
             server.signal(Signal::KILL);
         });
         assert!(copied, "the server was not held still, or the directory not copied");
@@ -43,14 +43,14 @@ fn a_copy_made_while_the_server_is_held_still_is_a_backup() {
         command.args(SMALL_SEGMENTS);
         server = Server::spawn(command, directory);
         clients.settle(server.address());
-        // The other of the two can be served as well, whatever it lacks.
+        // The other directory can be served too.
         let mut command = serve(other.path());
         command.args(SMALL_SEGMENTS);
         Server::spawn(command, other).terminate();
     }
 }
 
-/// Lets all clients loose; `meanwhile` can wait for so many answers more, and has to end the server.
+/// Runs all clients. `meanwhile` can wait for a number of further responses, and must end the server.
 fn run(server: &Server, clients: &mut Clients, meanwhile: impl FnOnce(&dyn Fn(u64))) {
     let (count, wanted) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
     let (enough, awaited) = sync_channel(1);
@@ -67,7 +67,7 @@ fn run(server: &Server, clients: &mut Clients, meanwhile: impl FnOnce(&dyn Fn(u6
     clients.run(server.address(), counted, || meanwhile(&answered));
 }
 
-/// Stops it in whatever it does, as `systemctl freeze` and `docker pause` do, and waits until it stands.
+/// Pauses the server, as `systemctl freeze` and `docker pause` do, and waits until it is stopped.
 fn hold(server: &Server) -> bool {
     server.signal(Signal::STOP);
     let pid = i32::try_from(server.pid()).ok().and_then(Pid::from_raw).expect("a child has a number");

@@ -43,19 +43,19 @@ fn change(file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 
 /// Starts a server that must refuse, whose last line must tell all of this.
 #[track_caller]
-fn refuses(data: &Path, told: &[&str]) {
+fn refuses(data: &Path, expected: &[&str]) {
     let mut command = serve(data);
     command.args(SMALL);
     let Err((status, stopped)) = Server::try_spawn(command, temporary()) else { panic!("it serves") };
     let last = stopped.stderr().last().expect("it says why");
     assert_eq!(status.code(), Some(1), "{last}");
-    for text in told {
+    for text in expected {
         assert!(last.starts_with("kvs: ") && last.contains(text), "it does not tell {text:?}, but: {last}");
     }
 }
 
 #[test]
-fn a_log_with_files_that_are_not_right_is_refused_by_name() {
+fn invalid_files_of_the_log_are_rejected_by_name() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil, &[&str]); 10] = [
         ("the first is missing", |log| fs::remove_file(segment(log, 1)).unwrap(), &["0000000001.seg", "is missing"]),
@@ -111,11 +111,11 @@ fn a_log_with_files_that_are_not_right_is_refused_by_name() {
         ),
         ("one only looks like one", |log| fs::write(log.join("2.seg"), "mine").unwrap(), &["2.seg", "move it away"]),
     ];
-    for (what, spoil, told) in spoils {
+    for (what, spoil, expected) in spoils {
         println!("{what}");
         let stopped = stored();
         spoil(&stopped.data().join("log"));
-        refuses(stopped.data(), told);
+        refuses(stopped.data(), expected);
         let mut verify = kvs();
         verify.args(["txlog", "verify", "--data-dir"]).arg(stopped.data());
         refused(verify).with(1, &["is corrupted in "]);
@@ -123,7 +123,7 @@ fn a_log_with_files_that_are_not_right_is_refused_by_name() {
 }
 
 #[test]
-fn files_of_others_are_left_alone_and_told() {
+fn foreign_files_are_kept_and_logged() {
     let stopped = stored();
     let log = stopped.data().join("log");
     let others = ["notes.txt", "0000000001.seg.bak", "core.123", "of others.tmp"];
@@ -141,7 +141,7 @@ fn files_of_others_are_left_alone_and_told() {
     }
 }
 
-/// The command, by a user who may do nothing in particular. Whoever is not root is such a user already.
+/// The command, run by a user without privileges; a user other than root is one already.
 fn by_nobody(mut command: Command) -> Command {
     if geteuid().is_root() {
         command.uid(65_534).gid(65_534);
@@ -159,7 +159,7 @@ fn program_in(directory: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_directory_is_served_from_where_this_user_may_not_see_what_is_beside_it() {
+fn directory_below_an_unreadable_one_is_served() {
     let (home, program) = (temporary(), temporary());
     let data = home.path().join("data");
     fs::create_dir(&data).expect("the directory takes another");
@@ -177,7 +177,7 @@ fn a_directory_is_served_from_where_this_user_may_not_see_what_is_beside_it() {
 }
 
 #[test]
-fn what_this_user_may_not_use_is_refused() {
+fn inaccessible_files_are_rejected() {
     let stopped = stored();
     let (data, log) = (stopped.data(), stopped.data().join("log"));
     let program = program_in(data);
@@ -193,21 +193,22 @@ fn what_this_user_may_not_use_is_refused() {
     };
     let all: [&[&str]; 4] = [&["serve"], &["txlog", "verify"], &["txlog", "cat"], &["txlog", "compact"]];
     let closed = Permissions::from_mode(0o000);
-    for (closed_now, told) in [(segment(&log, 2), "0000000002.seg"), (log.clone(), "/log"), (data.join("LOCK"), "data")]
+    for (closed_now, expected) in
+        [(segment(&log, 2), "0000000002.seg"), (log.clone(), "/log"), (data.join("LOCK"), "data")]
     {
         let before = fs::metadata(&closed_now).expect("it is there").permissions();
         fs::set_permissions(&closed_now, closed.clone()).expect("it is ours");
         for args in all {
             println!("{args:?} without {}", closed_now.display());
             let data = data.to_str().expect("a temporary path is text");
-            refused(command(args)).with(1, &[data, told, "ermission denied", "change its owner or mode"]);
+            refused(command(args)).with(1, &[data, expected, "ermission denied", "change its owner or mode"]);
         }
         fs::set_permissions(&closed_now, before).expect("it is ours");
     }
 }
 
 #[test]
-fn a_read_only_file_system_is_refused() {
+fn read_only_file_system_is_rejected() {
     let disk = Mount::tmpfs();
     disk.serve().terminate();
     disk.remount("ro");

@@ -25,7 +25,7 @@ pub fn curl(args: &[&str]) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn the_books_session_through_a_library() {
+fn session_through_a_library() {
     let server = Server::start(&[]);
     let (agent, url) = (agent(), server.url("/v1/key-a"));
     let put = |value: &str| agent.put(&url).send(value).expect("PUT is answered");
@@ -51,11 +51,11 @@ fn the_books_session_through_a_library() {
 
     let post = agent.post(&url).send("x").expect("POST is answered");
     assert_eq!(post.status(), 405);
-    assert_eq!(post.headers().get("allow").map(|value| value.as_bytes()), Some(&b"GET, HEAD, PUT, DELETE"[..]));
+    assert_eq!(post.headers().get("allow").map(|value| value.as_bytes()), Some(&b"GET, HEAD, PUT, POST, DELETE"[..]));
 }
 
 #[test]
-fn the_books_session_through_curl() {
+fn session_through_curl() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let put = |value: &str| curl(&["-X", "PUT", "-d", value, &url]);
@@ -72,18 +72,18 @@ fn the_books_session_through_curl() {
     let (status, answer) = curl(&["-i", "-X", "POST", "-d", "x", &url]);
     let answer = String::from_utf8_lossy(&answer).to_ascii_lowercase();
     assert_eq!(status, 405);
-    assert!(answer.contains("\r\nallow: get, head, put, delete\r\n"), "{answer}");
+    assert!(answer.contains("\r\nallow: get, head, put, post, delete\r\n"), "{answer}");
 }
 
 #[test]
-fn curl_uploads_a_file_after_asking_first() {
+fn curl_uploads_with_expect_continue() {
     let server = Server::start(&[]);
     let file = server.data().join("upload");
     let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();
     std::fs::write(&file, &value).expect("the directory takes a file");
     let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
 
-    // curl sends the body when it was told to go on, or else after a time that is longer than the whole test.
+    // curl sends the body after 100 Continue, or else after a time that is longer than the whole test.
     let ask_first = ["--expect100-timeout", "50", "-H", "Expect: 100-continue", "-T", file];
     assert_eq!(curl(&[&ask_first[..], &[&url]].concat()), (201, vec![]));
     assert_eq!(curl(&[&url]), (200, value));

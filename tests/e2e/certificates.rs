@@ -1,6 +1,6 @@
-//! Certificates for tests: an authority, and what it issues, good and bad.
+//! Certificates for tests: an authority, and valid and invalid certificates of it.
 //!
-//! Owns: a directory of PEM files. Must never know: who uses them.
+//! Owns: a directory of PEM files. Must never know: their use.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,25 +13,27 @@ use rcgen::{
 };
 use tempfile::TempDir;
 
-/// An authority, and the files it wrote.
+/// Certificate authority, and its files.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     directory: TempDir,
 }
 
-/// Whom a certificate is for, and what is wrong with it.
+/// Purpose of a certificate, and its defect.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Server,
     ExpiredServer,
     EarlyServer,
+    /// A server whose certificate is good for so many seconds.
+    ShortServer(u64),
     Client,
     ExpiredClient,
-    /// A client that is known for so many seconds.
+    /// Client certificate that is valid for a number of seconds.
     ShortClient(u64),
 }
 
-/// The files of a certificate and its key.
+/// Files of a certificate and its key.
 #[derive(Clone)]
 pub struct Pair {
     pub certificate: String,
@@ -57,19 +59,21 @@ impl Authority {
         authority
     }
 
-    /// The file of its own certificate.
+    /// Returns the file of the authority's certificate.
     pub fn file(&self) -> String {
         self.path("ca.pem")
     }
 
-    /// Issues a certificate to `name`, into files that have that name.
+    /// Issues a certificate to `name`, in files of that name.
     pub fn issue(&self, name: &str, kind: Kind, serial: u64) -> Pair {
         let mut params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])
             .expect("these are names of servers");
         params.distinguished_name.push(DnType::CommonName, name);
         params.serial_number = Some(SerialNumber::from(serial));
         params.extended_key_usages = vec![match kind {
-            Kind::Server | Kind::ExpiredServer | Kind::EarlyServer => ExtendedKeyUsagePurpose::ServerAuth,
+            Kind::Server | Kind::ExpiredServer | Kind::EarlyServer | Kind::ShortServer(_) => {
+                ExtendedKeyUsagePurpose::ServerAuth
+            }
             Kind::Client | Kind::ExpiredClient | Kind::ShortClient(_) => ExtendedKeyUsagePurpose::ClientAuth,
         }];
         if kind == Kind::EarlyServer {
@@ -78,7 +82,7 @@ impl Authority {
         if matches!(kind, Kind::ExpiredServer | Kind::ExpiredClient) {
             params.not_after = date_time_ymd(2020, 1, 1);
         }
-        if let Kind::ShortClient(seconds) = kind {
+        if let Kind::ShortServer(seconds) | Kind::ShortClient(seconds) = kind {
             params.not_after = (SystemTime::now() + Duration::from_secs(seconds)).into();
         }
         let key = KeyPair::generate().expect("a key can be made");
@@ -88,7 +92,7 @@ impl Authority {
         Pair { certificate: self.path(&format!("{name}.pem")), key: self.path(&format!("{name}.key")), serial }
     }
 
-    /// A list that revokes these.
+    /// Writes a CRL of these certificates.
     pub fn revoke(&self, pairs: &[&Pair]) -> String {
         let revoked = |pair: &&Pair| RevokedCertParams {
             serial_number: SerialNumber::from(pair.serial),
@@ -109,7 +113,7 @@ impl Authority {
         self.path("crl.pem")
     }
 
-    /// Where a file of this name is, or would be.
+    /// Returns the path of a file.
     pub fn path(&self, name: &str) -> String {
         self.directory.path().join(name).to_str().expect("a temporary path is text").to_owned()
     }

@@ -80,7 +80,7 @@ fn a_session_at_a_terminal() {
 
     assert_eq!(lines(kvs(&["list"])), ["c", "key-a", "key-b"]);
     assert_eq!(lines(kvs(&["list", "key-"])), ["key-a", "key-b"]);
-    let listed = objects(kvs(&["list", "--json"]));
+    let listed = objects(kvs(&["list", "--output", "json"]));
     assert_eq!(listed[1], json!({"key": "key-a", "etag": "\"2\"", "size": 5}));
     assert!(listed[0]["expires"].is_u64(), "{}", listed[0]);
     let dumped = objects(kvs(&["export", "key-"]));
@@ -90,6 +90,54 @@ fn a_session_at_a_terminal() {
     assert_eq!(printed(kvs(&["delete", "key-a"]), b""), b"");
     assert_eq!(printed(kvs(&["delete", "key-a"]), b""), b"");
     assert_eq!(lines(kvs(&["list", "key-"])), ["key-b"]);
+}
+
+#[test]
+fn every_operation_has_a_command() {
+    let server = Server::start(&[]);
+    let kvs = |args: &[&str]| client(&server, args);
+    let json = |args: &[&str]| objects(kvs(&[args, &["--output", "json"]].concat())).remove(0);
+    assert_eq!(printed(kvs(&["add", "visits"]), b""), b"1\n");
+    assert_eq!(printed(kvs(&["add", "visits", "-5", "--ttl", "1h"]), b""), b"-4\n");
+    assert_eq!(
+        json(&["add", "visits", "6", "--if-match", "2"]),
+        json!({"key": "visits", "etag": "\"3\"", "value": "2"})
+    );
+    refuses(&server, &["add", "visits", "x"]).with(2, &["x"]);
+    assert_eq!(printed(kvs(&["touch", "visits", "90"]), b""), b"4\n");
+    refuses(&server, &["touch", "nothing", "90s"]).with(1, &["touch nothing", "no such key", "(404)"]);
+
+    assert_eq!(
+        json(&["put", "a", "text", "--content-type", "a/b"]),
+        json!({"key": "a", "etag": "\"5\"", "created": true})
+    );
+    let shown = String::from_utf8(printed(kvs(&["get", "-i", "a"]), b"")).expect("text");
+    assert_eq!(shown, "etag: 5\ncontent-type: a/b\n\ntext");
+    let entry = json!({"key": "a", "etag": "\"5\"", "size": 4, "content_type": "a/b", "value": "text"});
+    assert_eq!(json(&["get", "a", "--wait", "10ms"]), entry);
+    refuses(&server, &["get", "nothing", "--wait", "10ms"]).with(1, &["get nothing: no such key (404)"]);
+    let waiting = thread::scope(|scope| {
+        let waiting = scope.spawn(|| printed(kvs(&["get", "awaited", "--wait", "1m"]), b""));
+        printed(kvs(&["put", "awaited", "here"]), b"");
+        waiting.join().expect("it is answered")
+    });
+    assert_eq!(waiting, b"here");
+
+    let file = server.data().join("operations");
+    let operations = r#"[{"op": "check", "key": "a", "value": "text"}, {"op": "put", "key": "a", "json": [1]}]"#;
+    fs::write(&file, operations).expect("the directory takes a file");
+    let file = file.to_str().expect("a temporary path is text");
+    assert_eq!(lines(kvs(&["txn", file])), ["check \"a\" 5", "put \"a\" 7"]);
+    refuses(&server, &["txn", file]).with(1, &["operation 0: the check of `a` failed", "(409)"]);
+
+    assert_eq!(lines(kvs(&["list", "--reverse", "--limit", "2"])), ["visits", "awaited"]);
+    assert_eq!(lines(kvs(&["list", "a", "--long"])), ["7\t3\t-\ta", "6\t4\t-\tawaited"]);
+    assert_eq!(json(&["delete", "awaited"]), json!({"key": "awaited", "deleted": "\"6\"", "sequence": "8"}));
+    assert_eq!(json(&["delete", "awaited"]), json!({"key": "awaited", "deleted": null, "sequence": null}));
+    assert_eq!(json(&["delete", "--prefix", "a"]), json!({"prefix": "a", "count": 1, "deleted": 0}));
+    assert_eq!(lines(kvs(&["delete", "--prefix", "a", "--yes"])), ["1 keys deleted"]);
+    assert_eq!(lines(kvs(&["list"])), ["visits"]);
+    refuses(&server, &["delete"]).with(2, &["KEY"]);
 }
 
 #[test]
@@ -158,7 +206,7 @@ fn what_went_wrong_is_one_line() {
     let open = Server::start(&["--guest-max-memory-bytes", "16MiB"]);
     refuses(&open, &["put", "", "x"]).with(1, &["key is empty (400)"]);
     refuses(&open, &["put", "a", "@/nowhere"]).with(1, &["cannot read /nowhere"]);
-    refuses(&open, &["put", "a", "x", "--ttl", "1500ms"]).with(2, &["--ttl", "whole seconds"]);
+    refuses(&open, &["put", "a", "x", "--ttl", "soon"]).with(2, &["--ttl", "a time looks like"]);
     refuses(&open, &["watch", "--since", "7"]).with(1, &["the position 7 is not in the history of this log", "(410)"]);
     let many: String =
         (0..200).map(|n| format!("{{\"key\": \"{{full}}{n}\", \"value\": \"{}\"}}\n", "x".repeat(200_000))).collect();
@@ -255,8 +303,10 @@ fn a_malformed_line_is_named() {
         ("{\"key\": \"b\"}", "`value` or `value_base64` is missing"),
         ("{\"key\": \"b\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
         ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
-        ("", "EOF while parsing a value"),
         ("{\"key\": \"b\", ", "EOF while parsing"),
+        ("{\"key\": \"..\", \"value\": \"\"}", "no server accepts the key \"..\""),
+        ("{\"key\": \"\", \"value\": \"\"}", "no server accepts the key \"\""),
+        (&format!("{{\"key\": \"{}\", \"value\": \"\"}}", "x".repeat(100_000)), "xxx… (100000 bytes)\""),
     ] {
         let file = server.data().join("lines");
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
@@ -270,10 +320,31 @@ fn a_malformed_line_is_named() {
     let told = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
     assert_eq!((output.status.code(), said.as_ref()), (Some(1), told));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
-    // The server has its own rules.
-    let output = run(client(&server, &["import"]), b"{\"key\": \"..\", \"value\": \"\"}\n");
+    // The server has rules of its own, and a key can be long.
+    let long = format!("{{\"key\": \"{}\", \"value\": \"\", \"content_type\": \"none\"}}\n", "x".repeat(1_000));
+    let output = run(client(&server, &["import"]), long.as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("line 1 of standard input: put ..: key has a `..` segment (400)"), "{said}");
+    assert!(said.contains("line 1 of standard input: put xxx") && said.contains("(400)"), "{said}");
+    assert!(said.contains("xxx… (1000 bytes)") && said.len() < 600, "{said}");
+}
+
+#[test]
+fn blank_lines_and_a_byte_order_mark_are_skipped() {
+    let server = Server::start(&[]);
+    let text = "\u{feff}{\"key\": \"a\", \"value\": \"1\"}\n\n \t\r\n{\"key\": \"b\", \"value\": \"2\"}\r\n\n";
+    let file = server.data().join("lines");
+    fs::write(&file, text).expect("the directory takes a file");
+    printed(client(&server, &["import", file.to_str().expect("a temporary path is text")]), b"");
+    assert_eq!(lines(client(&server, &["list"])), ["a", "b"]);
+    printed(client(&server, &["delete", "a"]), b"");
+    printed(client(&server, &["import"]), text.as_bytes());
+    assert_eq!(lines(client(&server, &["list"])), ["a", "b"]);
+    let output = run(
+        client(&server, &["import"]),
+        b"{\"key\": \"c\", \"value\": \"3\"}\n\n{\"key\": \"d\", \"value\": \"4\"}\nx\n",
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("line 4 of standard input") && said.contains("the first 3 lines are stored"), "{said}");
 }
 
 /// How far a load came, by the file it keeps.
@@ -395,7 +466,7 @@ fn a_watch_goes_on_when_the_server_comes_back() {
         (Killed(child), lines)
     };
     let (_plain, mut plain) = watch(&["watch", "--since", "0"]);
-    let (_json, mut json) = watch(&["watch", "a", "--since", "0", "--json"]);
+    let (_json, mut json) = watch(&["watch", "a", "--since", "0", "--output", "json"]);
     let mut plain = || plain.next().expect("it goes on").expect("it is text");
     let mut json = || -> Value {
         serde_json::from_str(&json.next().expect("it goes on").expect("it is text")).expect("a line is JSON")

@@ -35,7 +35,7 @@ fn text(file: &Path) -> &str {
 }
 
 #[test]
-fn one_serves_like_the_component_it_was_made_of() {
+fn compiled_guest_serves_like_its_component() {
     let directory = directory();
     for flags in [&[][..], &["--native"]] {
         let file = compiled(&directory, DEFAULT_GUEST, flags);
@@ -50,7 +50,7 @@ fn one_serves_like_the_component_it_was_made_of() {
 }
 
 #[test]
-fn without_a_name_it_is_the_store_in_the_binary() {
+fn compile_without_a_file_compiles_the_built_in_guest() {
     let directory = directory();
     let file = directory.path().join("default.cwasm");
     let status = kvs().args(["compile", "-o"]).arg(&file).status().expect("the binary under test can be started");
@@ -62,13 +62,13 @@ fn without_a_name_it_is_the_store_in_the_binary() {
 }
 
 #[test]
-fn one_that_is_damaged_or_of_another_version_is_refused() {
+fn corrupted_or_other_version_is_rejected() {
     let directory = directory();
     let file = compiled(&directory, DEFAULT_GUEST, &[]);
     let good = fs::read(&file).expect("it can be read");
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 1;
-    for (bytes, told) in [
+    for (bytes, expected) in [
         (&flipped[..], "its checksum is wrong"),
         (&good[..good.len() / 2], "its checksum is wrong"),
         (&good[..39], "it is cut off"),
@@ -78,7 +78,7 @@ fn one_that_is_damaged_or_of_another_version_is_refused() {
         (&good[40..], "it is not WebAssembly"),
     ] {
         fs::write(&file, bytes).expect("it can be written");
-        serve_refused(&[text(&file)]).with(1, &[text(&file), "cannot be run as a guest", told]);
+        serve_refused(&[text(&file)]).with(1, &[text(&file), "cannot be run as a guest", expected]);
     }
     // For another system; and for a CPU that can do something this one never heard of.
     let mut others = vec![(&[][..], &b"-linux-gnu"[..], &b"-haiku-gnu"[..])];
@@ -101,17 +101,17 @@ fn sealed(code: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_no_guest_is_not_compiled() {
+fn unfit_component_is_not_compiled() {
     let directory = directory();
     let (input, output) = (directory.path().join("input"), directory.path().join("output"));
     let once = fs::read(compiled(&directory, DEFAULT_GUEST, &[])).expect("it can be read");
-    for (bytes, told) in [
+    for (bytes, expected) in [
         (b"#!/bin/sh".to_vec(), "it is not WebAssembly"),
         (exporting(&[]), "it does not export kvs:store/lifecycle@0.2.0"),
         (once, "it is compiled already"),
     ] {
         fs::write(&input, bytes).expect("the directory takes a file");
-        refused(compile(text(&input), &output, &[])).with(1, &["cannot compile", text(&input), told]);
+        refused(compile(text(&input), &output, &[])).with(1, &["cannot compile", text(&input), expected]);
         assert!(!output.exists(), "something was written");
     }
     refused(compile("no-such-file", &output, &[])).with(1, &["cannot compile no-such-file", "No such file"]);
@@ -119,7 +119,7 @@ fn what_is_no_guest_is_not_compiled() {
 }
 
 #[test]
-fn it_is_swapped_in_from_disk_and_never_over_the_network() {
+fn compiled_guest_is_never_accepted_over_the_network() {
     let directory = directory();
     let file = compiled(&directory, guest(), &[]);
     let code = fs::read(&file).expect("it can be read");

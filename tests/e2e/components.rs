@@ -58,26 +58,26 @@ pub fn exporting(names: &[&str]) -> Vec<u8> {
 }
 
 #[test]
-fn a_file_that_is_not_there() {
+fn missing_file_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     refused_file(&directory.path().join("missing.wasm")).with(1, &["cannot be run as a guest", "No such file"]);
 }
 
 #[test]
-fn a_directory() {
+fn directory_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     refused_file(directory.path()).with(1, &["cannot be run as a guest", "directory"]);
 }
 
 #[test]
-fn a_file_that_is_not_webassembly() {
+fn file_that_is_not_webassembly_is_rejected() {
     for bytes in [&b""[..], b"\0asm", b"#!/bin/sh\necho hello\n", b"(component)", &[0; 100_000]] {
         refused(bytes).with(1, &["cannot be run as a guest", "it is not WebAssembly"]);
     }
 }
 
 #[test]
-fn a_file_that_is_too_large_to_be_a_guest() {
+fn too_large_file_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("large.wasm");
     // Nothing but a hole.
@@ -86,12 +86,12 @@ fn a_file_that_is_too_large_to_be_a_guest() {
 }
 
 #[test]
-fn a_core_module() {
+fn core_module_is_rejected() {
     refused(Module::new().finish()).with(1, &["it is a core module, not a component", "wasm32-wasip2"]);
 }
 
 #[test]
-fn a_component_that_is_cut_off() {
+fn truncated_component_is_rejected() {
     let whole = std::fs::read(DEFAULT_GUEST).expect("the default guest was built with the binary");
     for length in [9, 100, whole.len() / 2, whole.len() - 1] {
         refused(&whole[..length]).with(1, &["cannot be run as a guest"]);
@@ -99,7 +99,7 @@ fn a_component_that_is_cut_off() {
 }
 
 #[test]
-fn a_component_with_a_flipped_byte() {
+fn corrupted_component_is_rejected() {
     let mut bytes = std::fs::read(DEFAULT_GUEST).expect("the default guest was built with the binary");
     // In the first section, after the header.
     bytes[10] ^= 0xff;
@@ -107,13 +107,13 @@ fn a_component_with_a_flipped_byte() {
 }
 
 #[test]
-fn a_component_without_the_exports() {
-    let told = ["it does not export kvs:store/lifecycle@0.2.0, kvs:store/handler@0.2.0"];
-    refused(Component::new().finish()).with(1, &told);
+fn component_without_exports_is_rejected() {
+    let expected = ["it does not export kvs:store/lifecycle@0.2.0, kvs:store/handler@0.2.0"];
+    refused(Component::new().finish()).with(1, &expected);
 }
 
 #[test]
-fn a_component_without_one_of_the_exports() {
+fn component_without_one_export_is_rejected() {
     let refused = refused(exporting(&["kvs:store/lifecycle@0.2.0", "kvs:store/sharding@0.2.0"]));
     refused.with(1, &["it does not export kvs:store/handler@0.2.0"]);
     assert!(!refused.line.contains("lifecycle"), "it names what is there: {refused}");
@@ -127,7 +127,7 @@ fn built_for(version: &str) -> String {
 }
 
 #[test]
-fn component_of_another_contract_version_is_told_so() {
+fn component_of_another_contract_version_is_named() {
     let named = |version: &str| ["lifecycle", "handler", "sharding"].map(|name| format!("kvs:store/{name}@{version}"));
     for version in ["0.1.0", "0.2.1", "0.3.0"] {
         let names = named(version);
@@ -145,7 +145,7 @@ fn component_of_another_contract_version_is_told_so() {
 }
 
 #[test]
-fn inspect_tells_the_contract_version_of_a_component() {
+fn inspect_names_the_contract_version() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("old.wasm");
     let old = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
@@ -157,53 +157,53 @@ fn inspect_tells_the_contract_version_of_a_component() {
 }
 
 #[test]
-fn a_component_whose_exports_hold_nothing() {
+fn component_with_empty_exports_is_rejected() {
     let names = ["kvs:store/lifecycle@0.2.0", "kvs:store/handler@0.2.0", "kvs:store/sharding@0.2.0"];
     refused(exporting(&names)).with(1, &["cannot be run as a guest", "describe"]);
 }
 
 #[test]
-fn a_component_that_imports_a_file_system_or_a_network() {
+fn component_that_imports_files_or_sockets_is_rejected() {
     for import in ["wasi:filesystem/types@0.2.0", "wasi:filesystem/preopens@0.2.12", "wasi:sockets/tcp@0.2.0"] {
         refused(importing(import)).with(1, &[&format!("it imports {import}, which this host does not offer")]);
     }
 }
 
 #[test]
-fn a_guest_that_traps_at_the_start() {
+fn guest_that_traps_at_the_start_is_rejected() {
     let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-traps"]);
     refused.with(1, &["describe failed", "fall_over"]);
 }
 
 #[test]
-fn a_guest_that_leaves_at_the_start() {
+fn guest_that_exits_at_the_start_is_rejected() {
     serve_refused(&[guest(), "--guest-config", "fault=describe-exits"]).with(1, &["describe failed", "called exit"]);
 }
 
 #[test]
-fn a_guest_that_has_no_fitting_name() {
+fn guest_with_invalid_name_is_rejected() {
     serve_refused(&[guest(), "--guest-config", "fault=name"]).with(1, &["its name is not a word"]);
 }
 
 #[test]
-fn a_guest_that_asks_for_too_many_headers() {
+fn guest_with_too_many_headers_is_rejected() {
     serve_refused(&[guest(), "--guest-config", "fault=headers"])
         .with(1, &["it asks for 65 request headers, at most 64"]);
 }
 
 #[test]
-fn a_guest_that_never_finishes_starting() {
+fn guest_with_endless_start_is_rejected() {
     let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-loops", "--guest-cpu-limit", "100ms"]);
     refused.with(1, &["describe failed", "longer than 100ms", "circle"]);
 }
 
 #[test]
-fn a_guest_that_needs_more_memory_than_it_may_have() {
+fn guest_over_the_memory_limit_is_rejected() {
     serve_refused(&["--guest-max-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
 }
 
 #[test]
-fn a_guest_that_traps_on_an_entry_of_the_log() {
+fn guest_that_traps_in_replay_is_rejected() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/{x}a", b"value").status, 201);
@@ -224,12 +224,12 @@ fn inspect(args: &[&str]) -> Command {
 }
 
 #[test]
-fn inspect_tells_what_a_guest_is() {
+fn inspect_describes_a_guest() {
     for (args, name) in [(&[][..], "kvs"), (&[DEFAULT_GUEST], "kvs"), (&[guest()], "unruly")] {
         let output = inspect(args).output().expect("the binary under test can be started");
         let said = String::from_utf8(output.stdout).expect("it says text");
         assert!(output.status.success(), "{said}");
-        for told in [
+        for expected in [
             &format!("name     {name} 0.1.0"),
             "kvs:store/handler@0.2.0",
             "sha256   ",
@@ -237,13 +237,13 @@ fn inspect_tells_what_a_guest_is() {
             "shards   any number",
             "fits     yes",
         ] {
-            assert!(said.contains(told), "it does not tell {told:?}:\n{said}");
+            assert!(said.contains(expected), "{expected:?} is not in:\n{said}");
         }
     }
 }
 
 #[test]
-fn capabilities_a_host_does_not_know_are_shown_and_ignored() {
+fn unknown_capabilities_are_shown_and_ignored() {
     let args = ["--guest-config", "capabilities=key-prefix later", guest()];
     let output = inspect(&args).output().expect("the binary under test can be started");
     let said = String::from_utf8(output.stdout).expect("it says text");
@@ -256,7 +256,7 @@ fn capabilities_a_host_does_not_know_are_shown_and_ignored() {
 }
 
 #[test]
-fn inspect_tells_why_a_component_is_no_guest() {
+fn inspect_reports_why_a_component_does_not_fit() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("other.wasm");
     let file = file.to_str().expect("a temporary path is text");

@@ -9,7 +9,7 @@ use crate::swap::{copy_of, swaps};
 use crate::wire::Connection;
 
 #[test]
-fn an_etag_is_the_same_after_compaction_a_restart_and_a_swap() {
+fn etag_survives_compaction_restart_and_swap() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for n in 0..10 {
@@ -35,7 +35,7 @@ fn an_etag_is_the_same_after_compaction_a_restart_and_a_swap() {
 }
 
 #[test]
-fn a_client_creates_only_what_is_not_there() {
+fn if_none_match_star_creates_once() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let create = [("if-none-match", "*")];
@@ -49,7 +49,7 @@ fn a_client_creates_only_what_is_not_there() {
 }
 
 #[test]
-fn a_client_changes_only_what_it_has_seen() {
+fn if_match_changes_only_that_version() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"1");
@@ -67,7 +67,7 @@ fn a_client_changes_only_what_it_has_seen() {
 }
 
 #[test]
-fn of_many_that_saw_the_same_one_changes_it() {
+fn one_of_many_if_match_succeeds() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/count", b"0");
@@ -92,7 +92,7 @@ fn of_many_that_saw_the_same_one_changes_it() {
 }
 
 #[test]
-fn what_a_client_has_is_not_sent_again_also_after_a_restart() {
+fn if_none_match_is_304_also_after_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -109,7 +109,7 @@ fn what_a_client_has_is_not_sent_again_also_after_a_restart() {
 }
 
 #[test]
-fn a_value_can_be_had_in_parts() {
+fn ranges_return_parts() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();
@@ -133,4 +133,23 @@ fn a_value_can_be_had_in_parts() {
     // Of another value, the client has no parts.
     let changed = client.ask_with("GET", "/v1/a", &[("range", "bytes=0-9"), ("if-range", "\"7\"")], b"");
     assert_eq!((changed.status, changed.body.len()), (200, 100_000));
+}
+
+#[test]
+fn conditions_of_requests_for_many_keys_are_rejected() {
+    let server = Server::start(&[]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+    for condition in ["if-match", "if-none-match"] {
+        for (method, path, body) in
+            [("POST", "/v1", &b"[{\"op\": \"delete\", \"key\": \"a\"}]"[..]), ("DELETE", "/v1?prefix=a", b"")]
+        {
+            let response = client.ask_with(method, path, &[(condition, "\"999\"")], body);
+            response.says(
+                400,
+                "if-match and if-none-match go with requests of one key; a transaction has the operation `check`",
+            );
+        }
+    }
+    assert_eq!(client.ask("GET", "/v1/a", b"").text(), "value");
 }

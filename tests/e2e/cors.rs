@@ -8,6 +8,7 @@ use std::thread;
 
 use tempfile::TempDir;
 
+use crate::browser::headless;
 use crate::server::{PATIENCE, Server, serve_refused};
 use crate::wire::{Connection, Response};
 
@@ -130,9 +131,8 @@ fn page(store: &str) -> (String, Receiver<String>) {
 fn browse((url, reports): &(String, Receiver<String>)) -> String {
     let home = TempDir::new().expect("a temporary directory can be made");
     let mut chromium = Command::new("chromium");
-    chromium.args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"]);
-    chromium.args(["--remote-debugging-port=0", url]).envs([("HOME", home.path()), ("TMPDIR", home.path())]);
-    chromium.stdout(Stdio::null()).stderr(Stdio::null());
+    headless(&mut chromium, home.path());
+    chromium.args(["--remote-debugging-port=0", url]).stdout(Stdio::null());
     let mut chromium =
         chromium.spawn().unwrap_or_else(|error| panic!("no chromium ({error}): `just test` installs it"));
     let report = reports.recv_timeout(PATIENCE);

@@ -1,5 +1,5 @@
-//! The server is killed under load from several clients, and killed again while it recovers, on one directory: whatever
-//! was acknowledged or seen is there afterwards.
+//! The server is killed under load from several clients, and again while it recovers, on one directory. Everything that was
+//! acknowledged or seen must be there afterwards.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,11 @@ use crate::load::{Clients, SMALL_SEGMENTS, count};
 use crate::server::{PATIENCE, Server, Stopped, serve};
 use crate::zoo;
 
-/// The kill comes after this many answers, and somewhere up to three times as many.
+/// Least number of responses before a kill; the number is random, up to three times this.
 const ANSWERS_BEFORE_KILL: u64 = 400;
 
 #[test]
-fn whatever_was_acknowledged_or_seen_survives_kills_in_mid_flight() {
+fn acknowledged_and_seen_data_survives_kills() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut server = Server::start(&SMALL_SEGMENTS);
@@ -35,10 +35,10 @@ fn whatever_was_acknowledged_or_seen_survives_kills_in_mid_flight() {
     }
 }
 
-/// Lets all clients loose and kills the server after so many answers; they go on until there are none.
+/// Runs all clients and kills the server after this number of responses.
 pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
     let count = AtomicU64::new(0);
-    // Room for one: nobody waits to say that it is enough.
+    // Room for one, so that sending never blocks.
     let (enough, awaited) = sync_channel(1);
     let answered = |status| {
         assert!(status < 500, "{status} from a server in good health");
@@ -52,7 +52,7 @@ pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
     });
 }
 
-/// Starts a server on what the last one left, and kills it at one of the calls by which it recovers, or once it serves.
+/// Starts a server on the directory of the last one, and kills it at one of the system calls of recovery, or when it serves.
 fn kill_during_recovery(stopped: Stopped, rng: &mut Rng) -> Stopped {
     const CALLS: [&str; 6] = ["openat", "pread64", "pwrite64", "fdatasync", "fsync", "fallocate"];
     let call = rng.choice(CALLS).expect("there are some");

@@ -63,7 +63,7 @@ fn does_all_it_does(stderr: impl Into<Stdio>) {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = kvs_at(data.path());
     command.args(["serve", "--listen", &listen.to_string(), "--admin", &admin.to_string(), "--tokens", &tokens.file()]);
-    command.args(["--segment-bytes", "2MiB", "--access-log-rate", "1000000", "--probation", "300ms"]);
+    command.args(["--admin-open", "--segment-bytes", "2MiB", "--access-log-rate", "1000000", "--probation", "300ms"]);
     let mut server = Running(command.stderr(stderr).spawn().expect("the binary under test can be started"));
     let admin_says = |path: &str| -> Option<Response> {
         std::net::TcpStream::connect(admin).ok()?;

@@ -30,7 +30,7 @@ struct Item {
 }
 
 #[test]
-fn a_hundred_thousand_keys_equal_a_model_after_a_kill() {
+fn hundred_thousand_keys_equal_a_model_after_kill() {
     let mut rng = zoo::dice();
     let server = Server::start(&[]);
     let keys = zoo::keys(&mut rng, KEYS);
@@ -137,7 +137,7 @@ fn refuse_control_keys(address: SocketAddr) {
 }
 
 #[test]
-fn a_restart_after_a_stop_has_everything_and_says_how_much() {
+fn restart_replays_everything_and_reports_it() {
     let mut server = Server::start(&[]);
     for run in 1..=3 {
         let mut client = Connection::open(server.address());
@@ -152,7 +152,7 @@ fn a_restart_after_a_stop_has_everything_and_says_how_much() {
 }
 
 #[test]
-fn a_long_replay_tells_how_far_it_is() {
+fn long_replay_logs_progress() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for n in 1..=3 {
@@ -184,7 +184,7 @@ fn poisoned() -> Stopped {
 }
 
 #[test]
-fn replay_is_not_bounded_by_the_limit_of_a_call() {
+fn replay_has_its_own_cpu_limit() {
     let args = [guest(), "--guest-config", "fault=apply-dawdles", "--guest-cpu-limit", "300ms"];
     let server = poisoned().restart(&args);
     assert_eq!(Connection::open(server.address()).ask("GET", "/store/{x}100", b"").body, b"value");
@@ -201,14 +201,14 @@ fn batches_are_smaller_after_a_timeout() {
     let limit = ["--guest-replay-cpu-limit", "200ms"];
     let server = poisoned().restart(&[&[guest(), "--guest-config", "fault=apply-loops-on-many"], &limit[..]].concat());
     let line = server.says("the log is replayed once more");
-    for told in ["batches of 3 from entry 1 on", "took longer than 200ms (--guest-replay-cpu-limit)"] {
-        assert!(line.contains(told), "it does not tell {told:?}: {line}");
+    for expected in ["batches of 3 from entry 1 on", "took longer than 200ms (--guest-replay-cpu-limit)"] {
+        assert!(line.contains(expected), "{expected:?} is not in {line}");
     }
     assert_eq!(Connection::open(server.address()).ask("GET", "/store/{x}100", b"").body, b"value");
 }
 
 #[test]
-fn what_only_the_system_has_survives_a_kill_of_the_server() {
+fn durability_os_survives_a_kill() {
     let server = Server::start(&["--durability", "os"]);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -222,7 +222,7 @@ fn what_only_the_system_has_survives_a_kill_of_the_server() {
 }
 
 #[test]
-fn of_servers_that_start_at_once_on_a_directory_one_serves() {
+fn one_of_concurrent_servers_gets_the_directory() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let processes: Vec<_> = (0..6).map(|_| Process::spawn(serve(data.path()))).collect();
@@ -238,7 +238,7 @@ fn of_servers_that_start_at_once_on_a_directory_one_serves() {
 }
 
 #[test]
-fn a_second_server_on_a_directory_fails_at_once_and_names_the_first() {
+fn second_server_fails_and_names_the_first() {
     of_files!();
     let first = Server::start(&[]);
     let mut client = Connection::open(first.address());
@@ -258,7 +258,7 @@ fn a_second_server_on_a_directory_fails_at_once_and_names_the_first() {
 }
 
 #[test]
-fn a_directory_whose_server_was_killed_is_free() {
+fn lock_is_released_by_a_kill() {
     let server = Server::start(&[]);
     server.signal(Signal::KILL);
     let (_, stopped) = server.ends();
@@ -266,7 +266,7 @@ fn a_directory_whose_server_was_killed_is_free() {
 }
 
 #[test]
-fn a_data_directory_is_made_with_those_above_it() {
+fn data_directory_is_created_with_its_parents() {
     of_files!();
     let parent = TempDir::new().expect("a temporary directory can be made");
     let data = parent.path().join("not").join("yet").join("there");

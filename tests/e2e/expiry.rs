@@ -1,6 +1,7 @@
 //! Values that expire.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::log::{kvs_at, of_files};
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, Stopped, serve};
+use crate::server::{PATIENCE, Server, Stopped, kvs, serve};
 use crate::wire::Connection;
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
@@ -42,7 +43,7 @@ fn deletes(stopped: &Stopped) -> usize {
 }
 
 #[test]
-fn a_value_with_a_time_to_live_is_there_and_then_gone() {
+fn value_with_ttl_expires() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a?ttl=2", b"value").status, 201);
@@ -59,7 +60,7 @@ fn a_value_with_a_time_to_live_is_there_and_then_gone() {
 }
 
 #[test]
-fn a_time_to_live_goes_on_through_a_restart() {
+fn ttl_continues_over_a_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/soon?ttl=1", b"value");
@@ -73,7 +74,7 @@ fn a_time_to_live_goes_on_through_a_restart() {
 }
 
 #[test]
-fn many_that_expire_at_once_are_deleted_in_the_log_while_requests_are_served() {
+fn mass_expiry_does_not_delay_requests() {
     let server = Server::start(&["--durability", "os"]);
     let count = 20_000;
     thread::scope(|scope| {
@@ -111,22 +112,25 @@ fn clock(server: &Server) -> String {
     ready.text().lines().find(|line| line.contains("clock")).expect("it has such a line").to_owned()
 }
 
+/// Writes a log as a server does whose clock is a year ahead: a key that expires a second later, and one that stays.
+pub fn write_a_year_ahead(data: &Path) {
+    let time = next_year();
+    let (data, segment_bytes, env) = (data.into(), DEFAULT_SEGMENT_BYTES, Env::real());
+    let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
+    let options = Options { data, segment_bytes, group_bytes, durability, retain: Duration::ZERO, advertise, env };
+    let log = FileLog::open(options).expect("it can be opened");
+    for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
+        let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
+        log.append(time, &[Event::Put(put)]).expect("it takes it");
+    }
+    log.close().expect("it can be closed");
+}
+
 #[test]
-fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
+fn ttl_ends_after_a_run_with_a_clock_ahead() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
-    let time = next_year();
-    {
-        let (data, segment_bytes, env) = (data.path().into(), DEFAULT_SEGMENT_BYTES, Env::real());
-        let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
-        let log = FileLog::open(options).expect("it can be opened");
-        for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
-            let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
-            log.append(time, &[Event::Put(put)]).expect("it takes it");
-        }
-        log.close().expect("it can be closed");
-    }
+    write_a_year_ahead(data.path());
     let mut server = Server::spawn(serve(data.path()), data);
     for path in ["/v1/a", "/v1/b"] {
         let mut client = Connection::open(server.address());
@@ -142,7 +146,7 @@ fn time_to_live_ends_after_a_run_with_the_clock_a_year_ahead() {
 }
 
 #[test]
-fn imported_entries_of_the_future_keep_the_time_they_have_left() {
+fn imported_future_entries_keep_their_remaining_ttl() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let time = next_year();
     let mut import = kvs_at(data.path());
@@ -156,4 +160,19 @@ fn imported_entries_of_the_future_keep_the_time_they_have_left() {
     expires(&mut client, "/v1/a");
     assert_eq!(client.ask("GET", "/v1/b", b"").status, 200);
     assert_eq!(clock(&server), "[+]clock ok");
+}
+
+#[test]
+fn times_have_a_unit_or_are_seconds() {
+    let server = Server::start(&["--idle-timeout", "75"]);
+    for ttl in ["3600", "3600s", "1h"] {
+        let put = kvs()
+            .args(["put", "a", "1", "--ttl", ttl])
+            .env("KVS_URL", server.url(""))
+            .output()
+            .expect("the binary under test can be started");
+        assert!(put.status.success(), "{ttl}");
+        let expires = Connection::open(server.address()).ask("GET", "/v1/a", b"").header("expires").map(str::to_owned);
+        assert!(expires.is_some(), "{ttl}");
+    }
 }

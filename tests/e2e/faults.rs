@@ -1,5 +1,5 @@
-//! A disk that fails: strace makes chosen system calls of the server fail, and the server must say so, stop, and have
-//! lost nothing that it had acknowledged.
+//! Disk faults: strace makes selected system calls of the server fail. The server must log the failure, stop, and lose nothing
+//! that it acknowledged.
 
 use std::fs;
 use std::path::Path;
@@ -13,22 +13,22 @@ use crate::load::{Clients, SMALL_SEGMENTS, count};
 use crate::server::{Server, refused, serve, through};
 use crate::zoo;
 
-/// What is in the path of every segment.
+/// Part of the path of every segment.
 const SEGMENT: &str = "/log/00";
 
-/// What happens instead of a call.
+/// Fault in place of a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
-    /// It fails with an error of this name.
+    /// The call fails with this error.
     Error(&'static str),
-    /// It says that it wrote nothing.
+    /// The call returns 0 bytes written.
     Nothing,
     /// The process is killed.
     Kill,
 }
 
-/// A command under strace, which lets the `at`-th of these calls go wrong: of each thread, as strace counts. strace
-/// stands aside, so that the command itself is the child, and notes in `trace` beside the data what it did.
+/// Returns a command under strace, which injects the fault into the `at`-th of these calls of each thread. strace detaches
+/// itself, so that the command is the child, and records in `trace`, beside the data, what it did.
 pub fn inject(command: Command, call: &str, fault: Fault, at: u64, data: &Path) -> Command {
     let fault = match fault {
         Fault::Error(name) => format!("error={name}"),
@@ -42,14 +42,14 @@ pub fn inject(command: Command, call: &str, fault: Fault, at: u64, data: &Path) 
     strace
 }
 
-/// Whether the call that was to go wrong was made.
+/// Returns whether the fault was injected.
 fn was_met(data: &Path) -> bool {
     fs::read_to_string(data.join("trace")).expect("strace notes what it does").contains("(INJECTED)")
 }
 
-/// Serves, under load, with the first, second, third ... of these calls going wrong, on one directory. Each time the
-/// server must fail, tell why and where, by a path that has `place` in it, and what was acknowledged be there afterwards.
-fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str) {
+/// Serves under load, with a fault in the first, second, third ... of these calls, on one directory. Each time the server must
+/// fail, log the reason and a path that contains `place`, and keep what it acknowledged.
+fn fails_and_loses_nothing(call: &str, fault: Fault, expected: &[&str], place: &str) {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");
@@ -64,7 +64,7 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str)
                 let answered = |status| {
                     assert_ne!(status, 507, "the disk is not full");
                     unknown.fetch_add((status == 500).into(), Ordering::Relaxed);
-                    // It goes on as if nothing had happened.
+                    // The server continues.
                     if answers.fetch_add(1, Ordering::Relaxed) == 100_000 {
                         server.signal(Signal::KILL);
                     }
@@ -78,7 +78,7 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str)
         assert!(was_met(stopped.data()), "{call} {at}: it ended without the fault: {said}");
         assert_eq!(status.code(), Some(1), "{call} {at}: {status}, it said: {said}");
         let last = stopped.stderr().last().expect("it says why");
-        for text in told {
+        for text in expected {
             assert!(last.contains(text), "{call} {at}: it does not tell {text:?}, but: {last}");
         }
         // A segment, the position after its sync, or at the start the file that identifies the directory.
@@ -94,22 +94,22 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, told: &[&str], place: &str)
         data = server.terminate().into_data();
     }
     let unknown = unknown.into_inner();
-    assert!(served > 10 && unknown > served, "it served {served} times, and told {unknown} times that nobody knows");
+    assert!(served > 10 && unknown > served, "it served {served} times, and the outcome was unknown {unknown} times");
 }
 
 #[test]
-fn a_sync_that_fails_ends_the_server_and_loses_nothing() {
+fn failed_sync_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"], SEGMENT);
 }
 
 #[test]
-fn a_directory_that_fails_to_sync_ends_the_server_and_loses_nothing() {
+fn failed_directory_sync_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"], "/");
 }
 
-/// Nobody would find the log in a directory whose name was lost.
+/// A directory whose name is lost in a power cut loses the log.
 #[test]
-fn a_new_directory_whose_name_cannot_be_synced_is_not_served_from() {
+fn unsynced_new_directory_is_not_served() {
     let home = TempDir::new().expect("a temporary directory can be made");
     let data = home.path().join("data");
     let command = inject(serve(&data), "fsync", Fault::Error("EIO"), 1, home.path());
@@ -118,27 +118,27 @@ fn a_new_directory_whose_name_cannot_be_synced_is_not_served_from() {
 }
 
 #[test]
-fn a_write_that_fails_ends_the_server_and_loses_nothing() {
+fn failed_write_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("pwrite64", Fault::Error("EIO"), &["write ", "Input/output error"], SEGMENT);
 }
 
 #[test]
-fn a_write_of_nothing_ends_the_server_and_loses_nothing() {
+fn empty_write_ends_the_server_and_loses_nothing() {
     fails_and_loses_nothing("pwrite64", Fault::Nothing, &["write "], SEGMENT);
 }
 
-/// The space was allocated, but there are file systems that need more even so.
+/// The space was allocated, but some file systems need more.
 #[test]
-fn a_write_without_space_loses_nothing() {
+fn write_without_space_loses_nothing() {
     stays_or_fails_and_loses_nothing("pwrite64");
 }
 
 #[test]
-fn an_allocation_without_space_loses_nothing() {
+fn allocation_without_space_loses_nothing() {
     stays_or_fails_and_loses_nothing("fallocate");
 }
 
-/// A full disk met by one call only. The server may not start, refuse writes for a while, or fail as above.
+/// A full disk for one call only. The server may reject the start or writes for a while, or fail as above.
 fn stays_or_fails_and_loses_nothing(call: &str) {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
@@ -150,7 +150,7 @@ fn stays_or_fails_and_loses_nothing(call: &str) {
             Ok(server) => {
                 let answers = AtomicU64::new(0);
                 let answered = |_| {
-                    // For a while after the fault. If it failed by it, it is gone.
+                    // For a while after the fault, unless the server failed.
                     if answers.fetch_add(1, Ordering::Relaxed) % 500 == 499 && was_met(server.data()) {
                         server.signal(Signal::KILL);
                     }
@@ -174,14 +174,14 @@ fn stays_or_fails_and_loses_nothing(call: &str) {
     }
 }
 
-/// No fault of the disk, but a write that the system really cuts short: it crosses the largest size that a file may have.
+/// A real short write: it crosses the largest allowed file size.
 #[test]
-fn a_write_cut_short_ends_the_server_and_loses_nothing() {
+fn short_write_ends_the_server_and_loses_nothing() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");
     for _ in 0..count("KVS_TEST_FAULTS", 20) {
-        // Who ignores the signal that comes with it gets an error.
+        // A process that ignores the signal gets an error.
         let serve = serve(data.path());
         let mut command = through("env", &serve);
         command.arg("--ignore-signal=XFSZ").arg(serve.get_program()).args(serve.get_args()).args(SMALL_SEGMENTS);

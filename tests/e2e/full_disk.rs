@@ -14,7 +14,7 @@ use crate::server::{Server, kvs, refused, serve};
 use crate::wire::Connection;
 use crate::zoo;
 
-/// A file system of its own, gone after the test.
+/// Temporary file system.
 pub struct Mount {
     directory: TempDir,
 }
@@ -22,17 +22,17 @@ pub struct Mount {
 impl Mount {
     const SIZE: u64 = 24 << 20;
 
-    /// In memory.
+    /// tmpfs.
     pub fn tmpfs() -> Self {
         Self::of(&["-t", "tmpfs", "-o", &format!("size={}", Self::SIZE), "none"])
     }
 
-    /// In a file, made by the system's own tools.
+    /// ext4 in a file.
     fn ext4() -> Self {
         let image = tempfile::NamedTempFile::new().expect("a temporary file can be made");
         image.as_file().set_len(Self::SIZE).expect("a file can be made longer");
         let path = image.path().to_str().expect("a temporary path is text");
-        // Nothing kept back for root, who runs this.
+        // No blocks reserved for root, which runs this.
         run("mkfs.ext4", &["-q", "-m", "0", path]);
         Self::of(&["-o", "loop", path])
     }
@@ -53,7 +53,7 @@ impl Mount {
         run("mount", &["-o", &format!("remount,{option}"), path]);
     }
 
-    /// Takes this much of the space, until the file is removed.
+    /// Allocates this amount of space, until the file is removed.
     pub fn filler(&self, bytes: u64) -> PathBuf {
         let path = self.directory.path().join("filler");
         let zeros = vec![0; usize::try_from(bytes).expect("it is not much")];
@@ -62,7 +62,7 @@ impl Mount {
         path
     }
 
-    /// Takes what is left, to the last byte, until the file is removed.
+    /// Allocates all remaining space, until the file is removed.
     pub fn brim(&self) -> PathBuf {
         let path = self.directory.path().join("brim");
         let mut file = File::create(&path).expect("a file can be empty");
@@ -97,7 +97,7 @@ fn run(program: &str, args: &[&str]) {
     assert!(output.status.success(), "this test mounts a file system, for which it must be root: {program}: {said}");
 }
 
-/// Puts values until there is no room, and gives how many there are.
+/// Puts values until the disk is full, and returns their number.
 fn fill(client: &mut Connection, first: u64) -> u64 {
     for number in first.. {
         let response = client.ask("PUT", &path(number), &value(number));
@@ -147,7 +147,7 @@ fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
     assert!(refused.into_inner() > 100, "the disk was not full");
     server.ends();
 
-    // It starts without any room, and reads go on.
+    // The server starts without any space, and serves reads.
     let server = disk.serve();
     clients.settle(server.address());
     let mut client = Connection::open(server.address());
@@ -166,18 +166,18 @@ fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
 }
 
 #[test]
-fn a_full_disk_in_memory_refuses_writes_until_there_is_room() {
+fn full_tmpfs_rejects_writes_until_there_is_space() {
     a_full_disk_refuses_writes_until_there_is_room(&Mount::tmpfs());
 }
 
 #[test]
-fn a_full_ext4_refuses_writes_until_there_is_room() {
+fn full_ext4_rejects_writes_until_there_is_space() {
     a_full_disk_refuses_writes_until_there_is_room(&Mount::ext4());
 }
 
-/// Not even for what is only noted: who holds the lock, and how far the log is durable.
+/// No space even for small files: the holder of the lock, and the durable watermark.
 #[test]
-fn a_disk_without_a_byte_left_is_served_from() {
+fn completely_full_disk_is_served() {
     let disk = Mount::tmpfs();
     let server = disk.serve();
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"1").status, 201);
@@ -186,7 +186,7 @@ fn a_disk_without_a_byte_left_is_served_from() {
     let brim = disk.brim();
     let server = disk.serve();
     let mut client = Connection::open(server.address());
-    // There is room in the segment.
+    // The segment has space.
     assert_eq!(client.ask("PUT", "/v1/b", b"2").status, 201);
     server.says("the watermark file was not written");
     assert_eq!(client.ask("PUT", "/v1/c", b"3").status, 201);
@@ -200,7 +200,7 @@ fn a_disk_without_a_byte_left_is_served_from() {
 }
 
 #[test]
-fn a_full_disk_ends_an_import_and_keeps_what_was_before() {
+fn full_disk_aborts_an_import() {
     let disk = Mount::tmpfs();
     let text = disk.directory.path().join("text");
     fs::write(&text, "1\t2\ta\tb\n").expect("there is room for this");

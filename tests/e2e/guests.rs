@@ -42,12 +42,12 @@ fn js() -> &'static str {
 }
 
 #[test]
-fn counters_count_and_their_values_are_the_default_guests() {
+fn counters_add_and_share_values_with_the_built_in_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/visits", b"41").status, 201);
     assert_eq!(client.ask("PUT", "/v1/name", b"kvs").status, 201);
-    client.ask("PATCH", "/v1/visits", b"+1").says(405, "a key has GET, HEAD, PUT and DELETE");
+    client.ask("PATCH", "/v1/visits", b"+1").says(405, "a key has GET, HEAD, PUT, POST and DELETE");
 
     let server = server.terminate().restart(&[counters()]);
     let mut client = Connection::open(server.address());
@@ -57,7 +57,7 @@ fn counters_count_and_their_values_are_the_default_guests() {
     client.ask("PATCH", "/v1/name", b"+1").says(409, "the value is no number, so that nothing can be added");
     client.ask("PATCH", "/v1/visits", b"lots").says(422, "the body is no number with a sign: +1, -5");
     client.ask("PATCH", "/v1/a/b", b"+1");
-    assert_eq!(client.ask("POST", "/v1/visits", b"").header("allow"), Some("GET, HEAD, PUT, DELETE, PATCH"));
+    assert_eq!(client.ask("POST", "/v1/visits", b"").header("allow"), Some("GET, HEAD, PUT, POST, DELETE, PATCH"));
     assert_eq!(client.ask("GET", "/v1/name", b"").text(), "kvs");
 
     let server = server.kill().restart(&[]);
@@ -69,7 +69,7 @@ fn counters_count_and_their_values_are_the_default_guests() {
 const USERS: &str = r#"schema.users/={"type":"object","properties":{"age":{"type":"integer"}},"required":["name"]}"#;
 
 #[test]
-fn what_does_not_match_its_schema_is_refused_and_not_appended() {
+fn value_that_violates_its_schema_is_not_appended() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/key/users/old", b"no JSON").status, 201);
@@ -104,13 +104,13 @@ fn what_does_not_match_its_schema_is_refused_and_not_appended() {
 }
 
 #[test]
-fn a_setting_that_is_no_schema_is_told_at_the_start() {
+fn invalid_schema_is_reported_at_the_start() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args([schema(), "--guest-config", r#"schema.a/={"type":"number of things"}"#]);
     let mut process = Process::spawn(command);
-    let told = |line: &str| line.contains("the setting schema.a/ is no JSON schema").then_some(());
-    process.stderr.find(told).unwrap_or_else(|said| panic!("it does not tell why:\n{said}"));
+    let reason = |line: &str| line.contains("the setting schema.a/ is no JSON schema").then_some(());
+    process.stderr.find(reason).unwrap_or_else(|said| panic!("the reason is not in:\n{said}"));
     assert_eq!(process.wait().code(), Some(1));
 }
 
@@ -157,7 +157,7 @@ fn dialogue(server: &Server) -> Vec<String> {
 }
 
 #[test]
-fn javascript_answers_as_the_default_guest_does_and_shares_its_data() {
+fn javascript_responds_like_the_built_in_guest() {
     let [default, javascript] = [&[][..], &[js()]].map(|guest| {
         let server = Server::start(&[]);
         let put = Connection::open(server.address()).ask("PUT", "/v1/old", b"of the default guest");
@@ -196,7 +196,7 @@ fn comes_and_goes_under_load(guest: &str, args: &[&str], meanwhile: impl FnOnce(
 }
 
 #[test]
-fn counters_come_and_go_under_load() {
+fn counters_are_swapped_in_and_out_under_load() {
     let server = comes_and_goes_under_load(counters(), &[], |_, client| {
         for n in 1..=20 {
             assert_eq!(client.ask("PATCH", "/v1/visits", b"+1").text(), n.to_string());
@@ -207,7 +207,7 @@ fn counters_come_and_go_under_load() {
 }
 
 #[test]
-fn schemas_come_and_go_under_load() {
+fn schemas_are_swapped_in_and_out_under_load() {
     let server = comes_and_goes_under_load(schema(), &["--guest-config", USERS], |_, client| {
         assert_eq!(client.ask("PUT", "/v1/key/users/bob", b"Bob").status, 422);
         assert_eq!(client.ask("PUT", "/v1/key/users/bob", br#"{"name":"Bob"}"#).status, 201);
@@ -219,7 +219,7 @@ fn schemas_come_and_go_under_load() {
 }
 
 #[test]
-fn javascript_comes_and_goes_under_load() {
+fn javascript_is_swapped_in_and_out_under_load() {
     let server = comes_and_goes_under_load(js(), &[], |server, client| {
         assert_eq!(serving(server), "js");
         assert_eq!(client.ask("PUT", "/v1/from", b"JavaScript").status, 201);
@@ -245,7 +245,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[test]
-fn a_new_guest_builds_passes_its_test_and_serves() {
+fn new_guest_builds_passes_its_test_and_serves() {
     // Always the same place, so that nothing is built again that is as it was.
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-guest");
     let _ = fs::remove_dir_all(&project);
@@ -262,7 +262,9 @@ fn a_new_guest_builds_passes_its_test_and_serves() {
     let server = server.terminate().restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").body, b"value");
 
-    for (name, why) in [("note-book", "is there already"), ("Note_Book", "small letters"), ("../x", "small letters")] {
+    for (name, why) in
+        [("note-book", "exists already"), ("Note_Book", "lower-case letters"), ("../x", "lower-case letters")]
+    {
         let again = Command::new("just").current_dir(&project).args(["new-guest", name]).output().expect("just starts");
         let said = String::from_utf8_lossy(&again.stderr);
         assert!(!again.status.success() && said.contains(why), "{name}: {said}");

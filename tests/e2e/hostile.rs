@@ -53,7 +53,7 @@ fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
 }
 
 #[test]
-fn traps_and_ends_of_the_program() {
+fn traps_and_exits_cost_one_request() {
     survives("a trap before append", &[], "GET", "/trap", 500);
     survives("a trap after append", &[], "PUT", "/store-and-trap/harm", 500);
     survives("a panic", &[], "GET", "/panic", 500);
@@ -62,7 +62,7 @@ fn traps_and_ends_of_the_program() {
 }
 
 #[test]
-fn what_has_no_end() {
+fn endless_calls_cost_one_request() {
     let hasty = ["--guest-cpu-limit", "200ms"];
     survives("an endless loop", &hasty, "GET", "/loop", 500);
     survives("an endless recursion", &[], "GET", "/recurse", 500);
@@ -72,7 +72,7 @@ fn what_has_no_end() {
 }
 
 #[test]
-fn responses_that_are_none() {
+fn invalid_responses_cost_one_request() {
     survives("a status that is none", &[], "GET", "/status/9", 500);
     survives("a header that is none", &[], "GET", "/header/in(valid)", 500);
     survives("more headers than HTTP has", &[], "GET", "/many-headers/40000", 500);
@@ -81,14 +81,14 @@ fn responses_that_are_none() {
 }
 
 #[test]
-fn lengths_beyond_all_memory_and_text_that_is_none() {
+fn invalid_lengths_and_text_cost_one_request() {
     for lie in ["body", "headers", "header-name", "append-value", "append-metadata", "append-key"] {
         survives(lie, &[], "GET", &format!("/lie/{lie}"), 500);
     }
 }
 
 #[test]
-fn more_than_is_given_at_once() {
+fn excessive_host_calls_cost_one_request() {
     survives("a large write to stdout", &[], "GET", "/print-at-once", 500);
     survives("much randomness", &[], "GET", "/ask-for-randomness/4000000000", 500);
     survives("a group that is too large", &[], "GET", "/append-too-much", 200);
@@ -102,7 +102,7 @@ fn more_than_is_given_at_once() {
 }
 
 #[test]
-fn a_response_that_is_too_large_is_500_and_the_instance_is_kept() {
+fn too_large_response_is_500_and_keeps_the_instance() {
     let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/body/1048576").body.len(), 1 << 20);
@@ -113,7 +113,7 @@ fn a_response_that_is_too_large_is_500_and_the_instance_is_kept() {
 }
 
 #[test]
-fn a_response_that_is_much_too_large_is_never_copied() {
+fn much_too_large_response_is_never_copied() {
     let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     let before = peak(&server);
@@ -125,7 +125,7 @@ fn a_response_that_is_much_too_large_is_never_copied() {
 }
 
 #[test]
-fn a_value_that_may_come_in_may_go_out() {
+fn largest_value_fits_into_a_response() {
     let server = Server::start(&["--max-value-bytes", "2MiB", "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     let value = vec![b'x'; 2 << 20];
@@ -134,7 +134,7 @@ fn a_value_that_may_come_in_may_go_out() {
 }
 
 #[test]
-fn a_call_appends_so_often_and_no_more() {
+fn appends_of_a_call_are_limited() {
     let server = Server::start(&[guest(), "--guest-max-appends", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/append-often/11").text(), "10");
@@ -142,7 +142,7 @@ fn a_call_appends_so_often_and_no_more() {
 }
 
 #[test]
-fn a_group_has_a_size_and_no_more() {
+fn size_of_a_group_is_limited() {
     let server = Server::start(&["--guest-max-append-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 900]).status, 201);
@@ -153,7 +153,7 @@ fn a_group_has_a_size_and_no_more() {
 
 /// Traps wherever the log is taken in: while it serves nothing can be answered from memory, and yet nothing is lost.
 #[test]
-fn a_trap_in_apply() {
+fn trap_in_apply_costs_no_acknowledged_write() {
     let args = [guest(), "--guest-config", "fault=apply-traps", "--request-timeout", "1s"];
     let server = Server::start(&args);
     let mut client = Connection::open(server.address());
@@ -165,7 +165,7 @@ fn a_trap_in_apply() {
     server.says("the guest cannot be rebuilt");
     let before = peak(&server);
     for _ in 0..3 {
-        // Others are answered, if with what there is to say, and the host is there for whoever looks after it.
+        // Other requests are answered, if with an error, and the admin listener responds.
         assert_eq!(Connection::open(server.address()).ask("GET", "/store/{own}before", b"").status, 503);
         assert_eq!(Connection::open(server.admin()).ask("GET", "/livez", b"").status, 200);
     }
@@ -193,8 +193,8 @@ fn shard_that_cannot_be_rebuilt_is_reported() {
     };
     let (shard, _) = report.split_once("[-]guest shard ").and_then(|(_, rest)| rest.split_once(' ')).expect(&report);
     let number: u64 = shard.parse().expect(&report);
-    for told in ["of 4 has had no instance since 20", "apply of entry 1 ", "[+]log ok", "[+]edge ok"] {
-        assert!(report.contains(told), "it does not tell {told:?}: {report}");
+    for expected in ["of 4 has had no instance since 20", "apply of entry 1 ", "[+]log ok", "[+]edge ok"] {
+        assert!(report.contains(expected), "{expected:?} is not in {report}");
     }
     assert_eq!(Metrics::of(&server).get("kvs_guest_shards_down"), 1.0);
     let status = Connection::open(server.admin()).ask("GET", "/guest", b"");
@@ -208,7 +208,7 @@ fn shard_that_cannot_be_rebuilt_is_reported() {
 }
 
 #[test]
-fn a_trap_in_tick() {
+fn trap_in_tick_costs_no_request() {
     let server = Server::start(&[guest(), "--guest-config", "fault=tick-traps", "--request-timeout", "30s"]);
     let mut client = Connection::open(server.address());
     let before = peak(&server);
@@ -241,7 +241,7 @@ fn holds(server: Server, keys: &[impl AsRef<str>]) {
 }
 
 #[test]
-fn a_flood_of_lines_over_many_calls_is_cut_short() {
+fn guest_output_is_limited_over_many_calls() {
     let server = Server::start(&[guest(), "--guest-log-bytes", "1KiB", "--guest-log-line-bytes", "100"]);
     let mut client = Connection::open(server.address());
     let long = "y".repeat(250);
@@ -266,19 +266,19 @@ fn a_flood_of_lines_over_many_calls_is_cut_short() {
 }
 
 #[test]
-fn a_guest_that_never_starts() {
+fn guest_that_never_starts_is_rejected() {
     let args = [guest(), "--guest-config", "fault=start-loops", "--guest-cpu-limit", "100ms"];
     serve_refused(&args).with(1, &["the guest does not start", "longer than 100ms", "circle"]);
 }
 
 #[test]
-fn a_guest_that_is_made_of_too_much() {
+fn guest_with_too_many_parts_is_rejected() {
     serve_refused(&["--guest-max-table-elements", "2"]).with(1, &["the guest does not start", "table"]);
     serve_refused(&["--guest-max-instances", "1"]).with(1, &["the guest does not start", "instance"]);
 }
 
 #[test]
-fn a_guest_near_its_limit_of_memory_refuses_writes_and_goes_on_reading() {
+fn guest_near_memory_limit_rejects_writes_and_reads() {
     let args = ["--guest-max-memory-bytes", "12MiB", "--request-timeout", "30s"];
     let server = Server::start(&args);
     let mut client = Connection::open(server.address());

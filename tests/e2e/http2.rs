@@ -35,7 +35,7 @@ pub const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
 /// The same for PUT, of one byte.
 pub const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
 
-/// A client that sends whatever frames it is told to.
+/// A client that sends arbitrary frames.
 pub struct Frames {
     stream: TcpStream,
 }
@@ -127,7 +127,7 @@ pub fn memory(server: &Server) -> u64 {
 }
 
 #[test]
-fn the_books_session_with_prior_knowledge() {
+fn session_with_prior_knowledge() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let ask = |args: &[&str]| curl(&[&["--http2-prior-knowledge"], args, &[&url]].concat());
@@ -145,7 +145,7 @@ fn the_books_session_with_prior_knowledge() {
 }
 
 #[test]
-fn the_first_bytes_can_come_one_by_one() {
+fn preface_can_arrive_byte_by_byte() {
     let server = Server::start(&[]);
     let mut one = Connection::open(server.address());
     for byte in b"PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n" {
@@ -164,7 +164,7 @@ fn the_first_bytes_can_come_one_by_one() {
 }
 
 #[test]
-fn a_client_that_says_nothing_more_is_cut() {
+fn silent_client_is_disconnected() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     // Nothing at all, half a preface, no request, half a request.
     assert_eq!(Connection::open(server.address()).end(), "");
@@ -179,7 +179,7 @@ fn a_client_that_says_nothing_more_is_cut() {
 }
 
 #[test]
-fn a_request_under_way_is_finished_after_the_signal() {
+fn request_in_flight_finishes_after_sigterm() {
     let server = Server::start(&[]);
     let mut client = Frames::open(server.address());
     client.send(HEADERS, END_HEADERS, 1, PUT);
@@ -199,12 +199,12 @@ fn a_request_under_way_is_finished_after_the_signal() {
 }
 
 #[test]
-fn a_client_is_told_how_many_requests_it_may_have_at_once() {
+fn settings_announce_max_concurrent_streams() {
     let server = Server::start(&["--http2-max-streams", "3"]);
     let mut client = Frames::open(server.address());
     let settings = client.wait(&[SETTINGS]).expect("its settings");
-    let told = settings.payload.chunks(6).find(|setting| setting[..2] == [0, 3]).expect("MAX_CONCURRENT_STREAMS");
-    assert_eq!(told[2..], [0, 0, 0, 3]);
+    let announced = settings.payload.chunks(6).find(|setting| setting[..2] == [0, 3]).expect("MAX_CONCURRENT_STREAMS");
+    assert_eq!(announced[2..], [0, 0, 0, 3]);
     for stream in [1, 3, 5, 7] {
         client.send(HEADERS, END_HEADERS, stream, PUT);
     }
@@ -217,7 +217,7 @@ fn a_client_is_told_how_many_requests_it_may_have_at_once() {
 }
 
 #[test]
-fn more_headers_than_allowed_are_431() {
+fn too_many_headers_are_431() {
     let server = Server::start(&["--max-header-bytes", "8KiB"]);
     let large = format!("x-large: {}", "x".repeat(9_000));
     let (status, _) = curl(&["--http2-prior-knowledge", "-H", &large, &server.url("/v1/a")]);
@@ -238,7 +238,7 @@ pub fn takes_back(server: &Server, times: u32) -> Option<u32> {
 }
 
 #[test]
-fn requests_that_are_taken_back_end_the_connection() {
+fn rapid_resets_close_the_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -263,7 +263,7 @@ pub fn goes_on_with_headers(server: &Server, times: usize) -> usize {
 }
 
 #[test]
-fn headers_without_end_end_the_connection() {
+fn endless_headers_close_the_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -294,7 +294,7 @@ pub fn sends_many(server: &Server, kind: u8, payload: &[u8]) {
 }
 
 #[test]
-fn data_without_content_ends_nothing_but_itself() {
+fn empty_data_frames_are_harmless() {
     let server = Server::start(&["--request-timeout", "1s"]);
     let mut client = Frames::open(server.address());
     client.send(HEADERS, END_HEADERS, 1, PUT);
@@ -325,7 +325,7 @@ pub fn takes_nothing(server: &Server, times: u32) -> Frames {
 }
 
 #[test]
-fn a_client_that_takes_no_answers_is_cut() {
+fn client_that_reads_no_responses_is_disconnected() {
     let server = Server::start(&["--idle-timeout", "300ms"]);
     let value = vec![b'x'; 1 << 20];
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
@@ -365,7 +365,7 @@ fn puts_until_the_end(server: &Server, client: usize, answered: &AtomicUsize) ->
 }
 
 #[test]
-fn a_stop_under_load_answers_every_stream_that_was_taken() {
+fn graceful_stop_answers_every_accepted_stream() {
     const CLIENTS: usize = 8;
     let server = Server::start(&[]);
     let answered = AtomicUsize::new(0);
@@ -392,7 +392,7 @@ fn a_stop_under_load_answers_every_stream_that_was_taken() {
 }
 
 #[test]
-fn a_connection_of_many_streams_gets_no_more_of_the_guest_than_others() {
+fn connection_with_many_streams_gets_a_fair_share() {
     let server = Server::start(&["--access-log-rate", "1000"]);
     let mut client = Connection::open(server.address());
     let put = |n| format!(r#"{{"op": "put", "key": "{{all}}{n}", "value": "{:01000}"}}"#, 0);
@@ -411,14 +411,14 @@ fn a_connection_of_many_streams_gets_no_more_of_the_guest_than_others() {
         assert!(many.wait(&[HEADERS]).is_some());
     }
     drop(many);
-    let told = server.terminate().stderr().to_vec();
-    let answered: Vec<_> = told.iter().filter(|line| line.contains("request") && line.contains("/v1")).collect();
+    let lines = server.terminate().stderr().to_vec();
+    let answered: Vec<_> = lines.iter().filter(|line| line.contains("request") && line.contains("/v1")).collect();
     let place = answered.iter().rposition(|line| line.contains("/v1/never")).expect("it was answered");
     assert!(answered.len() > 100 && place < 50, "the fifth request was number {place} of {}", answered.len());
 }
 
 #[test]
-fn frames_that_break_the_rules_end_the_connection() {
+fn invalid_frames_close_the_connection() {
     let server = Server::start(&[]);
     let cases: [(&str, u8, u8, u32, &[u8]); 8] = [
         ("DATA of no stream", DATA, 0, 0, b"x"),
@@ -449,7 +449,7 @@ const BAD_REQUEST: u8 = 0x8c;
 const NOT_FOUND: u8 = 0x8d;
 
 #[test]
-fn heads_that_two_servers_could_read_differently_are_rejected() {
+fn ambiguous_heads_are_rejected() {
     let server = Server::start(&[]);
     let pseudo = |authority: Option<&str>| {
         let get = [field(":method", "GET"), field(":scheme", "http"), field(":path", "/v1/a")].concat();

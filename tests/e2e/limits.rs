@@ -221,9 +221,9 @@ fn with_open_files(soft: u32, hard: u32, args: &[&str]) -> Server {
 
 #[test]
 fn connections_leave_descriptors_to_log_and_admin() {
-    let server = with_open_files(300, 300, &["--segment-bytes", "2MiB"]);
+    let server = with_open_files(364, 364, &["--segment-bytes", "2MiB"]);
     server.says(
-        "--max-connections 1000 needs 1192 open files, of which the process may have 300: at most 108 connections",
+        "--max-connections 1000 needs 1256 open files, of which the process may have 364: at most 108 connections",
     );
     let mut writer = Connection::open(server.address());
     assert_eq!(writer.ask("PUT", "/v1/a", b"first").status, 201);
@@ -263,5 +263,5 @@ fn limit_of_open_files_below_the_least_is_refused() {
     let command = serve(data.path());
     let mut limited = through("sh", &command);
     limited.args(["-c", "ulimit -n 200 && exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
-    refused(limited).with(1, &["200 open files", "at least 256", "LimitNOFILE"]);
+    refused(limited).with(1, &["200 open files", "at least 320", "LimitNOFILE"]);
 }

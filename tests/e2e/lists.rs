@@ -12,7 +12,7 @@ fn list(client: &mut Connection, query: &str) -> Value {
 }
 
 #[test]
-fn keys_are_listed_as_they_are_there_also_after_a_restart() {
+fn list_has_all_keys_also_after_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(list(&mut client, ""), json!({"keys": [], "list_complete": true}));
@@ -40,7 +40,7 @@ fn keys_are_listed_as_they_are_there_also_after_a_restart() {
 }
 
 #[test]
-fn pages_by_their_cursors_have_every_key_once_while_others_change() {
+fn pagination_lists_every_key_once_during_changes() {
     let server = Server::start(&["--durability", "os"]);
     let mut client = Connection::open(server.address());
     for n in 0..300 {
@@ -65,41 +65,45 @@ fn pages_by_their_cursors_have_every_key_once_while_others_change() {
 }
 
 #[test]
-fn what_a_list_cannot_be_asked_is_400_with_the_name() {
+fn invalid_list_parameter_is_400_with_its_name() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    for (query, told) in [
+    for (query, expected) in [
         ("limit=0", "query parameter `limit` must be a whole number from 1 to 1000"),
         ("limit=5&limit=5", "query parameter `limit` was given twice"),
-        ("cursor=nonsense", "query parameter `cursor` must be one that a list has given"),
+        ("cursor=nonsense", "query parameter `cursor` must be one that such a list has given"),
         ("values=1", "query parameter `values` must be true or false"),
         ("delimiter", "query parameter `delimiter` must be at least one character"),
         ("perfix=a", "unknown query parameter `perfix`"),
     ] {
-        client.ask("GET", &format!("/v1?{query}"), b"").says(400, told);
+        client.ask("GET", &format!("/v1?{query}"), b"").says(400, expected);
     }
-    for method in ["PUT", "DELETE", "PATCH"] {
+    for method in ["PUT", "PATCH"] {
         let refused = client.ask(method, "/v1", b"");
-        refused.says(405, "the list of keys has GET, HEAD and POST");
-        assert_eq!(refused.header("allow"), Some("GET, HEAD, POST"));
+        refused.says(405, "the list of keys has GET, HEAD, QUERY, POST and DELETE");
+        assert_eq!(refused.header("allow"), Some("GET, HEAD, QUERY, POST, DELETE"));
     }
 }
 
 #[test]
-fn a_program_gets_problems_when_it_asks_for_them() {
+fn errors_are_problem_documents_on_request() {
     let server = Server::start(&["--max-value-bytes", "10"]);
     let mut client = Connection::open(server.address());
     let accept = [("accept", "application/problem+json, */*")];
-    let problem = |response: crate::wire::Response, status: u16, title: &str, detail: &str| {
+    let problem = |response: crate::wire::Response, status: u16, code: &str, title: &str, detail: &str| {
         assert_eq!((response.status, response.header("content-type")), (status, Some("application/problem+json")));
         let problem: Value = serde_json::from_slice(&response.body).expect("JSON");
-        assert_eq!(problem, json!({"type": "about:blank", "title": title, "status": status, "detail": detail}));
+        assert_eq!(
+            problem,
+            json!({"type": "about:blank", "title": title, "status": status, "code": code, "detail": detail})
+        );
+        assert_eq!(response.header("kvs-error"), Some(code));
     };
-    problem(client.ask_with("GET", "/v1/a", &accept, b""), 404, "Not Found", "no such key");
+    problem(client.ask_with("GET", "/v1/a", &accept, b""), 404, "no_such_key", "Not Found", "no such key");
     let refused = client.ask_with("GET", "/v1/%2e", &accept, b"");
-    problem(refused, 400, "Bad Request", "key has a `.` segment");
+    problem(refused, 400, "malformed", "Bad Request", "key has a `.` segment");
     client.ask_with("GET", "/v1/a", &[("accept", "application/json")], b"").says(404, "no such key");
     // The same for what the store never sees.
     let refused = client.ask_with("PUT", "/v1/a", &accept, &[b'x'; 11]);
-    problem(refused, 413, "Payload Too Large", "the body is 11 bytes, at most 10 are allowed");
+    problem(refused, 413, "too_large", "Payload Too Large", "the body is 11 bytes, at most 10 are allowed");
 }

@@ -1,11 +1,11 @@
-//! Clients that write, delete and read until nobody answers, and know what every key may hold afterwards.
+//! Clients that write, delete and read until the server ends, and know the possible values of every key afterwards.
 //!
-//! Each client owns its keys and is the only one that writes them, so it knows what they may hold: what it was told, or,
-//! for the one request whose outcome is unknown, what was there before or what was asked for, whole. Values say which
-//! client wrote them and in which of its writes; anything else would be an invention. Clients also read each other's
-//! keys: what one of them has seen must not be taken back.
+//! Each client is the only one that writes its keys, so it knows their possible values: what the server acknowledged, or, for the
+//! one request whose outcome is unknown, the value before or the whole new one. A value names its client and write, so that
+//! anything else is recognised as corruption. Clients also read each other's keys: what one of them has seen must not
+//! disappear.
 //!
-//! Must never know: how the server comes to its end.
+//! Must never know: how the server ends.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -19,20 +19,19 @@ use crate::wire::{Connection, Response};
 const CLIENTS: usize = 8;
 const KEYS_PER_CLIENT: u64 = 50;
 
-/// Small segments, so that what happens to the server also meets the change from one to the next.
+/// Small segments, so that faults also occur during rotation.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-bytes", "128KiB", "--max-value-bytes", "16KiB"];
 
-/// The statuses that say so: the log failed, or it took too long. No other failure of a request to the store itself has
-/// them here.
+/// Statuses of an unknown outcome: the log failed, or the write took too long. No other failure in these tests has them.
 const OUTCOME_UNKNOWN: [u16; 2] = [500, 504];
 
-/// How often a test does what it does many times: its own count, or the one a variable asks for.
+/// Returns the number of repetitions of a test: its own, or that of a variable.
 pub fn count(variable: &str, count: u64) -> u64 {
     std::env::var(variable).map_or(count, |count| count.parse().expect("the variable is a number"))
 }
 
-/// Says when it is dropped that something is over, also by a panic: those who go on until then would do so for ever, and a
-/// failure would hang.
+/// Guard that sets a flag when it is dropped, also by a panic, so that threads which run until then end and the failure is
+/// reported.
 pub struct SaysOver<'b>(pub &'b AtomicBool);
 
 impl Drop for SaysOver<'_> {
@@ -41,27 +40,27 @@ impl Drop for SaysOver<'_> {
     }
 }
 
-/// A key: its owner, and a number.
+/// Key: its client, and a number.
 type Key = (usize, u64);
-/// A value and its sequence.
+/// Value and its sequence.
 type Item = (String, u64);
-/// What a key holds.
+/// State of a key.
 type Held = Option<Item>;
 
-/// All clients, over all lives of a server.
+/// All clients, over all runs of a server.
 pub struct Clients(Vec<Client>);
 
 struct Client {
     number: usize,
     rng: Rng,
-    /// Writes begun, so that no two have the same value.
+    /// Number of writes, so that no two have the same value.
     writes: u64,
-    /// The newest sequence it was told.
+    /// Newest sequence that the client got.
     newest: u64,
     model: HashMap<u64, Held>,
-    /// The write whose outcome nobody told: its key, and its value or, for a delete, none.
+    /// Write with an unknown outcome: its key, and its value, or `None` for a delete.
     unknown: Option<(u64, Option<String>)>,
-    /// What it last saw of keys of others.
+    /// Last seen state of other clients' keys.
     seen: HashMap<Key, Item>,
 }
 
@@ -70,7 +69,7 @@ impl Clients {
         Self((0..CLIENTS).map(|number| Client::new(number, rng.fork())).collect())
     }
 
-    /// Lets all clients loose until there is no answer; `answered` hears of every answer, `meanwhile` runs beside them.
+    /// Runs all clients until there is no response. Calls `answered` for each response, and runs `meanwhile` concurrently.
     pub fn run(&mut self, address: SocketAddr, answered: impl Fn(u16) + Sync, meanwhile: impl FnOnce()) {
         let go_on = |status| {
             answered(status);
@@ -79,7 +78,7 @@ impl Clients {
         self.run_while(address, go_on, meanwhile);
     }
 
-    /// As `run`, for as long as `answered` says.
+    /// As `run`, while `answered` returns true.
     pub fn run_while(&mut self, address: SocketAddr, answered: impl Fn(u16) -> bool + Sync, meanwhile: impl FnOnce()) {
         let answered = &answered;
         thread::scope(|scope| {
@@ -90,12 +89,12 @@ impl Clients {
         });
     }
 
-    /// How many have a write whose outcome they do not know.
+    /// Returns the number of clients with a write of unknown outcome.
     pub fn unknown(&self) -> usize {
         self.0.iter().filter(|client| client.unknown.is_some()).count()
     }
 
-    /// Checks what survived, and takes it for what the keys hold now.
+    /// Checks what survived, and adopts it as the state of the keys.
     pub fn settle(&mut self, address: SocketAddr) {
         let survived = read_everything(address);
         let seen: Vec<_> = self.0.iter_mut().flat_map(|client| client.seen.drain()).collect();
@@ -105,7 +104,7 @@ impl Clients {
     }
 }
 
-/// What all keys hold.
+/// Reads the state of all keys.
 fn read_everything(address: SocketAddr) -> HashMap<Key, Held> {
     let mut connection = Connection::open(address);
     let all = (0..CLIENTS).flat_map(|client| (0..KEYS_PER_CLIENT).map(move |key| (client, key)));
@@ -129,7 +128,7 @@ impl Client {
         Self { number, rng, writes: 0, newest: 0, model: HashMap::new(), unknown: None, seen: HashMap::new() }
     }
 
-    /// Asks this and that until there is no answer, or the answer is that nobody knows.
+    /// Sends random requests until there is no response, or one of an unknown outcome.
     fn run(&mut self, address: SocketAddr, answered: &impl Fn(u16) -> bool) {
         let Ok(mut connection) = Connection::try_open(address) else { return };
         while let Some(status) = self.ask_something(&mut connection) {
@@ -186,7 +185,7 @@ impl Client {
         };
         match response.status {
             500 | 504 => assert!(response.text().starts_with("outcome unknown: "), "{}", response.text()),
-            // Done, or refused before anything happened.
+            // Done, or rejected without effect.
             200 | 201 | 403 | 404 | 503 | 507 => self.unknown = None,
             status => panic!("{status}: {}", response.text()),
         }
@@ -197,12 +196,12 @@ impl Client {
         self.model.get(&key).cloned().flatten()
     }
 
-    /// Checks what survived of its keys, and takes it for what they hold now.
+    /// Checks what survived of the client's keys, and adopts it as their state.
     fn settle(&mut self, survived: &HashMap<Key, Held>, seen: &[(Key, Item)]) {
         for key in 0..KEYS_PER_CLIENT {
             let (before, now) = (self.known(key), &survived[&(self.number, key)]);
             let after = self.unknown.as_ref().filter(|(unknown, _)| *unknown == key).map(|(_, value)| value);
-            // A write that got no answer has a sequence that nobody was told, which must be a new one.
+            // A write without a response has a sequence that no client knows, which must be a new one.
             let happened = after.is_some_and(|after| match (after, now) {
                 (Some(value), Some((survived, etag))) => value == survived && *etag > self.newest,
                 (None, None) => true,
@@ -215,7 +214,7 @@ impl Client {
             for (_, (value, etag)) in of_this {
                 let taken_back = match now {
                     Some((_, survived)) => survived < etag,
-                    // Gone: by a delete after what was seen, unless what was seen is the very write that is in doubt.
+                    // Deleted after it was seen, unless what was seen is the write of unknown outcome.
                     None => after.is_some_and(|after| after.as_ref() == Some(value)),
                 };
                 assert!(!taken_back, "{name}: {value:.60} with {etag} was seen, but now it is {now:.60?}");

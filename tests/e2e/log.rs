@@ -1,12 +1,12 @@
-//! Which log a server under test has: files in its data directory or, where `KVS_TEST_LOG` is the URL of a PostgreSQL, a
-//! database of the same name there.
+//! Log of a server under test: files in its data directory, or, where `KVS_TEST_LOG` is the URL of a PostgreSQL server, a
+//! database there, and where it is that of NATS, a stream there.
 
 use std::path::Path;
 use std::process::Command;
 
 use crate::server::kvs;
 
-/// At the head of a test of what is in files, or of what only they can do: with another log there is nothing to test.
+/// Ends a test that applies to the log in files only, when it runs with another one.
 macro_rules! of_files {
     () => {
         if std::env::var_os("KVS_TEST_LOG").is_some() {
@@ -16,17 +16,28 @@ macro_rules! of_files {
 }
 pub(crate) use of_files;
 
-/// `kvs`, with the log that belongs to a data directory.
+/// Returns a `kvs` command with the log of a data directory.
 pub fn kvs_at(data: &Path) -> Command {
     let mut command = kvs();
     command.env("KVS_DATA_DIR", data);
     if let Ok(url) = std::env::var("KVS_TEST_LOG") {
-        command.env("KVS_TXLOG", database(&url, data));
+        let log = if url.starts_with("nats://") { stream(&url, data) } else { database(&url, data) };
+        command.env("KVS_TXLOG", log);
+    }
+    if let Ok(monitors) = std::env::var("KVS_TXLOG_MONITOR") {
+        command.env("KVS_TXLOG_MONITOR", monitors);
     }
     command
 }
 
-/// The URL of the database for this directory, which is made unless it is there.
+/// Returns the URL of the log of this directory.
+fn stream(url: &str, data: &Path) -> String {
+    let name = data.to_str().expect("a temporary path is text").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    let servers = url.rsplit_once('/').expect("the URL names a log").0;
+    format!("{servers}/{name}")
+}
+
+/// Returns the URL of the database of this directory, and creates it when it is missing.
 fn database(url: &str, data: &Path) -> String {
     let name = data.to_str().expect("a temporary path is text").trim_start_matches('/').replace('/', "-");
     let made = Command::new("psql").args(["-Xq", "-c", &format!("CREATE DATABASE \"{name}\""), url]).output();

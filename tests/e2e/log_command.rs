@@ -74,7 +74,7 @@ fn store_with_garbage() -> (Stopped, Model) {
     (server.terminate(), model)
 }
 
-/// Its lines without what comes first, the sequence: that is given anew.
+/// Its lines without the sequence, which comes first and is assigned again.
 fn without_sequences(exported: &str) -> Vec<&str> {
     exported.lines().map(|line| line.split_once('\t').expect("fields are separated by tabs").1).collect()
 }
@@ -92,7 +92,7 @@ fn holds(server: &Server, model: &Model) {
 }
 
 #[test]
-fn a_log_is_checked_carried_elsewhere_and_compacted() {
+fn log_is_verified_exported_and_compacted() {
     let (stopped, model) = store_with_garbage();
     let from = stopped.data();
     let (printed, said) = done(log("verify", from, &[]));
@@ -163,7 +163,7 @@ fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
 }
 
 #[test]
-fn a_log_in_use_is_refused_by_all_and_the_holder_named() {
+fn log_in_use_is_rejected_naming_the_holder() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -178,20 +178,20 @@ fn a_log_in_use_is_refused_by_all_and_the_holder_named() {
 }
 
 #[test]
-fn a_directory_without_a_log_is_refused_and_stays_as_it_is() {
+fn directory_without_log_is_rejected_unchanged() {
     let empty = temporary();
     let missing = empty.path().join("missing");
     for data in [empty.path(), &missing] {
         for refused in all_refuse(data, "/no/such/file") {
-            let told = if refused.line.contains("/no/such/file") { "cannot read" } else { "there is no log in" };
-            refused.with(1, &[told]);
+            let expected = if refused.line.contains("/no/such/file") { "cannot read" } else { "there is no log in" };
+            refused.with(1, &[expected]);
         }
     }
     assert_eq!(fs::read_dir(empty.path()).expect("it is there").count(), 0);
 }
 
 #[test]
-fn damage_is_told_with_its_place_and_exit_code_1() {
+fn corruption_is_reported_with_place_and_exit_code_1() {
     let stopped = store().0.terminate();
     let data = stopped.data();
     let segment = data.join("log/0000000002.seg");
@@ -213,18 +213,18 @@ fn damage_is_told_with_its_place_and_exit_code_1() {
     assert_eq!(dumped.status.code(), Some(1));
     let lines = String::from_utf8(dumped.stdout).expect("it is text").lines().count();
     assert!(0 < lines && lines < 800, "{lines} entries were printed");
-    let told = [&segment.display().to_string(), "damaged at byte ", "kvs txlog verify --data-dir "];
+    let expected = [&segment.display().to_string(), "damaged at byte ", "kvs txlog verify --data-dir "];
     for refused in [refused(log("export", data, &[])), refused(log("compact", data, &[]))] {
-        refused.with(1, &told);
+        refused.with(1, &expected);
     }
     let Err((status, stopped)) = Server::try_spawn(serve(data), temporary()) else { panic!("it serves") };
     let last = stopped.stderr().last().expect("it says why");
-    assert!(status.code() == Some(1) && told.iter().all(|told| last.contains(told)), "{status}: {last}");
+    assert!(status.code() == Some(1) && expected.iter().all(|text| last.contains(text)), "{status}: {last}");
     assert!(fs::read(&segment).expect("it is still there") == bytes, "damage is left as it is");
 }
 
 #[test]
-fn a_malformed_text_is_refused_by_its_line() {
+fn malformed_import_is_rejected_by_line() {
     let directory = temporary();
     let (data, file) = (directory.path().join("data"), directory.path().join("text"));
     let text = "1\t2\tkey-a\tHello\n2\t2\tkey-b\t100%\n3\t1\tkey-a\t\n";
@@ -261,7 +261,7 @@ fn a_malformed_text_is_refused_by_its_line() {
 }
 
 #[test]
-fn output_may_end_early_and_may_not_be_lost() {
+fn closed_pipe_is_fine_and_full_disk_an_error() {
     let stopped = store().0.terminate();
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
@@ -284,7 +284,7 @@ fn output_may_end_early_and_may_not_be_lost() {
 }
 
 #[test]
-fn an_unfinished_write_is_told_and_is_no_damage() {
+fn torn_write_is_reported_and_is_not_corruption() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for n in 0..3 {
@@ -308,7 +308,7 @@ fn an_unfinished_write_is_told_and_is_no_damage() {
 }
 
 #[test]
-fn long_work_shows_its_progress_on_a_terminal_only() {
+fn progress_is_shown_on_terminals_only() {
     let stopped = store().0.terminate();
     let elsewhere = temporary();
     let file = elsewhere.path().join("backup.txt");

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::components::DEFAULT_GUEST;
+use crate::metrics::{Metrics, until};
 use crate::server::Server;
 use crate::swap::{component, swaps};
 use crate::unruly;
@@ -30,7 +31,7 @@ fn is_new(response: &Response, value: &str, etag: u64) {
 }
 
 #[test]
-fn who_waits_is_answered_when_the_key_changes() {
+fn change_answers_long_polls() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let mut first = waits(&server, "/v1/a?wait=300s", None);
@@ -58,7 +59,7 @@ fn who_waits_is_answered_when_the_key_changes() {
 }
 
 #[test]
-fn who_has_something_else_does_not_wait() {
+fn outdated_client_does_not_wait() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -68,7 +69,7 @@ fn who_has_something_else_does_not_wait() {
 }
 
 #[test]
-fn a_wait_that_is_over_says_that_nothing_changed() {
+fn expired_wait_is_304() {
     // Longer than a request may take otherwise.
     let server = Server::start(&["--request-timeout", "2s"]);
     let mut client = Connection::open(server.address());
@@ -82,17 +83,17 @@ fn a_wait_that_is_over_says_that_nothing_changed() {
 }
 
 #[test]
-fn no_wait_is_longer_than_its_flag_allows() {
+fn max_wait_limits_a_wait() {
     let server = Server::start(&["--max-wait", "1ms"]);
     asks(&server, "/v1/a?wait=300s", None).read().says(404, "no such key");
 }
 
 #[test]
-fn a_wait_that_cannot_be_is_400() {
+fn invalid_wait_is_400() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    let unfit = "query parameter `wait` must be a whole number of seconds from 1s to 300s";
-    for query in ["wait", "wait=", "wait=10", "wait=0s", "wait=301s", "wait=-1s", "wait=1m", "wait=1.5s"] {
+    let unfit = "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 300s";
+    for query in ["wait", "wait=", "wait=ten", "wait=0s", "wait=301", "wait=-1s", "wait=6m", "wait=1.5s"] {
         client.ask("GET", &format!("/v1/a?{query}"), b"").says(400, unfit);
     }
     client.ask("GET", "/v1/a?wait=1s&wait=1s", b"").says(400, "query parameter `wait` was given twice");
@@ -100,7 +101,7 @@ fn a_wait_that_cannot_be_is_400() {
 }
 
 #[test]
-fn a_wait_goes_on_through_a_swap_and_a_trap() {
+fn wait_continues_over_swap_and_trap() {
     let server = Server::start(&["--probation", "300ms"]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -117,7 +118,7 @@ fn a_wait_goes_on_through_a_swap_and_a_trap() {
 }
 
 #[test]
-fn a_server_that_stops_lets_nobody_wait() {
+fn graceful_stop_ends_waits() {
     let server = Server::start(&["--drain-timeout", "10m"]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"value");
     let mut waiting = waits(&server, "/v1/a?wait=300s", Some(1));
@@ -127,7 +128,7 @@ fn a_server_that_stops_lets_nobody_wait() {
 }
 
 #[test]
-fn who_leaves_makes_room() {
+fn departed_client_frees_its_place() {
     let server = Server::start(&["--max-connections", "3"]);
     for _ in 0..3 {
         let waiting: Vec<_> = (0..3).map(|_| waits(&server, "/v1/a?wait=300s", None)).collect();
@@ -137,7 +138,7 @@ fn who_leaves_makes_room() {
 }
 
 #[test]
-fn many_wait_and_nobody_else_does() {
+fn many_waits_do_not_delay_others() {
     let places = ["--max-connections", "1100", "--max-connections-per-address", "1100", "--max-requests", "900"];
     let server = Server::start(&places);
     // Half of them for one key.
@@ -156,4 +157,28 @@ fn many_wait_and_nobody_else_does() {
         let answer = client.read();
         assert_eq!((answer.status, answer.text()), (200, "value"));
     }
+}
+
+#[test]
+fn watches_and_long_polls_are_gauges_and_no_latency() {
+    let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", "2"]);
+    let metrics = Metrics::of(&server);
+    assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(128 << 20));
+    let mut watch = Connection::open(server.address());
+    assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
+    let mut poll = Connection::open(server.address());
+    poll.send("GET /v1/a?wait=300s HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    until(&server, "both are open", |now| {
+        [now.get("kvs_watches"), now.get("kvs_http_requests_waiting_for_change")] == [1.0, 1.0]
+    });
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"").status, 201);
+    assert_eq!(poll.read().status, 200);
+    drop(watch);
+    let after = until(&server, "both have ended", |now| {
+        [now.get("kvs_watches"), now.get("kvs_http_requests_waiting_for_change")] == [0.0, 0.0]
+    });
+    // That of the head of the watch alone.
+    let get = "{method=\"GET\"}";
+    assert_eq!(after.get(&format!("kvs_http_request_duration_seconds_count{get}")), 1.0);
+    assert_eq!(after.get("kvs_http_requests_total{method=\"GET\",status=\"200\"}"), 2.0);
 }

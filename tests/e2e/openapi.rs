@@ -26,6 +26,9 @@ fn no_answer_is_undescribed() {
         "--generation-database",
         "none",
     ]);
+    // Too many keys in a query make the target too long, which is one more way to reject them.
+    let config = "[checks]\nnegative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, \"5xx\"]\n";
+    std::fs::write(server.data().join("schemathesis.toml"), config).expect("the directory takes a file");
     // A proxy in the environment has nothing to do with a server on this machine.
     let run = schemathesis.env("NO_PROXY", "*").current_dir(server.data()).output();
     let run = run.unwrap_or_else(|error| panic!("schemathesis cannot be run ({error}): `just test` installs it"));

@@ -1,14 +1,16 @@
 //! What an operator who gets it wrong is told, in one line: what, where, and what to do. And the other way to say the
 //! same: variables of the environment.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tempfile::TempDir;
 
 use crate::log::of_files;
-use crate::server::{Refused, Server, kvs, refused, serve, serve_refused};
+use crate::server::{Refused, Server, kvs, refused, serve, serve_refused, through};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
@@ -106,7 +108,8 @@ fn a_flag_that_is_wrong_is_a_usage_error() {
         (&["--segment-bytes", "some"], &["--segment-bytes", "some"]),
         (&["--request-timeout", "soon"], &["--request-timeout", "soon", "500ms"]),
         (&["--request-timeout", "0s"], &["--request-timeout", "0s"]),
-        (&["--header-timeout", "5"], &["--header-timeout", "5s"]),
+        (&["--header-timeout", "5x"], &["--header-timeout", "5s"]),
+        (&["--header-timeout", "0"], &["--header-timeout", "greater than zero"]),
         (&["--drain-timeout", "-1s"], &["-1"]),
         (&["--guest-cpu-limit", "1 fortnight"], &["--guest-cpu-limit", "fortnight"]),
         (&["--max-connections", "0"], &["--max-connections", "a count from 1"]),
@@ -207,10 +210,71 @@ fn a_variable_that_is_no_setting_is_a_usage_error() {
     let mut command = kvs();
     command.args(["get", "a"]).env("KVS_ULR", "http://127.0.0.1:1");
     refused(command).with(2, &["KVS_ULR", "KVS_URL"]);
-    // In a pod, beside a service that is named kvs.
-    let mut command = kvs();
-    command.arg("serve").envs([("KVS_SERVICE_HOST", "10.0.0.1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.2")]);
-    refused(command).with(2, &["KVS_SERVICE_HOST", "enableServiceLinks: false"]);
+}
+
+#[test]
+fn variables_of_a_service_are_refused_by_the_server_alone() {
+    let links = [
+        ("KVS_SERVICE_HOST", "10.0.0.1"),
+        ("KVS_SERVICE_PORT", "8080"),
+        ("KVS_SERVICE_PORT_HTTP", "8080"),
+        ("KVS_PORT", "tcp://10.0.0.1:8080"),
+        ("KVS_PORT_8080_TCP", "tcp://10.0.0.1:8080"),
+        ("KVS_PORT_8080_TCP_ADDR", "10.0.0.1"),
+        ("KVS_READER_SERVICE_HOST", "10.0.0.3"),
+        ("KUBERNETES_SERVICE_HOST", "10.0.0.2"),
+    ];
+    let with = |args: &[&str], others: &[(&str, &str)]| {
+        let mut command = kvs();
+        command.args(args).envs(links).envs(others.iter().copied());
+        command
+    };
+    refused(with(&["serve"], &[])).with(2, &["KVS_PORT", "enableServiceLinks: false"]);
+    let server = Server::start(&[]);
+    let url = server.url("");
+    let done = with(&["list", "--url", &url], &[]).status().expect("the binary under test can be started");
+    assert!(done.success(), "{done}");
+    refused(with(&["list", "--url", &url], &[("KVS_ULR", "")])).with(2, &["KVS_ULR", "is KVS_URL meant?"]);
+    // Elsewhere they are no service's.
+    let mut command = with(&["list", "--url", &url], &[]);
+    command.env_remove("KUBERNETES_SERVICE_HOST");
+    refused(command).with(2, &["KVS_PORT"]);
+}
+
+#[test]
+fn data_is_readable_by_its_owner_alone() {
+    of_files!();
+    let parent = temporary();
+    let data = parent.path().join("data");
+    let command = serve(&data);
+    let server = Server::spawn(command, temporary());
+    let mut client = Connection::open(server.address());
+    (0..50).for_each(|_| assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 1000]).status, 201));
+    let mut swap = kvs();
+    swap.arg("swap").arg(guest()).env("KVS_ADMIN", server.admin().to_string());
+    assert!(swap.status().expect("the binary under test can be started").success());
+    server.terminate();
+    let mut seen = BTreeSet::new();
+    let mut directories = vec![data.clone()];
+    while let Some(directory) = directories.pop() {
+        assert_eq!(mode(&directory), 0o700, "{}", directory.display());
+        for entry in fs::read_dir(&directory).expect("it is a directory") {
+            let path = entry.expect("it can be read").path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                assert_eq!(mode(&path), 0o600, "{}", path.display());
+                seen.insert(path.strip_prefix(&data).expect("it is inside").display().to_string());
+            }
+        }
+    }
+    for part in ["guest.wasm", ".seg", "cache/"] {
+        assert!(seen.iter().any(|file| file.contains(part)), "{part} is not among {seen:?}");
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("it is there").permissions().mode() & 0o777
 }
 
 #[test]
@@ -219,4 +283,54 @@ fn a_variable_of_another_command_is_left_alone() {
     let mut command = serve(data.path());
     command.envs([("KVS_URL", "http://127.0.0.1:1"), ("KVS_TOKEN", "x"), ("KVSX", "x"), ("kvs_x", "x")]);
     Server::spawn(command, data).terminate();
+}
+
+#[test]
+fn settings_are_checked_without_a_start() {
+    let data = temporary();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("a listener has an address").to_string();
+    let check = |args: &[&str]| {
+        let mut command = serve(&data.path().join("data"));
+        command.args(["--check", "--admin", &address]).args(args);
+        command
+    };
+    // A running server has the addresses.
+    let output = check(&[guest()]).output().expect("the binary under test can be started");
+    let lines = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && lines.contains("the settings are valid"), "{lines}");
+    for (args, parts) in [
+        (&["--tokens", "/nowhere"][..], &["--tokens /nowhere"][..]),
+        (&["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], &["--tls-cert /nowhere"]),
+        (&["--listen-when-primary", "0.0.0.0:8080"], &["--listen-when-primary 0.0.0.0:8080", "--insecure"]),
+        (&["--segment-bytes", "4KiB"], &["--segment-bytes"]),
+        (&["--txlog", "mysql://x"], &["--txlog"]),
+        (&["/dev/null"], &["/dev/null", "WebAssembly"]),
+        (&["--max-inflight-bytes", "1MiB"], &["--max-inflight-bytes"]),
+    ] {
+        refused(check(args)).with(1, parts);
+    }
+    assert!(!data.path().join("data").exists(), "it wrote something");
+}
+
+#[test]
+fn memory_too_small_for_the_log_is_named() {
+    of_files!();
+    let server = Server::start(&["--shards", "1"]);
+    let mut client = Connection::open(server.address());
+    for n in 0..40 {
+        assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &vec![b'x'; 1 << 20]).status, 201);
+    }
+    let refused = server.terminate().refuses(&["--shards", "1", "--guest-max-memory-bytes", "16MiB"]);
+    refused.with(1, &["the log needs more memory than --guest-max-memory-bytes, which is 16.0 MiB; raise it"]);
+}
+
+#[test]
+fn address_space_too_small_for_the_guest_is_named() {
+    let data = temporary();
+    let mut command = through("sh", &serve(data.path()));
+    // In KiB: enough for the server, and not for the memory of a guest.
+    command.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh", kvs_tests::binary()]);
+    command.args(["serve", "--listen", "127.0.0.1:0"]);
+    refused(command).with(1, &["the guest does not start", "ulimit -v"]);
 }

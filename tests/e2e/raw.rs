@@ -269,7 +269,7 @@ const CASES: &[(&str, &[u8], Answers)] = &[
 ];
 
 #[test]
-fn malformed_requests_get_the_answers_that_the_standards_ask_for() {
+fn malformed_requests_get_standard_responses() {
     assert!(CASES.len() >= 100, "{}", CASES.len());
     let server = Server::start(&["--max-target-bytes", "256"]);
     let end = format!("GET /{} HTTP/1.1\r\nhost: kvs\r\n\r\n", "x".repeat(300));
@@ -297,7 +297,7 @@ fn statuses(text: &str) -> Vec<u16> {
 }
 
 #[test]
-fn what_ends_early_is_carried_out_in_no_case() {
+fn truncated_requests_have_no_effect() {
     let server = Server::start(&[]);
     for (about, bytes) in [
         ("a head", get!("host: kvs")),
@@ -320,7 +320,7 @@ fn what_ends_early_is_carried_out_in_no_case() {
 }
 
 #[test]
-fn what_is_unusual_and_right_is_carried_out() {
+fn unusual_valid_requests_are_processed() {
     let server = Server::start(&[]);
     for (about, bytes) in [
         ("a chunked body", chunked!("4\r\nvalu\r\n1\r\ne\r\n0\r\n\r\n")),

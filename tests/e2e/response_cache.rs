@@ -145,7 +145,7 @@ fn response_is_reused_for_no_other_client_or_grant() {
     // Several of one name are made by hand.
     let text = fs::read_to_string(tokens.file()).expect("it is there");
     fs::write(tokens.file(), text.replace("twin-b", "twin").replace("twin-c", "twin")).expect("it can be written");
-    let server = Server::start(&[guest(), "--tokens", &tokens.file()]);
+    let server = Server::start(&[guest(), "--tokens", &tokens.file(), "--admin-open"]);
     let mut client = Connection::open(server.address());
     let mut ask = |token: &str, key: &str| {
         let bearer = format!("Bearer {token}");

@@ -4,7 +4,7 @@ use crate::server::Server;
 use crate::wire::{Connection, long, short};
 
 #[test]
-fn both_forms_of_the_path_name_the_same_key() {
+fn short_and_long_path_are_the_same_key() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in
@@ -20,7 +20,7 @@ fn both_forms_of_the_path_name_the_same_key() {
 }
 
 #[test]
-fn keys_that_look_alike_are_different_keys() {
+fn similar_keys_are_different_keys() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     // Case, composition, white space, escapes of escapes.
@@ -34,7 +34,7 @@ fn keys_that_look_alike_are_different_keys() {
 }
 
 #[test]
-fn the_etag_is_the_sequence_of_the_put_and_survives_a_restart() {
+fn etag_is_the_sequence_and_survives_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"1").header("etag"), Some("\"1\""));
@@ -50,7 +50,7 @@ fn the_etag_is_the_sequence_of_the_put_and_survives_a_restart() {
 }
 
 #[test]
-fn the_content_type_of_a_value_is_kept() {
+fn content_type_is_stored() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let mut put = |path: &str, content_type: &str| {
@@ -80,7 +80,7 @@ fn the_content_type_of_a_value_is_kept() {
 }
 
 #[test]
-fn a_content_type_that_is_none_stores_nothing() {
+fn invalid_content_type_stores_nothing() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client
@@ -90,7 +90,7 @@ fn a_content_type_that_is_none_stores_nothing() {
 }
 
 #[test]
-fn a_value_does_not_run_in_a_browser() {
+fn browser_does_not_execute_values() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"<script>alert(1)</script>");
@@ -100,7 +100,7 @@ fn a_value_does_not_run_in_a_browser() {
 }
 
 #[test]
-fn no_browser_guesses_what_an_answer_is() {
+fn responses_are_nosniff() {
     let server = Server::start(&["--max-value-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     for (method, path) in [("PUT", "/v1/a"), ("GET", "/v1/b"), ("GET", "/v1"), ("GET", "/nowhere"), ("BREW", "/v1/a")] {
@@ -113,7 +113,7 @@ fn no_browser_guesses_what_an_answer_is() {
 }
 
 #[test]
-fn head_tells_the_length_and_sends_no_body() {
+fn head_has_the_length_and_no_body() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"eleven byte");
@@ -126,7 +126,7 @@ fn head_tells_the_length_and_sends_no_body() {
 }
 
 #[test]
-fn a_connection_carries_many_requests() {
+fn connection_is_reused() {
     let server = Server::start(&["--max-connections", "1"]);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -137,7 +137,7 @@ fn a_connection_carries_many_requests() {
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_order() {
+fn pipelined_requests_get_responses_in_order() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let put = |n: u64| format!("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 3\r\n\r\n{n:03}");
@@ -151,7 +151,7 @@ fn pipelined_requests_are_answered_in_order() {
 }
 
 #[test]
-fn a_client_that_asks_first_is_told_to_go_on() {
+fn expect_continue_gets_100() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");
@@ -162,7 +162,7 @@ fn a_client_that_asks_first_is_told_to_go_on() {
 }
 
 #[test]
-fn a_chunked_body_is_put_together() {
+fn chunked_body_is_joined() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ntransfer-encoding: chunked\r\n\r\n");
@@ -173,7 +173,7 @@ fn a_chunked_body_is_put_together() {
 }
 
 #[test]
-fn a_body_can_come_a_byte_at_a_time() {
+fn body_can_arrive_byte_by_byte() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\n");
@@ -185,7 +185,7 @@ fn a_body_can_come_a_byte_at_a_time() {
 }
 
 #[test]
-fn a_client_that_wants_the_connection_closed_gets_it_closed() {
+fn connection_close_is_obeyed() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\n\r\n");

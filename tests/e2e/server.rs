@@ -202,6 +202,8 @@ pub fn kvs() -> Command {
         command.env_remove(name);
     }
     command.env("KVS_ADMIN", "127.0.0.1:0");
+    // The name that requests of tests have in `Host`.
+    command.env("KVS_ADMIN_HOST", "kvs");
     // The same tests on several shards.
     if let Ok(shards) = std::env::var("KVS_TEST_SHARDS") {
         command.env("KVS_SHARDS", shards);

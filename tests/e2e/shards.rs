@@ -37,7 +37,7 @@ fn holds(client: &mut Connection, path: &str, value: &str) {
 }
 
 #[test]
-fn their_number_can_be_another_at_every_start() {
+fn number_of_shards_can_change_at_every_start() {
     let mut server = Server::start(&["--shards", "1"]);
     let mut deleted = Vec::<String>::new();
     for (round, shards) in ["2", "7", "16", "1"].into_iter().enumerate() {
@@ -62,7 +62,7 @@ fn their_number_can_be_another_at_every_start() {
 }
 
 #[test]
-fn a_list_of_all_shards_is_one_list() {
+fn list_merges_all_shards() {
     let server = Server::start(&["--shards", "7"]);
     let mut client = Connection::open(server.address());
     // Pages end because of how many keys they have, or, each shard's elsewhere, because of their size.
@@ -86,7 +86,7 @@ fn a_list_of_all_shards_is_one_list() {
 }
 
 #[test]
-fn a_transaction_lies_in_one_shard() {
+fn cross_shard_transaction_is_422() {
     let server = Server::start(&["--shards", "4"]);
     let mut client = Connection::open(server.address());
     let puts = |key: &dyn Fn(u32) -> String| {
@@ -103,7 +103,7 @@ fn a_transaction_lies_in_one_shard() {
 }
 
 #[test]
-fn a_slow_call_in_one_shard_holds_up_no_other() {
+fn slow_call_delays_only_its_shard() {
     let server = Server::start(&[guest(), "--shards", "4", "--guest-cpu-limit", "1h"]);
     let mut busy = Connection::open(server.address());
     busy.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -129,7 +129,7 @@ fn a_slow_call_in_one_shard_holds_up_no_other() {
 }
 
 #[test]
-fn a_guest_appends_to_no_key_that_another_shard_owns() {
+fn append_to_key_of_another_shard_is_rejected() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     let (mut taken, mut refused) = (Vec::new(), 0);
@@ -165,7 +165,7 @@ fn trap_in_route_costs_that_request() {
 }
 
 #[test]
-fn all_shards_are_asked_what_is_to_be_asked_everywhere() {
+fn broadcast_reaches_all_shards() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     let before = Metrics::of(&server).get("kvs_guest_call_duration_seconds_count");
@@ -174,7 +174,7 @@ fn all_shards_are_asked_what_is_to_be_asked_everywhere() {
 }
 
 #[test]
-fn a_trap_costs_one_shard_a_rebuild_and_the_others_nothing() {
+fn trap_rebuilds_only_its_shard() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     for key in keys() {
@@ -191,7 +191,7 @@ fn a_trap_costs_one_shard_a_rebuild_and_the_others_nothing() {
 }
 
 #[test]
-fn a_guest_that_traps_on_probation_in_one_shard_is_taken_out_of_all() {
+fn trap_on_probation_rolls_back_all_shards() {
     let server = Server::start(&["--shards", "4", "--probation", "1h"]);
     let mut client = Connection::open(server.address());
     puts(&mut client, "before");
@@ -218,7 +218,7 @@ fn a_guest_that_traps_on_probation_in_one_shard_is_taken_out_of_all() {
 }
 
 #[test]
-fn no_guest_is_asked_what_another_has_routed() {
+fn request_is_routed_again_after_a_swap() {
     let server = Server::start(&["--shards", "4", "--probation", "1ms"]);
     puts(&mut Connection::open(server.address()), "value");
     let stop = AtomicBool::new(false);
@@ -263,7 +263,7 @@ fn guest_without_routing_runs_in_one_shard_only() {
 }
 
 #[test]
-fn a_number_that_is_none_is_refused() {
+fn invalid_number_of_shards_is_rejected() {
     for shards in ["0", "65", "many"] {
         serve_refused(&["--shards", shards]).with(2, &["--shards", shards]);
     }

@@ -65,6 +65,46 @@ fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
 }
 
 #[test]
+fn half_a_request_head_does_not_hold_up_the_stop() {
+    let server = Server::start(&["--drain-timeout", "1h", "--idle-timeout", "1h", "--header-timeout", "1h"]);
+    let mut first = Connection::open(server.address());
+    first.send("GET /v1/a HTTP/1.1\r\nhost: ");
+    let mut second = Connection::open(server.address());
+    second.ask("GET", "/v1/a", b"").says(404, "no such key");
+    second.send("GET /v1/a HTTP/1.1\r\nhost: ");
+    let mut http2 = Connection::open(server.address());
+    http2.send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    let stopped = server.terminate();
+    let lines = stopped.stderr().join("\n");
+    assert!(!lines.contains("cut off"), "{lines}");
+    for client in [&mut first, &mut second] {
+        assert_eq!(client.end(), "");
+    }
+}
+
+#[test]
+fn connections_that_ended_in_time_do_not_count_as_cut_off() {
+    let args = ["--drain-timeout", "10s", "--request-timeout", "1h", "--min-body-rate", "1"];
+    let server = Server::start(&args);
+    // Half of each body, at which the lowest rate is kept for minutes.
+    let begin = || {
+        let mut client = Connection::open(server.address());
+        client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n");
+        assert_eq!(client.read().status, 100);
+        client.send([b'x'; 500]);
+        client
+    };
+    let mut clients = [begin(), begin(), begin()];
+    server.signal(Signal::TERM);
+    server.says("stopping: finishing what is under way");
+    clients[0].send([b'x'; 500]);
+    assert_eq!(clients[0].read().status, 201);
+    let stopped = server.ends_well();
+    let lines = stopped.stderr().join("\n");
+    assert!(lines.contains("2 connections were cut off after 10s"), "{lines}");
+}
+
+#[test]
 fn a_second_signal_stops_at_once() {
     let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     let _client = under_way(&server);

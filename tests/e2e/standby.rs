@@ -108,6 +108,19 @@ fn standby_serves_the_guest_of_its_primary() {
 }
 
 #[test]
+fn standby_on_files_stays_read_only_after_takeover() {
+    let data = directory();
+    let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
+    assert_eq!(put(&primary, "a", "1"), 201);
+    assert_eq!(Connection::open(primary.admin()).ask("PUT", "/read-only", b"").text(), "on\n");
+    primary.kill();
+    becomes_ready(&standby, 200, "read-only");
+    assert_eq!((put(&standby, "a", "2"), get(&standby, "a")), (503, (200, "1".into())));
+    assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/read-only", b"").text(), "off\n");
+    assert_eq!(put(&standby, "a", "2"), 201);
+}
+
+#[test]
 fn standby_takes_over_from_killed_primary_without_a_gap() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);

@@ -150,7 +150,9 @@ fn a_dry_run_does_everything_but_the_switch() {
     assert!(report["pause_seconds"].is_null(), "{report}");
     assert_eq!(serving(&server), "kvs");
     assert_no_trace(&server);
-    Connection::open(server.admin()).ask("PUT", "/guest?dry", b"").says(400, "unknown query; there is ?dry-run");
+    Connection::open(server.admin())
+        .ask("PUT", "/guest?dry", b"")
+        .says(400, "unknown query; there are ?dry-run, and ?rollback for DELETE");
     server.terminate();
 }
 
@@ -185,9 +187,9 @@ fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
     });
     assert_eq!(answer.status, 422);
     let why = answer.text();
-    assert!(why.starts_with("unruly trapped on probation and was taken out, the guest before serves again: "), "{why}");
+    assert!(why.starts_with("unruly was rolled back on probation, the guest before serves again: "), "{why}");
     assert!(why.contains("unreachable") && why.contains("fall_over"), "{why}");
-    server.says("unruly trapped on probation and is taken out, kvs serves again");
+    server.says("unruly is rolled back on probation, kvs serves again");
     assert_eq!(serving(&server), "kvs");
     assert_no_trace(&server);
     server.terminate();

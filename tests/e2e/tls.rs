@@ -106,7 +106,7 @@ fn shown(connection: &Connection<Secure>) -> Vec<u8> {
 }
 
 #[test]
-fn the_books_session_over_https_through_curl() {
+fn session_over_https_through_curl() {
     let (authority, server) = start(&[]);
     let url = format!("https://localhost:{}/v1/key-a", server.address().port());
     for trust in [&["--insecure"][..], &["--cacert", &authority.file()]] {
@@ -122,7 +122,7 @@ fn the_books_session_over_https_through_curl() {
 }
 
 #[test]
-fn common_kinds_of_keys_are_taken() {
+fn common_kinds_of_keys_are_accepted() {
     let authority = Authority::new();
     let (certificate, key) = (authority.path("any.pem"), authority.path("any.key"));
     for newkey in [
@@ -156,7 +156,7 @@ fn openssl(args: &[&str], more: &[&str]) {
 }
 
 #[test]
-fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
+fn unusable_certificate_is_rejected_at_the_start() {
     let authority = Authority::new();
     let good = authority.issue("good", Kind::Server, 1);
     let other = authority.issue("other", Kind::Server, 2);
@@ -168,7 +168,7 @@ fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
     let cut = authority.write("cut.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n");
     let nonsense = authority.write("nonsense.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
     let directory = authority.path("");
-    for (certificate, key, told) in [
+    for (certificate, key, expected) in [
         (&missing, &good.key, &["--tls-cert", &missing, "cannot read", "No such file"][..]),
         (&directory, &good.key, &["--tls-cert", &directory, "cannot read"]),
         (&empty, &good.key, &["--tls-cert", &empty, "no PEM certificate"]),
@@ -181,7 +181,7 @@ fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
         (&expired.certificate, &expired.key, &["--tls-cert", &expired.certificate, "expired at 2020"]),
         (&early.certificate, &early.key, &["--tls-cert", &early.certificate, "not valid before 3000"]),
     ] {
-        serve_refused(&["--tls-cert", certificate, "--tls-key", key]).with(1, told);
+        serve_refused(&["--tls-cert", certificate, "--tls-key", key]).with(1, expected);
     }
     for (flag, file) in [("--client-ca", &missing), ("--client-ca", &empty), ("--client-crl", &empty)] {
         let pair = ["--tls-cert", &good.certificate, "--tls-key", &good.key];
@@ -195,7 +195,7 @@ fn a_certificate_that_cannot_be_used_is_refused_at_the_start() {
 }
 
 #[test]
-fn half_of_what_tls_needs_is_a_usage_error() {
+fn incomplete_tls_flags_are_a_usage_error() {
     serve_refused(&["--tls-cert", "cert.pem"]).with(2, &["--tls-key"]);
     serve_refused(&["--tls-key", "cert.key"]).with(2, &["--tls-cert"]);
     serve_refused(&["--client-ca", "ca.pem"]).with(2, &["--tls-cert"]);
@@ -204,7 +204,7 @@ fn half_of_what_tls_needs_is_a_usage_error() {
 }
 
 #[test]
-fn the_oldest_version_is_set_by_its_flag() {
+fn lowest_tls_version_is_set_by_its_flag() {
     let (authority, server) = start(&[guest()]);
     let old = Client { versions: TLS12, ..Client::of(&authority) };
     let new = Client { versions: TLS13, ..Client::of(&authority) };
@@ -220,7 +220,7 @@ fn the_oldest_version_is_set_by_its_flag() {
 }
 
 #[test]
-fn keys_are_exchanged_in_a_way_that_outlasts_quantum_computers() {
+fn key_exchange_is_post_quantum() {
     let (authority, server) = start(&[]);
     let connection = Client::of(&authority).open(server.address()).expect("it is served");
     let group = connection.stream().conn.negotiated_key_exchange_group().expect("keys were exchanged");
@@ -228,7 +228,7 @@ fn keys_are_exchanged_in_a_way_that_outlasts_quantum_computers() {
 }
 
 #[test]
-fn what_is_not_tls_is_closed() {
+fn plain_text_on_tls_is_closed() {
     let (authority, server) = start(&["--log-filter", "info,kvs::edge=debug"]);
     for bytes in [&b"GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n"[..], b"\0\0\0\0\0\0\0\0", b"SSH-2.0-x\r\n"] {
         let mut plain = Connection::open(server.address());
@@ -241,7 +241,7 @@ fn what_is_not_tls_is_closed() {
 }
 
 #[test]
-fn a_client_that_does_not_shake_hands_is_cut() {
+fn handshake_timeout_closes_the_connection() {
     let (_authority, server) = start(&["--handshake-timeout", "300ms"]);
     assert_eq!(Connection::open(server.address()).end(), "");
     let mut slow = Connection::open(server.address());
@@ -250,7 +250,7 @@ fn a_client_that_does_not_shake_hands_is_cut() {
 }
 
 #[test]
-fn a_handshake_under_way_does_not_hold_up_the_stop() {
+fn pending_handshake_does_not_delay_the_stop() {
     let (authority, server) = start(&["--handshake-timeout", "1h", "--drain-timeout", "1h"]);
     let mut silent = Connection::open(server.address());
     // It was accepted after the silent one.
@@ -260,7 +260,7 @@ fn a_handshake_under_way_does_not_hold_up_the_stop() {
 }
 
 #[test]
-fn a_new_pair_is_taken_up_and_open_connections_stay() {
+fn new_certificate_is_loaded_and_connections_stay() {
     let (authority, server) = start(&[]);
     let client = Client::of(&authority);
     let mut open = client.open(server.address()).expect("it is served");
@@ -278,7 +278,7 @@ fn a_new_pair_is_taken_up_and_open_connections_stay() {
     server.says_again("reloaded the TLS certificate", 2);
     let third = shown(&client.open(server.address()).expect("it is served"));
     assert!(third != second, "the second certificate is still in use");
-    // Told to, it reads what has not changed too.
+    // On SIGHUP it reloads files that have not changed too.
     server.signal(Signal::HUP);
     server.says_again("reloaded the TLS certificate", 3);
 
@@ -287,7 +287,7 @@ fn a_new_pair_is_taken_up_and_open_connections_stay() {
 }
 
 #[test]
-fn a_thousand_new_pairs_and_no_handshake_fails() {
+fn thousand_reloads_fail_no_handshake() {
     let (authority, server) = start(&[]);
     let pairs = [authority.issue("one", Kind::Server, 2), authority.issue("two", Kind::Server, 3)];
     let (certificate, key) = (authority.path("server.pem"), authority.path("server.key"));
@@ -322,36 +322,36 @@ fn a_thousand_new_pairs_and_no_handshake_fails() {
 }
 
 #[test]
-fn a_scanner_finds_nothing_to_complain_of() {
+fn sslscan_finds_no_weakness() {
     let (_authority, server) = start(&[]);
     let scan = Command::new("sslscan").args(["--no-colour", "--xml=-", &server.address().to_string()]).output();
     let scan = scan.unwrap_or_else(|error| panic!("sslscan cannot be run ({error}): `just test` installs it"));
     let found = String::from_utf8_lossy(&scan.stdout);
-    let told = |tag: &str| found.lines().map(str::trim).filter(move |line| line.starts_with(tag)).collect::<Vec<_>>();
+    let lines = |tag: &str| found.lines().map(str::trim).filter(move |line| line.starts_with(tag)).collect::<Vec<_>>();
     let has = |line: &str, all: &[&str]| all.iter().all(|text| line.contains(text));
-    for line in told("<protocol ") {
+    for line in lines("<protocol ") {
         let good = has(line, &["type=\"tls\""]) && (has(line, &["\"1.2\""]) || has(line, &["\"1.3\""]));
         assert!(has(line, &[if good { "enabled=\"1\"" } else { "enabled=\"0\"" }]), "{line}");
     }
     assert!(
-        told("<protocol ").len() >= 6 && told("<cipher ").len() >= 6 && !told("<heartbleed ").is_empty(),
+        lines("<protocol ").len() >= 6 && lines("<cipher ").len() >= 6 && !lines("<heartbleed ").is_empty(),
         "{found}"
     );
-    for line in told("<cipher ") {
+    for line in lines("<cipher ") {
         assert!(line.contains("strength=\"strong\"") || line.contains("strength=\"acceptable\""), "{line}");
         assert!(has(line, &["ecdhebits="]), "without forward secrecy: {line}");
     }
-    for line in [told("<heartbleed "), told("<compression ")].concat() {
+    for line in [lines("<heartbleed "), lines("<compression ")].concat() {
         assert!(has(line, &["vulnerable=\"0\""]) || has(line, &["supported=\"0\""]), "{line}");
     }
-    for line in told("<renegotiation ") {
+    for line in lines("<renegotiation ") {
         assert!(has(line, &["supported=\"0\""]) || has(line, &["secure=\"1\""]), "{line}");
     }
     assert!(found.contains("<expired>false</expired>") && !found.contains("error=\"true\""), "{found}");
 }
 
 #[test]
-fn a_bad_pair_is_told_and_the_old_one_stays() {
+fn invalid_certificate_is_logged_and_old_one_stays() {
     let (authority, server) = start(&[]);
     let client = Client::of(&authority);
     let first = shown(&client.open(server.address()).expect("it is served"));
@@ -388,7 +388,7 @@ fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
 }
 
 #[test]
-fn a_client_with_a_good_certificate_is_known_to_the_guest() {
+fn client_certificate_is_the_principal() {
     let authority = Authority::new();
     let server = start_mutual(&authority, &[]);
     let alice = authority.issue("alice", Kind::Client, 2);
@@ -398,7 +398,7 @@ fn a_client_with_a_good_certificate_is_known_to_the_guest() {
 }
 
 #[test]
-fn a_client_without_a_good_certificate_is_refused() {
+fn client_without_valid_certificate_is_rejected() {
     let authority = Authority::new();
     let stranger = Authority::named("stranger");
     let impostor = Authority::new();
@@ -435,7 +435,7 @@ fn a_client_without_a_good_certificate_is_refused() {
 }
 
 #[test]
-fn a_list_of_revoked_certificates_is_taken_up() {
+fn crl_is_reloaded() {
     let authority = Authority::new();
     let (alice, bob) = (authority.issue("alice", Kind::Client, 2), authority.issue("bob", Kind::Client, 3));
     let list = authority.revoke(&[&bob]);

@@ -19,7 +19,7 @@ fn given(response: &Response) -> Value {
 }
 
 #[test]
-fn a_transaction_is_done_whole_and_is_there_after_a_kill() {
+fn transaction_is_atomic_and_survives_kill() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/{x}a", b"1");
@@ -53,7 +53,7 @@ fn a_transaction_is_done_whole_and_is_there_after_a_kill() {
 }
 
 #[test]
-fn the_first_check_that_fails_is_told_and_nothing_is_done() {
+fn failed_check_is_named_and_changes_nothing() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let operations = json!([{"op": "put", "key": "{x}a", "value": ""}, {"op": "check", "key": "{x}b", "etag": "*"}]);
@@ -63,22 +63,22 @@ fn the_first_check_that_fails_is_told_and_nothing_is_done() {
 }
 
 #[test]
-fn what_is_no_transaction_is_400_with_its_place() {
+fn malformed_transaction_is_400_with_its_place() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let deep = "[".repeat(1_000_000);
-    for (body, told) in [
+    for (body, expected) in [
         ("nonsense", "expected ident at line 1 column 2"),
         (&deep, "operation 0: invalid type: sequence, expected an operation at line 1 column 1"),
         (
             r#"[{"op": "get", "key": "a"}, {"op": "get", "kex": "a"}]"#,
-            "operation 1: unknown field `kex`, expected one of `op`, `key`, `value`, `value_base64`, `content_type`, `ttl`, \
-             `etag` at line 1 column 47",
+            "operation 1: unknown field `kex`, expected one of `op`, `key`, `value`, `value_base64`, `content_type`, \
+             `json`, `ttl`, `delta`, `etag` at line 1 column 47",
         ),
         (r#"[{"op": "put", "key": "a"}]"#, "operation 0: `value` or `value_base64` is missing"),
         (r#"[{"op": "get", "key": "a/.."}]"#, "operation 0: key has a `..` segment"),
     ] {
-        client.ask("POST", "/v1", body.as_bytes()).says(400, told);
+        client.ask("POST", "/v1", body.as_bytes()).says(400, expected);
     }
     client.ask("POST", "/v1?prefix=a", b"[]").says(400, "unknown query parameter `prefix`");
     assert_eq!(given(&client.ask("POST", "/v1", b"[]")), json!([]));
@@ -91,16 +91,16 @@ fn what_is_no_transaction_is_400_with_its_place() {
 }
 
 #[test]
-fn a_transaction_is_limited_also_where_values_are_not() {
+fn transaction_size_is_limited() {
     let server = Server::start(&["--max-value-bytes", "8MiB"]);
     let mut client = Connection::open(server.address());
     let operations = json!([{"op": "put", "key": "a", "value": "x".repeat(1 << 20)}]).to_string();
-    let told = format!("the transaction is {} bytes, at most 1048576 are allowed", operations.len());
-    client.ask("POST", "/v1", operations.as_bytes()).says(413, &told);
+    let expected = format!("the transaction is {} bytes, at most 1048576 are allowed", operations.len());
+    client.ask("POST", "/v1", operations.as_bytes()).says(413, &expected);
 }
 
 #[test]
-fn money_moves_and_is_never_lost_also_when_the_host_is_killed() {
+fn transfers_conserve_the_total_over_kills() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let key = |account: u8| format!("{{bank}}{account}");

@@ -42,8 +42,8 @@ fn fails_alone(args: &[&str], path: &str) -> String {
     let line = server.says("the guest trapped");
     server.says("the guest is rebuilt");
     server.terminate();
-    for told in ["unruly", "method=GET", path] {
-        assert!(line.contains(told), "it does not tell {told:?}: {line}");
+    for expected in ["unruly", "method=GET", path] {
+        assert!(line.contains(expected), "{expected:?} is not in {line}");
     }
     line
 }
@@ -62,7 +62,7 @@ fn is_invalid(server: &Server, path: &str, why: &str) {
 }
 
 #[test]
-fn another_guest_is_served_in_place_of_the_default() {
+fn other_guest_is_served() {
     let (server, mut client) = start(&[]);
     server.says("unruly");
     assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
@@ -71,7 +71,7 @@ fn another_guest_is_served_in_place_of_the_default() {
 }
 
 #[test]
-fn a_guest_is_rebuilt_from_what_another_guest_stored() {
+fn guest_replays_entries_of_another_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/{own}a", b"first").status, 201);
@@ -85,46 +85,46 @@ fn a_guest_is_rebuilt_from_what_another_guest_stored() {
 }
 
 #[test]
-fn a_trap_costs_one_request() {
+fn trap_costs_one_request() {
     let line = fails_alone(&[], "/trap");
     assert!(line.contains("unruly_guest::fall_over"), "it does not name the guest's function: {line}");
 }
 
 #[test]
-fn a_panic_costs_one_request() {
+fn panic_costs_one_request() {
     let line = fails_alone(&[], "/panic");
     assert!(line.contains("panic"), "it does not name the guest's function: {line}");
 }
 
 #[test]
-fn an_exit_costs_one_request_and_the_host_goes_on() {
+fn exit_costs_one_request() {
     let line = fails_alone(&[], "/exit");
     assert!(line.contains("the guest called exit"), "{line}");
 }
 
 #[test]
-fn a_sleep_is_not_waited_for() {
+fn sleep_returns_at_once() {
     let line = fails_alone(&[], "/sleep");
     assert!(line.contains("may not wait"), "{line}");
 }
 
 #[test]
-fn an_endless_loop_ends_with_its_cpu_time() {
+fn endless_loop_ends_at_the_cpu_limit() {
     let line = fails_alone(&["--guest-cpu-limit", "200ms"], "/loop");
     assert!(line.contains("longer than 200ms") && line.contains("circle"), "{line}");
 }
 
 #[test]
-fn an_endless_recursion_ends_with_its_stack() {
+fn endless_recursion_ends_at_the_stack_limit() {
     let line = fails_alone(&[], "/recurse");
     assert!(line.contains("stack") && line.contains("dig"), "{line}");
 }
 
 #[test]
-fn memory_beyond_the_limit_is_not_given() {
+fn memory_over_the_limit_is_denied() {
     let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
     // What a Rust program does when it is given no more.
-    assert!(line.contains("handle_alloc_error"), "{line}");
+    assert!(line.contains("in unruly_guest::grow") && line.contains("memory allocation of"), "{line}");
 }
 
 /// The most memory the server ever had, in KiB.
@@ -135,7 +135,7 @@ pub fn peak(server: &Server) -> u64 {
 }
 
 #[test]
-fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
+fn host_memory_is_bounded_for_a_greedy_guest() {
     let (server, mut client) = start(&["--guest-max-memory-bytes", "32MiB"]);
     let before = peak(&server);
     for _ in 0..3 {
@@ -146,9 +146,9 @@ fn the_hosts_memory_does_not_grow_with_the_guests_greed() {
     assert!(grown < 80 << 10, "three instances of 32 MiB, one after the other, took {grown} KiB");
 }
 
-/// Who left cannot be told from who only sends no more, so their requests stay, within the budget.
+/// A client that left cannot be distinguished from one that only sends no more, so its requests stay, within the budget.
 #[test]
-fn clients_that_leave_while_the_guest_is_busy_hold_no_more_than_the_budget() {
+fn departed_clients_stay_within_the_budget() {
     let limits = ["--guest-cpu-limit", "1h", "--request-timeout", "1h", "--max-value-bytes", "8MiB"];
     let (server, mut client) = start(&[&limits[..], &["--max-inflight-bytes", "32MiB"]].concat());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -167,7 +167,7 @@ fn clients_that_leave_while_the_guest_is_busy_hold_no_more_than_the_budget() {
 }
 
 #[test]
-fn what_was_appended_before_a_trap_stays() {
+fn entries_appended_before_a_trap_stay() {
     let (server, mut client) = start(&[]);
     client.ask("PUT", "/store-and-trap/{own}a", b"value").says(500, "the store failed on this request");
     assert_eq!(get(&mut client, "/store/{own}a").text(), "value");
@@ -177,7 +177,7 @@ fn what_was_appended_before_a_trap_stays() {
 }
 
 #[test]
-fn others_are_served_while_one_client_makes_the_guest_trap() {
+fn traps_of_one_client_do_not_stop_others() {
     let (server, mut poisonous) = start(&["--request-timeout", "30s"]);
     thread::scope(|scope| {
         for client in 0..4 {
@@ -199,7 +199,7 @@ fn others_are_served_while_one_client_makes_the_guest_trap() {
 }
 
 #[test]
-fn a_trap_in_housekeeping_costs_no_request() {
+fn trap_in_tick_costs_no_request() {
     let (server, mut client) = start(&["--guest-config", "fault=tick-traps"]);
     for round in 0..2 {
         let path = format!("/store/{round}");
@@ -211,7 +211,7 @@ fn a_trap_in_housekeeping_costs_no_request() {
 }
 
 #[test]
-fn housekeeping_is_asked_for() {
+fn tick_is_called() {
     let (_server, mut client) = start(&[]);
     // The first comes at once, so what is awaited is the next of its kind: about a second.
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
@@ -221,7 +221,7 @@ fn housekeeping_is_asked_for() {
 }
 
 #[test]
-fn housekeeping_that_is_not_done_goes_on_soon_and_requests_are_served_meanwhile() {
+fn unfinished_tick_continues_between_requests() {
     let (_server, mut client) = start(&["--guest-config", "fault=tick-again"]);
     // At one a second this would take longer than anything may.
     let deadline = Instant::now() + PATIENCE;
@@ -231,7 +231,7 @@ fn housekeeping_that_is_not_done_goes_on_soon_and_requests_are_served_meanwhile(
 }
 
 #[test]
-fn a_status_that_is_none_is_500() {
+fn invalid_status_is_500() {
     let (server, _) = start(&[]);
     for status in ["0", "100", "101", "199", "600", "1000", "65535"] {
         is_invalid(&server, &format!("/status/{status}"), &format!("status {status}"));
@@ -239,7 +239,7 @@ fn a_status_that_is_none_is_500() {
 }
 
 #[test]
-fn a_header_that_is_none_is_500() {
+fn invalid_header_is_500() {
     let (server, _) = start(&[]);
     is_invalid(&server, "/header/in(valid)", "invalid HTTP header name");
     is_invalid(&server, "/header/", "invalid HTTP header name");
@@ -247,7 +247,7 @@ fn a_header_that_is_none_is_500() {
 }
 
 #[test]
-fn a_header_of_the_connection_is_not_the_guests_to_set() {
+fn connection_header_of_guest_is_500() {
     let (server, _) = start(&[]);
     let headers = ["connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
     for header in headers.into_iter().chain(["Content-Length"]) {
@@ -257,20 +257,20 @@ fn a_header_of_the_connection_is_not_the_guests_to_set() {
 }
 
 #[test]
-fn what_a_guest_says_of_guessing_stays() {
+fn guest_can_set_content_type_options() {
     let (_server, mut client) = start(&[]);
     let answer = get(&mut client, "/header/x-content-type-options");
     assert_eq!((answer.status, answer.header("x-content-type-options")), (200, Some("x")));
 }
 
 #[test]
-fn more_headers_than_http_allows_are_500() {
+fn too_many_response_headers_are_500() {
     let (server, _) = start(&[]);
     is_invalid(&server, "/many-headers/40000", "headers");
 }
 
 #[test]
-fn an_answer_that_claims_to_rest_on_nothing_still_waits_for_its_own_entries() {
+fn response_waits_for_its_own_entries_whatever_it_claims() {
     let (mut server, mut client) = start(&[]);
     // Writing this much takes longer than answering, so were it let go early, the kill would come first.
     let value = vec![b'x'; 1 << 20];
@@ -285,7 +285,7 @@ fn an_answer_that_claims_to_rest_on_nothing_still_waits_for_its_own_entries() {
 }
 
 #[test]
-fn a_group_that_is_too_large_is_refused_and_appends_nothing() {
+fn too_large_group_appends_nothing() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/append-nothing").text(), "Ok(1)");
     let refused = get(&mut client, "/append-too-much");
@@ -342,13 +342,13 @@ fn apply_finds_clocks_at_zero_and_fixed_randomness() {
 }
 
 #[test]
-fn guest_learns_what_the_client_may_do() {
+fn guest_gets_the_grant() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/grant").text(), "Grant { scope: Scope::Admin, key-prefix: None }");
 }
 
 #[test]
-fn housekeeping_comes_at_the_time_the_guest_wishes() {
+fn tick_is_called_at_the_requested_time() {
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
     let (_server, mut client) = start(&["--guest-config", "fault=tick-in-50-ms"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
@@ -368,7 +368,7 @@ fn housekeeping_comes_at_the_time_the_guest_wishes() {
 }
 
 #[test]
-fn housekeeping_follows_every_rebuild() {
+fn tick_follows_every_rebuild() {
     let (_server, mut client) = start(&[]);
     let mut early = 0;
     for _ in 0..5 {
@@ -385,7 +385,7 @@ fn housekeeping_follows_every_rebuild() {
 }
 
 #[test]
-fn an_append_during_replay_is_refused() {
+fn append_during_replay_is_rejected() {
     let (server, mut client) = start(&[]);
     assert_eq!(client.ask("PUT", "/store/{own}a", b"").text(), "1");
     let server = server.terminate().restart(&[guest(), "--guest-config", "fault=apply-appends"]);
@@ -395,7 +395,7 @@ fn an_append_during_replay_is_refused() {
 }
 
 #[test]
-fn the_guest_is_told_who_asks() {
+fn guest_gets_peer_and_principal() {
     let (_server, mut client) = start(&[]);
     let port = client.port();
     assert_eq!(get(&mut client, "/peer").text(), format!("Some(\"127.0.0.1:{port}\")"));
@@ -403,7 +403,7 @@ fn the_guest_is_told_who_asks() {
 }
 
 #[test]
-fn the_guest_finds_its_settings_and_no_others() {
+fn guest_reads_its_settings_only() {
     let (_server, mut client) = start(&["--guest-config", "color=blue", "--guest-config", "formula=a=b"]);
     assert_eq!(get(&mut client, "/config/color").text(), "Some(\"blue\")");
     assert_eq!(get(&mut client, "/config/formula").text(), "Some(\"a=b\")");
@@ -411,7 +411,7 @@ fn the_guest_finds_its_settings_and_no_others() {
 }
 
 #[test]
-fn the_guest_finds_nothing_of_the_hosts_surroundings() {
+fn guest_sees_nothing_of_the_environment() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/environment").text(), "[]");
     assert_eq!(get(&mut client, "/arguments").text(), "[]");
@@ -419,7 +419,7 @@ fn the_guest_finds_nothing_of_the_hosts_surroundings() {
 }
 
 #[test]
-fn what_the_guest_prints_is_a_line_of_the_log_with_its_name() {
+fn guest_output_is_logged_with_its_name() {
     let (server, mut client) = start(&[]);
     get(&mut client, "/print/hello-from-inside");
     let line = server.says("hello-from-inside");
@@ -427,7 +427,7 @@ fn what_the_guest_prints_is_a_line_of_the_log_with_its_name() {
 }
 
 #[test]
-fn what_the_guest_prints_cannot_forge_a_line() {
+fn guest_output_cannot_forge_log_lines() {
     let (server, mut client) = start(&[]);
     get(&mut client, "/print-controls");
     let line = server.says("forged");
@@ -435,7 +435,7 @@ fn what_the_guest_prints_cannot_forge_a_line() {
 }
 
 #[test]
-fn a_guest_that_does_not_stop_talking_is_cut_short() {
+fn guest_output_is_limited() {
     let (server, mut client) = start(&["--guest-log-bytes", "16KiB"]);
     get(&mut client, "/chatter");
     server.says("output beyond 16384 bytes in 1s is dropped");

@@ -179,7 +179,7 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
     }
     let server = Server::spawn(serve(data.path()), data);
     refused(&server, "/v1?watch&since=1")
-        .says(410, "changes after sequence 1 were compacted; list the keys again and watch with since=2");
+        .says(410, "changes after sequence 1 were compacted; list the keys again and watch with since=3");
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
     assert_eq!(events.next(), event(3, "put", json!({"key": "stays", "value": "value"})));
 }

@@ -1,6 +1,6 @@
-//! HTTP/1.1 by hand, for tests where bytes, order and the fate of the connection matter; and how keys become paths.
+//! An HTTP/1.1 client for tests in which bytes, order and the end of a connection matter; and paths of keys.
 //!
-//! Owns: one connection, blocking. Must never know: what a server is made of.
+//! Owns: one blocking connection. Must never know: how a server works.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -11,37 +11,37 @@ use socket2::{Domain, Socket, Type};
 
 use crate::server::PATIENCE;
 
-/// Everything but letters, digits and `/`.
+/// All characters except letters, digits and `/`.
 const LONG_FORM: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/');
 
-/// Asks for a stale read, which a standby serves.
+/// Header that requests a stale read, which a standby serves.
 pub const STALE: [(&str, &str); 1] = [("kvs-consistency", "stale")];
 
-/// The path of a key in the short form: a slash is escaped.
+/// Returns the path of a key in the short form: slashes are escaped.
 pub fn short(key: &str) -> String {
     format!("/v1/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))
 }
 
-/// The path of a key in the long form: a slash stays.
+/// Returns the path of a key in the long form: slashes stay.
 pub fn long(key: &str) -> String {
     format!("/v1/key/{}", utf8_percent_encode(key, LONG_FORM))
 }
 
-/// Plain, unless it was made over something else.
+/// A plain stream, or one over TLS.
 pub struct Connection<S: Read = TcpStream> {
     stream: BufReader<S>,
-    /// Lines of the head of every request.
+    /// Header lines of every request.
     headers: String,
 }
 
-/// What a connection can be made over.
+/// Transport of a connection.
 pub trait Stream: Read + Write + Send {}
 
 impl<S: Read + Write + Send> Stream for S {}
 
 type Connect = dyn Fn(SocketAddr) -> io::Result<Box<dyn Stream>> + Send + Sync;
 
-/// How clients come to a server, and the lines by which it knows them.
+/// Way to connect to a server, and the headers that authenticate the client.
 pub struct Way {
     connect: Box<Connect>,
     headers: String,
@@ -66,7 +66,7 @@ impl Default for Way {
     }
 }
 
-/// A connection on which nothing is waited for without end.
+/// Connection with a timeout on every read and write.
 pub fn plain(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     ready(&stream)?;
@@ -87,7 +87,7 @@ pub struct Response {
 }
 
 impl Response {
-    /// The value of a header that is there once.
+    /// Returns the value of a header that occurs once.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut values = self.headers.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name));
         let value = values.next().map(|(_, value)| value.as_str());
@@ -99,14 +99,14 @@ impl Response {
         std::str::from_utf8(&self.body).expect("the body is text")
     }
 
-    /// The sequence in the ETag.
+    /// Returns the sequence in the ETag.
     pub fn etag(&self) -> Option<u64> {
         let quoted = self.header("etag")?;
         let sequence = quoted.strip_prefix('"').and_then(|quoted| quoted.strip_suffix('"')?.parse().ok());
         Some(sequence.unwrap_or_else(|| panic!("the ETag is not a sequence in quotes: {quoted}")))
     }
 
-    /// Checks an answer that is one line of text.
+    /// Checks a response of one line of text.
     #[track_caller]
     pub fn says(&self, status: u16, text: &str) {
         assert_eq!((self.status, self.text()), (status, format!("{text}\n").as_str()));
@@ -123,7 +123,7 @@ impl Connection {
         plain(address).map(Self::over)
     }
 
-    /// As another address of this machine.
+    /// Connects from another address of this machine.
     pub fn open_from(local: &str, address: SocketAddr) -> Self {
         let connect = || {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
@@ -135,12 +135,12 @@ impl Connection {
         connect().unwrap_or_else(|error| panic!("no connection from {local} to {address}: {error}"))
     }
 
-    /// Nothing more will be sent; what comes can still be read.
+    /// Closes the sending side; responses can still be read.
     pub fn finish(&self) {
         self.stream.get_ref().shutdown(Shutdown::Write).expect("a connection can be shut down");
     }
 
-    /// Checks that nothing has come, and nothing comes for a while.
+    /// Checks that nothing has arrived, and nothing arrives for a while.
     pub fn is_silent_for(&mut self, time: Duration) -> bool {
         self.stream.get_ref().set_read_timeout(Some(time)).expect("the time is not zero");
         let waited = self.stream.fill_buf().map(<[u8]>::len);
@@ -148,7 +148,7 @@ impl Connection {
         matches!(waited, Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
     }
 
-    /// The port of this side, by which the server's log lines tell connections apart.
+    /// Returns the local port, by which the server's log lines name the connection.
     pub fn port(&self) -> u16 {
         self.stream.get_ref().local_addr().expect("a connected socket has an address").port()
     }
@@ -159,7 +159,7 @@ impl<S: Read + Write> Connection<S> {
         Self { stream: BufReader::new(stream), headers: String::new() }
     }
 
-    /// What it was made over.
+    /// Returns the transport.
     pub fn stream(&self) -> &S {
         self.stream.get_ref()
     }
@@ -168,18 +168,18 @@ impl<S: Read + Write> Connection<S> {
         self.stream.get_mut().write_all(bytes.as_ref()).expect("the connection takes what is sent");
     }
 
-    /// Sends what the peer may already refuse to read.
+    /// Sends bytes that the peer may not read any more.
     pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.stream.get_mut().write_all(bytes.as_ref())
     }
 
-    /// One request with a body, and its response.
+    /// Sends a request with a body and returns its response.
     #[track_caller]
     pub fn ask(&mut self, method: &str, path: &str, body: &[u8]) -> Response {
         self.try_ask(method, path, body).unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
     }
 
-    /// As `ask`, with these headers too.
+    /// As `ask`, with additional headers.
     #[track_caller]
     pub fn ask_with(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
@@ -187,7 +187,7 @@ impl<S: Read + Write> Connection<S> {
             .unwrap_or_else(|error| panic!("no answer to {method} {path}: {error}"))
     }
 
-    /// Asks, and reads no more than the head of the response.
+    /// Sends a request and reads the head of the response only.
     #[track_caller]
     pub fn ask_for_head(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Response {
         self.try_ask_for_head(method, path, headers)
@@ -200,7 +200,7 @@ impl<S: Read + Write> Connection<S> {
         self.try_read(true)
     }
 
-    /// The next piece of a chunked body; none at its end.
+    /// Returns the next chunk of a body; `None` at its end.
     #[track_caller]
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
         self.try_chunk().unwrap_or_else(|error| panic!("no chunk: {error}"))
@@ -216,17 +216,17 @@ impl<S: Read + Write> Connection<S> {
         Ok((length > 0).then_some(chunk))
     }
 
-    /// As `ask`; an error when the connection ended before the whole response was here.
+    /// As `ask`; an error when the connection ended before the whole response arrived.
     pub fn try_ask(&mut self, method: &str, path: &str, body: &[u8]) -> io::Result<Response> {
         self.try_ask_with(method, path, "", body)
     }
 
-    /// As `try_ask`, with these lines in the head too.
+    /// As `try_ask`, with additional header lines.
     pub fn try_ask_with(&mut self, method: &str, path: &str, lines: &str, body: &[u8]) -> io::Result<Response> {
         let (standing, length) = (&self.headers, body.len());
         let head =
             format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\n{standing}{lines}content-length: {length}\r\n\r\n");
-        // Together, so that small requests are one packet.
+        // In one write, so that small requests are one packet.
         if length <= 64 << 10 {
             self.try_send([head.as_bytes(), body].concat())?;
         } else {
@@ -236,7 +236,7 @@ impl<S: Read + Write> Connection<S> {
         self.try_read(method == "HEAD")
     }
 
-    /// The next response.
+    /// Reads the next response.
     #[track_caller]
     pub fn read(&mut self) -> Response {
         self.try_read(false).unwrap_or_else(|error| panic!("no response: {error}"))
@@ -276,11 +276,11 @@ impl<S: Read + Write> Connection<S> {
         String::from_utf8(line).map_err(io::Error::other)
     }
 
-    /// Waits until the peer closes, and gives what came before.
+    /// Waits until the peer closes, and returns what it sent before.
     pub fn end(&mut self) -> String {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
-            // A reset is a close too: it says that not all was read.
+            // A reset is a close too: the peer had not read everything.
             Err(error) if error.kind() != ErrorKind::ConnectionReset => {
                 panic!("not closed but {error}, after {:?}", String::from_utf8_lossy(&rest))
             }

@@ -1,15 +1,15 @@
-//! Keys and values of every kind: those that are easy to get wrong, among many that are not.
+//! Random keys and values, difficult ones among them.
 //!
-//! Owns: the dice. A run prints its seed, and the same seed gives the same run.
+//! Owns: the random generator. A run prints its seed, and the same seed repeats the run.
 
 use std::collections::HashSet;
 
 use fastrand::Rng;
 
-/// Set to the seed of a failed run to have it again.
+/// Variable with the seed of a failed run, to repeat it.
 const SEED: &str = "KVS_TEST_SEED";
 
-/// Dice with a seed that is printed, for when the test fails.
+/// Returns a random generator, and prints its seed.
 pub fn dice() -> Rng {
     let seed = std::env::var(SEED).ok().map(|seed| seed.parse().expect("the seed is a number"));
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
@@ -17,7 +17,7 @@ pub fn dice() -> Rng {
     Rng::with_seed(seed)
 }
 
-/// This many different keys, all within the rules.
+/// Returns this number of different valid keys.
 pub fn keys(rng: &mut Rng, count: usize) -> Vec<String> {
     let mut seen = HashSet::new();
     let mut keys = Vec::with_capacity(count);
@@ -39,7 +39,7 @@ pub fn keys(rng: &mut Rng, count: usize) -> Vec<String> {
     keys
 }
 
-/// Said again, without the code under test.
+/// A second implementation of the rules, without the code under test.
 fn is_allowed(key: &str) -> bool {
     let dots = key.split('/').any(|segment| segment == "." || segment == "..");
     (1..=1_024).contains(&key.len()) && !key.chars().any(char::is_control) && !dots
@@ -64,7 +64,7 @@ fn key(rng: &mut Rng, n: usize) -> String {
     }
 }
 
-/// As long as a key may be, or a little shorter where a character does not fit.
+/// Returns a key of the largest size, or slightly shorter where a character does not fit.
 fn padded(mut text: String, with: char, bytes: usize) -> String {
     while text.len() + with.len_utf8() <= bytes {
         text.push(with);
@@ -72,12 +72,12 @@ fn padded(mut text: String, with: char, bytes: usize) -> String {
     text
 }
 
-/// Keys against the rules: tabs and newlines, which would break the lines of a text log.
+/// Invalid keys: tabs and newlines, which would break the lines of a text log.
 pub fn control_keys() -> Vec<String> {
     ["\t", "\n", "a\tb", "a\nb", "a\r\nb", "1\t2\tkey\tvalue", "\u{0}", "a\u{7f}", "a\u{85}"].map(str::to_owned).into()
 }
 
-/// A value, mostly small.
+/// Returns a value, mostly a small one.
 pub fn value(rng: &mut Rng) -> Vec<u8> {
     match rng.u8(0..10) {
         0 => Vec::new(),
@@ -86,7 +86,7 @@ pub fn value(rng: &mut Rng) -> Vec<u8> {
         3 => format!("{}\t1\tkey-a\n", rng.u16(..)).into_bytes(),
         4 => vec![0; rng.usize(1..600)],
         5 => {
-            // What the file log puts at the head of a batch, at a place where one could begin.
+            // The magic of a frame, where one could begin.
             let mut value = vec![0; 8 * rng.usize(0..8)];
             value.extend(b"FRME");
             value.resize(value.len() + 60, rng.u8(..));
@@ -96,7 +96,7 @@ pub fn value(rng: &mut Rng) -> Vec<u8> {
     }
 }
 
-/// A value that is large, and unlike others.
+/// Returns a large, unique value.
 pub fn large_value(rng: &mut Rng) -> Vec<u8> {
     let mut value = vec![0; 1 << 20];
     rng.fill(&mut value);

@@ -49,6 +49,17 @@ pub fn line(status: u16, text: &str) -> Response {
     }
 }
 
+/// Response header of an error: its stable code, for programs, and parameters of it. The host sends both as fields of
+/// `application/problem+json` too, and derives the code from the status where there is none.
+const ERROR: &str = "kvs-error";
+/// Codes that are used in several places.
+pub const NO_SUCH_KEY: &str = "no_such_key";
+
+/// An error with a code of its own.
+pub fn problem(status: u16, code: &str, text: &str) -> Response {
+    with(line(status, text), header(ERROR, code))
+}
+
 /// What is asked for, in JSON. Without a read sequence, it depends on everything there is.
 pub fn json(body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
@@ -64,10 +75,8 @@ pub fn json(body: &impl Serialize) -> Response {
 pub fn not_stored(error: AppendError) -> Response {
     match error {
         AppendError::InsufficientStorage => line(507, "no room is left, on disk or in memory; nothing was stored"),
-        AppendError::Unavailable => {
-            with(line(503, "the log takes no writes at the moment; nothing was stored"), header("retry-after", "1"))
-        }
-        AppendError::ReadOnly => line(403, "writes are not allowed here; nothing was stored"),
+        AppendError::Unavailable => line(503, "the log takes no writes at the moment; nothing was stored"),
+        AppendError::ReadOnly => problem(403, "read_only", "writes are not allowed here; nothing was stored"),
         AppendError::TooLarge(_) => line(413, "this is too large for the log; nothing was stored"),
         AppendError::InvalidKey => line(400, "the host rejects the key; nothing was stored"),
     }

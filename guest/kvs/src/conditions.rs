@@ -42,6 +42,11 @@ struct Tag {
     opaque: Vec<u8>,
 }
 
+/// Whether there are conditions among these headers.
+pub fn are_in(headers: &[Header]) -> bool {
+    headers.iter().any(|header| header.name == IF_MATCH || header.name == IF_NONE_MATCH)
+}
+
 impl Conditions {
     pub fn sent(headers: &[Header]) -> Result<Self, Malformed> {
         Ok(Self { if_match: Tags::sent(headers, IF_MATCH)?, if_none_match: Tags::sent(headers, IF_NONE_MATCH)? })

@@ -19,6 +19,18 @@ const OF_CURL: &str = "application/x-www-form-urlencoded";
 
 const MAX_BYTES: usize = 256;
 
+/// Bytes of a token (RFC 9110, section 5.6.2). Every GET checks a content type, so this is a table.
+const IN_TOKEN: [bool; 256] = {
+    let mut is_in = [false; 256];
+    let mut byte = 0;
+    while byte < 128 {
+        is_in[byte] = matches!(byte as u8, b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z')
+            || matches!(byte as u8, b'!' | b'#'..=b'\'' | b'*' | b'+' | b'-' | b'.' | b'^'..=b'`' | b'|' | b'~');
+        byte += 1;
+    }
+    is_in
+};
+
 /// Why a content type cannot be kept, as one line of text.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Unfit {
@@ -85,8 +97,8 @@ fn media_type(text: &str) -> Option<()> {
 
 /// What comes after a token, which is at least one character.
 fn token(text: &str) -> Option<&str> {
-    let rest = text.trim_start_matches(|next: char| next.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(next));
-    (rest.len() < text.len()).then_some(rest)
+    let end = text.bytes().position(|next| !IN_TOKEN[usize::from(next)]).unwrap_or(text.len());
+    (end > 0).then(|| &text[end..])
 }
 
 /// What comes after the rest of a quoted string, in which a backslash takes away what the next character means.

@@ -15,15 +15,19 @@ const HEAD: usize = 16;
 pub struct Item(Box<[u8]>);
 
 impl Item {
-    /// What an entry of the log puts.
+    /// What an event puts.
     pub fn new(sequence: u64, put: &Put) -> Self {
-        let Put { key, value, metadata, expires_at_ms: expires } = put;
+        Self::of(sequence, put.key.as_bytes(), &put.value, &put.metadata, put.expires_at_ms)
+    }
+
+    /// What an entry of the log puts. The key is UTF-8.
+    pub fn of(sequence: u64, key: &[u8], value: &[u8], metadata: &[(String, String)], expires: Option<u64>) -> Self {
         let tail = if expires.is_none() && metadata.is_empty() { 0 } else { 9 + metadata_bytes(metadata) };
         let mut bytes = Vec::with_capacity(HEAD + key.len() + value.len() + tail);
         bytes.extend(sequence.to_le_bytes());
         bytes.extend(length(key.len()));
         bytes.extend(length(value.len()));
-        bytes.extend(key.as_bytes());
+        bytes.extend(key);
         bytes.extend(value);
         if tail > 0 {
             bytes.push(expires.is_some().into());
@@ -74,6 +78,11 @@ impl Item {
             str::from_utf8(text).ok()
         };
         std::iter::from_fn(move || Some((text()?, text()?)))
+    }
+
+    /// Metadata as an entry of the log has it.
+    pub fn owned_metadata(&self) -> Vec<(String, String)> {
+        self.metadata().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
     /// Key and value.
@@ -128,8 +137,7 @@ mod tests {
             let item = Item::new(sequence, &put);
             prop_assert_eq!((item.sequence(), item.key()), (sequence, put.key.as_bytes()));
             prop_assert_eq!((item.value(), item.expires()), (put.value.as_slice(), put.expires_at_ms));
-            let metadata = item.metadata().map(|(name, value)| (name.to_owned(), value.to_owned()));
-            prop_assert_eq!(metadata.collect::<Vec<_>>(), put.metadata);
+            prop_assert_eq!(item.owned_metadata(), put.metadata);
             prop_assert_eq!(item.bytes(), (put.key.len() + put.value.len()) as u64);
         }
     }

@@ -8,12 +8,17 @@ pub mod allocator;
 pub mod answer;
 pub mod conditions;
 pub mod content_type;
+mod duration;
 pub mod item;
 pub mod key;
 mod list;
+mod many;
+mod modify;
+mod number;
 mod operation;
 mod order;
 mod percent;
+mod prefix;
 pub mod query;
 mod range;
 pub mod rest;
@@ -26,15 +31,16 @@ mod transaction;
 mod unkept;
 mod value;
 mod watch;
+mod write;
 
 use std::cell::RefCell;
 
-use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::lifecycle::{Batch, Description, Statistics};
 use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::http::{Request, Response};
 use kvs::store::response_cache::reuse;
-use kvs::store::transaction_log::{AppendError, Entry, Event, append};
+use kvs::store::transaction_log::{AppendError, Event, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 
 wit_bindgen::generate!({
@@ -81,8 +87,8 @@ pub struct Component;
 #[macro_export]
 macro_rules! default_lifecycle {
     () => {
-        fn apply(entries: Vec<$crate::kvs::store::transaction_log::Entry>) {
-            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(entries);
+        fn apply(batch: $crate::exports::kvs::store::lifecycle::Batch) {
+            <$crate::Component as $crate::exports::kvs::store::lifecycle::Guest>::apply(batch);
         }
 
         fn tick(now_ms: u64) -> Option<u64> {
@@ -128,12 +134,8 @@ impl lifecycle::Guest for Component {
         }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        STORE.with_borrow_mut(|store| {
-            for entry in entries {
-                store.replay(entry.sequence, &entry.event);
-            }
-        });
+    fn apply(batch: Batch) {
+        STORE.with_borrow_mut(|store| store.replay(&batch));
     }
 
     fn tick(now_ms: u64) -> Option<u64> {

@@ -7,12 +7,14 @@ use std::fmt;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::content_type;
+use crate::duration;
 use crate::key;
 use crate::kvs::store::transaction_log::Put;
 use crate::text;
-use crate::value::MAX_TTL;
+use crate::write::MAX_TTL;
 
 const MAX_OPERATIONS: usize = 1_000;
 const MAX_BYTES: usize = 1 << 20;
@@ -32,7 +34,11 @@ struct Sent {
     #[serde(default, deserialize_with = "said")]
     content_type: Option<String>,
     #[serde(default, deserialize_with = "said")]
-    ttl: Option<u64>,
+    json: Option<Box<RawValue>>,
+    #[serde(default, deserialize_with = "said")]
+    ttl: Option<Ttl>,
+    #[serde(default, deserialize_with = "said")]
+    delta: Option<i64>,
     /// `null` is no such key.
     #[serde(default, deserialize_with = "said")]
     etag: Option<Option<String>>,
@@ -45,6 +51,7 @@ pub enum Op {
     Put,
     Delete,
     Get,
+    Add,
 }
 
 /// What is to be done.
@@ -53,6 +60,11 @@ pub enum Operation {
     Put(Put),
     Delete,
     Get,
+    /// With a new expiry, when there is one.
+    Add {
+        delta: i64,
+        expires: Option<u64>,
+    },
 }
 
 /// What a check wants to find.
@@ -60,7 +72,11 @@ pub enum Expected {
     Nothing,
     Something,
     Tag(String),
+    Value(Vec<u8>),
 }
+
+/// A time to live, in milliseconds: a number of seconds, or a duration in text.
+struct Ttl(Option<u64>);
 
 /// Why a transaction is refused: the status, and one line.
 pub type Refused = (u16, String);
@@ -79,33 +95,47 @@ pub fn operations(body: &[u8], now: u64) -> Result<Vec<(String, Operation)>, Ref
 
 /// Checks what JSON cannot say.
 fn operation(sent: Sent, now: u64) -> Result<(String, Operation), String> {
-    let Sent { op, key, value, value_base64, content_type, ttl, etag } = sent;
+    let Sent { op, key, value, value_base64, content_type, json, ttl, delta, etag } = sent;
     key::check(&key).map_err(|no_key| no_key.to_string())?;
     let given = [
-        ("value", value.is_some(), op == Op::Put),
-        ("value_base64", value_base64.is_some(), op == Op::Put),
+        ("value", value.is_some(), matches!(op, Op::Put | Op::Check)),
+        ("value_base64", value_base64.is_some(), matches!(op, Op::Put | Op::Check)),
         ("content_type", content_type.is_some(), op == Op::Put),
-        ("ttl", ttl.is_some(), op == Op::Put),
+        ("json", json.is_some(), op == Op::Put),
+        ("ttl", ttl.is_some(), matches!(op, Op::Put | Op::Add)),
+        ("delta", delta.is_some(), op == Op::Add),
         ("etag", etag.is_some(), op == Op::Check),
     ];
     if let Some((name, ..)) = given.into_iter().find(|(_, is_there, belongs)| *is_there && !belongs) {
         return Err(format!("`{name}` does not belong to it"));
     }
+    let expires = match ttl {
+        None => None,
+        Some(Ttl(Some(ttl))) if (1..=MAX_TTL).contains(&ttl) => Some(now.saturating_add(ttl)),
+        Some(Ttl(_)) => return Err(format!("`ttl` must be {}", duration::Within(1..=MAX_TTL))),
+    };
     let operation = match op {
-        Op::Check => Operation::Check(match etag.ok_or("`etag` is missing")? {
-            None => Expected::Nothing,
-            Some(any) if any == "*" => Expected::Something,
-            Some(tag) if is_tag(&tag) => Expected::Tag(tag),
-            Some(_) => return Err(r#"`etag` must be null, "*", or an entity tag like "\"5\"""#.to_owned()),
+        Op::Check => Operation::Check(match (etag, value.is_some() || value_base64.is_some()) {
+            (None, true) => Expected::Value(text::value(value, value_base64)?),
+            (None, false) => return Err("`etag`, `value` or `value_base64` is missing".to_owned()),
+            (Some(_), true) => return Err("`etag` and a value are both there".to_owned()),
+            (Some(None), false) => Expected::Nothing,
+            (Some(Some(any)), false) if any == "*" => Expected::Something,
+            (Some(Some(tag)), false) if is_tag(&tag) => Expected::Tag(tag),
+            (Some(Some(_)), false) => {
+                return Err(r#"`etag` must be null, "*", or an entity tag like "\"5\"""#.to_owned());
+            }
         }),
         Op::Put => {
-            let value = text::value(value, value_base64)?;
+            let (value, content_type) = match json {
+                None => (text::value(value, value_base64)?, content_type),
+                Some(_) if value.is_some() || value_base64.is_some() => {
+                    return Err("`json` and another value are both there".to_owned());
+                }
+                Some(json) => (json.get().into(), content_type.or(Some("application/json".to_owned()))),
+            };
             let content_type = content_type.map(content_type::fit).transpose().map_err(|unfit| unfit.to_string())?;
             let metadata = content_type.flatten().map(|value| (content_type::NAME.to_owned(), value));
-            if ttl.is_some_and(|ttl| !(1..=MAX_TTL).contains(&ttl)) {
-                return Err(format!("`ttl` must be a whole number from 1 to {MAX_TTL}"));
-            }
-            let expires = ttl.map(|ttl| now.saturating_add(ttl * 1_000));
             Operation::Put(Put {
                 key: key.clone(),
                 value,
@@ -115,6 +145,7 @@ fn operation(sent: Sent, now: u64) -> Result<(String, Operation), String> {
         }
         Op::Delete => Operation::Delete,
         Op::Get => Operation::Get,
+        Op::Add => Operation::Add { delta: delta.ok_or("`delta` is missing")?, expires },
     };
     Ok((key, operation))
 }
@@ -127,6 +158,28 @@ fn is_tag(text: &str) -> bool {
 /// A field that is there. `null` is a value of its own, and only good where it means something.
 fn said<'de, D: Deserializer<'de>, T: Deserialize<'de>>(field: D) -> Result<Option<T>, D::Error> {
     T::deserialize(field).map(Some)
+}
+
+impl<'de> Deserialize<'de> for Ttl {
+    fn deserialize<D: Deserializer<'de>>(field: D) -> Result<Self, D::Error> {
+        struct Duration;
+        impl Visitor<'_> for Duration {
+            type Value = Ttl;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number of seconds or a duration")
+            }
+
+            fn visit_u64<E>(self, seconds: u64) -> Result<Ttl, E> {
+                Ok(Ttl(seconds.checked_mul(1_000)))
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Ttl, E> {
+                Ok(Ttl(duration::parse(text)))
+            }
+        }
+        field.deserialize_any(Duration)
+    }
 }
 
 /// All operations of a transaction, in order. An error names the one it is in.

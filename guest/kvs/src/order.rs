@@ -124,6 +124,24 @@ impl Order {
         first.iter().chain(chunks.flatten()).map(|member| member.number)
     }
 
+    /// The numbers before a place, in the opposite order.
+    pub fn walk_back(&self, until: Place) -> impl Iterator<Item = u32> {
+        let chunks = self.chunks.get(..until.chunk).unwrap_or_default().iter().map(|chunk| &chunk.members);
+        let first = self.chunks.get(until.chunk).and_then(|chunk| chunk.members.get(..until.index)).unwrap_or_default();
+        first.iter().rev().chain(chunks.rev().flat_map(|members| members.iter().rev())).map(|member| member.number)
+    }
+
+    /// How many numbers are before a place. Costs a look at each chunk.
+    pub fn count_before(&self, place: Place) -> usize {
+        let before = self.chunks.get(..place.chunk).unwrap_or_default();
+        before.iter().map(|chunk| chunk.members.len()).sum::<usize>() + place.index
+    }
+
+    /// The place behind all numbers.
+    pub fn end(&self) -> Place {
+        Place { chunk: self.chunks.len(), index: 0 }
+    }
+
     /// The first place whose key is not less.
     pub fn place<'k>(&self, wanted: &[u8], key: impl Fn(u32) -> &'k [u8]) -> Place {
         // The last chunk that begins with less has it, unless all in it is less: then it is that chunk's end.

@@ -7,6 +7,8 @@ use std::ops::RangeInclusive;
 
 use thiserror::Error;
 
+use crate::duration;
+use crate::key::{self, NoKey};
 use crate::percent::{self, Undecodable};
 
 /// Characters of a parameter's name that are worth repeating.
@@ -23,6 +25,12 @@ pub enum BadQuery {
     Undecodable(&'static str, Undecodable),
     #[error("query parameter `{0}` must be {1}")]
     Unfit(&'static str, String),
+    #[error("query parameter `{0}` is missing: {1}")]
+    Missing(&'static str, &'static str),
+    #[error("query parameter `{0}` does not go with `{1}`")]
+    DoesNotFit(&'static str, &'static str),
+    #[error("query parameter `{0}` is no key: {1}")]
+    NoKey(&'static str, NoKey),
 }
 
 /// A parameter that was given: its name, and its value decoded.
@@ -37,20 +45,42 @@ pub fn parameters<'q, const N: usize>(
     query: &'q str,
     known: [&'static str; N],
 ) -> Result<[Option<Parameter<'q>>; N], BadQuery> {
+    with_repeated(query, known, []).map(|(found, [])| found)
+}
+
+/// Parameters that are there at most once, and those that can be there several times.
+pub type Found<'q, const N: usize, const M: usize> = ([Option<Parameter<'q>>; N], [Vec<Parameter<'q>>; M]);
+
+/// As `parameters`, with some that can be there several times.
+pub fn with_repeated<'q, const N: usize, const M: usize>(
+    query: &'q str,
+    known: [&'static str; N],
+    repeated: [&'static str; M],
+) -> Result<Found<'q, N, M>, BadQuery> {
     let mut found = known.map(|_| None);
+    let mut lists = repeated.map(|_| Vec::new());
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        let (&name, found) = known
-            .iter()
-            .zip(&mut found)
-            .find(|(known, _)| **known == name)
-            .ok_or_else(|| BadQuery::Unknown(printable(name)))?;
-        let value = percent::decode_query(value).map_err(|undecodable| BadQuery::Undecodable(name, undecodable))?;
-        if found.replace(Parameter { name, value }).is_some() {
+        let decoded = |name| {
+            let value = percent::decode_query(value).map_err(|undecodable| BadQuery::Undecodable(name, undecodable))?;
+            Ok(Parameter { name, value })
+        };
+        if let Some((name, list)) = repeated.iter().zip(&mut lists).find(|(repeated, _)| **repeated == name) {
+            list.push(decoded(name)?);
+            continue;
+        }
+        let known = known.iter().zip(&mut found).find(|(known, _)| **known == name);
+        let (&name, found) = known.ok_or_else(|| BadQuery::Unknown(printable(name)))?;
+        if found.replace(decoded(name)?).is_some() {
             return Err(BadQuery::Twice(name));
         }
     }
-    Ok(found)
+    Ok((found, lists))
+}
+
+/// Whether a query has a parameter of this name.
+pub fn has(query: &str, name: &str) -> bool {
+    query.split('&').any(|parameter| parameter.split('=').next() == Some(name))
 }
 
 /// A query that has no parameters.
@@ -62,7 +92,7 @@ fn printable(name: &str) -> String {
     name.chars().filter(|character| !character.is_control()).take(ECHOED_CHARACTERS).collect()
 }
 
-impl Parameter<'_> {
+impl<'q> Parameter<'q> {
     /// A whole number, in digits alone.
     pub fn number(&self, allowed: RangeInclusive<u64>) -> Result<u64, BadQuery> {
         digits(&self.value)
@@ -70,12 +100,25 @@ impl Parameter<'_> {
             .ok_or_else(|| self.unfit(format!("a whole number from {} to {}", allowed.start(), allowed.end())))
     }
 
-    /// A time in whole seconds: `10s`.
-    pub fn seconds(&self, allowed: RangeInclusive<u64>) -> Result<u64, BadQuery> {
-        let number = self.value.strip_suffix('s').filter(|number| !number.is_empty()).and_then(digits);
-        number.filter(|number| allowed.contains(number)).ok_or_else(|| {
-            self.unfit(format!("a whole number of seconds from {}s to {}s", allowed.start(), allowed.end()))
-        })
+    /// A duration, in milliseconds: `10`, `10s`, `500ms`.
+    pub fn duration(&self, allowed: RangeInclusive<u64>) -> Result<u64, BadQuery> {
+        let duration = duration::parse(&self.value).filter(|duration| allowed.contains(duration));
+        duration.ok_or_else(|| self.unfit(duration::Within(allowed).to_string()))
+    }
+
+    /// A key, which keeps the rules for keys.
+    pub fn key(self) -> Result<Cow<'q, str>, BadQuery> {
+        key::check(&self.value).map_err(|no_key| BadQuery::NoKey(self.name, no_key))?;
+        Ok(self.value)
+    }
+
+    /// `true` or `false`.
+    pub fn flag(&self) -> Result<bool, BadQuery> {
+        match &*self.value {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            _ => Err(self.unfit("true or false")),
+        }
     }
 
     /// What is wrong with its value.
@@ -99,6 +142,9 @@ mod tests {
         let parameter = |name, value: &'static str| Some(Parameter { name, value: value.into() });
         assert_eq!(found, [parameter("a", ""), parameter("b", "x y&"), None]);
         assert_eq!(nothing("&"), Ok(()));
+        let (once, [list]) = with_repeated("b=1&a=2&b=%33", ["a"], ["b"]).expect("all are known");
+        assert_eq!(once, [parameter("a", "2")]);
+        assert_eq!(list.into_iter().map(Some).collect::<Vec<_>>(), [parameter("b", "1"), parameter("b", "3")]);
     }
 
     #[test]
@@ -133,12 +179,13 @@ mod tests {
     }
 
     #[test]
-    fn a_time_is_a_number_of_seconds_within_its_bounds() {
-        let seconds = |value: &'static str| Parameter { name: "a", value: value.into() }.seconds(1..=10);
-        assert_eq!((seconds("1s"), seconds("10s")), (Ok(1), Ok(10)));
-        for value in ["0s", "11s", "", "s", "10", "1 s", "1S", "1ms", "1.0s", "-1s", "1ss", "99999999999999999999s"] {
-            let told = seconds(value).expect_err(value).to_string();
-            assert_eq!(told, "query parameter `a` must be a whole number of seconds from 1s to 10s", "{value}");
+    fn duration_is_within_its_bounds() {
+        let duration = |value: &'static str| Parameter { name: "a", value: value.into() }.duration(1..=10_000);
+        assert_eq!((duration("1ms"), duration("10"), duration("10s")), (Ok(1), Ok(10_000), Ok(10_000)));
+        for value in ["0", "11s", "10001ms", "", "ten"] {
+            let reason = duration(value).expect_err(value).to_string();
+            let expected = "query parameter `a` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 10s";
+            assert_eq!(reason, expected, "{value}");
         }
     }
 }

@@ -7,9 +7,10 @@
 use std::collections::BTreeMap;
 use std::{mem, slice};
 
+use crate::exports::kvs::store::lifecycle::Batch;
 use crate::item::Item;
 use crate::kvs::store::transaction_log::{AppendError, Event};
-use crate::order::Order;
+use crate::order::{Order, Place};
 use crate::table::Table;
 
 /// Expired keys that one tick deletes, at most: a few milliseconds' work, during which no request is served.
@@ -60,29 +61,49 @@ impl Store {
 
     /// Takes in what was just appended.
     pub fn apply(&mut self, sequence: u64, event: &Event) {
-        self.replay(sequence, event);
-        self.settle();
+        self.replace(sequence, event);
     }
 
-    /// Takes in what an entry did, in the order of the log. Puts off some work, which is less for many at once.
-    pub fn replay(&mut self, sequence: u64, event: &Event) {
-        match event {
-            Event::Put(put) => {
-                let item = Item::new(sequence, put);
-                let (expires, bytes) = (item.expires(), item.bytes());
-                let slot = self.put(item);
-                self.bytes += bytes;
-                if let Some(expires) = expires {
-                    self.expiries.insert((expires, sequence), slot);
-                }
-            }
-            Event::Delete(key) => {
-                if let Some(old) = self.remove(key.as_bytes()) {
-                    self.forget(&old);
-                    self.newest_delete = sequence;
-                }
-            }
+    /// As `apply`. Returns the item that was at the key before.
+    pub fn replace(&mut self, sequence: u64, event: &Event) -> Option<Item> {
+        let before = match event {
+            Event::Put(put) => self.take_in(Item::new(sequence, put)),
+            Event::Delete(key) => self.take_away(sequence, key.as_bytes()),
+        };
+        self.settle();
+        before
+    }
+
+    /// Takes in what entries did, in the order of the log. Puts off some work, which is less for many at once.
+    pub fn replay(&mut self, batch: &Batch) {
+        let mut rest = &batch.bytes[..];
+        for entry in &batch.entries {
+            let key = take(&mut rest, entry.key_bytes);
+            let Some(put) = &entry.put else {
+                self.take_away(entry.sequence, key);
+                continue;
+            };
+            let value = take(&mut rest, put.value_bytes);
+            let metadata = put.metadata.map_or(&[][..], |index| &batch.metadata[index as usize]);
+            self.take_in(Item::of(entry.sequence, key, value, metadata, put.expires_at_ms));
         }
+    }
+
+    fn take_in(&mut self, item: Item) -> Option<Item> {
+        let (sequence, expires, bytes) = (item.sequence(), item.expires(), item.bytes());
+        let (slot, before) = self.put(item);
+        self.bytes += bytes;
+        if let Some(expires) = expires {
+            self.expiries.insert((expires, sequence), slot);
+        }
+        before
+    }
+
+    fn take_away(&mut self, sequence: u64, key: &[u8]) -> Option<Item> {
+        let before = self.remove(key)?;
+        self.forget(&before);
+        self.newest_delete = sequence;
+        Some(before)
     }
 
     /// Does what was put off.
@@ -101,15 +122,15 @@ impl Store {
         self.table.find(key, |slot| self.slots[slot as usize].key() == key)
     }
 
-    /// Puts an item into the slot of its key, or into one that is empty.
-    fn put(&mut self, item: Item) -> u32 {
+    /// Puts an item into the slot of its key, or into one that is empty. Returns also the item that was there before.
+    fn put(&mut self, item: Item) -> (u32, Option<Item>) {
         let free = self.free.last().copied();
         let slot = free.unwrap_or(self.slots.len() as u32);
         let key = item.key();
         if let Some(slot) = self.table.find_or_insert(key, slot, |slot| self.slots[slot as usize].key() == key) {
             let old = mem::replace(&mut self.slots[slot as usize], item);
             self.forget(&old);
-            return slot;
+            return (slot, Some(old));
         }
         if free.is_some() {
             self.free.pop();
@@ -122,7 +143,7 @@ impl Store {
         } else if self.slots.len() - self.ordered >= DISORDER {
             self.settle();
         }
-        slot
+        (slot, None)
     }
 
     fn remove(&mut self, key: &[u8]) -> Option<Item> {
@@ -183,15 +204,52 @@ impl Store {
     }
 }
 
+/// The next bytes of a batch.
+fn take<'b>(rest: &mut &'b [u8], length: u32) -> &'b [u8] {
+    let (taken, after) = rest.split_at(length as usize);
+    *rest = after;
+    taken
+}
+
 /// A store with nothing put off.
 pub struct InOrder<'s>(&'s Store);
 
+/// Expired keys that a count passes over, at most: some milliseconds' work.
+const MOST_EXPIRED: usize = 100_000;
+
 impl<'s> InOrder<'s> {
+    /// The items before a key, or all, from the last one back, with those that have expired and wait for a tick.
+    pub fn range_back(&self, until: Option<&[u8]>) -> impl Iterator<Item = &'s Item> + use<'s> {
+        let Store { slots, order, .. } = self.0;
+        let place = until.map_or_else(|| order.end(), |until| self.place(until));
+        order.walk_back(place).map(|slot| &slots[slot as usize])
+    }
+
+    /// How many keys from `least` on and before `most`, or to the end, have not expired. None when too many have that wait
+    /// for a tick.
+    pub fn count(&self, least: &[u8], most: Option<&[u8]>, now: u64) -> Option<usize> {
+        let Store { slots, order, expiries, .. } = self.0;
+        let end = most.map_or_else(|| order.end(), |most| self.place(most));
+        let held = order.count_before(end).saturating_sub(order.count_before(self.place(least)));
+        let mut expired = 0;
+        for (passed, (_, slot)) in expiries.range(..=(now, u64::MAX)).enumerate() {
+            if passed == MOST_EXPIRED {
+                return None;
+            }
+            let key = slots[*slot as usize].key();
+            expired += usize::from(key >= least && most.is_none_or(|most| key < most));
+        }
+        Some(held - expired)
+    }
+
+    fn place(&self, key: &[u8]) -> Place {
+        self.0.order.place(key, |slot| self.0.slots[slot as usize].key())
+    }
+
     /// The items from a key on, by the bytes of their keys, with those that have expired and wait for a tick.
     pub fn range(&self, from: &[u8]) -> impl Iterator<Item = &'s Item> + use<'s> {
         let Store { slots, order, .. } = self.0;
-        let place = order.place(from, |slot| slots[slot as usize].key());
-        order.walk(place).map(|slot| &slots[slot as usize])
+        order.walk(self.place(from)).map(|slot| &slots[slot as usize])
     }
 }
 

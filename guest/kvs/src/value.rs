@@ -1,29 +1,24 @@
-//! One key: GET, HEAD, PUT and DELETE.
+//! Reads of one key: GET and HEAD.
 //!
-//! Owns: what each of them means, and what its answer rests on. Must never know: how items are kept.
+//! Owns: their meaning, and what their responses depend on. Must never know: how items are kept, or how they change.
 
-use std::borrow::Cow;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::answer::{Host, etag, header, line, not_stored, with};
-use crate::conditions::{Conditions, IF_MATCH, IF_NONE_MATCH, Unmet};
+use crate::answer::{Host, NO_SUCH_KEY, etag, header, line, problem, with};
+use crate::conditions::{Conditions, Unmet};
 use crate::content_type;
 use crate::item::Item;
 use crate::kvs::store::http::{Header, Request, Response};
-use crate::kvs::store::transaction_log::{AppendError, Event, Put};
 use crate::query::{self, BadQuery};
 use crate::range::Part;
 use crate::store::Store;
-use crate::unkept;
-
-/// The longest time to live, in seconds: 100 years.
-pub const MAX_TTL: u64 = 100 * 365 * 24 * 60 * 60;
+use crate::write::not_met;
 
 /// That a value comes with: what it is, what caches need, what clients may do with it, and which part it is.
 const MOST_HEADERS: usize = 8;
 
-/// The longest time to wait for a change, in seconds.
-const MAX_WAIT: u64 = 300;
+/// The longest time to wait for a change, in milliseconds.
+const MAX_WAIT: u64 = 300_000;
 
 /// The last second of the year 9999, which is the last that HTTP can write.
 const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
@@ -50,7 +45,7 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
             if !conditions.name_values() {
                 wait_for_change();
             }
-            return Response { read_sequence: Some(read_sequence), ..line(404, "no such key") };
+            return Response { read_sequence: Some(read_sequence), ..problem(404, NO_SUCH_KEY, "no such key") };
         }
     };
     match conditions.check(Some(item.sequence())) {
@@ -58,14 +53,14 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
         Err(Unmet::IfNoneMatch) => {
             wait_for_change();
             let mut headers = Vec::new();
-            caching(item, &mut headers);
+            caching(item.sequence(), item.expires(), &mut headers);
             return of(item, 304, headers, Vec::new());
         }
         Err(unmet) => return not_met(unmet, Ok(item)),
     }
     let mut headers = Vec::with_capacity(MOST_HEADERS);
     headers.push(header(content_type::NAME, content_type::kept(item)));
-    caching(item, &mut headers);
+    caching(item.sequence(), item.expires(), &mut headers);
     headers.extend([
         header("accept-ranges", "bytes"),
         // A value may be anything, and whoever put it must not script whoever reads it.
@@ -88,96 +83,10 @@ pub fn get(store: &Store, key: &str, query: &str, request: &Request, host: &mut 
     }
 }
 
-pub fn put(
-    store: &mut Store,
-    key: Cow<'_, str>,
-    query: &str,
-    request: Request,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
-    let conditions = match Conditions::sent(&request.headers) {
-        Ok(conditions) => conditions,
-        Err(malformed) => return line(400, &malformed.to_string()),
-    };
-    if let Some(refusal) = unkept::refusal(&request.headers) {
-        return refusal;
-    }
-    let expires = match expiry(query, request.time_ms) {
-        Ok(expires) => expires,
-        Err(bad) => return line(400, &bad.to_string()),
-    };
-    let metadata = match content_type::sent(request.headers) {
-        Ok(content_type) => content_type.map(|value| (content_type::NAME.to_owned(), value)).into_iter().collect(),
-        Err(unfit) => return line(400, &unfit.to_string()),
-    };
-    if !conditions.is_empty() {
-        let there = store.get(&key, request.time_ms);
-        if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
-            return not_met(unmet, there);
-        }
-    }
-    let event = Event::Put(Put { key: key.into_owned(), value: request.body, metadata, expires_at_ms: expires });
-    match write(store, event, append) {
-        Ok(sequence) => {
-            Response { status: 201, headers: vec![etag(sequence)], body: Vec::new(), read_sequence: Some(sequence) }
-        }
-        Err(error) => not_stored(error),
-    }
-}
-
-/// 200 also when there is nothing to delete, so that a client can try again without asking what became of the first try.
-pub fn delete(
-    store: &mut Store,
-    key: Cow<'_, str>,
-    query: &str,
-    request: &Request,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
-) -> Response {
-    if let Err(bad) = query::nothing(query) {
-        return line(400, &bad.to_string());
-    }
-    let conditions = match Conditions::sent(&request.headers) {
-        Ok(conditions) => conditions,
-        Err(malformed) => return line(400, &malformed.to_string()),
-    };
-    let there = store.get(&key, request.time_ms);
-    if let Err(unmet) = conditions.check(there.ok().map(Item::sequence)) {
-        return not_met(unmet, there);
-    }
-    let read_sequence = match there {
-        Ok(_) => match write(store, Event::Delete(key.into_owned()), append) {
-            Ok(sequence) => sequence,
-            Err(error) => return not_stored(error),
-        },
-        Err(read_sequence) => read_sequence,
-    };
-    Response { status: 200, headers: Vec::new(), body: Vec::new(), read_sequence: Some(read_sequence) }
-}
-
-/// Appends first, then changes.
-fn write(
-    store: &mut Store,
-    event: Event,
-    append: impl FnOnce(&[Event]) -> Result<u64, AppendError>,
-) -> Result<u64, AppendError> {
-    let events = [event];
-    let sequence = append(&events)?;
-    store.apply(sequence, &events[0]);
-    Ok(sequence)
-}
-
 /// How long the client waits for something else than it has, in milliseconds.
 fn wait(query: &str) -> Result<Option<u64>, BadQuery> {
     let [wait] = query::parameters(query, ["wait"])?;
-    let seconds = wait.map(|wait| wait.seconds(1..=MAX_WAIT)).transpose()?;
-    Ok(seconds.map(|seconds| seconds * 1_000))
-}
-
-/// From which moment on a value is gone that is put now.
-fn expiry(query: &str, now: u64) -> Result<Option<u64>, BadQuery> {
-    let [ttl] = query::parameters(query, ["ttl"])?;
-    let seconds = ttl.map(|ttl| ttl.number(1..=MAX_TTL)).transpose()?;
-    Ok(seconds.map(|seconds| now.saturating_add(seconds * 1_000)))
+    wait.map(|wait| wait.duration(1..=MAX_WAIT)).transpose()
 }
 
 /// An answer that rests on an item.
@@ -186,9 +95,9 @@ fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response
 }
 
 /// What a cache needs to know.
-fn caching(item: &Item, headers: &mut Vec<Header>) {
-    headers.push(etag(item.sequence()));
-    if let Some(expires) = item.expires() {
+pub fn caching(sequence: u64, expires: Option<u64>, headers: &mut Vec<Header>) {
+    headers.push(etag(sequence));
+    if let Some(expires) = expires {
         // In whole seconds, and not later than it is gone.
         let date = Duration::from_secs(expires / 1_000).min(LAST_DATE);
         headers.push(header("expires", httpdate::fmt_http_date(UNIX_EPOCH + date)));
@@ -197,37 +106,16 @@ fn caching(item: &Item, headers: &mut Vec<Header>) {
     }
 }
 
-fn not_met(unmet: Unmet, there: Result<&Item, u64>) -> Response {
-    let name = match unmet {
-        Unmet::IfMatch => IF_MATCH,
-        Unmet::IfNoneMatch => IF_NONE_MATCH,
-    };
-    match there {
-        Ok(item) => {
-            let tag = etag(item.sequence());
-            let refusal = line(412, &format!("{name} does not hold: the key has the etag \"{}\"", item.sequence()));
-            Response { read_sequence: Some(item.sequence()), ..with(refusal, tag) }
-        }
-        Err(read_sequence) => Response {
-            read_sequence: Some(read_sequence),
-            ..line(412, &format!("{name} does not hold: there is no such key"))
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conditions::{IF_MATCH, IF_NONE_MATCH};
+    use crate::kvs::store::transaction_log::{AppendError, Event};
     use crate::kvs::store::watch::Selector;
     use crate::rest::{handle, respond};
     use crate::testing::{NOW, header_of, request, store_with, text_of, unasked};
 
     const CONTENT_TYPE: &str = content_type::NAME;
-
-    fn put_with(content_types: &[&str]) -> Request {
-        let headers = content_types.iter().map(|value| header(CONTENT_TYPE, *value)).collect();
-        Request { headers, body: b"value".into(), ..request("PUT") }
-    }
 
     fn request_with(method: &str, query: &str, headers: &[(&str, &str)]) -> Request {
         let headers = headers.iter().map(|(name, value)| header(name, *value)).collect();
@@ -254,70 +142,15 @@ mod tests {
     }
 
     #[test]
-    fn a_put_is_appended_with_its_content_type_and_answered_with_its_sequence() {
-        let kept = vec![(CONTENT_TYPE.to_owned(), "text/plain".to_owned())];
-        for (content_types, metadata) in [(&["text/plain"][..], kept), (&[], vec![])] {
-            let expected =
-                [Event::Put(Put { key: "a".to_owned(), value: b"value".into(), metadata, expires_at_ms: None })];
-            let response = handle(&mut store_with(&[], None), put_with(content_types), |events| {
-                assert_eq!(events, expected);
-                Ok(8)
-            });
-            let created =
-                Response { status: 201, headers: vec![header("etag", "\"8\"")], body: vec![], read_sequence: Some(8) };
-            assert_eq!(response, created);
-        }
-    }
-
-    #[test]
-    fn a_put_with_an_unfit_content_type_is_refused() {
-        let response = handle(&mut Store::default(), put_with(&["text/plain", "text/plain"]), unasked);
-        assert_eq!(response, line(400, "content-type was sent twice"));
-    }
-
-    #[test]
-    fn a_delete_is_appended_only_when_there_is_something() {
-        let empty = |read_sequence| Response { status: 200, headers: vec![], body: vec![], read_sequence };
-        let mut store = store_with(&[], None);
-        let response = handle(&mut store, request("DELETE"), |events| {
-            assert_eq!(events, [Event::Delete("a".to_owned())]);
-            Ok(8)
-        });
-        assert_eq!(response, empty(Some(8)));
-        assert_eq!(handle(&mut store, request("DELETE"), unasked), empty(Some(8)));
-        assert_eq!(handle(&mut store_with(&[], Some(NOW)), request("DELETE"), unasked), empty(Some(7)));
-    }
-
-    #[test]
     fn what_is_not_there_is_not_found() {
         for (mut store, read_sequence) in [(Store::default(), 0), (store_with(&[], Some(NOW)), 7)] {
             let response = handle(&mut store, request("GET"), unasked);
-            assert_eq!(response, Response { read_sequence: Some(read_sequence), ..line(404, "no such key") });
+            assert_eq!(
+                response,
+                Response { read_sequence: Some(read_sequence), ..problem(404, NO_SUCH_KEY, "no such key") }
+            );
             assert_eq!(text_of(&response), "no such key\n");
             assert_eq!(header_of(&response, CONTENT_TYPE), Some("text/plain; charset=utf-8"));
-        }
-    }
-
-    #[test]
-    fn a_write_that_was_not_appended_changes_nothing() {
-        for (error, status, text, retry_after) in [
-            (
-                AppendError::InsufficientStorage,
-                507,
-                "no room is left, on disk or in memory; nothing was stored\n",
-                None,
-            ),
-            (AppendError::Unavailable, 503, "the log takes no writes at the moment; nothing was stored\n", Some("1")),
-            (AppendError::ReadOnly, 403, "writes are not allowed here; nothing was stored\n", None),
-            (AppendError::TooLarge(9), 413, "this is too large for the log; nothing was stored\n", None),
-        ] {
-            for method in ["PUT", "DELETE"] {
-                let mut store = store_with(&[], None);
-                let response = handle(&mut store, request(method), |_| Err(error));
-                assert_eq!((response.status, text_of(&response)), (status, text));
-                assert_eq!(header_of(&response, "retry-after"), retry_after);
-                assert_eq!(store, store_with(&[], None), "{method} {error:?}");
-            }
         }
     }
 
@@ -450,11 +283,23 @@ mod tests {
             }
         }
         for (method, query, told) in [
-            ("PUT", "ttl=0", "query parameter `ttl` must be a whole number from 1 to 3153600000\n"),
+            (
+                "PUT",
+                "ttl=0",
+                "query parameter `ttl` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 3153600000s\n",
+            ),
             ("PUT", "ttl=1&ttl=1", "query parameter `ttl` was given twice\n"),
             ("PUT", "tll=1", "unknown query parameter `tll`\n"),
-            ("GET", "wait=10", "query parameter `wait` must be a whole number of seconds from 1s to 300s\n"),
-            ("HEAD", "wait=301s", "query parameter `wait` must be a whole number of seconds from 1s to 300s\n"),
+            (
+                "GET",
+                "wait=10x",
+                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 300s\n",
+            ),
+            (
+                "HEAD",
+                "wait=301",
+                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 300s\n",
+            ),
             ("PUT", "wait=10s", "unknown query parameter `wait`\n"),
             ("DELETE", "ttl=1", "unknown query parameter `ttl`\n"),
             ("HEAD", "ttl=1", "unknown query parameter `ttl`\n"),
@@ -481,31 +326,6 @@ mod tests {
             assert_eq!(header_of(&response, "content-range"), place, "{range}");
             let response = handle(&mut store_with(&[], None), request_with("HEAD", "", &[("range", range)]), unasked);
             assert_eq!((response.status, text_of(&response)), (200, "value"), "HEAD {range}");
-        }
-    }
-
-    #[test]
-    fn a_time_to_live_ends_in_the_log_and_without_one_there_is_no_end() {
-        for (query, expires) in
-            [("ttl=60", Some(NOW + 60_000)), ("ttl=3153600000", Some(NOW + 3_153_600_000_000)), ("", None)]
-        {
-            let request = Request { body: b"value".into(), ..request_with("PUT", query, &[]) };
-            let mut store = store_with(&[], Some(NOW + 5));
-            let expected = [Event::Put(Put {
-                key: "a".to_owned(),
-                value: b"value".into(),
-                metadata: vec![],
-                expires_at_ms: expires,
-            })];
-            let response = handle(&mut store, request, |events| {
-                assert_eq!(events, expected);
-                Ok(8)
-            });
-            assert_eq!(response.status, 201);
-            assert_eq!(
-                header_of(&handle(&mut store, self::request("GET"), unasked), "expires").is_some(),
-                expires.is_some()
-            );
         }
     }
 

@@ -7,35 +7,53 @@ use crate::content_type;
 use crate::key::GUEST_KEY;
 use crate::kvs::store::http::{Header, Request, Response};
 use crate::kvs::store::watch::Selector;
-use crate::query;
+use crate::query::{self, BadQuery};
 
 pub const LAST_EVENT_ID: &str = "last-event-id";
 
 /// Whether a query asks for changes in place of a list.
 pub fn is_wanted(query: &str) -> bool {
-    query.split('&').any(|parameter| parameter.split('=').next() == Some("watch"))
+    query::has(query, "watch")
 }
 
 pub fn get(query: &str, request: &Request, host: &mut impl Host) -> Response {
-    let [watch, prefix, since] = match query::parameters(query, ["watch", "prefix", "since"]) {
-        Ok(parameters) => parameters,
+    let Asked { selectors, since, puts_only } = match asked(query) {
+        Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
     };
-    if let Some(watch) = watch.filter(|watch| !matches!(&*watch.value, "" | "true")) {
-        return line(400, &watch.unfit("true, or nothing").to_string());
-    }
     // A client that comes back asks as it did at first, and says with this how far it came.
     let last = match last_event(&request.headers) {
         Ok(last) => last,
         Err(refusal) => return refusal,
     };
-    let since = since.map(|since| since.value);
-    let prefix = prefix.map_or_else(String::new, |prefix| prefix.value.into_owned());
-    // Keys of guests are not for clients.
-    let selectors = if prefix.starts_with(GUEST_KEY) { vec![] } else { vec![Selector::Prefix(prefix)] };
-    host.subscribe(&selectors, last.or(since).as_deref(), false);
+    host.subscribe(&selectors, last.or(since).as_deref(), puts_only);
     let headers = vec![header(content_type::NAME, "text/event-stream"), header("cache-control", "no-store")];
     Response { status: 200, headers, body: Vec::new(), read_sequence: None }
+}
+
+/// What a watch asks for.
+struct Asked<'q> {
+    selectors: Vec<Selector>,
+    since: Option<Cow<'q, str>>,
+    puts_only: bool,
+}
+
+fn asked(query: &str) -> Result<Asked<'_>, BadQuery> {
+    let ([watch, since, puts_only], [prefixes, keys]) =
+        query::with_repeated(query, ["watch", "since", "puts-only"], ["prefix", "key"])?;
+    if let Some(watch) = watch.filter(|watch| !matches!(&*watch.value, "" | "true")) {
+        return Err(watch.unfit("true, or nothing"));
+    }
+    let is_everything = prefixes.is_empty() && keys.is_empty();
+    let prefixes = prefixes.into_iter().map(|prefix| prefix.value.into_owned());
+    // Keys of guests are not for clients.
+    let prefixes = prefixes.filter(|prefix| !prefix.starts_with(GUEST_KEY)).map(Selector::Prefix);
+    let mut selectors: Vec<_> = prefixes.chain(is_everything.then(|| Selector::Prefix(String::new()))).collect();
+    for key in keys {
+        selectors.push(Selector::Key(key.key()?.into_owned()));
+    }
+    let puts_only = puts_only.map_or(Ok(false), |puts_only| puts_only.flag())?;
+    Ok(Asked { selectors, since: since.map(|since| since.value), puts_only })
 }
 
 /// The position of the event that the client got last.
@@ -58,7 +76,7 @@ mod tests {
     #[derive(Default)]
     struct Asked(Option<Subscription>);
 
-    type Subscription = (Vec<Selector>, Option<String>);
+    type Subscription = (Vec<Selector>, Option<String>, bool);
 
     impl Host for Asked {
         fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
@@ -66,8 +84,7 @@ mod tests {
         }
 
         fn subscribe(&mut self, selectors: &[Selector], after: Option<&str>, puts_only: bool) {
-            assert!(!puts_only);
-            self.0 = Some((selectors.to_vec(), after.map(str::to_owned)));
+            self.0 = Some((selectors.to_vec(), after.map(str::to_owned), puts_only));
         }
 
         fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {
@@ -104,10 +121,22 @@ mod tests {
             assert!(is_wanted(query), "{query}");
             let (response, subscribed) = watch(query, last);
             let selectors = prefix.into_iter().map(|prefix| Selector::Prefix(prefix.to_owned())).collect();
-            assert_eq!((response.status, subscribed), (200, Some((selectors, after.map(str::to_owned)))), "{query}");
+            assert_eq!(
+                (response.status, subscribed),
+                (200, Some((selectors, after.map(str::to_owned), false))),
+                "{query}"
+            );
             assert!(response.headers.contains(&header("content-type", "text/event-stream")));
         }
         assert!(!is_wanted("prefix=watch") && !is_wanted("watches"));
+    }
+
+    #[test]
+    fn watch_takes_several_prefixes_and_keys() {
+        let (_, subscribed) = watch("watch&prefix=a/&key=b%20c&prefix=d/&key=e&puts-only=true", &[]);
+        let [a, d] = ["a/", "d/"].map(|prefix| Selector::Prefix(prefix.to_owned()));
+        let [b, e] = ["b c", "e"].map(|key| Selector::Key(key.to_owned()));
+        assert_eq!(subscribed, Some((vec![a, d, b, e], None, true)));
     }
 
     #[test]
@@ -116,6 +145,9 @@ mod tests {
             ("watch=false", &[][..], "query parameter `watch` must be true, or nothing\n"),
             ("watch&watch", &[], "query parameter `watch` was given twice\n"),
             ("watch&limit=5", &[], "unknown query parameter `limit`\n"),
+            ("watch&puts-only", &[], "query parameter `puts-only` must be true or false\n"),
+            ("watch&key=a&key=", &[], "query parameter `key` is no key: key is empty\n"),
+            ("watch&key=%01a", &[], "query parameter `key` is no key: key holds the control character U+0001\n"),
             ("watch", &["1", "1"], "last-event-id must be sent once\n"),
         ] {
             let (response, subscribed) = watch(query, last);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use kvs_guest::exports::kvs::store::lifecycle::{Batch, Entry, EntryPut};
 use kvs_guest::kvs::store::http::{Grant, Header, Request, Response, Scope};
 use kvs_guest::kvs::store::transaction_log::{AppendError, Event, Put};
 use kvs_guest::rest;
@@ -395,8 +396,24 @@ fn append(log: &mut Vec<(u64, Event)>, sequence: &mut u64, events: &[Event]) -> 
 }
 
 fn replayed<'e>(entries: impl Iterator<Item = &'e (u64, Event)>) -> Store {
+    let mut batch = Batch { entries: Vec::new(), bytes: Vec::new(), metadata: Vec::new() };
+    for (sequence, event) in entries {
+        let (key, put) = match event {
+            Event::Delete(key) => (key, None),
+            Event::Put(put) => (&put.key, Some(put)),
+        };
+        batch.bytes.extend(key.as_bytes());
+        let key_bytes = key.len() as u32;
+        let put = put.map(|put| {
+            batch.bytes.extend(&put.value);
+            batch.metadata.push(put.metadata.clone());
+            let (value_bytes, metadata) = (put.value.len() as u32, Some(batch.metadata.len() as u32 - 1));
+            EntryPut { value_bytes, metadata, expires_at_ms: put.expires_at_ms }
+        });
+        batch.entries.push(Entry { sequence: *sequence, time_ms: 0, key_bytes, put });
+    }
     let mut store = Store::default();
-    entries.for_each(|(sequence, event)| store.replay(*sequence, event));
+    store.replay(&batch);
     store
 }
 

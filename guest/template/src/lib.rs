@@ -4,11 +4,11 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::slice;
 
-use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::lifecycle::{Batch, Description, Statistics};
 use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::http::{Header, Request, Response};
-use kvs::store::transaction_log::{AppendError, Entry, Event, Put, append};
+use kvs::store::transaction_log::{AppendError, Event, Put, append};
 
 wit_bindgen::generate!({
     path: "../../wit",
@@ -79,6 +79,31 @@ fn answer(status: u16, body: impl Into<Vec<u8>>) -> Response {
     Response { status, headers: vec![kind], body: body.into(), read_sequence: None }
 }
 
+/// Sequences and events of a batch.
+fn events(batch: Batch) -> impl Iterator<Item = (u64, Event)> {
+    let Batch { entries, bytes, metadata } = batch;
+    let mut start = 0;
+    entries.into_iter().map(move |entry| {
+        let mut take = |length: u32| {
+            let end = start + length as usize;
+            let taken = bytes[start..end].to_vec();
+            start = end;
+            taken
+        };
+        let key = String::from_utf8(take(entry.key_bytes)).expect("keys are UTF-8");
+        let event = match entry.put {
+            None => Event::Delete(key),
+            Some(put) => Event::Put(Put {
+                key,
+                value: take(put.value_bytes),
+                metadata: put.metadata.map(|index| metadata[index as usize].clone()).unwrap_or_default(),
+                expires_at_ms: put.expires_at_ms,
+            }),
+        };
+        (entry.sequence, event)
+    })
+}
+
 thread_local! {
     /// No two calls overlap, so a borrow of this never meets another.
     static STORE: RefCell<Store> = RefCell::default();
@@ -97,8 +122,8 @@ impl lifecycle::Guest for Component {
         }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        STORE.with_borrow_mut(|store| entries.into_iter().for_each(|entry| store.apply(entry.sequence, entry.event)));
+    fn apply(batch: Batch) {
+        STORE.with_borrow_mut(|store| events(batch).for_each(|(sequence, event)| store.apply(sequence, event)));
     }
 
     fn tick(_now_ms: u64) -> Option<u64> {

@@ -9,6 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -19,7 +20,7 @@ use indicatif::ProgressBar;
 
 use super::checkpoint::{Checkpoint, CheckpointFile};
 use super::record::{Expiry, Record};
-use super::server::{ApiRequest, ClientError, Server, add, path_of};
+use super::server::{ApiRequest, ClientError, Server, add, path_of, shown};
 
 /// Number of concurrent requests.
 const CONNECTIONS: usize = 16;
@@ -31,11 +32,25 @@ const LINE_BYTES: u64 = 8 << 30;
 /// Interval of checkpoints.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Byte order mark, which some editors put at the beginning of a file.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// Creates a progress bar of a length, with a unit.
 pub type NewProgressBar = fn(u64, &'static str) -> ProgressBar;
 
+/// What the caller knows of keys, and how it reports.
+#[derive(Clone, Copy)]
+pub struct ImportHooks {
+    pub bar: NewProgressBar,
+    /// Returns whether any server accepts a key.
+    pub is_valid_key: fn(&str) -> bool,
+    /// Called with a message when the import has to wait for the server.
+    pub report: fn(&str),
+}
+
 /// Imports the lines of a file, and returns their number. `-` is standard input.
-pub fn import(server: &Server, file: &Path, resume: bool, bar: NewProgressBar) -> Result<u64> {
+pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) -> Result<u64> {
+    let ImportHooks { bar, is_valid_key, report } = hooks;
     let mut source = Source::open(file)?;
     let checkpoint_file = source.size.map(|_| CheckpointFile::beside(file, server.base()));
     let mut begin = Checkpoint::default();
@@ -46,11 +61,13 @@ pub fn import(server: &Server, file: &Path, resume: bool, bar: NewProgressBar) -
         begin = checkpoint_file.read()?.unwrap_or_default();
     }
     if let Some(size) = source.size {
-        source.check(&bar(size, "bytes checked"), &begin)?;
+        source.check(&bar(size, "bytes checked"), &begin, is_valid_key)?;
     }
     let progress = source.size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported"));
     let mut import = Import {
         server,
+        is_valid_key,
+        waits: Arc::new(Waits { report, has_reported: AtomicBool::default() }),
         file: checkpoint_file.as_ref(),
         progress,
         checkpoint: begin,
@@ -103,10 +120,10 @@ impl Source {
 
     /// Validates all lines before the first put, and that the part before the checkpoint `begin` is unchanged. Then seeks to
     /// the checkpoint.
-    fn check(&mut self, bar: &ProgressBar, begin: &Checkpoint) -> Result<()> {
+    fn check(&mut self, bar: &ProgressBar, begin: &Checkpoint, is_valid_key: fn(&str) -> bool) -> Result<()> {
         let mut is_unchanged = *begin == Checkpoint::default();
         while let Some(line) = self.next()? {
-            put_of(&line).map_err(Error::msg).with_context(|| self.place(self.position.line))?;
+            put_of(&line, is_valid_key).map_err(Error::msg).with_context(|| self.place(self.position.line))?;
             is_unchanged |= self.position == *begin;
             bar.set_position(self.position.bytes);
         }
@@ -119,7 +136,21 @@ impl Source {
         Ok(())
     }
 
+    /// Returns the next line that is not blank. A file may end with a blank line, and begin with a byte order mark.
     fn next(&mut self) -> Result<Option<Vec<u8>>> {
+        loop {
+            let is_first = self.position.line == 0;
+            let Some(mut line) = self.next_line()? else { return Ok(None) };
+            if is_first && line.starts_with(BYTE_ORDER_MARK) {
+                line.drain(..BYTE_ORDER_MARK.len());
+            }
+            if !line.trim_ascii().is_empty() {
+                return Ok(Some(line));
+            }
+        }
+    }
+
+    fn next_line(&mut self) -> Result<Option<Vec<u8>>> {
         let mut line = Vec::new();
         let read = self.reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line);
         let read = read.with_context(|| format!("cannot read {}", self.name))? as u64;
@@ -147,8 +178,12 @@ struct Put {
 }
 
 /// Parses a line; None if the value has expired.
-fn put_of(line: &[u8]) -> Result<Option<Put>, String> {
+fn put_of(line: &[u8], is_valid_key: fn(&str) -> bool) -> Result<Option<Put>, String> {
     let record = Record::parse(line)?;
+    if !is_valid_key(&record.key) {
+        let key = shown(&record.key);
+        return Err(format!("no server accepts the key {key:?}; see the rules for keys in the documentation"));
+    }
     let mut target = path_of(&record.key);
     match record.expiry() {
         Expiry::Never => {}
@@ -170,6 +205,8 @@ type LineResult = (u64, Result<()>);
 
 struct Import<'l> {
     server: &'l Server,
+    is_valid_key: fn(&str) -> bool,
+    waits: Arc<Waits>,
     file: Option<&'l CheckpointFile>,
     progress: ProgressBar,
     /// Position up to which every line was acknowledged.
@@ -188,8 +225,9 @@ impl Import<'_> {
             let (done, results) = channel();
             let workers = (0..CONNECTIONS).map(|_| {
                 let (jobs, work) = channel();
-                let (server, done, stopped) = (self.server, done.clone(), &stopped);
-                scope.spawn(move || put_all(server, &work, &done, stopped));
+                let (server, waits) = (self.server, Arc::clone(&self.waits));
+                let (done, stopped) = (done.clone(), &stopped);
+                scope.spawn(move || put_all(server, &work, &done, stopped, &waits));
                 jobs
             });
             let workers: Vec<Sender<Job>> = workers.collect();
@@ -210,7 +248,9 @@ impl Import<'_> {
     /// Hands all lines to the workers, with a limit of those in flight.
     fn feed(&mut self, source: &mut Source, workers: &[Sender<Job>], results: &Receiver<LineResult>) -> Result<()> {
         while let Some(line) = source.next()? {
-            let put = put_of(&line).map_err(Error::msg).with_context(|| source.place(source.position.line))?;
+            let put = put_of(&line, self.is_valid_key)
+                .map_err(Error::msg)
+                .with_context(|| source.place(source.position.line))?;
             self.in_flight.push_back((source.position, put.is_none()));
             self.advance()?;
             if let Some(put) = put {
@@ -242,7 +282,8 @@ impl Import<'_> {
 
     fn acknowledge(&mut self, (line, result): LineResult, source: &Source) -> Result<()> {
         result.with_context(|| source.place(line))?;
-        let at = (line - self.checkpoint.line - 1) as usize;
+        // Blank lines are not in flight.
+        let at = self.in_flight.partition_point(|(position, _)| position.line < line);
         if let Some((_, acknowledged)) = self.in_flight.get_mut(at) {
             *acknowledged = true;
         }
@@ -267,8 +308,22 @@ impl Import<'_> {
     }
 }
 
+/// Report of the first time that the server asks to wait: it may be a standby, and stay one.
+struct Waits {
+    report: fn(&str),
+    has_reported: AtomicBool,
+}
+
+impl Waits {
+    fn begin(&self, reason: &ClientError) {
+        if !self.has_reported.swap(true, Ordering::Relaxed) {
+            (self.report)(&format!("waiting for the server, which responded: {reason}"));
+        }
+    }
+}
+
 /// Worker: puts lines over one connection.
-fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, stopped: &AtomicBool) {
+fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, stopped: &AtomicBool, waits: &Waits) {
     for Job { line, put } in work {
         let headers: Vec<_> = put.content_type.iter().map(|kind| ("content-type", kind.as_str())).collect();
         let request = ApiRequest { method: "PUT", target: &put.target, headers: &headers, body: Some(&put.value) };
@@ -278,14 +333,20 @@ fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, sto
             }
             match server.send(&request) {
                 // Rate limit exceeded, or the server is not ready: nothing was stored.
-                Err(ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }) => thread::sleep(time),
+                Err(reason @ ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }) => {
+                    // At 429 the import is too fast, which is no reason to worry.
+                    if matches!(reason, ClientError::Status { status: 503, .. }) {
+                        waits.begin(&reason);
+                    }
+                    thread::sleep(time);
+                }
                 result => break result.map(drop),
             }
         };
         if result.is_err() {
             stopped.store(true, Ordering::Relaxed);
         }
-        let result = result.with_context(|| format!("put {}", put.key));
+        let result = result.with_context(|| format!("put {}", shown(&put.key)));
         if done.send((line, result)).is_err() {
             return;
         }

@@ -1,15 +1,16 @@
 //! Lists and exports: all keys, or those with a prefix, page by page.
 
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::output::Output;
 use super::server::{ApiRequest, Server, add};
 
-/// Maximum size of a page: more than a server sends, which ends a page after a mebibyte or the first value beyond it.
-const PAGE_BYTES: u64 = 8 << 30;
+/// Keys of a page, at most.
+const MAX_PAGE: u64 = 1_000;
 
 /// A list entry: a key and attributes, which depend on the guest.
 type Entry = Map<String, Value>;
@@ -22,18 +23,37 @@ struct Page {
     cursor: Option<String>,
 }
 
+/// Keys that a list prints, and their form.
+pub struct ListOptions<'o> {
+    pub prefix: &'o str,
+    /// Maximum number of keys.
+    pub limit: Option<u64>,
+    /// From the last key to the first.
+    pub reverse: bool,
+    /// Prints also entity tag, size and expiry.
+    pub long: bool,
+    pub output: Output,
+}
+
 /// Prints keys, or, as JSON, the whole list entry of each.
-pub fn list(server: &Server, prefix: &str, json: bool, out: &mut dyn Write) -> Result<()> {
-    each(server, prefix, false, out, &mut |entry, out| match (json, entry.get("key")) {
+pub fn list(server: &Server, options: &ListOptions<'_>, out: &mut dyn Write) -> Result<()> {
+    let pages = Pages { prefix: options.prefix, values: false, reverse: options.reverse, limit: options.limit };
+    pages.each(server, out, &mut |entry, out| match (options.output, entry.get("key")) {
         // One line each: keys have no line breaks.
-        (false, Some(Value::String(key))) => writeln!(out, "{key}"),
+        (Output::Text, Some(Value::String(key))) if options.long => {
+            let text = |name: &str| entry.get(name).map_or("-".to_owned(), Value::to_string);
+            let tag = entry.get("etag").and_then(Value::as_str).map_or("-", |tag| tag.trim_matches('"'));
+            writeln!(out, "{tag}\t{}\t{}\t{key}", text("size"), text("expires"))
+        }
+        (Output::Text, Some(Value::String(key))) => writeln!(out, "{key}"),
         _ => writeln!(out, "{}", Value::Object(entry)),
     })
 }
 
 /// Prints keys with their values, as [`import`](super::import()) reads them.
 pub fn export(server: &Server, prefix: &str, out: &mut dyn Write) -> Result<()> {
-    each(server, prefix, true, out, &mut |mut entry, out| {
+    let pages = Pages { prefix, values: true, reverse: false, limit: None };
+    pages.each(server, out, &mut |mut entry, out| {
         entry.remove("size");
         writeln!(out, "{}", Value::Object(entry))
     })
@@ -41,36 +61,49 @@ pub fn export(server: &Server, prefix: &str, out: &mut dyn Write) -> Result<()> 
 
 type Print<'p> = &'p mut dyn FnMut(Entry, &mut dyn Write) -> io::Result<()>;
 
-fn each(server: &Server, prefix: &str, values: bool, out: &mut dyn Write, print: Print<'_>) -> Result<()> {
-    let mut out = BufWriter::new(out);
-    let mut cursor: Option<String> = None;
-    loop {
-        let mut target = "/v1".to_owned();
-        for (name, value) in
-            [("prefix", Some(prefix)), ("cursor", cursor.as_deref()), ("values", values.then_some("true"))]
-        {
-            if let Some(value) = value.filter(|value| !value.is_empty()) {
-                add(&mut target, name, value);
+/// The pages of a list.
+struct Pages<'p> {
+    prefix: &'p str,
+    values: bool,
+    reverse: bool,
+    limit: Option<u64>,
+}
+
+impl Pages<'_> {
+    fn each(&self, server: &Server, out: &mut dyn Write, print: Print<'_>) -> Result<()> {
+        let mut out = BufWriter::new(out);
+        let mut left = self.limit.unwrap_or(u64::MAX);
+        let mut cursor: Option<String> = None;
+        loop {
+            let mut target = "/v1".to_owned();
+            // A full page needs no limit.
+            let limit = (left < MAX_PAGE).then(|| left.to_string());
+            for (name, value) in [
+                ("prefix", Some(self.prefix)),
+                ("cursor", cursor.as_deref()),
+                ("values", self.values.then_some("true")),
+                ("reverse", self.reverse.then_some("true")),
+                ("limit", limit.as_deref()),
+            ] {
+                if let Some(value) = value.filter(|value| !value.is_empty()) {
+                    add(&mut target, name, value);
+                }
             }
+            let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
+            let page: Page = server.send_for(&request).with_context(|| format!("list {}", self.prefix))?;
+            left = left.saturating_sub(page.keys.len() as u64);
+            for entry in page.keys {
+                print(entry, &mut out)?;
+            }
+            if page.list_complete || left == 0 {
+                out.flush()?;
+                return Ok(());
+            }
+            // The same cursor would loop forever.
+            if page.cursor.is_none() || page.cursor == cursor {
+                bail!("{} returned a page without a new cursor", server.base());
+            }
+            cursor = page.cursor;
         }
-        let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
-        let response = server.send(&request).with_context(|| format!("list {prefix}"))?;
-        let mut text = Vec::new();
-        let reader = response.into_body().into_reader();
-        reader.take(PAGE_BYTES).read_to_end(&mut text).map_err(|error| server.transport_error(&error))?;
-        let page: Page =
-            serde_json::from_slice(&text).with_context(|| format!("{} returned no list of keys", server.base()))?;
-        for entry in page.keys {
-            print(entry, &mut out)?;
-        }
-        if page.list_complete {
-            out.flush()?;
-            return Ok(());
-        }
-        // The same cursor would loop forever.
-        if page.cursor.is_none() || page.cursor == cursor {
-            bail!("{} returned a page without a new cursor", server.base());
-        }
-        cursor = page.cursor;
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::de::DeserializeOwned;
 use ureq::http::{HeaderValue, Request, Response, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
@@ -42,8 +43,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_IDLE: usize = 64;
 /// Size of a body above which the request has `Expect: 100-continue`.
 const EXPECT_CONTINUE_BYTES: usize = 1 << 20;
+/// Maximum size of a response in JSON: more than a server sends, which ends a page after a mebibyte or the first value beyond
+/// it.
+const MAX_JSON_BYTES: u64 = 8 << 30;
 /// Maximum length of the reason that is read from an error response.
 const REASON_BYTES: u64 = 4 << 10;
+/// Maximum length of a key in an error.
+const MAX_SHOWN_KEY_BYTES: usize = 100;
 
 /// How to reach a server.
 #[derive(Clone, Copy)]
@@ -145,6 +151,14 @@ impl Server {
         if response.status().is_success() { Ok(response) } else { Err(status_error(response)) }
     }
 
+    /// Sends a request, and reads the JSON of its response.
+    pub fn send_for<T: DeserializeOwned>(&self, api_request: &ApiRequest<'_>) -> Result<T> {
+        let reader = self.send(api_request)?.into_body().into_reader();
+        let mut text = Vec::new();
+        reader.take(MAX_JSON_BYTES).read_to_end(&mut text).map_err(|error| self.transport_error(&error))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} returned something else than expected", self.base))
+    }
+
     /// Returns the error of a request without a complete response.
     pub fn transport_error(&self, error: &dyn std::error::Error) -> ClientError {
         let mut reason = error.to_string();
@@ -198,6 +212,14 @@ fn trusted(file: Option<&Path>) -> Result<Vec<Certificate<'static>>> {
     Ok(certificates)
 }
 
+/// Returns a key for an error: a long one is truncated.
+pub fn shown(key: &str) -> String {
+    if key.len() <= MAX_SHOWN_KEY_BYTES {
+        return key.to_owned();
+    }
+    format!("{}… ({} bytes)", &key[..key.floor_char_boundary(MAX_SHOWN_KEY_BYTES)], key.len())
+}
+
 /// Returns the path of a key.
 pub fn path_of(key: &str) -> String {
     format!("/v1/{}", utf8_percent_encode(key, IN_PATH))
@@ -213,6 +235,13 @@ pub fn add(target: &mut String, name: &str, value: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_key_is_truncated_between_characters() {
+        assert_eq!(shown(&"a".repeat(100)), "a".repeat(100));
+        assert_eq!(shown(&"é".repeat(100)), format!("{}… (200 bytes)", "é".repeat(50)));
+        assert_eq!(shown(&format!("a{}", "é".repeat(100))), format!("a{}… (201 bytes)", "é".repeat(49)));
+    }
 
     #[test]
     fn keys_are_escaped_only_where_needed() {

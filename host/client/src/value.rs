@@ -1,11 +1,17 @@
-//! Operations on one key: get, put, delete.
+//! Operations on one key: get, put, add, touch, delete.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use ureq::Body;
+use ureq::http::Response;
 
-use super::server::{ApiRequest, Server, add, path_of};
+use super::output::Output;
+use super::server::{ApiRequest, Server, add as add_parameter, path_of, shown};
 
 /// Maximum size of a value, above that of any server.
 const MAX_VALUE_BYTES: u64 = 1 << 30;
@@ -32,10 +38,36 @@ impl Condition {
     }
 }
 
-/// Prints the value unchanged. On a terminal a missing newline at its end is added.
-pub fn get(server: &Server, key: &str, out: &mut (impl Write + IsTerminal)) -> Result<()> {
-    let request = ApiRequest { method: "GET", target: &path_of(key), headers: &[], body: None };
-    let mut value = server.send(&request).with_context(|| format!("get {key}"))?.into_body().into_reader();
+/// Options of a get.
+#[derive(Debug)]
+pub struct Get {
+    /// Prints entity tag, content type and expiry before the value.
+    pub include: bool,
+    /// Waits until there is a value, at most this long.
+    pub wait: Option<Duration>,
+    pub output: Output,
+}
+
+/// Prints the value unchanged. On a terminal a missing newline at its end is added. As JSON, prints it as an entry of a list.
+pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerminal)) -> Result<()> {
+    let mut target = path_of(key);
+    if let Some(wait) = get.wait {
+        add_duration(&mut target, "wait", wait);
+    }
+    let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
+    let response = server.send(&request).with_context(|| format!("get {}", shown(key)))?;
+    if get.output == Output::Json {
+        return print_entry(server, key, out);
+    }
+    if get.include {
+        for name in ["etag", "content-type", "expires"] {
+            if let Some(value) = header_of(&response, name) {
+                writeln!(out, "{name}: {}", value.trim_matches('"'))?;
+            }
+        }
+        writeln!(out)?;
+    }
+    let mut value = response.into_body().into_reader();
     let (mut buffer, mut last) = ([0; 1 << 16], b'\n');
     loop {
         let read = value.read(&mut buffer).map_err(|error| server.transport_error(&error))?;
@@ -50,53 +82,125 @@ pub fn get(server: &Server, key: &str, out: &mut (impl Write + IsTerminal)) -> R
     Ok(())
 }
 
+#[derive(Deserialize)]
+struct Values {
+    keys: Vec<Map<String, Value>>,
+}
+
+fn print_entry(server: &Server, key: &str, out: &mut impl Write) -> Result<()> {
+    let mut target = "/v1".to_owned();
+    add_parameter(&mut target, "key", key);
+    let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
+    let Values { keys } = server.send_for(&request).with_context(|| format!("get {}", shown(key)))?;
+    for entry in keys {
+        writeln!(out, "{}", Value::Object(entry))?;
+    }
+    Ok(())
+}
+
+fn header_of<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
+    response.headers().get(name)?.to_str().ok()
+}
+
+/// The entity tag in a response, without its quotes.
+fn tag_of(response: &Response<Body>) -> Option<&str> {
+    header_of(response, "etag").map(|tag| tag.trim_matches('"'))
+}
+
+fn add_duration(target: &mut String, name: &str, duration: Duration) {
+    add_parameter(target, name, &format!("{}ms", duration.as_millis()));
+}
+
 /// Value and options of a put.
 #[derive(Debug)]
 pub struct Put {
     /// The value; `@FILE` is the content of a file, `None` standard input.
     pub value: Option<String>,
     pub condition: Condition,
-    pub ttl_seconds: Option<u64>,
+    pub ttl: Option<Duration>,
     pub content_type: Option<String>,
 }
 
 /// Puts a value and prints its entity tag, for [`Condition::Matches`].
-pub fn put(server: &Server, key: &str, put: &Put, out: &mut impl Write) -> Result<()> {
-    let value = read_value(put.value.as_deref())?;
+pub fn put(server: &Server, key: &str, put: &Put, output: Output, out: &mut impl Write) -> Result<()> {
+    let value = match put.value.as_deref() {
+        None => read_input("-")?,
+        Some(text) => match text.strip_prefix('@') {
+            None => text.as_bytes().to_vec(),
+            Some(name) => read_input(name)?,
+        },
+    };
     let mut target = path_of(key);
-    if let Some(ttl) = put.ttl_seconds {
-        add(&mut target, "ttl", &ttl.to_string());
+    if let Some(ttl) = put.ttl {
+        add_duration(&mut target, "ttl", ttl);
     }
     let condition = put.condition.header();
     let kind = put.content_type.as_ref().map(|kind| ("content-type", kind.clone()));
     let headers: Vec<_> = [&condition, &kind].into_iter().flatten().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "PUT", target: &target, headers: &headers, body: Some(&value) };
-    let response = server.send(&request).with_context(|| format!("put {key}"))?;
-    if let Some(tag) = response.headers().get("etag").and_then(|tag| tag.to_str().ok()) {
-        writeln!(out, "{}", tag.trim_matches('"'))?;
-    }
+    let response = server.send(&request).with_context(|| format!("put {}", shown(key)))?;
+    let created = header_of(&response, "kvs-created").map(|created| created == "true");
+    let tag = tag_of(&response);
+    output.print(tag, || json!({"key": key, "etag": header_of(&response, "etag"), "created": created}), out)?;
     Ok(())
 }
 
-/// Deletes a key.
-pub fn delete(server: &Server, key: &str, condition: &Condition) -> Result<()> {
+/// Number to add, and options.
+#[derive(Debug)]
+pub struct Add {
+    pub delta: i64,
+    pub ttl: Option<Duration>,
+    pub condition: Condition,
+}
+
+/// Adds to the number at a key, and prints the sum.
+pub fn add(server: &Server, key: &str, add: &Add, output: Output, out: &mut impl Write) -> Result<()> {
+    let mut target = path_of(key);
+    add_parameter(&mut target, "op", "add");
+    add_parameter(&mut target, "delta", &add.delta.to_string());
+    if let Some(ttl) = add.ttl {
+        add_duration(&mut target, "ttl", ttl);
+    }
+    let condition = add.condition.header();
+    let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
+    let request = ApiRequest { method: "POST", target: &target, headers: &headers, body: Some(b"") };
+    let response = server.send(&request).with_context(|| format!("add to {}", shown(key)))?;
+    let tag = header_of(&response, "etag").map(str::to_owned);
+    let mut sum = String::new();
+    response.into_body().into_reader().read_to_string(&mut sum).map_err(|error| server.transport_error(&error))?;
+    output.print(Some(&sum), || json!({"key": key, "etag": tag, "value": sum}), out)?;
+    Ok(())
+}
+
+/// Gives the value of a key another time to live, and prints its entity tag.
+pub fn touch(server: &Server, key: &str, ttl: Duration, output: Output, out: &mut impl Write) -> Result<()> {
+    let mut target = path_of(key);
+    add_parameter(&mut target, "op", "touch");
+    add_duration(&mut target, "ttl", ttl);
+    let request = ApiRequest { method: "POST", target: &target, headers: &[], body: Some(b"") };
+    let response = server.send(&request).with_context(|| format!("touch {}", shown(key)))?;
+    let tag = tag_of(&response);
+    output.print(tag, || json!({"key": key, "etag": header_of(&response, "etag")}), out)?;
+    Ok(())
+}
+
+/// Deletes a key. As JSON, prints the entity tag of the value that it had.
+pub fn delete(server: &Server, key: &str, condition: &Condition, output: Output, out: &mut impl Write) -> Result<()> {
     let condition = condition.header();
     let headers: Vec<_> = condition.iter().map(|(name, value)| (*name, &value[..])).collect();
     let request = ApiRequest { method: "DELETE", target: &path_of(key), headers: &headers, body: None };
-    server.send(&request).with_context(|| format!("delete {key}"))?;
+    let response = server.send(&request).with_context(|| format!("delete {}", shown(key)))?;
+    let deleted = header_of(&response, "kvs-deleted").filter(|tag| *tag != "none");
+    let sequence = header_of(&response, "kvs-sequence");
+    output.print(None, || json!({"key": key, "deleted": deleted, "sequence": sequence}), out)?;
     Ok(())
 }
 
-fn read_value(argument: Option<&str>) -> Result<Vec<u8>> {
-    let (name, mut from): (String, Box<dyn Read>) = match argument {
-        None | Some("@-") => ("standard input".to_owned(), Box::new(io::stdin())),
-        Some(text) => match text.strip_prefix('@') {
-            None => return Ok(text.as_bytes().to_vec()),
-            Some(name) => {
-                let file = File::open(name).with_context(|| format!("cannot read {name}"))?;
-                (name.to_owned(), Box::new(file))
-            }
-        },
+/// Reads a file, or standard input: `-`.
+pub fn read_input(name: &str) -> Result<Vec<u8>> {
+    let (name, mut from): (_, Box<dyn Read>) = match name {
+        "-" => ("standard input", Box::new(io::stdin())),
+        name => (name, Box::new(File::open(name).with_context(|| format!("cannot read {name}"))?)),
     };
     let mut value = Vec::new();
     let limited = from.by_ref().take(MAX_VALUE_BYTES + 1).read_to_end(&mut value);

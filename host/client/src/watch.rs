@@ -9,7 +9,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
-use super::server::{ApiRequest, ClientError, Server, add};
+use super::output::Output;
+use super::server::{ApiRequest, ClientError, Server, add, shown};
 
 /// Maximum length of a line: more than the largest event with every byte escaped.
 const LINE_BYTES: u64 = 8 << 30;
@@ -28,18 +29,16 @@ struct Event {
 /// Prints changes until an error. `report` is called with a message when it reconnects.
 pub fn watch(
     server: &Server,
-    prefix: &str,
+    prefixes: &[String],
     since: Option<u64>,
-    json: bool,
+    output: Output,
     out: &mut dyn Write,
     report: fn(&str),
 ) -> Result<()> {
     let (mut last, mut wait, mut watched) = (since, MIN_BACKOFF, false);
     loop {
         let mut target = "/v1?watch".to_owned();
-        if !prefix.is_empty() {
-            add(&mut target, "prefix", prefix);
-        }
+        prefixes.iter().for_each(|prefix| add(&mut target, "prefix", prefix));
         if let Some(last) = last {
             add(&mut target, "since", &last.to_string());
         }
@@ -49,14 +48,14 @@ pub fn watch(
                 let mut events = BufReader::new(response.into_body().into_reader());
                 let lost = loop {
                     match next(&mut events, &mut last) {
-                        Ok(event) => print(&event, json, out)?,
+                        Ok(event) => print(&event, output, out)?,
                         Err(lost) => break lost,
                     }
                 };
                 report(&format!("connection lost, reconnecting: {lost}"));
             }
             Err(failure) if watched && is_transient(&failure) => {}
-            Err(failure) => return Err(failure).with_context(|| format!("watch {prefix}")),
+            Err(failure) => return Err(failure).with_context(|| format!("watch {}", shown(&prefixes.join(" ")))),
         }
         thread::sleep(wait);
         wait = MAX_BACKOFF.min(wait * 2);
@@ -98,11 +97,11 @@ fn next(events: &mut impl BufRead, last: &mut Option<u64>) -> io::Result<Event> 
     }
 }
 
-fn print(event: &Event, json: bool, out: &mut dyn Write) -> Result<()> {
+fn print(event: &Event, output: Output, out: &mut dyn Write) -> Result<()> {
     let mut data: Map<String, Value> =
         serde_json::from_str(&event.data).context("the server sent a malformed event")?;
     let id = event.id.unwrap_or_default();
-    if json {
+    if output == Output::Json {
         data.insert("sequence".to_owned(), id.into());
         data.insert("type".to_owned(), event.kind.as_str().into());
         writeln!(out, "{}", Value::Object(data))?;
@@ -133,8 +132,8 @@ mod tests {
         let (mut last, mut plain, mut json) = (None, Vec::new(), Vec::new());
         while let Ok(event) = next(&mut stream, &mut last) {
             assert_eq!(event.id, last);
-            print(&event, false, &mut plain).expect("writing to a vector cannot fail");
-            print(&event, true, &mut json).expect("writing to a vector cannot fail");
+            print(&event, Output::Text, &mut plain).expect("writing to a vector cannot fail");
+            print(&event, Output::Json, &mut json).expect("writing to a vector cannot fail");
         }
         // The truncated event is not printed; the server sends it again after a resume.
         assert_eq!(last, Some(9));

@@ -5,6 +5,8 @@
 //!
 //! Owns: the representation and the exposition of metrics. Must never know: their meaning.
 
+pub mod text_format;
+
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -15,8 +17,12 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, 
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-/// Media type of the exposition, as in OpenMetrics.
-pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The OpenMetrics format.
+pub mod open_metrics {
+    /// Media type, without and with its parameters.
+    pub const NAME: &str = "application/openmetrics-text";
+    pub const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+}
 
 /// Prefix of all names.
 const PREFIX: &str = "kvs";
@@ -197,6 +203,7 @@ impl Metrics {
         self.0.write().unwrap_or_else(PoisonError::into_inner).register_collector(Box::new(SourceAdapter(source)));
     }
 
+    /// Returns the exposition in the OpenMetrics format.
     pub fn text(&self) -> String {
         let mut page = String::new();
         // Writing to a string cannot fail.

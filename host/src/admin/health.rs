@@ -1,7 +1,9 @@
 //! Whether the server is ready, and if not, which part of it is not.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use kvs_metrics::{Measured, Page};
 use kvs_runtime::Tasks;
 use kvs_txlog::{Condition, TransactionLog};
 
@@ -73,8 +75,34 @@ impl Health {
         }
     }
 
+    /// Whether this server follows a primary and is ready, for a proxy that spreads stale reads; and a line that says so.
+    pub fn replica(&self) -> (bool, String) {
+        let read_only = self.log.get().is_some_and(|log| log.read_only().is_some());
+        match self.report() {
+            (true, _) if read_only => (true, "replica\n".to_owned()),
+            (true, _) => (false, "primary\n".to_owned()),
+            (false, report) => (false, report),
+        }
+    }
+
     /// Whether requests should be sent here, and a line for each part that has a say in it.
     pub fn report(&self) -> (bool, String) {
+        let mut ready = true;
+        let mut report = String::new();
+        for (name, check) in self.parts() {
+            match check {
+                Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
+                Err(reason) => {
+                    ready = false;
+                    report.push_str(&format!("[-]{name} {reason}\n"));
+                }
+            }
+        }
+        (ready, report)
+    }
+
+    /// The parts, in the order of the report.
+    fn parts(&self) -> Vec<(&'static str, Result<String, String>)> {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let log = match self.log.get() {
             None => Err("not open yet".to_owned()),
@@ -92,8 +120,6 @@ impl Health {
             Phase::Serving => Ok("ok".to_owned()),
             Phase::Stopping => Err("stopping".to_owned()),
         };
-        let mut ready = true;
-        let mut report = String::new();
         let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
         let others = others.iter().map(|(name, check)| (*name, line(check())));
         // They come back by themselves, and requests do not wait for them.
@@ -101,16 +127,17 @@ impl Health {
         let lost = lines::failure().map(|reason| format!("log lines are lost: {reason}"));
         let diagnostics = line(lost.map_or(Condition::Well, Condition::But));
         let own = [("log", log), ("guest", guest), ("edge", edge)].into_iter();
-        for (name, check) in own.chain(others).chain([("tasks", tasks), ("diagnostics", diagnostics)]) {
-            match check {
-                Ok(condition) => report.push_str(&format!("[+]{name} {condition}\n")),
-                Err(reason) => {
-                    ready = false;
-                    report.push_str(&format!("[-]{name} {reason}\n"));
-                }
-            }
-        }
-        (ready, report)
+        own.chain(others).chain([("tasks", tasks), ("diagnostics", diagnostics)]).collect()
+    }
+}
+
+impl Measured for Health {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let parts = self.parts();
+        let ready = parts.iter().all(|(_, check)| check.is_ok());
+        page.gauge("ready", "1 when requests should be sent here, as /readyz says", u64::from(ready))?;
+        let parts = parts.iter().map(|(name, check)| ([("part", *name)], u64::from(check.is_ok())));
+        page.gauges("part_ready", "1 for each part that is ready", parts)
     }
 }
 
@@ -125,6 +152,8 @@ fn line(condition: Condition) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use kvs_runtime::Env;
     use kvs_txlog::file::{Durability, FileLog, Options};
@@ -142,7 +171,8 @@ mod tests {
         let data = data.path().to_owned();
         let (durability, env) = (Durability::Sync, Env::real());
         let (segment_bytes, group_bytes, advertise) = (1 << 20, 1 << 10, None);
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+        let retain = Duration::ZERO;
+        let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
         let log: Arc<dyn TransactionLog> = Arc::new(FileLog::open(options).expect("a new log can be opened"));
         health.set_log(Arc::clone(&log));
         health.reached(Phase::Replaying);
@@ -153,6 +183,7 @@ mod tests {
         health.reached(Phase::Serving);
         assert_eq!(health.report(), (true, format!("[+]log ok\n[+]guest ok\n[+]edge ok\n{OTHERS}")));
         assert_eq!(health.primary(), (true, "primary\n".into()));
+        assert_eq!(health.replica(), (false, "primary\n".into()));
         log.watermark().latch("input/output error".into());
         let failed = format!("[-]log failed: input/output error\n[+]guest ok\n[+]edge ok\n{OTHERS}");
         assert_eq!(health.report(), (false, failed.clone()));

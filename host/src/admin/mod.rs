@@ -1,23 +1,36 @@
-//! The admin listener: is the server alive, is it ready, what has it counted, which guest serves, and another in its place.
+//! The admin listener: is the server alive, is it ready, what has it counted, which guest serves, and another in its place;
+//! and the console, a page in the browser that shows all that.
 //!
 //! It has a thread and a runtime of its own, and waits for nothing that requests to the store wait for: it answers when
-//! every guest is busy, being built, or gone.
+//! every guest is busy, being built, or gone. Requests to `/v1` are passed on to the threads that serve clients.
 //!
 //! Owns: the admin socket, what its paths mean, the state of the server's health.
 //! Must never know: the data, or what a request to the store means.
 
+mod backup;
+#[cfg(feature = "console")]
+mod console;
+#[cfg(not(feature = "console"))]
+#[path = "no_console.rs"]
+mod console;
+mod exposition;
 mod guest;
 mod health;
+mod history;
+mod origin;
+mod read_only;
+mod scan;
 
 use std::convert::Infallible;
 use std::fmt;
-use std::net::TcpListener as Bound;
+use std::net::{SocketAddr, TcpListener as Bound};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::server::conn::http1;
@@ -25,48 +38,108 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
+use kvs_txlog::TransactionLog;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SetOnce};
 use tokio::time::sleep;
 use tracing::debug;
 
+use self::backup::Backups;
+pub use self::backup::ENTRIES_HEADER;
 use self::guest::Guests;
 pub use self::health::{Health, Phase};
-use crate::edge::auth::Tokens;
+use self::history::Histories;
+use self::origin::Hosts;
+pub use self::origin::host_name;
+pub use self::read_only::ReadOnly;
+use self::scan::Pieces;
+use crate::audit::Actor;
+use crate::edge::auth::{Scope, Tokens};
+use crate::edge::{Caller, Forwarder, Reply, RequestIds};
 use crate::guest::Swapper;
-use kvs_metrics::{MEDIA_TYPE, Measured, Metrics, Page};
+use kvs_metrics::{Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
 /// Longest wait for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// What a request with another path is answered.
+const UNKNOWN: &str = if cfg!(feature = "console") {
+    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only, /v1 and /console\n"
+} else {
+    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only and /v1\n"
+};
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// The response to a request.
+type Answer = Response<Reply>;
+/// Body of a response, or of a backup.
+type AdminBody = Either<Reply, Pieces>;
+
 /// Answers the requests of the admin listener.
 pub struct Admin {
-    pub health: Health,
+    pub health: Arc<Health>,
     pub metrics: Metrics,
-    /// Asked for a token of scope admin, where there are any, by all but health.
+    hosts: Hosts,
+    /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
+    ids: RequestIds,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
+    /// None until the log is open.
+    log: OnceLock<(Backups, Histories)>,
+    /// None until the log is open.
+    read_only: OnceLock<Arc<ReadOnly>>,
+    /// Passes requests on to the HTTP interface. None until it is open.
+    forwarder: OnceLock<Forwarder>,
     env: Env,
 }
 
 impl Admin {
-    pub fn new(tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
+    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
         let metrics = Metrics::default();
-        metrics.add(Arc::new(Build));
+        metrics.add(Arc::new(Build { started: env.clock.unix_ms() / 1_000 }));
         metrics.add(Arc::new(env.tasks.clone()));
-        let health = Health::new(env.tasks.clone());
-        Self { health, metrics, tokens, guests: OnceLock::new(), env: env.clone() }
+        let health = Arc::new(Health::new(env.tasks.clone()));
+        metrics.add(health.clone());
+        Self {
+            health,
+            metrics,
+            hosts: Hosts::new(hosts),
+            tokens,
+            ids: RequestIds::default(),
+            guests: OnceLock::new(),
+            log: OnceLock::new(),
+            read_only: OnceLock::new(),
+            forwarder: OnceLock::new(),
+            env: env.clone(),
+        }
+    }
+
+    pub fn set_forwarder(&self, forwarder: Forwarder) {
+        // One HTTP interface is opened in the life of a process.
+        let _ = self.forwarder.set(forwarder);
     }
 
     pub fn set_swapper(&self, swapper: Arc<Swapper>) {
         // One guest is started in the life of a process; the others are swapped in.
         let _ = self.guests.set(Guests::new(swapper));
+    }
+
+    pub fn set_log(&self, log: Arc<dyn TransactionLog>, backup_timeout: Duration) {
+        let backups = Backups::new(Arc::clone(&log), backup_timeout, &self.env);
+        self.metrics.add(backups.metrics());
+        self.health.set_log(Arc::clone(&log));
+        // One log is opened in the life of a process.
+        let _ = self.log.set((backups, Histories::new(log, &self.env)));
+    }
+
+    pub fn set_read_only(&self, read_only: Arc<ReadOnly>) {
+        self.metrics.add(read_only.clone());
+        // One log is opened in the life of a process.
+        let _ = self.read_only.set(read_only);
     }
 
     /// Serves `listener` from a thread of its own, to the end of the process.
@@ -86,8 +159,11 @@ impl Admin {
         let connections = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let place = Arc::clone(&connections).acquire_owned().await;
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let accepted = listener.accept().await;
+            let accepted =
+                accepted.and_then(|(stream, address)| Ok((stream.as_fd().try_clone_to_owned()?, stream, address)));
+            let (socket, stream, address) = match accepted {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     debug!("no admin connection could be accepted: {error}");
                     sleep(ACCEPT_PAUSE).await;
@@ -96,14 +172,20 @@ impl Admin {
             };
             let admin = Arc::clone(self);
             self.env.tasks.detach("admin connection", async move {
+                let connection = Connection { socket, address, caller: SetOnce::new() };
                 let service = service_fn(|request| {
-                    let admin = Arc::clone(&admin);
-                    async move { Ok::<_, Infallible>(admin.respond(request).await) }
+                    let (admin, connection) = (&admin, &connection);
+                    async move { Ok::<_, Infallible>(admin.respond(request, connection).await) }
                 });
                 let mut http = http1::Builder::new();
                 http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-                if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-                    debug!("admin connection ended: {error}");
+                tokio::select! {
+                    ended = http.serve_connection(TokioIo::new(stream), service) => {
+                        if let Err(error) = ended {
+                            debug!("admin connection ended: {error}");
+                        }
+                    }
+                    () = async { connection.caller.wait().await.cut().await } => debug!("admin connection cut off"),
                 }
                 drop(place);
             });
@@ -111,14 +193,37 @@ impl Admin {
     }
 
     /// The paths there are, and what answers them.
-    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        // Health is for whoever decides where requests go, and no secret.
-        let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary");
-        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_health)
-            && let Err(refusal) = tokens.get().check_admin(request.headers())
-        {
-            return refusal.map(Full::new);
+    async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Response<AdminBody> {
+        if let Err(refusal) = self.hosts.check(&request) {
+            return (*refusal).map(Either::Left);
         }
+        // Load balancers ask for health without a token. The console is public, since it asks for the token.
+        let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
+        let is_public = is_health || console::file(request.uri().path()).is_some();
+        let mut principal = None;
+        if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_public) {
+            let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
+            match tokens.get().check_admin(request.headers(), needed) {
+                Ok(name) => principal = Some(name.to_string()),
+                Err(refusal) => return refusal.map(Reply::Whole).map(Either::Left),
+            }
+        }
+        if matches!(request.uri().path(), "/backup" | "/history") {
+            return match (self.log.get(), request.uri().path()) {
+                (Some((backups, _)), "/backup") => backups.respond(request).await,
+                (Some((_, histories)), _) => histories.respond(request).await,
+                (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
+            };
+        }
+        self.respond_whole(request, principal, connection).await.map(Either::Left)
+    }
+
+    async fn respond_whole(
+        &self,
+        request: Request<Incoming>,
+        principal: Option<String>,
+        connection: &Connection,
+    ) -> Answer {
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
             ("/readyz", &Method::GET | &Method::HEAD) => {
@@ -130,33 +235,79 @@ impl Admin {
                 text(if primary { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
             }
             ("/metrics", &Method::GET | &Method::HEAD) => {
-                let mut response = text(StatusCode::OK, self.metrics.text());
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+                let (exposition, media_type) = exposition::of(&self.metrics, request.headers());
+                let mut response = text(StatusCode::OK, exposition);
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
                 response
             }
-            ("/livez" | "/readyz" | "/primary" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/replica", &Method::GET | &Method::HEAD) => {
+                let (replica, report) = self.health.replica();
+                text(if replica { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+            }
+            ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
+            ("/read-only", method) => match self.read_only.get() {
+                Some(read_only) => {
+                    let request_id = Some(self.ids.of(request.headers()));
+                    read_only.respond(method, &Actor { principal, request_id }).await
+                }
+                None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n"),
+            },
             ("/guest", _) => match self.guests.get() {
-                Some(guests) => guests.respond(request).await,
+                Some(guests) => {
+                    let request_id = Some(self.ids.of(request.headers()));
+                    guests.respond(request, Actor { principal, request_id }).await
+                }
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            _ => {
-                text(StatusCode::NOT_FOUND, "unknown path; there are /livez, /readyz, /primary, /metrics and /guest\n")
-            }
+            (path, _) if path == "/v1" || path.starts_with("/v1/") => self.forward(request, connection).await,
+            (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
+            _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
+    }
+
+    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens.
+    async fn forward(&self, request: Request<Incoming>, connection: &Connection) -> Answer {
+        let Some(forwarder) = self.forwarder.get() else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
+        };
+        let caller = match connection.caller.get() {
+            Some(caller) => Arc::clone(caller),
+            None => match forwarder.open(connection.socket.as_fd(), connection.address) {
+                // Requests of one connection come one after the other, so this is the first.
+                Ok(caller) => {
+                    let _ = connection.caller.set(Arc::clone(&caller));
+                    caller
+                }
+                Err(refusal) => return refusal.map(Reply::Whole),
+            },
+        };
+        forwarder.respond(request, caller).await
     }
 }
 
-/// What is known when it was built.
-struct Build;
+/// An accepted connection.
+struct Connection {
+    /// A second handle of its socket, for requests that wait and notice that the client has left.
+    socket: OwnedFd,
+    address: SocketAddr,
+    /// Set by the first request to the HTTP interface.
+    caller: SetOnce<Arc<Caller>>,
+}
+
+/// The program, and the time of its start in seconds since 1970.
+struct Build {
+    started: u64,
+}
 
 impl Measured for Build {
     fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
-        page.info("build", "The program", [("version", env!("CARGO_PKG_VERSION"))])
+        page.info("build", "The program", [("version", env!("CARGO_PKG_VERSION"))])?;
+        page.gauge("start_time_seconds", "Time of the start, in seconds since 1970", self.started)
     }
 }
 
-fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(text.into()));
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Answer {
+    let mut response = Response::new(Reply::Whole(text.into()));
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
@@ -164,7 +315,7 @@ fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     response
 }
 
-fn not_allowed(methods: &'static str) -> Response<Full<Bytes>> {
+fn not_allowed(methods: &'static str) -> Answer {
     let mut response = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path has {methods}\n"));
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
     response

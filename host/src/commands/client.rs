@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvs_client::{Options, Server};
+use kvs_client::{Options, Output, Server};
 
 /// Read timeout; a server sends keep-alives on streams far more often.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+pub const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
@@ -48,18 +48,66 @@ pub struct TokenArgs {
     token_file: Option<PathBuf>,
 }
 
+/// The admin listener of a server.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct AdminArgs {
+    /// Admin listener of the server: an address or a URL
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    #[command(flatten)]
+    token: TokenArgs,
+}
+
+impl AdminArgs {
+    pub fn server(&self, read_timeout: Option<Duration>) -> Result<Server> {
+        Server::new(&Options {
+            url: &self.admin,
+            flag: "--admin",
+            token: self.token.read()?.as_deref(),
+            authorities: None,
+            read_timeout,
+            stale: false,
+        })
+    }
+}
+
+/// Format of the output.
+#[derive(Debug, clap::Args)]
+pub struct OutputArgs {
+    /// Format of the output: text, or json with an object per line
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    output: OutputFormat,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum OutputFormat {
+    Text,
+    Json,
+}
+
+impl OutputArgs {
+    pub fn output(&self) -> Output {
+        match self.output {
+            OutputFormat::Text => Output::Text,
+            OutputFormat::Json => Output::Json,
+        }
+    }
+}
+
 impl ServerArgs {
     pub fn server(&self) -> Result<Server> {
-        self.server_for(false)
+        self.server_for(false, Duration::ZERO)
     }
 
-    fn server_for(&self, stale: bool) -> Result<Server> {
+    fn server_for(&self, stale: bool, wait: Duration) -> Result<Server> {
         Server::new(&Options {
             url: &self.url,
             flag: "--url",
             token: self.token.read()?.as_deref(),
             authorities: self.cacert.as_deref(),
-            read_timeout: Some(READ_TIMEOUT),
+            read_timeout: Some(READ_TIMEOUT.saturating_add(wait)),
             stale,
         })
     }
@@ -67,7 +115,12 @@ impl ServerArgs {
 
 impl ReadArgs {
     pub fn server(&self) -> Result<Server> {
-        self.server.server_for(self.stale)
+        self.server_after(Duration::ZERO)
+    }
+
+    /// The server, for a request that it answers only after waiting this long.
+    pub fn server_after(&self, wait: Duration) -> Result<Server> {
+        self.server.server_for(self.stale, wait)
     }
 }
 

@@ -1,16 +1,33 @@
 //! `kvs get`: prints the value of a key.
 
 use std::io;
+use std::time::Duration;
 
-use super::client::ReadArgs;
+use super::client::{OutputArgs, ReadArgs};
+use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Get {
     key: String,
+
+    /// Print entity tag, content type and expiry before the value
+    #[arg(short, long)]
+    include: bool,
+
+    /// Wait until the key exists, at most this long and at most 5m
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    wait: Option<Duration>,
+
+    #[command(flatten)]
+    output: OutputArgs,
+
     #[command(flatten)]
     server: ReadArgs,
 }
 
 pub fn run(args: &Get) -> anyhow::Result<()> {
-    kvs_client::get(&args.server.server()?, &args.key, &mut io::stdout().lock())
+    let &Get { ref key, include, wait, ref output, ref server } = args;
+    let server = server.server_after(wait.unwrap_or_default())?;
+    let get = kvs_client::Get { include, wait, output: output.output() };
+    kvs_client::get(&server, key, &get, &mut io::stdout().lock())
 }

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
+use kvs_client::ImportHooks;
+
 use super::client::ServerArgs;
+use crate::guest::is_valid_key;
 use crate::lines::notice;
 use crate::terminal::bar;
 
@@ -21,7 +24,9 @@ pub struct Import {
 }
 
 pub fn run(args: &Import) -> anyhow::Result<()> {
-    let lines = kvs_client::import(&args.server.server()?, &args.file, args.resume, bar)?;
+    let report = |line: &str| notice(format_args!("kvs: {line}"));
+    let hooks = ImportHooks { bar, is_valid_key, report };
+    let lines = kvs_client::import(&args.server.server()?, &args.file, args.resume, hooks)?;
     notice(format_args!("imported {lines} lines"));
     Ok(())
 }

@@ -15,6 +15,6 @@ pub struct Inspect {
 
 pub fn run(args: &Inspect) -> anyhow::Result<()> {
     // The maximum size of a value is irrelevant for the check.
-    let limits = args.guest.limits(ByteSize(0))?;
+    let limits = args.guest.limits(ByteSize(0), 1)?;
     guest::inspect(&args.guest.source(), limits, args.guest.guest_config.clone(), &mut io::stdout().lock())
 }

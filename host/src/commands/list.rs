@@ -2,21 +2,36 @@
 
 use std::io;
 
-use super::client::ReadArgs;
+use kvs_client::ListOptions;
+
+use super::client::{OutputArgs, ReadArgs};
 
 #[derive(Debug, clap::Args)]
 pub struct List {
     #[arg(default_value = "", hide_default_value = true)]
     prefix: String,
 
-    /// Print an object per line, with entity tag, size, and expiry in milliseconds since 1970
+    /// Maximum number of keys
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+
+    /// Print the last keys first
     #[arg(long)]
-    json: bool,
+    reverse: bool,
+
+    /// Print entity tag, size, expiry in milliseconds since 1970, and key, separated by tabs
+    #[arg(long)]
+    long: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
 
     #[command(flatten)]
     server: ReadArgs,
 }
 
 pub fn run(args: &List) -> anyhow::Result<()> {
-    kvs_client::list(&args.server.server()?, &args.prefix, args.json, &mut io::stdout().lock())
+    let &List { ref prefix, limit, reverse, long, ref output, ref server } = args;
+    let options = ListOptions { prefix, limit, reverse, long, output: output.output() };
+    kvs_client::list(&server.server()?, &options, &mut io::stdout().lock())
 }

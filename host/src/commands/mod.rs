@@ -2,20 +2,27 @@
 //!
 //! Owns: names, flags and output of commands. Must never know: how a server or a log does its work.
 
+mod add;
+mod backup;
 mod client;
 mod compile;
 mod delete;
 mod export;
 mod get;
 mod health;
+mod history;
 mod import;
 mod inspect;
 mod list;
 mod put;
+mod read_only;
+mod restore;
 mod serve;
 mod swap;
 mod token;
+mod touch;
 mod txlog;
+mod txn;
 mod watch;
 
 use std::collections::BTreeSet;
@@ -24,6 +31,8 @@ use std::env;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 use kvs_runtime::Env;
+use rustix::fs::Mode;
+use rustix::process::umask;
 use strsim::jaro;
 
 use crate::lines::{self, Format};
@@ -51,7 +60,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve a store over HTTP
     Serve(Box<Serve>),
-    /// Create tokens for clients
+    /// Create, list and revoke tokens of clients
     #[command(subcommand)]
     Token(token::TokenCommand),
     /// Replace the serving guest, without downtime
@@ -65,15 +74,31 @@ pub enum Command {
     /// Verify, print, export, import and compact a transaction log that no server uses
     #[command(subcommand)]
     Txlog(txlog::TxlogCommand),
+    /// Take a backup of the log of a running server, in full or since a sequence, or check one
+    ///
+    /// Prints the sequence that the backup ends with.
+    Backup(backup::Backup),
+    /// Make a new log, in files or in a database, out of backups
+    Restore(restore::Restore),
+    /// Have a running server reject writes, for maintenance, or accept them again; kept over restarts
+    ReadOnly(read_only::ReadOnly),
+    /// Print every entry of a key that the log still has, oldest first, as JSON lines
+    History(history::History),
     /// Print the value of a key, unchanged
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
     Put(Box<put::Put>),
-    /// Delete a key
+    /// Add to the number at a key, which counts as 0 if it does not exist; prints the sum
+    Add(add::Add),
+    /// Give the value of a key another time to live; prints its entity tag
+    Touch(touch::Touch),
+    /// Delete a key, or all keys with a prefix
     Delete(delete::Delete),
+    /// Do several operations, all or nothing; prints the result of each
+    Txn(txn::Txn),
     /// Print all keys, or those with a PREFIX, in order
     List(list::List),
-    /// Print changes of all keys, or of those with a PREFIX, as they happen
+    /// Print changes of all keys, or of those with one of the prefixes, as they happen
     Watch(watch::Watch),
     /// Print all keys, or those with a PREFIX, with their values, as JSON lines that `kvs import` reads
     ///
@@ -82,13 +107,18 @@ pub enum Command {
     /// Put the keys and values of JSON lines: {"key": "a", "value": "1"}, as `kvs export` prints them
     ///
     /// Beside `value`, or `value_base64`, a line can have `content_type`, and `ttl` in seconds or `expires` in milliseconds
-    /// since 1970. A file is validated completely before the first put. Progress is saved in FILE.kvs-import.
+    /// since 1970. Blank lines are skipped. A file is validated completely before the first put; the server can still reject a
+    /// value, for its size or its type, and then the lines before it are stored. Progress is saved in FILE.kvs-import.
     Import(import::Import),
 }
 
 /// Runs a command to its end, in these surroundings.
 pub fn run(cli: Cli, env: &Env) -> Result<()> {
     lines::begin(cli.log_format, &cli.log_filter, env)?;
+    if matches!(cli.command, Command::Serve(_) | Command::Txlog(_) | Command::Backup(_) | Command::Restore(_)) {
+        // Directories of data are 0700, and their files 0600, backups too.
+        umask(Mode::RWXG | Mode::RWXO);
+    }
     // Output that nobody reads any more is no failure: `kvs txlog cat | head`.
     ignore_broken_pipe(match cli.command {
         Command::Serve(args) => return serve::run(&args, env),
@@ -98,9 +128,16 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Txlog(command) => txlog::run(command),
+        Command::Backup(args) => backup::run(&args),
+        Command::Restore(args) => restore::run(&args),
+        Command::ReadOnly(args) => read_only::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),
+        Command::Add(args) => add::run(&args),
+        Command::Touch(args) => touch::run(&args),
         Command::Delete(args) => delete::run(&args),
+        Command::Txn(args) => txn::run(&args),
         Command::List(args) => list::run(&args),
         Command::Watch(args) => watch::run(&args),
         Command::Export(args) => export::run(&args),
@@ -111,24 +148,33 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
 /// Common prefix of the variables of all settings.
 const PREFIX: &str = "KVS_";
 
-/// Returns the reason to reject an environment variable with the prefix of the settings that is not one of them.
-pub fn unknown_variable() -> Option<String> {
+/// Returns the reason to reject an environment variable with the prefix of the settings that is not one of them. In a pod,
+/// only a server rejects the variables of a service: they would be in the way of every other command in the namespace.
+pub fn unknown_variable(command: &Command) -> Option<String> {
+    let is_server = matches!(command, Command::Serve(_));
     let mut known = BTreeSet::new();
     add_variables(&Cli::command(), &mut known);
     let given: BTreeSet<_> = env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
-    let unknown = given.into_iter().find(|name| name.starts_with(PREFIX) && !known.contains(name))?;
+    let mut unknown = given.into_iter().filter(|name| name.starts_with(PREFIX) && !known.contains(name));
+    let unknown = unknown.find(|name| is_server || !is_service_link(name))?;
     if let Some(renamed) = renamed::variable(&unknown) {
         return Some(format!("the variable {renamed}"));
     }
     let nearest = known.iter().max_by(|a, b| jaro(a, &unknown).total_cmp(&jaro(b, &unknown)))?;
-    // Kubernetes sets such variables in every pod, for a service that is called kvs.
-    let advice = match env::var_os("KUBERNETES_SERVICE_HOST") {
-        Some(_) if unknown.contains("SERVICE") || unknown.contains("PORT") => {
-            "give the pod enableServiceLinks: false".to_owned()
-        }
-        _ => format!("is {nearest} meant? Unset it, or see kvs serve --help"),
+    let advice = if is_service_link(&unknown) {
+        "give the pod enableServiceLinks: false".to_owned()
+    } else {
+        format!("is {nearest} meant? Unset it, or see kvs serve --help")
     };
     Some(format!("the variable {unknown} is not a setting of kvs; {advice}"))
+}
+
+/// Returns whether Kubernetes may have set this variable, as it does in every pod beside a service whose name begins with
+/// `kvs`: `KVS_SERVICE_HOST`, `KVS_SERVICE_PORT_HTTP`, `KVS_PORT`, `KVS_PORT_8080_TCP_ADDR`.
+fn is_service_link(name: &str) -> bool {
+    let service = ["_SERVICE_HOST", "_SERVICE_PORT"].iter().any(|part| name.contains(part));
+    let docker = name.ends_with("_PORT") || name.contains("_PORT_") && (name.contains("_TCP") || name.contains("_UDP"));
+    env::var_os("KUBERNETES_SERVICE_HOST").is_some() && (service || docker)
 }
 
 fn add_variables(command: &clap::Command, known: &mut BTreeSet<String>) {

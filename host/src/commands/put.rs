@@ -1,11 +1,12 @@
 //! `kvs put`: puts the value of a key.
 
 use std::io;
+use std::time::Duration;
 
 use kvs_client::Condition;
 
-use super::client::ServerArgs;
-use crate::parse::seconds;
+use super::client::{OutputArgs, ServerArgs};
+use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Put {
@@ -23,12 +24,15 @@ pub struct Put {
     if_match: Option<String>,
 
     /// Time to live: 90s, 12h, 30days
-    #[arg(long, value_name = "TIME", value_parser = seconds)]
-    ttl: Option<u64>,
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    ttl: Option<Duration>,
 
     /// Media type of the value, which GET returns: application/json
     #[arg(long, value_name = "TYPE")]
     content_type: Option<String>,
+
+    #[command(flatten)]
+    output: OutputArgs,
 
     #[command(flatten)]
     server: ServerArgs,
@@ -41,6 +45,6 @@ pub fn run(args: Put) -> anyhow::Result<()> {
         None if args.create => Condition::IsNew,
         None => Condition::Always,
     };
-    let put = kvs_client::Put { value: args.value, condition, ttl_seconds: args.ttl, content_type: args.content_type };
-    kvs_client::put(&server, &args.key, &put, &mut io::stdout().lock())
+    let put = kvs_client::Put { value: args.value, condition, ttl: args.ttl, content_type: args.content_type };
+    kvs_client::put(&server, &args.key, &put, args.output.output(), &mut io::stdout().lock())
 }

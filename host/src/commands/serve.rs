@@ -4,7 +4,6 @@ mod listeners;
 
 use std::convert::Infallible;
 use std::env;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -19,27 +18,28 @@ use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
 use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
-use crate::admin::{Admin, Phase};
+use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, RequestIds, Service};
+use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
 use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
+use crate::workers::Workers;
 
 /// The share of the memory that requests and responses in flight may take, and what they may take in any case.
 const MEMORY_SHARE: u64 = 8;
@@ -47,8 +47,12 @@ const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Serves until the process is told to stop, or the log fails.
 pub fn run(args: &Serve, env: &Env) -> Result<()> {
-    let runtime = Builder::new_multi_thread().enable_all().build().context("no threads to serve with")?;
-    let ended = runtime.block_on(serve(args, env));
+    let workers = Arc::new(Workers::default());
+    let (parks, unparks) = (Arc::clone(&workers), Arc::clone(&workers));
+    let mut builder = Builder::new_multi_thread();
+    builder.enable_all().on_thread_park(move || parks.park()).on_thread_unpark(move || unparks.unpark());
+    let runtime = builder.build().context("no threads to serve with")?;
+    let ended = runtime.block_on(serve(args, env, &workers));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();
     match ended? {
@@ -74,7 +78,7 @@ fn begin_anew() -> Result<()> {
     Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
 }
 
-async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
+async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let Env { clock, tasks, .. } = env;
     // Before anything slow, so that a stop is heard at any time.
     let mut stop = on_signal(env)?;
@@ -85,16 +89,20 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
-    let tokens = args.access.tokens.as_deref().map(edge::auth::load).transpose()?;
+    let tokens = args.access.tokens.as_deref().map(|file| edge::auth::load(file, clock.clone())).transpose()?;
     let exposures = exposed(args)?;
     if let Some(excess) = too_large_with_spares(args, memory::size()) {
         warn!("{excess}");
     }
     let connections = descriptors::connections(args.max_connections)?;
     let budget = Budget::new(inflight_bytes(args)?);
+    if args.check {
+        check(args, env)?;
+        return Ok(Ended::Stopped);
+    }
     // A taken port is found before a long replay; clients can connect only after it.
     let socket = bind(args.listen, "--listen")?;
-    let admin = watched(args.admin, tokens.clone(), env)?;
+    let admin = watched(args, tokens.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
@@ -109,11 +117,20 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let changes = ChangeFeed::new(log, usize::try_from(args.watch_buffer_bytes.as_u64())?, env.clone());
     let log: Arc<dyn TransactionLog> = changes.clone();
     changes.start();
+    // Weak: the threads of the runtime outlive the log.
+    let idling = Arc::downgrade(&log);
+    workers.observe(Handle::current().metrics().num_workers(), move |idle| {
+        if let Some(log) = idling.upgrade() {
+            log.set_idle(idle);
+        }
+    });
 
-    health.set_log(Arc::clone(&log));
+    admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
+    let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir)?;
+    admin.set_read_only(Arc::clone(&read_only));
 
     let engine = Engine::new(
-        args.guest.limits(args.max_value_bytes)?,
+        args.guest.limits(args.max_value_bytes, args.shards)?,
         args.guest.guest_config.clone(),
         Some(&args.data_dir.join("cache")),
         args.response_cache_bytes.as_u64(),
@@ -175,7 +192,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     if let Some(followed) = followed.clone() {
         let (changes, shards) = (Arc::clone(&changes), Arc::clone(&shards));
         tasks.restart("follow", clock, move || {
-            follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards))
+            follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards), Arc::clone(&read_only))
         });
     }
     let housekeeping = {
@@ -187,6 +204,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     };
     if let Some(tls) = &tls {
         tls.start("TLS reload", hangup()?, env);
+        admin.metrics.add(tls.clone());
         let tls = Arc::clone(tls);
         health.add("tls", move || tls.condition());
     }
@@ -222,6 +240,7 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     let access_log = args.access_log_rate.map(AccessLog::new);
     if let Some(access_log) = &access_log {
         access_log.start(env);
+        admin.metrics.add(access_log.clone());
     }
     let service = Service {
         shards,
@@ -244,7 +263,10 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     }
     let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let cut_off = Edge { tls, service, limits, budget, tasks: tasks.clone() }.serve(listener, second, async {
+    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stopping: watch::Sender::new(false) };
+    let edge = Arc::new(edge);
+    admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
+    let cut_off = edge.serve(listener, second, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -273,6 +295,21 @@ async fn serve(args: &Serve, env: &Env) -> Result<Ended> {
     Ok(Ended::Stopped)
 }
 
+/// Checks the settings that are used only when the server has begun, and the guest.
+fn check(args: &Serve, env: &Env) -> Result<()> {
+    match &args.txlog {
+        TxlogStorage::File => file_options(args, None, env.clone()).check()?,
+        TxlogStorage::Postgres(url) => url.check()?,
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => url.check()?,
+    }
+    let limits = args.guest.limits(args.max_value_bytes, args.shards)?;
+    let engine = Engine::new(limits, args.guest.guest_config.clone(), None, 0, env)?;
+    engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    info!("the settings are valid");
+    Ok(())
+}
+
 /// What clients may hold in memory: as configured, or a share of what there is. Never so little that no value fits.
 fn inflight_bytes(args: &Serve) -> Result<usize> {
     let least = 2 * args.max_value_bytes.as_u64();
@@ -289,7 +326,7 @@ fn inflight_bytes(args: &Serve) -> Result<usize> {
 
 /// The warning that the instances and their spares, of which each may grow to its limit, do not fit into the memory.
 fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
-    let (limit, instances) = (args.guest.guest_max_memory_bytes, 2 * u64::from(args.shards));
+    let (limit, instances) = (args.guest.memory_limit(memory, args.shards), 2 * u64::from(args.shards));
     let most = limit.as_u64().saturating_mul(instances);
     (args.spare && most > memory).then(|| {
         format!(
@@ -301,6 +338,18 @@ fn too_large_with_spares(args: &Serve, memory: u64) -> Option<String> {
     })
 }
 
+fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
+    file::Options {
+        data: args.data_dir.clone(),
+        segment_bytes: args.segment_bytes.as_u64(),
+        group_bytes: args.guest.group_bytes(args.max_value_bytes),
+        durability: args.durability,
+        retain: args.backup.retain,
+        advertise,
+        env,
+    }
+}
+
 /// Opens the log. Given twice when another process writes it, and it is to be followed.
 async fn open_log(
     args: &Serve,
@@ -309,11 +358,9 @@ async fn open_log(
     env: &Env,
 ) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
     let env = env.clone();
-    let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
     match &args.txlog {
         TxlogStorage::File => {
-            let (data, segment_bytes) = (args.data_dir.clone(), args.segment_bytes.as_u64());
-            let options = file::Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let options = file_options(args, advertise, env);
             if args.standby {
                 let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
                 metrics.add(log.clone());
@@ -327,9 +374,11 @@ async fn open_log(
         TxlogStorage::Postgres(url) => {
             make_data_dir(args)?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout) = (url.clone(), args.txlog_timeout);
+            let (url, timeout, retain) = (url.clone(), args.txlog_timeout, args.backup.retain);
             let lease = args.read_lease.unwrap_or(postgres::READ_LEASE);
-            let options = postgres::Options { url, group_bytes, durability, timeout, manner, lease, advertise, env };
+            let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
+            let options =
+                postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
@@ -385,12 +434,11 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(address: SocketAddr, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
-    // Who is on this machine may ask for its health without a token.
-    let tokens = tokens.filter(|_| !address.ip().to_canonical().is_loopback());
-    let listener = bind(address, "--admin")?;
-    let (address, listener) = listen(listener).with_context(|| cannot_listen(address, "--admin"))?;
-    let admin = Arc::new(Admin::new(tokens, env));
+fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+    let tokens = tokens.filter(|_| !args.access.admin_open);
+    let listener = bind(args.admin, "--admin")?;
+    let (address, listener) = listen(listener).with_context(|| cannot_listen(args.admin, "--admin"))?;
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens, env));
     Arc::clone(&admin).start(listener.into_std()?)?;
     info!("admin on http://{address}");
     Ok(admin)

@@ -9,10 +9,10 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::client::TokenArgs;
+use super::client::AdminArgs;
 use super::health::READ_TIMEOUT;
 use crate::guest::read_component;
-use kvs_client::{ApiRequest, ClientError, Options, Server};
+use kvs_client::{ApiRequest, ClientError, Server};
 use kvs_runtime::Env;
 
 /// Interval of the progress display.
@@ -24,12 +24,8 @@ pub struct Swap {
     #[arg(value_name = "GUEST.wasm")]
     guest: Option<PathBuf>,
 
-    /// Admin listener of the server: an address or a URL
-    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
-    admin: String,
-
     #[command(flatten)]
-    token: TokenArgs,
+    admin: AdminArgs,
 
     /// Validate the component and replay the log into it, but do not switch
     #[arg(long)]
@@ -38,17 +34,8 @@ pub struct Swap {
 
 pub fn run(args: &Swap) -> Result<()> {
     // No read timeout: the server responds when the probation of the new guest is over.
-    let token = args.token.read()?;
-    let options = Options {
-        url: &args.admin,
-        flag: "--admin",
-        token: token.as_deref(),
-        authorities: None,
-        read_timeout: None,
-        stale: false,
-    };
-    let server = Server::new(&options)?;
-    let watched = Server::new(&Options { read_timeout: Some(READ_TIMEOUT), ..options })?;
+    let server = args.admin.server(None)?;
+    let watched = args.admin.server(Some(READ_TIMEOUT))?;
     let base = server.base().to_owned();
     let component = match &args.guest {
         Some(file) => Some(read_component(file).with_context(|| format!("cannot read {}", file.display()))?),

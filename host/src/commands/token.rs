@@ -1,16 +1,21 @@
-//! `kvs token`: creates tokens for clients.
+//! `kvs token`: creates, lists and revokes tokens of clients.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use kvs_runtime::Env;
 
-use crate::edge::auth::{self, Scope};
+use crate::audit::{self, Actor};
+use crate::edge::auth::{self, Limits, Scope};
+use crate::parse::expiry;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenCommand {
     /// Create a token: the file gets its hash, and the token itself is printed once
+    ///
+    /// Several tokens can have one name: create the next, give it to the client, then revoke the old one by its id.
     Create {
         /// Name of the owner, the principal of its requests
         name: String,
@@ -20,15 +25,52 @@ pub enum TokenCommand {
         /// Prefix of the allowed paths
         #[arg(long, value_name = "PREFIX")]
         path_prefix: Option<String>,
-        /// Token file, created if it does not exist
-        #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
-        tokens: PathBuf,
+        /// Expiry: a time from now such as 90days, or a date such as 2027-01-31
+        #[arg(long, value_name = "TIME", value_parser = expiry)]
+        expires: Option<SystemTime>,
+        #[command(flatten)]
+        file: TokenFile,
+    },
+    /// List the tokens: id, name, scope, expiry and path prefix
+    List {
+        #[command(flatten)]
+        file: TokenFile,
+    },
+    /// Revoke all tokens of a name, or the one with an id that `kvs token list` prints
+    Revoke {
+        #[arg(value_name = "NAME|ID")]
+        name: String,
+        #[command(flatten)]
+        file: TokenFile,
     },
 }
 
+#[derive(Debug, clap::Args)]
+pub struct TokenFile {
+    /// Token file; `create` makes it if it does not exist
+    #[arg(long, env = "KVS_TOKENS", value_name = "FILE")]
+    tokens: PathBuf,
+}
+
 pub fn run(command: TokenCommand) -> Result<()> {
-    let TokenCommand::Create { name, scope, path_prefix, tokens } = command;
-    let token = auth::create(&tokens, &name, scope, path_prefix.as_deref(), &Env::real().random)?;
-    writeln!(io::stdout(), "{token}")?;
-    Ok(())
+    match command {
+        TokenCommand::Create { name, scope, path_prefix, expires, file } => {
+            // A broken pipe is a failure here: nobody would know the token.
+            let show = |token: &str| {
+                writeln!(io::stdout(), "{token}")
+                    .map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
+            };
+            let limits = Limits { path_prefix, expires };
+            auth::create(&file.tokens, &name, scope, &limits, &Env::real().random, show)?;
+            audit::log(&Actor::user(), "token-create", name, "success");
+            Ok(())
+        }
+        TokenCommand::List { file } => auth::list(&file.tokens, &mut io::stdout().lock()),
+        TokenCommand::Revoke { name, file } => {
+            for revoked in auth::revoke(&file.tokens, &name)? {
+                audit::log(&Actor::user(), "token-revoke", revoked, "success");
+            }
+            Ok(())
+        }
+    }
 }

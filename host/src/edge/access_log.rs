@@ -1,35 +1,33 @@
-//! The access log: a line for each request, up to a rate per second. Requests over the rate are counted, and reported at the
-//! end of the second.
+//! The access log: a line for each request, up to a rate per second. Requests over the rate are counted, and reported at most
+//! once a minute.
 //!
 //! Owns: the logged fields of a request. Bodies and headers are never logged, except the request id.
 
 use std::convert::Infallible;
-use std::mem;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use hyper::{Method, StatusCode, Uri};
+use kvs_metrics::{Counter, Measured, Page};
 use kvs_runtime::{Env, Task};
 use tokio::time::{MissedTickBehavior, interval};
-use tracing::{info, warn};
+use tracing::info;
 
 const SECOND: Duration = Duration::from_secs(1);
+/// Minimum number of seconds between two reports of requests over the rate.
+const REPORT_SECONDS: u32 = 60;
 /// Maximum length of a logged target.
 const TARGET_BYTES: usize = 256;
 
 /// The access log.
 pub struct AccessLog {
     rate: usize,
-    second: Mutex<Second>,
-}
-
-/// Counters of the current second, which the task of [`AccessLog::start`] resets.
-#[derive(Default)]
-struct Second {
-    logged: usize,
-    left_out: usize,
+    /// Lines of the current second, which the task of [`AccessLog::start`] resets.
+    logged: Mutex<usize>,
+    left_out: Counter,
 }
 
 /// The logged fields of a request.
@@ -48,7 +46,7 @@ pub struct Line<'l> {
 impl AccessLog {
     /// Creates an access log of at most `rate` requests per second.
     pub fn new(rate: usize) -> Arc<Self> {
-        Arc::new(Self { rate, second: Mutex::default() })
+        Arc::new(Self { rate, logged: Mutex::default(), left_out: Counter::default() })
     }
 
     pub fn log(&self, line: &Line<'_>) {
@@ -63,17 +61,17 @@ impl AccessLog {
     }
 
     fn has_room(&self) -> bool {
-        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        let has_room = second.logged < self.rate;
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_room = *logged < self.rate;
         if has_room {
-            second.logged += 1;
+            *logged += 1;
         } else {
-            second.left_out += 1;
+            self.left_out.add(1);
         }
         has_room
     }
 
-    /// Starts the task that reports the requests over the rate in each second.
+    /// Starts the task that begins each second, and reports the requests over the rate.
     pub fn start(self: &Arc<Self>, env: &Env) -> Task {
         let access_log = Arc::clone(self);
         env.tasks.restart("access log", &env.clock, move || Arc::clone(&access_log).run())
@@ -82,13 +80,24 @@ impl AccessLog {
     async fn run(self: Arc<Self>) -> anyhow::Result<Infallible> {
         let mut interval = interval(SECOND);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut reported, mut seconds) = (self.left_out.get(), REPORT_SECONDS);
         loop {
             interval.tick().await;
-            let Second { left_out, .. } = mem::take(&mut *self.second.lock().unwrap_or_else(PoisonError::into_inner));
-            if left_out > 0 {
-                warn!(left_out, "access log rate exceeded, requests were not logged");
+            *self.logged.lock().unwrap_or_else(PoisonError::into_inner) = 0;
+            seconds = seconds.saturating_add(1);
+            let left_out = self.left_out.get();
+            if left_out > reported && seconds >= REPORT_SECONDS {
+                info!(left_out = left_out - reported, "access log rate exceeded, requests were not logged");
+                (reported, seconds) = (left_out, 0);
             }
         }
+    }
+}
+
+impl Measured for AccessLog {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let help = "Requests without a line in the access log (--access-log-rate)";
+        page.counter("access_log_skipped_requests", help, self.left_out.get())
     }
 }
 

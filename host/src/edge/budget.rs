@@ -182,6 +182,9 @@ impl Charge {
     /// Holds so many bytes whatever there is room for: what cannot be refused any more.
     pub fn must_hold(&mut self, bytes: usize) {
         let bytes = self.charged(bytes);
+        if bytes == self.bytes {
+            return;
+        }
         if let Ok(number) = self.account.resize((self.number, self.bytes), bytes, true) {
             (self.number, self.bytes) = (number, bytes);
         }

@@ -53,7 +53,7 @@ impl Edge {
         self: &Arc<Self>,
         stream: TcpStream,
         address: SocketAddr,
-        mut stop: watch::Receiver<()>,
+        mut stop: watch::Receiver<bool>,
     ) -> Result<()> {
         // Responses are written whole; without this the kernel would hold the last packet back.
         if let Err(error) = stream.set_nodelay(true) {
@@ -107,7 +107,7 @@ impl Edge {
         peer: Arc<Peer>,
         activity: Arc<Activity>,
         revoked: impl Future<Output = rustls::Error>,
-        stop: watch::Receiver<()>,
+        stop: watch::Receiver<bool>,
     ) -> Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -168,7 +168,7 @@ async fn drive(
     streams: impl Future<Output = Infallible>,
     cut: impl Future<Output = Error>,
     mut patience: ConnectionTimeouts,
-    mut stop: watch::Receiver<()>,
+    mut stop: watch::Receiver<bool>,
 ) -> Result<()> {
     let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
     let mut stopping = false;
@@ -180,11 +180,13 @@ async fn drive(
             error = cut.as_mut() => return Err(error),
             _ = stop.changed(), if !stopping => {
                 stopping = true;
+                patience.shut_down();
                 connection.as_mut().graceful_shutdown();
             }
             () = sleep(patience.next_look()) => match patience.look() {
                 TimeoutAction::Continue => {}
                 TimeoutAction::ShutDown => connection.as_mut().graceful_shutdown(),
+                TimeoutAction::Abort(Limit::HeaderTimeout) if stopping => return Ok(()),
                 TimeoutAction::Abort(limit) => bail!(LimitExceeded(limit)),
             }
         }

@@ -8,6 +8,8 @@ use std::time::Duration;
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
+use super::head;
+use super::problem::{NOT_PRIMARY, with_code};
 use super::refusal::{Answer, Refusal, refuse};
 
 /// Request header: the consistency that the client requires.
@@ -19,7 +21,7 @@ const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
 
 /// Returns whether a client accepts stale reads; None if it has no preference.
 pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
-    let mut given = headers.get_all(CONSISTENCY).iter().map(HeaderValue::as_bytes);
+    let mut given = head::values(headers, CONSISTENCY).map(HeaderValue::as_bytes);
     match (given.next(), given.next()) {
         (None, _) => Ok(None),
         (Some(b"stale"), None) => Ok(Some(true)),
@@ -38,7 +40,7 @@ pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer
     if let (Some(primary), Some(_)) = (primary, &url) {
         line += &format!("; the primary is {primary}");
     }
-    let mut refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, &line);
+    let mut refusal = with_code(NOT_PRIMARY, refuse(StatusCode::SERVICE_UNAVAILABLE, &line));
     refusal.headers_mut().extend(url.map(|url| (PRIMARY, url)));
     refusal
 }

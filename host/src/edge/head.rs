@@ -5,7 +5,7 @@
 
 use std::net::Ipv6Addr;
 
-use hyper::header::{self, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
 
@@ -16,18 +16,28 @@ use super::refusal::{Refusal, beyond, closing, refuse};
 /// Transfer coding of a body of unknown length.
 const CHUNKED: &[u8] = b"chunked";
 
+/// Returns the values of a header of a request, found by a scan: requests have few headers, and a lookup hashes the name.
+pub fn values(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &HeaderValue> {
+    headers.iter().filter(move |(other, _)| **other == name).map(|(_, value)| value)
+}
+
+/// Returns whether a request with this method reads only: GET, HEAD, OPTIONS, TRACE, and QUERY, a GET with a body.
+pub fn is_safe(method: &Method) -> bool {
+    method.is_safe() || method.as_str() == "QUERY"
+}
+
 /// Checks the head of a request.
 pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
     if let Some(reason) = ambiguous(head) {
         return bad(reason);
     }
-    if !head
-        .headers
-        .get_all(header::TRANSFER_ENCODING)
-        .iter()
-        .all(|value| value.as_bytes().eq_ignore_ascii_case(CHUNKED))
-    {
+    let mut codings = values(&head.headers, header::TRANSFER_ENCODING);
+    let (coding, another) = (codings.next(), codings.next());
+    if another.is_some() {
+        return bad("at most one Transfer-Encoding header is allowed");
+    }
+    if coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(CHUNKED)) {
         let reason = "the only supported transfer coding is chunked";
         return Err(closing(refuse(StatusCode::NOT_IMPLEMENTED, reason)).into());
     }
@@ -57,7 +67,7 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
 
 /// Returns an ambiguity that a proxy could interpret differently (RFC 9112, section 3.2; RFC 9113, section 8.3.1).
 fn ambiguous(head: &Parts) -> Option<&'static str> {
-    let mut hosts = head.headers.get_all(header::HOST).iter();
+    let mut hosts = values(&head.headers, header::HOST);
     let (host, another) = (hosts.next(), hosts.next());
     let authority = head.uri.authority().map(|authority| authority.as_str().as_bytes());
     let http2 = head.version == Version::HTTP_2;
@@ -74,9 +84,6 @@ fn ambiguous(head: &Parts) -> Option<&'static str> {
         .is_some_and(|scheme| !scheme.eq_ignore_ascii_case("http") && !scheme.eq_ignore_ascii_case("https"))
     {
         return Some("the scheme of the request target must be http or https");
-    }
-    if head.headers.get_all(header::TRANSFER_ENCODING).iter().nth(1).is_some() {
-        return Some("at most one Transfer-Encoding header is allowed");
     }
     if !http2 {
         return None;
@@ -96,21 +103,36 @@ fn ambiguous(head: &Parts) -> Option<&'static str> {
 
 /// Returns whether a text is `uri-host [ ":" port ]` (RFC 3986, section 3.2.2), which can be empty. `IPvFuture` is rejected.
 fn is_authority(text: &[u8]) -> bool {
-    let Ok(text) = str::from_utf8(text) else { return false };
-    let (host, port) = match text.strip_prefix('[').map(|rest| rest.split_once(']')) {
-        Some(Some((address, port))) if address.parse::<Ipv6Addr>().is_ok() => ("", port),
-        Some(_) => return false,
-        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    if let [b'[', rest @ ..] = text {
+        let address = str::from_utf8(rest).ok().and_then(|rest| rest.split_once(']'));
+        return address.is_some_and(|(address, port)| address.parse::<Ipv6Addr>().is_ok() && is_port(port.as_bytes()));
+    }
+    let (host, port) = text.split_at(text.iter().position(|byte| *byte == b':').unwrap_or(text.len()));
+    is_name(host) && is_port(port)
+}
+
+/// Returns whether a text has only the characters of names, without those that start a path, a user or a port.
+fn is_name(mut text: &[u8]) -> bool {
+    while let [byte, rest @ ..] = text {
+        text = match (byte, rest) {
+            (b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z', rest) => rest,
+            (b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+', rest) => rest,
+            (b',' | b';' | b'=', rest) => rest,
+            (b'%', [high, low, rest @ ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => rest,
+            _ => return false,
+        };
+    }
+    true
+}
+
+/// Returns whether a text is a colon and a port, which can be missing, or nothing.
+fn is_port(text: &[u8]) -> bool {
+    let Some((colon, digits)) = text.split_first() else { return true };
+    let add = |number: u16, digit: &u8| {
+        let digit = digit.is_ascii_digit().then(|| u16::from(digit - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
     };
-    // The characters of names, without those that start a path, a user or a port.
-    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&byte);
-    let is_escape =
-        |rest: &str| rest.as_bytes().get(..2).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit));
-    let is_port =
-        |port: &str| port.is_empty() || (port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok());
-    host.bytes().all(in_name)
-        && host.split('%').skip(1).all(is_escape)
-        && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port))
+    *colon == b':' && digits.iter().try_fold(0, add).is_some()
 }
 
 /// Returns the approximate size of a request head. The limit of hyper is that of its buffer, which one read may exceed.

@@ -14,7 +14,7 @@ use rustls::Error as TlsError;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
 /// Methods with their own labels, in the order of their numbers; all others share one.
-const METHODS: [&str; 9] = ["GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
+const METHODS: [&str; 10] = ["GET", "HEAD", "QUERY", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
 const STATUSES: usize = 600;
 
 /// A limit that a client can exceed. The name is that of its flag, if it has one.
@@ -68,6 +68,9 @@ pub struct Metrics {
     durations: [Histogram; METHODS.len()],
     /// Requests in flight, which `--max-requests` limits.
     pub under_way: AtomicUsize,
+    /// Long polls that wait for a change.
+    pub waiting: AtomicUsize,
+    watches: AtomicUsize,
     pub received: Counter,
     pub sent: Counter,
     opened: Counter,
@@ -91,6 +94,8 @@ impl Default for Metrics {
             requests: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Counter::default()))),
             durations: std::array::from_fn(|_| Histogram::of_times()),
             under_way: AtomicUsize::default(),
+            waiting: AtomicUsize::default(),
+            watches: AtomicUsize::default(),
             received: Counter::default(),
             sent: Counter::default(),
             opened: Counter::default(),
@@ -110,9 +115,12 @@ pub fn number(method: &Method) -> usize {
 }
 
 impl Metrics {
-    /// Notes the response to a request with the method of this number.
-    pub fn answered(&self, method: usize, status: StatusCode, took: Duration) {
-        self.durations[method].observe_time(took);
+    /// Notes the response to a request with the method of this number. A long poll took what its client wanted, which is no
+    /// latency.
+    pub fn answered(&self, method: usize, status: StatusCode, took: Duration, waited: bool) {
+        if !waited {
+            self.durations[method].observe_time(took);
+        }
         if let Some(count) = self.requests[method].get(usize::from(status.as_u16())) {
             count.add(1);
         }
@@ -160,6 +168,23 @@ impl Metrics {
     }
 }
 
+/// Guard of an open watch.
+pub struct WatchGuard(Arc<Metrics>);
+
+impl WatchGuard {
+    /// Counts a watch as open until this is dropped.
+    pub fn new(metrics: &Arc<Metrics>) -> Self {
+        metrics.watches.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(metrics))
+    }
+}
+
+impl Drop for WatchGuard {
+    fn drop(&mut self) {
+        self.0.watches.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Guard of an open connection.
 pub struct OpenGuard(Arc<Metrics>);
 
@@ -178,7 +203,7 @@ impl Measured for Metrics {
         });
         page.counters("http_requests", "Requests with a response", requests)?;
         let durations = METHODS.iter().zip(&self.durations).map(|(method, times)| ([("method", *method)], times));
-        let help = "Time from the head of a request to the head of its response";
+        let help = "Time from the head of a request to the head of its response, without long polls";
         page.histograms("http_request_duration_seconds", help, durations)?;
         let under_way = self.under_way.load(Ordering::Relaxed) as u64;
         page.gauge(
@@ -186,6 +211,9 @@ impl Measured for Metrics {
             "Requests in flight, including those that wait for the guest",
             under_way,
         )?;
+        let waiting = self.waiting.load(Ordering::Relaxed) as u64;
+        page.gauge("http_requests_waiting_for_change", "Long polls that wait for a change", waiting)?;
+        page.gauge("watches", "Open watches", self.watches.load(Ordering::Relaxed) as u64)?;
         page.counter("http_requests_throttled", "Requests rejected with 429 (rate limit)", self.throttled.get())?;
         page.counter("http_requests_delayed", "Requests delayed by the rate limit (--rate-queue)", self.delayed.get())?;
         let rejected = LIMITS.iter().map(|(limit, name)| ([("limit", *name)], self.rejected[*limit as usize].get()));

@@ -5,8 +5,9 @@
 //!
 //! Read `connection` first (from the socket to HTTP; `multiplex` has the requests of HTTP/2), then `service` (one request)
 //! and its admission checks: `head`, `cors`, `auth`, `throttle`, `consistency`, `budget`, `body`; `stream` has event streams,
-//! `problem` machine-readable errors.
+//! `problem` machine-readable errors. `forward` has the requests of the admin listener.
 
+pub mod accept;
 pub mod access_log;
 mod addresses;
 pub mod auth;
@@ -16,6 +17,7 @@ mod connection;
 mod consistency;
 pub mod cors;
 mod counted;
+mod forward;
 mod frames;
 mod fresh;
 mod head;
@@ -46,8 +48,10 @@ use tracing::{debug, warn};
 
 use addresses::Addresses;
 use budget::Budget;
+pub use forward::{Caller, Forwarder};
 use metrics::Limit;
 pub use metrics::Metrics;
+pub use reply::Reply;
 pub use request_id::RequestIds;
 pub use service::Service;
 use tls::Tls;
@@ -95,22 +99,22 @@ pub struct Edge {
     pub budget: Arc<Budget>,
     /// Starts a task for each connection.
     pub tasks: Tasks,
+    /// Whether it is stopping. Each connection, and each request of the admin listener, holds a receiver to its end.
+    pub stopping: watch::Sender<bool>,
 }
 
 impl Edge {
     /// Serves `listener`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
     /// connections had to be cut off.
     pub async fn serve(
-        self,
+        self: Arc<Self>,
         listener: TcpListener,
         second: impl Future<Output = TcpListener>,
         stop: impl Future<Output = ()>,
     ) -> usize {
-        let edge = Arc::new(self);
+        let edge = self;
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
-        // Each connection holds a receiver to its end.
-        let (stopping, _) = watch::channel(());
         let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
         let mut opened = None;
         loop {
@@ -145,7 +149,7 @@ impl Edge {
             };
             let edge = Arc::clone(&edge);
             let open = edge.service.metrics.open();
-            let stop = stopping.subscribe();
+            let stop = edge.stopping.subscribe();
             let tasks = edge.tasks.clone();
             tasks.detach("connection", async move {
                 if let Err(error) = edge.connected(stream, peer, stop).await {
@@ -156,12 +160,10 @@ impl Edge {
             });
         }
         drop((listener, opened));
-        let open = stopping.receiver_count();
-        stopping.send_replace(());
-        match timeout(edge.limits.drain, stopping.closed()).await {
-            Ok(()) => 0,
-            Err(_) => open,
-        }
+        edge.stopping.send_replace(true);
+        // Those that are left after the timeout are cut off.
+        let _ = timeout(edge.limits.drain, edge.stopping.closed()).await;
+        edge.stopping.receiver_count()
     }
 }
 

@@ -12,6 +12,9 @@ use tokio::time::Instant;
 use super::Limits;
 use super::metrics::Limit;
 
+/// Timeout of a request head at shutdown: one that was sent in two packets arrives whole.
+const SHUTDOWN_HEADER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Minimum interval between two checks of a connection.
 const MIN_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -87,6 +90,11 @@ impl ConnectionTimeouts {
         let (header_timeout, idle_timeout) = (limits.header_timeout, limits.idle_timeout);
         let (state, since) = (State::ReadingHead { ended: 0 }, Instant::now());
         Self { activity, http2, header_timeout, idle_timeout, state, since, ending: None }
+    }
+
+    /// Shortens the timeout of request heads: no request was made yet, and the shutdown waits.
+    pub fn shut_down(&mut self) {
+        self.header_timeout = self.header_timeout.min(SHUTDOWN_HEADER_TIMEOUT);
     }
 
     /// Returns the time until the next check.

@@ -27,11 +27,7 @@ pub type Refusal = Box<Answer>;
 pub fn refuse(status: StatusCode, reason: &str) -> Answer {
     let mut response = Response::new(Bytes::from(format!("{reason}\n")));
     *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-    }
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
 

@@ -24,7 +24,7 @@ use super::connection::Peer;
 use super::consistency;
 use super::cors::Cors;
 use super::counted::left;
-use super::metrics::{self, Limit, Metrics};
+use super::metrics::{self, Limit, Metrics, WatchGuard};
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
@@ -67,6 +67,14 @@ struct Answered {
     as_of: Option<time::Instant>,
 }
 
+/// What is known of a request when it is answered, whichever way.
+#[derive(Default)]
+struct Noted {
+    principal: Option<Arc<str>>,
+    /// Whether it was a long poll that waited.
+    waited: bool,
+}
+
 /// A request under way, until it is dropped.
 struct UnderWay<'s>(&'s AtomicUsize);
 
@@ -80,22 +88,21 @@ impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let is_head = request.method() == Method::HEAD;
+        let is_cacheable = is_head || request.method() == Method::GET;
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let (address, mut principal) = (peer.client.address, None);
+        let (address, mut noted) = (peer.client.address, Noted::default());
         let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
-        let answered = self.answer(request, peer, &id, deadline, &mut principal).await;
+        let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
         let mut response = answered.unwrap_or_else(|refusal| {
             if let Some(limit) = refusal.extensions().get() {
                 self.metrics.rejected(*limit);
             }
             refusal.map(Reply::Whole)
         });
-        if wants_problems {
-            response = problem::of(response);
-        }
+        response = problem::complete(response, wants_problems);
         if is_head {
             response = response.map(Reply::without_body);
         }
@@ -103,10 +110,15 @@ impl Service {
             cors.share(origin.as_ref(), &mut response);
         }
         let (status, took) = (response.status(), begun.elapsed());
-        self.metrics.answered(method, status, took);
+        self.metrics.answered(method, status, took, noted.waited);
         if let Some((log, method, uri)) = &logged {
-            let (principal, bytes) = (principal.as_deref(), response.body().size_hint().exact());
+            let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
             log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+        }
+        if is_cacheable {
+            // Without it, caches may keep a response for a while of their own choice, also a 404.
+            let no_cache = const { HeaderValue::from_static("no-cache") };
+            response.headers_mut().entry(header::CACHE_CONTROL).or_insert(no_cache);
         }
         // No browser is to guess that something is a script, unless the guest says it may.
         response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
@@ -120,7 +132,7 @@ impl Service {
         peer: &Peer,
         id: &HeaderValue,
         mut deadline: Instant,
-        principal: &mut Option<Arc<str>>,
+        noted: &mut Noted,
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
         let http2 = head.version == Version::HTTP_2;
@@ -129,7 +141,7 @@ impl Service {
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
         let admitted = match charge.hold(head_bytes) {
-            Ok(()) => self.admit(&head, &peer.client, principal).await,
+            Ok(()) => self.admit(&head, &peer.client, &mut noted.principal).await,
             Err(Exceeded) => Err(full().into()),
         };
         let (under_way, grant) = match admitted {
@@ -143,13 +155,14 @@ impl Service {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
         });
-        let (request, principal) = (Request::from_parts(head, body), principal.clone());
+        let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
         let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
+            noted.waited = true;
             charge.must_hold(head_bytes);
             (Answered { answer, as_of }, deadline) = self.wait(wait, &peer.socket, standing.as_ref()).await?;
         }
@@ -176,10 +189,17 @@ impl Service {
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                // A proxy that buffers would hold events back.
+                head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 if is_head {
                     Reply::Whole(Bytes::new())
                 } else {
-                    stream.start(self.limits.stream_heartbeat, Arc::clone(&peer.socket), standing)
+                    stream.start(
+                        self.limits.stream_heartbeat,
+                        Arc::clone(&peer.socket),
+                        standing,
+                        WatchGuard::new(&self.metrics),
+                    )
                 }
             }
             Some(Sequel::Wait(_)) | None if body.len() == length => Reply::Whole(charge.keep(body)),
@@ -196,16 +216,23 @@ impl Service {
             return Ok(Answered { answer, as_of });
         }
         let client = Arc::clone(&incoming.client);
-        let answer = match timeout_at(deadline, client.turn.lock()).await {
+        // HTTP/1.1 has one request at a time, which needs no timer.
+        let turn = match client.turn.try_lock() {
+            Ok(turn) => Ok(turn),
+            Err(_) => timeout_at(deadline, client.turn.lock()).await,
+        };
+        let answer = match turn {
             Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),
         };
         let answer = answer.map_err(|error| {
-            let told = error.to_string();
+            let reason = error.to_string();
             match error {
-                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &told).into(),
-                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &told).into(),
-                CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &told)).into(),
+                CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+                CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
+                CallError::Late => {
+                    beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into()
+                }
             }
         });
         answer.map(|answer| Answered { answer, as_of })
@@ -219,6 +246,8 @@ impl Service {
         socket: &TcpStream,
         standing: Option<&Standing>,
     ) -> Result<(Answered, Instant), Refusal> {
+        self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = UnderWay(&self.metrics.waiting);
         let mut until = Instant::now() + wait.timeout.min(self.limits.hold);
         loop {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
@@ -246,13 +275,22 @@ impl Service {
 
     /// Waits until nothing that the answer shows can be taken back by a crash.
     async fn release(&self, answer: &Answer, deadline: Instant) -> Result<(), Refusal> {
-        match timeout_at(deadline, self.changes.watermark().reached(answer.read_sequence)).await {
+        let watermark = self.changes.watermark();
+        let reached = if answer.read_sequence <= watermark.durable() {
+            Ok(Ok(()))
+        } else {
+            timeout_at(deadline, watermark.reached(answer.read_sequence)).await
+        };
+        match reached {
             // What was appended is durable, whoever writes by now.
             Ok(Ok(())) => match self.changes.reads_refused() {
                 Some(reason) if !answer.appended => Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into()),
                 _ => Ok(()),
             },
-            Ok(Err(unknown)) => Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string()).into()),
+            Ok(Err(unknown)) => {
+                let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string());
+                Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
+            }
             Err(_) if answer.appended => {
                 let unknown = "outcome unknown: this was not known to be durable in time";
                 Err(beyond(Limit::RequestTimeout, refuse(StatusCode::GATEWAY_TIMEOUT, unknown)).into())
@@ -295,12 +333,16 @@ impl Service {
         }
         let accepts_stale = consistency::accepts_stale(&head.headers)?.unwrap_or(self.stale_reads);
         // A guest may find that there is nothing to do, and would say it is done, where it is not where it is written.
-        let is_read = head.method.is_safe();
+        let is_read = head::is_safe(&head.method);
         if !(is_read && accepts_stale)
             && let Some(reason) = self.changes.read_only()
         {
             let primary = self.followed.as_ref().and_then(|followed| followed.primary());
             return Err(consistency::not_primary(reason, is_read, primary.as_deref()).into());
+        }
+        if !is_read && self.changes.rejects_appends() {
+            let reason = "the server is read-only, for maintenance; try again later";
+            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
         Ok((under_way, grant))
     }

@@ -22,6 +22,7 @@ use super::auth::{Standing, revoked};
 use super::body::full;
 use super::budget::{Account, Charge, Exceeded};
 use super::counted::left;
+use super::metrics::WatchGuard;
 use super::refusal::{Refusal, refuse};
 use super::reply::Reply;
 use crate::guest::Watch;
@@ -83,9 +84,11 @@ pub async fn open(
     };
     let selection = Arc::new(selection);
     let past = changes.past(&selection, after).await.map_err(|error| match error.downcast_ref() {
-        Some(Forgotten { after, newest }) => {
+        Some(Forgotten { after, .. }) => {
+            // The end of the log, not that of what was compacted, which a compaction may have moved when the client is back.
+            let end = changes.watermark().durable();
             let reason = format!(
-                "changes after sequence {after} were compacted; list the keys again and watch with since={newest}"
+                "changes after sequence {after} were compacted; list the keys again and watch with since={end}"
             );
             refuse(StatusCode::GONE, &reason)
         }
@@ -106,7 +109,13 @@ pub async fn open(
 
 impl Stream {
     /// Returns the body of a response that continues with the changes, without a gap.
-    pub fn start(self, heartbeat: Duration, socket: Arc<TcpStream>, standing: Option<Standing>) -> Reply {
+    pub fn start(
+        self,
+        heartbeat: Duration,
+        socket: Arc<TcpStream>,
+        standing: Option<Standing>,
+        open: WatchGuard,
+    ) -> Reply {
         let (text, body) = mpsc::channel(1);
         let tasks = self.changes.env().tasks.clone();
         let deliver = self.deliver(heartbeat, text, socket);
@@ -116,6 +125,7 @@ impl Stream {
                 _ = revoked(standing.as_ref()) => {}
                 _ = deliver => {}
             }
+            drop(open);
         });
         Reply::Stream { pieces: body, _under_way: None }
     }

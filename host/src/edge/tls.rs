@@ -2,14 +2,16 @@
 //!
 //! Owns: the validation of certificates of server and clients. Must never know: HTTP, or the permissions of a client.
 
+use std::fmt;
 use std::fs;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
+use kvs_metrics::{Measured, Page};
 use kvs_runtime::Clock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
@@ -72,7 +74,17 @@ pub struct Acceptance {
     pub config: Arc<ServerConfig>,
     /// None without client certificates.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
+    /// When the first certificate of the chain to expire does.
+    expires: SystemTime,
     clock: Clock,
+}
+
+impl Measured for Tls {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let since = self.get().expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let help = "Time at which the first certificate of the chain expires, in seconds since 1970";
+        page.gauge("tls_certificate_expiry_timestamp_seconds", help, since.as_secs())
+    }
 }
 
 /// Loads the files, and reloads them when they change.
@@ -87,9 +99,13 @@ pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
 
 fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
     let chain = certificates(&files.certificate, "--tls-cert")?;
+    let mut expires = None;
     for certificate in &chain {
-        valid_now(certificate, clock).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
+        let expiry =
+            valid_now(certificate, clock).with_context(|| format!("--tls-cert {}", files.certificate.display()))?;
+        expires = Some(expires.map_or(expiry, |expires: SystemTime| expires.min(expiry)));
     }
+    let expires = expires.context("the chain is empty")?;
     let key = key(&files.key)?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let versions = match files.least {
@@ -111,7 +127,7 @@ fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
         error => anyhow!("--tls-key {}: {error}; use a key of type RSA, ECDSA or Ed25519", files.key.display()),
     })?;
     config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
-    Ok(Acceptance { config: Arc::new(config), verifier, clock: clock.clone() })
+    Ok(Acceptance { config: Arc::new(config), verifier, expires, clock: clock.clone() })
 }
 
 impl Acceptance {
@@ -197,8 +213,8 @@ fn read(file: &Path, flag: &str) -> Result<Vec<u8>> {
     fs::read(file).with_context(|| format!("cannot read {flag} {}", file.display()))
 }
 
-/// Checks the validity period: clients would reject the certificate.
-fn valid_now(certificate: &CertificateDer<'_>, clock: &Clock) -> Result<()> {
+/// Checks the validity period: clients would reject the certificate. Returns its end.
+fn valid_now(certificate: &CertificateDer<'_>, clock: &Clock) -> Result<SystemTime> {
     let certificate = Certificate::from_der(certificate).context("a certificate is malformed")?;
     let validity = certificate.tbs_certificate.validity;
     let now = clock.wall();
@@ -208,7 +224,7 @@ fn valid_now(certificate: &CertificateDer<'_>, clock: &Clock) -> Result<()> {
         "the certificate is not valid before {from}; check the clock, or use another one"
     );
     ensure!(now <= to.to_system_time(), "the certificate expired at {to}; renew it");
-    Ok(())
+    Ok(to.to_system_time())
 }
 
 /// Returns whether HTTP/2 was negotiated.

@@ -24,12 +24,10 @@ impl<T> Alarm<T> {
         self.lock().take().is_some()
     }
 
-    /// Tells who set it. When nobody hears it, what was to be told is dropped.
-    pub fn raise(&self, told: T) {
+    /// Notifies the one who set it. False when it is not set, or nobody waits for it: then `value` is dropped.
+    pub fn raise(&self, value: T) -> bool {
         let set = self.lock().take();
-        if let Some(set) = set {
-            let _ = set.send(told);
-        }
+        set.is_some_and(|set| set.send(value).is_ok())
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<oneshot::Sender<T>>> {

@@ -238,6 +238,11 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Memory limit of one instance.
+    pub fn memory_limit(&self) -> usize {
+        self.limits.memory_bytes
+    }
+
     pub fn source(&self) -> &Source {
         &self.source
     }

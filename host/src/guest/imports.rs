@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::header::HeaderValue;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::subscribers::{Keys, Selection};
 use wasmtime::component::{HasSelf, Linker};
@@ -54,6 +55,8 @@ pub struct State {
 pub(super) struct Call {
     pub(super) may_append: bool,
     pub(super) client: Option<Arc<Client>>,
+    /// Taken when the call begins.
+    pub(super) request_id: Option<HeaderValue>,
     /// The newest sequence it appended.
     pub(super) appended: Option<u64>,
     /// How often it asked to append.

@@ -6,16 +6,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
+use bytesize::ByteSize;
 use hyper::header::HeaderName;
 use kvs_txlog::Entry;
+use rustix::process::{Resource, getrlimit};
 use tracing::warn;
-use wasmtime::{Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace};
+use wasmtime::{Store, StoreContextMut, UpdateDeadline};
 
+use super::batch::Batch;
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
-use super::message::{Answer, Given, Incoming, Sequel, Wait};
+use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted};
+use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
@@ -25,11 +29,6 @@ const CAPABILITIES: usize = 64;
 /// What a guest hands over in one call beside a body: headers, keys, and what comes with them.
 const TRANSFER_BYTES: usize = 1 << 20;
 
-/// The guest trapped, or passed a limit: its memory can be in any state, and the instance must not be called again.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Trapped(String);
-
 pub struct Instance {
     store: Store<State>,
     exports: Exports,
@@ -37,7 +36,7 @@ pub struct Instance {
     guest: u64,
     limits: Limits,
     description: Description,
-    wanted_headers: Arc<[HeaderName]>,
+    wanted_headers: Arc<Wanted>,
 }
 
 impl Instance {
@@ -49,10 +48,11 @@ impl Instance {
         store.epoch_deadline_callback(overdue);
         let limit = limits.of_call();
         begin(&mut store, limit);
-        let mut told = |error| anyhow!(trapped(&error, limit));
-        let exports = exports.instantiate(&mut store).map_err(&mut told).context("the guest does not start")?;
-        let description = exports.lifecycle.call_describe(&mut store).map_err(told).context("describe failed")?;
-        let wanted_headers = check(&description)?;
+        let exports = exports.instantiate(&mut store);
+        let exports = exports.map_err(|error| trapped(&mut store, &error, limit)).with_context(does_not_start)?;
+        let description = exports.lifecycle.call_describe(&mut store);
+        let description = description.map_err(|error| trapped(&mut store, &error, limit)).context("describe failed")?;
+        let wanted_headers = Arc::new(Wanted::new(check(&description)?));
         store.data_mut().sandbox().set_name(&description.name);
         store.data_mut().sandbox().end_call();
         Ok(Self { store, exports, guest, limits, description, wanted_headers })
@@ -63,7 +63,7 @@ impl Instance {
     }
 
     /// Names of the request headers that the guest is given.
-    pub fn wanted_headers(&self) -> &Arc<[HeaderName]> {
+    pub fn wanted_headers(&self) -> &Arc<Wanted> {
         &self.wanted_headers
     }
 
@@ -85,14 +85,25 @@ impl Instance {
     pub fn apply(&mut self, entries: &[Entry<'_>]) -> Result<()> {
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
         self.store.data().clock.not_before(last.time);
-        let records: Vec<_> = entries.iter().map(contract::Entry::from).collect();
+        let batch = Batch::of(entries);
         self.store.data_mut().sandbox().begin_apply();
         let limit = self.limits.of_replay();
-        self.call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, &records))
-            .with_context(|| match entries.len() {
-                1 => format!("apply of entry {} failed", first.sequence),
-                _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
-            })
+        let applied = self
+            .call_within(limit, Call::default(), |exports, store| exports.lifecycle.call_apply(store, batch.record()));
+        applied.map_err(|trapped| self.out_of_memory(trapped)).with_context(|| match entries.len() {
+            1 => format!("apply of entry {} failed", first.sequence),
+            _ => format!("apply of entries {} to {} failed", first.sequence, last.sequence),
+        })
+    }
+
+    /// Names the limit of memory, where that may be why entries could not be applied.
+    fn out_of_memory(&self, trapped: Trapped) -> anyhow::Error {
+        let error = anyhow::Error::new(trapped);
+        if !self.store.data().memory.was_denied() {
+            return error;
+        }
+        let limit = ByteSize(self.limits.memory_bytes as u64);
+        error.context(format!("the log needs more memory than --guest-max-memory-bytes, which is {limit}; raise it"))
     }
 
     /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
@@ -144,11 +155,14 @@ impl Instance {
         let record = incoming.record(&headers, time);
         let heads: Vec<_> = answers.iter().map(|answer| answer.response.headers()).collect();
         let responses: Vec<_> = answers.iter().zip(&heads).map(|(answer, head)| answer.record(head)).collect();
+        // What one of them does not show yet may be newer than that.
+        let ends = answers.iter().filter_map(|answer| answer.response.end());
+        let end = ends.min().unwrap_or_else(|| self.store.data().log.appended());
         let merged = self.call(Call::default(), |exports, store| {
             sharding(exports)?.call_merge_responses(store, record, &responses)
         })?;
         Ok(Answer {
-            response: self.given(merged),
+            response: self.given(merged, end),
             read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
@@ -161,7 +175,9 @@ impl Instance {
         let headers = incoming.headers(&self.wanted_headers);
         let record = incoming.record(&headers, time);
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
-        let call = Call { may_append: true, client, serving, ..Call::default() };
+        let request_id = Some(incoming.id.clone());
+        let call = Call { may_append: true, client, request_id, serving, ..Call::default() };
+        let end = self.store.data().log.appended();
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, record))?;
 
         let declared = self.store.data_mut().reuse_declared();
@@ -187,11 +203,17 @@ impl Instance {
         let reusable = declared.and_then(|declared| {
             self.store.data().cache.reusable(&incoming.record(&headers, time), declared, read_sequence)
         });
-        Ok(Answer { response: self.given(response), read_sequence, appended: appended.is_some(), sequel, reusable })
+        Ok(Answer {
+            response: self.given(response, end),
+            read_sequence,
+            appended: appended.is_some(),
+            sequel,
+            reusable,
+        })
     }
 
-    fn given(&self, record: contract::Response) -> Given {
-        Given::Fresh { record, most: self.limits.response_bytes }
+    fn given(&self, record: contract::Response, end: u64) -> Given {
+        Given::Fresh { record, most: self.limits.response_bytes, end }
     }
 
     /// Makes one call, within the limits of a call.
@@ -206,16 +228,33 @@ impl Instance {
     fn call_within<T>(
         &mut self,
         limit: CpuLimit,
-        call: Call,
+        mut call: Call,
         make: impl FnOnce(&Exports, &mut Store<State>) -> wasmtime::Result<T>,
     ) -> Result<T, Trapped> {
+        let request_id = call.request_id.take();
         self.store.data_mut().call = call;
-        self.store.data_mut().sandbox().begin_call();
+        self.store.data_mut().sandbox().begin_call(request_id);
         begin(&mut self.store, limit);
         let result = make(&self.exports, &mut self.store);
         self.store.data_mut().sandbox().end_call();
-        result.map_err(|error| trapped(&error, limit))
+        result.map_err(|error| trapped(&mut self.store, &error, limit))
     }
+}
+
+/// Names the limit of the address space, where there is one.
+fn does_not_start() -> String {
+    match getrlimit(Resource::As).current {
+        None => "the guest does not start".to_owned(),
+        Some(limit) => format!(
+            "the guest does not start, with an address space of {} (ulimit -v), of which each memory of an instance \
+             reserves more than 4 GiB; raise the limit",
+            ByteSize(limit)
+        ),
+    }
+}
+
+fn trapped(store: &mut Store<State>, error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
+    Trapped::new(error, limit, store.data_mut().sandbox().printed())
 }
 
 /// Exports that are called only with several shards, which a guest without them never serves.
@@ -244,7 +283,7 @@ fn overdue(mut store: StoreContextMut<'_, State>) -> wasmtime::Result<UpdateDead
 }
 
 /// The description is shown in logs and used on every request; refuses what is not fit for that.
-fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
+fn check(description: &Description) -> Result<Vec<HeaderName>> {
     let is_word = |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
     ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
     ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");
@@ -259,17 +298,4 @@ fn check(description: &Description) -> Result<Arc<[HeaderName]>> {
         "a capability is not a word of at most 64 printable ASCII characters"
     );
     Ok(headers)
-}
-
-/// What happened and in which functions, in one line.
-fn trapped(error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
-    let cause = match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => format!("the call took longer than {:?} ({})", limit.time, limit.flag),
-        _ => error.root_cause().to_string(),
-    };
-    let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
-    let names = frames.iter().filter_map(|frame| frame.func_name()).take(10);
-    // Without the hash that Rust adds; names of other languages stay as they are.
-    let functions: Vec<_> = names.map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect();
-    Trapped(if functions.is_empty() { cause } else { format!("{cause}, in {}", functions.join(" < ")) })
 }

@@ -17,6 +17,8 @@ pub struct Memory {
     table_elements: usize,
     /// The growth that was granted last, taken back when it fails.
     granted: usize,
+    /// Whether a growth was denied.
+    denied: bool,
     full: Option<Full>,
 }
 
@@ -30,7 +32,12 @@ struct Full {
 
 impl Memory {
     pub fn new(limits: Limits) -> Self {
-        Self { limits, held: 0, table_elements: 0, granted: 0, full: None }
+        Self { limits, held: 0, table_elements: 0, granted: 0, denied: false, full: None }
+    }
+
+    /// Whether the guest was ever denied memory.
+    pub fn was_denied(&self) -> bool {
+        self.denied
     }
 
     pub fn held(&self) -> usize {
@@ -79,6 +86,8 @@ impl ResourceLimiter for Memory {
         if fits {
             self.held += growth;
             self.granted = growth;
+        } else {
+            self.denied = true;
         }
         Ok(fits)
     }

@@ -19,6 +19,9 @@ use crate::contract::{self, Grant, HeaderRef, ResponseRef, Scope};
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
 const RESPONSE_HEADERS: usize = 256;
 
+/// Headers that the host adds: the request id, and against guesses of the content type.
+const HOST_HEADERS: usize = 2;
+
 /// Headers that speak of the connection or the framing, which are the host's.
 const CONNECTION_HEADERS: [HeaderName; 7] = [
     header::CONNECTION,
@@ -30,6 +33,10 @@ const CONNECTION_HEADERS: [HeaderName; 7] = [
     header::UPGRADE,
 ];
 
+/// Header that a guest sets for the host to give it a value: the position from which a watch misses nothing that the response
+/// does not show.
+const POSITION: HeaderName = HeaderName::from_static("kvs-position");
+
 /// Who is at the other end of a connection.
 #[derive(Debug)]
 pub struct Client {
@@ -40,6 +47,30 @@ pub struct Client {
     /// Its requests are called for one after the other: a hundred streams of one connection get no more of the guest than
     /// one request of another.
     pub turn: tokio::sync::Mutex<()>,
+}
+
+/// Names of the request headers that a guest is given.
+#[derive(Default)]
+pub struct Wanted {
+    names: Box<[HeaderName]>,
+    /// A bit for each length of a name, which tells most other headers without a comparison.
+    lengths: u64,
+}
+
+impl Wanted {
+    pub fn new(names: impl Into<Box<[HeaderName]>>) -> Self {
+        let names = names.into();
+        let lengths = names.iter().map(Self::length).fold(0, |all, length| all | length);
+        Self { names, lengths }
+    }
+
+    fn has(&self, name: &HeaderName) -> bool {
+        self.lengths & Self::length(name) != 0 && self.names.contains(name)
+    }
+
+    fn length(name: &HeaderName) -> u64 {
+        1 << (name.as_str().len() % 64)
+    }
 }
 
 /// A request, read whole.
@@ -64,10 +95,10 @@ impl Incoming {
         self.request.uri().path_and_query().map_or("", |target| target.as_str())
     }
 
-    /// Those of its headers that have one of these names, for the guest to see.
-    pub(super) fn headers(&self, names: &[HeaderName]) -> Vec<HeaderRef<'_>> {
+    /// Those of its headers that the guest asked for.
+    pub(super) fn headers(&self, wanted: &Wanted) -> Vec<HeaderRef<'_>> {
         // There are fewer of those that came than of those that can be asked for, and to look for each costs a hash.
-        let shown = self.request.headers().iter().filter(|(name, _)| names.contains(name));
+        let shown = self.request.headers().iter().filter(|(name, _)| wanted.has(name));
         shown.map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() }).collect()
     }
 
@@ -117,6 +148,8 @@ pub enum Given {
         record: contract::Response,
         /// Longest body.
         most: usize,
+        /// End of the log when the call began; of several calls, the smallest.
+        end: u64,
     },
     /// Before, to an equal request.
     Kept(Arc<Kept>),
@@ -133,8 +166,8 @@ impl Given {
 
     /// The HTTP message that it is, if it is one. The body of a kept response to HEAD can be missing.
     pub fn message(self) -> Result<Response<Bytes>> {
-        let (record, most) = match self {
-            Self::Fresh { record, most } => (record, most),
+        let (record, most, end) = match self {
+            Self::Fresh { record, most, end } => (record, most, end),
             Self::Kept(kept) => return Ok(kept.message()),
         };
         ensure!((200..=599).contains(&record.status), "status {}", record.status);
@@ -144,14 +177,26 @@ impl Given {
         ensure!(count <= RESPONSE_HEADERS, "{count} headers, at most {RESPONSE_HEADERS} are allowed");
         let mut response = Response::new(Bytes::from(record.body));
         *response.status_mut() = StatusCode::from_u16(record.status)?;
-        response.headers_mut().reserve(count);
+        response.headers_mut().reserve(count + HOST_HEADERS);
         for header in record.headers {
             let name = HeaderName::from_bytes(header.name.as_bytes())?;
             ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
-            let value = HeaderValue::from_maybe_shared(Bytes::from(header.value))?;
+            let value = if name == POSITION {
+                HeaderValue::from(end)
+            } else {
+                HeaderValue::from_maybe_shared(Bytes::from(header.value))?
+            };
             response.headers_mut().append(name, value);
         }
         Ok(response)
+    }
+
+    /// End of the log when the call began.
+    pub(super) fn end(&self) -> Option<u64> {
+        match self {
+            Self::Fresh { end, .. } => Some(*end),
+            Self::Kept(_) => None,
+        }
     }
 
     pub(super) fn headers(&self) -> Vec<HeaderRef<'_>> {

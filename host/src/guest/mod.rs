@@ -9,6 +9,7 @@
 //! spare) and `swap` (another guest takes over).
 
 mod alarm;
+mod batch;
 mod cache;
 mod clock;
 mod compile;
@@ -36,11 +37,14 @@ mod shard;
 mod shards;
 mod source;
 mod swap;
+mod sync;
+mod trap;
 
 pub use cache::ResponseCache;
 pub use compile::compile;
 pub use engine::{Engine, Guest};
 pub use inspect::inspect;
+pub use key::is_valid as is_valid_key;
 pub use limits::Limits;
 pub use message::{Answer, Client, Incoming, Sequel, Wait, Watch};
 pub use reload::Reload;

@@ -16,6 +16,7 @@ use tracing::{info, warn};
 
 use super::source::{self, Digest, Source};
 use super::swap::{SwapError, Swapper};
+use crate::audit::Actor;
 use crate::changes::{Changes, LOOK};
 use crate::signals::{Listen, listen};
 
@@ -88,11 +89,11 @@ async fn run(
         if let Some(changes) = &mut changes {
             changes.reading();
         }
-        reload(&named, &swapper).await;
+        reload(&named, &swapper, Actor::cause(if told { "SIGHUP" } else { "file" })).await;
     }
 }
 
-async fn reload(named: &Named, swapper: &Arc<Swapper>) {
+async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
     let mut waits = false;
     loop {
         let Some(source) = named.source() else {
@@ -110,7 +111,7 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>) {
         if !waits {
             info!("the guest in {source} is another now");
         }
-        match swapper.swap(source.clone(), component, false).await {
+        match swapper.swap(source.clone(), component, false, actor.clone()).await {
             Err(SwapError::Busy) if waits => {}
             Err(SwapError::Busy) => info!("another swap is under way; the guest in {source} comes after it"),
             // How it ended is told by the swap.

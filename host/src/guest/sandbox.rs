@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hyper::header::HeaderValue;
 use kvs_runtime::Env;
 use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
@@ -17,6 +18,7 @@ use wasmtime::{Result, bail, ensure};
 
 use super::clock::Clock;
 use super::limits::Limits;
+use super::trap::Printed;
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -87,6 +89,9 @@ pub struct Sandbox {
     fixed: Fixed,
     /// Whether the call in progress, or the last one, read a clock or randomness.
     has_read: bool,
+    /// Of the call in progress.
+    request_id: Option<HeaderValue>,
+    printed: Printed,
 }
 
 /// The fixed stream of `apply`: SplitMix64 from 0. It continues from one call to the next, as the boundaries of batches mean
@@ -135,7 +140,14 @@ impl Sandbox {
             in_apply: false,
             fixed: Fixed::default(),
             has_read: false,
+            request_id: None,
+            printed: Printed::default(),
         }
+    }
+
+    /// The end of what the call printed.
+    pub fn printed(&self) -> &[u8] {
+        self.printed.bytes()
     }
 
     /// The name that the guest's lines carry.
@@ -143,9 +155,11 @@ impl Sandbox {
         self.guest = guest.to_owned();
     }
 
-    /// A call begins.
-    pub fn begin_call(&mut self) {
+    /// A call begins, for a request where there is one.
+    pub fn begin_call(&mut self, request_id: Option<HeaderValue>) {
         self.has_read = false;
+        self.request_id = request_id;
+        self.printed.clear();
     }
 
     /// Whether the call read a clock or randomness.
@@ -171,6 +185,7 @@ impl Sandbox {
     }
 
     fn print(&mut self, bytes: &[u8]) {
+        self.printed.add(bytes);
         let now = self.env.clock.now();
         if now.saturating_duration_since(self.span) >= SPAN {
             (self.span, self.output_left, self.told) = (now, self.limits.log_bytes, false);
@@ -198,7 +213,8 @@ impl Sandbox {
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line);
         // Escaped, so that a guest cannot move the cursor or forge a line of another.
-        info!(guest = self.guest, "{}", line.trim_end().escape_debug());
+        let request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
+        info!(guest = self.guest, request_id, "{}", line.trim_end().escape_debug());
         self.line.clear();
     }
 

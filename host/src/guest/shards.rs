@@ -9,8 +9,8 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -24,7 +24,7 @@ use tracing::error;
 use super::alarm::Alarm;
 use super::engine::Guest;
 use super::housekeeping::Housekeeping;
-use super::instance::{Instance, Trapped};
+use super::instance::Instance;
 use super::message::{Answer, Incoming};
 use super::metrics::{Cause, Held, Metrics};
 use super::outage::Outage;
@@ -32,7 +32,8 @@ use super::owner::Owners;
 use super::replica::spare::Spare;
 use super::replica::{self, Replayed, Replica};
 use super::routers::Routers;
-use super::shard::{CallError, Called, Raised, Serving, Shard, Shared, Turn, promote};
+use super::shard::{CallError, Called, LastTrap, Raised, Serving, Shard, Shared, Turn, promote};
+use super::trap::{self, Trapped};
 use crate::contract::Target;
 use kvs_metrics::{Measured, Page};
 use kvs_runtime::Env;
@@ -101,7 +102,8 @@ impl Shards {
         let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
         let cache = Arc::clone(serving.guest.response_cache());
         cache.serve(Arc::clone(&serving.headers));
-        let shared = Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building: Arc::default(), env });
+        let (building, last_trap) = (Arc::default(), Mutex::default());
+        let shared = Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -117,6 +119,11 @@ impl Shards {
         &self.shards
     }
 
+    /// The last trap since the start.
+    pub fn last_trap(&self) -> Option<LastTrap> {
+        self.shared.last_trap.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Shards without an instance, by number, and since when and why.
     pub fn outages(&self) -> impl Iterator<Item = (usize, Outage)> {
         self.shards.iter().enumerate().filter_map(|(number, shard)| Some((number, shard.outage()?)))
@@ -128,7 +135,9 @@ impl Shards {
         let mut is_unfit = false;
         let down = self.outages().map(|(number, outage)| {
             is_unfit |= outage.is_long(clock);
-            let (since, reason) = (humantime::format_rfc3339_seconds(outage.since), outage.reason);
+            let since = humantime::format_rfc3339_seconds(outage.since);
+            // The health is reported without a token.
+            let reason = trap::without_printed(&outage.reason);
             format!("shard {number} of {count} has had no instance since {since}: {reason}")
         });
         let down = down.collect::<Vec<_>>().join("; ");
@@ -169,8 +178,12 @@ impl Shards {
         fit_twice(self.sum(|held| &held.memory_bytes), memory)
     }
 
+    fn held(&self, number: fn(&Held) -> &AtomicU64) -> impl Iterator<Item = u64> {
+        self.each().iter().map(move |shard| number(shard.held()).load(Ordering::Relaxed))
+    }
+
     fn sum(&self, number: fn(&Held) -> &AtomicU64) -> u64 {
-        self.each().iter().map(|shard| number(shard.held()).load(Ordering::Relaxed)).sum()
+        self.held(number).sum()
     }
 
     /// Drops the spares, and builds no other until the guard is dropped: there is memory for another guest. Waits for the
@@ -273,8 +286,9 @@ impl Shards {
         routers.ask(question).map_err(|error| {
             let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
             error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
-            self.shared.metrics.traps.add(1);
-            self.shared.alarm.raise(Raised { reason: format!("in {what}: {error:#}"), turn: None });
+            let reason = format!("in {what}: {error:#}");
+            self.shared.trapped(&reason);
+            self.shared.alarm.raise(Raised { reason, turn: None });
             CallError::Trapped
         })
     }
@@ -353,10 +367,20 @@ impl Shards {
         self.shared.alarm.unset()
     }
 
+    /// Raises the alarm on request. False when no guest is on probation.
+    pub fn roll_back(&self) -> bool {
+        self.shared.alarm.raise(Raised { reason: "rolled back on request".to_owned(), turn: None })
+    }
+
+    /// Linear memory of the guest in each shard.
+    pub fn memory_bytes(&self) -> impl Iterator<Item = u64> {
+        self.held(|held| &held.memory_bytes)
+    }
+
     /// Puts the guest back that served before the one that trapped. Its instances lack what was appended since.
     pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
-        error!("{} trapped on probation and is taken out, {} serves again", out.name, back.name);
+        error!("{} is rolled back on probation, {} serves again", out.name, back.name);
         let (mut turns, paused) = (Vec::with_capacity(self.shards.len()), self.env().clock.now());
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {
@@ -441,6 +465,8 @@ impl Measured for Shards {
             "Linear memory of the guest, in all shards",
             self.sum(|held| &held.memory_bytes),
         )?;
+        let limit = (serving.guest.memory_limit() * self.shards.len()) as u64;
+        page.gauge("guest_memory_limit_bytes", "Limit of the linear memory of the guest, in all shards", limit)?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
         page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))?;

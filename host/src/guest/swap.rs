@@ -20,11 +20,12 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::engine::{Engine, Guest};
-use super::instance::Trapped;
 use super::replica::{self, Replayed, Replica};
 use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
-use super::source::{self, Source};
+use super::source::{self, Digest, Source};
+use super::trap::{self, Trapped};
+use crate::audit::{self, Actor};
 use kvs_txlog::{Forgotten, TransactionLog};
 
 /// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
@@ -41,7 +42,7 @@ pub enum SwapError {
     /// It is no guest, or one that cannot take in this log.
     #[error("{0:#}")]
     Unfit(anyhow::Error),
-    #[error("{guest} trapped on probation and was taken out, the guest before serves again: {reason}")]
+    #[error("{guest} was rolled back on probation, the guest before serves again: {reason}")]
     TakenBack { guest: String, reason: String },
     /// Nothing is known to be wrong with the guest.
     #[error("{0:#}")]
@@ -145,8 +146,11 @@ impl Swapper {
             "sha256": serving.guest.digest().to_string(),
             "source": serving.guest.source().to_string(),
             "since": status.since,
+            "probation_seconds": self.probation.as_secs_f64(),
+            "shards": self.shards.memory_bytes().map(|bytes| json!({ "memory_bytes": bytes })).collect::<Vec<_>>(),
             "swap": under_way,
             "last_swap": status.last,
+            "last_trap": self.shards.last_trap().map(|trap| json!({ "at": trap.at, "reason": trap.reason })),
             "spares": spares.collect::<Vec<_>>(),
             "shards_down": down.collect::<Vec<_>>(),
         })
@@ -159,14 +163,26 @@ impl Swapper {
         source: Source,
         component: Vec<u8>,
         dry_run: bool,
+        actor: Actor,
     ) -> Result<Outcome, SwapError> {
         let me = Arc::clone(self);
         let (done, outcome) = oneshot::channel();
         self.tasks.detach("guest swap", async move {
+            let (action, digest) = (if dry_run { "swap-dry-run" } else { "swap" }, Digest::of(&component));
+            let outcome = me.swap_alone(source, component, dry_run).await;
+            match &outcome {
+                Ok(_) => audit::log(&actor, action, digest, "success"),
+                Err(error) => audit::log(&actor, action, digest, trap::without_printed(&error.to_string())),
+            }
             // Whoever asked may have left.
-            let _ = done.send(me.swap_alone(source, component, dry_run).await);
+            let _ = done.send(outcome);
         });
         outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
+    }
+
+    /// Ends the probation of the guest: the one before serves again. False when none is on probation.
+    pub fn roll_back(&self) -> bool {
+        self.shards.roll_back()
     }
 
     async fn swap_alone(

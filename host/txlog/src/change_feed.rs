@@ -9,17 +9,22 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, ensure};
 use kvs_runtime::{Env, Task};
 use tokio::sync::Notify;
 use tokio::task;
+use uuid::Uuid;
 
 use super::change::Change;
 use super::subscribers::{Queue, Selection, Subscribers, lock};
 use super::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::{Condition, Forgotten, History, OutcomeUnknown, Receive, TransactionLog, Watermark};
 use crate::{AppendError, Event};
+
+/// Condition of a log whose appends are rejected for maintenance.
+const READ_ONLY: &str = "read-only: writes are rejected until `kvs read-only off`";
 
 /// Maximum number of entries in one chunk of history.
 const PAST_ENTRIES: usize = 10_000;
@@ -36,6 +41,8 @@ pub struct ChangeFeed {
     /// Appended changes that have subscribers and are not published yet, in the order of the log.
     pub(super) pending: Mutex<VecDeque<Arc<Change>>>,
     appended: Notify,
+    /// Appends are rejected, for maintenance.
+    rejects_appends: AtomicBool,
 }
 
 /// A subscription, which ends on drop.
@@ -80,7 +87,18 @@ struct Enough;
 impl ChangeFeed {
     pub fn new(log: Arc<dyn TransactionLog>, lag_bytes: usize, env: Env) -> Arc<Self> {
         let (subscribers, pending, appended) = (RwLock::default(), Mutex::default(), Notify::new());
-        Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended })
+        let rejects_appends = AtomicBool::new(false);
+        Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended, rejects_appends })
+    }
+
+    /// Rejects appends from now on, or accepts them again.
+    pub fn reject_appends(&self, reject: bool) {
+        self.rejects_appends.store(reject, Ordering::Release);
+    }
+
+    /// Returns whether appends are rejected, for maintenance.
+    pub fn rejects_appends(&self) -> bool {
+        self.rejects_appends.load(Ordering::Acquire)
     }
 
     /// Starts the task that publishes changes. If it panics, the current subscriptions are canceled, whose clients resume
@@ -250,6 +268,10 @@ impl Drop for Dismissal<'_> {
 
 impl TransactionLog for ChangeFeed {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        if self.rejects_appends() {
+            // For a time, unlike a log that is read-only for this process.
+            return Err(AppendError::Unavailable);
+        }
         let subscribers = self.subscribers();
         if subscribers.is_empty() {
             return self.log.append(time, events);
@@ -262,6 +284,10 @@ impl TransactionLog for ChangeFeed {
             self.appended.notify_one();
         }
         Ok(first)
+    }
+
+    fn set_idle(&self, idle: bool) {
+        self.log.set_idle(idle);
     }
 
     fn appended(&self) -> u64 {
@@ -280,6 +306,14 @@ impl TransactionLog for ChangeFeed {
         self.log.replay(after, receive)
     }
 
+    fn id(&self) -> Uuid {
+        self.log.id()
+    }
+
+    fn retained(&self) -> u64 {
+        self.log.retained()
+    }
+
     fn history(&self) -> Arc<History> {
         self.log.history()
     }
@@ -293,7 +327,11 @@ impl TransactionLog for ChangeFeed {
     }
 
     fn condition(&self) -> Condition {
-        self.log.condition()
+        match self.log.condition() {
+            Condition::Well if self.rejects_appends() => Condition::But(READ_ONLY.into()),
+            Condition::But(reason) if self.rejects_appends() => Condition::But(format!("{READ_ONLY}; {reason}")),
+            condition => condition,
+        }
     }
 
     fn close(&self) -> Result<()> {

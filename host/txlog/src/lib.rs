@@ -9,6 +9,9 @@ use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
+pub mod backup;
 pub mod change;
 pub mod change_feed;
 #[cfg(feature = "cluster")]
@@ -17,11 +20,13 @@ mod event;
 pub mod file;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod group_commit;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(feature = "remote")]
 mod remote;
+mod restoration;
 mod standby;
 pub mod subscribers;
 mod sync;
@@ -32,6 +37,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
 
@@ -48,6 +54,10 @@ pub trait TransactionLog: Send + Sync + 'static {
     /// without gaps. `time` is stored with each. Never waits for the disk: an append that could not become durable for a
     /// foreseeable reason fails here, before anything changed.
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError>;
+
+    /// Notes whether all threads that append are idle, so that an open batch can be committed without delay: `group_commit`.
+    /// Cheap, to be called whenever this changes. A log whose host never calls it takes them for idle.
+    fn set_idle(&self, _idle: bool) {}
 
     /// The newest sequence given out, durable or not; 0 in an empty log.
     fn appended(&self) -> u64;
@@ -67,6 +77,16 @@ pub trait TransactionLog: Send + Sync + 'static {
     ///
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
+
+    /// The UUID of the log, which its copies have too; nil where there is none.
+    fn id(&self) -> Uuid {
+        Uuid::nil()
+    }
+
+    /// The oldest sequence from which on every state of the log can be restored; `u64::MAX` where that is not known.
+    fn retained(&self) -> u64 {
+        u64::MAX
+    }
 
     /// The incarnations of the log: which sequences are not in its history.
     fn history(&self) -> Arc<History> {

@@ -176,6 +176,7 @@ impl Client<'_> {
     ) -> io::Result<Response> {
         let (method, mut target, mut condition, body) = match form {
             Form::Plain => self.plain(steps),
+            Form::Add(delta) => self.add(steps, delta),
             Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
         };
         // A guest that knows this path traps there, after the operation.
@@ -207,6 +208,19 @@ impl Client<'_> {
             _ => ("GET", String::new()),
         };
         (method, format!("/v1/{}", self.name_of(last.key())), condition, body)
+    }
+
+    /// As a request of its own, or in a transaction.
+    fn add(&mut self, steps: &[Step], delta: u64) -> (&'static str, String, String, String) {
+        let [Step::Check(key, Some(tag)), Step::Put(..)] = steps else { panic!("{steps:?} is no addition") };
+        let name = self.name_of(*key);
+        if self.rng.bool() {
+            let condition = format!("if-match: \"{tag}\"\r\n");
+            return ("POST", format!("/v1/{name}?op=add&delta={delta}"), condition, String::new());
+        }
+        let check = json!({"op": "check", "key": name, "etag": quoted(*tag)});
+        let operations = json!([check, {"op": "add", "key": name, "delta": delta}]);
+        ("POST", "/v1".to_owned(), String::new(), operations.to_string())
     }
 
     fn transaction(&self, steps: &[Step]) -> String {
@@ -263,6 +277,12 @@ fn quoted(tag: u64) -> String {
 /// happened.
 fn outcome(response: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome> {
     match response.status {
+        200 if matches!(form, Form::Add(_)) && response.header("etag").is_some() => {
+            let Some(Step::Put(_, item)) = steps.last_mut() else { panic!("{steps:?} is no addition") };
+            assert_eq!(number(response.text()), item.value, "the sum of what was seen");
+            item.tag = response.etag().expect("the response to an addition has its tag");
+            Some(Outcome::Done)
+        }
         200 | 201 | 404 if form == Form::Plain => {
             let tag = response.etag();
             match steps.last_mut().expect("there is one") {

@@ -178,24 +178,27 @@ fn answer(store: &mut Store, request: &Request, fault: Fault) -> String {
     let Some(key) = target.strip_prefix("/v1").map(|key| key.trim_start_matches('/')) else {
         return text(404, "", "unknown path\n");
     };
-    if method == "POST" {
+    if method == "POST" && key.is_empty() {
         let operations: Vec<Value> = serde_json::from_str(body).expect("clients write JSON");
         return match play(store, &operations, fault) {
             Ok(given) => text(200, "", &Value::Array(given).to_string()),
             Err(at) => text(409, "", &format!("operation {at}: the check failed\n")),
         };
     }
+    let (key, delta) = key.split_once("?op=add&delta=").unwrap_or((key, "0"));
     let mut operations = Vec::new();
     if let Some(tag) = condition {
         let tag = if tag.is_empty() { Value::Null } else { tag.as_str().into() };
         operations.push(json!({"op": "check", "key": key, "etag": tag}));
     }
-    operations.push(json!({"op": method.to_lowercase(), "key": key, "value": body}));
+    let op = if method == "POST" { "add".to_owned() } else { method.to_lowercase() };
+    let delta: u64 = delta.parse().expect("clients add numbers");
+    operations.push(json!({"op": op, "key": key, "value": body, "delta": delta}));
     let Ok(given) = play(store, &operations, fault) else { return text(412, "", "it does not hold\n") };
     let given = given.last().expect("there is one");
     let tag = given["etag"].as_str().map_or(String::new(), |tag| format!("etag: {tag}\r\n"));
     match (method.as_str(), given["value"].as_str()) {
-        ("GET", Some(value)) => text(200, &tag, value),
+        ("GET" | "POST", Some(value)) => text(200, &tag, value),
         ("GET", None) => text(404, "", "no such key\n"),
         ("PUT", _) => text(201, &tag, ""),
         _ => text(200, "", ""),
@@ -216,10 +219,16 @@ fn play(store: &mut Store, operations: &[Value], fault: Fault) -> Result<Vec<Val
         let tag = there.as_ref().map(|(_, tag)| format!("\"{tag}\""));
         match operation["op"].as_str() {
             Some("check") if operation["etag"].as_str() != tag.as_deref() => return Err(at),
-            Some("put") => {
-                let item = (operation["value"].as_str().expect("it has one").to_owned(), log.len() as u64 + 1);
+            Some(op @ ("put" | "add")) => {
+                let value = if op == "put" {
+                    operation["value"].as_str().expect("it has one").to_owned()
+                } else {
+                    let number: u64 = there.map_or(0, |(value, _)| value.parse().expect("clients put numbers"));
+                    (number + operation["delta"].as_u64().expect("it has one")).to_string()
+                };
+                let item = (value.clone(), log.len() as u64 + 1);
                 log.push((key.clone(), Some(item.clone())));
-                given.push(json!({"etag": format!("\"{}\"", item.1)}));
+                given.push(json!({"etag": format!("\"{}\"", item.1), "value": value}));
                 if fault != Fault::LosesUpdates || item.1 % 61 != 0 {
                     items.insert(key, item);
                 }

@@ -20,11 +20,15 @@ pub const KEYS: usize = 6;
 #[derive(Clone, Copy, PartialEq)]
 pub enum Form {
     Plain,
+    /// A check and a put of a number that is greater by this: an addition to what the client has seen.
+    Add(u64),
     Transaction,
 }
 
 /// Draws an operation of a client that last saw these items, and takes the values it puts from `values`.
 pub fn plan(rng: &mut Rng, seen: &[Option<Item>; KEYS], mut next_value: impl FnMut() -> u64) -> (Form, Vec<Step>) {
+    // Far from all values that are put, so that no sum is equal to one of them, or to another sum.
+    let delta = rng.u64(1 << 32..1 << 48);
     // The response has the tag.
     let mut put = |key| Step::Put(key, Item { value: next_value(), tag: 0 });
     let group = rng.choice(GROUPS).expect("there are some");
@@ -34,7 +38,11 @@ pub fn plan(rng: &mut Rng, seen: &[Option<Item>; KEYS], mut next_value: impl FnM
         0..6 => (Form::Plain, vec![Step::Get(key, None)]),
         6..10 => (Form::Plain, vec![put(key)]),
         10..12 => (Form::Plain, vec![Step::Delete(key)]),
-        12..15 => (Form::Plain, vec![Step::Check(key, tag), put(key)]),
+        12..14 => (Form::Plain, vec![Step::Check(key, tag), put(key)]),
+        14 if tag.is_some() => {
+            let value = seen[key].map_or(0, |item| item.value) + delta;
+            (Form::Add(delta), vec![Step::Check(key, tag), Step::Put(key, Item { value, tag: 0 })])
+        }
         15 if tag.is_some() => (Form::Plain, vec![Step::Check(key, tag), Step::Delete(key)]),
         _ => {
             let mut steps = Vec::new();

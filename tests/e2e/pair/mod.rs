@@ -17,7 +17,7 @@ use crate::postgres::database::Database;
 use crate::postgres::proxy::{Proxy, Way};
 use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, stand_by};
 use crate::postgres::{AWAY, WELL, becomes_ready, get, put, ready, start};
-use crate::server::{PATIENCE, Server, kvs, serve_refused};
+use crate::server::{PATIENCE, Process, Server, kvs, serve_refused};
 use crate::wire::{Connection, Response, STALE};
 
 /// Where the log is that two servers share.
@@ -41,6 +41,7 @@ macro_rules! with_each_log {
 with_each_log!(
     standby_serves_stale_reads_only_when_asked,
     client_reads_a_standby_with_its_flag,
+    import_to_a_standby_says_that_it_waits,
     primary_path_and_advertised_url_follow_the_role,
     listener_of_the_primary_is_opened_after_takeover,
     proxy_finds_the_primary
@@ -86,7 +87,11 @@ fn age(response: &Response) -> u64 {
 
 /// Status of `/primary`, and what it says.
 fn primary(server: &Server) -> (u16, String) {
-    let answer = Connection::open(server.admin()).ask("GET", "/primary", b"");
+    role(server, "/primary")
+}
+
+fn role(server: &Server, path: &str) -> (u16, String) {
+    let answer = Connection::open(server.admin()).ask("GET", path, b"");
     (answer.status, answer.text().to_owned())
 }
 
@@ -170,12 +175,32 @@ fn client_reads_a_standby_with_its_flag(log: &Log) {
     assert!(run(&["export", "--stale"]).1.contains("\"key\":\"a\""));
 }
 
+fn import_to_a_standby_says_that_it_waits(log: &Log) {
+    let server = log.start(&[]);
+    let standby = log.stand_by(&[]);
+    let lines = tempfile::NamedTempFile::new().expect("a temporary file can be made");
+    std::fs::write(lines.path(), "{\"key\": \"a\", \"value\": \"1\"}\n").expect("it can be written");
+    let mut import = kvs();
+    import.arg("import").arg(lines.path()).args(["--url", &standby.url("")]);
+    let mut import = Process::spawn(import);
+    let waits = import.stderr.find(|line| line.contains("waiting for the server").then(|| line.to_owned()));
+    let waits = waits.expect("it says so");
+    assert!(waits.contains("this server stands by") && waits.contains(&server.url("")), "{waits}");
+    // It goes on when the standby is primary.
+    server.signal(Signal::KILL);
+    server.ends();
+    assert!(import.wait().success());
+    assert_eq!(get(&standby, "a"), (200, "1".into()));
+}
+
 fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     let server = log.start(&["--advertise", "https://kvs.example:8443"]);
     let standby = log.stand_by(&[]);
     let third = log.stand_by(&[]);
     assert_eq!(primary(&server), (200, "primary\n".into()));
     assert_eq!(primary(&standby), (503, "this server stands by; another one takes writes\n".into()));
+    assert_eq!(role(&server, "/replica"), (503, "primary\n".into()));
+    assert_eq!(role(&standby, "/replica"), (200, "replica\n".into()));
     assert_eq!(read(standby.address(), &[]).header("kvs-primary"), Some("https://kvs.example:8443"));
     let others = Connection::open(server.admin()).ask("POST", "/primary", b"");
     assert_eq!((others.status, others.header("allow")), (405, Some("GET, HEAD")));
@@ -186,6 +211,7 @@ fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     let standbys = [standby, third];
     let next = await_some("a takeover", || standbys.iter().position(|standby| primary(standby).0 == 200));
     let [next, other] = [&standbys[next], &standbys[1 - next]];
+    assert_eq!((role(next, "/replica").0, role(other, "/replica").0), (503, 200));
     assert_eq!((put(next, "a", "1"), get(next, "a")), (201, (200, "1".into())));
     // Once it has looked again.
     let named = next.url("");

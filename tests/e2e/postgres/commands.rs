@@ -25,7 +25,7 @@ pub fn done(args: &[&str]) -> (String, String) {
 }
 
 #[test]
-fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
+fn log_commands_work_on_a_database() {
     let database = Database::start();
     let url = database.url();
     refused(log(&["cat", "--txlog", &url])).with(1, &["cannot open the log", "there is no log in it"]);
@@ -68,13 +68,13 @@ fn a_log_is_checked_carried_and_compacted_in_a_database_as_in_files() {
 }
 
 #[test]
-fn the_table_of_the_book_becomes_a_log() {
+fn cloud_native_go_table_is_imported() {
     let database = Database::start();
     let url = database.url();
-    let refuses = |told: &[&str]| {
+    let refuses = |expected: &[&str]| {
         let data = TempDir::new().expect("a temporary directory can be made");
         let data = data.path().join("data");
-        refused(log(&["import", "--from", &url, "--data-dir", data.to_str().expect("it is text")])).with(1, told);
+        refused(log(&["import", "--from", &url, "--data-dir", data.to_str().expect("it is text")])).with(1, expected);
         assert!(!data.exists(), "nothing is begun");
     };
     refuses(&["cannot read the table transactions", "\"transactions\" does not exist"]);

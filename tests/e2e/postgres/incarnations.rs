@@ -186,7 +186,7 @@ fn unclean_end_begins_incarnation_where_commits_may_be_lost() {
     assert_eq!(tag(&server, "a"), 4);
     assert_eq!(database.sql(COUNT), ["0"]);
     server.kill();
-    // Whoever comes next, with durable commits too.
+    // The next writer, with durable commits too.
     let server = start(&url);
     let line = server.says(BEGINS);
     assert!(line.contains("its primary did not close it") && line.contains("follows on 4"), "{line}");

@@ -1,5 +1,6 @@
 //! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
 
+mod backup;
 mod commands;
 pub mod database;
 mod incarnations;
@@ -53,14 +54,14 @@ pub fn ready(server: &Server) -> (u16, String) {
 }
 
 /// Waits until readiness tells this.
-pub fn becomes_ready(server: &Server, status: u16, told: &str) {
+pub fn becomes_ready(server: &Server, status: u16, expected: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (now, text) = ready(server);
-        if now == status && text.contains(told) {
+        if now == status && text.contains(expected) {
             return;
         }
-        assert!(Instant::now() < deadline, "it is not {status} {told:?}, but {now}: {text}");
+        assert!(Instant::now() < deadline, "/readyz is not {status} {expected:?}, but {now}: {text}");
         thread::sleep(Duration::from_millis(20));
     }
 }
@@ -100,7 +101,7 @@ pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble:
 }
 
 #[test]
-fn what_is_stored_is_rows_of_a_table_and_there_after_a_kill() {
+fn entries_are_rows_and_survive_a_kill() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -135,9 +136,9 @@ fn what_is_stored_is_rows_of_a_table_and_there_after_a_kill() {
     assert_eq!(database.sql("SELECT epoch, holder, last FROM kvs.writer"), ["2||5"]);
 }
 
-/// Whoever holds a password of the database can write to it, and a server must not build on that.
+/// Anybody with a password of the database can write to it; a server must not rely on the opposite.
 #[test]
-fn what_somebody_else_wrote_into_the_tables_ends_the_server_and_is_not_written_over() {
+fn foreign_rows_end_the_server_and_stay() {
     let row = "INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'theirs')";
     for (theirs, said) in [(row, "23505"), ("UPDATE kvs.writer SET last = 7", "its newest entry is 7")] {
         let database = Database::start();
@@ -159,7 +160,7 @@ fn what_somebody_else_wrote_into_the_tables_ends_the_server_and_is_not_written_o
 }
 
 #[test]
-fn kills_of_the_server_under_load_lose_nothing() {
+fn kills_under_load_lose_nothing() {
     let database = Database::start();
     let url = database.url();
     let mut clients = Clients::new(&mut zoo::dice());
@@ -175,7 +176,7 @@ fn kills_of_the_server_under_load_lose_nothing() {
 }
 
 #[test]
-fn a_database_that_is_killed_costs_no_write_and_reads_go_on_without_it() {
+fn killed_database_loses_no_write_and_stops_no_read() {
     let mut database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "kept", "here"), 201);
@@ -195,15 +196,15 @@ fn a_database_that_is_killed_costs_no_write_and_reads_go_on_without_it() {
         assert_eq!(database.sql(WHOLE), ["t"]);
     }
     let said = server.stderr();
-    let told = |text: &str| said.iter().filter(|line| line.contains(text)).count();
-    assert_eq!((told("database unavailable"), told("database available again")), (3, 3), "a line for each change");
+    let count = |text: &str| said.iter().filter(|line| line.contains(text)).count();
+    assert_eq!((count("database unavailable"), count("database available again")), (3, 3), "a line for each change");
     // What the server has is what the log has.
     server.terminate();
     clients.settle(start(&database.url()).address());
 }
 
 #[test]
-fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_request_may_take() {
+fn hanging_database_delays_writes_up_to_the_timeout() {
     let database = Database::start();
     let server = start(&database.url());
     let mut clients = Clients::new(&mut zoo::dice());
@@ -237,7 +238,7 @@ fn a_database_that_is_paused_or_locked_is_waited_for_and_no_longer_than_a_reques
 }
 
 #[test]
-fn a_server_that_is_stopped_while_its_database_is_away_says_from_where_on_nothing_is_known() {
+fn stop_without_database_reports_unknown_sequences() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
@@ -254,7 +255,7 @@ fn a_server_that_is_stopped_while_its_database_is_away_says_from_where_on_nothin
 }
 
 #[test]
-fn a_server_that_is_stopped_while_its_database_is_away_for_a_moment_writes_what_it_has() {
+fn stop_waits_for_a_short_database_outage() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -274,7 +275,7 @@ fn a_server_that_is_stopped_while_its_database_is_away_for_a_moment_writes_what_
 }
 
 #[test]
-fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
+fn write_with_lost_response_is_applied_once() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let url = database.url_at(proxy.port);
@@ -286,7 +287,7 @@ fn a_write_whose_answer_is_lost_is_neither_lost_nor_there_twice() {
         proxy.set(Way::Deaf);
         let writing = scope.spawn(|| put(&server, "a", "2"));
         proxy.kept_something();
-        // It is committed, and nobody was told.
+        // It is committed, and the server does not know.
         database.becomes("SELECT last FROM kvs.writer", "2");
         proxy.set(Way::Reset);
         proxy.set(Way::Open);
@@ -354,7 +355,7 @@ fn session_on_which_calls_fail_twice_is_not_kept() {
 }
 
 #[test]
-fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
+fn failing_replay_is_retried_up_to_a_limit() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     // Each shard reads for itself.
@@ -377,7 +378,7 @@ fn a_log_that_cannot_be_read_is_tried_again_and_not_for_ever() {
 }
 
 #[test]
-fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
+fn paused_primary_is_fenced_off() {
     let database = Database::start();
     let url = database.url();
     let paused = start(&url);
@@ -408,7 +409,7 @@ fn one_process_writes_and_one_that_was_paused_too_long_never_does_again() {
 }
 
 #[test]
-fn a_database_without_room_refuses_writes_and_takes_them_again_when_there_is_some() {
+fn full_database_rejects_writes_until_there_is_space() {
     let database = Database::start();
     let server = start(&database.url());
     let mount = Mount::tmpfs();
@@ -427,8 +428,8 @@ fn a_database_without_room_refuses_writes_and_takes_them_again_when_there_is_som
     let stored = statuses.iter().filter(|status| **status == 201).count();
     assert!(stored > 50 && statuses.ends_with(&[504]) && statuses.len() == stored + 1, "{statuses:?}");
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/key-7", b"").status, 200);
-    let (status, told) = ready(&server);
-    assert!(status == 200 && told.contains("(53100)"), "{told}");
+    let (status, report) = ready(&server);
+    assert!(status == 200 && report.contains("(53100)"), "{report}");
     std::fs::remove_file(filler).expect("it is there");
     becomes_ready(&server, 200, WELL);
     assert_eq!(put(1_000), 201);
@@ -440,7 +441,7 @@ fn a_database_without_room_refuses_writes_and_takes_them_again_when_there_is_som
 }
 
 #[test]
-fn rows_that_nobody_needs_any_more_are_deleted_and_watchers_are_told() {
+fn compaction_deletes_superseded_rows_and_watches_get_410() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);

@@ -10,15 +10,15 @@ use crate::certificates::{Authority, Kind};
 use crate::server::{Server, serve_refused};
 
 #[test]
-fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
+fn unusable_database_is_one_line_without_password() {
     let mut database = Database::start();
     let url = database.url();
     let secret = |rest: &str| {
         format!("postgres://postgres:secret@127.0.0.1:{}", rest.replace("PORT", &database.port().to_string()))
     };
-    let refused = |url: &str, told: &[&str]| {
+    let refused = |url: &str, expected: &[&str]| {
         let refused = serve_refused(&["--txlog", url, "--txlog-timeout", "1s"]);
-        refused.with(1, told);
+        refused.with(1, expected);
         assert!(!refused.line.contains("secret"), "{refused}");
     };
     refused(
@@ -65,7 +65,7 @@ fn what_cannot_be_used_is_told_in_one_line_without_the_password() {
 }
 
 #[test]
-fn a_server_is_verified_as_far_as_sslmode_says() {
+fn sslmode_selects_verification() {
     let database = Database::start();
     let (authority, other) = (Authority::new(), Authority::named("somebody else"));
     database.serve_tls(&authority.issue("database", Kind::Server, 1));
@@ -95,7 +95,7 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
         );
         server.terminate();
     }
-    for (bad, told) in [
+    for (bad, expected) in [
         (url(""), "certificate"),
         (trusting("", &other), "certificate"),
         (trusting("sslmode=verify-ca&", &other), "certificate"),
@@ -103,16 +103,16 @@ fn a_server_is_verified_as_far_as_sslmode_says() {
         (trusting("sslcert=/nowhere&", &authority), "sslcert and sslkey must be given together"),
         (url("sslrootcert=/nowhere"), "from /nowhere"),
     ] {
-        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
+        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", expected]);
     }
-    // One without TLS will do for whoever only prefers it.
+    // With `prefer`, a server without TLS is accepted.
     let plain = Database::start();
     let server = start(&plain.url().replace("sslmode=disable", "sslmode=prefer"));
     assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
 }
 
 #[test]
-fn a_certificate_is_shown_to_a_database_that_asks_for_one() {
+fn client_certificate_is_presented() {
     let database = Database::start();
     let authority = Authority::new();
     database.serve_tls(&authority.issue("database", Kind::Server, 1));
@@ -133,18 +133,18 @@ fn a_certificate_is_shown_to_a_database_that_asks_for_one() {
     server.terminate();
     let without = database.url().replace("//postgres@", "//keyholder@");
     let without = without.replace("sslmode=disable", &format!("sslrootcert={}", authority.file()));
-    for (bad, told) in [
+    for (bad, expected) in [
         (without, "connection requires a valid client certificate"),
         (url(&another.certificate, &another.key), "certificate authentication failed for user \"keyholder\""),
         (url(&own.certificate, &another.key), "sslcert and sslkey do not match"),
         (url(&own.certificate, "/nowhere"), "cannot read sslkey from /nowhere"),
     ] {
-        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", told]);
+        serve_refused(&["--txlog", &bad, "--txlog-timeout", "2s"]).with(1, &["cannot open the log", expected]);
     }
 }
 
 #[test]
-fn a_database_that_may_forget_is_told_of() {
+fn weak_durability_of_database_is_reported() {
     let database = Database::start();
     database.sql("ALTER SYSTEM SET fsync = off");
     database.sql("ALTER ROLE postgres SET synchronous_commit = off; SELECT pg_reload_conf()");
@@ -152,9 +152,9 @@ fn a_database_that_may_forget_is_told_of() {
     for durability in ["sync", "os"] {
         let server = Server::start(&["--txlog", &database.url(), "--durability", durability]);
         server.says("WARN fsync is off");
-        let (status, told) = ready(&server);
+        let (status, report) = ready(&server);
         // It is set by the server, one way or the other.
-        assert!(told.contains("[+]log ok, but fsync is off: ") && !told.contains("synchronous_commit"), "{told}");
+        assert!(report.contains("[+]log ok, but fsync is off: ") && !report.contains("synchronous_commit"), "{report}");
         assert_eq!(status, 200);
         server.terminate();
     }
@@ -173,7 +173,7 @@ fn later_change_of_a_condition_is_reported() {
         database.configure(name, "on");
     }
     becomes_ready(&server, 200, WELL);
-    // Whoever fails over to standbys that are not waited for any more loses what was acknowledged meanwhile.
+    // A failover to standbys that commits no longer wait for loses acknowledged writes.
     database.configure("synchronous_standby_names", "nobody");
     database.waits_for_standby();
     database.configure("synchronous_standby_names", "");
@@ -219,7 +219,7 @@ fn read_only_database_is_refused_at_start() {
 }
 
 #[test]
-fn pooler_of_transactions_is_refused_and_of_sessions_is_not() {
+fn transaction_pooler_is_rejected() {
     let database = Database::start();
     for mode in ["transaction", "statement"] {
         let pooler = Pooler::start(&database, mode);

@@ -17,7 +17,7 @@ pub enum Way {
     Slow(Duration),
     /// What is asked arrives, and the answers do not: the worst moment to be cut off.
     Deaf,
-    /// Nothing comes through any more, and nobody is told.
+    /// Nothing passes, and neither side is notified.
     Lost,
     /// Connections end at once, old and new.
     Reset,
@@ -55,7 +55,7 @@ impl Proxy {
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 let port = *shared.target.lock().unwrap();
-                // A database that is down is told as one: the connection ends.
+                // For a database that is down, the connection ends.
                 let _ = shared.connect(client, SocketAddr::from(([127, 0, 0, 1], port)));
             }
         });

@@ -83,6 +83,7 @@ fn replay_without_synchronous_standby_ends_with_what_is_durable() {
         timeout: Duration::from_secs(1),
         manner: Manner { begin: true, standby: false },
         lease: READ_LEASE,
+        retain: Duration::ZERO,
         advertise: None,
         env: Env::real(),
     };

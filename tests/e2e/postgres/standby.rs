@@ -50,7 +50,7 @@ pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
 }
 
 #[test]
-fn one_that_stands_by_shows_what_another_writes_and_writes_nothing() {
+fn standby_follows_and_writes_nothing() {
     let mut database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -138,7 +138,7 @@ fn spare_of_standby_follows_the_primary() {
 }
 
 #[test]
-fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is_refused() {
+fn standby_waits_for_an_unavailable_database() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());
@@ -158,12 +158,12 @@ fn one_that_is_to_stand_by_waits_for_a_database_that_is_away_and_not_where_it_is
 }
 
 #[test]
-fn a_guest_that_appends_while_its_server_stands_by_is_told_that_it_may_not() {
+fn append_on_standby_is_read_only() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[guest()]);
-    let told = Connection::open(standby.address()).ask_with("GET", "/append-to/a", &STALE, b"");
-    assert!(told.text().contains("ReadOnly"), "{}", told.text());
+    let response = Connection::open(standby.address()).ask_with("GET", "/append-to/a", &STALE, b"");
+    assert!(response.text().contains("ReadOnly"), "{}", response.text());
     assert_eq!(put(&server, "a", "1"), 201);
     assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["1"]);
 }
@@ -219,7 +219,7 @@ fn position_that_standby_has_not_reached_is_503() {
 }
 
 #[test]
-fn one_that_stands_by_takes_over_from_a_writer_that_was_killed() {
+fn standby_takes_over_from_killed_primary() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -246,8 +246,8 @@ fn one_that_stands_by_takes_over_from_a_writer_that_was_killed() {
         under_load(&standby, &mut clients, 1_000, || {});
         clients.settle(standby.address());
         assert_eq!(put(&standby, "the%20end", ""), 201);
-        let told = watching.join().expect("it was told of everything");
-        assert_eq!(database.sql("SELECT last FROM kvs.writer"), [told.to_string()]);
+        let last = watching.join().expect("the watch got every change");
+        assert_eq!(database.sql("SELECT last FROM kvs.writer"), [last.to_string()]);
     });
     assert_eq!(database.sql(WHOLE), ["t"]);
     // What it has is what the log has.
@@ -256,7 +256,7 @@ fn one_that_stands_by_takes_over_from_a_writer_that_was_killed() {
 }
 
 #[test]
-fn one_that_stands_by_takes_over_from_a_writer_that_is_paused_and_that_one_never_writes_again() {
+fn standby_takes_over_from_paused_primary_and_fences_it() {
     let database = Database::start();
     let url = database.url();
     let paused = start(&url);
@@ -279,7 +279,7 @@ fn one_that_stands_by_takes_over_from_a_writer_that_is_paused_and_that_one_never
 }
 
 #[test]
-fn deposed_primary_that_is_to_stand_by_begins_anew() {
+fn deposed_primary_restarts_as_standby() {
     let database = Database::start();
     let url = database.url();
     let mut paused = Server::start(&["--txlog", &url, "--txlog-timeout", "1s", "--standby"]);
@@ -304,7 +304,7 @@ fn deposed_primary_that_is_to_stand_by_begins_anew() {
 }
 
 /// Sends a request on a connection of its own, and does not wait for the answer.
-fn send(server: &Server, request: &str, body: &str) -> TcpStream {
+pub fn send(server: &Server, request: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.address()).expect("the system accepts connections");
     let length = body.len();
     let request =
@@ -314,7 +314,7 @@ fn send(server: &Server, request: &str, body: &str) -> TcpStream {
 }
 
 /// The answer, as far as it comes.
-fn answer(stream: &mut TcpStream) -> String {
+pub fn answer(stream: &mut TcpStream) -> String {
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket has a timeout");
     let mut answer = Vec::new();
     // A connection that is reset has none.
@@ -328,7 +328,7 @@ fn has_lease(database: &Database) {
 }
 
 #[test]
-fn primary_that_was_paused_answers_no_stale_read() {
+fn resumed_primary_serves_no_stale_read() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[]);
@@ -349,7 +349,7 @@ fn primary_that_was_paused_answers_no_stale_read() {
 }
 
 #[test]
-fn primary_cut_off_from_its_database_refuses_reads_while_another_stands_by() {
+fn cut_off_primary_rejects_reads_with_a_standby() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -377,7 +377,7 @@ fn primary_cut_off_from_its_database_refuses_reads_while_another_stands_by() {
 }
 
 #[test]
-fn primary_whose_standby_left_keeps_to_no_lease() {
+fn primary_without_standby_needs_no_lease() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -417,7 +417,7 @@ fn start_waits_for_the_end_of_a_lease() {
 }
 
 #[test]
-fn a_writer_that_has_nothing_to_write_finds_out_too_that_another_took_over() {
+fn idle_primary_detects_a_takeover() {
     let database = Database::start();
     let paused = start(&database.url());
     let standby = stand_by(&database.url(), &[]);
@@ -428,7 +428,7 @@ fn a_writer_that_has_nothing_to_write_finds_out_too_that_another_took_over() {
 }
 
 #[test]
-fn one_that_stands_by_leaves_the_log_to_a_writer_that_is_there_however_little_that_writes() {
+fn standby_does_not_preempt_live_primary() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[]);
@@ -441,7 +441,7 @@ fn one_that_stands_by_leaves_the_log_to_a_writer_that_is_there_however_little_th
 }
 
 #[test]
-fn what_is_compacted_before_it_was_followed_hides_nothing() {
+fn compaction_ahead_of_standby_loses_nothing() {
     let database = Database::start();
     let url = database.url();
     let mut server = start(&url);
@@ -464,7 +464,7 @@ fn what_is_compacted_before_it_was_followed_hides_nothing() {
         shows(&standby, "more", 200, round);
         assert_eq!(get_stale(&standby, "kept"), (200, round.into()));
         assert_eq!(get_stale(&standby, "gone").0, if deleted { 404 } else { 200 });
-        // One that would miss something is told nothing, and learns why when it asks.
+        // A watch that would miss a change gets no event, and the reason when it resumes.
         assert!(watching.next().is_none(), "it would miss what was superseded");
         assert_eq!(Connection::open(standby.address()).ask_with("GET", "/v1?watch&since=2", &STALE, b"").status, 410);
     }

@@ -25,7 +25,7 @@ fn says(process: &Process, texts: &[&str]) {
 }
 
 #[test]
-fn panic_of_what_the_log_needs_ends_the_server() {
+fn panic_in_a_log_task_ends_the_server() {
     let database = Database::start();
     for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
         let (mut process, _data) = spawn(task, &["--txlog", &database.url()]);
@@ -37,7 +37,7 @@ fn panic_of_what_the_log_needs_ends_the_server() {
         says(&process, &["kvs: ", &format!("sabotage of {task}")]);
         assert_eq!(status.code(), Some(1), "{task}");
     }
-    // What stands by begins anew.
+    // A standby restarts itself.
     let primary = start(&database.url());
     let (process, _data) = spawn("log standby", &["--txlog", &database.url(), "--standby"]);
     says(&process, &["sabotage of log standby", "beginning anew, to stand by"]);
@@ -45,7 +45,7 @@ fn panic_of_what_the_log_needs_ends_the_server() {
 }
 
 #[test]
-fn follow_and_compactor_go_on_after_a_panic() {
+fn follow_and_compactor_restart_after_a_panic() {
     let database = Database::start();
     let primary = supervision::start(&["log compactor"], &["--txlog", &database.url()]);
     let standby = supervision::start(&["follow"], &["--txlog", &database.url(), "--standby"]);

@@ -1,9 +1,8 @@
-//! Linearizability over takeovers: clients record what they ask of whoever writes the log and what they are told, while that one
-//! is killed, or paused until another has taken over, and all of it must be something that can have happened one after the
-//! other.
+//! Linearizability over takeovers: clients record their requests to the primary and the responses, while it is killed, or paused
+//! until another server has taken over. The histories must be linearizable.
 //!
-//! A server that has lost the log and not found out yet is asked too, until it ends. One that stands by shows what is old, by
-//! design: of it is asked that what it shows never goes back.
+//! Requests also go to a server that has lost the log and does not know it yet, until it ends. Reads of a standby are stale by
+//! design: they must never go back.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -19,7 +18,7 @@ use crate::server::Server;
 use crate::zoo;
 
 #[test]
-fn whoever_writes_the_log_all_answers_can_have_happened_one_after_the_other() {
+fn histories_over_takeovers_are_linearizable() {
     let mut rng = zoo::dice();
     let (mut operations, mut unknown, mut shown) = (0, 0, 0);
     // Each with one kill and one pause.

@@ -39,8 +39,9 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
     }
     if outside(args.admin) {
         ensure!(
-            tokens,
-            "--admin {} can be reached from elsewhere; give --tokens, with one of scope admin, or listen on 127.0.0.1",
+            tokens && !args.access.admin_open,
+            "--admin {} can be reached from elsewhere; give --tokens, with one of scope admin and without --admin-open, or \
+             listen on 127.0.0.1",
             args.admin
         );
         let open = "tokens can be overheard";

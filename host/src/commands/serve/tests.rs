@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -65,7 +65,8 @@ impl Site {
         let data = TempDir::new().unwrap();
         // An address of its own, so that nobody takes the port meanwhile.
         let admin = TcpListener::bind("127.0.0.4:0").unwrap().local_addr().unwrap();
-        let args = ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null"];
+        let args =
+            ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null", "--admin-open"];
         let others = ["--rate-limit", "1000/s", "--access-log-rate", "10", "--data-dir", data.path().to_str().unwrap()];
         let args = Program::parse_from(args.into_iter().chain(others)).serve;
         Self { _data: data, admin, args }
@@ -93,7 +94,7 @@ impl Site {
 fn ask(admin: SocketAddr, path: &str) -> io::Result<String> {
     let mut stream = TcpStream::connect(admin)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\n\r\n")?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
@@ -119,8 +120,9 @@ async fn every_task_that_panics_is_started_again() {
         let restarted = |name: &&str| format!("kvs_task_restarts_total{{task=\"{name}\"}} 1\n");
         site.until("/metrics", |metrics| TASKS.iter().map(restarted).all(|line| metrics.contains(&line))).await;
     };
+    let workers = Workers::default();
     tokio::select! {
-        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        served = serve(&site.args, &env, &workers) => panic!("it ended: {served:?}"),
         () = looking => {}
     }
 }
@@ -136,8 +138,9 @@ async fn task_that_goes_on_panicking_is_reported() {
         saboteur.0.lock().unwrap().clear();
         site.until("/readyz", |report| report.contains("[+]tasks ok\n")).await;
     };
+    let workers = Workers::default();
     tokio::select! {
-        served = serve(&site.args, &env) => panic!("it ended: {served:?}"),
+        served = serve(&site.args, &env, &workers) => panic!("it ended: {served:?}"),
         () = looking => {}
     }
 }
@@ -147,7 +150,8 @@ async fn thread_of_the_log_that_panics_ends_the_server() {
     for name in ["log writer", "log spare", "log compactor"] {
         let site = Site::new();
         let env = Saboteur::of(&[name], 1).env();
-        let served = timeout(PATIENCE, serve(&site.args, &env)).await.expect("it goes on serving");
+        let workers = Workers::default();
+        let served = timeout(PATIENCE, serve(&site.args, &env, &workers)).await.expect("it goes on serving");
         let reason = format!("{:#}", served.expect_err("it ended well"));
         assert!(reason.contains(&format!("sabotage of {name}")), "{reason}");
     }
@@ -160,11 +164,13 @@ fn spares_beyond_the_memory_are_reported() {
         let args = Program::parse_from(["kvs"].iter().chain(flags)).serve;
         too_large_with_spares(&args, memory).unwrap_or_default()
     };
-    assert_eq!(excess(&["--spare"], 8 * GIB), "");
+    // By default they fit.
+    assert_eq!(excess(&["--spare", "--shards", "4"], GIB), "");
+    assert_eq!(excess(&["--spare", "--guest-max-memory-bytes", "4GiB"], 8 * GIB), "");
     assert_eq!(excess(&["--shards", "64"], GIB), "");
     assert_eq!(excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "1GiB"], 8 * GIB), "");
-    let reported = excess(&["--spare"], 8 * GIB - 1);
+    let reported = excess(&["--spare", "--guest-max-memory-bytes", "4GiB"], 8 * GIB - 1);
     assert!(reported.contains("2 instances may take 8.0 GiB together"), "{reported}");
-    let reported = excess(&["--spare", "--shards", "4"], 16 * GIB);
+    let reported = excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "4GiB"], 16 * GIB);
     assert!(reported.contains("8 instances may take 32.0 GiB together, and the memory is 16.0 GiB"), "{reported}");
 }

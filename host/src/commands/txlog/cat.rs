@@ -5,9 +5,6 @@ use std::io::{BufWriter, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file::Offline;
@@ -92,35 +89,16 @@ fn timestamp(milliseconds: u64) -> String {
     humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(milliseconds)).to_string()
 }
 
-/// Formats an entry as JSON.
-pub fn json(entry: &Entry<'_>, line: &mut String) {
-    let (sequence, time) = (entry.sequence, entry.time);
-    let value = match &entry.event {
-        EventRef::Delete(key) => {
-            serde_json::json!({ "sequence": sequence, "time": time, "type": "delete", "key": key })
-        }
-        EventRef::Put(put) => {
-            let mut object = serde_json::json!({
-                "sequence": sequence, "time": time, "type": "put", "key": put.key,
-                "metadata": put.metadata, "expires": put.expires,
-            });
-            // Values are arbitrary bytes, but most are text, which is easier to read.
-            match std::str::from_utf8(put.value) {
-                Ok(text) => object["value"] = text.into(),
-                Err(_) => object["value_base64"] = STANDARD.encode(put.value).into(),
-            }
-            object
-        }
-    };
-    let _ = writeln!(line, "{value}");
-}
-
 #[cfg(test)]
 pub mod tests {
     use std::path::Path;
 
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+
     use super::super::tests::{at, directory_with, events};
     use super::*;
+    use crate::entry_json;
 
     pub fn printed(data: &Path, print: fn(&Entry<'_>, &mut String)) -> String {
         let mut out = Vec::new();
@@ -131,7 +109,7 @@ pub mod tests {
     #[test]
     fn json_output_has_one_object_per_line() {
         let directory = directory_with(&events());
-        let text = printed(directory.path(), json);
+        let text = printed(directory.path(), entry_json::print);
         let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let value = STANDARD.decode(lines[0]["value_base64"].as_str().unwrap()).unwrap();
         assert_eq!(value, (0..=255).collect::<Vec<u8>>());

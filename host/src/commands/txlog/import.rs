@@ -35,8 +35,8 @@ pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&P
         TxlogStorage::File => {
             let (data, segment_bytes, durability) = (at.data_dir.clone(), DEFAULT_SEGMENT_BYTES, Durability::Sync);
             let group_bytes = largest_group(segment_bytes);
-            let (advertise, env) = (None, Env::real());
-            let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+            let (retain, advertise, env) = (Duration::ZERO, None, Env::real());
+            let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
             import(&source, &FileLog::open(options)?)
         }
         TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
@@ -206,6 +206,7 @@ mod tests {
     use super::super::cat::{self, tests::printed};
     use super::super::tests::{at, directory_with, events};
     use super::*;
+    use crate::entry_json;
 
     #[test]
     fn entry_from_the_future_is_moved_to_now() {
@@ -221,8 +222,8 @@ mod tests {
         let file = data.join("text");
         fs::write(&file, text).unwrap();
         let (segment_bytes, group_bytes, durability) = (4 << 20, 1 << 20, Durability::Os);
-        let (data, advertise, env) = (data.into(), None, Env::real());
-        let options = Options { data, segment_bytes, group_bytes, durability, advertise, env };
+        let (data, retain, advertise, env) = (data.into(), Duration::ZERO, None, Env::real());
+        let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
         let log = FileLog::open(options).unwrap();
         import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
     }
@@ -312,7 +313,7 @@ mod tests {
             });
             let book = tempfile::tempdir().unwrap();
             import_text(book.path(), Format::CloudNativeGo, &lines.collect::<String>());
-            let imported: Vec<serde_json::Value> = printed(book.path(), cat::json)
+            let imported: Vec<serde_json::Value> = printed(book.path(), entry_json::print)
                 .lines().map(|line| serde_json::from_str(line).unwrap()).collect();
             let pairs = imported.iter().map(|put| (put["key"].as_str().unwrap(), put["value"].as_str().unwrap()));
             prop_assert!(pairs.eq(puts.iter().map(|(key, value)| (&key[..], &value[..]))));

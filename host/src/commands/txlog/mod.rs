@@ -20,6 +20,7 @@ use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
 
+use crate::entry_json;
 use crate::lines::notice;
 use crate::settings::TxlogStorage;
 use crate::terminal::bar;
@@ -87,12 +88,12 @@ pub enum TxlogCommand {
 pub struct StorageArgs {
     /// Directory of the transaction log
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
-    data_dir: PathBuf,
+    pub data_dir: PathBuf,
 
     /// Storage of the transaction log: files, a database, postgres://USER@HOST/DATABASE, or NATS JetStream,
     /// nats://HOST,HOST,HOST/NAME
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
-    txlog: TxlogStorage,
+    pub txlog: TxlogStorage,
 }
 
 pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
@@ -104,7 +105,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
             #[cfg(feature = "nats")]
             TxlogStorage::Nats(url) => verify_frames(url, out),
         },
-        TxlogCommand::Cat { at, json: true } => cat::all(&at, out, cat::json),
+        TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
         TxlogCommand::Export { at } => cat::all(&at, out, text::print),
         TxlogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
@@ -258,6 +259,7 @@ pub mod tests {
             segment_bytes: 1 << 18,
             group_bytes: 1 << 17,
             durability: Durability::Os,
+            retain: Duration::ZERO,
             advertise: None,
             env: Env::real(),
         };

@@ -5,13 +5,20 @@
 
 use crate::contract::{Grant, Request, Scope};
 
+/// Bytes of the length of a part.
+const LENGTH: usize = size_of::<u32>();
+
 /// The key of a request, unless it has a body.
 pub fn of(request: &Request<'_>) -> Option<Vec<u8>> {
     let Request { method, target, headers, body, principal, grant: Grant { scope, key_prefix }, time_ms: _ } = request;
     if !body.is_empty() {
         return None;
     }
-    let mut key = Key(Vec::with_capacity(2 * target.len() + 64));
+    let parts = headers.iter().map(|header| 2 * LENGTH + header.name.len() + header.value.len()).sum::<usize>();
+    let options = [*principal, *key_prefix].map(|option| 1 + LENGTH + option.map_or(0, str::len));
+    // Exact, so that what is kept is not copied once more.
+    let size = 2 * LENGTH + method.len() + target.len() + parts + LENGTH + options.iter().sum::<usize>() + 1;
+    let mut key = Key(Vec::with_capacity(size));
     key.add(method.as_bytes());
     key.add(target.as_bytes());
     for header in *headers {
@@ -92,6 +99,7 @@ mod tests {
         keys.sort_unstable();
         keys.dedup();
         assert_eq!((keys.len(), keys[0].is_some()), (count, true));
+        assert!(keys.iter().flatten().all(|key| key.capacity() == key.len()));
     }
 
     #[test]

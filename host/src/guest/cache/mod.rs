@@ -7,7 +7,6 @@
 //! Owns: what is kept, for how long, and how much. Must never know: whose turn it is, how a response leaves.
 
 mod key;
-mod sync;
 #[cfg(test)]
 mod tests;
 mod versions;
@@ -17,7 +16,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hyper::header::{HeaderName, HeaderValue};
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Response, StatusCode};
 use kvs_metrics::{Counter, Measured, Page};
 use kvs_runtime::Random;
@@ -26,7 +25,8 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use siphasher::sip::SipHasher13;
 
 use super::clock::Clock;
-use super::message::{Answer, Given, Incoming};
+use super::message::{Answer, Given, Incoming, Wanted};
+use super::sync;
 use crate::contract::Request;
 use versions::{Generation, Stamp, Versions};
 
@@ -37,9 +37,11 @@ const PARTS: usize = 8;
 /// Bytes of a typical response with all that it takes here, by which tables are made.
 const TYPICAL: u64 = 1 << 10;
 /// Bytes that a response takes beside its key, headers and body: itself, its places in tables, and what allocators add.
-const OVERHEAD: usize = 256;
+const OVERHEAD: usize = 352;
 /// The same of one buffer: of a header or the body.
 const BUFFER: usize = 48;
+/// Bytes that a header takes beside its value: its place in the map, the hash of its name, and room to grow.
+const HEADER: usize = 2 * size_of::<(HeaderName, HeaderValue)>();
 /// Keys of a declaration. Each is looked at on every hit.
 pub const KEYS: usize = 100;
 
@@ -47,7 +49,7 @@ pub struct ResponseCache {
     responses: Cache<Box<[u8]>, Arc<Kept>, Weight, DefaultHashBuilder, Evictions>,
     /// Most bytes of one response; 0 when nothing is kept.
     largest: u64,
-    versions: Versions<Arc<[HeaderName]>>,
+    versions: Versions<Arc<Wanted>>,
     /// Unknown outside, so that nobody can choose keys whose changes invalidate what others read.
     hasher: SipHasher13,
     clock: Arc<Clock>,
@@ -58,7 +60,7 @@ pub struct ResponseCache {
 }
 
 /// The generation of the guest that is called.
-pub type Serving = Arc<Generation<Arc<[HeaderName]>>>;
+pub type Serving = Arc<Generation<Arc<Wanted>>>;
 
 /// A declaration of the call in progress.
 pub struct Declared {
@@ -78,7 +80,7 @@ pub struct Reusable {
 /// A response that is kept.
 pub struct Kept {
     pub status: StatusCode,
-    pub headers: Box<[(HeaderName, HeaderValue)]>,
+    pub headers: HeaderMap,
     /// Empty for HEAD, but of an error, which can become a problem of another length.
     pub body: Bytes,
     /// Length of the body that the guest gave.
@@ -144,7 +146,7 @@ impl ResponseCache {
 
     /// Begins a generation: another guest serves, which reads these headers, or the same with another history. To be called before
     /// that guest is, which is why a swap calls it in all turns.
-    pub fn serve(&self, headers: Arc<[HeaderName]>) {
+    pub fn serve(&self, headers: Arc<Wanted>) {
         self.versions.next_generation(headers);
     }
 
@@ -189,11 +191,8 @@ impl Kept {
     pub fn message(&self) -> Response<Bytes> {
         let mut response = Response::new(self.body.clone());
         *response.status_mut() = self.status;
-        // With room for what the host adds.
-        response.headers_mut().reserve(self.headers.len() + 2);
-        for (name, value) in &self.headers {
-            response.headers_mut().append(name, value.clone());
-        }
+        // Copied as a whole, for to append each hashes its name.
+        *response.headers_mut() = self.headers.clone();
         response
     }
 }
@@ -214,18 +213,14 @@ impl Reusable {
         let bytes = OVERHEAD
             + key.len()
             + declared.stamp.bytes()
-            + headers
-                .values()
-                .map(|value| size_of::<(HeaderName, HeaderValue)>() + BUFFER + value.len())
-                .sum::<usize>()
+            + headers.values().map(|value| HEADER + BUFFER + value.len()).sum::<usize>()
             + BUFFER
             + body.len();
         let bytes = bytes as u64;
         if bytes > cache.largest {
             return;
         }
-        let headers = headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        let kept = Kept { status, headers, body, length, read_sequence, declared, bytes };
+        let kept = Kept { status, headers: headers.clone(), body, length, read_sequence, declared, bytes };
         cache.responses.insert(key.into(), Arc::new(kept));
     }
 }

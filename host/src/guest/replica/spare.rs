@@ -19,9 +19,9 @@ use tokio::task;
 use tracing::{info, warn};
 
 use super::super::engine::Guest;
-use super::super::instance::Trapped;
 use super::super::metrics::Metrics;
 use super::super::owner::Part;
+use super::super::trap::Trapped;
 use super::Replica;
 
 /// Shortest and longest pause between two passes over what is new in the log: each begins up to 1 MiB before that.

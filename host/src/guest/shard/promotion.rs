@@ -1,7 +1,6 @@
-//! Promotion: replicas take the place of what serves, whatever led to it: a swap, a rollback, a trap.
+//! Promotion: replicas replace the serving instances, after a swap, a rollback or a trap.
 //!
-//! Owns: that what serves has everything that was appended, and that all of it is durable. Must never know: why another is to
-//! serve.
+//! Owns: that a promoted replica has all appended entries, and that these are durable. Must never know: the cause.
 
 use std::time::Instant;
 
@@ -12,11 +11,11 @@ use super::super::metrics::Cause;
 use super::super::replica::{self, Replica};
 use super::{Serving, Shared, Turn};
 
-/// Puts a replica of the guest `serving` in the place of the instance in each turn, which it returns. An error leaves
-/// everything as it was.
+/// Replaces the instance of each turn by a replica of the guest `serving`, and returns the previous instances. An error changes
+/// nothing.
 ///
-/// The turns are held, so that the shards append nothing meanwhile. First everything that was appended becomes durable, then
-/// the replicas take in what they lack of it: few entries, as calls wait for it, which they have done since `paused`.
+/// The turns are held, so that the shards append nothing meanwhile. First all appended entries become durable, then the replicas
+/// apply those that they lack: few, since calls have been waiting since `paused`.
 pub async fn promote(
     shared: &Shared,
     serving: &Serving,

@@ -1,6 +1,6 @@
-//! What follows a trap: the spare serves, or an instance that is built from the log.
+//! Rebuild: after a trap the spare is promoted, or an instance that is built from the log.
 //!
-//! Owns: when the next is built, and what is reported while there is none. Must never know: what led to it.
+//! Owns: the pauses between attempts, and the reports while there is no instance. Must never know: the cause.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,18 +13,18 @@ use tracing::{error, info};
 use super::super::metrics::Cause;
 use super::super::outage::Outage;
 use super::super::replica::{Replayed, Replica};
-use super::{Shard, Shared, Turn, promote};
+use super::{Shard, Shared, Turn, Visit, promote};
 
-/// A trap this long after the last rebuild is not a repetition of what led to that one.
+/// A trap this long after the last rebuild is not a repetition of the previous one.
 const QUIET: Duration = Duration::from_secs(10);
-/// The pauses before rebuilds that follow on each other: doubled from the first to the last.
+/// Shortest and longest pause before a repeated rebuild; each is twice the previous one.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 impl Shard {
-    /// Puts the spare in the place of the instance in the background, or where there is none, a new one.
+    /// Promotes the spare in the background, or a new instance without one.
     pub(super) fn rebuild(self: Arc<Self>) {
         let Env { tasks, clock, .. } = self.shared.env.clone();
-        // Started again where it panics: nobody else would give this shard an instance.
+        // Restarted after a panic: nothing else gives this shard an instance.
         tasks.restart("guest rebuild", &clock, move || Arc::clone(&self).rebuild_until_done());
     }
 
@@ -35,17 +35,16 @@ impl Shard {
             if log.watermark().failure().is_some() {
                 return Ok(()); // The process is about to stop.
             }
-            if spare.is_none() {
-                let visitor = self.state().visitor.take();
-                if let Some(visitor) = visitor {
-                    // Should it fail, this begins anew.
-                    let _ = visitor.send(Turn::without_instance(&self));
-                    return Ok(());
-                }
+            if spare.is_none()
+                && let Some(visitor) = self.instance.take_visitor(Visit::Swap)
+            {
+                // A turn that promotes nothing starts another rebuild.
+                let _ = visitor.send(Turn::without_instance(&self));
+                return Ok(());
             }
             match self.rebuild_once(spare).await {
                 Ok(turn) => {
-                    // Elsewhere: a panic from here on is the turn's, which begins a rebuild of its own.
+                    // In a task of its own: a panic from here on starts another rebuild.
                     env.tasks.detach("guest queue", async move { turn.serve_others() });
                     return Ok(());
                 }
@@ -58,7 +57,7 @@ impl Shard {
         }
     }
 
-    /// The spare, or none after a pause, which the next spare ends. One that had to be waited for counts as a rebuild.
+    /// Returns the spare. Without one it pauses, until a spare is ready at the latest; that one counts as a rebuild.
     async fn take_spare(&self) -> Option<(Replica, Cause)> {
         let clock = &self.shared.env.clock;
         let Some(spare) = &self.spare else {
@@ -88,7 +87,7 @@ impl Shard {
                 (replica, Cause::Rebuild, Some(replayed))
             }
         };
-        // It can be ahead of what was taken in of the log of another process, and so of responses that are kept.
+        // The replica can be newer than cached responses while another process writes the log.
         if self.shared.log.read_only().is_some() {
             self.shared.cache.serve(Arc::clone(&serving.headers));
         }
@@ -107,7 +106,7 @@ impl Shard {
         Ok(turn)
     }
 
-    /// How long to wait before a rebuild: not at all for the first, longer when they follow on each other.
+    /// Returns the pause before the next rebuild: none for the first, and longer for repeated ones.
     fn next_pause(&self) -> Duration {
         let mut state = self.state();
         let again = state.last_rebuild.is_some_and(|last| self.shared.env.clock.elapsed(last) < QUIET + state.pause);

@@ -1,7 +1,7 @@
-//! A turn at the instance of a shard.
+//! A turn: exclusive use of the instance of a shard.
 //!
-//! Owns: what is done in it, and that the instance is given on at its end. Must never know: whose turn comes when there is
-//! no instance, or where another comes from.
+//! Owns: the calls in a turn, and what follows a trap or a panic in one. Must never know: the order of turns, or where a new
+//! instance comes from.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,92 +11,111 @@ use kvs_txlog::change::Change;
 use tokio::task;
 use tracing::error;
 
-use super::super::instance::{Instance, Trapped};
+use super::super::instance::Instance;
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
 use super::super::replica::Replica;
-use super::{CallError, Called, OTHERS, Raised, Serving, Shard, Waiting};
+use super::super::trap::Trapped;
+use super::handoff::Next;
+use super::{CallError, Called, Raised, Serving, Shard, Waiting};
 
-/// A turn at the instance. Ends by giving the instance to nobody (it is free), to another turn, or, when a call trapped or
-/// panicked, to nobody ever: then the shard is rebuilt, unless the guest was on probation.
+/// Number of queued requests that one caller serves before it gets its own answer.
+const OTHERS: usize = 16;
+
+/// A turn at the instance. It ends in [`serve_others`](Self::serve_others). A turn that is dropped was cut short, by the end of
+/// the runtime or by a panic: see [`Instanced`] for what follows.
 pub struct Turn {
     shard: Arc<Shard>,
-    /// Taken out during a call, so that it is lost with a panic.
-    replica: Option<Box<Replica>>,
-    /// Why it was lost, when it was not by a panic.
-    failure: Option<String>,
-    /// That there is none is known, and no trap of its own.
-    told: bool,
-    over: bool,
+    has: Instanced,
+}
+
+/// The instance of a turn.
+enum Instanced {
+    Free(Box<Replica>),
+    /// In a call. A panic in it counts as a trap.
+    Called,
+    /// Not there, and to be rebuilt unless the turn brings one.
+    Missing,
+    /// Passed on, lost in a trap that is reported, or built elsewhere.
+    Over,
 }
 
 impl Turn {
     pub(super) fn new(shard: &Arc<Shard>, replica: Box<Replica>) -> Self {
-        Self { shard: Arc::clone(shard), replica: Some(replica), failure: None, told: false, over: false }
+        Self { shard: Arc::clone(shard), has: Instanced::Free(replica) }
     }
 
-    /// For one who brings another: else one is built when this is dropped.
+    /// A turn for a promotion. A rebuild begins if none takes place.
     pub(super) fn without_instance(shard: &Arc<Shard>) -> Self {
-        Self { shard: Arc::clone(shard), replica: None, failure: None, told: true, over: false }
+        Self { shard: Arc::clone(shard), has: Instanced::Missing }
     }
 
-    /// For the rebuild itself, which goes on when this is dropped before an instance is in it.
+    /// A turn for the promotion of a rebuild, which tries again itself.
     pub(super) fn of_rebuild(shard: &Arc<Shard>) -> Self {
-        let mut turn = Self::without_instance(shard);
-        turn.over = true;
-        turn
+        Self { shard: Arc::clone(shard), has: Instanced::Over }
     }
 
     fn clock(&self) -> &Clock {
         &self.shard.shared.env.clock
     }
 
-    /// Whether it is a turn at this shard.
+    /// Whether this is a turn at the instance of `shard`.
     pub fn is_at(&self, shard: &Arc<Shard>) -> bool {
         Arc::ptr_eq(&self.shard, shard)
     }
 
-    /// Puts another instance, of this guest or another, in the place of the one that serves.
+    fn take(&mut self, then: Instanced) -> Option<Box<Replica>> {
+        match std::mem::replace(&mut self.has, then) {
+            Instanced::Free(replica) => Some(replica),
+            other => {
+                self.has = other;
+                None
+            }
+        }
+    }
+
+    /// Replaces the instance, and returns the previous one. `serving` is the guest of the new one.
     pub(super) fn promote(&mut self, serving: Serving, replica: Replica) -> Option<Box<Replica>> {
         let tick_trapped = {
             let mut state = self.shard.state();
             (state.serving, state.outage) = (serving, None);
-            // One that was due comes later as well, so that a guest that traps in all of them serves in between.
-            state.tick_due = false;
             state.tick_trapped
         };
+        // Without a tick that was due: a guest that traps in each of them serves in between.
+        self.shard.instance.replaced();
         if !tick_trapped {
-            // What the instance before wished for is unknown to this one.
+            // The wake time of the previous instance is unknown to this one.
             self.shard.shared.housekeeping.wish(Duration::ZERO);
         }
-        (self.told, self.over) = (false, false);
-        self.replica.replace(Box::new(replica))
+        let previous = self.take(Instanced::Over);
+        self.has = Instanced::Free(Box::new(replica));
+        previous
     }
 
-    /// Takes the instance out, where another guest is to serve that has none yet.
+    /// Drops the instance, where a guest without one is to serve.
     pub fn take_out(&mut self, serving: Serving) {
         self.shard.state().serving = serving;
-        self.told = true;
-        self.replica.take().into_iter().for_each(discard);
+        self.take(Instanced::Missing).into_iter().for_each(discard);
+        self.has = Instanced::Missing;
     }
 
     pub(super) fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
-        let serves = self.replica.as_ref().map(|replica| replica.instance.guest());
-        if routed_by.is_some() && routed_by != serves {
+        let Some(replica) = self.take(Instanced::Called) else { return Err(CallError::Trapped) };
+        if routed_by.is_some_and(|routed_by| routed_by != replica.instance.guest()) {
+            self.has = Instanced::Free(replica);
             return Ok(Called::Moved(incoming));
         }
-        self.handle(&incoming).map(Called::Answered)
+        self.handle(replica, &incoming).map(Called::Answered)
     }
 
-    fn handle(&mut self, incoming: &Incoming) -> Result<Answer, CallError> {
-        let mut replica = self.replica.take().ok_or(CallError::Trapped)?;
+    fn handle(&mut self, mut replica: Box<Replica>, incoming: &Incoming) -> Result<Answer, CallError> {
         let begun = self.clock().now();
         let handled = replica.instance.handle(incoming);
         self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
         self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
             Ok(answer) => {
-                self.replica = Some(replica);
+                self.has = Instanced::Free(replica);
                 Ok(answer)
             }
             Err(trapped) => {
@@ -104,18 +123,18 @@ impl Turn {
                     (&replica.instance.description().name, &incoming.request, incoming.id());
                 let (method, target) = (request.method(), request.uri());
                 error!(guest, request_id, %method, %target, "the guest trapped: {trapped}");
-                self.lost(replica, trapped.to_string());
+                self.lost(replica, &trapped.to_string());
                 Err(CallError::Trapped)
             }
         }
     }
 
     pub(super) fn tick(&mut self) {
-        let Some(mut replica) = self.replica.take() else { return };
+        let Some(mut replica) = self.take(Instanced::Called) else { return };
         let instance = &mut replica.instance;
         match instance.tick().and_then(|wish| self.count(instance).map(|()| wish)) {
             Ok(wish) => {
-                self.replica = Some(replica);
+                self.has = Instanced::Free(replica);
                 self.shard.state().tick_trapped = false;
                 if let Some(after) = wish {
                     self.shard.shared.housekeeping.wish(after);
@@ -123,34 +142,44 @@ impl Turn {
             }
             Err(trapped) => {
                 error!(guest = replica.instance.description().name, "the guest trapped in tick: {trapped}");
-                self.lost(replica, format!("in tick: {trapped}"));
                 self.shard.state().tick_trapped = true;
+                self.lost(replica, &format!("in tick: {trapped}"));
             }
         }
     }
 
-    /// Hands over what another process appended.
+    /// Applies entries that another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
-        let Some(mut replica) = self.replica.take() else { return };
-        // Before any of them can be seen; those that it has already, too.
+        let Some(mut replica) = self.take(Instanced::Called) else { return };
+        // Before any of them is visible; also for those that the instance has already.
         let own = changes.iter().filter(|change| self.shard.part.owns(change.key()));
         own.for_each(|change| replica.instance.announce(change.key()));
         match replica.apply_changes(changes, until) {
-            Ok(()) => self.replica = Some(replica),
+            Ok(()) => self.has = Instanced::Free(replica),
             Err(error) => {
                 error!(guest = replica.instance.description().name, "the guest trapped: {error:#}");
-                self.lost(replica, format!("{error:#}"));
+                self.lost(replica, &format!("{error:#}"));
             }
         }
     }
 
-    /// It trapped, and is not called again.
-    fn lost(&mut self, replica: Box<Replica>, failure: String) {
-        self.failure = Some(failure);
+    /// Drops an instance that trapped.
+    fn lost(&mut self, replica: Box<Replica>, failure: &str) {
         discard(replica);
+        self.trapped(failure);
     }
 
-    /// Asks what the guest holds, now and again.
+    /// Reports a trap, which leads to a rebuild, or on probation to a rollback.
+    fn trapped(&mut self, failure: &str) {
+        self.has = Instanced::Over;
+        self.shard.shared.trapped(failure);
+        let reason = failure.to_owned();
+        self.shard.is_down(format!("the guest trapped: {reason}"));
+        let turn = Some(Self::without_instance(&self.shard));
+        self.shard.shared.alarm.raise(Raised { reason, turn });
+    }
+
+    /// Calls `stats` from time to time.
     fn count(&self, instance: &mut Instance) -> Result<(), Trapped> {
         let begun = self.clock().now();
         if begun < self.shard.state().count_from {
@@ -163,11 +192,12 @@ impl Turn {
         Ok(())
     }
 
-    /// Serves those who queued; when there are many, leaves the rest to a task, so that this caller gets away.
+    /// Ends the turn: serves queued requests, and passes the instance on. After [`OTHERS`] a task does that, so that the caller
+    /// gets its answer.
     pub fn serve_others(mut self) {
         for _ in 0..OTHERS {
-            let Some(Waiting { incoming, routed_by, reply, .. }) = self.next() else { return };
-            // A client that left is not called for.
+            let Some(Waiting { incoming, routed_by, reply }) = self.next() else { return };
+            // A client that disconnected needs no call.
             if !reply.is_closed() {
                 let _ = reply.send(self.call(incoming, routed_by));
             }
@@ -176,66 +206,52 @@ impl Turn {
         tasks.detach("guest queue", async move { self.serve_others() });
     }
 
-    /// The next in the queue; when there is none, the turn is over and the instance free.
+    /// Returns the next queued request. None ends the turn: the instance is free, or passed on, or lost.
     fn next(&mut self) -> Option<Waiting> {
-        let tick_due = std::mem::take(&mut self.shard.state().tick_due);
-        if tick_due {
-            self.tick();
-        }
-        let replica = self.replica.take()?;
-        let mut state = self.shard.state();
-        if let Some(visitor) = state.visitor.take().or_else(|| state.follower.take()) {
-            drop(state);
-            self.over = true;
-            if let Err(turn) = visitor.send(Self::new(&self.shard, replica)) {
-                // It did not wait for it.
-                turn.serve_others();
-            }
-            return None;
-        }
-        let next = state.queue.pop_front();
-        match next {
-            Some(_) => self.replica = Some(replica),
-            None => {
-                state.free = Some(replica);
-                self.over = true;
+        loop {
+            let replica = self.take(Instanced::Over)?;
+            match self.shard.instance.next(replica) {
+                Next::Tick(replica) => {
+                    self.has = Instanced::Free(replica);
+                    self.tick();
+                }
+                Next::Visit(replica, visitor) => {
+                    if let Err(turn) = visitor.send(Self::new(&self.shard, replica)) {
+                        // The visitor gave up.
+                        turn.serve_others();
+                    }
+                    return None;
+                }
+                Next::Call(replica, waiting) => {
+                    self.has = Instanced::Free(replica);
+                    return Some(waiting);
+                }
+                Next::Idle => return None,
             }
         }
-        next
     }
 }
 
-/// Gives back the memory of an instance, which takes the longer the more it is, while nobody waits for that.
+/// Drops an instance in the background: to free its memory takes long.
 fn discard(replica: Box<Replica>) {
     task::spawn_blocking(move || drop(replica));
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if self.over {
-            return;
-        }
-        match self.replica.take() {
-            // The runtime is going down with the task that held the turn, or that task panicked outside the guest. Whoever
-            // queues is served with the next call or tick.
-            Some(replica) => {
-                let mut state = self.shard.state();
-                state.free = Some(replica);
-                state.outage = None;
+        match std::mem::replace(&mut self.has, Instanced::Over) {
+            Instanced::Free(replica) => {
+                self.shard.state().outage = None;
+                self.shard.instance.release(replica);
             }
-            None if self.told => {
+            Instanced::Called => self.trapped("a call into it panicked"),
+            Instanced::Missing => {
                 if self.shard.outage().is_none() {
                     self.shard.is_down("the guest is rebuilt".to_owned());
                 }
                 Arc::clone(&self.shard).rebuild();
             }
-            None => {
-                let reason = self.failure.take().unwrap_or_else(|| "a call into it panicked".to_owned());
-                self.shard.shared.metrics.traps.add(1);
-                self.shard.is_down(format!("the guest trapped: {reason}"));
-                let turn = Some(Self::without_instance(&self.shard));
-                self.shard.shared.alarm.raise(Raised { reason, turn });
-            }
+            Instanced::Over => {}
         }
     }
 }

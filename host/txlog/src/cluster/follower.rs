@@ -55,12 +55,7 @@ impl Follower {
         let (mut tip, mut kind) = (Tip::default(), Kind::Released);
         if ends.last > 0 {
             if ends.first > 1 {
-                let reason = format!(
-                    "the first {} frames of {} are gone: it was purged by hand; restore it from a copy",
-                    ends.first - 1,
-                    shared.name
-                );
-                return Err(Failure::Gone(reason));
+                return Err(Failure::Gone(purged(&shared.name, ends.first)));
             }
             (tip, kind) = last(shared, ends.last).await?;
         }
@@ -257,6 +252,11 @@ impl Follower {
     fn name(&self) -> String {
         self.holder.as_ref().map_or("another process".into(), |holder| holder.name.clone())
     }
+}
+
+/// Formats that the frames before a position are not there.
+pub fn purged(name: &str, first: u64) -> String {
+    format!("the first {} frames of the log in the {name} are gone: it was purged by hand; restore it from a copy", first - 1)
 }
 
 /// Reads the last frame of the log, which is all that a process needs to know in order to go on from there: its replay

@@ -175,6 +175,7 @@ impl Tip {
 
     /// Makes the frame of a batch that follows here, and moves on to it.
     pub fn entries(&mut self, log: Uuid, batch: &Batch<Entries>) -> Bytes {
+        debug_assert_eq!(batch.before, self.sequence);
         let mut frame = Builder::new(batch.first, Vec::with_capacity(batch.content.body.len() + OVERHEAD as usize));
         frame.body().extend_from_slice(&batch.content.body);
         frame.count = batch.content.count;

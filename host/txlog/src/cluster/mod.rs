@@ -47,7 +47,7 @@ use tracing::{error, info};
 use uuid::Uuid;
 
 use self::engine::{Engine, ReadError};
-use self::follower::Follower;
+use self::follower::{Follower, purged};
 use self::frame::{Entries, Holder, is_mutant};
 use self::metrics::Metrics;
 use self::reader::{Failure, Index};
@@ -174,6 +174,10 @@ impl TransactionLog for ClusterLog {
         self.shared.queue.append(&self.shared.breaker, time, events)
     }
 
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
+    }
+
     fn appended(&self) -> u64 {
         self.shared.queue.appended()
     }
@@ -191,6 +195,15 @@ impl TransactionLog for ClusterLog {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        // Nothing is ever dropped.
+        1
     }
 
     fn read_only(&self) -> Option<&'static str> {
@@ -321,8 +334,8 @@ impl Shared {
     async fn watch_integrity(&self) -> Result<()> {
         while self.queue.ended().is_none() {
             match self.engine.ends().await {
+                Ok(ends) if ends.first > 1 => self.fail(&anyhow!(purged(&self.name, ends.first))),
                 Ok(ends) => {
-                    // Nothing is ever dropped.
                     let lost = ends.last.saturating_sub(ends.frames);
                     let known = std::mem::replace(&mut self.lock_damage().lost, lost);
                     if lost > known {

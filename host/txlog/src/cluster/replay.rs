@@ -8,7 +8,7 @@ use super::Shared;
 use super::frame::{Kind, decoded};
 use super::reader::Failure;
 use crate::Receive;
-use crate::file::gathered::Batch;
+use crate::file::Batch;
 
 /// Maximum time without a frame that must be there: an engine elects a leader in less.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -20,7 +20,7 @@ use super::Shared;
 use super::engine::{Call, Put};
 use super::frame::{Entries, Kind, Tip, WINDOW, is_mutant};
 use super::reader::Failure;
-use crate::remote::queue::{Batch, CommitDelay, WriterCommand};
+use crate::remote::queue::{Batch, WriterCommand};
 
 /// Number of heartbeats per lease while nothing is written.
 const HEARTBEATS: u32 = 10;
@@ -36,7 +36,6 @@ pub struct Writer {
     outcomes: FuturesOrdered<Call<'static, Put>>,
     /// Time at which the last frame was sent.
     sent: Instant,
-    commit_delay: CommitDelay,
     /// Consecutive refusals.
     refusals: u32,
     /// The frame that releases the log was put.
@@ -63,7 +62,6 @@ impl Writer {
             in_flight: VecDeque::new(),
             outcomes: FuturesOrdered::new(),
             sent,
-            commit_delay: CommitDelay::default(),
             refusals: 0,
             is_released: false,
             closing: None,
@@ -87,7 +85,7 @@ impl Writer {
             let goes_on = tokio::select! {
                 biased;
                 Some(outcome) = self.outcomes.next(), if !self.in_flight.is_empty() => self.on_outcome(shared, outcome).await,
-                command = shared.queue.take(idle, self.commit_delay), if can_take => {
+                command = shared.queue.take(idle), if can_take => {
                     match command {
                         WriterCommand::Write(batch) => {
                             let frame = self.end.entries(shared.log, &batch);
@@ -159,15 +157,14 @@ impl Writer {
         shared.lease.renew(if is_mutant("LeaseFromReceipt") { shared.env.clock.now() } else { sent });
         shared.breaker.succeeded();
         if let Some(batch) = batch {
-            shared.watermark.advance(tip.sequence);
+            shared.watermark.advance(batch.last());
             let (clock, metrics) = (&shared.env.clock, &shared.metrics);
             let took = clock.elapsed(sent);
             metrics.append.observe_time(clock.elapsed(batch.begun));
             metrics.write.observe_time(took);
             metrics.batch.observe(batch.len);
             metrics.written.add(batch.bytes);
-            self.commit_delay = CommitDelay::after(batch.appends, took);
-            shared.queue.written(&batch);
+            shared.queue.written(&batch, took);
         }
     }
 

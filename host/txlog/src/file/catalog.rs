@@ -39,6 +39,8 @@ pub struct Segment {
     pub size: u64,
     /// See [`Compacted::horizon`].
     pub horizon: u64,
+    /// See [`Compacted::retained`]; 0 in a segment that is not compacted.
+    pub retained: u64,
     /// What a compacted segment says of the last frame that it stands for. Of others it is found by reading them.
     pub ending: Option<Ending>,
     /// The incarnations that begin in it, oldest first.
@@ -71,6 +73,7 @@ impl Segment {
             end: HEAD_BYTES,
             size,
             horizon: 0,
+            retained: 0,
             ending: None,
             incarnations: Vec::new(),
             deletes: 0,
@@ -80,7 +83,8 @@ impl Segment {
 
     /// A segment that compaction made, and the incarnations in its first frame.
     pub fn compacted(numbers: Numbers, version: u32, compacted: &Compacted, incarnations: Vec<Incarnation>) -> Self {
-        let Compacted { first, last, before, after, tip, ending, end, horizon } = *compacted;
+        let Compacted { first, last, before, after, tip, ending, end, horizon, retained } = *compacted;
+        let retained = if retained == 0 { u64::MAX } else { retained };
         let ending = Some(ending);
         let (size, deletes, marks) = (end, 0, Vec::new());
         Self {
@@ -94,6 +98,7 @@ impl Segment {
             end,
             size,
             horizon,
+            retained,
             ending,
             incarnations,
             deletes,
@@ -184,6 +189,11 @@ impl Catalog {
     /// The compaction horizon: whoever knows the log up to an older sequence would miss something.
     pub fn horizon(&self) -> u64 {
         self.segments().iter().map(|segment| segment.horizon).max().unwrap_or(0)
+    }
+
+    /// The oldest sequence from which on every state of the log can be restored; `u64::MAX` if unknown.
+    pub fn retained(&self) -> u64 {
+        self.segments().iter().map(|segment| segment.retained).max().unwrap_or(0)
     }
 
     /// Whether somebody reads now.

@@ -7,29 +7,27 @@
 //!
 //! Memory: one frame being read, one being written, and the table of [`liveness`](super::liveness).
 
-use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::Shared;
 use super::catalog::Segment;
-use super::disk::{File, is_full};
 use super::entry;
-use super::frame::{Builder, Ending};
+use super::frame::Ending;
 use super::incarnations;
 use super::liveness::{self, Liveness, LivenessMap, SegmentStats, ThrottleHook};
-use super::segment::{Compacted, HEAD_BYTES, Head, Numbers, VERSION};
+use super::output::{Output, SyncFailed};
+use super::packer::Packer;
+use super::segment::{Compacted, HEAD_BYTES, Numbers, VERSION};
 #[cfg(test)]
 use super::tests::mutants;
 use crate::Incarnation;
-
-/// Maximum size of a frame in a compacted segment: about one read.
-const FRAME_BYTES: usize = 1 << 20;
 
 /// Parameters of one compaction run.
 pub struct CompactionParams {
     /// Deletes and expiries up to this time, in milliseconds since 1970, make tombstones.
     pub now: u64,
+    /// What is superseded or deleted after this time, in milliseconds since 1970, is retained; `u64::MAX` retains nothing.
+    pub retain_from: u64,
     /// Minimum stats of a group of segments that a rewrite must save, in percent.
     pub min_yield_percent: u64,
     /// Size of the table of keys; see [`liveness::MAX_KEYS`].
@@ -57,7 +55,7 @@ pub fn run(
     params: &CompactionParams,
     throttle: &mut ThrottleHook<'_>,
 ) -> anyhow::Result<Outcome> {
-    let map = liveness::find(shared, segments, params.keys, params.now, throttle)?;
+    let map = liveness::find(shared, segments, params.keys, (params.now, params.retain_from), throttle)?;
     let sum = |of: fn(&SegmentStats) -> u64| map.stats.iter().map(of).sum::<u64>();
     let entries = sum(|stats| stats.entries);
     let bytes = sum(|stats| stats.bytes);
@@ -170,16 +168,20 @@ impl Rewrite<'_> {
         let temporary = format!("{name}.tmp");
         let mut horizon = segments.iter().map(|segment| segment.horizon).max().unwrap_or(0);
         let inherited = horizon;
+        // Never less than before, whatever is retained now. Where an older binary dropped entries, up to the end of this run.
+        let earlier = segments.iter().map(|segment| segment.retained.min(self.map.last));
+        let retained = earlier.fold(self.map.retained.max(1), u64::max);
 
         let incarnations = self.incarnations();
         // The jump of a dropped incarnation counts as covered: its sequences are never given out.
         let first =
             if incarnations.first() == oldest.incarnations.first() { oldest.first } else { oldest.preceding() + 1 };
         let written = disk.create(&temporary).map_err(anyhow::Error::from).and_then(|file| {
-            let mut output = Output::new(shared, file, oldest.before, newest.last);
-            output.epoch = stats.first().map_or(0, |stats| stats.ending.epoch);
-            output.frame = incarnations::frame(&incarnations);
-            output.flush()?;
+            let mut output = Output::new(file, Packer::new(shared.log, newest.last, oldest.before));
+            output.packer.epoch = stats.first().map_or(0, |stats| stats.ending.epoch);
+            if let Some(frame) = incarnations::frame(&incarnations) {
+                output.put(frame)?;
+            }
             for (segment, stats) in segments.iter().zip(stats) {
                 let mut at = stats.begin;
                 let mut failed = Ok(());
@@ -194,8 +196,11 @@ impl Rewrite<'_> {
                     };
                     if !is_dropped {
                         if failed.is_ok() {
-                            output.epoch = stats.ending.epoch;
-                            failed = output.push(entry.sequence, entry.encoded);
+                            // Of the newest segment that an entry was copied from, so that epochs never decrease.
+                            output.packer.epoch = stats.ending.epoch;
+                            let encoded = entry.encoded;
+                            let copy = |body: &mut Vec<u8>, offset: u32| entry::copy(body, offset, encoded);
+                            failed = output.push(entry.sequence, encoded.len(), copy);
                         }
                     } else if liveness != Liveness::Superseded {
                         horizon = horizon.max(entry.sequence);
@@ -210,15 +215,13 @@ impl Rewrite<'_> {
                 last: newest.last,
                 before: oldest.before,
                 after: newest.after,
-                tip: output.chain,
+                tip: output.packer.chain,
                 ending: stats.last().map_or_else(Ending::default, |stats| stats.ending),
                 end: output.end,
                 horizon,
+                retained,
             };
-            let head =
-                Head { version: VERSION, log: shared.log, numbers, size: output.end, compacted: Some(compacted) };
-            output.file.write_at(&head.encode(), 0)?;
-            output.sync()?;
+            output.finish(shared.log, numbers, compacted)?;
             let old_bytes: u64 = segments.iter().map(|segment| segment.size).sum();
             Ok((compacted, old_bytes.saturating_sub(output.end)))
         });
@@ -256,56 +259,3 @@ impl Rewrite<'_> {
         all.filter(is_kept).copied().collect()
     }
 }
-
-/// The compacted segment being written.
-struct Output<'a> {
-    shared: &'a Shared,
-    file: Arc<dyn File>,
-    frame: Option<Builder>,
-    buffer: Vec<u8>,
-    end: u64,
-    chain: u32,
-    durable: u64,
-    /// Epoch of the newest segment that an entry was copied from, so that epochs never decrease along the log.
-    epoch: u32,
-}
-
-impl<'a> Output<'a> {
-    fn new(shared: &'a Shared, file: Arc<dyn File>, chain: u32, durable: u64) -> Self {
-        Self { shared, file, frame: None, buffer: Vec::new(), end: HEAD_BYTES, chain, durable, epoch: 0 }
-    }
-
-    fn push(&mut self, sequence: u64, encoded: &[u8]) -> anyhow::Result<()> {
-        let offset = |frame: &Builder| u32::try_from(sequence - frame.first).ok();
-        let fits = |frame: &Builder| frame.len() + encoded.len() <= FRAME_BYTES && offset(frame).is_some();
-        if self.frame.as_ref().is_some_and(|frame| !fits(frame)) {
-            self.flush()?;
-        }
-        let buffer = &mut self.buffer;
-        let frame = self.frame.get_or_insert_with(|| Builder::new(sequence, std::mem::take(buffer)));
-        let offset = (sequence - frame.first) as u32;
-        entry::copy(frame.body(), offset, encoded);
-        frame.count += 1;
-        Ok(())
-    }
-
-    /// Writes and syncs one frame. A concurrent commit then waits for the disk behind one frame, not a whole segment.
-    fn flush(&mut self) -> anyhow::Result<()> {
-        let Some(mut frame) = self.frame.take() else { return Ok(()) };
-        self.chain = frame.seal(self.shared.log, self.epoch, self.durable, self.chain);
-        self.file.write_at(frame.bytes(), self.end)?;
-        self.end += frame.bytes().len() as u64;
-        self.buffer = frame.into_buffer();
-        self.sync()
-    }
-
-    /// A full disk is a recoverable error here: the file has no name yet and nothing depends on it.
-    fn sync(&self) -> anyhow::Result<()> {
-        self.file.sync().map_err(|error| if is_full(&error) { error.into() } else { SyncFailed(error).into() })
-    }
-}
-
-/// A failed sync. The state of the disk is unknown after it, so the log fails too.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct SyncFailed(io::Error);

@@ -10,6 +10,8 @@
 //! disk holds the preallocated segment, the rest of the newest segment, and during a run the file that it writes, one
 //! segment each.
 //!
+//! With [`Options::retain`](super::Options::retain), what is retained counts as live until it is old enough.
+//!
 //! The live bytes are those of the last run, less known deletes and expiries: values that were deleted or overwritten and
 //! were far larger than the mean remain until the next run, which is due at the latest when half as much is written.
 //! Where an estimate falls below the actual size, the log may grow by half a segment until the run ends. So all files
@@ -24,8 +26,9 @@ use std::time::{Duration, Instant};
 use kvs_runtime::Clock;
 
 use super::catalog::Segment;
-use super::compact::{self, CompactionParams, Outcome, SyncFailed};
+use super::compact::{self, CompactionParams, Outcome};
 use super::liveness::{MAX_KEYS, TOMBSTONE_GRACE_MS};
+use super::output::SyncFailed;
 use super::{Damage, Shared};
 use crate::Condition;
 
@@ -305,6 +308,7 @@ fn compact(shared: &Shared) -> anyhow::Result<Estimate> {
     let size = size(&sealed);
     let params = CompactionParams {
         now: shared.clock().unix_ms().saturating_sub(TOMBSTONE_GRACE_MS),
+        retain_from: shared.retain_from(),
         min_yield_percent: MIN_YIELD_PERCENT,
         keys: MAX_KEYS,
     };

@@ -1,6 +1,6 @@
 //! One entry in the body of a frame.
 //!
-//! The format is described in `deploy/txlog-format.md`.
+//! The format is described in `docs/txlog-format.md`.
 
 use std::ops::Range;
 
@@ -17,47 +17,87 @@ const PUT_UNTIL: u8 = 3;
 
 /// The bytes an event takes in a frame.
 pub fn size(event: &Event) -> usize {
-    FIXED_BYTES
-        + match event {
-            Event::Put(put) => {
-                let expires = if put.expires.is_some() { 8 } else { 0 };
-                expires + put.key.len() + put.value.len() + metadata_size(&put.metadata)
-            }
-            Event::Delete(key) => key.len(),
-        }
+    match event {
+        Event::Put(put) => put_size(&put.key, &put.value, put.expires, pairs(&put.metadata)),
+        Event::Delete(key) => FIXED_BYTES + key.len(),
+    }
 }
 
-fn metadata_size(metadata: &[(String, String)]) -> usize {
-    metadata.iter().map(|(name, value)| 8 + name.len() + value.len()).sum()
+/// [`size`] of a borrowed event.
+pub fn size_ref(event: &EventRef<'_>) -> usize {
+    match event {
+        EventRef::Put(put) => put_size(put.key, put.value, put.expires, put.metadata.iter().copied()),
+        EventRef::Delete(key) => FIXED_BYTES + key.len(),
+    }
+}
+
+fn put_size<'e>(
+    key: &str,
+    value: &[u8],
+    expires: Option<u64>,
+    metadata: impl Iterator<Item = (&'e str, &'e str)>,
+) -> usize {
+    let expires = if expires.is_some() { 8 } else { 0 };
+    FIXED_BYTES + expires + key.len() + value.len() + metadata_size(metadata)
+}
+
+fn metadata_size<'e>(metadata: impl Iterator<Item = (&'e str, &'e str)>) -> usize {
+    metadata.map(|(name, value)| 8 + name.len() + value.len()).sum()
+}
+
+fn pairs(metadata: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> + Clone {
+    metadata.iter().map(|(name, value)| (&**name, &**value))
 }
 
 /// Appends an event to the body of a frame. Lengths fit because a group is bounded before it comes here.
 pub fn encode(body: &mut Vec<u8>, offset: u32, time: u64, event: &Event) {
-    let (kind, key, value, metadata) = match event {
-        Event::Delete(key) => (DELETE, key, &[][..], 0),
-        Event::Put(put) => {
-            let kind = if put.expires.is_some() { PUT_UNTIL } else { PUT };
-            (kind, &put.key, &put.value[..], metadata_size(&put.metadata))
+    match event {
+        Event::Delete(key) => encode_delete(body, offset, time, key),
+        Event::Put(put) => encode_put(body, (offset, time), &put.key, (&put.value, put.expires), pairs(&put.metadata)),
+    }
+}
+
+/// [`encode`] for a borrowed event.
+pub fn encode_ref(body: &mut Vec<u8>, offset: u32, time: u64, event: &EventRef<'_>) {
+    match event {
+        EventRef::Delete(key) => encode_delete(body, offset, time, key),
+        EventRef::Put(put) => {
+            encode_put(body, (offset, time), put.key, (put.value, put.expires), put.metadata.iter().copied());
         }
-    };
+    }
+}
+
+fn encode_delete(body: &mut Vec<u8>, offset: u32, time: u64, key: &str) {
+    encode_fixed(body, (offset, time), DELETE, [key.len(), 0, 0]);
+    body.extend_from_slice(key.as_bytes());
+}
+
+fn encode_put<'e>(
+    body: &mut Vec<u8>,
+    at: (u32, u64),
+    key: &str,
+    (value, expires): (&[u8], Option<u64>),
+    metadata: impl Iterator<Item = (&'e str, &'e str)> + Clone,
+) {
+    let kind = if expires.is_some() { PUT_UNTIL } else { PUT };
+    encode_fixed(body, at, kind, [key.len(), value.len(), metadata_size(metadata.clone())]);
+    if let Some(expires) = expires {
+        body.extend_from_slice(&expires.to_le_bytes());
+    }
+    body.extend_from_slice(key.as_bytes());
+    body.extend_from_slice(value);
+    for text in metadata.flat_map(|(name, value)| [name, value]) {
+        body.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        body.extend_from_slice(text.as_bytes());
+    }
+}
+
+fn encode_fixed(body: &mut Vec<u8>, (offset, time): (u32, u64), kind: u8, lengths: [usize; 3]) {
     body.extend_from_slice(&offset.to_le_bytes());
     body.push(kind);
     body.extend_from_slice(&time.to_le_bytes());
-    for length in [key.len(), value.len(), metadata] {
+    for length in lengths {
         body.extend_from_slice(&(length as u32).to_le_bytes());
-    }
-    if let Event::Put(put) = event {
-        if let Some(expires) = put.expires {
-            body.extend_from_slice(&expires.to_le_bytes());
-        }
-        body.extend_from_slice(put.key.as_bytes());
-        body.extend_from_slice(value);
-        for text in put.metadata.iter().flat_map(|(name, value)| [name, value]) {
-            body.extend_from_slice(&(text.len() as u32).to_le_bytes());
-            body.extend_from_slice(text.as_bytes());
-        }
-    } else {
-        body.extend_from_slice(key.as_bytes());
     }
 }
 

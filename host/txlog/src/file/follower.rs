@@ -27,7 +27,7 @@ use super::scan::ScanEnd;
 use super::segment::HEAD_BYTES;
 #[cfg(test)]
 use super::tests::mutants::{self, Mutant};
-use super::{Home, incarnations, tail};
+use super::{Home, tail};
 use crate::{Forgotten, History, Incarnation, Receive};
 
 /// Number of attempts to read a consistent state, since rotation and compaction can interfere. An inconsistency that remains is
@@ -200,7 +200,7 @@ impl Follower {
         if !added.is_empty() {
             state.history = Arc::new(History::new([known, &added[..]].concat()));
         }
-        let newest = incarnations::newest_given(&state.history, position.sequence);
+        let newest = state.history.newest_given(position.sequence);
         if state.position.is_none_or(|known| (known.segment, known.offset) < (position.segment, position.offset)) {
             (state.position, state.newest) = (Some(position), newest);
             for mark in seen {

@@ -24,7 +24,9 @@ pub const CLOSE: u8 = 1;
 pub const INCARNATION: u8 = 2;
 // In replicated logs only: a claim begins an epoch, a heartbeat says that its holder is alive.
 pub const CLAIM: u8 = 3;
-pub const HEARTBEAT: u8 = 4;
+pub const HEARTBEAT: u8 = 5;
+/// The last frame of a backup, which no log contains.
+pub const TRAILER: u8 = 4;
 
 /// Flags of frames: optional fields come before the rest of the body.
 const HAS_FIELDS: u32 = 1;

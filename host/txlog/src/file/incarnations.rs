@@ -1,14 +1,14 @@
 //! The records of incarnations in frames, and what follows from them for sequences.
 //!
-//! The format is described in `deploy/txlog-format.md`. Must never know: why an incarnation begins, which is the business of
+//! The format is described in `docs/txlog-format.md`. Must never know: why an incarnation begins, which is the business of
 //! `begin`.
 
 use uuid::Uuid;
 
 use super::bytes::{array, u64_at};
 use super::frame::{Builder, INCARNATION};
+use crate::Incarnation;
 use crate::incarnation::JUMP;
-use crate::{History, Incarnation};
 
 const RECORD_BYTES: usize = 48;
 
@@ -62,14 +62,6 @@ pub fn check(incarnations: &[Incarnation], parent: Option<Uuid>) -> Result<(), &
     Ok(())
 }
 
-/// The newest sequence that was given out, where the log has come to `last`: that can be the one before the first of an
-/// incarnation, which lies in its jump.
-pub fn newest_given(history: &History, last: u64) -> u64 {
-    history.incarnations().iter().rev().fold(last, |newest, incarnation| {
-        if incarnation.fork < newest && newest < incarnation.first { incarnation.fork } else { newest }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,15 +77,6 @@ mod tests {
         assert_eq!(frame.sealed_len(), frame_bytes(all.len()));
         assert_eq!(decode(&frame.bytes()[super::super::frame::HEAD_BYTES..]), all);
         assert!(super::frame(&[]).is_none());
-    }
-
-    #[test]
-    fn newest_given_sequence_is_never_in_a_jump() {
-        // The second was begun before the first had an entry.
-        let history = History::new(vec![incarnation(2, 1, 7, 100), incarnation(3, 2, 99, 200)]);
-        for (last, newest) in [(0, 0), (7, 7), (99, 7), (199, 7), (200, 200)] {
-            assert_eq!(newest_given(&history, last), newest, "{last}");
-        }
     }
 
     #[test]

@@ -9,6 +9,9 @@
 //! - a **droppable tombstone** when the log holds no older entry of its key.
 //! - **live** otherwise.
 //!
+//! Entries from the retained part of the log on, which begins with the first entry that is newer than a point in time,
+//! supersede nothing and are no tombstones: what they replace is kept, so that every state since then can be restored.
+//!
 //! Memory is bounded: the table of the newest entry of each key holds [`MAX_KEYS`] keys, which are identified by a keyed
 //! hash of 128 bits. When the table is full, the upper half of the hashes is left to another pass. So the analysis takes
 //! one pass over the log for each [`MAX_KEYS`] live keys, 40 MB, and two bits for each entry of the log.
@@ -48,6 +51,9 @@ pub struct LivenessMap {
     pub expiring: [u64; 40],
     /// Number of passes over the log.
     pub passes: u64,
+    /// The newest sequence, and the newest one before the retained part of the log.
+    pub last: u64,
+    pub retained: u64,
 }
 
 /// Liveness of the entries of one segment, in bytes.
@@ -83,23 +89,24 @@ struct Newest {
 /// Called with the number of bytes that were just read or written. It can block to throttle the run; an error stops it.
 pub type ThrottleHook<'p> = dyn FnMut(u64) -> anyhow::Result<()> + 'p;
 
-/// Reads the segments in as many passes as the table requires. Deletes and expiries up to `now` make tombstones.
+/// Reads the segments in as many passes as the table requires. Deletes and expiries up to `now` make tombstones, and entries
+/// after `retain_from` are retained.
 pub fn find(
     shared: &Shared,
     segments: &[Segment],
     keys: usize,
-    now: u64,
+    (now, retain_from): (u64, u64),
     throttle: &mut ThrottleHook<'_>,
 ) -> anyhow::Result<LivenessMap> {
     let stats = vec![SegmentStats::default(); segments.len()];
-    let mut map = LivenessMap { bits: Vec::new(), stats, expiring: [0; 40], passes: 0 };
+    let mut map = LivenessMap { bits: Vec::new(), stats, expiring: [0; 40], passes: 0, last: 0, retained: 0 };
     // The hash is keyed with a secret, so that a client cannot construct two keys with the same hash.
     let hasher = SipHasher13::new_with_key(shared.home.env.random.uuid()?.as_bytes());
     let (mut low, mut first) = (0, true);
     let mut ending = Ending::default();
     loop {
         map.passes += 1;
-        let mut pass = Pass { newest: HashMap::new(), keys, low, high: u64::MAX, now };
+        let mut pass = Pass { newest: HashMap::new(), keys, low, high: u64::MAX, now, retain_from, is_retained: false };
         let mut at = 0;
         for (number, segment) in segments.iter().enumerate() {
             let begin = at;
@@ -111,6 +118,10 @@ pub fn find(
                     map.expect_expiry(&entry, now);
                 }
                 pass.visit(&mut map, hash(&hasher, entry.key), at, number as u32, &entry);
+                map.last = entry.sequence;
+                if !pass.is_retained {
+                    map.retained = entry.sequence;
+                }
                 at += 1;
             })?;
             if first {
@@ -138,10 +149,14 @@ struct Pass {
     /// Halved when the table is full. Conclusions about keys above it remain valid.
     high: u64,
     now: u64,
+    retain_from: u64,
+    /// The pass has come to the retained part of the log.
+    is_retained: bool,
 }
 
 impl Pass {
     fn visit(&mut self, map: &mut LivenessMap, hash: (u64, u64), at: u64, segment: u32, entry: &Raw<'_>) {
+        self.is_retained |= entry.time > self.retain_from;
         if self.newest.len() >= self.keys && !self.newest.contains_key(&hash) {
             while self.newest.len() >= self.keys && self.high > self.low {
                 self.high = self.low + (self.high - self.low) / 2;
@@ -151,16 +166,21 @@ impl Pass {
         if hash.0 < self.low || hash.0 > self.high {
             return;
         }
-        let is_tombstone = match &entry.put {
+        let is_past = match &entry.put {
             Some(put) => put.expires.is_some_and(|expires| expires <= self.now),
             // A delete within its grace period counts as live.
             None => entry.time <= self.now,
         };
+        let is_tombstone = is_past && !self.is_retained;
         let slot = Newest { entry: at, segment, bytes: entry.encoded.len() as u32, is_tombstone, has_older: false };
         match self.newest.entry(hash) {
             Entry::Occupied(mut found) => {
                 let older = found.insert(Newest { has_older: true, ..slot });
-                map.set(&older, Liveness::Superseded);
+                if self.is_retained {
+                    map.expect_garbage(older.bytes.into(), entry.time.saturating_sub(self.retain_from));
+                } else {
+                    map.set(&older, Liveness::Superseded);
+                }
             }
             // A delete of a key without entries takes no place in the table.
             Entry::Vacant(_) if entry.put.is_none() => {
@@ -176,9 +196,14 @@ impl Pass {
 impl LivenessMap {
     fn expect_expiry(&mut self, entry: &Raw<'_>, now: u64) {
         if let Some(expires) = entry.put.and_then(|put| put.expires).filter(|expires| *expires > now) {
-            let power = (expires - now).div_ceil(1000).checked_next_power_of_two().map_or(39, u64::trailing_zeros);
-            self.expiring[power.min(39) as usize] += entry.encoded.len() as u64;
+            self.expect_garbage(entry.encoded.len() as u64, expires - now);
         }
+    }
+
+    /// Notes bytes that can be dropped after this many milliseconds.
+    fn expect_garbage(&mut self, bytes: u64, after_ms: u64) {
+        let power = after_ms.div_ceil(1000).checked_next_power_of_two().map_or(39, u64::trailing_zeros);
+        self.expiring[power.min(39) as usize] += bytes;
     }
 
     pub fn liveness(&self, entry: u64) -> Liveness {

@@ -1,10 +1,12 @@
-//! The lock: a data directory belongs to one process at a time, and whoever comes second is told who holds it.
+//! The lock: a data directory belongs to one process at a time, and the error of a second one names the holder.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use kvs_runtime::Clock;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
@@ -13,30 +15,44 @@ use super::disk::{is_full, sync_directory};
 const NAME: &str = "LOCK";
 /// The most that is read of it: a number, and a URL that fits in a header.
 const HOLDER_BYTES: u64 = 1 << 10;
+/// Limit of the wait for a holder that is ending: the kernel frees its memory, gigabytes for many keys, before it unlocks its
+/// files.
+const ENDING: Duration = Duration::from_secs(30);
+const ENDING_POLL: Duration = Duration::from_millis(5);
 
-/// Held for the life of the log. The operating system lets go of it however the process ends, so a stale one cannot be.
+/// Lock of a data directory, held for the life of the log. The operating system releases it however the process ends, so it is
+/// never stale.
 ///
-/// What is locked is the directory of the log itself. A file can be removed, and then two processes lock two files of one
-/// name; `LOCK` names the holder, and is locked too, for the sake of a kvs that wrote format 1 and knows no other lock.
+/// The directory of the log itself is locked. A file can be removed, and then two processes lock two files of one name;
+/// `LOCK` names the holder, and is locked too, since a kvs that wrote format 1 knows no other lock.
 pub struct Lock {
     _directory: File,
     _file: File,
 }
 
 impl Lock {
-    /// Makes the data directory and the directory of the log if need be, and takes them.
-    /// `url` is what standbys are told of where it serves clients.
-    pub fn take(data: &Path, url: Option<&str>) -> anyhow::Result<Self> {
+    /// Locks the data directory, which is created if it is missing. A holder that is ending is waited for; any other is an error.
+    /// `url` is the address that standbys read from `LOCK`.
+    pub fn take(data: &Path, url: Option<&str>, clock: &Clock) -> anyhow::Result<Self> {
         make_directory(data)?;
         make_directory(&data.join("log"))?;
-        Self::attempt(data, url)?.ok_or_else(|| {
-            let (holder, _) = holder(data);
-            let data = data.display();
-            anyhow!("data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir")
-        })
+        let begun = clock.now();
+        loop {
+            if let Some(lock) = Self::attempt(data, url)? {
+                return Ok(lock);
+            }
+            let Holder { process, .. } = Holder::read(data);
+            if clock.elapsed(begun) > ENDING || !process.is_some_and(is_ending) {
+                let (holder, data) = (describe(process), data.display());
+                bail!(
+                    "data directory {data} is in use by {holder}; stop it, or give another directory with --data-dir"
+                );
+            }
+            clock.pause(ENDING_POLL);
+        }
     }
 
-    /// Takes directories that are there, unless another process has them. Until they are taken nothing is changed in them.
+    /// Locks a data directory that exists, unless another process holds it. Changes nothing before it is locked.
     pub fn attempt(data: &Path, url: Option<&str>) -> anyhow::Result<Option<Self>> {
         let log = data.join("log");
         let directory = File::open(&log).map_err(|error| unusable(&log, error))?;
@@ -57,7 +73,7 @@ impl Lock {
         let url = url.map(|url| format!("{url}\n")).unwrap_or_default();
         let holder = format!("{}\n{url}", std::process::id());
         match file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())) {
-            // A full disk must not keep the log from opening; whoever comes second is told less.
+            // A full disk must not prevent the log from opening; the error of a second process names no holder then.
             Err(error) if !is_full(&error) => {
                 return Err(error).with_context(|| format!("cannot write {}", path.display()));
             }
@@ -78,17 +94,40 @@ fn lock(file: &File, path: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// The process that has the directory, as `LOCK` names it, and its URL: not in the moment before that is written down, nor when
-/// the file was removed.
-pub fn holder(data: &Path) -> (String, Option<String>) {
-    let mut text = String::new();
-    let _ = File::open(data.join(NAME)).and_then(|file| file.take(HOLDER_BYTES).read_to_string(&mut text));
-    let mut lines = text.split_terminator('\n');
-    let holder = lines.next().and_then(|pid| pid.parse::<u32>().ok()).map(|pid| format!("process {pid}"));
-    (holder.unwrap_or_else(|| "another process".into()), lines.next().map(str::to_owned))
+/// Content of `LOCK`: incomplete while the holder is writing it, and empty if the file was removed.
+struct Holder {
+    process: Option<u32>,
+    url: Option<String>,
 }
 
-/// Makes a directory and sees to it that its name is durable.
+impl Holder {
+    fn read(data: &Path) -> Self {
+        let mut text = String::new();
+        let _ = File::open(data.join(NAME)).and_then(|file| file.take(HOLDER_BYTES).read_to_string(&mut text));
+        let mut lines = text.split_terminator('\n');
+        let process = lines.next().and_then(|pid| pid.parse().ok());
+        Self { process, url: lines.next().map(str::to_owned) }
+    }
+}
+
+/// Returns a name for the holder of the lock, and its URL if it announced one.
+pub fn holder(data: &Path) -> (String, Option<String>) {
+    let Holder { process, url } = Holder::read(data);
+    (describe(process), url)
+}
+
+fn describe(process: Option<u32>) -> String {
+    process.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
+}
+
+/// Whether a process has ended or is ending: it has no program any more. A process that this one cannot see, as in another
+/// container, looks the same.
+fn is_ending(process: u32) -> bool {
+    let program = |process: &str| fs::read_link(format!("/proc/{process}/exe")).map_err(|error| error.kind());
+    program("self").is_ok() && program(&process.to_string()) == Err(ErrorKind::NotFound)
+}
+
+/// Creates a directory, and makes its name durable.
 pub fn make_directory(path: &Path) -> anyhow::Result<()> {
     match fs::create_dir_all(path) {
         Ok(()) => {}

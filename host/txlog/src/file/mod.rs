@@ -1,10 +1,10 @@
 //! The file log: a directory of segments.
 //!
 //! Owns: the bytes on disk, and the guarantee that an acknowledged write survives any crash. Must never know: what a key or
-//! a value means. Read on in `queue` (append), `writer` (group commit), `recovery` and `tail`, `begin` (incarnations),
+//! a value means. Read on in `queue` (append), `writer` (commit), `recovery` and `tail`, `begin` (incarnations),
 //! `replay` (reads).
 //!
-//! The format, the assumptions about the disk, and the reasons for a new incarnation: `deploy/txlog-format.md`.
+//! The format, the assumptions about the disk, and the reasons for a new incarnation: `docs/txlog-format.md`.
 //!
 //! # How a write becomes durable, by file
 //!
@@ -36,23 +36,25 @@ mod found;
 pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-pub(crate) mod gathered;
 mod home;
 mod identity;
-mod incarnations;
+pub(crate) mod incarnations;
 mod listing;
 mod liveness;
 mod lock;
 mod mark;
 mod metrics;
 mod offline;
+mod output;
+pub(crate) mod packer;
 mod position;
 mod preallocate;
 mod queue;
 mod recovery;
 mod replay;
+mod restore;
 mod scan;
-mod segment;
+pub(crate) mod segment;
 mod standby;
 mod tail;
 #[cfg(test)]
@@ -62,6 +64,7 @@ mod writer;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use kvs_runtime::{Clock, Env, Thread};
@@ -69,6 +72,8 @@ use uuid::Uuid;
 
 pub use self::home::Damage;
 pub use self::offline::Offline;
+pub(crate) use self::replay::Batch;
+pub use self::restore::{check_empty, restore};
 pub use self::standby::StandbyLog;
 pub use self::verify::{Finding, verify};
 
@@ -83,7 +88,7 @@ use self::preallocate::{Preallocator, Sizes};
 use self::queue::{FRAME_OVERHEAD, Queue};
 use self::recovery::Known;
 use self::writer::Writer;
-use super::{Condition, Receive, TransactionLog, Watermark, sync};
+use super::{Condition, Receive, TransactionLog, Watermark, group_commit, sync};
 use crate::{AppendError, Event, History};
 
 /// Durability of an acknowledged write.
@@ -105,6 +110,8 @@ pub struct Options {
     /// Maximum size of a group of events, in bytes of the log.
     pub group_bytes: u64,
     pub durability: Durability,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the threads of the log.
@@ -112,6 +119,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// Checks that segments hold the largest write.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.sizes().map(drop)
+    }
+
     fn sizes(&self) -> anyhow::Result<Sizes> {
         let needed = segment::HEAD_BYTES + FRAME_OVERHEAD + self.group_bytes;
         if needed > self.segment_bytes || self.segment_bytes > u64::from(u32::MAX) {
@@ -157,6 +169,7 @@ struct Shared {
     history: Arc<History>,
     segment_bytes: u64,
     durability: Durability,
+    retain: Duration,
     catalog: Catalog,
     queue: Queue,
     preallocator: Preallocator,
@@ -183,7 +196,7 @@ impl Default for Before {
 
 impl FileLog {
     pub fn open(options: Options) -> anyhow::Result<Self> {
-        let lock = Lock::take(&options.data, options.advertise.as_deref())?;
+        let lock = Lock::take(&options.data, options.advertise.as_deref(), &options.env.clock)?;
         let directory = Arc::new(Directory::new(options.data.join("log")));
         let log = Self::open_on(directory, options, Some(lock))?;
         log.compact_in_background()?;
@@ -233,6 +246,10 @@ impl TransactionLog for FileLog {
         self.shared.queue.append(time, events)
     }
 
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
+    }
+
     fn appended(&self) -> u64 {
         self.shared.queue.appended()
     }
@@ -243,6 +260,14 @@ impl TransactionLog for FileLog {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
         replay::replay(&self.shared, after, receive)
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.catalog.retained()
     }
 
     fn history(&self) -> Arc<History> {
@@ -312,7 +337,7 @@ impl Shared {
 
     fn new(home: Home, options: &Options, sizes: Sizes, ready: Ready, watermark: Arc<Watermark>) -> Self {
         let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
-        let appended = incarnations::newest_given(&history, last);
+        let appended = history.newest_given(last);
         let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
         let full = spares.is_empty();
         watermark.advance(appended);
@@ -322,6 +347,7 @@ impl Shared {
             history: Arc::new(history),
             segment_bytes: options.segment_bytes,
             durability: options.durability,
+            retain: options.retain,
             catalog: Catalog::new(segments),
             queue: Queue::new(
                 (appended, last + 1),
@@ -341,6 +367,15 @@ impl Shared {
 
     fn clock(&self) -> &Clock {
         &self.home.env.clock
+    }
+
+    /// Returns the time from which on entries are retained, in milliseconds since 1970.
+    fn retain_from(&self) -> u64 {
+        if self.retain.is_zero() {
+            return u64::MAX;
+        }
+        let retained = u64::try_from(self.retain.as_millis()).unwrap_or(u64::MAX);
+        self.clock().unix_ms().saturating_sub(retained)
     }
 
     fn fail(&self, error: &anyhow::Error) {

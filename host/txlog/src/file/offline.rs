@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use kvs_runtime::Env;
@@ -45,7 +46,12 @@ impl Offline {
 
     /// Drops every entry that can be dropped, and returns the bytes saved. `progress` is called with the bytes read.
     pub fn compact(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<u64> {
-        let params = CompactionParams { now: self.shared.clock().unix_ms(), min_yield_percent: 0, keys: MAX_KEYS };
+        let params = CompactionParams {
+            now: self.shared.clock().unix_ms(),
+            retain_from: self.shared.retain_from(),
+            min_yield_percent: 0,
+            keys: MAX_KEYS,
+        };
         let outcome = compact::run(&self.shared, &self.written(), &params, &mut |bytes| {
             progress(bytes);
             Ok(())
@@ -69,6 +75,7 @@ fn options(data: &Path) -> Options {
         segment_bytes: DEFAULT_SEGMENT_BYTES,
         group_bytes: 0,
         durability: Durability::Sync,
+        retain: Duration::ZERO,
         advertise: None,
         env: Env::real(),
     }
@@ -93,6 +100,7 @@ pub fn take(data: &Path) -> anyhow::Result<(Home, Lock)> {
     if !directory.is_dir() {
         bail!("there is no log in {}; pass the data directory of a store with --data-dir", data.display());
     }
-    let lock = Lock::take(data, None)?;
-    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env: Env::real() }, lock))
+    let env = Env::real();
+    let lock = Lock::take(data, None, &env.clock)?;
+    Ok((Home { disk: Arc::new(Directory::new(directory)), data: data.into(), env }, lock))
 }

@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use super::entry;
 use super::frame::{self, Builder};
+use super::group_commit::GroupCommit;
 use super::sync::atomic::{AtomicU64, Ordering};
 use super::sync::{Clock, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(test)]
+use crate::file::tests::mutants::{self, Mutant};
 use crate::{AppendError, Event};
 
 /// What may wait at most. A disk that is this far behind will not catch up within a request's deadline.
@@ -31,6 +34,7 @@ pub struct Queue {
     group_bytes: u64,
     /// What may wait at most, and never more than a segment can hold.
     queue_bytes: u64,
+    group_commit: GroupCommit,
     clock: Clock,
 }
 
@@ -38,6 +42,8 @@ pub struct Queue {
 struct State {
     /// The last is being filled. Each is one write and one sync.
     frames: VecDeque<Builder>,
+    /// Number of appends in the one being written.
+    committing: u64,
     /// Of all frames here and the one being written.
     bytes: u64,
     next: u64,
@@ -46,10 +52,20 @@ struct State {
     /// There is no spare segment and no space for one: only `room` is left.
     full: bool,
     end: Option<End>,
-    /// The writer sleeps and must be woken.
-    waiting: bool,
+    waiting: Waiting,
     /// Memory of a written frame, to be used again.
     buffer: Vec<u8>,
+}
+
+/// What the writer waits for.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Waiting {
+    #[default]
+    Nothing,
+    /// Any append.
+    Appends,
+    /// More appends for a batch that it delays.
+    More,
 }
 
 #[derive(Clone, Copy)]
@@ -84,7 +100,7 @@ impl Queue {
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
         let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
         let queue_bytes = QUEUE_BYTES.min(segment_room);
-        Self { state, ready, appended, frame_bytes, group_bytes, queue_bytes, clock }
+        Self { state, ready, appended, frame_bytes, group_bytes, queue_bytes, group_commit: GroupCommit::new(), clock }
     }
 
     pub fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -127,8 +143,15 @@ impl Queue {
         state.bytes += added;
         state.next += events.len() as u64;
         self.appended.store(state.next - 1, Ordering::Release);
-        // A writer that is at work finds this by itself.
-        if std::mem::take(&mut state.waiting) {
+        let is_due = self.group_commit.append(state.bytes);
+        let is_awaited = match state.waiting {
+            // A writer that is at work finds this by itself.
+            Waiting::Nothing => false,
+            Waiting::Appends => true,
+            Waiting::More => is_due || state.frames.len() > 1,
+        };
+        if is_awaited {
+            state.waiting = Waiting::Nothing;
             self.ready.notify_one();
         }
         Ok(first)
@@ -143,29 +166,67 @@ impl Queue {
     pub fn take(&self, idle: Option<Duration>) -> Work {
         let mut state = self.lock();
         loop {
+            if let Some(delay) = self.delay(&state) {
+                state.waiting = Waiting::More;
+                state = self.clock.wait_timeout(&self.ready, state, delay).0;
+                state.waiting = Waiting::Nothing;
+                continue;
+            }
             match (state.end, state.frames.pop_front()) {
                 (Some(End::Failed), _) => return Work::Failed,
-                (_, Some(frame)) => return Work::Write(frame),
+                (_, Some(frame)) => {
+                    state.committing = self.group_commit.taken();
+                    return Work::Write(frame);
+                }
                 (Some(End::Closed), None) => return Work::Closed,
                 (None, None) => {}
             }
-            state.waiting = true;
+            state.waiting = Waiting::Appends;
             let Some(idle) = idle else {
                 state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let (woken, timed_out) = self.clock.wait_timeout(&self.ready, state, idle);
             state = woken;
-            if timed_out && state.waiting {
-                state.waiting = false;
+            if timed_out && state.waiting == Waiting::Appends {
+                state.waiting = Waiting::Nothing;
                 return Work::Idle;
             }
         }
     }
 
-    /// A frame that was taken is on disk, and this much room is left after it.
-    pub fn written(&self, frame: Builder, room: u64) {
+    /// Returns for how long to delay the batch, if it is the open one.
+    fn delay(&self, state: &State) -> Option<Duration> {
+        let begun = match state.frames.front() {
+            Some(frame) if state.end.is_none() && state.frames.len() == 1 => frame.begun?,
+            _ => return None,
+        };
+        self.group_commit.delay(self.clock.elapsed(begun), state.bytes)
+    }
+
+    /// Notes whether the threads that append are idle, and ends the delay of a batch if they are.
+    pub fn set_idle(&self, idle: bool) {
+        if self.group_commit.set_idle(idle) {
+            #[cfg(test)]
+            if mutants::is(Mutant::IdleUnlocked) {
+                self.ready.notify_one();
+                return;
+            }
+            // The writer decided to delay under this lock, so it waits by now, or has ended the delay.
+            drop(self.lock());
+            self.ready.notify_one();
+        }
+    }
+
+    #[cfg(test)]
+    pub fn is_delayed(&self) -> bool {
+        self.lock().waiting == Waiting::More
+    }
+
+    /// A frame that was taken is on disk, which took this long, and this much room is left after it.
+    pub fn written(&self, frame: Builder, room: u64, took: Duration) {
         let mut state = self.lock();
+        self.group_commit.committed(state.committing, took);
         state.room = room;
         // Each frame was counted with the most padding it can need; an empty queue holds nothing.
         let queued: u64 = state.frames.iter().map(|frame| frame.len() as u64 + frame::ALIGNMENT as u64 - 1).sum();

@@ -1,10 +1,12 @@
 //! Replay: the entries of the log, straight from the buffer they were read into.
 
+use std::ops::Range;
+
 use super::catalog::Segment;
 use super::disk::File;
-use super::gathered::Batch;
+use super::entry::Raw;
 use super::{Home, Shared};
-use crate::{Forgotten, Receive};
+use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
 use std::sync::Arc;
 
@@ -71,4 +73,41 @@ pub fn read(
         batch.hand_over(receive)?;
     }
     segment.ended(home, &scan)
+}
+
+/// Entries gathered for one call of the receiver, all from one buffer.
+#[derive(Default)]
+pub(crate) struct Batch<'a> {
+    entries: Vec<(Raw<'a>, Range<usize>)>,
+    /// The metadata of all entries, one after the other.
+    pairs: Vec<(&'a str, &'a str)>,
+    bytes: usize,
+}
+
+impl<'a> Batch<'a> {
+    pub fn has_room_for(&self, entry: &Raw<'_>) -> bool {
+        self.entries.is_empty() || (self.entries.len() < REPLAY_ENTRIES && self.bytes + entry.bytes() <= REPLAY_BYTES)
+    }
+
+    /// None is damage.
+    pub fn push(&mut self, entry: Raw<'a>) -> Option<()> {
+        let pairs = entry.metadata(&mut self.pairs)?;
+        self.bytes += entry.bytes();
+        self.entries.push((entry, pairs));
+        Some(())
+    }
+
+    pub fn hand_over(&mut self, receive: &mut Receive<'_>) -> anyhow::Result<()> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let entries: Vec<_> =
+            self.entries.iter().map(|(entry, pairs)| entry.entry(&self.pairs[pairs.clone()])).collect();
+        receive(&entries)?;
+        drop(entries);
+        self.entries.clear();
+        self.pairs.clear();
+        self.bytes = 0;
+        Ok(())
+    }
 }

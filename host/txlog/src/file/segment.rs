@@ -82,6 +82,8 @@ pub struct Compacted {
     /// Compaction horizon: the newest sequence of a dropped tombstone. A reader that resumes at an older sequence would
     /// miss it.
     pub horizon: u64,
+    /// The oldest sequence from which on every state of the log can be restored, as far as this segment shows; 0 if unknown.
+    pub retained: u64,
 }
 
 impl Head {
@@ -103,6 +105,7 @@ impl Head {
             put(80, &compacted.tip.to_le_bytes());
             put(84, &compacted.ending.epoch.to_le_bytes());
             put(88, &compacted.horizon.to_le_bytes());
+            put(112, &compacted.retained.to_le_bytes());
             put(104, &(u32::from(compacted.ending.kind) | compacted.ending.flags << 8).to_le_bytes());
         }
         put(96, &self.size.to_le_bytes());
@@ -138,6 +141,8 @@ impl Head {
                 // Zeros in format 1.
                 ending: Ending { kind: bytes[104], flags: u32_at(bytes, 104) >> 8, epoch: u32_at(bytes, 84) },
                 horizon: u64_at(bytes, 88),
+                // 0 where an older binary wrote it.
+                retained: u64_at(bytes, 112),
             }),
             kind => return Err(format!("its kind {kind} is unknown")),
         };

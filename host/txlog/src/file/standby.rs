@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use kvs_runtime::{Clock, Thread};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::disk::Directory;
 use super::follower::Follower;
@@ -65,7 +66,7 @@ enum Look {
 impl StandbyLog {
     /// Blocks until there is a log to follow, or this process is primary.
     pub fn open(options: Options) -> Result<Self> {
-        options.sizes()?;
+        options.check()?;
         lock::make_directory(&options.data)?;
         lock::make_directory(&options.data.join("log"))?;
         let log = Self { shared: Arc::new(Shared::new(options)), thread: Mutex::default() };
@@ -247,6 +248,12 @@ impl TransactionLog for StandbyLog {
         }
     }
 
+    fn set_idle(&self, idle: bool) {
+        if let Some(log) = self.log() {
+            log.set_idle(idle);
+        }
+    }
+
     fn appended(&self) -> u64 {
         match self.log() {
             Some(log) if self.begun() => log.appended(),
@@ -270,6 +277,15 @@ impl TransactionLog for StandbyLog {
             Some(log) => log.replay(after, receive),
             None => self.shared.replay(after, receive),
         }
+    }
+
+    fn id(&self) -> Uuid {
+        let known = || self.shared.follower.known().map_or(Uuid::nil(), |known| known.log);
+        self.log().map_or_else(known, FileLog::id)
+    }
+
+    fn retained(&self) -> u64 {
+        self.log().map_or(u64::MAX, FileLog::retained)
     }
 
     fn history(&self) -> Arc<History> {

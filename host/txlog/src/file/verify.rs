@@ -126,7 +126,7 @@ impl State<'_> {
         match checked {
             Ok((frames, tear)) => {
                 frames.incarnations.iter().for_each(|incarnation| self.history.push(*incarnation));
-                let last = incarnations::newest_given(&self.history, frames.last());
+                let last = self.history.newest_given(frames.last());
                 let Frames { entries, first, end: bytes, incarnations, .. } = frames;
                 let (file, format) = (found.name.clone(), found.version);
                 (self.report)(Finding::Sound { file, format, entries, first, last, bytes, incarnations });

@@ -117,7 +117,7 @@ impl Writer {
         metrics.write.observe_time(written - begun);
         metrics.batch.observe(frame.count.into());
         metrics.written.add(frame.sealed_len());
-        shared.queue.written(frame, self.size - self.end);
+        shared.queue.written(frame, self.size - self.end, clock.elapsed(begun));
         Ok(())
     }
 

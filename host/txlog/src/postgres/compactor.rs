@@ -70,8 +70,8 @@ pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
         if since < MIN_ENTRIES.max(kept) || !shared.breaker.is_well() {
             continue;
         }
-        match compact(&shared, epoch, newest, CompactionParams { idle_ratio: IDLE_RATIO, grace: TOMBSTONE_GRACE }).await
-        {
+        let params = CompactionParams { idle_ratio: IDLE_RATIO, grace: TOMBSTONE_GRACE, retain: shared.retain };
+        match compact(&shared, epoch, newest, params).await {
             Ok(left) => (compacted, kept) = (newest, left),
             // The log is unchanged, only larger than necessary.
             Err(error) => {
@@ -89,6 +89,20 @@ pub struct CompactionParams {
     pub idle_ratio: u32,
     /// Minimum age of a tombstone to be dropped.
     pub grace: Duration,
+    /// How long entries are kept after they were superseded or deleted.
+    pub retain: Duration,
+}
+
+/// Returns the newest sequence before the retained part of the log, which begins with the first entry that is newer than the
+/// time of retention: that part supersedes nothing.
+async fn retain(session: &Session, newest: u64, now: u64, retain: Duration) -> Result<u64> {
+    if retain.is_zero() {
+        return Ok(newest);
+    }
+    let from = now.saturating_sub(u64::try_from(retain.as_millis())?).cast_signed();
+    let first = "SELECT coalesce(min(sequence) - 1, $2) FROM kvs.transactions WHERE time > $1";
+    let before: i64 = session.one(first, &[&from, &newest.cast_signed()]).await?.try_get(0)?;
+    Ok(newest.min(before.cast_unsigned()))
 }
 
 /// Compacts the log up to `newest`, and returns the number of remaining entries.
@@ -100,6 +114,10 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: Compactio
     let session = shared.connect_to_write().await?;
     let step = session.prepare(STEP).await?;
     let clock = &shared.env.clock;
+    let newest = retain(&session, newest, clock.unix_ms(), params.retain).await?;
+    // Before the first step: states up to here cannot be restored from then on.
+    let begins = "UPDATE kvs.writer SET compacted = greatest(compacted, $2) WHERE epoch = $1";
+    session.execute(begins, &[&epoch, &newest.cast_signed()]).await?;
     let now = Duration::from_millis(clock.unix_ms());
     let over = i64::try_from(now.saturating_sub(params.grace).as_millis())?;
     let (begun, mut position, mut kept, mut dropped) = (clock.now(), Some(0_i64), 0, 0);
@@ -114,8 +132,6 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: Compactio
         shared.metrics.compacted.add(gone.cast_unsigned());
         clock.sleep(clock.elapsed(step_begun) * params.idle_ratio).await;
     }
-    let done = "UPDATE kvs.writer SET compacted = $2 WHERE epoch = $1";
-    session.execute(done, &[&epoch, &newest.cast_signed()]).await?;
     indexing.run(DROP_INDEX).await?;
     if dropped > 0 {
         info!("compacted the log: dropped {dropped} of {} entries in {:.1?}", dropped + kept, clock.elapsed(begun));

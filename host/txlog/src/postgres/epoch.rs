@@ -35,6 +35,8 @@ pub struct Epoch {
     pub last: u64,
     pub compacted: u64,
     pub history: History,
+    /// UUID of the log.
+    pub log: Uuid,
     /// The connection holds the advisory lock. It does not while that of the former primary still exists.
     pub is_locked: bool,
 }
@@ -166,7 +168,7 @@ pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<O
     let row = session.one(take, &[&holder, &serving]).await?;
     let [number, compacted]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
     session.run("COMMIT").await?;
-    Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history, is_locked }))
+    Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history, log, is_locked }))
 }
 
 /// Begins an incarnation under an epoch, after the last entry. The connection must not be used after an error.
@@ -187,7 +189,7 @@ pub async fn fork(session: &Session, epoch: i64, last: u64) -> Result<(Incarnati
 }
 
 /// Begins a transaction that survives a power cut even where others need not, unless `fsync` is off.
-async fn begin_durable(session: &Session) -> Result<(), Failure> {
+pub async fn begin_durable(session: &Session) -> Result<(), Failure> {
     session.run("BEGIN").await?;
     let durably =
         "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'";

@@ -123,12 +123,22 @@ pub async fn begin(
     let fork = history.next(last) - 1;
     let (random, _) = Uuid::new_v4().as_u64_pair();
     let incarnation = Incarnation::after(parent, fork, Uuid::new_v4(), random);
+    record(session, &incarnation, cause).await?;
+    warn!(
+        "beginning incarnation {id} of the log, since {cause}: sequence {} follows on {last}",
+        incarnation.first,
+        id = incarnation.id
+    );
+    Ok(incarnation)
+}
+
+/// Adds an incarnation to the history.
+pub async fn record(session: &Session, incarnation: &Incarnation, cause: &str) -> Result<(), Failure> {
     let insert = "INSERT INTO kvs.incarnations (id, parent, fork, first, cause) VALUES ($1::text::uuid, $2::text::uuid, $3, $4, $5)";
     let [id, parent] = [incarnation.id, incarnation.parent].map(|uuid| uuid.to_string());
     let numbers = [incarnation.fork, incarnation.first].map(u64::cast_signed);
     session.execute(insert, &[&id, &parent, &numbers[0], &numbers[1], &cause]).await?;
-    warn!("beginning incarnation {id} of the log, since {cause}: sequence {} follows on {last}", incarnation.first);
-    Ok(incarnation)
+    Ok(())
 }
 
 fn incarnation(row: &Row) -> Result<Incarnation, Failure> {

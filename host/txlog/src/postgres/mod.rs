@@ -48,6 +48,7 @@ mod metrics;
 mod opening;
 mod pooler;
 mod replay;
+mod restore;
 mod schema;
 mod session;
 mod standby;
@@ -57,6 +58,7 @@ mod writer;
 
 use std::future::ready;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -67,6 +69,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
 use tokio_postgres::Statement;
 use tracing::{error, info};
+use uuid::Uuid;
 
 pub use self::opening::Manner;
 pub use self::target::Url;
@@ -109,6 +112,8 @@ pub struct Options {
     pub manner: Manner,
     /// Read lease, with a standby: from a tenth of a second to ten.
     pub lease: Duration,
+    /// How long compaction keeps entries after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
@@ -137,6 +142,8 @@ struct Shared {
     url: Option<String>,
     /// The epoch of this process, once it took one.
     epoch: OnceLock<i64>,
+    /// UUID of the log; nil where no version that knows incarnations has written it.
+    log: Uuid,
     news: watch::Sender<News>,
     /// History of the log as far as this process has read it: complete once it holds the epoch.
     history: RwLock<Arc<History>>,
@@ -144,6 +151,9 @@ struct Shared {
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
+    retain: Duration,
+    /// The newest sequence for which compaction can have dropped an older entry, as of the last replay.
+    retained: AtomicU64,
     readers: Semaphore,
     /// Connection of the last replay, kept for the next one of a standby.
     idle: Mutex<Option<Session>>,
@@ -175,16 +185,17 @@ impl PostgresLog {
         let opened =
             runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding, schema } = opened;
-        let (epoch, history, news) = match &holding {
+        let (epoch, log, history, news) = match &holding {
             Holding::Ours(epoch) => (
                 OnceLock::from(epoch.number),
+                epoch.log,
                 epoch.history.clone(),
                 News { newest: epoch.last, holder: None, primary: None, as_of },
             ),
-            Holding::Theirs(look, history) => {
+            Holding::Theirs(look, history, log) => {
                 let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
                 let news = News { newest: look.newest, holder, primary, as_of };
-                (OnceLock::new(), history.clone(), news)
+                (OnceLock::new(), log.unwrap_or_default(), history.clone(), news)
             }
         };
         let shared = Arc::new(Shared {
@@ -193,12 +204,15 @@ impl PostgresLog {
             conditions,
             url,
             epoch,
+            log,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes, BATCH_BYTES, env.clock.clone()),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
             breaker: Breaker::new("database", env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
+            retain: options.retain,
+            retained: AtomicU64::new(0),
             readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
             metrics: Metrics::new(),
@@ -209,7 +223,7 @@ impl PostgresLog {
                 shared.begin();
                 shared.start("log writer", Arc::clone(&shared).write(epoch, (session, append)))
             }
-            Holding::Theirs(look, _) => {
+            Holding::Theirs(look, ..) => {
                 info!("standby of {}", look.holder);
                 shared.start("log standby", standby::run(Arc::clone(&shared), session, append))
             }
@@ -222,8 +236,8 @@ impl PostgresLog {
     pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
         let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
-        let (group_bytes, advertise) = (GROUP_BYTES, None);
-        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, advertise, env })
+        let (group_bytes, retain, advertise) = (GROUP_BYTES, Duration::ZERO, None);
+        Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env })
     }
 
     /// Formats the version of the schema, and the version before this process opened the log.
@@ -254,7 +268,7 @@ impl PostgresLog {
     pub fn compact(&self) -> Result<u64> {
         let epoch = *self.shared.epoch.get().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
-        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO };
+        let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO, retain: Duration::ZERO };
         self.handle.block_on(compactor::compact(&self.shared, epoch, newest, params))
     }
 }
@@ -262,6 +276,10 @@ impl PostgresLog {
 impl TransactionLog for PostgresLog {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
         self.shared.queue.append(&self.shared.breaker, time, events)
+    }
+
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
     }
 
     fn appended(&self) -> u64 {
@@ -281,6 +299,14 @@ impl TransactionLog for PostgresLog {
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
         self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.retained.load(Ordering::Acquire)
     }
 
     fn history(&self) -> Arc<History> {

@@ -6,9 +6,11 @@ use anyhow::{Context, Result, bail};
 use kvs_runtime::Clock;
 use tokio_postgres::Statement;
 use tracing::warn;
+use uuid::Uuid;
 
 use super::conditions::Conditions;
 use super::epoch::{self, Epoch, Holder, Look};
+use super::incarnations::Identity;
 use super::session::{Failure, Session};
 use super::target::Target;
 use super::{incarnations, pooler, schema, writer};
@@ -34,8 +36,8 @@ pub struct Opened {
 /// Who writes.
 pub enum Holding {
     Ours(Epoch),
-    /// Another process, which has come as far as this look tells, in this history.
-    Theirs(Look, History),
+    /// Another process, which has come as far as this look tells, in this history of the log with this UUID.
+    Theirs(Look, History, Option<Uuid>),
 }
 
 /// Whether there may be no log yet, and what is done when another process writes it.
@@ -100,7 +102,8 @@ async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Cloc
         }
         if standby {
             let history = incarnations::history(&session).await?;
-            break Holding::Theirs(look, history);
+            let log = Identity::read(&session).await?.log;
+            break Holding::Theirs(look, history, log);
         }
         // A primary that is gone may still have a read lease.
         if look.is_alive && clock.elapsed(begun) > EPOCH_TIMEOUT {

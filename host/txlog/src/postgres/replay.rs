@@ -1,5 +1,7 @@
 //! Replay: streams the entries of the log from the database.
 
+use std::sync::atomic::Ordering;
+
 use anyhow::{Context, Result, bail, ensure};
 use tokio::time::sleep;
 use tokio_postgres::Row;
@@ -55,7 +57,7 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
         None => shared.connect().await?,
     };
     session.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-    let writer = session.one("SELECT epoch, last, forgotten FROM kvs.writer", &[]).await?;
+    let writer = session.one("SELECT epoch, last, forgotten, compacted FROM kvs.writer", &[]).await?;
     let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let until = last.min(until.cast_signed());
@@ -63,6 +65,7 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process is primary");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     ensure!(after == 0 || newest <= after, Forgotten { after, newest });
+    shared.retained.store(writer.try_get::<_, i64>(3)?.cast_unsigned(), Ordering::Release);
     // Of the same snapshot: a receiver can check that no entry is missing.
     let history = incarnations::history(&session).await?;
     shared.set_history(history.clone());

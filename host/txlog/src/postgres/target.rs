@@ -29,6 +29,13 @@ impl From<&str> for Url {
     }
 }
 
+impl Url {
+    /// Checks the form of the URL, and of what it names on this machine.
+    pub fn check(&self) -> Result<()> {
+        Target::new(self, Duration::ZERO).map(drop)
+    }
+}
+
 impl Debug for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("postgres://...")

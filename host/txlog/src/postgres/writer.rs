@@ -22,8 +22,10 @@ use super::Shared;
 use super::batch::Columns;
 use super::epoch::{self, Epoch};
 use super::session::{Failure, Kind, Session};
-use crate::remote::queue::{Batch, CommitDelay, WriterCommand};
+use crate::remote::queue::{Batch, WriterCommand};
 
+/// Number of heartbeats per lease, with a standby.
+const HEARTBEATS: u32 = 4;
 /// Timeout of a shutdown while the database is unavailable.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,7 +48,6 @@ pub struct Writer {
     has_standby: bool,
     /// Time at which the last heartbeat was sent. None when the next is due.
     last_heartbeat: Option<Instant>,
-    commit_delay: CommitDelay,
 }
 
 /// The connection of the writer.
@@ -78,14 +79,13 @@ impl Writer {
             last: epoch.last,
             has_standby: false,
             last_heartbeat: None,
-            commit_delay: CommitDelay::default(),
         }
     }
 
     /// Writes until the log is closed, fails, or is taken over.
     pub async fn run(mut self, shared: Arc<Shared>) {
         loop {
-            let pause = shared.lease.pause();
+            let pause = shared.lease.time / HEARTBEATS;
             let rest =
                 self.last_heartbeat.map_or(Duration::ZERO, |sent| pause.saturating_sub(shared.env.clock.elapsed(sent)));
             // Heartbeats are due even under a constant load of writes. A failed call is retried at once.
@@ -97,7 +97,7 @@ impl Writer {
                 }
                 continue;
             }
-            match shared.queue.take(idle, self.commit_delay).await {
+            match shared.queue.take(idle).await {
                 WriterCommand::Write(batch) => {
                     if !self.commit(&shared, &batch).await {
                         return;
@@ -143,10 +143,9 @@ impl Writer {
                 metrics.append.observe_time(clock.elapsed(batch.begun));
                 let took = clock.elapsed(begun);
                 metrics.write.observe_time(took);
-                self.commit_delay = CommitDelay::after(batch.appends, took);
                 metrics.batch.observe(batch.len);
                 metrics.written.add(batch.bytes);
-                shared.queue.written(batch);
+                shared.queue.written(batch, took);
             }
             if !self.on_result(shared, attempt.map(|outcome| outcome == Outcome::Durable)).await {
                 return false;

@@ -58,6 +58,7 @@ impl Breaker {
     }
 
     /// Returns whether the last call succeeded.
+    #[cfg(feature = "postgres")]
     pub fn is_well(&self) -> bool {
         matches!(&*self.lock(), State::Closed { failures: 0, .. })
     }

@@ -4,7 +4,6 @@
 //! queue were accepted: they will be written, or no later event ever will. Must never know: where they are written.
 
 use std::collections::VecDeque;
-use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,13 +12,11 @@ use kvs_runtime::Clock;
 use tokio::sync::Notify;
 
 use super::breaker::Breaker;
+use crate::group_commit::GroupCommit;
 use crate::{AppendError, Event};
 
 /// Maximum size of the queue. A service this far behind does not catch up within the deadline of a request.
 const QUEUE_BYTES: u64 = 32 << 20;
-
-/// Range of the commit delay. A timer is no finer than its start, and commits that fast are better not delayed.
-const COMMIT_DELAY: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(5);
 
 /// Consecutive entries in the form in which they are written.
 pub trait Content: Default {
@@ -36,7 +33,7 @@ pub struct Batch<C> {
     pub first: u64,
     pub len: u64,
     pub bytes: u64,
-    /// Number of appends, that is of groups of entries: mostly one for each client.
+    /// Number of appends as group commit counts them, once it is taken.
     pub appends: u64,
     pub begun: Instant,
     pub content: C,
@@ -51,6 +48,7 @@ pub struct Queue<C> {
     group_bytes: u64,
     /// Maximum size of a batch, unless one group is larger.
     batch_bytes: u64,
+    group_commit: GroupCommit,
     clock: Clock,
 }
 
@@ -59,8 +57,8 @@ struct State<C> {
     batches: VecDeque<Batch<C>>,
     /// Bytes of all batches here and of those in flight.
     bytes: u64,
-    /// Number of appends that the writer waits for.
-    wanted: u64,
+    /// The writer delays the open batch, and not every append ends that.
+    delayed: bool,
     next: u64,
     /// This process is primary, and appends are accepted.
     begun: bool,
@@ -87,27 +85,6 @@ pub enum WriterCommand<C> {
     Closed,
 }
 
-/// Delay of a commit so that more appends share it, like `commit_siblings` and `commit_delay` of PostgreSQL.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CommitDelay {
-    /// Number of appends after which the batch is taken at once.
-    pub siblings: u64,
-    pub delay: Duration,
-}
-
-impl CommitDelay {
-    /// Returns the delay after a batch of `appends` that took this long. Its clients send their next requests soon. Without
-    /// a delay the first of these would be committed alone, and all others after it: twice the commits.
-    pub fn after(appends: u64, took: Duration) -> Self {
-        let delay = took / 2;
-        if delay < *COMMIT_DELAY.start() {
-            Self::default()
-        } else {
-            Self { siblings: appends, delay: delay.min(*COMMIT_DELAY.end()) }
-        }
-    }
-}
-
 impl<C: Content> Batch<C> {
     pub fn new(before: u64, first: u64, begun: Instant) -> Self {
         Self { before, first, len: 0, bytes: 0, appends: 0, begun, content: C::default() }
@@ -127,16 +104,7 @@ impl<C: Content> Batch<C> {
 
 impl<C> Default for State<C> {
     fn default() -> Self {
-        Self { batches: VecDeque::new(), bytes: 0, wanted: 0, next: 0, begun: false, full: false, end: None }
-    }
-}
-
-impl<C> State<C> {
-    /// Returns whether waiting for `appends` is over: they are there, the batch is full, or the queue is closed.
-    fn has(&self, appends: u64) -> bool {
-        self.end.is_some()
-            || self.batches.len() > 1
-            || self.batches.front().is_some_and(|batch| batch.appends >= appends)
+        Self { batches: VecDeque::new(), bytes: 0, delayed: false, next: 0, begun: false, full: false, end: None }
     }
 }
 
@@ -144,7 +112,8 @@ impl<C: Content> Queue<C> {
     /// Creates a queue that rejects appends until [`begin`](Self::begin).
     pub fn new(appended: u64, group_bytes: u64, batch_bytes: u64, clock: Clock) -> Self {
         let (state, ready, appended) = (Mutex::default(), Notify::new(), AtomicU64::new(appended));
-        Self { state, ready, appended, group_bytes, batch_bytes, clock }
+        let group_commit = GroupCommit::new();
+        Self { state, ready, appended, group_bytes, batch_bytes, group_commit, clock }
     }
 
     /// Notes that the entries of another process were applied up to this sequence.
@@ -188,11 +157,12 @@ impl<C: Content> Queue<C> {
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
-        batch.appends += 1;
+        let open = batch.bytes;
         state.bytes += size;
         state.next += events.len() as u64;
         self.appended.store(state.next - 1, Ordering::Release);
-        let is_awaited = state.has(state.wanted);
+        let is_due = self.group_commit.append(open) || state.batches.len() > 1;
+        let is_awaited = !state.delayed || is_due;
         drop(state);
         if is_awaited {
             self.ready.notify_one();
@@ -205,41 +175,62 @@ impl<C: Content> Queue<C> {
     }
 
     /// Waits for a batch, at most for `idle`: the appends that came while the previous batch was written, up to the maximum
-    /// size of a batch. Delays a batch with fewer appends than `delay` asks for.
-    pub async fn take(&self, idle: Duration, delay: CommitDelay) -> WriterCommand<C> {
-        if !self.wait_for(1, idle).await {
-            return WriterCommand::Idle;
-        }
-        self.wait_for(delay.siblings, delay.delay).await;
-        // The queue is empty here only if it is closed.
-        self.lock().batches.pop_front().map_or(WriterCommand::Closed, WriterCommand::Write)
-    }
-
-    /// Waits for this number of appends, at most for `time`; returns false on timeout.
-    async fn wait_for(&self, appends: u64, time: Duration) -> bool {
+    /// size of a batch, and those that group commit waits for. The caller may drop the call and make it again.
+    pub async fn take(&self, idle: Duration) -> WriterCommand<C> {
         let arrival = async {
-            loop {
-                {
-                    let mut state = self.lock();
-                    if state.has(appends) {
-                        return;
-                    }
-                    state.wanted = appends;
-                }
+            while self.is_empty() {
                 // An append in between has left a permit.
                 self.ready.notified().await;
             }
         };
         tokio::select! {
             biased;
-            () = arrival => true,
-            () = self.clock.sleep(time) => false,
+            () = arrival => {}
+            () = self.clock.sleep(idle) => return WriterCommand::Idle,
+        }
+        while let Some(delay) = self.delay() {
+            tokio::select! {
+                // A permit from before only ends this one wait.
+                () = self.ready.notified() => {}
+                () = self.clock.sleep(delay) => {}
+            }
+        }
+        let mut state = self.lock();
+        state.delayed = false;
+        // The queue is empty here only if it is closed.
+        let Some(mut batch) = state.batches.pop_front() else { return WriterCommand::Closed };
+        batch.appends = self.group_commit.taken();
+        WriterCommand::Write(batch)
+    }
+
+    fn is_empty(&self) -> bool {
+        let state = self.lock();
+        state.batches.is_empty() && state.end.is_none()
+    }
+
+    /// Returns for how long to delay the batch, if it is the open one.
+    fn delay(&self) -> Option<Duration> {
+        let mut state = self.lock();
+        let (begun, bytes) = match state.batches.front() {
+            Some(batch) if state.end.is_none() && state.batches.len() == 1 => (batch.begun, batch.bytes),
+            _ => return None,
+        };
+        let delay = self.group_commit.delay(self.clock.elapsed(begun), bytes);
+        state.delayed = delay.is_some();
+        delay
+    }
+
+    /// Notes whether the threads that append are idle, and ends the delay of a batch if they are.
+    pub fn set_idle(&self, idle: bool) {
+        if self.group_commit.set_idle(idle) {
+            self.ready.notify_one();
         }
     }
 
-    /// Releases the limits of a batch that is durable.
-    pub fn written(&self, batch: &Batch<C>) {
+    /// Releases the limits of a batch that is durable. Its commit took this long.
+    pub fn written(&self, batch: &Batch<C>, took: Duration) {
         let mut state = self.lock();
+        self.group_commit.committed(batch.appends, took);
         state.bytes -= batch.bytes;
         state.full = false;
     }
@@ -275,6 +266,12 @@ impl<C: Content> Queue<C> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+    use kvs_runtime::Time;
     use tokio::runtime::Builder;
     use tokio::{join, task};
 
@@ -304,22 +301,46 @@ mod tests {
     type WriterCommand = super::WriterCommand<Nothing>;
 
     fn queue(appended: u64, group_bytes: u64) -> Queue {
-        Queue::new(appended, group_bytes, BATCH_BYTES, Clock::system())
+        Queue::new(appended, group_bytes, BATCH_BYTES, Clock::given(Arc::new(Standing(Instant::now()))))
     }
 
-    /// Returns the number of entries of the next batch, when `meanwhile` runs once the writer waits for it.
-    fn taken(queue: &Queue, delay: CommitDelay, meanwhile: impl FnOnce()) -> Option<u64> {
+    /// A clock that stands still, so that no delay ends by itself.
+    struct Standing(Instant);
+
+    impl Time for Standing {
+        fn now(&self) -> Instant {
+            self.0
+        }
+
+        fn wall(&self) -> SystemTime {
+            UNIX_EPOCH
+        }
+
+        fn sleep(&self, _time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+            Box::pin(pending())
+        }
+    }
+
+    /// Returns the next batch, when `meanwhile` runs once the writer waits for it.
+    fn taken(queue: &Queue, meanwhile: impl FnOnce()) -> Option<Batch> {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
         runtime.block_on(async {
             let later = async {
                 task::yield_now().await;
                 meanwhile();
             };
-            match join!(queue.take(LONG, delay), later).0 {
-                WriterCommand::Write(batch) => Some(batch.len),
+            match join!(queue.take(LONG), later).0 {
+                WriterCommand::Write(batch) => Some(batch),
                 WriterCommand::Idle | WriterCommand::Closed => None,
             }
         })
+    }
+
+    /// Commits the next batch, and returns its number of entries.
+    fn committed(queue: &Queue, took: Duration, meanwhile: impl FnOnce()) -> Option<u64> {
+        let batch = taken(queue, meanwhile)?;
+        queue.written(&batch, took);
+        Some(batch.len)
     }
 
     fn append(queue: &Queue, entries: usize) {
@@ -330,21 +351,28 @@ mod tests {
     }
 
     #[test]
-    fn batch_waits_for_siblings_up_to_the_delay() {
+    fn batch_is_delayed_for_clients_and_busy_threads() {
+        let (slow, fast) = (Duration::from_secs(1), Duration::from_micros(100));
         let queue = queue(0, 1 << 20);
         queue.begin(1);
-        let wanted = |siblings| CommitDelay { siblings, delay: LONG };
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, slow, || ()), Some(3));
+        // The three clients that it answered, though the threads are idle.
         append(&queue, 1);
-        assert_eq!(taken(&queue, wanted(1), || ()), Some(1));
-        append(&queue, 10);
-        assert_eq!(taken(&queue, wanted(3), || (0..2).for_each(|_| append(&queue, 1))), Some(12));
-        assert_eq!(taken(&queue, wanted(2), || (0..5).for_each(|_| append(&queue, 1))), Some(5));
+        assert_eq!(committed(&queue, slow, || (0..2).for_each(|_| append(&queue, 5))), Some(11));
+        let queue = super::tests::queue(0, 1 << 20);
+        queue.begin(1);
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, fast, || ()), Some(3));
+        queue.set_idle(false);
         append(&queue, 1);
-        assert_eq!(taken(&queue, CommitDelay { siblings: 2, delay: Duration::ZERO }, || ()), Some(1));
+        assert_eq!(committed(&queue, fast, || queue.set_idle(true)), Some(1));
         // A closed queue does not wait.
+        (0..3).for_each(|_| append(&queue, 1));
+        assert_eq!(committed(&queue, slow, || ()), Some(3));
         append(&queue, 1);
-        assert_eq!(taken(&queue, wanted(2), || queue.end(End::Closed)), Some(1));
-        assert_eq!(taken(&queue, wanted(2), || ()), None);
+        assert_eq!(committed(&queue, slow, || queue.end(End::Closed)), Some(1));
+        assert_eq!(committed(&queue, slow, || ()), None);
     }
 
     /// Appends an event of this size, as limits count it.
@@ -371,13 +399,13 @@ mod tests {
         }
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         for _ in 0..QUEUE_BYTES / BATCH_BYTES {
-            assert_eq!(taken(&queue, CommitDelay::default(), || ()), Some(BATCH_BYTES / group_bytes));
+            assert_eq!(taken(&queue, || ()).map(|batch| batch.len), Some(BATCH_BYTES / group_bytes));
         }
         // The batch in flight counts until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         let mut batch = Batch::new(0, 1, Clock::system().now());
         batch.bytes = 100;
-        queue.written(&batch);
+        queue.written(&batch, Duration::ZERO);
         assert!(append_bytes(&queue, 101).is_err() && append_bytes(&queue, 100).is_ok());
     }
 
@@ -387,16 +415,11 @@ mod tests {
         queue.begin(1_000);
         append(&queue, 2);
         assert_eq!(queue.appended(), 1_001);
-        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let batch = taken(&queue, || ()).expect("there is work");
         assert_eq!((batch.before, batch.first, batch.last()), (7, 1_000, 1_001));
         append(&queue, 1);
-        let WriterCommand::Write(batch) = taken_batch(&queue) else { panic!("there is work") };
+        let batch = taken(&queue, || ()).expect("there is work");
         assert_eq!((batch.before, batch.first, batch.last()), (1_001, 1_002, 1_002));
-    }
-
-    fn taken_batch(queue: &Queue) -> WriterCommand {
-        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-        runtime.block_on(queue.take(LONG, CommitDelay::default()))
     }
 
     #[test]
@@ -413,7 +436,7 @@ mod tests {
         queue.begin(1);
         queue.set_full();
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
-        queue.written(&Batch::new(0, 1, Clock::system().now()));
+        queue.written(&Batch::new(0, 1, Clock::system().now()), Duration::ZERO);
         assert!(append_bytes(&queue, 100).is_ok());
     }
 
@@ -426,13 +449,5 @@ mod tests {
             let refused = queue.append(&Breaker::new("database", Clock::system()), 0, &[Event::Delete("a".into())]);
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
         }
-    }
-
-    #[test]
-    fn commit_delay_is_half_of_last_commit_within_range() {
-        let after = |milliseconds| CommitDelay::after(64, Duration::from_millis(milliseconds));
-        assert_eq!((after(0), after(1)), (CommitDelay::default(), CommitDelay::default()));
-        let waits = |milliseconds| CommitDelay { siblings: 64, delay: Duration::from_millis(milliseconds) };
-        assert_eq!((after(2), after(6), after(1_000)), (waits(1), waits(3), waits(5)));
     }
 }

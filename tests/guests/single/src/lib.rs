@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::slice;
 
-use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::lifecycle::{Batch, Description, Statistics};
 use exports::kvs::store::{handler, lifecycle};
 use kvs::store::http::{Request, Response};
-use kvs::store::transaction_log::{Entry, Event, Put, append};
+use kvs::store::transaction_log::{Event, Put, append};
 
 wit_bindgen::generate!({ path: "../../../wit", world: "store", generate_all });
 
@@ -24,8 +24,19 @@ impl lifecycle::Guest for Component {
         Description { name: "single".to_owned(), version, headers: Vec::new(), capabilities: Vec::new() }
     }
 
-    fn apply(entries: Vec<Entry>) {
-        entries.into_iter().for_each(|entry| change(entry.event));
+    fn apply(Batch { entries, bytes, .. }: Batch) {
+        let mut rest = &bytes[..];
+        let mut take = |length: u32| rest.split_off(..length as usize).expect("the batch has it").to_vec();
+        for entry in entries {
+            let key = String::from_utf8(take(entry.key_bytes)).expect("keys are UTF-8");
+            change(match entry.put {
+                Some(put) => {
+                    let value = take(put.value_bytes);
+                    Event::Put(Put { key, value, metadata: Vec::new(), expires_at_ms: put.expires_at_ms })
+                }
+                None => Event::Delete(key),
+            });
+        }
     }
 
     fn tick(_now_ms: u64) -> Option<u64> {

@@ -11,13 +11,13 @@ use std::hint::black_box;
 use std::slice;
 use std::time::{Duration, Instant};
 
-use exports::kvs::store::lifecycle::{Description, Statistics};
+use exports::kvs::store::lifecycle::{Batch, Description, Statistics};
 use exports::kvs::store::sharding::Target;
 use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::connection;
 use kvs::store::http::{Header, Request, Response};
 use kvs::store::response_cache::reuse;
-use kvs::store::transaction_log::{Entry, Event, Put, append};
+use kvs::store::transaction_log::{Event, Put, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 use wasi::config::store as config;
 
@@ -93,7 +93,8 @@ impl lifecycle::Guest for Component {
         }
     }
 
-    fn apply(entries: Vec<Entry>) {
+    fn apply(batch: Batch) {
+        let events: Vec<_> = events(batch).map(|(_, event)| event).collect();
         STATE.with_borrow_mut(|state| {
             match fault().as_str() {
                 "apply-traps" => fall_over(),
@@ -101,16 +102,16 @@ impl lifecycle::Guest for Component {
                     println!("going round in circles");
                     circle()
                 }
-                "apply-traps-on-poison" if entries.iter().any(is_poison) => fall_over(),
-                "apply-loops-on-many" if entries.len() > 10 => circle(),
+                "apply-traps-on-poison" if events.iter().any(is_poison) => fall_over(),
+                "apply-loops-on-many" if events.len() > 10 => circle(),
                 "apply-dawdles" => dawdle(1_200 * state.speed),
                 "apply-appends" => state.refusal = format!("{:?}", append(&[put("{own}from apply", Vec::new())])),
                 "apply-looks-around" => state.surroundings.push(surroundings()),
                 _ => {}
             }
-            for entry in entries {
+            for event in events {
                 state.applied += 1;
-                change(state, entry.event);
+                change(state, event);
             }
         });
     }
@@ -385,8 +386,33 @@ fn speed() -> u64 {
     (0..10).map(rounds_of).max().unwrap_or_default()
 }
 
-fn is_poison(entry: &Entry) -> bool {
-    matches!(&entry.event, Event::Put(put) if put.key.contains("poison"))
+/// Sequences and events of a batch.
+fn events(batch: Batch) -> impl Iterator<Item = (u64, Event)> {
+    let Batch { entries, bytes, metadata } = batch;
+    let mut start = 0;
+    entries.into_iter().map(move |entry| {
+        let mut take = |length: u32| {
+            let end = start + length as usize;
+            let taken = bytes[start..end].to_vec();
+            start = end;
+            taken
+        };
+        let key = String::from_utf8(take(entry.key_bytes)).expect("keys are UTF-8");
+        let event = match entry.put {
+            None => Event::Delete(key),
+            Some(put) => Event::Put(Put {
+                key,
+                value: take(put.value_bytes),
+                metadata: put.metadata.map(|index| metadata[index as usize].clone()).unwrap_or_default(),
+                expires_at_ms: put.expires_at_ms,
+            }),
+        };
+        (entry.sequence, event)
+    })
+}
+
+fn is_poison(event: &Event) -> bool {
+    matches!(event, Event::Put(put) if put.key.contains("poison"))
 }
 
 /// Keeps busy for a while.

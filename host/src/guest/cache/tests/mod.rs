@@ -13,7 +13,7 @@ use kvs_runtime::Env;
 use super::{ResponseCache, Reusable, Serving};
 use crate::contract::Scope;
 use crate::guest::clock::Clock;
-use crate::guest::message::{Client, Incoming};
+use crate::guest::message::{Client, Incoming, Wanted};
 
 const ACCEPT: HeaderName = HeaderName::from_static("accept");
 
@@ -22,7 +22,7 @@ fn cache(bytes: u64) -> (Arc<ResponseCache>, Arc<Clock>) {
     let env = Env::real();
     let clock = Arc::new(Clock::new(env.clone()));
     let cache = ResponseCache::new(bytes, Arc::clone(&clock), &env.random).unwrap();
-    cache.serve([ACCEPT].into());
+    cache.serve(Arc::new(Wanted::new([ACCEPT])));
     (cache, clock)
 }
 
@@ -147,7 +147,7 @@ fn response_of_the_guest_before_is_not_given() {
     fill(&cache, &get, "before");
     let serving = cache.serving().unwrap();
     let late = called(&cache, &serving, &get, &["a"], None);
-    cache.serve([ACCEPT].into());
+    cache.serve(Arc::new(Wanted::new([ACCEPT])));
     assert_eq!(kept(&cache, &get), None);
     late.keep(&response(StatusCode::OK, "late"));
     assert_eq!(kept(&cache, &get), None, "a late fill crossed a swap");

@@ -23,6 +23,13 @@ impl From<&str> for Url {
     }
 }
 
+impl Url {
+    /// Checks the form of the URL.
+    pub fn check(&self) -> Result<()> {
+        Target::new(self).map(drop)
+    }
+}
+
 impl Debug for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("nats://...")

@@ -89,7 +89,7 @@ impl Sim {
     }
 
     pub async fn sleep(&self, time: Duration) {
-        Sleep { sim: self.clone(), until: self.now() + time }.await;
+        Sleep { sim: self.clone(), until: self.now() + time, timer: None }.await;
     }
 
     pub fn pause(&self, process: Process) {
@@ -127,20 +127,31 @@ impl Sim {
 struct Sleep {
     sim: Sim,
     until: Duration,
+    /// Number of its timer.
+    timer: Option<u64>,
 }
 
 impl Future for Sleep {
     type Output = ();
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let mut state = self.sim.state();
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let sim = self.sim.clone();
+        let mut state = sim.state();
         if state.now >= self.until {
             return Poll::Ready(());
         }
         state.timer += 1;
-        let timer = (self.until, state.timer);
-        state.timers.insert(timer, context.waker().clone());
+        let timer = *self.timer.get_or_insert(state.timer);
+        state.timers.insert((self.until, timer), context.waker().clone());
         Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(timer) = self.timer {
+            self.sim.state().timers.remove(&(self.until, timer));
+        }
     }
 }
 
@@ -161,7 +172,8 @@ impl Time for Own {
     }
 
     fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        let (sim, time) = (self.sim.clone(), time.div_f64(self.rate));
+        // Rounded up: time has passed by the clock too.
+        let (sim, time) = (self.sim.clone(), time.div_f64(self.rate) + Duration::from_micros(1));
         Box::pin(async move { sim.sleep(time).await })
     }
 }

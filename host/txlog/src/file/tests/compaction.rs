@@ -14,7 +14,7 @@ use crate::file::segment::HEAD_BYTES;
 pub type Store = BTreeMap<String, (u64, Vec<u8>)>;
 
 pub fn compact_at(log: &FileLog, now: u64, min_yield_percent: u64, keys: usize) -> Outcome {
-    let params = CompactionParams { now, min_yield_percent, keys };
+    let params = CompactionParams { retain_from: u64::MAX, now, min_yield_percent, keys };
     compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap()
 }
 
@@ -244,7 +244,7 @@ fn tombstone_is_kept_for_reader_starting_mid_run() {
     commit(&log, Event::Delete("a".into()));
     fill(&log, 20);
     let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
-    let params = CompactionParams { now: 1, min_yield_percent: 0, keys: 100 };
+    let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 0, keys: 100 };
     let mut reader = None;
     let outcome = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| {
         if reader.is_none() && disk.names().iter().any(|name| name.contains('-')) {

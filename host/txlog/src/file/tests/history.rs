@@ -211,7 +211,7 @@ impl History {
         let min_yield_percent = if self.dice.bool() { 0 } else { self.dice.u64(0..50) };
         let shared = self.shared.clone();
         // Enough for all keys: how often the log is read must not rest on the secret of the hash.
-        let params = CompactionParams { now, min_yield_percent, keys: 100 };
+        let params = CompactionParams { retain_from: u64::MAX, now, min_yield_percent, keys: 100 };
         let done = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| match self.dice.u8(0..8) {
             0 => self.append_and_commit(),
             _ => Ok(()),

@@ -8,13 +8,20 @@ use shuttle::thread::{self, JoinHandle};
 
 use self::queue::{Queue, Work};
 use crate::Event;
+use crate::file::tests::mutants::{self, Mutant};
 use crate::file::{entry, frame};
 use crate::tests::model::{check, sync};
 
+#[expect(clippy::duplicate_mod, reason = "the same code, with other primitives below it")]
+#[path = "../../group_commit.rs"]
+mod group_commit;
 #[expect(dead_code, reason = "the scenarios do not use all of it")]
 #[expect(clippy::duplicate_mod, reason = "the same code, with other primitives below it")]
 #[path = "../queue.rs"]
 mod queue;
+
+/// Duration of a commit: long enough for a delay while threads are busy, and not otherwise.
+const COMMIT: Duration = Duration::from_millis(1);
 
 /// Room in a segment, hence in a frame and in the queue: for two groups, and for a third in a frame of its own.
 const SEGMENT: u64 = 260;
@@ -48,7 +55,7 @@ fn write(queue: &Arc<Queue>, most: u64) -> JoinHandle<(u64, bool)> {
                 Work::Write(frame) => {
                     assert_eq!(frame.first, written + 1, "in order, and without a gap");
                     written += u64::from(frame.count);
-                    queue.written(frame, 1 << 20);
+                    queue.written(frame, 1 << 20, COMMIT);
                 }
                 // Once, or it would ask for ever.
                 Work::Idle => idle = None,
@@ -119,5 +126,49 @@ fn queue_that_fails_while_it_closes_lets_the_writer_go() {
         ending.into_iter().for_each(|ends| ends.join().unwrap());
         let (written, has_failed) = writer.join().unwrap();
         assert!(if has_failed { written <= accepted } else { written == accepted }, "{written} of {accepted}");
+    });
+}
+
+/// Returns a queue that delays a batch with one append, since two clients write and threads are busy.
+fn delaying() -> Arc<Queue> {
+    let queue = empty();
+    for _ in 0..2 {
+        queue.append(0, &[Event::Delete("k".into())]).unwrap();
+    }
+    assert_eq!(write(&queue, 2).join().unwrap(), (2, false));
+    queue.set_idle(false);
+    queue
+}
+
+/// Takes one event, in a thread of its own, while another thread appends it and then does this.
+fn write_while(queue: &Arc<Queue>, then: fn(&Queue)) {
+    let (writes, appends) = (Arc::clone(queue), Arc::clone(queue));
+    let writing = thread::spawn(move || matches!(writes.take(None), Work::Write(frame) if frame.count == 1));
+    let appending = thread::spawn(move || {
+        appends.append(0, &[Event::Delete("k".into())]).unwrap();
+        then(&appends);
+    });
+    appending.join().unwrap();
+    assert!(writing.join().unwrap());
+}
+
+#[test]
+fn idle_threads_wake_a_writer_that_delays() {
+    check(|| write_while(&delaying(), |queue| queue.set_idle(true)));
+}
+
+#[test]
+fn end_wakes_a_writer_that_delays() {
+    check(|| write_while(&delaying(), Queue::close));
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn idle_threads_that_do_not_lock_are_found() {
+    check(|| {
+        let queue = delaying();
+        mutants::set(Some(Mutant::IdleUnlocked));
+        write_while(&queue, |queue| queue.set_idle(true));
+        mutants::set(None);
     });
 }

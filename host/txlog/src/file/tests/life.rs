@@ -273,6 +273,23 @@ fn lock_survives_removal_of_its_file() {
 }
 
 #[test]
+fn holder_that_is_ending_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = Options { data: directory.path().into(), ..options() };
+    FileLog::open(options.clone()).unwrap().close().unwrap();
+    let mut ended = std::process::Command::new("true").spawn().unwrap();
+    ended.wait().unwrap();
+    std::fs::write(directory.path().join("LOCK"), format!("{}\n", ended.id())).unwrap();
+    let held = std::fs::File::open(directory.path().join("log")).unwrap();
+    held.lock().unwrap();
+    let opening = std::thread::spawn(move || FileLog::open(options).map(drop));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!opening.is_finished());
+    drop(held);
+    opening.join().unwrap().unwrap();
+}
+
+#[test]
 fn what_was_compacted_is_gone_from_a_real_directory() {
     let directory = tempfile::tempdir().unwrap();
     let log = FileLog::open(Options { data: directory.path().into(), ..options() }).unwrap();

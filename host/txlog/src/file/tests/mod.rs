@@ -46,6 +46,7 @@ pub fn options() -> Options {
         segment_bytes: SEGMENT_BYTES,
         group_bytes: GROUP_BYTES,
         durability: Durability::Sync,
+        retain: std::time::Duration::ZERO,
         advertise: None,
         env: Env::real(),
     }

@@ -30,6 +30,12 @@ pub enum Mutant {
     PositionReadFirst,
     ForgottenIgnored,
     TakenUnlocked,
+    /// These are found by the tests of group commit.
+    LoneClientDelayed,
+    IdleIgnored,
+    DelayUnbounded,
+    LargeBatchDelayed,
+    IdleUnlocked,
 }
 
 impl Mutant {

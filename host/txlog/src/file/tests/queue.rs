@@ -1,8 +1,13 @@
 //! The open batch by itself: what is accepted fits the segment, or what is left of it while the disk is full.
 
+use std::future::pending;
+use std::pin::Pin;
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use proptest::prelude::*;
 
-use kvs_runtime::Clock;
+use kvs_runtime::{Clock, Time};
 
 use super::*;
 use crate::file::entry;
@@ -53,6 +58,50 @@ fn no_more_waits_than_a_segment_holds() {
     assert!(matches!(append(), Err(AppendError::Unavailable)));
 }
 
+/// A clock that stands still, so that no delay ends by itself.
+struct Standing(Instant);
+
+impl Time for Standing {
+    fn now(&self) -> Instant {
+        self.0
+    }
+
+    fn wall(&self) -> SystemTime {
+        UNIX_EPOCH
+    }
+
+    fn sleep(&self, _time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(pending())
+    }
+}
+
+#[test]
+fn batch_is_delayed_until_clients_are_back_or_threads_idle() {
+    let clock = Clock::given(Arc::new(Standing(Instant::now())));
+    let room = 4 * GROUP_BYTES;
+    let queue = Queue::new((0, 1), room, false, room, GROUP_BYTES, clock);
+    let append = || assert!(queue.append(1, &[Event::Delete("k".into())]).is_ok());
+    // Takes a batch of `first` appends and of those that come while it is delayed.
+    let commit = |first: usize, meanwhile: &(dyn Fn() + Sync)| {
+        (0..first).for_each(|_| append());
+        let frame = thread::scope(|scope| {
+            let writer = scope.spawn(|| queue.take(None));
+            eventually(|| queue.is_delayed() || writer.is_finished());
+            meanwhile();
+            writer.join().unwrap()
+        });
+        let Work::Write(frame) = frame else { panic!("there is work") };
+        let count = frame.count;
+        queue.written(frame, room, Duration::from_millis(1));
+        count
+    };
+    assert_eq!(commit(3, &|| ()), 3);
+    queue.set_idle(false);
+    assert_eq!(commit(1, &|| (0..2).for_each(|_| append())), 3);
+    assert_eq!(commit(2, &|| queue.set_idle(true)), 2);
+    assert_eq!(commit(1, &|| ()), 1, "idle, and commits are fast");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -77,7 +126,7 @@ proptest! {
         let mut write = |frame: Builder| {
             prop_assert!(frame.sealed_len() <= room, "{} bytes into {room}", frame.sealed_len());
             room -= frame.sealed_len();
-            queue.written(frame, room);
+            queue.written(frame, room, Duration::ZERO);
             Ok(())
         };
         for step in steps {

@@ -91,7 +91,8 @@ fn compaction_reports_every_byte_once() {
     }
     let sealed = log.shared.catalog.sealed();
     let bytes: u64 = sealed.iter().map(|segment| segment.end - segment::HEAD_BYTES).sum();
-    let (params, mut reported) = (CompactionParams { now: 1, min_yield_percent: 0, keys: 100 }, 0);
+    let (params, mut reported) =
+        (CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 0, keys: 100 }, 0);
     let pause = &mut |more| {
         reported += more;
         Ok(())
@@ -111,7 +112,7 @@ fn interrupted_compaction_preserves_the_log() {
         let disk = disk.copy();
         let (shared, _) = recover(Arc::new(disk.clone()), options()).unwrap();
         disk.kill_after(Some(operations));
-        let params = CompactionParams { now: 1, min_yield_percent: 25, keys: 100 };
+        let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 25, keys: 100 };
         let done = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| Ok(()));
         disk.kill_after(None);
         let mut store = Store::new();
@@ -274,7 +275,7 @@ fn compaction_refuses_corrupt_segment() {
     disk.put("0000000002.seg", bytes);
     wait_for_preallocated_segment(&log, &disk);
     let names = disk.names();
-    let params = CompactionParams { now: 1, min_yield_percent: 25, keys: 100 };
+    let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 25, keys: 100 };
     let error = compact::run(&log.shared, &log.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("0000000002.seg is damaged at byte 512"), "{error}");
     assert_eq!(disk.names(), names);

@@ -36,7 +36,7 @@ impl Primary {
         if self.dice.u8(0..5) == 0 {
             let now = self.time.saturating_sub(3);
             self.model.compactions.push((0, now));
-            let params = CompactionParams { now, min_yield_percent: 0, keys: 100 };
+            let params = CompactionParams { retain_from: u64::MAX, now, min_yield_percent: 0, keys: 100 };
             compact::run(&self.shared, &self.shared.catalog.sealed(), &params, &mut |_| Ok(())).unwrap();
             return;
         }

@@ -1,0 +1,37 @@
+//! The audit trail: who replaced a guest, or created or revoked a token, as log lines of the target `audit`.
+
+use std::fmt::Display;
+
+use hyper::header::HeaderValue;
+use rustix::process::getuid;
+use tracing::info;
+
+/// Target of the log lines, for `--log-filter`.
+pub const TARGET: &str = "audit";
+
+/// The cause of an action: a client, a user or a signal.
+#[derive(Clone)]
+pub struct Actor {
+    /// Name of the token, or the user or the signal. None where the listener asks for no token.
+    pub principal: Option<String>,
+    pub request_id: Option<HeaderValue>,
+}
+
+impl Actor {
+    /// The user of a command.
+    pub fn user() -> Self {
+        Self { principal: Some(format!("uid={}", getuid().as_raw())), request_id: None }
+    }
+
+    /// A cause within the process.
+    pub fn cause(cause: &str) -> Self {
+        Self { principal: Some(cause.to_owned()), request_id: None }
+    }
+}
+
+/// Logs an action on an object, and its outcome.
+pub fn log(actor: &Actor, action: &str, object: impl Display, outcome: impl Display) {
+    let request_id = actor.request_id.as_ref().and_then(|id| id.to_str().ok());
+    let principal = actor.principal.as_deref();
+    info!(target: TARGET, action, %object, %outcome, principal, request_id, "audit");
+}

@@ -1,0 +1,37 @@
+//! `kvs read-only`: has a running server reject writes, for maintenance.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use kvs_client::ApiRequest;
+
+use super::client::AdminArgs;
+use super::health::READ_TIMEOUT;
+
+#[derive(Debug, clap::Args)]
+pub struct ReadOnly {
+    /// Reject writes, or accept them again
+    state: State,
+
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum State {
+    On,
+    Off,
+}
+
+pub fn run(args: &ReadOnly) -> Result<()> {
+    let (method, state) = match args.state {
+        State::On => ("PUT", "on"),
+        State::Off => ("DELETE", "off"),
+    };
+    let server = args.admin.server(Some(READ_TIMEOUT))?;
+    let request = ApiRequest { method, target: "/read-only", headers: &[], body: None };
+    server.send(&request).with_context(|| format!("read-only was not turned {state}"))?;
+    writeln!(io::stdout(), "{state}")?;
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! `kvs restore`: makes a log out of backups.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+#[cfg(feature = "nats")]
+use anyhow::bail;
+use anyhow::{Context, Result};
+use kvs_runtime::Env;
+use kvs_txlog::backup::{Until, check};
+use kvs_txlog::file;
+use kvs_txlog::postgres::PostgresLog;
+
+use super::txlog::StorageArgs;
+use crate::lines::notice;
+use crate::parse::until;
+use crate::settings::TxlogStorage;
+use crate::terminal::bar;
+
+#[derive(Debug, clap::Args)]
+pub struct Restore {
+    /// A full backup, and then the incremental ones after it, in order
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+
+    /// Restore up to a sequence, or up to the first entry that is newer than a time: RFC 3339, or milliseconds since 1970 with
+    /// `ms`
+    #[arg(long, value_name = "SEQUENCE|TIME", value_parser = until)]
+    until: Option<Until>,
+
+    #[command(flatten)]
+    to: StorageArgs,
+}
+
+pub fn run(args: &Restore) -> Result<()> {
+    let Restore { files, until, to } = args;
+    if let TxlogStorage::File = &to.txlog {
+        file::check_empty(&to.data_dir)?;
+    }
+    let size = |file: &PathBuf| file.metadata().map_or(0, |metadata| metadata.len());
+    let bytes: u64 = files.iter().map(size).sum();
+    // All is checked before anything is written.
+    let chain = pass(bytes, "bytes checked", |open| check(files, *until, open))?;
+    pass(bytes, "bytes restored", |open| {
+        let replay = |receive: &mut kvs_txlog::Receive<'_>| chain.replay(open, receive);
+        let restoration = chain.restoration(&Env::real().random, &replay)?;
+        match &to.txlog {
+            TxlogStorage::File => file::restore(&to.data_dir, &restoration)?,
+            TxlogStorage::Postgres(url) => PostgresLog::restore(url, &restoration)?,
+            #[cfg(feature = "nats")]
+            TxlogStorage::Nats(_) => bail!(
+                "a log in NATS cannot be restored from a backup directly: restore it into a --data-dir, export that log with \
+                 kvs txlog export, and import it with kvs txlog import under a new name"
+            ),
+        }
+        let (last, incarnation) = (restoration.last, restoration.incarnation);
+        notice(format_args!(
+            "restored up to sequence {last}; the log continues as incarnation {} with {}",
+            incarnation.id, incarnation.first
+        ));
+        Ok(())
+    })
+}
+
+/// Reads all backups once, with a progress bar.
+fn pass<T>(
+    bytes: u64,
+    what: &'static str,
+    work: impl FnOnce(&dyn Fn(&Path) -> Result<Box<dyn Read>>) -> Result<T>,
+) -> Result<T> {
+    let bar = bar(bytes, what);
+    let done = work(&|path| {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Box::new(bar.wrap_read(BufReader::with_capacity(1 << 16, file))))
+    });
+    bar.finish_and_clear();
+    done
+}

@@ -1,0 +1,232 @@
+//! The token file: one token per line, `NAME SCOPE SHA256 [/PATH-PREFIX] [expires=TIME]`.
+//!
+//! The token itself is not stored; it is 256 random bits, so its hash reveals nothing. Several tokens can have one name: a new
+//! one is created before the old one is revoked.
+
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
+use humantime::{format_rfc3339_seconds, parse_rfc3339};
+use kvs_runtime::Random;
+
+use super::{Hash, Scope, TOKEN_PREFIX, Token, hash};
+
+/// Beginning of the word with the expiry in a line.
+const EXPIRES: &str = "expires=";
+/// Number of digits of a hash by which a token is listed and revoked.
+const ID_DIGITS: usize = 12;
+
+/// Limits of a token beside its scope.
+pub struct Limits {
+    pub path_prefix: Option<String>,
+    pub expires: Option<SystemTime>,
+}
+
+/// Parses a file. Errors do not show a line, which may contain the token itself by mistake.
+pub fn parse(text: &str) -> Result<Vec<(Hash, Token)>> {
+    let mut known = HashSet::new();
+    let parse = |(number, line)| {
+        let (hash, token) = parse_line(line).with_context(|| format!("line {number}"))?;
+        ensure!(known.insert(hash), "line {number}: duplicate token");
+        Ok((hash, token))
+    };
+    lines(text).map(parse).collect()
+}
+
+/// Returns the numbered lines that are neither empty nor a comment.
+fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
+    lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+}
+
+fn parse_line(line: &str) -> Result<(Hash, Token)> {
+    let form = || anyhow!("the line is not NAME SCOPE SHA256 [/PATH-PREFIX] [expires=TIME]");
+    let mut words = line.split_whitespace();
+    let mut next = || words.next().ok_or_else(form);
+    let (name, scope, hash) = (next()?, next()?, next()?);
+    check_name(name)?;
+    let scope = Scope::from_str(scope, false).map_err(|_| anyhow!("the scope is not metrics, read, write or admin"))?;
+    let hash = from_hex(hash).context("the hash is not 64 hexadecimal digits")?;
+    let mut token = Token { name: name.into(), scope, prefix: None, expires: None };
+    for word in words {
+        if let Some(time) = word.strip_prefix(EXPIRES) {
+            ensure!(token.expires.is_none(), "there are two expiries");
+            // The error does not show the word.
+            let time = parse_rfc3339(time).map_err(|error| anyhow!("the expiry is malformed: {error}"))?;
+            token.expires = Some(unix_ms(time));
+        } else {
+            ensure!(token.prefix.is_none(), form());
+            ensure!(word.starts_with('/'), "the path prefix must start with a slash");
+            token.prefix = Some(word.to_owned());
+        }
+    }
+    Ok((hash, token))
+}
+
+/// Validates a name. It cannot equal the subject of a certificate, which contains an equals sign.
+fn check_name(name: &str) -> Result<()> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    ensure!(
+        (1..=64).contains(&name.len()) && name.bytes().all(fits),
+        "the name must be 1 to 64 letters, digits, - _ and ."
+    );
+    Ok(())
+}
+
+fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<Hash> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Creates a token: shows it, then appends the line with its hash to the file. The token itself is stored nowhere, so one
+/// that could not be shown is not created.
+pub fn create(
+    file: &Path,
+    name: &str,
+    scope: Scope,
+    limits: &Limits,
+    random: &Random,
+    show: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
+    check_name(name)?;
+    let mut secret = [0; 32];
+    random.fill(&mut secret)?;
+    let token = format!("{TOKEN_PREFIX}{}", hex(&secret));
+    let mut line = format!("{name} {} {}", name_of(scope), hex(&hash(token.as_bytes())));
+    if let Some(prefix) = &limits.path_prefix {
+        line += &format!(" {prefix}");
+    }
+    if let Some(expires) = limits.expires {
+        line += &format!(" {EXPIRES}{}", format_rfc3339_seconds(expires));
+    }
+    parse_line(&line)?;
+    let before = match fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        read => read.with_context(|| format!("cannot read {}", file.display()))?,
+    };
+    parse(&before).with_context(|| file.display().to_string())?;
+    let mut options = OpenOptions::new();
+    let opened = options.append(true).create(true).mode(0o600).open(file);
+    let mut opened = opened.with_context(|| format!("cannot write {}", file.display()))?;
+    show(&token)?;
+    opened
+        .write_all(format!("{line}\n").as_bytes())
+        .with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
+}
+
+/// Lists the tokens, without the tokens themselves: id, name, scope, expiry and path prefix.
+pub fn list(file: &Path, out: &mut dyn Write) -> Result<()> {
+    let (_, tokens) = read(file)?;
+    for (hash, Token { name, scope, prefix, expires }) in tokens {
+        let expiry = expires.map_or_else(
+            || "never".to_owned(),
+            |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string(),
+        );
+        let prefix = prefix.map_or_else(String::new, |prefix| format!("  {prefix}"));
+        writeln!(out, "{}  {name:<16}  {:<7}  {expiry:<20}{prefix}", id(&hash), name_of(scope))?;
+    }
+    Ok(())
+}
+
+/// Removes the tokens of a name, or the one with an id. Returns the ids of the removed tokens and their names.
+pub fn revoke(file: &Path, name_or_id: &str) -> Result<Vec<String>> {
+    let (text, _) = read(file)?;
+    let revoked = |line: &str| {
+        let (hash, token) = parse_line(line.trim()).ok()?;
+        let is_meant = *token.name == *name_or_id || id(&hash) == name_or_id;
+        is_meant.then(|| format!("{} {}", token.name, id(&hash)))
+    };
+    let gone: Vec<_> = lines(&text).filter_map(|(_, line)| revoked(line)).collect();
+    if gone.is_empty() {
+        bail!("{} has no token {name_or_id}; see kvs token list", file.display());
+    }
+    let left: String = text.lines().filter(|line| revoked(line).is_none()).map(|line| format!("{line}\n")).collect();
+    replace(file, &left).with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(gone)
+}
+
+/// Replaces a file at once: a server reads it whole, before or after.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    // A link stays one.
+    let file = fs::canonicalize(file)?;
+    let mut name = file.clone().into_os_string();
+    name.push(".new");
+    let mut options = OpenOptions::new();
+    let mut new = options.write(true).create(true).truncate(true).mode(0o600).open(&name)?;
+    new.set_permissions(fs::metadata(&file)?.permissions())?;
+    new.write_all(text.as_bytes())?;
+    new.sync_all()?;
+    fs::rename(&name, &file)?;
+    file.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
+
+/// Reads an existing file, which must be valid.
+fn read(file: &Path) -> Result<(String, Vec<(Hash, Token)>)> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let tokens = parse(&text).with_context(|| file.display().to_string())?;
+    Ok((text, tokens))
+}
+
+fn id(hash: &Hash) -> String {
+    hex(hash)[..ID_DIGITS].to_owned()
+}
+
+fn name_of(scope: Scope) -> String {
+    scope.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_file_errors_show_line_not_content() {
+        let hash = "0".repeat(64);
+        assert!(parse(&format!("# people\n\nalice read {hash}\n")).is_ok());
+        for (text, line) in [
+            ("alice".to_owned(), 1),
+            (format!("\nalice all {hash}"), 2),
+            (format!("alice read {hash}0"), 1),
+            ("alice read kvs_secret".to_owned(), 1),
+            (format!("al=ice read {hash}"), 1),
+            (format!("alice read {hash} v1"), 1),
+            (format!("alice read {hash} /a /b"), 1),
+            (format!("alice read {hash} expires=tomorrow"), 1),
+            (format!("alice read {hash}\nbob read {hash}"), 2),
+        ] {
+            let error = format!("{:#}", parse(&text).err().expect("it is invalid"));
+            assert!(error.starts_with(&format!("line {line}: ")) && !error.contains("secret"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn line_has_prefix_and_expiry_in_any_order() {
+        let hash = "0".repeat(64);
+        for rest in ["/v1/a expires=2027-01-01T00:00:00Z", "expires=2027-01-01T00:00:00Z /v1/a"] {
+            let (_, token) = parse_line(&format!("alice metrics {hash} {rest}")).expect("it is valid");
+            assert_eq!((token.prefix.as_deref(), token.expires), (Some("/v1/a"), Some(1_798_761_600_000)));
+            assert_eq!(token.scope, Scope::Metrics);
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Authentication and authorization: bearer tokens, each with a scope.
+//!
+//! Owns: who a client is, and what it may do. `file` has the tokens at rest.
+//! Must never know: the meaning of a path. Scopes depend on the method, and prefixes on the bytes of the path as sent.
+
+mod file;
+
+use std::collections::HashMap;
+use std::fs;
+use std::future::pending;
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::{Method, StatusCode, Uri};
+use kvs_runtime::Clock;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tokio::time::timeout;
+
+pub use self::file::{Limits, create, list, revoke};
+use super::fresh::Fresh;
+use super::head;
+use super::refusal::{Answer, Refusal, refuse};
+use crate::contract;
+
+/// Prefix of tokens, so that scanners recognise leaked ones.
+pub const TOKEN_PREFIX: &str = "kvs_";
+
+/// Scope of a token. Each includes those before it, but `metrics`, which only `admin` includes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Scope {
+    /// Only /metrics of the admin listener
+    Metrics,
+    /// GET, HEAD, OPTIONS and QUERY
+    Read,
+    /// Every method
+    Write,
+    /// Also the admin listener
+    Admin,
+}
+
+impl From<Scope> for contract::Scope {
+    fn from(scope: Scope) -> Self {
+        match scope {
+            // A token for metrics is rejected before.
+            Scope::Metrics | Scope::Read => Self::Read,
+            Scope::Write => Self::Write,
+            Scope::Admin => Self::Admin,
+        }
+    }
+}
+
+/// Interval at which the expiry of a token is checked during a request, since the clock can be set.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
+
+struct Token {
+    name: Arc<str>,
+    scope: Scope,
+    prefix: Option<String>,
+    /// In milliseconds since 1970.
+    expires: Option<u64>,
+}
+
+/// Principal, scope and token of a request.
+pub struct Grant {
+    pub name: Arc<str>,
+    pub scope: Scope,
+    hash: Hash,
+    expires: Option<u64>,
+}
+
+/// The reloadable table of tokens.
+pub type Tokens = Fresh<TokenTable>;
+
+/// Table of tokens, by the first bytes of their hashes.
+///
+/// Hashes are compared in constant time, even if there is none to compare with. The time to look up the first bytes reveals
+/// nothing about a token.
+pub struct TokenTable {
+    tokens: HashMap<First, Vec<(Hash, Token)>>,
+    clock: Clock,
+}
+
+type Hash = [u8; 32];
+type First = [u8; 8];
+
+/// Dummy hash for a comparison in constant time.
+const NOBODY: Hash = [0; 32];
+
+/// Loads the token file, and reloads it when it changes.
+pub fn load(file: &Path, clock: Clock) -> Result<Arc<Tokens>> {
+    let file = file.to_owned();
+    Fresh::new("the token file", vec![file.clone()], move || {
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read --tokens {}", file.display()))?;
+        TokenTable::parse(&text, &clock).with_context(|| format!("--tokens {}", file.display()))
+    })
+}
+
+impl TokenTable {
+    fn parse(text: &str, clock: &Clock) -> Result<Self> {
+        let mut tokens: HashMap<First, Vec<(Hash, Token)>> = HashMap::new();
+        for (hash, token) in file::parse(text)? {
+            tokens.entry(first(&hash)).or_default().push((hash, token));
+        }
+        Ok(Self { tokens, clock: clock.clone() })
+    }
+
+    /// Authenticates and authorizes a request.
+    ///
+    /// The path prefix of a token is enforced here and not passed to the guest: which keys a path names depends on the guest,
+    /// so no key prefix follows from it.
+    pub fn check(&self, head: &Parts) -> Result<Grant, Refusal> {
+        let (hash, token) = self.find(&head.headers)?;
+        token.allow(hash, &head.method, head.uri.path())
+    }
+
+    /// Checks that an earlier grant is still valid.
+    fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Refusal> {
+        let token = self.known(&grant.hash).ok_or_else(unknown)?;
+        self.check_expiry(token)?;
+        let now = token.allow(grant.hash, method, path)?;
+        // The response of the guest was for this name and scope.
+        let holds = now.name == grant.name && now.scope >= grant.scope;
+        if holds { Ok(()) } else { Err(forbidden("the permissions of the token were reduced during the request")) }
+    }
+
+    /// Authenticates and authorizes a request to the admin listener. Returns the name of the token.
+    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> Result<Arc<str>, Refusal> {
+        let (_, token) = self.find(headers)?;
+        if token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed) {
+            Ok(Arc::clone(&token.name))
+        } else {
+            Err(forbidden("the token is not valid for the admin listener"))
+        }
+    }
+
+    fn known(&self, hash: &Hash) -> Option<&Token> {
+        match self.tokens.get(&first(hash)) {
+            Some(same_prefix) => same_prefix.iter().find(|(other, _)| other.ct_eq(hash).into()).map(|(_, token)| token),
+            None => {
+                black_box(NOBODY.ct_eq(hash));
+                None
+            }
+        }
+    }
+
+    fn find(&self, headers: &HeaderMap) -> Result<(Hash, &Token), Refusal> {
+        let mut given = headers.get_all(header::AUTHORIZATION).iter();
+        let token = match (given.next(), given.next()) {
+            (None, _) => return Err(unauthorized("a bearer token is required: Authorization: Bearer TOKEN", "")),
+            (Some(only), None) => bearer(only.as_bytes()),
+            _ => None,
+        };
+        let hash = token.map(hash).ok_or_else(unknown)?;
+        let token = self.known(&hash).ok_or_else(unknown)?;
+        self.check_expiry(token)?;
+        Ok((hash, token))
+    }
+
+    fn check_expiry(&self, token: &Token) -> Result<(), Refusal> {
+        match self.remaining(token.expires) {
+            Some(Duration::ZERO) => Err(unauthorized("the token has expired", ", error=\"invalid_token\"")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Time until an expiry. None without one.
+    fn remaining(&self, expires: Option<u64>) -> Option<Duration> {
+        expires.map(|expires| Duration::from_millis(expires.saturating_sub(self.clock.unix_ms())))
+    }
+}
+
+impl Token {
+    fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Refusal> {
+        let needed = if head::is_safe(method) { Scope::Read } else { Scope::Write };
+        if self.scope < needed {
+            let is_of_metrics = self.scope == Scope::Metrics;
+            return Err(forbidden(if is_of_metrics { "the token is for metrics" } else { "the token is read-only" }));
+        }
+        if let Some(prefix) = &self.prefix
+            && !within(prefix, path)
+        {
+            return Err(forbidden("the token is not valid for this path"));
+        }
+        // A token with a path prefix is never valid for the admin listener.
+        let scope = if self.prefix.is_some() { self.scope.min(Scope::Write) } else { self.scope };
+        Ok(Grant { name: Arc::clone(&self.name), scope, hash, expires: self.expires })
+    }
+}
+
+/// Authorization of a streaming or waiting request.
+pub struct Standing {
+    pub tokens: Arc<Tokens>,
+    pub grant: Grant,
+    pub method: Method,
+    pub uri: Uri,
+}
+
+impl Standing {
+    /// Waits until the authorization is revoked, and returns the response for it.
+    pub async fn revoked(&self) -> Refusal {
+        // Before the first check, so that no reload is missed.
+        let mut renewals = self.tokens.renewals();
+        loop {
+            let table = self.tokens.get();
+            if let Err(refusal) = table.check_again(&self.grant, &self.method, self.uri.path()) {
+                return refusal;
+            }
+            match table.remaining(self.grant.expires) {
+                Some(remaining) => drop(timeout(remaining.min(RECHECK_INTERVAL), renewals.changed()).await),
+                None if renewals.changed().await.is_err() => pending().await,
+                None => {}
+            }
+        }
+    }
+}
+
+/// Waits for a revocation; never returns without tokens.
+pub async fn revoked(standing: Option<&Standing>) -> Refusal {
+    match standing {
+        Some(standing) => standing.revoked().await,
+        None => pending().await,
+    }
+}
+
+fn unknown() -> Refusal {
+    unauthorized("the token is unknown", ", error=\"invalid_token\"")
+}
+
+fn first(hash: &Hash) -> First {
+    std::array::from_fn(|index| hash[index])
+}
+
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// Returns whether a path, as sent, lies below a prefix, however the guest normalizes it: dot segments are excluded.
+fn within(prefix: &str, path: &str) -> bool {
+    let plain =
+        path.to_ascii_lowercase().replace("%2e", ".").replace("%2f", "/").replace("%5c", "/").replace('\\', "/");
+    path.starts_with(prefix) && !plain.split('/').any(|segment| matches!(segment, "." | ".."))
+}
+
+fn unauthorized(reason: &str, error: &str) -> Refusal {
+    challenge(refuse(StatusCode::UNAUTHORIZED, reason), error)
+}
+
+fn forbidden(reason: &str) -> Refusal {
+    challenge(refuse(StatusCode::FORBIDDEN, reason), ", error=\"insufficient_scope\"")
+}
+
+/// Adds the challenge of RFC 6750.
+fn challenge(mut response: Answer, error: &str) -> Refusal {
+    if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"kvs\"{error}")) {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
+    }
+    response.into()
+}
+
+fn hash(token: &[u8]) -> Hash {
+    Sha256::digest(token).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_below_prefix_must_be_unambiguous() {
+        for (path, below) in [
+            ("/v1/team-a", true),
+            ("/v1/team-a/x", true),
+            ("/v1/team-b", false),
+            ("/v1", false),
+            ("/v1/team%2Da", false),
+            ("/v1/team-a/../team-b", false),
+            ("/v1/team-a/%2e%2E/team-b", false),
+            ("/v1/team-a/..%2Fteam-b", false),
+            ("/v1/team-a%2f..%2Fteam-b", false),
+            ("/v1/team-a/..\\team-b", false),
+            ("/v1/team-a/..%5cteam-b", false),
+            ("/v1/team-a/./x", false),
+            ("/v1/team-a/..x", true),
+        ] {
+            assert_eq!(within("/v1/team-a", path), below, "{path}");
+        }
+    }
+}

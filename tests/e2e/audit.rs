@@ -1,0 +1,81 @@
+//! The audit trail: who did what that changes a server for everybody.
+
+use std::fs;
+use std::process::Command;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::access::Tokens;
+use crate::components::DEFAULT_GUEST;
+use crate::server::{Server, kvs};
+use crate::swap::{component, copy_of, status, swap};
+use crate::unruly::guest;
+use crate::wire::Connection;
+
+const JSON: [&str; 2] = ["--log-format", "json"];
+
+fn record(line: &str) -> Value {
+    let record: Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!((&record["message"], &record["level"]), (&"audit".into(), &"INFO".into()));
+    record
+}
+
+#[test]
+fn swap_is_recorded_with_digest_principal_and_request_id() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "admin"]);
+    // The address is not that of this machine alone, so that a token is asked for.
+    let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"];
+    let server = Server::start(&[&JSON[..], &["--probation", "1ms"], &args].concat());
+    let bearer = format!("Bearer {alice}");
+    let headers = [("authorization", &*bearer), ("x-request-id", "change-7")];
+    let put = |component: &[u8]| Connection::open(server.admin()).ask_with("PUT", "/guest", &headers, component).status;
+    assert_eq!(put(&component(guest())), 200);
+    let done = record(&server.says("\"target\":\"audit\""));
+    for (field, value) in
+        [("action", "swap"), ("outcome", "success"), ("principal", "alice"), ("request_id", "change-7")]
+    {
+        assert_eq!(done[field], value, "{done}");
+    }
+    assert_eq!(done["object"].as_str().map(str::len), Some(64), "{done}");
+    assert_eq!(put(b"nonsense"), 422);
+    let failed = record(&server.says("\"outcome\":\"it is not WebAssembly\""));
+    assert_eq!((&failed["action"], &failed["principal"]), (&"swap".into(), &"alice".into()));
+}
+
+#[test]
+fn reload_is_recorded_with_its_cause() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let file = data.path().join("guest.wasm");
+    fs::write(&file, component(DEFAULT_GUEST)).expect("it can be written");
+    let server = Server::start(&["--probation", "1ms", file.to_str().expect("a temporary path is text")]);
+    fs::write(&file, copy_of(DEFAULT_GUEST)).expect("it can be written");
+    server.signal(Signal::HUP);
+    let line = server.says("audit action=\"swap\"");
+    let digest = status(&server)["sha256"].as_str().expect("a guest has a digest").to_owned();
+    assert!(line.contains(&digest) && line.contains("principal=\"SIGHUP\""), "{line}");
+    // Nobody is known where no token is asked for.
+    assert_eq!(swap(&server, &component(guest())).status, 200);
+    let line = server.says_again("audit action=\"swap\"", 2);
+    assert!(!line.contains("principal") && line.contains("request_id"), "{line}");
+}
+
+#[test]
+fn new_token_is_recorded_with_the_user() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let recorded = |mut command: Command| {
+        let output = command.args(JSON).output().expect("the binary under test can be started");
+        let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{lines}");
+        let line =
+            lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")).to_owned();
+        let record = record(&line);
+        assert!(record["principal"].as_str().is_some_and(|user| user.starts_with("uid=")), "{record}");
+        (record["action"].clone(), record["object"].clone())
+    };
+    let mut create = kvs();
+    create.args(["token", "create", "bob", "--tokens"]).arg(data.path().join("tokens"));
+    assert_eq!(recorded(create), ("token-create".into(), "bob".into()));
+}
