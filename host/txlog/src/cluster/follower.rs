@@ -256,7 +256,10 @@ impl Follower {
 
 /// Formats that the frames before a position are not there.
 pub fn purged(name: &str, first: u64) -> String {
-    format!("the first {} frames of the log in the {name} are gone: it was purged by hand; restore it from a copy", first - 1)
+    format!(
+        "the first {} frames of the log in the {name} are gone: it was purged by hand; restore it from a copy",
+        first - 1
+    )
 }
 
 /// Reads the last frame of the log, which is all that a process needs to know in order to go on from there: its replay

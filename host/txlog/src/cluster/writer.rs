@@ -114,6 +114,9 @@ impl Writer {
     fn put(&mut self, shared: &Shared, bytes: Bytes, batch: Option<Batch<Entries>>) {
         let sent = shared.env.clock.now();
         self.sent = sent;
+        if is_mutant("WatchBeforeDurable") {
+            shared.watermark.advance(self.end.sequence);
+        }
         self.outcomes.push_back(shared.engine.put(self.end.position - 1, bytes.clone()));
         self.in_flight.push_back(InFlight { bytes, sent, tip: self.end, batch });
     }
