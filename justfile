@@ -137,8 +137,10 @@ bench-quick *UPDATE: _build (_tool "valgrind")
 [group('develop')]
 soak: _build (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
+    KVS_CLUSTER_HISTORIES=1000000 cargo test --release --package kvs-txlog --features cluster -- --nocapture cluster::tests::histories::nothing
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --package kvs-tests --test e2e -- --nocapture nats::killed
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
@@ -221,7 +223,7 @@ lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
-    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml
+    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml deploy/nats/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
     target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
