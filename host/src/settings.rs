@@ -1,6 +1,8 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
 pub mod backup;
+#[cfg(feature = "nats")]
+mod jetstream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,8 +12,13 @@ use bytesize::ByteSize;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use hyper::header::HeaderValue;
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::nats;
 use kvs_txlog::file::Durability;
-use kvs_txlog::postgres::Url;
+use kvs_txlog::postgres;
+
+#[cfg(feature = "nats")]
+pub use self::jetstream::Nats;
 
 use crate::admin::host_name;
 use crate::edge::cors::origin;
@@ -63,13 +70,16 @@ pub struct Serve {
     #[arg(long, env = "KVS_CHECK")]
     pub check: bool,
 
-    /// Storage of the transaction log: files, or a database, postgres://USER@HOST/DATABASE
+    /// Storage of the transaction log: files, a database, postgres://USER@HOST/DATABASE, or NATS JetStream,
+    /// nats://HOST,HOST,HOST/NAME
     ///
-    /// The password of the database is best given in PGPASSWORD or a password file.
+    /// The password of the database is best given in PGPASSWORD or a password file, and the secrets of NATS in a file that the
+    /// URL names: ?creds=FILE or ?nkey=FILE.
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
     pub txlog: TxlogStorage,
 
-    /// Timeout of one call of the database that holds the transaction log; at least ten seconds before the server serves
+    /// Timeout of one call of the database that holds the transaction log; at least ten seconds before the server serves. NATS
+    /// has fixed ones
     #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub txlog_timeout: Duration,
 
@@ -81,9 +91,14 @@ pub struct Serve {
     #[arg(long, env = "KVS_STALE_READS")]
     pub stale_reads: bool,
 
-    /// Read lease of a primary that has a standby: for how long it answers reads without the database, and a standby waits
-    #[arg(long, env = "KVS_READ_LEASE", value_name = "TIME", default_value = "2s", value_parser = read_lease)]
-    pub read_lease: Duration,
+    /// Read lease of a primary: for how long it answers reads without the database or NATS, and a standby waits. 2s with a
+    /// database, and only with a standby; 10s with NATS
+    #[arg(long, env = "KVS_READ_LEASE", value_name = "TIME", value_parser = read_lease)]
+    pub read_lease: Option<Duration>,
+
+    #[cfg(feature = "nats")]
+    #[command(flatten)]
+    pub nats: Nats,
 
     /// Durability of an acknowledged write: `sync` survives a power cut, `os` the end of the process
     #[arg(long, env = "KVS_DURABILITY", default_value = "sync", value_name = "sync|os",
@@ -410,13 +425,20 @@ impl Guest {
 #[derive(Clone, Debug)]
 pub enum TxlogStorage {
     File,
-    Postgres(Url),
+    Postgres(postgres::Url),
+    #[cfg(feature = "nats")]
+    Nats(nats::Url),
 }
 
 // A URL is checked when it is used: a rejected flag is shown whole, password included.
 impl From<&str> for TxlogStorage {
     fn from(text: &str) -> Self {
-        if text == "file" { Self::File } else { Self::Postgres(text.into()) }
+        match text {
+            "file" => Self::File,
+            #[cfg(feature = "nats")]
+            text if text.starts_with("nats://") => Self::Nats(text.into()),
+            text => Self::Postgres(text.into()),
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! Log of a server under test: files in its data directory, or, where `KVS_TEST_LOG` is the URL of a PostgreSQL server, a
-//! database there.
+//! database there, and where it is that of NATS, a stream there.
 
 use std::path::Path;
 use std::process::Command;
@@ -21,9 +21,20 @@ pub fn kvs_at(data: &Path) -> Command {
     let mut command = kvs();
     command.env("KVS_DATA_DIR", data);
     if let Ok(url) = std::env::var("KVS_TEST_LOG") {
-        command.env("KVS_TXLOG", database(&url, data));
+        let log = if url.starts_with("nats://") { stream(&url, data) } else { database(&url, data) };
+        command.env("KVS_TXLOG", log);
+    }
+    if let Ok(monitors) = std::env::var("KVS_TXLOG_MONITOR") {
+        command.env("KVS_TXLOG_MONITOR", monitors);
     }
     command
+}
+
+/// Returns the URL of the log of this directory.
+fn stream(url: &str, data: &Path) -> String {
+    let name = data.to_str().expect("a temporary path is text").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    let servers = url.rsplit_once('/').expect("the URL names a log").0;
+    format!("{servers}/{name}")
 }
 
 /// Returns the URL of the database of this directory, and creates it when it is missing.

@@ -10,7 +10,7 @@
 //! `diagnostics` that nothing depends on whether anybody looks; `audit` who changed a server, `traps` what is reported of a guest that fails; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
 //! `upgrade` that nobody notices another process; `response_cache` that what is reused is right; `commands` what the client in the binary
 //! does; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
-//! database.
+//! database, and `nats` one in NATS JetStream.
 
 mod access;
 mod access_log;
@@ -51,6 +51,7 @@ mod log;
 mod log_command;
 mod long_poll;
 mod metrics;
+mod nats;
 mod online_backup;
 mod openapi;
 mod operations;

@@ -337,6 +337,7 @@ fn deployment_files_use_known_settings() {
     for path in [
         "Dockerfile",
         "deploy/compose.yaml",
+        "deploy/nats/compose.yaml",
         "deploy/pair/compose.yaml",
         "deploy/pair/pair.conf",
         "deploy/kubernetes/kvs.yaml",

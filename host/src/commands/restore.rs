@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "nats")]
+use anyhow::bail;
 use anyhow::{Context, Result};
 use kvs_runtime::Env;
 use kvs_txlog::backup::{Until, check};
@@ -46,6 +48,11 @@ pub fn run(args: &Restore) -> Result<()> {
         match &to.txlog {
             TxlogStorage::File => file::restore(&to.data_dir, &restoration)?,
             TxlogStorage::Postgres(url) => PostgresLog::restore(url, &restoration)?,
+            #[cfg(feature = "nats")]
+            TxlogStorage::Nats(_) => bail!(
+                "a log in NATS cannot be restored from a backup directly: restore it into a --data-dir, export that log with \
+                 kvs txlog export, and import it with kvs txlog import under a new name"
+            ),
         }
         let (last, incarnation) = (restoration.last, restoration.incarnation);
         notice(format_args!(

@@ -14,7 +14,7 @@ use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
@@ -38,6 +38,11 @@ use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::subscribers::{Keys, Selection};
+
+/// Maximum time for which a read waits for the renewal of an expired lease: an engine that elects a leader can take a little
+/// longer than the lease.
+const LEASE_WAIT: time::Duration = time::Duration::from_millis(1_500);
+const LEASE_POLL: time::Duration = time::Duration::from_millis(20);
 
 /// What one request over HTTP/1.1 can hold without being charged for it: there is one at a time.
 const FREE: usize = 4 << 10;
@@ -309,10 +314,8 @@ impl Service {
         };
         match reached {
             // What was appended is durable, whoever writes by now.
-            Ok(Ok(())) => match self.changes.reads_refused() {
-                Some(reason) if !answer.appended => Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into()),
-                _ => Ok(()),
-            },
+            Ok(Ok(())) if answer.appended => Ok(()),
+            Ok(Ok(())) => self.has_lease(deadline).await,
             Ok(Err(unknown)) => {
                 let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string());
                 Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
@@ -326,6 +329,18 @@ impl Service {
                 Err(beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, late)).into())
             }
         }
+    }
+
+    /// Checks the read lease. One that has expired may be renewed soon: then nobody has taken over since the guest's call.
+    async fn has_lease(&self, deadline: Instant) -> Result<(), Refusal> {
+        let until = deadline.min(Instant::now() + LEASE_WAIT);
+        while let Some(reason) = self.changes.reads_refused() {
+            if self.changes.read_only().is_some() || Instant::now() >= until {
+                return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
+            }
+            sleep(LEASE_POLL).await;
+        }
+        Ok(())
     }
 
     /// Whether anything is done for a request at all, for whom, and what the client may do.

@@ -27,10 +27,10 @@ pub struct GroupCommit {
     idle: AtomicBool,
     /// A batch is delayed, and the writer must be notified when the threads are idle.
     delays: AtomicBool,
-    /// Number of appends that wait for a commit, and of those in the commit in progress.
+    /// Number of appends that wait for a commit, and of those in the commits in flight.
     waiting: AtomicU64,
     committing: AtomicU64,
-    /// Number of clients: those that the last commit answered, and those that waited for the next one then.
+    /// Number of clients: those that the last commit answered, and those that waited for another one then.
     clients: AtomicU64,
     /// Moving average of the duration of a commit, in nanoseconds.
     commit_ns: AtomicU64,
@@ -83,7 +83,8 @@ impl GroupCommit {
 
     /// Returns whether a batch is not delayed, whatever the threads do: it is large, or all clients wait for it.
     fn is_due(&self, bytes: u64) -> bool {
-        let (waiting, clients) = (self.waiting.load(Ordering::Relaxed), self.clients.load(Ordering::Relaxed));
+        let waiting = self.waiting.load(Ordering::Relaxed) + self.committing.load(Ordering::Relaxed);
+        let clients = self.clients.load(Ordering::Relaxed);
         #[cfg(test)]
         match () {
             () if mutants::is(Mutant::LoneClientDelayed) => return bytes >= LARGE_BATCH_BYTES,
@@ -93,15 +94,17 @@ impl GroupCommit {
         bytes >= LARGE_BATCH_BYTES || waiting >= clients
     }
 
-    /// The writer takes all that waits.
-    pub fn taken(&self) {
-        self.committing.store(self.waiting.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+    /// The writer takes all that waits. Returns its number of appends.
+    pub fn taken(&self) -> u64 {
+        let appends = self.waiting.swap(0, Ordering::Relaxed);
+        self.committing.fetch_add(appends, Ordering::Relaxed);
+        appends
     }
 
     /// The commit of what was taken took this long.
-    pub fn committed(&self, took: Duration) {
-        let clients = self.committing.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed);
-        self.clients.store(clients, Ordering::Relaxed);
+    pub fn committed(&self, appends: u64, took: Duration) {
+        let committing = self.committing.fetch_sub(appends, Ordering::Relaxed);
+        self.clients.store(committing + self.waiting.load(Ordering::Relaxed), Ordering::Relaxed);
         let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let before = self.commit_ns.load(Ordering::Relaxed);
         let average = if before == 0 { took } else { before - before / 8 + took / 8 };

@@ -14,6 +14,8 @@ use uuid::Uuid;
 pub mod backup;
 pub mod change;
 pub mod change_feed;
+#[cfg(feature = "cluster")]
+pub mod cluster;
 mod event;
 pub mod file;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -22,6 +24,8 @@ mod group_commit;
 mod incarnation;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(feature = "remote")]
+mod remote;
 mod restoration;
 mod standby;
 pub mod subscribers;

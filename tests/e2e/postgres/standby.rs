@@ -304,7 +304,7 @@ fn deposed_primary_restarts_as_standby() {
 }
 
 /// Sends a request on a connection of its own, and does not wait for the answer.
-fn send(server: &Server, request: &str, body: &str) -> TcpStream {
+pub fn send(server: &Server, request: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.address()).expect("the system accepts connections");
     let length = body.len();
     let request =
@@ -314,7 +314,7 @@ fn send(server: &Server, request: &str, body: &str) -> TcpStream {
 }
 
 /// The answer, as far as it comes.
-fn answer(stream: &mut TcpStream) -> String {
+pub fn answer(stream: &mut TcpStream) -> String {
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket has a timeout");
     let mut answer = Vec::new();
     // A connection that is reset has none.

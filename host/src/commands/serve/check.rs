@@ -19,6 +19,8 @@ pub fn check(args: &Serve, env: &Env) -> Result<()> {
     match &args.txlog {
         TxlogStorage::File => file_options(args, None, env.clone()).check()?,
         TxlogStorage::Postgres(url) => url.check()?,
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => url.check()?,
     }
     let limits = args.guest.limits(args.max_value_bytes, args.shards)?;
     let engine = Engine::new(limits, args.guest.guest_config.clone(), None, 0, env)?;

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{Standby, TransactionLog};
@@ -58,10 +60,10 @@ pub async fn open_log(
             Ok(Opened { log: log.clone(), followed: None, handed_over: Some(log), standby: None })
         }
         TxlogStorage::Postgres(url) => {
-            let data = args.data_dir.display();
-            std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))?;
+            make_data_dir(args)?;
             let manner = postgres::Manner { begin: true, standby: args.standby };
-            let (url, timeout, lease, retain) = (url.clone(), args.txlog_timeout, args.read_lease, args.backup.retain);
+            let (url, timeout, retain) = (url.clone(), args.txlog_timeout, args.backup.retain);
+            let lease = args.read_lease.unwrap_or(postgres::READ_LEASE);
             let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
             let options =
                 postgres::Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env };
@@ -70,7 +72,27 @@ pub async fn open_log(
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
             Ok(Opened { log, followed, handed_over: None, standby: None })
         }
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => {
+            make_data_dir(args)?;
+            let (url, data, standby) = (url.clone(), args.data_dir.clone(), args.standby);
+            let lease = args.read_lease.unwrap_or(cluster::READ_LEASE);
+            let group_bytes = Some(args.guest.group_bytes(args.max_value_bytes));
+            let options = cluster::Options { group_bytes, standby, lease, advertise, env };
+            let (monitors, allow_unsafe) = (args.nats.txlog_monitor.clone(), args.nats.allow_unsafe_txlog);
+            let checks = nats::Checks { begin: true, allow_unsafe, monitors };
+            let opened = task::spawn_blocking(move || nats::open(&url, &checks, Some(&data), &options));
+            let log = Arc::new(opened.await??);
+            metrics.add(log.clone());
+            let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
+            Ok(Opened { log, followed, handed_over: None, standby: None })
+        }
     }
+}
+
+fn make_data_dir(args: &Serve) -> Result<()> {
+    let data = args.data_dir.display();
+    std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))
 }
 
 /// Loads the guest that is to serve.

@@ -5,6 +5,8 @@ use std::io::{BufWriter, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::nats;
 use kvs_txlog::file::Offline;
 use kvs_txlog::postgres::PostgresLog;
 use kvs_txlog::{Entry, EventRef, Receive, TransactionLog};
@@ -22,6 +24,11 @@ pub fn all(at: &StorageArgs, out: &mut dyn Write, print: fn(&Entry<'_>, &mut Str
         }
         TxlogStorage::Postgres(url) => {
             let log = PostgresLog::at_rest(url, false)?;
+            entries(log.appended(), |receive| log.replay(0, receive), out, print)
+        }
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => {
+            let log = nats::read(url)?;
             entries(log.appended(), |receive| log.replay(0, receive), out, print)
         }
     }

@@ -10,6 +10,8 @@ use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
 
 use kvs_runtime::Env;
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::nats;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
 use kvs_txlog::postgres::{PostgresLog, Url, cloud_native_go};
 use kvs_txlog::text::{self, Format};
@@ -38,6 +40,8 @@ pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&P
             import(&source, &FileLog::open(options)?)
         }
         TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => import(&source, &nats::at_rest(url)?),
     }
 }
 

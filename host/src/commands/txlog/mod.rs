@@ -13,6 +13,8 @@ use anyhow::bail;
 use bytesize::ByteSize;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+#[cfg(feature = "nats")]
+use kvs_txlog::cluster::nats;
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
@@ -88,7 +90,8 @@ pub struct StorageArgs {
     #[arg(long, env = "KVS_DATA_DIR", value_name = "DIR", default_value = "./data")]
     pub data_dir: PathBuf,
 
-    /// Storage of the transaction log: files, or a database, postgres://USER@HOST/DATABASE
+    /// Storage of the transaction log: files, a database, postgres://USER@HOST/DATABASE, or NATS JetStream,
+    /// nats://HOST,HOST,HOST/NAME
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
     pub txlog: TxlogStorage,
 }
@@ -99,6 +102,8 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
         TxlogCommand::Verify { at } => match &at.txlog {
             TxlogStorage::File => verify_log(&at.data_dir, out),
             TxlogStorage::Postgres(url) => verify_rows(url, out),
+            #[cfg(feature = "nats")]
+            TxlogStorage::Nats(url) => verify_frames(url, out),
         },
         TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
@@ -111,6 +116,8 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
                 notice(format_args!("compacted: {left} entries remain"));
                 Ok(())
             }
+            #[cfg(feature = "nats")]
+            TxlogStorage::Nats(_) => bail!("a log in NATS keeps every entry, it cannot be compacted"),
         },
         TxlogCommand::Fork { at } => fork(&at, out),
     }
@@ -124,6 +131,23 @@ fn format() -> impl TypedValueParser<Value = Format> {
 /// Verifies a log in a database, by a replay, which rejects corrupt rows.
 fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = PostgresLog::at_rest(url, false)?;
+    let (all, newest) = replayed(&log)?;
+    writeln!(out, "schema kvs: {}", log.schema())?;
+    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
+    Ok(())
+}
+
+/// Verifies a log in NATS, by a replay, which checks every frame and the chain of them.
+#[cfg(feature = "nats")]
+fn verify_frames(url: &nats::Url, out: &mut dyn Write) -> anyhow::Result<()> {
+    let log = nats::read(url)?;
+    let (all, newest) = replayed(&log)?;
+    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
+    Ok(())
+}
+
+/// Reads a whole log, and returns the number of entries and the newest sequence.
+fn replayed(log: &dyn TransactionLog) -> anyhow::Result<(usize, u64)> {
     let (bar, mut all) = (bar(log.appended(), "entries"), 0);
     let newest = log.replay(0, &mut |entries| {
         all += entries.len();
@@ -131,9 +155,7 @@ fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
         Ok(())
     })?;
     bar.finish_and_clear();
-    writeln!(out, "schema kvs: {}", log.schema())?;
-    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
-    Ok(())
+    Ok((all, newest))
 }
 
 fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
@@ -189,6 +211,8 @@ fn fork(at: &StorageArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let Incarnation { id, fork, first, .. } = match &at.txlog {
         TxlogStorage::File => Offline::fork(&at.data_dir)?,
         TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, false)?.fork()?,
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(_) => bail!("a log in NATS cannot be forked: export it, and import it under another name"),
     };
     writeln!(out, "began incarnation {id}: the log continues after sequence {fork} with {first}")?;
     Ok(())

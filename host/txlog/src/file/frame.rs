@@ -22,7 +22,9 @@ const CHECKSUM_AT: usize = 60;
 pub const ENTRIES: u8 = 0;
 pub const CLOSE: u8 = 1;
 pub const INCARNATION: u8 = 2;
-// 3 is reserved for a claim in a replicated log.
+// In replicated logs only: a claim begins an epoch, a heartbeat says that its holder is alive.
+pub const CLAIM: u8 = 3;
+pub const HEARTBEAT: u8 = 5;
 /// The last frame of a backup, which no log contains.
 pub const TRAILER: u8 = 4;
 

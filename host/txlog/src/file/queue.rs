@@ -42,6 +42,8 @@ pub struct Queue {
 struct State {
     /// The last is being filled. Each is one write and one sync.
     frames: VecDeque<Builder>,
+    /// Number of appends in the one being written.
+    committing: u64,
     /// Of all frames here and the one being written.
     bytes: u64,
     next: u64,
@@ -173,7 +175,7 @@ impl Queue {
             match (state.end, state.frames.pop_front()) {
                 (Some(End::Failed), _) => return Work::Failed,
                 (_, Some(frame)) => {
-                    self.group_commit.taken();
+                    state.committing = self.group_commit.taken();
                     return Work::Write(frame);
                 }
                 (Some(End::Closed), None) => return Work::Closed,
@@ -224,7 +226,7 @@ impl Queue {
     /// A frame that was taken is on disk, which took this long, and this much room is left after it.
     pub fn written(&self, frame: Builder, room: u64, took: Duration) {
         let mut state = self.lock();
-        self.group_commit.committed(took);
+        self.group_commit.committed(state.committing, took);
         state.room = room;
         // Each frame was counted with the most padding it can need; an empty queue holds nothing.
         let queued: u64 = state.frames.iter().map(|frame| frame.len() as u64 + frame::ALIGNMENT as u64 - 1).sum();

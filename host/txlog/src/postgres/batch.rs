@@ -1,8 +1,7 @@
-//! A batch: consecutive entries that are committed together, as columns.
-
-use std::time::Instant;
+//! The columns of a batch, as they are committed together.
 
 use crate::Event;
+use crate::remote::queue::Content;
 
 /// Event types, as in the table of *Cloud Native Go*.
 pub const DELETE: i16 = 1;
@@ -11,12 +10,9 @@ pub const PUT: i16 = 2;
 /// Overhead of an entry beside its key, value and metadata, as limits count it.
 const ENTRY_BYTES: u64 = 32;
 
-/// A batch of entries.
-pub struct Batch {
-    /// The last sequence before the batch.
-    pub before: u64,
-    /// Sequence of its first entry.
-    pub first: u64,
+/// Columns of a batch of entries.
+#[derive(Default)]
+pub struct Columns {
     pub times: Vec<i64>,
     pub types: Vec<i16>,
     pub keys: Vec<Vec<u8>>,
@@ -25,37 +21,21 @@ pub struct Batch {
     /// JSON: a list of pairs of name and value, in order.
     pub metadata: Vec<Option<String>>,
     pub expires: Vec<Option<i64>>,
-    pub bytes: u64,
-    pub begun: Instant,
 }
 
-impl Batch {
-    pub fn new(before: u64, first: u64, begun: Instant) -> Self {
-        Self {
-            before,
-            first,
-            times: Vec::new(),
-            types: Vec::new(),
-            keys: Vec::new(),
-            values: Vec::new(),
-            metadata: Vec::new(),
-            expires: Vec::new(),
-            bytes: 0,
-            begun,
-        }
+impl Content for Columns {
+    fn size(event: &Event) -> u64 {
+        let bytes = match event {
+            Event::Delete(key) => key.len(),
+            Event::Put(put) => {
+                let metadata: usize = put.metadata.iter().map(|(name, value)| 8 + name.len() + value.len()).sum();
+                put.key.len() + put.value.len() + metadata
+            }
+        };
+        ENTRY_BYTES + bytes as u64
     }
 
-    pub fn len(&self) -> u64 {
-        self.keys.len() as u64
-    }
-
-    /// Returns the sequence of its last entry.
-    pub fn last(&self) -> u64 {
-        self.first + self.len() - 1
-    }
-
-    pub fn push(&mut self, time: u64, event: &Event) {
-        self.bytes += size(event);
+    fn push(&mut self, time: u64, event: &Event) {
         // The contract has unsigned numbers, the database signed ones: the bits are kept.
         self.times.push(time.cast_signed());
         match event {
@@ -77,14 +57,16 @@ impl Batch {
     }
 }
 
-/// Returns the size of an event, as limits count it.
-pub fn size(event: &Event) -> u64 {
-    let bytes = match event {
-        Event::Delete(key) => key.len(),
-        Event::Put(put) => {
-            let metadata: usize = put.metadata.iter().map(|(name, value)| 8 + name.len() + value.len()).sum();
-            put.key.len() + put.value.len() + metadata
-        }
-    };
-    ENTRY_BYTES + bytes as u64
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Put;
+
+    #[test]
+    fn size_counts_metadata_and_overhead() {
+        let metadata = vec![("name".into(), "of it".into())];
+        let put = Put { key: "key".into(), value: vec![0; 100], metadata, expires: None };
+        assert_eq!(Columns::size(&Event::Put(put)), 32 + 3 + 100 + 8 + 9);
+        assert_eq!(Columns::size(&Event::Delete("key".into())), 32 + 3);
+    }
 }

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::breaker::BreakerState;
 use super::{PostgresLog, Shared};
 use crate::TransactionLog;
+use crate::remote::breaker::BreakerState;
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
 pub struct Metrics {

@@ -39,17 +39,14 @@
 //! deadline; the writer repeats the batch until the database reports its outcome. New writes are rejected at once.
 
 mod batch;
-mod breaker;
 pub mod cloud_native_go;
 mod compactor;
 mod conditions;
 mod epoch;
 mod incarnations;
-mod lease;
 mod metrics;
 mod opening;
 mod pooler;
-mod queue;
 mod replay;
 mod restore;
 mod schema;
@@ -77,19 +74,20 @@ use uuid::Uuid;
 pub use self::opening::Manner;
 pub use self::target::Url;
 
-use self::breaker::Breaker;
+use self::batch::Columns;
 use self::compactor::CompactionParams;
 use self::conditions::Conditions;
 use self::epoch::Epoch;
-use self::lease::Lease;
 use self::metrics::Metrics;
 use self::opening::{Holding, Opened};
-use self::queue::{End, Queue};
 use self::session::{Failure, Session};
 use self::target::Target;
 use self::writer::Writer;
 use super::file::Durability;
 use super::{Condition, History, Incarnation, News, Receive, Standby, TransactionLog, Watermark};
+use crate::remote::breaker::Breaker;
+use crate::remote::lease::Lease;
+use crate::remote::queue::{End, Queue};
 use crate::standby::end_of_log;
 use crate::{AppendError, Event};
 
@@ -97,6 +95,9 @@ use crate::{AppendError, Event};
 const MAX_CONCURRENT_REPLAYS: usize = 4;
 /// Maximum size of a group: it is one message to the database, which accepts at most a gigabyte.
 const GROUP_BYTES: u64 = 256 << 20;
+
+/// Maximum size of a batch.
+const BATCH_BYTES: u64 = 4 << 20;
 
 /// Default read lease.
 pub const READ_LEASE: Duration = Duration::from_secs(2);
@@ -146,7 +147,7 @@ struct Shared {
     news: watch::Sender<News>,
     /// History of the log as far as this process has read it: complete once it holds the epoch.
     history: RwLock<Arc<History>>,
-    queue: Queue,
+    queue: Queue<Columns>,
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
@@ -205,10 +206,10 @@ impl PostgresLog {
             epoch,
             log,
             history: RwLock::new(Arc::new(history)),
-            queue: Queue::new(news.newest, group_bytes),
+            queue: Queue::new(news.newest, group_bytes, BATCH_BYTES, env.clock.clone()),
             watermark: Watermark::new(news.newest),
             news: watch::Sender::new(news),
-            breaker: Breaker::new(env.clock.clone()),
+            breaker: Breaker::new("database", env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
             retain: options.retain,
             retained: AtomicU64::new(0),

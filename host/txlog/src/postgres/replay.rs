@@ -9,7 +9,8 @@ use tracing::warn;
 
 use super::batch::{DELETE, PUT};
 use super::session::Failure;
-use super::{Shared, breaker, incarnations};
+use super::{Shared, incarnations};
+use crate::remote::breaker;
 use crate::{Entry, EventRef, History, PutRef};
 use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 

@@ -4,11 +4,11 @@ use std::sync::PoisonError;
 
 use anyhow::{Context, Result, ensure};
 
-use super::batch::Batch;
+use super::batch::Columns;
 use super::incarnations::{self, Identity};
-use super::queue::End;
 use super::{PostgresLog, Running, Url, epoch};
 use crate::change::Change;
+use crate::remote::queue::{Content, End};
 use crate::{Restoration, TransactionLog};
 
 /// Adds entries: $1 their sequences, then the columns.
@@ -45,7 +45,7 @@ impl PostgresLog {
         let insert = handle.block_on(session.prepare(INSERT))?;
         let (mut end, mut horizon) = (0, 0);
         replay(&mut |entries| {
-            let mut batch = Batch::new(0, 0, shared.env.clock.now());
+            let mut batch = Columns::default();
             let mut sequences = Vec::new();
             for entry in entries {
                 horizon = history.missing(end, entry.sequence).unwrap_or(horizon);
@@ -53,7 +53,7 @@ impl PostgresLog {
                 sequences.push(entry.sequence.cast_signed());
                 batch.push(entry.time, &Change::of(entry).event);
             }
-            let Batch { times, types, keys, values, metadata, expires, .. } = &batch;
+            let Columns { times, types, keys, values, metadata, expires } = &batch;
             handle.block_on(session.execute(&insert, &[&sequences, times, types, keys, values, metadata, expires]))?;
             Ok(())
         })?;

@@ -9,9 +9,9 @@ use anyhow::anyhow;
 use tokio_postgres::Statement;
 
 use super::epoch::{self, Epoch, Holder};
-use super::queue::WriterCommand;
 use super::session::{Failure, Kind, Session};
 use super::{News, Shared, incarnations, writer};
+use crate::remote::queue::WriterCommand;
 
 /// Polling interval, hence a bound for the staleness of reads.
 const LOOK: Duration = Duration::from_millis(100);
@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Standby task: polls until it can take the epoch, and then writes. Ends with the log.
 pub async fn run(shared: Arc<Shared>, session: Session, append: Statement) {
     let (mut connection, mut holder) = (Some((session, append)), Holder::new(true, &shared.env.clock));
-    while !matches!(shared.queue.take(LOOK, &shared.env.clock).await, WriterCommand::Closed) {
+    while !matches!(shared.queue.take(LOOK).await, WriterCommand::Closed) {
         shared.breaker.on_attempt();
         match look(&shared, &mut holder, &mut connection).await {
             Ok(None) => shared.breaker.succeeded(),

@@ -19,11 +19,13 @@ use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
 use super::Shared;
-use super::batch::Batch;
+use super::batch::Columns;
 use super::epoch::{self, Epoch};
-use super::queue::WriterCommand;
 use super::session::{Failure, Kind, Session};
+use crate::remote::queue::{Batch, WriterCommand};
 
+/// Number of heartbeats per lease, with a standby.
+const HEARTBEATS: u32 = 4;
 /// Timeout of a shutdown while the database is unavailable.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -83,7 +85,7 @@ impl Writer {
     /// Writes until the log is closed, fails, or is taken over.
     pub async fn run(mut self, shared: Arc<Shared>) {
         loop {
-            let pause = shared.lease.pause();
+            let pause = shared.lease.time / HEARTBEATS;
             let rest =
                 self.last_heartbeat.map_or(Duration::ZERO, |sent| pause.saturating_sub(shared.env.clock.elapsed(sent)));
             // Heartbeats are due even under a constant load of writes. A failed call is retried at once.
@@ -95,7 +97,7 @@ impl Writer {
                 }
                 continue;
             }
-            match shared.queue.take(idle, &shared.env.clock).await {
+            match shared.queue.take(idle).await {
                 WriterCommand::Write(batch) => {
                     if !self.commit(&shared, &batch).await {
                         return;
@@ -125,7 +127,7 @@ impl Writer {
     }
 
     /// Writes one batch, with retries for as long as it takes. Returns false when it never will be written.
-    async fn commit(&mut self, shared: &Shared, batch: &Batch) -> bool {
+    async fn commit(&mut self, shared: &Shared, batch: &Batch<Columns>) -> bool {
         let clock = &shared.env.clock;
         let mut closing = None;
         loop {
@@ -141,7 +143,7 @@ impl Writer {
                 metrics.append.observe_time(clock.elapsed(batch.begun));
                 let took = clock.elapsed(begun);
                 metrics.write.observe_time(took);
-                metrics.batch.observe(batch.len());
+                metrics.batch.observe(batch.len);
                 metrics.written.add(batch.bytes);
                 shared.queue.written(batch, took);
             }
@@ -190,7 +192,7 @@ impl Writer {
     }
 
     /// Makes one attempt to write a batch.
-    async fn attempt(&mut self, shared: &Shared, batch: &Batch) -> Result<Outcome, Failure> {
+    async fn attempt(&mut self, shared: &Shared, batch: &Batch<Columns>) -> Result<Outcome, Failure> {
         let [before, first, last] = [batch.before, batch.first, batch.last()].map(u64::cast_signed);
         let epoch = self.epoch;
         let Connection { session, append, .. } = self.connection(shared).await?;
@@ -199,12 +201,12 @@ impl Writer {
             &before,
             &last,
             &first,
-            &batch.times,
-            &batch.types,
-            &batch.keys,
-            &batch.values,
-            &batch.metadata,
-            &batch.expires,
+            &batch.content.times,
+            &batch.content.types,
+            &batch.content.keys,
+            &batch.content.values,
+            &batch.content.metadata,
+            &batch.content.expires,
         ];
         if session.execute(&*append, &with).await? > 0 {
             return Ok(Outcome::Durable);

@@ -24,8 +24,8 @@ struct Simulation {
     now: u64,
     /// Time of the first append and bytes of the open batch.
     batch: Option<(u64, u64)>,
-    /// End of the commit in progress, and end of the delay.
-    committing: Option<u64>,
+    /// End of the commit in progress and its number of appends, and end of the delay.
+    committing: Option<(u64, u64)>,
     delayed: Option<u64>,
     commits: Vec<u64>,
 }
@@ -60,11 +60,11 @@ impl Simulation {
     }
 
     fn advance(&mut self, until: u64) {
-        while let Some(next) = self.committing.or(self.delayed).filter(|next| *next <= until) {
+        while let Some(next) = self.committing.map(|(end, _)| end).or(self.delayed).filter(|next| *next <= until) {
             self.now = next;
             self.delayed = None;
-            if self.committing.take().is_some() {
-                self.policy.committed(Duration::from_micros(self.commit));
+            if let Some((_, appends)) = self.committing.take() {
+                self.policy.committed(appends, Duration::from_micros(self.commit));
             }
             self.take();
         }
@@ -79,10 +79,10 @@ impl Simulation {
                 self.delayed = Some(self.now.saturating_add(delay));
             }
             None => {
-                self.policy.taken();
+                let appends = self.policy.taken();
                 (self.batch, self.delayed) = (None, None);
                 self.commits.push(self.now);
-                self.committing = Some(self.now + self.commit);
+                self.committing = Some((self.now + self.commit, appends));
             }
         }
     }
@@ -94,8 +94,7 @@ fn after_commit(clients: usize, took: Duration) -> GroupCommit {
     for _ in 0..clients {
         policy.append(100);
     }
-    policy.taken();
-    policy.committed(took);
+    policy.committed(policy.taken(), took);
     policy
 }
 
@@ -145,6 +144,15 @@ fn large_batch_is_not_delayed() {
 #[test]
 fn last_client_ends_the_delay() {
     assert_eq!(Simulation::begin(3, 1_000).run(&[(0, SMALL), (100, SMALL), (250, SMALL)]), [250]);
+}
+
+#[test]
+fn clients_in_flight_are_not_waited_for() {
+    let policy = after_commit(3, Duration::from_secs(1));
+    policy.append(100);
+    policy.append(100);
+    assert_eq!(policy.taken(), 2);
+    assert!(policy.append(100), "the third client is delayed for those in flight");
 }
 
 #[test]

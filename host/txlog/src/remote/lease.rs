@@ -1,4 +1,4 @@
-//! Read lease: the time for which the primary serves reads without contact to the database.
+//! Read lease: the time for which the primary serves reads without contact to the service that stores the log.
 //!
 //! A primary that is paused, or partitioned from the database, cannot know whether another process has taken over and
 //! written. With a standby, it serves reads only while less than 0.8 of the lease have passed since it sent a statement that
@@ -23,8 +23,6 @@ use kvs_runtime::Clock;
 
 /// No expiry.
 const ALWAYS: u64 = u64::MAX;
-/// Number of renewals per lease.
-const RENEWALS: u32 = 4;
 
 /// The read lease of a primary.
 pub struct Lease {
@@ -39,11 +37,6 @@ impl Lease {
     /// Creates a lease without expiry, which lasts until a standby is known.
     pub fn new(time: Duration, clock: &Clock) -> Self {
         Self { time, begun: clock.now(), until: AtomicU64::new(ALWAYS), clock: clock.clone() }
-    }
-
-    /// Returns the time between renewals.
-    pub fn pause(&self) -> Duration {
-        self.time / RENEWALS
     }
 
     /// Returns whether the lease has expired, so that no read may be served.

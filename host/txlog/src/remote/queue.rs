@@ -1,49 +1,68 @@
 //! The write queue: batches of appended events that wait for the writer.
 //!
 //! Owns: the sequences, hence the order of the service, and every reason for which an append is rejected. Events in the
-//! queue were accepted: they will be written, or no later event ever will. Must never know: the database.
+//! queue were accepted: they will be written, or no later event ever will. Must never know: where they are written.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvs_runtime::Clock;
 use tokio::sync::Notify;
-use tokio::time::timeout;
 
-use super::batch::{Batch, size};
 use super::breaker::Breaker;
 use crate::group_commit::GroupCommit;
 use crate::{AppendError, Event};
 
-/// Maximum size of the queue. A database this far behind does not catch up within the deadline of a request.
+/// Maximum size of the queue. A service this far behind does not catch up within the deadline of a request.
 const QUEUE_BYTES: u64 = 32 << 20;
-/// Maximum size of a batch.
-const BATCH_BYTES: u64 = 4 << 20;
+
+/// Consecutive entries in the form in which they are written.
+pub trait Content: Default {
+    /// Returns the size of an event, as limits count it.
+    fn size(event: &Event) -> u64;
+    fn push(&mut self, time: u64, event: &Event);
+}
+
+/// A batch: consecutive entries that become durable together.
+pub struct Batch<C> {
+    /// The last sequence before the batch.
+    pub before: u64,
+    /// Sequence of its first entry.
+    pub first: u64,
+    pub len: u64,
+    pub bytes: u64,
+    /// Number of appends as group commit counts them, once it is taken.
+    pub appends: u64,
+    pub begun: Instant,
+    pub content: C,
+}
 
 /// The write queue.
-pub struct Queue {
-    state: Mutex<State>,
+pub struct Queue<C> {
+    state: Mutex<State<C>>,
     /// Notifies the writer.
     ready: Notify,
     appended: AtomicU64,
     group_bytes: u64,
+    /// Maximum size of a batch, unless one group is larger.
+    batch_bytes: u64,
     group_commit: GroupCommit,
+    clock: Clock,
 }
 
-#[derive(Default)]
-struct State {
+struct State<C> {
     /// Batches to write, of which the last is still open.
-    batches: VecDeque<Batch>,
-    /// Bytes of all batches here and of the one in flight.
+    batches: VecDeque<Batch<C>>,
+    /// Bytes of all batches here and of those in flight.
     bytes: u64,
     /// The writer delays the open batch, and not every append ends that.
     delayed: bool,
     next: u64,
     /// This process is primary, and appends are accepted.
     begun: bool,
-    /// The database reported a full disk.
+    /// The service reported a full disk.
     full: bool,
     end: Option<End>,
 }
@@ -58,19 +77,43 @@ pub enum End {
 }
 
 /// Next step of the writer.
-pub enum WriterCommand {
-    Write(Batch),
+pub enum WriterCommand<C> {
+    Write(Batch<C>),
     /// No append within the idle time.
     Idle,
     /// The queue is closed, and every batch was taken.
     Closed,
 }
 
-impl Queue {
+impl<C: Content> Batch<C> {
+    pub fn new(before: u64, first: u64, begun: Instant) -> Self {
+        Self { before, first, len: 0, bytes: 0, appends: 0, begun, content: C::default() }
+    }
+
+    /// Returns the sequence of its last entry.
+    pub fn last(&self) -> u64 {
+        self.first + self.len - 1
+    }
+
+    pub fn push(&mut self, time: u64, event: &Event) {
+        self.bytes += C::size(event);
+        self.content.push(time, event);
+        self.len += 1;
+    }
+}
+
+impl<C> Default for State<C> {
+    fn default() -> Self {
+        Self { batches: VecDeque::new(), bytes: 0, delayed: false, next: 0, begun: false, full: false, end: None }
+    }
+}
+
+impl<C: Content> Queue<C> {
     /// Creates a queue that rejects appends until [`begin`](Self::begin).
-    pub fn new(appended: u64, group_bytes: u64) -> Self {
+    pub fn new(appended: u64, group_bytes: u64, batch_bytes: u64, clock: Clock) -> Self {
         let (state, ready, appended) = (Mutex::default(), Notify::new(), AtomicU64::new(appended));
-        Self { state, ready, appended, group_bytes, group_commit: GroupCommit::new() }
+        let group_commit = GroupCommit::new();
+        Self { state, ready, appended, group_bytes, batch_bytes, group_commit, clock }
     }
 
     /// Notes that the entries of another process were applied up to this sequence.
@@ -86,7 +129,7 @@ impl Queue {
     }
 
     pub fn append(&self, breaker: &Breaker, time: u64, events: &[Event]) -> Result<u64, AppendError> {
-        let size: u64 = events.iter().map(size).sum();
+        let size: u64 = events.iter().map(C::size).sum();
         let mut state = self.lock();
         match state.end {
             // Also if another process took over during the guest's call: a retry of the client is redirected.
@@ -109,15 +152,16 @@ impl Queue {
             return Err(AppendError::Unavailable);
         }
         // A group is never split, so that it is atomic.
-        if state.batches.back().is_none_or(|batch| batch.bytes + size > BATCH_BYTES) {
-            state.batches.push_back(Batch::new(self.appended(), first, breaker.now()));
+        if state.batches.back().is_none_or(|batch| batch.bytes + size > self.batch_bytes) {
+            state.batches.push_back(Batch::new(self.appended(), first, self.clock.now()));
         }
         let Some(batch) = state.batches.back_mut() else { return Err(AppendError::Unavailable) };
         events.iter().for_each(|event| batch.push(time, event));
+        let open = batch.bytes;
         state.bytes += size;
         state.next += events.len() as u64;
         self.appended.store(state.next - 1, Ordering::Release);
-        let is_due = self.group_commit.append(state.bytes) || state.batches.len() > 1;
+        let is_due = self.group_commit.append(open) || state.batches.len() > 1;
         let is_awaited = !state.delayed || is_due;
         drop(state);
         if is_awaited {
@@ -131,26 +175,32 @@ impl Queue {
     }
 
     /// Waits for a batch, at most for `idle`: the appends that came while the previous batch was written, up to the maximum
-    /// size of a batch, and those that group commit waits for.
-    pub async fn take(&self, idle: Duration, clock: &Clock) -> WriterCommand {
+    /// size of a batch, and those that group commit waits for. The caller may drop the call and make it again.
+    pub async fn take(&self, idle: Duration) -> WriterCommand<C> {
         let arrival = async {
             while self.is_empty() {
                 // An append in between has left a permit.
                 self.ready.notified().await;
             }
         };
-        if timeout(idle, arrival).await.is_err() {
-            return WriterCommand::Idle;
+        tokio::select! {
+            biased;
+            () = arrival => {}
+            () = self.clock.sleep(idle) => return WriterCommand::Idle,
         }
-        while let Some(delay) = self.delay(clock) {
-            // A permit from before only ends this one wait.
-            let _ = timeout(delay, self.ready.notified()).await;
+        while let Some(delay) = self.delay() {
+            tokio::select! {
+                // A permit from before only ends this one wait.
+                () = self.ready.notified() => {}
+                () = self.clock.sleep(delay) => {}
+            }
         }
         let mut state = self.lock();
         state.delayed = false;
-        self.group_commit.taken();
         // The queue is empty here only if it is closed.
-        state.batches.pop_front().map_or(WriterCommand::Closed, WriterCommand::Write)
+        let Some(mut batch) = state.batches.pop_front() else { return WriterCommand::Closed };
+        batch.appends = self.group_commit.taken();
+        WriterCommand::Write(batch)
     }
 
     fn is_empty(&self) -> bool {
@@ -159,13 +209,13 @@ impl Queue {
     }
 
     /// Returns for how long to delay the batch, if it is the open one.
-    fn delay(&self, clock: &Clock) -> Option<Duration> {
+    fn delay(&self) -> Option<Duration> {
         let mut state = self.lock();
-        let begun = match state.batches.front() {
-            Some(batch) if state.end.is_none() && state.batches.len() == 1 => batch.begun,
+        let (begun, bytes) = match state.batches.front() {
+            Some(batch) if state.end.is_none() && state.batches.len() == 1 => (batch.begun, batch.bytes),
             _ => return None,
         };
-        let delay = self.group_commit.delay(clock.elapsed(begun), state.bytes);
+        let delay = self.group_commit.delay(self.clock.elapsed(begun), bytes);
         state.delayed = delay.is_some();
         delay
     }
@@ -178,9 +228,9 @@ impl Queue {
     }
 
     /// Releases the limits of a batch that is durable. Its commit took this long.
-    pub fn written(&self, batch: &Batch, took: Duration) {
+    pub fn written(&self, batch: &Batch<C>, took: Duration) {
         let mut state = self.lock();
-        self.group_commit.committed(took);
+        self.group_commit.committed(batch.appends, took);
         state.bytes -= batch.bytes;
         state.full = false;
     }
@@ -208,7 +258,7 @@ impl Queue {
         self.lock().end
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<C>> {
         // A panic during an append could leave half a group, but only an allocation failure panics here, which aborts.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -229,6 +279,30 @@ mod tests {
     use crate::Put;
 
     const LONG: Duration = Duration::from_secs(3600);
+    const BATCH_BYTES: u64 = 4 << 20;
+
+    /// Counts entries and keeps nothing.
+    #[derive(Default)]
+    struct Nothing;
+
+    impl Content for Nothing {
+        fn size(event: &Event) -> u64 {
+            32 + match event {
+                Event::Delete(key) => key.len() as u64,
+                Event::Put(put) => (put.key.len() + put.value.len()) as u64,
+            }
+        }
+
+        fn push(&mut self, _: u64, _: &Event) {}
+    }
+
+    type Queue = super::Queue<Nothing>;
+    type Batch = super::Batch<Nothing>;
+    type WriterCommand = super::WriterCommand<Nothing>;
+
+    fn queue(appended: u64, group_bytes: u64) -> Queue {
+        Queue::new(appended, group_bytes, BATCH_BYTES, Clock::given(Arc::new(Standing(Instant::now()))))
+    }
 
     /// A clock that stands still, so that no delay ends by itself.
     struct Standing(Instant);
@@ -250,13 +324,12 @@ mod tests {
     /// Returns the next batch, when `meanwhile` runs once the writer waits for it.
     fn taken(queue: &Queue, meanwhile: impl FnOnce()) -> Option<Batch> {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-        let clock = Clock::given(Arc::new(Standing(Instant::now())));
         runtime.block_on(async {
             let later = async {
                 task::yield_now().await;
                 meanwhile();
             };
-            match join!(queue.take(LONG, &clock), later).0 {
+            match join!(queue.take(LONG), later).0 {
                 WriterCommand::Write(batch) => Some(batch),
                 WriterCommand::Idle | WriterCommand::Closed => None,
             }
@@ -267,25 +340,27 @@ mod tests {
     fn committed(queue: &Queue, took: Duration, meanwhile: impl FnOnce()) -> Option<u64> {
         let batch = taken(queue, meanwhile)?;
         queue.written(&batch, took);
-        Some(batch.len())
+        Some(batch.len)
     }
 
     fn append(queue: &Queue, entries: usize) {
         let event = Event::Delete("a".into());
-        queue.append(&Breaker::new(Clock::system()), 0, &vec![event; entries]).expect("the append is accepted");
+        queue
+            .append(&Breaker::new("database", Clock::system()), 0, &vec![event; entries])
+            .expect("the append is accepted");
     }
 
     #[test]
     fn batch_is_delayed_for_clients_and_busy_threads() {
         let (slow, fast) = (Duration::from_secs(1), Duration::from_micros(100));
-        let queue = Queue::new(0, 1 << 20);
+        let queue = queue(0, 1 << 20);
         queue.begin(1);
         (0..3).for_each(|_| append(&queue, 1));
         assert_eq!(committed(&queue, slow, || ()), Some(3));
         // The three clients that it answered, though the threads are idle.
         append(&queue, 1);
         assert_eq!(committed(&queue, slow, || (0..2).for_each(|_| append(&queue, 5))), Some(11));
-        let queue = Queue::new(0, 1 << 20);
+        let queue = super::tests::queue(0, 1 << 20);
         queue.begin(1);
         (0..3).for_each(|_| append(&queue, 1));
         assert_eq!(committed(&queue, fast, || ()), Some(3));
@@ -302,17 +377,19 @@ mod tests {
 
     /// Appends an event of this size, as limits count it.
     fn append_bytes(queue: &Queue, bytes: u64) -> Result<u64, AppendError> {
-        let put =
-            |value| Put { key: "key".into(), value, metadata: vec![("name".into(), "of it".into())], expires: None };
-        let overhead = size(&Event::Put(put(Vec::new())));
-        assert_eq!(overhead, 32 + 3 + 8 + 9);
-        queue.append(&Breaker::new(Clock::system()), 0, &[Event::Put(put(vec![0; (bytes - overhead) as usize]))])
+        let put = |value| Put { key: "key".into(), value, metadata: Vec::new(), expires: None };
+        let overhead = Nothing::size(&Event::Put(put(Vec::new())));
+        queue.append(
+            &Breaker::new("database", Clock::system()),
+            0,
+            &[Event::Put(put(vec![0; (bytes - overhead) as usize]))],
+        )
     }
 
     #[test]
     fn queue_and_batches_stay_within_their_limits() {
         let group_bytes = 2 << 20;
-        let queue = Queue::new(0, group_bytes);
+        let queue = queue(0, group_bytes);
         queue.begin(1);
         assert!(
             matches!(append_bytes(&queue, group_bytes + 1), Err(AppendError::TooLarge(most)) if most == group_bytes)
@@ -322,7 +399,7 @@ mod tests {
         }
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
         for _ in 0..QUEUE_BYTES / BATCH_BYTES {
-            assert_eq!(taken(&queue, || ()).map(|batch| batch.len()), Some(BATCH_BYTES / group_bytes));
+            assert_eq!(taken(&queue, || ()).map(|batch| batch.len), Some(BATCH_BYTES / group_bytes));
         }
         // The batch in flight counts until it is durable.
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
@@ -334,7 +411,7 @@ mod tests {
 
     #[test]
     fn first_batch_of_incarnation_follows_on_fork() {
-        let queue = Queue::new(7, 1 << 20);
+        let queue = queue(7, 1 << 20);
         queue.begin(1_000);
         append(&queue, 2);
         assert_eq!(queue.appended(), 1_001);
@@ -347,7 +424,7 @@ mod tests {
 
     #[test]
     fn empty_queue_accepts_group_of_any_size() {
-        let queue = Queue::new(0, 2 * QUEUE_BYTES);
+        let queue = queue(0, 2 * QUEUE_BYTES);
         queue.begin(1);
         assert!(append_bytes(&queue, QUEUE_BYTES + 1).is_ok());
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::Unavailable)));
@@ -355,7 +432,7 @@ mod tests {
 
     #[test]
     fn appends_resume_after_full_disk_when_batch_is_written() {
-        let queue = Queue::new(0, 1 << 20);
+        let queue = queue(0, 1 << 20);
         queue.begin(1);
         queue.set_full();
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
@@ -366,10 +443,10 @@ mod tests {
     #[test]
     fn ended_queue_rejects_appends_as_unavailable() {
         for end in [End::Closed, End::Failed, End::ReadOnly] {
-            let queue = Queue::new(0, 1 << 20);
+            let queue = queue(0, 1 << 20);
             queue.begin(1);
             queue.end(end);
-            let refused = queue.append(&Breaker::new(Clock::system()), 0, &[Event::Delete("a".into())]);
+            let refused = queue.append(&Breaker::new("database", Clock::system()), 0, &[Event::Delete("a".into())]);
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
         }
     }

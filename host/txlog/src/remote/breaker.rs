@@ -1,4 +1,4 @@
-//! Circuit breaker around the database: during an outage writes fail fast.
+//! Circuit breaker around a remote service: during an outage writes fail fast.
 //!
 //! While it is closed, calls are made. After [`FAILURES`] consecutive failures it is open: writes are rejected at once.
 //! After an exponential backoff with jitter it is half-open: one call is attempted, and clients still do not wait. A success
@@ -22,6 +22,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 
 /// The circuit breaker.
 pub struct Breaker {
+    /// Name of the service, for log lines.
+    service: &'static str,
     /// Read by every write.
     open: AtomicBool,
     state: Mutex<State>,
@@ -44,14 +46,10 @@ pub enum BreakerState {
 }
 
 impl Breaker {
-    pub fn new(clock: Clock) -> Self {
+    pub fn new(service: &'static str, clock: Clock) -> Self {
         let state = Mutex::new(State::closed());
-        Self { open: AtomicBool::new(false), state, opened: Counter::default(), failures: Counter::default(), clock }
-    }
-
-    /// Returns the time of its clock.
-    pub fn now(&self) -> Instant {
-        self.clock.now()
+        let (opened, failures) = (Counter::default(), Counter::default());
+        Self { service, open: AtomicBool::new(false), state, opened, failures, clock }
     }
 
     /// Returns whether writes are accepted.
@@ -60,6 +58,7 @@ impl Breaker {
     }
 
     /// Returns whether the last call succeeded.
+    #[cfg(feature = "postgres")]
     pub fn is_well(&self) -> bool {
         matches!(&*self.lock(), State::Closed { failures: 0, .. })
     }
@@ -96,10 +95,11 @@ impl Breaker {
             if *failures < FAILURES {
                 return pauses.next().unwrap_or(PAUSES.1);
             }
-            warn!("database unavailable: rejecting writes, still serving reads: {why}");
+            warn!("{} unavailable: rejecting writes, still serving reads: {why}", self.service);
             self.opened.add(1);
             self.open.store(true, Ordering::Release);
-            *state = State::Open { since: self.now(), reason: why.to_owned(), pauses: backoff(), half_open: false };
+            *state =
+                State::Open { since: self.clock.now(), reason: why.to_owned(), pauses: backoff(), half_open: false };
         }
         let State::Open { reason, pauses, half_open, .. } = &mut *state else { return PAUSES.1 };
         why.clone_into(reason);
@@ -111,7 +111,7 @@ impl Breaker {
     pub fn succeeded(&self) {
         let mut state = self.lock();
         if let State::Open { since, .. } = &*state {
-            info!("database available again after {:.1?}", self.clock.elapsed(*since));
+            info!("{} available again after {:.1?}", self.service, self.clock.elapsed(*since));
         }
         self.open.store(false, Ordering::Release);
         if !matches!(&*state, State::Closed { failures: 0, .. }) {
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn breaker_opens_on_consecutive_failures_only() {
-        let breaker = Breaker::new(Clock::system());
+        let breaker = Breaker::new("database", Clock::system());
         breaker.failed("a");
         assert!(breaker.is_closed());
         breaker.succeeded();
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn backoff_grows_to_its_maximum_with_jitter() {
-        let breaker = Breaker::new(Clock::system());
+        let breaker = Breaker::new("database", Clock::system());
         let pauses: Vec<_> = (0..20).map(|_| breaker.failed("a")).collect();
         assert!(pauses[1] < PAUSES.0 * 2 && pauses[19] >= PAUSES.1, "{pauses:?}");
         assert!(pauses.iter().all(|pause| *pause <= PAUSES.1 * 2), "{pauses:?}");

@@ -1,0 +1,281 @@
+//! Follower: reads what the primary writes, and claims the log when the primary is gone.
+//!
+//! The primary is gone when it has released the log, or when no frame of it was received for its lease, which it counts from
+//! an earlier moment and only to four fifths (`lease`). A claim is put after the last frame that was read, so it succeeds
+//! only if the follower has read everything. A follower that cannot reach the engine does not count: a silence may be that
+//! of the engine.
+//!
+//! Owns: the end of the log as far as it was read, and the status of the primary. Must never know: how entries are applied.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+use tracing::{info, warn};
+
+use super::Shared;
+use super::engine::{Ends, Put};
+use super::frame::{Holder, Kind, Tip, is_mutant};
+use super::reader::{Failure, Read};
+use super::writer::Writer;
+use crate::News;
+use crate::remote::queue::End;
+
+/// Maximum time to wait for a frame.
+const WAIT: Duration = Duration::from_millis(250);
+/// Interval at which the engine is asked for the end of the log: hence a bound for the age of reads.
+const ENDS_INTERVAL: Duration = Duration::from_millis(500);
+/// Time after which a frame that must be there counts as missing: a replica may lag behind.
+const MISSING: Duration = Duration::from_secs(5);
+/// Lease of a primary that is not known.
+const LONGEST_LEASE: Duration = Duration::from_secs(10);
+/// Frames received for longer than this after the start are from a primary that is alive.
+const GRACE: Duration = Duration::from_secs(1);
+/// Delay between attempts to reach the engine at the start.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+
+pub struct Follower {
+    tip: Tip,
+    holder: Option<Holder>,
+    is_released: bool,
+    /// Time at which the last frame was received.
+    received: Instant,
+    /// The end of the log that this process has claimed, and the time of the first attempt.
+    claim: Option<(Tip, Instant)>,
+    is_owned: bool,
+    /// The last answer about the ends of the log, and a time before which it was asked for.
+    ends: Option<(Ends, Instant)>,
+    asked: Option<Instant>,
+}
+
+impl Follower {
+    /// Finds the end of the log.
+    pub async fn begin(shared: &Shared) -> Result<Self, Failure> {
+        let now = shared.env.clock.now();
+        let ends = shared.engine.ends().await?;
+        let (mut tip, mut kind) = (Tip::default(), Kind::Released);
+        if ends.last > 0 {
+            if ends.first > 1 {
+                return Err(Failure::Gone(purged(&shared.name, ends.first)));
+            }
+            (tip, kind) = last(shared, ends.last).await?;
+        }
+        let mut follower = Self {
+            tip,
+            holder: None,
+            is_released: false,
+            received: now,
+            claim: None,
+            is_owned: false,
+            ends: Some((ends, now)),
+            asked: Some(now),
+        };
+        follower.note(shared, kind);
+        Ok(follower)
+    }
+
+    /// Returns the newest sequence.
+    pub fn sequence(&self) -> u64 {
+        self.tip.sequence
+    }
+
+    /// Claims the log at the start of a process, unless another one writes it.
+    pub async fn claim_at_start(mut self, shared: &Shared) -> Result<(Self, Writer)> {
+        let clock = &shared.env.clock;
+        let begun = clock.now();
+        let mut failures = 0;
+        if !self.is_free(shared) {
+            info!("waiting until the lease of {} expires", self.name());
+        }
+        loop {
+            let before = self.tip;
+            match self.step(shared).await {
+                Ok(Some(writer)) => return Ok((self, writer)),
+                Ok(None) if self.tip != before && clock.elapsed(begun) > GRACE => {
+                    let holder = self.name();
+                    bail!("it is in use by {holder}; stop it first, or serve with --standby");
+                }
+                Ok(None) => failures = 0,
+                Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
+                Err(Failure::Silent(reason)) => {
+                    failures += 1;
+                    if failures > 10 {
+                        bail!("{reason}");
+                    }
+                    clock.sleep(RETRY_DELAY).await;
+                }
+            }
+        }
+    }
+
+    /// Standby task: follows until the log is claimed, and then writes. Ends with the log.
+    pub async fn run(mut self, shared: &Shared) {
+        while shared.queue.ended() != Some(End::Closed) {
+            shared.breaker.on_attempt();
+            match self.step(shared).await {
+                Ok(None) => {
+                    shared.breaker.succeeded();
+                    shared.set_damage(None);
+                }
+                Ok(Some(writer)) => {
+                    shared.breaker.succeeded();
+                    return writer.run(shared).await;
+                }
+                Err(Failure::Gone(reason)) => return shared.fail(&anyhow!(reason)),
+                Err(Failure::Damaged(reason)) => {
+                    shared.set_damage(Some(reason));
+                    shared.env.clock.sleep(RETRY_DELAY).await;
+                }
+                Err(Failure::Silent(reason)) => {
+                    // A primary that could not be observed may have written.
+                    self.received = shared.env.clock.now();
+                    shared.env.clock.sleep(shared.breaker.failed(&reason)).await;
+                }
+            }
+        }
+    }
+
+    /// Takes in new frames, or claims the log if it is free. Returns the writer once it is claimed.
+    async fn step(&mut self, shared: &Shared) -> Result<Option<Writer>, Failure> {
+        let clock = &shared.env.clock;
+        if self.asked.is_none_or(|asked| clock.elapsed(asked) >= ENDS_INTERVAL) {
+            let asked = clock.now();
+            let ends = shared.engine.ends().await?;
+            // The time of an answer is only worth something once everything up to it was read.
+            if self.ends.is_none_or(|(known, _)| known.last <= self.tip.position) {
+                self.ends = Some((ends, asked));
+            }
+            self.asked = Some(asked);
+        }
+        let wait = if self.is_free(shared) { Duration::ZERO } else { WAIT };
+        let frames = shared.read(&mut self.tip, wait).await?;
+        if frames.is_empty() {
+            if let Some((Ends { last, .. }, asked)) = self.ends
+                && last > self.tip.position
+                && clock.elapsed(asked) > MISSING
+            {
+                let reason = format!(
+                    "frame {} of {} is missing in the replicas that answer",
+                    self.tip.position + 1,
+                    shared.name
+                );
+                return Err(Failure::Damaged(reason));
+            }
+            if self.is_free(shared) {
+                self.claim(shared).await?;
+            }
+        } else if frames.iter().any(|frame| frame.kind != Kind::Void) {
+            self.received = clock.now();
+        }
+        for Read { kind, before, .. } in frames {
+            shared.index.note(before);
+            self.note(shared, kind);
+        }
+        self.publish(shared);
+        let claimed = self.claim.filter(|_| self.is_owned);
+        Ok(claimed.map(|(tip, sent)| {
+            info!("claimed the log in {}, epoch {}", shared.name, tip.epoch);
+            shared.metrics.claims.add(1);
+            shared.lease.renew_with(sent, true, true);
+            Writer::new(self.tip, sent)
+        }))
+    }
+
+    fn note(&mut self, shared: &Shared, kind: Kind) {
+        match kind {
+            Kind::Void => {}
+            Kind::Entries => self.is_released = false,
+            Kind::Released => self.is_released = true,
+            Kind::Held(holder) => {
+                self.is_released = false;
+                self.is_owned = holder.id == shared.holder.id;
+                self.holder = Some(holder);
+            }
+        }
+    }
+
+    fn is_free(&self, shared: &Shared) -> bool {
+        let lease = self.holder.as_ref().map_or(LONGEST_LEASE, |holder| Duration::from_millis(holder.lease_ms.into()));
+        self.is_released || shared.env.clock.elapsed(self.received) >= lease
+    }
+
+    async fn claim(&mut self, shared: &Shared) -> Result<(), Failure> {
+        let Ok(ends) = shared.engine.ends().await else {
+            // No writer can have been acknowledged meanwhile.
+            self.received = shared.env.clock.now();
+            return Err(Failure::Silent("the engine has no leader".into()));
+        };
+        let mut tip = self.tip;
+        if ends.last != tip.position {
+            if !is_mutant("ClaimWithoutReading") {
+                return Ok(());
+            }
+            tip.position = ends.last;
+        }
+        if !self.is_released {
+            warn!("lease of {} expired, claiming the log", self.name());
+        }
+        let after = tip.position;
+        let frame = tip.claim(shared.log, &shared.holder);
+        // The same claim may be put several times, and the first be the one that lands.
+        let (_, sent) = *self.claim.insert(match self.claim {
+            Some((claimed, sent)) if claimed == tip => (tip, sent),
+            _ => (tip, shared.env.clock.now()),
+        });
+        match shared.engine.put(after, frame).await {
+            Put::Durable => {
+                shared.index.note(self.tip);
+                (self.tip, self.claim) = (tip, Some((tip, sent)));
+                self.note(shared, Kind::Held(shared.holder.clone()));
+                Ok(())
+            }
+            // It may be in the log or not: if it is, it will be read.
+            Put::Refused => Ok(()),
+            Put::Full => Err(Failure::Silent("the stream is full".into())),
+            Put::Unknown(reason) => Err(Failure::Silent(reason)),
+        }
+    }
+
+    /// Notifies the receivers of new entries.
+    pub fn publish(&self, shared: &Shared) {
+        let as_of = match self.ends {
+            Some((ends, asked)) if ends.last <= self.tip.position => Some(asked),
+            _ => None,
+        };
+        let primary = self.holder.as_ref().and_then(|holder| holder.url.clone());
+        let holder = (!self.is_owned).then(|| self.name());
+        shared.news.send_modify(|news| {
+            let as_of = as_of.unwrap_or(news.as_of);
+            *news = News { newest: self.tip.sequence, holder, primary, as_of };
+        });
+    }
+
+    fn name(&self) -> String {
+        self.holder.as_ref().map_or("another process".into(), |holder| holder.name.clone())
+    }
+}
+
+/// Formats that the frames before a position are not there.
+pub fn purged(name: &str, first: u64) -> String {
+    format!(
+        "the first {} frames of the log in the {name} are gone: it was purged by hand; restore it from a copy",
+        first - 1
+    )
+}
+
+/// Reads the last frame of the log, which is all that a process needs to know in order to go on from there: its replay
+/// checks the others.
+async fn last(shared: &Shared, position: u64) -> Result<(Tip, Kind), Failure> {
+    let mut why = "no replica that answers has it";
+    let from = Tip::first_of_last(position);
+    for _ in 0..8 {
+        let frames = shared.engine.read(from, WAIT).await?;
+        let frames = frames.iter().map(|bytes| &**bytes).take((position + 1 - from) as usize);
+        match Tip::of_last(shared.log, from, frames) {
+            Ok(last) if last.0.position == position => return Ok(last),
+            Ok(_) => {}
+            Err(reason) => why = reason,
+        }
+        shared.env.clock.sleep(WAIT).await;
+    }
+    Err(Failure::Damaged(format!("frame {position} of {}, the last one, cannot be read: {why}", shared.name)))
+}

@@ -1,0 +1,453 @@
+//! The transaction log in a replicated service, the engine: it survives the loss of a machine.
+//!
+//! Owns: everything that makes a log of what an engine offers, which is little: numbered positions, and a put that succeeds
+//! at the end of the log only. Must never know: what a key or a value means. Read `engine` first, then `frame` (what is
+//! stored), `writer` (commit, once and in order), `follower` (standby and failover), `reader` (integrity) and `replay`; `nats` is
+//! the engine, and the only part that knows it.
+//!
+//! # Primary, epoch and fencing
+//!
+//! The primary is the process whose claim is the newest in the log itself. A claim is a frame, and can be put only after the
+//! last one: whoever put it has read everything before it, and no frame of an older epoch can follow. So nothing else is
+//! needed to fence a process that was paused or partitioned: its next put is refused, it reads the claim and steps down. It may hold
+//! entries that the log does not have, so a server with `--standby` restarts then.
+//!
+//! # Reads
+//!
+//! The primary answers reads under a lease (`remote::lease`), which each frame that became durable renews, counted from when
+//! it was first sent. Others claim the log only when they have received no frame for the whole lease. While nothing is
+//! written the primary puts heartbeats. When the engine is away for longer than four fifths of the lease, reads are refused.
+//!
+//! # Integrity
+//!
+//! The engine is not trusted with it: each frame names the checksum of the one before it, and all that is read is verified.
+
+pub mod engine;
+mod follower;
+mod frame;
+mod metrics;
+#[cfg(feature = "nats")]
+pub mod nats;
+mod reader;
+mod replay;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::future::{Future, ready};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use kvs_runtime::{Env, Task};
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::watch;
+use tracing::{error, info};
+use uuid::Uuid;
+
+use self::engine::{Engine, ReadError};
+use self::follower::{Follower, purged};
+use self::frame::{Entries, Holder, is_mutant};
+use self::metrics::Metrics;
+use self::reader::{Failure, Index};
+use super::{Condition, News, Receive, Standby, TransactionLog, Watermark};
+use crate::remote::breaker::Breaker;
+use crate::remote::lease::Lease;
+use crate::remote::queue::{End, Queue};
+use crate::standby::end_of_log;
+use crate::{AppendError, Event};
+
+/// Maximum size of a batch, unless one group is larger: with several frames in flight, more only adds to the latency.
+const BATCH_BYTES: u64 = 256 << 10;
+/// Interval at which the engine is asked whether it has lost frames.
+const INTEGRITY_INTERVAL: Duration = Duration::from_secs(5);
+/// Delay between attempts of a standby to reach the engine at its start.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// Default read lease: longer than the engine takes to elect a leader.
+pub const READ_LEASE: Duration = Duration::from_secs(10);
+
+/// Options of a log, whatever its engine.
+pub struct Options {
+    /// Maximum size of a group of events, in bytes; without it, of the largest that the engine stores.
+    pub group_bytes: Option<u64>,
+    /// Follow the log while another process writes it, and wait for an engine that is away.
+    pub standby: bool,
+    /// Read lease, from a tenth of a second to ten.
+    pub lease: Duration,
+    /// URL at which this process serves clients, announced to standbys.
+    pub advertise: Option<String>,
+    /// The clock, the randomness and the tasks of the log.
+    pub env: Env,
+}
+
+#[cfg(feature = "nats")]
+impl Options {
+    /// Options for a log that no server uses.
+    fn at_rest() -> Self {
+        Self { group_bytes: None, standby: false, lease: READ_LEASE, advertise: None, env: Env::real() }
+    }
+}
+
+/// A log in an engine: its name for messages, and its UUID.
+pub struct Stored {
+    pub engine: Arc<dyn Engine>,
+    pub name: String,
+    pub log: Uuid,
+    /// Maximum size of a group of events, in bytes.
+    pub group_bytes: u64,
+    /// Weakened durability, for the operator.
+    pub warnings: Vec<String>,
+}
+
+pub struct ClusterLog {
+    shared: Arc<Shared>,
+    handle: Handle,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    /// Separate runtime, so that tasks of another one can wait for it.
+    runtime: Runtime,
+    /// None if the log is only read.
+    task: Option<Task>,
+}
+
+/// State shared by the tasks of one log.
+struct Shared {
+    engine: Arc<dyn Engine>,
+    name: String,
+    log: Uuid,
+    warnings: Vec<String>,
+    /// This process.
+    holder: Holder,
+    news: watch::Sender<News>,
+    index: Index,
+    queue: Queue<Entries>,
+    watermark: Watermark,
+    breaker: Breaker,
+    lease: Lease,
+    damage: Mutex<Damage>,
+    metrics: Metrics,
+    /// Environment whose tasks run in the runtime of the log.
+    env: Env,
+}
+
+/// Damage of the log in the engine.
+#[derive(Default)]
+struct Damage {
+    /// A frame that no replica returns.
+    frame: Option<String>,
+    /// Number of frames that the engine says it has lost.
+    lost: u64,
+}
+
+impl ClusterLog {
+    /// Opens the log, and claims it or becomes a standby. Runs in the runtime in which the engine does. Blocks, so must not be
+    /// called from a task.
+    pub fn open(runtime: Runtime, stored: Stored, options: &Options) -> Result<Self> {
+        let name = stored.name.clone();
+        let tasks = options.env.tasks.in_runtime(runtime.handle());
+        let shared = Arc::new(Shared::new(stored, options, Env { tasks, ..options.env.clone() })?);
+        let task =
+            runtime.block_on(shared.open(options.standby)).with_context(|| format!("cannot open the log in {name}"))?;
+        let handle = runtime.handle().clone();
+        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: Some(task) })) })
+    }
+
+    /// Opens the log for reading what is in it now. Another process may write it.
+    pub fn read(runtime: Runtime, stored: Stored, options: &Options) -> Result<Self> {
+        let name = stored.name.clone();
+        let shared = Arc::new(Shared::new(stored, options, options.env.clone())?);
+        let follower =
+            runtime.block_on(Follower::begin(&shared)).with_context(|| format!("cannot read the log in {name}"))?;
+        follower.publish(&shared);
+        shared.follow(follower.sequence());
+        let handle = runtime.handle().clone();
+        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: None })) })
+    }
+}
+
+impl TransactionLog for ClusterLog {
+    fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        self.shared.queue.append(&self.shared.breaker, time, events)
+    }
+
+    fn set_idle(&self, idle: bool) {
+        self.shared.queue.set_idle(idle);
+    }
+
+    fn appended(&self) -> u64 {
+        self.shared.queue.appended()
+    }
+
+    fn end_of_log(&self) -> Pin<Box<dyn Future<Output = Option<u64>> + Send + '_>> {
+        if self.shared.queue.begun() {
+            return Box::pin(ready(Some(self.appended())));
+        }
+        Box::pin(end_of_log(self.news()))
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.shared.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+        self.handle.block_on(replay::replay(&self.shared, after, receive))
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        // Nothing is ever dropped.
+        1
+    }
+
+    fn read_only(&self) -> Option<&'static str> {
+        self.shared.read_only()
+    }
+
+    fn reads_refused(&self) -> Option<&'static str> {
+        self.shared.reads_refused()
+    }
+
+    fn condition(&self) -> Condition {
+        self.shared.condition()
+    }
+
+    fn close(&self) -> Result<()> {
+        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        self.shared.queue.end(End::Closed);
+        // In a thread: the caller may run in a runtime, which does not allow to block on another one.
+        let Running { runtime, task } = running;
+        let failed = Arc::clone(&self.shared);
+        let close = move || {
+            if let Some(task) = task {
+                runtime.block_on(task.ended());
+            }
+            runtime.shutdown_background();
+            Ok(())
+        };
+        let closing = self.shared.env.tasks.fail_thread("log closing", close, move |error| failed.fail(error));
+        closing.context("no thread to close the log")?.join();
+        self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
+    }
+}
+
+impl Standby for ClusterLog {
+    fn news(&self) -> watch::Receiver<News> {
+        self.shared.news.subscribe()
+    }
+
+    fn follow(&self, sequence: u64) {
+        self.shared.follow(sequence);
+    }
+
+    fn begin(&self) -> Result<()> {
+        self.shared.begin();
+        info!("promoted to primary, accepting writes after sequence {}", self.appended());
+        Ok(())
+    }
+}
+
+impl Drop for ClusterLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            error!("the log was not closed cleanly: {error:#}");
+        }
+    }
+}
+
+impl Shared {
+    fn new(stored: Stored, options: &Options, env: Env) -> Result<Self> {
+        let Stored { engine, name, log, group_bytes, warnings } = stored;
+        let lease_ms = u32::try_from(options.lease.as_millis()).context("the read lease is too long")?;
+        let holder = Holder {
+            id: env.random.uuid()?,
+            name: format!("process {}", std::process::id()),
+            url: options.advertise.clone(),
+            lease_ms,
+        };
+        let news = News { newest: 0, holder: None, primary: None, as_of: env.clock.now() };
+        Ok(Self {
+            engine,
+            name,
+            log,
+            warnings,
+            holder,
+            news: watch::Sender::new(news),
+            index: Index::default(),
+            queue: Queue::new(0, group_bytes, BATCH_BYTES, env.clock.clone()),
+            watermark: Watermark::new(0),
+            breaker: Breaker::new("engine of the log", env.clock.clone()),
+            lease: Lease::new(options.lease, &env.clock),
+            damage: Mutex::default(),
+            metrics: Metrics::new(),
+            env,
+        })
+    }
+
+    /// Claims the log or begins to follow it, and starts the task that goes on with that.
+    async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
+        let follower = loop {
+            match Follower::begin(self).await {
+                Err(Failure::Silent(reason)) if standby => {
+                    error!("engine of the log unavailable, standby retries: {reason}");
+                    self.env.clock.sleep(RETRY_DELAY).await;
+                }
+                begun => break begun?,
+            }
+        };
+        let shared = Arc::clone(self);
+        let task = if standby {
+            follower.publish(self);
+            self.follow(follower.sequence());
+            self.start("log standby", async move { follower.run(&shared).await })
+        } else {
+            let (follower, writer) = follower.claim_at_start(self).await?;
+            self.follow(follower.sequence());
+            self.begin();
+            self.start("log writer", async move { writer.run(&shared).await })
+        };
+        let (checked, clock) = (Arc::clone(self), self.env.clock.clone());
+        self.env.tasks.restart("log integrity", &clock, move || {
+            let shared = Arc::clone(&checked);
+            async move { shared.watch_integrity().await }
+        });
+        Ok(task)
+    }
+
+    /// Starts an essential task. If it panics, the log fails.
+    fn start(self: &Arc<Self>, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> Task {
+        let failed = Arc::clone(self);
+        let task = async {
+            task.await;
+            Ok(())
+        };
+        self.env.tasks.fail(name, task, move |error| failed.fail(error))
+    }
+
+    /// Compares the number of frames in the engine with the positions that it has, until the log ends.
+    async fn watch_integrity(&self) -> Result<()> {
+        while self.queue.ended().is_none() {
+            match self.engine.ends().await {
+                Ok(ends) if ends.first > 1 => self.fail(&anyhow!(purged(&self.name, ends.first))),
+                Ok(ends) => {
+                    let lost = ends.last.saturating_sub(ends.frames);
+                    let known = std::mem::replace(&mut self.lock_damage().lost, lost);
+                    if lost > known {
+                        error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
+                    }
+                }
+                Err(ReadError::Gone(reason)) => self.fail(&anyhow!(reason)),
+                Err(_) => {}
+            }
+            self.env.clock.sleep(INTEGRITY_INTERVAL).await;
+        }
+        Ok(())
+    }
+
+    /// Acknowledges that the entries up to this sequence were applied.
+    fn follow(&self, sequence: u64) {
+        self.queue.follow(sequence);
+        self.watermark.advance(sequence);
+    }
+
+    /// Accepts appends after the entries of the log.
+    fn begin(&self) {
+        self.queue.begin(self.queue.appended() + u64::from(!is_mutant("SequenceReused")));
+    }
+
+    fn read_only(&self) -> Option<&'static str> {
+        if self.queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and takes writes")
+        } else if !self.queue.begun() {
+            Some("this server stands by; another one takes writes")
+        } else {
+            None
+        }
+    }
+
+    fn reads_refused(&self) -> Option<&'static str> {
+        if self.queue.ended() == Some(End::ReadOnly) {
+            Some("another server took the log over from this one, and answers reads")
+        } else if self.lease.is_over() {
+            Some(
+                "another server may have taken the log over from this one: the engine of the log does not answer in time",
+            )
+        } else {
+            None
+        }
+    }
+
+    fn condition(&self) -> Condition {
+        if self.queue.ended() == Some(End::ReadOnly) {
+            return Condition::Unfit("read-only: another process is primary".into());
+        }
+        if let Some(reason) = self.watermark.failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
+        }
+        if let Some(reason) = self.reads_refused() {
+            return Condition::Unfit(format!("reads are refused: {reason}"));
+        }
+        let damage = self.damage();
+        let begun = self.queue.begun();
+        if let Some(damage) = damage.as_ref().filter(|_| !begun) {
+            return Condition::Unfit(format!("damaged: {damage}"));
+        }
+        let mut told = self.warnings.clone();
+        told.extend(damage.map(|damage| format!("damaged: {damage}")));
+        if !begun {
+            let News { newest, holder, .. } = &*self.news.borrow();
+            let behind = newest.saturating_sub(self.queue.appended());
+            told.push(match holder {
+                Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
+                None => format!("failover in progress, replication lag {behind} entries"),
+            });
+        }
+        // Not unfit: reads are still served, and all servers would be taken out of service at once.
+        told.extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
+        if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
+    }
+
+    /// Notes the frame that no replica returns, or that there is none.
+    fn set_damage(&self, frame: Option<String>) {
+        let mut damage = self.lock_damage();
+        match &frame {
+            Some(reason) if damage.frame.is_none() => error!("the log is damaged: {reason}; see docs/jetstream.md"),
+            None if damage.frame.is_some() => info!("resolved: the log can be read again"),
+            _ => {}
+        }
+        damage.frame = frame;
+    }
+
+    fn damage(&self) -> Option<String> {
+        let damage = self.lock_damage();
+        let lost = (damage.lost > 0).then(|| format!("the engine has lost {} frames", damage.lost));
+        damage.frame.clone().or(lost)
+    }
+
+    fn lock_damage(&self) -> MutexGuard<'_, Damage> {
+        self.damage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fail(&self, error: &anyhow::Error) {
+        let reason = format!("the transaction log failed: {error:#}");
+        error!("{reason}");
+        // Appends first: none may be accepted after the waiting writes were failed.
+        self.queue.end(End::Failed);
+        self.watermark.latch(reason);
+    }
+
+    /// Fails the log: another process claimed it. Entries that were appended here and are not durable never will be, so guest
+    /// instances that applied them must not be used any more.
+    fn step_down(&self) {
+        let reason = "lost the epoch of the log: another process is primary";
+        error!("{reason}");
+        self.queue.end(End::ReadOnly);
+        self.watermark.latch(reason.into());
+    }
+}

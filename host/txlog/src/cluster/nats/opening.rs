@@ -1,0 +1,362 @@
+//! Opening: connects, makes the stream if there is none, and checks everything that the durability of the log depends on.
+//!
+//! Owns: the list of these settings. Must never know: what is written.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+use std::{fs, io};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use async_nats::{Client, Event};
+use kvs_runtime::Env;
+use serde_json::{Value, json};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::target::{Target, Url};
+use super::{LOG, Names, Stream, api, error, stream_info};
+use crate::cluster::engine::ReadError;
+use crate::cluster::frame::OVERHEAD;
+use crate::cluster::{ClusterLog, Options, Stored};
+
+/// Number of replicas without which the loss of one node can lose acknowledged writes.
+const REPLICAS: u64 = 3;
+/// Timeout of a connection at the start.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Attempts to reach the leader at the start, a second apart: it may be being elected.
+const ATTEMPTS: u32 = 15;
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Headers of a message.
+const HEADER_BYTES: u64 = 1 << 10;
+/// File in the data directory with the UUID of the log that was used there.
+const FILE: &str = "txlog-nats";
+
+/// Conditions under which a log is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Checks {
+    /// There may be no log yet.
+    pub begin: bool,
+    /// Serve although acknowledged writes may be lost.
+    pub allow_unsafe: bool,
+    /// URLs of the monitoring ports of all nodes.
+    pub monitors: Vec<String>,
+}
+
+/// Opens the log of a URL. `data` is a directory that remembers which log it is.
+pub fn open(url: &Url, checks: &Checks, data: Option<&Path>, options: &Options) -> Result<ClusterLog> {
+    open_by(url, checks, data, options, ClusterLog::open)
+}
+
+/// Opens a log that no server uses, or that does not exist, for writing.
+pub fn at_rest(url: &Url) -> Result<ClusterLog> {
+    open(url, &Checks { begin: true, ..Checks::unchecked() }, None, &Options::at_rest())
+}
+
+/// Opens a log for reading what is in it now. A server may use it.
+pub fn read(url: &Url) -> Result<ClusterLog> {
+    open_by(url, &Checks::unchecked(), None, &Options::at_rest(), ClusterLog::read)
+}
+
+impl Checks {
+    /// Whoever reads a log, or imports one, need not be told how durable it is: the server is.
+    fn unchecked() -> Self {
+        Self { begin: false, allow_unsafe: true, monitors: Vec::new() }
+    }
+}
+
+type Open = fn(Runtime, Stored, &Options) -> Result<ClusterLog>;
+
+fn open_by(url: &Url, checks: &Checks, data: Option<&Path>, options: &Options, open: Open) -> Result<ClusterLog> {
+    let target = Target::new(url).context("the URL of the log cannot be used")?;
+    let name = target.name();
+    let cannot_open = || format!("cannot open the log in the {name}");
+    let sync = synced(&checks.monitors).with_context(cannot_open)?;
+    let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("log nats").enable_all().build();
+    let runtime = runtime.context("no thread for the log")?;
+    let tasks = options.env.tasks.in_runtime(runtime.handle());
+    let env = Env { tasks, ..options.env.clone() };
+    let stored = runtime.block_on(prepare(&target, checks, sync, data, options, &env)).with_context(cannot_open)?;
+    open(runtime, stored, options)
+}
+
+/// Connects, and makes or checks the stream.
+async fn prepare(
+    target: &Target,
+    checks: &Checks,
+    sync: Sync,
+    data: Option<&Path>,
+    options: &Options,
+    env: &Env,
+) -> Result<Stored> {
+    let client = connect(target, options.standby, env).await?;
+    let names = Names::new(&target.log);
+    let known = data.map(known).transpose()?.flatten();
+    let info = match find(&client, &names, options.standby, env).await? {
+        Some(info) => info,
+        None => {
+            let stream = &names.stream;
+            ensure!(
+                known.is_none(),
+                "the stream {stream} is gone, which this data directory was used with; restore it, or give another --data-dir for a new one"
+            );
+            ensure!(checks.begin, "there is no stream {stream}; check the name of the log");
+            make(&client, &names, checks, env).await?
+        }
+    };
+    let log = info["config"]["metadata"][LOG].as_str().and_then(|log| log.parse::<Uuid>().ok());
+    let log = log.with_context(|| format!("the stream {} was not made by kvs; choose another name", names.stream))?;
+    if let Some(known) = known.filter(|known| *known != log) {
+        bail!(
+            "it is the log {log}, but this data directory was used with the log {known}; give another --data-dir, or the right name"
+        );
+    }
+    let mut warnings = conditions(&info["config"], &names)?;
+    warnings.extend(sync.warning());
+    if !warnings.is_empty() && !checks.allow_unsafe {
+        bail!("{}; set it, or serve with --allow-unsafe-txlog", warnings.join("; "));
+    }
+    let payload = client.max_payload() as u64;
+    let largest = payload.saturating_sub(OVERHEAD + HEADER_BYTES);
+    let group_bytes = options.group_bytes.unwrap_or(largest);
+    ensure!(
+        group_bytes <= largest,
+        "max_payload of the server is {payload} bytes, but the largest write needs {}: set max_payload to 8MB, or \
+         lower --max-value-bytes",
+        group_bytes + OVERHEAD + HEADER_BYTES
+    );
+    if let Some(data) = data {
+        for warning in &warnings {
+            warn!("unsafe: {warning}");
+        }
+        fs::write(data.join(FILE), format!("{log}\n"))
+            .with_context(|| format!("cannot write to {}", data.display()))?;
+    }
+    let (noted, overdue) = (watch::Sender::new(0), Arc::new(AtomicU32::new(0)));
+    let stream = Arc::new(Stream { client, names, log, noted, overdue });
+    stream.start(env);
+    Ok(Stored { engine: stream, name: target.name(), log, group_bytes, warnings })
+}
+
+async fn connect(target: &Target, waits: bool, env: &Env) -> Result<Client> {
+    loop {
+        let options = target.options().await?.connection_timeout(CONNECT_TIMEOUT).event_callback(|event| async move {
+            match event {
+                Event::Connected => info!("connected to the engine of the log"),
+                Event::Disconnected => warn!("connection to the engine of the log lost, reconnecting"),
+                Event::ServerError(error) => warn!("the engine of the log reports: {error}"),
+                event => info!("the connection to the engine of the log: {event}"),
+            }
+        });
+        match options.connect(&*target.servers).await {
+            Ok(client) => return Ok(client),
+            Err(error) if waits => warn!("engine of the log unavailable, standby retries to connect: {error}"),
+            Err(error) => bail!("no server can be connected to: {error}"),
+        }
+        env.clock.sleep(RETRY_DELAY).await;
+    }
+}
+
+/// Returns the state and configuration of the stream; None if there is none.
+async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Result<Option<Value>> {
+    let mut attempts = 1;
+    loop {
+        match stream_info(client, names).await {
+            Ok(info) => return Ok(info),
+            Err(error) if !waits && attempts >= ATTEMPTS => return Err(error.into()),
+            Err(error) => warn!("engine of the log unavailable, retrying: {error}"),
+        }
+        attempts += 1;
+        env.clock.sleep(RETRY_DELAY).await;
+    }
+}
+
+/// Makes the stream. With one replica where the engine has one node, and that is allowed.
+async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Result<Value> {
+    let log = env.random.uuid()?;
+    let config = |replicas: u64| {
+        json!({
+            "name": names.stream,
+            "description": "transaction log of kvs",
+            "subjects": [names.subject],
+            "retention": "limits",
+            "storage": "file",
+            "num_replicas": replicas,
+            "discard": "new",
+            "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_age": 0, "max_msgs_per_subject": -1, "max_msg_size": -1,
+            "duplicate_window": 100_000_000,
+            "deny_delete": true,
+            "allow_direct": true,
+            "republish": { "src": ">", "dest": format!("{}.>", names.notes), "headers_only": true },
+            "metadata": { LOG: log.to_string() },
+        })
+    };
+    let mut replicas = REPLICAS;
+    let mut attempts = 1;
+    loop {
+        let made = api(client, &format!("STREAM.CREATE.{}", names.stream), &config(replicas)).await;
+        let why = match made {
+            Ok(answer) if answer["error"].is_null() => {
+                info!("made the stream {} with {replicas} replicas for the log {log}", names.stream);
+                return Ok(answer);
+            }
+            Ok(answer) => error(&answer),
+            Err(ReadError::Unavailable(reason)) => reason,
+            Err(error) => return Err(error.into()),
+        };
+        // A node that has just started is not known to the leader yet.
+        if attempts == ATTEMPTS || checks.allow_unsafe && replicas == 1 {
+            bail!("cannot make the stream {} with {replicas} replicas: {why}", names.stream);
+        }
+        if checks.allow_unsafe {
+            replicas = 1;
+            continue;
+        }
+        // Another process may have made it.
+        if let Ok(Some(info)) = stream_info(client, names).await {
+            return Ok(info);
+        }
+        attempts += 1;
+        env.clock.sleep(RETRY_DELAY).await;
+    }
+}
+
+/// Returns how the stream can lose acknowledged writes. An error is what a log cannot do with.
+fn conditions(config: &Value, names: &Names) -> Result<Vec<String>> {
+    let stream = &names.stream;
+    let text = |name: &str| config[name].as_str().unwrap_or_default();
+    let limits = |name: &str| config[name].as_i64().is_some_and(|limit| limit > 0);
+    ensure!(
+        config["subjects"] == json!([names.subject]),
+        "the subjects of {stream} are {}, but must be [{:?}]",
+        config["subjects"],
+        names.subject
+    );
+    ensure!(config["allow_direct"] == true, "allow_direct of {stream} is off: set it");
+    ensure!(
+        config["no_ack"] != true && config["sealed"] != true,
+        "{stream} is sealed or has no_ack: it cannot be written to"
+    );
+    ensure!(text("retention") == "limits", "retention of {stream} is {:?}: it must be limits", text("retention"));
+    for limit in ["max_msgs", "max_age", "max_msgs_per_subject", "max_msg_size"] {
+        ensure!(
+            !limits(limit),
+            "{limit} of {stream} is set: the log would lose frames, or could not write some; remove it"
+        );
+    }
+    ensure!(
+        !limits("max_bytes") || text("discard") == "new",
+        "discard of {stream} is {:?}: it must be new",
+        text("discard")
+    );
+    let mut warnings = Vec::new();
+    let replicas = config["num_replicas"].as_u64().unwrap_or_default();
+    if replicas < REPLICAS {
+        warnings.push(format!("num_replicas of {stream} is {replicas}: the loss of a node loses acknowledged writes; it must be {REPLICAS}"));
+    }
+    if text("storage") != "file" {
+        warnings.push(format!(
+            "storage of {stream} is {}: a power cut loses acknowledged writes; it must be file",
+            text("storage")
+        ));
+    }
+    if text("persist_mode") == "async" {
+        warnings.push(format!(
+            "persist_mode of {stream} is async: a power cut loses acknowledged writes; it must be default"
+        ));
+    }
+    Ok(warnings)
+}
+
+/// Whether the nodes sync what they acknowledge.
+enum Sync {
+    Always,
+    Unknown,
+    Not(String),
+}
+
+impl Sync {
+    fn warning(self) -> Option<String> {
+        const LOSS: &str = "a power cut of all nodes loses acknowledged writes";
+        match self {
+            Self::Always => None,
+            Self::Unknown => Some(format!(
+                "sync_interval of the nodes is unknown, and where it is not always {LOSS}: give the monitoring ports of all nodes with --txlog-monitor"
+            )),
+            Self::Not(url) => Some(format!("sync_interval of the node at {url} is not always: {LOSS}")),
+        }
+    }
+}
+
+/// Asks the monitoring ports of the nodes whether they sync what they acknowledge.
+fn synced(monitors: &[String]) -> Result<Sync> {
+    for url in monitors {
+        let cannot_ask = || format!("cannot ask the monitoring port {url} of a node (--txlog-monitor)");
+        let mut answer = ureq::get(format!("{}/jsz", url.trim_end_matches('/'))).call().with_context(cannot_ask)?;
+        let answer = answer.body_mut().read_to_string().with_context(cannot_ask)?;
+        let answer: Value = serde_json::from_str(&answer).with_context(cannot_ask)?;
+        if answer["config"].is_null() {
+            return Err(anyhow!("the node at {url} has no JetStream"));
+        }
+        if answer["config"]["sync_always"] != true {
+            return Ok(Sync::Not(url.clone()));
+        }
+    }
+    Ok(if monitors.is_empty() { Sync::Unknown } else { Sync::Always })
+}
+
+/// Returns the log that a data directory was used with.
+fn known(data: &Path) -> Result<Option<Uuid>> {
+    let file = data.join(FILE);
+    match fs::read_to_string(&file) {
+        Ok(text) => {
+            Ok(Some(text.trim().parse().with_context(|| format!("{} does not contain a UUID", file.display()))?))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", file.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_lose_writes_are_found() {
+        let names = Names::new("x");
+        let good = json!({
+            "subjects": ["kvs.x.00"], "allow_direct": true, "retention": "limits", "num_replicas": 3, "storage": "file",
+            "discard": "new", "max_msgs": -1, "max_age": 0, "max_bytes": 1 << 30,
+        });
+        assert_eq!(conditions(&good, &names).unwrap(), Vec::<String>::new());
+        let with = |name: &str, value: Value| {
+            let mut config = good.clone();
+            config[name] = value;
+            conditions(&config, &names)
+        };
+        for (name, value) in
+            [("num_replicas", json!(1)), ("storage", json!("memory")), ("persist_mode", json!("async"))]
+        {
+            let warnings = with(name, value).unwrap();
+            assert!(warnings.len() == 1 && warnings[0].starts_with(name), "{warnings:?}");
+        }
+        let broken = [
+            ("max_age", json!(5)),
+            ("max_msgs", json!(5)),
+            ("max_msgs_per_subject", json!(5)),
+            ("max_msg_size", json!(5)),
+            ("discard", json!("old")),
+            ("retention", json!("workqueue")),
+            ("allow_direct", json!(false)),
+            ("subjects", json!(["other"])),
+            ("sealed", json!(true)),
+        ];
+        for (name, value) in broken {
+            let error = with(name, value).expect_err(name).to_string();
+            assert!(error.contains(name), "{name}: {error}");
+        }
+    }
+}

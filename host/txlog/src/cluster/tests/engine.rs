@@ -1,0 +1,229 @@
+//! The fake engine: one log that is true, and every way in which the calls of a real one can go wrong.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::executor::{Sim, WORLD};
+use crate::cluster::engine::{Call, Ends, Engine, Put, ReadError};
+use crate::cluster::frame::{Holder, Kind, Tip, decoded};
+
+pub const LOG: Uuid = Uuid::from_u128(0x6b76_7300);
+const ACK_TIMEOUT: Duration = Duration::from_millis(500);
+const REPLICAS: usize = 3;
+
+/// The engine, and what goes wrong with it at the moment.
+#[derive(Clone)]
+pub struct Cluster(Arc<Mutex<State>>);
+
+#[derive(Default)]
+pub struct State {
+    pub frames: Vec<Bytes>,
+    tip: Tip,
+    pub holder: Option<Holder>,
+    /// Keys of the entries, by sequence.
+    pub keys: Vec<String>,
+    /// Frames that a replica has.
+    replicas: [usize; REPLICAS],
+    pub no_leader: bool,
+    /// Hosts that are cut off.
+    pub cut_off: Vec<usize>,
+    /// Chances, in percent.
+    pub lost_requests: u64,
+    pub lost_acks: u64,
+    pub late_requests: u64,
+    pub refusals: u64,
+    pub damaged_reads: u64,
+    pub lag: u64,
+    /// Frames that a replica lost.
+    lost: Option<(usize, usize)>,
+    pub violations: Vec<String>,
+}
+
+impl State {
+    pub fn sequence(&self) -> u64 {
+        self.tip.sequence
+    }
+
+    /// Loses a frame in one replica.
+    pub fn lose_frame(&mut self, replica: usize, frame: usize) {
+        self.lost = Some((replica, frame));
+    }
+
+    /// Ends all trouble but a lost frame.
+    pub fn heal(&mut self) {
+        (self.no_leader, self.lag) = (false, 0);
+        self.cut_off.clear();
+        (self.lost_requests, self.lost_acks, self.late_requests) = (0, 0, 0);
+        (self.refusals, self.damaged_reads) = (0, 0);
+    }
+
+    fn commit(&mut self, sim: &Sim, after: u64, frame: &Bytes) -> Option<Put> {
+        if self.no_leader {
+            return None;
+        }
+        if self.frames.len() as u64 != after || sim.chance(self.refusals) {
+            return Some(Put::Refused);
+        }
+        let mut is_void = false;
+        match self.tip.accept(LOG, frame) {
+            Ok(Kind::Held(holder)) => self.holder = Some(holder),
+            Ok(kind) => is_void = kind == Kind::Void,
+            Err(reason) => self.violations.push(format!("frame {} was put, but {reason}", after + 1)),
+        }
+        let entries = decoded(LOG, frame)
+            .filter(|_| !is_void)
+            .into_iter()
+            .flat_map(|frame| frame.entries().flatten().collect::<Vec<_>>());
+        self.keys.extend(entries.map(|entry| entry.key.to_owned()));
+        self.frames.push(frame.clone());
+        for replica in &mut self.replicas {
+            if !sim.chance(self.lag) {
+                *replica = self.frames.len();
+            }
+        }
+        Some(Put::Durable)
+    }
+}
+
+impl Cluster {
+    pub fn new() -> Self {
+        Self(Arc::default())
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("nothing panics under it")
+    }
+
+    pub fn connect(&self, sim: &Sim, host: usize) -> Arc<dyn Engine> {
+        Arc::new(Connection { cluster: self.clone(), sim: sim.clone(), host })
+    }
+}
+
+/// The engine as one host reaches it.
+#[derive(Clone)]
+struct Connection {
+    cluster: Cluster,
+    sim: Sim,
+    host: usize,
+}
+
+impl Connection {
+    fn is_cut_off(&self) -> bool {
+        self.cluster.state().cut_off.contains(&self.host)
+    }
+
+    /// Waits as long as a message takes. Returns false if it is lost.
+    async fn pass(&self) -> bool {
+        let delay = self.sim.millis(1..4);
+        self.sim.sleep(delay).await;
+        !self.is_cut_off()
+    }
+
+    fn unavailable() -> ReadError {
+        ReadError::Unavailable("no answer".into())
+    }
+}
+
+impl Engine for Connection {
+    fn put(&self, after: u64, frame: Bytes) -> Call<'static, Put> {
+        let this = self.clone();
+        Box::pin(async move {
+            let (answer, answered) = oneshot::channel();
+            let there = this.clone();
+            // The request goes its way whatever becomes of the process.
+            this.sim.spawn(WORLD, async move {
+                let Connection { cluster, sim, .. } = &there;
+                let (lost_requests, lost_acks, late_requests) = {
+                    let state = cluster.state();
+                    (state.lost_requests, state.lost_acks, state.late_requests)
+                };
+                if !there.pass().await || sim.chance(lost_requests) {
+                    return;
+                }
+                if sim.chance(late_requests) {
+                    let delay = sim.millis(500..12_000);
+                    sim.sleep(delay).await;
+                }
+                let outcome = cluster.state().commit(sim, after, &frame);
+                if there.pass().await
+                    && !sim.chance(lost_acks)
+                    && let Some(outcome) = outcome
+                {
+                    let _ = answer.send(outcome);
+                }
+            });
+            tokio::select! {
+                biased;
+                Ok(outcome) = answered => outcome,
+                () = this.sim.sleep(ACK_TIMEOUT) => Put::Unknown("no answer".into()),
+            }
+        })
+    }
+
+    fn read(&self, from: u64, wait: Duration) -> Call<'_, Result<Vec<Bytes>, ReadError>> {
+        Box::pin(async move {
+            let until = self.sim.now() + wait;
+            loop {
+                if !self.pass().await {
+                    self.sim.sleep(ACK_TIMEOUT).await;
+                    return Err(Self::unavailable());
+                }
+                let replica = self.sim.dice(REPLICAS as u64) as usize;
+                let frames = {
+                    let mut state = self.cluster.state();
+                    if !self.sim.chance(state.lag) {
+                        state.replicas[replica] = state.frames.len();
+                    }
+                    let from = from as usize - 1;
+                    let until = state.replicas[replica].min(from + 16);
+                    let mut frames: Vec<_> = state.frames.get(from..until).unwrap_or_default().to_vec();
+                    if let Some((_, lost)) = state.lost.filter(|(in_replica, _)| *in_replica == replica)
+                        && (from..until).contains(&lost)
+                    {
+                        if lost == from {
+                            return Err(ReadError::Missing("a replica lacks it".into()));
+                        }
+                        frames.truncate(lost - from);
+                    }
+                    if !frames.is_empty() && self.sim.chance(state.damaged_reads) {
+                        let index = self.sim.dice(frames.len() as u64) as usize;
+                        if self.sim.chance(50) {
+                            let mut bytes = frames[index].to_vec();
+                            let at = self.sim.dice(bytes.len() as u64) as usize;
+                            bytes[at] ^= 1;
+                            frames[index] = bytes.into();
+                        } else {
+                            // As a damaged replica that does not notice.
+                            frames.remove(index);
+                        }
+                    }
+                    frames
+                };
+                if !self.pass().await {
+                    self.sim.sleep(ACK_TIMEOUT).await;
+                    return Err(Self::unavailable());
+                }
+                if !frames.is_empty() || self.sim.now() >= until {
+                    return Ok(frames);
+                }
+                self.sim.sleep(Duration::from_millis(120)).await;
+            }
+        })
+    }
+
+    fn ends(&self) -> Call<'_, Result<Ends, ReadError>> {
+        Box::pin(async move {
+            let is_there = self.pass().await && !self.cluster.state().no_leader;
+            if !is_there || !self.pass().await {
+                self.sim.sleep(ACK_TIMEOUT).await;
+                return Err(Self::unavailable());
+            }
+            let last = self.cluster.state().frames.len() as u64;
+            Ok(Ends { first: 1, last, frames: last })
+        })
+    }
+}

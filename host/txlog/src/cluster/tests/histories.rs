@@ -1,0 +1,237 @@
+//! Histories: clients, and trouble of every kind, in any order. Then all is well, and what is in the log is compared with
+//! what clients were told.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::engine::Cluster;
+use super::executor::{Executor, WORLD};
+use super::mutants;
+use super::process::{Host, Seen, World};
+
+const HOSTS: usize = 3;
+const TROUBLE: Duration = Duration::from_secs(80);
+/// Longer than a takeover takes, and a failed read is retried.
+const CALM: Duration = Duration::from_secs(60);
+
+/// Number of histories of a test run. Each mutant must be found in as many.
+const SEEDS: u64 = 2_000;
+
+/// Totals of a history.
+#[derive(Default)]
+struct Totals {
+    acknowledged: usize,
+    reads: u64,
+    takeovers: u64,
+}
+
+/// Runs a history. Returns the first violation.
+fn history(seed: u64) -> Result<Totals, String> {
+    let mut executor = Executor::new(seed);
+    let sim = executor.sim.clone();
+    // Clocks run at rates that differ by a fifth at most.
+    let host = || RefCell::new(Host { drift: sim.dice(17) as i32 - 8, ..Host::default() });
+    let world = World {
+        sim: sim.clone(),
+        locals: executor.locals(),
+        cluster: Cluster::new(),
+        hosts: Rc::new((0..HOSTS).map(|_| host()).collect()),
+        seen: Rc::new(Seen::default()),
+    };
+    (0..HOSTS).for_each(|host| world.start(host));
+    for client in 0..4 {
+        let world = world.clone();
+        // A client belongs to its host: when that is paused, so is its request.
+        world.locals.clone().start(WORLD, async move {
+            while world.sim.now() < TROUBLE + CALM {
+                let pause = world.sim.millis(5..800);
+                world.sim.sleep(pause).await;
+                let host = world.sim.dice(HOSTS as u64) as usize;
+                let process = world.hosts[host].borrow().process;
+                if world.sim.is_dead(process) {
+                    continue;
+                }
+                let (request, writes) = (world.clone(), client % 2 == 0);
+                // The request runs in the server.
+                world.locals.start(process, async move {
+                    if writes { request.write(host).await } else { request.read(host).await }
+                });
+            }
+        });
+    }
+    let nemesis = world.clone();
+    world.locals.start(WORLD, async move {
+        while nemesis.sim.now() < TROUBLE {
+            trouble(&nemesis).await;
+        }
+        nemesis.cluster.state().heal();
+    });
+    executor.run_until(TROUBLE + CALM);
+    let before = world.seen.acknowledged.borrow().len();
+    for _ in 0..8 {
+        for host in 0..HOSTS {
+            let (world, process) = (world.clone(), world.hosts[host].borrow().process);
+            world.locals.clone().start(process, async move { world.write(host).await });
+        }
+        let until = sim.now() + Duration::from_secs(5);
+        executor.run_until(until);
+    }
+    if world.seen.acknowledged.borrow().len() == before {
+        world.violation("no write is acknowledged any more".into());
+    }
+    check(&world)
+}
+
+/// One kind of trouble, for a while.
+async fn trouble(world: &World) {
+    let World { sim, cluster, .. } = world;
+    let calm = sim.millis(100..3_000);
+    sim.sleep(calm).await;
+    let host = sim.dice(HOSTS as u64) as usize;
+    let process = world.hosts[host].borrow().process;
+    let (short, long) = (sim.millis(100..9_000), sim.millis(1_000..25_000));
+    match sim.dice(10) {
+        0 => {
+            sim.pause(process);
+            sim.sleep(long).await;
+            sim.resume(process);
+            read_there(world, host);
+        }
+        1 => world.kill(host, short),
+        2 => {
+            cluster.state().cut_off.push(host);
+            sim.sleep(long).await;
+            cluster.state().cut_off.clear();
+            read_there(world, host);
+        }
+        3 => {
+            cluster.state().no_leader = true;
+            sim.sleep(short).await;
+            cluster.state().no_leader = false;
+        }
+        4 => {
+            cluster.state().lost_acks = 40;
+            sim.sleep(short).await;
+            cluster.state().lost_acks = 0;
+        }
+        5 => {
+            cluster.state().lost_requests = 40;
+            sim.sleep(short).await;
+            cluster.state().lost_requests = 0;
+        }
+        6 => {
+            cluster.state().late_requests = 30;
+            sim.sleep(short).await;
+            cluster.state().late_requests = 0;
+        }
+        7 => {
+            cluster.state().refusals = 30;
+            sim.sleep(short).await;
+            cluster.state().refusals = 0;
+        }
+        8 => {
+            cluster.state().damaged_reads = 30;
+            sim.sleep(long).await;
+            cluster.state().damaged_reads = 0;
+        }
+        _ => {
+            let (replica, frames) = (sim.dice(3) as usize, cluster.state().frames.len() as u64);
+            let frame = sim.dice(frames + 8) as usize;
+            cluster.state().lose_frame(replica, frame);
+            cluster.state().lag = 60;
+            sim.sleep(long).await;
+            cluster.state().lag = 0;
+        }
+    }
+}
+
+/// Clients read at a host that was away, and does not know that another one has taken over.
+fn read_there(world: &World, host: usize) {
+    let process = world.hosts[host].borrow().process;
+    for _ in 0..10 {
+        let (request, delay) = (world.clone(), world.sim.millis(0..1_000));
+        world.locals.start(process, async move {
+            request.sim.sleep(delay).await;
+            request.read(host).await;
+        });
+    }
+}
+
+/// Compares what is in the log with what clients were told.
+fn check(world: &World) -> Result<Totals, String> {
+    let state = world.cluster.state();
+    if let Some(violation) = state.violations.first() {
+        return Err(violation.clone());
+    }
+    let mut places = HashMap::new();
+    for (index, key) in state.keys.iter().enumerate() {
+        if places.insert(key, index as u64 + 1).is_some() {
+            return Err(format!("{key} is in the log twice"));
+        }
+    }
+    let acknowledged = world.seen.acknowledged.borrow();
+    for (sequence, key) in acknowledged.iter() {
+        if places.get(key) != Some(sequence) {
+            return Err(format!("{key} was acknowledged as {sequence}, but is {:?}", places.get(key)));
+        }
+    }
+    let Seen { reads, takeovers, .. } = &*world.seen;
+    Ok(Totals { acknowledged: acknowledged.len(), reads: reads.get(), takeovers: takeovers.get() })
+}
+
+/// Seeds of the histories; `just soak` runs more, and `KVS_CLUSTER_SEED` repeats one.
+fn seeds() -> Range<u64> {
+    let number = |name| std::env::var(name).ok().map(|text| text.parse().expect("it is a number"));
+    match number("KVS_CLUSTER_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("KVS_CLUSTER_HISTORIES").unwrap_or(SEEDS),
+    }
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_or_doubled_and_no_read_is_stale() {
+    let mut totals = Totals::default();
+    let seeds = seeds();
+    for seed in seeds.clone() {
+        let Totals { acknowledged, reads, takeovers } = history(seed)
+            .unwrap_or_else(|violation| panic!("seed {seed}: {violation}; repeat it with KVS_CLUSTER_SEED={seed}"));
+        totals.acknowledged += acknowledged;
+        totals.reads += reads;
+        totals.takeovers += takeovers;
+    }
+    let count = seeds.end - seeds.start;
+    let Totals { acknowledged, reads, takeovers } = totals;
+    println!("{count} histories: {acknowledged} writes acknowledged, {reads} reads, {takeovers} takeovers");
+    assert!(takeovers >= count && reads > count && acknowledged as u64 > count);
+}
+
+#[test]
+fn history_repeats_with_its_seed() {
+    let run = || history(3).map(|totals| (totals.acknowledged, totals.reads, totals.takeovers));
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn mutants_are_found() {
+    const MUTANTS: [&str; 11] = [
+        "WatchBeforeDurable",
+        "UnknownIsDurable",
+        "RefusedIsLost",
+        "ClaimWithoutReading",
+        "LeaseFromReceipt",
+        "LeaseFromResend",
+        "LeaseCheckedBefore",
+        "GapSkipped",
+        "PreviousIgnored",
+        "SequenceReused",
+        "NoBarrier",
+    ];
+    for mutant in MUTANTS {
+        let found = mutants::with(mutant, || (0..SEEDS).find_map(|seed| Some((seed, history(seed).err()?))));
+        let (seed, violation) = found.unwrap_or_else(|| panic!("{mutant} is not found"));
+        println!("{mutant}: seed {seed}: {violation}");
+    }
+}
