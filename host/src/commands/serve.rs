@@ -15,7 +15,7 @@ use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
-use kvs_txlog::{Standby, TransactionLog};
+use kvs_txlog::{PastLog, Standby, TransactionLog};
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::watch;
@@ -23,6 +23,7 @@ use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
+use super::txlog::open_offline;
 use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
@@ -353,6 +354,11 @@ async fn open_log(
     metrics: &Metrics,
     env: &Env,
 ) -> Result<(Arc<dyn TransactionLog>, Option<Arc<dyn Standby>>)> {
+    if args.read_only {
+        let (txlog, data, until) = (args.txlog.clone(), args.data_dir.clone(), args.until);
+        let opened = task::spawn_blocking(move || PastLog::open(open_offline(&txlog, &data)?, until)).await??;
+        return Ok((Arc::new(opened), None));
+    }
     let env = env.clone();
     match &args.txlog {
         TxlogStorage::File => {

@@ -20,6 +20,7 @@ pub mod file;
 pub mod fuzz;
 mod group_commit;
 mod incarnation;
+mod past;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod restoration;
@@ -33,6 +34,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use past::PastLog;
 pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
