@@ -58,7 +58,7 @@ certs: (_tool "openssl")
 
 # Run all tests, those of the server with one shard, then with four and on PostgreSQL where these matter; a filter selects by name: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") (_tool "redis-server") (_tool "etcd" "etcd-server") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
@@ -225,7 +225,7 @@ lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
-    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/pair/compose.yaml deploy/nats/compose.yaml
+    target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/*/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
     target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 

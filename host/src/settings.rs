@@ -12,6 +12,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use hyper::header::HeaderValue;
+use kvs_txlog::backup::Until;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file::Durability;
@@ -28,7 +29,7 @@ use crate::guest::{self, Source};
 use crate::memory::{self, instance_limit};
 use crate::parse::{
     address, advertise, count, duration, fixed_address, header_bytes, inflight_bytes, memory_bytes, rate, read_lease,
-    setting, target_bytes, value_bytes,
+    setting, target_bytes, until, value_bytes,
 };
 
 #[derive(Debug, Args)]
@@ -82,6 +83,15 @@ pub struct Serve {
     /// has fixed ones
     #[arg(long, env = "KVS_TXLOG_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub txlog_timeout: Duration,
+
+    /// Serve a log that no other server uses without changing it: writes are rejected
+    #[arg(long, env = "KVS_READ_ONLY", conflicts_with_all = ["standby", "listen_when_primary"])]
+    pub read_only: bool,
+
+    /// Serve the log up to a sequence, or up to the first entry that is newer than a time: RFC 3339, or milliseconds since 1970
+    /// with `ms`
+    #[arg(long, env = "KVS_UNTIL", value_name = "SEQUENCE|TIME", value_parser = until, requires = "read_only")]
+    pub until: Option<Until>,
 
     /// Follow the primary, serve stale reads, and take over when it is gone
     #[arg(long, env = "KVS_STANDBY")]

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Read, Seek};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
 use super::checkpoint::{Checkpoint, CheckpointFile};
+use super::origin::{Lines, Origin};
 use super::record::{Expiry, Record};
 use super::server::{ApiRequest, ClientError, Server, add, path_of, shown};
 
@@ -50,7 +51,7 @@ pub struct ImportHooks {
 
 /// Imports the lines of a file, and returns their number. `-` is standard input.
 pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) -> Result<u64> {
-    let ImportHooks { bar, is_valid_key, report } = hooks;
+    let bar = hooks.bar;
     let mut source = Source::open(file)?;
     let checkpoint_file = source.size.map(|_| CheckpointFile::beside(file, server.base()));
     let mut begin = Checkpoint::default();
@@ -61,19 +62,11 @@ pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) ->
         begin = checkpoint_file.read()?.unwrap_or_default();
     }
     if let Some(size) = source.size {
-        source.check(&bar(size, "bytes checked"), &begin, is_valid_key)?;
+        source.check(&bar(size, "bytes checked"), &begin, hooks.is_valid_key)?;
     }
     let progress = source.size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported"));
-    let mut import = Import {
-        server,
-        is_valid_key,
-        waits: Arc::new(Waits { report, has_reported: AtomicBool::default() }),
-        file: checkpoint_file.as_ref(),
-        progress,
-        checkpoint: begin,
-        in_flight: VecDeque::new(),
-        saved: Instant::now(),
-    };
+    let mut import = Import::new(server, hooks, progress);
+    (import.file, import.checkpoint) = (checkpoint_file.as_ref(), begin);
     import.save()?;
     let (checkpoint, failed) = import.run(&mut source)?;
     match failed {
@@ -90,6 +83,38 @@ pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) ->
         }
         Some(failed) => Err(anyhow!("{failed:#}; the first {} lines are stored", checkpoint.line)),
     }
+}
+
+/// Result of a copy from another store.
+pub struct Copied {
+    pub imported: u64,
+    /// Keys that do not fit; some were reported by name.
+    pub left_out: u64,
+}
+
+/// Imports all keys of another store, as they are read. `authorities` are trusted there.
+pub fn import_from(server: &Server, origin: &Origin, authorities: Option<&Path>, hooks: ImportHooks) -> Result<Copied> {
+    let (reader, writer) = io::pipe().context("no pipe")?;
+    let file = OwnedFd::from(reader).into();
+    let mut source = Source::new(file, origin.to_string(), None);
+    thread::scope(|scope| {
+        let copying = scope.spawn(move || {
+            let mut lines = Lines::new(writer, hooks);
+            let copied = origin.copy(authorities, &mut lines);
+            let left_out = lines.finish();
+            copied.map(|()| left_out)
+        });
+        let (checkpoint, failed) = Import::new(server, hooks, ProgressBar::hidden()).run(&mut source)?;
+        // Ends the copy, if the import failed.
+        drop(source);
+        let copied = copying.join().map_err(|_| anyhow!("the copy panicked"))?;
+        let imported = checkpoint.line;
+        let stored = || format!("{imported} keys are stored; import again to store all");
+        match (failed, copied) {
+            (Some(error), _) | (None, Err(error)) => Err(error.context(stored())),
+            (None, Ok(left_out)) => Ok(Copied { imported, left_out }),
+        }
+    })
 }
 
 /// The imported file.
@@ -115,7 +140,11 @@ impl Source {
             Ok((file, metadata.is_file().then_some(metadata.len())))
         };
         let (file, size) = opened().with_context(|| format!("cannot read {name}"))?;
-        Ok(Self { reader: BufReader::with_capacity(1 << 16, file), name, size, position: Checkpoint::default() })
+        Ok(Self::new(file, name, size))
+    }
+
+    fn new(file: File, name: String, size: Option<u64>) -> Self {
+        Self { reader: BufReader::with_capacity(1 << 16, file), name, size, position: Checkpoint::default() }
     }
 
     /// Validates all lines before the first put, and that the part before the checkpoint `begin` is unchanged. Then seeks to
@@ -217,7 +246,20 @@ struct Import<'l> {
     saved: Instant,
 }
 
-impl Import<'_> {
+impl<'l> Import<'l> {
+    fn new(server: &'l Server, hooks: ImportHooks, progress: ProgressBar) -> Self {
+        Self {
+            server,
+            is_valid_key: hooks.is_valid_key,
+            waits: Arc::new(Waits { report: hooks.report, has_reported: AtomicBool::default() }),
+            file: None,
+            progress,
+            checkpoint: Checkpoint::default(),
+            in_flight: VecDeque::new(),
+            saved: Instant::now(),
+        }
+    }
+
     /// Runs the import. Returns the checkpoint, and the error that stopped it before the end.
     fn run(mut self, source: &mut Source) -> Result<(Checkpoint, Option<Error>)> {
         let stopped = AtomicBool::new(false);

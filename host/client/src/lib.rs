@@ -6,6 +6,7 @@
 mod checkpoint;
 mod import;
 mod list;
+mod origin;
 mod output;
 mod prefix;
 mod record;
@@ -14,8 +15,9 @@ mod txn;
 mod value;
 mod watch;
 
-pub use self::import::{ImportHooks, NewProgressBar, import};
+pub use self::import::{Copied, ImportHooks, NewProgressBar, import, import_from};
 pub use self::list::{ListOptions, export, list};
+pub use self::origin::Origin;
 pub use self::output::Output;
 pub use self::prefix::{count_prefix, delete_prefix};
 pub use self::server::{ApiRequest, ClientError, Options, Server, add as add_parameter};

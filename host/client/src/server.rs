@@ -2,7 +2,7 @@
 //!
 //! Owns: URLs, tokens, and trusted CAs. Must never know: the meaning of a request.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -222,7 +222,12 @@ pub fn shown(key: &str) -> String {
 
 /// Returns the path of a key.
 pub fn path_of(key: &str) -> String {
-    format!("/v1/{}", utf8_percent_encode(key, IN_PATH))
+    format!("/v1/{}", segment_of(key))
+}
+
+/// Returns a key as a segment of a path.
+pub fn segment_of(key: &str) -> impl Display {
+    utf8_percent_encode(key, IN_PATH)
 }
 
 /// Adds a parameter to a target.

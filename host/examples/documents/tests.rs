@@ -339,6 +339,7 @@ fn deployment_files_use_known_settings() {
         "deploy/compose.yaml",
         "deploy/nats/compose.yaml",
         "deploy/pair/compose.yaml",
+        "deploy/demo/compose.yaml",
         "deploy/pair/pair.conf",
         "deploy/kubernetes/kvs.yaml",
         "deploy/kubernetes/backup.yaml",

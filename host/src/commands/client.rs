@@ -1,7 +1,7 @@
 //! The server that a client command uses, and the token it presents.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -97,6 +97,11 @@ impl OutputArgs {
 }
 
 impl ServerArgs {
+    /// Trusted CA certificates.
+    pub fn authorities(&self) -> Option<&Path> {
+        self.cacert.as_deref()
+    }
+
     pub fn server(&self) -> Result<Server> {
         self.server_for(false, Duration::ZERO)
     }

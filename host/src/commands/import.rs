@@ -1,8 +1,9 @@
-//! `kvs import`: puts the keys and values of JSON lines.
+//! `kvs import`: puts the keys and values of JSON lines, or of another store.
 
 use std::path::PathBuf;
 
-use kvs_client::ImportHooks;
+use anyhow::ensure;
+use kvs_client::{Copied, ImportHooks, Origin};
 
 use super::client::ServerArgs;
 use crate::guest::is_valid_key;
@@ -15,6 +16,11 @@ pub struct Import {
     #[arg(default_value = "-", hide_default_value = true)]
     file: PathBuf,
 
+    /// Copy all keys of another store once: redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], etcd://[USER:PASSWORD@]HOST[:PORT] or
+    /// consul://[TOKEN@]HOST[:PORT]; rediss, etcds and consuls over TLS
+    #[arg(long, env = "KVS_IMPORT_FROM", hide_env_values = true, value_name = "URL", conflicts_with_all = ["file", "resume"])]
+    from: Option<Origin>,
+
     /// Resume an interrupted import of this file, if there was one
     #[arg(long)]
     resume: bool,
@@ -26,7 +32,14 @@ pub struct Import {
 pub fn run(args: &Import) -> anyhow::Result<()> {
     let report = |line: &str| notice(format_args!("kvs: {line}"));
     let hooks = ImportHooks { bar, is_valid_key, report };
-    let lines = kvs_client::import(&args.server.server()?, &args.file, args.resume, hooks)?;
+    let server = args.server.server()?;
+    if let Some(origin) = &args.from {
+        let Copied { imported, left_out } = kvs_client::import_from(&server, origin, args.server.authorities(), hooks)?;
+        notice(format_args!("imported {imported} keys"));
+        ensure!(left_out == 0, "{left_out} keys of {origin} were left out");
+        return Ok(());
+    }
+    let lines = kvs_client::import(&server, &args.file, args.resume, hooks)?;
     notice(format_args!("imported {lines} lines"));
     Ok(())
 }

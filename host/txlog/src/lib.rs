@@ -22,6 +22,7 @@ pub mod file;
 pub mod fuzz;
 mod group_commit;
 mod incarnation;
+mod past;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(feature = "remote")]
@@ -37,6 +38,7 @@ mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
 pub use incarnation::{History, Incarnation};
+pub use past::PastLog;
 pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};

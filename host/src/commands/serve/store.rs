@@ -9,9 +9,10 @@ use kvs_runtime::Env;
 use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
-use kvs_txlog::{Standby, TransactionLog};
+use kvs_txlog::{PastLog, Standby, TransactionLog};
 use tokio::task;
 
+use crate::commands::txlog::open_offline;
 use crate::guest::{Arrangement, Engine, Guest, Replayed, Shards, Source};
 use crate::settings::{Serve, TxlogStorage};
 
@@ -45,6 +46,11 @@ pub async fn open_log(
     metrics: &Metrics,
     env: &Env,
 ) -> Result<Opened> {
+    if args.read_only {
+        let (txlog, data, until) = (args.txlog.clone(), args.data_dir.clone(), args.until);
+        let opened = task::spawn_blocking(move || PastLog::open(open_offline(&txlog, &data)?, until)).await??;
+        return Ok(Opened { log: Arc::new(opened), followed: None, handed_over: None, standby: None });
+    }
     let env = env.clone();
     match &args.txlog {
         TxlogStorage::File => {

@@ -5,46 +5,19 @@ use std::io::{BufWriter, Write};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
-#[cfg(feature = "nats")]
-use kvs_txlog::cluster::nats;
-use kvs_txlog::file::Offline;
-use kvs_txlog::postgres::PostgresLog;
-use kvs_txlog::{Entry, EventRef, Receive, TransactionLog};
+use kvs_txlog::{Entry, EventRef};
 
 use super::StorageArgs;
-use crate::settings::TxlogStorage;
 use crate::terminal::bar_beside_output;
 
 /// Prints all entries of a log, up to the first corruption.
 pub fn all(at: &StorageArgs, out: &mut dyn Write, print: fn(&Entry<'_>, &mut String)) -> anyhow::Result<()> {
-    match &at.txlog {
-        TxlogStorage::File => {
-            let log = Offline::open(&at.data_dir)?;
-            entries(log.newest(), |receive| log.replay(receive), out, print)
-        }
-        TxlogStorage::Postgres(url) => {
-            let log = PostgresLog::at_rest(url, false)?;
-            entries(log.appended(), |receive| log.replay(0, receive), out, print)
-        }
-        #[cfg(feature = "nats")]
-        TxlogStorage::Nats(url) => {
-            let log = nats::read(url)?;
-            entries(log.appended(), |receive| log.replay(0, receive), out, print)
-        }
-    }
-}
-
-fn entries(
-    newest: u64,
-    replay: impl FnOnce(&mut Receive<'_>) -> anyhow::Result<u64>,
-    out: &mut dyn Write,
-    print: fn(&Entry<'_>, &mut String),
-) -> anyhow::Result<()> {
     const WRITE_ERROR: &str = "cannot write to standard output";
-    let bar = bar_beside_output(newest, "entries");
+    let log = at.open()?;
+    let bar = bar_beside_output(log.appended(), "entries");
     let mut out = BufWriter::new(out);
     let mut line = String::new();
-    replay(&mut |entries| {
+    log.replay(0, &mut |entries| {
         for entry in entries {
             line.clear();
             print(entry, &mut line);

@@ -8,6 +8,7 @@ mod import;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::bail;
 use bytesize::ByteSize;
@@ -94,6 +95,23 @@ pub struct StorageArgs {
     /// nats://HOST,HOST,HOST/NAME
     #[arg(long, env = "KVS_TXLOG", value_name = "file|URL", default_value = "file", hide_env_values = true)]
     pub txlog: TxlogStorage,
+}
+
+impl StorageArgs {
+    /// Opens a log that no server uses, to read it.
+    pub fn open(&self) -> anyhow::Result<Arc<dyn TransactionLog>> {
+        open_offline(&self.txlog, &self.data_dir)
+    }
+}
+
+/// Opens a log that no server uses, to read it.
+pub fn open_offline(txlog: &TxlogStorage, data: &Path) -> anyhow::Result<Arc<dyn TransactionLog>> {
+    Ok(match txlog {
+        TxlogStorage::File => Arc::new(Offline::open(data)?),
+        TxlogStorage::Postgres(url) => Arc::new(PostgresLog::at_rest(url, false)?),
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => Arc::new(nats::read(url)?),
+    })
 }
 
 pub fn run(command: TxlogCommand) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Random;
 use uuid::Uuid;
 
-use super::{Header, Reader, Trailer};
+use super::{Cut, Header, Reader, Trailer};
 use crate::{Entry, History, Incarnation, Receive, Restoration};
 
 /// Opens a backup for a pass over it.
@@ -42,7 +42,7 @@ pub fn check(files: &[PathBuf], until: Option<Until>, open: &Open<'_>) -> Result
     for file in files {
         let link = Link::read(file, links.last(), until.filter(|_| cut.is_none()), open)
             .with_context(|| format!("cannot restore {}", file.display()))?;
-        cut = cut.or(link.cut.map(|last| (links.len(), last)));
+        cut = cut.or(link.cut.at.map(|last| (links.len(), last)));
         links.push(link);
     }
     let Some(end) = links.last() else { bail!("no backup was given") };
@@ -56,7 +56,7 @@ pub fn check(files: &[PathBuf], until: Option<Until>, open: &Open<'_>) -> Result
     };
     let link = &links[at];
     ensure!(link.history.contains(last), "sequence {last} is in no incarnation of the log");
-    if !link.holds(last) {
+    if !link.cut.holds(last, link.trailer.retained) {
         let from = link.trailer.retained;
         let file = &files[at];
         let time = time_of(file, from, open)?.map(|time| format!(", which is --until {time}ms,")).unwrap_or_default();
@@ -100,10 +100,8 @@ struct Link {
     header: Header,
     history: History,
     trailer: Trailer,
-    /// The first sequence that is missing, since compaction dropped its entry.
-    gap: Option<u64>,
-    /// The newest sequence before the point in time, if that is in this backup.
-    cut: Option<u64>,
+    /// The point in time, if that is in this backup.
+    cut: Cut,
 }
 
 impl Link {
@@ -112,29 +110,13 @@ impl Link {
         let header = *reader.header();
         follows(&header, before)?;
         let history = reader.history().clone();
-        let (mut last, mut gap, mut cut) = (header.since, None, None);
-        let mut visit = |entry: &Entry<'_>| {
-            let next = history.next(last);
-            gap = gap.or((next != entry.sequence).then_some(next));
-            if cut.is_none() && matches!(until, Some(Until::Time(time)) if entry.time > time) {
-                cut = Some(history.newest_given(entry.sequence - 1));
-            }
-            last = entry.sequence;
-        };
+        let mut cut = Cut::new(header.since);
         let trailer = reader.read(&mut |entries| {
-            entries.iter().for_each(&mut visit);
+            entries.iter().for_each(|entry| cut.visit(entry, &history, until));
             Ok(())
         })?;
-        gap = gap.or(Some(history.next(last)).filter(|next| *next <= trailer.sequence));
-        if let Some(Until::Sequence(sequence)) = until {
-            cut = Some(sequence).filter(|sequence| (header.since..=trailer.sequence).contains(sequence));
-        }
-        Ok(Self { header, history, trailer, gap, cut })
-    }
-
-    /// Returns whether the state at a sequence is what the log held: nothing was dropped for an entry after it.
-    fn holds(&self, sequence: u64) -> bool {
-        sequence == self.header.since || sequence >= self.trailer.retained || self.gap.is_none_or(|gap| sequence < gap)
+        cut.end(trailer.sequence, &history, until);
+        Ok(Self { header, history, trailer, cut })
     }
 }
 

@@ -4,6 +4,7 @@
 //! stored, or how a log is written.
 
 mod chain;
+mod cut;
 mod read;
 mod write;
 
@@ -15,6 +16,7 @@ use uuid::Uuid;
 use crate::file::bytes::{array, u32_at, u64_at};
 
 pub use self::chain::{Chain, Open, Until, check};
+pub use self::cut::Cut;
 pub use self::read::Reader;
 pub use self::write::{SinceError, write};
 

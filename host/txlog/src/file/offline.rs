@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use kvs_runtime::Env;
+use uuid::Uuid;
 
 use super::catalog::Segment;
 use super::compact::{self, CompactionParams};
@@ -13,7 +14,7 @@ use super::disk::{Directory, Disk};
 use super::liveness::MAX_KEYS;
 use super::lock::Lock;
 use super::{Before, DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
-use crate::{Incarnation, Receive};
+use crate::{AppendError, Event, History, Incarnation, Receive, TransactionLog, Watermark};
 
 /// A log opened offline.
 pub struct Offline {
@@ -33,15 +34,6 @@ impl Offline {
     pub fn fork(data: &Path) -> anyhow::Result<Incarnation> {
         let (home, _lock) = take(data)?;
         fork(home.disk, options(data))
-    }
-
-    /// Returns the newest sequence.
-    pub fn newest(&self) -> u64 {
-        self.shared.queue.appended()
-    }
-
-    pub fn replay(&self, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
-        replay::replay(&self.shared, 0, receive)
     }
 
     /// Drops every entry that can be dropped, and returns the bytes saved. `progress` is called with the bytes read.
@@ -66,6 +58,40 @@ impl Offline {
             segments.pop();
         }
         segments
+    }
+}
+
+impl TransactionLog for Offline {
+    fn append(&self, _: u64, _: &[Event]) -> Result<u64, AppendError> {
+        Err(AppendError::ReadOnly)
+    }
+
+    fn appended(&self) -> u64 {
+        self.shared.queue.appended()
+    }
+
+    fn watermark(&self) -> &Watermark {
+        &self.shared.watermark
+    }
+
+    fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
+        replay::replay(&self.shared, after, receive)
+    }
+
+    fn id(&self) -> Uuid {
+        self.shared.log
+    }
+
+    fn retained(&self) -> u64 {
+        self.shared.catalog.retained()
+    }
+
+    fn history(&self) -> Arc<History> {
+        self.shared.history.clone()
+    }
+
+    fn close(&self) -> anyhow::Result<()> {
+        Ok(())
     }
 }
 

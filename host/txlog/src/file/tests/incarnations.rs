@@ -232,7 +232,7 @@ fn reading_offline_begins_no_incarnation() {
     log.close().unwrap();
     copy_files(&original, &copy);
     let offline = Offline::open(&copy).unwrap();
-    assert_eq!(offline.newest(), 40);
+    assert_eq!(offline.appended(), 40);
     offline.compact(&mut |_| ()).unwrap();
     drop(offline);
     let log = open_in(&copy);

@@ -198,12 +198,12 @@ fn offline_compaction_refuses_log_in_use() {
     assert_eq!(offline.compact(&mut |_| ()).unwrap(), 0, "there is nothing left to do");
     let mut left = Vec::new();
     offline
-        .replay(&mut |entries| {
+        .replay(0, &mut |entries| {
             left.extend(entries.iter().map(|entry| entry.sequence));
             Ok(())
         })
         .unwrap();
-    assert_eq!((left, offline.newest()), (vec![40], 42));
+    assert_eq!((left, offline.appended()), (vec![40], 42));
     drop(offline);
     let log = FileLog::open(options).unwrap();
     assert_eq!(commit(&log, put("key", b"")), 43);

@@ -1,0 +1,115 @@
+//! Keys of etcd, as of one revision, with the TTL of their leases; through its gateway for JSON.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{Lines, PAGE};
+use crate::server::{ApiRequest, Server};
+
+/// The gateway writes 64-bit numbers as text, and leaves out what is empty or 0.
+#[derive(Deserialize)]
+struct Range {
+    header: Header,
+    #[serde(default)]
+    kvs: Vec<KeyValue>,
+    #[serde(default)]
+    more: bool,
+    #[serde(default)]
+    count: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Header {
+    revision: String,
+}
+
+#[derive(Deserialize)]
+struct KeyValue {
+    key: String,
+    #[serde(default)]
+    value: String,
+    #[serde(default)]
+    lease: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Login {
+    token: String,
+}
+
+#[derive(Deserialize)]
+struct Lease {
+    /// Seconds; negative when the lease has ended.
+    #[serde(rename = "TTL", default)]
+    ttl: Option<String>,
+}
+
+/// A server, and the token of this session.
+struct Etcd<'s> {
+    server: &'s Server,
+    token: Option<String>,
+}
+
+pub fn copy(server: &Server, login: Option<&str>, lines: &mut Lines) -> Result<()> {
+    let mut etcd = Etcd { server, token: None };
+    if let Some((name, password)) = login.and_then(|login| login.split_once(':')) {
+        let login: Login = etcd.post("/v3/auth/authenticate", &json!({ "name": name, "password": password }))?;
+        etcd.token = Some(login.token);
+    }
+    let (mut begin, mut revision) = (vec![0], None);
+    let mut leases = HashMap::new();
+    loop {
+        let mut range = json!({ "key": STANDARD.encode(&begin), "range_end": "AA==", "limit": PAGE });
+        if let Some(revision) = &revision {
+            range["revision"] = json!(revision);
+        }
+        let page: Range = etcd.post("/v3/kv/range", &range)?;
+        if revision.is_none() {
+            lines.expect(page.count.as_deref().unwrap_or("0").parse().context("the number of keys is none")?);
+            revision = Some(page.header.revision);
+        }
+        for entry in &page.kvs {
+            let key = STANDARD.decode(&entry.key).context("a key is not base64")?;
+            let value = STANDARD.decode(&entry.value).context("a value is not base64")?;
+            match entry.lease.as_deref().filter(|lease| *lease != "0") {
+                None => lines.put(&key, &value, None)?,
+                Some(lease) => {
+                    let left = match leases.get(lease) {
+                        Some(left) => *left,
+                        None => *leases.entry(lease.to_owned()).or_insert(etcd.time_left(lease)?),
+                    };
+                    lines.put(&key, &value, Some(left))?;
+                }
+            }
+            begin = key;
+        }
+        if !page.more || page.kvs.is_empty() {
+            return Ok(());
+        }
+        // The smallest key after it.
+        begin.push(0);
+    }
+}
+
+impl Etcd<'_> {
+    /// The time left of a lease; none when it has ended, and its keys with it.
+    fn time_left(&self, lease: &str) -> Result<Duration> {
+        let Lease { ttl } = self.post("/v3/lease/timetolive", &json!({ "ID": lease }))?;
+        let seconds: i64 = ttl.as_deref().unwrap_or("0").parse().context("the TTL of a lease is no number")?;
+        Ok(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+    }
+
+    fn post<T: DeserializeOwned>(&self, target: &str, body: &Value) -> Result<T> {
+        let mut headers = vec![("content-type", "application/json")];
+        headers.extend(self.token.as_deref().map(|token| ("authorization", token)));
+        let body = body.to_string();
+        self.server.send_for(&ApiRequest { method: "POST", target, headers: &headers, body: Some(body.as_bytes()) })
+    }
+}
