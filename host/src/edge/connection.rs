@@ -112,7 +112,7 @@ impl Edge {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
+        let account = Arc::clone(&peer.account);
         let asked = Arc::clone(&activity);
         let patience = ConnectionTimeouts::new(activity, http2, &self.limits);
         let address = peer.client.address;
@@ -125,12 +125,16 @@ impl Edge {
                 }
             }
         };
+        // Shared by the requests of this connection alone: a count of references to the edge would go back and forth between threads.
+        let shared = Arc::new((Arc::clone(self), peer));
         let service = service_fn(move |request| {
-            let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));
+            let (shared, activity) = (Arc::clone(&shared), Arc::clone(&asked));
             async move {
-                let under_way = activity.begin();
-                let response = edge.service.respond(request, &peer).await;
-                Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
+                let (edge, peer) = &*shared;
+                let guard = activity.begin();
+                let mut response = edge.service.respond(request, peer).await;
+                response.body_mut().keep_in_flight(guard);
+                Ok::<_, Infallible>(response)
             }
         });
         let limits = &self.limits;
