@@ -126,7 +126,7 @@ guest-js:
 
 # Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap or availability; 45 minutes for all
 [group('develop')]
-bench *WHAT: _build (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
+bench *WHAT: _build guest-js (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --package kvs-tests --bench bench -- {{ WHAT }}
 
 # Count the instructions of a request and of a replay, and fail if they exceed those in the tree by 10%; under a minute. With `update`, write them

@@ -52,10 +52,18 @@ local function popular()
   return "key-" .. rank
 end
 
+-- So large a share of PUTs, the rest GETs, of keys by Zipf's law.
+local function mix(puts)
+  local put = math.random() < puts
+  return wrk.format(put and "PUT" or "GET", "/v1/" .. popular(), nil, put and value or nil)
+end
+
 local kinds = {
   GET = function() return wrk.format("GET", "/v1/" .. any()) end,
   ["GET Zipf"] = function() return wrk.format("GET", "/v1/" .. popular()) end,
   PUT = function() return wrk.format("PUT", "/v1/" .. any(), nil, value) end,
+  ["YCSB A"] = function() return mix(0.5) end,
+  ["YCSB B"] = function() return mix(0.05) end,
   -- Nine GETs to a PUT.
   mixed = function()
     local put = math.random(10) == 1
@@ -78,7 +86,7 @@ function init(args)
     value = base64(value)
   end
   math.randomseed(os.time())
-  if kind == "GET Zipf" then
+  if kind == "GET Zipf" or kind:find("^YCSB") then
     prepare_zipf()
   end
   request = kinds[kind]

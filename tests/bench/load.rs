@@ -29,6 +29,16 @@ pub struct Done {
     pub cpu_us: f64,
     /// Microseconds that half of the requests took at most, then 99%, 99.9%, and all. Empty where nobody counted.
     pub latency: Vec<f64>,
+    /// Share of the requests that the response cache of kvs answered; not a number where none was looked up.
+    pub hit_rate: f64,
+    /// Entries of a batch of kvs; not a number where none was written.
+    pub batch: f64,
+}
+
+impl Done {
+    fn new(per_second: f64, cpu_us: f64, latency: Vec<f64>) -> Self {
+        Self { per_second, cpu_us, latency, hit_rate: f64::NAN, batch: f64::NAN }
+    }
 }
 
 /// 100-byte values.
@@ -53,7 +63,22 @@ impl Load<'_> {
         let [requests, microseconds, failures] = numbers("result ")?[..] else { bail!("wrk said {report:?}") };
         ensure!(failures == 0.0 && requests > 0.0, "{}: {failures} of {requests} requests failed", server.name);
         let (per_second, latency) = (requests / microseconds * 1e6, numbers("latency ")?);
-        Ok(Done { per_second, cpu_us: cpu / requests * 1e6, latency })
+        Ok(Done::new(per_second, cpu / requests * 1e6, latency))
+    }
+
+    /// The same, with what kvs counts meanwhile.
+    pub fn wrk_of_kvs(&self, server: &Server) -> Result<Done> {
+        const COUNTS: [&str; 4] = [
+            "kvs_response_cache_hits_total",
+            "kvs_response_cache_misses_total",
+            "kvs_txlog_batch_entries_sum",
+            "kvs_txlog_batch_entries_count",
+        ];
+        let before = server.metrics(COUNTS)?;
+        let done = self.wrk(server)?;
+        let after = server.metrics(COUNTS)?;
+        let [hits, misses, entries, batches] = std::array::from_fn(|index| after[index] - before[index]);
+        Ok(Done { hit_rate: hits / (hits + misses), batch: entries / batches, ..done })
     }
 
     /// HTTP/2, one stream in each connection at a time, and a thousand of the keys.
@@ -62,7 +87,7 @@ impl Load<'_> {
         h2load.args(["--duration", &self.time.as_secs().to_string()]);
         let (report, cpu) = run(server, h2load)?;
         let requests = succeeded(&report)?;
-        Ok(Done { per_second: requests / self.time.as_secs_f64(), cpu_us: cpu / requests * 1e6, latency: Vec::new() })
+        Ok(Done::new(requests / self.time.as_secs_f64(), cpu / requests * 1e6, Vec::new()))
     }
 
     /// HTTP/1.1, as many requests a second as there can be.
@@ -116,7 +141,7 @@ impl Load<'_> {
         })?;
         let line = report.lines().find_map(|line| line.strip_prefix(&format!("\"{name}\",\"")));
         let per_second = line.with_context(|| report.clone())?.split('"').next().unwrap_or_default().parse()?;
-        Ok(Done { per_second, cpu_us: cpu / requests as f64 * 1e6, latency: Vec::new() })
+        Ok(Done::new(per_second, cpu / requests as f64 * 1e6, Vec::new()))
     }
 }
 

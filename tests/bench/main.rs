@@ -20,6 +20,7 @@ mod replay;
 mod report;
 mod requests;
 mod swap;
+mod warm;
 
 use std::path::Path;
 

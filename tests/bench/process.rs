@@ -91,10 +91,19 @@ impl Server {
 
     /// One of the numbers of kvs.
     pub fn metric(&self, name: &str) -> Result<f64> {
+        self.metrics([name]).map(|[value]| value)
+    }
+
+    /// Numbers of kvs, of one moment.
+    pub fn metrics<const N: usize>(&self, names: [&str; N]) -> Result<[f64; N]> {
         let page = ureq::get(format!("http://{}/metrics", self.admin.context("no admin listener")?)).call()?;
         let page = page.into_body().read_to_string()?;
-        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(line.with_context(|| format!("no {name} in the metrics"))?.parse()?)
+        let mut values = [0.0; N];
+        for (value, name) in values.iter_mut().zip(names) {
+            let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            *value = line.with_context(|| format!("no {name} in the metrics"))?.parse()?;
+        }
+        Ok(values)
     }
 
     pub fn id(&self) -> String {

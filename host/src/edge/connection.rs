@@ -114,7 +114,7 @@ impl Edge {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (edge, account) = (Arc::clone(self), Arc::clone(&peer.account));
+        let account = Arc::clone(&peer.account);
         let asked = Arc::clone(&activity);
         let patience = ConnectionTimeouts::new(activity, http2, &self.limits);
         let address = peer.client.address;
@@ -127,16 +127,20 @@ impl Edge {
                 }
             }
         };
+        // Shared by the requests of this connection alone: a count of references to the edge would go back and forth between threads.
+        let shared = Arc::new((Arc::clone(self), peer));
         let service = service_fn(move |request| {
-            let (edge, peer, activity) = (Arc::clone(&edge), Arc::clone(&peer), Arc::clone(&asked));
+            let (shared, activity) = (Arc::clone(&shared), Arc::clone(&asked));
             async move {
-                let under_way = activity.begin();
-                let mut response = edge.service.respond(request, &peer).await;
+                let (edge, peer) = &*shared;
+                let guard = activity.begin();
+                let mut response = edge.service.respond(request, peer).await;
                 if !http2 && *edge.stage.borrow() != Stage::Serving {
                     let close = const { HeaderValue::from_static("close") };
                     response.headers_mut().insert(header::CONNECTION, close);
                 }
-                Ok::<_, Infallible>(response.map(|reply| reply.keeping(under_way)))
+                response.body_mut().keep_in_flight(guard);
+                Ok::<_, Infallible>(response)
             }
         });
         let limits = &self.limits;

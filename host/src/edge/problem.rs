@@ -57,17 +57,19 @@ pub fn is_wanted(headers: &HeaderMap) -> bool {
 
 /// Completes an error response: its stable code, and the time to wait before a retry. Converts its text to a problem if
 /// the client wants that.
-pub fn complete(mut response: Response<Reply>, wants_problem: bool) -> Response<Reply> {
+pub fn complete(response: &mut Response<Reply>, wants_problem: bool) {
     let status = response.status();
     if !(status.is_client_error() || status.is_server_error()) {
-        return response;
+        return;
     }
     let headers = response.headers_mut();
     headers.entry(ERROR).or_insert_with(|| HeaderValue::from_static(code_of(status)));
     if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
         headers.entry(header::RETRY_AFTER).or_insert(const { HeaderValue::from_static("1") });
     }
-    if wants_problem { of(response) } else { response }
+    if wants_problem {
+        convert(response);
+    }
 }
 
 /// Gives a rejection a code of its own.
@@ -81,18 +83,16 @@ fn code_of(status: StatusCode) -> &'static str {
     CODES.iter().find(|(of, _)| *of == status.as_u16()).map_or(OTHER, |(_, code)| code)
 }
 
-fn of(response: Response<Reply>) -> Response<Reply> {
-    let status = response.status();
+fn convert(response: &mut Response<Reply>) {
     let is_text = |kind: &HeaderValue| kind.as_bytes().starts_with(b"text/plain");
     if !response.headers().get(header::CONTENT_TYPE).is_some_and(is_text) {
-        return response;
+        return;
     }
-    let (mut head, body) = response.into_parts();
-    let Reply::Whole(line) = body else { return Response::from_parts(head, body) };
-    let error = head.headers.get(ERROR).and_then(|error| error.to_str().ok()).unwrap_or(OTHER);
-    let problem = problem(status, error, &line);
-    head.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-    Response::from_parts(head, Reply::Whole(problem))
+    let Reply::Whole(line) = response.body() else { return };
+    let error = response.headers().get(ERROR).and_then(|error| error.to_str().ok()).unwrap_or(OTHER);
+    let problem = problem(response.status(), error, line);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    *response.body_mut() = Reply::Whole(problem);
 }
 
 /// The code and its parameters, `check_failed;operation=1`, become fields.
@@ -116,6 +116,12 @@ mod tests {
     use super::*;
     use crate::edge::refusal::refuse;
 
+    fn completed(error: Answer, wants_problem: bool) -> Response<Reply> {
+        let mut response = error.map(Reply::Whole);
+        complete(&mut response, wants_problem);
+        response
+    }
+
     fn body(response: Response<Reply>) -> serde_json::Value {
         let Reply::Whole(body) = response.into_body() else { panic!("a stream") };
         serde_json::from_slice(&body).expect("JSON")
@@ -123,7 +129,7 @@ mod tests {
 
     #[test]
     fn only_text_errors_become_problems() {
-        let problem = complete(refuse(StatusCode::SERVICE_UNAVAILABLE, "a \"line\"").map(Reply::Whole), true);
+        let problem = completed(refuse(StatusCode::SERVICE_UNAVAILABLE, "a \"line\""), true);
         assert_eq!(problem.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
         assert_eq!(problem.headers()[header::RETRY_AFTER], "1");
         let expected = json!({
@@ -131,7 +137,7 @@ mod tests {
             "detail": "a \"line\""
         });
         assert_eq!(body(problem), expected);
-        let fine = complete(refuse(StatusCode::OK, "fine").map(Reply::Whole), true);
+        let fine = completed(refuse(StatusCode::OK, "fine"), true);
         assert_eq!(fine.headers()[header::CONTENT_TYPE], "text/plain; charset=utf-8");
         assert!(!fine.headers().contains_key(ERROR));
     }
@@ -139,7 +145,7 @@ mod tests {
     #[test]
     fn code_and_its_parameters_become_fields() {
         let refusal = with_code("check_failed;operation=3;key=x", refuse(StatusCode::CONFLICT, "line"));
-        let problem = body(complete(refusal.map(Reply::Whole), true));
+        let problem = body(completed(refusal, true));
         assert_eq!((&problem["code"], &problem["operation"]), (&json!("check_failed"), &json!(3)));
         assert_eq!(problem.get("key"), None);
     }
@@ -151,7 +157,7 @@ mod tests {
             (StatusCode::TOO_MANY_REQUESTS, "rate_limited", Some("1")),
             (StatusCode::IM_A_TEAPOT, OTHER, None),
         ] {
-            let line = complete(refuse(status, "line").map(Reply::Whole), false);
+            let line = completed(refuse(status, "line"), false);
             assert_eq!(line.headers()[ERROR], code);
             let header = line.headers().get(header::RETRY_AFTER).map(|value| value.to_str().expect("text"));
             assert_eq!(header, retry_after, "{status}");

@@ -31,11 +31,10 @@ impl Reply {
         }
     }
 
-    /// Keeps the request under way for as long as this goes on.
-    pub fn keeping(self, under_way: UnderWay) -> Self {
-        match self {
-            Self::Whole(_) | Self::Length(_) => self,
-            Self::Stream { pieces, .. } => Self::Stream { pieces, _under_way: Some(under_way) },
+    /// Keeps the request in flight until the end of the response.
+    pub fn keep_in_flight(&mut self, guard: UnderWay) {
+        if let Self::Stream { _under_way, .. } = self {
+            *_under_way = Some(guard);
         }
     }
 }

@@ -49,6 +49,22 @@ const FREE: usize = 4 << 10;
 /// What a stream of HTTP/2 takes beside the head of its request, or beside the body of its response.
 const STREAM: usize = 2 << 10;
 
+/// Returns whether caches may keep a response to this method without being asked to.
+fn is_cacheable(method: &Method) -> bool {
+    *method == Method::GET || *method == Method::HEAD
+}
+
+/// Adds the headers of every response where the guest gave none of its own.
+fn set_defaults<B>(response: &mut Response<B>, is_cacheable: bool) {
+    let headers = response.headers_mut();
+    if is_cacheable {
+        // Without it, caches may keep a response for a while of their own choice, also a 404.
+        headers.entry(header::CACHE_CONTROL).or_insert(const { HeaderValue::from_static("no-cache") });
+    }
+    // No browser is to guess that something is a script, unless the guest says it may.
+    headers.entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
+}
+
 /// Answers requests.
 pub struct Service {
     pub shards: Arc<Shards>,
@@ -97,7 +113,7 @@ impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let is_head = request.method() == Method::HEAD;
-        let is_cacheable = is_head || request.method() == Method::GET;
+        let is_cacheable = is_cacheable(request.method());
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
@@ -109,11 +125,14 @@ impl Service {
             if let Some(limit) = refusal.extensions().get() {
                 self.metrics.rejected(*limit);
             }
-            refusal.map(Reply::Whole)
+            let mut response = refusal.map(Reply::Whole);
+            set_defaults(&mut response, is_cacheable);
+            response.headers_mut().insert(request_id::HEADER, id.clone());
+            response
         });
         // A forwarded one is complete.
         if response.extensions().get::<Forwarded>().is_none() {
-            response = problem::complete(response, wants_problems);
+            problem::complete(&mut response, wants_problems);
             if is_head {
                 response = response.map(Reply::without_body);
             }
@@ -129,14 +148,6 @@ impl Service {
             let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
             log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
         }
-        if is_cacheable {
-            // Without it, caches may keep a response for a while of their own choice, also a 404.
-            let no_cache = const { HeaderValue::from_static("no-cache") };
-            response.headers_mut().entry(header::CACHE_CONTROL).or_insert(no_cache);
-        }
-        // No browser is to guess that something is a script, unless the guest says it may.
-        response.headers_mut().entry(X_CONTENT_TYPE_OPTIONS).or_insert(const { HeaderValue::from_static("nosniff") });
-        response.headers_mut().insert(request_id::HEADER, id);
         response
     }
 
@@ -164,6 +175,7 @@ impl Service {
         };
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         let is_head = head.method == Method::HEAD;
+        let is_cacheable = is_cacheable(&head.method);
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
@@ -173,7 +185,10 @@ impl Service {
         let client = Arc::clone(&peer.client);
         let is_sampled = self.shards.shadow().samples();
         let incoming = Incoming { request, client, id: id.clone(), principal, scope, is_sampled };
-        let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
+        let Answered { mut answer, mut as_of } = match self.reuse(&incoming) {
+            Some(answered) => answered,
+            None => self.call(incoming, deadline).await?,
+        };
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
@@ -189,14 +204,21 @@ impl Service {
             charge.hold(response_bytes).map_err(|Exceeded| full())?;
         }
         self.release(&answer, deadline).await?;
-        let response = answer.response.message().map_err(|invalid| {
+        let is_complete = answer.response.is_kept();
+        let mut response = answer.response.message().map_err(|invalid| {
             let (guest, request_id) = (self.shards.serving().description, id.to_str().unwrap_or_default());
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
         })?;
+        if !is_complete {
+            set_defaults(&mut response, is_cacheable);
+        }
         if let Some(reusable) = answer.reusable {
+            // A place for the id of each request that is given a copy. Not an id: one that a client sent is a part of a larger buffer.
+            response.headers_mut().insert(request_id::HEADER, const { HeaderValue::from_static("-") });
             reusable.keep(&response);
         }
+        response.headers_mut().insert(request_id::HEADER, id.clone());
         let (mut head, body) = response.into_parts();
         if let Some(as_of) = as_of {
             consistency::set_age(&mut head.headers, self.shards.env().clock.elapsed(as_of));
@@ -225,12 +247,20 @@ impl Service {
         Ok(Response::from_parts(head, reply))
     }
 
+    /// Returns the kept response to an equal request.
+    fn reuse(&self, incoming: &Incoming) -> Option<Answered> {
+        let as_of = self.as_of();
+        self.shards.kept(incoming).map(|answer| Answered { answer, as_of })
+    }
+
+    /// Returns the time up to which a standby has everything. To be called before a response is made or looked up: the state only
+    /// gets newer.
+    fn as_of(&self) -> Option<time::Instant> {
+        self.followed.as_ref().and_then(|followed| followed.as_of())
+    }
+
     async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answered, Refusal> {
-        // Before the response is made or looked up: the state only gets newer.
-        let as_of = self.followed.as_ref().and_then(|followed| followed.as_of());
-        if let Some(answer) = self.shards.kept(&incoming) {
-            return Ok(Answered { answer, as_of });
-        }
+        let as_of = self.as_of();
         let client = Arc::clone(&incoming.client);
         // HTTP/1.1 has one request at a time, which needs no timer.
         let turn = match client.turn.try_lock() {
@@ -284,7 +314,10 @@ impl Service {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let Answered { answer, as_of } = self.call(wait.incoming, deadline).await?;
+            let Answered { answer, as_of } = match self.reuse(&wait.incoming) {
+                Some(answered) => answered,
+                None => self.call(wait.incoming, deadline).await?,
+            };
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     tokio::select! {

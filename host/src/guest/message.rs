@@ -19,11 +19,11 @@ use crate::contract::{self, Grant, HeaderRef, ResponseRef, Scope};
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
 const RESPONSE_HEADERS: usize = 256;
 
-/// Headers that the host adds: the request id, and against guesses of the content type.
-const HOST_HEADERS: usize = 2;
+/// Headers that the host adds: the request id, and against guesses of the content type and of how long a response is good.
+const HOST_HEADERS: usize = 3;
 
 /// Headers that speak of the connection or the framing, which are the host's.
-const CONNECTION_HEADERS: [HeaderName; 7] = [
+static CONNECTION_HEADERS: [HeaderName; 7] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,
     HeaderName::from_static("keep-alive"),
@@ -35,7 +35,50 @@ const CONNECTION_HEADERS: [HeaderName; 7] = [
 
 /// Header that a guest sets for the host to give it a value: the position from which a watch misses nothing that the response
 /// does not show.
-const POSITION: HeaderName = HeaderName::from_static("kvs-position");
+static POSITION: HeaderName = HeaderName::from_static("kvs-position");
+
+/// Names that most responses have: to find one among few takes less than to parse it.
+static COMMON_NAMES: [HeaderName; 6] = [
+    header::CONTENT_TYPE,
+    header::ETAG,
+    header::ACCEPT_RANGES,
+    header::CONTENT_SECURITY_POLICY,
+    HeaderName::from_static("kvs-created"),
+    HeaderName::from_static("kvs-sequence"),
+];
+
+fn name(name: &str) -> Result<HeaderName> {
+    if let Some(common) = COMMON_NAMES.iter().find(|common| common.as_str() == name) {
+        return Ok(common.clone());
+    }
+    let name = HeaderName::from_bytes(name.as_bytes())?;
+    ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
+    Ok(name)
+}
+
+/// Values that most responses have. These are shared by all: without a buffer and a count of references, a kept response takes less
+/// memory, and a hit reads less of it.
+const COMMON_VALUES: [&str; 7] = [
+    "bytes",
+    "sandbox",
+    "nosniff",
+    "no-cache",
+    "application/json",
+    "application/octet-stream",
+    "text/plain; charset=utf-8",
+];
+
+/// Returns the bytes that a header value holds of its own.
+pub(super) fn own_bytes(value: &HeaderValue) -> usize {
+    if COMMON_VALUES.iter().any(|common| *value == **common) { 0 } else { value.len() }
+}
+
+fn value(bytes: Vec<u8>) -> Result<HeaderValue> {
+    match COMMON_VALUES.iter().find(|common| common.as_bytes() == bytes) {
+        Some(common) => Ok(HeaderValue::from_static(common)),
+        None => Ok(HeaderValue::from_maybe_shared(Bytes::from(bytes))?),
+    }
+}
 
 /// Who is at the other end of a connection.
 #[derive(Debug)]
@@ -159,6 +202,11 @@ pub enum Given {
 }
 
 impl Given {
+    /// Whether it was kept, with the headers that the host added to it.
+    pub fn is_kept(&self) -> bool {
+        matches!(self, Self::Kept(_))
+    }
+
     /// The size of its body.
     pub fn bytes(&self) -> usize {
         match self {
@@ -171,7 +219,8 @@ impl Given {
     pub fn message(self) -> Result<Response<Bytes>> {
         let (record, most, end) = match self {
             Self::Fresh { record, most, end } => (record, most, end),
-            Self::Kept(kept) => return Ok(kept.message()),
+            // Copied as a whole: to append a header hashes its name.
+            Self::Kept(kept) => return Ok(kept.response.clone()),
         };
         ensure!((200..=599).contains(&record.status), "status {}", record.status);
         let bytes = record.body.len();
@@ -182,13 +231,8 @@ impl Given {
         *response.status_mut() = StatusCode::from_u16(record.status)?;
         response.headers_mut().reserve(count + HOST_HEADERS);
         for header in record.headers {
-            let name = HeaderName::from_bytes(header.name.as_bytes())?;
-            ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
-            let value = if name == POSITION {
-                HeaderValue::from(end)
-            } else {
-                HeaderValue::from_maybe_shared(Bytes::from(header.value))?
-            };
+            let name = name(&header.name)?;
+            let value = if name == POSITION { HeaderValue::from(end) } else { value(header.value)? };
             response.headers_mut().append(name, value);
         }
         Ok(response)
@@ -213,7 +257,8 @@ impl Given {
                 record.headers.iter().map(|header| HeaderRef { name: &header.name, value: &header.value }).collect()
             }
             Self::Kept(kept) => kept
-                .headers
+                .response
+                .headers()
                 .iter()
                 .map(|(name, value)| HeaderRef { name: name.as_str(), value: value.as_bytes() })
                 .collect(),
@@ -225,7 +270,7 @@ impl Answer {
     pub(super) fn record<'r>(&'r self, headers: &'r [HeaderRef<'r>]) -> ResponseRef<'r> {
         let (status, body) = match &self.response {
             Given::Fresh { record, .. } => (record.status, &*record.body),
-            Given::Kept(kept) => (kept.status.as_u16(), &*kept.body),
+            Given::Kept(kept) => (kept.response.status().as_u16(), &**kept.response.body()),
         };
         ResponseRef { status, headers, body, read_sequence: Some(self.read_sequence) }
     }

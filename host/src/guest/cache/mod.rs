@@ -16,8 +16,8 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
-use hyper::{Method, Response, StatusCode};
+use hyper::header::{HeaderName, HeaderValue};
+use hyper::{Method, Response};
 use kvs_metrics::{Counter, Measured, Page};
 use kvs_runtime::Random;
 use quick_cache::sync::Cache;
@@ -25,7 +25,7 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use siphasher::sip::SipHasher13;
 
 use super::clock::Clock;
-use super::message::{Answer, Given, Incoming, Wanted};
+use super::message::{Answer, Given, Incoming, Wanted, own_bytes};
 use super::sync;
 use crate::contract::Request;
 use versions::{Generation, Stamp, Versions};
@@ -40,8 +40,8 @@ const TYPICAL: u64 = 1 << 10;
 const OVERHEAD: usize = 352;
 /// The same of one buffer: of a header or the body.
 const BUFFER: usize = 48;
-/// Bytes that a header takes beside its value: its place in the map, the hash of its name, and room to grow.
-const HEADER: usize = 2 * size_of::<(HeaderName, HeaderValue)>();
+/// Bytes that a header takes beside its value: itself and a link, the hash of its name, and up to three places in the table of these.
+const HEADER: usize = size_of::<(HeaderName, HeaderValue)>() + 44;
 /// Keys of a declaration. Each is looked at on every hit.
 pub const KEYS: usize = 100;
 
@@ -79,10 +79,8 @@ pub struct Reusable {
 
 /// A response that is kept.
 pub struct Kept {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    /// Empty for HEAD, but of an error, which can become a problem of another length.
-    pub body: Bytes,
+    /// Without the body for HEAD, but of an error, which can become a problem of another length.
+    pub response: Response<Bytes>,
     /// Length of the body that the guest gave.
     pub length: usize,
     read_sequence: u64,
@@ -186,17 +184,6 @@ impl ResponseCache {
     }
 }
 
-impl Kept {
-    /// The HTTP message that it was when it was kept.
-    pub fn message(&self) -> Response<Bytes> {
-        let mut response = Response::new(self.body.clone());
-        *response.status_mut() = self.status;
-        // Copied as a whole, for to append each hashes its name.
-        *response.headers_mut() = self.headers.clone();
-        response
-    }
-}
-
 impl Reusable {
     /// Keeps the message that the response became.
     pub fn keep(self, response: &Response<Bytes>) {
@@ -213,15 +200,24 @@ impl Reusable {
         let bytes = OVERHEAD
             + key.len()
             + declared.stamp.bytes()
-            + headers.values().map(|value| HEADER + BUFFER + value.len()).sum::<usize>()
+            + headers.values().map(header_bytes).sum::<usize>()
             + BUFFER
             + body.len();
         let bytes = bytes as u64;
         if bytes > cache.largest {
             return;
         }
-        let kept = Kept { status, headers: headers.clone(), body, length, read_sequence, declared, bytes };
+        let mut kept = Response::new(body);
+        (*kept.status_mut(), *kept.headers_mut()) = (status, headers.clone());
+        let kept = Kept { response: kept, length, read_sequence, declared, bytes };
         cache.responses.insert(key.into(), Arc::new(kept));
+    }
+}
+
+fn header_bytes(value: &HeaderValue) -> usize {
+    match own_bytes(value) {
+        0 => HEADER,
+        bytes => HEADER + BUFFER + bytes,
     }
 }
 
