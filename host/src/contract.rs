@@ -30,6 +30,9 @@ pub use store::kvs::store::http::{
 pub use store::kvs::store::transaction_log::{AppendError, Event};
 pub use store::kvs::store::watch::Selector;
 
+#[cfg(test)]
+pub use store::kvs::store::http::HeaderResult as HeaderOwned;
+
 // The calls: what the host offers (a trait for each imported interface), and what it makes.
 pub use store::ShardedStore as Imports;
 pub use store::kvs::store::{connection, http, response_cache, transaction_log, watch};
