@@ -8,6 +8,7 @@
 //! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
 //! spare) and `swap` (another guest takes over).
 
+mod absent;
 mod alarm;
 mod batch;
 mod cache;
