@@ -94,20 +94,22 @@ guest NAME: _target
     mkdir -p target/guests
     cp target/wasm32-wasip2/guest/{{ replace(NAME, '-', '_') }}_guest.wasm target/guests/{{ NAME }}.wasm
 
-# Build the guest in JavaScript as a component, target/guests/js.wasm
+# Build a guest in TypeScript as a component; without arguments guest/js/store.ts, as target/guests/js.wasm
 [group('guests')]
-guest-js:
+guest-js SOURCE="guest/js/store.ts" COMPONENT="target/guests/js.wasm":
     #!/usr/bin/env bash
     set -euo pipefail
     command -v npm >/dev/null || { echo "npm is missing; install Node.js 20 or newer, from https://nodejs.org" >&2; exit 1; }
-    component=target/guests/js.wasm
-    [ -e "$component" ] && [ -z "$(find wit guest/js -maxdepth 1 -newer "$component" -type f)" ] && exit
-    mkdir -p target/guests
+    source=$(realpath "{{ SOURCE }}") component=$(realpath -m "{{ COMPONENT }}") project=$PWD
+    [ -e "$component" ] && [ -z "$(find wit "$source" guest/js -name node_modules -prune -o -type f -newer "$component" -print)" ] && exit
+    mkdir -p "$(dirname "$component")"
     cd guest/js
     [ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --no-audit --no-fund
-    # The sandbox implements none of the features that are switched off here.
-    npx --no-install componentize-js store.js --wit ../../wit --world-name sharded-store \
-        --disable random stdio clocks http fetch-event --out "../../$component"
+    npx --no-install tsc
+    bundle=${component%.wasm}.js
+    npx --no-install rolldown "$source" --format esm --file "$bundle" --log-level silent \
+        --external kvs:store/transaction-log@0.2.0 --external kvs:store/response-cache@0.2.0
+    npx --no-install componentize-js "$bundle" --wit "$project/wit" --world-name sharded-store --out "$component"
 
 # Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap or availability; 45 minutes for all
 [group('develop')]
