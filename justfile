@@ -111,6 +111,17 @@ guest-js SOURCE="guest/js/store.ts" COMPONENT="target/guests/js.wasm":
         --external kvs:store/transaction-log@0.2.0 --external kvs:store/response-cache@0.2.0
     npx --no-install componentize-js "$bundle" --wit "$project/wit" --world-name sharded-store --out "$component"
 
+# Build a guest in Python as a component; without arguments guest/python/store.py, as target/guests/python.wasm
+[group('guests')]
+guest-python SOURCE="guest/python/store.py" COMPONENT="target/guests/python.wasm": _componentize_py
+    #!/usr/bin/env bash
+    set -euo pipefail
+    source="{{ SOURCE }}" component="{{ COMPONENT }}"
+    [ -e "$component" ] && [ -z "$(find wit "$source" guest/python -type f -not -name '*.pyc' -newer "$component")" ] && exit
+    mkdir -p "$(dirname "$component")"
+    target/python/bin/componentize-py --quiet --wit-path wit --world sharded-store \
+        componentize "$(basename "$source" .py)" --python-path "$(dirname "$source")" --python-path guest/python --output "$component"
+
 # Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap or availability; 45 minutes for all
 [group('develop')]
 bench *WHAT: _build (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
@@ -128,6 +139,7 @@ soak: _build (_tool "strace") _postgres _python
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
+    KVS_TEST_JS_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture javascript_holds_many_keys
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
@@ -244,6 +256,12 @@ _python: (_tool "python3")
         echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
         python3 -m venv target/python; target/python/bin/pip install --quiet \
         schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
+
+# Install the tool that makes components of Python, in target/python
+_componentize_py: (_tool "python3")
+    @[ target/python/bin/componentize-py -nt guest/python/requirements.txt ] || { \
+        echo "installing componentize-py in target/python"; \
+        python3 -m venv target/python; target/python/bin/python3 -m pip install --quiet --force-reinstall --require-hashes -r guest/python/requirements.txt; }
 
 # Install PostgreSQL, whose programs are not in the path
 _postgres:
