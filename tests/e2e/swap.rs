@@ -268,8 +268,8 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
         (b"\0asm\x01\0\0\0", "it is a core module, not a component; build it for wasm32-wasip2"),
         (truncated, "out of bounds"),
         (
-            &importing("wasi:filesystem/types@0.2.0"),
-            "it imports wasi:filesystem/types@0.2.0, which this host does not offer; it does not export \
+            &importing("wasi:keyvalue/store@0.2.0"),
+            "it imports wasi:keyvalue/store@0.2.0, which this host does not offer; it does not export \
              kvs:store/lifecycle@0.2.0, kvs:store/handler@0.2.0",
         ),
         (

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Env;
 use wasmtime::component::{Component, Linker};
 
+use super::absent;
 use super::cache::ResponseCache;
 use super::clock::Clock;
 use super::compiled;
@@ -92,7 +93,9 @@ impl Engine {
         if let Some(misfit) = world.misfit() {
             bail!(misfit);
         }
-        let instance = self.linker.instantiate_pre(&component)?;
+        let mut linker = self.linker.clone();
+        absent::add_to_linker(&mut linker, &component, State::handles)?;
+        let instance = linker.instantiate_pre(&component)?;
         let exports = Arc::new(ExportsPre::new(instance, world.is_sharded())?);
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
         let response_cache = Arc::clone(&self.response_cache);
@@ -203,7 +206,10 @@ impl World {
 fn is_offered(import: &str) -> bool {
     let interface = interface(import);
     // The linker checks the versions of WASI.
-    other_version(import).is_some() || imports::OFFERED.contains(&interface) || sandbox::OFFERED.contains(&interface)
+    other_version(import).is_some()
+        || imports::OFFERED.contains(&interface)
+        || sandbox::OFFERED.contains(&interface)
+        || absent::is_absent(import)
 }
 
 /// The version in the name of an interface of the contract, when it is not the one that this host runs.

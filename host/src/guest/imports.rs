@@ -9,7 +9,7 @@ use std::time::Duration;
 use hyper::header::HeaderValue;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::subscribers::{Keys, Selection};
-use wasmtime::component::{HasSelf, Linker};
+use wasmtime::component::{HasSelf, Linker, ResourceTable};
 
 use super::cache::{self, Declared, ResponseCache};
 use super::clock::Clock;
@@ -116,6 +116,11 @@ impl State {
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
         &mut self.sandbox
+    }
+
+    /// Handles of the instance, whose number is limited.
+    pub(super) fn handles(&mut self) -> &mut ResourceTable {
+        self.sandbox.handles()
     }
 
     /// The declaration of the call that is over. Void when the call did more than to read keys of its own.

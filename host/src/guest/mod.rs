@@ -8,6 +8,7 @@
 //! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
 //! spare), `shadow` (another guest is given real requests before it serves) and `swap` (another guest takes over).
 
+mod absent;
 mod alarm;
 mod batch;
 mod cache;

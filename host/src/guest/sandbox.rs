@@ -136,6 +136,11 @@ impl Sandbox {
         }
     }
 
+    /// Handles of the guest, whose number is limited.
+    pub fn handles(&mut self) -> &mut ResourceTable {
+        &mut self.handles
+    }
+
     /// The end of what the call printed.
     pub fn printed(&self) -> &[u8] {
         self.printed.bytes()
