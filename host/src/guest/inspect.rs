@@ -23,6 +23,8 @@ pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, o
     let world = engine.world(&component);
     writeln!(out, "source   {source}, {} bytes", bytes.len())?;
     writeln!(out, "sha256   {}", Digest::of(&bytes))?;
+    writeln!(out, "contract {}", list(&world.contracts()))?;
+    writeln!(out, "uses     {}", list(&world.used()))?;
     writeln!(out, "imports  {}", list(&world.imports))?;
     writeln!(out, "exports  {}", list(&world.exports))?;
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
