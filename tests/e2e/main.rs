@@ -42,6 +42,7 @@ mod full_disk;
 mod guests;
 mod hostile;
 mod http2;
+mod key_prefix;
 mod limits;
 mod linear;
 mod lists;

@@ -13,7 +13,7 @@ use kvs_guest::item::Item;
 use kvs_guest::kvs::store::http::{Request, Response};
 use kvs_guest::kvs::store::transaction_log::{Event, Put};
 use kvs_guest::store::Store;
-use kvs_guest::{Imports, content_type, key, rest};
+use kvs_guest::{Imports, content_type, grant, key, rest};
 
 type Default = kvs_guest::Component;
 
@@ -43,6 +43,9 @@ pub fn answer(store: &mut Store, request: Request, host: &mut impl Host) -> Resp
 }
 
 fn add(store: &mut Store, key: &str, request: &Request, host: &mut impl Host) -> Response {
+    if let Err(reason) = grant::check(&request.grant, key) {
+        return line(403, &reason);
+    }
     let Some(change) = change(&request.body) else {
         return line(422, "the body is no number with a sign: +1, -5");
     };

@@ -9,6 +9,7 @@ pub mod answer;
 pub mod conditions;
 pub mod content_type;
 mod duration;
+pub mod grant;
 pub mod item;
 pub mod key;
 mod list;
@@ -130,7 +131,7 @@ impl lifecycle::Guest for Component {
             name: "kvs".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             headers: rest::HEADERS.map(str::to_owned).into(),
-            capabilities: Vec::new(),
+            capabilities: vec!["key-prefix".to_owned()],
         }
     }
 

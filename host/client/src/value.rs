@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use httpdate::parse_http_date;
+use serde_json::{Value, json};
 use ureq::Body;
 use ureq::http::Response;
 
@@ -48,7 +50,8 @@ pub struct Get {
     pub output: Output,
 }
 
-/// Prints the value unchanged. On a terminal a missing newline at its end is added. As JSON, prints it as an entry of a list.
+/// Prints the value unchanged. On a terminal a missing newline at its end is added. As JSON, prints it as an entry of a list, with
+/// the expiry in whole seconds.
 pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerminal)) -> Result<()> {
     let mut target = path_of(key);
     if let Some(wait) = get.wait {
@@ -57,7 +60,8 @@ pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerm
     let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
     let response = server.send(&request).with_context(|| format!("get {}", shown(key)))?;
     if get.output == Output::Json {
-        return print_entry(server, key, out);
+        writeln!(out, "{}", entry(server, key, response)?)?;
+        return Ok(());
     }
     if get.include {
         for name in ["etag", "content-type", "expires"] {
@@ -82,20 +86,22 @@ pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerm
     Ok(())
 }
 
-#[derive(Deserialize)]
-struct Values {
-    keys: Vec<Map<String, Value>>,
-}
-
-fn print_entry(server: &Server, key: &str, out: &mut impl Write) -> Result<()> {
-    let mut target = "/v1".to_owned();
-    add_parameter(&mut target, "key", key);
-    let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
-    let Values { keys } = server.send_for(&request).with_context(|| format!("get {}", shown(key)))?;
-    for entry in keys {
-        writeln!(out, "{}", Value::Object(entry))?;
+/// The entry of a list for a key, of the response to its get: a list has a limit of bytes, and is not for every token.
+fn entry(server: &Server, key: &str, response: Response<Body>) -> Result<Value> {
+    let (etag, content_type) = (header_of(&response, "etag"), header_of(&response, "content-type"));
+    let mut entry = json!({"key": key, "etag": etag, "content_type": content_type});
+    let expires = header_of(&response, "expires").and_then(|date| parse_http_date(date).ok());
+    if let Some(expires) = expires.and_then(|expires| expires.duration_since(UNIX_EPOCH).ok()) {
+        entry["expires"] = json!(expires.as_secs() * 1_000);
     }
-    Ok(())
+    let mut value = Vec::new();
+    response.into_body().into_reader().read_to_end(&mut value).map_err(|error| server.transport_error(&error))?;
+    entry["size"] = value.len().into();
+    match String::from_utf8(value) {
+        Ok(text) => entry["value"] = text.into(),
+        Err(error) => entry["value_base64"] = STANDARD.encode(error.as_bytes()).into(),
+    }
+    Ok(entry)
 }
 
 fn header_of<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {

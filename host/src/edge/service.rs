@@ -151,13 +151,14 @@ impl Service {
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         let is_head = head.method == Method::HEAD;
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
+        let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
         });
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
-        let incoming = Incoming { request, client, id: id.clone(), principal, scope };
+        let incoming = Incoming { request, client, id: id.clone(), principal, scope, key_prefix: key_prefix.clone() };
         let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
@@ -188,7 +189,7 @@ impl Service {
         }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
-                let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 if is_head {
@@ -229,6 +230,7 @@ impl Service {
             let reason = error.to_string();
             match error {
                 CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+                CallError::KeyPrefix => refuse(StatusCode::FORBIDDEN, &reason).into(),
                 CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
                 CallError::Late => {
                     beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into()

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use kvs_txlog::TransactionLog;
-use kvs_txlog::subscribers::{Keys, Selection};
+use kvs_txlog::subscribers::{GUEST_KEY, Keys, Selection};
 use wasmtime::component::{HasSelf, Linker};
 
 use super::cache::{self, Declared, ResponseCache};
@@ -55,6 +55,8 @@ pub struct State {
 pub(super) struct Call {
     pub(super) may_append: bool,
     pub(super) client: Option<Arc<Client>>,
+    /// Prefix of the keys that the client may change, if not all.
+    pub(super) key_prefix: Option<Arc<str>>,
     /// Taken when the call begins.
     pub(super) request_id: Option<HeaderValue>,
     /// The newest sequence it appended.
@@ -84,6 +86,13 @@ pub(super) enum Reuse {
 pub(super) enum Asked {
     Watch(Watch),
     Wait { key: String, timeout: Duration },
+}
+
+impl Call {
+    /// Whether the client may change a key. Those of guests are not its own.
+    fn may_change(&self, key: &str) -> bool {
+        self.key_prefix.as_ref().is_none_or(|prefix| key.starts_with(&**prefix) || key.starts_with(GUEST_KEY))
+    }
 }
 
 impl State {
@@ -136,7 +145,8 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 impl transaction_log::Host for State {
     fn append(&mut self, events: Vec<Event>) -> Result<u64, AppendError> {
         // What it does not own, it would not be given again.
-        if !self.call.may_append || !events.iter().all(|event| self.part.owns(key_of(event))) {
+        let may_append = |key| self.part.owns(key) && self.call.may_change(key);
+        if !self.call.may_append || !events.iter().map(key_of).all(may_append) {
             return Err(AppendError::ReadOnly);
         }
         self.call.appends += 1;

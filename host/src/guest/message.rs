@@ -84,6 +84,8 @@ pub struct Incoming {
     pub principal: Option<Arc<str>>,
     /// What the client may do.
     pub scope: Scope,
+    /// Which keys it may read and change, if not all.
+    pub key_prefix: Option<Arc<str>>,
 }
 
 impl Incoming {
@@ -109,7 +111,7 @@ impl Incoming {
             headers,
             body: self.request.body(),
             principal: self.principal.as_deref(),
-            grant: Grant { scope: self.scope, key_prefix: None },
+            grant: Grant { scope: self.scope, key_prefix: self.key_prefix.as_deref() },
             time_ms: time,
         }
     }
@@ -124,6 +126,7 @@ impl Incoming {
             id: self.id.clone(),
             principal: self.principal.clone(),
             scope: self.scope,
+            key_prefix: self.key_prefix.clone(),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
 use crate::key;
-use crate::kvs::store::http::Response;
+use crate::kvs::store::http::{Request, Response};
 use crate::store::{InOrder, Store};
 use crate::text;
 
@@ -68,11 +68,15 @@ struct Count {
 }
 
 /// GET, and HEAD: the host drops the body.
-pub fn get(store: &mut Store, query: &str, now: u64) -> Response {
-    let store = store.in_order();
+pub fn get(store: &mut Store, query: &str, request: &Request) -> Response {
+    let (store, now) = (store.in_order(), request.time_ms);
     let asked = match asked(query) {
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
+    };
+    let asked = match asked.within(&request.grant) {
+        Ok(asked) => asked,
+        Err(reason) => return line(403, &reason),
     };
     if asked.count {
         return match count(&store, &asked, now) {

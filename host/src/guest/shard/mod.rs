@@ -55,6 +55,9 @@ pub enum CallError {
     /// The shard has had no instance for a while. The request has no effect.
     #[error("the store is down: its guest is being rebuilt")]
     Down,
+    /// The token has a key prefix, which the guest does not enforce. The request has no effect.
+    #[error("the guest enforces no key prefix, which the token has")]
+    KeyPrefix,
 }
 
 /// Result of a call.
