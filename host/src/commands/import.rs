@@ -1,10 +1,12 @@
 //! `kvs import`: puts the keys and values of JSON lines.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
-use kvs_client::ImportHooks;
+use kvs_client::{ImportHooks, Output};
+use serde_json::json;
 
-use super::client::ServerArgs;
+use super::client::{OutputArgs, ServerArgs};
 use crate::guest::is_valid_key;
 use crate::lines::notice;
 use crate::terminal::bar;
@@ -20,6 +22,9 @@ pub struct Import {
     resume: bool,
 
     #[command(flatten)]
+    output: OutputArgs,
+
+    #[command(flatten)]
     server: ServerArgs,
 }
 
@@ -27,6 +32,9 @@ pub fn run(args: &Import) -> anyhow::Result<()> {
     let report = |line: &str| notice(format_args!("kvs: {line}"));
     let hooks = ImportHooks { bar, is_valid_key, report };
     let lines = kvs_client::import(&args.server.server()?, &args.file, args.resume, hooks)?;
-    notice(format_args!("imported {lines} lines"));
+    match args.output.output() {
+        Output::Text => notice(format_args!("imported {lines} lines")),
+        Output::Json => writeln!(io::stdout(), "{}", json!({ "imported": lines }))?,
+    }
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use anyhow::{Result, anyhow};
 use kvs_runtime::Env;
 
+use super::client::OutputArgs;
 use crate::audit::{self, Actor};
 use crate::edge::auth::{self, Limits, Prefix, Scope, check_key_prefix};
 use crate::parse::expiry;
@@ -36,6 +37,8 @@ pub enum TokenCommand {
     },
     /// List the tokens: id, name, scope, expiry and prefix
     List {
+        #[command(flatten)]
+        output: OutputArgs,
         #[command(flatten)]
         file: TokenFile,
     },
@@ -69,7 +72,7 @@ pub fn run(command: TokenCommand) -> Result<()> {
             audit::log(&Actor::user(), "token-create", name, "success");
             Ok(())
         }
-        TokenCommand::List { file } => auth::list(&file.tokens, &mut io::stdout().lock()),
+        TokenCommand::List { output, file } => auth::list(&file.tokens, output.output(), &mut io::stdout().lock()),
         TokenCommand::Revoke { name, file } => {
             for revoked in auth::revoke(&file.tokens, &name)? {
                 audit::log(&Actor::user(), "token-revoke", revoked, "success");

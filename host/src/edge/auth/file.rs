@@ -13,8 +13,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
 use humantime::{format_rfc3339_seconds, parse_rfc3339};
+use kvs_client::Output;
 use kvs_runtime::Random;
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use serde_json::json;
 
 use super::{Hash, Prefix, Scope, TOKEN_PREFIX, Token, hash};
 
@@ -168,15 +170,26 @@ pub fn create(
 }
 
 /// Lists the tokens, without the tokens themselves: id, name, scope, expiry and prefix.
-pub fn list(file: &Path, out: &mut dyn Write) -> Result<()> {
+pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
     let (_, tokens) = read(file)?;
     for (hash, Token { name, scope, prefix, expires }) in tokens {
-        let expiry = expires.map_or_else(
-            || "never".to_owned(),
-            |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string(),
-        );
-        let prefix = prefix.map_or_else(String::new, |prefix| format!("  {}", word_of(&prefix)));
-        writeln!(out, "{}  {name:<16}  {:<7}  {expiry:<20}{prefix}", id(&hash), name_of(scope))?;
+        let date = |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string();
+        let (id, scope, expires) = (id(&hash), name_of(scope), expires.map(date));
+        let word = prefix.as_ref().map_or_else(String::new, |prefix| format!("  {}", word_of(prefix)));
+        let expiry = expires.as_deref().unwrap_or("never");
+        let line = format!("{id}  {name:<16}  {scope:<7}  {expiry:<20}{word}");
+        let (path_prefix, key_prefix) = match &prefix {
+            None => (None, None),
+            Some(Prefix::Path(prefix)) => (Some(prefix.as_str()), None),
+            Some(Prefix::Key(prefix)) => (None, Some(&**prefix)),
+        };
+        let object = || {
+            json!({
+                "id": id, "name": &*name, "scope": scope, "expires": expires,
+                "path_prefix": path_prefix, "key_prefix": key_prefix,
+            })
+        };
+        output.print(Some(&line), object, out)?;
     }
     Ok(())
 }
