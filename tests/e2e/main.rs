@@ -55,6 +55,7 @@ mod online_backup;
 mod openapi;
 mod operations;
 mod operator;
+mod output;
 mod pages;
 mod pair;
 mod postgres;
