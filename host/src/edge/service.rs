@@ -177,6 +177,7 @@ impl Service {
         let is_head = head.method == Method::HEAD;
         let is_cacheable = is_cacheable(&head.method);
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
+        let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
@@ -184,7 +185,8 @@ impl Service {
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
         let is_sampled = self.shards.shadow().samples();
-        let incoming = Incoming { request, client, id: id.clone(), principal, scope, is_sampled };
+        let (id, key_prefix) = (id.clone(), key_prefix.clone());
+        let incoming = Incoming { request, client, id, principal, scope, key_prefix, is_sampled };
         let Answered { mut answer, mut as_of } = match self.reuse(&incoming) {
             Some(answered) => answered,
             None => self.call(incoming, deadline).await?,
@@ -225,7 +227,7 @@ impl Service {
         }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
-                let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 match &peer.socket {
@@ -278,6 +280,7 @@ impl Service {
         let reason = error.to_string();
         Err(match error {
             CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+            CallError::KeyPrefix => refuse(StatusCode::FORBIDDEN, &reason).into(),
             CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
             CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into(),
             CallError::HandedOver(incoming) => match self.successor.get() {

@@ -129,6 +129,8 @@ pub struct Incoming {
     pub scope: Scope,
     /// Whether a candidate is given it too.
     pub is_sampled: bool,
+    /// Which keys it may read and change, if not all.
+    pub key_prefix: Option<Arc<str>>,
 }
 
 impl Incoming {
@@ -154,7 +156,7 @@ impl Incoming {
             headers,
             body: self.request.body(),
             principal: self.principal.as_deref(),
-            grant: Grant { scope: self.scope, key_prefix: None },
+            grant: Grant { scope: self.scope, key_prefix: self.key_prefix.as_deref() },
             time_ms: time,
         }
     }
@@ -170,6 +172,7 @@ impl Incoming {
             principal: self.principal.clone(),
             scope: self.scope,
             is_sampled: self.is_sampled,
+            key_prefix: self.key_prefix.clone(),
         }
     }
 }
