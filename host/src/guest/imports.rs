@@ -181,7 +181,7 @@ impl transaction_log::Host for State {
         }
         let result = self.append_real(&events);
         if let Appends::Recorded(recording) = &mut self.call.effects {
-            recording.add(Append { events, result: result.clone() });
+            recording.add(Append { events, result });
         }
         result
     }
