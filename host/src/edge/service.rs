@@ -185,8 +185,8 @@ impl Service {
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&peer.client);
         let is_sampled = self.shards.shadow().samples();
-        let (id, key_prefix) = (id.clone(), key_prefix.clone());
-        let incoming = Incoming { request, client, id, principal, scope, key_prefix, is_sampled };
+        let incoming =
+            Incoming { request, client, id: id.clone(), principal, scope, key_prefix: key_prefix.clone(), is_sampled };
         let Answered { mut answer, mut as_of } = match self.reuse(&incoming) {
             Some(answered) => answered,
             None => self.call(incoming, deadline).await?,
