@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -65,9 +65,10 @@ fn has(client: &mut Connection, key: &str, value: &[u8]) {
 
 /// The seconds that a key has left.
 fn left(client: &mut Connection, key: &str) -> u64 {
-    let response = client.ask("GET", &short(key), b"");
-    let age = response.header("cache-control").and_then(|value| value.split("max-age=").nth(1)?.parse().ok());
-    age.unwrap_or_else(|| panic!("{key} has no TTL: {response:?}"))
+    let page: Value = serde_json::from_slice(&client.ask("GET", &format!("/v1?prefix={key}"), b"").body).expect("it is JSON");
+    let expires = page["keys"][0]["expires"].as_u64().unwrap_or_else(|| panic!("{key} has no TTL: {page}"));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+    expires.saturating_sub(now.as_millis() as u64) / 1_000
 }
 
 /// Sends commands to Redis, and waits for the answer to the last.
