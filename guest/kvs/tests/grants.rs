@@ -3,14 +3,13 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use kvs_guest::Component;
-use kvs_guest::answer::Host;
-use kvs_guest::exports::kvs::store::sharding::{Guest, Target};
-use kvs_guest::kvs::store::http::{Grant, Header, Request, Response, Scope};
-use kvs_guest::kvs::store::transaction_log::{AppendError, Event, Put};
-use kvs_guest::kvs::store::watch::Selector;
-use kvs_guest::rest;
-use kvs_guest::store::Store;
+use kvs_guest::{Kvs, Store, rest};
+use kvs_kit::bindings::kvs::store::http::{Grant, Scope};
+use kvs_kit::bindings::kvs::store::watch::Selector;
+use kvs_kit::host::Host;
+use kvs_kit::sharding::Sharding;
+use kvs_kit::state::{Entry, Logged, State};
+use kvs_kit::{AppendError, Event, Header, Put, Request, Response, Target};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -69,16 +68,16 @@ fn respond(shards: usize, events: &[(u64, Event)], request: &Request) -> (Respon
     let mut stores: Vec<_> = (0..shards).map(|_| Store::default()).collect();
     for (sequence, event) in events {
         let Event::Put(put) = event else { continue };
-        stores[owner(&put.key)].apply(*sequence, event);
+        stores[owner(&put.key)].apply(Entry::new(*sequence, event));
     }
     let mut host = Recorder::default();
-    let asked = match (shards, Component::route(request.method.clone(), request.target.clone())) {
+    let asked = match (shards, Kvs::route(&request.method, &request.target)) {
         (1, _) | (_, Target::AnyShard) => vec![0],
         (_, Target::Key(key)) => vec![owner(&key)],
         (_, Target::AllShards) => (0..shards).collect(),
         (_, Target::KeysInBody) => {
             let mut owners: Vec<_> =
-                Component::extract_keys(request.body.clone()).iter().map(|key| owner(key)).collect();
+                Kvs::extract_keys(&request.body).iter().map(|key| owner(key)).collect();
             owners.dedup();
             match &owners[..] {
                 [] => vec![0],
@@ -87,7 +86,7 @@ fn respond(shards: usize, events: &[(u64, Event)], request: &Request) -> (Respon
             }
         }
     };
-    let answer = |shard: &usize| rest::respond(&mut stores[*shard], request.clone(), &mut host);
+    let answer = |shard: &usize| rest::respond(&mut Logged::new(&mut stores[*shard], &mut host), request.clone());
     let mut responses: Vec<_> = asked.iter().map(answer).collect();
     let response = if asked.len() == 1 { responses.remove(0) } else { rest::merge(request, responses) };
     // Durability is the host's, and no client sees it.
