@@ -1,6 +1,7 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
 pub mod backup;
+pub mod proxy;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -107,6 +108,9 @@ pub struct Serve {
     #[command(flatten)]
     pub backup: backup::Backup,
 
+    #[command(flatten)]
+    pub proxy: proxy::Proxy,
+
     /// Request timeout, from the first byte to the response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
           help_heading = "Limits")]
@@ -178,7 +182,8 @@ pub struct Serve {
           help_heading = "Limits")]
     pub max_connections: usize,
 
-    /// Most connections of one address, or of one IPv6 network of 64 bits; more are closed. A proxy in front needs many
+    /// Most connections of one address, or of one IPv6 network of 64 bits; more are closed. A proxy in front without
+    /// --proxy-protocol needs many
     #[arg(long, env = "KVS_MAX_CONNECTIONS_PER_ADDRESS", value_name = "COUNT", default_value = "500",
           value_parser = count, help_heading = "Limits")]
     pub max_connections_per_address: usize,

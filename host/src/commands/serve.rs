@@ -29,6 +29,7 @@ use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
+use crate::edge::proxy::TrustedProxies;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
@@ -252,6 +253,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         metrics,
         ids: RequestIds::default(),
         access_log,
+        proxies: TrustedProxies::new(&args.proxy.trusted_proxy),
     };
     admin.metrics.add(budget.clone());
     let when_primary = Arc::new(WhenPrimary::default());
@@ -261,8 +263,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     let second = when_primary.open(args.listen_when_primary, followed, clock);
     let mut failure = None;
-    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stopping: watch::Sender::new(false) };
-    let edge = Arc::new(edge);
+    let (proxy_protocol, stopping) = (args.proxy.proxy_protocol, watch::Sender::new(false));
+    let edge = Arc::new(Edge { tls, service, limits, budget, proxy_protocol, tasks: tasks.clone(), stopping });
     admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
     let cut_off = edge.serve(listener, second, async {
         tokio::select! {

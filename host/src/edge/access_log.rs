@@ -5,7 +5,6 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +14,8 @@ use kvs_metrics::{Counter, Measured, Page};
 use kvs_runtime::{Env, Task};
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::info;
+
+use crate::guest::Client;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Minimum number of seconds between two reports of requests over the rate.
@@ -33,7 +34,7 @@ pub struct AccessLog {
 /// The logged fields of a request.
 pub struct Line<'l> {
     pub id: &'l HeaderValue,
-    pub peer: SocketAddr,
+    pub client: &'l Client,
     pub principal: Option<&'l str>,
     pub method: &'l Method,
     pub uri: &'l Uri,
@@ -56,7 +57,7 @@ impl AccessLog {
         let target = target(line.uri);
         let (method, status, ms) = (line.method.as_str(), line.status.as_u16(), line.took.as_secs_f64() * 1e3);
         let request_id = line.id.to_str().unwrap_or_default();
-        let (peer, principal, bytes) = (line.peer, line.principal, line.bytes);
+        let (peer, principal, bytes) = (super::shown(line.client.address), line.principal, line.bytes);
         info!(request_id, %peer, principal, method, target, status, bytes, ms, "request");
     }
 

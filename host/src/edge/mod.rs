@@ -26,6 +26,7 @@ mod multiplex;
 mod overheard;
 mod patience;
 mod problem;
+pub mod proxy;
 mod refusal;
 mod reply;
 mod request_id;
@@ -49,7 +50,6 @@ use tracing::{debug, warn};
 use addresses::Addresses;
 use budget::Budget;
 pub use forward::{Caller, Forwarder};
-use metrics::Limit;
 pub use metrics::Metrics;
 pub use reply::Reply;
 pub use request_id::RequestIds;
@@ -97,6 +97,8 @@ pub struct Edge {
     pub limits: Limits,
     /// What clients may hold in memory.
     pub budget: Arc<Budget>,
+    /// Whether connections of trusted proxies begin with a header of the PROXY protocol.
+    pub proxy_protocol: bool,
     /// Starts a task for each connection.
     pub tasks: Tasks,
     /// Whether it is stopping. Each connection, and each request of the admin listener, holds a receiver to its end.
@@ -142,21 +144,17 @@ impl Edge {
                     }
                 },
             };
-            let Some(counted) = addresses.enter(peer.ip(), edge.limits.connections_per_address) else {
-                edge.service.metrics.rejected(Limit::ConnectionsPerAddress);
-                debug!(%peer, "closed: this address has {} connections", edge.limits.connections_per_address);
-                continue;
-            };
+            let addresses = Arc::clone(&addresses);
             let edge = Arc::clone(&edge);
             let open = edge.service.metrics.open();
             let stop = edge.stopping.subscribe();
             let tasks = edge.tasks.clone();
             tasks.detach("connection", async move {
-                if let Err(error) = edge.connected(stream, peer, stop).await {
+                if let Err(error) = edge.connected(stream, Some(peer), &addresses, stop).await {
                     edge.service.metrics.connection_failed(&error);
                     debug!(%peer, "connection ended: {error:#}");
                 }
-                drop((place, counted, open));
+                drop((place, open));
             });
         }
         drop((listener, opened));
@@ -172,6 +170,11 @@ async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, Socket
         Some(listener) => listener.accept().await,
         None => pending().await,
     }
+}
+
+/// Returns the address of a client as log lines have it.
+fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "unix".to_owned(), |address| address.to_string())
 }
 
 async fn accept_failed(error: &io::Error) {

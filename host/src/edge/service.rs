@@ -25,6 +25,7 @@ use super::consistency;
 use super::cors::Cors;
 use super::counted::left;
 use super::metrics::{self, Limit, Metrics, WatchGuard};
+use super::proxy::TrustedProxies;
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
@@ -59,6 +60,8 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub access_log: Option<Arc<AccessLog>>,
+    /// Proxies that give the addresses of their clients.
+    pub proxies: TrustedProxies,
 }
 
 /// The guest's answer, and on a standby the time up to which it has everything.
@@ -68,8 +71,8 @@ struct Answered {
 }
 
 /// What is known of a request when it is answered, whichever way.
-#[derive(Default)]
 struct Noted {
+    client: Arc<Client>,
     principal: Option<Arc<str>>,
     /// Whether it was a long poll that waited.
     waited: bool,
@@ -92,7 +95,7 @@ impl Service {
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let (address, mut noted) = (peer.client.address, Noted::default());
+        let mut noted = Noted { client: Arc::clone(&peer.client), principal: None, waited: false };
         let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
         let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
@@ -113,7 +116,7 @@ impl Service {
         self.metrics.answered(method, status, took, noted.waited);
         if let Some((log, method, uri)) = &logged {
             let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
-            log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+            log.log(&Line { id: &id, client: &noted.client, principal, method, uri, status, bytes, took });
         }
         if is_cacheable {
             // Without it, caches may keep a response for a while of their own choice, also a 404.
@@ -140,9 +143,16 @@ impl Service {
         let mut charge = peer.account.begin(free);
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
-        let admitted = match charge.hold(head_bytes) {
-            Ok(()) => self.admit(&head, &peer.client, &mut noted.principal).await,
+        let client = match charge.hold(head_bytes) {
+            Ok(()) => self.proxies.client(&peer.client, &head.headers),
             Err(Exceeded) => Err(full().into()),
+        };
+        let admitted = match client {
+            Ok(client) => {
+                noted.client = client;
+                self.admit(&head, &noted.client, &mut noted.principal).await
+            }
+            Err(refusal) => Err(refusal),
         };
         let (under_way, grant) = match admitted {
             Ok(admitted) => admitted,
@@ -156,7 +166,7 @@ impl Service {
             Standing { tokens, grant, method, uri }
         });
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
-        let client = Arc::clone(&peer.client);
+        let client = Arc::clone(&noted.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
         let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
         if let Some(Sequel::Wait(wait)) = answer.sequel {
@@ -322,7 +332,7 @@ impl Service {
         let grant = self.tokens.as_ref().map(|tokens| tokens.get().check(head)).transpose()?;
         *principal = grant.as_ref().map_or_else(|| client.identity.clone(), |grant| Some(Arc::clone(&grant.name)));
         if let Some(throttle) = &self.throttle {
-            match throttle.admit(principal.as_ref(), client.address.ip()).await {
+            match throttle.admit(principal.as_ref(), client.address.map(|address| address.ip())).await {
                 Ok(false) => {}
                 Ok(true) => self.metrics.delayed.add(1),
                 Err(refusal) => {
