@@ -1,6 +1,7 @@
 //! Settings of the server: flags, their `KVS_` variables and their defaults.
 
 pub mod backup;
+pub mod listen;
 pub mod proxy;
 
 use std::net::SocketAddr;
@@ -34,9 +35,8 @@ pub struct Serve {
     #[arg(long, env = "KVS_WATCH_GUEST", requires = "guest")]
     pub watch_guest: bool,
 
-    /// Address of the HTTP listener; port 0 takes a free one
-    #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
-    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub listen: listen::Listen,
 
     /// Address of a second HTTP listener, open while this server is primary
     #[arg(long, env = "KVS_LISTEN_WHEN_PRIMARY", value_name = "ADDRESS", value_parser = fixed_address)]

@@ -22,13 +22,14 @@ use tokio::sync::watch;
 use tokio::task;
 use tracing::{info, warn};
 
-use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, exposed, listen};
+use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, distinct, exposed, listen, open, reserve};
 use crate::admin::{Admin, Phase, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
+use crate::edge::listener::{Listener, Listeners};
 use crate::edge::proxy::TrustedProxies;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
@@ -90,6 +91,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(|file| edge::auth::load(file, clock.clone())).transpose()?;
     let exposures = exposed(args)?;
+    distinct(args)?;
     if let Some(excess) = too_large_with_spares(args, memory::size()) {
         warn!("{excess}");
     }
@@ -100,12 +102,12 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         return Ok(Ended::Stopped);
     }
     // A taken port is found before a long replay; clients can connect only after it.
-    let socket = bind(args.listen, "--listen")?;
+    let reserved = reserve(args)?;
     let admin = watched(args, tokens.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
-    let advertise = advertised(args, socket.local_addr()?);
+    let advertise = advertised(args, &reserved);
     let (log, followed) = tokio::select! {
         opened = open_log(args, advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
@@ -155,12 +157,17 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         }
     };
 
-    let (address, listener) = listen(socket).with_context(|| cannot_listen(args.listen, "--listen"))?;
+    let listeners = open(reserved, args)?;
     let description = shards.serving().description;
     for exposure in exposures {
         warn!("{exposure}");
     }
-    let scheme = if tls.is_some() { "https" } else { "http" };
+    let scheme = if tls.is_some() { "https://" } else { "http://" };
+    let address = |listener: &Listener| match listener {
+        Listener::Tcp(_) => format!("{scheme}{listener}"),
+        Listener::Unix(..) => listener.to_string(),
+    };
+    let addresses = listeners.iter().map(address).collect::<Vec<_>>().join(" and ");
     admin.metrics.add(shards.clone());
     health.set_guest(Arc::clone(&shards));
     let timed = Arc::clone(&shards);
@@ -184,7 +191,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         entries = replayed.entries,
         keys = replayed.keys,
         took = ?replayed.took,
-        "serving on {scheme}://{address}",
+        "serving on {addresses}",
     );
 
     let followed = followed.map(|log| Arc::new(Followed::new(log)));
@@ -266,7 +273,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let (proxy_protocol, stopping) = (args.proxy.proxy_protocol, watch::Sender::new(false));
     let edge = Arc::new(Edge { tls, service, limits, budget, proxy_protocol, tasks: tasks.clone(), stopping });
     admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
-    let cut_off = edge.serve(listener, second, async {
+    let cut_off = edge.serve(Listeners::new(listeners), second, async {
         tokio::select! {
             _ = stop.changed() => {}
             reason = log.watermark().latched() => failure = Some(reason),
@@ -291,12 +298,15 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         bail!("{reason}; what was acknowledged is safe, start again to recover");
     }
     log.close()?;
-    info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
+    info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {addresses}");
     Ok(Ended::Stopped)
 }
 
 /// Checks the settings that are used only when the server has begun, and the guest.
 fn check(args: &Serve, env: &Env) -> Result<()> {
+    let data = &args.data_dir;
+    ensure!(data.is_dir() || !data.exists(), "--data-dir {} is not a directory; give another", data.display());
+    listeners::check(args)?;
     match &args.txlog {
         TxlogStorage::File => file_options(args, None, env.clone()).check()?,
         TxlogStorage::Postgres(url) => url.check()?,

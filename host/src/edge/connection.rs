@@ -71,7 +71,9 @@ impl Edge {
         let counted = address.map(|address| addresses.enter(address.ip(), limit).ok_or(Limit::ConnectionsPerAddress));
         let _counted = counted.transpose().map_err(LimitExceeded)?;
         // Responses are written whole; without this the kernel would hold the last packet back.
-        if let Err(error) = stream.set_nodelay(true) {
+        if address.is_some()
+            && let Err(error) = stream.set_nodelay(true)
+        {
             debug!(peer = %shown(address), "TCP_NODELAY: {error}");
         }
         let metrics = &self.service.metrics;

@@ -21,6 +21,7 @@ mod forward;
 mod frames;
 mod fresh;
 mod head;
+pub mod listener;
 mod metrics;
 mod multiplex;
 mod overheard;
@@ -35,14 +36,12 @@ mod stream;
 pub mod throttle;
 pub mod tls;
 
-use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvs_runtime::Tasks;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
@@ -50,6 +49,7 @@ use tracing::{debug, warn};
 use addresses::Addresses;
 use budget::Budget;
 pub use forward::{Caller, Forwarder};
+use listener::{Listener, Listeners};
 pub use metrics::Metrics;
 pub use reply::Reply;
 pub use request_id::RequestIds;
@@ -106,34 +106,31 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// Serves `listener`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
+    /// Serves `listeners`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
     /// connections had to be cut off.
     pub async fn serve(
         self: Arc<Self>,
-        listener: TcpListener,
-        second: impl Future<Output = TcpListener>,
+        mut listeners: Listeners,
+        second: impl Future<Output = Listener>,
         stop: impl Future<Output = ()>,
     ) -> usize {
         let edge = self;
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
         let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
-        let mut opened = None;
+        let mut is_opened = false;
         loop {
             // The permit first: without one, connections wait in the backlog of the listener.
             let accepted = async {
                 let place = Arc::clone(&connections).acquire_owned().await;
-                let accepted = tokio::select! {
-                    accepted = listener.accept() => accepted,
-                    accepted = accept(opened.as_ref()) => accepted,
-                };
-                (place, accepted)
+                (place, listeners.accept().await)
             };
             let (place, stream, peer) = tokio::select! {
                 biased;
                 () = &mut stop => break,
-                listener = &mut second, if opened.is_none() => {
-                    opened = Some(listener);
+                listener = &mut second, if !is_opened => {
+                    is_opened = true;
+                    listeners.push(listener);
                     continue;
                 }
                 (place, accepted) = accepted => match accepted {
@@ -150,25 +147,18 @@ impl Edge {
             let stop = edge.stopping.subscribe();
             let tasks = edge.tasks.clone();
             tasks.detach("connection", async move {
-                if let Err(error) = edge.connected(stream, Some(peer), &addresses, stop).await {
+                if let Err(error) = edge.connected(stream, peer, &addresses, stop).await {
                     edge.service.metrics.connection_failed(&error);
-                    debug!(%peer, "connection ended: {error:#}");
+                    debug!(peer = shown(peer), "connection ended: {error:#}");
                 }
                 drop((place, open));
             });
         }
-        drop((listener, opened));
+        drop(listeners);
         edge.stopping.send_replace(true);
         // Those that are left after the timeout are cut off.
         let _ = timeout(edge.limits.drain, edge.stopping.closed()).await;
         edge.stopping.receiver_count()
-    }
-}
-
-async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
-    match listener {
-        Some(listener) => listener.accept().await,
-        None => pending().await,
     }
 }
 

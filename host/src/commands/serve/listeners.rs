@@ -1,21 +1,28 @@
-//! The listeners of the HTTP interface and of the admin interface: bound, and refused where they are open by oversight.
+//! The listeners of the HTTP interface and of the admin interface: bound, and refused where they are open by oversight or in each
+//! other's way.
 //!
 //! Owns: addresses and sockets. Must never know: what is served there.
 
+use std::fs::{self, Permissions};
 use std::future::pending;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Clock;
 use kvs_txlog::Condition;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, UnixSocket};
 use tracing::{info, warn};
 
+use crate::edge::listener::{Listener, SocketFile};
 use crate::follow::Followed;
 use crate::settings::Serve;
+use crate::settings::listen::Address;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -27,9 +34,7 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
     let mut exposures = Vec::new();
     let outside = |address: SocketAddr| !address.ip().to_canonical().is_loopback();
     let (tls, tokens) = (args.tls.tls_cert.is_some(), args.access.tokens.is_some());
-    let listeners = [("--listen", Some(args.listen)), ("--listen-when-primary", args.listen_when_primary)];
-    for (flag, address) in listeners {
-        let Some(address) = address.filter(|address| outside(*address) && !tls) else { continue };
+    for (flag, address) in http_addresses(args).filter(|(_, address)| outside(*address) && !tls) {
         ensure!(
             tokens || args.access.insecure,
             "{flag} {address} can be reached from elsewhere, without TLS and tokens; give those, or --insecure"
@@ -48,6 +53,132 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
         exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
     }
     Ok(exposures)
+}
+
+/// Addresses of the HTTP interface, with their flags.
+fn http_addresses(args: &Serve) -> impl Iterator<Item = (&'static str, SocketAddr)> {
+    let listen = args.listen.tcp().map(|address| ("--listen", address));
+    listen.chain(args.listen_when_primary.map(|address| ("--listen-when-primary", address)))
+}
+
+/// Refuses two listeners at one address, of which one could not be opened.
+pub fn distinct(args: &Serve) -> Result<()> {
+    let tcp: Vec<_> = http_addresses(args).chain([("--admin", args.admin)]).collect();
+    let overlap = |one: SocketAddr, other: SocketAddr| {
+        let (here, there) = (one.ip(), other.ip());
+        let is_same =
+            here == there || here.is_ipv4() == there.is_ipv4() && (here.is_unspecified() || there.is_unspecified());
+        one.port() == other.port() && one.port() != 0 && is_same
+    };
+    for (index, (flag, address)) in tcp.iter().enumerate() {
+        if let Some((other, _)) = tcp[..index].iter().find(|(_, other)| overlap(*address, *other)) {
+            bail!("{other} and {flag} {address} are the same address; give each listener another port");
+        }
+    }
+    let all = &args.listen.listen;
+    for (index, address) in all.iter().enumerate().filter(|(_, address)| matches!(address, Address::Unix(_))) {
+        ensure!(!all[..index].contains(address), "--listen {address} is given twice; give each listener another path");
+    }
+    Ok(())
+}
+
+/// A listener of the HTTP interface that is not open yet. The address of TCP is bound. The file of a Unix socket is not, since
+/// until it listens another server could take it for one that was left.
+pub enum Reserved {
+    Tcp(TcpSocket, SocketAddr),
+    Unix(PathBuf),
+}
+
+/// Binds the listeners of the HTTP interface, before anything slow: an address in use is reported at once.
+pub fn reserve(args: &Serve) -> Result<Vec<Reserved>> {
+    let reserve = |address: &Address| match address {
+        Address::Tcp(address) => {
+            let socket = bind(*address, "--listen")?;
+            let address = socket.local_addr()?;
+            Ok(Reserved::Tcp(socket, address))
+        }
+        Address::Unix(path) => {
+            free(path)?;
+            Ok(Reserved::Unix(path.clone()))
+        }
+    };
+    args.listen.listen.iter().map(reserve).collect()
+}
+
+/// Opens the listeners of the HTTP interface.
+pub fn open(reserved: Vec<Reserved>, args: &Serve) -> Result<Vec<Listener>> {
+    let open = |reserved| match reserved {
+        Reserved::Tcp(socket, address) => {
+            Ok(Listener::Tcp(socket.listen(BACKLOG).with_context(|| cannot_listen(address, "--listen"))?))
+        }
+        Reserved::Unix(path) => listen_unix(&path, args.listen.listen_mode),
+    };
+    reserved.into_iter().map(open).collect()
+}
+
+fn listen_unix(path: &Path, mode: u32) -> Result<Listener> {
+    let listen = || {
+        if let Stale::Yes = free(path)? {
+            fs::remove_file(path)?;
+        }
+        let socket = UnixSocket::new_stream()?;
+        socket.bind(path)?;
+        let file = SocketFile::of(path)?;
+        // Nobody can connect before it listens.
+        fs::set_permissions(path, Permissions::from_mode(mode))?;
+        anyhow::Ok(Listener::Unix(socket.listen(BACKLOG)?, file))
+    };
+    listen().with_context(|| {
+        format!("cannot listen on unix:{}; is its directory there and writable? See --listen", path.display())
+    })
+}
+
+/// Whether the file of a socket was left by a server that is gone.
+enum Stale {
+    Yes,
+    No,
+}
+
+/// Checks that nobody listens at this path.
+fn free(path: &Path) -> Result<Stale> {
+    if !is_socket(path)? {
+        return Ok(Stale::No);
+    }
+    let shown = path.display();
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(Stale::Yes),
+        Err(error) => Err(error).with_context(|| format!("--listen unix:{shown}")),
+        Ok(_) => bail!("--listen unix:{shown}: another process listens there; stop it, or choose another path"),
+    }
+}
+
+/// Checks that a Unix socket can be at this path, and returns whether one is there.
+fn is_socket(path: &Path) -> Result<bool> {
+    let shown = path.display();
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let missing = format!("--listen unix:{shown}: {} is not a directory; make it first", directory.display());
+            ensure!(directory.is_dir(), missing);
+            Ok(false)
+        }
+        Err(error) => Err(error).with_context(|| format!("--listen unix:{shown}")),
+        Ok(file) => {
+            let is_socket = file.file_type().is_socket();
+            ensure!(is_socket, "--listen unix:{shown}: the file is there and is not a socket; choose another path");
+            Ok(true)
+        }
+    }
+}
+
+/// Checks what only the start of the server would find, except addresses in use: a server that runs has them.
+pub fn check(args: &Serve) -> Result<()> {
+    for address in &args.listen.listen {
+        if let Address::Unix(path) = address {
+            is_socket(path)?;
+        }
+    }
+    Ok(())
 }
 
 pub fn bind(address: SocketAddr, flag: &str) -> Result<TcpSocket> {
@@ -73,11 +204,14 @@ pub fn cannot_listen(address: SocketAddr, flag: &str) -> String {
 
 /// URL that clients reach the primary at: as configured, or else by the address that it listens on. None for a wildcard
 /// address, which is of no use to others.
-pub fn advertised(args: &Serve, listen: SocketAddr) -> Option<String> {
-    let address = args.listen_when_primary.unwrap_or(listen);
+pub fn advertised(args: &Serve, reserved: &[Reserved]) -> Option<String> {
+    let bound = reserved.iter().find_map(|reserved| match reserved {
+        Reserved::Tcp(_, address) => Some(*address),
+        Reserved::Unix(_) => None,
+    });
     let scheme = if args.tls.tls_cert.is_some() { "https" } else { "http" };
-    let by_address = || (!address.ip().is_unspecified()).then(|| format!("{scheme}://{address}"));
-    args.advertise.clone().or_else(by_address)
+    let address = args.listen_when_primary.or(bound).filter(|address| !address.ip().is_unspecified());
+    args.advertise.clone().or_else(|| Some(format!("{scheme}://{}", address?)))
 }
 
 /// The listener of the primary, which is opened when this process is primary and the address is free: a former primary may
@@ -90,12 +224,7 @@ pub struct WhenPrimary {
 
 impl WhenPrimary {
     /// Waits until this process is primary, and then for the address. `followed` is there where it began as a standby.
-    pub async fn open(
-        &self,
-        address: Option<SocketAddr>,
-        followed: Option<Arc<Followed>>,
-        clock: &Clock,
-    ) -> TcpListener {
+    pub async fn open(&self, address: Option<SocketAddr>, followed: Option<Arc<Followed>>, clock: &Clock) -> Listener {
         let Some(address) = address else { pending().await };
         if let Some(followed) = followed {
             followed.promoted().await;
@@ -105,7 +234,7 @@ impl WhenPrimary {
                 Ok((address, listener)) => {
                     self.set_failure(None);
                     info!("primary, listening on {address} too");
-                    return listener;
+                    return Listener::Tcp(listener);
                 }
                 Err(error) => {
                     let failure = format!("--listen-when-primary {address} cannot be opened: {error}");
