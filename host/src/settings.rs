@@ -303,6 +303,10 @@ pub struct Tls {
     #[arg(long, env = "KVS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
+    /// TLS for the admin listener too, with the same certificate; it asks for no client certificate
+    #[arg(long, env = "KVS_ADMIN_TLS", requires = "tls_cert")]
+    pub admin_tls: bool,
+
     /// Lowest TLS version
     #[arg(long, env = "KVS_TLS_MIN", value_name = "VERSION", default_value = "1.2")]
     pub tls_min: Least,

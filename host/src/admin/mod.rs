@@ -28,7 +28,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -39,10 +39,12 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, SetOnce};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
 use self::backup::Backups;
@@ -56,13 +58,14 @@ pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
 use crate::audit::Actor;
 use crate::edge::auth::{Scope, Tokens};
+use crate::edge::tls::Tls;
 use crate::edge::{Caller, Forwarder, Reply, RequestIds};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
-/// Longest wait for the head of a request, also between requests.
+/// Longest wait for a TLS handshake, and for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
@@ -85,6 +88,8 @@ pub struct Admin {
     hosts: Hosts,
     /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
+    /// None speaks plain HTTP.
+    tls: Option<Arc<Tls>>,
     ids: RequestIds,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
@@ -98,7 +103,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
+    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, tls: Option<Arc<Tls>>, env: &Env) -> Self {
         let metrics = Metrics::default();
         metrics.add(Arc::new(Build { started: env.clock.unix_ms() / 1_000 }));
         metrics.add(Arc::new(env.tasks.clone()));
@@ -109,6 +114,7 @@ impl Admin {
             metrics,
             hosts: Hosts::new(hosts),
             tokens,
+            tls,
             ids: RequestIds::default(),
             guests: OnceLock::new(),
             log: OnceLock::new(),
@@ -173,22 +179,28 @@ impl Admin {
             let admin = Arc::clone(self);
             self.env.tasks.detach("admin connection", async move {
                 let connection = Connection { socket, address, caller: SetOnce::new() };
-                let service = service_fn(|request| {
-                    let (admin, connection) = (&admin, &connection);
-                    async move { Ok::<_, Infallible>(admin.respond(request, connection).await) }
-                });
-                let mut http = http1::Builder::new();
-                http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-                tokio::select! {
-                    ended = http.serve_connection(TokioIo::new(stream), service) => {
-                        if let Err(error) = ended {
-                            debug!("admin connection ended: {error}");
-                        }
-                    }
-                    () = async { connection.caller.wait().await.cut().await } => debug!("admin connection cut off"),
+                if let Err(error) = admin.connected(stream, &connection).await {
+                    debug!("admin connection ended: {error:#}");
                 }
                 drop(place);
             });
+        }
+    }
+
+    async fn connected(&self, stream: TcpStream, connection: &Connection) -> Result<()> {
+        let Some(tls) = &self.tls else { return self.http(stream, connection).await };
+        let shaking = TlsAcceptor::from(Arc::clone(&tls.get().admin)).accept(stream);
+        let stream = timeout(HEADER_TIMEOUT, shaking).await.context("no TLS handshake in time")??;
+        self.http(stream, connection).await
+    }
+
+    async fn http(&self, stream: impl AsyncRead + AsyncWrite + Unpin, connection: &Connection) -> Result<()> {
+        let service = service_fn(|request| async move { Ok::<_, Infallible>(self.respond(request, connection).await) });
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
+        tokio::select! {
+            ended = http.serve_connection(TokioIo::new(stream), service) => Ok(ended?),
+            () = async { connection.caller.wait().await.cut().await } => bail!("it holds too much memory"),
         }
     }
 

@@ -32,6 +32,7 @@ use crate::edge::cors::Cors;
 use crate::edge::listener::{Listener, Listeners};
 use crate::edge::proxy::TrustedProxies;
 use crate::edge::throttle::Throttle;
+use crate::edge::tls::Tls;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
 use crate::follow::{self, Followed};
 use crate::guest::{Arrangement, Engine, Reload, Shards, Source, Swapper};
@@ -103,7 +104,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     // A taken port is found before a long replay; clients can connect only after it.
     let reserved = reserve(args)?;
-    let admin = watched(args, tokens.clone(), env)?;
+    let admin = watched(args, tokens.clone(), tls.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
 
@@ -423,13 +424,15 @@ async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender
 }
 
 /// Starts the admin listener, which speaks of the health it gives.
-fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, env: &Env) -> Result<Arc<Admin>> {
+fn watched(args: &Serve, tokens: Option<Arc<Tokens>>, tls: Option<Arc<Tls>>, env: &Env) -> Result<Arc<Admin>> {
     let tokens = tokens.filter(|_| !args.access.admin_open);
+    let tls = tls.filter(|_| args.tls.admin_tls);
+    let scheme = if tls.is_some() { "https" } else { "http" };
     let listener = bind(args.admin, "--admin")?;
     let (address, listener) = listen(listener).with_context(|| cannot_listen(args.admin, "--admin"))?;
-    let admin = Arc::new(Admin::new(&args.admin_host, tokens, env));
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens, tls, env));
     Arc::clone(&admin).start(listener.into_std()?)?;
-    info!("admin on http://{address}");
+    info!("admin on {scheme}://{address}");
     Ok(admin)
 }
 

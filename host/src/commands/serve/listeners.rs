@@ -49,8 +49,10 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
              listen on 127.0.0.1",
             args.admin
         );
-        let open = "tokens can be overheard";
-        exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+        if !args.tls.admin_tls {
+            let open = "tokens can be overheard; give --admin-tls";
+            exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+        }
     }
     Ok(exposures)
 }
