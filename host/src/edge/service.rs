@@ -90,6 +90,16 @@ impl Drop for UnderWay<'_> {
 impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
+/// The response to HEAD instead of GET. The length of an empty body is that of any other, but hyper leaves it out.
+fn without_body(response: Response<Reply>) -> Response<Reply> {
+    let mut response = response.map(Reply::without_body);
+    let may_have_body = !matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if may_have_body && response.body().size_hint().exact() == Some(0) {
+        response.headers_mut().insert(header::CONTENT_LENGTH, const { HeaderValue::from_static("0") });
+    }
+    response
+}
+
         let is_head = request.method() == Method::HEAD;
         let is_cacheable = is_head || request.method() == Method::GET;
         let wants_problems = problem::is_wanted(request.headers());
@@ -107,7 +117,7 @@ impl Service {
         });
         response = problem::complete(response, wants_problems);
         if is_head {
-            response = response.map(Reply::without_body);
+            response = without_body(response);
         }
         if let Some(cors) = &self.cors {
             cors.share(origin.as_ref(), &mut response);
