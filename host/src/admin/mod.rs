@@ -18,6 +18,7 @@ mod guest;
 mod health;
 mod history;
 mod origin;
+mod process;
 mod read_only;
 mod scan;
 
@@ -54,6 +55,7 @@ pub use self::health::{Health, Phase};
 use self::history::Histories;
 use self::origin::Hosts;
 pub use self::origin::host_name;
+pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
 use crate::audit::Actor;

@@ -23,12 +23,13 @@ use tokio::task;
 use tracing::{info, warn};
 
 use self::listeners::{WhenPrimary, advertised, bind, cannot_listen, distinct, exposed, listen, open, reserve};
-use crate::admin::{Admin, Phase, ReadOnly};
+use crate::admin::{Admin, Phase, Process, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
+use crate::edge::fresh::Reloads;
 use crate::edge::listener::{Listener, Listeners};
 use crate::edge::proxy::TrustedProxies;
 use crate::edge::throttle::Throttle;
@@ -109,6 +110,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     lines::measure(&admin.metrics);
 
     let advertise = advertised(args, &reserved);
+    admin.metrics.add(Arc::new(Process { data: args.data_dir.clone() }));
     let (log, followed) = tokio::select! {
         opened = open_log(args, advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
@@ -222,6 +224,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     let throttle = args.access.rate().map(Throttle::new);
     if let Some(throttle) = &throttle {
+    let reloads = tls.iter().map(|tls| ("tls", tls.last_reload()));
+    let reloads = reloads.chain(tokens.iter().map(|tokens| ("tokens", tokens.last_reload())));
+    admin.metrics.add(Arc::new(Reloads(reloads.collect())));
         throttle.start(env);
     }
     let limits = edge::Limits {

@@ -19,7 +19,7 @@ pub mod cors;
 mod counted;
 mod forward;
 mod frames;
-mod fresh;
+pub mod fresh;
 mod head;
 pub mod listener;
 mod metrics;
