@@ -58,10 +58,10 @@ pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
-use crate::audit::Actor;
+use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens};
 use crate::edge::tls::Tls;
-use crate::edge::{Caller, Forwarder, Reply, RequestIds};
+use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, shown_target};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
@@ -273,14 +273,17 @@ impl Admin {
                 }
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            (path, _) if path == "/v1" || path.starts_with("/v1/") => self.forward(request, connection).await,
+            (path, _) if path == "/v1" || path.starts_with("/v1/") => {
+                self.forward(request, principal, connection).await
+            }
             (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
             _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
     }
 
-    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens.
-    async fn forward(&self, request: Request<Incoming>, connection: &Connection) -> Answer {
+    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens. What it edits is in
+    /// the audit trail.
+    async fn forward(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
         let Some(forwarder) = self.forwarder.get() else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
         };
@@ -295,7 +298,32 @@ impl Admin {
                 Err(refusal) => return refusal.map(Reply::Whole),
             },
         };
-        forwarder.respond(request, caller).await
+        let mut edit = (!is_safe(request.method())).then(|| Edit {
+            actor: Actor { principal, request_id: None },
+            object: format!("{} {}", request.method(), shown_target(request.uri())),
+            outcome: None,
+        });
+        let response = forwarder.respond(request, caller).await;
+        if let Some(edit) = &mut edit {
+            edit.actor.request_id = response.headers().get(REQUEST_ID).cloned();
+            edit.outcome = Some(response.status());
+        }
+        response
+    }
+}
+
+/// A request that may change the store, logged when it is over.
+struct Edit {
+    actor: Actor,
+    object: String,
+    /// None when the client disconnected before the response.
+    outcome: Option<StatusCode>,
+}
+
+impl Drop for Edit {
+    fn drop(&mut self) {
+        let outcome = self.outcome.as_ref().map_or("unknown: the client disconnected", StatusCode::as_str);
+        audit::log(&self.actor, "edit", &self.object, outcome);
     }
 }
 

@@ -11,6 +11,7 @@ use kvs_txlog::file;
 use kvs_txlog::postgres::PostgresLog;
 
 use super::txlog::StorageArgs;
+use crate::audit::{self, Actor};
 use crate::lines::notice;
 use crate::parse::until;
 use crate::settings::TxlogStorage;
@@ -48,6 +49,12 @@ pub fn run(args: &Restore) -> Result<()> {
             TxlogStorage::Postgres(url) => PostgresLog::restore(url, &restoration)?,
         }
         let (last, incarnation) = (restoration.last, restoration.incarnation);
+        let object = match &to.txlog {
+            TxlogStorage::File => to.data_dir.display().to_string(),
+            // The URL may have a password.
+            TxlogStorage::Postgres(url) => format!("{url:?}"),
+        };
+        audit::log(&Actor::user(), "restore", object, format_args!("success, up to sequence {last}"));
         notice(format_args!(
             "restored up to sequence {last}; the log continues as incarnation {} with {}",
             incarnation.id, incarnation.first

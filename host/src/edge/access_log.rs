@@ -103,7 +103,7 @@ impl Measured for AccessLog {
 }
 
 /// Returns path and query, truncated.
-fn target(uri: &Uri) -> String {
+pub fn target(uri: &Uri) -> String {
     let mut target = uri.path_and_query().map_or("", |target| target.as_str()).to_owned();
     if target.len() > TARGET_BYTES {
         target.truncate(target.floor_char_boundary(TARGET_BYTES));

@@ -48,11 +48,13 @@ use tracing::{debug, warn};
 
 use addresses::Addresses;
 use budget::Budget;
+pub use access_log::target as shown_target;
 pub use forward::{Caller, Forwarder};
 use listener::{Listener, Listeners};
 pub use metrics::Metrics;
+pub use head::is_safe;
 pub use reply::Reply;
-pub use request_id::RequestIds;
+pub use request_id::{HEADER as REQUEST_ID, RequestIds};
 pub use service::Service;
 use tls::Tls;
 
