@@ -99,6 +99,10 @@ pub struct Serve {
     #[arg(long, env = "KVS_ACCESS_LOG_RATE", value_name = "COUNT", value_parser = count)]
     pub access_log_rate: Option<usize>,
 
+    /// Log requests that take longer than this, with the time in the queue, in the guest and until they were durable
+    #[arg(long, env = "KVS_SLOW_REQUEST", value_name = "TIME", value_parser = duration)]
+    pub slow_request: Option<Duration>,
+
     #[command(flatten)]
     pub tls: Tls,
 

@@ -32,6 +32,7 @@ use crate::edge::cors::Cors;
 use crate::edge::fresh::Reloads;
 use crate::edge::listener::{Listener, Listeners};
 use crate::edge::proxy::TrustedProxies;
+use crate::edge::slow_log::SlowLog;
 use crate::edge::throttle::Throttle;
 use crate::edge::tls::Tls;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service};
@@ -108,9 +109,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let admin = watched(args, tokens.clone(), tls.clone(), env)?;
     let health = &admin.health;
     lines::measure(&admin.metrics);
+    admin.metrics.add(Arc::new(Process { data: args.data_dir.clone() }));
 
     let advertise = advertised(args, &reserved);
-    admin.metrics.add(Arc::new(Process { data: args.data_dir.clone() }));
     let (log, followed) = tokio::select! {
         opened = open_log(args, advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
@@ -222,11 +223,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         let tokens = Arc::clone(tokens);
         health.add("tokens", move || tokens.condition());
     }
-    let throttle = args.access.rate().map(Throttle::new);
-    if let Some(throttle) = &throttle {
     let reloads = tls.iter().map(|tls| ("tls", tls.last_reload()));
     let reloads = reloads.chain(tokens.iter().map(|tokens| ("tokens", tokens.last_reload())));
     admin.metrics.add(Arc::new(Reloads(reloads.collect())));
+    let throttle = args.access.rate().map(Throttle::new);
+    if let Some(throttle) = &throttle {
         throttle.start(env);
     }
     let limits = edge::Limits {
@@ -254,6 +255,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         access_log.start(env);
         admin.metrics.add(access_log.clone());
     }
+    let slow_log = args.slow_request.map(SlowLog::new);
+    if let Some(slow_log) = &slow_log {
+        slow_log.start(env);
+        admin.metrics.add(slow_log.clone());
+    }
     let service = Service {
         shards,
         changes: Arc::clone(&changes),
@@ -266,6 +272,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         metrics,
         ids: RequestIds::default(),
         access_log,
+        slow_log,
         proxies: TrustedProxies::new(&args.proxy.trusted_proxy),
     };
     admin.metrics.add(budget.clone());

@@ -29,6 +29,7 @@ use super::proxy::TrustedProxies;
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
+use super::slow_log::{SlowLog, Times};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
 use crate::contract::Scope;
@@ -60,6 +61,7 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub access_log: Option<Arc<AccessLog>>,
+    pub slow_log: Option<Arc<SlowLog>>,
     /// Proxies that give the addresses of their clients.
     pub proxies: TrustedProxies,
 }
@@ -76,6 +78,7 @@ struct Noted {
     principal: Option<Arc<str>>,
     /// Whether it was a long poll that waited.
     waited: bool,
+    times: Times,
 }
 
 /// A request under way, until it is dropped.
@@ -87,9 +90,6 @@ impl Drop for UnderWay<'_> {
     }
 }
 
-impl Service {
-    pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
-        let (begun, method) = (Instant::now(), metrics::number(request.method()));
 /// The response to HEAD instead of GET. The length of an empty body is that of any other, but hyper leaves it out.
 fn without_body(response: Response<Reply>) -> Response<Reply> {
     let mut response = response.map(Reply::without_body);
@@ -100,13 +100,18 @@ fn without_body(response: Response<Reply>) -> Response<Reply> {
     response
 }
 
+impl Service {
+    pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
+        let (begun, method) = (Instant::now(), metrics::number(request.method()));
         let is_head = request.method() == Method::HEAD;
         let is_cacheable = is_head || request.method() == Method::GET;
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let mut noted = Noted { client: Arc::clone(&peer.client), principal: None, waited: false };
-        let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
+        let mut noted =
+            Noted { client: Arc::clone(&peer.client), principal: None, waited: false, times: Times::default() };
+        let logs = self.access_log.is_some() || self.slow_log.is_some();
+        let logged = logs.then(|| (request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
         let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
         let mut response = answered.unwrap_or_else(|refusal| {
@@ -124,9 +129,16 @@ fn without_body(response: Response<Reply>) -> Response<Reply> {
         }
         let (status, took) = (response.status(), begun.elapsed());
         self.metrics.answered(method, status, took, noted.waited);
-        if let Some((log, method, uri)) = &logged {
+        if let Some((method, uri)) = &logged {
             let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
-            log.log(&Line { id: &id, client: &noted.client, principal, method, uri, status, bytes, took });
+            let line = Line { id: &id, client: &noted.client, principal, method, uri, status, bytes, took };
+            if let Some(log) = &self.access_log {
+                log.log(&line);
+            }
+            // A long poll took what its client wanted.
+            if let Some(log) = self.slow_log.as_ref().filter(|_| !noted.waited) {
+                log.log(&line, &noted.times);
+            }
         }
         if is_cacheable {
             // Without it, caches may keep a response for a while of their own choice, also a 404.
@@ -178,7 +190,12 @@ fn without_body(response: Response<Reply>) -> Response<Reply> {
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&noted.client);
         let incoming = Incoming { request, client, id: id.clone(), principal, scope };
-        let Answered { mut answer, mut as_of } = self.call(incoming, deadline).await?;
+        let called = Instant::now();
+        let answered = self.call(incoming, deadline).await;
+        noted.times.queue = called.elapsed();
+        let Answered { mut answer, mut as_of } = answered?;
+        noted.times.guest = answer.guest_time;
+        noted.times.queue = noted.times.queue.saturating_sub(answer.guest_time);
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
@@ -193,7 +210,10 @@ fn without_body(response: Response<Reply>) -> Response<Reply> {
         } else {
             charge.hold(response_bytes).map_err(|Exceeded| full())?;
         }
-        self.release(&answer, deadline).await?;
+        let released = Instant::now();
+        let safe = self.release(&answer, deadline).await;
+        noted.times.commit = released.elapsed();
+        safe?;
         let response = answer.response.message().map_err(|invalid| {
             let (guest, request_id) = (self.shards.serving().description, id.to_str().unwrap_or_default());
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");

@@ -142,6 +142,8 @@ pub struct Answer {
     pub response: Given,
     /// The newest sequence that the response depends on: it may leave when the log is durable up to this.
     pub read_sequence: u64,
+    /// Time in the guest. Of several shards, the longest.
+    pub guest_time: Duration,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
     /// What the guest asked for in place of the response as it is.

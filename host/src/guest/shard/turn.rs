@@ -111,12 +111,13 @@ impl Turn {
     fn handle(&mut self, mut replica: Box<Replica>, incoming: &Incoming) -> Result<Answer, CallError> {
         let begun = self.clock().now();
         let handled = replica.instance.handle(incoming);
-        self.shard.shared.metrics.calls.observe_time(self.clock().elapsed(begun));
+        let guest_time = self.clock().elapsed(begun);
+        self.shard.shared.metrics.calls.observe_time(guest_time);
         self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
             Ok(answer) => {
                 self.has = Instanced::Free(replica);
-                Ok(answer)
+                Ok(Answer { guest_time, ..answer })
             }
             Err(trapped) => {
                 let (guest, request, request_id) =
