@@ -59,7 +59,8 @@ fn nginx(server: &Server, address: SocketAddr) -> (Process, TempDir) {
 
 /// HAProxy at this address in front of a server, with the PROXY protocol as docs/behind-a-proxy.md configures it.
 fn haproxy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
-    let config = PAGE.split("\n## HAProxy").nth(1).expect("there is a section");
+    let section = PAGE.split("\n## ").find_map(|section| section.strip_prefix("HAProxy\n"));
+    let config = section.expect("there is a section");
     let config: Vec<_> = config.lines().filter_map(|line| line.strip_prefix("    ")).collect();
     let config = config.join("\n").replace("127.0.0.1:8080", &server.address().to_string());
     let directory = TempDir::new().expect("a temporary directory can be made");
