@@ -103,7 +103,7 @@ fn addresses_are_checked() {
         command
     };
     fs::write(&path, "file").expect("it can be written");
-    let missing = format!("{flag}/kvs.sock");
+    let missing = format!("unix:{}/missing/kvs.sock", directory.path().display());
     for (args, parts) in [
         (
             &["--listen", "127.0.0.1:8080", "--listen", "127.0.0.1:8080"][..],
