@@ -176,6 +176,7 @@ impl Instance {
         Ok(Answer {
             response: self.given(merged, end),
             read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
+            guest_time: answers.iter().map(|answer| answer.guest_time).max().unwrap_or_default(),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
             reusable: None,
@@ -220,6 +221,7 @@ impl Instance {
         Ok(Answer {
             response: self.given(response, end),
             read_sequence,
+            guest_time: Duration::ZERO,
             appended: appended.is_some(),
             sequel,
             reusable,
