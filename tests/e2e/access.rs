@@ -192,7 +192,7 @@ fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> O
 #[test]
 fn narrowed_token_ends_its_watches_and_long_polls() {
     let tokens = Tokens::new();
-    let names = ["revoked", "bound", "weaker", "renamed"];
+    let names = ["revoked", "bound", "weaker", "renamed", "keyed"];
     let changed = names.map(|name| tokens.add(&[name, "--scope", "write"]));
     let stays = tokens.add(&["stays", "--scope", "write"]);
     // Nothing is to be seen by a heartbeat that comes early.
@@ -210,9 +210,11 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
     change(&tokens, &server, "bound", |line| Some(format!("{line} /v1/elsewhere")));
     change(&tokens, &server, "weaker", |line| Some(line.replace(" write ", " read ")));
     change(&tokens, &server, "renamed", |line| Some(line.replace("renamed", "another")));
+    change(&tokens, &server, "keyed", |line| Some(format!("{line} key-prefix=b")));
     let refusals = [
         (401, "the token is unknown"),
         (403, "the token is not valid for this path"),
+        (403, "the permissions of the token were reduced during the request"),
         (403, "the permissions of the token were reduced during the request"),
         (403, "the permissions of the token were reduced during the request"),
     ];

@@ -231,6 +231,8 @@ fn inspect_describes_a_guest() {
         assert!(output.status.success(), "{said}");
         for expected in [
             &format!("name     {name} 0.1.0"),
+            "contract kvs:store@0.2.0\n",
+            "uses     transaction-log\n",
             "kvs:store/handler@0.2.0",
             "sha256   ",
             " bytes",

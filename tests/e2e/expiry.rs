@@ -112,13 +112,18 @@ fn clock(server: &Server) -> String {
     ready.text().lines().find(|line| line.contains("clock")).expect("it has such a line").to_owned()
 }
 
-/// Writes a log as a server does whose clock is a year ahead: a key that expires a second later, and one that stays.
-pub fn write_a_year_ahead(data: &Path) {
-    let time = next_year();
+/// Opens a log, to write to it what a server would.
+pub fn open_log(data: &Path) -> FileLog {
     let (data, segment_bytes, env) = (data.into(), DEFAULT_SEGMENT_BYTES, Env::real());
     let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
     let options = Options { data, segment_bytes, group_bytes, durability, retain: Duration::ZERO, advertise, env };
-    let log = FileLog::open(options).expect("it can be opened");
+    FileLog::open(options).expect("it can be opened")
+}
+
+/// Writes a log as a server does whose clock is a year ahead: a key that expires a second later, and one that stays.
+pub fn write_a_year_ahead(data: &Path) {
+    let time = next_year();
+    let log = open_log(data);
     for (key, expires) in [("before", Some(time + 1_000)), ("stays", None)] {
         let put = Put { key: key.into(), value: b"value".to_vec(), metadata: Vec::new(), expires };
         log.append(time, &[Event::Put(put)]).expect("it takes it");

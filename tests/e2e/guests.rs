@@ -17,7 +17,7 @@ use crate::swap::{component, serving, swaps, under_load};
 use crate::wire::Connection;
 
 /// `just RECIPE` in the project's directory, or in a copy of it.
-fn just(directory: &Path, recipe: &[&str]) {
+pub fn just(directory: &Path, recipe: &[&str]) {
     let mut just = Command::new("just");
     just.current_dir(directory).args(recipe);
     succeeds(just, recipe[0]);
@@ -30,15 +30,6 @@ fn counters() -> &'static str {
 
 fn schema() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| built("schema"));
-    &GUEST
-}
-
-fn js() -> &'static str {
-    static GUEST: LazyLock<String> = LazyLock::new(|| {
-        let project = Path::new(kvs_tests::ROOT);
-        just(project, &["guest-js"]);
-        project.join("target/guests/js.wasm").to_str().expect("the path is text").to_owned()
-    });
     &GUEST
 }
 
@@ -115,72 +106,14 @@ fn invalid_schema_is_reported_at_the_start() {
     assert_eq!(process.wait().code(), Some(1));
 }
 
-/// Requests that every guest with the REST interface answers alike.
-const DIALOGUE: [(&str, &str, &[u8]); 25] = [
-    ("GET", "/v1/old", b""),
-    ("GET", "/v1/a", b""),
-    ("PUT", "/v1/a", b"first"),
-    ("GET", "/v1/a", b""),
-    ("HEAD", "/v1/a", b""),
-    ("PUT", "/v1/a", b"second"),
-    ("GET", "/v1/key/a", b""),
-    ("PUT", "/v1/key/b/c", b"\x00\xff binary"),
-    ("GET", "/v1/b%2Fc", b""),
-    ("PUT", "/v1/%C3%A4%20%F0%9F%A6%80", "ä".as_bytes()),
-    ("GET", "/v1/%C3%A4%20%F0%9F%A6%80", b""),
-    ("PUT", "/v1/empty", b""),
-    ("GET", "/v1/empty", b""),
-    ("DELETE", "/v1/a", b""),
-    ("DELETE", "/v1/a", b""),
-    ("GET", "/v1/a", b""),
-    ("PUT", "/v1/%zz", b"x"),
-    ("PUT", "/v1/%FF", b"x"),
-    ("PUT", "/v1/%00", b"x"),
-    ("PUT", "/v1/%2E%2E", b"x"),
-    ("PUT", "/v1/", b"x"),
-    ("PUT", "/v1/x/y", b"x"),
-    ("GET", "/", b""),
-    ("BREW", "/v1/b%2Fc", b""),
-    ("PUT", "/v1/last", b"x"),
-];
-
-/// What the dialogue brings: for each request the status, and of a success the headers and the body.
-fn dialogue(server: &Server) -> Vec<String> {
-    let mut client = Connection::open(server.address());
-    let mut ask = |(method, path, body): (&str, &str, &[u8])| {
-        let got = client.ask(method, path, body);
-        let headers = ["etag", "content-type", "content-length", "allow", "x-content-type-options"];
-        let headers: Vec<_> = headers.iter().filter(|_| got.status < 300).map(|name| got.header(name)).collect();
-        let body = if got.status < 300 { got.body.as_slice() } else { b"" };
-        format!("{method} {path}: {} {headers:?} {:?}", got.status, String::from_utf8_lossy(body))
-    };
-    DIALOGUE.into_iter().map(&mut ask).collect()
-}
-
-#[test]
-fn javascript_responds_like_the_built_in_guest() {
-    let [default, javascript] = [&[][..], &[js()]].map(|guest| {
-        let server = Server::start(&[]);
-        let put = Connection::open(server.address()).ask("PUT", "/v1/old", b"of the default guest");
-        assert_eq!(put.status, 201);
-        server.terminate().restart(guest)
-    });
-    assert_eq!(dialogue(&javascript), dialogue(&default));
-
-    let read = |server: &Server| {
-        let mut client = Connection::open(server.address());
-        let mut get = |path: &str| client.ask("GET", path, b"").body;
-        ["/v1/a", "/v1/old", "/v1/b%2Fc", "/v1/%C3%A4%20%F0%9F%A6%80", "/v1/empty", "/v1/last"].map(&mut get)
-    };
-    let expected = read(&default);
-    assert_eq!(read(&javascript), expected);
-    assert_eq!(read(&javascript.terminate().restart(&[])), expected, "what the default guest finds of it");
-}
-
 /// Puts a guest in the place of the default one, and takes it out again, while clients write and read. `meanwhile` is what can
 /// be seen of it in between.
 #[track_caller]
-fn comes_and_goes_under_load(guest: &str, args: &[&str], meanwhile: impl FnOnce(&Server, &mut Connection)) -> Server {
+pub fn comes_and_goes_under_load(
+    guest: &str,
+    args: &[&str],
+    meanwhile: impl FnOnce(&Server, &mut Connection),
+) -> Server {
     let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
     let component = component(guest);
     // Compiled before there is load, which is hard on a large one.
@@ -216,16 +149,6 @@ fn schemas_are_swapped_in_and_out_under_load() {
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("GET", "/v1/key/users/bob", b"").text(), r#"{"name":"Bob"}"#);
     assert_eq!(client.ask("PUT", "/v1/key/users/bob", b"Bob").status, 201);
-    server.terminate();
-}
-
-#[test]
-fn javascript_is_swapped_in_and_out_under_load() {
-    let server = comes_and_goes_under_load(js(), &[], |server, client| {
-        assert_eq!(serving(server), "js");
-        assert_eq!(client.ask("PUT", "/v1/from", b"JavaScript").status, 201);
-    });
-    assert_eq!(Connection::open(server.address()).ask("GET", "/v1/from", b"").text(), "JavaScript");
     server.terminate();
 }
 

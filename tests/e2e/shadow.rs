@@ -55,14 +55,26 @@ fn dry_run(server: &Server, component: &[u8], warm_up: &str, work: impl FnOnce()
     thread::scope(|scope| {
         let swapping = scope
             .spawn(|| Connection::open(server.admin()).ask("PUT", "/guest?dry-run&shadow=1h&sample=100", component));
+        let end = Ends(server);
         is_in_step(server, warm_up);
         work();
-        let ended = Connection::open(server.admin()).ask("DELETE", "/guest?rollback", b"");
-        assert_eq!(ended.status, 202, "{}", ended.text());
+        drop(end);
         let answer = swapping.join().expect("the swap is answered");
         answer.says(422, "shadow traffic was ended on request, the same guest serves");
     });
     status(server)["last_swap"]["shadow"].clone()
+}
+
+/// Ends the shadow traffic, also when a test fails: who waits for the swap would wait for an hour.
+struct Ends<'s>(&'s Server);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        // A server that does not answer fails the test elsewhere.
+        if let Ok(mut admin) = Connection::try_open(self.0.admin()) {
+            let _ = admin.try_ask("DELETE", "/guest?rollback", b"");
+        }
+    }
 }
 
 /// Waits until requests to this path are compared.
@@ -94,29 +106,33 @@ fn each_difference_is_reported_with_its_request() {
     for shards in ["1", "4"] {
         let server = Server::start(&[guest(), "--shards", shards]);
         let mut client = Connection::open(server.address());
-        let report = dry_run(&server, &candidate(), "/candidate/same", || {
-            for (how, what, ours, theirs) in [
-                ("header", "header \"x-word\"", "\"usual\"", "\"other\""),
-                ("cookie", "header \"set-cookie\"", "5 bytes, redacted", "5 bytes, redacted"),
-                ("body", "body", "\"…xxxxxxxxusual end\" (1009 bytes)", "\"…xxxxxxxxother end\" (1009 bytes)"),
-                ("wait", "watch or wait", "{own}a", "{own}b"),
-                ("effect", "event 58 of append 1, \"{own}many-57\"", "\"usual\"", "\"other\""),
-                ("more", "event 101 of append 1", "none", "put \"{own}one-more\", 0 bytes"),
-                ("less", "event 100 of append 1", "put \"{own}many-99\"", "none"),
-                ("parts", "event 1 of append 1, ", "", ""),
-                ("trap", "trap", "status 200", "unreachable"),
-            ] {
-                let target = format!("/candidate/{how}");
-                let is_effect = matches!(how, "effect" | "more" | "less" | "parts");
-                let body = if is_effect { "appended" } else { "" };
+        for (how, what, ours, theirs) in [
+            ("header", "header \"x-word\"", "\"usual\"", "\"other\""),
+            ("cookie", "header \"set-cookie\"", "5 bytes, redacted", "5 bytes, redacted"),
+            ("body", "body", "\"…xxxxxxxxusual end\" (1009 bytes)", "\"…xxxxxxxxother end\" (1009 bytes)"),
+            ("wait", "watch or wait", "{own}a", "{own}b"),
+            ("effect", "event 58 of append 1, \"{own}many-57\"", "\"usual\"", "\"other\""),
+            ("more", "event 101 of append 1", "none", "put \"{own}one-more\", 0 bytes"),
+            ("less", "event 100 of append 1", "put \"{own}many-99\"", "none"),
+            ("parts", "event 1 of append 1", "many-0", "many-50"),
+            ("trap", "trap", "status 200", "unreachable"),
+        ] {
+            let target = format!("/candidate/{how}");
+            let is_effect = matches!(how, "effect" | "more" | "less" | "parts");
+            let body = if is_effect { "appended" } else { "" };
+            let report = dry_run(&server, &candidate(), "/candidate/same", || {
                 let example = differs(&server, &target, |target| get(&mut client, target), 200, body);
                 let text = |name: &str| example[name].as_str().unwrap_or_default().to_owned();
                 assert!(text("difference").starts_with(what), "{how} in {shards} shards: {example}");
                 assert!(text("serving").contains(ours) && text("candidate").contains(theirs), "{example}");
                 assert_eq!((text("method"), &example["principal"]), ("GET".to_owned(), &Value::Null));
                 assert!(!text("request_id").is_empty());
-            }
-        });
+                if is_effect || how == "trap" {
+                    until("rebuild", || self::report(&server)["rebuilds"].as_u64().filter(|rebuilds| *rebuilds > 0));
+                }
+            });
+            assert_eq!(is_effect || how == "trap", report["rebuilds"].as_u64() > Some(0), "{report}");
+        }
         // Effects of the serving guest only, and the same in a third guest that has the log alone.
         let usual = |client: &mut Connection| {
             assert_eq!(get(client, "/store/{own}many-57").text(), "value", "the last of many");
@@ -124,7 +140,6 @@ fn each_difference_is_reported_with_its_request() {
             assert_eq!(get(client, "/store/{own}one-more").status, 404);
         };
         usual(&mut client);
-        assert!(report["rebuilds"].as_u64() >= Some(4), "{report}");
         assert_eq!(serving(&server), "unruly");
         server.terminate();
     }
@@ -167,7 +182,6 @@ fn equal_requests_do_not_differ() {
         report["examples"].as_array().expect("a list").iter().map(|example| &example["target"]).collect();
     assert!(targets.iter().all(|target| **target == "/candidate/status?settled"), "{report}");
     assert!(report["compared"].as_u64() > Some(20 * 8), "{report}");
-    assert_eq!(report["dropped"], 0, "{report}");
     server.terminate();
 }
 

@@ -2,7 +2,6 @@
 
 mod clients;
 
-use std::cell::Cell;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
@@ -10,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,7 +38,7 @@ struct Upgraded {
     data: TempDir,
     address: SocketAddr,
     admin: SocketAddr,
-    process: Cell<i32>,
+    process: AtomicI32,
 }
 
 impl Upgraded {
@@ -53,7 +52,7 @@ impl Upgraded {
         command.args(ARGS).args(args);
         prepare(&mut command);
         let first = Server::spawn(command, TempDir::new().expect("a temporary directory can be made"));
-        let (address, admin, process) = (first.address(), first.admin(), Cell::new(pid(&first)));
+        let (address, admin, process) = (first.address(), first.admin(), AtomicI32::new(pid(&first)));
         Self { first: Some(first), data, address, admin, process }
     }
 
@@ -74,8 +73,8 @@ impl Upgraded {
         let rest = printed.strip_prefix("process ").expect(&printed);
         let (process, rest) = rest.split_once(" serves; no call was made for ").expect(&printed);
         let process = process.parse().expect("a number");
-        assert_ne!(self.process.replace(process), process);
-        let milliseconds = rest.trim().strip_suffix("ms").and_then(|number| number.parse().ok());
+        assert_ne!(self.process.swap(process, Ordering::Relaxed), process);
+        let milliseconds: Option<f64> = rest.trim().strip_suffix("ms").and_then(|number| number.parse().ok());
         Duration::from_secs_f64(milliseconds.unwrap_or_else(|| panic!("no time: {printed}")) / 1e3)
     }
 
@@ -90,19 +89,19 @@ impl Upgraded {
 
     /// Ends the serving process in good order.
     fn terminate(mut self) -> TempDir {
-        let process = Pid::from_raw(self.process.get()).expect("not 0");
+        let process = Pid::from_raw(self.process.load(Ordering::Relaxed)).expect("not 0");
         kill_process(process, Signal::TERM).expect("it runs");
         let first = self.first.take().expect("it is there until the end");
         // The end of the last line is that of the last process.
         first.ends();
-        await_end(self.process.get());
+        await_end(self.process.load(Ordering::Relaxed));
         std::mem::replace(&mut self.data, TempDir::new().expect("a temporary directory can be made"))
     }
 }
 
 impl Drop for Upgraded {
     fn drop(&mut self) {
-        if let Some(process) = Pid::from_raw(self.process.get()) {
+        if let Some(process) = Pid::from_raw(self.process.load(Ordering::Relaxed)) {
             let _ = kill_process(process, Signal::KILL);
         }
     }
@@ -248,7 +247,7 @@ fn signal_upgrades_like_the_command() {
     server.first().signal(Signal::USR2);
     let line = server.first().says("serves in place of this one");
     let (_, rest) = line.split_once("process ").expect("it is named");
-    server.process.set(rest.split(' ').next().expect("a number").parse().expect("a number"));
+    server.process.store(rest.split(' ').next().expect("a number").parse().expect("a number"), Ordering::Relaxed);
     assert!(server.first().says("audit").contains("SIGUSR2"));
     assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
     server.upgrade(&[]);
@@ -296,11 +295,8 @@ fn death_of_old_process_during_upgrade_is_a_takeover() {
     of_files!();
     let programs = TempDir::new().expect("a temporary directory can be made");
     let kvs = kvs_tests::binary();
-    let script = format!(
-        "echo $$ > {}/pid; UPGRADE_FAILPOINT=stop:ready exec {} \"$@\"",
-        programs.path().display(),
-        kvs.display()
-    );
+    let script =
+        format!("echo $$ > {}/pid; UPGRADE_FAILPOINT=stop:ready exec {} \"$@\"", programs.path().display(), kvs);
     let binary = program(&programs, "stopped", &script);
     let server = Upgraded::start(&[]);
     assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
@@ -313,7 +309,7 @@ fn death_of_old_process_during_upgrade_is_a_takeover() {
         });
         server.first().signal(Signal::KILL);
         assert!(!upgrade.join().expect("it ends").status.success());
-        server.process.set(process);
+        server.process.store(process, Ordering::Relaxed);
         kill_process(Pid::from_raw(process).expect("not 0"), Signal::CONT).expect("it is there");
         assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
     });
@@ -384,14 +380,14 @@ fn service_manager_gets_state_and_main_process() {
         command.env("NOTIFY_SOCKET", &notify);
     });
     let ready = |process: i32| format!("READY=1\nMAINPID={process}\n");
-    assert_eq!(told(), ready(server.process.get()));
+    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
     let other = program(&directory, "other", "exit 1");
     server.fails(&other);
     assert!(told().starts_with("RELOADING=1\nMONOTONIC_USEC="));
-    assert_eq!(told(), ready(server.process.get()));
+    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
     server.upgrade(&[]);
     assert!(told().starts_with("RELOADING=1\n"));
-    assert_eq!(told(), ready(server.process.get()));
+    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
     server.terminate();
     assert_eq!(told(), "STOPPING=1\n");
 }

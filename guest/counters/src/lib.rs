@@ -5,7 +5,7 @@
 //! can take over at any time, and reads the numbers as they are.
 
 use kvs_guest::item::Item;
-use kvs_guest::{Kvs, Store, number, respond};
+use kvs_guest::{Kvs, Store, grant, number, respond};
 use kvs_kit::answer::{self, CONTENT_TYPE, etag, header, line};
 use kvs_kit::guest::Guest;
 use kvs_kit::state::Logged;
@@ -20,6 +20,7 @@ impl Guest for Counters {
 
     const NAME: &'static str = "counters";
     const HEADERS: &'static [&'static str] = Kvs::HEADERS;
+    const CAPABILITIES: &'static [&'static str] = Kvs::CAPABILITIES;
 
     fn handle(store: &mut Logged<'_, Store>, request: Request) -> answer::Result {
         let (path, query) = path::split(&request.target);
@@ -36,6 +37,7 @@ impl Guest for Counters {
 }
 
 fn add(store: &mut Logged<'_, Store>, key: &str, request: &Request) -> answer::Result {
+    grant::check(&request.grant, key).map_err(|reason| line(403, &reason))?;
     // With its sign, so that nobody who means to set a value adds to it.
     let change = str::from_utf8(&request.body).ok().map(str::trim).filter(|text| text.starts_with(['+', '-']));
     let change = change.and_then(|text| text.parse().ok());

@@ -16,6 +16,9 @@ pub trait Guest: Sized {
     /// Names of the request headers that it reads, in lower case.
     const HEADERS: &'static [&'static str] = &[];
 
+    /// What it can do beyond its exports: `key-prefix` when it enforces the key prefix of a grant in all that it reads.
+    const CAPABILITIES: &'static [&'static str] = &[];
+
     /// Checks the settings. A panic keeps the guest from starting, with its message as the reason.
     fn start() {}
 
@@ -36,7 +39,7 @@ pub fn describe<G: Guest>(version: &str) -> Description {
         name: G::NAME.to_owned(),
         version: version.to_owned(),
         headers: G::HEADERS.iter().map(|name| (*name).to_owned()).collect(),
-        capabilities: Vec::new(),
+        capabilities: G::CAPABILITIES.iter().map(|word| (*word).to_owned()).collect(),
     }
 }
 

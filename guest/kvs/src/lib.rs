@@ -5,6 +5,7 @@
 //! tested natively, without a host.
 
 pub mod content_type;
+pub mod grant;
 pub mod item;
 mod list;
 mod many;
@@ -43,6 +44,7 @@ impl Guest for Kvs {
 
     const NAME: &'static str = "kvs";
     const HEADERS: &'static [&'static str] = &HEADERS;
+    const CAPABILITIES: &'static [&'static str] = &["key-prefix"];
 
     fn handle(store: &mut Logged<'_, Store>, request: Request) -> answer::Result {
         Ok(respond(store, request))

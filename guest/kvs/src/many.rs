@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{json, line};
+use crate::grant;
 use crate::key;
 use crate::kvs::store::http::{Request, Response};
 use crate::list::{Entry, disagreement, parsed};
@@ -35,7 +36,7 @@ pub fn is_wanted(query: &str) -> bool {
 
 /// GET with keys in the query, and QUERY with a list of keys in the body.
 pub fn get(store: &Store, query: &str, request: &Request) -> Response {
-    match keys(query, request).and_then(|keys| values(store, keys, request.time_ms)) {
+    match granted_keys(query, request).and_then(|keys| values(store, keys, request.time_ms)) {
         Ok(values) => json(&values),
         Err((status, reason)) => line(status, &reason),
     }
@@ -54,6 +55,14 @@ pub fn merge(responses: &[Response]) -> Response {
         Ok(()) => json(&Values { keys }),
         Err((status, reason)) => line(status, &reason),
     }
+}
+
+/// The keys of a request, all of which the client may see.
+fn granted_keys(query: &str, request: &Request) -> Result<Vec<String>, Rejected> {
+    let keys = keys(query, request)?;
+    let check = |key: &String| grant::check(&request.grant, key).map_err(|reason| (403, reason));
+    keys.iter().try_for_each(check)?;
+    Ok(keys)
 }
 
 fn keys(query: &str, request: &Request) -> Result<Vec<String>, Rejected> {

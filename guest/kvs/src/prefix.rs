@@ -30,6 +30,10 @@ pub fn delete(store: &mut Logged<'_, Store>, query: &str, request: &Request) -> 
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
     };
+    let asked = match asked.within(&request.grant) {
+        Ok(asked) => asked,
+        Err(reason) => return line(403, &reason),
+    };
     let Page { keys, cursor, .. } = list::page(&store.in_order(), &asked, request.time_ms);
     let events: Vec<_> = keys.into_iter().map(|entry| Event::Delete(entry.key)).collect();
     if !events.is_empty()

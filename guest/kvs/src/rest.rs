@@ -18,7 +18,7 @@ use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::range::{IF_RANGE, RANGE};
 use crate::store::Store;
-use crate::{list, many, modify, prefix, query, transaction, unkept, value, watch, write};
+use crate::{grant, list, many, modify, prefix, query, transaction, unkept, value, watch, write};
 
 /// The request headers that are read.
 pub const HEADERS: [&str; 11] = [
@@ -65,6 +65,11 @@ pub fn respond(store: &mut Logged<'_, Store>, mut request: Request) -> Response 
         Ok(resource) => resource,
         Err(no_key) => return no_key.into(),
     };
+    if let Resource::Key(key) = &resource
+        && let Err(reason) = grant::check(&request.grant, key)
+    {
+        return line(403, &reason);
+    }
     match (request.method.as_str(), resource) {
         ("GET" | "HEAD", Resource::Key(key)) => value::get(store, &key, query, &request),
         ("PUT", Resource::Key(key)) => write::put(store, key, query, request),
@@ -78,7 +83,7 @@ pub fn respond(store: &mut Logged<'_, Store>, mut request: Request) -> Response 
         ("GET" | "HEAD", Resource::AllKeys) if watch::is_wanted(query) => watch::get(store, query, &request),
         ("GET" | "HEAD", Resource::AllKeys) if many::is_wanted(query) => many::get(store, query, &request),
         ("QUERY", Resource::AllKeys) => many::get(store, query, &request),
-        ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, request.time_ms),
+        ("GET" | "HEAD", Resource::AllKeys) => list::get(store, query, &request),
         ("POST" | "DELETE", Resource::AllKeys) if conditions::are_in(&request.headers) => {
             line(400, "if-match and if-none-match go with requests of one key; a transaction has the operation `check`")
         }

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::answer::{json, line, problem};
 use crate::conditions::tag_of;
 use crate::content_type;
+use crate::grant;
 use crate::item::Item;
 use crate::kvs::store::http::{Request, Response};
 use crate::kvs::store::transaction_log::{Event, Put};
@@ -56,6 +57,11 @@ pub fn post(store: &mut Logged<'_, Store>, query: &str, request: Request) -> Res
         Ok(operations) => operations,
         Err((status, reason)) => return line(status, &reason),
     };
+    for (at, (key, _)) in operations.iter().enumerate() {
+        if let Err(reason) = grant::check(&request.grant, key) {
+            return line(403, &format!("operation {at}: {reason}"));
+        }
+    }
     let (mut given, events) = match play(store, &operations, request.time_ms) {
         Ok(played) => played,
         // What it saw may not be durable yet.

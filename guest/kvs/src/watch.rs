@@ -6,8 +6,9 @@ use kvs_kit::state::Logged;
 
 use crate::answer::{header, line};
 use crate::content_type;
+use crate::grant;
 use crate::key::GUEST_KEY;
-use crate::kvs::store::http::{Header, Request, Response};
+use crate::kvs::store::http::{Grant, Header, Request, Response};
 use crate::kvs::store::watch::Selector;
 use crate::query::{self, BadQuery};
 use crate::store::Store;
@@ -23,6 +24,11 @@ pub fn get(store: &Logged<'_, Store>, query: &str, request: &Request) -> Respons
     let Asked { selectors, since, puts_only } = match asked(query) {
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
+    };
+    let within = |selector| within(&request.grant, selector);
+    let selectors = match selectors.into_iter().map(within).collect::<Result<Vec<_>, _>>() {
+        Ok(selectors) => selectors,
+        Err(reason) => return line(403, &reason),
     };
     // A client that comes back asks as it did at first, and says with this how far it came.
     let last = match last_event(&request.headers) {
@@ -57,6 +63,14 @@ fn asked(query: &str) -> Result<Asked<'_>, BadQuery> {
     }
     let puts_only = puts_only.map_or(Ok(false), |puts_only| puts_only.flag())?;
     Ok(Asked { selectors, since: since.map(|since| since.value), puts_only })
+}
+
+/// Narrows a selector to the keys of a grant.
+fn within(grant: &Grant, selector: Selector) -> Result<Selector, String> {
+    Ok(match selector {
+        Selector::Key(key) => grant::check(grant, &key).map(|()| Selector::Key(key))?,
+        Selector::Prefix(prefix) => Selector::Prefix(grant::narrow(grant, prefix.into())?.into_owned()),
+    })
 }
 
 /// The position of the event that the client got last.

@@ -32,6 +32,7 @@ impl Guest for Schema {
 
     const NAME: &'static str = "schema";
     const HEADERS: &'static [&'static str] = Kvs::HEADERS;
+    const CAPABILITIES: &'static [&'static str] = Kvs::CAPABILITIES;
 
     fn start() {
         POLICY.with(|policy| policy.get_or_init(schemas).len());

@@ -1,6 +1,6 @@
 //! Lists and exports: all keys, or those with a prefix, page by page.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{BufWriter, Write};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::output::Output;
 use super::server::{ApiRequest, Server, add};
+use super::value::entry_of;
 
 /// Keys of a page, at most.
 const MAX_PAGE: u64 = 1_000;
@@ -38,15 +39,18 @@ pub struct ListOptions<'o> {
 /// Prints keys, or, as JSON, the whole list entry of each.
 pub fn list(server: &Server, options: &ListOptions<'_>, out: &mut dyn Write) -> Result<()> {
     let pages = Pages { prefix: options.prefix, values: false, reverse: options.reverse, limit: options.limit };
-    pages.each(server, out, &mut |entry, out| match (options.output, entry.get("key")) {
-        // One line each: keys have no line breaks.
-        (Output::Text, Some(Value::String(key))) if options.long => {
-            let text = |name: &str| entry.get(name).map_or("-".to_owned(), Value::to_string);
-            let tag = entry.get("etag").and_then(Value::as_str).map_or("-", |tag| tag.trim_matches('"'));
-            writeln!(out, "{tag}\t{}\t{}\t{key}", text("size"), text("expires"))
-        }
-        (Output::Text, Some(Value::String(key))) => writeln!(out, "{key}"),
-        _ => writeln!(out, "{}", Value::Object(entry)),
+    pages.each(server, out, &mut |entry, out| {
+        let printed = match (options.output, entry.get("key")) {
+            // One line each: keys have no line breaks.
+            (Output::Text, Some(Value::String(key))) if options.long => {
+                let text = |name: &str| entry.get(name).map_or("-".to_owned(), Value::to_string);
+                let tag = entry.get("etag").and_then(Value::as_str).map_or("-", |tag| tag.trim_matches('"'));
+                writeln!(out, "{tag}\t{}\t{}\t{key}", text("size"), text("expires"))
+            }
+            (Output::Text, Some(Value::String(key))) => writeln!(out, "{key}"),
+            _ => writeln!(out, "{}", Value::Object(entry)),
+        };
+        Ok(printed?)
     })
 }
 
@@ -54,12 +58,21 @@ pub fn list(server: &Server, options: &ListOptions<'_>, out: &mut dyn Write) -> 
 pub fn export(server: &Server, prefix: &str, out: &mut dyn Write) -> Result<()> {
     let pages = Pages { prefix, values: true, reverse: false, limit: None };
     pages.each(server, out, &mut |mut entry, out| {
+        // A list leaves out large values.
+        if !entry.contains_key("value") && !entry.contains_key("value_base64") {
+            let Some(Value::String(key)) = entry.get("key") else { bail!("{} listed no key", server.base()) };
+            match entry_of(server, key)? {
+                Some(whole) => entry = whole,
+                // Deleted since.
+                None => return Ok(()),
+            }
+        }
         entry.remove("size");
-        writeln!(out, "{}", Value::Object(entry))
+        Ok(writeln!(out, "{}", Value::Object(entry))?)
     })
 }
 
-type Print<'p> = &'p mut dyn FnMut(Entry, &mut dyn Write) -> io::Result<()>;
+type Print<'p> = &'p mut dyn FnMut(Entry, &mut dyn Write) -> Result<()>;
 
 /// The pages of a list.
 struct Pages<'p> {

@@ -2,16 +2,18 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use httpdate::parse_http_date;
 use serde_json::{Map, Value, json};
 use ureq::Body;
 use ureq::http::Response;
 
 use super::output::Output;
-use super::server::{ApiRequest, Server, add as add_parameter, path_of, shown};
+use super::server::{ApiRequest, ClientError, Server, add as add_parameter, path_of, shown};
 
 /// Maximum size of a value, above that of any server.
 const MAX_VALUE_BYTES: u64 = 1 << 30;
@@ -48,7 +50,8 @@ pub struct Get {
     pub output: Output,
 }
 
-/// Prints the value unchanged. On a terminal a missing newline at its end is added. As JSON, prints it as an entry of a list.
+/// Prints the value unchanged. On a terminal a missing newline at its end is added. As JSON, prints it as an entry of a list, with
+/// the expiry in whole seconds.
 pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerminal)) -> Result<()> {
     let mut target = path_of(key);
     if let Some(wait) = get.wait {
@@ -57,7 +60,8 @@ pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerm
     let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
     let response = server.send(&request).with_context(|| format!("get {}", shown(key)))?;
     if get.output == Output::Json {
-        return print_entry(server, key, out);
+        writeln!(out, "{}", Value::Object(entry(server, key, response)?))?;
+        return Ok(());
     }
     if get.include {
         for name in ["etag", "content-type", "expires"] {
@@ -82,20 +86,34 @@ pub fn get(server: &Server, key: &str, get: &Get, out: &mut (impl Write + IsTerm
     Ok(())
 }
 
-#[derive(Deserialize)]
-struct Values {
-    keys: Vec<Map<String, Value>>,
+/// The entry of a list for a key, of the response to its get: a list has a limit of bytes, and is not for every token.
+fn entry(server: &Server, key: &str, response: Response<Body>) -> Result<Map<String, Value>> {
+    let (etag, content_type) = (header_of(&response, "etag"), header_of(&response, "content-type"));
+    let fields = [("key", Some(key)), ("etag", etag), ("content_type", content_type)];
+    let mut entry: Map<_, _> = fields.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect();
+    let expires = header_of(&response, "expires").and_then(|date| parse_http_date(date).ok());
+    if let Some(expires) = expires.and_then(|expires| expires.duration_since(UNIX_EPOCH).ok()) {
+        entry.insert("expires".to_owned(), json!(expires.as_secs() * 1_000));
+    }
+    let mut value = Vec::new();
+    response.into_body().into_reader().read_to_end(&mut value).map_err(|error| server.transport_error(&error))?;
+    entry.insert("size".to_owned(), value.len().into());
+    let (name, value) = match String::from_utf8(value) {
+        Ok(text) => ("value", text),
+        Err(error) => ("value_base64", STANDARD.encode(error.as_bytes())),
+    };
+    entry.insert(name.to_owned(), value.into());
+    Ok(entry)
 }
 
-fn print_entry(server: &Server, key: &str, out: &mut impl Write) -> Result<()> {
-    let mut target = "/v1".to_owned();
-    add_parameter(&mut target, "key", key);
-    let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
-    let Values { keys } = server.send_for(&request).with_context(|| format!("get {}", shown(key)))?;
-    for entry in keys {
-        writeln!(out, "{}", Value::Object(entry))?;
+/// The same, of a key that may not exist.
+pub fn entry_of(server: &Server, key: &str) -> Result<Option<Map<String, Value>>> {
+    let request = ApiRequest { method: "GET", target: &path_of(key), headers: &[], body: None };
+    match server.send(&request) {
+        Ok(response) => entry(server, key, response).map(Some),
+        Err(ClientError::Status { status: 404, .. }) => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("get {}", shown(key))),
     }
-    Ok(())
 }
 
 fn header_of<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {

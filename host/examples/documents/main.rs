@@ -4,12 +4,13 @@
 //! compares; `just settings` writes it again. The other tests check the pages that people write, README.md and the book.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::path::PathBuf;
 use std::{env, fs};
 
 use anyhow::{Context, Result};
 use clap::{Arg, Command, CommandFactory};
-use clap_complete::Shell;
+use clap_complete::env::Shells;
 use kvs::commands::Cli;
 
 fn main() -> Result<()> {
@@ -17,9 +18,10 @@ fn main() -> Result<()> {
     let (pages, completions) = (directory.join("man"), directory.join("completions"));
     fs::create_dir_all(&pages)?;
     fs::create_dir_all(&completions)?;
-    let mut command = Cli::command();
-    for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
-        clap_complete::generate_to(shell, &mut command, "kvs", &completions)?;
+    let shells = Shells::builtins();
+    for (shell, file) in [("bash", "kvs.bash"), ("fish", "kvs.fish"), ("zsh", "_kvs")] {
+        let shell = shells.completer(shell).with_context(|| format!("clap_complete knows no {shell}"))?;
+        shell.write_registration("COMPLETE", "kvs", "kvs", "kvs", &mut File::create(completions.join(file))?)?;
     }
     clap_mangen::generate_to(Cli::command(), &pages)?;
     fs::write(directory.join("settings.md"), settings())?;

@@ -6,10 +6,12 @@ use std::time::Duration;
 use kvs_client::Condition;
 
 use super::client::{OutputArgs, ServerArgs};
+use super::complete::keys;
 use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Add {
+    #[arg(add = keys())]
     key: String,
 
     /// Number to add, of 64 bits

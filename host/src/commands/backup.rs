@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 use kvs_client::ApiRequest;
 use kvs_txlog::backup::{Reader, Trailer};
 use kvs_txlog::file::disk::sync_directory;
+use serde_json::{Value, json};
 
 use super::client::{AdminArgs, READ_TIMEOUT};
 use crate::admin::ENTRIES_HEADER;
@@ -30,13 +31,17 @@ pub struct Backup {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "since"])]
     verify: Option<PathBuf>,
 
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     admin: AdminArgs,
 }
 
 pub fn run(args: &Backup) -> Result<()> {
     if let Some(file) = &args.verify {
-        return verify(file);
+        return verify(file, args.json);
     }
     let file = args.output.as_deref().unwrap_or(Path::new("-"));
     if file.as_os_str() == "-" {
@@ -48,8 +53,12 @@ pub fn run(args: &Backup) -> Result<()> {
     }
     let trailer = receive_file(args, file)?;
     notice(summary(&trailer, args.since));
-    // For scripts: the next incremental backup begins here.
-    writeln!(io::stdout(), "{}", trailer.sequence)?;
+    if args.json {
+        writeln!(io::stdout(), "{}", object(&trailer, args.since))?;
+    } else {
+        // For scripts: the next incremental backup begins here.
+        writeln!(io::stdout(), "{}", trailer.sequence)?;
+    }
     Ok(())
 }
 
@@ -115,7 +124,7 @@ impl<R: Read> Read for Tee<'_, R> {
     }
 }
 
-fn verify(file: &Path) -> Result<()> {
+fn verify(file: &Path, json: bool) -> Result<()> {
     let context = || format!("cannot use {}", file.display());
     let opened = File::open(file).with_context(context)?;
     let bar = bar(opened.metadata().map_or(0, |metadata| metadata.len()), "bytes checked");
@@ -123,9 +132,25 @@ fn verify(file: &Path) -> Result<()> {
     let trailer = reader.read(&mut |_| Ok(())).with_context(context)?;
     bar.finish_and_clear();
     let mut out = io::stdout().lock();
-    writeln!(out, "log {}, incarnation {}", reader.header().log, trailer.incarnation)?;
-    writeln!(out, "the backup is sound: {}", summary(&trailer, reader.header().since))?;
+    let header = reader.header();
+    if json {
+        let mut object = object(&trailer, header.since);
+        object["log"] = header.log.to_string().into();
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    writeln!(out, "log {}, incarnation {}", header.log, trailer.incarnation)?;
+    writeln!(out, "the backup is sound: {}", summary(&trailer, header.since))?;
     Ok(())
+}
+
+/// The contents of a backup as JSON, with sequences as text.
+fn object(trailer: &Trailer, since: u64) -> Value {
+    let Trailer { count, sequence, incarnation, .. } = trailer;
+    json!({
+        "entries": count, "since": since.to_string(), "sequence": sequence.to_string(),
+        "incarnation": incarnation.to_string(),
+    })
 }
 
 fn summary(trailer: &Trailer, since: u64) -> String {

@@ -115,16 +115,21 @@ impl ServerArgs {
     }
 
     pub fn server(&self) -> Result<Server> {
-        self.server_for(false, Duration::ZERO)
+        self.server_within(READ_TIMEOUT)
     }
 
-    fn server_for(&self, stale: bool, wait: Duration) -> Result<Server> {
+    /// The server, with another read timeout.
+    pub fn server_within(&self, read_timeout: Duration) -> Result<Server> {
+        self.server_for(false, read_timeout)
+    }
+
+    fn server_for(&self, stale: bool, read_timeout: Duration) -> Result<Server> {
         Server::new(&Options {
             url: &self.url,
             flag: "--url",
             token: self.token.read()?.as_deref(),
             authorities: self.cacert.as_deref(),
-            read_timeout: Some(READ_TIMEOUT.saturating_add(wait)),
+            read_timeout: Some(read_timeout),
             stale,
         })
     }
@@ -137,7 +142,7 @@ impl ReadArgs {
 
     /// The server, for a request that it answers only after waiting this long.
     pub fn server_after(&self, wait: Duration) -> Result<Server> {
-        self.server.server_for(self.stale, wait)
+        self.server.server_for(self.stale, READ_TIMEOUT.saturating_add(wait))
     }
 }
 

@@ -5,11 +5,12 @@ use std::io;
 use kvs_client::Condition;
 
 use super::client::{OutputArgs, ServerArgs};
+use super::complete::keys;
 use crate::lines::notice;
 
 #[derive(Debug, clap::Args)]
 pub struct Delete {
-    #[arg(required_unless_present = "prefix", conflicts_with = "prefix")]
+    #[arg(required_unless_present = "prefix", conflicts_with = "prefix", add = keys())]
     key: Option<String>,
 
     /// Delete only if the key has this entity tag; * for any
@@ -17,7 +18,7 @@ pub struct Delete {
     if_match: Option<String>,
 
     /// Count the keys that begin so, or delete them with --yes, page by page
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", add = keys())]
     prefix: Option<String>,
 
     /// Delete the keys that --prefix counts

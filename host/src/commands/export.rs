@@ -3,10 +3,11 @@
 use std::io;
 
 use super::client::ReadArgs;
+use super::complete::keys;
 
 #[derive(Debug, clap::Args)]
 pub struct Export {
-    #[arg(default_value = "", hide_default_value = true)]
+    #[arg(default_value = "", hide_default_value = true, add = keys())]
     prefix: String,
 
     #[command(flatten)]

@@ -4,10 +4,12 @@ use std::io;
 use std::time::Duration;
 
 use super::client::{OutputArgs, ReadArgs};
+use super::complete::keys;
 use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Get {
+    #[arg(add = keys())]
     key: String,
 
     /// Print entity tag, content type and expiry before the value

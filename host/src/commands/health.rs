@@ -1,12 +1,13 @@
 //! `kvs health`: checks whether a server is alive and ready.
 
-use std::io::{self, Write};
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvs_client::{ApiRequest, ClientError};
+use serde_json::json;
 
-use super::client::AdminAddress;
+use super::client::{AdminAddress, OutputArgs};
 
 /// Read timeout of the admin listener.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,16 +20,23 @@ pub struct Health {
     /// Check liveness, not readiness
     #[arg(long)]
     live: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 pub fn run(args: &Health) -> Result<()> {
     let server = args.admin.server(None, Some(READ_TIMEOUT))?;
     let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
+    let (output, out) = (args.output.output(), &mut io::stdout());
     match server.send(&ApiRequest { method: "GET", target, headers: &[], body: None }) {
-        Err(rejected @ ClientError::Status { .. }) => Err(rejected).context(format!("not {state}")),
+        Err(rejected @ ClientError::Status { .. }) => {
+            output.print(None, || json!({ state: false }), out)?;
+            Err(rejected).context(format!("not {state}"))
+        }
         response => {
             response?;
-            writeln!(io::stdout(), "{state}")?;
+            output.print(Some(state), || json!({ state: true }), out)?;
             Ok(())
         }
     }

@@ -6,9 +6,11 @@ use anyhow::{Context, Result};
 use kvs_client::{ApiRequest, add_parameter};
 
 use super::client::{AdminArgs, READ_TIMEOUT};
+use super::complete::keys;
 
 #[derive(Debug, clap::Args)]
 pub struct History {
+    #[arg(add = keys())]
     key: String,
 
     /// Only the entry that the key had at this sequence

@@ -1,11 +1,13 @@
 //! `kvs import`: puts the keys and values of JSON lines, or of another store.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use kvs_client::{Copied, ImportHooks, Origin};
+use kvs_client::{Copied, ImportHooks, Origin, Output};
+use serde_json::json;
 
-use super::client::ServerArgs;
+use super::client::{OutputArgs, ServerArgs};
 use crate::guest::is_valid_key;
 use crate::lines::notice;
 use crate::terminal::bar;
@@ -26,6 +28,9 @@ pub struct Import {
     resume: bool,
 
     #[command(flatten)]
+    output: OutputArgs,
+
+    #[command(flatten)]
     server: ServerArgs,
 }
 
@@ -33,13 +38,22 @@ pub fn run(args: &Import) -> anyhow::Result<()> {
     let report = |line: &str| notice(format_args!("kvs: {line}"));
     let hooks = ImportHooks { bar, is_valid_key, report };
     let server = args.server.server()?;
+    let output = args.output.output();
     if let Some(origin) = &args.from {
         let Copied { imported, left_out } = kvs_client::import_from(&server, origin, args.server.authorities(), hooks)?;
-        notice(format_args!("imported {imported} keys"));
+        match output {
+            Output::Text => notice(format_args!("imported {imported} keys")),
+            Output::Json => {
+                writeln!(io::stdout(), "{}", json!({ "imported": imported, "left_out": left_out }))?;
+            }
+        }
         ensure!(left_out == 0, "{left_out} keys of {origin} were left out");
         return Ok(());
     }
     let lines = kvs_client::import(&server, &args.file, args.resume, hooks)?;
-    notice(format_args!("imported {lines} lines"));
+    match output {
+        Output::Text => notice(format_args!("imported {lines} lines")),
+        Output::Json => writeln!(io::stdout(), "{}", json!({ "imported": lines }))?,
+    }
     Ok(())
 }

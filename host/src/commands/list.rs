@@ -5,10 +5,11 @@ use std::io;
 use kvs_client::ListOptions;
 
 use super::client::{OutputArgs, ReadArgs};
+use super::complete::keys;
 
 #[derive(Debug, clap::Args)]
 pub struct List {
-    #[arg(default_value = "", hide_default_value = true)]
+    #[arg(default_value = "", hide_default_value = true, add = keys())]
     prefix: String,
 
     /// Maximum number of keys

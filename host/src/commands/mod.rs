@@ -6,6 +6,7 @@ mod add;
 mod backup;
 mod client;
 mod compile;
+mod complete;
 mod delete;
 mod export;
 mod get;
@@ -29,6 +30,7 @@ mod watch;
 use std::collections::BTreeSet;
 use std::env;
 
+pub use self::complete::complete;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 use kvs_runtime::Env;

@@ -6,10 +6,12 @@ use std::time::Duration;
 use kvs_client::Condition;
 
 use super::client::{OutputArgs, ServerArgs};
+use super::complete::keys;
 use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Put {
+    #[arg(add = keys())]
     key: String,
 
     /// Value; @FILE for the content of a file; standard input if omitted

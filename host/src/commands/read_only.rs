@@ -1,18 +1,22 @@
 //! `kvs read-only`: has a running server reject writes, for maintenance.
 
-use std::io::{self, Write};
+use std::io;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use kvs_client::ApiRequest;
+use serde_json::json;
 
-use super::client::AdminArgs;
+use super::client::{AdminArgs, OutputArgs};
 use super::health::READ_TIMEOUT;
 
 #[derive(Debug, clap::Args)]
 pub struct ReadOnly {
     /// Reject writes, or accept them again
     state: State,
+
+    #[command(flatten)]
+    output: OutputArgs,
 
     #[command(flatten)]
     admin: AdminArgs,
@@ -32,6 +36,6 @@ pub fn run(args: &ReadOnly) -> Result<()> {
     let server = args.admin.server(Some(READ_TIMEOUT))?;
     let request = ApiRequest { method, target: "/read-only", headers: &[], body: None };
     server.send(&request).with_context(|| format!("read-only was not turned {state}"))?;
-    writeln!(io::stdout(), "{state}")?;
+    args.output.output().print(Some(state), || json!({ "read_only": state == "on" }), &mut io::stdout())?;
     Ok(())
 }

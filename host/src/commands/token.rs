@@ -7,8 +7,9 @@ use std::time::SystemTime;
 use anyhow::{Result, anyhow};
 use kvs_runtime::Env;
 
+use super::client::OutputArgs;
 use crate::audit::{self, Actor};
-use crate::edge::auth::{self, Limits, Scope};
+use crate::edge::auth::{self, Limits, Prefix, Scope, check_key_prefix};
 use crate::parse::expiry;
 
 #[derive(Debug, clap::Subcommand)]
@@ -25,14 +26,19 @@ pub enum TokenCommand {
         /// Prefix of the allowed paths
         #[arg(long, value_name = "PREFIX")]
         path_prefix: Option<String>,
+        /// Prefix of the allowed keys, with guests that declare the capability key-prefix
+        #[arg(long, value_name = "PREFIX", value_parser = check_key_prefix, conflicts_with = "path_prefix")]
+        key_prefix: Option<String>,
         /// Expiry: a time from now such as 90days, or a date such as 2027-01-31
         #[arg(long, value_name = "TIME", value_parser = expiry)]
         expires: Option<SystemTime>,
         #[command(flatten)]
         file: TokenFile,
     },
-    /// List the tokens: id, name, scope, expiry and path prefix
+    /// List the tokens: id, name, scope, expiry and prefix
     List {
+        #[command(flatten)]
+        output: OutputArgs,
         #[command(flatten)]
         file: TokenFile,
     },
@@ -54,18 +60,19 @@ pub struct TokenFile {
 
 pub fn run(command: TokenCommand) -> Result<()> {
     match command {
-        TokenCommand::Create { name, scope, path_prefix, expires, file } => {
+        TokenCommand::Create { name, scope, path_prefix, key_prefix, expires, file } => {
             // A broken pipe is a failure here: nobody would know the token.
             let show = |token: &str| {
                 writeln!(io::stdout(), "{token}")
                     .map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
             };
-            let limits = Limits { path_prefix, expires };
+            let prefix = key_prefix.map(|prefix| Prefix::Key(prefix.into()));
+            let limits = Limits { prefix: prefix.or(path_prefix.map(Prefix::Path)), expires };
             auth::create(&file.tokens, &name, scope, &limits, &Env::real().random, show)?;
             audit::log(&Actor::user(), "token-create", name, "success");
             Ok(())
         }
-        TokenCommand::List { file } => auth::list(&file.tokens, &mut io::stdout().lock()),
+        TokenCommand::List { output, file } => auth::list(&file.tokens, output.output(), &mut io::stdout().lock()),
         TokenCommand::Revoke { name, file } => {
             for revoked in auth::revoke(&file.tokens, &name)? {
                 audit::log(&Actor::user(), "token-revoke", revoked, "success");

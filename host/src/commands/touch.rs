@@ -4,10 +4,12 @@ use std::io;
 use std::time::Duration;
 
 use super::client::{OutputArgs, ServerArgs};
+use super::complete::keys;
 use crate::parse::duration;
 
 #[derive(Debug, clap::Args)]
 pub struct Touch {
+    #[arg(add = keys())]
     key: String,
 
     /// Time to live, from now on: 90s, 12h, 30days

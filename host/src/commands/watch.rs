@@ -3,11 +3,12 @@
 use std::io;
 
 use super::client::{OutputArgs, ReadArgs};
+use super::complete::keys;
 use crate::lines::notice;
 
 #[derive(Debug, clap::Args)]
 pub struct Watch {
-    #[arg(value_name = "PREFIX")]
+    #[arg(value_name = "PREFIX", add = keys())]
     prefixes: Vec<String>,
 
     /// Sequence to resume after; by default the watch begins now

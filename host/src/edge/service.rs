@@ -211,6 +211,7 @@ impl Service {
         let is_head = head.method == Method::HEAD;
         let is_cacheable = is_cacheable(&head.method);
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
+        let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
@@ -218,7 +219,8 @@ impl Service {
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
         let client = Arc::clone(&noted.client);
         let is_sampled = self.shards.shadow().samples();
-        let incoming = Incoming { request, client, id: id.clone(), principal, scope, is_sampled };
+        let incoming =
+            Incoming { request, client, id: id.clone(), principal, scope, key_prefix: key_prefix.clone(), is_sampled };
         let called = Instant::now();
         let answered = match self.reuse(&incoming) {
             Some(answered) => Ok(answered),
@@ -267,7 +269,7 @@ impl Service {
         }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
-                let stream = stream::open(&self.changes, watch, &peer.account, free).await?;
+                let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 match &peer.socket {
@@ -320,6 +322,7 @@ impl Service {
         let reason = error.to_string();
         Err(match error {
             CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+            CallError::KeyPrefix => refuse(StatusCode::FORBIDDEN, &reason).into(),
             CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
             CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into(),
             CallError::HandedOver(incoming) => match self.successor.get() {

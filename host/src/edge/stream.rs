@@ -30,7 +30,7 @@ use kvs_txlog::Event;
 use kvs_txlog::change::Change;
 use kvs_txlog::change_feed::{ChangeFeed, Past, PositionError, Subscription};
 use kvs_txlog::file::disk::is_shortage;
-use kvs_txlog::subscribers::Selection;
+use kvs_txlog::subscribers::{Keys, Selection};
 use kvs_txlog::{Forgotten, TransactionLog};
 
 const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
@@ -59,10 +59,11 @@ struct Holding {
     waiting: Charge,
 }
 
-/// Parses the position of a watch and reads the changes since then. A rejection is sent as the response.
+/// Checks the keys of a watch, parses its position and reads the changes since then. A rejection is sent as the response.
 pub async fn open(
     changes: &Arc<ChangeFeed>,
     Watch { selection, after, end }: Watch,
+    key_prefix: Option<&str>,
     account: &Arc<Account>,
     free: usize,
 ) -> Result<Stream, Refusal> {
@@ -70,6 +71,10 @@ pub async fn open(
     if count > MAX_SELECTORS {
         let reason = format!("a watch of {count} selectors, at most {MAX_SELECTORS} are allowed");
         return Err(refuse(StatusCode::BAD_REQUEST, &reason).into());
+    }
+    if key_prefix.is_some_and(|prefix| !selection.keys.iter().all(|keys| is_within(prefix, keys))) {
+        let reason = "the watch selects keys that do not begin with the key prefix of the token";
+        return Err(refuse(StatusCode::FORBIDDEN, reason).into());
     }
     let after = match after {
         None => end,
@@ -220,6 +225,12 @@ async fn grown(watcher: Option<&Subscription>) {
         Some(watcher) => watcher.grown().await,
         None => pending().await,
     }
+}
+
+/// Returns whether all of these keys begin with a prefix.
+fn is_within(prefix: &str, keys: &Keys) -> bool {
+    let (Keys::One(keys) | Keys::Begin(keys)) = keys;
+    keys.starts_with(prefix)
 }
 
 /// Returns the bytes of keys and values.

@@ -63,12 +63,18 @@ fn define<T: 'static>(
         }
         ComponentItem::ComponentFunc(_) => {
             let path = format!("{interface}#{name}");
-            linker.func_new(name, move |store, function, _, results| match refuse(store, &function, handles)? {
-                None => bail!("{path} was called, which this host does not offer"),
-                Some(refusal) => {
-                    results.iter_mut().for_each(|result| *result = refusal.clone());
-                    Ok(())
+            linker.func_new(name, move |mut store, function, parameters, results| {
+                // Handles that are passed are the host's until it drops them; a borrowed one that is left is a trap.
+                for parameter in parameters {
+                    if let Val::Resource(handle) = parameter {
+                        handle.resource_drop(&mut store)?;
+                    }
                 }
+                let Some(refusal) = refuse(store, &function, handles)? else {
+                    bail!("{path} was called, which this host does not offer")
+                };
+                results.iter_mut().for_each(|result| *result = refusal.clone());
+                Ok(())
             })
         }
         _ => Ok(()),

@@ -175,6 +175,19 @@ impl World {
         self.exports.iter().any(|name| is_current(name, SHARDING))
     }
 
+    /// Versions of the contract that it was built for: one, unless it fits no host.
+    pub fn contracts(&self) -> Vec<String> {
+        let names = self.imports.iter().chain(&self.exports);
+        let versions: BTreeSet<_> = names.filter_map(|name| Some(of_contract(name)?.split_once('@')?.1)).collect();
+        versions.into_iter().map(|version| format!("{PACKAGE}@{version}")).collect()
+    }
+
+    /// Interfaces of the contract that it calls, without those that have types only.
+    pub fn used(&self) -> Vec<String> {
+        let interfaces = self.imports.iter().filter_map(|name| of_contract(name)).map(interface);
+        interfaces.filter(|interface| *interface != "http").map(str::to_owned).collect()
+    }
+
     /// Why it does not fit the contract: the version of it that it was built for, every import that is not offered, and
     /// every export that is missing.
     pub fn misfit(&self) -> Option<String> {
@@ -212,10 +225,14 @@ fn is_offered(import: &str) -> bool {
         || absent::is_absent(import)
 }
 
+/// The name of an interface of the contract without its package.
+fn of_contract(name: &str) -> Option<&str> {
+    name.strip_prefix(PACKAGE)?.strip_prefix('/')
+}
+
 /// The version in the name of an interface of the contract, when it is not the one that this host runs.
 fn other_version(name: &str) -> Option<&str> {
-    let interface = name.strip_prefix(PACKAGE)?.strip_prefix('/')?;
-    let (_, version) = interface.split_once('@')?;
+    let (_, version) = of_contract(name)?.split_once('@')?;
     (version != VERSION).then_some(version)
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use kvs_txlog::TransactionLog;
-use kvs_txlog::subscribers::{Keys, Selection};
+use kvs_txlog::subscribers::{GUEST_KEY, Keys, Selection};
 use wasmtime::component::{HasSelf, Linker, ResourceTable};
 
 use super::cache::{self, Declared, ResponseCache};
@@ -56,6 +56,8 @@ pub struct State {
 pub(super) struct Call {
     pub(super) may_append: bool,
     pub(super) client: Option<Arc<Client>>,
+    /// Prefix of the keys that the client may change, if not all.
+    pub(super) key_prefix: Option<Arc<str>>,
     /// Taken when the call begins.
     pub(super) request_id: Option<HeaderValue>,
     /// The newest sequence it appended.
@@ -98,6 +100,13 @@ impl Asked {
             Self::Watch(Watch { selection, after, end: _ }) => format!("watch of {selection:?} after {after:?}"),
             Self::Wait { key, timeout } => format!("wait for {key:?}, at most {timeout:?}"),
         }
+    }
+}
+
+impl Call {
+    /// Whether the client may change a key. Those of guests are not its own.
+    fn may_change(&self, key: &str) -> bool {
+        self.key_prefix.as_ref().is_none_or(|prefix| key.starts_with(&**prefix) || key.starts_with(GUEST_KEY))
     }
 }
 
@@ -172,7 +181,7 @@ impl transaction_log::Host for State {
         }
         let result = self.append_real(&events);
         if let Appends::Recorded(recording) = &mut self.call.effects {
-            recording.add(Append { events, result: result.clone() });
+            recording.add(Append { events, result });
         }
         result
     }
@@ -181,7 +190,8 @@ impl transaction_log::Host for State {
 impl State {
     fn append_real(&mut self, events: &[kvs_txlog::Event]) -> Result<u64, AppendError> {
         // What it does not own, it would not be given again.
-        if !self.call.may_append || !events.iter().all(|event| self.part.owns(event.key())) {
+        let may_append = |key| self.part.owns(key) && self.call.may_change(key);
+        if !self.call.may_append || !events.iter().map(kvs_txlog::Event::key).all(may_append) {
             return Err(AppendError::ReadOnly);
         }
         self.call.appends += 1;

@@ -1,12 +1,15 @@
 //! Description of a component, and whether it could serve here.
 
+use std::fmt::Write as _;
 use std::io::Write;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bytesize::ByteSize;
+use kvs_client::Output;
 use kvs_runtime::Env;
 use kvs_txlog::{AppendError, Event, Receive, TransactionLog, Watermark};
+use serde_json::json;
 
 use super::engine::Engine;
 use super::limits::Limits;
@@ -15,36 +18,62 @@ use super::source::{Digest, Source};
 use crate::contract::Description;
 
 /// Prints the description of a component, and fails when it does not fit.
-pub fn inspect(source: &Source, limits: Limits, config: Vec<(String, String)>, out: &mut dyn Write) -> Result<()> {
+pub fn inspect(
+    source: &Source,
+    limits: Limits,
+    config: Vec<(String, String)>,
+    output: Output,
+    out: &mut dyn Write,
+) -> Result<()> {
     let env = Env::real();
     let engine = Engine::new(limits, config, None, 0, &env)?;
     let bytes = source.read().with_context(|| format!("cannot read {source}"))?;
     let component = engine.component(&bytes).with_context(|| source.cannot_be_run())?;
     let world = engine.world(&component);
-    writeln!(out, "source   {source}, {} bytes", bytes.len())?;
-    writeln!(out, "sha256   {}", Digest::of(&bytes))?;
-    writeln!(out, "imports  {}", list(&world.imports))?;
-    writeln!(out, "exports  {}", list(&world.exports))?;
+    let digest = Digest::of(&bytes);
+    let mut object = json!({
+        "source": source.to_string(), "bytes": bytes.len(), "sha256": digest.to_string(),
+        "contract": world.contracts(), "uses": world.used(), "imports": world.imports, "exports": world.exports, "memory_limit_bytes": limits.memory_bytes,
+        "call_limit_ms": u64::try_from(limits.call.as_millis()).unwrap_or(u64::MAX),
+    });
+    let mut text = String::new();
+    writeln!(text, "source   {source}, {} bytes", bytes.len())?;
+    writeln!(text, "sha256   {digest}")?;
+    writeln!(text, "contract {}", list(&world.contracts()))?;
+    writeln!(text, "uses     {}", list(&world.used()))?;
+    writeln!(text, "imports  {}", list(&world.imports))?;
+    writeln!(text, "exports  {}", list(&world.exports))?;
     let described = engine.compile(source.clone(), &bytes).and_then(|guest| {
         let instance = guest.instantiate(Arc::new(NoLog(Watermark::new(0))), Owners::new(1, &env.random)?.part(0))?;
         let Description { name, version, headers, capabilities } = instance.description();
-        writeln!(out, "name     {name} {version}")?;
-        writeln!(out, "headers  {}", list(headers))?;
-        writeln!(out, "can      {}", list(capabilities))?;
+        for (field, value) in [
+            ("name", json!(name)),
+            ("version", json!(version)),
+            ("headers", json!(headers)),
+            ("capabilities", json!(capabilities)),
+            ("sharded", json!(guest.is_sharded())),
+            ("memory_bytes", json!(instance.memory_bytes())),
+        ] {
+            object[field] = value;
+        }
+        writeln!(text, "name     {name} {version}")?;
+        writeln!(text, "headers  {}", list(headers))?;
+        writeln!(text, "can      {}", list(capabilities))?;
         writeln!(
-            out,
+            text,
             "shards   {}",
             if guest.is_sharded() { "any number" } else { "one: it does not export sharding" }
         )?;
-        writeln!(out, "memory   {} KiB before the first entry", instance.memory_bytes() >> 10)?;
+        writeln!(text, "memory   {} KiB before the first entry", instance.memory_bytes() >> 10)?;
         Ok(())
     });
-    writeln!(out, "limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call)?;
-    match described {
-        Ok(()) => writeln!(out, "fits     yes")?,
-        Err(error) => bail!("{}: {error:#}", source.cannot_be_run()),
+    writeln!(text, "limits   {} of memory, {:?} a call", ByteSize(limits.memory_bytes as u64), limits.call)?;
+    if described.is_ok() {
+        text += "fits     yes\n";
     }
-    Ok(())
+    object["fits"] = described.is_ok().into();
+    output.print(Some(text.trim_end()), || object, out)?;
+    described.with_context(|| source.cannot_be_run())
 }
 
 fn list(names: &[String]) -> String {

@@ -25,6 +25,8 @@ use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target
 
 /// Request headers a guest may ask for: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
+/// Capability of guests that enforce the key prefix of a grant.
+const KEY_PREFIX: &str = "key-prefix";
 /// Capabilities a guest may declare.
 const CAPABILITIES: usize = 64;
 /// What a guest hands over in one call beside a body: headers, keys, and what comes with them.
@@ -72,6 +74,11 @@ impl Instance {
 
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// Whether the guest enforces the key prefix of a grant.
+    pub fn enforces_key_prefix(&self) -> bool {
+        self.description.capabilities.iter().any(|capability| capability == KEY_PREFIX)
     }
 
     /// Names of the request headers that the guest is given.
@@ -188,9 +195,18 @@ impl Instance {
         let headers = incoming.headers(&self.wanted_headers);
         let request = incoming.record(&headers, time);
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
-        let request_id = Some(incoming.id.clone());
+        let (request_id, key_prefix) = (Some(incoming.id.clone()), incoming.key_prefix.clone());
         let (effects, surroundings) = (Appends::new(record), Surroundings::new(record));
-        let call = Call { may_append: true, client, request_id, serving, effects, surroundings, ..Call::default() };
+        let call = Call {
+            may_append: true,
+            client,
+            key_prefix,
+            request_id,
+            serving,
+            effects,
+            surroundings,
+            ..Call::default()
+        };
         let end = self.store.data().log.appended();
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, request))?;
         self.keep_recorded();

@@ -138,6 +138,8 @@ pub struct Incoming {
     pub scope: Scope,
     /// Whether a candidate is given it too.
     pub is_sampled: bool,
+    /// Which keys it may read and change, if not all.
+    pub key_prefix: Option<Arc<str>>,
 }
 
 impl Incoming {
@@ -163,7 +165,7 @@ impl Incoming {
             headers,
             body: self.request.body(),
             principal: self.principal.as_deref(),
-            grant: Grant { scope: self.scope, key_prefix: None },
+            grant: Grant { scope: self.scope, key_prefix: self.key_prefix.as_deref() },
             time_ms: time,
         }
     }
@@ -179,6 +181,7 @@ impl Incoming {
             principal: self.principal.clone(),
             scope: self.scope,
             is_sampled: self.is_sampled,
+            key_prefix: self.key_prefix.clone(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::net::TcpListener as StdListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -69,7 +69,7 @@ struct NewProcess(Child);
 
 impl NewProcess {
     /// Starts `binary` with the flags of this process. `channel` becomes its standard input.
-    fn start(binary: &PathBuf, channel: OwnedFd) -> Result<Self> {
+    fn start(binary: &Path, channel: OwnedFd) -> Result<Self> {
         let mut command = Command::new(binary);
         command.args(env::args_os().skip(1)).env(VARIABLE, std::process::id().to_string()).stdin(channel);
         let child = command.spawn().with_context(|| format!("cannot start {}", binary.display()))?;
@@ -154,7 +154,7 @@ impl Upgrader {
         outcome.await.context("the upgrade ended half-way")?
     }
 
-    async fn steps(&self, binary: &PathBuf, timeout: Duration) -> Result<Upgraded> {
+    async fn steps(&self, binary: &Path, timeout: Duration) -> Result<Upgraded> {
         ensure!(!*self.handed_over.borrow(), "another process serves already; ask again");
         let log = self.log.as_ref().context(
             "only a log in files is handed over; with PostgreSQL start the new version with --standby, and stop this server",

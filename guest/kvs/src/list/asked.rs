@@ -7,6 +7,8 @@ use std::borrow::Cow;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use crate::grant;
+use crate::kvs::store::http::Grant;
 use crate::query::{self, BadQuery, Parameter};
 
 /// Keys and prefixes in a page, at most.
@@ -58,14 +60,9 @@ pub fn between<'q>(
         .map(|cursor| position(&cursor.value, reverse).ok_or_else(|| cursor.unfit("one that such a list has given")));
     let mut least = prefix.as_bytes().max(start.as_deref().unwrap_or_default().as_bytes()).to_vec();
     let mut most = (!prefix.is_empty()).then(|| after_all(prefix.as_bytes()));
-    let mut before = |end: &[u8]| {
-        if most.as_deref().is_none_or(|most| end < most) {
-            most = Some(end.to_vec());
-        }
-    };
-    end.iter().for_each(|end| before(end.as_bytes()));
+    end.iter().for_each(|end| end_before(&mut most, end.as_bytes()));
     match cursor.transpose()? {
-        Some(cursor) if reverse => before(&cursor),
+        Some(cursor) if reverse => end_before(&mut most, &cursor),
         Some(cursor) => least = least.max(cursor),
         None => {}
     }
@@ -73,8 +70,25 @@ pub fn between<'q>(
     Ok(Asked { prefix, limit, least, most, reverse, values, delimiter, is_first: true, count: false })
 }
 
+/// Moves the end of a list to `end`, if that comes before it.
+fn end_before(most: &mut Option<Vec<u8>>, end: &[u8]) {
+    if most.as_deref().is_none_or(|most| end < most) {
+        *most = Some(end.to_vec());
+    }
+}
+
 /// The direction of a list. A place in it is a key: forward the least that can come, in reverse the least that was passed.
 impl Asked<'_> {
+    /// Narrows the list to the keys of a grant. Groups stay those of the prefix that was asked for.
+    pub fn within(mut self, grant: &Grant) -> Result<Self, String> {
+        let prefix = grant::narrow(grant, Cow::Borrowed(&*self.prefix))?.into_owned();
+        if prefix.len() > self.prefix.len() {
+            self.least = self.least.max(prefix.clone().into_bytes());
+            end_before(&mut self.most, &after_all(prefix.as_bytes()));
+        }
+        Ok(self)
+    }
+
     pub fn begin(&self) -> Option<Vec<u8>> {
         if self.reverse { self.most.clone() } else { Some(self.least.clone()) }
     }

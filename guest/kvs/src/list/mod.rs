@@ -17,13 +17,14 @@ use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
 use crate::key;
-use crate::kvs::store::http::Response;
+use crate::kvs::store::http::{Request, Response};
 use crate::store::{InOrder, Store};
 use crate::text;
 
 /// Items looked at for a page, at most. Those that have expired are looked at and not shown.
 const MAX_STEPS: usize = 10_000;
-/// Bytes of keys and values after which a page ends.
+/// Bytes of keys and values after which a page ends. A larger value is not in a page: escaped, it can exceed the limit of a
+/// response.
 const PAGE_BYTES: usize = 1 << 20;
 /// The first byte of the keys that belong to guests, which no list shows.
 const GUEST_KEY: u8 = key::GUEST_KEY as u8;
@@ -68,11 +69,15 @@ struct Count {
 }
 
 /// GET, and HEAD: the host drops the body.
-pub fn get(store: &Store, query: &str, now: u64) -> Response {
-    let store = store.in_order();
+pub fn get(store: &Store, query: &str, request: &Request) -> Response {
+    let (store, now) = (store.in_order(), request.time_ms);
     let asked = match asked(query) {
         Ok(asked) => asked,
         Err(bad) => return line(400, &bad.to_string()),
+    };
+    let asked = match asked.within(&request.grant) {
+        Ok(asked) => asked,
+        Err(reason) => return line(403, &reason),
     };
     if asked.count {
         return match count(&store, &asked, now) {
@@ -164,8 +169,9 @@ fn page_of<'s, I: Iterator<Item = &'s Item>>(asked: &Asked<'_>, now: u64, walk: 
                 place = Some(asked.past_all(group));
                 continue 'seek;
             }
-            bytes += if asked.values { item.value().len() } else { 0 };
-            page.keys.push(Entry::of(item, asked.values));
+            let entry = Entry::of(item, asked.values);
+            bytes += entry.value_bytes();
+            page.keys.push(entry);
             place = Some(asked.past(item.key()));
         }
         page.list_complete = true;
@@ -191,17 +197,19 @@ fn merged(asked: &Asked<'_>, pages: Vec<Page>) -> Page {
     let mut page = Page { prefixes: asked.delimiter.as_ref().map(|_| Vec::new()), ..Page::default() };
     let rows: &mut dyn Iterator<Item = _> =
         if asked.reverse { &mut rows.into_iter().rev() } else { &mut rows.into_iter() };
-    let (mut place, mut next) = (None, None);
+    let (mut place, mut next, mut bytes) = (None, None, 0);
     for (count, (name, entry)) in rows.enumerate() {
-        if count == asked.limit {
+        if count == asked.limit || bytes > PAGE_BYTES {
             next = place.take();
             break;
         }
         if end.as_ref().is_some_and(|end| asked.is_at(name.as_bytes(), end)) {
             break;
         }
+        bytes += name.len();
         match entry {
             Some(entry) => {
+                bytes += entry.value_bytes();
                 place = Some(asked.past(name.as_bytes()));
                 page.keys.push(entry);
             }
@@ -224,8 +232,15 @@ impl Entry {
         Self { key, etag: None, size: None, expires: None, content_type: None, value: None, value_base64: None }
     }
 
+    /// Bytes of the value, if it is shown.
+    fn value_bytes(&self) -> usize {
+        let is_shown = self.value.is_some() || self.value_base64.is_some();
+        self.size.filter(|_| is_shown).unwrap_or(0)
+    }
+
     pub fn of(item: &Item, values: bool) -> Self {
-        let (value, value_base64) = if values { text::fields(item.value()) } else { (None, None) };
+        let is_shown = values && item.value().len() <= PAGE_BYTES;
+        let (value, value_base64) = if is_shown { text::fields(item.value()) } else { (None, None) };
         Self {
             key: String::from_utf8_lossy(item.key()).into_owned(),
             etag: Some(tag_of(item.sequence())),

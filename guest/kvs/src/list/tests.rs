@@ -6,8 +6,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kvs::store::transaction_log::{Event, Put};
+use crate::testing::request;
 
 const NOW: u64 = 1_000;
+
+/// The response at a time.
+fn get(store: &mut Store, query: &str, now: u64) -> Response {
+    super::get(store, query, &Request { time_ms: now, ..request("GET") })
+}
 
 fn put(key: &str, value: &[u8], expires: Option<u64>) -> Event {
     Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: vec![], expires_at_ms: expires })
@@ -33,7 +39,7 @@ fn rows(page: &Page) -> (Vec<&str>, Vec<&str>) {
 }
 
 /// All pages of a list, by their cursors.
-fn pages(store: &mut Store, query: &str) -> Vec<Page> {
+fn pages(store: &Store, query: &str) -> Vec<Page> {
     let mut pages = vec![read(&get(store, query, NOW))];
     while let Some(cursor) = &pages[pages.len() - 1].cursor {
         pages.push(read(&get(store, &format!("{query}&cursor={cursor}"), NOW)));
@@ -46,13 +52,33 @@ fn a_list_is_sorted_by_bytes_and_tells_what_is_there() {
     let mut store = store_of(["b", "ä", "a/", "a", "Z", "a b"]);
     store.replace(7, &put("z", b"\xff", Some(NOW + 1)));
     store.replace(8, &put("gone", b"", Some(NOW)));
-    let response = get(&mut store, "", NOW);
+    let response = get(&store, "", NOW);
     let expected = r#"{"keys":[{"key":"Z","etag":"\"5\"","size":5},{"key":"a","etag":"\"4\"","size":5},{"key":"a b","etag":"\"6\"","size":5},{"key":"a/","etag":"\"3\"","size":5},{"key":"b","etag":"\"1\"","size":5},{"key":"z","etag":"\"7\"","size":1,"expires":1001},{"key":"ä","etag":"\"2\"","size":5}],"list_complete":true}"#;
     assert_eq!(String::from_utf8_lossy(&response.body), expected);
     assert_eq!(response.read_sequence, None);
-    assert_eq!(rows(&read(&get(&mut store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);
-    assert_eq!(rows(&read(&get(&mut store, "prefix=a+", NOW))).0, ["a b"]);
-    assert_eq!(rows(&read(&get(&mut store, "prefix=nothing", NOW))).0, [""; 0]);
+    assert_eq!(rows(&read(&get(&store, "prefix=a", NOW))).0, ["a", "a b", "a/"]);
+    assert_eq!(rows(&read(&get(&store, "prefix=a+", NOW))).0, ["a b"]);
+    assert_eq!(rows(&read(&get(&store, "prefix=nothing", NOW))).0, [""; 0]);
+}
+
+#[test]
+fn large_value_is_left_out_of_pages_and_merged_pages_have_a_limit() {
+    let mut stores = [Store::default(), Store::default()];
+    for (sequence, (key, bytes)) in (1..).zip([("a", PAGE_BYTES), ("b", PAGE_BYTES + 1), ("c", 1), ("d", PAGE_BYTES)]) {
+        stores[sequence as usize % 2].apply(sequence, &put(key, &vec![b'x'; bytes], None));
+    }
+    let [even, odd] = stores.each_mut().map(|store| read(&get(store, "values=true", NOW)));
+    let sizes = |page: &Page| page.keys.iter().map(|entry| (entry.size, entry.value_bytes())).collect::<Vec<_>>();
+    assert_eq!(sizes(&even), [(Some(PAGE_BYTES + 1), 0), (Some(PAGE_BYTES), PAGE_BYTES)]);
+    assert_eq!(sizes(&odd), [(Some(PAGE_BYTES), PAGE_BYTES), (Some(1), 1)]);
+    let responses = stores.each_mut().map(|store| get(store, "values=true", NOW));
+    let merged = read(&merge("values=true", &responses));
+    // The first three are one byte more than a page with their keys.
+    assert_eq!((rows(&merged).0, merged.list_complete), (vec!["a"], false));
+    let query = format!("values=true&cursor={}", merged.cursor.expect("there is more"));
+    let responses = stores.each_mut().map(|store| get(store, &query, NOW));
+    let merged = read(&merge(&query, &responses));
+    assert_eq!((rows(&merged).0, merged.list_complete), (vec!["b", "c", "d"], true));
 }
 
 #[test]
@@ -62,45 +88,45 @@ fn values_come_when_asked_for() {
     let metadata = vec![("content-type".to_owned(), "a/b".to_owned())];
     let text = Put { key: "text".to_owned(), value: b"value".into(), metadata, expires_at_ms: None };
     store.replace(2, &Event::Put(text));
-    let page = read(&get(&mut store, "values=true", NOW));
+    let page = read(&get(&store, "values=true", NOW));
     assert_eq!(page.keys[0].value_base64.as_deref(), Some("/w=="));
     assert_eq!((page.keys[1].value.as_deref(), page.keys[1].content_type.as_deref()), (Some("value"), Some("a/b")));
-    let page = read(&get(&mut store, "values=false", NOW));
+    let page = read(&get(&store, "values=false", NOW));
     assert!(page.keys.iter().all(|entry| entry.value.is_none() && entry.content_type.is_none()));
 }
 
 #[test]
 fn a_page_ends_at_its_limit_its_bytes_and_its_steps() {
-    let mut store = store_of((0..2_500).map(|n| format!("{n:04}")));
+    let store = store_of((0..2_500).map(|n| format!("{n:04}")));
     let lengths = |pages: Vec<Page>| pages.iter().map(|page| page.keys.len()).collect::<Vec<_>>();
-    assert_eq!(lengths(pages(&mut store, "")), [1_000, 1_000, 500]);
-    assert_eq!(lengths(pages(&mut store, "limit=1000&prefix=1")), [1_000]);
-    assert_eq!(lengths(pages(&mut store, "limit=999&prefix=1")), [999, 1]);
+    assert_eq!(lengths(pages(&store, "")), [1_000, 1_000, 500]);
+    assert_eq!(lengths(pages(&store, "limit=1000&prefix=1")), [1_000]);
+    assert_eq!(lengths(pages(&store, "limit=999&prefix=1")), [999, 1]);
 
     let mut store = Store::default();
     (1..=5).for_each(|n| {
         store.replace(n, &put(&format!("{n}"), &[b'x'; 600_000], None));
     });
-    assert_eq!(lengths(pages(&mut store, "values=true")), [2, 2, 1]);
-    assert_eq!(lengths(pages(&mut store, "")), [5]);
+    assert_eq!(lengths(pages(&store, "values=true")), [2, 2, 1]);
+    assert_eq!(lengths(pages(&store, "")), [5]);
 
     let mut store = store_of(["a", "z"]);
     (3..25_003).for_each(|n| {
         store.replace(n, &put(&format!("b{n}"), b"", Some(NOW)));
     });
-    assert_eq!(lengths(pages(&mut store, "")), [1, 0, 1]);
+    assert_eq!(lengths(pages(&store, "")), [1, 0, 1]);
 }
 
 #[test]
 fn a_page_costs_the_same_however_many_keys_there_are() {
     let page = |count: usize| {
-        let mut store = store_of((0..count).map(|n| format!("{n:07}")));
+        let store = store_of((0..count).map(|n| format!("{n:07}")));
         let all = asked("").expect("it is well formed");
         let query = format!("cursor={}", all.cursor(format!("{:07}", count - 1_000).as_bytes()));
         let mut times: Vec<_> = (0..101)
             .map(|_| {
                 let begun = Instant::now();
-                assert_eq!(read(&get(&mut store, &query, NOW)).keys.len(), 1_000);
+                assert_eq!(read(&get(&store, &query, NOW)).keys.len(), 1_000);
                 begun.elapsed()
             })
             .collect();
@@ -115,39 +141,39 @@ fn a_page_costs_the_same_however_many_keys_there_are() {
 
 #[test]
 fn a_delimiter_groups_what_begins_alike() {
-    let mut store = store_of(["a", "a/1", "a/2", "a/b/3", "b/", "c/1", "c0", "d"]);
-    let page = read(&get(&mut store, "delimiter=/", NOW));
+    let store = store_of(["a", "a/1", "a/2", "a/b/3", "b/", "c/1", "c0", "d"]);
+    let page = read(&get(&store, "delimiter=/", NOW));
     assert_eq!(rows(&page), (vec!["a", "c0", "d"], vec!["a/", "b/", "c/"]));
-    let page = read(&get(&mut store, "delimiter=/&prefix=a/", NOW));
+    let page = read(&get(&store, "delimiter=/&prefix=a/", NOW));
     assert_eq!(rows(&page), (vec!["a/1", "a/2"], vec!["a/b/"]));
-    let page = read(&get(&mut store, "delimiter=/1&prefix=a", NOW));
+    let page = read(&get(&store, "delimiter=/1&prefix=a", NOW));
     assert_eq!(rows(&page), (vec!["a", "a/2", "a/b/3"], vec!["a/1"]));
-    let pages = pages(&mut store, "delimiter=/&limit=2");
+    let pages = pages(&store, "delimiter=/&limit=2");
     let rows: Vec<_> = pages.iter().map(rows).collect();
     assert_eq!(rows, [(vec!["a"], vec!["a/"]), (vec![], vec!["b/", "c/"]), (vec!["c0", "d"], vec![])]);
 }
 
 #[test]
 fn keys_of_guests_are_not_listed() {
-    let mut store = store_of(["\0", "\u{1}", "\u{1}a/b", "\u{1}z", "\u{2}", "a"]);
-    assert_eq!(rows(&read(&get(&mut store, "", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
-    assert_eq!(rows(&read(&get(&mut store, "delimiter=/", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
-    let pages = pages(&mut store, "limit=1");
+    let store = store_of(["\0", "\u{1}", "\u{1}a/b", "\u{1}z", "\u{2}", "a"]);
+    assert_eq!(rows(&read(&get(&store, "", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
+    assert_eq!(rows(&read(&get(&store, "delimiter=/", NOW))), (vec!["\0", "\u{2}", "a"], vec![]));
+    let pages = pages(&store, "limit=1");
     assert_eq!(pages.iter().map(|page| rows(page).0).collect::<Vec<_>>(), [["\0"], ["\u{2}"], ["a"]]);
-    let page = read(&get(&mut store, "prefix=%01", NOW));
+    let page = read(&get(&store, "prefix=%01", NOW));
     assert_eq!((rows(&page), page.list_complete), ((vec![], vec![]), true));
 }
 
 #[test]
 fn a_cursor_goes_on_where_it_was_while_keys_change() {
     let mut store = store_of(["a", "b", "c", "d"]);
-    let page = read(&get(&mut store, "limit=2", NOW));
+    let page = read(&get(&store, "limit=2", NOW));
     store.replace(5, &Event::Delete("b".to_owned()));
     store.replace(6, &put("aa", b"", None));
     store.replace(7, &put("bb", b"", None));
     let cursor = page.cursor.expect("there is more");
-    assert_eq!(rows(&read(&get(&mut store, &format!("cursor={cursor}"), NOW))).0, ["bb", "c", "d"]);
-    assert_eq!(rows(&read(&get(&mut store, &format!("prefix=d&cursor={cursor}"), NOW))).0, ["d"]);
+    assert_eq!(rows(&read(&get(&store, &format!("cursor={cursor}"), NOW))).0, ["bb", "c", "d"]);
+    assert_eq!(rows(&read(&get(&store, &format!("prefix=d&cursor={cursor}"), NOW))).0, ["d"]);
 }
 
 #[test]
@@ -166,14 +192,14 @@ fn what_is_malformed_is_refused_by_name() {
         ("prefix=%ff", "query parameter `prefix` is not valid UTF-8\n"),
         ("Prefix=a", "unknown query parameter `Prefix`\n"),
     ] {
-        let response = get(&mut Store::default(), query, NOW);
+        let response = get(&Store::default(), query, NOW);
         assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, told), "{query}");
     }
 }
 
 #[test]
 fn a_page_costs_what_it_holds_whatever_else_there_is() {
-    let looked_at = |store: &mut Store, query: &str| {
+    let looked_at = |store: &Store, query: &str| {
         let store = store.in_order();
         let (seeks, items) = (Cell::new(0), Cell::new(0));
         let page = page_of(&asked(query).expect("well-formed"), NOW, |from| {
@@ -185,10 +211,10 @@ fn a_page_costs_what_it_holds_whatever_else_there_is() {
     };
     // How many steps one seek takes is shown in `order`.
     for count in [1_000, 1_000_000] {
-        let mut store = store_of((0..count).map(|n| format!("{:02}/{n}", n % 10)));
-        assert_eq!(looked_at(&mut store, "limit=10"), (1, 11));
-        assert_eq!(looked_at(&mut store, "prefix=05/&limit=10"), (1, 11));
-        assert_eq!(looked_at(&mut store, "delimiter=/"), (11, 10));
+        let store = store_of((0..count).map(|n| format!("{:02}/{n}", n % 10)));
+        assert_eq!(looked_at(&store, "limit=10"), (1, 11));
+        assert_eq!(looked_at(&store, "prefix=05/&limit=10"), (1, 11));
+        assert_eq!(looked_at(&store, "delimiter=/"), (11, 10));
     }
 }
 
@@ -200,9 +226,9 @@ proptest! {
     /// Whatever the limit, the pages together are what the model has.
     #[test]
     fn pages_are_the_list(keys in keys(), prefix in "[ab/]{0,2}", limit in 1..7_usize, grouped: bool) {
-        let mut store = store_of(&keys);
+        let store = store_of(&keys);
         let query = format!("prefix={prefix}&limit={limit}{}", if grouped { "&delimiter=/" } else { "" });
-        let pages = pages(&mut store, &query);
+        let pages = pages(&store, &query);
         let mut expected = BTreeSet::new();
         for key in keys.iter().filter(|key| key.starts_with(&prefix)) {
             let group = key[prefix.len()..].find('/').filter(|_| grouped);
@@ -225,7 +251,7 @@ proptest! {
         keys in keys(), parts in 1..4_usize, limit in 1..7_usize, grouped: bool, reverse: bool,
         start in prop::option::of("[ab/]{1,2}"), end in prop::option::of("[ab/]{1,2}"), prefix in "[ab/]{0,1}",
     ) {
-        let mut whole = store_of(&keys);
+        let whole = store_of(&keys);
         let mut stores: Vec<_> = (0..parts).map(|_| Store::default()).collect();
         for (n, key) in keys.iter().enumerate() {
             stores[n % parts].replace(n as u64 + 1, &put(key, b"value", None));
@@ -233,9 +259,9 @@ proptest! {
         let mut bounds = format!("prefix={prefix}&reverse={reverse}");
         bounds.extend(start.iter().map(|start| format!("&start={start}")));
         bounds.extend(end.iter().map(|end| format!("&end={end}")));
-        let mut answer = |query: &str| {
-            let one = get(&mut whole, query, NOW);
-            let parts: Vec<_> = stores.iter_mut().map(|store| get(store, query, NOW)).collect();
+        let answer = |query: &str| {
+            let one = get(&whole, query, NOW);
+            let parts: Vec<_> = stores.iter().map(|store| get(store, query, NOW)).collect();
             let many = merge(query, &parts);
             assert_eq!((one.status, &one.headers), (200, &many.headers));
             assert_eq!(String::from_utf8_lossy(&one.body), String::from_utf8_lossy(&many.body), "{query}");
@@ -275,11 +301,11 @@ proptest! {
 
 #[test]
 fn first_page_asks_for_a_position() {
-    let mut store = store_of(["a", "b"]);
-    let first = get(&mut store, "limit=1", NOW);
+    let store = store_of(["a", "b"]);
+    let first = get(&store, "limit=1", NOW);
     assert!(first.headers.contains(&header(POSITION, "")));
     let cursor = read(&first).cursor.expect("there is more");
-    let second = get(&mut store, &format!("cursor={cursor}"), NOW);
+    let second = get(&store, &format!("cursor={cursor}"), NOW);
     assert!(second.headers.iter().all(|header| header.name != POSITION));
 }
 
@@ -288,7 +314,7 @@ fn count_passes_over_expired_keys_and_keys_of_guests() {
     let mut store = store_of(["\u{1}g", "a", "b", "c"]);
     store.replace(9, &put("bb", b"", Some(NOW)));
     for (query, count) in [("", 3), ("&prefix=b", 1), ("&start=b&end=c", 1), ("&start=c&end=a", 0), ("&end=a", 0)] {
-        let counted = get(&mut store, &format!("count=true{query}"), NOW);
+        let counted = get(&store, &format!("count=true{query}"), NOW);
         assert_eq!(String::from_utf8_lossy(&counted.body), format!("{{\"count\":{count}}}"), "{query}");
     }
     for (query, reason) in [
@@ -298,7 +324,7 @@ fn count_passes_over_expired_keys_and_keys_of_guests() {
         ("reverse=yes", "query parameter `reverse` must be true or false\n"),
         ("start=a&start=b", "query parameter `start` was given twice\n"),
     ] {
-        let refused = get(&mut store, query, NOW);
+        let refused = get(&store, query, NOW);
         assert_eq!((refused.status, &*String::from_utf8_lossy(&refused.body)), (400, reason), "{query}");
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use redis::{Client, Connection, ConnectionAddr, FromRedisValue, IntoConnectionInfo, Pipeline, TlsCertificates, cmd};
+use redis::{Client, Connection, FromRedisValue, Pipeline, TlsCertificates, cmd};
 
 use super::{Lines, Origin, PAGE, READ_TIMEOUT};
 

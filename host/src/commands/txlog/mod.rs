@@ -14,13 +14,16 @@ use anyhow::bail;
 use bytesize::ByteSize;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use kvs_client::Output;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
+use serde_json::{Value, json};
 
+use super::client::OutputArgs;
 use crate::entry_json;
 use crate::lines::notice;
 use crate::settings::TxlogStorage;
@@ -34,6 +37,8 @@ pub enum TxlogCommand {
     Verify {
         #[command(flatten)]
         at: StorageArgs,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// Print every entry, oldest first, as text or JSON
     Cat {
@@ -117,11 +122,11 @@ pub fn open_offline(txlog: &TxlogStorage, data: &Path) -> anyhow::Result<Arc<dyn
 pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
     let out = &mut io::stdout().lock();
     match command {
-        TxlogCommand::Verify { at } => match &at.txlog {
-            TxlogStorage::File => verify_log(&at.data_dir, out),
-            TxlogStorage::Postgres(url) => verify_rows(url, out),
+        TxlogCommand::Verify { at, output } => match &at.txlog {
+            TxlogStorage::File => verify_log(&at.data_dir, output.output(), out),
+            TxlogStorage::Postgres(url) => verify_rows(url, output.output(), out),
             #[cfg(feature = "nats")]
-            TxlogStorage::Nats(url) => verify_frames(url, out),
+            TxlogStorage::Nats(url) => verify_frames(url, output.output(), out),
         },
         TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
@@ -147,28 +152,29 @@ fn format() -> impl TypedValueParser<Value = Format> {
 }
 
 /// Verifies a log in a database, by a replay, which rejects corrupt rows.
-fn verify_rows(url: &Url, out: &mut dyn Write) -> anyhow::Result<()> {
+fn verify_rows(url: &Url, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = PostgresLog::at_rest(url, false)?;
     let (all, newest) = replayed(&log)?;
-    writeln!(out, "schema kvs: {}", log.schema())?;
-    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
+    let schema = log.schema();
+    output.print(Some(&format!("schema kvs: {schema}")), || json!({ "schema": schema.to_string() }), out)?;
+    print_sound(all, newest, output, out)?;
     Ok(())
 }
 
 /// Verifies a log in NATS, by a replay, which checks every frame and the chain of them.
 #[cfg(feature = "nats")]
-fn verify_frames(url: &nats::Url, out: &mut dyn Write) -> anyhow::Result<()> {
+fn verify_frames(url: &nats::Url, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = nats::read(url)?;
     let (all, newest) = replayed(&log)?;
-    writeln!(out, "the log is sound: {all} entries, newest sequence {newest}")?;
+    print_sound(all, newest, output, out)?;
     Ok(())
 }
 
 /// Reads a whole log, and returns the number of entries and the newest sequence.
-fn replayed(log: &dyn TransactionLog) -> anyhow::Result<(usize, u64)> {
+fn replayed(log: &dyn TransactionLog) -> anyhow::Result<(u64, u64)> {
     let (bar, mut all) = (bar(log.appended(), "entries"), 0);
     let newest = log.replay(0, &mut |entries| {
-        all += entries.len();
+        all += entries.len() as u64;
         bar.set_position(entries.last().map_or(0, |entry| entry.sequence));
         Ok(())
     })?;
@@ -176,15 +182,21 @@ fn replayed(log: &dyn TransactionLog) -> anyhow::Result<(usize, u64)> {
     Ok((all, newest))
 }
 
-fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
+/// Prints the last line about a log without corruption.
+fn print_sound(entries: u64, newest: u64, output: Output, out: &mut dyn Write) -> io::Result<()> {
+    let line = format!("the log is sound: {entries} entries, newest sequence {newest}");
+    output.print(Some(&line), || json!({ "entries": entries, "sequence": newest.to_string() }), out)
+}
+
+fn verify_log(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let bar = bar(directory_bytes(data), "bytes checked");
     let mut corruptions = 0;
     let mut first = String::new();
     let (mut all, mut newest) = (0, 0);
     let mut printed = Ok(());
-    let mut print = |line: String| {
+    let mut print = |line: &str, object: Value| {
         if printed.is_ok() {
-            printed = bar.suspend(|| writeln!(out, "{line}"));
+            printed = bar.suspend(|| output.print(Some(line), || object, out));
         }
     };
     verify(
@@ -192,18 +204,26 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
         &mut |finding| match finding {
             Finding::Sound { file, format, entries, first, last, bytes, incarnations } => {
                 (all, newest) = (all + entries, newest.max(last));
-                let file = format!("{file}: format {format}");
-                match entries {
-                    0 => print(format!("{file}, no entries, {bytes} bytes")),
-                    _ => print(format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes")),
+                let (name, file) = (file.to_string(), format!("{file}: format {format}"));
+                let mut object =
+                    json!({ "file": name, "format": format.to_string(), "entries": entries, "bytes": bytes });
+                if entries == 0 {
+                    print(&format!("{file}, no entries, {bytes} bytes"), object);
+                } else {
+                    (object["first"], object["last"]) = (first.to_string().into(), last.to_string().into());
+                    let line = format!("{file}, {entries} entries, sequences {first} to {last}, {bytes} bytes");
+                    print(&line, object);
                 }
                 for Incarnation { id, fork, first, .. } in incarnations {
-                    print(format!("{file}, incarnation {id} after sequence {fork} with {first}"));
+                    let object = json!({
+                        "file": name, "incarnation": id.to_string(), "fork": fork.to_string(), "first": first.to_string(),
+                    });
+                    print(&format!("{file}, incarnation {id} after sequence {fork} with {first}"), object);
                 }
             }
-            Finding::Torn(what) => print(format!("{what}; the next start truncates it")),
+            Finding::Torn(what) => print(&format!("{what}; the next start truncates it"), json!({ "torn": what })),
             Finding::Corrupt(what) => {
-                print(format!("CORRUPT: {what}"));
+                print(&format!("CORRUPT: {what}"), json!({ "corrupt": what }));
                 if corruptions == 0 {
                     first = what;
                 }
@@ -221,7 +241,7 @@ fn verify_log(data: &Path, out: &mut dyn Write) -> anyhow::Result<()> {
             data.display()
         );
     }
-    printed.and_then(|()| writeln!(out, "the log is sound: {all} entries, newest sequence {newest}"))?;
+    printed.and_then(|()| print_sound(all, newest, output, out))?;
     Ok(())
 }
 
@@ -307,7 +327,7 @@ pub mod tests {
 
     fn verified(data: &Path) -> (String, String) {
         let mut out = Vec::new();
-        let failed = verify_log(data, &mut out).err();
+        let failed = verify_log(data, Output::Text, &mut out).err();
         (String::from_utf8(out).unwrap(), failed.map_or(String::new(), |error| format!("{error:#}")))
     }
 
@@ -340,10 +360,10 @@ pub mod tests {
             }
         }
         let directory = directory_with(&events());
-        let error = verify_log(directory.path(), &mut Closed).unwrap_err();
+        let error = verify_log(directory.path(), Output::Text, &mut Closed).unwrap_err();
         assert!(error.is::<io::Error>(), "{error:#}");
         std::fs::write(directory.path().join("log/0000000001.seg"), [b'x'; 600]).unwrap();
-        let error = verify_log(directory.path(), &mut Closed).unwrap_err();
+        let error = verify_log(directory.path(), Output::Text, &mut Closed).unwrap_err();
         assert!(error.to_string().contains("is corrupted"), "{error:#}");
     }
 

@@ -1,4 +1,4 @@
-//! The token file: one token per line, `NAME SCOPE SHA256 [/PATH-PREFIX] [expires=TIME]`.
+//! The token file: one token per line, `NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX] [expires=TIME]`.
 //!
 //! The token itself is not stored; it is 256 random bits, so its hash reveals nothing. Several tokens can have one name: a new
 //! one is created before the old one is revoked.
@@ -13,18 +13,27 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
 use humantime::{format_rfc3339_seconds, parse_rfc3339};
+use kvs_client::Output;
 use kvs_runtime::Random;
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use serde_json::json;
 
-use super::{Hash, Scope, TOKEN_PREFIX, Token, hash};
+use super::{Hash, Prefix, Scope, TOKEN_PREFIX, Token, hash};
 
 /// Beginning of the word with the expiry in a line.
 const EXPIRES: &str = "expires=";
+/// Beginning of the word with the key prefix in a line.
+const KEY_PREFIX: &str = "key-prefix=";
+/// Characters of a key prefix that are percent-encoded, so that it is one word.
+const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'%');
+/// Maximum length of a key prefix, that of a key.
+const MAX_PREFIX_BYTES: usize = 1_024;
 /// Number of digits of a hash by which a token is listed and revoked.
 const ID_DIGITS: usize = 12;
 
 /// Limits of a token beside its scope.
 pub struct Limits {
-    pub path_prefix: Option<String>,
+    pub prefix: Option<Prefix>,
     pub expires: Option<SystemTime>,
 }
 
@@ -46,7 +55,7 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
 }
 
 fn parse_line(line: &str) -> Result<(Hash, Token)> {
-    let form = || anyhow!("the line is not NAME SCOPE SHA256 [/PATH-PREFIX] [expires=TIME]");
+    let form = || anyhow!("the line is not NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX] [expires=TIME]");
     let mut words = line.split_whitespace();
     let mut next = || words.next().ok_or_else(form);
     let (name, scope, hash) = (next()?, next()?, next()?);
@@ -62,11 +71,36 @@ fn parse_line(line: &str) -> Result<(Hash, Token)> {
             token.expires = Some(unix_ms(time));
         } else {
             ensure!(token.prefix.is_none(), form());
-            ensure!(word.starts_with('/'), "the path prefix must start with a slash");
-            token.prefix = Some(word.to_owned());
+            token.prefix = Some(parse_prefix(word)?);
         }
     }
     Ok((hash, token))
+}
+
+fn parse_prefix(word: &str) -> Result<Prefix> {
+    let Some(encoded) = word.strip_prefix(KEY_PREFIX) else {
+        ensure!(word.starts_with('/'), "the path prefix must start with a slash");
+        return Ok(Prefix::Path(word.to_owned()));
+    };
+    let prefix = percent_decode_str(encoded).decode_utf8().context("the key prefix is not UTF-8")?;
+    check_key_prefix(&prefix).map(|prefix| Prefix::Key(prefix.into()))
+}
+
+/// Validates a key prefix, which must be the beginning of a key of clients.
+pub fn check_key_prefix(prefix: &str) -> Result<String> {
+    ensure!(
+        (1..=MAX_PREFIX_BYTES).contains(&prefix.len()) && !prefix.chars().any(char::is_control),
+        "the key prefix must be 1 to {MAX_PREFIX_BYTES} bytes long, without control characters"
+    );
+    Ok(prefix.to_owned())
+}
+
+/// Returns the word with a prefix in a line.
+fn word_of(prefix: &Prefix) -> String {
+    match prefix {
+        Prefix::Path(prefix) => prefix.clone(),
+        Prefix::Key(prefix) => format!("{KEY_PREFIX}{}", utf8_percent_encode(prefix, ENCODED)),
+    }
 }
 
 /// Validates a name. It cannot equal the subject of a certificate, which contains an equals sign.
@@ -114,8 +148,8 @@ pub fn create(
     random.fill(&mut secret)?;
     let token = format!("{TOKEN_PREFIX}{}", hex(&secret));
     let mut line = format!("{name} {} {}", name_of(scope), hex(&hash(token.as_bytes())));
-    if let Some(prefix) = &limits.path_prefix {
-        line += &format!(" {prefix}");
+    if let Some(prefix) = &limits.prefix {
+        line += &format!(" {}", word_of(prefix));
     }
     if let Some(expires) = limits.expires {
         line += &format!(" {EXPIRES}{}", format_rfc3339_seconds(expires));
@@ -135,16 +169,27 @@ pub fn create(
         .with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
 }
 
-/// Lists the tokens, without the tokens themselves: id, name, scope, expiry and path prefix.
-pub fn list(file: &Path, out: &mut dyn Write) -> Result<()> {
+/// Lists the tokens, without the tokens themselves: id, name, scope, expiry and prefix.
+pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
     let (_, tokens) = read(file)?;
     for (hash, Token { name, scope, prefix, expires }) in tokens {
-        let expiry = expires.map_or_else(
-            || "never".to_owned(),
-            |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string(),
-        );
-        let prefix = prefix.map_or_else(String::new, |prefix| format!("  {prefix}"));
-        writeln!(out, "{}  {name:<16}  {:<7}  {expiry:<20}{prefix}", id(&hash), name_of(scope))?;
+        let date = |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string();
+        let (id, scope, expires) = (id(&hash), name_of(scope), expires.map(date));
+        let word = prefix.as_ref().map_or_else(String::new, |prefix| format!("  {}", word_of(prefix)));
+        let expiry = expires.as_deref().unwrap_or("never");
+        let line = format!("{id}  {name:<16}  {scope:<7}  {expiry:<20}{word}");
+        let (path_prefix, key_prefix) = match &prefix {
+            None => (None, None),
+            Some(Prefix::Path(prefix)) => (Some(prefix.as_str()), None),
+            Some(Prefix::Key(prefix)) => (None, Some(&**prefix)),
+        };
+        let object = || {
+            json!({
+                "id": id, "name": &*name, "scope": scope, "expires": expires,
+                "path_prefix": path_prefix, "key_prefix": key_prefix,
+            })
+        };
+        output.print(Some(&line), object, out)?;
     }
     Ok(())
 }
@@ -212,6 +257,10 @@ mod tests {
             (format!("al=ice read {hash}"), 1),
             (format!("alice read {hash} v1"), 1),
             (format!("alice read {hash} /a /b"), 1),
+            (format!("alice read {hash} /a key-prefix=a"), 1),
+            (format!("alice read {hash} key-prefix="), 1),
+            (format!("alice read {hash} key-prefix=%ff"), 1),
+            (format!("alice read {hash} key-prefix=a%0a"), 1),
             (format!("alice read {hash} expires=tomorrow"), 1),
             (format!("alice read {hash}\nbob read {hash}"), 2),
         ] {
@@ -225,8 +274,18 @@ mod tests {
         let hash = "0".repeat(64);
         for rest in ["/v1/a expires=2027-01-01T00:00:00Z", "expires=2027-01-01T00:00:00Z /v1/a"] {
             let (_, token) = parse_line(&format!("alice metrics {hash} {rest}")).expect("it is valid");
-            assert_eq!((token.prefix.as_deref(), token.expires), (Some("/v1/a"), Some(1_798_761_600_000)));
-            assert_eq!(token.scope, Scope::Metrics);
+            assert_eq!(token.prefix, Some(Prefix::Path("/v1/a".to_owned())));
+            assert_eq!((token.scope, token.expires), (Scope::Metrics, Some(1_798_761_600_000)));
         }
+    }
+
+    #[test]
+    fn key_prefix_is_one_word_of_a_line() {
+        for text in ["team/", "/v1/a", "a b\u{a0}%41", "ä=#", "x".repeat(MAX_PREFIX_BYTES).as_str()] {
+            let prefix = Prefix::Key(text.into());
+            let line = format!("alice read {} {}", "0".repeat(64), word_of(&prefix));
+            assert_eq!(parse_line(&line).expect("it is valid").1.prefix, Some(prefix), "{line}");
+        }
+        assert!(check_key_prefix(&"x".repeat(MAX_PREFIX_BYTES + 1)).is_err());
     }
 }

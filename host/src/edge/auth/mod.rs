@@ -1,7 +1,7 @@
 //! Authentication and authorization: bearer tokens, each with a scope.
 //!
 //! Owns: who a client is, and what it may do. `file` has the tokens at rest.
-//! Must never know: the meaning of a path. Scopes depend on the method, and prefixes on the bytes of the path as sent.
+//! Must never know: the meaning of a path. Scopes depend on the method, and path prefixes on the bytes of the path as sent.
 
 mod file;
 
@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::time::timeout;
 
-pub use self::file::{Limits, create, list, revoke};
+pub use self::file::{Limits, check_key_prefix, create, list, revoke};
 use super::fresh::Fresh;
 use super::head;
 use super::refusal::{Answer, Refusal, refuse};
@@ -62,15 +62,25 @@ const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
 struct Token {
     name: Arc<str>,
     scope: Scope,
-    prefix: Option<String>,
+    prefix: Option<Prefix>,
     /// In milliseconds since 1970.
     expires: Option<u64>,
 }
 
-/// Principal, scope and token of a request.
+/// Part of the store that a token is restricted to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prefix {
+    /// Paths, as sent, that begin with it.
+    Path(String),
+    /// Keys that begin with it. The guest enforces it, and the host on what is appended and watched.
+    Key(Arc<str>),
+}
+
+/// Principal, access and token of a request.
 pub struct Grant {
     pub name: Arc<str>,
     pub scope: Scope,
+    pub key_prefix: Option<Arc<str>>,
     hash: Hash,
     expires: Option<u64>,
 }
@@ -125,8 +135,8 @@ impl TokenTable {
         let token = self.known(&grant.hash).ok_or_else(unknown)?;
         self.check_expiry(token)?;
         let now = token.allow(grant.hash, method, path)?;
-        // The response of the guest was for this name and scope.
-        let holds = now.name == grant.name && now.scope >= grant.scope;
+        // The response of the guest was for this name, scope and key prefix.
+        let holds = now.name == grant.name && now.scope >= grant.scope && now.has_keys_of(grant);
         if holds { Ok(()) } else { Err(forbidden("the permissions of the token were reduced during the request")) }
     }
 
@@ -183,14 +193,26 @@ impl Token {
             let is_of_metrics = self.scope == Scope::Metrics;
             return Err(forbidden(if is_of_metrics { "the token is for metrics" } else { "the token is read-only" }));
         }
-        if let Some(prefix) = &self.prefix
-            && !within(prefix, path)
-        {
-            return Err(forbidden("the token is not valid for this path"));
-        }
-        // A token with a path prefix is never valid for the admin listener.
-        let scope = if self.prefix.is_some() { self.scope.min(Scope::Write) } else { self.scope };
-        Ok(Grant { name: Arc::clone(&self.name), scope, hash, expires: self.expires })
+        let (scope, key_prefix) = match &self.prefix {
+            None => (self.scope, None),
+            Some(Prefix::Path(prefix)) if !within(prefix, path) => {
+                return Err(forbidden("the token is not valid for this path"));
+            }
+            // A token with a prefix is never valid for the admin listener.
+            Some(Prefix::Path(_)) => (self.scope.min(Scope::Write), None),
+            Some(Prefix::Key(prefix)) => (self.scope.min(Scope::Write), Some(Arc::clone(prefix))),
+        };
+        Ok(Grant { name: Arc::clone(&self.name), scope, key_prefix, hash, expires: self.expires })
+    }
+}
+
+impl Grant {
+    /// Returns whether this grant has all keys that another one has.
+    fn has_keys_of(&self, other: &Self) -> bool {
+        self.key_prefix.as_deref().is_none_or(|prefix| {
+            let other = other.key_prefix.as_deref();
+            other.is_some_and(|other| other.starts_with(prefix))
+        })
     }
 }
 

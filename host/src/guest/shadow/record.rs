@@ -122,7 +122,7 @@ impl Script {
         if self.difference.is_none() {
             self.difference = compare::events(number, expected.map(|append| &*append.events), Some(events));
         }
-        expected.map_or(Err(AppendError::Unavailable), |append| append.result.clone())
+        expected.map_or(Err(AppendError::Unavailable), |append| append.result)
     }
 
     /// Returns the first difference. Without one, the entries up to the returned sequence are the candidate's own too.
@@ -248,7 +248,9 @@ mod tests {
     fn first_different_append_is_reported() {
         let different = |keys: &[&str]| {
             let mut script = Script::new(vec![append("a", 7), append("b", 9)]);
-            keys.iter().for_each(|key| drop(script.append(&delete(key))));
+            for key in keys {
+                let _ = script.append(&delete(key));
+            }
             script.end().expect_err("it is different").what
         };
         assert_eq!(different(&["a", "c"]), "event 1 of append 2");

@@ -61,6 +61,9 @@ pub enum CallError {
     /// Another process serves. The request has no effect here.
     #[error("another process serves")]
     HandedOver(Box<Incoming>),
+    /// The token has a key prefix, which the guest does not enforce. The request has no effect.
+    #[error("the guest enforces no key prefix, which the token has")]
+    KeyPrefix,
 }
 
 /// Result of a call.

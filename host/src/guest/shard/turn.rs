@@ -114,6 +114,10 @@ impl Turn {
             self.has = Instanced::Free(replica);
             return Ok(Called::Moved(incoming));
         }
+        if incoming.key_prefix.is_some() && !replica.instance.enforces_key_prefix() {
+            self.has = Instanced::Free(replica);
+            return Err(CallError::KeyPrefix);
+        }
         self.handle(replica, incoming).map(Called::Answered)
     }
 

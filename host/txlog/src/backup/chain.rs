@@ -8,7 +8,7 @@ use kvs_runtime::Random;
 use uuid::Uuid;
 
 use super::{Cut, Header, Reader, Trailer};
-use crate::{Entry, History, Incarnation, Receive, Restoration};
+use crate::{History, Incarnation, Receive, Restoration};
 
 /// Opens a backup for a pass over it.
 pub type Open<'o> = dyn Fn(&Path) -> Result<Box<dyn Read>> + 'o;

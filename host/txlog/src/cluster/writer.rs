@@ -184,11 +184,8 @@ impl Writer {
             shared.metrics.lookups.add(1);
             reason = match self.look(shared).await {
                 Ok(true) => {
-                    for frame in &mut self.in_flight {
-                        // The lease still counts from the first put: it may be that one which lands.
-                        if is_mutant("LeaseFromResend") {
-                            frame.sent = shared.env.clock.now();
-                        }
+                    // The lease still counts from the first put: it may be that one which lands.
+                    for frame in &self.in_flight {
                         self.outcomes.push_back(shared.engine.put(frame.tip.position - 1, frame.bytes.clone()));
                     }
                     return !self.is_late(shared);

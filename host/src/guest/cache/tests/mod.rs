@@ -36,6 +36,7 @@ fn request(method: &str, target: &str) -> Incoming {
         principal: None,
         scope: Scope::Read,
         is_sampled: false,
+        key_prefix: None,
     }
 }
 
@@ -172,15 +173,18 @@ fn headers_that_the_guest_reads_tell_requests_apart() {
 #[test]
 fn clients_share_no_response_that_can_differ() {
     let (cache, _) = cache(1 << 20);
-    let by = |principal: Option<&str>, scope| Incoming {
+    let by = |principal: Option<&str>, scope, key_prefix: Option<&str>| Incoming {
         principal: principal.map(Into::into),
         scope,
+        key_prefix: key_prefix.map(Into::into),
         ..request("GET", "/a")
     };
+    let grants =
+        [Scope::Read, Scope::Write, Scope::Admin].map(|scope| [None, Some("a"), Some("b")].map(|of| (scope, of)));
     let clients = || {
         [None, Some("eve"), Some("adam")]
             .into_iter()
-            .flat_map(|principal| [Scope::Read, Scope::Write, Scope::Admin].map(|scope| by(principal, scope)))
+            .flat_map(|principal| grants.as_flattened().iter().map(move |(scope, of)| by(principal, *scope, *of)))
     };
     for (number, client) in clients().enumerate() {
         assert_eq!(kept(&cache, &client), None);
