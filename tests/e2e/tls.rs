@@ -2,7 +2,7 @@
 //! certificates of their own.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
@@ -92,9 +92,15 @@ impl<'c> Client<'c> {
 
 /// Connections with the same configuration can resume a session.
 pub fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
+    shake_hands(config, plain(address)?)
+}
+
+pub fn shake_hands<S: Read + Write>(
+    config: &Arc<ClientConfig>,
+    mut stream: S,
+) -> io::Result<StreamOwned<ClientConnection, S>> {
     let name = ServerName::try_from("localhost").expect("a name");
     let mut tls = ClientConnection::new(Arc::clone(config), name).expect("a client");
-    let mut stream = plain(address)?;
     while tls.is_handshaking() {
         tls.complete_io(&mut stream)?;
     }
