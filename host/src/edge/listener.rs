@@ -23,11 +23,11 @@ pub enum Listener {
     Unix(UnixListener, FileOwner),
 }
 
-/// The one who removes the file of a Unix socket.
+/// Process that removes the file of a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileOwner {
     Server,
-    /// It keeps the socket open, and starts the server again at the next connection.
+    /// Keeps the socket open, and starts the server again at the next connection.
     ServiceManager,
 }
 
