@@ -1,4 +1,5 @@
-//! The audit trail: who replaced a guest, or created or revoked a token, as log lines of the target `audit`.
+//! The audit trail: who replaced a guest, restored a log, edited in the console, or created or revoked a token, as log lines of the
+//! target `audit`.
 
 use std::fmt::Display;
 

@@ -3,6 +3,8 @@
 pub mod backup;
 #[cfg(feature = "nats")]
 mod jetstream;
+pub mod listen;
+pub mod proxy;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -41,9 +43,8 @@ pub struct Serve {
     #[arg(long, env = "KVS_WATCH_GUEST", requires = "guest")]
     pub watch_guest: bool,
 
-    /// Address of the HTTP listener; port 0 takes a free one
-    #[arg(long, env = "KVS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = address)]
-    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub listen: listen::Listen,
 
     /// Address of a second HTTP listener, open while this server is primary
     #[arg(long, env = "KVS_LISTEN_WHEN_PRIMARY", value_name = "ADDRESS", value_parser = fixed_address)]
@@ -123,6 +124,10 @@ pub struct Serve {
     #[arg(long, env = "KVS_ACCESS_LOG_RATE", value_name = "COUNT", value_parser = count)]
     pub access_log_rate: Option<usize>,
 
+    /// Log requests that take longer than this, with the time in the queue, in the guest and until they were durable
+    #[arg(long, env = "KVS_SLOW_REQUEST", value_name = "TIME", value_parser = duration)]
+    pub slow_request: Option<Duration>,
+
     #[command(flatten)]
     pub tls: Tls,
 
@@ -131,6 +136,9 @@ pub struct Serve {
 
     #[command(flatten)]
     pub backup: backup::Backup,
+
+    #[command(flatten)]
+    pub proxy: proxy::Proxy,
 
     /// Request timeout, from the first byte to the response
     #[arg(long, env = "KVS_REQUEST_TIMEOUT", value_name = "TIME", default_value = "5s", value_parser = duration,
@@ -203,7 +211,8 @@ pub struct Serve {
           help_heading = "Limits")]
     pub max_connections: usize,
 
-    /// Most connections of one address, or of one IPv6 network of 64 bits; more are closed. A proxy in front needs many
+    /// Most connections of one address, or of one IPv6 network of 64 bits; more are closed. A proxy in front without
+    /// --proxy-protocol needs many
     #[arg(long, env = "KVS_MAX_CONNECTIONS_PER_ADDRESS", value_name = "COUNT", default_value = "500",
           value_parser = count, help_heading = "Limits")]
     pub max_connections_per_address: usize,
@@ -322,6 +331,10 @@ pub struct Tls {
     /// Private key of the certificate, PEM
     #[arg(long, env = "KVS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
+
+    /// TLS for the admin listener too, with the same certificate; it asks for no client certificate
+    #[arg(long, env = "KVS_ADMIN_TLS", requires = "tls_cert")]
+    pub admin_tls: bool,
 
     /// Lowest TLS version
     #[arg(long, env = "KVS_TLS_MIN", value_name = "VERSION", default_value = "1.2")]

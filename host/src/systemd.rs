@@ -1,39 +1,52 @@
 //! The service manager: reports of the state of this process, and listeners that systemd has opened for it.
 
-use std::net::TcpListener;
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use listenfd::ListenFd;
 use rustix::io::{FdFlags, fcntl_setfd};
 use sd_notify::NotifyState;
 use tracing::warn;
 
-/// Listeners of socket activation, in the order of the socket unit: the HTTP listener, and the admin listener.
+use crate::edge::listener::{FileOwner, Listener};
+use crate::settings::listen::Address;
+
+/// Listeners of socket activation, in the order of the socket unit: those of `--listen`, and that of `--admin`.
 #[derive(Default)]
 pub struct Activated {
-    pub listener: Option<TcpListener>,
-    pub admin: Option<TcpListener>,
+    pub http: Option<Vec<Listener>>,
+    pub admin: Option<Listener>,
 }
 
 impl Activated {
     /// Takes the listeners that this process was started with, once.
-    pub fn take() -> Result<Self> {
+    pub fn take(addresses: &[Address]) -> Result<Self> {
         let mut given = ListenFd::from_env();
-        let mut take = |index| -> Result<_> {
-            if index >= given.len() {
-                return Ok(None);
-            }
-            let listener = given.take_tcp_listener(index);
-            let listener = listener.context("LISTEN_FDS: only TCP listeners can be served; see the socket unit")?;
-            if let Some(listener) = &listener {
-                listener.set_nonblocking(true)?;
-                // An upgrade passes the listener itself.
-                fcntl_setfd(listener.as_fd(), FdFlags::CLOEXEC)?;
-            }
-            Ok(listener)
+        let (sockets, expected) = (given.len(), addresses.len());
+        if sockets == 0 {
+            return Ok(Self::default());
+        }
+        let fits = sockets == expected || sockets == expected + 1;
+        let unit =
+            "the socket unit needs those of --listen, in the same order, and may have that of --admin after them";
+        ensure!(fits, "LISTEN_FDS: {sockets} sockets for {expected} addresses of --listen; {unit}");
+        let mut take = |index, is_unix| -> Result<_> {
+            let socket = if is_unix {
+                given.take_unix_listener(index).map(|listener| listener.map(OwnedFd::from))
+            } else {
+                given.take_tcp_listener(index).map(|listener| listener.map(OwnedFd::from))
+            };
+            let socket =
+                socket.with_context(|| format!("LISTEN_FDS: socket {} is of another kind; {unit}", index + 1))?;
+            let Some(socket) = socket else { return Ok(None) };
+            // An upgrade passes the listener itself.
+            fcntl_setfd(&socket, FdFlags::CLOEXEC)?;
+            Ok(Some(Listener::from_descriptor(socket, FileOwner::ServiceManager)?))
         };
-        Ok(Self { listener: take(0)?, admin: take(1)? })
+        let is_unix = |address: &Address| matches!(address, Address::Unix(_));
+        let http = addresses.iter().enumerate().map(|(index, address)| take(index, is_unix(address)));
+        let http: Vec<_> = http.collect::<Result<_>>()?;
+        Ok(Self { http: Some(http.into_iter().flatten().collect()), admin: take(expected, false)? })
     }
 }
 

@@ -203,3 +203,37 @@ fn a_start_that_fails_says_so_in_the_format_asked_for() {
     serve_refused(&["--log-format", "xml"]).with(2, &["--log-format", "text", "json"]);
     serve_refused(&["--access-log-rate", "0"]).with(2, &["--access-log-rate"]);
 }
+
+#[test]
+fn slow_request_is_logged_with_its_times() {
+    let server = Server::start(&[&JSON[..], &["--slow-request", "1ns"]].concat());
+    let begun = Instant::now();
+    let put = ask(&server, "PUT", "/v1/a", "", "value");
+    ask(&server, "GET", "/v1/a", "", "");
+    // What waits for a change took what its client wanted.
+    assert_eq!(ask(&server, "GET", "/v1/a?wait=1ms", "if-none-match: \"1\"\r\n", "").status, 304);
+    for _ in 0..100 {
+        ask(&server, "GET", "/v1/a", "", "");
+    }
+    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("it is not much") + 2;
+    assert_eq!(Metrics::of(&server).get("kvs_slow_requests_total"), 102.0);
+    let lines = server.terminate().stderr().to_vec();
+    let slow: Vec<_> = parsed(&lines).into_iter().filter(|line| line["message"] == "slow request").collect();
+    assert!((10..=10 * seconds).contains(&slow.len()), "{} lines in {seconds} s", slow.len());
+    let line = &slow[0];
+    assert_eq!((&line["method"], &line["target"], &line["status"]), (&"PUT".into(), &"/v1/a".into(), &201.into()));
+    assert_eq!(line["request_id"], id(&put).as_str());
+    let ms = |field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
+    let parts = [ms("queue_ms"), ms("guest_ms"), ms("commit_ms")];
+    assert!(parts[1..].iter().all(|part| *part > 0.0) && parts.iter().sum::<f64>() <= ms("ms"), "{line}");
+}
+
+#[test]
+fn request_that_is_not_slow_is_not_logged() {
+    let server = Server::start(&["--slow-request", "1h"]);
+    ask(&server, "PUT", "/v1/a", "", "value");
+    assert_eq!(Metrics::of(&server).get("kvs_slow_requests_total"), 0.0);
+    let stopped = server.terminate();
+    assert!(!stopped.stderr().iter().any(|line| line.contains("slow request")), "{:?}", stopped.stderr());
+    serve_refused(&["--slow-request", "soon"]).with(2, &["--slow-request"]);
+}

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::expiry::write_a_year_ahead;
+use crate::full_disk::Mount;
 use crate::log::{kvs_at, of_files};
 use crate::metrics::{counts, until};
 use crate::server::{PATIENCE, Process, Server, serve};
@@ -253,6 +254,16 @@ fn alerts_fire_for_clock_and_tasks() {
     assert_eq!(client.ask("GET", "/trap", b"").status, 500);
     until(&panics, "the queue panics", |now| now.find("kvs_task_panics_total{task=\"guest queue\"}") == Some(1.0));
     prometheus.fires("KvsTaskPanics", panics.admin());
+}
+
+#[test]
+fn alert_fires_for_disk() {
+    of_files!();
+    let mount = Mount::tmpfs();
+    let server = mount.serve();
+    let prometheus = Prometheus::of(&[server.admin()]);
+    let _brim = mount.brim();
+    prometheus.fires("KvsDiskNearlyFull", server.admin());
 }
 
 #[test]

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use crate::access::Tokens;
 use crate::components::DEFAULT_GUEST;
+use crate::online_backup::{restore, take};
 use crate::server::{Server, kvs};
 use crate::swap::{component, copy_of, status, swap};
 use crate::unruly::guest;
@@ -62,20 +63,56 @@ fn reload_is_recorded_with_its_cause() {
     assert!(!line.contains("principal") && line.contains("request_id"), "{line}");
 }
 
+/// Runs a command, and gives action and object that it recorded for this user.
+fn recorded(mut command: Command) -> (String, String) {
+    let output = command.args(JSON).output().expect("the binary under test can be started");
+    let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{lines}");
+    let record = record(lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")));
+    assert!(record["principal"].as_str().is_some_and(|user| user.starts_with("uid=")), "{record}");
+    let text = |field: &str| record[field].as_str().expect("it is text").to_owned();
+    (text("action"), text("object"))
+}
+
+#[test]
+fn restore_is_recorded_with_the_user() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let (file, to) = (data.path().join("backup"), data.path().join("restored"));
+    let server = Server::start(&[]);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
+    take(&server, &file, &[]);
+    let to = to.to_str().expect("a temporary path is text");
+    assert_eq!(recorded(restore(&[file], &["--data-dir", to])), ("restore".to_owned(), to.to_owned()));
+}
+
 #[test]
 fn new_token_is_recorded_with_the_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
-    let recorded = |mut command: Command| {
-        let output = command.args(JSON).output().expect("the binary under test can be started");
-        let lines = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{lines}");
-        let line =
-            lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")).to_owned();
-        let record = record(&line);
-        assert!(record["principal"].as_str().is_some_and(|user| user.starts_with("uid=")), "{record}");
-        (record["action"].clone(), record["object"].clone())
-    };
     let mut create = kvs();
     create.args(["token", "create", "bob", "--tokens"]).arg(data.path().join("tokens"));
-    assert_eq!(recorded(create), ("token-create".into(), "bob".into()));
+    assert_eq!(recorded(create), ("token-create".to_owned(), "bob".to_owned()));
+}
+
+#[test]
+fn edit_in_the_console_is_recorded() {
+    let server = Server::start(&JSON);
+    let mut client = Connection::open(server.admin());
+    assert_eq!(client.ask_with("PUT", "/v1/a", &[("x-request-id", "edit-1")], b"value").status, 201);
+    assert_eq!(client.ask("GET", "/v1/a", b"").status, 200);
+    assert_eq!(client.ask("DELETE", "/v1/a?unknown=1", b"").status, 400);
+    let done = record(&server.says("\"object\":\"PUT /v1/a\""));
+    for (field, value) in [("action", "edit"), ("outcome", "201"), ("request_id", "edit-1")] {
+        assert_eq!(done[field], value, "{done}");
+    }
+    server.says("\"object\":\"DELETE /v1/a?unknown=1\",\"outcome\":\"400\"");
+    // One that its client does not wait for, too.
+    let mut leaves = Connection::open(server.admin());
+    leaves.send("PUT /v1/b HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n");
+    assert_eq!(leaves.read().status, 100);
+    drop(leaves);
+    server.says("\"object\":\"PUT /v1/b\"");
+    // Those of other clients are in the access log, and reads are in no trail.
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/c", b"").status, 201);
+    let lines = server.terminate().stderr().to_vec();
+    assert_eq!(lines.iter().filter(|line| line.contains("\"audit\"")).count(), 3, "{lines:?}");
 }

@@ -8,7 +8,7 @@
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
 //! whatever happens to it, and `everything` all of that at once; `online_backup` that a backup of a running server holds what was acknowledged, `past` that a log can be served as it was; `metrics`, `access_log` and, in a `browser`, `console` what an operator sees of it, `alerts` what Prometheus tells the operator, and
 //! `diagnostics` that nothing depends on whether anybody looks; `audit` who changed a server, `traps` what is reported of a guest that fails; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
-//! `upgrade` that nobody notices another process; `response_cache` that what is reused is right; `commands` what the client in the binary
+//! `upgrade` that nobody notices another process; `response_cache` that what is reused is right; `listeners` where a server can be reached, and `behind_a_proxy` by whom; `commands` what the client in the binary
 //! does, `other_stores` what it copies from Redis, etcd and Consul; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
 //! database, and `nats` one in NATS JetStream.
 
@@ -46,6 +46,7 @@ mod key_prefix;
 mod languages;
 mod limits;
 mod linear;
+mod listeners;
 mod lists;
 mod load;
 mod locks;

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::access::Tokens;
 use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::log::of_files;
@@ -490,4 +491,27 @@ fn they_are_there_while_the_guest_has_every_thread() {
     server.says("going round in circles");
     assert_eq!(Metrics::of(&server).get("kvs_http_requests_in_flight"), 1.0);
     assert!(client.is_silent_for(Duration::from_millis(1)), "the guest was not busy after all");
+}
+
+#[test]
+fn process_disk_and_reloads_are_measured() {
+    let tokens = Tokens::new();
+    tokens.add(&["alice", "--scope", "read"]);
+    let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
+    let before = Metrics::of(&server);
+    for name in ["process_resident_memory_bytes", "process_open_fds", "data_dir_free_bytes"] {
+        assert!(before.get(&format!("kvs_{name}")) > 0.0, "{name}");
+    }
+    assert!(before.get("kvs_process_cpu_seconds_total") >= 0.0);
+    assert!(before.get("kvs_process_max_fds") >= before.get("kvs_process_open_fds"));
+    assert!(before.get("kvs_data_dir_size_bytes") >= before.get("kvs_data_dir_free_bytes"));
+    let (outcome, time) =
+        ("kvs_last_reload_successful{files=\"tokens\"}", "kvs_last_reload_success_timestamp_seconds{files=\"tokens\"}");
+    let started = before.get("kvs_start_time_seconds");
+    assert!(before.get(outcome) == 1.0 && (before.get(time) - started).abs() < 60.0, "{}", before.get(time));
+    std::fs::write(tokens.file(), "nonsense\n").expect("it can be written");
+    counts(&server, outcome, 0.0);
+    std::fs::write(tokens.file(), "").expect("it can be written");
+    let after = until(&server, "it is reloaded", |now| now.get(outcome) == 1.0);
+    assert!(after.get(time) >= before.get(time));
 }

@@ -123,6 +123,15 @@ fn head_has_the_length_and_no_body() {
     let missing = client.ask("HEAD", "/v1/b", b"");
     assert_eq!((missing.status, missing.header("content-length")), (404, Some("12")));
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"eleven byte");
+    // Nothing is a length too, also when the response is one that was kept.
+    client.ask("PUT", "/v1/empty", b"");
+    for _ in 0..2 {
+        let head = client.ask("HEAD", "/v1/empty", b"");
+        assert_eq!((head.status, head.header("content-length"), head.etag()), (200, Some("0"), Some(2)));
+    }
+    let unchanged = client.ask_with("HEAD", "/v1/empty", &[("if-none-match", "\"2\"")], b"");
+    assert_eq!((unchanged.status, unchanged.header("content-length")), (304, None));
+    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"eleven byte");
 }
 
 #[test]

@@ -290,7 +290,8 @@ impl Process {
 
     /// Waits until its admin listener is there.
     pub fn admin(&self) -> SocketAddr {
-        let admin = self.stderr.find(|line| address(line, "admin on http://"));
+        let admin =
+            self.stderr.find(|line| address(line, "admin on http://").or_else(|| address(line, "admin on https://")));
         admin.unwrap_or_else(|said| panic!("it ended before its admin listener was there; it said:\n{said}"))
     }
 

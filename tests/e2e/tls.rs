@@ -2,7 +2,7 @@
 //! certificates of their own.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
@@ -18,10 +18,11 @@ use rustls::{
     version,
 };
 
+use crate::access::Tokens;
 use crate::book::curl;
 use crate::certificates::{Authority, Kind, Pair};
 use crate::load::SaysOver;
-use crate::server::{Server, serve_refused};
+use crate::server::{Server, kvs, serve_refused};
 use crate::unruly::guest;
 use crate::watch::Events;
 use crate::wire::{Connection, plain};
@@ -91,9 +92,15 @@ impl<'c> Client<'c> {
 
 /// Connections with the same configuration can resume a session.
 pub fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
+    shake_hands(config, plain(address)?)
+}
+
+pub fn shake_hands<S: Read + Write>(
+    config: &Arc<ClientConfig>,
+    mut stream: S,
+) -> io::Result<StreamOwned<ClientConnection, S>> {
     let name = ServerName::try_from("localhost").expect("a name");
     let mut tls = ClientConnection::new(Arc::clone(config), name).expect("a client");
-    let mut stream = plain(address)?;
     while tls.is_handshaking() {
         tls.complete_io(&mut stream)?;
     }
@@ -493,4 +500,59 @@ fn expired_certificate_ends_its_watch_and_resumes_nothing() {
     let refused = again.and_then(|mut client| client.try_ask("GET", "/v1/a", b""));
     assert!(refused.is_err(), "{refused:?}");
     server.says_again("closed: the certificate of the client is not good any more", 2);
+}
+
+#[test]
+fn admin_listener_has_the_certificate_too() {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    // It asks for no certificate, other than the HTTP interface.
+    let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
+    let server = Server::start(&[&files[..], &["--admin-tls"]].concat());
+    server.says("admin on https://");
+    let client = Client::of(&authority);
+    let mut open = client.open(server.admin()).expect("it is served");
+    assert_eq!((open.ask("GET", "/readyz", b"").status, open.ask("GET", "/metrics", b"").status), (200, 200));
+    let url = format!("https://127.0.0.1:{}", server.admin().port());
+    let kvs = |args: &[&str]| {
+        let output = kvs().args(args).args(["--admin", &url]).output().expect("the binary under test can be started");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let trust = ["--cacert", &authority.file()];
+    for command in [&["health"][..], &["read-only", "off"]] {
+        let (done, said) = kvs(&[command, &trust].concat());
+        assert!(done, "{command:?}: {said}");
+    }
+    let (trusted, said) = kvs(&["health"]);
+    assert!(!trusted && said.contains("certificate"), "{said}");
+    // Without TLS there is no answer in HTTP.
+    let plain = Connection::open(server.admin()).try_ask("GET", "/readyz", b"");
+    assert!(plain.is_err(), "{plain:?}");
+
+    let first = shown(&open);
+    authority.issue("server", Kind::Server, 2);
+    server.signal(Signal::HUP);
+    server.says("reloaded the TLS certificate");
+    assert!(
+        first != shown(&client.open(server.admin()).expect("it is served")),
+        "the first certificate is still in use"
+    );
+    assert_eq!(open.ask("GET", "/livez", b"").status, 200);
+    server.terminate();
+    serve_refused(&["--admin-tls"]).with(2, &["--tls-cert"]);
+}
+
+#[test]
+fn warning_of_an_open_admin_listener_ends_with_tls() {
+    let tokens = Tokens::new();
+    tokens.add(&["alice", "--scope", "admin"]);
+    let (_authority, server) = start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0", "--admin-tls"]);
+    server.says("serving on");
+    assert!(
+        !server.stderr().iter().any(|line| line.contains("can be reached from elsewhere")),
+        "{:?}",
+        server.stderr()
+    );
+    let (_authority, server) = start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]);
+    server.says("--admin 0.0.0.0:0 can be reached from elsewhere, without TLS");
 }

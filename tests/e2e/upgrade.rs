@@ -1,6 +1,7 @@
 //! Upgrades: the process of a server is replaced while clients of every kind use it, and new processes fail at every step.
 
 mod clients;
+mod listeners;
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};

@@ -18,6 +18,7 @@ mod guest;
 mod health;
 mod history;
 mod origin;
+mod process;
 mod read_only;
 mod scan;
 
@@ -30,7 +31,7 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -41,10 +42,12 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, SetOnce, watch};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
 use self::backup::Backups;
@@ -54,17 +57,19 @@ pub use self::health::{Health, Phase};
 use self::history::Histories;
 use self::origin::Hosts;
 pub use self::origin::host_name;
+pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
-use crate::audit::Actor;
+use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens};
-use crate::edge::{Caller, Forwarder, Reply, RequestIds};
+use crate::edge::tls::Tls;
+use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, shown_target};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
 /// Connections at once: probes, a scraper and a person. More wait to be accepted.
 const CONNECTIONS: usize = 64;
-/// Longest wait for the head of a request, also between requests.
+/// Longest wait for a TLS handshake, and for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
@@ -87,6 +92,8 @@ pub struct Admin {
     hosts: Hosts,
     /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
+    /// None speaks plain HTTP.
+    tls: Option<Arc<Tls>>,
     ids: RequestIds,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
@@ -102,7 +109,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, env: &Env) -> Self {
+    pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, tls: Option<Arc<Tls>>, env: &Env) -> Self {
         let metrics = Metrics::default();
         metrics.add(Arc::new(Build { started: env.clock.unix_ms() / 1_000 }));
         metrics.add(Arc::new(env.tasks.clone()));
@@ -113,6 +120,7 @@ impl Admin {
             metrics,
             hosts: Hosts::new(hosts),
             tokens,
+            tls,
             ids: RequestIds::default(),
             guests: OnceLock::new(),
             log: OnceLock::new(),
@@ -191,35 +199,37 @@ impl Admin {
             let admin = Arc::clone(self);
             self.env.tasks.detach("admin connection", async move {
                 let connection = Connection { socket, address, caller: SetOnce::new() };
-                let service = service_fn(|request| {
-                    let (admin, connection) = (&admin, &connection);
-                    async move { Ok::<_, Infallible>(admin.respond(request, connection).await) }
-                });
-                let mut http = http1::Builder::new();
-                http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-                let mut served = pin!(http.serve_connection(TokioIo::new(stream), service));
-                let mut cut = pin!(async { connection.caller.wait().await.cut().await });
-                let mut ends = false;
-                loop {
-                    tokio::select! {
-                        ended = served.as_mut() => {
-                            if let Err(error) = ended {
-                                debug!("admin connection ended: {error}");
-                            }
-                            break;
-                        }
-                        () = cut.as_mut() => {
-                            debug!("admin connection cut off");
-                            break;
-                        }
-                        () = admin.is_handed_over(), if !ends => {
-                            ends = true;
-                            served.as_mut().graceful_shutdown();
-                        }
-                    }
+                if let Err(error) = admin.connected(stream, &connection).await {
+                    debug!("admin connection ended: {error:#}");
                 }
                 drop(place);
             });
+        }
+    }
+
+    async fn connected(&self, stream: TcpStream, connection: &Connection) -> Result<()> {
+        let Some(tls) = &self.tls else { return self.http(stream, connection).await };
+        let shaking = TlsAcceptor::from(Arc::clone(&tls.get().admin)).accept(stream);
+        let stream = timeout(HEADER_TIMEOUT, shaking).await.context("no TLS handshake in time")??;
+        self.http(stream, connection).await
+    }
+
+    async fn http(&self, stream: impl AsyncRead + AsyncWrite + Unpin, connection: &Connection) -> Result<()> {
+        let service = service_fn(|request| async move { Ok::<_, Infallible>(self.respond(request, connection).await) });
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
+        let mut served = pin!(http.serve_connection(TokioIo::new(stream), service));
+        let mut cut = pin!(async { connection.caller.wait().await.cut().await });
+        let mut ends = false;
+        loop {
+            tokio::select! {
+                ended = served.as_mut() => return Ok(ended?),
+                () = cut.as_mut() => bail!("it holds too much memory"),
+                () = self.is_handed_over(), if !ends => {
+                    ends = true;
+                    served.as_mut().graceful_shutdown();
+                }
+            }
         }
     }
 
@@ -290,14 +300,17 @@ impl Admin {
                 }
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            (path, _) if path == "/v1" || path.starts_with("/v1/") => self.forward(request, connection).await,
+            (path, _) if path == "/v1" || path.starts_with("/v1/") => {
+                self.forward(request, principal, connection).await
+            }
             (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
             _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
     }
 
-    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens.
-    async fn forward(&self, request: Request<Incoming>, connection: &Connection) -> Answer {
+    /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens. What it edits is in
+    /// the audit trail.
+    async fn forward(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
         let Some(forwarder) = self.forwarder.get() else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
         };
@@ -312,7 +325,32 @@ impl Admin {
                 Err(refusal) => return refusal.map(Reply::Whole),
             },
         };
-        forwarder.respond(request, caller).await
+        let mut edit = (!is_safe(request.method())).then(|| Edit {
+            actor: Actor { principal, request_id: None },
+            object: format!("{} {}", request.method(), shown_target(request.uri())),
+            outcome: None,
+        });
+        let response = forwarder.respond(request, caller).await;
+        if let Some(edit) = &mut edit {
+            edit.actor.request_id = response.headers().get(REQUEST_ID).cloned();
+            edit.outcome = Some(response.status());
+        }
+        response
+    }
+}
+
+/// A request that may change the store, logged when it is over.
+struct Edit {
+    actor: Actor,
+    object: String,
+    /// None when the client disconnected before the response.
+    outcome: Option<StatusCode>,
+}
+
+impl Drop for Edit {
+    fn drop(&mut self) {
+        let outcome = self.outcome.as_ref().map_or("unknown: the client disconnected", StatusCode::as_str);
+        audit::log(&self.actor, "edit", &self.object, outcome);
     }
 }
 

@@ -48,28 +48,40 @@ pub struct TokenArgs {
     token_file: Option<PathBuf>,
 }
 
-/// The admin listener of a server.
+/// Address of the admin listener of a server.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server")]
+pub struct AdminAddress {
+    /// Admin listener of the server: an address, or a URL, which can be https://
+    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
+    admin: String,
+
+    /// Trusted CA certificates, PEM, in place of those of the system
+    #[arg(long, env = "KVS_CACERT", value_name = "FILE")]
+    cacert: Option<PathBuf>,
+}
+
+/// The admin listener of a server, for commands that it may ask for a token.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server")]
 pub struct AdminArgs {
-    /// Admin listener of the server: an address or a URL
-    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
-    admin: String,
+    #[command(flatten)]
+    address: AdminAddress,
 
     #[command(flatten)]
     token: TokenArgs,
 }
 
+impl AdminAddress {
+    pub fn server(&self, token: Option<&str>, read_timeout: Option<Duration>) -> Result<Server> {
+        let authorities = self.cacert.as_deref();
+        Server::new(&Options { url: &self.admin, flag: "--admin", token, authorities, read_timeout, stale: false })
+    }
+}
+
 impl AdminArgs {
     pub fn server(&self, read_timeout: Option<Duration>) -> Result<Server> {
-        Server::new(&Options {
-            url: &self.admin,
-            flag: "--admin",
-            token: self.token.read()?.as_deref(),
-            authorities: None,
-            read_timeout,
-            stale: false,
-        })
+        self.address.server(self.token.read()?.as_deref(), read_timeout)
     }
 }
 

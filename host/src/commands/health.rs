@@ -4,19 +4,18 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvs_client::{ApiRequest, ClientError, Options, Server};
+use kvs_client::{ApiRequest, ClientError};
 use serde_json::json;
 
-use super::client::OutputArgs;
+use super::client::{AdminAddress, OutputArgs};
 
 /// Read timeout of the admin listener.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
 pub struct Health {
-    /// Admin listener of the server: an address or a URL
-    #[arg(long, env = "KVS_ADMIN", value_name = "URL", default_value = "127.0.0.1:9090")]
-    admin: String,
+    #[command(flatten)]
+    admin: AdminAddress,
 
     /// Check liveness, not readiness
     #[arg(long)]
@@ -27,14 +26,7 @@ pub struct Health {
 }
 
 pub fn run(args: &Health) -> Result<()> {
-    let server = Server::new(&Options {
-        url: &args.admin,
-        flag: "--admin",
-        token: None,
-        authorities: None,
-        read_timeout: Some(READ_TIMEOUT),
-        stale: false,
-    })?;
+    let server = args.admin.server(None, Some(READ_TIMEOUT))?;
     let (target, state) = if args.live { ("/livez", "alive") } else { ("/readyz", "ready") };
     let (output, out) = (args.output.output(), &mut io::stdout());
     match server.send(&ApiRequest { method: "GET", target, headers: &[], body: None }) {

@@ -13,6 +13,7 @@ use kvs_txlog::file;
 use kvs_txlog::postgres::PostgresLog;
 
 use super::txlog::StorageArgs;
+use crate::audit::{self, Actor};
 use crate::lines::notice;
 use crate::parse::until;
 use crate::settings::TxlogStorage;
@@ -45,16 +46,24 @@ pub fn run(args: &Restore) -> Result<()> {
     pass(bytes, "bytes restored", |open| {
         let replay = |receive: &mut kvs_txlog::Receive<'_>| chain.replay(open, receive);
         let restoration = chain.restoration(&Env::real().random, &replay)?;
-        match &to.txlog {
-            TxlogStorage::File => file::restore(&to.data_dir, &restoration)?,
-            TxlogStorage::Postgres(url) => PostgresLog::restore(url, &restoration)?,
+        let object = match &to.txlog {
+            TxlogStorage::File => {
+                file::restore(&to.data_dir, &restoration)?;
+                to.data_dir.display().to_string()
+            }
+            TxlogStorage::Postgres(url) => {
+                PostgresLog::restore(url, &restoration)?;
+                // The URL may have a password.
+                format!("{url:?}")
+            }
             #[cfg(feature = "nats")]
             TxlogStorage::Nats(_) => bail!(
                 "a log in NATS cannot be restored from a backup directly: restore it into a --data-dir, export that log with \
                  kvs txlog export, and import it with kvs txlog import under a new name"
             ),
-        }
+        };
         let (last, incarnation) = (restoration.last, restoration.incarnation);
+        audit::log(&Actor::user(), "restore", object, format_args!("success, up to sequence {last}"));
         notice(format_args!(
             "restored up to sequence {last}; the log continues as incarnation {} with {}",
             incarnation.id, incarnation.first

@@ -6,6 +6,8 @@ mod stop;
 mod store;
 
 use std::env;
+use std::io;
+use std::mem;
 use std::net::TcpListener as StdListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -15,21 +17,24 @@ use anyhow::{Context, Result, bail};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
-use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use self::check::{check, inflight_bytes, too_large_with_spares};
-use self::listeners::{Socket, WhenPrimary, advertised, cannot_listen, exposed};
+use self::listeners::{WhenPrimary, advertised, distinct, exposed, open, reserve};
 use self::stop::on_signal;
 use self::store::{Opened, open_log};
-use crate::admin::{Admin, Phase, ReadOnly};
+use crate::admin::{Admin, Phase, Process, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
+use crate::edge::fresh::Reloads;
+use crate::edge::listener::{Listener, Listeners, SocketFile};
+use crate::edge::proxy::TrustedProxies;
+use crate::edge::slow_log::SlowLog;
 use crate::edge::throttle::Throttle;
 use crate::edge::{self, Edge, Forwarder, RequestIds, Service, Stage};
 use crate::follow::{self, Followed};
@@ -39,7 +44,7 @@ use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 use crate::systemd::{self, Activated};
-use crate::upgrade::{Control, Inherited, Listeners, Upgrader, VARIABLE};
+use crate::upgrade::{self, Control, Inherited, Upgrader, VARIABLE};
 use crate::workers::Workers;
 
 /// Serves until the process is told to stop, or the log fails.
@@ -84,13 +89,14 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let _heard = hangup()?;
     let upgrade_signal = listen_for(SignalKind::user_defined2())?;
     let mut inherited = Inherited::receive()?;
-    let activated = Activated::take()?;
+    let activated = Activated::take(&args.listen.listen)?;
     let shares_data = args.standby && matches!(args.txlog, TxlogStorage::File);
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
     let tls = args.tls.files().map(|files| edge::tls::load(files, clock.clone())).transpose()?;
     let tokens = args.access.tokens.as_deref().map(|file| edge::auth::load(file, clock.clone())).transpose()?;
     let exposures = exposed(args)?;
+    distinct(args)?;
     if let Some(excess) = too_large_with_spares(args, memory::size()) {
         warn!("{excess}");
     }
@@ -101,20 +107,21 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         return Ok(Ended::Stopped);
     }
     // A taken port is found before a long replay; clients can connect only after it.
-    let inherited_listener = inherited.as_mut().and_then(|inherited| inherited.listener.take()).or(activated.listener);
-    let socket = Socket::new(inherited_listener, args.listen, "--listen")?;
-    let inherited_admin = inherited.as_mut().and_then(|inherited| inherited.admin.take()).or(activated.admin);
-    let admin_listener = Socket::new(inherited_admin, args.admin, "--admin")?;
-    let admin_listener = admin_listener.listen().with_context(|| cannot_listen(args.admin, "--admin"))?.into_std()?;
+    let given = inherited.as_mut().map(|inherited| mem::take(&mut inherited.http)).or(activated.http);
+    let reserved = reserve(args, given)?;
+    let given_admin = inherited.as_mut().and_then(|inherited| inherited.admin.take()).or(activated.admin);
+    let admin_listener = listeners::admin(given_admin, args.admin)?;
     let tokens_of_admin = tokens.clone().filter(|_| !args.access.admin_open);
-    let admin = Arc::new(Admin::new(&args.admin_host, tokens_of_admin, env));
+    let tls_of_admin = tls.clone().filter(|_| args.tls.admin_tls);
+    let admin = Arc::new(Admin::new(&args.admin_host, tokens_of_admin, tls_of_admin, env));
     if inherited.is_none() {
-        start_admin(&admin, &admin_listener)?;
+        start_admin(&admin, &admin_listener, args)?;
     }
     let health = &admin.health;
     lines::measure(&admin.metrics);
+    admin.metrics.add(Arc::new(Process { data: args.data_dir.clone() }));
 
-    let advertise = advertised(args, socket.local_addr()?);
+    let advertise = advertised(args, &reserved);
     let Opened { log, followed, handed_over, standby } = tokio::select! {
         opened = open_log(args, inherited.is_some(), advertise, &admin.metrics, env) => opened?,
         _ = stop.changed() => {
@@ -148,13 +155,17 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         }
     };
 
-    let listener = Arc::new(socket.listen().with_context(|| cannot_listen(args.listen, "--listen"))?);
-    let address = listener.local_addr()?;
+    let listeners = open(reserved, args)?;
     let description = shards.serving().description;
     for exposure in exposures {
         warn!("{exposure}");
     }
-    let scheme = if tls.is_some() { "https" } else { "http" };
+    let scheme = if tls.is_some() { "https://" } else { "http://" };
+    let address = |listener: &Arc<Listener>| match **listener {
+        Listener::Tcp(_) => format!("{scheme}{listener}"),
+        Listener::Unix(..) => listener.to_string(),
+    };
+    let addresses = listeners.iter().map(address).collect::<Vec<_>>().join(" and ");
     admin.metrics.add(shards.clone());
     health.set_guest(Arc::clone(&shards));
     let timed = Arc::clone(&shards);
@@ -196,6 +207,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         let tokens = Arc::clone(tokens);
         health.add("tokens", move || tokens.condition());
     }
+    let reloads = tls.iter().map(|tls| ("tls", tls.last_reload()));
+    let reloads = reloads.chain(tokens.iter().map(|tokens| ("tokens", tokens.last_reload())));
+    admin.metrics.add(Arc::new(Reloads(reloads.collect())));
     let throttle = args.access.rate().map(Throttle::new);
     if let Some(throttle) = &throttle {
         throttle.start(env);
@@ -205,6 +219,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     if let Some(access_log) = &access_log {
         access_log.start(env);
         admin.metrics.add(access_log.clone());
+    }
+    let slow_log = args.slow_request.map(SlowLog::new);
+    if let Some(slow_log) = &slow_log {
+        slow_log.start(env);
+        admin.metrics.add(slow_log.clone());
     }
     let successor = Arc::new(OnceLock::new());
     let service = Service {
@@ -219,6 +238,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         metrics,
         ids: RequestIds::default(),
         access_log,
+        slow_log,
+        proxies: TrustedProxies::new(&args.proxy.trusted_proxy),
         successor: Arc::clone(&successor),
     };
     admin.metrics.add(budget.clone());
@@ -228,8 +249,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         health.add("primary listener", move || when_primary.condition());
     }
     let mut failure = None;
-    let edge = Edge { tls, service, limits, budget, tasks: tasks.clone(), stage: watch::Sender::new(Stage::Serving) };
-    let edge = Arc::new(edge);
+    let (proxy_protocol, stage) = (args.proxy.proxy_protocol, watch::Sender::new(Stage::Serving));
+    let edge = Arc::new(Edge { tls, service, limits, budget, proxy_protocol, tasks: tasks.clone(), stage });
     admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
 
     // Before that this process is a standby that nobody knows of.
@@ -254,9 +275,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     let (mut control, mut second) = (None, None);
     if let Some(inherited) = &mut inherited {
-        start_admin(&admin, &admin_listener)?;
+        start_admin(&admin, &admin_listener, args)?;
         control = inherited.control.take();
-        second = inherited.when_primary.take().map(TcpListener::from_std).transpose()?;
+        second = inherited.when_primary.take();
     }
     info!(
         data = %args.data_dir.display(),
@@ -265,7 +286,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         entries = replayed.entries,
         keys = replayed.keys,
         took = ?replayed.took,
-        "serving on {scheme}://{address}",
+        "serving on {addresses}",
     );
 
     let control = Control::new(&args.data_dir, control)?;
@@ -275,8 +296,8 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         swapper,
         changes: Arc::clone(&changes),
         log: handed_over,
-        listeners: Listeners {
-            listener: Arc::downgrade(&listener),
+        listeners: upgrade::Listeners {
+            http: listeners.iter().map(Arc::downgrade).collect(),
             admin: admin_listener,
             control: Arc::clone(&control),
             when_primary: Box::new(move || opened_when_primary.listener()),
@@ -291,9 +312,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     if let Some(inherited) = &inherited {
         inherited.serves();
     }
+    // Those of an upgrade belong to the former process until then.
+    let files = listeners.iter().map(|listener| listener.file()).collect::<io::Result<Vec<_>>>()?;
     systemd::ready();
     let mut handed_over = upgrader.handed_over.subscribe();
-    let cut_off = edge.serve(listener, second, async {
+    let cut_off = edge.serve(Listeners::new(listeners), second, async {
         tokio::select! {
             _ = stop.changed() => {}
             _ = handed_over.wait_for(|handed_over| *handed_over) => {
@@ -327,9 +350,10 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let _upgraded = upgrader.alone.lock().await;
     if !*upgrader.handed_over.borrow() {
         control.remove();
+        files.into_iter().flatten().for_each(SocketFile::remove);
     }
     log.close()?;
-    info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {address}");
+    info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {addresses}");
     Ok(Ended::Stopped)
 }
 
@@ -358,10 +382,11 @@ fn limits(args: &Serve, connections: usize) -> Result<edge::Limits> {
 }
 
 /// Starts the admin listener.
-fn start_admin(admin: &Arc<Admin>, listener: &StdListener) -> Result<()> {
+fn start_admin(admin: &Arc<Admin>, listener: &StdListener, args: &Serve) -> Result<()> {
     let address = listener.local_addr()?;
     Arc::clone(admin).start(listener.try_clone()?)?;
-    info!("admin on http://{address}");
+    let scheme = if args.tls.admin_tls { "https" } else { "http" };
+    info!("admin on {scheme}://{address}");
     Ok(())
 }
 

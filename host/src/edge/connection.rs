@@ -17,11 +17,12 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
+use super::addresses::Addresses;
 use super::budget::Account;
 use super::counted::MeteredSocket;
 use super::frames::PREFACE;
@@ -29,7 +30,7 @@ use super::metrics::{Limit, LimitExceeded};
 use super::multiplex::{RequestExecutor, TimeSlice};
 use super::overheard::FrameInspector;
 use super::patience::{Activity, ConnectionTimeouts, TimeoutAction};
-use super::{Edge, Stage, tls};
+use super::{Edge, Stage, proxy, shown, tls};
 use crate::guest::Client;
 
 /// Flow-control window of an HTTP/2 connection and of its streams, in bytes: more than the network holds at 5 MB/s over 50 ms.
@@ -53,18 +54,34 @@ impl Edge {
     /// Serves one connection. When told to stop it finishes the requests under way, if there are any.
     pub(super) async fn connected(
         self: &Arc<Self>,
-        stream: TcpStream,
-        address: SocketAddr,
+        mut stream: TcpStream,
+        mut address: Option<SocketAddr>,
+        addresses: &Arc<Addresses>,
         mut stage: watch::Receiver<Stage>,
     ) -> Result<()> {
+        if self.proxy_protocol && self.service.proxies.trusts(address) {
+            let client = tokio::select! {
+                read = timeout(self.limits.header_timeout, proxy::read_header(&mut stream)) => match read {
+                    Ok(client) => client?,
+                    Err(_) => bail!(LimitExceeded(Limit::HeaderTimeout)),
+                },
+                () = reached(&mut stage, Stage::Stopping) => return Ok(()),
+            };
+            address = client.or(address);
+        }
+        let limit = self.limits.connections_per_address;
+        let counted = address.map(|address| addresses.enter(address.ip(), limit).ok_or(Limit::ConnectionsPerAddress));
+        let _counted = counted.transpose().map_err(LimitExceeded)?;
         // Responses are written whole; without this the kernel would hold the last packet back.
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(peer = %address, "TCP_NODELAY: {error}");
+        if address.is_some()
+            && let Err(error) = stream.set_nodelay(true)
+        {
+            debug!(peer = %shown(address), "TCP_NODELAY: {error}");
         }
         let metrics = &self.service.metrics;
         let socket = Arc::new(stream);
         let Some(tls) = &self.tls else {
-            let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
+            let client = Client { address, tls_version: None, identity: None, turn: Arc::default() };
             let http2 = tokio::select! {
                 begun = timeout(self.limits.header_timeout, speaks_http2(&socket)) => match begun {
                     Ok(http2) => http2?,
@@ -89,10 +106,10 @@ impl Edge {
             () = reached(&mut stage, Stage::Stopping) => return Ok(()),
         };
         tls::verify_resumed(tls, &stream).inspect_err(|error| {
-            info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+            info!(peer = %shown(address), "closed: the certificate of the client is not good any more: {error}");
         })?;
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
-        let client = Client { address, tls_version, identity, turn: Mutex::default() };
+        let client = Client { address, tls_version, identity, turn: Arc::default() };
         let http2 = tls::speaks_http2(&stream);
         let revoked = tls::revoked(tls, tls::shown(&stream), renewals, self.limits.stream_heartbeat);
         self.http(stream, http2, self.peer(client, socket), activity, revoked, stage).await
@@ -122,7 +139,7 @@ impl Edge {
             tokio::select! {
                 () = account.cut() => Error::new(LimitExceeded(Limit::InflightBytes)),
                 error = revoked => {
-                    info!(peer = %address, "closed: the certificate of the client is not good any more: {error}");
+                    info!(peer = %shown(address), "closed: the certificate of the client is not good any more: {error}");
                     Error::new(error)
                 }
             }

@@ -12,7 +12,7 @@ use hyper::{Request, Response, StatusCode};
 use kvs_runtime::Tasks;
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::connection::Peer;
 use super::refusal::{Refusal, refuse};
@@ -58,7 +58,7 @@ impl Forwarder {
         let socket = socket.map_err(|error| {
             refuse(StatusCode::SERVICE_UNAVAILABLE, &format!("no second handle of the connection: {error}"))
         })?;
-        let client = Client { address, tls_version: None, identity: None, turn: Mutex::default() };
+        let client = Client { address: Some(address), tls_version: None, identity: None, turn: Arc::default() };
         let account = self.edge.budget.open();
         let peer = Peer { client: Arc::new(client), socket: Some(Arc::new(socket)), account };
         Ok(Arc::new(Caller { peer, _place }))

@@ -4,12 +4,15 @@
 //! kept.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
-use kvs_runtime::{Env, Task};
+use kvs_metrics::{Measured, Page};
+use kvs_runtime::{Clock, Env, Task};
 use kvs_txlog::Condition;
 use kvs_txlog::file::disk::is_shortage;
 use tokio::signal::unix::Signal;
@@ -30,20 +33,47 @@ pub struct Fresh<T> {
     /// Notifies users of a new value.
     renewed: watch::Sender<()>,
     changes: Mutex<Changes>,
-    /// Why the last attempt to read the files again failed.
+    clock: Clock,
+    last: Arc<LastReload>,
+}
+
+/// Outcome of the last reload.
+#[derive(Default)]
+pub struct LastReload {
+    /// Why it failed.
     failure: Mutex<Option<String>>,
+    /// Time of the last success, in milliseconds since 1970.
+    success_ms: AtomicU64,
+}
+
+/// Metrics of reloads, by what is reloaded.
+pub struct Reloads(pub Vec<(&'static str, Arc<LastReload>)>);
+
+impl Measured for Reloads {
+    fn measure(&self, page: &mut Page<'_>) -> fmt::Result {
+        let help = "1 if the last reload of these files succeeded";
+        let successful = |last: &LastReload| u64::from(lock(&last.failure).is_none());
+        let successes = self.0.iter().map(|(files, last)| ([("files", *files)], successful(last)));
+        page.gauges("last_reload_successful", help, successes)?;
+        let help = "Time of the last successful reload, or of the start, in seconds since 1970";
+        let seconds = |last: &LastReload| last.success_ms.load(Ordering::Relaxed) / 1_000;
+        let times = self.0.iter().map(|(files, last)| ([("files", *files)], seconds(last)));
+        page.gauges("last_reload_success_timestamp_seconds", help, times)
+    }
 }
 
 impl<T: Send + Sync + 'static> Fresh<T> {
     pub fn new(
         what: &'static str,
         files: Vec<PathBuf>,
+        clock: Clock,
         make: impl Fn() -> Result<T> + Send + Sync + 'static,
     ) -> Result<Arc<Self>> {
         let changes = Mutex::new(Changes::of(files));
         let current = ArcSwap::from_pointee(make()?);
-        let (renewed, failure) = (watch::Sender::default(), Mutex::default());
-        Ok(Arc::new(Self { what, make: Box::new(make), current, renewed, changes, failure }))
+        let (renewed, last) = (watch::Sender::default(), Arc::<LastReload>::default());
+        last.success_ms.store(clock.unix_ms(), Ordering::Relaxed);
+        Ok(Arc::new(Self { what, make: Box::new(make), current, renewed, changes, clock, last }))
     }
 
     /// Returns the current value.
@@ -58,8 +88,12 @@ impl<T: Send + Sync + 'static> Fresh<T> {
 
     /// Whether what is in force is what the files say.
     pub fn condition(&self) -> Condition {
-        let failure = lock(&self.failure).clone();
+        let failure = lock(&self.last.failure).clone();
         failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in force: {reason}")))
+    }
+
+    pub fn last_reload(&self) -> Arc<LastReload> {
+        Arc::clone(&self.last)
     }
 
     /// Starts the task of this name that keeps it fresh, to the end of the process.
@@ -83,7 +117,7 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             let looked = task::spawn_blocking(move || fresh.look(told)).await;
             if let Err(panic) = &looked {
                 // The current value is not that of the files.
-                *lock(&self.failure) = Some(panic.to_string());
+                *lock(&self.last.failure) = Some(panic.to_string());
                 lock(&self.changes).unread();
             }
             looked.with_context(|| format!("failed to reload {}", self.what))?;
@@ -99,10 +133,11 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         changes.reading();
         let made = (self.make)();
         let failure = made.as_ref().err().map(|error| format!("{error:#}"));
-        *lock(&self.failure) = failure;
+        *lock(&self.last.failure) = failure;
         match made {
             Ok(made) => {
                 self.current.store(Arc::new(made));
+                self.last.success_ms.store(self.clock.unix_ms(), Ordering::Relaxed);
                 self.renewed.send_replace(());
                 info!("reloaded {}", self.what);
             }
@@ -124,7 +159,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use tokio::signal::unix::SignalKind;
     use tokio::time::timeout;
@@ -141,7 +176,8 @@ mod tests {
             1 => panic!("sabotage"),
             count => Ok(count),
         };
-        let fresh = Fresh::new("the file", vec![file.path().to_owned()], make).expect("it can be made");
+        let fresh =
+            Fresh::new("the file", vec![file.path().to_owned()], Clock::system(), make).expect("it can be made");
         let mut renewals = fresh.renewals();
         let env = Env::real();
         let keeping = fresh.start("reload", listen(SignalKind::hangup()).expect("signals can be heard"), &env);

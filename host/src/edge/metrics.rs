@@ -13,6 +13,8 @@ use rustls::Error as TlsError;
 
 use kvs_metrics::{Counter, Histogram, Measured, Page};
 
+use super::proxy::ProxyHeaderError;
+
 /// Methods with their own labels, in the order of their numbers; all others share one.
 const METHODS: [&str; 10] = ["GET", "HEAD", "QUERY", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT", "other"];
 const STATUSES: usize = 600;
@@ -149,6 +151,9 @@ impl Metrics {
     pub fn connection_failed(&self, error: &anyhow::Error) {
         if let Some(LimitExceeded(limit)) = error.downcast_ref() {
             return self.rejected(*limit);
+        }
+        if let Some(ProxyHeaderError::Malformed(_)) = error.downcast_ref() {
+            return self.malformed.add(1);
         }
         let Some(error) = error.downcast_ref::<hyper::Error>() else { return };
         let http2 = error.source().and_then(|error| error.downcast_ref::<h2::Error>());

@@ -19,41 +19,45 @@ pub mod cors;
 mod counted;
 mod forward;
 mod frames;
-mod fresh;
+pub mod fresh;
 mod head;
+mod line_rate;
+pub mod listener;
 mod metrics;
 mod multiplex;
 mod overheard;
 mod patience;
 mod problem;
+pub mod proxy;
 mod refusal;
 mod reply;
 mod request_id;
 mod service;
+pub mod slow_log;
 mod stream;
 mod successor;
 pub mod throttle;
 pub mod tls;
 
-use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvs_runtime::Tasks;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
+pub use access_log::target as shown_target;
 use addresses::Addresses;
 use budget::Budget;
 pub use forward::{Caller, Forwarder};
-use metrics::Limit;
+pub use head::is_safe;
+use listener::{Listener, Listeners};
 pub use metrics::Metrics;
 pub use reply::Reply;
-pub use request_id::RequestIds;
+pub use request_id::{HEADER as REQUEST_ID, RequestIds};
 pub use service::Service;
 pub use successor::Successor;
 use tls::Tls;
@@ -102,6 +106,8 @@ pub struct Edge {
     pub limits: Limits,
     /// What clients may hold in memory.
     pub budget: Arc<Budget>,
+    /// Whether connections of trusted proxies begin with a header of the PROXY protocol.
+    pub proxy_protocol: bool,
     /// Starts a task for each connection.
     pub tasks: Tasks,
     /// Each connection, and each request of the admin listener, holds a receiver to its end.
@@ -119,34 +125,31 @@ pub enum Stage {
 }
 
 impl Edge {
-    /// Serves `listener`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
+    /// Serves `listeners`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
     /// connections had to be cut off.
     pub async fn serve(
         self: Arc<Self>,
-        listener: Arc<TcpListener>,
-        second: impl Future<Output = Arc<TcpListener>>,
+        mut listeners: Listeners,
+        second: impl Future<Output = Arc<Listener>>,
         stop: impl Future<Output = Stage>,
     ) -> usize {
         let edge = self;
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
         let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
-        let mut opened = None;
+        let mut is_opened = false;
         let stage = loop {
             // The permit first: without one, connections wait in the backlog of the listener.
             let accepted = async {
                 let place = Arc::clone(&connections).acquire_owned().await;
-                let accepted = tokio::select! {
-                    accepted = listener.accept() => accepted,
-                    accepted = accept(opened.as_deref()) => accepted,
-                };
-                (place, accepted)
+                (place, listeners.accept().await)
             };
             let (place, stream, peer) = tokio::select! {
                 biased;
                 stage = &mut stop => break stage,
-                listener = &mut second, if opened.is_none() => {
-                    opened = Some(listener);
+                listener = &mut second, if !is_opened => {
+                    is_opened = true;
+                    listeners.push(listener);
                     continue;
                 }
                 (place, accepted) = accepted => match accepted {
@@ -157,24 +160,20 @@ impl Edge {
                     }
                 },
             };
-            let Some(counted) = addresses.enter(peer.ip(), edge.limits.connections_per_address) else {
-                edge.service.metrics.rejected(Limit::ConnectionsPerAddress);
-                debug!(%peer, "closed: this address has {} connections", edge.limits.connections_per_address);
-                continue;
-            };
+            let addresses = Arc::clone(&addresses);
             let edge = Arc::clone(&edge);
             let open = edge.service.metrics.open();
             let stage = edge.stage.subscribe();
             let tasks = edge.tasks.clone();
             tasks.detach("connection", async move {
-                if let Err(error) = edge.connected(stream, peer, stage).await {
+                if let Err(error) = edge.connected(stream, peer, &addresses, stage).await {
                     edge.service.metrics.connection_failed(&error);
-                    debug!(%peer, "connection ended: {error:#}");
+                    debug!(peer = shown(peer), "connection ended: {error:#}");
                 }
-                drop((place, counted, open));
+                drop((place, open));
             });
         };
-        drop((listener, opened));
+        drop(listeners);
         edge.stage.send_replace(stage);
         // Those that are left after the timeout are cut off.
         let _ = timeout(edge.limits.drain, edge.stage.closed()).await;
@@ -186,11 +185,9 @@ impl Edge {
     }
 }
 
-async fn accept(listener: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
-    match listener {
-        Some(listener) => listener.accept().await,
-        None => pending().await,
-    }
+/// Returns the address of a client as log lines have it.
+fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "unix".to_owned(), |address| address.to_string())
 }
 
 async fn accept_failed(error: &io::Error) {

@@ -26,9 +26,11 @@ use super::consistency;
 use super::cors::Cors;
 use super::counted::left;
 use super::metrics::{self, Limit, Metrics, WatchGuard};
+use super::proxy::TrustedProxies;
 use super::refusal::{Refusal, beyond, refuse, unread};
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
+use super::slow_log::{SlowLog, Times};
 use super::successor::{Forwarded, Successor};
 use super::throttle::Throttle;
 use super::{Limits, body, head, problem, stream};
@@ -82,6 +84,9 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     pub ids: RequestIds,
     pub access_log: Option<Arc<AccessLog>>,
+    pub slow_log: Option<Arc<SlowLog>>,
+    /// Proxies that give the addresses of their clients.
+    pub proxies: TrustedProxies,
     /// Set when another process serves in place of this one.
     pub successor: Arc<OnceLock<Successor>>,
 }
@@ -93,11 +98,12 @@ struct Answered {
 }
 
 /// What is known of a request when it is answered, whichever way.
-#[derive(Default)]
 struct Noted {
+    client: Arc<Client>,
     principal: Option<Arc<str>>,
     /// Whether it was a long poll that waited.
     waited: bool,
+    times: Times,
 }
 
 /// A request under way, until it is dropped.
@@ -109,6 +115,16 @@ impl Drop for UnderWay<'_> {
     }
 }
 
+/// The response to HEAD instead of GET. The length of an empty body is that of any other, but hyper leaves it out.
+fn without_body(response: Response<Reply>) -> Response<Reply> {
+    let mut response = response.map(Reply::without_body);
+    let may_have_body = !matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if may_have_body && response.body().size_hint().exact() == Some(0) {
+        response.headers_mut().insert(header::CONTENT_LENGTH, const { HeaderValue::from_static("0") });
+    }
+    response
+}
+
 impl Service {
     pub(super) async fn respond(&self, request: Request<Arriving>, peer: &Peer) -> Response<Reply> {
         let (begun, method) = (Instant::now(), metrics::number(request.method()));
@@ -117,8 +133,10 @@ impl Service {
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let (address, mut noted) = (peer.client.address, Noted::default());
-        let logged = self.access_log.as_ref().map(|log| (log, request.method().clone(), request.uri().clone()));
+        let mut noted =
+            Noted { client: Arc::clone(&peer.client), principal: None, waited: false, times: Times::default() };
+        let logs = self.access_log.is_some() || self.slow_log.is_some();
+        let logged = logs.then(|| (request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
         let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
         let mut response = answered.unwrap_or_else(|refusal| {
@@ -134,7 +152,7 @@ impl Service {
         if response.extensions().get::<Forwarded>().is_none() {
             problem::complete(&mut response, wants_problems);
             if is_head {
-                response = response.map(Reply::without_body);
+                response = without_body(response);
             }
             if let Some(cors) = &self.cors {
                 cors.share(origin.as_ref(), &mut response);
@@ -144,9 +162,16 @@ impl Service {
         }
         let (status, took) = (response.status(), begun.elapsed());
         self.metrics.answered(method, status, took, noted.waited);
-        if let Some((log, method, uri)) = &logged {
+        if let Some((method, uri)) = &logged {
             let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
-            log.log(&Line { id: &id, peer: address, principal, method, uri, status, bytes, took });
+            let line = Line { id: &id, client: &noted.client, principal, method, uri, status, bytes, took };
+            if let Some(log) = &self.access_log {
+                log.log(&line);
+            }
+            // A long poll took what its client wanted.
+            if let Some(log) = self.slow_log.as_ref().filter(|_| !noted.waited) {
+                log.log(&line, &noted.times);
+            }
         }
         response
     }
@@ -165,9 +190,18 @@ impl Service {
         let mut charge = peer.account.begin(free);
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
-        let admitted = match charge.hold(head_bytes) {
-            Ok(()) => self.admit(&head, &peer.client, &mut noted.principal).await,
+        let client = match charge.hold(head_bytes) {
+            // The former process knew the proxy, and forwards the client that it gave.
+            Ok(()) if peer.socket.is_none() => Ok(Arc::clone(&peer.client)),
+            Ok(()) => self.proxies.client(&peer.client, &head.headers),
             Err(Exceeded) => Err(full().into()),
+        };
+        let admitted = match client {
+            Ok(client) => {
+                noted.client = client;
+                self.admit(&head, &noted.client, &mut noted.principal).await
+            }
+            Err(refusal) => Err(refusal),
         };
         let (under_way, grant) = match admitted {
             Ok(admitted) => admitted,
@@ -183,14 +217,19 @@ impl Service {
             Standing { tokens, grant, method, uri }
         });
         let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
-        let client = Arc::clone(&peer.client);
+        let client = Arc::clone(&noted.client);
         let is_sampled = self.shards.shadow().samples();
         let incoming =
             Incoming { request, client, id: id.clone(), principal, scope, key_prefix: key_prefix.clone(), is_sampled };
-        let Answered { mut answer, mut as_of } = match self.reuse(&incoming) {
-            Some(answered) => answered,
-            None => self.call(incoming, deadline).await?,
+        let called = Instant::now();
+        let answered = match self.reuse(&incoming) {
+            Some(answered) => Ok(answered),
+            None => self.call(incoming, deadline).await,
         };
+        noted.times.queue = called.elapsed();
+        let Answered { mut answer, mut as_of } = answered?;
+        noted.times.guest = answer.guest_time;
+        noted.times.queue = noted.times.queue.saturating_sub(answer.guest_time);
         if let Some(Sequel::Wait(wait)) = answer.sequel {
             // Who waits keeps nobody from being served.
             drop(under_way);
@@ -205,7 +244,10 @@ impl Service {
         } else {
             charge.hold(response_bytes).map_err(|Exceeded| full())?;
         }
-        self.release(&answer, deadline).await?;
+        let released = Instant::now();
+        let safe = self.release(&answer, deadline).await;
+        noted.times.commit = released.elapsed();
+        safe?;
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {
             let (guest, request_id) = (self.shards.serving().description, id.to_str().unwrap_or_default());
@@ -399,7 +441,7 @@ impl Service {
         let grant = self.tokens.as_ref().map(|tokens| tokens.get().check(head)).transpose()?;
         *principal = grant.as_ref().map_or_else(|| client.identity.clone(), |grant| Some(Arc::clone(&grant.name)));
         if let Some(throttle) = &self.throttle {
-            match throttle.admit(principal.as_ref(), client.address.ip()).await {
+            match throttle.admit(principal.as_ref(), client.address.map(|address| address.ip())).await {
                 Ok(false) => {}
                 Ok(true) => self.metrics.delayed.add(1),
                 Err(refusal) => {

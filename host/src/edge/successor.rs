@@ -21,7 +21,6 @@ use hyper_util::rt::TokioIo;
 use kvs_runtime::Tasks;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
-use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
@@ -173,7 +172,7 @@ fn tokio_socket(socket: StdUnixStream) -> Result<UnixStream> {
 
 fn describe(client: &Client, version: Version) -> HeaderValue {
     let described = json!({
-        "address": client.address.to_string(),
+        "address": client.address.map(|address| address.to_string()),
         "tls": client.tls_version,
         "identity": client.identity.as_deref(),
         "http": if version == Version::HTTP_2 { 2 } else { 1 },
@@ -184,11 +183,15 @@ fn describe(client: &Client, version: Version) -> HeaderValue {
 
 fn parse(described: &[u8]) -> Option<(Client, Version)> {
     let described: Value = serde_json::from_slice(described).ok()?;
-    let address: SocketAddr = described["address"].as_str()?.parse().ok()?;
+    let address: Option<SocketAddr> = match &described["address"] {
+        // A Unix socket.
+        Value::Null => None,
+        address => Some(address.as_str()?.parse().ok()?),
+    };
     let tls_version = described["tls"].as_str().map(|version| if version == "TLSv1.3" { "TLSv1.3" } else { "TLSv1.2" });
     let identity = described["identity"].as_str().map(Arc::from);
     let version = if described["http"] == 2 { Version::HTTP_2 } else { Version::HTTP_11 };
-    Some((Client { address, tls_version, identity, turn: Mutex::default() }, version))
+    Some((Client { address, tls_version, identity, turn: Arc::default() }, version))
 }
 
 #[cfg(test)]
@@ -197,19 +200,17 @@ mod tests {
 
     #[test]
     fn client_is_forwarded_as_it_is_known() {
-        for (tls_version, identity) in
-            [(None, None), (Some("TLSv1.3"), Some("CN=Zo\u{eb},O=\"a\" \u{1}")), (Some("TLSv1.2"), None)]
-        {
-            let client = Client {
-                address: "[::1]:80".parse().unwrap(),
-                tls_version,
-                identity: identity.map(Arc::from),
-                turn: Mutex::default(),
-            };
+        let address = Some("[::1]:80".parse().unwrap());
+        for (address, tls_version, identity) in [
+            (None, None, None),
+            (address, Some("TLSv1.3"), Some("CN=Zo\u{eb},O=\"a\" \u{1}")),
+            (address, Some("TLSv1.2"), None),
+        ] {
+            let client = Client { address, tls_version, identity: identity.map(Arc::from), turn: Arc::default() };
             let (parsed, version) = parse(describe(&client, Version::HTTP_2).as_bytes()).unwrap();
             assert_eq!((parsed.address, parsed.tls_version), (client.address, tls_version));
             assert_eq!((parsed.identity.as_deref(), version), (identity, Version::HTTP_2));
         }
-        assert!(parse(b"").is_none() && parse(b"{}").is_none());
+        assert!(parse(b"").is_none() && parse(br#"{"address":"elsewhere"}"#).is_none());
     }
 }

@@ -44,7 +44,8 @@ impl Rate {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Key {
     Principal(Arc<str>),
-    Address(IpAddr),
+    /// None for all clients of Unix sockets.
+    Address(Option<IpAddr>),
     Overflow,
 }
 
@@ -61,11 +62,11 @@ impl Throttle {
     }
 
     /// Takes a token, or waits for one within the time of the queue. Returns whether it had to wait.
-    pub async fn admit(&self, principal: Option<&Arc<str>>, address: IpAddr) -> Result<bool, Refusal> {
+    pub async fn admit(&self, principal: Option<&Arc<str>>, address: Option<IpAddr>) -> Result<bool, Refusal> {
         let key = match principal {
             Some(name) => Key::Principal(Arc::clone(name)),
             None if self.is_full.load(Ordering::Relaxed) => Key::Overflow,
-            None => Key::Address(network(address)),
+            None => Key::Address(address.map(network)),
         };
         let latest = Instant::now() + self.rate.queue;
         let mut waited = false;

@@ -27,8 +27,9 @@ use x509_cert::der::Decode;
 
 use super::fresh::Fresh;
 
-/// ALPN name of HTTP/2.
+/// ALPN names of HTTP/2 and HTTP/1.1.
 const HTTP2: &[u8] = b"h2";
+const HTTP1: &[u8] = b"http/1.1";
 /// Interval at which client certificates of open connections are verified again when no file changes, unless keep-alives of a
 /// watch come more often.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -72,6 +73,8 @@ pub type Tls = Fresh<Acceptance>;
 /// TLS configuration of the server.
 pub struct Acceptance {
     pub config: Arc<ServerConfig>,
+    /// Configuration of the admin listener: HTTP/1.1, and no client certificates, which probes do not have.
+    pub admin: Arc<ServerConfig>,
     /// None without client certificates.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// When the first certificate of the chain to expire does.
@@ -94,7 +97,7 @@ pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
         all.push(client.authorities.clone());
         all.extend(client.revoked.clone());
     }
-    Fresh::new("the TLS certificate", all, move || config(&files, &clock))
+    Fresh::new("the TLS certificate", all, clock.clone(), move || config(&files, &clock))
 }
 
 fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
@@ -114,6 +117,10 @@ fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
     };
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(versions)?;
     let verifier = files.client.as_ref().map(|client| verifier(client, provider)).transpose()?;
+    let mut admin = builder.clone().with_no_client_auth().with_single_cert(chain.clone(), key.clone_key());
+    if let Ok(admin) = &mut admin {
+        admin.alpn_protocols = vec![HTTP1.to_vec()];
+    }
     let builder = match &verifier {
         None => builder.with_no_client_auth(),
         Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
@@ -126,8 +133,8 @@ fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {
         ),
         error => anyhow!("--tls-key {}: {error}; use a key of type RSA, ECDSA or Ed25519", files.key.display()),
     })?;
-    config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
-    Ok(Acceptance { config: Arc::new(config), verifier, expires, clock: clock.clone() })
+    config.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
+    Ok(Acceptance { config: Arc::new(config), admin: Arc::new(admin?), verifier, expires, clock: clock.clone() })
 }
 
 impl Acceptance {

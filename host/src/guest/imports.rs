@@ -257,7 +257,7 @@ impl response_cache::Host for State {
 
 impl connection::Host for State {
     fn peer_address(&mut self) -> Option<String> {
-        Some(self.client()?.address.to_string())
+        Some(self.client()?.address?.to_string())
     }
     fn tls_version(&mut self) -> Option<String> {
         Some(self.client()?.tls_version?.to_owned())

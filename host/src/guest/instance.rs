@@ -183,6 +183,7 @@ impl Instance {
         Ok(Answer {
             response: self.given(merged, end),
             read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
+            guest_time: answers.iter().map(|answer| answer.guest_time).max().unwrap_or_default(),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
             reusable: None,
@@ -196,8 +197,16 @@ impl Instance {
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
         let (request_id, key_prefix) = (Some(incoming.id.clone()), incoming.key_prefix.clone());
         let (effects, surroundings) = (Appends::new(record), Surroundings::new(record));
-        let call =
-            Call { may_append: true, client, key_prefix, request_id, serving, effects, surroundings, ..Call::default() };
+        let call = Call {
+            may_append: true,
+            client,
+            key_prefix,
+            request_id,
+            serving,
+            effects,
+            surroundings,
+            ..Call::default()
+        };
         let end = self.store.data().log.appended();
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, request))?;
         self.keep_recorded();
@@ -228,6 +237,7 @@ impl Instance {
         Ok(Answer {
             response: self.given(response, end),
             read_sequence,
+            guest_time: Duration::ZERO,
             appended: appended.is_some(),
             sequel,
             reusable,

@@ -80,16 +80,25 @@ fn value(bytes: Vec<u8>) -> Result<HeaderValue> {
     }
 }
 
-/// Who is at the other end of a connection.
+/// A client: the other end of a connection, or who that is a proxy of.
 #[derive(Debug)]
 pub struct Client {
-    pub address: SocketAddr,
+    /// None on a Unix socket. The port is 0 where a proxy did not give it.
+    pub address: Option<SocketAddr>,
     pub tls_version: Option<&'static str>,
     /// The subject of its certificate, which was found good.
     pub identity: Option<Arc<str>>,
     /// Its requests are called for one after the other: a hundred streams of one connection get no more of the guest than
     /// one request of another.
-    pub turn: tokio::sync::Mutex<()>,
+    pub turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Client {
+    /// A client of a proxy, on its connection.
+    pub fn at(&self, address: SocketAddr) -> Self {
+        let Self { tls_version, identity, turn, .. } = self;
+        Self { address: Some(address), tls_version: *tls_version, identity: identity.clone(), turn: Arc::clone(turn) }
+    }
 }
 
 /// Names of the request headers that a guest is given.
@@ -182,6 +191,8 @@ pub struct Answer {
     pub response: Given,
     /// The newest sequence that the response depends on: it may leave when the log is durable up to this.
     pub read_sequence: u64,
+    /// Time in the guest. Of several shards, the longest.
+    pub guest_time: Duration,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
     /// What the guest asked for in place of the response as it is.

@@ -12,8 +12,8 @@ use rustix::net::{
 };
 
 /// Maximum size of a message, and of the number of its descriptors.
-const MESSAGE_BYTES: usize = 1 << 10;
-const DESCRIPTORS: usize = 4;
+const MESSAGE_BYTES: usize = 2 << 10;
+const DESCRIPTORS: usize = 64;
 
 pub struct Channel(OwnedFd);
 
@@ -38,7 +38,7 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
-            return Err(io::Error::other("too many descriptors for a message"));
+            return Err(io::Error::other(format!("more than {DESCRIPTORS} descriptors for a message")));
         }
         sendmsg(&self.0, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
         Ok(())

@@ -15,7 +15,6 @@ use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{HandOver, Handed};
-use tokio::net::TcpListener;
 use tokio::signal::unix::Signal;
 use tokio::sync::{oneshot, watch};
 use tokio::task;
@@ -23,9 +22,12 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use super::channel::{Channel, Message};
-use super::{ADMIN, CONTROL, Control, LISTEN, LOG, PROTOCOL, READY, SERVING, Upgraded, VARIABLE, WHEN_PRIMARY};
+use super::{
+    ADMIN, CONTROL, Control, LISTEN, LISTEN_ACTIVATED, LOG, PROTOCOL, READY, SERVING, Upgraded, VARIABLE, WHEN_PRIMARY,
+};
 use crate::audit::{self, Actor};
 use crate::edge::Successor;
+use crate::edge::listener::{FileOwner, Listener};
 use crate::follow::Followed;
 use crate::guest::{Paused, Shards, Swapper};
 use crate::memory;
@@ -39,11 +41,11 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The listeners that the new process gets.
 pub struct Listeners {
-    /// Gone when the server no longer accepts connections.
-    pub listener: Weak<TcpListener>,
+    /// In the order of the flags. Gone when the server no longer accepts connections.
+    pub http: Vec<Weak<Listener>>,
     pub admin: StdListener,
     pub control: Arc<Control>,
-    pub when_primary: Box<dyn Fn() -> Option<Arc<TcpListener>> + Send + Sync>,
+    pub when_primary: Box<dyn Fn() -> Option<Arc<Listener>> + Send + Sync>,
 }
 
 /// What is handed over, and the switch that ends this process when it was.
@@ -201,10 +203,17 @@ impl Upgrader {
 
     /// Gives the new process the listeners, and waits until it has caught up with the log.
     async fn is_ready(&self, channel: &Arc<Channel>, timeout: Duration) -> Result<()> {
-        let Listeners { listener, admin, control, when_primary } = &self.listeners;
-        let listener = listener.upgrade().context("this server is stopping")?;
+        let Listeners { http, admin, control, when_primary } = &self.listeners;
+        let http: Option<Vec<_>> = http.iter().map(Weak::upgrade).collect();
+        let http = http.context("this server is stopping")?;
         let (control, when_primary) = (control.listener(), when_primary());
-        let mut named: Vec<(&str, BorrowedFd<'_>)> = vec![(LISTEN, listener.as_fd()), (ADMIN, admin.as_fd())];
+        let name = |listener: &Listener| match listener {
+            Listener::Unix(_, FileOwner::ServiceManager) => LISTEN_ACTIVATED,
+            Listener::Unix(_, FileOwner::Server) | Listener::Tcp(_) => LISTEN,
+        };
+        let mut named: Vec<(&str, BorrowedFd<'_>)> =
+            http.iter().map(|listener| (name(listener), listener.as_fd())).collect();
+        named.push((ADMIN, admin.as_fd()));
         named.extend(control.map(|control| (CONTROL, control.as_fd())));
         named.extend(when_primary.as_ref().map(|when_primary| (WHEN_PRIMARY, when_primary.as_fd())));
         let (names, descriptors): (Vec<_>, Vec<_>) = named.into_iter().unzip();

@@ -2,7 +2,6 @@
 
 use std::env;
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -16,7 +15,8 @@ use tokio::task;
 use tracing::info;
 
 use super::channel::{Channel, Message};
-use super::{ADMIN, CONTROL, LISTEN, LOG, PROTOCOL, READY, SERVING, VARIABLE, WHEN_PRIMARY};
+use super::{ADMIN, CONTROL, LISTEN, LISTEN_ACTIVATED, LOG, PROTOCOL, READY, SERVING, VARIABLE, WHEN_PRIMARY};
+use crate::edge::listener::{FileOwner, Listener};
 use crate::follow::Followed;
 
 /// Timeout of the first message, which is sent at once.
@@ -30,10 +30,11 @@ const FAILPOINT: &str = "UPGRADE_FAILPOINT";
 /// The listeners of the old process, and the channel to it.
 pub struct Inherited {
     channel: Arc<Channel>,
-    pub listener: Option<TcpListener>,
-    pub admin: Option<TcpListener>,
+    /// Those of `--listen`, in their order.
+    pub http: Vec<Listener>,
+    pub admin: Option<Listener>,
     pub control: Option<UnixListener>,
-    pub when_primary: Option<TcpListener>,
+    pub when_primary: Option<Listener>,
 }
 
 impl Inherited {
@@ -55,13 +56,15 @@ impl Inherited {
             bail!("{from} is of another version: it begins with {text:?}, not with {PROTOCOL:?}; restart it instead");
         };
         let mut inherited =
-            Self { channel: Arc::new(channel), listener: None, admin: None, control: None, when_primary: None };
+            Self { channel: Arc::new(channel), http: Vec::new(), admin: None, control: None, when_primary: None };
+        let listener = Listener::from_descriptor;
         for (name, descriptor) in names.split_whitespace().zip(descriptors) {
             match name {
-                LISTEN => inherited.listener = Some(descriptor.into()),
-                ADMIN => inherited.admin = Some(descriptor.into()),
+                LISTEN => inherited.http.push(listener(descriptor, FileOwner::Server)?),
+                LISTEN_ACTIVATED => inherited.http.push(listener(descriptor, FileOwner::ServiceManager)?),
+                ADMIN => inherited.admin = Some(listener(descriptor, FileOwner::Server)?),
                 CONTROL => inherited.control = Some(descriptor.into()),
-                WHEN_PRIMARY => inherited.when_primary = Some(descriptor.into()),
+                WHEN_PRIMARY => inherited.when_primary = Some(listener(descriptor, FileOwner::Server)?),
                 _ => bail!("{from} gives a listener {name:?} that this version does not know; restart it instead"),
             }
         }

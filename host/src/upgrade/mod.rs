@@ -10,7 +10,7 @@
 //!
 //! | from | message | descriptors |
 //! |---|---|---|
-//! | old | `kvs-handover 1 listen admin …` | the listeners, in this order |
+//! | old | `kvs-handover 1 listen … admin …` | the listeners, in this order; `listen` in that of the flags |
 //! | new | `ready` | |
 //! | old | `log POSITION` | two of the lock, one of a pair of sockets for forwarded requests |
 //! | new | `serving` | |
@@ -37,6 +37,7 @@ const SERVING: &str = "serving";
 
 /// Names of the listeners in the first message.
 const LISTEN: &str = "listen";
+const LISTEN_ACTIVATED: &str = "listen-activated";
 const ADMIN: &str = "admin";
 const CONTROL: &str = "control";
 const WHEN_PRIMARY: &str = "when-primary";

@@ -5,6 +5,7 @@ use bytesize::ByteSize;
 use kvs_runtime::Env;
 use tracing::info;
 
+use super::listeners;
 use super::store::file_options;
 use crate::guest::{Engine, Source};
 use crate::memory;
@@ -16,6 +17,9 @@ const LEAST_INFLIGHT: u64 = 64 << 20;
 
 /// Checks the settings that are used only when the server has begun, and the guest.
 pub fn check(args: &Serve, env: &Env) -> Result<()> {
+    let data = &args.data_dir;
+    ensure!(data.is_dir() || !data.exists(), "--data-dir {} is not a directory; give another", data.display());
+    listeners::check(args)?;
     match &args.txlog {
         TxlogStorage::File => file_options(args, None, env.clone()).check()?,
         TxlogStorage::Postgres(url) => url.check()?,

@@ -1,21 +1,28 @@
-//! The listeners of the HTTP interface and of the admin interface: bound, and refused where they are open by oversight.
+//! The listeners of the HTTP interface and of the admin interface: bound, and refused where they are open by oversight or in each
+//! other's way.
 //!
 //! Owns: addresses and sockets. Must never know: what is served there.
 
+use std::fs::{self, Permissions};
 use std::future::pending;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener as StdListener};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Clock;
 use kvs_txlog::Condition;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpSocket, UnixSocket};
 use tracing::{info, warn};
 
+use crate::edge::listener::{FileOwner, Listener};
 use crate::follow::Followed;
 use crate::settings::Serve;
+use crate::settings::listen::Address;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -27,9 +34,7 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
     let mut exposures = Vec::new();
     let outside = |address: SocketAddr| !address.ip().to_canonical().is_loopback();
     let (tls, tokens) = (args.tls.tls_cert.is_some(), args.access.tokens.is_some());
-    let listeners = [("--listen", Some(args.listen)), ("--listen-when-primary", args.listen_when_primary)];
-    for (flag, address) in listeners {
-        let Some(address) = address.filter(|address| outside(*address) && !tls) else { continue };
+    for (flag, address) in http_addresses(args).filter(|(_, address)| outside(*address) && !tls) {
         ensure!(
             tokens || args.access.insecure,
             "{flag} {address} can be reached from elsewhere, without TLS and tokens; give those, or --insecure"
@@ -44,41 +49,182 @@ pub fn exposed(args: &Serve) -> Result<Vec<String>> {
              listen on 127.0.0.1",
             args.admin
         );
-        let open = "tokens can be overheard";
-        exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+        if !args.tls.admin_tls {
+            let open = "tokens can be overheard; give --admin-tls";
+            exposures.push(format!("--admin {} can be reached from elsewhere, without TLS: {open}", args.admin));
+        }
     }
     Ok(exposures)
 }
 
-/// The socket of a listener.
-pub enum Socket {
-    /// Clients cannot connect yet.
-    Bound(TcpSocket),
-    /// Of the process that this one replaces. Clients connect, and are served by one of the two.
-    Inherited(TcpListener),
+/// Addresses of the HTTP interface, with their flags.
+fn http_addresses(args: &Serve) -> impl Iterator<Item = (&'static str, SocketAddr)> {
+    let listen = args.listen.tcp().map(|address| ("--listen", address));
+    listen.chain(args.listen_when_primary.map(|address| ("--listen-when-primary", address)))
 }
 
-impl Socket {
-    pub fn new(inherited: Option<StdListener>, address: SocketAddr, flag: &str) -> Result<Self> {
-        match inherited {
-            Some(listener) => Ok(Self::Inherited(TcpListener::from_std(listener)?)),
-            None => Ok(Self::Bound(try_bind(address).with_context(|| cannot_listen(address, flag))?)),
+/// Refuses two listeners at one address, of which one could not be opened.
+pub fn distinct(args: &Serve) -> Result<()> {
+    let tcp: Vec<_> = http_addresses(args).chain([("--admin", args.admin)]).collect();
+    let overlap = |one: SocketAddr, other: SocketAddr| {
+        let (here, there) = (one.ip(), other.ip());
+        let is_same =
+            here == there || here.is_ipv4() == there.is_ipv4() && (here.is_unspecified() || there.is_unspecified());
+        one.port() == other.port() && one.port() != 0 && is_same
+    };
+    for (index, (flag, address)) in tcp.iter().enumerate() {
+        if let Some((other, _)) = tcp[..index].iter().find(|(_, other)| overlap(*address, *other)) {
+            bail!("{other} and {flag} {address} are the same address; give each listener another port");
         }
     }
+    let all = &args.listen.listen;
+    for (index, address) in all.iter().enumerate().filter(|(_, address)| matches!(address, Address::Unix(_))) {
+        ensure!(!all[..index].contains(address), "--listen {address} is given twice; give each listener another path");
+    }
+    Ok(())
+}
 
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        match self {
-            Self::Bound(socket) => socket.local_addr(),
-            Self::Inherited(listener) => listener.local_addr(),
-        }
-    }
+/// A listener of the HTTP interface that is not open yet. The address of TCP is bound. The file of a Unix socket is not, since
+/// until it listens another server could take it for one that was left.
+pub enum Reserved {
+    Tcp(TcpSocket, SocketAddr),
+    Unix(PathBuf),
+    /// Of the process that this one replaces, or of the service manager: clients connect already.
+    Open(Listener),
+}
 
-    pub fn listen(self) -> io::Result<TcpListener> {
-        match self {
-            Self::Bound(socket) => socket.listen(BACKLOG),
-            Self::Inherited(listener) => Ok(listener),
+/// Takes the listeners of the HTTP interface that are `given`, or binds them, before anything slow: an address in use is reported at
+/// once.
+pub fn reserve(args: &Serve, given: Option<Vec<Listener>>) -> Result<Vec<Reserved>> {
+    let all = &args.listen.listen;
+    if let Some(given) = given {
+        let (sockets, addresses) = (given.len(), all.len());
+        let expected = "give one for each --listen, in the same order";
+        ensure!(
+            sockets == addresses,
+            "{sockets} sockets were passed to this process for {addresses} addresses; {expected}"
+        );
+        let fitting = |(address, given)| Ok(Reserved::Open(fit(given, "--listen", address)?));
+        return all.iter().zip(given).map(fitting).collect();
+    }
+    let reserve = |address: &Address| match address {
+        Address::Tcp(address) => {
+            let socket = try_bind(*address).with_context(|| cannot_listen(*address, "--listen"))?;
+            let address = socket.local_addr()?;
+            Ok(Reserved::Tcp(socket, address))
+        }
+        Address::Unix(path) => {
+            free(path)?;
+            Ok(Reserved::Unix(path.clone()))
+        }
+    };
+    all.iter().map(reserve).collect()
+}
+
+/// Checks that a listener of another process is that of a flag.
+fn fit(given: Listener, flag: &str, address: &Address) -> Result<Listener> {
+    let fits = match (&given, address) {
+        (Listener::Tcp(listener), Address::Tcp(address)) => {
+            let bound = listener.local_addr()?;
+            bound.ip() == address.ip() && (address.port() == 0 || bound.port() == address.port())
+        }
+        (Listener::Unix(..), Address::Unix(path)) => given.path().as_ref() == Some(path),
+        _ => false,
+    };
+    let expected = "give the same addresses, in the same order";
+    ensure!(fits, "{flag} {address}: the socket that was passed to this process for it is {given}; {expected}");
+    Ok(given)
+}
+
+/// Takes the listener of the admin interface that is `given`, or opens it.
+pub fn admin(given: Option<Listener>, address: SocketAddr) -> Result<StdListener> {
+    let listener = match given {
+        Some(given) => match fit(given, "--admin", &Address::Tcp(address))? {
+            Listener::Tcp(listener) => listener,
+            Listener::Unix(..) => bail!("the admin listener is not a Unix socket"),
+        },
+        None => {
+            let opened = try_bind(address).and_then(|socket| socket.listen(BACKLOG));
+            opened.with_context(|| cannot_listen(address, "--admin"))?
+        }
+    };
+    Ok(listener.into_std()?)
+}
+
+/// Opens the listeners of the HTTP interface.
+pub fn open(reserved: Vec<Reserved>, args: &Serve) -> Result<Vec<Arc<Listener>>> {
+    let open = |reserved| match reserved {
+        Reserved::Tcp(socket, address) => {
+            Ok(Listener::Tcp(socket.listen(BACKLOG).with_context(|| cannot_listen(address, "--listen"))?))
+        }
+        Reserved::Unix(path) => listen_unix(&path, args.listen.listen_mode),
+        Reserved::Open(listener) => Ok(listener),
+    };
+    reserved.into_iter().map(|reserved| open(reserved).map(Arc::new)).collect()
+}
+
+fn listen_unix(path: &Path, mode: u32) -> Result<Listener> {
+    let listen = || {
+        if let Stale::Yes = free(path)? {
+            fs::remove_file(path)?;
+        }
+        let socket = UnixSocket::new_stream()?;
+        socket.bind(path)?;
+        // Nobody can connect before it listens.
+        fs::set_permissions(path, Permissions::from_mode(mode))?;
+        anyhow::Ok(Listener::Unix(socket.listen(BACKLOG)?, FileOwner::Server))
+    };
+    listen().with_context(|| {
+        format!("cannot listen on unix:{}; is its directory there and writable? See --listen", path.display())
+    })
+}
+
+/// Whether the file of a socket was left by a server that is gone.
+enum Stale {
+    Yes,
+    No,
+}
+
+/// Checks that nobody listens at this path.
+fn free(path: &Path) -> Result<Stale> {
+    if !is_socket(path)? {
+        return Ok(Stale::No);
+    }
+    let shown = path.display();
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(Stale::Yes),
+        Err(error) => Err(error).with_context(|| format!("--listen unix:{shown}")),
+        Ok(_) => bail!("--listen unix:{shown}: another process listens there; stop it, or choose another path"),
+    }
+}
+
+/// Checks that a Unix socket can be at this path, and returns whether one is there.
+fn is_socket(path: &Path) -> Result<bool> {
+    let shown = path.display();
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let missing = format!("--listen unix:{shown}: {} is not a directory; make it first", directory.display());
+            ensure!(directory.is_dir(), missing);
+            Ok(false)
+        }
+        Err(error) => Err(error).with_context(|| format!("--listen unix:{shown}")),
+        Ok(file) => {
+            let is_socket = file.file_type().is_socket();
+            ensure!(is_socket, "--listen unix:{shown}: the file is there and is not a socket; choose another path");
+            Ok(true)
         }
     }
+}
+
+/// Checks what only the start of the server would find, except addresses in use: a server that runs has them.
+pub fn check(args: &Serve) -> Result<()> {
+    for address in &args.listen.listen {
+        if let Address::Unix(path) = address {
+            is_socket(path)?;
+        }
+    }
+    Ok(())
 }
 
 fn try_bind(address: SocketAddr) -> io::Result<TcpSocket> {
@@ -89,17 +235,21 @@ fn try_bind(address: SocketAddr) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
-pub fn cannot_listen(address: SocketAddr, flag: &str) -> String {
+fn cannot_listen(address: SocketAddr, flag: &str) -> String {
     format!("cannot listen on {address}; stop what listens there, or choose another address with {flag}")
 }
 
 /// URL that clients reach the primary at: as configured, or else by the address that it listens on. None for a wildcard
 /// address, which is of no use to others.
-pub fn advertised(args: &Serve, listen: SocketAddr) -> Option<String> {
-    let address = args.listen_when_primary.unwrap_or(listen);
+pub fn advertised(args: &Serve, reserved: &[Reserved]) -> Option<String> {
+    let bound = reserved.iter().find_map(|reserved| match reserved {
+        Reserved::Tcp(_, address) => Some(*address),
+        Reserved::Open(Listener::Tcp(listener)) => listener.local_addr().ok(),
+        Reserved::Unix(_) | Reserved::Open(Listener::Unix(..)) => None,
+    });
     let scheme = if args.tls.tls_cert.is_some() { "https" } else { "http" };
-    let by_address = || (!address.ip().is_unspecified()).then(|| format!("{scheme}://{address}"));
-    args.advertise.clone().or_else(by_address)
+    let address = args.listen_when_primary.or(bound).filter(|address| !address.ip().is_unspecified());
+    args.advertise.clone().or_else(|| Some(format!("{scheme}://{}", address?)))
 }
 
 /// The listener of the primary, which is opened when this process is primary and the address is free: a former primary may
@@ -109,7 +259,7 @@ pub struct WhenPrimary {
     /// Why the address cannot be had yet.
     failure: Mutex<Option<String>>,
     /// The listener while it is open.
-    listener: Mutex<Weak<TcpListener>>,
+    listener: Mutex<Weak<Listener>>,
 }
 
 impl WhenPrimary {
@@ -117,10 +267,10 @@ impl WhenPrimary {
     pub async fn open(
         &self,
         address: Option<SocketAddr>,
-        inherited: Option<TcpListener>,
+        inherited: Option<Listener>,
         followed: Option<Arc<Followed>>,
         clock: &Clock,
-    ) -> Arc<TcpListener> {
+    ) -> Arc<Listener> {
         if let Some(listener) = inherited {
             return self.opened(listener);
         }
@@ -133,7 +283,7 @@ impl WhenPrimary {
                 Ok(listener) => {
                     self.set_failure(None);
                     info!("primary, listening on {address} too");
-                    return self.opened(listener);
+                    return self.opened(Listener::Tcp(listener));
                 }
                 Err(error) => {
                     let failure = format!("--listen-when-primary {address} cannot be opened: {error}");
@@ -146,14 +296,14 @@ impl WhenPrimary {
         }
     }
 
-    fn opened(&self, listener: TcpListener) -> Arc<TcpListener> {
+    fn opened(&self, listener: Listener) -> Arc<Listener> {
         let listener = Arc::new(listener);
         *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&listener);
         listener
     }
 
     /// Returns the listener, while it is open.
-    pub fn listener(&self) -> Option<Arc<TcpListener>> {
+    pub fn listener(&self) -> Option<Arc<Listener>> {
         self.listener.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 

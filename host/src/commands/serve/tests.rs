@@ -68,7 +68,16 @@ impl Site {
         let admin = TcpListener::bind("127.0.0.4:0").unwrap().local_addr().unwrap();
         let args =
             ["kvs", "--listen", "127.0.0.4:0", "--admin", &admin.to_string(), "--tokens", "/dev/null", "--admin-open"];
-        let others = ["--rate-limit", "1000/s", "--access-log-rate", "10", "--data-dir", data.path().to_str().unwrap()];
+        let others = [
+            "--rate-limit",
+            "1000/s",
+            "--access-log-rate",
+            "10",
+            "--slow-request",
+            "1s",
+            "--data-dir",
+            data.path().to_str().unwrap(),
+        ];
         let args = Program::parse_from(args.into_iter().chain(others)).serve;
         Self { _data: data, admin, args }
     }
@@ -103,7 +112,7 @@ fn ask(admin: SocketAddr, path: &str) -> io::Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_task_that_panics_is_started_again() {
-    const TASKS: [&str; 11] = [
+    const TASKS: [&str; 12] = [
         "access log",
         "admin",
         "change feed",
@@ -111,6 +120,7 @@ async fn every_task_that_panics_is_started_again() {
         "guest reload",
         "housekeeping",
         "signals",
+        "slow request log",
         "throttle sweep",
         "token reload",
         "upgrade requests",

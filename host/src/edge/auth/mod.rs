@@ -106,7 +106,7 @@ const NOBODY: Hash = [0; 32];
 /// Loads the token file, and reloads it when it changes.
 pub fn load(file: &Path, clock: Clock) -> Result<Arc<Tokens>> {
     let file = file.to_owned();
-    Fresh::new("the token file", vec![file.clone()], move || {
+    Fresh::new("the token file", vec![file.clone()], clock.clone(), move || {
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read --tokens {}", file.display()))?;
         TokenTable::parse(&text, &clock).with_context(|| format!("--tokens {}", file.display()))
     })

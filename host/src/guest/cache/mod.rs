@@ -14,6 +14,7 @@ mod versions;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::header::{HeaderName, HeaderValue};
@@ -126,6 +127,7 @@ impl ResponseCache {
         kept.map(|kept| Answer {
             read_sequence: kept.read_sequence,
             response: Given::Kept(kept),
+            guest_time: Duration::ZERO,
             appended: false,
             sequel: None,
             reusable: None,

@@ -5,6 +5,7 @@
 
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::compare::{self, Difference};
 use super::queue;
@@ -69,6 +70,7 @@ impl Decision {
                     appended: false,
                     sequel: None,
                     reusable: None,
+                    guest_time: Duration::ZERO,
                 };
                 let answers: Vec<_> = parts.into_iter().map(answer).collect();
                 let theirs = candidate.ask(|instance| instance.merge_responses(incoming, &answers, time));

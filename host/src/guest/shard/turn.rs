@@ -130,16 +130,16 @@ impl Turn {
         };
         let begun = self.clock().now();
         let handled = replica.instance.handle(&incoming, record);
-        let took = self.clock().elapsed(begun);
-        self.shard.shared.metrics.calls.observe_time(took);
+        let guest_time = self.clock().elapsed(begun);
+        self.shard.shared.metrics.calls.observe_time(guest_time);
         self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
             Ok(answer) => {
                 if let Some((tap, recorded)) = tap.zip(replica.instance.recorded()) {
-                    tap.add(recorded, (record == Record::All).then_some((incoming, &answer, took)));
+                    tap.add(recorded, (record == Record::All).then_some((incoming, &answer, guest_time)));
                 }
                 self.has = Instanced::Free(replica);
-                Ok(answer)
+                Ok(Answer { guest_time, ..answer })
             }
             Err(trapped) => {
                 let (guest, request, request_id) =

@@ -27,12 +27,8 @@ fn cache(bytes: u64) -> (Arc<ResponseCache>, Arc<Clock>) {
 }
 
 fn request(method: &str, target: &str) -> Incoming {
-    let client = Client {
-        address: "192.0.2.7:49152".parse().unwrap(),
-        tls_version: None,
-        identity: None,
-        turn: tokio::sync::Mutex::default(),
-    };
+    let client =
+        Client { address: "192.0.2.7:49152".parse().ok(), tls_version: None, identity: None, turn: Arc::default() };
     Incoming {
         request: Request::builder().method(method).uri(target).body(Bytes::new()).unwrap(),
         client: Arc::new(client),
