@@ -3,6 +3,8 @@
 //! Owns: both ends of that. Must never know: how the other process took over.
 
 use std::convert::Infallible;
+use std::error::Error;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
@@ -150,7 +152,14 @@ impl Edge {
             .max_header_list_size(u32::try_from(limits.header_bytes + EXTRA_HEADER_BYTES).unwrap_or(u32::MAX));
         let ended = http.serve_connection(socket, service).await;
         drop(open);
-        ended.context("the connection of the former process ended")
+        match ended {
+            // It does not read to the end, so its exit can look like a reset.
+            Err(error) if error.source().is_some_and(|source| source.is::<io::Error>()) => {
+                debug!("the former process has ended: {error}");
+                Ok(())
+            }
+            ended => ended.context("the connection of the former process ended"),
+        }
     }
 
     async fn forwarded(&self, mut request: Request<Arriving>) -> Response<Reply> {

@@ -34,14 +34,19 @@ impl Channel {
         Self(socket)
     }
 
+    /// Sends a message. To a process that has ended nothing is sent, and that is no error: the next `receive` returns None.
     pub fn send(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
             return Err(io::Error::other(format!("more than {DESCRIPTORS} descriptors for a message")));
         }
-        sendmsg(&self.0, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
-        Ok(())
+        let sent = sendmsg(&self.0, &[IoSlice::new(text.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
+        match sent.map_err(io::Error::from) {
+            // A reset: it was killed before it had read everything.
+            Err(error) if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Waits for a message, at most this long. None when the other end is closed, which is so when its process has ended.
@@ -105,6 +110,16 @@ mod tests {
         assert_eq!(text, "kept");
         assert_eq!(theirs.receive(Some(Duration::from_millis(1))).err().unwrap().kind(), ErrorKind::WouldBlock);
         drop(ours);
+        theirs.send("to nobody", &[]).unwrap();
         assert!(theirs.receive(None).unwrap().is_none());
+    }
+
+    #[test]
+    fn end_of_other_process_is_received_with_messages_unread() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        ours.send("unread", &[]).unwrap();
+        drop(theirs);
+        ours.send("to nobody", &[]).unwrap();
+        assert!(ours.receive(None).unwrap().is_none());
     }
 }
