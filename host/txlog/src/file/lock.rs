@@ -1,9 +1,8 @@
 //! The lock: a data directory belongs to one process at a time, and the error of a second one names the holder.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -81,7 +80,8 @@ impl Lock {
     pub(super) fn announce(&self, data: &Path, url: Option<&str>) -> anyhow::Result<()> {
         let url = url.map(|url| format!("{url}\n")).unwrap_or_default();
         let holder = format!("{}\n{url}", std::process::id());
-        match self.file.set_len(0).and_then(|()| self.file.write_all_at(holder.as_bytes(), 0)) {
+        let mut file = &self.file;
+        match file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(holder.as_bytes())) {
             // A full disk must not prevent the log from opening; the error of a second process names no holder then.
             Err(error) if !is_full(&error) => {
                 Err(error).with_context(|| format!("cannot write {}", data.join(NAME).display()))
