@@ -317,7 +317,9 @@ fn death_of_old_process_during_upgrade_is_a_takeover() {
         kill_process(Pid::from_raw(process).expect("not 0"), Signal::CONT).expect("it is there");
         assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
     });
-    server.upgrade(&[]);
+    // The failpoint is in the environment of the process that serves now.
+    let binary = program(&programs, "next", &format!("unset UPGRADE_FAILPOINT; exec {kvs} \"$@\""));
+    server.upgrade(&["--binary", binary.to_str().expect("a path is text")]);
     assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
     server.terminate();
 }
