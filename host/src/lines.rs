@@ -53,7 +53,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Starts the logger. From here on panics are logged too.
 pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
-    let filter: Targets = filter.parse().with_context(|| format!("--log-filter {filter}"))?;
+    // The client of NATS returns its errors, and logs them as well: a failed start would say it twice.
+    let filter: Targets =
+        format!("async_nats=off,{filter}").parse().with_context(|| format!("--log-filter {filter}"))?;
     let clock = env.clock.clone();
     let write = move || -> Result<()> {
         let lost = |lost| warn!(lost, "log lines were lost: standard error did not take them");

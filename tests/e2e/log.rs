@@ -30,6 +30,11 @@ pub fn kvs_at(data: &Path) -> Command {
     command
 }
 
+/// Returns whether the log can be compacted: one in NATS keeps every entry.
+pub fn is_compactable() -> bool {
+    !std::env::var("KVS_TEST_LOG").is_ok_and(|url| url.starts_with("nats://"))
+}
+
 /// Returns the URL of the log of this directory.
 fn stream(url: &str, data: &Path) -> String {
     let name = data.to_str().expect("a temporary path is text").replace(|c: char| !c.is_ascii_alphanumeric(), "-");

@@ -139,6 +139,15 @@ struct Clients {
     failed_reads: Mutex<Vec<u16>>,
 }
 
+/// Ends the clients, also when the test fails.
+struct End<'c>(&'c Clients);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::Release);
+    }
+}
+
 impl Clients {
     fn acknowledged(&self) -> usize {
         self.acknowledged.lock().expect("nobody panics").len()
@@ -198,6 +207,7 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
     let clients = Clients::default();
     let mut pauses = Vec::new();
     thread::scope(|scope| {
+        let _end = End(&clients);
         for client in 0..4 {
             let (server, clients) = (&server, &clients);
             scope.spawn(move || clients.write(server, client));
@@ -212,7 +222,6 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
             pauses.push(clients.grow(100) + Duration::from_millis(500));
             nodes.restart(leader);
         }
-        clients.ended.store(true, Ordering::Release);
     });
     let Clients { acknowledged, reads, failed_reads, .. } = clients;
     let (acknowledged, failed) = (acknowledged.into_inner().unwrap(), failed_reads.into_inner().unwrap());
@@ -236,6 +245,25 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
         failed.len()
     );
     assert!(lost == 0 && doubled == 0 && failed.is_empty(), "{failed:?}");
+}
+
+#[test]
+fn standby_that_starts_under_load_knows_the_primary() {
+    let nodes = Nodes::start(3);
+    let first = start(&nodes);
+    let clients = Clients::default();
+    let standby = thread::scope(|scope| {
+        let _end = End(&clients);
+        scope.spawn(|| clients.write(&first, 0));
+        // Beyond its claim, so that only a frame under load can name it.
+        clients.grow(100);
+        stand_by(&nodes)
+    });
+    first.kill();
+    becomes_ready(&standby, 200, WELL);
+    for key in clients.acknowledged.into_inner().unwrap() {
+        assert_eq!(get(&standby, &key), (200, key.clone()));
+    }
 }
 
 fn refuses(nodes: &Nodes, args: &[&str]) -> Refused {

@@ -114,8 +114,10 @@ impl Nodes {
 
     fn leads(&self, node: usize, log: &str) -> bool {
         let address = SocketAddr::from(([127, 0, 0, 1], self.ports[node].monitor));
-        let answer = Connection::open(address).ask("GET", "/jsz?streams=true", b"");
-        let answer: Value = serde_json::from_str(answer.text()).expect("it is JSON");
+        let mut connection = Connection::open(address);
+        connection.ask_for_head("GET", "/jsz?streams=true", &[]);
+        let answer: Vec<u8> = std::iter::from_fn(|| connection.chunk()).flatten().collect();
+        let answer: Value = serde_json::from_slice(&answer).expect("it is JSON");
         let streams = answer["account_details"].as_array().into_iter().flatten();
         let mut streams = streams.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
         let stream = streams.find(|stream| stream["name"] == format!("KVS-{log}-00"));

@@ -117,6 +117,7 @@ impl Follower {
                     shared.set_damage(None);
                 }
                 Ok(Some(writer)) => {
+                    info!("claimed the log in {}, epoch {}", shared.name, self.tip.epoch);
                     shared.breaker.succeeded();
                     return writer.run(shared).await;
                 }
@@ -172,8 +173,7 @@ impl Follower {
         }
         self.publish(shared);
         let claimed = self.claim.filter(|_| self.is_owned);
-        Ok(claimed.map(|(tip, sent)| {
-            info!("claimed the log in {}, epoch {}", shared.name, tip.epoch);
+        Ok(claimed.map(|(_, sent)| {
             shared.metrics.claims.add(1);
             shared.lease.renew_with(sent, true, true);
             Writer::new(self.tip, sent)

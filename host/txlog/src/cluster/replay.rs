@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use super::Shared;
 use super::frame::{Kind, decoded};
-use super::reader::Failure;
+use super::reader::{Failure, Read};
 use crate::Receive;
 use crate::file::Batch;
 
@@ -23,13 +23,7 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
         let reason = match shared.read(&mut tip, RETRY_DELAY).await {
             Ok(frames) if !frames.is_empty() => {
                 progress = shared.env.clock.now();
-                for frame in frames {
-                    if frame.kind == Kind::Void {
-                        continue;
-                    }
-                    shared.index.note(frame.before);
-                    hand_over(shared, &frame.bytes, (after, until), receive)?;
-                }
+                hand_over(shared, &frames, (after, until), receive)?;
                 continue;
             }
             Ok(_) => format!("frame {} is missing", tip.position + 1),
@@ -42,20 +36,23 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
     Ok(until.max(after))
 }
 
-/// Hands over those entries of a frame that are in a span of sequences.
-fn hand_over(shared: &Shared, bytes: &[u8], (after, until): (u64, u64), receive: &mut Receive<'_>) -> Result<()> {
+/// Hands over those entries of frames that are in a span of sequences, in batches as large as those of other logs.
+fn hand_over(shared: &Shared, frames: &[Read], (after, until): (u64, u64), receive: &mut Receive<'_>) -> Result<()> {
     let invalid = || Failure::Damaged("a frame contains an invalid entry".into());
-    let frame = decoded(shared.log, bytes).ok_or_else(invalid)?;
     let mut batch = Batch::default();
-    for entry in frame.entries() {
-        let entry = entry.ok_or_else(invalid)?;
-        if entry.sequence <= after || entry.sequence > until {
-            continue;
+    for Read { bytes, before, .. } in frames.iter().filter(|frame| frame.kind != Kind::Void) {
+        shared.index.note(*before);
+        let frame = decoded(shared.log, bytes).ok_or_else(invalid)?;
+        for entry in frame.entries() {
+            let entry = entry.ok_or_else(invalid)?;
+            if entry.sequence <= after || entry.sequence > until {
+                continue;
+            }
+            if !batch.has_room_for(&entry) {
+                batch.hand_over(receive)?;
+            }
+            batch.push(entry).ok_or_else(invalid)?;
         }
-        if !batch.has_room_for(&entry) {
-            batch.hand_over(receive)?;
-        }
-        batch.push(entry).ok_or_else(invalid)?;
     }
     batch.hand_over(receive)
 }

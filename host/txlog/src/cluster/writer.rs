@@ -34,8 +34,9 @@ pub struct Writer {
     in_flight: VecDeque<InFlight>,
     /// Outcomes of the frames in flight, in their order.
     outcomes: FuturesOrdered<Call<'static, Put>>,
-    /// Time at which the last frame was sent.
+    /// Time at which the last frame was sent, and the last one that names this process.
     sent: Instant,
+    named: Instant,
     /// Consecutive refusals.
     refusals: u32,
     /// The frame that releases the log was put.
@@ -62,6 +63,7 @@ impl Writer {
             in_flight: VecDeque::new(),
             outcomes: FuturesOrdered::new(),
             sent,
+            named: sent,
             refusals: 0,
             is_released: false,
             closing: None,
@@ -77,6 +79,11 @@ impl Writer {
             let is_in_barrier = self.durable.is_in_barrier();
             let window = if is_in_barrier { 1 } else { WINDOW };
             let can_take = self.in_flight.len() < window && !self.is_released;
+            // Also without a pause: a standby that starts then must learn whose lease it waits for.
+            if can_take && shared.env.clock.elapsed(self.named) >= shared.lease.time {
+                self.heartbeat(shared);
+                continue;
+            }
             let idle = match self.in_flight.is_empty() {
                 true if is_in_barrier => Duration::ZERO,
                 true => rest,
@@ -91,10 +98,7 @@ impl Writer {
                             let frame = self.end.entries(shared.log, &batch);
                             self.put(shared, frame, Some(batch));
                         }
-                        WriterCommand::Idle if self.in_flight.is_empty() => {
-                            let frame = self.end.heartbeat(shared.log, &shared.holder);
-                            self.put(shared, frame, None);
-                        }
+                        WriterCommand::Idle if self.in_flight.is_empty() => self.heartbeat(shared),
                         WriterCommand::Idle => {}
                         WriterCommand::Closed => {
                             self.is_released = true;
@@ -109,6 +113,12 @@ impl Writer {
                 return;
             }
         }
+    }
+
+    fn heartbeat(&mut self, shared: &Shared) {
+        let frame = self.end.heartbeat(shared.log, &shared.holder);
+        self.put(shared, frame, None);
+        self.named = self.sent;
     }
 
     fn put(&mut self, shared: &Shared, bytes: Bytes, batch: Option<Batch<Entries>>) {

@@ -388,7 +388,7 @@ mod tests {
     #[test]
     fn low_yield_compaction_reschedules_after_growth() {
         let log = open(&FakeDisk::default()).unwrap();
-        let shared = &log.shared;
+        let shared = &*log.shared();
         for number in 0..800 {
             append(&log, 1, &[put(&format!("key {number}"), b"live"), Event::Delete(format!("nothing {number}"))]);
         }
@@ -420,7 +420,8 @@ mod tests {
     #[test]
     fn write_stall_limit_follows_progress_of_the_run() {
         let log = open(&FakeDisk::default()).unwrap();
-        let (shared, compactor) = (&log.shared, &log.shared.compactor);
+        let shared = &*log.shared();
+        let compactor = &shared.compactor;
         let bytes = shared.catalog.bytes();
         let begin = bytes - 150;
         compactor.lock().debt = Some(Debt { begin, bound: begin + 800, work: u64::MAX, done: 0 });
@@ -442,7 +443,7 @@ mod tests {
     #[test]
     fn expired_entries_are_dropped_after_grace_period() {
         let log = open(&FakeDisk::default()).unwrap();
-        let now = || log.shared.clock().unix_ms();
+        let now = || log.shared().clock().unix_ms();
         for (key, expires) in [("long ago", 5), ("just now", now() - 1), ("later", now() + 1_000_000)] {
             let (key, value, metadata, expires) = (key.into(), Vec::new(), Vec::new(), Some(expires));
             append(&log, 1, &[Event::Put(Put { key, value, metadata, expires })]);
@@ -450,7 +451,7 @@ mod tests {
         for _ in 0..9 {
             commit(&log, put("another", &[1; 500]));
         }
-        compact(&log.shared).unwrap();
+        compact(&log.shared()).unwrap();
         let left = replayed(&log).into_iter().map(|(sequence, ..)| sequence).filter(|sequence| *sequence < 4);
         assert_eq!(left.collect::<Vec<_>>(), [2, 3]);
     }

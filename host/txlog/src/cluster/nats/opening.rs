@@ -2,9 +2,10 @@
 //!
 //! Owns: the list of these settings. Must never know: what is written.
 
+use std::future::ready;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -122,11 +123,12 @@ async fn prepare(
     let payload = client.max_payload() as u64;
     let largest = payload.saturating_sub(OVERHEAD + HEADER_BYTES);
     let group_bytes = options.group_bytes.unwrap_or(largest);
+    let needed = group_bytes + OVERHEAD + HEADER_BYTES;
     ensure!(
         group_bytes <= largest,
-        "max_payload of the server is {payload} bytes, but the largest write needs {}: set max_payload to 8MB, or \
+        "max_payload of the server is {payload} bytes, but the largest write needs {needed}: set max_payload to {}MB, or \
          lower --max-value-bytes",
-        group_bytes + OVERHEAD + HEADER_BYTES
+        needed.div_ceil(1 << 20).max(8)
     );
     if let Some(data) = data {
         for warning in &warnings {
@@ -143,14 +145,24 @@ async fn prepare(
 
 async fn connect(target: &Target, waits: bool, env: &Env) -> Result<Client> {
     loop {
-        let options = target.options().await?.connection_timeout(CONNECT_TIMEOUT).event_callback(|event| async move {
+        let is_lost = AtomicBool::new(false);
+        let log = move |event| {
             match event {
-                Event::Connected => info!("connected to the engine of the log"),
-                Event::Disconnected => warn!("connection to the engine of the log lost, reconnecting"),
+                // The first time is no news, nor is the end.
+                Event::Connected if is_lost.swap(false, Ordering::Relaxed) => {
+                    info!("resolved: connected to the engine of the log again");
+                }
+                Event::Connected | Event::Closed => {}
+                Event::Disconnected => {
+                    is_lost.store(true, Ordering::Relaxed);
+                    warn!("connection to the engine of the log lost, reconnecting");
+                }
                 Event::ServerError(error) => warn!("the engine of the log reports: {error}"),
                 event => info!("the connection to the engine of the log: {event}"),
             }
-        });
+            ready(())
+        };
+        let options = target.options().await?.connection_timeout(CONNECT_TIMEOUT).event_callback(log);
         match options.connect(&*target.servers).await {
             Ok(client) => return Ok(client),
             Err(error) if waits => warn!("engine of the log unavailable, standby retries to connect: {error}"),

@@ -32,6 +32,8 @@ pub struct Host {
     pub drift: i32,
     /// None until the log is open.
     pub log: Option<Arc<Shared>>,
+    /// What the last read found: its lease is over.
+    pub is_over: Cell<bool>,
 }
 
 /// What clients were told.
@@ -184,7 +186,6 @@ impl World {
             return;
         }
         let newest = self.seen.newest.get();
-        let refused_before = shared.reads_refused().is_some();
         let shown = shared.queue.appended();
         // The call takes a moment, in which the process can be paused.
         let call = self.sim.millis(0..2);
@@ -192,8 +193,10 @@ impl World {
         if shared.watermark.reached(shown).await.is_err() {
             return;
         }
-        let is_refused =
-            if mutants::is("LeaseCheckedBefore") { refused_before } else { shared.reads_refused().is_some() };
+        let is_over = shared.reads_refused().is_some();
+        let was_over = self.hosts[host].borrow().is_over.replace(is_over);
+        // At any time during the request it is right: then nobody had claimed the log when the request came. Before is not.
+        let is_refused = if mutants::is("LeaseCheckedBefore") { was_over } else { is_over };
         if is_refused {
             return;
         }

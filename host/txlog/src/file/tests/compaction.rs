@@ -245,10 +245,10 @@ fn tombstone_is_kept_for_reader_starting_mid_run() {
     fill(&log, 20);
     let is_there = || replayed(&log).iter().any(|entry| entry.2 == "delete \"a\"");
     let params = CompactionParams { retain_from: u64::MAX, now: 1, min_yield_percent: 0, keys: 100 };
-    let mut reader = None;
-    let outcome = compact::run(&log.shared(), &log.shared().catalog.sealed(), &params, &mut |_| {
+    let (shared, mut reader) = (log.shared(), None);
+    let outcome = compact::run(&shared, &shared.catalog.sealed(), &params, &mut |_| {
         if reader.is_none() && disk.names().iter().any(|name| name.contains('-')) {
-            reader = Some(log.shared().catalog.reader(0).unwrap());
+            reader = Some(shared.catalog.reader(0).unwrap());
         }
         Ok(())
     })
