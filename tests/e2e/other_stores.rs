@@ -65,7 +65,8 @@ fn has(client: &mut Connection, key: &str, value: &[u8]) {
 
 /// The seconds that a key has left.
 fn left(client: &mut Connection, key: &str) -> u64 {
-    let page: Value = serde_json::from_slice(&client.ask("GET", &format!("/v1?prefix={key}"), b"").body).expect("it is JSON");
+    let page: Value =
+        serde_json::from_slice(&client.ask("GET", &format!("/v1?prefix={key}"), b"").body).expect("it is JSON");
     let expires = page["keys"][0]["expires"].as_u64().unwrap_or_else(|| panic!("{key} has no TTL: {page}"));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
     expires.saturating_sub(now.as_millis() as u64) / 1_000

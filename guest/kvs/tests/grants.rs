@@ -76,8 +76,7 @@ fn respond(shards: usize, events: &[(u64, Event)], request: &Request) -> (Respon
         (_, Target::Key(key)) => vec![owner(&key)],
         (_, Target::AllShards) => (0..shards).collect(),
         (_, Target::KeysInBody) => {
-            let mut owners: Vec<_> =
-                Kvs::extract_keys(&request.body).iter().map(|key| owner(key)).collect();
+            let mut owners: Vec<_> = Kvs::extract_keys(&request.body).iter().map(|key| owner(key)).collect();
             owners.dedup();
             match &owners[..] {
                 [] => vec![0],

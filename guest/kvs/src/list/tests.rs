@@ -64,7 +64,9 @@ fn a_list_is_sorted_by_bytes_and_tells_what_is_there() {
 #[test]
 fn large_value_is_left_out_of_pages_and_merged_pages_have_a_limit() {
     let mut stores = [Store::default(), Store::default()];
-    for (sequence, (key, bytes)) in (1..).zip([("a", PAGE_BYTES - 1), ("b", PAGE_BYTES + 1), ("c", 1), ("d", PAGE_BYTES)]) {
+    for (sequence, (key, bytes)) in
+        (1..).zip([("a", PAGE_BYTES - 1), ("b", PAGE_BYTES + 1), ("c", 1), ("d", PAGE_BYTES)])
+    {
         stores[sequence as usize % 2].replace(sequence, &put(key, &vec![b'x'; bytes], None));
     }
     let [even, odd] = stores.each_ref().map(|store| read(&get(store, "values=true", NOW)));
