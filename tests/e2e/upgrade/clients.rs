@@ -122,9 +122,9 @@ pub fn watch(way: &Way, address: SocketAddr, over: &AtomicBool, tally: &Tally) -
         let head = connection.try_ask_for_head("GET", &format!("/v1?watch&since={after}"), &[]);
         let head = head.expect("a watch begins");
         assert_eq!(head.status, 200);
-        let length = head.header("content-length").map(|length| length.parse().expect("a number"));
+        let mut length = head.header("content-length").map(|length| length.parse().expect("a number"));
         let mut rest = String::new();
-        while let Some(chunk) = chunk(&mut connection, length, &rest) {
+        while let Some(chunk) = chunk(&mut connection, &mut length) {
             rest += &chunk;
             while let Some((block, later)) = rest.split_once("\n\n") {
                 if block == ":" && over.load(Ordering::Relaxed) {
@@ -150,12 +150,12 @@ pub fn watch(way: &Way, address: SocketAddr, over: &AtomicBool, tally: &Tally) -
     }
 }
 
-/// The next piece of a watch, which is whole when the old process has forwarded it.
-fn chunk(connection: &mut Connection<Box<dyn Stream>>, length: Option<usize>, read: &str) -> Option<String> {
+/// The next piece of a watch. One that the old process has forwarded is a single piece, of a length that is known.
+fn chunk(connection: &mut Connection<Box<dyn Stream>>, length: &mut Option<usize>) -> Option<String> {
     let bytes = match length {
         None => connection.try_chunk().expect("a watch ends in good order")?,
-        Some(_) if !read.is_empty() => return None,
-        Some(length) => connection.try_read_exact(length).expect("the body is whole"),
+        Some(0) => return None,
+        Some(left) => connection.try_read_exact(std::mem::take(left)).expect("the body is whole"),
     };
     Some(String::from_utf8(bytes).expect("text"))
 }
