@@ -95,7 +95,8 @@ fn redis(address: SocketAddr, commands: &[&[&[u8]]]) {
 #[test]
 fn strings_of_redis_are_copied_with_their_ttl() {
     let address = free();
-    let _redis = start("redis-server", address, &["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""]);
+    let _redis =
+        start("redis-server", address, &["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""]);
     let many: Vec<Vec<u8>> = (0..1_000).map(|number| format!("many:{number}").into_bytes()).collect();
     let mut commands: Vec<Vec<&[u8]>> = many.iter().map(|key| vec![b"SET".as_slice(), key, key]).collect();
     let large = vec![b'x'; 700_000];
@@ -143,7 +144,8 @@ fn strings_of_redis_are_copied_with_their_ttl() {
 fn keys_of_etcd_are_copied_with_the_ttl_of_their_lease() {
     let (address, peers) = (free(), free());
     let (clients, peers) = (format!("http://{address}"), format!("http://{peers}"));
-    let mut args = vec!["--listen-client-urls", &clients, "--advertise-client-urls", &clients, "--listen-peer-urls", &peers];
+    let mut args =
+        vec!["--listen-client-urls", &clients, "--advertise-client-urls", &clients, "--listen-peer-urls", &peers];
     let cluster = format!("default={peers}");
     args.extend(["--initial-advertise-peer-urls", &peers, "--initial-cluster", &cluster]);
     let _etcd = start("etcd", address, &args);
@@ -195,7 +197,8 @@ fn consul() -> SocketAddr {
                 "/v1/kv/%07" => ("200 OK", r#"[{"Key":"\u0007","Flags":0,"Value":"AA=="}]"#),
                 _ => ("404 Not Found", ""),
             };
-            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
+            let answer =
+                format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
             let mut connection = connection.into_inner();
             connection.write_all(answer.as_bytes()).expect("it reads");
             let _ = connection.read(&mut [0]);

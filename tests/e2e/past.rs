@@ -69,12 +69,14 @@ fn log_is_served_as_it_was_and_not_changed() {
 fn state_that_was_compacted_is_not_served() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
-    let sequences: Vec<_> = (0..3).map(|_| client.ask("PUT", "/v1/key", b"value").etag().expect("it has a sequence")).collect();
+    let sequences: Vec<_> =
+        (0..3).map(|_| client.ask("PUT", "/v1/key", b"value").etag().expect("it has a sequence")).collect();
     let stopped = server.terminate();
     let compacted = crate::server::kvs().args(["txlog", "compact", "--data-dir"]).arg(stopped.data()).output();
     assert!(compacted.expect("the binary can be started").status.success());
     let refused = stopped.refuses(&["--read-only", "--until", &sequences[0].to_string()]);
-    let text = format!("the state at sequence {} is not retained: entries from before it were compacted since", sequences[0]);
+    let text =
+        format!("the state at sequence {} is not retained: entries from before it were compacted since", sequences[0]);
     refused.with(1, &[&text, &format!("it can be had from sequence {}", sequences[2])]);
     let server = stopped.restart(&["--read-only", "--until", &sequences[2].to_string()]);
     has(&server, Some("value"));

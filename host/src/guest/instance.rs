@@ -196,8 +196,16 @@ impl Instance {
         let (client, serving) = (Some(Arc::clone(&incoming.client)), self.store.data().cache.serving());
         let (request_id, key_prefix) = (Some(incoming.id.clone()), incoming.key_prefix.clone());
         let (effects, surroundings) = (Appends::new(record), Surroundings::new(record));
-        let call =
-            Call { may_append: true, client, key_prefix, request_id, serving, effects, surroundings, ..Call::default() };
+        let call = Call {
+            may_append: true,
+            client,
+            key_prefix,
+            request_id,
+            serving,
+            effects,
+            surroundings,
+            ..Call::default()
+        };
         let end = self.store.data().log.appended();
         let response = self.call(call, |exports, store| exports.handler.call_handle(store, request))?;
         self.keep_recorded();

@@ -99,8 +99,18 @@ impl Shards {
         let cache = Arc::clone(serving.guest.response_cache());
         cache.serve(Arc::clone(&serving.headers));
         let (building, last_trap, handed_over, shadow) = Default::default();
-        let shared =
-            Arc::new(Shared { log, cache, housekeeping, metrics, alarm, building, last_trap, handed_over, shadow, env });
+        let shared = Arc::new(Shared {
+            log,
+            cache,
+            housekeeping,
+            metrics,
+            alarm,
+            building,
+            last_trap,
+            handed_over,
+            shadow,
+            env,
+        });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();

@@ -54,7 +54,8 @@ impl FromStr for Origin {
     type Err = &'static str;
 
     fn from_str(url: &str) -> Result<Self, Self::Err> {
-        let (scheme, rest) = url.split_once("://").ok_or("a URL is meant: redis://HOST, etcd://HOST or consul://HOST")?;
+        let (scheme, rest) =
+            url.split_once("://").ok_or("a URL is meant: redis://HOST, etcd://HOST or consul://HOST")?;
         let (kind, port) = match scheme {
             "redis" | "rediss" => (Kind::Redis, 6379),
             "etcd" | "etcds" => (Kind::Etcd, 2379),
@@ -75,7 +76,9 @@ impl FromStr for Origin {
         }
         let database = match database {
             "" => None,
-            number if kind == Kind::Redis => Some(number.parse().map_err(|_| "the database is a number: redis://HOST/0")?),
+            number if kind == Kind::Redis => {
+                Some(number.parse().map_err(|_| "the database is a number: redis://HOST/0")?)
+            }
             _ => return Err("a path has no meaning: all keys are copied"),
         };
         // The colons of an IPv6 address are in brackets.
@@ -113,8 +116,12 @@ impl Origin {
             Kind::Redis => redis::copy(self, authorities, lines),
             #[cfg(not(feature = "redis"))]
             Kind::Redis => unreachable!("rejected when the URL was parsed"),
-            Kind::Etcd => self.server(authorities, None).and_then(|server| etcd::copy(&server, self.login.as_deref(), lines)),
-            Kind::Consul => self.server(authorities, self.login.as_deref()).and_then(|server| consul::copy(&server, lines)),
+            Kind::Etcd => {
+                self.server(authorities, None).and_then(|server| etcd::copy(&server, self.login.as_deref(), lines))
+            }
+            Kind::Consul => {
+                self.server(authorities, self.login.as_deref()).and_then(|server| consul::copy(&server, lines))
+            }
         };
         copied.with_context(|| format!("cannot copy from {self}"))
     }
