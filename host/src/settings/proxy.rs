@@ -8,7 +8,7 @@ use crate::edge::proxy::{TrustedProxy, trusted_proxy};
 #[command(next_help_heading = "Proxy")]
 pub struct Proxy {
     /// Network or address of a proxy that is trusted to give the addresses of its clients, in Forwarded or X-Forwarded-For; can be
-    /// repeated. `unix` trusts whoever can connect to a Unix socket
+    /// repeated. `unix` trusts every client of a Unix socket
     #[arg(long, env = "KVS_TRUSTED_PROXY", value_name = "CIDR", value_delimiter = ',', value_parser = trusted_proxy)]
     pub trusted_proxy: Vec<TrustedProxy>,
 
