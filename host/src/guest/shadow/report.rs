@@ -227,7 +227,7 @@ impl Times {
         let mut sorted = self.kept.clone();
         sorted.sort_unstable();
         let at = |share: usize| sorted.get(sorted.len().saturating_sub(1) * share / 100).map(Duration::as_secs_f64);
-        let max = (self.count > 0).then(|| self.max.as_secs_f64());
+        let max = (self.count > 0).then_some(self.max.as_secs_f64());
         json!({ "p50_seconds": at(50), "p99_seconds": at(99), "max_seconds": max, "memory_bytes": memory_bytes })
     }
 }
