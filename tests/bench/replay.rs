@@ -109,7 +109,7 @@ fn scan_apart(data: &Path, entries: u64) -> Result<(f64, f64)> {
 /// That process: says how many entries there were, how long it took, and the most memory it had.
 pub fn scan(data: &Path) -> Result<()> {
     let mut entries = 0;
-    Offline::open(data)?.replay(&mut |batch| {
+    Offline::open(data)?.replay(0, &mut |batch| {
         entries += batch.len();
         Ok(())
     })?;
