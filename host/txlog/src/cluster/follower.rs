@@ -37,6 +37,8 @@ pub struct Follower {
     tip: Tip,
     holder: Option<Holder>,
     is_released: bool,
+    /// A frame was read that follows the one at which this began.
+    is_confirmed: bool,
     /// Time at which the last frame was received.
     received: Instant,
     /// The end of the log that this process has claimed, and the time of the first attempt.
@@ -63,6 +65,7 @@ impl Follower {
             tip,
             holder: None,
             is_released: false,
+            is_confirmed: false,
             received: now,
             claim: None,
             is_owned: false,
@@ -125,6 +128,12 @@ impl Follower {
                 Err(Failure::Damaged(reason)) => {
                     shared.set_damage(Some(reason));
                     shared.env.clock.sleep(RETRY_DELAY).await;
+                    // Nothing precedes the frame at which this began, so it can be the one that is wrong.
+                    if !self.is_confirmed
+                        && let Ok(anew) = Self::begin(shared).await
+                    {
+                        self = anew;
+                    }
                 }
                 Err(Failure::Silent(reason)) => {
                     // A primary that could not be observed may have written.
@@ -166,6 +175,7 @@ impl Follower {
             }
         } else if frames.iter().any(|frame| frame.kind != Kind::Void) {
             self.received = clock.now();
+            self.is_confirmed = true;
         }
         for Read { kind, before, .. } in frames {
             shared.index.note(before);

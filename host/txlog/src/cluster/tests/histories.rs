@@ -82,6 +82,13 @@ fn history(seed: u64) -> Result<Totals, String> {
     if world.seen.acknowledged.borrow().len() == before {
         world.violation("no write is acknowledged any more".into());
     }
+    let end = world.cluster.state().sequence();
+    for (number, host) in world.hosts.iter().enumerate() {
+        let applied = host.borrow().log.as_ref().map(|log| log.queue.appended());
+        if let Some(applied) = applied.filter(|applied| *applied < end) {
+            world.violation(format!("host {number} is still at {applied}, but the log ends at {end}"));
+        }
+    }
     check(&world)
 }
 
