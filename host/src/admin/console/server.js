@@ -92,12 +92,13 @@ export function confirmed(question, yes) {
   byId('question-text').replaceChildren(question);
   byId('question-yes').textContent = yes;
   return new Promise((resolve) => {
-    byId('question-yes').onclick = () => dialog.close('yes');
-    byId('question-no').onclick = () => dialog.close('');
-    dialog.onclose = () => {
-      resolve(dialog.returnValue === 'yes');
-      dialog.returnValue = '';
+    byId('question-yes').onclick = () => {
+      resolve(true);
+      dialog.close();
     };
+    byId('question-no').onclick = () => dialog.close();
+    // The event comes later than the call: it can be that of the former question.
+    dialog.onclose = () => dialog.open || resolve(false);
     dialog.showModal();
     byId('question-no').focus();
   });
