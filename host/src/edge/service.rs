@@ -41,9 +41,9 @@ use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::subscribers::{Keys, Selection};
 
-/// Maximum time for which a read waits for the renewal of an expired lease: an engine that elects a leader can take a little
-/// longer than the lease.
-const LEASE_WAIT: time::Duration = time::Duration::from_millis(1_500);
+/// Maximum time for which a read waits for the renewal of an expired lease. That ends 8 s after the engine was lost, which takes
+/// up to 9 s to elect a leader, and the breaker up to 2 s more to try again.
+const LEASE_WAIT: time::Duration = time::Duration::from_secs(4);
 const LEASE_POLL: time::Duration = time::Duration::from_millis(20);
 
 /// What one request over HTTP/1.1 can hold without being charged for it: there is one at a time.
