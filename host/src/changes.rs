@@ -1,14 +1,14 @@
 //! Whether files have changed: certificates, tokens and guests are all read again when they have.
 //!
-//! Asking now and again beats being told by the system here: it also sees links that are turned to another directory, as
-//! container platforms do, and file systems of other machines.
+//! Files are polled: unlike notifications of the system this also finds symbolic links that point to another directory, as on
+//! container platforms, and changes on network file systems.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How often to look.
+/// Interval between two looks at the files.
 pub const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Clone)]
@@ -19,7 +19,7 @@ pub struct Changes {
     looked: Marks,
 }
 
-/// What tells one state of the files from another.
+/// Distinguishes one state of the files from another.
 type Marks = Vec<Option<(u64, u64, i64, i64, u64)>>;
 
 impl Changes {

@@ -1,7 +1,7 @@
 //! Following a log that another process writes, until this one does.
 //!
 //! Owns: the order in which news reaches the store, the log's own reckoning and those who watch. Must never know: how it is
-//! found out, or whose turn it is in a shard.
+//! found out, or which request a shard handles.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,7 +43,7 @@ impl Followed {
         self.log.news().borrow().primary.clone()
     }
 
-    /// Waits until at most so many entries of the log are missing.
+    /// Waits until at most this many entries of the log are missing.
     pub async fn caught_up(&self, few: u64) {
         let lags = |news: &News| self.log.history().entries(self.log.appended(), news.newest) > few;
         // The sender is in the log.
@@ -86,14 +86,14 @@ pub async fn run(
     }
 }
 
-/// The store first, so that whoever was told of a change finds it there; then the log, so that whoever begins to watch reads
-/// there what the others are told at last.
+/// The store first, so that a client that received a change can read it there; then the log, so that a watch that begins now
+/// reads there what the others receive last.
 async fn take_in(log: &dyn Standby, changes: &ChangeFeed, shards: &Shards) -> Result<()> {
     match changes.read(log.appended(), |_| true).await {
         Ok(past) => {
             shards.take_in(&past.changes, past.until).await?;
             log.follow(past.until);
-            changes.tell(past);
+            changes.publish(past);
         }
         // Compaction has left out what only a replay from the start makes up for.
         Err(error) => {

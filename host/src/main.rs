@@ -1,4 +1,4 @@
-//! The binary: reads the command line, runs the command, and tells how it ended.
+//! The binary: reads the command line, runs the command, and reports how it ended.
 
 use std::process::ExitCode;
 
@@ -27,9 +27,9 @@ fn main() -> ExitCode {
             // What is wrong and what was perhaps meant; how else to use it is a command away.
             let rendered = error.to_string();
             let paragraphs = rendered.split("\n\n").map(str::trim);
-            let told = paragraphs.take_while(|text| !text.starts_with("Usage:") && !text.starts_with("For more"));
-            let told = told.collect::<Vec<_>>().join("; ");
-            return fail(USAGE, Format::Text, &format!("{}; see kvs --help", told.trim_start_matches("error: ")));
+            let reason = paragraphs.take_while(|text| !text.starts_with("Usage:") && !text.starts_with("For more"));
+            let reason = reason.collect::<Vec<_>>().join("; ");
+            return fail(USAGE, Format::Text, &format!("{}; see kvs --help", reason.trim_start_matches("error: ")));
         }
         Err(help_or_version) => help_or_version.exit(),
     };

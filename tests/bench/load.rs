@@ -97,7 +97,7 @@ impl Load<'_> {
         Ok(succeeded(&run(server, h2load)?.0)? / self.time.as_secs_f64())
     }
 
-    /// HTTP/1.1 at so many requests a second, whether those before are answered or not. Gives the latency that 99% had
+    /// HTTP/1.1 at this many requests a second, whether those before are answered or not. Gives the latency that 99% had
     /// at most, in microseconds.
     pub fn paced(&self, server: &Server, per_second: f64, data: &Path) -> Result<f64> {
         let (mut h2load, log) = self.h2load_of(server, data)?;

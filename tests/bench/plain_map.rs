@@ -25,7 +25,7 @@ pub const NAME: &str = "plain-map";
 /// What it is called in tables.
 pub const TITLE: &str = "plain hyper map";
 
-/// Starts it, in a process of its own, with so many keys in it.
+/// Starts it, in a process of its own, with this many keys.
 pub fn start(keys: u64, bytes: usize) -> Result<Server> {
     Server::start(TITLE, &std::env::current_exe()?, &args(keys, bytes))
 }

@@ -57,7 +57,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// INSERTs a second, from so many connections.
+/// INSERTs a second, from this many connections.
 async fn inserts(url: &str, connections: u32) -> Result<f64> {
     let value = "x".repeat(100);
     let inserting = (0..connections).map(|number| {

@@ -78,7 +78,7 @@ impl Server {
         Ok(())
     }
 
-    /// Tells it to stop, and waits until it has.
+    /// Stops it, and waits for its end.
     pub fn stop(mut self) -> Result<()> {
         self.signal(Signal::TERM)?;
         self.process.wait()?;

@@ -104,7 +104,7 @@ enum Program<'d> {
     PlainMap,
 }
 
-/// The instructions of a server that starts, answers so many requests, and stops.
+/// The instructions of a server that starts, answers this many requests, and stops.
 fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Result<u64> {
     let report = data.join("report");
     let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
@@ -135,7 +135,7 @@ fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Resu
     Ok(count.1.trim().replace(',', "").parse()?)
 }
 
-/// Sends a request so many times, and reads the answers, none of which may be a refusal.
+/// Sends a request this many times, and reads the answers, none of which may be a refusal.
 fn ask(address: SocketAddr, request: &str, times: u64) -> Result<()> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;

@@ -1,4 +1,4 @@
-//! The way back: what it costs to read a log of so many entries alone, and to read it into the default guest.
+//! Replay: the cost of reading a log alone, and of reading it into the default guest.
 //!
 //! Both are the work of one thread, and what counts is its CPU time: the machine has other things to do.
 
@@ -68,7 +68,7 @@ fn scattered(number: u64) -> String {
     format!("key-{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
-/// Writes a log of so many keys with values of so many bytes, and gives the bytes of both.
+/// Writes a log of a number of keys with values of a number of bytes, and returns the bytes of both.
 pub fn write(data: &Path, entries: u64, value: usize, key: impl Fn(u64) -> String) -> Result<f64> {
     let (segment_bytes, group_bytes) = (DEFAULT_SEGMENT_BYTES, 1 << 20);
     let (durability, advertise, env) = (Durability::Os, None, Env::real());

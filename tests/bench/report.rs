@@ -115,7 +115,7 @@ impl Report {
     }
 }
 
-/// A number with so many digits behind the point.
+/// A number with this many decimal digits.
 pub fn number(value: f64, digits: usize) -> Value {
     let text = format!("{value:.digits$}");
     // What is no number was not counted.

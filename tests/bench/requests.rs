@@ -87,7 +87,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// All that speak HTTP/1.1 or something like it, with so many keys of values of so many bytes.
+/// All that speak HTTP/1.1 or something like it, with a number of keys and values of a number of bytes.
 fn plain(data: &Path, keys: u64, bytes: usize) -> Result<Vec<Contender>> {
     let kvs = |name: &'static str, keys, flags: &[&str]| {
         let data = data.join(name.replace([' ', '`', ','], "-"));

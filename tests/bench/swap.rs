@@ -91,7 +91,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// A server of so many keys, that lets a guest off its probation soon.
+/// A server of this many keys, with a short probation.
 fn server(data: &Path, keys: u64, flags: &[&str]) -> Result<Server> {
     replay::write(data, keys, 100, |number| format!("key-{number}"))?;
     Server::kvs("kvs", data, &[&["--probation", "10ms"], flags].concat())

@@ -129,8 +129,8 @@ fn guest_learns_the_scope_of_the_token() {
     ];
     let server = Server::start(&["--tokens", &tokens.file(), guest()]);
     for (scope, token) in server_tokens {
-        let told = format!("Grant {{ scope: Scope::{scope}, key-prefix: None }}");
-        assert_eq!(ask(&server, "GET", "/grant", &with(&token)).text(), told);
+        let expected = format!("Grant {{ scope: Scope::{scope}, key-prefix: None }}");
+        assert_eq!(ask(&server, "GET", "/grant", &with(&token)).text(), expected);
     }
 }
 
@@ -140,7 +140,7 @@ fn tokens_are_read_again() {
     let first = tokens.add(&["first"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
     let second = tokens.add(&["second"]);
-    // Nobody tells the server.
+    // The server gets no signal.
     server.says("reloaded the token file");
     ask(&server, "GET", "/v1/a", &with(&second)).says(404, "no such key");
 
@@ -172,7 +172,7 @@ fn tokens_are_reloaded_after_a_shortage_of_descriptors() {
     fs::write(tokens.file(), "").expect("the file can be written");
     server.says("failed to reload the token file");
     prlimit(pid, Resource::Nofile, before).expect("a child can be limited");
-    // Nobody changes the file again, or tells the server.
+    // The file does not change again, and the server gets no signal.
     server.says("reloaded the token file");
     client.ask_with("GET", "/v1/a", &headers, b"").says(401, "the token is unknown");
 }
@@ -218,9 +218,9 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
         (403, "the permissions of the token were reduced during the request"),
         (403, "the permissions of the token were reduced during the request"),
     ];
-    for ((mut watching, mut waiting), (status, told)) in ended.into_iter().zip(refusals) {
-        assert_eq!(watching.next(), None, "{told}");
-        waiting.read().says(status, told);
+    for ((mut watching, mut waiting), (status, expected)) in ended.into_iter().zip(refusals) {
+        assert_eq!(watching.next(), None, "{expected}");
+        waiting.read().says(status, expected);
     }
     // Others go on.
     assert_eq!(ask(&server, "PUT", "/v1/a", &with(&stays)).status, 201);

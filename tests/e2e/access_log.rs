@@ -1,4 +1,4 @@
-//! The access log and the ids of requests: what is told of them, how much of it, and what never is.
+//! The access log and the ids of requests: what is logged, how much of it, and what never is.
 
 use std::collections::HashSet;
 use std::time::Instant;
@@ -35,7 +35,7 @@ fn requests(lines: &[String]) -> Vec<Value> {
     parsed(lines).into_iter().filter(|line| line["message"] == "request").collect()
 }
 
-/// A server that tells all.
+/// A server that logs every request.
 fn start(args: &[&str]) -> Server {
     Server::start(&[&JSON[..], &LOG, args].concat())
 }
@@ -51,8 +51,8 @@ fn a_request_is_a_line_of_json() {
     let refused = ask(&server, "DELETE", "/v1/a", "x-request-id: my-own.1\r\n", "");
     assert_eq!((put.status, get.text(), refused.status), (201, "value", 401));
     let lines = server.terminate().stderr().to_vec();
-    let told = requests(&lines);
-    let [first, second, third] = &told[..] else { panic!("{told:?}") };
+    let expected = requests(&lines);
+    let [first, second, third] = &expected[..] else { panic!("{expected:?}") };
     for (line, (method, target, status, bytes), response) in
         [(first, ("PUT", "/v1/a%20%22b%22?ttl=60", 201, 0), &put), (second, ("GET", "/v1/a%20%22b%22", 200, 5), &get)]
     {
@@ -73,8 +73,8 @@ fn a_request_is_a_line_for_people() {
     let response = ask(&server, "GET", "/v1/a", "", "");
     let line = server.says("request_id=");
     let id = format!("request_id=\"{}\"", id(&response));
-    for told in ["INFO", "request", &id, "method=\"GET\"", "target=\"/v1/a\"", "status=404", "bytes=12", " ms="] {
-        assert!(line.contains(told), "{told} is not in {line}");
+    for expected in ["INFO", "request", &id, "method=\"GET\"", "target=\"/v1/a\"", "status=404", "bytes=12", " ms="] {
+        assert!(line.contains(expected), "{expected} is not in {line}");
     }
 }
 
@@ -186,10 +186,10 @@ fn no_secret_is_logged_however_much_is() {
         let http2 = ["--http2-prior-knowledge", "-H", &bearer, "-H", "cookie: the-secret-cookie", &url];
         assert_eq!(crate::book::curl(&http2).0, 200);
         let lines = server.terminate().stderr().join("\n");
-        assert!(lines.contains("/v1/kvs_…?token=kvs_…"), "the path is not told:\n{lines}");
+        assert!(lines.contains("/v1/kvs_…?token=kvs_…"), "the path is not logged:\n{lines}");
         for secret in secrets {
-            let told = lines.lines().find(|line| line.contains(secret));
-            assert!(told.is_none(), "{secret} is in: {}", told.unwrap_or_default());
+            let expected = lines.lines().find(|line| line.contains(secret));
+            assert!(expected.is_none(), "{secret} is in: {}", expected.unwrap_or_default());
         }
     }
 }
@@ -197,9 +197,9 @@ fn no_secret_is_logged_however_much_is() {
 #[test]
 fn a_start_that_fails_says_so_in_the_format_asked_for() {
     let Refused { code, line } = serve_refused(&[&JSON[..], &["--tokens", "/nowhere"]].concat());
-    let told: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
-    assert_eq!((code, &told["level"]), (1, &"ERROR".into()));
-    assert!(told["message"].as_str().is_some_and(|message| message.contains("/nowhere")), "{line}");
+    let expected: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    assert_eq!((code, &expected["level"]), (1, &"ERROR".into()));
+    assert!(expected["message"].as_str().is_some_and(|message| message.contains("/nowhere")), "{line}");
     serve_refused(&["--log-format", "xml"]).with(2, &["--log-format", "text", "json"]);
     serve_refused(&["--access-log-rate", "0"]).with(2, &["--access-log-rate"]);
 }

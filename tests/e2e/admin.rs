@@ -1,4 +1,4 @@
-//! The admin listener: alive and ready are told apart, and both are told when nothing else is.
+//! The admin listener: liveness and readiness, also while nothing else responds.
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
@@ -16,7 +16,7 @@ fn get(admin: SocketAddr, path: &str) -> Response {
     Connection::open(admin).ask("GET", path, b"")
 }
 
-/// `kvs health`, told where to ask by the variable that told the server.
+/// `kvs health`, with the variable of the server for the address.
 fn health(admin: SocketAddr, args: &[&str]) -> Command {
     let mut command = kvs();
     command.arg("health").args(args).env("KVS_ADMIN", admin.to_string()).stdout(Stdio::piped());
@@ -24,10 +24,10 @@ fn health(admin: SocketAddr, args: &[&str]) -> Command {
 }
 
 #[track_caller]
-fn is_well(admin: SocketAddr, args: &[&str], told: &str) {
+fn is_well(admin: SocketAddr, args: &[&str], expected: &str) {
     let output = health(admin, args).output().expect("the binary under test can be started");
     assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), told);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn a_server_that_stops_is_alive_and_not_ready() {
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
     assert_eq!(client.read().status, 100);
     server.signal(Signal::TERM);
-    server.says("stopping: finishing what is under way");
+    server.says("stopping: finishing requests in progress");
     get(admin, "/livez").says(200, "ok");
     get(admin, "/readyz")
         .says(503, "[+]log ok\n[+]guest ok\n[-]edge stopping\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
@@ -213,10 +213,10 @@ fn request_over_admin_is_finished_at_stop() {
     let mut watch = Connection::open(server.admin());
     assert_eq!(watch.ask_for_head("GET", "/v1?watch", &[]).status, 200);
     server.signal(Signal::TERM);
-    server.says("stopping: finishing what is under way");
+    server.says("stopping: finishing requests in progress");
     let begun = Instant::now();
     while Connection::open(server.admin()).ask("GET", "/v1/a", b"").status != 503 {
-        assert!(begun.elapsed() < PATIENCE, "it goes on serving");
+        assert!(begun.elapsed() < PATIENCE, "it still serves");
     }
     admin.send("value");
     assert_eq!(admin.read().status, 201);

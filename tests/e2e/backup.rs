@@ -62,7 +62,7 @@ fn run(server: &Server, clients: &mut Clients, meanwhile: impl FnOnce(&dyn Fn(u6
     };
     let answered = |more: u64| {
         wanted.store(count.load(Ordering::SeqCst) + more, Ordering::SeqCst);
-        awaited.recv_timeout(PATIENCE).expect("the server goes on answering");
+        awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
     };
     clients.run(server.address(), counted, || meanwhile(&answered));
 }

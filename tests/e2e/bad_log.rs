@@ -41,7 +41,7 @@ fn change(file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs::write(file, bytes).expect("it can be written");
 }
 
-/// Starts a server that must refuse, whose last line must tell all of this.
+/// Starts a server that must refuse, whose last line must contain all of this.
 #[track_caller]
 fn refuses(data: &Path, expected: &[&str]) {
     let mut command = serve(data);
@@ -50,7 +50,7 @@ fn refuses(data: &Path, expected: &[&str]) {
     let last = stopped.stderr().last().expect("it says why");
     assert_eq!(status.code(), Some(1), "{last}");
     for text in expected {
-        assert!(last.starts_with("kvs: ") && last.contains(text), "it does not tell {text:?}, but: {last}");
+        assert!(last.starts_with("kvs: ") && last.contains(text), "{text:?} is not in: {last}");
     }
 }
 

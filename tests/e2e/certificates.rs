@@ -25,7 +25,7 @@ pub enum Kind {
     Server,
     ExpiredServer,
     EarlyServer,
-    /// A server whose certificate is good for so many seconds.
+    /// A server whose certificate is valid for this many seconds.
     ShortServer(u64),
     Client,
     ExpiredClient,

@@ -160,7 +160,7 @@ fn large_head_is_431() {
     }
 }
 
-/// A request whose head has at least so many bytes.
+/// A request whose head has at least this many bytes.
 fn head(bytes: usize) -> String {
     format!("GET /v1/a HTTP/1.1\r\nhost: kvs\r\nx-large: {}\r\n\r\n", "x".repeat(bytes))
 }

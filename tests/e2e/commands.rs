@@ -1,5 +1,5 @@
-//! `kvs get`, `put`, `delete`, `list`, `watch`, `load` and `dump`, as people and scripts use them: through pipes, over TLS, in
-//! vain, and interrupted.
+//! `kvs get`, `put`, `delete`, `list`, `watch`, `load` and `dump`, as people and scripts use them: through pipes, over TLS,
+//! without success, and interrupted.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -217,8 +217,9 @@ fn what_went_wrong_is_one_line() {
     for command in [&["get", "a"][..], &["list"], &["watch"], &["import", &many]] {
         let mut unreachable = kvs();
         unreachable.args(command).args(["--url", "127.0.0.1:1"]);
-        let told = ["no response from http://127.0.0.1:1", "check that the server is running and that --url is right"];
-        refused(unreachable).with(1, &told);
+        let expected =
+            ["no response from http://127.0.0.1:1", "check that the server is running and that --url is right"];
+        refused(unreachable).with(1, &expected);
     }
 }
 
@@ -270,7 +271,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     let expires = typed.map(|typed| typed["expires"].as_u64().expect("it expires"));
     assert!(expires[0].abs_diff(expires[1]) < 1_000 * PATIENCE.as_secs(), "{expires:?}");
 
-    // Whoever cannot be trusted is not told anything.
+    // A server that is not trusted receives nothing.
     let mut untrusting = kvs();
     untrusting.args(["get", "a", "--url", &url]);
     refused(untrusting).with(1, &["no response from https://localhost", "--cacert"]);
@@ -299,7 +300,7 @@ fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
 fn a_malformed_line_is_named() {
     let server = Server::start(&[]);
     let good = "{\"key\": \"a\", \"value\": \"1\"}\n";
-    for (bad, told) in [
+    for (bad, expected) in [
         ("{\"key\": \"b\"}", "`value` or `value_base64` is missing"),
         ("{\"key\": \"b\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
         ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
@@ -312,13 +313,13 @@ fn a_malformed_line_is_named() {
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
         let file = file.to_str().expect("a temporary path is text");
         // A file is looked at whole before anything is put, a pipe as it comes.
-        refuses(&server, &["import", file]).with(1, &["kvs: line 2 of ", file, told]);
+        refuses(&server, &["import", file]).with(1, &["kvs: line 2 of ", file, expected]);
         assert_eq!(lines(client(&server, &["list"])), [""; 0]);
     }
     let output = run(client(&server, &["import"]), [good, "nonsense\n", good].concat().as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
-    let told = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
-    assert_eq!((output.status.code(), said.as_ref()), (Some(1), told));
+    let expected = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
+    assert_eq!((output.status.code(), said.as_ref()), (Some(1), expected));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
     // The server has rules of its own, and a key can be long.
     let long = format!("{{\"key\": \"{}\", \"value\": \"\", \"content_type\": \"none\"}}\n", "x".repeat(1_000));
@@ -362,7 +363,7 @@ fn again(stopped: Stopped, address: SocketAddr, args: &[&str]) -> Server {
     Server::spawn(command, data)
 }
 
-/// Waits until so many puts have happened from now on.
+/// Waits until this many puts have happened from now on.
 struct Puts(Connection);
 
 impl Puts {
@@ -376,7 +377,7 @@ impl Puts {
     fn wait(&mut self, count: usize) {
         let (mut seen, mut text) = (0, Vec::new());
         while seen < count {
-            text.extend(self.0.chunk().expect("the stream goes on"));
+            text.extend(self.0.chunk().expect("the stream continues"));
             let end = text.windows(2).rposition(|window| window == b"\n\n").map_or(0, |at| at + 2);
             let events = text.drain(..end).collect::<Vec<_>>();
             seen += events.windows(10).filter(|window| window == b"event: put").count();
@@ -467,9 +468,9 @@ fn a_watch_goes_on_when_the_server_comes_back() {
     };
     let (_plain, mut plain) = watch(&["watch", "--since", "0"]);
     let (_json, mut json) = watch(&["watch", "a", "--since", "0", "--output", "json"]);
-    let mut plain = || plain.next().expect("it goes on").expect("it is text");
+    let mut plain = || plain.next().expect("it continues").expect("it is text");
     let mut json = || -> Value {
-        serde_json::from_str(&json.next().expect("it goes on").expect("it is text")).expect("a line is JSON")
+        serde_json::from_str(&json.next().expect("it continues").expect("it is text")).expect("a line is JSON")
     };
     assert_eq!(plain(), "1 put \"a0\" = \"before\"");
     assert_eq!(json()["sequence"], 1);

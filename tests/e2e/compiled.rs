@@ -80,7 +80,7 @@ fn corrupted_or_other_version_is_rejected() {
         fs::write(&file, bytes).expect("it can be written");
         serve_refused(&[text(&file)]).with(1, &[text(&file), "cannot be run as a guest", expected]);
     }
-    // For another system; and for a CPU that can do something this one never heard of.
+    // For another system; and for a CPU with a feature that this one lacks.
     let mut others = vec![(&[][..], &b"-linux-gnu"[..], &b"-haiku-gnu"[..])];
     if cfg!(target_arch = "x86_64") {
         others.push((&["--native"], b"has_popcnt", b"has_pigeon"));

@@ -1,5 +1,5 @@
 //! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong. `kvs
-//! inspect` tells it without starting anything.
+//! inspect` reports it without starting anything.
 
 use std::fs::File;
 use std::path::Path;
@@ -187,8 +187,7 @@ fn guest_with_invalid_name_is_rejected() {
 
 #[test]
 fn guest_with_too_many_headers_is_rejected() {
-    serve_refused(&[guest(), "--guest-config", "fault=headers"])
-        .with(1, &["it asks for 65 request headers, at most 64"]);
+    serve_refused(&[guest(), "--guest-config", "fault=headers"]).with(1, &["it names 65 request headers, at most 64"]);
 }
 
 #[test]

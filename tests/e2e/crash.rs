@@ -47,7 +47,7 @@ pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
         }
     };
     clients.run(server.address(), answered, || {
-        awaited.recv_timeout(PATIENCE).expect("the server goes on answering");
+        awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
         server.signal(Signal::KILL);
     });
 }

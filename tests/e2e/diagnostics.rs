@@ -177,7 +177,7 @@ fn lost_lines_are_counted_and_reported() {
         said.extend_from_slice(&some[..count]);
         String::from_utf8_lossy(&said).contains("log lines were lost")
     });
-    assert!(!is_lost(), "it goes on losing lines");
+    assert!(!is_lost(), "it still loses lines");
 }
 
 /// A person who runs a command in a pipe that ends early gets no failure of it.

@@ -253,8 +253,8 @@ fn second_server_fails_and_names_the_first() {
     std::fs::remove_file(&link).expect("the link is there");
     through_link.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).with(1, &[&pid]);
 
-    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value", "the first goes on");
-    assert_eq!(client.ask("PUT", "/v1/b", b"value").status, 201, "the first goes on");
+    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value", "the first continues");
+    assert_eq!(client.ask("PUT", "/v1/b", b"value").status, 201, "the first continues");
 }
 
 #[test]

@@ -26,7 +26,7 @@ use crate::watch::Events;
 use crate::wire::{Connection, Response, Stream, Way};
 use crate::zoo;
 
-/// How long it goes on: with kills ten seconds apart, and three swaps to each.
+/// Duration: with kills ten seconds apart, and three swaps to each.
 const SECONDS: u64 = 30;
 /// In a long run kills are so far apart.
 const LIFE: Duration = Duration::from_secs(60);
@@ -179,7 +179,7 @@ fn watch(stage: &Stage) -> (u64, u64) {
     let (mut last, mut newest, mut seen, mut late) = (None, None, 0, 0);
     let mut alone = Instant::now();
     loop {
-        assert!(alone.elapsed() < PATIENCE, "nobody tells anything");
+        assert!(alone.elapsed() < PATIENCE, "nothing is reported");
         let since = last.map(|id| format!("&since={id}")).unwrap_or_default();
         let events = stage
             .open()

@@ -88,7 +88,7 @@ fn mass_expiry_does_not_delay_requests() {
             });
         }
     });
-    // Sequences tell how many entries there are: a put and a delete for each, and the probes.
+    // Sequences show how many entries there are: a put and a delete for each, and the probes.
     let mut client = Connection::open(server.address());
     let deadline = Instant::now() + PATIENCE;
     let mut probes = 1;

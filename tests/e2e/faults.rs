@@ -79,7 +79,7 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, expected: &[&str], place: &
         assert_eq!(status.code(), Some(1), "{call} {at}: {status}, it said: {said}");
         let last = stopped.stderr().last().expect("it says why");
         for text in expected {
-            assert!(last.contains(text), "{call} {at}: it does not tell {text:?}, but: {last}");
+            assert!(last.contains(text), "{call} {at}: {text:?} is not in: {last}");
         }
         // A segment, the position after its sync, or at the start the file that identifies the directory.
         let places = [place, "/log/position", "/log/identity"];

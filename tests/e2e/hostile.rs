@@ -1,7 +1,7 @@
 //! Guests that mean harm, each in its own way: none ends the host, takes more of the machine than it may, keeps other
 //! clients from being served, or leaves anything in the log but what was appended.
 //!
-//! The guest is `tests/guests/unruly`, as in `unruly`, which shows what each failure tells the operator. Here the same is
+//! The guest is `tests/guests/unruly`, as in `unruly`, which shows what each failure reports to the operator. Here the same is
 //! demanded after every one of them.
 
 use std::collections::BTreeMap;
@@ -151,7 +151,7 @@ fn size_of_a_group_is_limited() {
     server.terminate();
 }
 
-/// Traps wherever the log is taken in: while it serves nothing can be answered from memory, and yet nothing is lost.
+/// Traps in each `apply`: while it serves nothing can be answered from memory, and yet nothing is lost.
 #[test]
 fn trap_in_apply_costs_no_acknowledged_write() {
     let args = [guest(), "--guest-config", "fault=apply-traps", "--request-timeout", "1s"];

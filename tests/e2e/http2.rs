@@ -72,7 +72,7 @@ impl Frames {
         self.send_many(kind, flags, stream, payload, 1)
     }
 
-    /// The same frame so many times, in one write.
+    /// The same frame this many times, in one write.
     pub fn send_many(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8], times: usize) -> bool {
         let length = u32::try_from(payload.len()).expect("a frame is short").to_be_bytes();
         let frame = [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat();
@@ -251,7 +251,7 @@ fn rapid_resets_close_the_connection() {
     assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
 }
 
-/// A head that goes on, so often or until the connection is ended. Gives how much was taken.
+/// A head that continues for this many frames or until the connection ends. Returns the number of accepted bytes.
 pub fn goes_on_with_headers(server: &Server, times: usize) -> usize {
     let mut client = Frames::open(server.address());
     client.send(HEADERS, END_STREAM, 1, GET);
@@ -276,7 +276,7 @@ fn endless_headers_close_the_connection() {
     assert!(after < before + (32 << 10), "{before} KiB grew to {after} KiB");
 }
 
-/// The body of a request, of so many frames without content.
+/// The body of a request, of this many frames without content.
 pub fn sends_nothing(server: &Server, times: usize) {
     let mut client = Frames::open(server.address());
     client.send(HEADERS, END_HEADERS, 1, PUT);

@@ -176,7 +176,7 @@ fn connections_of_one_address_beyond_its_limit_are_closed() {
     assert_eq!(Connection::open(server.address()).end(), "");
     ask(&mut Connection::open_from("127.0.0.2", server.address()));
     drop(first);
-    // The server hears of it in its own time.
+    // The server notices it a little later.
     let mut again = loop {
         let mut client = Connection::open(server.address());
         if client.try_ask("GET", "/v1/a", b"").is_ok() {
@@ -209,7 +209,7 @@ fn requests_beyond_the_limit_are_503_at_once() {
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
 }
 
-/// A server that may have so many open files, by a soft and a hard limit.
+/// A server that may have this many open files, by a soft and a hard limit.
 fn with_open_files(soft: u32, hard: u32, args: &[&str]) -> Server {
     let data = TempDir::new().expect("a temporary directory can be made");
     let command = serve(data.path());

@@ -173,8 +173,8 @@ fn log_in_use_is_rejected_naming_the_holder() {
     for refused in all_refuse(server.data(), text.to_str().expect("a temporary path is text")) {
         refused.with(1, &[&pid, &data, "in use"]);
     }
-    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value", "it goes on");
-    assert_eq!(client.ask("PUT", "/v1/a", b"value").etag(), Some(2), "it goes on");
+    assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value", "it continues");
+    assert_eq!(client.ask("PUT", "/v1/a", b"value").etag(), Some(2), "it continues");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The numbers that a server tells of itself: Prometheus reads them, each moves when what it counts happens, and the
+//! Metrics: Prometheus reads them, each moves when what it counts happens, and the
 //! dashboard shows none that is not there.
 
 use std::collections::{BTreeMap, BTreeSet};

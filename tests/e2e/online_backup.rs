@@ -70,7 +70,7 @@ const KEYS: usize = 20;
 /// Acknowledged writes between two backups.
 const WRITES: usize = 1_000;
 
-/// Writes to its own keys until it is told to stop.
+/// Writes to its own keys until `stop`.
 fn write_on(address: SocketAddr, client: usize, stop: &AtomicBool, acknowledged: impl Fn()) -> Vec<Written> {
     let (mut connection, mut all) = (Connection::open(address), Vec::new());
     for count in 0.. {
@@ -135,7 +135,7 @@ fn backups_under_load_hold_what_was_acknowledged() {
         ends.push(take(&server, &file("2"), &["--since", &ends[1].to_string()]));
         ends.push(take(&server, &file("full"), &[]));
         stop.store(true, Ordering::Relaxed);
-        written = clients.into_iter().flat_map(|client| client.join().expect("it goes on")).collect();
+        written = clients.into_iter().flat_map(|client| client.join().expect("it continues")).collect();
     });
     assert!(Metrics::of(&server).get("kvs_txlog_compactions_total") > 0.0);
     let chain: Vec<_> = ["0", "1", "2"].map(file).into();
@@ -282,15 +282,15 @@ fn backup_from_standard_output_is_verified_and_restored() {
     let data = temporary();
     let target = ["--data-dir", text(data.path())];
     let sound = fs::read(&file).expect("it is there");
-    for (spoil, told) in [
+    for (spoil, expected) in [
         (sound[..sound.len() - 1].to_vec(), "is cut off at byte "),
         ([&sound[..70], b"x", &sound[71..]].concat(), "is corrupted at byte 64"),
         (b"text\n".to_vec(), "is cut off at byte 5"),
         ([b"x".to_vec(), sound.clone()].concat(), "it is not a backup of kvs"),
     ] {
         fs::write(&file, spoil).expect("it can be written");
-        refused(backup(server.admin(), &["--verify", text(&file)])).with(1, &[told, text(&file)]);
-        refused(restore(std::slice::from_ref(&file), &target)).with(1, &[told, text(&file)]);
+        refused(backup(server.admin(), &["--verify", text(&file)])).with(1, &[expected, text(&file)]);
+        refused(restore(std::slice::from_ref(&file), &target)).with(1, &[expected, text(&file)]);
         assert!(!data.path().join("log").exists());
     }
     fs::write(&file, &sound).expect("it can be written");

@@ -167,7 +167,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
             Events::open(&server, &format!("/v1?watch&prefix=a/&key=end&puts-only=true&since={position}"), &[]);
         let mut ends = 0;
         while ends < 2 {
-            let event = events.next().expect("the stream goes on");
+            let event = events.next().expect("the stream continues");
             assert_ne!(event.data["key"], "a/0000");
             match event.data["key"].as_str() {
                 Some("end") => ends += 1,

@@ -1,4 +1,4 @@
-//! What an operator who gets it wrong is told, in one line: what, where, and what to do. And the other way to say the
+//! Errors for an operator, in one line: what, where, and what to do. And the other way to say the
 //! same: variables of the environment.
 
 use std::collections::BTreeSet;
@@ -97,7 +97,7 @@ fn an_address_that_is_not_of_this_machine() {
 
 #[test]
 fn a_flag_that_is_wrong_is_a_usage_error() {
-    for (args, told) in [
+    for (args, expected) in [
         (&["--no-such-flag"][..], &["--no-such-flag"][..]),
         (&["a.wasm", "b.wasm"], &["b.wasm"]),
         (&["--max-value-bytes", "lots"], &["--max-value-bytes", "lots", "64KiB"]),
@@ -118,7 +118,7 @@ fn a_flag_that_is_wrong_is_a_usage_error() {
         (&["--guest-config", "novalue"], &["--guest-config", "novalue", "KEY=VALUE"]),
         (&["--request-timeout"], &["--request-timeout", "<TIME>"]),
     ] {
-        serve_refused(args).with(2, told);
+        serve_refused(args).with(2, expected);
     }
 }
 
@@ -196,7 +196,7 @@ fn a_variable_that_is_wrong_is_a_usage_error() {
 
 #[test]
 fn a_variable_that_is_no_setting_is_a_usage_error() {
-    for (variable, told) in [
+    for (variable, expected) in [
         ("KVS_LISTN", "is KVS_LISTEN meant?"),
         ("KVS_MAX_VALUE", "is KVS_MAX_VALUE_BYTES meant?"),
         ("KVS_", "see kvs serve --help"),
@@ -204,7 +204,7 @@ fn a_variable_that_is_no_setting_is_a_usage_error() {
         let data = temporary();
         let mut command = serve(data.path());
         command.env(variable, "1");
-        refused(command).with(2, &[&format!("the variable {variable} is not a setting of kvs"), told]);
+        refused(command).with(2, &[&format!("the variable {variable} is not a setting of kvs"), expected]);
         assert!(!data.path().join("LOCK").exists(), "it began nevertheless");
     }
     let mut command = kvs();

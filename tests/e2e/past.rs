@@ -60,7 +60,7 @@ fn log_is_served_as_it_was_and_not_changed() {
     let refused = stopped.refuses(&["--read-only", "--until", &(second + 2).to_string()]);
     refused.with(1, &[&format!("sequence {} is not in the log, which ends with {}", second + 2, second + 1)]);
 
-    // The next writer goes on where the last one ended.
+    // The next writer continues where the last one ended.
     let server = stopped.restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/key", b"third").etag(), Some(second + 2));
 }

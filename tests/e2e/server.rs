@@ -101,7 +101,7 @@ impl Server {
         found.unwrap_or_else(|said| panic!("it never said {text:?}, but:\n{said}"))
     }
 
-    /// Waits until so many lines of stderr hold this, and gives the last of them.
+    /// Waits until this many lines of stderr contain a text, and returns the last of them.
     pub fn says_again(&self, text: &str, times: usize) -> String {
         let mut seen = 0;
         let found = self.process.stderr.find(|line| {
@@ -116,7 +116,7 @@ impl Server {
         self.process.stderr.so_far()
     }
 
-    /// Waits until the same process has begun anew and serves, on other ports.
+    /// Waits until the same process has restarted and serves, on other ports.
     pub fn begins_anew(&mut self) {
         let again = |after: &[&str]| {
             let mut seen = 0;
@@ -125,7 +125,7 @@ impl Server {
                 seen += 1;
                 (seen == 2).then_some(address)
             });
-            found.unwrap_or_else(|said| panic!("it did not begin anew, but said:\n{said}"))
+            found.unwrap_or_else(|said| panic!("it did not restart, but printed:\n{said}"))
         };
         (self.admin, self.address) =
             (again(&["admin on http://"]), again(&["serving on http://", "serving on https://"]));
@@ -137,7 +137,7 @@ impl Server {
         self.ends_well()
     }
 
-    /// Waits for the end of a server that was told to stop: exit code 0, after a line that says so.
+    /// Waits for the end of a stopped server: exit code 0, after a line that says so.
     pub fn ends_well(mut self) -> Stopped {
         let status = self.process.wait();
         let stderr = self.stderr();
@@ -232,7 +232,7 @@ pub fn serve(data: &Path) -> Command {
     command
 }
 
-/// Runs a command that must fail, with exactly one line beside those that tell of what went well before.
+/// Runs a command that must fail, with exactly one line beside those about earlier success.
 pub fn refused(command: Command) -> Refused {
     let mut process = Process::spawn(command);
     if let Ok(line) = process.stderr.find(|line| line.contains("serving on").then(|| line.to_owned())) {
@@ -258,12 +258,12 @@ pub fn serve_refused(args: &[&str]) -> Refused {
 }
 
 impl Refused {
-    /// Checks the exit code, and that the line tells all of this.
+    /// Checks the exit code, and that the line contains all of this.
     #[track_caller]
-    pub fn with(&self, code: i32, told: &[&str]) {
+    pub fn with(&self, code: i32, expected: &[&str]) {
         assert_eq!(self.code, code, "exit code; it said: {}", self.line);
-        for text in told {
-            assert!(self.line.contains(text), "it does not tell {text:?}, but: {}", self.line);
+        for text in expected {
+            assert!(self.line.contains(text), "{text:?} is not in: {}", self.line);
         }
         assert!(self.line.len() < 600, "longer than a line for people: {}", self.line);
     }

@@ -14,7 +14,7 @@ use crate::swap::{component, serving, swaps};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
-/// So many that each of a few shards has some.
+/// Enough that each of a few shards has some.
 fn keys() -> impl Iterator<Item = String> {
     (0..64).map(|n| format!("key-{n:02}"))
 }

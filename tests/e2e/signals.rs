@@ -12,7 +12,7 @@ use crate::server::{Process, Server, serve};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
-/// A request under way: its head was read, its body is awaited.
+/// A request in progress: its head was read, its body is awaited.
 fn under_way(server: &Server) -> Connection {
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
@@ -25,7 +25,7 @@ fn a_request_under_way_is_finished_after(signal: Signal) {
     let server = Server::start(&[]);
     let mut client = under_way(&server);
     server.signal(signal);
-    server.says("stopping: finishing what is under way");
+    server.says("stopping: finishing requests in progress");
     assert!(client.is_silent_for(Duration::from_millis(200)), "the server did not wait for the rest of the body");
 
     client.send(" whole");
@@ -96,7 +96,7 @@ fn connections_that_ended_in_time_do_not_count_as_cut_off() {
     };
     let mut clients = [begin(), begin(), begin()];
     server.signal(Signal::TERM);
-    server.says("stopping: finishing what is under way");
+    server.says("stopping: finishing requests in progress");
     clients[0].send([b'x'; 500]);
     assert_eq!(clients[0].read().status, 201);
     let stopped = server.ends_well();
@@ -109,7 +109,7 @@ fn a_second_signal_stops_at_once() {
     let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     let _client = under_way(&server);
     server.signal(Signal::TERM);
-    server.says("stopping: finishing what is under way");
+    server.says("stopping: finishing requests in progress");
     server.signal(Signal::TERM);
     let (status, stopped) = server.ends();
     assert_eq!(status.code(), Some(1), "{}", stopped.stderr().join("\n"));
@@ -122,7 +122,7 @@ fn one_line_tells_of_the_start_and_one_of_the_stop() {
     Connection::open(address).ask("PUT", "/v1/a", b"");
     let stopped = server.terminate().restart(&[]).terminate();
     let [_admin, start, .., stop] = stopped.stderr() else { panic!("{}", stopped.stderr().join("\n")) };
-    let has = |line: &str, told: &[&str]| told.iter().all(|text| line.contains(text));
+    let has = |line: &str, expected: &[&str]| expected.iter().all(|text| line.contains(text));
     assert!(
         has(start, &["serving on http://127.0.0.1:", &data, "kvs", "version=\"0.1.0\"", "entries=1", "took="]),
         "{start}"

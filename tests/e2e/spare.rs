@@ -1,5 +1,5 @@
 //! Hot spares: after a trap the spare serves at once and with everything; it costs the requests beside nothing, and the
-//! server no more when it goes on for ever. A spare that traps itself is left out.
+//! server no longer when it lasts for ever. A spare that traps itself is left out.
 //!
 //! The guests are `brittle`, which traps after what it was asked to do, and `unruly`, which traps in `apply` on an entry.
 
@@ -20,7 +20,7 @@ const REBUILT: &str = "kvs_guest_rebuilds_total{outcome=\"done\"}";
 const BUILT: &str = "kvs_guest_spare_builds_total{outcome=\"done\"}";
 const FAILED: &str = "kvs_guest_spare_builds_total{outcome=\"failed\"}";
 
-/// Stores so many keys, `0` and so on, with their names as their values.
+/// Stores this many keys, `0` and so on, with their names as their values.
 fn store(server: &Server, keys: usize) {
     let mut client = Connection::open(server.address());
     for first in (0..keys).step_by(1_000) {

@@ -57,7 +57,7 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
     let mut watch = Events::open(&standby, "/v1?watch&prefix=a", &[]);
     assert_eq!(put(&primary, "a", "2"), 201);
-    let event = watch.next().expect("the watch goes on");
+    let event = watch.next().expect("the watch continues");
     assert_eq!((event.id, &event.data["value"]), (3, &"2".into()));
     shows(&standby, "a", 200, "2");
     becomes_ready(&standby, 200, UP_TO_DATE);
@@ -131,7 +131,7 @@ fn standby_takes_over_from_killed_primary_without_a_gap() {
         // All that is ever written, in order, and each once.
         let watching = scope.spawn(move || {
             for number in 1.. {
-                let event = watch.next().expect("the watch goes on over a takeover");
+                let event = watch.next().expect("the watch continues over a takeover");
                 assert_eq!(event.id, number);
                 if event.data["key"] == "the end" {
                     return;

@@ -163,7 +163,7 @@ fn one_swap_at_a_time() {
         // The server ends before it does, with or without an answer.
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &component(guest())));
         in_phase(&server, "probation");
-        swap(&server, &component(DEFAULT_GUEST)).says(409, "another swap is under way");
+        swap(&server, &component(DEFAULT_GUEST)).says(409, "another swap is in progress");
         server.signal(Signal::TERM);
     });
     server.ends_well();
@@ -280,7 +280,7 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
     for (component, reason) in cases {
         let answer = swap(&server, component);
         assert_eq!(answer.status, 422, "{reason}");
-        assert!(answer.text().contains(reason), "{:?} does not tell {reason:?}", answer.text());
+        assert!(answer.text().contains(reason), "{:?} does not contain {reason:?}", answer.text());
         assert_eq!(answer.text().lines().count(), 1);
     }
     assert_eq!(serving(&server), "kvs");
@@ -359,14 +359,14 @@ fn a_compiled_guest_that_is_damaged_is_made_anew() {
     for damaged in [&flipped[..], &good[..good.len() / 2], &good[..10], b""] {
         fs::write(&file, damaged).expect("it can be written");
         let server = stopped.restart(&[]);
-        server.says("is not used, and made anew");
+        server.says("is not used, and compiled again");
         put(&mut Connection::open(server.address()), "/v1/a", "value");
         stopped = server.terminate();
-        assert!(fs::read(&file).expect("it can be read") == good, "it was not made anew");
+        assert!(fs::read(&file).expect("it can be read") == good, "it was not compiled again");
     }
     // A good one is taken as it is.
     let server = stopped.restart(&[]);
-    assert!(!server.stderr().iter().any(|line| line.contains("made anew")));
+    assert!(!server.stderr().iter().any(|line| line.contains("compiled again")));
     server.terminate();
 }
 
@@ -420,7 +420,7 @@ fn a_file_that_changes_during_a_swap_comes_after_it() {
         in_phase(&server, "probation");
         fs::copy(guest(), &file).expect("the guest can be copied");
         server.signal(Signal::HUP);
-        server.says("another swap is under way; the guest in");
+        server.says("another swap is in progress; the guest in");
         assert_eq!(serving(&server), "kvs");
         server.says("the guest was swapped guest=\"unruly\"");
     });

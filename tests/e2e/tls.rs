@@ -274,7 +274,7 @@ fn new_certificate_is_loaded_and_connections_stay() {
     open.ask("PUT", "/v1/a", b"value");
     let first = shown(&open);
 
-    // Both are replaced in place, as its own line says; nobody tells the server.
+    // Both are replaced in place, as its own line says; the server gets no signal.
     authority.issue("server", Kind::Server, 2);
     server.says("reloaded the TLS certificate");
     let second = shown(&client.open(server.address()).expect("it is served"));

@@ -1,4 +1,4 @@
-//! The report of a trap: what its author needs, wherever it is looked for, and nothing for others.
+//! The report of a trap: what its author needs, in every place that shows it, and nothing for others.
 
 use std::thread;
 

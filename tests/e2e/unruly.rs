@@ -29,7 +29,7 @@ pub fn get(client: &mut Connection, path: &str) -> Response {
 }
 
 /// Sets off a failure, sees the 500, and that the next is served by a new instance which knows all there is to know.
-/// Gives the line that tells of it.
+/// Returns its log line.
 #[track_caller]
 fn fails_alone(args: &[&str], path: &str) -> String {
     let (server, mut client) = start(args);
@@ -130,7 +130,7 @@ fn memory_over_the_limit_is_denied() {
 /// The most memory the server ever had, in KiB.
 pub fn peak(server: &Server) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux tells the peak");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux reports the peak");
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("in KiB")
 }
 
@@ -333,7 +333,7 @@ fn apply_finds_clocks_at_zero_and_fixed_randomness() {
     for line in inside {
         assert!(line.starts_with("0.0 0 "), "{line}");
     }
-    // The stream goes on from one batch to the next, and is the same in every process.
+    // The stream continues from one batch to the next, and is the same in every process.
     assert_ne!(inside[0], inside[1]);
     assert_eq!(inside, &second[..second.len() - 1]);
     // In `handle` everything is real.

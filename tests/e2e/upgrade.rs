@@ -70,8 +70,8 @@ impl Upgraded {
     /// Upgrades, and returns the time without a call.
     fn upgrade(&self, args: &[&str]) -> Duration {
         let output = self.run(args);
-        let (printed, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "{told}");
+        let (printed, expected) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{expected}");
         let rest = printed.strip_prefix("process ").expect(&printed);
         let (process, rest) = rest.split_once(" serves; no call was made for ").expect(&printed);
         let process = process.parse().expect("a number");
@@ -80,13 +80,13 @@ impl Upgraded {
         Duration::from_secs_f64(milliseconds.unwrap_or_else(|| panic!("no time: {printed}")) / 1e3)
     }
 
-    /// Upgrades to a program that must fail, and returns what is told.
+    /// Upgrades to a program that must fail, and returns what is expected.
     fn fails(&self, binary: &Path) -> String {
         let output = self.run(&["--binary", binary.to_str().expect("a path is text")]);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{told}");
-        assert!(told.contains("not upgraded, the server serves on"), "{told}");
-        told
+        let expected = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{expected}");
+        assert!(expected.contains("not upgraded, the server serves on"), "{expected}");
+        expected
     }
 
     /// Ends the serving process in good order.
@@ -216,7 +216,7 @@ fn failure_of_new_process_at_each_step_leaves_old_serving() {
     let kvs = kvs_tests::binary();
     let server = Upgraded::start(&SMALL_SEGMENTS);
     under_load(&server, &Way::default(), true, || {
-        for (step, told) in [
+        for (step, expected) in [
             ("kill:start", "it ended before it reported \"ready\""),
             ("kill:ready", "it ended before it reported \"ready\""),
             ("kill:log", "it ended before it reported \"serving\""),
@@ -226,7 +226,7 @@ fn failure_of_new_process_at_each_step_leaves_old_serving() {
         ] {
             let binary = program(&programs, "failing", &format!("UPGRADE_FAILPOINT={step} exec {kvs} \"$@\""));
             let failed = server.fails(&binary);
-            assert!(failed.contains(told), "{step}: {failed}");
+            assert!(failed.contains(expected), "{step}: {failed}");
         }
         let bad_flag = program(&programs, "flag", &format!("exec {kvs} \"$@\" --no-such-flag"));
         assert!(server.fails(&bad_flag).contains("exit status: 2"));
@@ -376,7 +376,7 @@ fn service_manager_gets_state_and_main_process() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let manager = UnixDatagram::bind(directory.path().join("notify")).expect("it can be bound");
     manager.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
-    let told = || {
+    let expected = || {
         let mut bytes = [0; 512];
         let length = manager.recv(&mut bytes).expect("something is reported");
         String::from_utf8_lossy(&bytes[..length]).into_owned()
@@ -386,16 +386,16 @@ fn service_manager_gets_state_and_main_process() {
         command.env("NOTIFY_SOCKET", &notify);
     });
     let ready = |process: i32| format!("READY=1\nMAINPID={process}\n");
-    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
+    assert_eq!(expected(), ready(server.process.load(Ordering::Relaxed)));
     let other = program(&directory, "other", "exit 1");
     server.fails(&other);
-    assert!(told().starts_with("RELOADING=1\nMONOTONIC_USEC="));
-    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
+    assert!(expected().starts_with("RELOADING=1\nMONOTONIC_USEC="));
+    assert_eq!(expected(), ready(server.process.load(Ordering::Relaxed)));
     server.upgrade(&[]);
-    assert!(told().starts_with("RELOADING=1\n"));
-    assert_eq!(told(), ready(server.process.load(Ordering::Relaxed)));
+    assert!(expected().starts_with("RELOADING=1\n"));
+    assert_eq!(expected(), ready(server.process.load(Ordering::Relaxed)));
     server.terminate();
-    assert_eq!(told(), "STOPPING=1\n");
+    assert_eq!(expected(), "STOPPING=1\n");
 }
 
 #[test]
@@ -426,7 +426,7 @@ fn log_in_database_is_handed_over_by_standby_only() {
     let database = Database::start();
     let server = crate::postgres::start(&database.url());
     let output = kvs_at(server.data()).arg("upgrade").output().expect("it can be run");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("with PostgreSQL start the new version with --standby"), "{told}");
+    let expected = String::from_utf8_lossy(&output.stderr);
+    assert!(expected.contains("with PostgreSQL start the new version with --standby"), "{expected}");
     server.terminate();
 }

@@ -116,7 +116,7 @@ fn a_watcher_sees_what_happens_to_its_keys() {
     for events in [&mut all, &mut some] {
         assert_eq!(events.next(), event(4, "delete", json!({"key": "a1"})));
     }
-    // What expires is deleted, and told.
+    // What expires is deleted, and watches get the event.
     let expires = client.ask("PUT", "/v1/a3?ttl=1", b"").etag();
     let put = some.next().expect("a put");
     assert_eq!((Some(put.id), put.data["expires"].is_u64()), (expires, true));
@@ -148,7 +148,7 @@ fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
             let mut events = Events::open(&server, &target, &headers);
             round += 1;
             for _ in 0..(round * 13).min(count - last) {
-                let event = events.next().expect("the stream goes on");
+                let event = events.next().expect("the stream continues");
                 assert_eq!(event.id, last + 1);
                 last = event.id;
             }
@@ -191,14 +191,14 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
 fn a_watch_that_cannot_be_is_refused() {
     let server = Server::start(&[]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"");
-    for (query, told) in [
+    for (query, expected) in [
         ("watch&since=x", "the position is malformed; positions are what a watch or a list gave"),
         ("watch&since=-1", "the position is malformed; positions are what a watch or a list gave"),
         ("watch&since=", "the position is malformed; positions are what a watch or a list gave"),
         ("watch&limit=5", "unknown query parameter `limit`"),
         ("since=0", "unknown query parameter `since`"),
     ] {
-        refused(&server, &format!("/v1?{query}")).says(400, told);
+        refused(&server, &format!("/v1?{query}")).says(400, expected);
     }
     let unknown =
         "the position 2 is not in the history of this log, which was restored or is another one; read the keys again";
@@ -238,7 +238,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
     let mut puts_again = Events::open(&server, "/watch/a*,{own}x/0/puts-only", &[]);
     for (id, kind, key) in expected {
         for events in [&mut events, &mut again] {
-            let next = events.next().expect("the stream goes on");
+            let next = events.next().expect("the stream continues");
             assert_eq!((next.id, next.event.as_str(), next.data["key"].as_str()), (id, kind, Some(key)));
         }
         for puts in [&mut puts, &mut puts_again] {
@@ -308,7 +308,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
     let server = Server::start(&["--watch-keep-alive", "50ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..3 {
-        assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"));
+        assert_eq!(events.block().expect("it continues").as_deref(), Some(":"));
     }
 }
 
@@ -346,7 +346,7 @@ fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
     }
 }
 
-/// Who comes back is not told less than happened, though the newest puts would make up for those that are gone.
+/// A watch that resumes misses no event, even if later puts superseded it.
 #[test]
 fn puts_that_were_compacted_away_are_410_too() {
     if !is_compactable() {
@@ -364,8 +364,9 @@ fn puts_that_were_compacted_away_are_410_too() {
     assert!(compact.status().expect("the binary under test can be started").success());
     let server = stopped.restart(&[]);
     for since in [0, 1] {
-        let told = format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
-        refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &told);
+        let expected =
+            format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
+        refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &expected);
     }
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
     assert_eq!(events.next(), event(3, "put", json!({"key": "a", "value": "2"})));
@@ -430,8 +431,8 @@ fn ten_thousand_idle_watchers_cost_little() {
     println!("a watcher holds {each:.1} KiB; with {count} a PUT costs {put:.2} times the CPU, a GET {get:.2} times");
     assert!(each < 64.0 && put < 5.0 && get < 5.0, "{costs_before:?} {costs:?}");
     let id = client.ask("PUT", "/v1/other7.a", b"value").etag().expect("a PUT has an ETag");
-    let told = event(id, "put", json!({"key": "other7.a", "value": "value"}));
-    assert_eq!(watchers[7].next(), told);
+    let expected = event(id, "put", json!({"key": "other7.a", "value": "value"}));
+    assert_eq!(watchers[7].next(), expected);
 }
 
 #[test]
@@ -440,7 +441,7 @@ fn a_watcher_is_never_idle() {
         Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--watch-keep-alive", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..15 {
-        assert_eq!(events.block().expect("it goes on").as_deref(), Some(":"), "the stream ended");
+        assert_eq!(events.block().expect("it continues").as_deref(), Some(":"), "the stream ended");
     }
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
     assert_eq!(events.next(), event(1, "put", json!({"key": "a", "value": "value"})));

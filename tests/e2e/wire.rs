@@ -216,7 +216,7 @@ impl<S: Read + Write> Connection<S> {
         Ok((length > 0).then_some(chunk))
     }
 
-    /// Reads so many bytes of a body.
+    /// Reads this many bytes of a body.
     pub fn try_read_exact(&mut self, length: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes)?;

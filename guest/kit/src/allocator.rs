@@ -97,7 +97,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Allocator<A> {
     }
 
     unsafe fn realloc(&self, old: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
-        // SAFETY: whoever calls answers for both: `bytes`, rounded up to the alignment, is no more than there can be.
+        // SAFETY: the caller guarantees both: `bytes`, rounded up to the alignment, is no more than there can be.
         let wanted = unsafe { Layout::from_size_align_unchecked(bytes, layout.align()) };
         match (size_for(layout), size_for(wanted)) {
             (None, None) => unsafe { self.system.realloc(old, layout, bytes) },

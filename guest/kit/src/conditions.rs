@@ -224,8 +224,8 @@ mod tests {
                 assert_eq!(conditions(&[(name, value)]), Err(Malformed(name)), "{value}");
             }
         }
-        let told = "if-match is malformed: it is `*`, or entity tags like \"5\", separated by commas";
-        assert_eq!(Malformed(IF_MATCH).to_string(), told);
+        let message = "if-match is malformed: it is `*`, or entity tags like \"5\", separated by commas";
+        assert_eq!(Malformed(IF_MATCH).to_string(), message);
     }
 
     #[test]

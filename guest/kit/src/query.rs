@@ -148,7 +148,7 @@ mod tests {
     fn what_is_wrong_is_told_by_name() {
         let long = "ä".repeat(65);
         let cut = format!("unknown query parameter `{}`", "ä".repeat(64));
-        for (query, told) in [
+        for (query, message) in [
             ("c=1", "unknown query parameter `c`"),
             ("A=1", "unknown query parameter `A`"),
             ("%61=1", "unknown query parameter `%61`"),
@@ -160,7 +160,7 @@ mod tests {
             ("a=%ff", "query parameter `a` is not valid UTF-8"),
         ] {
             let bad = parameters(query, ["a", "b"]).expect_err(query);
-            assert_eq!(bad.to_string(), told);
+            assert_eq!(bad.to_string(), message);
         }
     }
 
@@ -170,8 +170,8 @@ mod tests {
         assert_eq!(number("10"), Ok(10));
         assert_eq!(number("007"), Ok(7));
         for value in ["0", "11", "", "+1", "-1", "1.0", " 1", "١", "99999999999999999999"] {
-            let told = number(value).expect_err(value).to_string();
-            assert_eq!(told, "query parameter `a` must be a whole number from 1 to 10", "{value}");
+            let message = number(value).expect_err(value).to_string();
+            assert_eq!(message, "query parameter `a` must be a whole number from 1 to 10", "{value}");
         }
     }
 

@@ -18,7 +18,7 @@ use crate::store::Store;
 use crate::value::caching;
 use crate::write::{expiry, item_to_change, write};
 
-/// The change that a query asks for.
+/// The change that a query requests.
 enum Change {
     /// With a new expiry, when there is one.
     Add {
@@ -30,7 +30,7 @@ enum Change {
     },
 }
 
-/// Whether a query asks for a change. POST without one is not allowed.
+/// Whether a query requests a change. POST without one is not allowed.
 pub fn is_wanted(query: &str) -> bool {
     query::has(query, "op")
 }

@@ -1,6 +1,6 @@
 //! `DELETE /v1?prefix=…`: deletes keys that begin so, a page at a time.
 //!
-//! Owns: what a page deletes, in one group of the log, and where the next one goes on. With several instances each deletes a
+//! Owns: what a page deletes, in one group of the log, and where the next one begins. With several instances each deletes a
 //! page of its own keys. Must never know: how items are kept.
 
 use kvs_kit::state::Logged;

@@ -23,7 +23,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// The part of an item, with its sequence and the length of its value, that these headers ask for.
+    /// The part of an item, with its sequence and the length of its value, that these headers request.
     pub fn sent(headers: &[Header], sequence: u64, length: usize) -> Self {
         let mut ranges = headers.iter().filter(|header| header.name == RANGE);
         let (Some(range), None) = (ranges.next(), ranges.next()) else { return Self::Whole };

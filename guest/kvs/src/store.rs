@@ -401,7 +401,7 @@ mod tests {
         ] {
             assert_ne!(one, other);
         }
-        // Nothing but when the last delete was tells these apart.
+        // Only the time of the last delete distinguishes these.
         let with_deletes = |last| store_of([(1, put("a", "", None)), (last, delete("a"))]);
         assert_ne!(with_deletes(2), with_deletes(3));
     }

@@ -20,9 +20,9 @@ pub fn refusal(headers: &[Header]) -> Option<Response> {
         // RFC 9110, section 14.5.
         CONTENT_RANGE => Some(line(400, "content-range: a part of a value cannot be put; send the whole value")),
         CONTENT_ENCODING if !every_element(value, |coding| coding.eq_ignore_ascii_case(b"identity")) => {
-            let told =
+            let reason =
                 "content-encoding would not be kept; send the value as it is, or name what it is in content-type";
-            Some(with(line(415, told), header("accept-encoding", "identity")))
+            Some(with(line(415, reason), header("accept-encoding", "identity")))
         }
         CACHE_CONTROL if !every_element(value, is_of_request) => {
             Some(line(415, "cache-control would not be kept; send the value without it"))

@@ -65,7 +65,7 @@ pub fn get(store: &Logged<'_, Store>, key: &str, query: &str, request: &Request)
     caching(item.sequence(), item.expires(), &mut headers);
     headers.extend([
         header("accept-ranges", "bytes"),
-        // A value may be anything, and whoever put it must not script whoever reads it.
+        // A value may be anything, and must not run as a script in the browser of its reader.
         header("content-security-policy", "sandbox"),
     ]);
     let (value, length) = (item.value(), item.value().len());
@@ -286,7 +286,7 @@ mod tests {
                 assert!(text_of(&response).starts_with(&format!("{name} is malformed")), "{}", text_of(&response));
             }
         }
-        for (method, query, told) in [
+        for (method, query, reason) in [
             (
                 "PUT",
                 "ttl=0",
@@ -309,7 +309,7 @@ mod tests {
             ("HEAD", "ttl=1", "unknown query parameter `ttl`\n"),
         ] {
             let response = handle(&mut Store::default(), request_with(method, query, &[]), unasked);
-            assert_eq!((response.status, text_of(&response)), (400, told), "{method} {query}");
+            assert_eq!((response.status, text_of(&response)), (400, reason), "{method} {query}");
         }
     }
 

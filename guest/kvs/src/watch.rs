@@ -15,7 +15,7 @@ use crate::store::Store;
 
 pub const LAST_EVENT_ID: &str = "last-event-id";
 
-/// Whether a query asks for changes in place of a list.
+/// Whether a query requests changes in place of a list.
 pub fn is_wanted(query: &str) -> bool {
     query::has(query, "watch")
 }
@@ -40,7 +40,7 @@ pub fn get(store: &Logged<'_, Store>, query: &str, request: &Request) -> Respons
     Response { status: 200, headers, body: Vec::new(), read_sequence: None }
 }
 
-/// What a watch asks for.
+/// Selection of a watch.
 struct Asked<'q> {
     selectors: Vec<Selector>,
     since: Option<Cow<'q, str>>,
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn what_is_malformed_is_refused_by_name() {
-        for (query, last, told) in [
+        for (query, last, reason) in [
             ("watch=false", &[][..], "query parameter `watch` must be true, or nothing\n"),
             ("watch&watch", &[], "query parameter `watch` was given twice\n"),
             ("watch&limit=5", &[], "unknown query parameter `limit`\n"),
@@ -170,7 +170,7 @@ mod tests {
             ("watch", &["1", "1"], "last-event-id must be sent once\n"),
         ] {
             let (response, subscribed) = watch(query, last);
-            assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, told), "{query}");
+            assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, reason), "{query}");
             assert_eq!(subscribed, None);
         }
     }

@@ -18,7 +18,7 @@ pub enum Phase {
     /// The guest is being given what the log holds.
     Replaying,
     Serving,
-    /// Told to stop: what is under way is finished, nothing new should be sent here.
+    /// Stopping: requests in progress are finished, and no new ones should be sent here.
     Stopping,
 }
 

@@ -1,4 +1,4 @@
-//! `kvs serve`: puts the house together, in the order data flows back (log, guest, edge), and takes it down again.
+//! `kvs serve`: starts the log, the guest and the listeners, and stops them in the opposite order.
 
 mod check;
 mod listeners;
@@ -47,7 +47,7 @@ use crate::systemd::{self, Activated};
 use crate::upgrade::{self, Control, Inherited, Upgrader, VARIABLE};
 use crate::workers::Workers;
 
-/// Serves until the process is told to stop, or the log fails.
+/// Serves until the process is stopped, or the log fails.
 pub fn run(args: &Serve, env: &Env) -> Result<()> {
     let workers = Arc::new(Workers::default());
     let (parks, unparks) = (Arc::clone(&workers), Arc::clone(&workers));
@@ -59,7 +59,7 @@ pub fn run(args: &Serve, env: &Env) -> Result<()> {
     runtime.shutdown_background();
     match ended? {
         Ended::Stopped => Ok(()),
-        Ended::Deposed => begin_anew(),
+        Ended::Deposed => restart(),
     }
 }
 
@@ -67,22 +67,22 @@ pub fn run(args: &Serve, env: &Env) -> Result<()> {
 #[derive(Debug)]
 enum Ended {
     Stopped,
-    /// Another process writes the log, and this one is to stand by.
+    /// Another process writes the log, and this one becomes a standby.
     Deposed,
 }
 
 /// Runs the same command in the place of this process: of what it holds, some may not be in the log, and nothing is kept.
-fn begin_anew() -> Result<()> {
+fn restart() -> Result<()> {
     let mut arguments = env::args_os();
     let mut command = Command::new("/proc/self/exe");
     command.arg0(arguments.next().unwrap_or_default()).args(arguments).env_remove(VARIABLE);
     lines::end();
-    Err(command.exec()).context("cannot stand by: the process could not be started anew; start it again")
+    Err(command.exec()).context("cannot become a standby: the process could not start itself again; start it")
 }
 
 async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     let Env { clock, tasks, .. } = env;
-    // Before anything slow, so that a stop is heard at any time.
+    // Before anything slow, so that a signal can stop the process at any time.
     let mut stop = on_signal(env)?;
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
     let hangup = || listen_for(SignalKind::hangup());
@@ -329,7 +329,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         systemd::stopping();
         changes.end();
         if failure.is_none() {
-            info!("stopping: finishing what is under way");
+            info!("stopping: finishing requests in progress");
         }
         Stage::Stopping
     });
@@ -341,7 +341,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     }
     if let Some(reason) = failure {
         if args.standby && log.read_only().is_some() {
-            warn!("{reason}: beginning anew, to stand by");
+            warn!("{reason}: restarting as a standby");
             return Ok(Ended::Deposed);
         }
         bail!("{reason}; what was acknowledged is safe, start again to recover");

@@ -126,7 +126,7 @@ impl Account {
         self.cut.notified().await;
     }
 
-    /// A request that holds nothing yet. So many bytes of it are free.
+    /// A request that holds nothing yet. This many bytes of it are free.
     pub fn begin(self: &Arc<Self>, free: usize) -> Charge {
         Charge { account: Arc::clone(self), free, number: None, bytes: 0 }
     }
@@ -168,7 +168,7 @@ impl Account {
 }
 
 impl Charge {
-    /// Holds so many bytes from now on, when there is room for them.
+    /// Holds this many bytes from now on, when there is room for them.
     pub fn hold(&mut self, bytes: usize) -> Result<(), Exceeded> {
         let bytes = self.charged(bytes);
         if bytes == self.bytes {
@@ -179,7 +179,7 @@ impl Charge {
         Ok(())
     }
 
-    /// Holds so many bytes whatever there is room for: what cannot be refused any more.
+    /// Holds this many bytes whatever there is room for: what cannot be refused any more.
     pub fn must_hold(&mut self, bytes: usize) {
         let bytes = self.charged(bytes);
         if bytes == self.bytes {

@@ -51,7 +51,7 @@ pub(super) struct Peer {
 }
 
 impl Edge {
-    /// Serves one connection. When told to stop it finishes the requests under way, if there are any.
+    /// Serves one connection. At a stop it finishes the requests in progress, if there are any.
     pub(super) async fn connected(
         self: &Arc<Self>,
         mut stream: TcpStream,
@@ -195,7 +195,7 @@ impl Edge {
     }
 }
 
-/// Serves a connection to its end: the client's, ours at the stage `last` or when told to cut it, or that of our patience. HTTP/2
+/// Serves a connection to its end: the client's, ours at the stage `last` or when asked to cut it, or that of our patience. HTTP/2
 /// has GOAWAY to end one that is idle; with HTTP/1.1 a request can be on its way.
 ///
 /// Looking now and again costs less than a timer for each request, and notices a little late.

@@ -86,10 +86,10 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         self.renewed.subscribe()
     }
 
-    /// Whether what is in force is what the files say.
+    /// Whether the current value is that of the files.
     pub fn condition(&self) -> Condition {
         let failure = lock(&self.last.failure).clone();
-        failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in force: {reason}")))
+        failure.map_or(Condition::Well, |reason| Condition::But(format!("an old one is in use: {reason}")))
     }
 
     pub fn last_reload(&self) -> Arc<LastReload> {
@@ -109,12 +109,12 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         let mut interval = interval(LOOK);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let told = tokio::select! {
-                heard = hangup.recv() => heard.is_some(),
+            let asked = tokio::select! {
+                signal = hangup.recv() => signal.is_some(),
                 _ = interval.tick() => false,
             };
             let fresh = Arc::clone(&self);
-            let looked = task::spawn_blocking(move || fresh.look(told)).await;
+            let looked = task::spawn_blocking(move || fresh.look(asked)).await;
             if let Err(panic) = &looked {
                 // The current value is not that of the files.
                 *lock(&self.last.failure) = Some(panic.to_string());
@@ -124,10 +124,10 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         }
     }
 
-    /// Makes it anew when the files have changed, or when told to.
-    fn look(&self, told: bool) {
+    /// Makes a new value when the files have changed, or when `asked` to.
+    fn look(&self, asked: bool) {
         let mut changes = lock(&self.changes);
-        if !told && !changes.settled() {
+        if !asked && !changes.settled() {
             return;
         }
         changes.reading();
@@ -180,7 +180,7 @@ mod tests {
             Fresh::new("the file", vec![file.path().to_owned()], Clock::system(), make).expect("it can be made");
         let mut renewals = fresh.renewals();
         let env = Env::real();
-        let keeping = fresh.start("reload", listen(SignalKind::hangup()).expect("signals can be heard"), &env);
+        let keeping = fresh.start("reload", listen(SignalKind::hangup()).expect("signals can be received"), &env);
         std::fs::write(file.path(), "changed").expect("it can be written");
         timeout(std::time::Duration::from_secs(30), renewals.changed()).await.expect("in time").expect("it is kept");
         assert_eq!((*fresh.get(), env.tasks.restarts("reload")), (2, 1));

@@ -125,7 +125,7 @@ pub enum Stage {
 }
 
 impl Edge {
-    /// Serves `listeners`, and `second` from when it is there, until `stop`, then finishes what is under way. Returns how many
+    /// Serves `listeners`, and `second` from when it is there, until `stop`, then finishes what is in flight. Returns how many
     /// connections had to be cut off.
     pub async fn serve(
         self: Arc<Self>,

@@ -15,7 +15,7 @@ pub enum Reply {
     Whole(Bytes),
     /// Length of a body that is not sent, since the request was HEAD.
     Length(usize),
-    /// Ends with the sender. Its request is under way until then.
+    /// Ends with the sender. Its request is in progress until then.
     Stream {
         pieces: mpsc::Receiver<Bytes>,
         _under_way: Option<UnderWay>,

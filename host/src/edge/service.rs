@@ -106,7 +106,7 @@ struct Noted {
     times: Times,
 }
 
-/// A request under way, until it is dropped.
+/// A request in progress, until it is dropped.
 struct UnderWay<'s>(&'s AtomicUsize);
 
 impl Drop for UnderWay<'_> {
@@ -391,7 +391,7 @@ impl Service {
             timeout_at(deadline, watermark.reached(answer.read_sequence)).await
         };
         match reached {
-            // What was appended is durable, whoever writes by now.
+            // What was appended is durable, even if another process writes by now.
             Ok(Ok(())) if answer.appended => Ok(()),
             Ok(Ok(())) => self.has_lease(deadline).await,
             Ok(Err(unknown)) => {

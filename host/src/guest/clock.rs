@@ -1,8 +1,8 @@
-//! The time that guests are told. It never goes back, whichever instance is asked: a key that has expired for one reader does
+//! The time that guests receive. It never goes back, whichever instance is asked: a key that has expired for one reader does
 //! not come back for another because somebody set the clock, or because the guest was rebuilt.
 //!
 //! It is the system's while that is ahead. When the system's is behind the newest entry of the log, or was set back, time
-//! goes on from there by the monotonic clock, so that a TTL stays a duration: no key lives until the system has caught up.
+//! continues from there by the monotonic clock, so that a TTL stays a duration: no key lives until the system has caught up.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -63,19 +63,19 @@ impl Clock {
         Duration::from_millis(self.not_before(system).saturating_sub(system))
     }
 
-    /// How it is, for those who look after it.
+    /// Condition of the clock, for `/readyz`.
     pub fn condition(&self) -> Condition {
         let behind = behind(u64::try_from(self.behind().as_millis()).unwrap_or(u64::MAX));
         behind.map_or(Condition::Well, Condition::But)
     }
 }
 
-/// The report that the system's clock is behind by so many milliseconds, when that is more than clocks differ by.
+/// The report that the system's clock is behind by this many milliseconds, when that is more than clocks differ by.
 fn behind(milliseconds: u64) -> Option<String> {
     let behind = humantime::format_duration(Duration::from_secs(milliseconds / 1_000));
     (milliseconds > TOLERANCE_MS).then(|| {
         format!(
-            "the system clock is {behind} behind the newest entry of the log, or was set back: time goes on from there by \
+            "the system clock is {behind} behind the newest entry of the log, or was set back: time continues from there by \
              the monotonic clock; set the system clock"
         )
     })

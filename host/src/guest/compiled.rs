@@ -32,5 +32,5 @@ pub fn open(engine: &Engine, file: &[u8]) -> Result<Component> {
     // version, settings and CPU. Who could forge it can write to the data directory, or say which file is the guest, and so
     // owns the store already. Measured: the default guest is ready in a tenth of the time.
     let component = unsafe { Component::deserialize(engine, code) }.map_err(anyhow::Error::from);
-    component.context("it was compiled by another version of kvs or for another CPU; make it anew with kvs compile")
+    component.context("it was compiled by another version of kvs or for another CPU; compile it again with kvs compile")
 }

@@ -1,6 +1,6 @@
 //! The compiler, and compiled guests on disk, so that a start need not compile.
 //!
-//! Each file is named for the component and the engine it was made from; one that is damaged in any way is made anew. Only
+//! Each file is named for the component and the engine it was made from; one that is damaged in any way is compiled again. Only
 //! what has served is kept. A binary without a compiler has `no_compiler` in the place of this.
 //!
 //! Owns: the files in `DIR/cache`. Must never know: what a component does. A cache that cannot be read or written costs
@@ -28,7 +28,7 @@ pub struct Compiler {
 }
 
 impl Compiler {
-    /// `cache` is the directory for what [`keep`](Self::keep) is told to keep.
+    /// `cache` is the directory for what [`keep`](Self::keep) stores.
     pub fn new(cache: Option<&Path>) -> Self {
         Self { cache: cache.map(Path::to_owned) }
     }
@@ -41,7 +41,7 @@ impl Compiler {
                 Ok(None) => {}
                 Ok(Some(component)) => return Ok((component, true)),
                 Err(error) => {
-                    warn!("the compiled guest {} is not used, and made anew: {error:#}", file.display());
+                    warn!("the compiled guest {} is not used, and compiled again: {error:#}", file.display());
                 }
             }
         }

@@ -46,7 +46,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) is told to keep is in the directory
+    /// Every guest finds `config` in `wasi:config/store`. What [`keep`](Self::keep) stores is in the directory
     /// `cache`; responses that can be reused take `response_cache_bytes`.
     pub fn new(
         limits: Limits,
@@ -136,7 +136,7 @@ pub fn settings(cpu: Cpu) -> Result<wasmtime::Config> {
     // A guest is called and returns; what wasmtime keeps for guests that are suspended triples the cost of a call.
     settings.concurrency_support(false);
     settings.epoch_interruption(true);
-    // A line that tells of a trap has the names of functions, no more; wasmtime finds those without these tables.
+    // The log line of a trap has the names of functions, no more; wasmtime finds those without these tables.
     settings.generate_address_map(false).native_unwind_info(false);
     if cpu == Cpu::Any {
         // Named, a target has no more than all its CPUs have. What is compiled for one libc runs beside the other.
@@ -284,7 +284,7 @@ impl Guest {
         self.clock.env()
     }
 
-    /// The time that its instances are told.
+    /// The time that its instances receive.
     pub fn clock(&self) -> &Clock {
         &self.clock
     }

@@ -12,7 +12,7 @@ use wasmtime::EngineWeak;
 /// The grain of CPU time limits: a call is ended this much late at most.
 const EPOCH: Duration = Duration::from_millis(10);
 
-/// A call that takes longer than so many epochs makes way for what else its thread is there for.
+/// A call that takes longer than this many epochs makes way for what else its thread is there for.
 pub const LONG: u64 = 2;
 
 /// Counts them, for as long as there is the engine.
@@ -37,7 +37,7 @@ pub fn epochs(limit: Duration) -> u64 {
 }
 
 /// Gives what this thread has to do beside a call to another thread. A thread of the runtime may be the one that watches the
-/// sockets, and holds tasks that no other can take from it: connections would hang as long as the call goes on.
+/// sockets, and holds tasks that no other can take from it: connections would hang as long as the call runs.
 ///
 /// It may not succeed every time, and can be called again.
 #[expect(clippy::disallowed_methods, reason = "a task that only finds out whether another thread is there")]

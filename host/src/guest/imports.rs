@@ -1,6 +1,6 @@
 //! What an instance finds when it calls out: the contract's imports, for one call at a time.
 //!
-//! Owns: what a call may append, the time a guest is told, what it asked for beside its response. Must never know: what a
+//! Owns: what a call may append, the time that it receives, and its calls beside the response. Must never know: what a
 //! request is, when calls are made. WASI is the `sandbox`'s.
 
 use std::sync::Arc;
@@ -45,7 +45,7 @@ pub struct State {
     pub(super) call: Call,
     pub(super) clock: Arc<Clock>,
     pub(super) cache: Arc<ResponseCache>,
-    /// What the call in progress was told, in milliseconds since 1970.
+    /// Time of the call in progress, in milliseconds since 1970.
     time: u64,
     /// Epochs that it may take beyond those it has been given.
     pub(super) rest: u64,
@@ -70,7 +70,7 @@ pub(super) struct Call {
     /// The generation that it serves in, where responses are kept.
     pub(super) serving: Option<cache::Serving>,
     pub(super) reuse: Reuse,
-    /// Whether it was told about the connection.
+    /// Whether it read the connection.
     pub(super) connection_read: bool,
     /// Recorded for a candidate, or those of a candidate.
     pub(super) effects: Appends,
@@ -151,19 +151,19 @@ impl State {
         self.call.client.as_deref()
     }
 
-    /// The time that the next call is told.
+    /// Time of the next call.
     pub(super) fn now(&mut self) -> u64 {
         let now = self.clock.now();
         self.at(now)
     }
 
-    /// The same, for a call that is told a certain time.
+    /// The same, for a call that sees a certain time.
     pub(super) fn at(&mut self, time: u64) -> u64 {
         self.time = time;
         time
     }
 
-    /// The time that the last call was told.
+    /// The time that the last call saw.
     pub(super) fn time(&self) -> u64 {
         self.time
     }
@@ -202,13 +202,13 @@ impl State {
         if events.iter().any(|event| matches!(event, kvs_txlog::Event::Put(put) if !key::is_valid(&put.key))) {
             return Err(AppendError::InvalidKey);
         }
-        // Before anything changed. What only deletes goes on, for that is how a guest gets out of it.
+        // Before anything changed. Deletes are still accepted, since they free memory.
         let taken_in = events.iter().filter_map(taken_in).sum();
         if taken_in > 0 && !self.memory.takes(taken_in) {
             self.call.refused = true;
             return Err(AppendError::InsufficientStorage);
         }
-        // Before the log has them: whoever watches can hear of them before the call returns.
+        // Before the log has them: a watch can receive them before the call returns.
         events.iter().for_each(|event| self.cache.announce(event.key()));
         let first = self.log.append(self.time, events)?;
         if let Some(others) = events.len().checked_sub(1) {

@@ -1,6 +1,6 @@
 //! One running instance of a guest, and the calls into it.
 //!
-//! Owns: the limits of a call, what a trap tells, what a response depends on. Must never know: what the records mean, who else
+//! Owns: the limits of a call, what a trap reports, what a response depends on. Must never know: what the records mean, who else
 //! calls the guest, how it comes by its entries.
 
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use super::shadow::{Append, Appends, Difference, Given as Surrounded, Record, Re
 use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
-/// Request headers a guest may ask for: each is looked up and copied on every request.
+/// Maximum number of request headers that a guest can name: each is looked up and copied on every request.
 const WANTED_HEADERS: usize = 64;
 /// Capability of guests that enforce the key prefix of a grant.
 const KEY_PREFIX: &str = "key-prefix";
@@ -361,8 +361,8 @@ fn check(description: &Description) -> Result<Vec<HeaderName>> {
     ensure!(is_word(&description.name), "its name is not a word of at most 64 printable ASCII characters");
     ensure!(is_word(&description.version), "its version is not a word of at most 64 printable ASCII characters");
     let count = description.headers.len();
-    ensure!(count <= WANTED_HEADERS, "it asks for {count} request headers, at most {WANTED_HEADERS} are allowed");
-    let parse = |name: &String| HeaderName::from_bytes(name.as_bytes()).context("it asks for an invalid header");
+    ensure!(count <= WANTED_HEADERS, "it names {count} request headers, at most {WANTED_HEADERS} are allowed");
+    let parse = |name: &String| HeaderName::from_bytes(name.as_bytes()).context("it names an invalid header");
     let headers = description.headers.iter().map(parse).collect::<Result<_>>()?;
     let count = description.capabilities.len();
     ensure!(count <= CAPABILITIES, "it declares {count} capabilities, at most {CAPABILITIES} are allowed");

@@ -105,7 +105,7 @@ impl Client {
 #[derive(Default)]
 pub struct Wanted {
     names: Box<[HeaderName]>,
-    /// A bit for each length of a name, which tells most other headers without a comparison.
+    /// A bit for each length of a name, which rules out most other headers without a comparison.
     lengths: u64,
 }
 

@@ -55,7 +55,7 @@ impl Cause {
     }
 }
 
-/// What the instance of a shard holds, set by whoever has the turn.
+/// What the instance of a shard holds, set under its turn.
 #[derive(Default)]
 pub struct Held {
     pub memory_bytes: AtomicU64,

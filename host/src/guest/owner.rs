@@ -59,8 +59,8 @@ impl Part {
         self.owners.count == 1
     }
 
-    /// How log lines name it; not at all where it is the only one.
-    pub fn told(&self) -> Option<usize> {
+    /// Index in log lines; none where it is the only one.
+    pub fn label(&self) -> Option<usize> {
         (!self.is_all()).then_some(self.index)
     }
 

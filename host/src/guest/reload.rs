@@ -79,17 +79,17 @@ async fn run(
     let mut interval = interval(LOOK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let told = tokio::select! {
+        let asked = tokio::select! {
             _ = hangup.recv() => true,
             _ = interval.tick() => false,
         };
-        if !told && !changes.as_mut().is_some_and(Changes::settled) {
+        if !asked && !changes.as_mut().is_some_and(Changes::settled) {
             continue;
         }
         if let Some(changes) = &mut changes {
             changes.reading();
         }
-        reload(&named, &swapper, Actor::cause(if told { "SIGHUP" } else { "file" })).await;
+        reload(&named, &swapper, Actor::cause(if asked { "SIGHUP" } else { "file" })).await;
     }
 }
 
@@ -97,7 +97,7 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
     let mut waits = false;
     loop {
         let Some(source) = named.source() else {
-            return info!("told to read the guest again, but no file was named at the start");
+            return info!("SIGHUP: the guest is not read again, since no file was named at the start");
         };
         let (from, serving) = (source.clone(), swapper.serving());
         let read = task::spawn_blocking(move || from.read()).await;
@@ -113,8 +113,8 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
         }
         match swapper.swap(source.clone(), component, Steps::default(), actor.clone()).await {
             Err(SwapError::Busy) if waits => {}
-            Err(SwapError::Busy) => info!("another swap is under way; the guest in {source} comes after it"),
-            // How it ended is told by the swap.
+            Err(SwapError::Busy) => info!("another swap is in progress; the guest in {source} comes after it"),
+            // The swap reports how it ended.
             Ok(_) | Err(_) => return,
         }
         waits = true;

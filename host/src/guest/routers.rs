@@ -32,7 +32,7 @@ impl Routers {
         self.guest.number()
     }
 
-    /// The time that the guest is told now, in milliseconds since 1970.
+    /// The time that the guest sees now, in milliseconds since 1970.
     pub fn now(&self) -> u64 {
         self.guest.clock().now()
     }

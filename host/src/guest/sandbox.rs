@@ -81,10 +81,10 @@ pub struct Sandbox {
     span: Instant,
     output_left: usize,
     /// Whether it was said that output of this span is dropped.
-    told: bool,
+    is_reported: bool,
     started: Instant,
     env: Env,
-    /// The time that the guest is told elsewhere, too.
+    /// The time that the guest receives elsewhere, too.
     clock: Arc<Clock>,
     /// In `apply`: clocks stand, and randomness is the fixed stream.
     in_apply: bool,
@@ -123,7 +123,7 @@ impl Sandbox {
             line,
             span: now,
             output_left: limits.log_bytes,
-            told: false,
+            is_reported: false,
             started: now,
             env,
             clock,
@@ -193,7 +193,7 @@ impl Sandbox {
         self.printed.add(bytes);
         let now = self.env.clock.now();
         if now.saturating_duration_since(self.span) >= SPAN {
-            (self.span, self.output_left, self.told) = (now, self.limits.log_bytes, false);
+            (self.span, self.output_left, self.is_reported) = (now, self.limits.log_bytes, false);
         }
         let (taken, dropped) = bytes.split_at(bytes.len().min(self.output_left));
         self.output_left -= taken.len();
@@ -208,8 +208,8 @@ impl Sandbox {
                 }
             }
         }
-        if !dropped.is_empty() && !self.told {
-            self.told = true;
+        if !dropped.is_empty() && !self.is_reported {
+            self.is_reported = true;
             self.flush();
             warn!(guest = self.guest, "output beyond {} bytes in {SPAN:?} is dropped", self.limits.log_bytes);
         }
@@ -347,7 +347,7 @@ impl io::poll::HostPollable for Sandbox {
     }
 }
 
-/// What an operation on a stream gives: trapped, or told to the guest, or done.
+/// Result of an operation on a stream: a trap, an error for the guest, or success.
 type Streamed<T> = Result<std::result::Result<T, StreamError>>;
 
 impl io::streams::Host for Sandbox {}

@@ -4,7 +4,7 @@
 //! answers it makes one of, or to any. Another guest takes the place of the one that serves in all shards at once, so that
 //! none is asked what another has routed.
 //!
-//! Owns: which shard is asked, and which guest serves. Must never know: what is asked, whose turn it is in a shard, why
+//! Owns: which shard is asked, and which guest serves. Must never know: what is asked, which request a shard handles, why
 //! another guest is wanted.
 
 mod handover;
@@ -66,7 +66,7 @@ pub struct Arrangement {
 pub struct Switched {
     /// How long no call was made.
     pub pause: Duration,
-    /// Hears of the first trap of the guest, while it is on probation.
+    /// Receives the first trap of the guest, while it is on probation.
     pub alarm: oneshot::Receiver<Raised>,
     pub before: Before,
 }
@@ -80,7 +80,7 @@ pub struct Before {
 }
 
 impl Shards {
-    /// So many, built from the log. Blocks until they are ready to be called.
+    /// This many instances, built from the log. Blocks until they are ready to be called.
     pub fn build(
         guest: Guest,
         log: Arc<dyn TransactionLog>,
@@ -136,7 +136,7 @@ impl Shards {
         self.shards.iter().enumerate().filter_map(|(number, shard)| Some((number, shard.outage()?)))
     }
 
-    /// How the guest is, for those who look after it: which shard has no instance, since when, and why.
+    /// Condition of the guest, for `/readyz`: which shard has no instance, since when, and why.
     pub fn condition(&self) -> Condition {
         let (count, clock) = (self.shards.len(), &self.env().clock);
         let mut is_unfit = false;
@@ -160,7 +160,7 @@ impl Shards {
         self.shards.iter().enumerate().filter_map(|(number, shard)| Some((number, shard.spare()?)))
     }
 
-    /// How the spares are, for those who look after them.
+    /// Condition of the spares, for `/readyz`.
     pub fn spare_condition(&self) -> Condition {
         let count = self.shards.len();
         let lacks = self
@@ -204,7 +204,7 @@ impl Shards {
         alone
     }
 
-    /// How the time is that guests are told.
+    /// Condition of the clock of the guests.
     pub fn clock_condition(&self) -> Condition {
         self.serving().guest.clock().condition()
     }
@@ -367,7 +367,7 @@ impl Shards {
     }
 }
 
-/// An error when instances that hold so many bytes and as many spares do not fit into the memory.
+/// An error when instances that hold this many bytes and as many spares do not fit into the memory.
 fn fit_twice(held: u64, memory: u64) -> Result<()> {
     let (instances, all) = (ByteSize(held), ByteSize(memory));
     ensure!(held <= memory / 2, "the instances hold {instances}, and twice that is more than the memory, {all}");

@@ -108,7 +108,7 @@ pub fn remember(data: &Path, component: Option<&[u8]>) -> Result<()> {
     change().and_then(|()| File::open(data)?.sync_all()).with_context(|| format!("cannot change {}", file.display()))
 }
 
-/// What tells one component from another: the SHA-256 of its bytes.
+/// Identity of a component: the SHA-256 of its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest([u8; 32]);
 

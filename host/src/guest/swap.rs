@@ -4,7 +4,7 @@
 //! two calls. Until then the one that serves notices nothing; after that it is kept for a while, and put back when the new
 //! one traps. The guest that is replaced is never asked for anything.
 //!
-//! Owns: the steps of a swap, and what is told of them. Must never know: who asked for it, or how.
+//! Owns: the steps of a swap, and their report. Must never know: who asked for it, or how.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,7 +38,7 @@ const ATTEMPTS: usize = 3;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
-    #[error("another swap is under way")]
+    #[error("another swap is in progress")]
     Busy,
     /// It is no guest, or one that cannot take in this log.
     #[error("{0:#}")]
@@ -85,7 +85,7 @@ pub struct Swapper {
     /// While this server is standby, the data directory is that of its primary.
     shares_data: bool,
     probation: Duration,
-    /// In the runtime where requests are served, whoever asks for the swap.
+    /// The runtime where requests are served.
     tasks: Tasks,
     under_way: Arc<tokio::sync::Mutex<()>>,
     status: Mutex<Status>,
@@ -101,7 +101,7 @@ struct Status {
     last: Value,
 }
 
-/// Where the swap under way is.
+/// Progress of a swap.
 struct Phase {
     name: &'static str,
     begun: Instant,
@@ -138,12 +138,12 @@ impl Swapper {
         self.log.read_only().is_some()
     }
 
-    /// The guest that serves, the swap under way, and how the last one ended.
+    /// The guest that serves, the swap in progress, and how the last one ended.
     pub fn status(&self) -> Value {
         let serving = self.serving();
         let status = self.lock();
         let shadow = status.shadow.as_ref().map(|report| report.json(self.shards.memory_bytes().sum()));
-        let under_way = status.phase.as_ref().map(|phase| {
+        let in_progress = status.phase.as_ref().map(|phase| {
             let seconds = self.clock().elapsed(phase.begun).as_secs_f64();
             json!({
                 "phase": phase.name,
@@ -171,7 +171,7 @@ impl Swapper {
             "since": status.since,
             "probation_seconds": self.probation.as_secs_f64(),
             "shards": self.shards.memory_bytes().map(|bytes| json!({ "memory_bytes": bytes })).collect::<Vec<_>>(),
-            "swap": under_way,
+            "swap": in_progress,
             "last_swap": status.last,
             "last_trap": self.shards.last_trap().map(|trap| json!({ "at": trap.at, "reason": trap.reason })),
             "spares": spares.collect::<Vec<_>>(),
@@ -179,7 +179,7 @@ impl Swapper {
         })
     }
 
-    /// Swaps the guest for `component`, which came from `source`. Goes on to its end whether or not anybody waits for it.
+    /// Swaps the guest for `component`, which came from `source`. Runs to its end whether or not anybody waits for it.
     pub async fn swap(
         self: &Arc<Self>,
         source: Source,
@@ -196,7 +196,7 @@ impl Swapper {
                 Ok(_) => audit::log(&actor, action, digest, "success"),
                 Err(error) => audit::log(&actor, action, digest, trap::without_printed(&error.to_string())),
             }
-            // Whoever asked may have left.
+            // The client may have left.
             let _ = done.send(outcome);
         });
         outcome.await.unwrap_or_else(|_| Err(SwapError::Failed(anyhow!("the swap ended half-way"))))
@@ -377,7 +377,7 @@ impl Swapper {
             Err(SwapError::TakenBack { .. }) => metrics.swaps_taken_back.add(1),
             Err(_) => metrics.swaps_refused.add(1),
         }
-        let told = match outcome {
+        let last = match outcome {
             Ok(Outcome { guest, version, replayed, pause, shadow, .. }) => {
                 let what = if pause.is_some() { "the guest was swapped" } else { "the guest could be swapped" };
                 info!(guest, version, entries = replayed.entries, keys = replayed.keys, took = ?replayed.took, "{what}");
@@ -392,7 +392,7 @@ impl Swapper {
             }
         };
         let mut status = self.lock();
-        (status.phase, status.last) = (None, told);
+        (status.phase, status.last) = (None, last);
     }
 
     fn clock(&self) -> &Clock {

@@ -1,6 +1,6 @@
 //! The control socket: where `kvs upgrade` asks a running server, in its data directory.
 //!
-//! Only for processes of the same user, or of root: whoever asks names a program that is run.
+//! Only for processes of the same user, or of root: the caller names a program that is run.
 
 use std::convert::Infallible;
 use std::fs::{self, File};

@@ -1,4 +1,4 @@
-//! The server that is upgraded: it starts the new process, gives it what it has, and goes on where the new one fails.
+//! The server that is upgraded: it starts the new process, gives it what it has, and continues where the new one fails.
 
 use std::convert::Infallible;
 use std::env;
@@ -118,7 +118,7 @@ impl Upgrader {
         }
     }
 
-    /// Replaces this process by `binary`, or by the one at the path that this one was started by. Goes on to its end whether or
+    /// Replaces this process by `binary`, or by the one at the path that this one was started by. Continues to its end whether or
     /// not anybody waits for it. `timeout` is that of the start of the new process.
     pub async fn upgrade(
         self: &Arc<Self>,
@@ -134,21 +134,21 @@ impl Upgrader {
                 Ok(_alone) => me.steps(&binary, timeout).await,
                 Err(_) => Err(anyhow!("another upgrade is in progress")),
             };
-            let told = outcome.as_ref().map_or_else(|error| format!("{error:#}"), |_| "success".to_owned());
-            audit::log(&actor, "upgrade", binary.display(), &told);
+            let result = outcome.as_ref().map_or_else(|error| format!("{error:#}"), |_| "success".to_owned());
+            audit::log(&actor, "upgrade", binary.display(), &result);
             match &outcome {
                 Ok(Upgraded { process, pause }) => {
                     info!(?pause, "process {process} serves in place of this one");
                     me.handed_over.send_replace(true);
                 }
                 Err(_) => {
-                    warn!("not upgraded, this process serves on: {told}");
+                    warn!("not upgraded, this process serves on: {result}");
                     if !*me.handed_over.borrow() {
                         systemd::ready();
                     }
                 }
             }
-            // Whoever asked may have left.
+            // The caller may have left.
             let _ = done.send(outcome);
         });
         outcome.await.context("the upgrade ended half-way")?

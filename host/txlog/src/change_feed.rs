@@ -215,7 +215,7 @@ impl ChangeFeed {
     }
 
     /// Publishes changes of another process, after they were acknowledged to the log.
-    pub fn tell(&self, past: Past) {
+    pub fn publish(&self, past: Past) {
         if past.gap {
             return self.dismiss();
         }

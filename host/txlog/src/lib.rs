@@ -1,4 +1,4 @@
-//! The transaction log: events go in in one order, become durable in that order, and come back out in that order.
+//! The transaction log: events are appended, become durable, and are replayed in one order.
 //!
 //! Owns: the sequences, hence the order of the whole service, and the watermark up to which they are durable.
 //! Must never know: what a key or a value means, which guest appended it, or that HTTP exists.
@@ -43,7 +43,7 @@ pub use restoration::Restoration;
 pub use standby::{News, Standby};
 pub use watermark::{OutcomeUnknown, Watermark};
 
-/// What every log promises: the file, and whatever stands in for it.
+/// Promises of every log, in files or elsewhere.
 ///
 /// The seam between a log and those who use it: [`change_feed::ChangeFeed`], and the shards, the replicas and the swap of the
 /// server take it as `Arc<dyn TransactionLog>`, and know of no file and no database behind it. An engine of its own needs
@@ -75,7 +75,7 @@ pub trait TransactionLog: Send + Sync + 'static {
 
     /// Hands over every entry after the sequence `after` that is durable when this is called, oldest first, in batches
     /// of at most [`REPLAY_ENTRIES`] and about [`REPLAY_BYTES`]. Returns the newest durable sequence it covered: calling
-    /// again with that as `after` catches up. Reads while the writer goes on writing.
+    /// again with that as `after` catches up. Reads beside the writer.
     ///
     /// Stops with the first error, its own (damage, with file and offset; [`Forgotten`]) or the receiver's.
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64>;
@@ -105,7 +105,7 @@ pub trait TransactionLog: Send + Sync + 'static {
         None
     }
 
-    /// How it is, for those who look after it.
+    /// Condition of the log, for `/readyz`.
     fn condition(&self) -> Condition {
         let failure = self.watermark().failure();
         failure.map_or(Condition::Well, |reason| Condition::Unfit(format!("failed: {reason}")))
@@ -115,7 +115,7 @@ pub trait TransactionLog: Send + Sync + 'static {
     fn close(&self) -> anyhow::Result<()>;
 }
 
-/// How a log is.
+/// Condition of a log.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Condition {
     Well,
@@ -125,10 +125,10 @@ pub enum Condition {
     Unfit(String),
 }
 
-/// Entries were dropped that whoever asks has not heard of and would miss. Replay from the start.
+/// Entries after a sequence were dropped by compaction, so that a replay from there would miss them. Replay from the start.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the log cannot tell what happened since sequence {after}: up to {newest} it was compacted; replay it from the start"
+    "the changes since sequence {after} are not in the log any more: it was compacted up to {newest}; replay it from the start"
 )]
 pub struct Forgotten {
     pub after: u64,

@@ -183,7 +183,7 @@ impl Client<'_> {
         if method != "GET" && self.rng.u8(..) == 0 {
             target.insert_str(0, "/trap");
         }
-        // What a guest reads of a request tells it from others, so that no response to those is given in its place. Without
+        // What a guest reads of a request distinguishes it from others, so that no response to those is reused. Without
         // `Range` this one means nothing.
         if method == "GET" && self.rng.bool() {
             condition.push_str(&format!("if-range: \"{}\"\r\n", self.rng.u64(..)));

@@ -116,7 +116,7 @@ impl Op {
         }
     }
 
-    /// Returns whether the other operation is enabled wherever this one is.
+    /// Returns whether the other operation is enabled whenever this one is.
     pub fn needs_all_of(&self, other: &Self) -> bool {
         other.needs.iter().all(|other| self.needs.iter().any(|need| need.implies(other)))
     }

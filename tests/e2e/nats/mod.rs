@@ -112,7 +112,7 @@ fn paused_primary_never_answers_stale() {
     let standby = stand_by(&nodes);
     becomes_ready(&standby, 200, UP_TO_DATE);
     paused.signal(Signal::STOP);
-    // The system takes these in, and it reads them as soon as it goes on.
+    // The system takes these in, and it reads them as soon as it continues.
     let mut waiting: Vec<_> = (0..20).map(|_| send(&paused, "GET /v1/a", "")).collect();
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
@@ -183,7 +183,7 @@ impl Clients {
         }
     }
 
-    /// Waits until so many more writes are acknowledged, and returns how long the first took.
+    /// Waits until this many more writes are acknowledged, and returns how long the first took.
     fn grow(&self, by: usize) -> Duration {
         let (before, begun) = (self.acknowledged(), Instant::now());
         let mut first = None;

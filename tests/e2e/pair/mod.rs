@@ -186,7 +186,7 @@ fn import_to_a_standby_says_that_it_waits(log: &Log) {
     let waits = import.stderr.find(|line| line.contains("waiting for the server").then(|| line.to_owned()));
     let waits = waits.expect("it says so");
     assert!(waits.contains("this server stands by") && waits.contains(&server.url("")), "{waits}");
-    // It goes on when the standby is primary.
+    // It continues when the standby is primary.
     server.signal(Signal::KILL);
     server.ends();
     assert!(import.wait().success());

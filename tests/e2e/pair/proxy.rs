@@ -70,5 +70,5 @@ pub fn proxy_finds_the_primary(log: &Log) {
     // It came by the server that is gone; a client asks again from where it was.
     assert!(!matches!(watch.try_next(), Ok(Some(_))), "that server is gone");
     let mut watch = watch_through(free, &format!("/v1?watch&since={}", watch.begin));
-    assert_eq!(watch.next().expect("it goes on").id, 2);
+    assert_eq!(watch.next().expect("it continues").id, 2);
 }

@@ -117,7 +117,7 @@ impl Database {
         assert_eq!(self.sql("SELECT pg_promote()"), ["t"]);
     }
 
-    /// Waits until so many commits wait for a synchronous standby that is away.
+    /// Waits until this many commits wait for a synchronous standby that is away.
     pub fn waits_for_standby(&self) {
         self.becomes("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'", "t");
     }

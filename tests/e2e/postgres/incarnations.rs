@@ -39,7 +39,7 @@ fn start_os(url: &str) -> Server {
 #[track_caller]
 fn sees(events: &mut Events, sequences: &[u64]) {
     for sequence in sequences {
-        assert_eq!(events.next().expect("the watch goes on").id, *sequence);
+        assert_eq!(events.next().expect("the watch continues").id, *sequence);
     }
 }
 
@@ -94,7 +94,7 @@ fn restored_dump_begins_incarnation() {
     let parents = ["restored", "again"].map(|name| database.sql_in(name, "SELECT parent FROM kvs.incarnations"));
     assert_eq!(parents[0], parents[1], "both continue the log that was dumped");
 
-    // The original goes on as if nothing had been.
+    // The original continues as before.
     let server = start(&database.url());
     assert_eq!(tag(&server, "a"), 6);
     assert_eq!(database.sql(COUNT), ["0"]);

@@ -53,7 +53,7 @@ pub fn ready(server: &Server) -> (u16, String) {
     (answer.status, answer.text().to_owned())
 }
 
-/// Waits until readiness tells this.
+/// Waits until `/readyz` responds this.
 pub fn becomes_ready(server: &Server, status: u16, expected: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -78,8 +78,8 @@ fn is_deposed(server: Server) {
 pub const WELL: &str = "[+]log ok\n";
 pub const AWAY: &str = "[+]log ok, but database unavailable";
 
-/// Lets clients loose until so many answers have come, then `trouble`, while they go on; they end with the first write whose
-/// outcome nobody tells, or when `trouble` is over.
+/// Runs clients until this many responses have come, then `trouble` beside them; they end with the first write whose outcome
+/// is unknown, or when `trouble` is over.
 pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
     let count = AtomicU64::new(0);
     let (enough, awaited) = sync_channel(1);
@@ -94,7 +94,7 @@ pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble:
         },
         || {
             let _over = SaysOver(&over);
-            awaited.recv_timeout(PATIENCE).expect("the server goes on answering");
+            awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
             trouble();
         },
     );

@@ -71,7 +71,7 @@ fn standby_follows_and_writes_nothing() {
         let woken = woken.join().expect("it is answered");
         assert_eq!((woken.text(), woken.header("content-type")), ("2", Some("text/plain")));
     });
-    let seen = watching.next().expect("it goes on");
+    let seen = watching.next().expect("it continues");
     let metadata = json!({"content-type": "text/plain"});
     assert_eq!((seen.id, seen.data), (3, json!({"key": "a", "value": "2", "metadata": metadata})));
     let mut client = Connection::open(server.address());
@@ -108,7 +108,7 @@ fn standby_follows_and_writes_nothing() {
     assert_eq!(put(&server, "a", "3"), 201);
 }
 
-/// The spare of a standby takes in what the primary writes, and goes on with what the standby writes once it has taken over.
+/// The spare of a standby takes in what the primary writes, and continues with what the standby writes once it has taken over.
 #[test]
 fn spare_of_standby_follows_the_primary() {
     let database = Database::start();
@@ -230,7 +230,7 @@ fn standby_takes_over_from_killed_primary() {
         // All that is ever written, in order, and each once.
         let watching = scope.spawn(move || {
             for number in 1.. {
-                let event = watching.next().expect("a watch goes on over a takeover");
+                let event = watching.next().expect("a watch continues over a takeover");
                 assert_eq!(event.id, number);
                 if event.data["key"] == "the end" {
                     return number;
@@ -286,7 +286,7 @@ fn deposed_primary_restarts_as_standby() {
     let standby = stand_by(&url, &[]);
     assert_eq!(put(&paused, "a", "1"), 201);
     paused.signal(Signal::STOP);
-    // It takes this in when it goes on, and never gets it written.
+    // It accepts this when it continues, and cannot write it.
     let mut lost = send(&paused, "PUT /v1/lost", "x");
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);

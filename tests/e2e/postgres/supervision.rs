@@ -40,7 +40,7 @@ fn panic_in_a_log_task_ends_the_server() {
     // A standby restarts itself.
     let primary = start(&database.url());
     let (process, _data) = spawn("log standby", &["--txlog", &database.url(), "--standby"]);
-    says(&process, &["sabotage of log standby", "beginning anew, to stand by"]);
+    says(&process, &["sabotage of log standby", "restarting as a standby"]);
     assert_eq!(put(&primary, "a", "1"), 201);
 }
 

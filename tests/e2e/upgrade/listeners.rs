@@ -43,7 +43,7 @@ fn all_listeners_are_handed_over() {
     };
 
     // Other sockets than the flags of the new process name.
-    for (sockets, told) in [
+    for (sockets, expected) in [
         ("\"$@\" --listen 127.0.0.1:0".to_owned(), "2 sockets were passed to this process for 3 addresses"),
         (
             format!("serve --data-dir {} --listen {flag} --listen 127.0.0.1:0", server.data.path().display()),
@@ -51,7 +51,7 @@ fn all_listeners_are_handed_over() {
         ),
     ] {
         server.fails(&program(&directory, "other", &format!("exec {kvs} {sockets}")));
-        server.first().says(told);
+        server.first().says(expected);
         assert_eq!(unix().expect("it listens").ask("GET", "/v1/none", b"").status, 404);
     }
 

@@ -1,6 +1,6 @@
-//! What a list asks for: which keys, in which direction, from where on.
+//! Selection of a list: which keys, in which direction, from where on.
 //!
-//! Owns: the parameters, and the cursor by which the next page goes on. Must never know: how items are kept.
+//! Owns: the parameters, and the cursor of the next page. Must never know: how items are kept.
 
 use std::borrow::Cow;
 
@@ -14,7 +14,7 @@ use crate::query::{self, BadQuery, Parameter};
 /// Keys and prefixes in a page, at most.
 pub const MAX_LIMIT: u64 = 1_000;
 
-/// What a list asks for: keys from `least` on and before `most`, in either direction.
+/// Selection of a list: keys from `least` on and before `most`, in either direction.
 pub struct Asked<'q> {
     pub prefix: Cow<'q, str>,
     pub limit: usize,

@@ -180,7 +180,7 @@ fn a_cursor_goes_on_where_it_was_while_keys_change() {
 
 #[test]
 fn what_is_malformed_is_refused_by_name() {
-    for (query, told) in [
+    for (query, reason) in [
         ("limit=0", "query parameter `limit` must be a whole number from 1 to 1000\n"),
         ("limit=1001", "query parameter `limit` must be a whole number from 1 to 1000\n"),
         ("limit=", "query parameter `limit` must be a whole number from 1 to 1000\n"),
@@ -195,7 +195,7 @@ fn what_is_malformed_is_refused_by_name() {
         ("Prefix=a", "unknown query parameter `Prefix`\n"),
     ] {
         let response = get(&Store::default(), query, NOW);
-        assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, told), "{query}");
+        assert_eq!((response.status, String::from_utf8_lossy(&response.body).as_ref()), (400, reason), "{query}");
     }
 }
 

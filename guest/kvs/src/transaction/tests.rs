@@ -97,7 +97,7 @@ fn operations_happen_in_order_and_each_sees_those_before_it() {
 
 #[test]
 fn the_first_check_that_fails_undoes_all() {
-    for (check, told) in [
+    for (check, reason) in [
         (r#""key": "a", "etag": "\"2\"""#, "operation 1: the check of `a` failed: the key has the etag \"1\"\n"),
         (r#""key": "a", "etag": null"#, "operation 1: the check of `a` failed: the key has the etag \"1\"\n"),
         (r#""key": "old", "etag": "*""#, "operation 1: the check of `old` failed: there is no such key\n"),
@@ -113,7 +113,7 @@ fn the_first_check_that_fails_undoes_all() {
         let body = format!(
             r#"[{{"op": "put", "key": "new", "value": ""}}, {{"op": "check", {check}}}, {{"op": "check", "key": "a", "etag": "\"7\""}}]"#
         );
-        assert_eq!(refused(&body), (409, told.to_owned()));
+        assert_eq!(refused(&body), (409, reason.to_owned()));
         let response = post(&mut store(), "", request(&body), |_| panic!("appended"));
         assert_eq!(response.read_sequence, None, "on all that there is");
         assert_eq!(header_of(&response, "kvs-error"), Some("check_failed;operation=1"));
@@ -173,7 +173,7 @@ fn what_is_malformed_is_refused_with_its_place() {
     let put = |more: &str| format!(r#"[{{"op":"put","key":"a"{more}}}]"#);
     let check = |more: &str| format!(r#"[{{"op":"check","key":"a"{more}}}]"#);
     let add = |more: &str| format!(r#"[{{"op":"add","key":"a"{more}}}]"#);
-    for (body, told) in [
+    for (body, reason) in [
         ("", "EOF while parsing a value at line 1 column 0"),
         ("{}", "invalid type: map, expected a list of operations at line 1 column 0"),
         ("[1]", "operation 0: invalid type: integer `1`, expected an operation at line 1 column 2"),
@@ -243,7 +243,7 @@ fn what_is_malformed_is_refused_with_its_place() {
     ] {
         let (status, line) = refused(body);
         assert_eq!(status, 400, "{line}");
-        assert!(line.starts_with(told), "{line} instead of {told}");
+        assert!(line.starts_with(reason), "{line} instead of {reason}");
         assert_eq!(line.find('\n'), Some(line.len() - 1), "{line} is not one line");
     }
     let unknown = format!(r#"[{{"{}": 1}}]"#, "x".repeat(1 << 16));

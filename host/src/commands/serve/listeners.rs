@@ -315,7 +315,7 @@ impl WhenPrimary {
         is_new
     }
 
-    /// How it is, for those who look after it. Clients reach the other listener meanwhile.
+    /// Condition of this listener, for `/readyz`. Clients reach the other one meanwhile.
     pub fn condition(&self) -> Condition {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
         failure.map_or(Condition::Well, Condition::But)

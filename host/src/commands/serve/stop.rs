@@ -11,19 +11,23 @@ use tracing::warn;
 use crate::lines;
 use crate::signals::listen as listen_for;
 
-/// Changes when the process is told to stop. Told twice, it stops at once.
+/// Changes at the first SIGTERM or SIGINT. The second one stops the process at once.
 pub fn on_signal(env: &Env) -> Result<watch::Receiver<bool>> {
     let mut terminate = listen_for(SignalKind::terminate())?;
     let mut interrupt = listen_for(SignalKind::interrupt())?;
     let (stop, stopped) = watch::channel(false);
     env.tasks.restart("signals", &env.clock, move || {
         let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
-        async move { heed(terminate?, interrupt?, &stop).await }
+        async move { receive_signals(terminate?, interrupt?, &stop).await }
     });
     Ok(stopped)
 }
 
-async fn heed(mut terminate: Signal, mut interrupt: Signal, stop: &watch::Sender<bool>) -> Result<Infallible> {
+async fn receive_signals(
+    mut terminate: Signal,
+    mut interrupt: Signal,
+    stop: &watch::Sender<bool>,
+) -> Result<Infallible> {
     loop {
         tokio::select! {
             _ = terminate.recv() => {}

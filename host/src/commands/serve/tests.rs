@@ -164,7 +164,7 @@ async fn thread_of_the_log_that_panics_ends_the_server() {
         let site = Site::new();
         let env = Saboteur::of(&[name], 1).env();
         let workers = Workers::default();
-        let served = timeout(PATIENCE, serve(&site.args, &env, &workers)).await.expect("it goes on serving");
+        let served = timeout(PATIENCE, serve(&site.args, &env, &workers)).await.expect("it still serves");
         let reason = format!("{:#}", served.expect_err("it ended well"));
         assert!(reason.contains(&format!("sabotage of {name}")), "{reason}");
     }

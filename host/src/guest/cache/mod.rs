@@ -2,9 +2,9 @@
 //!
 //! A response is looked up by all that its guest was given (`key`), and is right while the keys it depends on have not
 //! changed and the same guest serves (`versions`), until the time that the guest named. What is kept is the guest's response,
-//! before anything that the host makes of it for one client; whoever is given it passes all that a response of the guest does.
+//! before anything that the host makes of it for one client; it takes the same way to a client as a response of the guest.
 //!
-//! Owns: what is kept, for how long, and how much. Must never know: whose turn it is, how a response leaves.
+//! Owns: what is kept, for how long, and how much. Must never know: which request a shard handles, how a response leaves.
 
 mod key;
 #[cfg(test)]
@@ -90,7 +90,7 @@ pub struct Kept {
 }
 
 impl ResponseCache {
-    /// A cache of so many bytes; of none, nothing is kept. The guests' clock says what has expired.
+    /// A cache of this many bytes; of none, nothing is kept. The guests' clock says what has expired.
     pub fn new(bytes: u64, clock: Arc<Clock>, random: &Random) -> anyhow::Result<Arc<Self>> {
         let mut options = OptionsBuilder::new();
         options.shards(PARTS).weight_capacity(bytes).estimated_items_capacity(usize::try_from(bytes / TYPICAL)?);

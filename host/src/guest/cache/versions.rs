@@ -1,7 +1,7 @@
 //! Validity of kept responses: a counter of changes for each key, and the generation of the serving guest.
 //!
 //! A response is right for as long as both stand where they stood when it was made. A counter is raised *before* the change
-//! it announces is appended or applied, so that nobody who has heard of the change is given what was there before. It is
+//! it announces is appended or applied, so that no client that has received the change is given the state before it. It is
 //! enough that the counters are read after the lookup that is judged by them: they only grow, so those that are equal then
 //! were equal at any time since the response was made.
 //!

@@ -25,7 +25,7 @@ use kvs_runtime::Clock;
 use kvs_txlog::change::Change;
 use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
 
-/// How often a long replay tells how far it is.
+/// Interval of the progress lines of a long replay.
 const PROGRESS: Duration = Duration::from_secs(1);
 
 pub struct Replica {
@@ -52,7 +52,7 @@ struct Pace {
 
 impl Pace {
     const FULL: Self = Self { from: u64::MAX, entries: REPLAY_ENTRIES };
-    /// The batch after which a replay begins again with smaller ones is so many times as large as those: a thousand entries,
+    /// The batch after which a replay begins again with smaller ones is this many times as large as those: a thousand entries,
     /// thirty-one, one.
     const SMALLER: usize = 32;
 }
@@ -66,7 +66,7 @@ pub struct Replayed {
     pub took: Duration,
 }
 
-/// Hears how many entries were taken in now, and of the sequence of the newest.
+/// Called with the number of entries that were applied now, and the sequence of the newest.
 pub type Progress<'p> = dyn Fn(u64, u64) + Sync + 'p;
 
 impl Replica {
@@ -102,7 +102,7 @@ impl Replica {
             let Some((from, entries @ 2..)) = failed else { return Err(error) };
             self.pace = Pace { from, entries: (entries / Pace::SMALLER).max(1) };
             info!(
-                shard = self.part.told(),
+                shard = self.part.label(),
                 "the log is replayed once more, with batches of {} from entry {from} on: {error:#}", self.pace.entries
             );
             self.begin_again()?;
@@ -129,7 +129,7 @@ impl Replica {
     fn take_in(&mut self, progress: &Progress<'_>, failed: &mut Option<(u64, usize)>) -> Result<u64> {
         let Self { instance, pace, log, part, sequence, entries, clock, .. } = self;
         let (before, started) = (*entries, clock.now());
-        let mut told = started;
+        let mut reported = started;
         let newest = log.appended();
         let until = log.replay(*sequence, &mut |batch| {
             let Some(last) = batch.last().map(|last| last.sequence) else { return Ok(()) };
@@ -146,14 +146,14 @@ impl Replica {
                     .apply(some)
                     .inspect_err(|_| *failed = some.first().map(|first| (first.sequence, some.len())))?;
             }
-            // Here, and not in the end: a replay that is cut off is gone on with.
+            // Here, and not at the end: a replay that is cut off continues from here.
             *sequence = last;
             *entries += batch.len() as u64;
             progress(batch.len() as u64, last);
-            if clock.elapsed(told) >= PROGRESS {
-                told = clock.now();
+            if clock.elapsed(reported) >= PROGRESS {
+                reported = clock.now();
                 let rate = (*entries - before) as f64 / clock.elapsed(started).as_secs_f64();
-                let shard = part.told();
+                let shard = part.label();
                 info!(shard, "replaying: {entries} entries, sequence {last} of {newest}, {rate:.0} entries/s");
             }
             Ok(())
@@ -197,7 +197,7 @@ pub fn new_of_all(guest: &Guest, log: &Arc<dyn TransactionLog>, owners: &Owners)
     owners.parts().map(|part| Replica::new(guest, log, part)).collect()
 }
 
-/// [`Replica::catch_up`] for each, beside each other: together they took in so many entries.
+/// [`Replica::catch_up`] for each, beside each other: together they took in this many entries.
 pub fn catch_up_all(replicas: &mut [Replica], progress: &Progress<'_>) -> Result<u64> {
     in_each(replicas, |replica| replica.catch_up(progress)).into_iter().sum()
 }

@@ -2,7 +2,7 @@
 //!
 //! It follows the log, which every replica reads to catch up anyway, and not the change feed: that would copy each write
 //! under a lock of all appends, and need a bound and a way out when it is passed. The end of the log is in the system's
-//! memory, and whoever is behind by a pass is behind by some thousand entries at most.
+//! memory, and a spare that is one pass behind lacks some thousand entries at most.
 //!
 //! Owns: when a spare is built, how closely it follows, and why there is none. Must never know: what serves, or what a spare
 //! is promoted for.
@@ -35,8 +35,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 
 pub struct Spare {
     part: Part,
-    /// Locked while it is built and while it follows: whoever wants it then waits for that, which is sooner over than a
-    /// replay that begins now.
+    /// Locked while it is built and while it follows: a promotion waits for that, which takes less time than a replay that
+    /// begins now.
     slot: Arc<tokio::sync::Mutex<Option<Replica>>>,
     /// Whether there is one that follows.
     is_ready: watch::Sender<bool>,
@@ -142,7 +142,7 @@ impl Spare {
         *self.failure() = None;
         drop(slot);
         with.metrics.spares_built.add(1);
-        info!(shard = self.part.told(), entries = replayed.entries, took = ?replayed.took, "a spare is ready");
+        info!(shard = self.part.label(), entries = replayed.entries, took = ?replayed.took, "a spare is ready");
         Ok(())
     }
 
@@ -176,7 +176,7 @@ impl Spare {
                 }
                 // The log's doing, which may pass.
                 Some(Err(error)) => {
-                    warn!(shard = self.part.told(), "the spare cannot follow: {error:#}");
+                    warn!(shard = self.part.label(), "the spare cannot follow: {error:#}");
                     drop(slot);
                     with.clock.sleep(PAUSES.1).await;
                     continue;
@@ -192,7 +192,7 @@ impl Spare {
         metrics.spares_failed.add(1);
         let before = self.failure().replace(reason.clone());
         if before.as_ref() != Some(&reason) {
-            warn!(shard = self.part.told(), "a spare failed, and is built again: {reason}");
+            warn!(shard = self.part.label(), "a spare failed, and is built again: {reason}");
         }
     }
 
@@ -214,7 +214,7 @@ fn is_lost(error: &anyhow::Error) -> bool {
 }
 
 impl Replica {
-    /// Takes in what has become durable since, and puts it in order for whoever asks. Returns how far it is.
+    /// Applies the entries that have become durable since, and sorts the keys. Returns the sequence it has reached.
     fn pass(&mut self) -> Result<u64> {
         if self.follow()? > 0 {
             self.instance.stats_after_replay()?;

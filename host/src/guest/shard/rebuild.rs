@@ -51,7 +51,7 @@ impl Shard {
                 Err(error) => self.is_down(format!("the guest cannot be rebuilt: {error:#}")),
             }
             if let Some(Outage { reason, .. }) = self.outage() {
-                error!(shard = self.part.told(), "{reason}");
+                error!(shard = self.part.label(), "{reason}");
             }
             metrics.failed_rebuilds.add(1);
         }
@@ -94,7 +94,7 @@ impl Shard {
         let mut turns = [Turn::of_rebuild(self)];
         let down = self.outage().map_or_else(|| clock.now(), |outage| outage.begun);
         promote(&self.shared, &serving, &mut turns, vec![replica], (cause, down)).await?;
-        let shard = self.part.told();
+        let shard = self.part.label();
         match replayed {
             Some(Replayed { entries, keys, took }) => info!(shard, entries, keys, ?took, "the guest is rebuilt"),
             None => info!(shard, took = ?clock.elapsed(down), "the spare serves"),

@@ -186,7 +186,7 @@ async fn chain_is_restored_in_order_only() {
     let (data, _) = restore(&all, None).unwrap();
     assert_eq!(content(&open_log(data.path())), content(&log));
 
-    for (chain, told) in [
+    for (chain, expected) in [
         (vec![first.clone()], "incremental backup after sequence 2"),
         (vec![full.clone(), second.clone()], "missing or out of order"),
         (vec![full.clone(), second.clone(), first.clone()], "missing or out of order"),
@@ -194,7 +194,7 @@ async fn chain_is_restored_in_order_only() {
         (vec![full.clone(), first.clone(), first.clone()], "missing or out of order"),
     ] {
         let said = refusal(&chain, None);
-        assert!(said.contains(told) && said.contains("cannot restore "), "{said}");
+        assert!(said.contains(expected) && said.contains("cannot restore "), "{said}");
     }
     let elsewhere = tempfile::tempdir().unwrap();
     let other = open_log(elsewhere.path());

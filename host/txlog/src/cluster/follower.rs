@@ -130,9 +130,9 @@ impl Follower {
                     shared.env.clock.sleep(RETRY_DELAY).await;
                     // Nothing precedes the frame at which this began, so it can be the one that is wrong.
                     if !self.is_confirmed
-                        && let Ok(anew) = Self::begin(shared).await
+                        && let Ok(again) = Self::begin(shared).await
                     {
-                        self = anew;
+                        self = again;
                     }
                 }
                 Err(Failure::Silent(reason)) => {

@@ -8,7 +8,7 @@
 //! # Primary, epoch and fencing
 //!
 //! The primary is the process whose claim is the newest in the log itself. A claim is a frame, and can be put only after the
-//! last one: whoever put it has read everything before it, and no frame of an older epoch can follow. So nothing else is
+//! last one: its writer has read everything before it, and no frame of an older epoch can follow. So nothing else is
 //! needed to fence a process that was paused or partitioned: its next put is refused, it reads the claim and steps down. It may hold
 //! entries that the log does not have, so a server with `--standby` restarts then.
 //!
@@ -290,7 +290,7 @@ impl Shared {
         })
     }
 
-    /// Claims the log or begins to follow it, and starts the task that goes on with that.
+    /// Claims the log or begins to follow it, and starts the task that continues with that.
     async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
         let follower = loop {
             match Follower::begin(self).await {
@@ -398,19 +398,19 @@ impl Shared {
         if let Some(damage) = damage.as_ref().filter(|_| !begun) {
             return Condition::Unfit(format!("damaged: {damage}"));
         }
-        let mut told = self.warnings.clone();
-        told.extend(damage.map(|damage| format!("damaged: {damage}")));
+        let mut conditions = self.warnings.clone();
+        conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();
             let behind = newest.saturating_sub(self.queue.appended());
-            told.push(match holder {
+            conditions.push(match holder {
                 Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
                 None => format!("failover in progress, replication lag {behind} entries"),
             });
         }
         // Not unfit: reads are still served, and all servers would be taken out of service at once.
-        told.extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
-        if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
+        conditions.extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
+        if conditions.is_empty() { Condition::Well } else { Condition::But(conditions.join("; ")) }
     }
 
     /// Notes the frame that no replica returns, or that there is none.

@@ -78,7 +78,7 @@ pub fn begin(
         let parent = history.incarnations().last().map_or(log, |incarnation| incarnation.id);
         let incarnation = incarnation(&home.env.random, parent, last)?;
         let Some(mut frame) = incarnations::frame(&[incarnation]) else { bail!("an incarnation makes no frame") };
-        // What came before stays as it is: the first frames of segments tell all incarnations.
+        // What came before stays as it is: the first frames of segments name all incarnations.
         while segments.last().is_none_or(|segment| segment.end > HEAD_BYTES)
             || HEAD_BYTES + frame.sealed_len() > current.size
         {
@@ -99,7 +99,7 @@ pub fn begin(
         history.push(incarnation);
         keep_identity(home, log, identity)?;
         tracing::info!(
-            "the log in {} goes on as incarnation {} with sequence {} after {}: {reason}",
+            "the log in {} continues as incarnation {} with sequence {} after {}: {reason}",
             home.path("").display(),
             incarnation.id,
             incarnation.first,
@@ -142,11 +142,11 @@ fn reason(recovered: &Recovered, identity: State, durability: Durability) -> Opt
     }
     match identity {
         State::Copied => Some("its files are copies of those that were written"),
-        // A log of format 1 never had an identity: one that is upgraded in place is not told from a copy.
+        // A log of format 1 never had an identity: one that is upgraded in place cannot be distinguished from a copy.
         State::Missing if ending.epoch > 0 => Some("its identity file is missing, as if it was a copy"),
         _ if !ending.is_unclean() => None,
         _ if ending.is_not_synced() => Some("it was written with --durability os and not closed"),
-        _ if durability == Durability::Os => Some("it was not closed, and --durability os may have been in force"),
+        _ if durability == Durability::Os => Some("it was not closed, and may have been written with --durability os"),
         _ => None,
     }
 }
@@ -236,7 +236,7 @@ struct Ahead<'a> {
 }
 
 impl Ahead<'_> {
-    /// Goes on to the next segment.
+    /// Continues in the next segment.
     fn take(&mut self, segments: &mut Vec<Segment>, last: u64, chain: u32) -> anyhow::Result<Current> {
         if let Some(Found { numbers, file, size, .. }) = self.files.pop_front() {
             segments.push(Segment::empty(numbers.first, last, chain, size));

@@ -186,7 +186,7 @@ impl Catalog {
         Ok(Reader { catalog: self })
     }
 
-    /// The compaction horizon: whoever knows the log up to an older sequence would miss something.
+    /// The compaction horizon: a reader that has the log up to an older sequence would miss entries.
     pub fn horizon(&self) -> u64 {
         self.segments().iter().map(|segment| segment.horizon).max().unwrap_or(0)
     }

@@ -184,7 +184,7 @@ impl Builder {
         Self { first, count: 0, deletes: 0, kind: ENTRIES, flags: 0, begun: None, bytes: buffer }
     }
 
-    /// Where the next entry is encoded to. Whoever adds one counts it.
+    /// Where the next entry is encoded to. The caller that adds one counts it.
     pub fn body(&mut self) -> &mut Vec<u8> {
         &mut self.bytes
     }

@@ -17,7 +17,7 @@ pub struct Home {
 
 /// What is on disk is not what was written there. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-#[error("{} is damaged at byte {offset}: {what}; `kvs txlog verify --data-dir {}` tells what else is, restore a backup or begin anew in an empty directory", file.display(), data.display())]
+#[error("{} is damaged at byte {offset}: {what}; `kvs txlog verify --data-dir {}` lists all damage; restore a backup, or start in an empty directory", file.display(), data.display())]
 pub struct Damage {
     pub file: PathBuf,
     pub offset: u64,

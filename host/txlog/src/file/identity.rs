@@ -1,4 +1,4 @@
-//! The identity file: tells a log that was copied, or restored from a backup, from the one that it was copied from.
+//! The identity file: distinguishes a log that was copied, or restored from a backup, from the original.
 //!
 //! It holds its own inode and birth time, which no copy of it has, and so is kept by `mv` and by a restart and by nothing
 //! else. The file's own and not its directory's: a backup is also restored into a directory that stays, and on some

@@ -12,7 +12,7 @@ use crate::incarnation::JUMP;
 
 const RECORD_BYTES: usize = 48;
 
-/// The bytes of the frame that lists so many incarnations, 0 for none.
+/// The bytes of the frame that lists this many incarnations, 0 for none.
 pub fn frame_bytes(incarnations: usize) -> u64 {
     let records = (incarnations * RECORD_BYTES) as u64;
     if incarnations == 0 { 0 } else { super::frame::HEAD_BYTES as u64 + records }

@@ -238,7 +238,7 @@ impl Queue {
         }
     }
 
-    /// The writer goes on in a segment with this much room. All that waits fits: no more is ever accepted.
+    /// The writer continues in a segment with this much room. All that waits fits: no more is ever accepted.
     pub fn begin_segment(&self, room: u64, full: bool) {
         let mut state = self.lock();
         (state.room, state.full) = (room, full);

@@ -1,7 +1,7 @@
 //! Recovery: from the files in the directory to a log that can be read and written.
 //!
 //! Owns: what the segments say of each other. What a bad frame at the end means is the business of `tail`.
-//! Older segments are not read here but for their heads: whoever replays them checks every byte, and finds the damage
+//! Older segments are not read here but for their heads: a replay checks every byte, and finds the damage
 //! before the service begins.
 
 use std::collections::VecDeque;
@@ -89,7 +89,7 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
         tail::cut(home, &found[at], torn, last, chain)?;
     }
 
-    // The writer goes on where the last frame or the tear is. What is after that was made ahead.
+    // The writer continues where the last frame or the tear is. What is after that was made ahead.
     let held = segments.len();
     let writable = held - usize::from(held > 0 && found[held - 1].compacted.is_none());
     let newest = tear.map_or(writable, |(at, _)| at);
@@ -177,7 +177,7 @@ fn marked(home: &Home, found: &[Found]) -> anyhow::Result<u64> {
 pub fn no_segments(home: &Home) -> String {
     let path = home.path(mark::NAME);
     format!(
-        "the log has no segments, and {} says that it had some; bring them back, or remove that file to begin anew",
+        "the log has no segments, and {} says that it had some; bring them back, or remove that file to start with an empty log",
         path.display()
     )
 }

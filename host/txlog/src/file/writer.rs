@@ -108,7 +108,7 @@ impl Writer {
         }
         // Before the acknowledgement: a standby that finds nothing new knows that nothing was acknowledged.
         self.publish(shared.log, shared.clock())?;
-        // The catalogue first: whoever sees the watermark must find what it covers.
+        // The catalogue first: a reader that sees the watermark must find the entries it covers.
         shared.catalog.extend(self.end, self.last, self.chain, frame.deletes);
         shared.watermark.advance(self.last);
         // Those who waited for it are on their way.
@@ -154,7 +154,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Goes on to the next segment; false when there is none.
+    /// Continues in the next segment; false when there is none.
     fn rotate(&mut self, shared: &Shared) -> anyhow::Result<bool> {
         // Whatever the durability: only the newest segment can have a torn tail.
         if self.synced < self.last {

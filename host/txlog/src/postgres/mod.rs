@@ -345,18 +345,18 @@ impl TransactionLog for PostgresLog {
         if let Some(reason) = self.reads_refused() {
             return Condition::Unfit(format!("reads are refused: {reason}"));
         }
-        let mut told = conditions.durability_warnings();
+        let mut reasons = conditions.durability_warnings();
         if !queue.begun() {
             let News { newest, holder, .. } = &*self.shared.news.borrow();
             let behind = self.history().entries(queue.appended(), *newest);
-            told.push(match holder {
+            reasons.push(match holder {
                 Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
                 None => format!("failover in progress, replication lag {behind} entries"),
             });
         }
         // Not unfit: reads are still served, and all servers would be taken out of service at once.
-        told.extend(breaker.reason().map(|reason| format!("database unavailable, rejecting writes: {reason}")));
-        if told.is_empty() { Condition::Well } else { Condition::But(told.join("; ")) }
+        reasons.extend(breaker.reason().map(|reason| format!("database unavailable, rejecting writes: {reason}")));
+        if reasons.is_empty() { Condition::Well } else { Condition::But(reasons.join("; ")) }
     }
 
     fn close(&self) -> Result<()> {

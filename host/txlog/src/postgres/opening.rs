@@ -36,7 +36,7 @@ pub struct Opened {
 /// Who writes.
 pub enum Holding {
     Ours(Epoch),
-    /// Another process, which has come as far as this look tells, in this history of the log with this UUID.
+    /// Another process, which has come as far as the last look showed, in this history of the log with this UUID.
     Theirs(Look, History, Option<Uuid>),
 }
 

@@ -187,7 +187,7 @@ fn answer(state: &mut State, request: Request) -> Response {
             Some(value) => text(200, String::from_utf8_lossy(value)),
             None => text(404, "nothing there"),
         },
-        // Wherever that key belongs.
+        // Whichever shard owns that key.
         (_, "append-to") => text(200, format!("{:?}", append(&[put(rest, Vec::new())]))),
         (_, "append-too-much") => text(200, format!("{:?}", append(&[put("{own}large", vec![0; 2 << 20])]))),
         (_, "append-often") => {

@@ -17,7 +17,7 @@ use crate::guest::message::{Client, Incoming, Wanted};
 
 const ACCEPT: HeaderName = HeaderName::from_static("accept");
 
-/// A cache of so many bytes, for a guest that reads `accept`, and its clock.
+/// A cache of this many bytes, for a guest that reads `accept`, and its clock.
 fn cache(bytes: u64) -> (Arc<ResponseCache>, Arc<Clock>) {
     let env = Env::real();
     let clock = Arc::new(Clock::new(env.clone()));

@@ -61,7 +61,7 @@ struct Response {
 /// A shard, its log, and one place for a response.
 struct Server {
     versions: Versions<()>,
-    /// Whoever holds it has the turn.
+    /// Its holder has the turn.
     turn: Mutex<Response>,
     /// The newest value in the log, as those who watch see it, and the guest that serves, once that was reported.
     log: AtomicU64,
@@ -126,7 +126,7 @@ fn check(scenario: impl Fn() + Clone + Send + Sync + 'static) {
 
 type Deed = fn(&Server);
 
-/// Does each in a thread of its own, so many times.
+/// Does each in a thread of its own, this many times.
 fn beside_each_other(deeds: &[(Deed, usize)]) {
     let server = Server::new();
     let threads: Vec<_> = deeds

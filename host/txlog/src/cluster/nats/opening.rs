@@ -63,7 +63,7 @@ pub fn read(url: &Url) -> Result<ClusterLog> {
 }
 
 impl Checks {
-    /// Whoever reads a log, or imports one, need not be told how durable it is: the server is.
+    /// Commands that read or import a log are not warned about its durability: the server is.
     fn unchecked() -> Self {
         Self { begin: false, allow_unsafe: true, monitors: Vec::new() }
     }

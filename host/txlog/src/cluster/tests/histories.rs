@@ -1,5 +1,5 @@
 //! Histories: clients, and trouble of every kind, in any order. Then all is well, and what is in the log is compared with
-//! what clients were told.
+//! what clients were answered.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -167,7 +167,7 @@ fn read_there(world: &World, host: usize) {
     }
 }
 
-/// Compares what is in the log with what clients were told.
+/// Compares what is in the log with what clients were answered.
 fn check(world: &World) -> Result<Totals, String> {
     let state = world.cluster.state();
     if let Some(violation) = state.violations.first() {

@@ -1,4 +1,4 @@
-//! A process as far as the log is concerned: it follows, takes over, serves writes and reads, and begins anew when it was
+//! A process as far as the log is concerned: it follows, takes over, serves writes and reads, and begins again when it was
 //! deposed.
 
 use std::cell::{Cell, RefCell};
@@ -36,7 +36,7 @@ pub struct Host {
     pub is_over: Cell<bool>,
 }
 
-/// What clients were told.
+/// What clients were answered.
 #[derive(Default)]
 pub struct Seen {
     pub processes: Cell<Process>,
@@ -207,7 +207,7 @@ impl World {
         self.check_watermark(&shared);
     }
 
-    /// Watchers are told of what is below the watermark.
+    /// Watchers get what is below the watermark.
     fn check_watermark(&self, shared: &Shared) {
         let (durable, truth) = (shared.watermark.durable(), self.cluster.state().sequence());
         if durable > truth {

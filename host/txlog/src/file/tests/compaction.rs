@@ -1,4 +1,4 @@
-//! Compaction preserves the store that a reader builds, wherever in the log the reader resumes.
+//! Compaction preserves the store that a reader builds, at each position where the reader resumes.
 
 use std::collections::BTreeMap;
 

@@ -18,7 +18,7 @@ pub struct Appended {
     pub ends_group: bool,
 }
 
-/// What the log was told, and what compaction was allowed to drop.
+/// What was appended to the log, and what compaction may drop.
 #[derive(Clone, Default)]
 pub struct Model {
     pub entries: Vec<Appended>,

@@ -32,7 +32,7 @@ const STEPS: usize = 30;
 const STEPS_AFTER: usize = 8;
 /// Disks tried at each operation where something can be lost.
 const IMAGES: usize = 3;
-/// One in so many disks is the beginning of another history.
+/// One in this many disks is the beginning of another history.
 const SECOND: u64 = 80;
 
 /// A power cut in a history.
@@ -74,7 +74,7 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     };
     verify_in(&home, &mut report, &mut |_| ()).map_err(|error| error.to_string())?;
     if let Some(wrong) = wrong {
-        return Err(format!("it goes on and is not sound: {wrong}"));
+        return Err(format!("it continues and is not sound: {wrong}"));
     }
     let newest = recover(disk, options, mutant, None)?.0.watermark.durable();
     if newest != sequence { Err(format!("{sequence} was written after it and {newest} is the newest")) } else { Ok(()) }
@@ -161,7 +161,7 @@ fn brief(operation: &super::disk::Operation) -> String {
     }
 }
 
-/// Runs histories, on all processors, until so many disks were tried or something was found.
+/// Runs histories, on all processors, until this many disks were tried or something was found.
 fn search(wanted: u64, mutant: Option<Mutant>) -> (Counts, Outcome<()>) {
     let (counts, seeds, found) = (Counts::default(), AtomicU64::new(0), Mutex::new(Ok(())));
     thread::scope(|scope| {

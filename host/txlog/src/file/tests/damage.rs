@@ -62,18 +62,18 @@ impl Sound {
     fn check(&self, name: &str, bytes: Vec<u8>) -> Result<bool, String> {
         let disk = self.disk.copy();
         disk.put(name, bytes);
-        let told = |error: String| {
+        let failed = |error: String| {
             let place = format!("data/log/{name} is damaged at byte ");
             let whole = error.contains(&place) && error.contains("; `kvs txlog verify --data-dir data` tells");
             if whole && !error.contains('\n') { Ok(false) } else { Err(error) }
         };
         let (shared, _) = match recover(Arc::new(disk.clone()), damaged_options()) {
             Ok(recovered) => recovered,
-            Err(error) => return told(format!("{error:#}")),
+            Err(error) => return failed(format!("{error:#}")),
         };
         let promised = Promise { durable: self.before_last, seen: self.before_last };
         if let Err(error) = check_content(&shared, &self.model, 0, promised) {
-            return told(error);
+            return failed(error);
         }
         let lost = shared.watermark.durable() < self.model.entries.len() as u64;
         match lost && !disk.names().iter().any(|name| name.ends_with(".torn")) {
@@ -88,7 +88,7 @@ fn damaged_options() -> Options {
 }
 
 fn bytes(disk: &FakeDisk) -> usize {
-    // A copy holds still while the log goes on renaming.
+    // A copy holds still while the log continues renaming.
     let disk = disk.copy();
     disk.names().iter().map(|name| disk.bytes(name).len()).sum()
 }
@@ -137,7 +137,7 @@ fn file_truncated_at_any_byte_is_detected() {
     for (name, whole) in sound.files() {
         each(whole.len(), |size| match sound.check(&name, whole[..size].to_vec()) {
             Ok(false) => {}
-            // As good as none, and the log goes on as if it was a copy. A start writes a position of its own.
+            // As good as none, and the log continues as if it was a copy. A start writes a position of its own.
             Ok(true) if [identity::NAME, position::NAME].contains(&name.as_str()) => {}
             Ok(true) => panic!("{name} has {size} bytes, and nobody minded"),
             Err(what) => panic!("{name} has {size} bytes: {what}"),

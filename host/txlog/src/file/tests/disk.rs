@@ -146,7 +146,7 @@ impl FakeDisk {
         });
     }
 
-    /// Does so many operations more and then none, as if the process had been killed; with none, goes on for ever.
+    /// Does this many more operations and then none, as if the process had been killed; with none, it never stops.
     pub fn kill_after(&self, operations: Option<usize>) {
         self.state().left = operations;
     }

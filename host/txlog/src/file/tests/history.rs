@@ -93,7 +93,7 @@ impl History {
             17 => self.writer.mark(&self.shared),
             19 if self.options.durability == Durability::Sync => self.fail(),
             18 => {
-                // What is in memory only is lost with the process, and nobody was told of it.
+                // What is in memory only is lost with the process, and nobody has seen it.
                 self.append()?;
                 self.start_again().map_err(anyhow::Error::msg)
             }
@@ -113,7 +113,7 @@ impl History {
         Ok(())
     }
 
-    /// What runs next is a copy, and the other goes on for a while.
+    /// What runs next is a copy, and the other continues for a while.
     fn copy(&mut self) -> anyhow::Result<()> {
         if self.dice.bool() {
             self.close()?;
@@ -251,7 +251,7 @@ impl History {
         (self.seen, self.begun) = (promised.seen, begun);
         let (shared, durability) = (Arc::downgrade(&self.shared), self.options.durability);
         let standby = self.standby.clone();
-        // What an answer rests on is a promise, to whoever wrote it and to whoever reads it.
+        // What a response depends on is a promise to its writer and its reader.
         let gate = self.mutant != Some(Mutant::NoGate);
         self.disk.set_promised(move || {
             let answered = shared

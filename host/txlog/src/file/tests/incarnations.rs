@@ -193,7 +193,7 @@ fn unclean_sync_run_begins_no_incarnation() {
     commit(&log, put("a", b""));
     let killed = disk.copy();
     assert_eq!(begun(&open(&killed).unwrap()), []);
-    // What wrote it cannot be told where this run may lose what clients saw.
+    // The writer cannot be identified where this run may lose what clients saw.
     assert_eq!(begun(&open_os(&disk.copy())).len(), 1);
 }
 

@@ -45,7 +45,7 @@ fn append(queue: &Arc<Queue>, groups: [usize; 2]) -> JoinHandle<u64> {
     })
 }
 
-/// Takes all there is, or so many events, in a thread of its own. Returns how many there were, and whether the log failed.
+/// Takes all there is, or this many events, in a thread of its own. Returns how many there were, and whether the log failed.
 fn write(queue: &Arc<Queue>, most: u64) -> JoinHandle<(u64, bool)> {
     let queue = Arc::clone(queue);
     thread::spawn(move || {

@@ -175,7 +175,7 @@ fn many_append_at_once_and_a_replay_runs_beside_them() {
     }
 }
 
-/// Seen by damage at the beginning, which whoever reads all meets and whoever catches up does not.
+/// Shown by damage at the beginning, which a full replay meets and a later one does not.
 #[test]
 fn catching_up_reads_only_what_is_near_its_end() {
     let disk = FakeDisk::default();
@@ -215,7 +215,7 @@ fn a_replay_hands_over_a_thousand_entries_or_a_megabyte_at_once() {
     assert_eq!(batches(&large), [2, 1, 1, 2]);
 }
 
-/// Zeros are the end of a log to whoever knows no better.
+/// Zeros look like the end of a log.
 #[test]
 fn a_replay_tells_that_the_end_of_a_segment_is_missing() {
     let disk = FakeDisk::default();

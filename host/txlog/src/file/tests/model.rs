@@ -12,7 +12,7 @@ enum Step {
     Close,
     /// The process is gone; what it had written is there.
     Kill,
-    /// It goes on as a copy, and the original does too.
+    /// It continues as a copy, and the original does too.
     Copy,
     Fork,
 }

@@ -73,7 +73,7 @@ impl Mutant {
         }
     }
 
-    /// The same, for as long as recovery is under way.
+    /// The same, for as long as recovery is in progress.
     pub fn lie_in_recovery(self) -> Option<Lie> {
         match self {
             Self::RecoveryNotSynced => Some(Lie::SegmentSync),

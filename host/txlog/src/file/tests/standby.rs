@@ -61,7 +61,7 @@ impl Primary {
     }
 }
 
-/// A disk on which the primary goes on whenever the standby is about to look at something.
+/// A disk on which the primary writes before each read of the standby.
 struct Between {
     disk: FakeDisk,
     primary: Arc<Mutex<Primary>>,
@@ -366,7 +366,7 @@ fn log_fails_where_the_position_cannot_be_published() {
     });
     append(&log, 1, &[put("key", &[])]);
     eventually(|| log.failure().is_some());
-    // The entry is there, and nobody was told.
+    // The entry is there, and was not acknowledged.
     assert_eq!((log.watermark().durable(), recovered(&disk.copy()).unwrap().len()), (1, 2));
 }
 

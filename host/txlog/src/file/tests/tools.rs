@@ -56,7 +56,7 @@ fn verify_accepts_intact_log() {
     assert!(entries < log.appended() && said.is_empty(), "{entries} {said:?}");
 }
 
-/// What no damage but only a fault of whoever wrote it makes: all checksums are right.
+/// A fault of the writer, not damage: all checksums are right.
 #[test]
 fn verify_finds_gap_in_uncompacted_segment() {
     let disk = FakeDisk::default();
@@ -173,8 +173,8 @@ fn verify_finds_missing_end_before_empty_segment() {
     // The second of two frames of 600 bytes, after a head of 512.
     bytes[1112..].fill(0);
     disk.put("0000000001.seg", bytes);
-    let told = "the log ends with sequence 1, but 2 had been durable";
-    assert_eq!(verified(&disk), (1, vec![told.to_owned()]));
+    let expected = "the log ends with sequence 1, but 2 had been durable";
+    assert_eq!(verified(&disk), (1, vec![expected.to_owned()]));
 }
 
 #[test]
