@@ -1,4 +1,4 @@
--- Requests of a KIND to keys of so many KEYS, with values of so many BYTES, as wrk hands them over behind `--`.
+-- Requests of a KIND to KEYS keys, with values of BYTES bytes, as wrk hands them over behind `--`.
 -- The keys are any of those there are, in no order, each as likely as the others but in `GET Zipf`; only what is written to etcd
 -- comes one key after the other.
 local kind, keys, value

@@ -22,5 +22,5 @@ CREATE TABLE kvs.writer (
     forgotten bigint NOT NULL,
     compacted bigint NOT NULL
 ) WITH (fillfactor = 10);
-COMMENT ON TABLE kvs.writer IS 'Who writes the log: only whoever has the newest epoch, and only what follows on last';
+COMMENT ON TABLE kvs.writer IS 'Who writes the log: only the holder of the newest epoch, and only what follows on last';
 INSERT INTO kvs.writer (epoch, seen, last, forgotten, compacted) VALUES (0, 'epoch', 0, 0, 0);
