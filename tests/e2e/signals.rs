@@ -127,7 +127,7 @@ fn one_line_tells_of_the_start_and_one_of_the_stop() {
         has(start, &["serving on http://127.0.0.1:", &data, "kvs", "version=\"0.1.0\"", "entries=1", "took="]),
         "{start}"
     );
-    assert!(has(stop, &["stopped serving on 127.0.0.1:", &data, "kvs", "sequence=1"]), "{stop}");
+    assert!(has(stop, &["stopped serving on http://127.0.0.1:", &data, "kvs", "sequence=1"]), "{stop}");
 }
 
 #[test]

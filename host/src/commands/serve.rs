@@ -19,7 +19,7 @@ use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::SignalKind;
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 use tracing::{info, warn};
 
 use self::check::{check, inflight_bytes, too_large_with_spares};
@@ -306,6 +306,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         handed_over: watch::Sender::new(false),
         stop: stop_of_upgrade,
         alone: Arc::default(),
+        answering: RwLock::default(),
     });
     Arc::clone(&upgrader).start(upgrade_signal, followed.clone());
     let second = when_primary.open(args.listen_when_primary, second, followed, clock);
@@ -346,8 +347,9 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         }
         bail!("{reason}; what was acknowledged is safe, start again to recover");
     }
-    // One that was begun before the stop.
+    // An upgrade that was begun before the stop, and its answer.
     let _upgraded = upgrader.alone.lock().await;
+    let _answered = upgrader.answering.write().await;
     if !*upgrader.handed_over.borrow() {
         control.remove();
         files.into_iter().flatten().for_each(SocketFile::remove);

@@ -168,7 +168,7 @@ impl Edge {
             tasks.detach("connection", async move {
                 if let Err(error) = edge.connected(stream, peer, &addresses, stage).await {
                     edge.service.metrics.connection_failed(&error);
-                    debug!(peer = shown(peer), "connection ended: {error:#}");
+                    debug!(peer = %shown(peer), "connection ended: {error:#}");
                 }
                 drop((place, open));
             });

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::getuid;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader as AsyncBufReader};
@@ -103,19 +103,17 @@ impl Control {
 
 async fn respond(stream: UnixStream, upgrader: &Arc<Upgrader>) -> Result<()> {
     let user = stream.peer_cred()?.uid();
+    ensure!(user == getuid().as_raw() || user == 0, "user {user} may not upgrade this server");
     let (read, mut write) = stream.into_split();
-    let answer = if user == getuid().as_raw() || user == 0 {
-        let mut line = String::new();
-        timeout(REQUEST_TIMEOUT, AsyncBufReader::new(read.take(REQUEST_BYTES)).read_line(&mut line)).await??;
-        let request: Value = serde_json::from_str(&line)?;
-        let binary = request["binary"].as_str().map(PathBuf::from);
-        let timeout = Duration::from_millis(request["timeout_ms"].as_u64().context("no timeout")?);
-        let actor = Actor { principal: Some(format!("uid={user}")), request_id: None };
-        upgrader.upgrade(binary, timeout, actor).await
-    } else {
-        bail!("user {user} may not upgrade this server");
-    };
-    let answer = match answer {
+    let mut line = String::new();
+    timeout(REQUEST_TIMEOUT, AsyncBufReader::new(read.take(REQUEST_BYTES)).read_line(&mut line)).await??;
+    let request: Value = serde_json::from_str(&line)?;
+    let binary = request["binary"].as_str().map(PathBuf::from);
+    let timeout = Duration::from_millis(request["timeout_ms"].as_u64().context("no timeout")?);
+    let actor = Actor { principal: Some(format!("uid={user}")), request_id: None };
+    // After an upgrade, this process ends as soon as its connections have.
+    let _answering = upgrader.answering.read().await;
+    let answer = match upgrader.upgrade(binary, timeout, actor).await {
         Ok(Upgraded { process, pause }) => json!({ "process": process, "pause_ms": pause.as_secs_f64() * 1e3 }),
         Err(error) => json!({ "error": format!("{error:#}") }),
     };

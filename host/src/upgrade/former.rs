@@ -62,6 +62,8 @@ pub struct Upgrader {
     pub stop: watch::Receiver<bool>,
     /// Held during an upgrade.
     pub alone: Arc<tokio::sync::Mutex<()>>,
+    /// Held for reading until the outcome of an upgrade is sent to its caller.
+    pub answering: tokio::sync::RwLock<()>,
 }
 
 /// The new process, until it serves or has ended.

@@ -52,15 +52,15 @@ fn all_listeners_are_handed_over() {
     ] {
         server.fails(&program(&directory, "other", &format!("exec {kvs} {sockets}")));
         server.first().says(expected);
-        assert_eq!(unix().expect("it listens").ask("GET", "/v1/none", b"").status, 404);
+        assert_eq!(unix().expect("it listens").ask("GET", "/store/none", b"").status, 404);
     }
 
     let (mut over_tcp, mut over_unix, mut idle_admin) = (tcp(), unix().expect("it listens"), admin());
     let (mut plain, mut proxy) = (unix().expect("it listens"), unix().expect("it listens"));
     assert_eq!(idle_admin.ask("GET", "/livez", b"").status, 200);
     for _ in 0..2 {
-        assert_eq!(over_tcp.ask("PUT", "/v1/a", b"1").status / 100, 2);
-        assert_eq!(over_unix.ask("GET", "/v1/a", b"").text(), "1");
+        assert_eq!(over_tcp.ask("PUT", "/store/a", b"1").status / 100, 2);
+        assert_eq!(over_unix.ask("GET", "/store/a", b"").text(), "1");
         let former = server.process.load(Ordering::Relaxed);
         server.upgrade(&[]);
         assert_eq!(idle_admin.end(), "", "an idle connection of the admin listener is closed");
