@@ -24,6 +24,7 @@ mod parse;
 pub mod renamed;
 mod settings;
 mod signals;
+mod stats_report;
 mod systemd;
 mod terminal;
 mod upgrade;

@@ -110,7 +110,7 @@ fn it_answers_while_the_guest_has_every_thread() {
 fn what_it_does_not_have_is_404_and_405() {
     let server = Server::start(&[]);
     get(server.admin(), "/")
-        .says(404, "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only, /v1 and /console");
+        .says(404, "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and /console");
     let refused = Connection::open(server.admin()).ask("PUT", "/livez", b"dead");
     refused.says(405, "this path has GET, HEAD");
     assert_eq!(refused.header("allow"), Some("GET, HEAD"));

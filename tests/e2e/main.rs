@@ -6,7 +6,7 @@
 //! each kind of user gets, `tls` and its `certificates` whom a server trusts; `components`, `compiled`, `unruly` and `hostile` what a
 //! bad guest can do, `attacks` what bad clients can, `swap`, `guests` and `locks` what good guests can, `shadow` what is found of them before they serve; `shards` that several are one store; `durability`, and under the
 //! clients of `load` `crash`, `faults`, `full_disk` and `backup`, that nothing is lost; `linear` that all clients see one store,
-//! whatever happens to it, and `everything` all of that at once; `online_backup` that a backup of a running server holds what was acknowledged, `past` that a log can be served as it was; `metrics`, `access_log` and, in a `browser`, `console` what an operator sees of it, `alerts` what Prometheus tells the operator, and
+//! whatever happens to it, and `everything` all of that at once; `online_backup` that a backup of a running server holds what was acknowledged, `past` that a log can be served as it was, `stats` what is counted in it; `metrics`, `access_log` and, in a `browser`, `console` what an operator sees of it, `alerts` what Prometheus tells the operator, and
 //! `diagnostics` that nothing depends on whether anybody looks; `audit` who changed a server, `traps` what is reported of a guest that fails; `supervision` that nothing dies unnoticed, in servers of `sabotage`;
 //! `upgrade` that nobody notices another process; `response_cache` that what is reused is right; `listeners` where a server can be reached, and `behind_a_proxy` by whom; `commands` what the client in the binary
 //! does, `other_stores` what it copies from Redis, etcd and Consul; `log_command` what can be done with a log at rest, and `bad_log` what is done with one that is not right; `postgres` all that concerns a log in a
@@ -75,6 +75,7 @@ mod shards;
 mod signals;
 mod spare;
 mod standby;
+mod stats;
 mod supervision;
 mod swap;
 mod tls;

@@ -17,7 +17,7 @@ use super::{AdminBody, not_allowed, text};
 use crate::entry_json;
 
 /// Longest wait for a client to take a mebibyte of entries.
-const TIMEOUT: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Responds to requests for `/history`.
 pub struct Histories {
@@ -52,15 +52,18 @@ fn parse(query: &str) -> Option<(String, Option<u64>)> {
     let (mut key, mut at) = (None, None);
     for pair in query.split('&') {
         match pair.split_once('=')? {
-            ("key", encoded) if key.is_none() => {
-                let encoded = encoded.replace('+', " ");
-                key = Some(percent_decode_str(&encoded).decode_utf8().ok()?.into_owned());
-            }
+            ("key", encoded) if key.is_none() => key = Some(decoded(encoded)?),
             ("at", sequence) if at.is_none() => at = Some(sequence.parse().ok()?),
             _ => return None,
         }
     }
     Some((key?, at))
+}
+
+/// Decodes a value of a query.
+pub fn decoded(encoded: &str) -> Option<String> {
+    let encoded = encoded.replace('+', " ");
+    Some(percent_decode_str(&encoded).decode_utf8().ok()?.into_owned())
 }
 
 fn entries(log: &dyn TransactionLog, key: &str, out: &mut Out) -> Result<()> {

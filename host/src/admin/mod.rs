@@ -21,6 +21,7 @@ mod origin;
 mod process;
 mod read_only;
 mod scan;
+mod stats;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -60,6 +61,8 @@ pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::scan::Pieces;
+pub use self::stats::MAX_TOP;
+use self::stats::Statistics;
 use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens};
 use crate::edge::tls::Tls;
@@ -73,9 +76,10 @@ const CONNECTIONS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
-    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only, /v1 and /console\n"
+    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and \
+     /console\n"
 } else {
-    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only and /v1\n"
+    "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only and /v1\n"
 };
 /// How long to leave the listener alone when the system has no more sockets to give.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -98,7 +102,7 @@ pub struct Admin {
     /// None until there is a guest.
     guests: OnceLock<Guests>,
     /// None until the log is open.
-    log: OnceLock<(Backups, Histories)>,
+    log: OnceLock<(Backups, Histories, Statistics)>,
     /// None until the log is open.
     read_only: OnceLock<Arc<ReadOnly>>,
     /// Passes requests on to the HTTP interface. None until it is open.
@@ -146,7 +150,7 @@ impl Admin {
         self.metrics.add(backups.metrics());
         self.health.set_log(Arc::clone(&log));
         // One log is opened in the life of a process.
-        let _ = self.log.set((backups, Histories::new(log, &self.env)));
+        let _ = self.log.set((backups, Histories::new(Arc::clone(&log), &self.env), Statistics::new(log, &self.env)));
     }
 
     pub fn set_read_only(&self, read_only: Arc<ReadOnly>) {
@@ -249,10 +253,11 @@ impl Admin {
                 Err(refusal) => return refusal.map(Reply::Whole).map(Either::Left),
             }
         }
-        if matches!(request.uri().path(), "/backup" | "/history") {
+        if matches!(request.uri().path(), "/backup" | "/history" | "/stats") {
             return match (self.log.get(), request.uri().path()) {
-                (Some((backups, _)), "/backup") => backups.respond(request).await,
-                (Some((_, histories)), _) => histories.respond(request).await,
+                (Some((backups, ..)), "/backup") => backups.respond(request).await,
+                (Some((_, histories, _)), "/history") => histories.respond(request).await,
+                (Some((.., statistics)), _) => statistics.respond(request, connection.socket.as_fd()).await,
                 (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
             };
         }

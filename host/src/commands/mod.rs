@@ -19,6 +19,7 @@ mod put;
 mod read_only;
 mod restore;
 mod serve;
+mod stats;
 mod swap;
 mod token;
 mod touch;
@@ -71,8 +72,8 @@ pub enum Command {
     Swap(swap::Swap),
     /// Replace the process of a running server by another binary, without downtime
     ///
-    /// The new process gets the flags, the listeners and the log. If it fails, the server serves on. SIGUSR2 to the server does
-    /// the same with the binary at the path that it was started by.
+    /// The new process gets the flags, the listeners and the log. If it fails, the server continues to serve. SIGUSR2 to the
+    /// server does the same with the binary at the path that it was started by.
     Upgrade(upgrade::Upgrade),
     /// Check whether a server is ready; exit code 1 if it is not
     Health(health::Health),
@@ -80,7 +81,7 @@ pub enum Command {
     Compile(compile::Compile),
     /// Describe a component, and check whether this host can run it
     Inspect(Box<inspect::Inspect>),
-    /// Verify, print, export, import and compact a transaction log that no server uses
+    /// Verify, print, count, export, import and compact a transaction log that no server uses
     #[command(subcommand)]
     Txlog(txlog::TxlogCommand),
     /// Take a backup of the log of a running server, in full or since a sequence, or check one
@@ -93,6 +94,10 @@ pub enum Command {
     ReadOnly(read_only::ReadOnly),
     /// Print every entry of a key that the log still has, oldest first, as JSON lines
     History(history::History),
+    /// Print what a running server stores: live keys, the largest keys and prefixes, and garbage in the log
+    ///
+    /// The server reads its log at a tenth of a core, so that this can take minutes.
+    Stats(stats::Stats),
     /// Print the value of a key, unchanged
     Get(get::Get),
     /// Put a value: kvs put KEY VALUE, kvs put KEY @FILE, or kvs put KEY < FILE; prints its entity tag
@@ -142,6 +147,7 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Restore(args) => restore::run(&args),
         Command::ReadOnly(args) => read_only::run(&args),
         Command::History(args) => history::run(&args),
+        Command::Stats(args) => stats::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Put(args) => put::run(*args),
         Command::Add(args) => add::run(&args),

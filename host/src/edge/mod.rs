@@ -18,6 +18,7 @@ mod consistency;
 pub mod cors;
 mod counted;
 mod forward;
+mod frame_inspector;
 mod frames;
 pub mod fresh;
 mod head;
@@ -25,8 +26,6 @@ mod line_rate;
 pub mod listener;
 mod metrics;
 mod multiplex;
-mod overheard;
-mod patience;
 mod problem;
 pub mod proxy;
 mod refusal;
@@ -37,10 +36,12 @@ pub mod slow_log;
 mod stream;
 mod successor;
 pub mod throttle;
+mod timeouts;
 pub mod tls;
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,6 +53,7 @@ use tracing::{debug, warn};
 pub use access_log::target as shown_target;
 use addresses::Addresses;
 use budget::Budget;
+pub use counted::left;
 pub use forward::{Caller, Forwarder};
 pub use head::is_safe;
 use listener::{Listener, Listeners};
@@ -125,18 +127,19 @@ pub enum Stage {
 }
 
 impl Edge {
-    /// Serves `listeners`, and `second` from when it is there, until `stop`, then finishes what is in flight. Returns how many
-    /// connections had to be cut off.
+    /// Serves `listeners`, and `second` from when it is there, until another process accepts connections or `stopped`, then
+    /// finishes what is in flight. Returns how many connections had to be cut off.
     pub async fn serve(
         self: Arc<Self>,
         mut listeners: Listeners,
         second: impl Future<Output = Arc<Listener>>,
-        stop: impl Future<Output = Stage>,
+        handed_over: impl Future<Output = ()>,
+        stopped: impl Future<Output = ()>,
     ) -> usize {
         let edge = self;
         let connections = Arc::new(Semaphore::new(edge.limits.connections));
         let addresses = Arc::new(Addresses::default());
-        let (mut stop, mut second) = (std::pin::pin!(stop), std::pin::pin!(second));
+        let (mut handed_over, mut stopped, mut second) = (pin!(handed_over), pin!(stopped), pin!(second));
         let mut is_opened = false;
         let stage = loop {
             // The permit first: without one, connections wait in the backlog of the listener.
@@ -146,7 +149,8 @@ impl Edge {
             };
             let (place, stream, peer) = tokio::select! {
                 biased;
-                stage = &mut stop => break stage,
+                () = &mut stopped => break Stage::Stopping,
+                () = &mut handed_over => break Stage::HandedOver,
                 listener = &mut second, if !is_opened => {
                     is_opened = true;
                     listeners.push(listener);
@@ -175,12 +179,17 @@ impl Edge {
         };
         drop(listeners);
         edge.stage.send_replace(stage);
-        // Those that are left after the timeout are cut off.
-        let _ = timeout(edge.limits.drain, edge.stage.closed()).await;
+        let mut drain = edge.limits.drain;
         if stage == Stage::HandedOver {
+            // Idle connections have this long to send a request, unless this process is stopped too.
+            tokio::select! {
+                drained = timeout(drain, edge.stage.closed()) => if drained.is_err() { drain = CLOSE_TIMEOUT },
+                () = stopped => {}
+            }
             edge.stage.send_replace(Stage::Stopping);
-            let _ = timeout(CLOSE_TIMEOUT, edge.stage.closed()).await;
         }
+        // Those that are left after the timeout are cut off.
+        let _ = timeout(drain, edge.stage.closed()).await;
         edge.stage.receiver_count()
     }
 }

@@ -29,6 +29,7 @@ pub mod postgres;
 mod remote;
 mod restoration;
 mod standby;
+pub mod stats;
 pub mod subscribers;
 mod sync;
 #[cfg(test)]

@@ -1,10 +1,11 @@
-//! `kvs txlog`: verifies, prints, exports, imports, compacts and forks a transaction log that no server uses.
+//! `kvs txlog`: verifies, prints, counts, exports, imports, compacts and forks a transaction log that no server uses.
 //!
 //! Owns: the output for operators. Must never know: the bytes in its files or the rows in its tables, which are behind
 //! `kvs_txlog::file` and `kvs_txlog::postgres`.
 
 mod cat;
 mod import;
+mod stats;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,8 @@ pub enum TxlogCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Print what the log stores: live keys, the largest keys and prefixes, and garbage
+    Stats(stats::Stats),
     /// Print the log as text that `import` reads: kvs txlog export > backup.txt
     ///
     /// Each entry is a line: sequence TAB type TAB key TAB value TAB time TAB expiry TAB name=value ..., with type 1 for a
@@ -130,6 +133,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
         },
         TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
         TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
+        TxlogCommand::Stats(args) => stats::run(&args, out),
         TxlogCommand::Export { at } => cat::all(&at, out, text::print),
         TxlogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
         TxlogCommand::Compact { at } => match &at.txlog {
