@@ -26,8 +26,9 @@ pub trait Standby: TransactionLog {
     fn begin(&self) -> Result<()>;
 }
 
-/// Maximum time to wait for the end of the log. Beyond it the log counts as unavailable.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum time to wait for the end of the log. Beyond it the log counts as unavailable. A standby of a replicated log finds
+/// the end out every half second, and has to read up to it.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// State of the log as a standby knows it.
 #[derive(Clone, Debug)]
@@ -42,17 +43,41 @@ pub struct News {
     pub as_of: Instant,
 }
 
-/// Returns the newest sequence of a log that is followed, as of after this call; None after a timeout.
-pub(crate) async fn end_of_log(mut news: watch::Receiver<News>) -> Option<u64> {
-    let end = async {
-        // The next poll may have begun before this call; the one after it has not.
-        for _ in 0..2 {
-            if news.borrow_and_update().holder.is_none() {
-                break;
-            }
-            news.changed().await.ok()?;
-        }
-        Some(news.borrow().newest)
-    };
-    timeout(LOOK_TIMEOUT, end).await.ok().flatten()
+/// Returns the newest sequence of a log that is followed, as of this time or later; None after a timeout.
+pub(crate) async fn end_of_log(mut news: watch::Receiver<News>, asked: Instant) -> Option<u64> {
+    let is_known = |news: &News| news.holder.is_none() || news.as_of >= asked;
+    let news = timeout(LOOK_TIMEOUT, news.wait_for(is_known)).await.ok()?.ok()?;
+    Some(news.newest)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::join;
+    use tokio::runtime::Builder;
+    use tokio::task::yield_now;
+
+    use super::*;
+
+    #[test]
+    fn end_of_log_is_as_of_the_call() {
+        let asked = Instant::now();
+        let news = |newest, as_of| News { newest, holder: Some("another".into()), primary: None, as_of };
+        let sender = watch::Sender::new(news(1, asked - Duration::from_secs(2)));
+        let receiver = sender.subscribe();
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+        let end = runtime.block_on(async {
+            let publish = async {
+                for newest in [1, 1, 2] {
+                    // A poll that began before, or that could not find out where the log ends.
+                    sender.send_replace(news(newest, asked - Duration::from_secs(1)));
+                    // Twice, as the two take turns in being first.
+                    yield_now().await;
+                    yield_now().await;
+                }
+                sender.send_replace(news(3, asked));
+            };
+            join!(end_of_log(receiver, asked), publish).0
+        });
+        assert_eq!(end, Some(3));
+    }
 }

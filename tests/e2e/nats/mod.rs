@@ -310,7 +310,7 @@ fn deleted_stream_is_never_an_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
-    assert!(nodes.api("STREAM.DELETE.KVS-x-00").contains("\"success\":true"));
+    assert!(nodes.api("STREAM.DELETE.KVS-x-00", "").contains("\"success\":true"));
     let (status, stopped) = server.ends();
     let last = stopped.stderr().last().expect("it says why");
     assert!(status.code() == Some(1) && last.contains("the stream KVS-x-00 is gone"), "{status}: {last}");
@@ -324,11 +324,132 @@ fn purged_stream_is_never_an_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
-    assert!(nodes.api("STREAM.PURGE.KVS-x-00").contains("\"success\":true"));
+    assert!(nodes.api("STREAM.PURGE.KVS-x-00", "").contains("\"success\":true"));
     let (status, stopped) = server.ends();
     let last = stopped.stderr().last().expect("it says why");
     assert!(status.code() == Some(1) && last.contains("frames of the log in the stream KVS-x-00"), "{status}: {last}");
     stopped.refuses(&texts(&args(&nodes))).with(1, &["it was purged by hand"]);
+}
+
+/// Writes until the response has this status, and returns the keys of acknowledged writes.
+fn put_until(server: &Server, status: u16, name: &str, value: &str) -> Vec<String> {
+    let begun = Instant::now();
+    let mut acknowledged = Vec::new();
+    for number in 0.. {
+        let key = format!("{name}{number}");
+        let now = put(server, &key, value);
+        if now == 201 {
+            acknowledged.push(key);
+        }
+        if now == status {
+            return acknowledged;
+        }
+        assert!([201, 503, 504, 507].contains(&now) && begun.elapsed() < PATIENCE, "{now} instead of {status}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    unreachable!("the numbers do not end")
+}
+
+#[test]
+fn lost_end_of_stream_is_never_continued() {
+    let mut nodes = Nodes::start(1);
+    let mut args = args(&nodes);
+    args.push("--allow-unsafe-txlog".into());
+    let server = Server::start(&texts(&args));
+    assert_eq!(put(&server, "a", "1"), 201);
+    nodes.kill(0);
+    let (store, copy) = (nodes.store(0), nodes.store(0).with_extension("copy"));
+    let copied = Command::new("cp").arg("-r").args([&store, &copy]).status().expect("cp can be started");
+    assert!(copied.success());
+    nodes.restart(0);
+    put_until(&server, 201, "lost", "1");
+    // As after a power cut of a node that does not sync.
+    nodes.kill(0);
+    std::fs::remove_dir_all(&store).and_then(|()| std::fs::rename(&copy, &store)).expect("the store can be replaced");
+    nodes.restart(0);
+    let (status, stopped) = server.ends();
+    let last = stopped.stderr().last().expect("it says why");
+    assert!(status.code() == Some(1) && last.contains("the engine has lost the end of the log"), "{status}: {last}");
+    let mut again = serve(stopped.data());
+    again.args(&args);
+    let again = again.output().expect("it can be run");
+    let reason = String::from_utf8_lossy(&again.stderr);
+    let last = reason.lines().last().expect("it says why");
+    assert_eq!(again.status.code(), Some(1), "{reason}");
+    assert!(
+        last.contains("the engine has lost the end of the log") && last.contains("with another --data-dir"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn server_restarts_while_a_node_is_down() {
+    let mut nodes = Nodes::start(3);
+    let server = start(&nodes);
+    assert_eq!(put(&server, "a", "1"), 201);
+    // With that of the stream, a leader must be elected first.
+    nodes.kill(nodes.leader("x"));
+    let args = args(&nodes);
+    let server = server.kill().restart(&texts(&args));
+    server.says("sync_interval of a node is unknown");
+    assert_eq!(get(&server, "a"), (200, "1".into()));
+    put_until(&server, 201, "b", "2");
+}
+
+#[test]
+fn log_that_ends_with_large_frames_is_opened() {
+    let nodes = Nodes::start(3);
+    let args = ["--txlog", &nodes.url("x"), "--txlog-monitor", &nodes.monitors(), "--max-value-bytes", "2MiB"]
+        .map(str::to_owned);
+    let server = Server::start(&texts(&args));
+    // One read returns at most 4 MiB, and a start needs the last four frames. The heartbeats are a second apart.
+    let value = "x".repeat(3 << 19);
+    for key in ["a", "b", "c", "d"] {
+        assert_eq!(put(&server, key, &value), 201);
+    }
+    let server = server.kill().restart(&texts(&args));
+    for key in ["a", "b", "c", "d"] {
+        assert_eq!(get(&server, key), (200, value.clone()));
+    }
+    assert_eq!(put(&server, "e", "1"), 201);
+}
+
+#[test]
+fn full_stream_rejects_writes_until_it_has_space_again() {
+    let nodes = Nodes::start(3);
+    let args = args(&nodes);
+    let server = Server::start(&[&texts(&args)[..], &["--request-timeout", "2s"]].concat());
+    assert_eq!(put(&server, "a", "1"), 201);
+    nodes.limit("x", Some(100 << 10));
+    let value = "x".repeat(10 << 10);
+    let mut acknowledged = put_until(&server, 507, "full", &value);
+    nodes.limit("x", None);
+    acknowledged.extend(put_until(&server, 201, "again", &value));
+    assert!(acknowledged.len() > 2, "{acknowledged:?}");
+    becomes_ready(&server, 200, WELL);
+    let server = server.terminate().restart(&texts(&args));
+    for key in acknowledged {
+        assert_eq!(get(&server, &key), (200, value.clone()));
+    }
+}
+
+#[test]
+fn large_write_goes_by_a_node_that_accepts_it() {
+    let mut nodes = Nodes::start(3);
+    let args = args(&nodes);
+    let server = Server::start(&[&texts(&args)[..], &["--max-value-bytes", "2MiB"]].concat());
+    for node in 0..2 {
+        nodes.set(node, "max_payload: 8MB", "max_payload: 1MB");
+        nodes.kill(node);
+        nodes.restart(node);
+        put_until(&server, 201, "between", "1");
+    }
+    // Now the client is connected to one of these.
+    nodes.kill(2);
+    put_until(&server, 201, "without", "1");
+    nodes.restart(2);
+    put_until(&server, 201, "large", &"x".repeat(3 << 19));
+    becomes_ready(&server, 200, WELL);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -124,12 +125,38 @@ impl Nodes {
         stream.is_some_and(|stream| stream["cluster"]["leader"] == format!("n{node}"))
     }
 
+    /// Directory in which a node stores everything.
+    pub fn store(&self, node: usize) -> PathBuf {
+        self.home.path().join(format!("store{node}"))
+    }
+
+    /// Replaces a setting of a node, which has it after its next start.
+    pub fn set(&self, node: usize, before: &str, after: &str) {
+        let file = self.home.path().join(format!("{node}.conf"));
+        let text = fs::read_to_string(&file).expect("it was written");
+        assert!(text.contains(before), "{text}");
+        fs::write(file, text.replace(before, after)).expect("a file can be written");
+    }
+
+    /// Sets the `max_bytes` of the stream of a log to this many more than it has; without a number, to no limit.
+    pub fn limit(&self, log: &str, more: Option<i64>) {
+        let info: Value =
+            serde_json::from_str(&self.api(&format!("STREAM.INFO.KVS-{log}-00"), "")).expect("it is JSON");
+        let mut config = info["config"].clone();
+        let bytes = info["state"]["bytes"].as_i64().expect("it has a size");
+        config["max_bytes"] = more.map_or(-1, |more| bytes + more).into();
+        let answer = self.api(&format!("STREAM.UPDATE.KVS-{log}-00"), &config.to_string());
+        assert!(!answer.contains("\"error\""), "{answer}");
+    }
+
     /// Makes a request of the API of JetStream, as an operator does by hand, and waits for the answer.
-    pub fn api(&self, call: &str) -> String {
+    pub fn api(&self, call: &str, body: &str) -> String {
         let node = self.processes.iter().position(Option::is_some).expect("one runs");
         let mut stream = TcpStream::connect(("127.0.0.1", self.ports[node].client)).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
-        let request = format!("CONNECT {{\"verbose\":false}}\r\nSUB answer 1\r\nPUB $JS.API.{call} answer 0\r\n\r\n");
+        let size = body.len();
+        let request =
+            format!("CONNECT {{\"verbose\":false}}\r\nSUB answer 1\r\nPUB $JS.API.{call} answer {size}\r\n{body}\r\n");
         stream.write_all(request.as_bytes()).expect("it can be sent");
         let lines = BufReader::new(stream).lines().map_while(Result::ok);
         lines.skip_while(|line| !line.starts_with("MSG answer")).nth(1).expect("it answers")

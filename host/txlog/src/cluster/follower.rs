@@ -13,12 +13,11 @@ use anyhow::{Result, anyhow, bail};
 use tracing::{info, warn};
 
 use super::Shared;
-use super::engine::{Ends, Put};
+use super::engine::{Ends, Put, ReadError};
 use super::frame::{Holder, Kind, Tip, is_mutant};
 use super::reader::{Failure, Read};
 use super::writer::Writer;
 use crate::News;
-use crate::remote::queue::End;
 
 /// Maximum time to wait for a frame.
 const WAIT: Duration = Duration::from_millis(250);
@@ -53,20 +52,19 @@ impl Follower {
     /// Finds the end of the log.
     pub async fn begin(shared: &Shared) -> Result<Self, Failure> {
         let now = shared.env.clock.now();
-        let ends = shared.engine.ends().await?;
+        let ends = shared.ends().await?;
         let (mut tip, mut kind) = (Tip::default(), Kind::Released);
         if ends.last > 0 {
-            if ends.first > 1 {
-                return Err(Failure::Gone(purged(&shared.name, ends.first)));
-            }
             (tip, kind) = last(shared, ends.last).await?;
         }
+        shared.check_end(&tip)?;
         let mut follower = Self {
             tip,
             holder: None,
             is_released: false,
             is_confirmed: false,
-            received: now,
+            // After the last frame was read, which can have been sent after the ends were asked for.
+            received: shared.env.clock.now(),
             claim: None,
             is_owned: false,
             ends: Some((ends, now)),
@@ -90,10 +88,10 @@ impl Follower {
             info!("waiting until the lease of {} expires", self.name());
         }
         loop {
-            let before = self.tip;
+            let before = self.received;
             match self.step(shared).await {
                 Ok(Some(writer)) => return Ok((self, writer)),
-                Ok(None) if self.tip != before && clock.elapsed(begun) > GRACE => {
+                Ok(None) if self.received != before && clock.elapsed(begun) > GRACE => {
                     let holder = self.name();
                     bail!("it is in use by {holder}; stop it first, or serve with --standby");
                 }
@@ -112,7 +110,7 @@ impl Follower {
 
     /// Standby task: follows until the log is claimed, and then writes. Ends with the log.
     pub async fn run(mut self, shared: &Shared) {
-        while shared.queue.ended() != Some(End::Closed) {
+        while shared.queue.ended().is_none() {
             shared.breaker.on_attempt();
             match self.step(shared).await {
                 Ok(None) => {
@@ -149,7 +147,7 @@ impl Follower {
         let clock = &shared.env.clock;
         if self.asked.is_none_or(|asked| clock.elapsed(asked) >= ENDS_INTERVAL) {
             let asked = clock.now();
-            let ends = shared.engine.ends().await?;
+            let ends = shared.ends().await?;
             // The time of an answer is only worth something once everything up to it was read.
             if self.ends.is_none_or(|(known, _)| known.last <= self.tip.position) {
                 self.ends = Some((ends, asked));
@@ -177,6 +175,7 @@ impl Follower {
             self.received = clock.now();
             self.is_confirmed = true;
         }
+        shared.advance(&self.tip);
         for Read { kind, before, .. } in frames {
             shared.index.note(before);
             self.note(shared, kind);
@@ -197,7 +196,8 @@ impl Follower {
             Kind::Released => self.is_released = true,
             Kind::Held(holder) => {
                 self.is_released = false;
-                self.is_owned = holder.id == shared.holder.id;
+                // Without the claim, after the follower began again, this process waits for its own lease like any other.
+                self.is_owned = self.claim.is_some() && holder.id == shared.holder.id;
                 self.holder = Some(holder);
             }
         }
@@ -209,10 +209,13 @@ impl Follower {
     }
 
     async fn claim(&mut self, shared: &Shared) -> Result<(), Failure> {
-        let Ok(ends) = shared.engine.ends().await else {
-            // No writer can have been acknowledged meanwhile.
-            self.received = shared.env.clock.now();
-            return Err(Failure::Silent("the engine has no leader".into()));
+        let ends = match shared.ends().await {
+            Ok(ends) => ends,
+            Err(failure) => {
+                // No writer can have been acknowledged meanwhile.
+                self.received = shared.env.clock.now();
+                return Err(failure);
+            }
         };
         let mut tip = self.tip;
         if ends.last != tip.position {
@@ -234,6 +237,7 @@ impl Follower {
         match shared.engine.put(after, frame).await {
             Put::Durable => {
                 shared.index.note(self.tip);
+                shared.advance(&tip);
                 (self.tip, self.claim) = (tip, Some((tip, sent)));
                 self.note(shared, Kind::Held(shared.holder.clone()));
                 Ok(())
@@ -264,26 +268,30 @@ impl Follower {
     }
 }
 
-/// Formats that the frames before a position are not there.
-pub fn purged(name: &str, first: u64) -> String {
-    format!(
-        "the first {} frames of the log in the {name} are gone: it was purged by hand; restore it from a copy",
-        first - 1
-    )
-}
-
 /// Reads the last frame of the log, which is all that a process needs to know in order to go on from there: its replay
 /// checks the others.
 async fn last(shared: &Shared, position: u64) -> Result<(Tip, Kind), Failure> {
-    let mut why = "no replica that answers has it";
+    let mut why = "no replica that answers has it".to_owned();
     let from = Tip::first_of_last(position);
+    let count = (position + 1 - from) as usize;
     for _ in 0..8 {
-        let frames = shared.engine.read(from, WAIT).await?;
-        let frames = frames.iter().map(|bytes| &**bytes).take((position + 1 - from) as usize);
-        match Tip::of_last(shared.log, from, frames) {
+        let mut frames = Vec::new();
+        // Large frames do not fit into one read.
+        while frames.len() < count {
+            match shared.engine.read(from + frames.len() as u64, WAIT).await {
+                Ok(more) if more.is_empty() => break,
+                Ok(more) => frames.extend(more),
+                Err(ReadError::Missing(reason)) => {
+                    why = reason;
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match Tip::of_last(shared.log, from, frames.iter().map(|bytes| &**bytes).take(count)) {
             Ok(last) if last.0.position == position => return Ok(last),
-            Ok(_) => {}
-            Err(reason) => why = reason,
+            Err(reason) if !frames.is_empty() => reason.clone_into(&mut why),
+            _ => {}
         }
         shared.env.clock.sleep(WAIT).await;
     }

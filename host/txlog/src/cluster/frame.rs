@@ -6,10 +6,13 @@
 //! A deposed primary can have had several frames in flight. The first was refused, since the claim has its position, but
 //! each other one names the position before it and not what is there, so it is accepted when the log has just that length.
 //! It can only get one of the [`WINDOW`] - 1 positions after the claim: these are a barrier, in which frames of an older epoch
-//! are void, and which the new primary fills one frame after the other before it has several in flight itself. A heartbeat shows that the primary is alive while nothing is written. The frame
-//! that closes a log also releases it.
+//! are void, and which the new primary fills one frame after the other before it has several in flight itself.
+//!
+//! A heartbeat shows that the primary is alive while nothing is written. The frame that closes a log also releases it.
 //!
 //! Owns: the rules by which one frame follows another. Must never know: the engine.
+
+use std::mem;
 
 use bytes::Bytes;
 use uuid::Uuid;
@@ -173,12 +176,14 @@ impl Tip {
         }
     }
 
-    /// Makes the frame of a batch that follows here, and moves on to it.
-    pub fn entries(&mut self, log: Uuid, batch: &Batch<Entries>) -> Bytes {
+    /// Makes the frame of a batch that follows here, and moves on to it. Takes the entries: while the frame is in flight they
+    /// would be in memory twice.
+    pub fn entries(&mut self, log: Uuid, batch: &mut Batch<Entries>) -> Bytes {
         debug_assert_eq!(batch.before, self.sequence);
-        let mut frame = Builder::new(batch.first, Vec::with_capacity(batch.content.body.len() + OVERHEAD as usize));
-        frame.body().extend_from_slice(&batch.content.body);
-        frame.count = batch.content.count;
+        let Entries { body, count } = mem::take(&mut batch.content);
+        let mut frame = Builder::new(batch.first, Vec::with_capacity(body.len() + OVERHEAD as usize));
+        frame.body().extend_from_slice(&body);
+        frame.count = count;
         self.seal(log, frame, ENTRIES)
     }
 
@@ -260,7 +265,8 @@ mod tests {
         batch.push(5, &Event::Delete("a".into()));
         batch.push(6, &Event::Delete("b".into()));
         let claim = written.claim(log, &holder());
-        let entries = written.entries(log, &batch);
+        let entries = written.entries(log, &mut batch);
+        assert!(batch.content.body.is_empty(), "the entries are in memory twice");
         let heartbeat = written.heartbeat(log, &Holder { url: None, ..holder() });
         let release = written.release(log);
         assert_eq!(read.accept(log, &claim), Ok(Kind::Held(holder())));

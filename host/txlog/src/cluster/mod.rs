@@ -2,8 +2,8 @@
 //!
 //! Owns: everything that makes a log of what an engine offers, which is little: numbered positions, and a put that succeeds
 //! at the end of the log only. Must never know: what a key or a value means. Read `engine` first, then `frame` (what is
-//! stored), `writer` (commit, once and in order), `follower` (standby and failover), `reader` (integrity) and `replay`; `nats` is
-//! the engine, and the only part that knows it.
+//! stored), `writer` (commit, once and in order), `follower` (standby and failover), `reader` and `integrity`, and `replay`;
+//! `nats` is the engine, and the only part that knows it.
 //!
 //! # Primary, epoch and fencing
 //!
@@ -21,10 +21,13 @@
 //! # Integrity
 //!
 //! The engine is not trusted with it: each frame names the checksum of the one before it, and all that is read is verified.
+//! The newest frame that was durable is noted in the data directory, so that a log that has lost its end is not continued.
 
 pub mod engine;
 mod follower;
 mod frame;
+mod integrity;
+mod mark;
 mod metrics;
 #[cfg(feature = "nats")]
 pub mod nats;
@@ -36,19 +39,21 @@ mod writer;
 
 use std::future::{Future, ready};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::{Env, Task};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use self::engine::{Engine, ReadError};
-use self::follower::{Follower, purged};
+use self::engine::Engine;
+use self::follower::Follower;
 use self::frame::{Entries, Holder, is_mutant};
+use self::integrity::{Integrity, LOSS_TIMEOUT};
+use self::mark::{Mark, MarkFile};
 use self::metrics::Metrics;
 use self::reader::{Failure, Index};
 use super::{Condition, News, Receive, Standby, TransactionLog, Watermark};
@@ -60,13 +65,15 @@ use crate::{AppendError, Event};
 
 /// Maximum size of a batch, unless one group is larger: with several frames in flight, more only adds to the latency.
 const BATCH_BYTES: u64 = 256 << 10;
-/// Interval at which the engine is asked whether it has lost frames.
-const INTEGRITY_INTERVAL: Duration = Duration::from_secs(5);
-/// Delay between attempts of a standby to reach the engine at its start.
+/// Delay between attempts to reach the engine at the start.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Time after which the start of a primary fails without the engine. Until then it can be electing a leader.
+const START_TIMEOUT: Duration = LOSS_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// Default read lease: longer than the engine takes to elect a leader.
 pub const READ_LEASE: Duration = Duration::from_secs(10);
+/// Minimum read lease: the log keeps each heartbeat, of which an idle primary puts ten per lease.
+const MIN_READ_LEASE: Duration = Duration::from_secs(1);
 
 /// Options of a log, whatever its engine.
 pub struct Options {
@@ -74,7 +81,7 @@ pub struct Options {
     pub group_bytes: Option<u64>,
     /// Follow the log while another process writes it, and wait for an engine that is away.
     pub standby: bool,
-    /// Read lease, from a tenth of a second to ten.
+    /// Read lease, from one second to ten.
     pub lease: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
@@ -90,11 +97,14 @@ impl Options {
     }
 }
 
-/// A log in an engine: its name for messages, and its UUID.
+/// A log in an engine: its name for messages, and what is known of it.
 pub struct Stored {
     pub engine: Arc<dyn Engine>,
     pub name: String,
-    pub log: Uuid,
+    /// Its UUID, and the newest frame that was durable.
+    pub mark: Mark,
+    /// File for the newest frame that is durable.
+    pub mark_file: Option<MarkFile>,
     /// Maximum size of a group of events, in bytes.
     pub group_bytes: u64,
     /// Weakened durability, for the operator.
@@ -128,19 +138,11 @@ struct Shared {
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
-    damage: Mutex<Damage>,
+    integrity: Mutex<Integrity>,
+    mark_file: Option<MarkFile>,
     metrics: Metrics,
     /// Environment whose tasks run in the runtime of the log.
     env: Env,
-}
-
-/// Damage of the log in the engine.
-#[derive(Default)]
-struct Damage {
-    /// A frame that no replica returns.
-    frame: Option<String>,
-    /// Number of frames that the engine says it has lost.
-    lost: u64,
 }
 
 impl ClusterLog {
@@ -186,7 +188,7 @@ impl TransactionLog for ClusterLog {
         if self.shared.queue.begun() {
             return Box::pin(ready(Some(self.appended())));
         }
-        Box::pin(end_of_log(self.news()))
+        Box::pin(end_of_log(self.news(), self.shared.env.clock.now()))
     }
 
     fn watermark(&self) -> &Watermark {
@@ -223,12 +225,16 @@ impl TransactionLog for ClusterLog {
         self.shared.queue.end(End::Closed);
         // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, task } = running;
-        let failed = Arc::clone(&self.shared);
+        let (shared, failed) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let close = move || {
             if let Some(task) = task {
                 runtime.block_on(task.ended());
             }
             runtime.shutdown_background();
+            if let Err(error) = shared.write_mark() {
+                // An older mark is right too.
+                warn!("cannot note the end of the log: {error:#}");
+            }
             Ok(())
         };
         let closing = self.shared.env.tasks.fail_thread("log closing", close, move |error| failed.fail(error));
@@ -263,7 +269,12 @@ impl Drop for ClusterLog {
 
 impl Shared {
     fn new(stored: Stored, options: &Options, env: Env) -> Result<Self> {
-        let Stored { engine, name, log, group_bytes, warnings } = stored;
+        let Stored { engine, name, mark, mark_file, group_bytes, warnings } = stored;
+        ensure!(
+            options.lease >= MIN_READ_LEASE,
+            "--read-lease is {:?}, but must be at least {MIN_READ_LEASE:?} for this log, which keeps each heartbeat: ten per lease",
+            options.lease
+        );
         let lease_ms = u32::try_from(options.lease.as_millis()).context("the read lease is too long")?;
         let holder = Holder {
             id: env.random.uuid()?,
@@ -275,7 +286,7 @@ impl Shared {
         Ok(Self {
             engine,
             name,
-            log,
+            log: mark.log,
             warnings,
             holder,
             news: watch::Sender::new(news),
@@ -284,7 +295,8 @@ impl Shared {
             watermark: Watermark::new(0),
             breaker: Breaker::new("engine of the log", env.clock.clone()),
             lease: Lease::new(options.lease, &env.clock),
-            damage: Mutex::default(),
+            integrity: Mutex::new(Integrity::new(mark)),
+            mark_file,
             metrics: Metrics::new(),
             env,
         })
@@ -292,10 +304,15 @@ impl Shared {
 
     /// Claims the log or begins to follow it, and starts the task that continues with that.
     async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
+        let begun = self.env.clock.now();
+        let mut last = String::new();
         let follower = loop {
             match Follower::begin(self).await {
-                Err(Failure::Silent(reason)) if standby => {
-                    error!("engine of the log unavailable, standby retries: {reason}");
+                Err(Failure::Silent(reason)) if standby || self.env.clock.elapsed(begun) < START_TIMEOUT => {
+                    if reason != last {
+                        warn!("engine of the log unavailable, retrying: {reason}");
+                        last = reason;
+                    }
                     self.env.clock.sleep(RETRY_DELAY).await;
                 }
                 begun => break begun?,
@@ -328,26 +345,6 @@ impl Shared {
             Ok(())
         };
         self.env.tasks.fail(name, task, move |error| failed.fail(error))
-    }
-
-    /// Compares the number of frames in the engine with the positions that it has, until the log ends.
-    async fn watch_integrity(&self) -> Result<()> {
-        while self.queue.ended().is_none() {
-            match self.engine.ends().await {
-                Ok(ends) if ends.first > 1 => self.fail(&anyhow!(purged(&self.name, ends.first))),
-                Ok(ends) => {
-                    let lost = ends.last.saturating_sub(ends.frames);
-                    let known = std::mem::replace(&mut self.lock_damage().lost, lost);
-                    if lost > known {
-                        error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
-                    }
-                }
-                Err(ReadError::Gone(reason)) => self.fail(&anyhow!(reason)),
-                Err(_) => {}
-            }
-            self.env.clock.sleep(INTEGRITY_INTERVAL).await;
-        }
-        Ok(())
     }
 
     /// Acknowledges that the entries up to this sequence were applied.
@@ -409,29 +406,9 @@ impl Shared {
             });
         }
         // Not unfit: reads are still served, and all servers would be taken out of service at once.
-        conditions.extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
+        conditions
+            .extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
         if conditions.is_empty() { Condition::Well } else { Condition::But(conditions.join("; ")) }
-    }
-
-    /// Notes the frame that no replica returns, or that there is none.
-    fn set_damage(&self, frame: Option<String>) {
-        let mut damage = self.lock_damage();
-        match &frame {
-            Some(reason) if damage.frame.is_none() => error!("the log is damaged: {reason}; see docs/jetstream.md"),
-            None if damage.frame.is_some() => info!("resolved: the log can be read again"),
-            _ => {}
-        }
-        damage.frame = frame;
-    }
-
-    fn damage(&self) -> Option<String> {
-        let damage = self.lock_damage();
-        let lost = (damage.lost > 0).then(|| format!("the engine has lost {} frames", damage.lost));
-        damage.frame.clone().or(lost)
-    }
-
-    fn lock_damage(&self) -> MutexGuard<'_, Damage> {
-        self.damage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fail(&self, error: &anyhow::Error) {

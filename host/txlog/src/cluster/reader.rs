@@ -128,8 +128,10 @@ impl Index {
     pub fn before(&self, sequence: u64) -> Tip {
         let Known { sparse, recent } = &*self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let after = recent.partition_point(|tip| tip.sequence <= sequence);
-        let known = after.checked_sub(1).map(|index| recent[index]);
-        known.or_else(|| sparse.range(..=sequence).next_back().map(|(_, tip)| *tip)).unwrap_or_default()
+        let recent = after.checked_sub(1).map(|index| recent[index]);
+        let sparse = sparse.range(..=sequence).next_back().map(|(_, tip)| *tip);
+        // Recent frames have a gap where a replay has noted some before the newest ones were read.
+        recent.into_iter().chain(sparse).max_by_key(|tip| tip.position).unwrap_or_default()
     }
 }
 

@@ -94,8 +94,8 @@ impl Writer {
                 Some(outcome) = self.outcomes.next(), if !self.in_flight.is_empty() => self.on_outcome(shared, outcome).await,
                 command = shared.queue.take(idle), if can_take => {
                     match command {
-                        WriterCommand::Write(batch) => {
-                            let frame = self.end.entries(shared.log, &batch);
+                        WriterCommand::Write(mut batch) => {
+                            let frame = self.end.entries(shared.log, &mut batch);
                             self.put(shared, frame, Some(batch));
                         }
                         WriterCommand::Idle if self.in_flight.is_empty() => self.heartbeat(shared),
@@ -152,7 +152,7 @@ impl Writer {
                 (self.refusals > 1).then(|| "the engine refuses to append, but nothing precedes".to_owned())
             }
             Put::Full => {
-                shared.queue.set_full();
+                shared.queue.set_full(true);
                 Some("the stream is full".to_owned())
             }
             Put::Unknown(reason) => Some(reason),
@@ -164,11 +164,14 @@ impl Writer {
     fn landed(&mut self, shared: &Shared) {
         let Some(InFlight { sent, tip, batch, .. }) = self.in_flight.pop_front() else { return };
         shared.index.note(self.durable);
+        shared.advance(&tip);
         self.durable = tip;
         self.refusals = 0;
         // Counted from sending: the acknowledgement can have been on its way for long.
         shared.lease.renew(if is_mutant("LeaseFromReceipt") { shared.env.clock.now() } else { sent });
         shared.breaker.succeeded();
+        // Also for a heartbeat: without space, no batch is accepted that could show that there is some again.
+        shared.queue.set_full(false);
         if let Some(batch) = batch {
             shared.watermark.advance(batch.last());
             let (clock, metrics) = (&shared.env.clock, &shared.metrics);
@@ -194,6 +197,7 @@ impl Writer {
             shared.metrics.lookups.add(1);
             reason = match self.look(shared).await {
                 Ok(true) => {
+                    shared.set_damage(None);
                     // The lease still counts from the first put: it may be that one which lands.
                     for frame in &self.in_flight {
                         self.outcomes.push_back(shared.engine.put(frame.tip.position - 1, frame.bytes.clone()));

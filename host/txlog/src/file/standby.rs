@@ -293,7 +293,7 @@ impl TransactionLog for StandbyLog {
         if self.begun() {
             return Box::pin(ready(Some(self.appended())));
         }
-        Box::pin(end_of_log(self.news()))
+        Box::pin(end_of_log(self.news(), self.shared.clock().now()))
     }
 
     fn watermark(&self) -> &Watermark {

@@ -3,6 +3,15 @@
 //! The process that takes it reads the history of the log, and begins an incarnation if acknowledged entries may have been
 //! lost; both are one transaction, which is durable even where others need not be.
 //!
+//! The read lease of the primary (`remote::lease`) is renewed by statements that are committed under its epoch, and the
+//! transaction that takes the epoch checks again that there was none for the whole lease. It does not depend on the advisory
+//! lock, which shows whether the connection of the primary exists: then the timeout is five times as long, since a primary
+//! with slow statements still writes.
+//!
+//! The length of the lease is in the row `kvs.writer`, which the primary changes in steps: it obeys a lease before it is
+//! written there, and until after it is removed. A primary that has not noticed its standby yet has none there, and gets the
+//! longest timeout.
+//!
 //! Owns: when the epoch is available, and how it is taken. Must never know: what is written under it.
 
 use std::time::{Duration, Instant};

@@ -290,7 +290,7 @@ impl TransactionLog for PostgresLog {
         if self.shared.queue.begun() {
             return Box::pin(ready(Some(self.appended())));
         }
-        Box::pin(end_of_log(self.news()))
+        Box::pin(end_of_log(self.news(), self.shared.env.clock.now()))
     }
 
     fn watermark(&self) -> &Watermark {

@@ -178,7 +178,7 @@ impl Writer {
                     self.connection = None;
                 }
                 match failure.kind {
-                    Kind::Full => shared.queue.set_full(),
+                    Kind::Full => shared.queue.set_full(true),
                     Kind::Silent | Kind::Refused => {}
                     Kind::Damaged => {
                         shared.fail(&anyhow!("{failure}"));

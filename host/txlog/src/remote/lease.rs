@@ -1,18 +1,10 @@
 //! Read lease: the time for which the primary serves reads without contact to the service that stores the log.
 //!
-//! A primary that is paused, or partitioned from the database, cannot know whether another process has taken over and
-//! written. With a standby, it serves reads only while less than 0.8 of the lease have passed since it sent a statement that
-//! was committed under its epoch. Other processes take the epoch only when they have seen no such statement for the whole
-//! lease, which the transaction that takes it checks again. So every read was served before the epoch was taken, whatever
-//! clocks those two have, as long as they run at about the same rate. The clock of a virtual machine that is paused as a
-//! whole does not: it detects the failover with its next heartbeat.
-//!
-//! The lease does not depend on the advisory lock, which shows whether the connection of the primary exists: then the
-//! timeout is five times as long, since a primary with slow statements still writes.
-//!
-//! The length of the lease is in the row `kvs.writer`, which the primary changes in steps: it obeys a lease before it is
-//! written there, and until after it is removed. A primary that has not noticed its standby yet has none there, and gets the
-//! longest timeout.
+//! A primary that is paused, or partitioned from the service, cannot know whether another process has taken over and
+//! written. It serves reads only while less than 0.8 of the lease have passed since it sent a write that the service then
+//! committed. Other processes take over only when they have seen no such write for the whole lease. So every read was served
+//! before the takeover, whatever clocks those two have, as long as they run at about the same rate. The clock of a virtual
+//! machine that is paused as a whole does not: it detects the failover with its next write.
 //!
 //! Owns: the time up to which reads are served. Must never know: other processes, or what is read.
 
@@ -45,14 +37,14 @@ impl Lease {
         until != ALWAYS && self.after(self.clock.now()) >= until
     }
 
-    /// Renews the lease: a statement sent at this time was committed under the epoch.
+    /// Renews the lease: a write sent at this time was committed.
     pub fn renew(&self, sent: Instant) {
         if self.until.load(Ordering::Acquire) != ALWAYS {
             self.limit(sent);
         }
     }
 
-    /// Renews the lease by a statement that also wrote whether there is a lease, and read whether there is a standby.
+    /// Renews the lease by a write that also stored whether there is a lease, and read whether there is a standby.
     pub fn renew_with(&self, sent: Instant, is_written: bool, has_standby: bool) {
         if is_written || has_standby {
             self.limit(sent);

@@ -235,8 +235,9 @@ impl<C: Content> Queue<C> {
         state.full = false;
     }
 
-    pub fn set_full(&self) {
-        self.lock().full = true;
+    /// Notes whether the service has no space left.
+    pub fn set_full(&self, is_full: bool) {
+        self.lock().full = is_full;
     }
 
     /// Rejects appends from now on. Queued batches are still written if it is closed, and dropped otherwise.
@@ -434,7 +435,7 @@ mod tests {
     fn appends_resume_after_full_disk_when_batch_is_written() {
         let queue = queue(0, 1 << 20);
         queue.begin(1);
-        queue.set_full();
+        queue.set_full(true);
         assert!(matches!(append_bytes(&queue, 100), Err(AppendError::InsufficientStorage)));
         queue.written(&Batch::new(0, 1, Clock::system().now()), Duration::ZERO);
         assert!(append_bytes(&queue, 100).is_ok());

@@ -6,24 +6,25 @@
 //!
 //! Owns: the protocol of JetStream. Must never know: what a frame contains.
 
+mod connection;
 mod opening;
 mod target;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_nats::client::RequestErrorKind;
 use async_nats::header::{NATS_EXPECTED_LAST_SEQUENCE, NATS_SEQUENCE};
-use async_nats::{Client, HeaderMap, Message, Request, StatusCode};
+use async_nats::{Client, HeaderMap, Message, Request, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use kvs_runtime::Env;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
+use self::connection::Connection;
 pub use self::opening::{Checks, at_rest, open, read};
 pub use self::target::Url;
 
@@ -36,8 +37,6 @@ const GET_TIMEOUT: Duration = Duration::from_millis(500);
 const GET_ATTEMPTS: u32 = 3;
 /// Timeout of a request to the leader.
 const API_TIMEOUT: Duration = Duration::from_secs(2);
-/// Consecutive timeouts after which the client connects to another node: the one that it has may be paused.
-const OVERDUE: u32 = 2;
 /// Maximum number of frames of one read, and their size.
 const READ_FRAMES: u64 = 256;
 const READ_BYTES: u64 = 4 << 20;
@@ -48,21 +47,25 @@ const LOG: &str = "kvs-log";
 /// Status of the message after the last one of a batch.
 const END_OF_BATCH: u16 = 204;
 
+/// Delay between reads while the replicas that answer do not have a frame yet that was republished.
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+
 /// Error codes of JetStream.
 const STREAM_NOT_FOUND: u64 = 10059;
 const WRONG_LAST_SEQUENCE: u64 = 10071;
-/// No room for a message: the limit of the stream, of the account, of the node.
-const FULL: [u64; 3] = [10077, 10002, 10047];
+/// No room for a message: the limit of the account, of the node, and any resource of it.
+const FULL: [u64; 3] = [10002, 10047, 10023];
+/// Any error of the store. Those of a store that is full have a text of their own only.
+const STORE_FAILED: u64 = 10077;
+const STORE_FULL: [&str; 2] = ["maximum bytes exceeded", "no space left on device"];
 
 /// A stream of JetStream.
 struct Stream {
-    client: Client,
+    connection: Arc<Connection>,
     names: Names,
     log: Uuid,
     /// The newest position that was republished.
     noted: watch::Sender<u64>,
-    /// Consecutive timeouts.
-    overdue: Arc<AtomicU32>,
 }
 
 /// Names of the objects of one log.
@@ -82,21 +85,24 @@ impl Names {
 
 impl Engine for Stream {
     fn put(&self, after: u64, frame: Bytes) -> Call<'static, Put> {
-        let (client, overdue, subject) = (self.client.clone(), Arc::clone(&self.overdue), self.names.subject.clone());
+        let (connection, subject) = (Arc::clone(&self.connection), self.names.subject.clone());
         Box::pin(async move {
             let mut headers = HeaderMap::new();
             headers.insert(NATS_EXPECTED_LAST_SEQUENCE, after.to_string().as_str());
-            let request = Request::new().payload(frame).headers(headers).timeout(Some(ACK_TIMEOUT));
-            match client.send_request(subject, request).await {
+            let request = Request::new().payload(frame).headers(headers);
+            match send(&connection.client, subject, request, ACK_TIMEOUT).await {
                 Ok(answer) => {
-                    overdue.store(0, Ordering::Relaxed);
-                    outcome(&answer, after)
+                    connection.answered();
+                    outcome(&answer.payload, after)
                 }
-                Err(error) => {
-                    if error.kind() == RequestErrorKind::TimedOut {
-                        is_overdue(&client, &overdue).await;
+                Err(kind) => {
+                    match kind {
+                        RequestErrorKind::TimedOut => connection.timed_out().await,
+                        // Checked at the start, but the client can have connected to another node since.
+                        RequestErrorKind::MaxPayloadExceeded => connection.connect_elsewhere().await,
+                        _ => {}
                     }
-                    Put::Unknown(reason(error.kind(), "a publish"))
+                    Put::Unknown(reason(kind, "a publish"))
                 }
             }
         })
@@ -104,14 +110,17 @@ impl Engine for Stream {
 
     fn read(&self, from: u64, wait: Duration) -> Call<'_, Result<Vec<Bytes>, ReadError>> {
         Box::pin(async move {
+            let until = Instant::now() + wait;
             if *self.noted.borrow() < from && !wait.is_zero() {
                 // A note can be lost: the end of the wait makes up for it.
                 let mut noted = self.noted.subscribe();
-                let _ = timeout(wait, noted.wait_for(|noted| *noted >= from)).await;
+                let _ = timeout_at(until, noted.wait_for(|noted| *noted >= from)).await;
             }
             let mut attempts = 1;
             loop {
                 match self.get(from).await {
+                    // A replica that is behind has no message, and does not say that there is one.
+                    Ok(frames) if frames.is_empty() && Instant::now() + RETRY_DELAY < until => sleep(RETRY_DELAY).await,
                     Err(ReadError::Unavailable(_)) if attempts < GET_ATTEMPTS => attempts += 1,
                     Err(ReadError::Unavailable(reason)) => {
                         // Whether it is the stream that is gone, the engine knows.
@@ -132,12 +141,8 @@ impl Stream {
     /// Reads frames from one replica.
     async fn get(&self, from: u64) -> Result<Vec<Bytes>, ReadError> {
         let unavailable = |what: &str| ReadError::Unavailable(format!("a direct get {what}"));
-        let inbox = self.client.new_inbox();
-        let mut answers = self.client.subscribe(inbox.clone()).await.map_err(|_| unavailable("could not be sent"))?;
-        let request = json!({ "seq": from, "batch": READ_FRAMES, "max_bytes": READ_BYTES }).to_string();
-        let subject = format!("$JS.API.DIRECT.GET.{}", self.names.stream);
-        let sent = self.client.publish_with_reply(subject, inbox, request.into()).await;
-        sent.map_err(|_| unavailable("could not be sent"))?;
+        let sent = timeout(GET_TIMEOUT, self.ask(from)).await;
+        let mut answers = sent.ok().flatten().ok_or_else(|| unavailable("could not be sent"))?;
         let mut frames = Vec::new();
         loop {
             let answer = match timeout(GET_TIMEOUT, answers.next()).await {
@@ -146,11 +151,11 @@ impl Stream {
                 _ if !frames.is_empty() => return Ok(frames),
                 Ok(None) => return Err(unavailable("was cut off")),
                 Err(_) => {
-                    is_overdue(&self.client, &self.overdue).await;
+                    self.connection.timed_out().await;
                     return Err(unavailable("timed out"));
                 }
             };
-            self.overdue.store(0, Ordering::Relaxed);
+            self.connection.answered();
             match answer.status {
                 Some(StatusCode::NO_RESPONDERS) => return Err(unavailable("met no replica of the stream")),
                 // No message, or no more.
@@ -179,9 +184,19 @@ impl Stream {
         }
     }
 
+    /// Sends a direct get, and returns its answers. Waits for as long as the client cannot send.
+    async fn ask(&self, from: u64) -> Option<Subscriber> {
+        let inbox = self.connection.client.new_inbox();
+        let answers = self.connection.client.subscribe(inbox.clone()).await.ok()?;
+        let request = json!({ "seq": from, "batch": READ_FRAMES, "max_bytes": READ_BYTES }).to_string();
+        let subject = format!("$JS.API.DIRECT.GET.{}", self.names.stream);
+        self.connection.client.publish_with_reply(subject, inbox, request.into()).await.ok()?;
+        Some(answers)
+    }
+
     /// Asks the leader for the state of the stream.
     async fn info(&self) -> Result<Ends, ReadError> {
-        let info = stream_info(&self.client, &self.names).await?;
+        let info = stream_info(&self.connection.client, &self.names).await?;
         let stream = &self.names.stream;
         let info =
             info.ok_or_else(|| ReadError::Gone(format!("the stream {stream} is gone: it was deleted; restore it")))?;
@@ -195,22 +210,28 @@ impl Stream {
         else {
             return Err(ReadError::Unavailable("the state of the stream is malformed".into()));
         };
+        // Reads up to there need not wait for a note: without a writer there is none.
+        self.set_noted(last);
         Ok(Ends { first: if frames == 0 { last + 1 } else { first }, last, frames })
     }
 
     /// Notes what is republished, so that reads that wait for it go on.
     async fn note(&self) -> anyhow::Result<()> {
-        let mut notes = self.client.subscribe(format!("{}.>", self.names.notes)).await?;
+        let mut notes = self.connection.client.subscribe(format!("{}.>", self.names.notes)).await?;
         while let Some(note) = notes.next().await {
             if let Some(position) = position(&note) {
-                self.noted.send_if_modified(|noted| {
-                    let is_newer = *noted < position;
-                    *noted = position.max(*noted);
-                    is_newer
-                });
+                self.set_noted(position);
             }
         }
         anyhow::bail!("the subscription to the notes of the stream ended")
+    }
+
+    fn set_noted(&self, position: u64) {
+        self.noted.send_if_modified(|noted| {
+            let is_newer = *noted < position;
+            *noted = position.max(*noted);
+            is_newer
+        });
     }
 
     fn start(self: &Arc<Self>, env: &Env) {
@@ -234,11 +255,19 @@ async fn stream_info(client: &Client, names: &Names) -> Result<Option<Value>, Re
 
 /// Makes a request to the leader.
 async fn api(client: &Client, call: &str, body: &Value) -> Result<Value, ReadError> {
-    let request = Request::new().payload(body.to_string().into()).timeout(Some(API_TIMEOUT));
-    let answer = client.send_request(format!("$JS.API.{call}"), request).await;
-    let answer = answer.map_err(|error| ReadError::Unavailable(reason(error.kind(), call)))?;
+    let request = Request::new().payload(body.to_string().into());
+    let answer = send(client, format!("$JS.API.{call}"), request, API_TIMEOUT).await;
+    let answer = answer.map_err(|kind| ReadError::Unavailable(reason(kind, call)))?;
     serde_json::from_slice(&answer.payload)
         .map_err(|_| ReadError::Unavailable(format!("the answer to {call} is malformed")))
+}
+
+/// Makes a request. The client's own timeout begins when the request is in its queue, which is full after a long outage.
+async fn send(client: &Client, subject: String, request: Request, time: Duration) -> Result<Message, RequestErrorKind> {
+    match timeout(time, client.send_request(subject, request.timeout(None))).await {
+        Ok(answer) => answer.map_err(|error| error.kind()),
+        Err(_) => Err(RequestErrorKind::TimedOut),
+    }
 }
 
 /// Returns the error in an answer, for people.
@@ -246,12 +275,13 @@ fn error(answer: &Value) -> String {
     answer["error"]["description"].as_str().unwrap_or("an error without a description").to_owned()
 }
 
-fn outcome(answer: &Message, after: u64) -> Put {
-    let answer: Value = serde_json::from_slice(&answer.payload).unwrap_or_default();
+fn outcome(answer: &[u8], after: u64) -> Put {
+    let answer: Value = serde_json::from_slice(answer).unwrap_or_default();
     match (answer["error"]["err_code"].as_u64(), answer["seq"].as_u64()) {
         (None, Some(position)) if position == after + 1 => Put::Durable,
         (Some(WRONG_LAST_SEQUENCE), _) => Put::Refused,
         (Some(code), _) if FULL.contains(&code) => Put::Full,
+        (Some(STORE_FAILED), _) if STORE_FULL.iter().any(|full| error(&answer).contains(full)) => Put::Full,
         (Some(_), _) => Put::Unknown(error(&answer)),
         (None, _) => Put::Unknown("the answer to a publish is malformed".into()),
     }
@@ -267,15 +297,36 @@ fn reason(kind: RequestErrorKind, call: &str) -> String {
         RequestErrorKind::NoResponders => {
             format!("{call} met no leader: the stream or JetStream has none at the moment")
         }
+        RequestErrorKind::MaxPayloadExceeded => {
+            format!("{call} is larger than max_payload of the node: set it to the same on all nodes")
+        }
         kind => format!("{call} failed: {kind}"),
     }
 }
 
-/// Counts a timeout, and connects to another node after several.
-async fn is_overdue(client: &Client, overdue: &AtomicU32) {
-    if overdue.fetch_add(1, Ordering::Relaxed) + 1 >= OVERDUE {
-        overdue.store(0, Ordering::Relaxed);
-        // An error means that the client is closed, which the next call reports.
-        let _ = client.force_reconnect().await;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcome_of_publish_is_that_of_its_answer() {
+        let error = |code: u64, description: &str| {
+            let answer = json!({ "error": { "code": 503, "err_code": code, "description": description }, "seq": 0 });
+            outcome(answer.to_string().as_bytes(), 4)
+        };
+        assert_eq!(outcome(br#"{"stream":"x","seq":5}"#, 4), Put::Durable);
+        assert_eq!(error(10071, "wrong last sequence: 9"), Put::Refused);
+        for (code, description) in [
+            (10077, "maximum bytes exceeded"),
+            (10077, "write /store/1.blk: no space left on device"),
+            (10002, "resource limits exceeded for account"),
+            (10047, "insufficient storage resources available"),
+            (10023, "insufficient resources"),
+        ] {
+            assert_eq!(error(code, description), Put::Full, "{description}");
+        }
+        assert_eq!(error(10077, "input/output error"), Put::Unknown("input/output error".into()));
+        assert!(matches!(outcome(br#"{"stream":"x","seq":6}"#, 4), Put::Unknown(_)));
+        assert!(matches!(outcome(b"", 4), Put::Unknown(_)));
     }
 }

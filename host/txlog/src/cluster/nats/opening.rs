@@ -2,15 +2,12 @@
 //!
 //! Owns: the list of these settings. Must never know: what is written.
 
-use std::future::ready;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
-use std::{fs, io};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use async_nats::{Client, Event};
+use anyhow::{Context, Result, bail, ensure};
+use async_nats::Client;
 use kvs_runtime::Env;
 use serde_json::{Value, json};
 use tokio::runtime::{Builder, Runtime};
@@ -18,22 +15,24 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::connection::Connection;
 use super::target::{Target, Url};
 use super::{LOG, Names, Stream, api, error, stream_info};
 use crate::cluster::engine::ReadError;
 use crate::cluster::frame::OVERHEAD;
+use crate::cluster::mark::{Mark, MarkFile};
 use crate::cluster::{ClusterLog, Options, Stored};
 
 /// Number of replicas without which the loss of one node can lose acknowledged writes.
 const REPLICAS: u64 = 3;
-/// Timeout of a connection at the start.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a request to a monitoring port.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Attempts to reach the leader at the start, a second apart: it may be being elected.
 const ATTEMPTS: u32 = 15;
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Headers of a message.
 const HEADER_BYTES: u64 = 1 << 10;
-/// File in the data directory with the UUID of the log that was used there.
+/// Watermark file in the data directory.
 const FILE: &str = "txlog-nats";
 
 /// Conditions under which a log is opened.
@@ -74,13 +73,12 @@ type Open = fn(Runtime, Stored, &Options) -> Result<ClusterLog>;
 fn open_by(url: &Url, checks: &Checks, data: Option<&Path>, options: &Options, open: Open) -> Result<ClusterLog> {
     let target = Target::new(url).context("the URL of the log cannot be used")?;
     let name = target.name();
-    let cannot_open = || format!("cannot open the log in the {name}");
-    let sync = synced(&checks.monitors).with_context(cannot_open)?;
     let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("log nats").enable_all().build();
     let runtime = runtime.context("no thread for the log")?;
     let tasks = options.env.tasks.in_runtime(runtime.handle());
     let env = Env { tasks, ..options.env.clone() };
-    let stored = runtime.block_on(prepare(&target, checks, sync, data, options, &env)).with_context(cannot_open)?;
+    let stored = runtime.block_on(prepare(&target, checks, data, options, &env));
+    let stored = stored.with_context(|| format!("cannot open the log in the {name}"))?;
     open(runtime, stored, options)
 }
 
@@ -88,15 +86,23 @@ fn open_by(url: &Url, checks: &Checks, data: Option<&Path>, options: &Options, o
 async fn prepare(
     target: &Target,
     checks: &Checks,
-    sync: Sync,
     data: Option<&Path>,
     options: &Options,
     env: &Env,
 ) -> Result<Stored> {
-    let client = connect(target, options.standby, env).await?;
+    let sync = loop {
+        match synced(&checks.monitors) {
+            Err(error) if options.standby => warn!("engine of the log unavailable, standby retries: {error:#}"),
+            asked => break asked?,
+        }
+        env.clock.sleep(RETRY_DELAY).await;
+    };
+    let connection = Connection::open(target, options.standby, env).await?;
+    let client = &connection.client;
     let names = Names::new(&target.log);
-    let known = data.map(known).transpose()?.flatten();
-    let info = match find(&client, &names, options.standby, env).await? {
+    let mark_file = data.map(|data| MarkFile::new(data.join(FILE)));
+    let known = mark_file.as_ref().map(MarkFile::read).transpose()?.flatten();
+    let info = match find(client, &names, options.standby, env).await? {
         Some(info) => info,
         None => {
             let stream = &names.stream;
@@ -105,12 +111,14 @@ async fn prepare(
                 "the stream {stream} is gone, which this data directory was used with; restore it, or give another --data-dir for a new one"
             );
             ensure!(checks.begin, "there is no stream {stream}; check the name of the log");
-            make(&client, &names, checks, env).await?
+            make(client, &names, checks, env).await?
         }
     };
     let log = info["config"]["metadata"][LOG].as_str().and_then(|log| log.parse::<Uuid>().ok());
     let log = log.with_context(|| format!("the stream {} was not made by kvs; choose another name", names.stream))?;
-    if let Some(known) = known.filter(|known| *known != log) {
+    let mark = known.unwrap_or(Mark::new(log));
+    if mark.log != log {
+        let known = mark.log;
         bail!(
             "it is the log {log}, but this data directory was used with the log {known}; give another --data-dir, or the right name"
         );
@@ -130,46 +138,15 @@ async fn prepare(
          lower --max-value-bytes",
         needed.div_ceil(1 << 20).max(8)
     );
-    if let Some(data) = data {
+    if let Some(file) = &mark_file {
         for warning in &warnings {
             warn!("unsafe: {warning}");
         }
-        fs::write(data.join(FILE), format!("{log}\n"))
-            .with_context(|| format!("cannot write to {}", data.display()))?;
+        file.write(mark)?;
     }
-    let (noted, overdue) = (watch::Sender::new(0), Arc::new(AtomicU32::new(0)));
-    let stream = Arc::new(Stream { client, names, log, noted, overdue });
+    let stream = Arc::new(Stream { connection: Arc::new(connection), names, log, noted: watch::Sender::new(0) });
     stream.start(env);
-    Ok(Stored { engine: stream, name: target.name(), log, group_bytes, warnings })
-}
-
-async fn connect(target: &Target, waits: bool, env: &Env) -> Result<Client> {
-    loop {
-        let is_lost = AtomicBool::new(false);
-        let log = move |event| {
-            match event {
-                // The first time is no news, nor is the end.
-                Event::Connected if is_lost.swap(false, Ordering::Relaxed) => {
-                    info!("resolved: connected to the engine of the log again");
-                }
-                Event::Connected | Event::Closed => {}
-                Event::Disconnected => {
-                    is_lost.store(true, Ordering::Relaxed);
-                    warn!("connection to the engine of the log lost, reconnecting");
-                }
-                Event::ServerError(error) => warn!("the engine of the log reports: {error}"),
-                event => info!("the connection to the engine of the log: {event}"),
-            }
-            ready(())
-        };
-        let options = target.options().await?.connection_timeout(CONNECT_TIMEOUT).event_callback(log);
-        match options.connect(&*target.servers).await {
-            Ok(client) => return Ok(client),
-            Err(error) if waits => warn!("engine of the log unavailable, standby retries to connect: {error}"),
-            Err(error) => bail!("no server can be connected to: {error}"),
-        }
-        env.clock.sleep(RETRY_DELAY).await;
-    }
+    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes, warnings })
 }
 
 /// Returns the state and configuration of the stream; None if there is none.
@@ -179,7 +156,8 @@ async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Result<
         match stream_info(client, names).await {
             Ok(info) => return Ok(info),
             Err(error) if !waits && attempts >= ATTEMPTS => return Err(error.into()),
-            Err(error) => warn!("engine of the log unavailable, retrying: {error}"),
+            Err(error) if attempts == 1 => warn!("engine of the log unavailable, retrying: {error}"),
+            Err(_) => {}
         }
         attempts += 1;
         env.clock.sleep(RETRY_DELAY).await;
@@ -210,29 +188,30 @@ async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Res
     let mut attempts = 1;
     loop {
         let made = api(client, &format!("STREAM.CREATE.{}", names.stream), &config(replicas)).await;
-        let why = match made {
+        let (why, is_rejected) = match made {
             Ok(answer) if answer["error"].is_null() => {
                 info!("made the stream {} with {replicas} replicas for the log {log}", names.stream);
                 return Ok(answer);
             }
-            Ok(answer) => error(&answer),
-            Err(ReadError::Unavailable(reason)) => reason,
+            Ok(answer) => (error(&answer), true),
+            Err(ReadError::Unavailable(reason)) => (reason, false),
             Err(error) => return Err(error.into()),
         };
-        // A node that has just started is not known to the leader yet.
-        if attempts == ATTEMPTS || checks.allow_unsafe && replicas == 1 {
-            bail!("cannot make the stream {} with {replicas} replicas: {why}", names.stream);
-        }
-        if checks.allow_unsafe {
-            replicas = 1;
-            continue;
-        }
-        // Another process may have made it.
+        // Another process may have made it, or the answer was lost.
         if let Ok(Some(info)) = stream_info(client, names).await {
             return Ok(info);
         }
+        let is_fallback = is_rejected && checks.allow_unsafe;
+        // A node that has just started is not known to the leader yet.
+        if attempts == ATTEMPTS || is_fallback && replicas == 1 {
+            bail!("cannot make the stream {} with {replicas} replicas: {why}", names.stream);
+        }
         attempts += 1;
-        env.clock.sleep(RETRY_DELAY).await;
+        if is_fallback {
+            replicas = 1;
+        } else {
+            env.clock.sleep(RETRY_DELAY).await;
+        }
     }
 }
 
@@ -303,33 +282,37 @@ impl Sync {
     }
 }
 
-/// Asks the monitoring ports of the nodes whether they sync what they acknowledge.
+/// Asks the monitoring ports of the nodes whether they sync what they acknowledge. Most of them must answer, not all: a
+/// server must be able to start while a node is away.
 fn synced(monitors: &[String]) -> Result<Sync> {
+    let mut failures = Vec::new();
     for url in monitors {
-        let cannot_ask = || format!("cannot ask the monitoring port {url} of a node (--txlog-monitor)");
-        let mut answer = ureq::get(format!("{}/jsz", url.trim_end_matches('/'))).call().with_context(cannot_ask)?;
-        let answer = answer.body_mut().read_to_string().with_context(cannot_ask)?;
-        let answer: Value = serde_json::from_str(&answer).with_context(cannot_ask)?;
-        if answer["config"].is_null() {
-            return Err(anyhow!("the node at {url} has no JetStream"));
+        match is_synced(url) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Sync::Not(url.clone())),
+            Err(error) => failures.push(error),
         }
-        if answer["config"]["sync_always"] != true {
-            return Ok(Sync::Not(url.clone()));
-        }
+    }
+    if 2 * failures.len() >= monitors.len()
+        && let Some(error) = failures.pop()
+    {
+        return Err(error);
+    }
+    for error in failures {
+        warn!("sync_interval of a node is unknown: {error:#}");
     }
     Ok(if monitors.is_empty() { Sync::Unknown } else { Sync::Always })
 }
 
-/// Returns the log that a data directory was used with.
-fn known(data: &Path) -> Result<Option<Uuid>> {
-    let file = data.join(FILE);
-    match fs::read_to_string(&file) {
-        Ok(text) => {
-            Ok(Some(text.trim().parse().with_context(|| format!("{} does not contain a UUID", file.display()))?))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", file.display())),
-    }
+fn is_synced(url: &str) -> Result<bool> {
+    let cannot_ask = || format!("cannot ask the monitoring port {url} of a node (--txlog-monitor)");
+    let request = ureq::get(format!("{}/jsz", url.trim_end_matches('/')));
+    let request = request.config().timeout_global(Some(MONITOR_TIMEOUT)).build();
+    let mut answer = request.call().with_context(cannot_ask)?;
+    let answer = answer.body_mut().read_to_string().with_context(cannot_ask)?;
+    let answer: Value = serde_json::from_str(&answer).with_context(cannot_ask)?;
+    ensure!(!answer["config"].is_null(), "the node at {url} has no JetStream");
+    Ok(answer["config"]["sync_always"] == true)
 }
 
 #[cfg(test)]

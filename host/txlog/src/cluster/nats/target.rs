@@ -109,8 +109,11 @@ impl Target {
 
     /// Returns the name of the log for messages.
     pub fn name(&self) -> String {
-        let servers: Vec<_> =
-            self.servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
+        let address = |server: &ServerAddr| match (server.host(), server.port()) {
+            (host, port) if host.contains(':') => format!("[{host}]:{port}"),
+            (host, port) => format!("{host}:{port}"),
+        };
+        let servers: Vec<_> = self.servers.iter().map(address).collect();
         format!("stream KVS-{}-00 at {}", self.log, servers.join(","))
     }
 

@@ -1,5 +1,6 @@
 //! The fake engine: one log that is true, and every way in which the calls of a real one can go wrong.
 
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::cluster::frame::{Holder, Kind, Tip, decoded};
 pub const LOG: Uuid = Uuid::from_u128(0x6b76_7300);
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
 const REPLICAS: usize = 3;
+/// Chance that the end of the log is answered slowly, in percent.
+const SLOW_ENDS: u64 = 5;
 
 /// The engine, and what goes wrong with it at the moment.
 #[derive(Clone)]
@@ -29,6 +32,10 @@ pub struct State {
     /// Frames that a replica has.
     replicas: [usize; REPLICAS],
     pub no_leader: bool,
+    /// No space is left.
+    pub is_full: bool,
+    /// A former leader answers what the end of the log was when it led.
+    pub former_end: Option<u64>,
     /// Hosts that are cut off.
     pub cut_off: Vec<usize>,
     /// Chances, in percent.
@@ -53,9 +60,18 @@ impl State {
         self.lost = Some((replica, frame));
     }
 
+    /// Loses the last frames in all replicas.
+    pub fn lose_end(&mut self, count: usize) {
+        let mut frames = mem::take(&mut self.frames);
+        frames.truncate(frames.len() - count);
+        (self.tip, self.keys) = (Tip::default(), Vec::new());
+        frames.iter().for_each(|frame| self.append(frame));
+        self.replicas = [self.frames.len(); REPLICAS];
+    }
+
     /// Ends all trouble but a lost frame.
     pub fn heal(&mut self) {
-        (self.no_leader, self.lag) = (false, 0);
+        (self.no_leader, self.is_full, self.former_end, self.lag) = (false, false, None, 0);
         self.cut_off.clear();
         (self.lost_requests, self.lost_acks, self.late_requests) = (0, 0, 0);
         (self.refusals, self.damaged_reads) = (0, 0);
@@ -65,14 +81,27 @@ impl State {
         if self.no_leader {
             return None;
         }
+        if self.is_full {
+            return Some(Put::Full);
+        }
         if self.frames.len() as u64 != after || sim.chance(self.refusals) {
             return Some(Put::Refused);
         }
+        self.append(frame);
+        for replica in &mut self.replicas {
+            if !sim.chance(self.lag) {
+                *replica = self.frames.len();
+            }
+        }
+        Some(Put::Durable)
+    }
+
+    fn append(&mut self, frame: &Bytes) {
         let mut is_void = false;
         match self.tip.accept(LOG, frame) {
             Ok(Kind::Held(holder)) => self.holder = Some(holder),
             Ok(kind) => is_void = kind == Kind::Void,
-            Err(reason) => self.violations.push(format!("frame {} was put, but {reason}", after + 1)),
+            Err(reason) => self.violations.push(format!("frame {} was put, but {reason}", self.frames.len() + 1)),
         }
         let entries = decoded(LOG, frame)
             .filter(|_| !is_void)
@@ -80,12 +109,6 @@ impl State {
             .flat_map(|frame| frame.entries().flatten().collect::<Vec<_>>());
         self.keys.extend(entries.map(|entry| entry.key.to_owned()));
         self.frames.push(frame.clone());
-        for replica in &mut self.replicas {
-            if !sim.chance(self.lag) {
-                *replica = self.frames.len();
-            }
-        }
-        Some(Put::Durable)
     }
 }
 
@@ -179,7 +202,7 @@ impl Engine for Connection {
                         state.replicas[replica] = state.frames.len();
                     }
                     let from = from as usize - 1;
-                    let until = state.replicas[replica].min(from + 16);
+                    let until = state.replicas[replica].min(from + 1 + self.sim.dice(16) as usize);
                     let mut frames: Vec<_> = state.frames.get(from..until).unwrap_or_default().to_vec();
                     if let Some((_, lost)) = state.lost.filter(|(in_replica, _)| *in_replica == replica)
                         && (from..until).contains(&lost)
@@ -191,7 +214,8 @@ impl Engine for Connection {
                     }
                     if !frames.is_empty() && self.sim.chance(state.damaged_reads) {
                         let index = self.sim.dice(frames.len() as u64) as usize;
-                        if self.sim.chance(50) {
+                        // Not the first one: the engine knows which position it was asked for.
+                        if index == 0 || self.sim.chance(50) {
                             let mut bytes = frames[index].to_vec();
                             let at = self.sim.dice(bytes.len() as u64) as usize;
                             bytes[at] ^= 1;
@@ -218,11 +242,18 @@ impl Engine for Connection {
     fn ends(&self) -> Call<'_, Result<Ends, ReadError>> {
         Box::pin(async move {
             let is_there = self.pass().await && !self.cluster.state().no_leader;
+            let last = {
+                let state = self.cluster.state();
+                state.former_end.unwrap_or(state.frames.len() as u64)
+            };
+            if self.sim.chance(SLOW_ENDS) {
+                let delay = self.sim.millis(0..2_000);
+                self.sim.sleep(delay).await;
+            }
             if !is_there || !self.pass().await {
                 self.sim.sleep(ACK_TIMEOUT).await;
                 return Err(Self::unavailable());
             }
-            let last = self.cluster.state().frames.len() as u64;
             Ok(Ends { first: 1, last, frames: last })
         })
     }

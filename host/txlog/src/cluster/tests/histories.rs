@@ -1,16 +1,16 @@
 //! Histories: clients, and trouble of every kind, in any order. Then all is well, and what is in the log is compared with
 //! what clients were answered.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
+use std::iter;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::Mutex;
+use std::thread;
 use std::time::Duration;
 
-use super::engine::Cluster;
 use super::executor::{Executor, WORLD};
 use super::mutants;
-use super::process::{Host, Seen, World};
+use super::process::{Seen, World};
 
 const HOSTS: usize = 3;
 const TROUBLE: Duration = Duration::from_secs(80);
@@ -19,6 +19,7 @@ const CALM: Duration = Duration::from_secs(60);
 
 /// Number of histories of a test run. Each mutant must be found in as many.
 const SEEDS: u64 = 2_000;
+const THREADS: usize = 2;
 
 /// Totals of a history.
 #[derive(Default)]
@@ -32,16 +33,7 @@ struct Totals {
 fn history(seed: u64) -> Result<Totals, String> {
     let mut executor = Executor::new(seed);
     let sim = executor.sim.clone();
-    // Clocks run at rates that differ by a fifth at most.
-    let host = || RefCell::new(Host { drift: sim.dice(17) as i32 - 8, ..Host::default() });
-    let world = World {
-        sim: sim.clone(),
-        locals: executor.locals(),
-        cluster: Cluster::new(),
-        hosts: Rc::new((0..HOSTS).map(|_| host()).collect()),
-        seen: Rc::new(Seen::default()),
-    };
-    (0..HOSTS).for_each(|host| world.start(host));
+    let world = World::new(&executor, HOSTS);
     for client in 0..4 {
         let world = world.clone();
         // A client belongs to its host: when that is paused, so is its request.
@@ -84,9 +76,9 @@ fn history(seed: u64) -> Result<Totals, String> {
     }
     let end = world.cluster.state().sequence();
     for (number, host) in world.hosts.iter().enumerate() {
-        let applied = host.borrow().log.as_ref().map(|log| log.queue.appended());
-        if let Some(applied) = applied.filter(|applied| *applied < end) {
-            world.violation(format!("host {number} is still at {applied}, but the log ends at {end}"));
+        if let Some(log) = host.borrow().log.as_ref().filter(|log| log.queue.appended() < end) {
+            let (applied, condition) = (log.queue.appended(), log.condition());
+            world.violation(format!("host {number} is still at {applied}, but the log ends at {end}: {condition:?}"));
         }
     }
     check(&world)
@@ -100,7 +92,7 @@ async fn trouble(world: &World) {
     let host = sim.dice(HOSTS as u64) as usize;
     let process = world.hosts[host].borrow().process;
     let (short, long) = (sim.millis(100..9_000), sim.millis(1_000..25_000));
-    match sim.dice(10) {
+    match sim.dice(12) {
         0 => {
             sim.pause(process);
             sim.sleep(long).await;
@@ -143,6 +135,17 @@ async fn trouble(world: &World) {
             cluster.state().damaged_reads = 30;
             sim.sleep(long).await;
             cluster.state().damaged_reads = 0;
+        }
+        9 => {
+            cluster.state().is_full = true;
+            sim.sleep(short).await;
+            cluster.state().is_full = false;
+        }
+        10 => {
+            let end = cluster.state().frames.len() as u64;
+            cluster.state().former_end = Some(end);
+            sim.sleep(short).await;
+            cluster.state().former_end = None;
         }
         _ => {
             let (replica, frames) = (sim.dice(3) as usize, cluster.state().frames.len() as u64);
@@ -200,16 +203,22 @@ fn seeds() -> Range<u64> {
 
 #[test]
 fn nothing_acknowledged_is_lost_or_doubled_and_no_read_is_stale() {
-    let mut totals = Totals::default();
     let seeds = seeds();
-    for seed in seeds.clone() {
-        let Totals { acknowledged, reads, takeovers } = history(seed)
-            .unwrap_or_else(|violation| panic!("seed {seed}: {violation}; repeat it with KVS_CLUSTER_SEED={seed}"));
-        totals.acknowledged += acknowledged;
-        totals.reads += reads;
-        totals.takeovers += takeovers;
-    }
     let count = seeds.end - seeds.start;
+    let seeds = Mutex::new(seeds);
+    let next = || seeds.lock().expect("nothing panics under it").next();
+    let work = || iter::from_fn(&next).map(|seed| (seed, history(seed))).collect::<Vec<_>>();
+    let mut totals = Totals::default();
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+        for (seed, outcome) in threads.into_iter().flat_map(|thread| thread.join().expect("it does not panic")) {
+            let Totals { acknowledged, reads, takeovers } = outcome
+                .unwrap_or_else(|violation| panic!("seed {seed}: {violation}; repeat it with KVS_CLUSTER_SEED={seed}"));
+            totals.acknowledged += acknowledged;
+            totals.reads += reads;
+            totals.takeovers += takeovers;
+        }
+    });
     let Totals { acknowledged, reads, takeovers } = totals;
     println!("{count} histories: {acknowledged} writes acknowledged, {reads} reads, {takeovers} takeovers");
     assert!(takeovers >= count && reads > count && acknowledged as u64 > count);
@@ -240,4 +249,37 @@ fn mutants_are_found() {
         let (seed, violation) = found.unwrap_or_else(|| panic!("{mutant} is not found"));
         println!("{mutant}: seed {seed}: {violation}");
     }
+}
+
+/// The end of the log is lost while a process is primary, and another one would continue what is left.
+#[test]
+fn lost_end_is_never_continued() {
+    let mut executor = Executor::new(0);
+    let world = World::new(&executor, 1);
+    executor.run_until(Duration::from_secs(20));
+    for second in 21..25 {
+        let request = world.clone();
+        world.locals.start(WORLD, async move { request.write(0).await });
+        executor.run_until(Duration::from_secs(second));
+    }
+    assert_eq!(world.seen.acknowledged.borrow().len(), 4);
+    let left = {
+        let mut state = world.cluster.state();
+        state.lose_end(2);
+        state.frames.len()
+    };
+    let mut violations = |until| {
+        executor.run_until(Duration::from_secs(until));
+        world.cluster.state().violations.clone()
+    };
+    // A former leader answers like this too.
+    assert_eq!(violations(35), Vec::<String>::new());
+    let found = violations(90);
+    assert!(found.len() > 1, "{found:?}");
+    assert!(
+        found[0].contains("failed: the transaction log failed: the engine has lost the end of the log"),
+        "{found:?}"
+    );
+    assert!(found[1].contains("cannot open the log: the engine has lost the end of the log"), "{found:?}");
+    assert_eq!(world.cluster.state().frames.len(), left, "the log was continued");
 }

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::engine::{Cluster, LOG};
-use super::executor::{Locals, Process, Sim, WORLD};
+use super::executor::{Executor, Locals, Process, Sim, WORLD};
 use super::mutants;
+use crate::cluster::mark::Mark;
 use crate::cluster::{Options, Shared, Stored, replay};
 use crate::{AppendError, Event, EventRef, News};
 
 const GROUP_BYTES: u64 = 1 << 16;
-const LEASE: Duration = Duration::from_secs(10);
 
 /// The world of one history.
 #[derive(Clone)]
@@ -26,10 +26,12 @@ pub struct World {
 }
 
 /// A host, and the process on it.
-#[derive(Default)]
 pub struct Host {
     pub process: Process,
     pub drift: i32,
+    pub lease: Duration,
+    /// The watermark file.
+    pub mark: Mark,
     /// None until the log is open.
     pub log: Option<Arc<Shared>>,
     /// What the last read found: its lease is over.
@@ -49,6 +51,31 @@ pub struct Seen {
 }
 
 impl World {
+    /// Creates a world with this many hosts.
+    pub fn new(executor: &Executor, hosts: usize) -> Self {
+        let sim = executor.sim.clone();
+        let host = || {
+            RefCell::new(Host {
+                process: WORLD,
+                // Clocks run at rates that differ by a fifth at most.
+                drift: sim.dice(17) as i32 - 8,
+                lease: sim.millis(1_000..10_000),
+                mark: Mark::new(LOG),
+                log: None,
+                is_over: Cell::default(),
+            })
+        };
+        let world = Self {
+            locals: executor.locals(),
+            cluster: Cluster::new(),
+            hosts: Rc::new((0..hosts).map(|_| host()).collect()),
+            seen: Rc::default(),
+            sim: sim.clone(),
+        };
+        (0..hosts).for_each(|host| world.start(host));
+        world
+    }
+
     pub fn violation(&self, what: String) {
         self.cluster.state().violations.push(format!("at {:?}: {what}", self.sim.now()));
     }
@@ -69,7 +96,12 @@ impl World {
     pub fn kill(&self, host: usize, down: Duration) {
         let process = self.hosts[host].borrow().process;
         self.sim.kill(process);
-        self.hosts[host].borrow_mut().log = None;
+        {
+            let mut host = self.hosts[host].borrow_mut();
+            if let Some(log) = host.log.take() {
+                host.mark = log.mark();
+            }
+        }
         let world = self.clone();
         self.locals.start(WORLD, async move {
             world.sim.sleep(down).await;
@@ -80,18 +112,29 @@ impl World {
     }
 
     async fn run(self, host: usize, process: Process) {
-        let drift = self.hosts[host].borrow().drift;
+        let Host { drift, lease, mark, .. } = *self.hosts[host].borrow();
         let env = self.sim.env(process, drift);
         let engine = self.cluster.connect(&self.sim, host);
-        let stored =
-            Stored { engine, name: "the fake engine".into(), log: LOG, group_bytes: GROUP_BYTES, warnings: Vec::new() };
-        let options = Options { group_bytes: None, standby: true, lease: LEASE, advertise: None, env: env.clone() };
+        let stored = Stored {
+            engine,
+            name: "fake engine".into(),
+            mark,
+            mark_file: None,
+            group_bytes: GROUP_BYTES,
+            warnings: Vec::new(),
+        };
+        let options = Options { group_bytes: None, standby: true, lease, advertise: None, env: env.clone() };
         let shared = Arc::new(Shared::new(stored, &options, env).expect("the options are valid"));
         loop {
             match shared.open(true).await {
                 Ok(_) => break,
-                // Reads can be damaged for as long as they are tried.
-                Err(_) => self.sim.sleep(Duration::from_secs(1)).await,
+                Err(error) => {
+                    // Reads can be damaged for as long as they are tried.
+                    if error.to_string().contains("lost") {
+                        self.violation(format!("process {process} cannot open the log: {error}"));
+                    }
+                    self.sim.sleep(Duration::from_secs(1)).await;
+                }
             }
         }
         let (mut applied, mut news) = (0, shared.news.subscribe());

@@ -64,7 +64,7 @@ impl Sound {
         disk.put(name, bytes);
         let failed = |error: String| {
             let place = format!("data/log/{name} is damaged at byte ");
-            let whole = error.contains(&place) && error.contains("; `kvs txlog verify --data-dir data` tells");
+            let whole = error.contains(&place) && error.contains("; `kvs txlog verify --data-dir data` lists");
             if whole && !error.contains('\n') { Ok(false) } else { Err(error) }
         };
         let (shared, _) = match recover(Arc::new(disk.clone()), damaged_options()) {

@@ -115,7 +115,7 @@ fn corruption_before_last_frame_is_located() {
         let error = format!("{:#}", open(&disk).err().unwrap());
         let place = format!("data/log/{NAME} is damaged at byte {}: the checksum of a frame is wrong", offsets[frame]);
         assert!(error.contains(&place), "{error}");
-        assert!(error.contains("; `kvs txlog verify --data-dir data` tells"), "{error}");
+        assert!(error.contains("; `kvs txlog verify --data-dir data` lists"), "{error}");
         assert_eq!(disk.read(NAME), bytes, "nothing was changed");
     }
 }

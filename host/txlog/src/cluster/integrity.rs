@@ -1,0 +1,151 @@
+//! Integrity of the log in the engine, which is not trusted with it: frames can be lost in the middle and at the end.
+//!
+//! Owns: the newest frame that was durable, before which the log must never end, and what is known of damage. Must never
+//! know: how frames are read.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use tokio::task;
+use tracing::{error, info};
+
+use super::Shared;
+use super::engine::Ends;
+use super::frame::Tip;
+use super::mark::Mark;
+use super::reader::Failure;
+
+/// Interval at which the engine is asked whether it has lost frames, and the watermark file is written.
+const INTERVAL: Duration = Duration::from_secs(5);
+/// Time after which a log that ends too early has lost its end: until then the answers can be those of a former leader,
+/// which the engine has replaced within [`READ_LEASE`](super::READ_LEASE).
+pub const LOSS_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// State of a log in the engine.
+pub struct Integrity {
+    /// The newest frame that was durable.
+    mark: Mark,
+    /// Time since which the engine answers that the log ends before the mark.
+    short: Option<Instant>,
+    /// A frame that no replica returns.
+    frame: Option<String>,
+    /// Number of frames that the engine says it has lost.
+    lost: u64,
+}
+
+impl Integrity {
+    pub fn new(mark: Mark) -> Self {
+        Self { mark, short: None, frame: None, lost: 0 }
+    }
+}
+
+impl Shared {
+    /// Asks the engine for the ends of the log. An error if frames are gone that were durable.
+    pub async fn ends(&self) -> Result<Ends, Failure> {
+        // Both from before the call: frames become durable during it, and the process can be paused after it.
+        let (mark, asked) = (self.mark(), self.env.clock.now());
+        let ends = self.engine.ends().await?;
+        if ends.first > 1 {
+            return Err(Failure::Gone(format!(
+                "the first {} frames of the log in the {} are gone: it was purged by hand; restore it from a copy",
+                ends.first - 1,
+                self.name
+            )));
+        }
+        let mut integrity = self.lock_integrity();
+        if ends.last >= mark.position {
+            integrity.short = None;
+            return Ok(ends);
+        }
+        let since = *integrity.short.get_or_insert(asked);
+        drop(integrity);
+        let reason = lost_end(ends.last, mark);
+        let is_lost = asked.saturating_duration_since(since) >= LOSS_TIMEOUT;
+        Err(if is_lost { Failure::Gone(reason) } else { Failure::Silent(reason) })
+    }
+
+    /// Checks that the log that ends there is the one with the mark, and not another one that was written after a loss.
+    pub fn check_end(&self, tip: &Tip) -> Result<(), Failure> {
+        let mark = self.mark();
+        if tip.sequence < mark.sequence {
+            return Err(Failure::Gone(lost_end(tip.position, mark)));
+        }
+        self.advance(tip);
+        Ok(())
+    }
+
+    /// Notes a frame that is durable.
+    pub fn advance(&self, tip: &Tip) {
+        let Integrity { mark, short, .. } = &mut *self.lock_integrity();
+        if tip.position > mark.position {
+            (mark.position, mark.sequence) = (tip.position, tip.sequence);
+            // After a loss none can follow the frames that were lost.
+            *short = None;
+        }
+    }
+
+    /// Checks the log in the engine, until it ends.
+    pub async fn watch_integrity(self: &Arc<Self>) -> Result<()> {
+        while self.queue.ended().is_none() {
+            match self.ends().await {
+                Ok(ends) => {
+                    let lost = ends.last.saturating_sub(ends.frames);
+                    let known = std::mem::replace(&mut self.lock_integrity().lost, lost);
+                    if lost > known {
+                        error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
+                    }
+                }
+                Err(Failure::Gone(reason)) => self.fail(&anyhow!(reason)),
+                Err(_) => {}
+            }
+            if self.mark_file.is_some() {
+                let shared = Arc::clone(self);
+                task::spawn_blocking(move || shared.write_mark()).await??;
+            }
+            self.env.clock.sleep(INTERVAL).await;
+        }
+        Ok(())
+    }
+
+    /// Writes the watermark file, if there is one.
+    pub fn write_mark(&self) -> Result<()> {
+        self.mark_file.as_ref().map_or(Ok(()), |file| file.write(self.mark()))
+    }
+
+    /// Notes the frame that no replica returns, or that there is none.
+    pub fn set_damage(&self, frame: Option<String>) {
+        let mut integrity = self.lock_integrity();
+        match &frame {
+            Some(reason) if integrity.frame.is_none() => {
+                error!("the log is damaged: {reason}; see docs/jetstream.md");
+            }
+            None if integrity.frame.is_some() => info!("resolved: the log can be read again"),
+            _ => {}
+        }
+        integrity.frame = frame;
+    }
+
+    pub fn damage(&self) -> Option<String> {
+        let integrity = self.lock_integrity();
+        let lost = (integrity.lost > 0).then(|| format!("the engine has lost {} frames", integrity.lost));
+        integrity.frame.clone().or(lost)
+    }
+
+    /// Returns the newest frame that was durable.
+    pub fn mark(&self) -> Mark {
+        self.lock_integrity().mark
+    }
+
+    fn lock_integrity(&self) -> MutexGuard<'_, Integrity> {
+        self.integrity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn lost_end(last: u64, mark: Mark) -> String {
+    let Mark { position, sequence, .. } = mark;
+    format!(
+        "the engine has lost the end of the log: it ends at frame {last}, but frame {position} with sequence {sequence} was \
+         durable; restore it from a copy, or serve with another --data-dir to accept the loss"
+    )
+}
