@@ -55,8 +55,8 @@ pub struct Serve {
     #[arg(long, env = "KVS_ADVERTISE", value_name = "URL", value_parser = advertise)]
     pub advertise: Option<String>,
 
-    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /read-only,
-    /// /console); port 0 takes a free one
+    /// Address of the admin listener (/livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats,
+    /// /read-only, /console); port 0 takes a free one
     #[arg(long, env = "KVS_ADMIN", value_name = "ADDRESS", default_value = "127.0.0.1:9090", value_parser = address)]
     pub admin: SocketAddr,
 

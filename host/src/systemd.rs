@@ -52,7 +52,13 @@ impl Activated {
 
 /// Reports that this process serves, and is the main one of its service.
 pub fn ready() {
-    notify(&[NotifyState::Ready, NotifyState::MainPid(std::process::id())]);
+    replaced_by(std::process::id());
+}
+
+/// Reports that another process serves, and is the main one from now on. To be called by the one that was it: if that ended
+/// first, the service would end with it.
+pub fn replaced_by(process: u32) {
+    notify(&[NotifyState::Ready, NotifyState::MainPid(process)]);
 }
 
 /// Reports that this process may be replaced, until the next [`ready`].

@@ -230,7 +230,7 @@ fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
         let line = server.says(expected);
         assert!(line.contains("request_id=\"id-fail\""), "{line}");
     }
-    // The next instance serves on.
+    // The next instance continues to serve.
     let (key, expected) = probes[0];
     assert!(client.ask("GET", &format!("/v1/{key}"), b"").text().contains(expected));
 }

@@ -138,6 +138,13 @@ fn strings_of_redis_are_copied_with_their_ttl() {
     assert!((900..=1_000).contains(&left(client, "session")));
     client.ask("GET", "/v1/gone", b"").says(404, "no such key");
 
+    let small = Server::start(&["--max-value-bytes", "100000"]);
+    let output = import(&small, &format!("redis://{address}"));
+    let said = self::said(&output);
+    for line in ["left out \"large\": ", "imported 1003 keys", &format!("5 keys of redis://{address} were left out")] {
+        assert!(said.contains(line), "{line} is missing in: {said}");
+    }
+
     let output = import(&server, &format!("redis://{address}/1"));
     assert_eq!((output.status.code(), self::said(&output).contains("imported 0 keys")), (Some(0), true), "{output:?}");
 }

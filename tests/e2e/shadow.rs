@@ -58,6 +58,8 @@ fn dry_run(server: &Server, component: &[u8], warm_up: &str, work: impl FnOnce()
         let end = Ends(server);
         is_in_step(server, warm_up);
         work();
+        let ended = Connection::open(server.admin()).ask("DELETE", "/guest?rollback", b"");
+        ended.says(202, "shadow traffic ends: the same guest continues to serve");
         drop(end);
         let answer = swapping.join().expect("the swap is answered");
         answer.says(422, "shadow traffic was ended on request, the same guest serves");

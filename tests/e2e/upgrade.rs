@@ -85,14 +85,13 @@ impl Upgraded {
         let output = self.run(&["--binary", binary.to_str().expect("a path is text")]);
         let expected = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{expected}");
-        assert!(expected.contains("not upgraded, the server serves on"), "{expected}");
+        assert!(expected.contains("not upgraded, the server continues to serve"), "{expected}");
         expected
     }
 
     /// Ends the serving process in good order.
     fn terminate(mut self) -> TempDir {
-        let process = Pid::from_raw(self.process.load(Ordering::Relaxed)).expect("not 0");
-        kill_process(process, Signal::TERM).expect("it runs");
+        signal(self.process.load(Ordering::Relaxed), Signal::TERM);
         let first = self.first.take().expect("it is there until the end");
         // The end of the last line is that of the last process.
         first.ends();
@@ -118,6 +117,18 @@ fn await_end(process: i32) {
         let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
         (stat.is_empty() || stat.contains(") Z ")).then_some(())
     });
+}
+
+/// Waits until a process has stopped itself at a failpoint.
+fn await_stop(process: i32) {
+    await_some("the stop of a process", || {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        stat.contains(") T ").then_some(())
+    });
+}
+
+fn signal(process: i32, signal: Signal) {
+    kill_process(Pid::from_raw(process).expect("not 0"), signal).expect("it runs");
 }
 
 fn await_some<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -294,32 +305,68 @@ fn open_connections_are_served_until_their_next_response() {
     server.terminate();
 }
 
+/// Begins an upgrade in which the new process takes over after the old one has ended. `meanwhile` is called while the new one is
+/// stopped, just before it reports that it is ready. Returns what `kvs upgrade` printed to stderr.
+fn takeover(server: &Upgraded, programs: &TempDir, meanwhile: impl FnOnce()) -> String {
+    let (kvs, pid_file) = (kvs_tests::binary(), programs.path().join("pid"));
+    let script = format!("echo $$ > {}; UPGRADE_FAILPOINT=stop:ready exec {kvs} \"$@\"", pid_file.display());
+    let binary = program(programs, "stopped", &script);
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| server.run(&["--binary", binary.to_str().expect("a path is text")]));
+        let process = await_some("the new process", || fs::read_to_string(&pid_file).ok()?.trim().parse().ok());
+        await_stop(process);
+        let former = server.process.swap(process, Ordering::Relaxed);
+        meanwhile();
+        signal(process, Signal::CONT);
+        await_end(former);
+        assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+        let output = upgrade.join().expect("it ends");
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    })
+}
+
+#[test]
+fn failure_to_close_the_log_is_a_takeover() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let server = Upgraded::start(&[]);
+    // The old process names it to the new one.
+    let position = server.data.path().join("log/position");
+    let printed = takeover(&server, &programs, || fs::remove_file(position).expect("it is there"));
+    assert!(printed.contains("not upgraded: the log cannot be closed for an upgrade"), "{printed}");
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"2").status, 201);
+    server.terminate();
+}
+
 #[test]
 fn death_of_old_process_during_upgrade_is_a_takeover() {
     of_files!();
     let programs = TempDir::new().expect("a temporary directory can be made");
     let kvs = kvs_tests::binary();
-    let script =
-        format!("echo $$ > {}/pid; UPGRADE_FAILPOINT=stop:ready exec {} \"$@\"", programs.path().display(), kvs);
-    let binary = program(&programs, "stopped", &script);
     let server = Upgraded::start(&[]);
-    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
-    thread::scope(|scope| {
-        let upgrade = scope.spawn(|| server.run(&["--binary", binary.to_str().expect("a path is text")]));
-        let process: i32 = await_some("the new process", || {
-            let process: i32 = fs::read_to_string(programs.path().join("pid")).ok()?.trim().parse().ok()?;
-            let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-            stat.contains(") T ").then_some(process)
-        });
-        server.first().signal(Signal::KILL);
-        assert!(!upgrade.join().expect("it ends").status.success());
-        server.process.store(process, Ordering::Relaxed);
-        kill_process(Pid::from_raw(process).expect("not 0"), Signal::CONT).expect("it is there");
-        assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
-    });
+    takeover(&server, &programs, || server.first().signal(Signal::KILL));
     // The failpoint is in the environment of the process that serves now.
     let binary = program(&programs, "next", &format!("unset UPGRADE_FAILPOINT; exec {kvs} \"$@\""));
     server.upgrade(&["--binary", binary.to_str().expect("a path is text")]);
+    assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    server.terminate();
+}
+
+#[test]
+fn stop_of_old_process_closes_its_idle_connections() {
+    of_files!();
+    let server = Upgraded::start(&[]);
+    let mut idle = Connection::open(server.address);
+    assert_eq!(idle.ask("PUT", "/v1/a", b"1").status, 201);
+    let former = server.process.load(Ordering::Relaxed);
+    server.upgrade(&[]);
+    let begun = Instant::now();
+    signal(former, Signal::TERM);
+    await_end(former);
+    assert!(begun.elapsed() < Duration::from_secs(20), "it waits for the drain timeout");
+    assert_eq!(idle.end(), "");
     assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
     server.terminate();
 }
@@ -394,6 +441,15 @@ fn service_manager_gets_state_and_main_process() {
     server.upgrade(&[]);
     assert!(expected().starts_with("RELOADING=1\n"));
     assert_eq!(expected(), ready(server.process.load(Ordering::Relaxed)));
+    // The old process reports it: it could end before the new one does.
+    let kvs = kvs_tests::binary();
+    let stopped = program(&directory, "stopped", &format!("UPGRADE_FAILPOINT=stop:serving exec {kvs} \"$@\""));
+    server.upgrade(&["--binary", stopped.to_str().expect("a path is text")]);
+    let process = server.process.load(Ordering::Relaxed);
+    assert!(expected().starts_with("RELOADING=1\n"));
+    assert_eq!(expected(), ready(process));
+    await_stop(process);
+    signal(process, Signal::CONT);
     server.terminate();
     assert_eq!(expected(), "STOPPING=1\n");
 }
@@ -427,6 +483,11 @@ fn log_in_database_is_handed_over_by_standby_only() {
     let server = crate::postgres::start(&database.url());
     let output = kvs_at(server.data()).arg("upgrade").output().expect("it can be run");
     let expected = String::from_utf8_lossy(&output.stderr);
-    assert!(expected.contains("with PostgreSQL start the new version with --standby"), "{expected}");
+    assert!(expected.contains("no server can be reached in"), "{expected}");
+    // The directory may be that of a server with its log in files.
+    assert!(!server.data().join("control").exists());
+    server.signal(Signal::USR2);
+    let expected = server.says("not upgraded, the server continues to serve");
+    assert!(expected.contains("PostgreSQL or NATS start the new version with --standby"), "{expected}");
     server.terminate();
 }

@@ -1,4 +1,4 @@
-//! The words of answers that are much the same everywhere: one line of text, and headers.
+//! Responses that guests have in common: one line of text, errors, JSON, and headers.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -45,7 +45,7 @@ pub fn invalid(status: u16, code: &str, text: &str) -> Response {
     with(line(status, text), header(ERROR, code))
 }
 
-/// What is asked for, in JSON. Without a read sequence, it depends on everything there is.
+/// A response in JSON, 200. Without a read sequence, it depends on everything there is.
 pub fn json(body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
         Ok(body) => {
@@ -56,7 +56,7 @@ pub fn json(body: &impl Serialize) -> Response {
     }
 }
 
-/// What a body in JSON says, or 400 with the reason.
+/// Parses a body in JSON. An error is 400 with the reason.
 pub fn parsed<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Response> {
     serde_json::from_slice(body)
         .map_err(|error| line(400, &format!("the body: {}", printable(&error.to_string(), 200))))
@@ -64,8 +64,11 @@ pub fn parsed<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Respon
 
 /// 405, with the methods that there are, like `GET, HEAD, PUT`.
 pub fn not_allowed(what_has: &str, methods: &str) -> Response {
-    let (others, last) = methods.rsplit_once(", ").unwrap_or_default();
-    with(line(405, &format!("{what_has} {others} and {last}")), header("allow", methods))
+    let text = match methods.rsplit_once(", ") {
+        Some((others, last)) => format!("{what_has} {others} and {last}"),
+        None => format!("{what_has} {methods}"),
+    };
+    with(line(405, &text), header("allow", methods))
 }
 
 /// 422: the keys of a request lie in several shards.
@@ -77,7 +80,7 @@ pub fn cross_shard() -> Response {
     )
 }
 
-/// Why a write was not appended, for the one who asked for it.
+/// The response to a write that was not appended.
 impl From<AppendError> for Response {
     fn from(error: AppendError) -> Self {
         match error {

@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_is_told_by_its_place() {
+    fn undecodable_text_is_rejected_with_its_place() {
         assert_eq!(decode_query("a+%4"), Err(Undecodable::BadEscape(3)));
         assert_eq!(decode_query("%FF"), Err(Undecodable::NotUtf8));
     }

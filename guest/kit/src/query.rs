@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_by_name() {
+    fn malformed_query_is_rejected_by_name() {
         let long = "ä".repeat(65);
         let cut = format!("unknown query parameter `{}`", "ä".repeat(64));
         for (query, message) in [

@@ -23,9 +23,10 @@ pub struct Own<T> {
     pub expires_at_ms: Option<u64>,
 }
 
-/// The key `name` of `group`. All keys of a group are in one shard, whatever `kind` they are.
+/// The key `name` of `group`. All keys of a group are in one shard, whatever `kind` they are, unless the group is empty: then
+/// its keys are spread over all shards.
 pub fn key(kind: &str, group: &str, name: &str) -> String {
-    // The hash tag ends with the first brace, and an empty one is none.
+    // The hash tag ends with the first closing brace, and an empty one is none.
     let group = group.replace('%', "%25").replace('}', "%7D");
     format!("{GUEST_KEY}{kind}/{{{group}}}{name}")
 }

@@ -42,9 +42,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// What is at the key, or else the newest sequence that its absence rests on.
+    /// What is at the key, or else the newest sequence that its absence depends on.
     ///
-    /// Which delete took this key away is not kept, so its absence rests on the newest of all; and that of an expired
+    /// Which delete took this key away is not kept, so its absence depends on the newest of all; and that of an expired
     /// item on its put too, since without it the key might still have an older item that has not expired.
     pub fn get(&self, key: &str, now: u64) -> Result<&Item, u64> {
         match self.slot(key.as_bytes()).map(|slot| &self.slots[slot as usize]) {
@@ -315,14 +315,14 @@ mod tests {
     }
 
     #[test]
-    fn absence_read_sequence_the_newest_delete_that_took_a_key() {
+    fn absence_depends_on_newest_delete_of_a_key() {
         let store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", None)), (4, delete("a"))]);
         assert_eq!(value(&store, "a", 0), Err(2));
         assert_eq!(value(&store, "never", 0), Err(2));
     }
 
     #[test]
-    fn an_expired_item_is_gone_from_that_moment_and_its_absence_read_sequence_its_put() {
+    fn absence_of_expired_item_depends_on_its_put() {
         let mut store = store_of([(1, put("a", "", None)), (2, delete("a")), (3, put("b", "", Some(10)))]);
         assert_eq!(value(&store, "b", 9), Ok(&b""[..]));
         assert_eq!(value(&store, "b", 10), Err(3));

@@ -91,7 +91,7 @@ fn wait(query: &str) -> Result<Option<u64>, BadQuery> {
     wait.map(|wait| wait.duration(1..=MAX_WAIT)).transpose()
 }
 
-/// An answer that rests on an item.
+/// A response that depends on an item.
 fn of(item: &Item, status: u16, headers: Vec<Header>, body: Vec<u8>) -> Response {
     Response { status, headers, body, read_sequence: Some(item.sequence()) }
 }
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_condition_that_does_not_hold_is_412_and_tells_what_is_there() {
+    fn unmet_condition_is_412_with_entity_tag() {
         for (method, name, value) in [
             ("GET", IF_MATCH, "\"6\""),
             ("PUT", IF_MATCH, "\"6\""),

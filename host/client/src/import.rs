@@ -19,7 +19,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 
 use super::checkpoint::{Checkpoint, CheckpointFile};
-use super::origin::{Lines, Origin};
+use super::origin::{LeftOut, Lines, Origin};
 use super::record::{Expiry, Record};
 use super::server::{ApiRequest, ClientError, Server, add, path_of, shown};
 
@@ -68,7 +68,7 @@ pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) ->
     let mut import = Import::new(server, hooks, progress);
     (import.file, import.checkpoint) = (checkpoint_file.as_ref(), begin);
     import.save()?;
-    let (checkpoint, failed) = import.run(&mut source)?;
+    let Ended { checkpoint, failed, .. } = import.run(&mut source)?;
     match failed {
         None => {
             checkpoint_file.map_or(Ok(()), |file| file.remove())?;
@@ -97,22 +97,24 @@ pub fn import_from(server: &Server, origin: &Origin, authorities: Option<&Path>,
     let (reader, writer) = io::pipe().context("no pipe")?;
     let file = OwnedFd::from(reader).into();
     let mut source = Source::new(file, origin.to_string(), None);
+    let left_out = Arc::new(LeftOut::new(hooks));
+    let mut import = Import::new(server, hooks, ProgressBar::hidden());
+    import.left_out = Some(Arc::clone(&left_out));
+    let mut lines = Lines::new(writer, hooks, Arc::clone(&left_out));
     thread::scope(|scope| {
         let copying = scope.spawn(move || {
-            let mut lines = Lines::new(writer, hooks);
             let copied = origin.copy(authorities, &mut lines);
-            let left_out = lines.finish();
-            copied.map(|()| left_out)
+            lines.finish();
+            copied
         });
-        let (checkpoint, failed) = Import::new(server, hooks, ProgressBar::hidden()).run(&mut source)?;
+        let Ended { imported, failed, .. } = import.run(&mut source)?;
         // Ends the copy, if the import failed.
         drop(source);
         let copied = copying.join().map_err(|_| anyhow!("the copy panicked"))?;
-        let imported = checkpoint.line;
         let stored = || format!("{imported} keys are stored; import again to store all");
         match (failed, copied) {
             (Some(error), _) | (None, Err(error)) => Err(error.context(stored())),
-            (None, Ok(left_out)) => Ok(Copied { imported, left_out }),
+            (None, Ok(())) => Ok(Copied { imported, left_out: left_out.count() }),
         }
     })
 }
@@ -229,19 +231,31 @@ struct Job {
     put: Put,
 }
 
-/// Result of a line.
-type LineResult = (u64, Result<()>);
+/// Result of a line: whether its value was stored.
+type LineResult = (u64, Result<bool>);
+
+/// An import that has ended.
+struct Ended {
+    checkpoint: Checkpoint,
+    /// Number of values that were stored.
+    imported: u64,
+    /// The error that stopped it before the end.
+    failed: Option<Error>,
+}
 
 struct Import<'l> {
     server: &'l Server,
     is_valid_key: fn(&str) -> bool,
     waits: Arc<Waits>,
+    /// Set where a value that is too large is left out, in place of an error.
+    left_out: Option<Arc<LeftOut>>,
     file: Option<&'l CheckpointFile>,
     progress: ProgressBar,
     /// Position up to which every line was acknowledged.
     checkpoint: Checkpoint,
     /// Later lines that were read, and whether they were acknowledged.
     in_flight: VecDeque<(Checkpoint, bool)>,
+    imported: u64,
     /// Time of the last saved checkpoint.
     saved: Instant,
 }
@@ -252,24 +266,27 @@ impl<'l> Import<'l> {
             server,
             is_valid_key: hooks.is_valid_key,
             waits: Arc::new(Waits { report: hooks.report, has_reported: AtomicBool::default() }),
+            left_out: None,
             file: None,
             progress,
             checkpoint: Checkpoint::default(),
             in_flight: VecDeque::new(),
+            imported: 0,
             saved: Instant::now(),
         }
     }
 
-    /// Runs the import. Returns the checkpoint, and the error that stopped it before the end.
-    fn run(mut self, source: &mut Source) -> Result<(Checkpoint, Option<Error>)> {
+    /// Runs the import.
+    fn run(mut self, source: &mut Source) -> Result<Ended> {
         let stopped = AtomicBool::new(false);
         let failed = thread::scope(|scope| {
             let (done, results) = channel();
             let workers = (0..CONNECTIONS).map(|_| {
                 let (jobs, work) = channel();
-                let (server, waits) = (self.server, Arc::clone(&self.waits));
-                let (done, stopped) = (done.clone(), &stopped);
-                scope.spawn(move || put_all(server, &work, &done, stopped, &waits));
+                let (waits, left_out) = (Arc::clone(&self.waits), self.left_out.clone());
+                let worker = Worker { server: self.server, stopped: &stopped, waits, left_out };
+                let done = done.clone();
+                scope.spawn(move || worker.put_all(&work, &done));
                 jobs
             });
             let workers: Vec<Sender<Job>> = workers.collect();
@@ -284,7 +301,7 @@ impl<'l> Import<'l> {
         });
         self.progress.finish_and_clear();
         self.save()?;
-        Ok((self.checkpoint, failed))
+        Ok(Ended { checkpoint: self.checkpoint, imported: self.imported, failed })
     }
 
     /// Hands all lines to the workers, with a limit of those in flight.
@@ -323,7 +340,7 @@ impl<'l> Import<'l> {
     }
 
     fn acknowledge(&mut self, (line, result): LineResult, source: &Source) -> Result<()> {
-        result.with_context(|| source.place(line))?;
+        self.imported += u64::from(result.with_context(|| source.place(line))?);
         // Blank lines are not in flight.
         let at = self.in_flight.partition_point(|(position, _)| position.line < line);
         if let Some((_, acknowledged)) = self.in_flight.get_mut(at) {
@@ -364,33 +381,50 @@ impl Waits {
     }
 }
 
-/// Worker: puts lines over one connection.
-fn put_all(server: &Server, work: &Receiver<Job>, done: &Sender<LineResult>, stopped: &AtomicBool, waits: &Waits) {
-    for Job { line, put } in work {
-        let headers: Vec<_> = put.content_type.iter().map(|kind| ("content-type", kind.as_str())).collect();
-        let request = ApiRequest { method: "PUT", target: &put.target, headers: &headers, body: Some(&put.value) };
-        let result = loop {
-            if stopped.load(Ordering::Relaxed) {
+/// Puts lines over one connection.
+struct Worker<'i> {
+    server: &'i Server,
+    /// Set by the first worker that fails.
+    stopped: &'i AtomicBool,
+    waits: Arc<Waits>,
+    left_out: Option<Arc<LeftOut>>,
+}
+
+impl Worker<'_> {
+    fn put_all(&self, work: &Receiver<Job>, done: &Sender<LineResult>) {
+        for Job { line, put } in work {
+            let Some(result) = self.put(&put) else { return };
+            if result.is_err() {
+                self.stopped.store(true, Ordering::Relaxed);
+            }
+            let result = result.with_context(|| format!("put {}", shown(&put.key)));
+            if done.send((line, result)).is_err() {
                 return;
             }
-            match server.send(&request) {
+        }
+    }
+
+    /// Returns whether the value was stored. None when the import was stopped before.
+    fn put(&self, put: &Put) -> Option<Result<bool, ClientError>> {
+        let headers: Vec<_> = put.content_type.iter().map(|kind| ("content-type", kind.as_str())).collect();
+        let request = ApiRequest { method: "PUT", target: &put.target, headers: &headers, body: Some(&put.value) };
+        while !self.stopped.load(Ordering::Relaxed) {
+            match (self.server.send(&request), &self.left_out) {
                 // Rate limit exceeded, or the server is not ready: nothing was stored.
-                Err(reason @ ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }) => {
+                (Err(reason @ ClientError::Status { status: 429 | 503, retry_after: Some(time), .. }), _) => {
                     // At 429 the import is too fast, which is no reason to worry.
                     if matches!(reason, ClientError::Status { status: 503, .. }) {
-                        waits.begin(&reason);
+                        self.waits.begin(&reason);
                     }
                     thread::sleep(time);
                 }
-                result => break result.map(drop),
+                (Err(reason @ ClientError::Status { status: 413, .. }), Some(left_out)) => {
+                    left_out.add(&put.key, &reason.to_string());
+                    return Some(Ok(false));
+                }
+                (result, _) => return Some(result.map(|_| true)),
             }
-        };
-        if result.is_err() {
-            stopped.store(true, Ordering::Relaxed);
         }
-        let result = result.with_context(|| format!("put {}", shown(&put.key)));
-        if done.send((line, result)).is_err() {
-            return;
-        }
+        None
     }
 }

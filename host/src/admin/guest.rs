@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::{Answer, not_allowed, text};
 use crate::audit::Actor;
-use crate::guest::{GUEST_BYTES, Outcome, ShadowPlan, Source, Steps, SwapError, Swapper};
+use crate::guest::{Ended, GUEST_BYTES, Outcome, ShadowPlan, Source, Steps, SwapError, Swapper};
 use crate::parse;
 
 /// How long a component may take to arrive.
@@ -60,10 +60,12 @@ impl Guests {
     }
 
     fn roll_back(&self) -> Answer {
-        if self.swapper.roll_back() {
-            line(StatusCode::ACCEPTED, "rolling back: the guest before serves again in a moment")
-        } else {
-            line(StatusCode::CONFLICT, "no guest is on probation")
+        match self.swapper.roll_back() {
+            Some(Ended::Probation) => {
+                line(StatusCode::ACCEPTED, "rolling back: the previous guest serves again in a moment")
+            }
+            Some(Ended::Shadow) => line(StatusCode::ACCEPTED, "shadow traffic ends: the same guest continues to serve"),
+            None => line(StatusCode::CONFLICT, "no guest is on probation, and there is no shadow traffic"),
         }
     }
 
@@ -149,7 +151,7 @@ fn report(outcome: &Outcome) -> Value {
 fn refused(error: &SwapError) -> Answer {
     let status = match error {
         SwapError::Busy => StatusCode::CONFLICT,
-        SwapError::Unfit(_) | SwapError::TakenBack { .. } | SwapError::Shadow { .. } => {
+        SwapError::Unfit(_) | SwapError::RolledBack { .. } | SwapError::Shadow { .. } => {
             StatusCode::UNPROCESSABLE_ENTITY
         }
         SwapError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,

@@ -65,7 +65,8 @@ impl Health {
         *current = phase.max(*current);
     }
 
-    /// Whether this server is primary and ready, for a proxy that sends everything to the primary; and a line that says so.
+    /// Returns true if this server is primary and ready, for a proxy that sends everything to the primary, and a line with the
+    /// reason.
     pub fn primary(&self) -> (bool, String) {
         let Some(log) = self.log.get() else { return (false, "not open yet\n".to_owned()) };
         match (log.read_only(), self.report()) {
@@ -75,7 +76,8 @@ impl Health {
         }
     }
 
-    /// Whether this server follows a primary and is ready, for a proxy that spreads stale reads; and a line that says so.
+    /// Returns true if this server follows a primary and is ready, for a proxy that spreads stale reads, and a line with the
+    /// reason.
     pub fn replica(&self) -> (bool, String) {
         let read_only = self.log.get().is_some_and(|log| log.read_only().is_some());
         match self.report() {
@@ -85,7 +87,7 @@ impl Health {
         }
     }
 
-    /// Whether requests should be sent here, and a line for each part that has a say in it.
+    /// Returns true if requests should be sent here, and a line for each part that this depends on.
     pub fn report(&self) -> (bool, String) {
         let mut ready = true;
         let mut report = String::new();

@@ -72,7 +72,7 @@ impl Scans {
         let mut out = Out { pieces, buffer: Vec::new(), sent: 0, timeout: *timeout, env: env.clone(), begun };
         let started = env.tasks.detach_thread(name, move || {
             let done = work(&mut out).and_then(|()| Ok(out.flush().and_then(|()| out.send(Piece::End))?));
-            // Before it is said: who waits for the end can begin.
+            // Before the end is sent, so that a client that has received it can start the next scan.
             drop(permit);
             if let Err(error) = done {
                 let status = status(&error);

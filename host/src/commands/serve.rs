@@ -6,20 +6,19 @@ mod stop;
 mod store;
 
 use std::env;
-use std::io;
 use std::mem;
 use std::net::TcpListener as StdListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::SignalKind;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::{Mutex, RwLock, watch};
 use tracing::{info, warn};
 
 use self::check::{check, inflight_bytes, too_large_with_spares};
@@ -29,6 +28,7 @@ use self::store::{Opened, open_log};
 use crate::admin::{Admin, Phase, Process, ReadOnly};
 use crate::descriptors;
 use crate::edge::access_log::AccessLog;
+use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::cors::Cors;
 use crate::edge::fresh::Reloads;
@@ -36,9 +36,10 @@ use crate::edge::listener::{Listener, Listeners, SocketFile};
 use crate::edge::proxy::TrustedProxies;
 use crate::edge::slow_log::SlowLog;
 use crate::edge::throttle::Throttle;
-use crate::edge::{self, Edge, Forwarder, RequestIds, Service, Stage};
+use crate::edge::tls::Tls;
+use crate::edge::{self, Edge, Forwarder, RequestIds, Service, Stage, Successor};
 use crate::follow::{self, Followed};
-use crate::guest::{Reload, Swapper};
+use crate::guest::{Reload, Shards, Swapper};
 use crate::lines;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};
@@ -85,11 +86,11 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
     // Before anything slow, so that a signal can stop the process at any time.
     let mut stop = on_signal(env)?;
     // Heard from here on, whether there is anything to read again or not: unheard, it would end the process.
-    let hangup = || listen_for(SignalKind::hangup());
-    let _heard = hangup()?;
+    let _heard = listen_for(SignalKind::hangup())?;
     let upgrade_signal = listen_for(SignalKind::user_defined2())?;
     let mut inherited = Inherited::receive()?;
     let activated = Activated::take(&args.listen.listen)?;
+    let is_activated = activated.http.is_some();
     let shares_data = args.standby && matches!(args.txlog, TxlogStorage::File);
     let primary = shares_data.then_some(&*args.data_dir);
     let reload = Reload::new(args.guest.file.as_deref(), args.watch_guest, primary)?;
@@ -175,8 +176,6 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         health.add("spare", move || spared.spare_condition());
         shards.keep_spares(memory::size());
     }
-    let metrics = Arc::new(edge::Metrics::default());
-    admin.metrics.add(metrics.clone());
     let data = (args.data_dir.clone(), shares_data);
     let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&log), data, args.probation);
     admin.set_swapper(Arc::clone(&swapper));
@@ -196,66 +195,25 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
             async move { shards.keep_house().await }
         })
     };
-    if let Some(tls) = &tls {
-        tls.start("TLS reload", hangup()?, env);
-        admin.metrics.add(tls.clone());
-        let tls = Arc::clone(tls);
-        health.add("tls", move || tls.condition());
-    }
-    if let Some(tokens) = &tokens {
-        tokens.start("token reload", hangup()?, env);
-        let tokens = Arc::clone(tokens);
-        health.add("tokens", move || tokens.condition());
-    }
-    let reloads = tls.iter().map(|tls| ("tls", tls.last_reload()));
-    let reloads = reloads.chain(tokens.iter().map(|tokens| ("tokens", tokens.last_reload())));
-    admin.metrics.add(Arc::new(Reloads(reloads.collect())));
-    let throttle = args.access.rate().map(Throttle::new);
-    if let Some(throttle) = &throttle {
-        throttle.start(env);
-    }
-    let limits = limits(args, connections)?;
-    let access_log = args.access_log_rate.map(AccessLog::new);
-    if let Some(access_log) = &access_log {
-        access_log.start(env);
-        admin.metrics.add(access_log.clone());
-    }
-    let slow_log = args.slow_request.map(SlowLog::new);
-    if let Some(slow_log) = &slow_log {
-        slow_log.start(env);
-        admin.metrics.add(slow_log.clone());
-    }
+    reload_files(&admin, tls.as_ref(), tokens.as_ref(), env)?;
     let successor = Arc::new(OnceLock::new());
-    let service = Service {
-        shards: Arc::clone(&shards),
-        changes: Arc::clone(&changes),
-        followed: followed.clone(),
-        stale_reads: args.stale_reads,
-        limits,
-        tokens,
-        throttle,
-        cors: Cors::new(args.access.cors_origin.clone()),
-        metrics,
-        ids: RequestIds::default(),
-        access_log,
-        slow_log,
-        proxies: TrustedProxies::new(&args.proxy.trusted_proxy),
-        successor: Arc::clone(&successor),
-    };
+    let limits = limits(args, connections)?;
+    let store = (Arc::clone(&shards), Arc::clone(&changes), followed.clone());
+    let service = service(args, env, &admin, store, tokens, limits, Arc::clone(&successor));
     admin.metrics.add(budget.clone());
     let when_primary = Arc::new(WhenPrimary::default());
     if args.listen_when_primary.is_some() {
         let when_primary = Arc::clone(&when_primary);
         health.add("primary listener", move || when_primary.condition());
     }
-    let mut failure = None;
     let (proxy_protocol, stage) = (args.proxy.proxy_protocol, watch::Sender::new(Stage::Serving));
     let edge = Arc::new(Edge { tls, service, limits, budget, proxy_protocol, tasks: tasks.clone(), stage });
     admin.set_forwarder(Forwarder::new(Arc::clone(&edge)));
 
     // Before that this process is a standby that nobody knows of.
+    let mut former = None;
     if let (Some(inherited), Some(standby), Some(followed)) = (&inherited, &standby, &followed) {
-        let former = tokio::select! {
+        former = tokio::select! {
             taken = inherited.take_over(standby, followed) => taken?,
             reason = log.watermark().latched() => bail!("{reason}"),
             _ = stop.changed() => {
@@ -264,14 +222,15 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
                 return Ok(Ended::Stopped);
             }
         };
-        if let Some(former) = former {
-            let forwarded = Arc::clone(&edge).serve_forwarded(former);
-            tasks.detach("forwarded connection", async move {
-                if let Err(error) = forwarded.await {
-                    warn!("requests of the former process: {error:#}");
-                }
-            });
-        }
+    }
+    let is_reported_by_former = former.is_some();
+    if let Some(former) = former {
+        let forwarded = Arc::clone(&edge).serve_forwarded(former);
+        tasks.detach("forwarded connection", async move {
+            if let Err(error) = forwarded.await {
+                warn!("requests of the former process: {error:#}");
+            }
+        });
     }
     let (mut control, mut second) = (None, None);
     if let Some(inherited) = &mut inherited {
@@ -305,7 +264,7 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         successor,
         handed_over: watch::Sender::new(false),
         stop: stop_of_upgrade,
-        alone: Arc::default(),
+        alone: Mutex::default(),
         answering: RwLock::default(),
     });
     Arc::clone(&upgrader).start(upgrade_signal, followed.clone());
@@ -314,49 +273,121 @@ async fn serve(args: &Serve, env: &Env, workers: &Workers) -> Result<Ended> {
         inherited.serves();
     }
     // Those of an upgrade belong to the former process until then.
-    let files = listeners.iter().map(|listener| listener.file()).collect::<io::Result<Vec<_>>>()?;
-    systemd::ready();
+    let files: Vec<_> = listeners.iter().filter_map(|listener| listener.file()).collect();
+    if !is_reported_by_former {
+        systemd::ready();
+    }
     let mut handed_over = upgrader.handed_over.subscribe();
-    let cut_off = edge.serve(Listeners::new(listeners), second, async {
+    let handed_over = async {
+        // The sender is in the upgrader.
+        let _ = handed_over.wait_for(|handed_over| *handed_over).await;
+        admin.hand_over();
+    };
+    let mut failure = None;
+    let stopped = async {
         tokio::select! {
-            _ = stop.changed() => {}
-            _ = handed_over.wait_for(|handed_over| *handed_over) => {
-                admin.hand_over();
-                return Stage::HandedOver;
-            }
+            _ = stop.changed() => info!("stopping: finishing requests in progress"),
             reason = log.watermark().latched() => failure = Some(reason),
         }
         health.reached(Phase::Stopping);
-        systemd::stopping();
-        changes.end();
-        if failure.is_none() {
-            info!("stopping: finishing requests in progress");
+        // Another process may serve, or take over from this one if its log has failed: then the service does not stop.
+        if failure.is_none() && !*upgrader.handed_over.borrow() {
+            systemd::stopping();
         }
-        Stage::Stopping
-    });
-    let cut_off = cut_off.await;
+        changes.end();
+    };
+    let cut_off = edge.serve(Listeners::new(listeners), second, handed_over, stopped).await;
     housekeeping.abort();
     reloading.abort();
     if cut_off > 0 {
         warn!("{cut_off} connections were cut off after {:?}", args.drain_timeout);
     }
+    // An upgrade that was begun before the end, and its answer.
+    let _upgraded = upgrader.alone.lock().await;
+    let _answered = upgrader.answering.write().await;
     if let Some(reason) = failure {
         if args.standby && log.read_only().is_some() {
+            ensure!(
+                !is_activated,
+                "{reason}; ending, since only the service manager can open the listeners again: start this server as a standby"
+            );
             warn!("{reason}: restarting as a standby");
             return Ok(Ended::Deposed);
         }
         bail!("{reason}; what was acknowledged is safe, start again to recover");
     }
-    // An upgrade that was begun before the stop, and its answer.
-    let _upgraded = upgrader.alone.lock().await;
-    let _answered = upgrader.answering.write().await;
     if !*upgrader.handed_over.borrow() {
         control.remove();
-        files.into_iter().flatten().for_each(SocketFile::remove);
+        files.into_iter().for_each(SocketFile::remove);
     }
     log.close()?;
     info!(data = %args.data_dir.display(), guest = description.name, sequence = log.appended(), "stopped serving on {addresses}");
     Ok(Ended::Stopped)
+}
+
+/// Starts to read the files of TLS and of the tokens again when they change, or at SIGHUP.
+fn reload_files(admin: &Admin, tls: Option<&Arc<Tls>>, tokens: Option<&Arc<Tokens>>, env: &Env) -> Result<()> {
+    let hangup = || listen_for(SignalKind::hangup());
+    let mut reloads = Vec::new();
+    if let Some(tls) = tls {
+        tls.start("TLS reload", hangup()?, env);
+        admin.metrics.add(tls.clone());
+        reloads.push(("tls", tls.last_reload()));
+        let tls = Arc::clone(tls);
+        admin.health.add("tls", move || tls.condition());
+    }
+    if let Some(tokens) = tokens {
+        tokens.start("token reload", hangup()?, env);
+        reloads.push(("tokens", tokens.last_reload()));
+        let tokens = Arc::clone(tokens);
+        admin.health.add("tokens", move || tokens.condition());
+    }
+    admin.metrics.add(Arc::new(Reloads(reloads)));
+    Ok(())
+}
+
+/// Assembles the service of requests, and starts what it uses.
+fn service(
+    args: &Serve,
+    env: &Env,
+    admin: &Admin,
+    (shards, changes, followed): (Arc<Shards>, Arc<ChangeFeed>, Option<Arc<Followed>>),
+    tokens: Option<Arc<Tokens>>,
+    limits: edge::Limits,
+    successor: Arc<OnceLock<Successor>>,
+) -> Service {
+    let metrics = Arc::new(edge::Metrics::default());
+    admin.metrics.add(metrics.clone());
+    let throttle = args.access.rate().map(Throttle::new);
+    if let Some(throttle) = &throttle {
+        throttle.start(env);
+    }
+    let access_log = args.access_log_rate.map(AccessLog::new);
+    if let Some(access_log) = &access_log {
+        access_log.start(env);
+        admin.metrics.add(access_log.clone());
+    }
+    let slow_log = args.slow_request.map(SlowLog::new);
+    if let Some(slow_log) = &slow_log {
+        slow_log.start(env);
+        admin.metrics.add(slow_log.clone());
+    }
+    Service {
+        shards,
+        changes,
+        followed,
+        stale_reads: args.stale_reads,
+        limits,
+        tokens,
+        throttle,
+        cors: Cors::new(args.access.cors_origin.clone()),
+        metrics,
+        ids: RequestIds::default(),
+        access_log,
+        slow_log,
+        proxies: TrustedProxies::new(&args.proxy.trusted_proxy),
+        successor,
+    }
 }
 
 /// Limits of connections and requests.

@@ -88,7 +88,9 @@ pub fn run(args: &Swap) -> Result<()> {
 
     let response = match result {
         Err(refused @ ClientError::Status { .. }) => {
-            if let Some(status) = args.shadow.and_then(|_| status(&watched)) {
+            // With another status, the last swap is not this one.
+            let is_unfit = matches!(refused, ClientError::Status { status: 422, .. });
+            if is_unfit && let Some(status) = args.shadow.and_then(|_| status(&watched)) {
                 print_shadow(&status["last_swap"]["shadow"])?;
             }
             return Err(refused).context("not swapped");

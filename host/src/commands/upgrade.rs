@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::{self, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::parse::duration;
 use crate::upgrade::{Upgraded, request};
@@ -26,8 +26,7 @@ pub struct Upgrade {
 
 pub fn run(args: &Upgrade) -> Result<()> {
     let binary = args.binary.as_deref().map(path::absolute).transpose()?;
-    let upgraded = request(&args.data_dir, binary.as_deref(), args.timeout);
-    let Upgraded { process, pause } = upgraded.context("not upgraded, the server serves on")?;
+    let Upgraded { process, pause } = request(&args.data_dir, binary.as_deref(), args.timeout)?;
     writeln!(io::stdout(), "process {process} serves; no call was made for {:.1}ms", pause.as_secs_f64() * 1e3)?;
     Ok(())
 }

@@ -25,11 +25,11 @@ use tracing::{debug, info};
 use super::addresses::Addresses;
 use super::budget::Account;
 use super::counted::MeteredSocket;
+use super::frame_inspector::FrameInspector;
 use super::frames::PREFACE;
 use super::metrics::{Limit, LimitExceeded};
 use super::multiplex::{RequestExecutor, TimeSlice};
-use super::overheard::FrameInspector;
-use super::patience::{Activity, ConnectionTimeouts, TimeoutAction};
+use super::timeouts::{Activity, ConnectionTimeouts, TimeoutAction};
 use super::{Edge, Stage, proxy, shown, tls};
 use crate::guest::Client;
 
@@ -38,11 +38,10 @@ use crate::guest::Client;
 const WINDOW: u32 = 256 << 10;
 /// Size of the send buffer of an HTTP/2 stream. A larger piece is shared with the budget, not copied.
 const SEND_BUFFER: usize = 64 << 10;
-
-/// How often to look whether the rest of it has come.
+/// Polling interval for the rest of the preface of HTTP/2.
 const PEEK: Duration = Duration::from_millis(10);
 
-/// The other end of a connection, and what it holds here.
+/// The client of a connection, and its account of memory.
 pub(super) struct Peer {
     pub client: Arc<Client>,
     /// None for a request that the former process forwards, which waits for nothing.
@@ -133,7 +132,7 @@ impl Edge {
     {
         let account = Arc::clone(&peer.account);
         let asked = Arc::clone(&activity);
-        let patience = ConnectionTimeouts::new(activity, http2, &self.limits);
+        let timeouts = ConnectionTimeouts::new(activity, http2, &self.limits);
         let address = peer.client.address;
         let cut = async {
             tokio::select! {
@@ -144,7 +143,8 @@ impl Edge {
                 }
             }
         };
-        // Shared by the requests of this connection alone: a count of references to the edge would go back and forth between threads.
+        // Shared by the requests of this connection alone: a count of references to the edge would go back and forth between
+        // threads.
         let shared = Arc::new((Arc::clone(self), peer));
         let service = service_fn(move |request| {
             let (shared, activity) = (Arc::clone(&shared), Arc::clone(&asked));
@@ -174,12 +174,12 @@ impl Edge {
                 .max_pending_accept_reset_streams(limits.resets)
                 .max_local_error_reset_streams(limits.resets)
                 .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX));
-            drive(http.serve_connection(stream, service), streams.run(), cut, patience, (stage, Stage::HandedOver))
+            drive(http.serve_connection(stream, service), streams.run(), cut, timeouts, (stage, Stage::HandedOver))
                 .await
         } else {
             let mut http = http1::Builder::new();
-            // Without a timer, which would be set for each request: patience is kept for less. The size is that of a head that is read,
-            // and that of what is written and not taken, beside one piece.
+            // Without the timer of hyper, which is set for each request: `ConnectionTimeouts` cost less. The size is that of a head
+            // that is read, and that of what is written and not taken, beside one piece.
             http.max_buf_size(limits.header_bytes).max_headers(limits.headers);
             // A client that sends no more is still answered.
             http.half_close(true);
@@ -187,7 +187,7 @@ impl Edge {
                 http.serve_connection(TokioIo::new(stream), service),
                 pending(),
                 cut,
-                patience,
+                timeouts,
                 (stage, Stage::Stopping),
             )
             .await
@@ -195,15 +195,15 @@ impl Edge {
     }
 }
 
-/// Serves a connection to its end: the client's, ours at the stage `last` or when asked to cut it, or that of our patience. HTTP/2
-/// has GOAWAY to end one that is idle; with HTTP/1.1 a request can be on its way.
+/// Serves a connection until the client ends it, `cut` resolves, a timeout is exceeded, or the service reaches the stage `last`.
+/// HTTP/2 has GOAWAY to end one that is idle; with HTTP/1.1 a request can be on its way.
 ///
 /// Looking now and again costs less than a timer for each request, and notices a little late.
 async fn drive(
     connection: impl GracefulConnection<Error: std::error::Error + Send + Sync + 'static>,
     streams: impl Future<Output = Infallible>,
     cut: impl Future<Output = Error>,
-    mut patience: ConnectionTimeouts,
+    mut timeouts: ConnectionTimeouts,
     (mut stage, last): (watch::Receiver<Stage>, Stage),
 ) -> Result<()> {
     let (mut connection, mut streams, mut cut) = (pin!(connection), pin!(streams), pin!(cut));
@@ -216,10 +216,10 @@ async fn drive(
             error = cut.as_mut() => return Err(error),
             () = reached(&mut stage, last), if !stopping => {
                 stopping = true;
-                patience.shut_down();
+                timeouts.shut_down();
                 connection.as_mut().graceful_shutdown();
             }
-            () = sleep(patience.next_look()) => match patience.look() {
+            () = sleep(timeouts.next_look()) => match timeouts.look() {
                 TimeoutAction::Continue => {}
                 TimeoutAction::ShutDown => connection.as_mut().graceful_shutdown(),
                 TimeoutAction::Abort(Limit::HeaderTimeout) if stopping => return Ok(()),

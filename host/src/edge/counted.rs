@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::metrics::Metrics;
-use super::patience::Activity;
+use super::timeouts::Activity;
 
 /// A socket that counts the bytes read and written.
 pub struct MeteredSocket {

@@ -64,11 +64,13 @@ impl Listener {
         }
     }
 
-    /// Returns the file that this server has to remove.
-    pub fn file(&self) -> io::Result<Option<SocketFile>> {
+    /// Returns the file that this server has to remove. None if it is not there: the socket accepts connections without it.
+    pub fn file(&self) -> Option<SocketFile> {
         match (self, self.path()) {
-            (Self::Unix(_, FileOwner::Server), Some(path)) => Ok(Some(SocketFile { identity: identity(&path)?, path })),
-            _ => Ok(None),
+            (Self::Unix(_, FileOwner::Server), Some(path)) => {
+                Some(SocketFile { identity: identity(&path).ok()?, path })
+            }
+            _ => None,
         }
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-use super::patience::UnderWay;
+use super::timeouts::UnderWay;
 
 pub enum Reply {
     Whole(Bytes),

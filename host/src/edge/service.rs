@@ -20,7 +20,7 @@ use tracing::error;
 use super::access_log::{AccessLog, Line};
 use super::auth::{Grant, Standing, Tokens, revoked};
 use super::body::full;
-use super::budget::Exceeded;
+use super::budget::{Charge, Exceeded};
 use super::connection::Peer;
 use super::consistency;
 use super::cors::Cors;
@@ -50,6 +50,11 @@ const LEASE_POLL: time::Duration = time::Duration::from_millis(20);
 const FREE: usize = 4 << 10;
 /// What a stream of HTTP/2 takes beside the head of its request, or beside the body of its response.
 const STREAM: usize = 2 << 10;
+
+/// Returns the bytes that a request holds without being charged for them.
+fn free(http2: bool) -> usize {
+    if http2 { 0 } else { FREE }
+}
 
 /// Returns whether caches may keep a response to this method without being asked to.
 fn is_cacheable(method: &Method) -> bool {
@@ -97,7 +102,36 @@ struct Answered {
     as_of: Option<time::Instant>,
 }
 
-/// What is known of a request when it is answered, whichever way.
+/// Outcome of a call.
+enum Called {
+    Here(Answered),
+    /// The response of the process that serves in place of this one.
+    Elsewhere(Response<Bytes>),
+}
+
+/// An admitted request, as far as its response depends on it.
+struct Asked<'r> {
+    id: &'r HeaderValue,
+    method: Method,
+    http2: bool,
+    key_prefix: Option<Arc<str>>,
+    standing: Option<Standing>,
+    deadline: Instant,
+}
+
+impl Asked<'_> {
+    /// Charges a response. `must` where the request may have changed something, so that it cannot be rejected any more.
+    fn hold(&self, charge: &mut Charge, body_bytes: usize, must: bool) -> Result<(), Refusal> {
+        let bytes = body_bytes + if self.http2 { STREAM } else { 0 };
+        if must {
+            charge.must_hold(bytes);
+            return Ok(());
+        }
+        charge.hold(bytes).map_err(|Exceeded| full().into())
+    }
+}
+
+/// Data of a request for metrics and log lines, however it ends.
 struct Noted {
     client: Arc<Client>,
     principal: Option<Arc<str>>,
@@ -181,13 +215,12 @@ impl Service {
         request: Request<Arriving>,
         peer: &Peer,
         id: &HeaderValue,
-        mut deadline: Instant,
+        deadline: Instant,
         noted: &mut Noted,
     ) -> Result<Response<Reply>, Refusal> {
         let (head, body) = request.into_parts();
         let http2 = head.version == Version::HTTP_2;
-        let free = if http2 { 0 } else { FREE };
-        let mut charge = peer.account.begin(free);
+        let mut charge = peer.account.begin(free(http2));
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
         let client = match charge.hold(head_bytes) {
@@ -208,72 +241,93 @@ impl Service {
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
-        let is_head = head.method == Method::HEAD;
-        let is_cacheable = is_cacheable(&head.method);
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
         });
-        let (request, principal) = (Request::from_parts(head, body), noted.principal.clone());
-        let client = Arc::clone(&noted.client);
-        let is_sampled = self.shards.shadow().samples();
-        let incoming =
-            Incoming { request, client, id: id.clone(), principal, scope, key_prefix: key_prefix.clone(), is_sampled };
-        let called = Instant::now();
-        let answered = match self.reuse(&incoming) {
-            Some(answered) => Ok(answered),
-            None => self.call(incoming, deadline).await,
+        let mut asked = Asked { id, method: head.method.clone(), http2, key_prefix, standing, deadline };
+        let incoming = Incoming {
+            request: Request::from_parts(head, body),
+            client: Arc::clone(&noted.client),
+            id: id.clone(),
+            principal: noted.principal.clone(),
+            scope,
+            key_prefix: asked.key_prefix.clone(),
+            is_sampled: self.shards.shadow().samples(),
         };
-        noted.times.queue = called.elapsed();
-        let Answered { mut answer, mut as_of } = answered?;
-        noted.times.guest = answer.guest_time;
-        noted.times.queue = noted.times.queue.saturating_sub(answer.guest_time);
-        if let Some(Sequel::Wait(wait)) = answer.sequel {
-            // Who waits keeps nobody from being served.
-            drop(under_way);
-            noted.waited = true;
-            charge.must_hold(head_bytes);
-            (Answered { answer, as_of }, deadline) = self.wait(wait, peer.socket.as_deref(), standing.as_ref()).await?;
+        let begun = Instant::now();
+        let called = self.call(incoming, deadline).await;
+        noted.times.queue = begun.elapsed();
+        if let Ok(Called::Here(Answered { answer, .. })) = &called {
+            noted.times.guest = answer.guest_time;
+            noted.times.queue = noted.times.queue.saturating_sub(answer.guest_time);
         }
+        let called = match called? {
+            Called::Here(Answered { answer: Answer { sequel: Some(Sequel::Wait(wait)), .. }, .. }) => {
+                // A long poll that waits is not counted as a request in flight.
+                drop(under_way);
+                noted.waited = true;
+                charge.must_hold(head_bytes);
+                let called;
+                (called, asked.deadline) = self.wait(wait, peer.socket.as_deref(), asked.standing.as_ref()).await?;
+                called
+            }
+            called => called,
+        };
+        match called {
+            Called::Here(answered) => self.reply(answered, asked, peer, charge, noted).await,
+            Called::Elsewhere(response) => {
+                asked.hold(&mut charge, response.body().len(), !head::is_safe(&asked.method))?;
+                Ok(response.map(|body| Reply::Whole(charge.keep(body))))
+            }
+        }
+    }
+
+    /// Responds with the guest's answer, once nothing that it shows can be lost, and begins the watch that it asks for.
+    async fn reply(
+        &self,
+        Answered { answer, as_of }: Answered,
+        asked: Asked<'_>,
+        peer: &Peer,
+        mut charge: Charge,
+        noted: &mut Noted,
+    ) -> Result<Response<Reply>, Refusal> {
         let length = answer.response.bytes();
-        let response_bytes = length + if http2 { STREAM } else { 0 };
-        if answer.appended {
-            charge.must_hold(response_bytes);
-        } else {
-            charge.hold(response_bytes).map_err(|Exceeded| full())?;
-        }
-        let released = Instant::now();
-        let safe = self.release(&answer, deadline).await;
-        noted.times.commit = released.elapsed();
+        asked.hold(&mut charge, length, answer.appended)?;
+        let begun = Instant::now();
+        let safe = self.release(&answer, asked.deadline).await;
+        noted.times.commit = begun.elapsed();
         safe?;
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {
-            let (guest, request_id) = (self.shards.serving().description, id.to_str().unwrap_or_default());
+            let (guest, request_id) = (self.shards.serving().description, asked.id.to_str().unwrap_or_default());
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
             refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
         })?;
         if !is_complete {
-            set_defaults(&mut response, is_cacheable);
+            set_defaults(&mut response, is_cacheable(&asked.method));
         }
         if let Some(reusable) = answer.reusable {
             // A place for the id of each request that is given a copy. Not an id: one that a client sent is a part of a larger buffer.
             response.headers_mut().insert(request_id::HEADER, const { HeaderValue::from_static("-") });
             reusable.keep(&response);
         }
-        response.headers_mut().insert(request_id::HEADER, id.clone());
+        response.headers_mut().insert(request_id::HEADER, asked.id.clone());
         let (mut head, body) = response.into_parts();
         if let Some(as_of) = as_of {
             consistency::set_age(&mut head.headers, self.shards.env().clock.elapsed(as_of));
         }
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
+                let Asked { method, key_prefix, standing, .. } = asked;
+                let free = free(asked.http2);
                 let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 match &peer.socket {
-                    Some(_) if is_head => Reply::Whole(Bytes::new()),
+                    Some(_) if method == Method::HEAD => Reply::Whole(Bytes::new()),
                     Some(socket) => stream.start(
                         self.limits.stream_heartbeat,
                         Arc::clone(socket),
@@ -291,20 +345,18 @@ impl Service {
         Ok(Response::from_parts(head, reply))
     }
 
-    /// Returns the kept response to an equal request.
-    fn reuse(&self, incoming: &Incoming) -> Option<Answered> {
-        let as_of = self.as_of();
-        self.shards.kept(incoming).map(|answer| Answered { answer, as_of })
-    }
-
     /// Returns the time up to which a standby has everything. To be called before a response is made or looked up: the state only
     /// gets newer.
     fn as_of(&self) -> Option<time::Instant> {
         self.followed.as_ref().and_then(|followed| followed.as_of())
     }
 
-    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Answered, Refusal> {
+    /// Returns the kept response to an equal request, or calls the guest.
+    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Called, Refusal> {
         let as_of = self.as_of();
+        if let Some(answer) = self.shards.kept(&incoming) {
+            return Ok(Called::Here(Answered { answer, as_of }));
+        }
         let client = Arc::clone(&incoming.client);
         // HTTP/1.1 has one request at a time, which needs no timer.
         let turn = match client.turn.try_lock() {
@@ -316,17 +368,21 @@ impl Service {
             Err(_) => Err(CallError::Late),
         };
         let error = match answer {
-            Ok(answer) => return Ok(Answered { answer, as_of }),
+            Ok(answer) => return Ok(Called::Here(Answered { answer, as_of })),
             Err(error) => error,
         };
         let reason = error.to_string();
         Err(match error {
-            CallError::Trapped | CallError::Replaced => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+            CallError::Trapped => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
+            CallError::Partial => {
+                let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason);
+                problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into()
+            }
             CallError::KeyPrefix => refuse(StatusCode::FORBIDDEN, &reason).into(),
             CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
             CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into(),
             CallError::HandedOver(incoming) => match self.successor.get() {
-                Some(successor) => successor.respond(*incoming, deadline).await.into(),
+                Some(successor) => return Ok(Called::Elsewhere(successor.respond(*incoming, deadline).await?)),
                 None => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
             },
         })
@@ -340,7 +396,7 @@ impl Service {
         mut wait: Box<Wait>,
         socket: Option<&TcpStream>,
         standing: Option<&Standing>,
-    ) -> Result<(Answered, Instant), Refusal> {
+    ) -> Result<(Called, Instant), Refusal> {
         self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = UnderWay(&self.metrics.waiting);
         // A forwarded request does not wait: the former process is about to end.
@@ -359,16 +415,14 @@ impl Service {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let Answered { answer, as_of } = match self.reuse(&wait.incoming) {
-                Some(answered) => answered,
-                None => self.call(wait.incoming, deadline).await?,
-            };
+            let called = self.call(wait.incoming, deadline).await?;
+            let Called::Here(Answered { answer, as_of }) = called else { return Ok((called, deadline)) };
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     tokio::select! {
                         biased;
                         refusal = revoked(standing) => return Err(refusal),
-                        // Who closed its side may have left, and would wait for nobody.
+                        // A client that has closed its side has probably left.
                         () = client_left(socket) => until = Instant::now(),
                         _ = timeout_at(until, watcher.next()) => {}
                     }
@@ -376,7 +430,7 @@ impl Service {
                 }
                 (sequel, _) => {
                     let answer = Answer { sequel, ..answer };
-                    return Ok((Answered { answer, as_of }, deadline));
+                    return Ok((Called::Here(Answered { answer, as_of }), deadline));
                 }
             }
         }
@@ -421,7 +475,7 @@ impl Service {
         Ok(())
     }
 
-    /// Whether anything is done for a request at all, for whom, and what the client may do.
+    /// Checks the head, the limits, the token, and the role of this server. Returns the grant of the client.
     async fn admit(
         &self,
         head: &Parts,
@@ -451,7 +505,7 @@ impl Service {
             }
         }
         let accepts_stale = consistency::accepts_stale(&head.headers)?.unwrap_or(self.stale_reads);
-        // A guest may find that there is nothing to do, and would say it is done, where it is not where it is written.
+        // Also writes that the guest might find to change nothing: on the primary they may change something.
         let is_read = head::is_safe(&head.method);
         if !(is_read && accepts_stale)
             && let Some(reason) = self.changes.read_only()

@@ -27,7 +27,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::connection::Peer;
-use super::refusal::{Answer, refuse};
+use super::refusal::{Answer, Refusal, refuse};
 use super::reply::Reply;
 use super::{Edge, head, problem, request_id};
 use crate::guest::{Client, Incoming};
@@ -47,8 +47,9 @@ const NOT_FORWARDED: [HeaderName; 7] = [
 /// Flow-control windows of a stream and of the connection: nothing is gained by holding a body back.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
-/// Size of a head beyond that which the client has sent.
+/// Size of a head beyond that which the client has sent, and what HTTP/2 counts for each header beside its bytes.
 const EXTRA_HEADER_BYTES: usize = 4 << 10;
+const HEADER_OVERHEAD: usize = 32;
 
 /// The process that serves in place of this one.
 pub struct Successor {
@@ -86,22 +87,20 @@ impl Successor {
     }
 
     /// Has the other process respond to a request.
-    pub(super) async fn respond(&self, incoming: Incoming, deadline: Instant) -> Answer {
+    pub(super) async fn respond(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
         let is_read = head::is_safe(incoming.request.method());
         let error = match timeout_at(deadline, self.forward(incoming)).await {
-            Ok(Ok(response)) => return response,
+            Ok(Ok(response)) => return Ok(response),
             Ok(Err(error)) => error.to_string(),
             Err(_) => "it did not respond in time".to_owned(),
         };
         debug!("a request could not be forwarded: {error}");
         let reason = format!("another process serves, and the request could not be forwarded: {error}");
         if is_read {
-            return refuse(StatusCode::SERVICE_UNAVAILABLE, &reason);
+            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into());
         }
-        problem::with_code(
-            problem::OUTCOME_UNKNOWN,
-            refuse(StatusCode::GATEWAY_TIMEOUT, &format!("outcome unknown: {reason}")),
-        )
+        let refusal = refuse(StatusCode::GATEWAY_TIMEOUT, &format!("outcome unknown: {reason}"));
+        Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
     }
 
     async fn forward(&self, incoming: Incoming) -> hyper::Result<Answer> {
@@ -145,11 +144,14 @@ impl Edge {
             let edge = Arc::clone(&edge);
             async move { Ok::<_, Infallible>(edge.forwarded(request).await) }
         });
+        let header_bytes = limits.header_bytes + HEADER_OVERHEAD * limits.headers + EXTRA_HEADER_BYTES;
         let mut http = http2::Builder::new(Detached(self.tasks.clone()));
         http.initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(u32::try_from(limits.requests).unwrap_or(u32::MAX))
-            .max_header_list_size(u32::try_from(limits.header_bytes + EXTRA_HEADER_BYTES).unwrap_or(u32::MAX));
+            // Clients that leave together, or reach their deadlines, do not end the connection of the others.
+            .max_pending_accept_reset_streams(limits.requests)
+            .max_header_list_size(u32::try_from(header_bytes).unwrap_or(u32::MAX));
         let ended = http.serve_connection(socket, service).await;
         drop(open);
         match ended {

@@ -65,17 +65,26 @@ fn define<T: 'static>(
             let path = format!("{interface}#{name}");
             linker.func_new(name, move |mut store, function, parameters, results| {
                 // Handles that are passed are the host's until it drops them; a borrowed one that is left is a trap.
-                for parameter in parameters {
-                    if let Val::Resource(handle) = parameter {
-                        handle.resource_drop(&mut store)?;
-                    }
-                }
+                parameters.iter().try_for_each(|parameter| drop_handles(&mut store, parameter))?;
                 let Some(refusal) = refuse(store, &function, handles)? else {
                     bail!("{path} was called, which this host does not offer")
                 };
                 results.iter_mut().for_each(|result| *result = refusal.clone());
                 Ok(())
             })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Drops all handles in a value.
+fn drop_handles<T: 'static>(store: &mut StoreContextMut<'_, T>, value: &Val) -> Result<()> {
+    match value {
+        Val::Resource(handle) => handle.resource_drop(store),
+        Val::List(values) | Val::Tuple(values) => values.iter().try_for_each(|value| drop_handles(store, value)),
+        Val::Record(fields) => fields.iter().try_for_each(|(_, value)| drop_handles(store, value)),
+        Val::Variant(_, Some(value)) | Val::Option(Some(value)) | Val::Result(Ok(Some(value)) | Err(Some(value))) => {
+            drop_handles(store, value)
         }
         _ => Ok(()),
     }
@@ -111,5 +120,32 @@ fn refusal(error: &Type) -> Option<Val> {
             Some(Val::Variant(case.name.to_owned(), None))
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wasmtime::{AsContextMut, Engine, Store};
+
+    use super::*;
+
+    #[test]
+    fn handles_inside_of_values_are_dropped() {
+        let wraps: [fn(Val) -> Val; 8] = [
+            |handle| handle,
+            |handle| Val::List(vec![Val::Bool(true), handle]),
+            |handle| Val::Tuple(vec![Val::Bool(true), handle]),
+            |handle| Val::Record(vec![("name".to_owned(), handle)]),
+            |handle| Val::Variant("name".to_owned(), Some(Box::new(handle))),
+            |handle| Val::Option(Some(Box::new(handle))),
+            |handle| Val::Result(Ok(Some(Box::new(handle)))),
+            |handle| Val::Result(Err(Some(Box::new(Val::List(vec![handle]))))),
+        ];
+        let mut store = Store::new(&Engine::default(), ());
+        for (number, wrap) in wraps.into_iter().enumerate() {
+            let handle = Resource::<Absent>::new_own(7).try_into_resource_any(&mut store).expect("there is room");
+            drop_handles(&mut store.as_context_mut(), &wrap(Val::Resource(handle))).expect("it can be dropped");
+            handle.resource_drop(&mut store).expect_err(&format!("value {number} still has its handle"));
+        }
     }
 }

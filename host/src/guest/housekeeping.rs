@@ -1,6 +1,7 @@
 //! Time of the next housekeeping (`tick`), which is one for all shards.
 //!
-//! Owns: the earliest wish of any guest, and the bounds of all. Must never know: what is done then, or which request a shard handles.
+//! Owns: the earliest wish of any guest, and the bounds of all. Must never know: what is done then, or which request a shard
+//! handles.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -56,7 +56,7 @@ pub struct State {
 pub(super) struct Call {
     pub(super) may_append: bool,
     pub(super) client: Option<Arc<Client>>,
-    /// Prefix of the keys that the client may change, if not all.
+    /// Prefix of the keys that the client may read and change, if not all.
     pub(super) key_prefix: Option<Arc<str>>,
     /// Taken when the call begins.
     pub(super) request_id: Option<HeaderValue>,
@@ -104,8 +104,8 @@ impl Asked {
 }
 
 impl Call {
-    /// Whether the client may change a key. Those of guests are not its own.
-    fn may_change(&self, key: &str) -> bool {
+    /// Whether the client may read and change a key, as far as it can be given one: those of guests are not its own.
+    fn may_access(&self, key: &str) -> bool {
         self.key_prefix.as_ref().is_none_or(|prefix| key.starts_with(&**prefix) || key.starts_with(GUEST_KEY))
     }
 }
@@ -190,7 +190,7 @@ impl transaction_log::Host for State {
 impl State {
     fn append_real(&mut self, events: &[kvs_txlog::Event]) -> Result<u64, AppendError> {
         // What it does not own, it would not be given again.
-        let may_append = |key| self.part.owns(key) && self.call.may_change(key);
+        let may_append = |key| self.part.owns(key) && self.call.may_access(key);
         if !self.call.may_append || !events.iter().map(kvs_txlog::Event::key).all(may_append) {
             return Err(AppendError::ReadOnly);
         }
@@ -237,6 +237,8 @@ impl watch::Host for State {
     }
 
     fn wait_for_change(&mut self, key: String, timeout_ms: u64) {
+        // The client of a wait learns when the key changes.
+        let timeout_ms = if self.call.may_access(&key) { timeout_ms } else { 0 };
         self.call.asked = Some(Asked::Wait { key, timeout: Duration::from_millis(timeout_ms) });
     }
 }

@@ -32,8 +32,14 @@ pub fn inspect(
     let world = engine.world(&component);
     let digest = Digest::of(&bytes);
     let mut object = json!({
-        "source": source.to_string(), "bytes": bytes.len(), "sha256": digest.to_string(),
-        "contract": world.contracts(), "uses": world.used(), "imports": world.imports, "exports": world.exports, "memory_limit_bytes": limits.memory_bytes,
+        "source": source.to_string(),
+        "bytes": bytes.len(),
+        "sha256": digest.to_string(),
+        "contract": world.contracts(),
+        "uses": world.used(),
+        "imports": world.imports,
+        "exports": world.exports,
+        "memory_limit_bytes": limits.memory_bytes,
         "call_limit_ms": u64::try_from(limits.call.as_millis()).unwrap_or(u64::MAX),
     });
     let mut text = String::new();

@@ -19,7 +19,7 @@ use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
 use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted};
-use super::shadow::{Append, Appends, Difference, Given as Surrounded, Record, Recorded, Script, Surroundings};
+use super::shadow::{Append, Appends, Difference, Inputs, Record, Recorded, Script, Surroundings};
 use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
 
@@ -251,13 +251,14 @@ impl Instance {
         incoming: &Incoming,
         time: u64,
         appends: Vec<Append>,
-        surroundings: Surrounded,
+        surroundings: Inputs,
     ) -> Result<Scripted, Trapped> {
         let time = self.store.data_mut().at(time);
         let headers = incoming.headers(&self.wanted_headers);
         let request = incoming.record(&headers, time);
         let call = Call {
             client: Some(Arc::clone(&incoming.client)),
+            key_prefix: incoming.key_prefix.clone(),
             request_id: Some(incoming.id.clone()),
             effects: Appends::Scripted(Script::new(appends)),
             surroundings: Surroundings::Scripted(surroundings),

@@ -21,9 +21,9 @@ pub struct Metrics {
     /// Spares that were built, and that failed.
     pub spares_built: Counter,
     pub spares_failed: Counter,
-    /// Swaps that stayed, that were taken back, and that did not come to it.
+    /// Swaps that were completed, rolled back, and refused.
     pub swaps: Counter,
-    pub swaps_taken_back: Counter,
+    pub swaps_rolled_back: Counter,
     pub swaps_refused: Counter,
 }
 
@@ -75,7 +75,7 @@ impl Metrics {
             spares_built: Counter::default(),
             spares_failed: Counter::default(),
             swaps: Counter::default(),
-            swaps_taken_back: Counter::default(),
+            swaps_rolled_back: Counter::default(),
             swaps_refused: Counter::default(),
         }
     }

@@ -56,4 +56,4 @@ pub use shadow::{MAX_DURATION as MAX_SHADOW, Plan as ShadowPlan};
 pub use shard::CallError;
 pub use shards::{Arrangement, Paused, Shards};
 pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
-pub use swap::{Outcome, Steps, SwapError, Swapper};
+pub use swap::{Ended, Outcome, Steps, SwapError, Swapper};

@@ -19,7 +19,7 @@ use wasmtime::{Result, bail, ensure};
 use super::clock::Clock;
 use super::fixed::Fixed;
 use super::limits::Limits;
-use super::shadow::{Given, Surroundings};
+use super::shadow::{Inputs, Surroundings};
 use super::trap::Printed;
 
 mod bindings {
@@ -165,10 +165,10 @@ impl Sandbox {
     }
 
     /// Returns what the last call was given of clocks and randomness, where that was recorded.
-    pub fn recorded(&mut self) -> Given {
+    pub fn recorded(&mut self) -> Inputs {
         match std::mem::take(&mut self.surroundings) {
             Surroundings::Recorded(given) => given,
-            Surroundings::Real | Surroundings::Scripted(_) => Given::default(),
+            Surroundings::Real | Surroundings::Scripted(_) => Inputs::default(),
         }
     }
 

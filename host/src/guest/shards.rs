@@ -71,7 +71,7 @@ pub struct Switched {
     pub before: Before,
 }
 
-/// The guest that served before, to be put back.
+/// The guest that served before, for a rollback.
 pub struct Before {
     serving: Serving,
     routers: Arc<Routers>,
@@ -90,7 +90,7 @@ impl Shards {
         let (started, owners) = (env.clock.now(), Owners::new(count, &env.random)?);
         let replicas = replica::new_of_all(&guest, &log, &owners);
         let mut replicas = replicas.with_context(|| guest.source().cannot_be_run())?;
-        replica::catch_up_all(&mut replicas, &|_, _| {})?;
+        replica::catch_up_all(&mut replicas, &|_, _| Ok(()))?;
         let replayed = replica::replayed_by_all(&mut replicas, started)?;
 
         let serving = Serving::new(Arc::new(guest), &replicas[0].instance);
@@ -260,15 +260,13 @@ impl Shards {
 
     /// Has all of it built from the log once more, while those who ask wait.
     pub async fn rebuild(&self) -> Result<()> {
-        let mut turns = Vec::with_capacity(self.shards.len());
+        // One turn at a time: a rollback, which can begin meanwhile, holds a turn while it waits for the others.
         for shard in &self.shards {
-            turns.push(shard.visit().await?);
-        }
-        let serving = self.serving();
-        self.shared.cache.serve(Arc::clone(&serving.headers));
-        for mut turn in turns {
+            let mut turn = shard.visit().await?;
+            let serving = turn.serving();
+            self.shared.cache.serve(Arc::clone(&serving.headers));
             // A turn that ends without an instance is followed by one.
-            turn.take_out(serving.clone());
+            turn.take_out(serving);
         }
         Ok(())
     }
@@ -334,8 +332,8 @@ impl Shards {
         self.held(|held| &held.memory_bytes)
     }
 
-    /// Puts the guest back that served before the one that trapped. Its instances lack what was appended since.
-    pub async fn put_back(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
+    /// Restores the guest that served before the one that trapped. Its instances lack what was appended since.
+    pub async fn restore(&self, before: Before, mut trapped: Option<Turn>) -> Result<()> {
         let (out, back) = (self.serving().description, &before.serving.description);
         error!("{} is rolled back on probation, {} serves again", out.name, back.name);
         let (mut turns, paused) = (Vec::with_capacity(self.shards.len()), self.env().clock.now());
@@ -412,7 +410,7 @@ impl Measured for Shards {
         page.gauge("guest_shards_down", "Shards that have no instance of the guest", down)?;
         let swaps = [
             ("done", metrics.swaps.get()),
-            ("rolled_back", metrics.swaps_taken_back.get()),
+            ("rolled_back", metrics.swaps_rolled_back.get()),
             ("refused", metrics.swaps_refused.get()),
         ];
         let swaps = swaps.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));

@@ -1,7 +1,7 @@
 //! The swap: another guest takes over while requests are in flight.
 //!
 //! It is compiled and checked, built from the log beside the guest that serves, caught up, and put in its place between
-//! two calls. Until then the one that serves notices nothing; after that it is kept for a while, and put back when the new
+//! two calls. Until then the one that serves notices nothing; after that it is kept for a while, and serves again when the new
 //! one traps. The guest that is replaced is never asked for anything.
 //!
 //! Owns: the steps of a swap, and their report. Must never know: who asked for it, or how.
@@ -47,7 +47,7 @@ pub enum SwapError {
     #[error("{reason}")]
     Shadow { reason: String, report: Value },
     #[error("{guest} was rolled back on probation, the guest before serves again: {reason}")]
-    TakenBack { guest: String, reason: String },
+    RolledBack { guest: String, reason: String },
     /// Nothing is known to be wrong with the guest.
     #[error("{0:#}")]
     Failed(anyhow::Error),
@@ -59,6 +59,12 @@ pub struct Steps {
     /// Everything is done but the switch.
     pub dry_run: bool,
     pub shadow: Option<Plan>,
+}
+
+/// The step of a swap that a rollback ended.
+pub enum Ended {
+    Shadow,
+    Probation,
 }
 
 /// What a swap came to.
@@ -87,7 +93,8 @@ pub struct Swapper {
     probation: Duration,
     /// The runtime where requests are served.
     tasks: Tasks,
-    under_way: Arc<tokio::sync::Mutex<()>>,
+    /// Held during a swap.
+    swapping: Arc<tokio::sync::Mutex<()>>,
     status: Mutex<Status>,
 }
 
@@ -120,8 +127,9 @@ impl Swapper {
     ) -> Arc<Self> {
         let status = Status { since: shards.env().clock.unix_ms(), phase: None, shadow: None, last: Value::Null };
         let tasks = shards.env().tasks.in_runtime(&Handle::current());
-        let (under_way, status) = (Arc::default(), Mutex::new(status));
-        Arc::new(Self { engine, shards, log, data, shares_data, probation, tasks, under_way, status })
+        let swapping = Arc::default();
+        let status = Mutex::new(status);
+        Arc::new(Self { engine, shards, log, data, shares_data, probation, tasks, swapping, status })
     }
 
     pub fn serving(&self) -> Serving {
@@ -204,14 +212,20 @@ impl Swapper {
 
     /// Allows no swap until the guard is dropped. None while there is one.
     pub fn hold(&self) -> Option<OwnedMutexGuard<()>> {
-        Arc::clone(&self.under_way).try_lock_owned().ok()
+        Arc::clone(&self.swapping).try_lock_owned().ok()
     }
 
-    /// Ends the probation of the guest, so that the one before serves again, or shadow traffic, so that the same one serves on. False
-    /// when there is neither.
-    pub fn roll_back(&self) -> bool {
+    /// Ends shadow traffic, so that the same guest continues to serve, or the probation of the guest, so that the previous one
+    /// serves again. None when there is neither.
+    pub fn roll_back(&self) -> Option<Ended> {
         let shadow = self.lock().shadow.take();
-        shadow.inspect(|report| report.stop()).is_some() || self.shards.roll_back()
+        match shadow {
+            Some(report) => {
+                report.stop();
+                Some(Ended::Shadow)
+            }
+            None => self.shards.roll_back().then_some(Ended::Probation),
+        }
     }
 
     async fn swap_alone(
@@ -220,7 +234,7 @@ impl Swapper {
         component: Vec<u8>,
         steps: Steps,
     ) -> Result<Outcome, SwapError> {
-        let Ok(_alone) = self.under_way.try_lock() else { return Err(SwapError::Busy) };
+        let Ok(_alone) = self.swapping.try_lock() else { return Err(SwapError::Busy) };
         let steps = async {
             // In memory beside the guest that serves is the new one, and no spares.
             let _no_spares = self.shards.without_spares().await;
@@ -257,7 +271,7 @@ impl Swapper {
             if steps.dry_run {
                 return Ok(outcome);
             }
-            // What serves has been given no request before.
+            // An instance that was given requests never serves.
             let (me, replaying) = (Arc::clone(self), Arc::clone(&guest));
             (replicas, outcome.replayed) = blocking(move || me.replay(&replaying)).await?;
         }
@@ -282,10 +296,10 @@ impl Swapper {
         }
         if let Some(raised) = raised {
             let Raised { reason, turn } =
-                raised.context("nobody watches over it any more").map_err(SwapError::Failed)?;
-            self.shards.put_back(before, turn).await.map_err(SwapError::Failed)?;
+                raised.context("the alarm of the probation was lost").map_err(SwapError::Failed)?;
+            self.shards.restore(before, turn).await.map_err(SwapError::Failed)?;
             self.lock().since = self.clock().unix_ms();
-            return Err(SwapError::TakenBack { guest: outcome.guest, reason });
+            return Err(SwapError::RolledBack { guest: outcome.guest, reason });
         }
         // Memory is given back in its own time.
         task::spawn_blocking(move || drop(before));
@@ -356,6 +370,7 @@ impl Swapper {
             if let Some(phase) = &mut self.lock().phase {
                 (phase.entries, phase.sequence) = (phase.entries + entries, phase.sequence.max(sequence));
             }
+            Ok(())
         };
         for _ in 0..ROUNDS {
             if replica::catch_up_all(replicas, &progress)? < FEW {
@@ -374,7 +389,7 @@ impl Swapper {
         match outcome {
             Ok(Outcome { pause: Some(_), .. }) => metrics.swaps.add(1),
             Ok(_) => {}
-            Err(SwapError::TakenBack { .. }) => metrics.swaps_taken_back.add(1),
+            Err(SwapError::RolledBack { .. }) => metrics.swaps_rolled_back.add(1),
             Err(_) => metrics.swaps_refused.add(1),
         }
         let last = match outcome {
@@ -392,7 +407,10 @@ impl Swapper {
             }
         };
         let mut status = self.lock();
-        (status.phase, status.last) = (None, last);
+        status.phase = None;
+        // Left behind by a panic.
+        status.shadow = None;
+        status.last = last;
     }
 
     fn clock(&self) -> &Clock {

@@ -28,7 +28,7 @@ const NAME: &str = "control";
 const REQUEST_BYTES: u64 = 8 << 10;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The listener of a server, once it is primary.
+/// The listener of a server, once it is primary. The lock of its log keeps others away from the socket.
 pub struct Control {
     data: PathBuf,
     listener: OnceLock<Arc<UnixListener>>,
@@ -67,7 +67,7 @@ impl Control {
         let listener = match self.listener.get() {
             Some(listener) => listener,
             None => self.open(at(&self.data, |path| {
-                // Of a server that was killed.
+                // That of a server that was killed: the log has one primary.
                 match fs::remove_file(path) {
                     Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
                     _ => StdListener::bind(path),
@@ -129,7 +129,7 @@ pub fn request(data: &Path, binary: Option<&Path>, timeout: Duration) -> Result<
     };
     let no_server = || {
         format!(
-            "no server can be reached in {}; give the --data-dir of a running server, of the same user",
+            "no server can be reached in {}; give the --data-dir of a running server, of the same user and with its log in files",
             data.display()
         )
     };

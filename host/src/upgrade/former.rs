@@ -15,6 +15,7 @@ use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::{HandOver, Handed};
+use kvs_txlog::{Condition, TransactionLog};
 use tokio::signal::unix::Signal;
 use tokio::sync::{oneshot, watch};
 use tokio::task;
@@ -61,7 +62,7 @@ pub struct Upgrader {
     pub handed_over: watch::Sender<bool>,
     pub stop: watch::Receiver<bool>,
     /// Held during an upgrade.
-    pub alone: Arc<tokio::sync::Mutex<()>>,
+    pub alone: tokio::sync::Mutex<()>,
     /// Held for reading until the outcome of an upgrade is sent to its caller.
     pub answering: tokio::sync::RwLock<()>,
 }
@@ -82,7 +83,9 @@ impl NewProcess {
     fn end(&mut self) -> String {
         // An error means that it has ended.
         let _ = self.0.kill();
-        self.0.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
+        // The kernel frees its memory first, gigabytes for many keys.
+        let ended = task::block_in_place(|| self.0.wait());
+        ended.map_or_else(|error| error.to_string(), |status| status.to_string())
     }
 }
 
@@ -91,7 +94,8 @@ impl Upgrader {
         self.shards.env()
     }
 
-    /// Starts to accept requests for an upgrade: by signal, and, once this process is primary, at the control socket.
+    /// Starts to accept requests for an upgrade: by signal, and at the control socket once this process is primary of a log in
+    /// files. Others have no lock on the data directory, and may share it with such a server.
     pub fn start(self: Arc<Self>, mut signal: Listen, followed: Option<Arc<Followed>>) {
         let Env { tasks, clock, .. } = self.env();
         let upgrader = Arc::clone(&self);
@@ -100,6 +104,9 @@ impl Upgrader {
             async move { upgrader.heed(signal?).await }
         });
         let upgrader = Arc::clone(&self);
+        if self.log.is_none() {
+            return;
+        }
         tasks.restart("upgrade requests", clock, move || {
             let (upgrader, followed) = (Arc::clone(&upgrader), followed.clone());
             async move {
@@ -132,24 +139,35 @@ impl Upgrader {
         let binary = binary.or_else(|| env::args_os().next().map(PathBuf::from)).context("no binary is known")?;
         let (done, outcome) = oneshot::channel();
         self.env().tasks.detach("upgrade", async move {
-            let outcome = match me.alone.try_lock() {
-                Ok(_alone) => me.steps(&binary, timeout).await,
-                Err(_) => Err(anyhow!("another upgrade is in progress")),
+            let alone = me.alone.try_lock().ok();
+            let outcome = if alone.is_some() {
+                me.steps(&binary, timeout).await
+            } else {
+                Err(anyhow!("another upgrade is in progress"))
             };
             let result = outcome.as_ref().map_or_else(|error| format!("{error:#}"), |_| "success".to_owned());
             audit::log(&actor, "upgrade", binary.display(), &result);
-            match &outcome {
+            let outcome = match outcome {
                 Ok(Upgraded { process, pause }) => {
                     info!(?pause, "process {process} serves in place of this one");
+                    systemd::replaced_by(process);
                     me.handed_over.send_replace(true);
+                    Ok(Upgraded { process, pause })
                 }
-                Err(_) => {
-                    warn!("not upgraded, this process serves on: {result}");
-                    if !*me.handed_over.borrow() {
+                Err(error) => {
+                    let serves = !*me.handed_over.borrow() && me.changes.watermark().failure().is_none();
+                    // The service manager waits for the upgrade that is in progress, if this is another one.
+                    if alone.is_some() && serves {
                         systemd::ready();
                     }
+                    let failed = if serves { "not upgraded, the server continues to serve" } else { "not upgraded" };
+                    let error = error.context(failed);
+                    warn!("{error:#}");
+                    Err(error)
                 }
-            }
+            };
+            // Not before the outcome is known: a server that stops removes its sockets unless they are those of the new process.
+            drop(alone);
             // The caller may have left.
             let _ = done.send(outcome);
         });
@@ -159,7 +177,8 @@ impl Upgrader {
     async fn steps(&self, binary: &Path, timeout: Duration) -> Result<Upgraded> {
         ensure!(!*self.handed_over.borrow(), "another process serves already; ask again");
         let log = self.log.as_ref().context(
-            "only a log in files is handed over; with PostgreSQL start the new version with --standby, and stop this server",
+            "only a log in files is handed over; with one in PostgreSQL or NATS start the new version with --standby, and stop \
+             this server; with --read-only restart it",
         )?;
         if let Some(reason) = log.read_only() {
             bail!("{reason}; restart this server instead");
@@ -169,6 +188,9 @@ impl Upgrader {
             "this is process 1 of a container, which ends with it; start the new version with --standby on the same data \
              directory, and stop this server"
         );
+        if let Condition::But(down) | Condition::Unfit(down) = self.shards.condition() {
+            bail!("{down}; upgrade when it is rebuilt, or restart this server");
+        }
         let no_swaps = self.swapper.hold().context("a swap is in progress; upgrade when its probation has ended")?;
         let no_spares = self.shards.make_room(memory::size()).await?;
 
@@ -182,18 +204,24 @@ impl Upgrader {
         let ready = tokio::select! {
             ready = self.is_ready(&channel, timeout) => ready,
             _ = stop.wait_for(|stop| *stop) => Err(anyhow!("this server is stopping")),
+            reason = log.watermark().latched() => Err(anyhow!(reason)),
         };
-        if let Err(error) = ready {
-            return Err(error.context(format!("the new process failed, {}", new.end())));
-        }
-
         let begun = self.env().clock.now();
-        let switched = self.switch(&**log, &channel, &mut new).await;
-        let (paused, successor) = switched.map_err(|error| {
-            // It may have ended already.
-            error.context(format!("the new process failed, {}", new.end()))
-        })?;
+        let switched = match ready {
+            Ok(()) => self.switch(&**log, &channel, &mut new).await,
+            Err(error) => Err(error),
+        };
         let pause = self.env().clock.elapsed(begun);
+        let (paused, successor) = match switched {
+            Ok(switched) => switched,
+            Err(error) if log.watermark().failure().is_some() => {
+                // This process ends. The new one finds the channel closed, and takes over as any standby, if it has not ended.
+                systemd::replaced_by(process);
+                return Err(error);
+            }
+            // It may have ended already.
+            Err(error) => return Err(error.context(format!("the new process failed, {}", new.end()))),
+        };
         // Set once: the next process does the next upgrade.
         let _ = self.successor.set(successor);
         paused.hand_over();
@@ -223,8 +251,8 @@ impl Upgrader {
         expect(channel, READY, timeout).await
     }
 
-    /// Stops making calls, closes the log, and waits until the new process serves. An error leaves this process serving, and the
-    /// new one ended.
+    /// Stops making calls, closes the log, and waits until the new process serves. An error leaves this process serving, unless
+    /// its log has failed.
     async fn switch(
         &self,
         log: &dyn HandOver,
@@ -234,15 +262,10 @@ impl Upgrader {
         let (ours, theirs) = UnixStream::pair()?;
         let successor = Successor::connect(ours, &self.env().tasks).await?;
         let begun = self.env().clock.now();
+        // Makes calls again when it is dropped.
         let paused = timeout(PAUSE_TIMEOUT, self.shards.pause()).await.context("a call takes too long")??;
         let durable = timeout(PAUSE_TIMEOUT, log.watermark().reached(log.appended())).await;
-        match durable.context("the log is not durable in time").and_then(|durable| Ok(durable?)) {
-            Ok(()) => {}
-            Err(error) => {
-                paused.resume();
-                return Err(error);
-            }
-        }
+        durable.context("the log is not durable in time")??;
         let appended = log.appended();
         // From here on, only this process or the new one may have the log open.
         let handed = task::block_in_place(|| log.hand_over());
@@ -259,9 +282,7 @@ impl Upgrader {
         let status = new.end();
         warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
         task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
-        if log.appended() == appended {
-            paused.resume();
-        } else {
+        if log.appended() != appended {
             // The new process has served for a moment.
             self.changes.dismiss();
             paused.rebuild();
@@ -271,7 +292,7 @@ impl Upgrader {
     }
 }
 
-/// Fails the log: this process ends, and the next start recovers.
+/// Fails the log: this process ends. Its lock is free, for the new process or for the next start.
 fn fail(log: &dyn HandOver, done: &str, error: Error) -> Error {
     let error = error.context(format!("the log cannot be {done} for an upgrade"));
     error!("{error:#}");

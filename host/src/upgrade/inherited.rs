@@ -24,7 +24,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Entries that may be missing when the old process is asked for the log: they are applied while no call is made.
 const FEW: u64 = 2_000;
 
-/// Names, for tests, the step at which a new process kills or stops itself: `kill:ready`, `stop:log`.
+/// Names, for tests, the step at which a new process kills or stops itself: `kill:ready`, `stop:log`. Also in a release build,
+/// which is what is tested. Read only in a process that a server starts for an upgrade, with its own environment.
 const FAILPOINT: &str = "UPGRADE_FAILPOINT";
 
 /// The listeners of the old process, and the channel to it.

@@ -48,7 +48,7 @@ fn pages(store: &Store, query: &str) -> Vec<Page> {
 }
 
 #[test]
-fn a_list_is_sorted_by_bytes_and_tells_what_is_there() {
+fn list_is_sorted_by_bytes_with_attributes() {
     let mut store = store_of(["b", "ä", "a/", "a", "Z", "a b"]);
     store.replace(7, &put("z", b"\xff", Some(NOW + 1)));
     store.replace(8, &put("gone", b"", Some(NOW)));

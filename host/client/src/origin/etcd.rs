@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{Lines, PAGE};
+use super::{Lines, Login, PAGE};
 use crate::server::{ApiRequest, Server};
 
 /// The gateway writes 64-bit numbers as text, and leaves out what is empty or 0.
@@ -40,7 +40,7 @@ struct KeyValue {
 }
 
 #[derive(Deserialize)]
-struct Login {
+struct Session {
     token: String,
 }
 
@@ -57,11 +57,11 @@ struct Etcd<'s> {
     token: Option<String>,
 }
 
-pub fn copy(server: &Server, login: Option<&str>, lines: &mut Lines) -> Result<()> {
+pub fn copy(server: &Server, login: Option<&Login>, lines: &mut Lines) -> Result<()> {
     let mut etcd = Etcd { server, token: None };
-    if let Some((name, password)) = login.and_then(|login| login.split_once(':')) {
-        let login: Login = etcd.post("/v3/auth/authenticate", &json!({ "name": name, "password": password }))?;
-        etcd.token = Some(login.token);
+    if let Some(Login { user, password }) = login {
+        let session: Session = etcd.post("/v3/auth/authenticate", &json!({ "name": user, "password": password }))?;
+        etcd.token = Some(session.token);
     }
     let (mut begin, mut revision) = (vec![0], None);
     let mut leases = HashMap::new();

@@ -13,12 +13,15 @@ use std::fmt;
 use std::io::{PipeWriter, Write};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use indicatif::ProgressBar;
+use percent_encoding::percent_decode_str;
 use serde_json::json;
 
 use super::import::ImportHooks;
@@ -32,15 +35,22 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_REPORTED: u64 = 20;
 
 /// Another store: `redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE]`, `etcd://[USER:PASSWORD@]HOST[:PORT]` or
-/// `consul://[TOKEN@]HOST[:PORT]`; `rediss`, `etcds` and `consuls` over TLS.
+/// `consul://[TOKEN@]HOST[:PORT]`; `rediss`, `etcds` and `consuls` over TLS. The login is percent-encoded, as in every URL.
 #[derive(Clone)]
 pub struct Origin {
     kind: Kind,
     is_tls: bool,
-    login: Option<String>,
+    login: Option<Login>,
     address: String,
     /// Number of the database; Redis only.
     database: Option<u32>,
+}
+
+/// User and password. Consul's token is the user.
+#[derive(Clone)]
+struct Login {
+    user: String,
+    password: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -66,9 +76,13 @@ impl FromStr for Origin {
         if kind == Kind::Redis && cfg!(not(feature = "redis")) {
             return Err("this binary is built without Redis; use the full flavour");
         }
-        let (login, rest) = rest.rsplit_once('@').map_or((None, rest), |(login, rest)| (Some(login.to_owned()), rest));
-        if kind == Kind::Etcd && login.as_ref().is_some_and(|login| !login.contains(':')) {
+        let (login, rest) = rest.rsplit_once('@').map_or((None, rest), |(login, rest)| (Some(login), rest));
+        let login = login.map(Login::parse).transpose()?;
+        if kind == Kind::Etcd && login.as_ref().is_some_and(|login| login.password.is_none()) {
             return Err("the login of etcd is USER:PASSWORD");
+        }
+        if kind == Kind::Consul && login.as_ref().is_some_and(|login| login.password.is_some()) {
+            return Err("the login of Consul is TOKEN");
         }
         let (host, database) = rest.split_once('/').unwrap_or((rest, ""));
         if host.is_empty() || host.starts_with(':') {
@@ -85,6 +99,17 @@ impl FromStr for Origin {
         let has_port = host.rsplit_once(']').map_or(host, |(_, port)| port).contains(':');
         let address = if has_port { host.to_owned() } else { format!("{host}:{port}") };
         Ok(Self { kind, is_tls: scheme.ends_with('s') && scheme != "redis", login, address, database })
+    }
+}
+
+impl Login {
+    fn parse(encoded: &str) -> Result<Self, &'static str> {
+        let decode = |part| {
+            let decoded = percent_decode_str(part).decode_utf8();
+            decoded.map(String::from).map_err(|_| "the login is not UTF-8")
+        };
+        let (user, password) = encoded.split_once(':').map_or((encoded, None), |(user, rest)| (user, Some(rest)));
+        Ok(Self { user: decode(user)?, password: password.map(decode).transpose()? })
     }
 }
 
@@ -117,10 +142,11 @@ impl Origin {
             #[cfg(not(feature = "redis"))]
             Kind::Redis => unreachable!("rejected when the URL was parsed"),
             Kind::Etcd => {
-                self.server(authorities, None).and_then(|server| etcd::copy(&server, self.login.as_deref(), lines))
+                self.server(authorities, None).and_then(|server| etcd::copy(&server, self.login.as_ref(), lines))
             }
             Kind::Consul => {
-                self.server(authorities, self.login.as_deref()).and_then(|server| consul::copy(&server, lines))
+                let token = self.login.as_ref().map(|login| login.user.as_str());
+                self.server(authorities, token).and_then(|server| consul::copy(&server, lines))
             }
         };
         copied.with_context(|| format!("cannot copy from {self}"))
@@ -145,12 +171,12 @@ pub(crate) struct Lines {
     out: PipeWriter,
     hooks: ImportHooks,
     bar: ProgressBar,
-    unfit: u64,
+    left_out: Arc<LeftOut>,
 }
 
 impl Lines {
-    pub fn new(out: PipeWriter, hooks: ImportHooks) -> Self {
-        Self { out, hooks, bar: ProgressBar::hidden(), unfit: 0 }
+    pub fn new(out: PipeWriter, hooks: ImportHooks, left_out: Arc<LeftOut>) -> Self {
+        Self { out, hooks, bar: ProgressBar::hidden(), left_out }
     }
 
     /// Shows the progress of this many keys.
@@ -186,17 +212,33 @@ impl Lines {
         self.report_unfit(key, reason);
     }
 
-    fn report_unfit(&mut self, key: &[u8], reason: &str) {
-        self.unfit += 1;
-        if self.unfit <= MAX_REPORTED {
-            let key = String::from_utf8_lossy(key);
-            self.bar.suspend(|| (self.hooks.report)(&format!("left out {:?}: {reason}", shown(&key))));
+    fn report_unfit(&self, key: &[u8], reason: &str) {
+        self.bar.suspend(|| self.left_out.add(&String::from_utf8_lossy(key), reason));
+    }
+
+    pub fn finish(self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Keys that do not fit, which a copy leaves out.
+pub(crate) struct LeftOut {
+    report: fn(&str),
+    count: AtomicU64,
+}
+
+impl LeftOut {
+    pub fn new(hooks: ImportHooks) -> Self {
+        Self { report: hooks.report, count: AtomicU64::new(0) }
+    }
+
+    pub fn add(&self, key: &str, reason: &str) {
+        if self.count.fetch_add(1, Ordering::Relaxed) < MAX_REPORTED {
+            (self.report)(&format!("left out {:?}: {reason}", shown(key)));
         }
     }
 
-    /// Number of keys that were left out.
-    pub fn finish(self) -> u64 {
-        self.bar.finish_and_clear();
-        self.unfit
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
     }
 }

@@ -5,9 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use redis::{Client, Connection, FromRedisValue, Pipeline, TlsCertificates, cmd};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use redis::{Client, Connection, FromRedisValue, Pipeline, RedisResult, TlsCertificates, cmd};
 
-use super::{Lines, Origin, PAGE, READ_TIMEOUT};
+use super::{Lines, Login, Origin, PAGE, READ_TIMEOUT};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of values that are read at once, unless one is larger.
@@ -28,7 +29,11 @@ pub fn copy(origin: &Origin, authorities: Option<&Path>, lines: &mut Lines) -> R
 }
 
 fn connect(origin: &Origin, authorities: Option<&Path>) -> Result<Connection> {
-    let login = origin.login.as_ref().map_or(String::new(), |login| format!("{login}@"));
+    let encoded = |part: &str| utf8_percent_encode(part, NON_ALPHANUMERIC).to_string();
+    let login = origin.login.as_ref().map_or(String::new(), |Login { user, password }| {
+        let password = password.as_ref().map_or(String::new(), |password| format!(":{}", encoded(password)));
+        format!("{}{password}@", encoded(user))
+    });
     let scheme = if origin.is_tls { "rediss" } else { "redis" };
     let url = format!("{scheme}://{login}{}/{}", origin.address, origin.database.unwrap_or(0));
     // The error of the library shows no part of the URL.
@@ -46,9 +51,10 @@ fn connect(origin: &Origin, authorities: Option<&Path>) -> Result<Connection> {
 
 /// Copies the values of some keys.
 fn copy_keys(redis: &mut Connection, keys: &[Vec<u8>], lines: &mut Lines) -> Result<()> {
-    let types: Vec<String> = ask(redis, "TYPE", keys)?;
+    let types: Vec<RedisResult<String>> = ask(redis, "TYPE", keys)?;
     let (mut strings, mut others) = (Vec::new(), Vec::new());
     for (key, kind) in keys.iter().zip(types) {
+        let kind = kind?;
         match kind.as_str() {
             "string" => strings.push(key),
             // It has gone meanwhile.
@@ -59,22 +65,29 @@ fn copy_keys(redis: &mut Connection, keys: &[Vec<u8>], lines: &mut Lines) -> Res
     for (key, kind) in others {
         lines.leave_out(key, &format!("its type is {kind}; only strings are copied"));
     }
-    let sizes: Vec<u64> = ask(redis, "STRLEN", &strings)?;
+    let sizes: Vec<RedisResult<u64>> = ask(redis, "STRLEN", &strings)?;
     let mut rest = &strings[..];
     let mut sizes = &sizes[..];
     while !rest.is_empty() {
         let mut bytes = 0;
-        let fits = |size: &&u64| {
-            bytes += **size;
+        let fits = |size: &&RedisResult<u64>| {
+            // GET has the same error.
+            bytes += size.as_ref().map_or(0, |size| *size);
             bytes <= PAGE_BYTES
         };
         let count = sizes.iter().take_while(fits).count().max(1);
-        let left: Vec<i64> = ask(redis, "PTTL", &rest[..count])?;
-        let values: Vec<Option<Vec<u8>>> = ask(redis, "GET", &rest[..count])?;
+        let left: Vec<RedisResult<i64>> = ask(redis, "PTTL", &rest[..count])?;
+        let values: Vec<RedisResult<Option<Vec<u8>>>> = ask(redis, "GET", &rest[..count])?;
         for ((key, value), left) in rest.iter().zip(values).zip(left) {
-            if let Some(value) = value {
+            match value {
                 // Negative without a TTL.
-                lines.put(key, &value, u64::try_from(left).ok().map(Duration::from_millis))?;
+                Ok(Some(value)) => lines.put(key, &value, u64::try_from(left?).ok().map(Duration::from_millis))?,
+                // It has gone meanwhile.
+                Ok(None) => {}
+                Err(error) if error.code() == Some("WRONGTYPE") => {
+                    lines.leave_out(key, "its type changed during the copy; only strings are copied");
+                }
+                Err(error) => return Err(error.into()),
             }
         }
         (rest, sizes) = (&rest[count..], &sizes[count..]);
@@ -83,13 +96,19 @@ fn copy_keys(redis: &mut Connection, keys: &[Vec<u8>], lines: &mut Lines) -> Res
 }
 
 /// The answers to a command for each key, in one round trip.
-fn ask<T: FromRedisValue>(redis: &mut Connection, command: &str, keys: &[impl AsRef<[u8]>]) -> Result<Vec<T>> {
+fn ask<T: FromRedisValue>(
+    redis: &mut Connection,
+    command: &str,
+    keys: &[impl AsRef<[u8]>],
+) -> RedisResult<Vec<RedisResult<T>>> {
     if keys.is_empty() {
         return Ok(Vec::new());
     }
     let mut pipeline = Pipeline::new();
+    // The error of one key is not that of the others.
+    pipeline.ignore_errors();
     for key in keys {
         pipeline.cmd(command).arg(key.as_ref());
     }
-    Ok(pipeline.query(redis)?)
+    pipeline.query(redis)
 }

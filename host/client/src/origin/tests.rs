@@ -21,8 +21,20 @@ fn urls_are_parsed_and_shown_without_the_login() {
         ("redis://localhost/all", "the database is a number"),
         ("etcd://localhost/app", "a path has no meaning"),
         ("etcd://root@localhost", "USER:PASSWORD"),
+        ("consul://a:b@localhost", "the login of Consul is TOKEN"),
+        ("consul://%ff@localhost", "the login is not UTF-8"),
     ] {
         let error = url.parse::<Origin>().expect_err(url);
         assert!(error.contains(reason), "{url}: {error}");
+    }
+}
+
+#[test]
+fn login_is_percent_decoded() {
+    for (encoded, user, password) in
+        [("a%3Ab:p%40s%25s", "a:b", Some("p@s%s")), (":p:s@100%", "", Some("p:s@100%")), ("token", "token", None)]
+    {
+        let login = Login::parse(encoded).expect(encoded);
+        assert_eq!((login.user.as_str(), login.password.as_deref()), (user, password), "{encoded}");
     }
 }

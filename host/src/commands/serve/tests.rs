@@ -3,16 +3,24 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::pin::pin;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use bytes::Bytes;
 use clap::Parser;
+use futures_util::FutureExt;
+use hyper::Request;
+use hyper::header::HeaderValue;
 use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
+use kvs_txlog::file::FileLog;
 use tempfile::TempDir;
 use tokio::task;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::*;
+use crate::contract::Scope;
+use crate::guest::{Client, Incoming};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -186,4 +194,33 @@ fn spares_beyond_the_memory_are_reported() {
     assert!(reported.contains("2 instances may take 8.0 GiB together"), "{reported}");
     let reported = excess(&["--spare", "--shards", "4", "--guest-max-memory-bytes", "4GiB"], 16 * GIB);
     assert!(reported.contains("8 instances may take 32.0 GiB together, and the memory is 16.0 GiB"), "{reported}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_queue_during_failed_pause_are_served() {
+    let data = TempDir::new().unwrap();
+    let args = ["kvs", "--shards", "2", "--data-dir", data.path().to_str().unwrap()];
+    let (args, env) = (Program::parse_from(args).serve, Env::real());
+    let log = Arc::new(FileLog::open(store::file_options(&args, None, env.clone())).unwrap());
+    let (engine, guest) = store::load(&args, &env).unwrap();
+    let (_engine, shards, _) = store::build(&args, engine, guest, log, &env).await.unwrap();
+    let [first, second] = shards.each() else { panic!("two shards") };
+
+    let busy = second.visit().await.unwrap();
+    let mut pausing = Box::pin(shards.pause());
+    assert!(pausing.as_mut().now_or_never().is_none());
+    let incoming = Incoming {
+        request: Request::builder().uri("/v1/a").body(Bytes::new()).unwrap(),
+        client: Arc::new(Client { address: None, tls_version: None, identity: None, turn: Arc::default() }),
+        id: HeaderValue::from_static("1"),
+        principal: None,
+        scope: Scope::Admin,
+        key_prefix: None,
+        is_sampled: false,
+    };
+    let mut call = pin!(first.call(incoming, None, Instant::now() + PATIENCE));
+    assert!(call.as_mut().now_or_never().is_none(), "its turn is held");
+    drop(pausing);
+    call.await.expect("nobody else makes the next call");
+    busy.serve_others();
 }

@@ -68,15 +68,22 @@ impl TrustedProxies {
 
     /// Returns the client's address in the headers of a trusted proxy.
     fn given(&self, headers: &HeaderMap) -> Result<Option<SocketAddr>, Refusal> {
-        let forwarded =
-            forwarded::nodes(&values(headers, FORWARDED)).map_err(|()| bad("the header Forwarded is malformed"))?;
-        let others = values(headers, X_FORWARDED_FOR);
-        match (self.outermost(forwarded.into_iter().rev()), self.outermost(forwarded::x_nodes_from_right(&others))) {
-            // A proxy sets one of them and may pass on the other as the client sent it, and which one is not known.
-            (Some(one), Some(other)) if one.ip() != other.ip() => Err(bad(
+        let (forwarded, x_forwarded) = (values(headers, FORWARDED), values(headers, X_FORWARDED_FOR));
+        let nodes = forwarded::nodes(&forwarded).map_err(|()| bad("the header Forwarded is malformed"))?;
+        let by_forwarded = self.outermost(nodes.into_iter().rev());
+        let by_x_forwarded = self.outermost(forwarded::x_nodes_from_right(&x_forwarded));
+        if x_forwarded.is_empty() {
+            return Ok(by_forwarded);
+        }
+        if forwarded.is_empty() {
+            return Ok(by_x_forwarded);
+        }
+        // A proxy sets one of them and may pass on the other as the client sent it, and which one is not known.
+        match by_forwarded.zip(by_x_forwarded) {
+            Some((one, other)) if one.ip() != other.ip() => Err(bad(
                 "Forwarded and X-Forwarded-For give different clients; have the proxy remove the one that it does not set",
             )),
-            (one, other) => Ok(one.or(other)),
+            both => Ok(both.map(|(one, _)| one)),
         }
     }
 
@@ -220,6 +227,8 @@ mod tests {
         assert_eq!(both("for=\"203.0.113.7:55\"", "6.6.6.6, 203.0.113.7"), is("203.0.113.7:55"));
         assert_eq!(both("for=6.6.6.6", "203.0.113.7"), Err(400));
         assert_eq!(both("for=203.0.113.7", "6.6.6.6"), Err(400));
-        assert_eq!(both("for=unknown", "203.0.113.7"), is("203.0.113.7:0"));
+        // The proxy knows no address, and passes on what the client sent.
+        assert_eq!(both("for=unknown", "203.0.113.7"), Ok(None));
+        assert_eq!(both("for=203.0.113.7", "unknown"), Ok(None));
     }
 }

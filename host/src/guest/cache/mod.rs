@@ -41,7 +41,8 @@ const TYPICAL: u64 = 1 << 10;
 const OVERHEAD: usize = 352;
 /// The same of one buffer: of a header or the body.
 const BUFFER: usize = 48;
-/// Bytes that a header takes beside its value: itself and a link, the hash of its name, and up to three places in the table of these.
+/// Bytes that a header takes beside its value: itself and a link, the hash of its name, and up to three places in the table of
+/// these.
 const HEADER: usize = size_of::<(HeaderName, HeaderValue)>() + 44;
 /// Keys of a declaration. Each is looked at on every hit.
 pub const KEYS: usize = 100;

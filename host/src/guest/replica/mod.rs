@@ -66,8 +66,8 @@ pub struct Replayed {
     pub took: Duration,
 }
 
-/// Called with the number of entries that were applied now, and the sequence of the newest.
-pub type Progress<'p> = dyn Fn(u64, u64) + Sync + 'p;
+/// Called with the number of entries that were applied now, and the sequence of the newest. An error stops the replay.
+pub type Progress<'p> = dyn Fn(u64, u64) -> Result<()> + Sync + 'p;
 
 impl Replica {
     /// A new instance of the guest, which has nothing of the log yet. What goes wrong here is the guest's doing.
@@ -82,7 +82,7 @@ impl Replica {
     pub fn build(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<(Self, Replayed)> {
         let started = guest.env().clock.now();
         let mut replica = Self::new(guest, log, part)?;
-        replica.catch_up(&|_, _| {})?;
+        replica.catch_up(&|_, _| Ok(()))?;
         let replayed = replica.replayed(started)?;
         Ok((replica, replayed))
     }
@@ -122,7 +122,7 @@ impl Replica {
 
     /// Takes in the few entries that have become durable since. When the guest traps on them it is of no use any more.
     pub fn follow(&mut self) -> Result<u64> {
-        self.take_in(&|_, _| {}, &mut None)
+        self.take_in(&|_, _| Ok(()), &mut None)
     }
 
     /// `failed` is the first entry and the size of the batch that the guest did not take in.
@@ -149,7 +149,7 @@ impl Replica {
             // Here, and not at the end: a replay that is cut off continues from here.
             *sequence = last;
             *entries += batch.len() as u64;
-            progress(batch.len() as u64, last);
+            progress(batch.len() as u64, last)?;
             if clock.elapsed(reported) >= PROGRESS {
                 reported = clock.now();
                 let rate = (*entries - before) as f64 / clock.elapsed(started).as_secs_f64();

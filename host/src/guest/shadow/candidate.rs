@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use kvs_runtime::Clock;
 use kvs_txlog::{Forgotten, TransactionLog};
 use tracing::{debug, warn};
@@ -25,6 +25,9 @@ use crate::guest::trap;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Time in which what was sampled before the end is still compared.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Pause before it is built again, in times that this took: a candidate that traps on every request must not replay a large log
+/// all the time.
+const REBUILD_PAUSE: u32 = 4;
 
 pub struct Candidate {
     /// Never promoted: what it appended was appended by another, and what else it did is nowhere in the log.
@@ -33,10 +36,12 @@ pub struct Candidate {
     shard: usize,
     /// It may have entries that the log does not have, and is to be built again.
     is_spent: bool,
+    /// Earliest time of the next rebuild.
+    rebuild_from: Option<Instant>,
 }
 
-/// What the candidates of all shards share.
-pub struct Surroundings {
+/// Shadow traffic of one candidate guest: what its instances in all shards share.
+pub struct Session {
     /// Routers of the candidate.
     pub routers: Routers,
     pub decisions: Arc<Decisions>,
@@ -47,10 +52,16 @@ pub struct Surroundings {
     pub end: Instant,
 }
 
-impl Surroundings {
+impl Session {
     /// Whether it is stopped, or so much time has passed since its end.
     fn is_over(&self, rest: Duration) -> bool {
         self.report.is_stopped() || self.clock.now() >= self.end + rest
+    }
+
+    /// An error when it is over, to cut short what takes long.
+    fn check(&self) -> Result<()> {
+        ensure!(!self.is_over(Duration::ZERO), Over);
+        Ok(())
     }
 
     fn add_dropped(&self, count: u64) {
@@ -59,16 +70,21 @@ impl Surroundings {
     }
 }
 
+/// The shadow traffic is over.
+#[derive(Debug, thiserror::Error)]
+#[error("the shadow traffic is over")]
+struct Over;
+
 /// The instance has other entries than the log.
 struct Spent;
 
 impl Candidate {
     pub fn new(replica: Replica, queue: Arc<Queue>, shard: usize) -> Self {
-        Self { replica, queue, shard, is_spent: false }
+        Self { replica, queue, shard, is_spent: false, rebuild_from: None }
     }
 
     /// Compares until the end. An error is why its guest cannot follow the log at all.
-    pub fn run(&mut self, with: &Surroundings) -> Result<()> {
+    pub fn run(&mut self, with: &Session) -> Result<()> {
         while !with.is_over(Duration::ZERO) {
             match self.get_in_step(with) {
                 Ok(()) => self.compare_all(with),
@@ -76,6 +92,7 @@ impl Candidate {
                     warn!("the candidate is built again: {error}");
                     self.is_spent = true;
                 }
+                Err(error) if error.is::<Over>() => break,
                 Err(error) => return Err(error),
             }
         }
@@ -85,29 +102,40 @@ impl Candidate {
     }
 
     /// Has it apply the log up to where the queue begins.
-    fn get_in_step(&mut self, with: &Surroundings) -> Result<()> {
+    fn get_in_step(&mut self, with: &Session) -> Result<()> {
+        // Entries that it took from the queue earlier can have been abandoned since.
+        let is_abandoned = !self.is_spent && self.queue.open() == Some(Loss::Abandoned);
+        self.is_spent |= is_abandoned;
         if self.is_spent {
+            while self.rebuild_from.is_some_and(|from| with.clock.now() < from) {
+                with.check()?;
+                with.clock.pause(PAUSE);
+            }
+            let begun = with.clock.now();
             with.report.rebuilt();
             with.metrics.rebuilds.add(1);
             self.replica.begin_again()?;
-            self.replica.catch_up(&|_, _| {})?;
+            self.replica.catch_up(&|_, _| with.check())?;
+            self.rebuild_from = Some(with.clock.now() + REBUILD_PAUSE * with.clock.elapsed(begun));
+            // A new instance has durable entries only, which nothing abandons.
+            self.queue.open();
             self.is_spent = false;
         }
         self.count_dropped(with);
-        self.queue.open();
         // Entries after these are in the queue: it was open when they were appended.
         let end = with.log.appended();
         loop {
-            self.replica.follow()?;
-            if self.replica.sequence() >= end || with.is_over(Duration::ZERO) {
+            self.replica.catch_up(&|_, _| with.check())?;
+            if self.replica.sequence() >= end {
                 return Ok(());
             }
+            with.check()?;
             with.clock.pause(PAUSE);
         }
     }
 
     /// Compares what is in the queue, until the queue lacks entries or the candidate is spent.
-    fn compare_all(&mut self, with: &Surroundings) {
+    fn compare_all(&mut self, with: &Session) {
         loop {
             let items = match self.queue.take() {
                 Ok(items) => items,
@@ -117,7 +145,7 @@ impl Candidate {
                     return;
                 }
             };
-            // By whichever shard comes first.
+            // Decisions belong to no shard: the candidate that gets here first compares them.
             let (compared, different, dropped) = with.decisions.compare(&with.routers, &with.report);
             with.metrics.compared.add(compared);
             with.metrics.different.add(different);
@@ -150,7 +178,7 @@ impl Candidate {
         }
     }
 
-    fn take_in(&mut self, mut item: Item, with: &Surroundings) -> Result<(), Spent> {
+    fn take_in(&mut self, mut item: Item, with: &Session) -> Result<(), Spent> {
         // Otherwise it has entries already that the serving guest did not have.
         if let Some(sample) = item.sample.take_if(|sample| sample.before >= self.replica.sequence()) {
             return self.compare(*sample, item.time, item.appends, with);
@@ -165,7 +193,7 @@ impl Candidate {
         })
     }
 
-    fn compare(&mut self, sample: Sample, time: u64, appends: Vec<Append>, with: &Surroundings) -> Result<(), Spent> {
+    fn compare(&mut self, sample: Sample, time: u64, appends: Vec<Append>, with: &Session) -> Result<(), Spent> {
         let Sample { incoming, given, response, asked, took, .. } = sample;
         let begun = with.clock.now();
         let called = self.replica.instance.handle_scripted(&incoming, time, appends, given);
@@ -195,7 +223,7 @@ impl Candidate {
         if is_spent { Err(Spent) } else { Ok(()) }
     }
 
-    fn count_dropped(&self, with: &Surroundings) {
+    fn count_dropped(&self, with: &Session) {
         with.add_dropped(self.queue.dropped());
     }
 }

@@ -19,6 +19,7 @@ mod record;
 mod report;
 
 use std::fmt;
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -28,11 +29,11 @@ use kvs_metrics::{Counter, Histogram, Page};
 use kvs_txlog::TransactionLog;
 use tokio::task;
 
-use self::candidate::{Candidate, Surroundings as Shared};
+use self::candidate::{Candidate, Session};
 pub use self::compare::Difference;
 pub use self::decisions::{Decision, Decisions};
 pub use self::queue::{Loss, Queue};
-pub use self::record::{Append, Appends, Given, Record, Recorded, Script, Surroundings};
+pub use self::record::{Append, Appends, Inputs, Record, Recorded, Script, Surroundings};
 pub use self::report::Report;
 use super::fixed;
 use super::replica::{self, Replica};
@@ -94,7 +95,7 @@ impl Shadow {
         threshold > 0 && fixed::nth(self.requests.fetch_add(1, Ordering::Relaxed)) <= threshold
     }
 
-    /// What routers decided about sampled requests.
+    /// Decisions of routers about sampled requests.
     pub fn decisions(&self) -> &Decisions {
         &self.decisions
     }
@@ -129,6 +130,15 @@ impl Drop for Taps<'_> {
     }
 }
 
+/// Ends the shadow traffic when it is dropped.
+struct StopOnDrop<'r>(&'r Report);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 /// Gives the candidates of all shards their shadow traffic, until its time is over or the report is stopped. An error is why their
 /// guest cannot follow the log.
 pub async fn run(
@@ -148,7 +158,7 @@ pub async fn run(
         shard.set_tap(Some(queue));
         turn.serve_others();
     }
-    let shared = Shared {
+    let session = Session {
         routers,
         decisions: Arc::clone(&shards.shadow().decisions),
         log: Arc::clone(log),
@@ -161,8 +171,11 @@ pub async fn run(
     shards.shadow().sample(plan.sample);
     let mut running = task::spawn_blocking(move || {
         let ran = replica::in_each(&mut candidates, |candidate| {
-            // One of them decides for all.
-            candidate.run(&shared).inspect_err(|_| shared.report.stop())
+            // One of them decides for all, also when it panics.
+            let stop = StopOnDrop(&session.report);
+            candidate.run(&session)?;
+            mem::forget(stop);
+            Ok(())
         });
         ran.into_iter().collect::<Result<()>>()
     });

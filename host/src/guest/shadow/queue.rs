@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kvs_txlog::change::Change;
 
-use super::record::{Append, Given, Recorded, Recording};
+use super::record::{Append, Inputs, Recorded, Recording};
 use crate::contract::Response;
 use crate::guest::message::{Answer, Incoming};
 
@@ -31,7 +31,7 @@ pub struct Sample {
     pub incoming: Incoming,
     /// End of the log when the call began.
     pub before: u64,
-    pub given: Given,
+    pub given: Inputs,
     pub response: Response,
     /// A watch or a wait.
     pub asked: Option<String>,
@@ -138,13 +138,14 @@ impl Queue {
         state.lost = state.lost.max(Some(loss));
     }
 
-    /// Opens the queue, empty.
-    pub fn open(&self) {
+    /// Opens the queue, empty. Returns why it lacked entries.
+    pub fn open(&self) -> Option<Loss> {
         let mut state = self.state();
-        state.lost = None;
+        let lost = state.lost.take();
         let items = state.clear();
         drop(state);
         drop(items);
+        lost
     }
 
     /// Takes all that waits. An error when it lacks entries.

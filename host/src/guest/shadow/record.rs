@@ -141,19 +141,19 @@ impl Script {
 pub enum Surroundings {
     #[default]
     Real,
-    Recorded(Given),
-    Scripted(Given),
+    Recorded(Inputs),
+    Scripted(Inputs),
 }
 
-/// What a call was given of clocks and randomness, in order.
+/// Inputs of a call that a second one would not get: readings of clocks and randomness, in order.
 #[derive(Default)]
-pub struct Given {
+pub struct Inputs {
     wall: VecDeque<u64>,
     monotonic: VecDeque<u64>,
     random: VecDeque<u8>,
 }
 
-impl Given {
+impl Inputs {
     pub fn bytes(&self) -> usize {
         size_of::<u64>() * (self.wall.len() + self.monotonic.len()) + self.random.len()
     }
@@ -166,7 +166,7 @@ impl Given {
 
 impl Surroundings {
     pub fn new(record: Record) -> Self {
-        if record == Record::All { Self::Recorded(Given::default()) } else { Self::Real }
+        if record == Record::All { Self::Recorded(Inputs::default()) } else { Self::Real }
     }
 
     pub fn wall(&mut self, real: impl FnOnce() -> u64) -> u64 {
@@ -177,7 +177,7 @@ impl Surroundings {
         self.time(|given| &mut given.monotonic, real)
     }
 
-    fn time(&mut self, which: fn(&mut Given) -> &mut VecDeque<u64>, real: impl FnOnce() -> u64) -> u64 {
+    fn time(&mut self, which: fn(&mut Inputs) -> &mut VecDeque<u64>, real: impl FnOnce() -> u64) -> u64 {
         match self {
             Self::Real => real(),
             Self::Recorded(given) => {
@@ -217,7 +217,7 @@ pub struct Recorded {
     /// The time that it was given, in milliseconds since 1970.
     pub time: u64,
     pub recording: Recording,
-    pub given: Given,
+    pub given: Inputs,
     /// A watch or a wait.
     pub asked: Option<String>,
 }

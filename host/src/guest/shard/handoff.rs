@@ -19,13 +19,13 @@ struct State<T, W, V> {
     free: Option<T>,
     queue: VecDeque<(u64, W)>,
     tickets: u64,
-    visitors: [Option<V>; 2],
+    visitors: [VecDeque<V>; 2],
     tick_due: bool,
     /// Callers are rejected, since the value was lost and not replaced in time.
     rejects: bool,
 }
 
-/// Visitors in the order in which they go first; one of each at a time.
+/// Kinds of visitors, in the order in which they go first.
 #[derive(Clone, Copy)]
 pub enum Visit {
     Swap,
@@ -55,7 +55,7 @@ impl<T, W, V> Handoff<T, W, V> {
             free: Some(value),
             queue: VecDeque::new(),
             tickets: 0,
-            visitors: [None, None],
+            visitors: [VecDeque::new(), VecDeque::new()],
             tick_due: false,
             rejects: false,
         };
@@ -98,14 +98,14 @@ impl<T, W, V> Handoff<T, W, V> {
         let mut state = self.state();
         let value = state.free.take();
         if value.is_none() {
-            state.visitors[visit as usize] = Some(visitor());
+            state.visitors[visit as usize].push_back(visitor());
         }
         value
     }
 
-    /// Removes a waiting visitor.
+    /// Removes the first waiting visitor of a kind.
     pub fn take_visitor(&self, visit: Visit) -> Option<V> {
-        self.state().visitors[visit as usize].take()
+        self.state().visitors[visit as usize].pop_front()
     }
 
     /// Passes the value on after a use.
@@ -114,7 +114,7 @@ impl<T, W, V> Handoff<T, W, V> {
         if std::mem::take(&mut state.tick_due) {
             return Next::Tick(value);
         }
-        if let Some(visitor) = state.visitors.iter_mut().find_map(Option::take) {
+        if let Some(visitor) = state.visitors.iter_mut().find_map(VecDeque::pop_front) {
             return Next::Visit(value, visitor);
         }
         if let Some((_, waiting)) = state.queue.pop_front() {

@@ -52,9 +52,9 @@ pub enum CallError {
     /// The deadline passed before the call, which has no effect.
     #[error("the store was not free in time")]
     Late,
-    /// Some shards were called, and then the guest was replaced.
-    #[error("the store was replaced while this was done")]
-    Replaced,
+    /// Some shards were called and appended, and others were not called.
+    #[error("outcome unknown: only some of the shards did this")]
+    Partial,
     /// The shard has had no instance for a while. The request has no effect.
     #[error("the store is down: its guest is being rebuilt")]
     Down,

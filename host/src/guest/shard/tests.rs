@@ -148,7 +148,7 @@ fn visitors_and_ticks_get_turns_beside_calls() {
     check(|| {
         let shard = Shard::new();
         let call = spawn(&shard, Shard::call);
-        let visits = [Visit::Swap, Visit::Follow].map(|visit| {
+        let visits = [Visit::Swap, Visit::Swap, Visit::Follow].map(|visit| {
             spawn(&shard, move |shard| {
                 let mut instance = shard.visit(visit);
                 shard.use_it(&mut instance);

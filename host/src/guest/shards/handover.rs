@@ -2,6 +2,7 @@
 //!
 //! Must never know: how the other process gets the log, or how requests are forwarded.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,7 +12,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::super::shard::{Shared, Turn};
 use super::Shards;
 
-/// A store in which no call is made, and none can be served from the response cache.
+/// A store in which no call is made, and none can be served from the response cache, until this is dropped.
 pub struct Paused {
     turns: Vec<Turn>,
     shared: Arc<Shared>,
@@ -25,27 +26,22 @@ impl Shards {
         Ok(self.without_spares().await)
     }
 
-    /// Takes the turns of all shards. Requests wait meanwhile.
+    /// Takes the turns of all shards. Requests wait until the result is dropped, or this future is.
     pub async fn pause(&self) -> Result<Paused> {
-        let mut turns = Vec::with_capacity(self.shards.len());
+        let mut paused = Paused { turns: Vec::with_capacity(self.shards.len()), shared: Arc::clone(&self.shared) };
         for shard in &self.shards {
-            turns.push(shard.visit().await?);
+            paused.turns.push(shard.visit().await?);
         }
         // A hit takes no turn.
         self.shared.cache.serve(Arc::clone(&self.serving().headers));
-        Ok(Paused { turns, shared: Arc::clone(&self.shared) })
+        Ok(paused)
     }
 }
 
 impl Paused {
-    /// Makes calls again.
-    pub fn resume(self) {
-        self.turns.into_iter().for_each(Turn::serve_others);
-    }
-
     /// Builds the instances again from the log, which has what they lack, while requests wait.
-    pub fn rebuild(self) {
-        for mut turn in self.turns {
+    pub fn rebuild(mut self) {
+        for mut turn in mem::take(&mut self.turns) {
             let serving = turn.serving();
             // A turn that ends without an instance is followed by one.
             turn.take_out(serving);
@@ -55,8 +51,15 @@ impl Paused {
     /// Drops the instances. Requests that wait, and all later ones, end with [`CallError::HandedOver`].
     ///
     /// [`CallError::HandedOver`]: super::super::shard::CallError::HandedOver
-    pub fn hand_over(self) {
+    pub fn hand_over(mut self) {
         self.shared.handed_over.store(true, Ordering::Release);
-        self.turns.into_iter().for_each(Turn::hand_over);
+        mem::take(&mut self.turns).into_iter().for_each(Turn::hand_over);
+    }
+}
+
+impl Drop for Paused {
+    /// Serves the requests that have queued: a turn that is only dropped leaves them to the next caller.
+    fn drop(&mut self) {
+        self.turns.drain(..).for_each(Turn::serve_others);
     }
 }

@@ -1,4 +1,5 @@
-//! Routing of a request, with several shards: to the one that owns its key, to all, whose answers the guest makes one of, or to any.
+//! Routing of a request, with several shards: to the shard that owns its key, to all, whose responses the guest merges, or to
+//! any.
 //!
 //! Owns: what the guest is asked about a request beside its handling. Must never know: whose turn it is in a shard.
 
@@ -36,17 +37,10 @@ impl Shards {
             Route::One(shard) => self.shards[shard].call(incoming, routed_by, deadline).await,
             Route::All => {
                 let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), routed_by, deadline));
-                let mut answers = Vec::with_capacity(self.shards.len());
-                for called in join_all(calls).await {
-                    match called? {
-                        Called::Answered(answer) => answers.push(answer),
-                        Called::Moved(_) if answers.iter().any(|answer| answer.appended) => {
-                            return Err(CallError::Replaced);
-                        }
-                        Called::Moved(moved) => return Ok(Called::Moved(moved)),
-                    }
+                match of_all(join_all(calls).await)? {
+                    Ok(answers) => self.merge(routers, &incoming, &answers),
+                    Err(moved) => Ok(Called::Moved(moved)),
                 }
-                self.merge(routers, &incoming, &answers)
             }
             Route::CrossShard => self.merge(routers, &incoming, &[]),
         }
@@ -116,5 +110,58 @@ impl Shards {
             self.shared.shadow.decisions().add(incoming, decision(&answer));
         }
         Ok(answer)
+    }
+}
+
+/// Returns the answers of all shards, or the request when a shard was not called because its guest was replaced.
+fn of_all(called: Vec<Result<Called, CallError>>) -> Result<Result<Vec<Answer>, Incoming>, CallError> {
+    let mut answers = Vec::with_capacity(called.len());
+    let mut lacking = None;
+    for called in called {
+        match called {
+            Ok(Called::Answered(answer)) => answers.push(answer),
+            Ok(Called::Moved(incoming)) => lacking = lacking.or(Some(Ok(incoming))),
+            // After it the outcome is unknown in any case.
+            Err(CallError::Trapped) => return Err(CallError::Trapped),
+            Err(error) => lacking = Some(Err(error)),
+        }
+    }
+    match lacking {
+        None => Ok(Ok(answers)),
+        // The request had an effect, and called again it would have that twice.
+        Some(_) if answers.iter().any(|answer| answer.appended) => Err(CallError::Partial),
+        Some(lacking) => lacking.map(Err),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::super::message::Given;
+    use super::*;
+    use crate::contract::Response;
+
+    fn answered(appended: bool) -> Result<Called, CallError> {
+        let record = Response { status: 200, headers: Vec::new(), body: Vec::new(), read_sequence: None };
+        Ok(Called::Answered(Answer {
+            response: Given::Fresh { record, most: 0, end: 0 },
+            read_sequence: 0,
+            guest_time: Duration::ZERO,
+            appended,
+            sequel: None,
+            reusable: None,
+        }))
+    }
+
+    #[test]
+    fn failure_of_one_shard_is_the_outcome_only_without_an_effect_in_another() {
+        let outcome = |called| of_all(called).map(|answers| answers.map(|answers| answers.len()).ok());
+        assert!(matches!(outcome(vec![answered(false), answered(true)]), Ok(Some(2))));
+        assert!(matches!(outcome(vec![Err(CallError::Late), answered(false)]), Err(CallError::Late)));
+        assert!(matches!(outcome(vec![answered(false), Err(CallError::Down)]), Err(CallError::Down)));
+        assert!(matches!(outcome(vec![Err(CallError::Late), answered(true)]), Err(CallError::Partial)));
+        assert!(matches!(outcome(vec![answered(true), Err(CallError::Down)]), Err(CallError::Partial)));
+        assert!(matches!(outcome(vec![Err(CallError::Late), Err(CallError::Trapped)]), Err(CallError::Trapped)));
     }
 }
