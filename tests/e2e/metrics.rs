@@ -256,7 +256,7 @@ fn bytes_are_counted_as_they_go_over_the_wire() {
 }
 
 #[test]
-fn what_is_under_way_and_what_waits_is_shown() {
+fn requests_in_flight_and_waiting_are_shown() {
     let server = Server::start(&[guest(), "--guest-cpu-limit", "1h"]);
     let mut slow = Connection::open(server.address());
     slow.send("PUT /store/{own}a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n");

@@ -13,7 +13,7 @@ use crate::unruly::guest;
 use crate::wire::Connection;
 
 /// A request in progress: its head was read, its body is awaited.
-fn under_way(server: &Server) -> Connection {
+fn in_flight(server: &Server) -> Connection {
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
     assert_eq!(client.read().status, 100);
@@ -21,9 +21,9 @@ fn under_way(server: &Server) -> Connection {
     client
 }
 
-fn a_request_under_way_is_finished_after(signal: Signal) {
+fn a_request_in_flight_is_finished_after(signal: Signal) {
     let server = Server::start(&[]);
-    let mut client = under_way(&server);
+    let mut client = in_flight(&server);
     server.signal(signal);
     server.says("stopping: finishing requests in progress");
     assert!(client.is_silent_for(Duration::from_millis(200)), "the server did not wait for the rest of the body");
@@ -36,13 +36,13 @@ fn a_request_under_way_is_finished_after(signal: Signal) {
 }
 
 #[test]
-fn sigterm_finishes_what_is_under_way_and_exits_0() {
-    a_request_under_way_is_finished_after(Signal::TERM);
+fn sigterm_finishes_requests_in_flight_and_exits_0() {
+    a_request_in_flight_is_finished_after(Signal::TERM);
 }
 
 #[test]
-fn sigint_finishes_what_is_under_way_and_exits_0() {
-    a_request_under_way_is_finished_after(Signal::INT);
+fn sigint_finishes_requests_in_flight_and_exits_0() {
+    a_request_in_flight_is_finished_after(Signal::INT);
 }
 
 #[test]
@@ -57,7 +57,7 @@ fn idle_connections_do_not_hold_up_the_stop() {
 #[test]
 fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
     let server = Server::start(&["--drain-timeout", "300ms", "--request-timeout", "1h"]);
-    let mut client = under_way(&server);
+    let mut client = in_flight(&server);
     let stopped = server.terminate();
     let said = stopped.stderr().join("\n");
     assert!(said.contains("1 connections were cut off after 300ms"), "{said}");
@@ -107,7 +107,7 @@ fn connections_that_ended_in_time_do_not_count_as_cut_off() {
 #[test]
 fn a_second_signal_stops_at_once() {
     let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
-    let _client = under_way(&server);
+    let _client = in_flight(&server);
     server.signal(Signal::TERM);
     server.says("stopping: finishing requests in progress");
     server.signal(Signal::TERM);

@@ -69,7 +69,7 @@ pub struct Metrics {
     requests: Box<[[Counter; STATUSES]; METHODS.len()]>,
     durations: [Histogram; METHODS.len()],
     /// Requests in flight, which `--max-requests` limits.
-    pub under_way: AtomicUsize,
+    pub in_flight: AtomicUsize,
     /// Long polls that wait for a change.
     pub waiting: AtomicUsize,
     watches: AtomicUsize,
@@ -95,7 +95,7 @@ impl Default for Metrics {
         Self {
             requests: Box::new(std::array::from_fn(|_| std::array::from_fn(|_| Counter::default()))),
             durations: std::array::from_fn(|_| Histogram::of_times()),
-            under_way: AtomicUsize::default(),
+            in_flight: AtomicUsize::default(),
             waiting: AtomicUsize::default(),
             watches: AtomicUsize::default(),
             received: Counter::default(),
@@ -210,11 +210,11 @@ impl Measured for Metrics {
         let durations = METHODS.iter().zip(&self.durations).map(|(method, times)| ([("method", *method)], times));
         let help = "Time from the head of a request to the head of its response, without long polls";
         page.histograms("http_request_duration_seconds", help, durations)?;
-        let under_way = self.under_way.load(Ordering::Relaxed) as u64;
+        let in_flight = self.in_flight.load(Ordering::Relaxed) as u64;
         page.gauge(
             "http_requests_in_flight",
             "Requests in flight, including those that wait for the guest",
-            under_way,
+            in_flight,
         )?;
         let waiting = self.waiting.load(Ordering::Relaxed) as u64;
         page.gauge("http_requests_waiting_for_change", "Long polls that wait for a change", waiting)?;

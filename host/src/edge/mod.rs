@@ -17,6 +17,7 @@ mod connection;
 mod consistency;
 pub mod cors;
 mod counted;
+mod durability;
 mod forward;
 mod frame_inspector;
 mod frames;

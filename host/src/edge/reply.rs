@@ -9,7 +9,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-use super::timeouts::UnderWay;
+use super::timeouts::InFlight;
 
 pub enum Reply {
     Whole(Bytes),
@@ -18,7 +18,7 @@ pub enum Reply {
     /// Ends with the sender. Its request is in progress until then.
     Stream {
         pieces: mpsc::Receiver<Bytes>,
-        _under_way: Option<UnderWay>,
+        _in_flight: Option<InFlight>,
     },
 }
 
@@ -32,9 +32,9 @@ impl Reply {
     }
 
     /// Keeps the request in flight until the end of the response.
-    pub fn keep_in_flight(&mut self, guard: UnderWay) {
-        if let Self::Stream { _under_way, .. } = self {
-            *_under_way = Some(guard);
+    pub fn keep_in_flight(&mut self, guard: InFlight) {
+        if let Self::Stream { _in_flight, .. } = self {
+            *_in_flight = Some(guard);
         }
     }
 }

@@ -14,7 +14,7 @@ use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
@@ -33,18 +33,13 @@ use super::request_id::{self, RequestIds};
 use super::slow_log::{SlowLog, Times};
 use super::successor::{Forwarded, Successor};
 use super::throttle::Throttle;
-use super::{Limits, body, head, problem, stream};
+use super::{Limits, body, durability, head, problem, stream};
 use crate::contract::Scope;
 use crate::follow::Followed;
 use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::subscribers::{Keys, Selection};
-
-/// Maximum time for which a read waits for the renewal of an expired lease. That ends 8 s after the engine was lost, which takes
-/// up to 9 s to elect a leader, and the breaker up to 2 s more to try again.
-const LEASE_WAIT: time::Duration = time::Duration::from_secs(4);
-const LEASE_POLL: time::Duration = time::Duration::from_millis(20);
 
 /// What one request over HTTP/1.1 can hold without being charged for it: there is one at a time.
 const FREE: usize = 4 << 10;
@@ -141,9 +136,9 @@ struct Noted {
 }
 
 /// A request in progress, until it is dropped.
-struct UnderWay<'s>(&'s AtomicUsize);
+struct InFlight<'s>(&'s AtomicUsize);
 
-impl Drop for UnderWay<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -236,7 +231,7 @@ impl Service {
             }
             Err(refusal) => Err(refusal),
         };
-        let (under_way, grant) = match admitted {
+        let (in_flight, grant) = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
         };
@@ -267,7 +262,7 @@ impl Service {
         let called = match called? {
             Called::Here(Answered { answer: Answer { sequel: Some(Sequel::Wait(wait)), .. }, .. }) => {
                 // A long poll that waits is not counted as a request in flight.
-                drop(under_way);
+                drop(in_flight);
                 noted.waited = true;
                 charge.must_hold(head_bytes);
                 let called;
@@ -297,7 +292,7 @@ impl Service {
         let length = answer.response.bytes();
         asked.hold(&mut charge, length, answer.appended)?;
         let begun = Instant::now();
-        let safe = self.release(&answer, asked.deadline).await;
+        let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
         noted.times.commit = begun.elapsed();
         safe?;
         let is_complete = answer.response.is_kept();
@@ -398,7 +393,7 @@ impl Service {
         standing: Option<&Standing>,
     ) -> Result<(Called, Instant), Refusal> {
         self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = UnderWay(&self.metrics.waiting);
+        let _waiting = InFlight(&self.metrics.waiting);
         // A forwarded request does not wait: the former process is about to end.
         let longest = if socket.is_some() { wait.timeout.min(self.limits.hold) } else { Duration::ZERO };
         let mut until = Instant::now() + longest;
@@ -436,54 +431,15 @@ impl Service {
         }
     }
 
-    /// Waits until nothing that the answer shows can be taken back by a crash.
-    async fn release(&self, answer: &Answer, deadline: Instant) -> Result<(), Refusal> {
-        let watermark = self.changes.watermark();
-        let reached = if answer.read_sequence <= watermark.durable() {
-            Ok(Ok(()))
-        } else {
-            timeout_at(deadline, watermark.reached(answer.read_sequence)).await
-        };
-        match reached {
-            // What was appended is durable, even if another process writes by now.
-            Ok(Ok(())) if answer.appended => Ok(()),
-            Ok(Ok(())) => self.has_lease(deadline).await,
-            Ok(Err(unknown)) => {
-                let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &unknown.to_string());
-                Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
-            }
-            Err(_) if answer.appended => {
-                let unknown = "outcome unknown: this was not known to be durable in time";
-                Err(beyond(Limit::RequestTimeout, refuse(StatusCode::GATEWAY_TIMEOUT, unknown)).into())
-            }
-            Err(_) => {
-                let late = "what this would show was not known to be durable in time";
-                Err(beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, late)).into())
-            }
-        }
-    }
-
-    /// Checks the read lease. One that has expired may be renewed soon: then nobody has taken over since the guest's call.
-    async fn has_lease(&self, deadline: Instant) -> Result<(), Refusal> {
-        let until = deadline.min(Instant::now() + LEASE_WAIT);
-        while let Some(reason) = self.changes.reads_refused() {
-            if self.changes.read_only().is_some() || Instant::now() >= until {
-                return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
-            }
-            sleep(LEASE_POLL).await;
-        }
-        Ok(())
-    }
-
     /// Checks the head, the limits, the token, and the role of this server. Returns the grant of the client.
     async fn admit(
         &self,
         head: &Parts,
         client: &Client,
         principal: &mut Option<Arc<str>>,
-    ) -> Result<(UnderWay<'_>, Option<Grant>), Refusal> {
-        let before = self.metrics.under_way.fetch_add(1, Ordering::Relaxed);
-        let under_way = UnderWay(&self.metrics.under_way);
+    ) -> Result<(InFlight<'_>, Option<Grant>), Refusal> {
+        let before = self.metrics.in_flight.fetch_add(1, Ordering::Relaxed);
+        let in_flight = InFlight(&self.metrics.in_flight);
         head::check(head, &self.limits)?;
         if before >= self.limits.requests {
             let refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
@@ -517,7 +473,7 @@ impl Service {
             let reason = "the server is read-only, for maintenance; try again later";
             return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
         }
-        Ok((under_way, grant))
+        Ok((in_flight, grant))
     }
 }
 

@@ -137,7 +137,7 @@ impl Stream {
             }
             drop(open);
         });
-        Reply::Stream { pieces: body, _under_way: None }
+        Reply::Stream { pieces: body, _in_flight: None }
     }
 
     /// Delivers events until the client disconnects, is a slow consumer, or exceeds the memory budget, or the server stops.

@@ -34,16 +34,16 @@ impl Activity {
         self.reads.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn begin(self: Arc<Self>) -> UnderWay {
+    pub fn begin(self: Arc<Self>) -> InFlight {
         self.begun.fetch_add(1, Ordering::Relaxed);
-        UnderWay(self)
+        InFlight(self)
     }
 }
 
 /// Guard of a request in flight.
-pub struct UnderWay(Arc<Activity>);
+pub struct InFlight(Arc<Activity>);
 
-impl Drop for UnderWay {
+impl Drop for InFlight {
     fn drop(&mut self) {
         let Activity { ended, reads, reads_before, .. } = &*self.0;
         reads_before.store(reads.load(Ordering::Relaxed), Ordering::Relaxed);
