@@ -1,5 +1,5 @@
-//! nginx in front of a server, as `deploy/nginx.conf` configures it: keys, conditions and watches come through unchanged. Trusted
-//! proxies, nginx and HAProxy, give the addresses of their clients; nobody else can.
+//! nginx, Caddy and Envoy in front of a server, as `deploy/` and the book configure them: keys, conditions and watches come
+//! through unchanged. Trusted proxies, these and HAProxy, give the addresses of their clients; nobody else can.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -18,6 +18,7 @@ use crate::watch::Events;
 use crate::wire::{Connection, long, short};
 
 const CONFIG: &str = include_str!("../../deploy/nginx.conf");
+const ENVOY: &str = include_str!("../../deploy/envoy.yaml");
 const PAGE: &str = include_str!("../../docs/behind-a-proxy.md");
 
 /// The header of the PROXY protocol that gives 203.0.113.7:80 as the client.
@@ -57,29 +58,56 @@ fn nginx(server: &Server, address: SocketAddr) -> (Process, TempDir) {
     (listens(Process::spawn(nginx), address), directory)
 }
 
-/// HAProxy at this address in front of a server, with the PROXY protocol as docs/behind-a-proxy.md configures it.
+/// The configuration in a section of docs/behind-a-proxy.md, for this server.
+fn configuration(section: &str, server: &Server) -> String {
+    let section = PAGE.split("\n## ").find_map(|text| text.strip_prefix(section)?.strip_prefix('\n'));
+    let lines: Vec<_> =
+        section.expect("there is a section").lines().filter_map(|line| line.strip_prefix("    ")).collect();
+    lines.join("\n").replace("127.0.0.1:8080", &server.address().to_string()) + "\n"
+}
+
+/// HAProxy at this address in front of a server, with the PROXY protocol.
 fn haproxy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
-    let section = PAGE.split("\n## ").find_map(|section| section.strip_prefix("HAProxy\n"));
-    let config = section.expect("there is a section");
-    let config: Vec<_> = config.lines().filter_map(|line| line.strip_prefix("    ")).collect();
-    let config = config.join("\n").replace("127.0.0.1:8080", &server.address().to_string());
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("haproxy.cfg");
-    fs::write(&file, config.replace(":443", &address.to_string()) + "\n").expect("it can be written");
+    let config = configuration("HAProxy", server).replace(":443", &address.to_string());
+    fs::write(&file, config).expect("it can be written");
     let mut haproxy = Command::new("haproxy");
     haproxy.arg("-f").arg(&file);
     (listens(Process::spawn(haproxy), address), directory)
 }
 
-#[test]
-fn nginx_passes_keys_and_watches_on_unchanged() {
-    let server = Server::start(&[]);
-    let free = free("127.0.0.9");
-    let _nginx = nginx(&server, free);
+/// Caddy at this address in front of a server.
+fn caddy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("Caddyfile");
+    let config = configuration("Caddy", server).replace("kvs.example", &format!("http://{address}"));
+    fs::write(&file, format!("{{\n    admin off\n}}\n{config}")).expect("it can be written");
+    let mut caddy = Command::new("caddy");
+    caddy.args(["run", "--adapter", "caddyfile", "--config"]).arg(&file).env("HOME", directory.path());
+    (listens(Process::spawn(caddy), address), directory)
+}
 
-    let mut client = Connection::open(free);
+/// Envoy at this address in front of a server.
+fn envoy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let file = directory.path().join("envoy.yaml");
+    let endpoint = |address: SocketAddr| format!("{{ address: {}, port_value: {} }}", address.ip(), address.port());
+    let config = ENVOY
+        .replace("{ address: 127.0.0.1, port_value: 8080 }", &endpoint(server.address()))
+        .replace("{ address: 0.0.0.0, port_value: 8000 }", &endpoint(address));
+    fs::write(&file, config).expect("it can be written");
+    let mut envoy = Command::new("envoy");
+    // Tests run side by side, and the shared memory of a hot restart is one for all.
+    envoy.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"]).arg(&file);
+    (listens(Process::spawn(envoy), address), directory)
+}
+
+/// Keys, conditions and watches come through the proxy at this address unchanged.
+fn passes_all_on_unchanged(server: &Server, address: SocketAddr) {
+    let mut client = Connection::open(address);
     // An event is not held back until a buffer is full.
-    let watching = Events::over(Connection::open(free), "/v1?watch", &[]).expect("it is answered");
+    let watching = Events::over(Connection::open(address), "/v1?watch", &[]).expect("it is answered");
     let mut watching = watching.expect("there are events");
     for key in ["a/b", "a//b", "a%2Fb", "ä ?#+", "a.b/..c", "k;x=1"] {
         for target in [short(key), long(key)] {
@@ -96,7 +124,44 @@ fn nginx_passes_keys_and_watches_on_unchanged() {
     }
     assert_eq!(client.ask("GET", "/v1/nothing", b"").header("cache-control"), Some("no-cache"));
     assert_eq!(client.ask("PUT", "/v1/large", &vec![b'x'; 1 << 20]).status, 201);
-    assert_eq!(client.ask("PUT", "/v1/larger", &vec![b'x'; (1 << 20) + 1]).status, 413);
+}
+
+#[test]
+fn nginx_passes_keys_and_watches_on_unchanged() {
+    let server = Server::start(&[]);
+    let address = free("127.0.0.9");
+    let _nginx = nginx(&server, address);
+    passes_all_on_unchanged(&server, address);
+    assert_eq!(Connection::open(address).ask("PUT", "/v1/larger", &vec![b'x'; (1 << 20) + 1]).status, 413);
+}
+
+#[test]
+fn caddy_passes_all_on_unchanged_and_gives_addresses() {
+    let server = Server::start(&[]);
+    let address = free("127.0.0.13");
+    let _caddy = caddy(&server, address);
+    passes_all_on_unchanged(&server, address);
+    gives_addresses(caddy, "127.0.0.14");
+}
+
+#[test]
+fn envoy_passes_all_on_unchanged_and_gives_addresses() {
+    let server = Server::start(&[]);
+    let address = free("127.0.0.15");
+    let _envoy = envoy(&server, address);
+    passes_all_on_unchanged(&server, address);
+    gives_addresses(envoy, "127.0.0.16");
+}
+
+/// A proxy gives the address of its client, whatever the client says.
+fn gives_addresses(proxy: fn(&Server, SocketAddr) -> (Process, TempDir), host: &str) {
+    let server = Server::start(&[guest(), "--trusted-proxy", "127.0.0.1"]);
+    let address = free(host);
+    let _proxy = proxy(&server, address);
+    for spoofed in [&[][..], &[("x-forwarded-for", "6.6.6.6")], &[("forwarded", "for=6.6.6.6")]] {
+        let peer = Connection::open_from("127.0.0.3", address).ask_with("GET", "/peer", spoofed, b"");
+        assert_eq!((peer.status, peer.text().trim_end()), (200, "Some(\"127.0.0.3:0\")"), "{spoofed:?}");
+    }
 }
 
 #[test]

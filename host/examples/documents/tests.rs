@@ -342,6 +342,7 @@ fn deployment_files_use_known_settings() {
         "deploy/demo/compose.yaml",
         "deploy/pair/pair.conf",
         "deploy/kubernetes/kvs.yaml",
+        "deploy/kubernetes/nats.yaml",
         "deploy/kubernetes/backup.yaml",
         "deploy/kvs-backup.service",
         "deploy/kvs.env",

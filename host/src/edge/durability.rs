@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hyper::StatusCode;
+use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use tokio::time::{Instant, sleep, timeout_at};
 
