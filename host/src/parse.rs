@@ -36,10 +36,15 @@ pub fn advertise(text: &str) -> Result<String, String> {
 
 /// Parses a duration. A number without a unit is in seconds, as in the HTTP API.
 pub fn duration(text: &str) -> Result<Duration, String> {
+    let duration = duration_or_zero(text)?;
+    if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+}
+
+/// Parses a duration that may be zero.
+pub fn duration_or_zero(text: &str) -> Result<Duration, String> {
     let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let parsed = humantime::parse_duration(&if is_number { format!("{text}s") } else { text.to_owned() });
-    let duration = parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))?;
-    if duration.is_zero() { Err("must be greater than zero".to_owned()) } else { Ok(duration) }
+    parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))
 }
 
 /// Parses the duration of shadow traffic.
@@ -60,11 +65,11 @@ pub fn percent(text: &str) -> Result<f64, String> {
 /// The end of the year 9999: a later date has no text form.
 const LATEST_EXPIRY: Duration = Duration::from_secs(253_402_300_799);
 
-/// Parses the expiry of a token: a time from now, or a date, with or without a time of day in UTC.
+/// Parses the expiry of a token: a [`duration`] from now, or a date, with or without a time of day in UTC.
 pub fn expiry(text: &str) -> Result<SystemTime, String> {
     let now = Clock::system().wall();
     let date = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
-    match date.ok().or_else(|| now.checked_add(humantime::parse_duration(text).ok()?)) {
+    match date.ok().or_else(|| now.checked_add(duration_or_zero(text).ok()?)) {
         Some(at) if at > UNIX_EPOCH + LATEST_EXPIRY => Err("is after the year 9999".to_owned()),
         Some(at) if at > now => Ok(at),
         Some(_) => Err("is in the past".to_owned()),
@@ -181,7 +186,9 @@ mod tests {
         assert_eq!(since("2227-01-31T00:00:01Z"), Ok(8_112_700_801));
         let soon = since("90days").expect("it is one") - since("1day").expect("it is one");
         assert!(soon.abs_diff(89 * 86_400) < 60, "{soon}");
-        for wrong in ["", "soon", "2020-01-01", "0s", "-1d", "90", "9000years", "99999999999years"] {
+        let (number, with_unit) = (since("8640000").expect("it is one"), since("100days").expect("it is one"));
+        assert!(number.abs_diff(with_unit) < 60, "{number} and {with_unit}");
+        for wrong in ["", "soon", "2020-01-01", "0", "0s", "-1d", "9000years", "99999999999years"] {
             assert!(expiry(wrong).is_err(), "{wrong}");
         }
     }
@@ -194,5 +201,7 @@ mod tests {
         for wrong in ["", "0", "0s", "1.5", "-1", "soon", "99999999999999999999"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
+        assert_eq!(duration_or_zero("0"), Ok(Duration::ZERO));
+        assert_eq!(duration_or_zero("90"), Ok(Duration::from_secs(90)));
     }
 }

@@ -66,7 +66,7 @@ use self::stats::Statistics;
 use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens};
 use crate::edge::tls::Tls;
-use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, shown_target};
+use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, problem, shown_target};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
@@ -316,6 +316,14 @@ impl Admin {
     /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens. What it edits is in
     /// the audit trail.
     async fn forward(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
+        let wants_problem = problem::is_wanted(request.headers());
+        let mut response = self.pass_on(request, principal, connection).await;
+        // A rejection of this listener; the responses of the HTTP interface are complete.
+        problem::complete(&mut response, wants_problem);
+        response
+    }
+
+    async fn pass_on(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
         let Some(forwarder) = self.forwarder.get() else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
         };

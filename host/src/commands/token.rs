@@ -29,7 +29,7 @@ pub enum TokenCommand {
         /// Prefix of the allowed keys, with guests that declare the capability key-prefix
         #[arg(long, value_name = "PREFIX", value_parser = check_key_prefix, conflicts_with = "path_prefix")]
         key_prefix: Option<String>,
-        /// Expiry: a time from now such as 90days, or a date such as 2027-01-31
+        /// Expiry: a time from now such as 90days or 3600 (seconds), or a date such as 2027-01-31
         #[arg(long, value_name = "TIME", value_parser = expiry)]
         expires: Option<SystemTime>,
         #[command(flatten)]

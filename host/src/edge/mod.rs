@@ -27,7 +27,7 @@ mod line_rate;
 pub mod listener;
 mod metrics;
 mod multiplex;
-mod problem;
+pub mod problem;
 pub mod proxy;
 mod refusal;
 mod reply;

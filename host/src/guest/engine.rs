@@ -43,6 +43,8 @@ pub struct Engine {
     compiler: Compiler,
     /// How many guests were made.
     guests: AtomicU64,
+    /// Linear memory of all instances.
+    total_memory: Arc<AtomicU64>,
 }
 
 impl Engine {
@@ -72,6 +74,7 @@ impl Engine {
             config: config.into(),
             compiler: Compiler::new(cache),
             guests: AtomicU64::default(),
+            total_memory: Arc::default(),
         })
     }
 
@@ -98,9 +101,9 @@ impl Engine {
         let instance = linker.instantiate_pre(&component)?;
         let exports = Arc::new(ExportsPre::new(instance, world.is_sharded())?);
         let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
-        let response_cache = Arc::clone(&self.response_cache);
+        let (response_cache, total_memory) = (Arc::clone(&self.response_cache), Arc::clone(&self.total_memory));
         let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
-        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config, response_cache })
+        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config, response_cache, total_memory })
     }
 
     /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
@@ -258,12 +261,19 @@ pub struct Guest {
     config: Arc<[(String, String)]>,
     clock: Arc<Clock>,
     response_cache: Arc<ResponseCache>,
+    /// Of the instances of all guests.
+    total_memory: Arc<AtomicU64>,
 }
 
 impl Guest {
     /// Memory limit of one instance.
     pub fn memory_limit(&self) -> usize {
         self.limits.memory_bytes
+    }
+
+    /// Linear memory of the instances of all guests of its engine: of this one, of others in a swap, of spares and routers.
+    pub fn total_memory_bytes(&self) -> u64 {
+        self.total_memory.load(Ordering::Relaxed)
     }
 
     pub fn source(&self) -> &Source {
@@ -313,9 +323,10 @@ impl Guest {
     ) -> impl Fn() -> Result<Instance> + Send + 'static {
         let (exports, config, clock) = (Arc::clone(&self.exports), self.config.clone(), self.clock.clone());
         let (number, limits, cache) = (self.number, self.limits, Arc::clone(&self.response_cache));
+        let total = Arc::clone(&self.total_memory);
         move || {
-            let state =
-                State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone(), Arc::clone(&cache));
+            let (cache, total) = (Arc::clone(&cache), Arc::clone(&total));
+            let state = State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone(), cache, total);
             Instance::new(&exports, number, limits, state)
         }
     }

@@ -4,6 +4,7 @@
 //! request is, when calls are made. WASI is the `sandbox`'s.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hyper::header::HeaderValue;
@@ -118,8 +119,9 @@ impl State {
         limits: Limits,
         clock: Arc<Clock>,
         cache: Arc<ResponseCache>,
+        total_memory: Arc<AtomicU64>,
     ) -> Self {
-        let (memory, sandbox) = (Memory::new(limits), Sandbox::new(limits, Arc::clone(&clock)));
+        let (memory, sandbox) = (Memory::new(limits, total_memory), Sandbox::new(limits, Arc::clone(&clock)));
         Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, cache, time: 0, rest: 0 }
     }
 

@@ -4,6 +4,9 @@
 //! out of memory traps, and one that traps is rebuilt from the log: were everything taken in that just fits, it would be
 //! rebuilt into the same wall. Must never know: what the memory is used for.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use wasmtime::{ResourceLimiter, Result};
 
 use super::limits::Limits;
@@ -13,6 +16,8 @@ pub struct Memory {
     limits: Limits,
     /// Bytes of all linear memories. They never shrink: what the guest frees is its own to use again.
     held: usize,
+    /// Of all instances.
+    total: Arc<AtomicU64>,
     /// Of all tables.
     table_elements: usize,
     /// The growth that was granted last, taken back when it fails.
@@ -31,8 +36,9 @@ struct Full {
 }
 
 impl Memory {
-    pub fn new(limits: Limits) -> Self {
-        Self { limits, held: 0, table_elements: 0, granted: 0, denied: false, full: None }
+    /// `total` counts the bytes of all instances that share it.
+    pub fn new(limits: Limits, total: Arc<AtomicU64>) -> Self {
+        Self { limits, held: 0, total, table_elements: 0, granted: 0, denied: false, full: None }
     }
 
     /// Whether the guest was ever denied memory.
@@ -70,6 +76,12 @@ impl Memory {
     }
 }
 
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.held as u64, Ordering::Relaxed);
+    }
+}
+
 /// Memory that data must leave free: for a request and its response on their way through, for a batch of entries on replay,
 /// and for what grows in leaps.
 fn reserve(limits: &Limits) -> usize {
@@ -85,6 +97,7 @@ impl ResourceLimiter for Memory {
             && growth <= self.limits.memory_bytes.saturating_sub(self.held);
         if fits {
             self.held += growth;
+            self.total.fetch_add(growth as u64, Ordering::Relaxed);
             self.granted = growth;
         } else {
             self.denied = true;
@@ -93,7 +106,9 @@ impl ResourceLimiter for Memory {
     }
 
     fn memory_grow_failed(&mut self, _: wasmtime::Error) -> Result<()> {
-        self.held -= std::mem::take(&mut self.granted);
+        let granted = std::mem::take(&mut self.granted);
+        self.held -= granted;
+        self.total.fetch_sub(granted as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -128,7 +143,7 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     fn memory() -> Memory {
-        Memory::new(Limits {
+        let limits = Limits {
             call: Duration::from_secs(1),
             replay: Duration::from_secs(1),
             memory_bytes: 64 * MIB,
@@ -139,7 +154,8 @@ mod tests {
             appends: 10,
             log_bytes: 100,
             log_line_bytes: 10,
-        })
+        };
+        Memory::new(limits, Arc::default())
     }
 
     #[test]
@@ -163,6 +179,19 @@ mod tests {
         assert!(!memory.memory_growing(0, 10 * MIB, Some(5 * MIB)).unwrap());
         memory.memory_grow_failed(wasmtime::format_err!("more than its maximum")).unwrap();
         assert_eq!(memory.held(), 0);
+    }
+
+    #[test]
+    fn total_is_that_of_all_instances() {
+        let mut one = memory();
+        let total = Arc::clone(&one.total);
+        let mut other = Memory::new(one.limits, Arc::clone(&total));
+        assert!(one.memory_growing(0, 10 * MIB, None).unwrap() && other.memory_growing(0, 20 * MIB, None).unwrap());
+        assert!(other.memory_growing(20 * MIB, 25 * MIB, None).unwrap());
+        other.memory_grow_failed(wasmtime::format_err!("no memory")).unwrap();
+        assert_eq!(total.load(Ordering::Relaxed), 30 << 20);
+        drop(one);
+        assert_eq!(total.load(Ordering::Relaxed), 20 << 20);
     }
 
     #[test]

@@ -420,6 +420,8 @@ impl Measured for Shards {
             "Linear memory of the guest, in all shards",
             self.sum(|held| &held.memory_bytes),
         )?;
+        let help = "Linear memory of all instances: those that serve, spares, and those of the other guest in a swap";
+        page.gauge("guest_instances_memory_bytes", help, serving.guest.total_memory_bytes())?;
         let limit = (serving.guest.memory_limit() * self.shards.len()) as u64;
         page.gauge("guest_memory_limit_bytes", "Limit of the linear memory of the guest, in all shards", limit)?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::parse::duration;
+use crate::parse::{duration, duration_or_zero};
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Backup")]
@@ -15,6 +15,6 @@ pub struct Backup {
 
     /// Time for which compaction keeps entries after they were superseded or deleted, so that each state since then can be
     /// restored; takes as much disk as is written in that time
-    #[arg(long, env = "KVS_RETAIN", value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "KVS_RETAIN", value_name = "TIME", default_value = "0s", value_parser = duration_or_zero)]
     pub retain: Duration,
 }

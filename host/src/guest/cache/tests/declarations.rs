@@ -62,7 +62,7 @@ fn handling() -> (State, Arc<ResponseCache>, Arc<Looking>) {
         log_line_bytes: KIB,
     };
     let part = Owners::new(1, &Env::real().random).unwrap().part(0);
-    let mut state = State::new(log.clone(), part, Arc::default(), limits, clock, Arc::clone(&cache));
+    let mut state = State::new(log.clone(), part, Arc::default(), limits, clock, Arc::clone(&cache), Arc::default());
     state.now();
     let client = Some(Arc::clone(&request("GET", "/a").client));
     state.call = Call { may_append: true, client, serving: cache.serving(), ..Call::default() };
