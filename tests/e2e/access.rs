@@ -110,7 +110,7 @@ fn a_token_can_be_bound_to_paths() {
 }
 
 #[test]
-fn the_guest_is_told_the_name_and_not_the_token() {
+fn guest_gets_the_name_and_not_the_token() {
     let tokens = Tokens::new();
     let read = tokens.add(&["reader"]);
     let server = Server::start(&["--tokens", &tokens.file(), guest()]);
@@ -347,6 +347,9 @@ fn token_for_metrics_can_do_nothing_else() {
     assert_eq!(["/metrics", "/guest"].map(|path| status("GET", path, &write)), [403, 403]);
     assert_eq!(["/metrics", "/guest"].map(|path| status("GET", path, &admin)), [200, 200]);
     assert_eq!(status("DELETE", "/guest", &scraper), 403);
+    for path in ["/backup", "/history?key=a", "/stats", "/read-only", "/v1", "/v1/a"] {
+        assert_eq!([&scraper, &write].map(|token| status("GET", path, token)), [403, 403], "{path}");
+    }
     for path in ["/metrics", "/guest"] {
         assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 401, "{path}");
     }
@@ -446,7 +449,7 @@ fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
 }
 
 #[test]
-fn a_client_above_its_rate_is_told_when_to_come_again() {
+fn client_above_its_rate_gets_retry_after() {
     let tokens = Tokens::new();
     let (alice, bob) = (tokens.add(&["alice"]), tokens.add(&["bob"]));
     // One a minute, so that no time that a test takes gives another.
@@ -464,7 +467,7 @@ fn a_client_above_its_rate_is_told_when_to_come_again() {
 }
 
 #[test]
-fn clients_without_a_name_are_told_apart_by_address() {
+fn clients_without_a_name_are_known_by_address() {
     let server = Server::start(&["--rate-limit", "1/m"]);
     ask(&server, "GET", "/v1/a", "").says(404, "no such key");
     assert_eq!(ask(&server, "GET", "/v1/a", "").status, 429);

@@ -229,6 +229,21 @@ fn slow_request_is_logged_with_its_times() {
 }
 
 #[test]
+fn slow_request_has_its_time_in_the_queue() {
+    let limits = ["--guest-cpu-limit", "2s", "--request-timeout", "1m"];
+    let server = Server::start(&[&JSON[..], &["--slow-request", "500ms", guest()], &limits].concat());
+    let mut busy = Connection::open(server.address());
+    busy.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    server.says("going round in circles");
+    assert_eq!(ask(&server, "GET", "/store/{own}a", "", "").status, 404);
+    let lines = parsed(server.terminate().stderr());
+    let is_it = |line: &&Value| line["message"] == "slow request" && line["target"] == "/store/{own}a";
+    let line = lines.iter().find(is_it).unwrap_or_else(|| panic!("it is not logged: {lines:?}"));
+    let ms = |field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
+    assert!(ms("queue_ms") > 500.0 && ms("queue_ms") > 0.9 * ms("ms") && ms("queue_ms") <= ms("ms"), "{line}");
+}
+
+#[test]
 fn request_that_is_not_slow_is_not_logged() {
     let server = Server::start(&["--slow-request", "1h"]);
     ask(&server, "PUT", "/v1/a", "", "value");

@@ -183,6 +183,12 @@ fn watch_over_admin_ends_when_client_leaves() {
     counts(&server, "kvs_http_requests_in_flight", 0.0);
 }
 
+/// A rejection has the headers that those of the HTTP interface have.
+#[track_caller]
+fn can_be_retried(refused: &Response) {
+    assert_eq!((refused.header("kvs-error"), refused.header("retry-after")), (Some("unavailable"), Some("1")));
+}
+
 #[test]
 fn watches_over_admin_leave_room_for_probes() {
     let server = Server::start(&[]);
@@ -194,6 +200,11 @@ fn watches_over_admin_leave_room_for_probes() {
     assert!(watches.iter().all(|(status, _)| *status == 200));
     let refused = Connection::open(server.admin()).ask("GET", "/v1/a", b"");
     assert_eq!(refused.status, 503, "{}", refused.text());
+    can_be_retried(&refused);
+    let accept = [("accept", "application/problem+json")];
+    let problem = Connection::open(server.admin()).ask_with("GET", "/v1/a", &accept, b"");
+    can_be_retried(&problem);
+    assert!(problem.text().contains("\"code\":\"unavailable\""), "{}", problem.text());
     get(server.admin(), "/livez").says(200, "ok");
     assert_eq!(get(server.admin(), "/metrics").status, 200);
     drop(watches);
@@ -215,9 +226,14 @@ fn request_over_admin_is_finished_at_stop() {
     server.signal(Signal::TERM);
     server.says("stopping: finishing requests in progress");
     let begun = Instant::now();
-    while Connection::open(server.admin()).ask("GET", "/v1/a", b"").status != 503 {
+    let refused = loop {
+        let answer = Connection::open(server.admin()).ask("GET", "/v1/a", b"");
+        if answer.status == 503 {
+            break answer;
+        }
         assert!(begun.elapsed() < PATIENCE, "it still serves");
-    }
+    };
+    can_be_retried(&refused);
     admin.send("value");
     assert_eq!(admin.read().status, 201);
     server.ends_well();

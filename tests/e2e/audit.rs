@@ -47,6 +47,36 @@ fn swap_is_recorded_with_digest_principal_and_request_id() {
 }
 
 #[test]
+fn read_only_and_edits_are_recorded_with_principal() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "admin"]);
+    let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"];
+    let server = Server::start(&[&JSON[..], &args].concat());
+    let bearer = format!("Bearer {alice}");
+    for (method, path, status, action, object) in [
+        ("PUT", "/v1/a", 201, "edit", "PUT /v1/a"),
+        ("PUT", "/read-only", 200, "read-only", "on"),
+        ("DELETE", "/v1/a", 503, "edit", "DELETE /v1/a"),
+        ("DELETE", "/read-only", 200, "read-only", "off"),
+    ] {
+        let headers = [("authorization", &*bearer), ("x-request-id", "change-7")];
+        assert_eq!(Connection::open(server.admin()).ask_with(method, path, &headers, b"").status, status, "{path}");
+        let line = record(&server.says(&format!("\"object\":\"{object}\"")));
+        let outcome = if action == "edit" { status.to_string() } else { "success".to_owned() };
+        for (field, value) in
+            [("action", action), ("outcome", &outcome), ("principal", "alice"), ("request_id", "change-7")]
+        {
+            assert_eq!(line[field], value, "{line}");
+        }
+    }
+    // A look at the state changes nothing.
+    let headers = [("authorization", &*bearer)];
+    assert_eq!(Connection::open(server.admin()).ask_with("GET", "/read-only", &headers, b"").text(), "off\n");
+    let lines = server.terminate().stderr().to_vec();
+    assert_eq!(lines.iter().filter(|line| line.contains("\"audit\"")).count(), 4, "{lines:?}");
+}
+
+#[test]
 fn reload_is_recorded_with_its_cause() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let file = data.path().join("guest.wasm");
@@ -86,11 +116,17 @@ fn restore_is_recorded_with_the_user() {
 }
 
 #[test]
-fn new_token_is_recorded_with_the_user() {
+fn new_and_revoked_tokens_are_recorded_with_the_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
-    let mut create = kvs();
-    create.args(["token", "create", "bob", "--tokens"]).arg(data.path().join("tokens"));
-    assert_eq!(recorded(create), ("token-create".to_owned(), "bob".to_owned()));
+    let token = |action: &str| {
+        let mut command = kvs();
+        command.args(["token", action, "bob", "--tokens"]).arg(data.path().join("tokens"));
+        recorded(command)
+    };
+    assert_eq!(token("create"), ("token-create".to_owned(), "bob".to_owned()));
+    let (action, object) = token("revoke");
+    // With the id, since several can have one name.
+    assert!(action == "token-revoke" && object.starts_with("bob "), "{action} of {object}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use crate::access::Tokens;
 use crate::browser::Page;
 use crate::components::DEFAULT_GUEST;
+use crate::load::count;
 use crate::log::kvs_at;
 use crate::metrics::counts;
 use crate::server::{Server, serve};
@@ -72,6 +73,13 @@ fn page_shows_health_charts_guest_and_backup() {
     }
     page.says("#figures", "201: ");
     assert_eq!(page.value("document.querySelector('#backup').checkVisibility()"), true);
+    for file in ["/console", "/console/app.js"] {
+        let answer = Connection::open(server.admin()).ask("GET", file, b"");
+        let policy = answer.header("content-security-policy").expect("it has a policy");
+        for part in ["default-src 'none';", "script-src 'self';", "frame-ancestors 'none';", "trusted-types 'none'"] {
+            assert!(policy.contains(part) && !policy.contains("unsafe"), "{file}: {policy}");
+        }
+    }
     page.is_clean();
 }
 
@@ -212,11 +220,11 @@ fn no_key_or_value_runs_as_script() {
 
 #[test]
 fn many_keys_come_a_page_at_a_time() {
-    const KEYS: usize = 100_000;
+    let keys = count("KVS_TEST_CONSOLE_KEYS", 100_000);
     let data = TempDir::new().expect("a temporary directory can be made");
     let server = Server::spawn(serve(data.path()), data);
     let mut client = Connection::open(server.address());
-    for thousand in 0..KEYS / 1_000 {
+    for thousand in 0..keys / 1_000 {
         let mut operations = String::from("[");
         for number in 0..1_000 {
             let comma = if number == 0 { "" } else { "," };
@@ -390,6 +398,9 @@ fn operator_signs_in_with_token() {
     page.says("#value-state", "Saved");
     page.click("#watch-start");
     page.says("#watch-state", "Watching");
+    page.click("#take-backup");
+    page.says("#backup-state", "Done");
+    server.says("backup: 1 entries after sequence 0 up to 1");
     // In memory only.
     let kept = page.value("JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, document.documentElement.outerHTML])");
     assert!(!kept.as_str().expect("text").contains(&token));

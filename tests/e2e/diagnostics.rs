@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::access::Tokens;
 use crate::log::{kvs_at, of_files};
-use crate::server::{PATIENCE, kvs};
+use crate::server::{PATIENCE, Server, kvs};
 use crate::unruly::guest;
 use crate::wire::{Connection, Response};
 
@@ -193,4 +193,30 @@ fn command_without_a_reader_of_its_messages_succeeds() {
     command.args(["txlog", "import", "--data-dir"]).arg(data.path().join("data")).arg(&file);
     let ended = command.stderr(writer).status().expect("the binary under test can be started");
     assert_eq!(ended.code(), Some(0));
+}
+
+/// No command panics when nobody reads what it prints, however little that is.
+#[test]
+fn command_without_a_reader_of_its_output_succeeds() {
+    of_files!();
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let server = Server::start(&[]);
+    let (admin, file) = (server.admin().to_string(), tokens.file());
+    for args in [
+        &["inspect", guest()][..],
+        &["health", "--output", "json", "--admin", &admin],
+        &["read-only", "off", "--output", "json", "--admin", &admin],
+        &["stats", "--admin", &admin],
+        &["token", "list", "--tokens", &file],
+        &["swap", guest(), "--dry-run", "--admin", &admin],
+    ] {
+        let (reader, writer) = pipe().expect("there are pipes");
+        drop(reader);
+        let mut command = kvs();
+        command.args(args).stdout(writer).stderr(Stdio::piped());
+        let output = command.output().expect("the binary under test can be started");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(0) && !said.contains("panicked"), "{args:?}: {:?}, {said}", output.status);
+    }
 }

@@ -1,5 +1,6 @@
 //! Values that expire.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use crate::log::{kvs_at, of_files};
 use crate::metrics::Metrics;
 use crate::server::{PATIENCE, Server, Stopped, kvs, serve};
+use crate::watch::Events;
 use crate::wire::Connection;
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
@@ -60,6 +62,37 @@ fn value_with_ttl_expires() {
 }
 
 #[test]
+fn watcher_gets_expiry_in_time() {
+    const KEYS: usize = 10;
+    let server = Server::start(&[]);
+    let mut watch = Events::open(&server, "/v1?watch", &[]);
+    let mut late = thread::scope(|scope| {
+        let watching = scope.spawn(|| {
+            let (mut due, mut late) = (BTreeMap::new(), Vec::new());
+            while late.len() < KEYS {
+                let data = watch.next().expect("the watch continues").data;
+                let key = data["key"].as_str().expect("a key is text").to_owned();
+                match data["expires"].as_i64() {
+                    Some(at) => drop(due.insert(key, at)),
+                    None => late.push(now_ms() - due[&key]),
+                }
+            }
+            late
+        });
+        let mut client = Connection::open(server.address());
+        for key in 0..KEYS {
+            assert_eq!(client.ask("PUT", &format!("/v1/{key}?ttl=1"), b"value").status, 201);
+            // All over a second: a server that looks for expired keys once a second is late with most.
+            thread::sleep(Duration::from_millis(97));
+        }
+        watching.join().expect("all expire")
+    });
+    late.sort_unstable();
+    // Most of them, since the machine has other things to do.
+    assert!((-20..300).contains(&late[KEYS / 2]), "they are late by {late:?} ms");
+}
+
+#[test]
 fn ttl_continues_over_a_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
@@ -97,6 +130,12 @@ fn mass_expiry_does_not_delay_requests() {
         probes += 1;
     }
     assert_eq!(deletes(&server.terminate()), count as usize);
+}
+
+/// In milliseconds since 1970.
+fn now_ms() -> i64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970");
+    i64::try_from(time.as_millis()).expect("it is a time")
 }
 
 /// In milliseconds since 1970, a year from now.
@@ -177,7 +216,25 @@ fn times_have_a_unit_or_are_seconds() {
             .output()
             .expect("the binary under test can be started");
         assert!(put.status.success(), "{ttl}");
-        let expires = Connection::open(server.address()).ask("GET", "/v1/a", b"").header("expires").map(str::to_owned);
-        assert!(expires.is_some(), "{ttl}");
+        let mut client = Connection::open(server.address());
+        assert_eq!(client.ask("PUT", &format!("/v1/b?ttl={ttl}"), b"1").status, 201);
+        let list = client.ask("GET", "/v1", b"").text().to_owned();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970").as_millis();
+        let expires: Vec<u128> = list
+            .split("\"expires\":")
+            .skip(1)
+            .filter_map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok())
+            .collect();
+        let is_an_hour = |at: &u128| (3_400_000..=3_601_000).contains(&at.saturating_sub(now));
+        assert!(expires.len() == 2 && expires.iter().all(is_an_hour), "{ttl}: {list} at {now}");
+    }
+    for wait in ["1", "1s", "1000ms"] {
+        let mut client = Connection::open(server.address());
+        let tag = client.ask("GET", "/v1/a", b"").etag().expect("it is there");
+        let begun = Instant::now();
+        let condition = format!("\"{tag}\"");
+        let waited = client.ask_with("GET", &format!("/v1/a?wait={wait}"), &[("if-none-match", &condition)], b"");
+        assert_eq!(waited.status, 304, "{wait}");
+        assert!(begun.elapsed() >= Duration::from_millis(990), "{wait} is {:?}", begun.elapsed());
     }
 }

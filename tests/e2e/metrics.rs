@@ -14,7 +14,7 @@ use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::log::of_files;
 use crate::server::{PATIENCE, Server};
-use crate::swap::{component, swaps};
+use crate::swap::{component, copy_of, in_phase, swaps};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
@@ -316,6 +316,35 @@ fn the_life_of_the_guest_is_counted() {
     });
     counts(&server, "kvs_guest_swaps_total{outcome=\"rolled_back\"}", 1.0);
     counts(&server, "kvs_guest_traps_total", 1.0);
+}
+
+#[test]
+fn memory_of_a_swap_is_measured() {
+    const SERVING: &str = "kvs_guest_memory_bytes";
+    const ALL: &str = "kvs_guest_instances_memory_bytes";
+    let server = Server::start(&["--probation", "1h"]);
+    let only_serving = |when: &str| until(&server, when, |now| now.get(ALL) == now.get(SERVING));
+    let is_rolled_back = || Connection::open(server.admin()).ask("DELETE", "/guest?rollback", b"").status == 202;
+    only_serving("no other instance is there at the start");
+    for (target, phase) in [("/guest?dry-run&shadow=1h", "shadow"), ("/guest", "probation")] {
+        thread::scope(|scope| {
+            scope.spawn(|| Connection::open(server.admin()).ask("PUT", target, &copy_of(DEFAULT_GUEST)));
+            in_phase(&server, phase);
+            let metrics = Metrics::of(&server);
+            let (all, serving) = (metrics.get(ALL), metrics.get(SERVING));
+            let begun = Instant::now();
+            while !is_rolled_back() {
+                assert!(begun.elapsed() < PATIENCE, "the {phase} cannot be ended");
+            }
+            assert!(all > 1.5 * serving, "{phase}: {all} bytes, of which {serving} serve");
+        });
+        only_serving(&format!("the instance of the {phase} is gone"));
+    }
+
+    let server = Server::start(&["--spare"]);
+    counts(&server, "kvs_guest_spares", 1.0);
+    let metrics = Metrics::of(&server);
+    assert!(metrics.get(ALL) > 1.5 * metrics.get(SERVING), "the spare has no memory");
 }
 
 #[test]

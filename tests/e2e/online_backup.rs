@@ -166,6 +166,10 @@ fn tags_and_positions_of_the_lost_future_are_refused() {
     let restored = restored(&[full], &[]);
     let mut client = Connection::open(restored.address());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("if-match", "\"2\"")], b"3").status, 412);
+    for (tag, status) in [("\"2\"", 200), ("\"1\"", 206)] {
+        let range = [("range", "bytes=0-0"), ("if-range", tag)];
+        assert_eq!(client.ask_with("GET", "/v1/a", &range, b"").status, status, "{tag}");
+    }
     assert_eq!(client.ask_for_head("GET", "/v1?watch&since=2", &[]).status, 410);
     let mut client = Connection::open(restored.address());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("if-match", "\"1\"")], b"3").status, 201);
@@ -190,7 +194,7 @@ fn backup_endpoint_refuses_what_it_does_not_know() {
 }
 
 /// A log that is more than what a client that does not read takes.
-fn large() -> Server {
+pub fn large() -> Server {
     let server = Server::start(&["--backup-timeout", "200ms"]);
     let mut client = Connection::open(server.address());
     let value = vec![b'v'; 1 << 20];

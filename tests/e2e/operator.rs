@@ -25,7 +25,7 @@ fn refuses_data(data: &Path) -> Refused {
 }
 
 #[test]
-fn a_file_where_the_data_directory_should_be() {
+fn file_in_place_of_data_directory_is_rejected() {
     let parent = temporary();
     let file = parent.path().join("data");
     fs::write(&file, "something else").expect("the directory takes a file");
@@ -34,7 +34,7 @@ fn a_file_where_the_data_directory_should_be() {
 }
 
 #[test]
-fn a_data_directory_that_cannot_be_made() {
+fn data_directory_that_cannot_be_created_is_named() {
     // Not even root makes a directory below a file, or in /proc; permission bits would not stop it.
     let parent = temporary();
     let file = parent.path().join("file");
@@ -44,14 +44,14 @@ fn a_data_directory_that_cannot_be_made() {
 }
 
 #[test]
-fn a_data_directory_that_cannot_be_written() {
+fn unwritable_data_directory_is_named() {
     of_files!();
     // It is there, but takes no files, not even from root.
     refuses_data(Path::new("/proc/self/fdinfo"));
 }
 
 #[test]
-fn a_file_where_the_log_should_be() {
+fn file_in_place_of_log_is_rejected() {
     of_files!();
     let data = temporary();
     fs::write(data.path().join("log"), "").expect("the directory takes a file");
@@ -59,7 +59,7 @@ fn a_file_where_the_log_should_be() {
 }
 
 #[test]
-fn a_lock_that_is_no_file() {
+fn lock_that_is_not_a_file_is_rejected() {
     of_files!();
     let data = temporary();
     fs::create_dir(data.path().join("LOCK")).expect("the directory takes another");
@@ -67,7 +67,7 @@ fn a_lock_that_is_no_file() {
 }
 
 #[test]
-fn a_port_that_is_taken() {
+fn port_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
     let data = temporary();
@@ -77,7 +77,7 @@ fn a_port_that_is_taken() {
 }
 
 #[test]
-fn a_port_that_another_server_has() {
+fn port_of_another_server_is_named() {
     let other = Server::start(&[]);
     let address = other.address().to_string();
     let data = temporary();
@@ -87,7 +87,7 @@ fn a_port_that_another_server_has() {
 }
 
 #[test]
-fn an_address_that_is_not_of_this_machine() {
+fn address_of_another_machine_is_rejected() {
     let data = temporary();
     let mut command = kvs();
     // Set aside for documentation: nobody has it.
@@ -96,7 +96,7 @@ fn an_address_that_is_not_of_this_machine() {
 }
 
 #[test]
-fn a_flag_that_is_wrong_is_a_usage_error() {
+fn invalid_flag_is_a_usage_error() {
     for (args, expected) in [
         (&["--no-such-flag"][..], &["--no-such-flag"][..]),
         (&["a.wasm", "b.wasm"], &["b.wasm"]),
@@ -123,7 +123,7 @@ fn a_flag_that_is_wrong_is_a_usage_error() {
 }
 
 #[test]
-fn an_address_that_is_none_is_a_usage_error() {
+fn invalid_address_is_a_usage_error() {
     for address in ["8080", "127.0.0.1", "127.0.0.1:99999", "no.such.host.invalid:8080", ""] {
         let mut command = kvs();
         command.args(["serve", "--listen", address]);
@@ -132,14 +132,14 @@ fn an_address_that_is_none_is_a_usage_error() {
 }
 
 #[test]
-fn an_unknown_command_is_a_usage_error() {
+fn unknown_command_is_a_usage_error() {
     let mut command = kvs();
     command.arg("sevre");
     refused(command).with(2, &["sevre", "serve"]);
 }
 
 #[test]
-fn a_log_filter_that_is_none_is_refused() {
+fn invalid_log_filter_is_rejected() {
     let refused = serve_refused(&["--log-filter", "info,=what=?"]);
     assert!(refused.line.contains("--log-filter"), "{refused}");
 }
@@ -152,7 +152,7 @@ fn segments_too_small_for_the_largest_value_are_refused() {
 }
 
 #[test]
-fn the_environment_stands_in_for_flags() {
+fn variables_replace_flags() {
     let data = temporary();
     let mut command = kvs();
     command.arg("serve").envs([
@@ -177,7 +177,7 @@ fn the_environment_stands_in_for_flags() {
 }
 
 #[test]
-fn a_flag_goes_before_its_variable() {
+fn flag_overrides_its_variable() {
     let data = temporary();
     let mut command = serve(data.path());
     command.args(["--max-value-bytes", "10", "--data-dir"]).arg(data.path());
@@ -187,7 +187,7 @@ fn a_flag_goes_before_its_variable() {
 }
 
 #[test]
-fn a_variable_that_is_wrong_is_a_usage_error() {
+fn invalid_variable_is_a_usage_error() {
     let data = temporary();
     let mut command = serve(data.path());
     command.env("KVS_DRAIN_TIMEOUT", "eventually");
@@ -195,7 +195,7 @@ fn a_variable_that_is_wrong_is_a_usage_error() {
 }
 
 #[test]
-fn a_variable_that_is_no_setting_is_a_usage_error() {
+fn unknown_variable_is_a_usage_error() {
     for (variable, expected) in [
         ("KVS_LISTN", "is KVS_LISTEN meant?"),
         ("KVS_MAX_VALUE", "is KVS_MAX_VALUE_BYTES meant?"),
@@ -210,6 +210,53 @@ fn a_variable_that_is_no_setting_is_a_usage_error() {
     let mut command = kvs();
     command.args(["get", "a"]).env("KVS_ULR", "http://127.0.0.1:1");
     refused(command).with(2, &["KVS_ULR", "KVS_URL"]);
+}
+
+/// A unit that still has one must not start, on an empty log for instance.
+#[test]
+fn former_names_are_rejected_with_the_new_ones() {
+    for (old, new) in [
+        ("access-log", "access-log-rate"),
+        ("data", "data-dir"),
+        ("drain", "drain-timeout"),
+        ("guest-append-bytes", "guest-max-append-bytes"),
+        ("guest-appends", "guest-max-appends"),
+        ("guest-call-timeout", "guest-cpu-limit"),
+        ("guest-instances", "guest-max-instances"),
+        ("guest-memory-bytes", "guest-max-memory-bytes"),
+        ("guest-table-elements", "guest-max-table-elements"),
+        ("log", "txlog"),
+        ("log-timeout", "txlog-timeout"),
+        ("max-hold", "max-wait"),
+        ("max-resets", "http2-max-resets"),
+        ("max-streams", "http2-max-streams"),
+        ("stream-heartbeat", "watch-keep-alive"),
+        ("stream-lag-bytes", "watch-buffer-bytes"),
+        ("watch", "watch-guest"),
+    ] {
+        serve_refused(&[&format!("--{old}"), "1"]).with(2, &[&format!("--{old} was renamed: use --{new};")]);
+        let variable = |name: &str| format!("KVS_{}", name.to_uppercase().replace('-', "_"));
+        let data = temporary();
+        let mut command = serve(data.path());
+        command.env(variable(old), "1");
+        let advice = match old {
+            "log" => "KVS_TXLOG is the storage of the transaction log, KVS_LOG_FILTER filters diagnostics".to_owned(),
+            _ => format!("use {}", variable(new)),
+        };
+        refused(command).with(2, &[&format!("the variable {} was renamed: {advice}", variable(old))]);
+        assert!(!data.path().join("LOCK").exists(), "it began nevertheless");
+    }
+    for (old, new) in [
+        ("dump", "export"),
+        ("load", "import"),
+        ("log", "txlog"),
+        ("token new", "token create"),
+        ("txlog dump", "txlog cat"),
+    ] {
+        let mut command = kvs();
+        command.args(old.split(' '));
+        refused(command).with(2, &[&format!("`kvs {old}` was renamed: use `kvs {new}`")]);
+    }
 }
 
 #[test]
@@ -278,7 +325,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn a_variable_of_another_command_is_left_alone() {
+fn variable_of_another_command_is_ignored() {
     let data = temporary();
     let mut command = serve(data.path());
     command.envs([("KVS_URL", "http://127.0.0.1:1"), ("KVS_TOKEN", "x"), ("KVSX", "x"), ("kvs_x", "x")]);

@@ -117,7 +117,7 @@ impl Server {
     }
 
     /// Waits until the same process has restarted and serves, on other ports.
-    pub fn begins_anew(&mut self) {
+    pub fn restarts_in_place(&mut self) {
         let again = |after: &[&str]| {
             let mut seen = 0;
             let found = self.process.stderr.find(|line| {

@@ -10,8 +10,8 @@ use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::metrics::{counts, until};
 use crate::sabotage::sabotaged;
-use crate::server::{Server, serve};
-use crate::swap::component;
+use crate::server::{Process, Server, serve};
+use crate::swap::{component, copy_of, swap, swaps};
 use crate::unruly::guest;
 use crate::wire::Connection;
 
@@ -21,6 +21,12 @@ pub fn start(tasks: &[&str], args: &[&str]) -> Server {
     let mut command = serve(data.path());
     command.args(args);
     Server::spawn(sabotaged(tasks, &command), data)
+}
+
+/// Waits for a line that holds all of this.
+pub fn says(process: &Process, texts: &[&str]) {
+    let has_all = |line: &str| texts.iter().all(|text| line.contains(text)).then_some(());
+    process.stderr.find(has_all).unwrap_or_else(|said| panic!("it never said {texts:?}, but:\n{said}"));
 }
 
 /// Waits until a task of this name was started again.
@@ -65,4 +71,30 @@ fn guest_is_rebuilt_after_a_panic() {
     counts(&server, "kvs_guest_shards_down", 0.0);
     let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
     assert!(ready.status == 200 && ready.text().contains("[+]guest ok\n"), "{}", ready.text());
+}
+
+#[test]
+fn spare_is_built_after_a_panic() {
+    let server = start(&["guest spare"], &["--spare"]);
+    starts_again(&server, "guest spare");
+    counts(&server, "kvs_guest_spares", 1.0);
+}
+
+#[test]
+fn swap_that_panics_is_answered_and_prevents_no_other() {
+    let server = start(&["guest swap"], &["--probation", "1ms"]);
+    let failed = swap(&server, &copy_of(DEFAULT_GUEST));
+    assert_eq!(failed.status, 500, "{}", failed.text());
+    counts(&server, "kvs_task_panics_total{task=\"guest swap\"}", 1.0);
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+}
+
+#[test]
+fn standby_restarts_after_a_panic_of_its_log() {
+    let primary = Server::start(&[]);
+    let mut command = serve(primary.data());
+    command.arg("--standby");
+    let standby = Process::spawn(sabotaged(&["log standby"], &command));
+    says(&standby, &["sabotage of log standby", "restarting as a standby"]);
+    assert_eq!(Connection::open(primary.address()).ask("PUT", "/v1/a", b"value").status, 201);
 }

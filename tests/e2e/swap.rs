@@ -47,7 +47,7 @@ pub fn serving(server: &Server) -> String {
 }
 
 /// Waits until a swap is where this is true of it.
-fn in_phase(server: &Server, phase: &str) {
+pub fn in_phase(server: &Server, phase: &str) {
     // Each look is a request and its answer.
     let there = (0..100_000).any(|_| status(server)["swap"]["phase"] == phase);
     assert!(there, "no swap came to {phase}: {}", status(server));
@@ -350,7 +350,7 @@ fn cached(data: &Path) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_compiled_guest_that_is_damaged_is_made_anew() {
+fn corrupted_compiled_guest_is_recompiled() {
     let mut stopped = Server::start(&[]).terminate();
     let file = cached(stopped.data());
     let good = fs::read(&file).expect("it can be read");

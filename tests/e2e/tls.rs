@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::process::Signal;
 use rustls::crypto::aws_lc_rs::default_provider;
@@ -22,6 +23,7 @@ use crate::access::Tokens;
 use crate::book::curl;
 use crate::certificates::{Authority, Kind, Pair};
 use crate::load::SaysOver;
+use crate::metrics::{Metrics, counts};
 use crate::server::{Server, kvs, serve_refused};
 use crate::unruly::guest;
 use crate::watch::Events;
@@ -358,8 +360,30 @@ fn sslscan_finds_no_weakness() {
 }
 
 #[test]
+fn expiry_of_the_certificate_is_measured() {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::ShortServer(3_600), 1);
+    let server = Server::start(&["--tls-cert", &pair.certificate, "--tls-key", &pair.key]);
+    let left = || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is later than 1970");
+        Metrics::of(&server).get("kvs_tls_certificate_expiry_timestamp_seconds") - now.as_secs_f64()
+    };
+    let first = left();
+    assert!((3_000.0..3_601.0).contains(&first), "{first} s are left");
+    authority.issue("server", Kind::ShortServer(7_200), 2);
+    server.signal(Signal::HUP);
+    server.says("reloaded the TLS certificate");
+    let second = left();
+    assert!((6_600.0..7_201.0).contains(&second), "{second} s are left");
+}
+
+#[test]
 fn invalid_certificate_is_logged_and_old_one_stays() {
+    const RELOADED: &str = "kvs_last_reload_successful{files=\"tls\"}";
+    const RELOAD_TIME: &str = "kvs_last_reload_success_timestamp_seconds{files=\"tls\"}";
     let (authority, server) = start(&[]);
+    let started = Metrics::of(&server);
+    assert!(started.get(RELOADED) == 1.0 && started.get(RELOAD_TIME) > 0.0);
     let client = Client::of(&authority);
     let first = shown(&client.open(server.address()).expect("it is served"));
     let other = authority.issue("other", Kind::Server, 2);
@@ -373,6 +397,7 @@ fn invalid_certificate_is_logged_and_old_one_stays() {
         let line = server.says_again("keeping the current one", times);
         assert!(line.contains(why), "{line}");
         assert!(first == shown(&client.open(server.address()).expect("it is served")), "{why}: it is in use");
+        counts(&server, RELOADED, 0.0);
     };
     fs::copy(&other.key, &key).expect("a file can be replaced");
     refuses("does not belong");
@@ -385,6 +410,8 @@ fn invalid_certificate_is_logged_and_old_one_stays() {
     fs::copy(&other.key, &key).expect("a file can be replaced");
     server.says("reloaded the TLS certificate");
     assert!(first != shown(&client.open(server.address()).expect("it is served")), "the good pair is not used");
+    counts(&server, RELOADED, 1.0);
+    assert!(Metrics::of(&server).get(RELOAD_TIME) >= started.get(RELOAD_TIME));
 }
 
 /// A server that knows clients by the authority that issued its own certificate.

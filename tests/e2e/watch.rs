@@ -368,6 +368,9 @@ fn puts_that_were_compacted_away_are_410_too() {
             format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
         refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &expected);
     }
+    // What it recommends is good, and a proxy does not buffer it.
+    let head = Connection::open(server.address()).ask("HEAD", "/v1?watch&prefix=b&since=4", b"");
+    assert_eq!((head.status, head.header("x-accel-buffering")), (200, Some("no")));
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
     assert_eq!(events.next(), event(3, "put", json!({"key": "a", "value": "2"})));
     assert_eq!(events.next(), event(4, "put", json!({"key": "b", "value": "stays"})));

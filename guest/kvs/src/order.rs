@@ -59,7 +59,7 @@ impl Order {
             }
             let mut second = Vec::with_capacity(MOST);
             second.extend(full.members.drain(MOST / 2..));
-            full.hint_anew(&key);
+            full.hint_all(&key);
             self.chunks.insert(chunk + 1, Chunk::new(second, &key));
             if index >= MOST / 2 {
                 (chunk, index) = (chunk + 1, index - MOST / 2);
@@ -113,7 +113,7 @@ impl Order {
         {
             let second = self.chunks.remove(first + 1);
             self.chunks[first].members.extend(second.members);
-            self.chunks[first].hint_anew(&key);
+            self.chunks[first].hint_all(&key);
         }
     }
 
@@ -170,11 +170,11 @@ impl Chunk {
     /// Of members in order, whose hints are not set yet.
     fn new<'k>(members: Vec<Member>, key: impl Fn(u32) -> &'k [u8]) -> Self {
         let mut chunk = Self { shared: 0, members };
-        chunk.hint_anew(key);
+        chunk.hint_all(key);
         chunk
     }
 
-    fn hint_anew<'k>(&mut self, key: impl Fn(u32) -> &'k [u8]) {
+    fn hint_all<'k>(&mut self, key: impl Fn(u32) -> &'k [u8]) {
         let [first, .., last] = &self.members[..] else {
             self.shared = self.members.first().map_or(0, |only| key(only.number).len());
             return;
@@ -194,7 +194,7 @@ impl Chunk {
         }
         self.members.insert(index, Member { hint: hint(new, self.shared), number });
         if !fits {
-            self.hint_anew(key);
+            self.hint_all(key);
         }
     }
 
@@ -217,7 +217,7 @@ impl Chunk {
             end = index;
         }
         if !fit {
-            self.hint_anew(key);
+            self.hint_all(key);
         }
     }
 

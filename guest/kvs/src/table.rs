@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_whose_hashes_are_alike_are_told_apart() {
+    fn keys_with_equal_hashes_are_distinct() {
         let mut table = Table::<BuildHasherDefault<Alike>>::default();
         for number in 0..9 {
             assert_eq!(table.find_or_insert(b"key", number, |there| there == number), None);

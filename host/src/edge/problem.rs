@@ -155,6 +155,7 @@ mod tests {
         for (status, code, retry_after) in [
             (StatusCode::NOT_FOUND, "not_found", None),
             (StatusCode::TOO_MANY_REQUESTS, "rate_limited", Some("1")),
+            (StatusCode::SERVICE_UNAVAILABLE, "unavailable", Some("1")),
             (StatusCode::IM_A_TEAPOT, OTHER, None),
         ] {
             let line = completed(refuse(status, "line"), false);
@@ -172,6 +173,12 @@ mod tests {
         let described = described.expect("a list");
         for code in CODES.iter().map(|(_, code)| *code).chain([OTHER, OUTCOME_UNKNOWN, NOT_PRIMARY]) {
             assert!(described.contains(&json!(code)), "{code}");
+        }
+        let book = include_str!("../../../docs/http-api.md");
+        for code in described {
+            let code = code.as_str().expect("text");
+            assert_eq!(described.iter().filter(|other| *other == code).count(), 1, "{code} is there twice");
+            assert!(book.contains(&format!("`{code}`")), "{code}");
         }
     }
 }

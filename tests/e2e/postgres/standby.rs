@@ -82,6 +82,12 @@ fn standby_follows_and_writes_nothing() {
     shows(&standby, "c", 404, "");
     let list = Connection::open(standby.address()).ask_with("GET", "/v1", &STALE, b"");
     assert!(list.text().contains("\"key\":\"a\"") && !list.text().contains("\"key\":\"c\""), "{}", list.text());
+    let query = |headers: &[(&str, &str)]| {
+        Connection::open(standby.address()).ask_with("QUERY", "/v1", headers, br#"["a", "b"]"#)
+    };
+    let values = query(&STALE);
+    assert!(values.status == 200 && values.text().contains("\"value\":\"2\""), "{}", values.text());
+    assert_eq!(query(&[]).status, 503);
 
     // What was deleted for being over was deleted by the one that writes.
     database.becomes("SELECT last FROM kvs.writer", "6");
@@ -291,7 +297,7 @@ fn deposed_primary_restarts_as_standby() {
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
     paused.signal(Signal::CONT);
-    paused.begins_anew();
+    paused.restarts_in_place();
     let answer = answer(&mut lost);
     assert!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
     becomes_ready(&paused, 200, STANDS_BY);

@@ -8,7 +8,7 @@ use super::standby::{UP_TO_DATE, shows};
 use super::{becomes_ready, put, start};
 use crate::sabotage::sabotaged;
 use crate::server::{Process, serve};
-use crate::supervision;
+use crate::supervision::{self, says};
 
 /// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
 fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {
@@ -16,12 +16,6 @@ fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {
     let mut command = serve(data.path());
     command.args(args);
     (Process::spawn(sabotaged(&[task], &command)), data)
-}
-
-/// Waits for a line that holds all of this.
-fn says(process: &Process, texts: &[&str]) {
-    let has_all = |line: &str| texts.iter().all(|text| line.contains(text)).then_some(());
-    process.stderr.find(has_all).unwrap_or_else(|said| panic!("it never said {texts:?}, but:\n{said}"));
 }
 
 #[test]

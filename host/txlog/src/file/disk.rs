@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shortages_are_told_from_failures_and_syncs_have_none() {
+    fn shortages_differ_from_failures_and_syncs_have_none() {
         let path = Path::new("file");
         for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::AGAIN] {
             let error = naming("open", path, errno.into());
