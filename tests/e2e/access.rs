@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use tempfile::TempDir;
 
-use crate::server::{PATIENCE, Server, kvs, refused, serve, serve_refused};
+use crate::support::server::{PATIENCE, Server, kvs, refused, serve, serve_refused};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, Response};
 
 /// A file of tokens, and the tokens themselves.
 pub struct Tokens {

@@ -7,9 +7,9 @@ use serde_json::Value;
 
 use crate::access::Tokens;
 use crate::metrics::Metrics;
-use crate::server::{Refused, Server, serve_refused};
+use crate::support::server::{Refused, Server, serve_refused};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
-use crate::wire::{Connection, Response};
 
 const JSON: [&str; 2] = ["--log-format", "json"];
 const LOG: [&str; 2] = ["--access-log-rate", "1000"];

@@ -8,9 +8,9 @@ use rustix::process::Signal;
 
 use crate::access::Tokens;
 use crate::metrics::counts;
-use crate::server::{PATIENCE, Process, Server, kvs, refused, serve, serve_refused};
+use crate::support::server::{PATIENCE, Process, Server, kvs, refused, serve, serve_refused};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
-use crate::wire::{Connection, Response};
 
 fn get(admin: SocketAddr, path: &str) -> Response {
     Connection::open(admin).ask("GET", path, b"")

@@ -12,17 +12,17 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::expiry::write_a_year_ahead;
 use crate::full_disk::Mount;
-use crate::log::{kvs_at, of_files};
 use crate::metrics::{counts, until};
-use crate::server::{PATIENCE, Process, Server, serve};
 use crate::supervision::{start, starts_again};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::log::{kvs_at, of_files};
+use crate::support::server::{PATIENCE, Process, Server, serve};
+use crate::support::wire::Connection;
 use crate::swap::copy_of;
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 const ALERTS: &str = include_str!("../../deploy/alerts.yaml");
 const DASHBOARD: &str = include_str!("../../deploy/grafana.json");

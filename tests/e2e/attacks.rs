@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::http2;
-use crate::load::SaysOver;
-use crate::server::Server;
-use crate::wire::Connection;
+use crate::support::load::SaysOver;
+use crate::support::server::Server;
+use crate::support::wire::Connection;
 
 /// Duration of an attack.
 const SECONDS: &str = "10";

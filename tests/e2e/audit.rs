@@ -10,10 +10,10 @@ use tempfile::TempDir;
 use crate::access::Tokens;
 use crate::components::DEFAULT_GUEST;
 use crate::online_backup::{restore, take};
-use crate::server::{Server, kvs};
+use crate::support::server::{Server, kvs};
+use crate::support::wire::Connection;
 use crate::swap::{component, copy_of, status, swap};
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 const JSON: [&str; 2] = ["--log-format", "json"];
 

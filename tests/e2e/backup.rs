@@ -8,9 +8,9 @@ use std::sync::mpsc::sync_channel;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use tempfile::TempDir;
 
-use crate::load::{Clients, SMALL_SEGMENTS};
-use crate::server::{PATIENCE, Server, serve};
-use crate::zoo;
+use crate::support::load::{Clients, SMALL_SEGMENTS};
+use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::zoo;
 
 /// Responses before the copy, and after it.
 const ANSWERS: u64 = 2_000;
@@ -83,7 +83,7 @@ fn copy_all(server: &Server, copy: &TempDir) -> bool {
 
 /// A copy may end in a torn write, and must be intact otherwise.
 fn verify(copy: &TempDir) {
-    let mut command = crate::server::kvs();
+    let mut command = crate::support::server::kvs();
     let status =
         command.args(["txlog", "verify", "--data-dir"]).arg(copy.path()).status().expect("the binary can be started");
     assert!(status.success(), "{status}");

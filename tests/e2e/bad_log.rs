@@ -11,8 +11,8 @@ use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use crate::full_disk::Mount;
-use crate::server::{Server, Stopped, kvs, refused, serve, through};
-use crate::wire::Connection;
+use crate::support::server::{Server, Stopped, kvs, refused, serve, through};
+use crate::support::wire::Connection;
 
 /// Small segments, so that a short test has several.
 const SMALL: [&str; 4] = ["--segment-bytes", "128KiB", "--max-value-bytes", "16KiB"];

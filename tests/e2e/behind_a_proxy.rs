@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::book::curl;
-use crate::certificates::{Authority, Kind};
 use crate::metrics::until;
-use crate::server::{PATIENCE, Process, Server, serve_refused};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::server::{PATIENCE, Process, Server, serve_refused};
+use crate::support::wire::{Connection, long, short};
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, long, short};
 
 const CONFIG: &str = include_str!("../../deploy/nginx.conf");
 const PAGE: &str = include_str!("../../docs/behind-a-proxy.md");

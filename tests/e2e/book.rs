@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use ureq::Agent;
 
-use crate::server::Server;
+use crate::support::server::Server;
 
 /// A client as applications have it. Every status is an answer, none is an error.
 pub fn agent() -> Agent {

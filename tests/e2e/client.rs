@@ -1,8 +1,8 @@
 //! Responses to invalid requests, which change nothing.
 
 use crate::book::{agent, curl};
-use crate::server::Server;
-use crate::wire::{Connection, short};
+use crate::support::server::Server;
+use crate::support::wire::{Connection, short};
 
 const UNKNOWN_PATH: &str = "unknown path; keys live at /v1/{key}, or at /v1/key/{key} when they hold a slash";
 const RAW_SLASH: &str = "unknown path; a key that holds a slash lives at /v1/key/{key}, or is written with %2F";

@@ -12,11 +12,11 @@ use std::thread;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::certificates::{Authority, Kind};
-use crate::log::kvs_at;
-use crate::server::{PATIENCE, Refused, Server, Stopped, kvs, refused};
-use crate::wire::{Connection, short};
-use crate::zoo;
+use crate::support::certificates::{Authority, Kind};
+use crate::support::log::kvs_at;
+use crate::support::server::{PATIENCE, Refused, Server, Stopped, kvs, refused};
+use crate::support::wire::{Connection, short};
+use crate::support::zoo;
 
 /// `kvs COMMAND` on a server.
 fn client(server: &Server, args: &[&str]) -> Command {

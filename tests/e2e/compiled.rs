@@ -9,9 +9,9 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::components::{DEFAULT_GUEST, exporting};
-use crate::server::{Server, kvs, refused, serve_refused};
+use crate::support::server::{Server, kvs, refused, serve_refused};
+use crate::support::wire::Connection;
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")

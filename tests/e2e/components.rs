@@ -11,9 +11,10 @@ use wasm_encoder::{
     ComponentTypeRef, ComponentTypeSection, InstanceType, Module,
 };
 
-use crate::server::{self, Refused, Server, kvs, serve_refused};
+use crate::support::server;
+use crate::support::server::{Refused, Server, kvs, serve_refused};
+use crate::support::wire::Connection;
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 /// The component that came with the binary under test.
 pub use kvs_tests::DEFAULT_GUEST;

@@ -3,10 +3,10 @@
 use std::thread;
 
 use crate::components::DEFAULT_GUEST;
-use crate::log::{is_compactable, kvs_at};
-use crate::server::Server;
+use crate::support::log::{is_compactable, kvs_at};
+use crate::support::server::Server;
+use crate::support::wire::Connection;
 use crate::swap::{copy_of, swaps};
-use crate::wire::Connection;
 
 #[test]
 fn etag_survives_compaction_restart_and_swap() {

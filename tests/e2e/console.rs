@@ -8,14 +8,14 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::access::Tokens;
-use crate::browser::Page;
 use crate::components::DEFAULT_GUEST;
-use crate::log::kvs_at;
 use crate::metrics::counts;
-use crate::server::{Server, serve};
+use crate::support::browser::Page;
+use crate::support::log::kvs_at;
+use crate::support::server::{Server, serve};
+use crate::support::wire::{Connection, short};
 use crate::swap::{copy_of, serving};
 use crate::unruly::guest;
-use crate::wire::{Connection, short};
 
 fn console(server: &Server) -> Page {
     Page::open(&format!("http://{}/console", server.admin()))

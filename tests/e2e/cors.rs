@@ -8,9 +8,9 @@ use std::thread;
 
 use tempfile::TempDir;
 
-use crate::browser::headless;
-use crate::server::{PATIENCE, Server, serve_refused};
-use crate::wire::{Connection, Response};
+use crate::support::browser::headless;
+use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::wire::{Connection, Response};
 
 const PAGE: &str = "https://example.org";
 

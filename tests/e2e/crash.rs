@@ -9,9 +9,9 @@ use fastrand::Rng;
 use rustix::process::Signal;
 
 use crate::faults::{Fault, inject};
-use crate::load::{Clients, SMALL_SEGMENTS, count};
-use crate::server::{PATIENCE, Server, Stopped, serve};
-use crate::zoo;
+use crate::support::load::{Clients, SMALL_SEGMENTS, count};
+use crate::support::server::{PATIENCE, Server, Stopped, serve};
+use crate::support::zoo;
 
 /// Least number of responses before a kill; the number is random, up to three times this.
 const ANSWERS_BEFORE_KILL: u64 = 400;

@@ -12,10 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::access::Tokens;
-use crate::log::{kvs_at, of_files};
-use crate::server::{PATIENCE, kvs};
+use crate::support::log::{kvs_at, of_files};
+use crate::support::server::{PATIENCE, kvs};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
-use crate::wire::{Connection, Response};
 
 /// Two addresses where nobody listens now: a server that cannot report its own is asked there.
 fn free() -> [SocketAddr; 2] {

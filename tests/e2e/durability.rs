@@ -9,11 +9,11 @@ use fastrand::Rng;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::log::of_files;
-use crate::server::{Process, Server, Stopped, refused, serve};
+use crate::support::log::of_files;
+use crate::support::server::{Process, Server, Stopped, refused, serve};
+use crate::support::wire::{Connection, long, short};
+use crate::support::zoo;
 use crate::unruly::guest;
-use crate::wire::{Connection, long, short};
-use crate::zoo;
 
 const KEYS: usize = 100_000;
 /// Writes wait for the disk, so that many clients wait for the same sync.

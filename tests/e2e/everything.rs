@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::access::Tokens;
-use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
 use crate::http2::memory;
 use crate::linear::{AT_ONCE, Stage, judge, keys_of, put_in};
-use crate::load::{SMALL_SEGMENTS, SaysOver, count};
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::{Connection, Response, Stream, Way};
+use crate::support::zoo;
 use crate::swap::component;
 use crate::tls::Client;
 use crate::watch::Events;
-use crate::wire::{Connection, Response, Stream, Way};
-use crate::zoo;
 
 /// Duration: with kills ten seconds apart, and three swaps to each.
 const SECONDS: u64 = 30;

@@ -11,10 +11,10 @@ use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options};
 use kvs_txlog::{Event, Put, TransactionLog};
 use tempfile::TempDir;
 
-use crate::log::{kvs_at, of_files};
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, Stopped, kvs, serve};
-use crate::wire::Connection;
+use crate::support::log::{kvs_at, of_files};
+use crate::support::server::{PATIENCE, Server, Stopped, kvs, serve};
+use crate::support::wire::Connection;
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
 

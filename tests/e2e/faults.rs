@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use tempfile::TempDir;
 
-use crate::load::{Clients, SMALL_SEGMENTS, count};
-use crate::server::{Server, refused, serve, through};
-use crate::zoo;
+use crate::support::load::{Clients, SMALL_SEGMENTS, count};
+use crate::support::server::{Server, refused, serve, through};
+use crate::support::zoo;
 
 /// Part of the path of every segment.
 const SEGMENT: &str = "/log/00";

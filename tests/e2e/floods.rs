@@ -9,9 +9,9 @@ use crate::http2::{
     field, memory, takes_nothing,
 };
 use crate::metrics::{Metrics, counts, until};
-use crate::server::{PATIENCE, Server};
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::Connection;
 use crate::unruly::peak;
-use crate::wire::Connection;
 
 const EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"max-inflight-bytes\"}";
 const FRAMES_EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"http2-max-control-frames\"}";

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::load::{Clients, SMALL_SEGMENTS};
-use crate::server::{Server, kvs, refused, serve};
-use crate::wire::Connection;
-use crate::zoo;
+use crate::support::load::{Clients, SMALL_SEGMENTS};
+use crate::support::server::{Server, kvs, refused, serve};
+use crate::support::wire::Connection;
+use crate::support::zoo;
 
 /// Temporary file system.
 pub struct Mount {

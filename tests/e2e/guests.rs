@@ -12,9 +12,9 @@ use kvs_tests::{succeeds, target_dir};
 use tempfile::TempDir;
 
 use crate::pages::run_in;
-use crate::server::{Process, Server, serve};
+use crate::support::server::{Process, Server, serve};
+use crate::support::wire::Connection;
 use crate::swap::{component, serving, swaps, under_load};
-use crate::wire::Connection;
 
 /// `just RECIPE` in the project's directory, or in a copy of it.
 pub fn just(directory: &Path, recipe: &[&str]) {

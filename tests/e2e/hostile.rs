@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, serve_refused};
+use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::wire::Connection;
 use crate::unruly::{get, guest, peak};
-use crate::wire::Connection;
 
 /// What the host itself may need beside the guest's memory: KiB.
 const BOUND: u64 = 100 << 10;

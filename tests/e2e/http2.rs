@@ -13,8 +13,8 @@ use rustix::process::Signal;
 
 use crate::book::curl;
 use crate::metrics::until;
-use crate::server::{PATIENCE, Server};
-use crate::wire::Connection;
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::Connection;
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;

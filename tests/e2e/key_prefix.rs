@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::access::Tokens;
-use crate::server::{Server, kvs, refused};
+use crate::support::server::{Server, kvs, refused};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, Response};
 
 /// Requests with a token.
 struct Client {

@@ -11,12 +11,12 @@ use tempfile::TempDir;
 
 use crate::expiry::open_log;
 use crate::guests::{comes_and_goes_under_load, just};
-use crate::load::count;
-use crate::log::of_files;
 use crate::metrics::counts;
-use crate::server::{PATIENCE, Server, kvs, serve};
+use crate::support::load::count;
+use crate::support::log::of_files;
+use crate::support::server::{PATIENCE, Server, kvs, serve};
+use crate::support::wire::Connection;
 use crate::swap::serving;
-use crate::wire::Connection;
 
 /// The component that a recipe makes of a source; without a source, of the guest in the tree.
 fn made(recipe: &str, source: Option<&str>, name: &str) -> String {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::server::{PATIENCE, Server, refused, serve, through};
-use crate::wire::Connection;
+use crate::support::server::{PATIENCE, Server, refused, serve, through};
+use crate::support::wire::Connection;
 
 #[test]
 fn a_slow_body_is_408_and_stores_nothing() {

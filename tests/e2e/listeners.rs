@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::book::curl;
-use crate::log::{kvs_at, of_files};
-use crate::server::{PATIENCE, Server, refused, serve_refused};
+use crate::support::log::{kvs_at, of_files};
+use crate::support::server::{PATIENCE, Server, refused, serve_refused};
+use crate::support::wire::Connection;
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::Connection;
 
 /// A directory of sockets, and a path in it.
 fn socket() -> (TempDir, PathBuf, String) {

@@ -11,9 +11,9 @@ use serde_json::Value;
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
 use crate::metrics::{Metrics, until};
-use crate::server::Server;
+use crate::support::server::Server;
+use crate::support::wire::{Connection, Response};
 use crate::swap::{component, swaps};
-use crate::wire::{Connection, Response};
 
 const WAITING: &str = "kvs_http_requests_waiting_for_change";
 

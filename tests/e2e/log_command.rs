@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::server::{Refused, Server, Stopped, kvs, refused, serve, through};
-use crate::wire::{Connection, short};
-use crate::zoo;
+use crate::support::server::{Refused, Server, Stopped, kvs, refused, serve, through};
+use crate::support::wire::{Connection, short};
+use crate::support::zoo;
 
 /// Small segments, so that a short test has several.
 const SMALL: [&str; 4] = ["--segment-bytes", "192KiB", "--max-value-bytes", "64KiB"];

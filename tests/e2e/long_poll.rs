@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use crate::components::DEFAULT_GUEST;
 use crate::metrics::{Metrics, until};
-use crate::server::Server;
+use crate::support::server::Server;
+use crate::support::wire::{Connection, Response};
 use crate::swap::{component, swaps};
 use crate::unruly;
-use crate::wire::{Connection, Response};
 
 /// Longer than what is to be seen not to happen takes.
 const A_WHILE: Duration = Duration::from_millis(200);

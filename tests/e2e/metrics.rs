@@ -10,13 +10,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::access::Tokens;
-use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
-use crate::log::of_files;
-use crate::server::{PATIENCE, Server};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::log::of_files;
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::Connection;
 use crate::swap::{component, swaps};
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 /// Reads the text with the library that Prometheus's own makers keep, and prints each family and each value on a line.
 const PARSER: &str = r#"
@@ -483,7 +483,7 @@ fn a_client_that_takes_back_too_much_is_counted() {
 #[test]
 fn they_are_there_while_the_guest_has_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
-    let mut command = crate::server::serve(data.path());
+    let mut command = crate::support::server::serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);
     let mut client = Connection::open(server.address());

@@ -11,11 +11,11 @@ use std::thread;
 use tempfile::TempDir;
 
 use crate::components::DEFAULT_GUEST;
-use crate::load::SMALL_SEGMENTS;
 use crate::metrics::{Metrics, until};
-use crate::server::{Server, kvs, refused, serve, through};
+use crate::support::load::SMALL_SEGMENTS;
+use crate::support::server::{Server, kvs, refused, serve, through};
+use crate::support::wire::Connection;
 use crate::swap::{copy_of, swaps};
-use crate::wire::Connection;
 
 pub fn temporary() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")

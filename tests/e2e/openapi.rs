@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use crate::server::Server;
+use crate::support::server::Server;
 
 #[test]
 fn no_answer_is_undescribed() {

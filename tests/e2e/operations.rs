@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::access::Tokens;
-use crate::server::{PATIENCE, Server};
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::{Connection, Response};
 use crate::watch::Events;
-use crate::wire::{Connection, Response};
 
 fn read(response: &Response) -> Value {
     assert_eq!(response.status, 200, "{}", response.text());

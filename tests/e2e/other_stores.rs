@@ -10,8 +10,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::server::{PATIENCE, Server, kvs};
-use crate::wire::{Connection, short};
+use crate::support::server::{PATIENCE, Server, kvs};
+use crate::support::wire::{Connection, short};
 
 /// A process that is killed with its test.
 struct Killed {

@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use crate::access::Tokens;
 use crate::components::DEFAULT_GUEST;
-use crate::log::of_files;
-use crate::server::{Server, kvs};
-use crate::wire::Connection;
+use crate::support::log::of_files;
+use crate::support::server::{Server, kvs};
+use crate::support::wire::Connection;
 
 /// `kvs`, for a server.
 fn of(server: &Server, args: &[&str]) -> Command {

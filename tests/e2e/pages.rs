@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use kvs_tests::{ROOT, binary};
 use tempfile::TempDir;
 
-use crate::server::Server;
+use crate::support::server::Server;
 
 /// Separates the outputs of commands.
 const END: &str = "-- end of the output of a command --";

@@ -4,8 +4,8 @@
 //! Each is followed by a request that ends the connection, and what comes back is read to its end.
 
 use crate::metrics::Metrics;
-use crate::server::Server;
-use crate::wire::Connection;
+use crate::support::server::Server;
+use crate::support::wire::Connection;
 
 /// A head with these lines after the request line.
 macro_rules! get {

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::access::Tokens;
 use crate::components::DEFAULT_GUEST;
 use crate::metrics::{Metrics, until};
-use crate::server::{PATIENCE, Server};
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::{Connection, Response};
 use crate::swap::{copy_of, swaps};
 use crate::unruly::{get, guest};
-use crate::wire::{Connection, Response};
 
 const HITS: &str = "kvs_response_cache_hits_total";
 const VOID: &str = "kvs_response_cache_void_declarations_total";

@@ -1,7 +1,7 @@
 //! The REST interface, version 1, as a client sees it: paths, headers, and what HTTP itself promises.
 
-use crate::server::Server;
-use crate::wire::{Connection, long, short};
+use crate::support::server::Server;
+use crate::support::wire::{Connection, long, short};
 
 #[test]
 fn short_and_long_path_are_the_same_key() {

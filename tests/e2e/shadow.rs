@@ -12,12 +12,12 @@ use serde_json::Value;
 
 use crate::access::Tokens;
 use crate::components::DEFAULT_GUEST;
-use crate::load::SaysOver;
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, kvs};
+use crate::support::load::SaysOver;
+use crate::support::server::{PATIENCE, Server, kvs};
+use crate::support::wire::{Connection, Response};
 use crate::swap::{component, copy_of, serving, status, under_load};
 use crate::unruly::{get, guest};
-use crate::wire::{Connection, Response};
 
 /// The second version of the guest.
 fn candidate() -> Vec<u8> {

@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
-use crate::load::SaysOver;
 use crate::metrics::Metrics;
-use crate::server::{PATIENCE, Server, serve_refused};
+use crate::support::load::SaysOver;
+use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::wire::Connection;
 use crate::swap::{component, serving, swaps};
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 /// Enough that each of a few shards has some.
 fn keys() -> impl Iterator<Item = String> {

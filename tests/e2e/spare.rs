@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crate::linear::brittle;
-use crate::load::{SaysOver, count};
 use crate::metrics::{Metrics, counts, until};
-use crate::server::Server;
+use crate::support::load::{SaysOver, count};
+use crate::support::server::Server;
+use crate::support::wire::Connection;
 use crate::swap::{component, copy_of, swap, swaps};
 use crate::unruly::{get, guest};
-use crate::wire::Connection;
 
 const SPARE: &str = "kvs_guest_promotions_total{cause=\"spare\"}";
 const REBUILT: &str = "kvs_guest_rebuilds_total{outcome=\"done\"}";

@@ -13,14 +13,14 @@ use tempfile::TempDir;
 use crate::components::DEFAULT_GUEST;
 use crate::full_disk::Mount;
 use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
-use crate::load::{Clients, SMALL_SEGMENTS, SaysOver};
 use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, shows};
 use crate::postgres::{WELL, becomes_ready, get, put, ready, under_load};
-use crate::server::{PATIENCE, Server, serve};
+use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver};
+use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::wire::Connection;
+use crate::support::zoo;
 use crate::swap::{copy_of, status, swap};
 use crate::watch::Events;
-use crate::wire::Connection;
-use crate::zoo;
 
 fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
@@ -217,7 +217,7 @@ fn standby_without_primary_becomes_primary_and_others_wait() {
     let (second, third) = (stand_by(data.path(), &[]), stand_by(data.path(), &[]));
     first.terminate();
     // One of them, at once.
-    let deadline = std::time::Instant::now() + crate::server::PATIENCE;
+    let deadline = std::time::Instant::now() + crate::support::server::PATIENCE;
     let (primary, waits) = loop {
         match [&second, &third].map(|server| ready(server).1.contains(WELL)) {
             [true, false] => break (second, third),
@@ -248,7 +248,8 @@ fn standby_reports_corruption_and_touches_nothing() {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
     let mut command = serve(data.path());
     command.arg("--standby");
-    crate::server::refused(command).with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
+    crate::support::server::refused(command)
+        .with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
     segment.write_all_at(&[2], 8).expect("it can be written");
     becomes_ready(&standby, 200, UP_TO_DATE);
     shows(&standby, "a", 200, "2");
@@ -275,7 +276,7 @@ fn standby_takes_over_on_a_full_disk() {
     assert_eq!(get(&standby, &format!("key-{}", stored - 1)).0, 200);
     fs::remove_file(brim).expect("it is there");
     becomes_ready(&standby, 200, WELL);
-    let deadline = std::time::Instant::now() + crate::server::PATIENCE;
+    let deadline = std::time::Instant::now() + crate::support::server::PATIENCE;
     while put(&standby, "again", "x") != 201 {
         assert!(std::time::Instant::now() < deadline, "there is room again, and nothing is stored");
     }

@@ -5,10 +5,10 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::access::Tokens;
-use crate::log::kvs_at;
 use crate::online_backup::done;
-use crate::server::{Server, kvs, refused};
-use crate::wire::Connection;
+use crate::support::log::kvs_at;
+use crate::support::server::{Server, kvs, refused};
+use crate::support::wire::Connection;
 
 /// `kvs stats`, of this server.
 fn stats(server: &Server, args: &[&str]) -> Command {

@@ -6,14 +6,14 @@ use std::fs;
 
 use tempfile::TempDir;
 
-use crate::certificates::{Authority, Kind};
 use crate::components::DEFAULT_GUEST;
 use crate::metrics::{counts, until};
-use crate::sabotage::sabotaged;
-use crate::server::{Server, serve};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::sabotage::sabotaged;
+use crate::support::server::{Server, serve};
+use crate::support::wire::Connection;
 use crate::swap::component;
 use crate::unruly::guest;
-use crate::wire::Connection;
 
 /// A server whose tasks and threads of these names panic once.
 pub fn start(tasks: &[&str], args: &[&str]) -> Server {

@@ -10,10 +10,10 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::components::{DEFAULT_GUEST, exporting, importing};
-use crate::load::SaysOver;
-use crate::server::{Process, Refused, Server, kvs, refused};
+use crate::support::load::SaysOver;
+use crate::support::server::{Process, Refused, Server, kvs, refused};
+use crate::support::wire::{Connection, Response};
 use crate::unruly::guest;
-use crate::wire::{Connection, Response};
 
 /// Long enough for a trap to come within it, short enough to wait for.
 const PROBATION: [&str; 2] = ["--probation", "300ms"];

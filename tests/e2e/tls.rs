@@ -20,12 +20,12 @@ use rustls::{
 
 use crate::access::Tokens;
 use crate::book::curl;
-use crate::certificates::{Authority, Kind, Pair};
-use crate::load::SaysOver;
-use crate::server::{Server, kvs, serve_refused};
+use crate::support::certificates::{Authority, Kind, Pair};
+use crate::support::load::SaysOver;
+use crate::support::server::{Server, kvs, serve_refused};
+use crate::support::wire::{Connection, plain};
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, plain};
 
 /// Versions of TLS that a client speaks.
 type Versions = &'static [&'static SupportedProtocolVersion];

@@ -5,8 +5,8 @@ use std::thread;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::server::Server;
-use crate::wire::{Connection, Response};
+use crate::support::server::Server;
+use crate::support::wire::{Connection, Response};
 
 fn post(client: &mut Connection, operations: &Value) -> Response {
     client.ask("POST", "/v1", operations.to_string().as_bytes())

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::guests::built;
-use crate::server::{PATIENCE, Server};
-use crate::wire::{Connection, Response, plain};
+use crate::support::server::{PATIENCE, Server};
+use crate::support::wire::{Connection, Response, plain};
 
 /// The file of the guest, as an argument of `kvs serve`.
 pub fn guest() -> &'static str {

@@ -18,17 +18,17 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use self::clients::{END, Tally, http1, http2, watch};
-use crate::certificates::{Authority, Kind};
 use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge};
-use crate::load::{SMALL_SEGMENTS, SaysOver, count};
-use crate::log::{kvs_at, of_files};
-use crate::postgres::database::Database;
-use crate::server::{PATIENCE, Server, serve, through};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::support::log::{kvs_at, of_files};
+use crate::support::postgres::database::Database;
+use crate::support::server::{PATIENCE, Server, serve, through};
+use crate::support::wire::{Connection, Way};
+use crate::support::zoo;
 use crate::tls::Client;
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, Way};
-use crate::zoo;
 
 /// No connection is cut off on a slow machine, and requests wait for a new process that hangs.
 const ARGS: [&str; 4] = ["--drain-timeout", "30s", "--request-timeout", "60s"];

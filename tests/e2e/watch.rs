@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::components::DEFAULT_GUEST;
-use crate::log::{is_compactable, kvs_at};
-use crate::server::{Server, serve};
+use crate::support::log::{is_compactable, kvs_at};
+use crate::support::server::{Server, serve};
+use crate::support::wire::{Connection, Response};
 use crate::swap::{component, copy_of, swaps, under_load};
 use crate::unruly;
-use crate::wire::{Connection, Response};
 
 /// A stream of events.
 pub struct Events<S: Read + Write = TcpStream> {

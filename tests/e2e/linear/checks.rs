@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 
-use super::checker::{Failure, check, check_with};
-use super::history::{Item, Key, Operation, Outcome, State, Step, resolve};
-use super::search::{Effort, Verdict, search};
+use crate::support::linear::checker::{Failure, check, check_with};
+use crate::support::linear::history::{Item, Key, Operation, Outcome, State, Step, resolve};
+use crate::support::linear::search::{Effort, Verdict, search};
 
 fn operation(invoked: u64, returned: u64, steps: &[Step], outcome: Outcome) -> Operation {
     Operation { client: 0, invoked, returned, steps: steps.to_vec(), outcome }

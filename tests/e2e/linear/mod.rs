@@ -4,14 +4,8 @@
 //! `clients` record a `history` of operations that they draw from a `plan`; `checker` has the verdict, by a `search` of the
 //! `compiled` history. `faulty` is a server with faults for the checker to find; `stress` generates histories.
 
-mod checker;
 mod checks;
-mod clients;
-mod compiled;
 mod faulty;
-mod history;
-mod plan;
-mod search;
 mod stress;
 
 use std::fmt::Write;
@@ -25,20 +19,20 @@ use std::time::Duration;
 use fastrand::Rng;
 use rustix::process::Signal;
 
-use self::checker::{Failure, check};
-use self::clients::{GivenUp, record};
-pub use self::clients::{Stage, keys_of, read_on};
 use self::faulty::{Fault, Faulty};
-use self::history::Operation;
-pub use self::plan::OPERATIONS;
 use crate::components::DEFAULT_GUEST;
 use crate::guests::built;
-use crate::load::{SMALL_SEGMENTS, SaysOver, count};
 use crate::metrics::{Metrics, until};
-use crate::server::Server;
+use crate::support::linear::checker::{Failure, check};
+use crate::support::linear::clients::{GivenUp, record};
+pub use crate::support::linear::clients::{Stage, keys_of, read_on};
+use crate::support::linear::history::Operation;
+pub use crate::support::linear::plan::OPERATIONS;
+use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::support::server::Server;
+use crate::support::wire::Connection;
+use crate::support::zoo;
 use crate::swap::{component, copy_of};
-use crate::wire::Connection;
-use crate::zoo;
 
 /// Histories recorded concurrently, on one server.
 pub const AT_ONCE: u64 = 10;

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use fastrand::Rng;
 
-use super::checker::{Failure, check, parts};
-use super::history::{Item, Operation, Outcome, State, Step, resolve};
-use super::plan::{CLIENTS, KEYS, OPERATIONS, plan, remember};
-use super::search::{Effort, Verdict, search};
-use crate::load::count;
+use crate::support::linear::checker::{Failure, check, parts};
+use crate::support::linear::history::{Item, Operation, Outcome, State, Step, resolve};
+use crate::support::linear::plan::{CLIENTS, KEYS, OPERATIONS, plan, remember};
+use crate::support::linear::search::{Effort, Verdict, search};
+use crate::support::load::count;
 
 /// Configurations that a part of a history may need: a fifth of the limit. Of 120,000 parts, with KVS_TEST_GENERATED=500, one
 /// needed 48,293 and half of them fewer than a hundred.

@@ -1,7 +1,5 @@
 //! The log in NATS JetStream: a real one of three nodes, which each test starts for itself, kills and spoils.
 
-mod nodes;
-
 use std::collections::HashMap;
 use std::process::Command;
 use std::sync::Mutex;
@@ -13,11 +11,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use self::nodes::{Nodes, SAFE};
 use crate::postgres::standby::{answer, send};
 use crate::postgres::{WELL, becomes_ready, get, put};
-use crate::server::{PATIENCE, Refused, Server, kvs, refused, serve};
-use crate::wire::{Connection, STALE};
+use crate::support::nats::{Nodes, SAFE};
+use crate::support::server::{PATIENCE, Refused, Server, kvs, refused, serve};
+use crate::support::wire::{Connection, STALE};
 
 const STANDS_BY: &str = "[+]log ok, but standby of process ";
 const UP_TO_DATE: &str = ", replication lag 0 entries\n";

@@ -13,12 +13,12 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use self::proxy::proxy_finds_the_primary;
-use crate::postgres::database::Database;
-use crate::postgres::proxy::{Proxy, Way};
 use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, stand_by};
 use crate::postgres::{AWAY, WELL, becomes_ready, get, put, ready, start};
-use crate::server::{PATIENCE, Process, Server, kvs, serve_refused};
-use crate::wire::{Connection, Response, STALE};
+use crate::support::postgres::database::Database;
+use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::server::{PATIENCE, Process, Server, kvs, serve_refused};
+use crate::support::wire::{Connection, Response, STALE};
 
 /// Where the log is that two servers share.
 enum Log {

@@ -10,9 +10,9 @@ use rustix::process::Signal;
 
 use super::Log;
 use crate::postgres::{WELL, becomes_ready};
-use crate::server::{PATIENCE, Process};
+use crate::support::server::{PATIENCE, Process};
+use crate::support::wire::{Connection, Response};
 use crate::watch::Events;
-use crate::wire::{Connection, Response};
 
 /// Asks on a new connection until it is done, as a client does that may ask again.
 fn until_done(address: SocketAddr, method: &str, body: &[u8]) -> Response {

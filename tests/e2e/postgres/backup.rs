@@ -1,10 +1,10 @@
 //! Backups of a log in a database: restored into files, and back.
 
-use super::database::Database;
 use super::{get, put, start};
 use crate::online_backup::{done, restore, restored, take, temporary};
-use crate::server::refused;
-use crate::wire::Connection;
+use crate::support::postgres::database::Database;
+use crate::support::server::refused;
+use crate::support::wire::Connection;
 
 #[test]
 fn backup_moves_a_log_between_database_and_files() {

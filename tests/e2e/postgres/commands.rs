@@ -4,10 +4,10 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::database::Database;
 use super::{get, put, start};
-use crate::server::{Server, kvs, refused};
-use crate::wire::Connection;
+use crate::support::postgres::database::Database;
+use crate::support::server::{Server, kvs, refused};
+use crate::support::wire::Connection;
 
 pub fn log(args: &[&str]) -> Command {
     let mut command = kvs();
@@ -94,6 +94,6 @@ fn cloud_native_go_table_is_imported() {
     assert_eq!(put(&server, "a", "2"), 201);
     let data = TempDir::new().expect("a temporary directory can be made");
     done(&["import", "--from", &url, "--data-dir", data.path().to_str().expect("it is text")]);
-    let server = Server::spawn(crate::server::serve(data.path()), data);
+    let server = Server::spawn(crate::support::server::serve(data.path()), data);
     assert_eq!(get(&server, "c"), (200, "x".into()));
 }

@@ -9,12 +9,12 @@ use kvs_txlog::{Event, TransactionLog};
 use rustix::process::Signal;
 
 use super::commands::{done, log};
-use super::database::Database;
 use super::standby::{UP_TO_DATE, stand_by};
 use super::{WELL, becomes_ready, get, put, ready, start};
-use crate::server::{PATIENCE, Server, refused};
+use crate::support::postgres::database::Database;
+use crate::support::server::{PATIENCE, Server, refused};
+use crate::support::wire::{Connection, Response, STALE};
 use crate::watch::Events;
-use crate::wire::{Connection, Response, STALE};
 
 /// More than any lost future holds.
 const JUMP: u64 = 1 << 40;

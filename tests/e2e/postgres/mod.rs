@@ -2,11 +2,8 @@
 
 mod backup;
 mod commands;
-pub mod database;
 mod incarnations;
 mod opening;
-mod pooler;
-pub mod proxy;
 mod replication;
 pub mod standby;
 mod supervision;
@@ -20,16 +17,16 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
-use self::database::{Database, give};
-use self::proxy::{Proxy, Way};
 use crate::components::DEFAULT_GUEST;
 use crate::crash::run_until_killed;
 use crate::full_disk::Mount;
-use crate::load::{Clients, SaysOver};
-use crate::server::{PATIENCE, Server, serve_refused};
+use crate::support::load::{Clients, SaysOver};
+use crate::support::postgres::database::{Database, give};
+use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::wire::Connection;
+use crate::support::zoo;
 use crate::swap::{component, swap, swaps};
-use crate::wire::Connection;
-use crate::zoo;
 
 /// All that was ever written is there once, in order, without a gap: nothing was compacted.
 const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND max(sequence) = (SELECT last FROM kvs.writer) \

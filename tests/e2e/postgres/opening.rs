@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::database::Database;
-use super::pooler::Pooler;
-use super::proxy::{Proxy, Way};
 use super::{AWAY, WELL, becomes_ready, get, put, ready, start};
-use crate::certificates::{Authority, Kind};
-use crate::server::{Server, serve_refused};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::postgres::database::Database;
+use crate::support::postgres::pooler::Pooler;
+use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::server::{Server, serve_refused};
 
 #[test]
 fn unusable_database_is_one_line_without_password() {

@@ -9,10 +9,10 @@ use kvs_txlog::file::Durability;
 use kvs_txlog::postgres::{Manner, Options, PostgresLog, READ_LEASE, Url};
 use kvs_txlog::{Event, TransactionLog};
 
-use super::database::Database;
 use super::put;
-use crate::load::SaysOver;
-use crate::server::{PATIENCE, Server};
+use crate::support::load::SaysOver;
+use crate::support::postgres::database::Database;
+use crate::support::server::{PATIENCE, Server};
 
 fn last(database: &Database) -> u64 {
     database.sql("SELECT last FROM kvs.writer")[0].parse().expect("it is a number")

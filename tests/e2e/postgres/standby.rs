@@ -9,17 +9,17 @@ use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::database::Database;
-use super::proxy::{Proxy, Way};
 use super::{AWAY, DEPOSED, WELL, WHOLE, becomes_ready, get, is_deposed, put, ready, start, under_load};
 use crate::linear::brittle;
-use crate::load::Clients;
 use crate::metrics::counts;
-use crate::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
+use crate::support::load::Clients;
+use crate::support::postgres::database::Database;
+use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
+use crate::support::wire::{Connection, STALE};
+use crate::support::zoo;
 use crate::unruly::guest;
 use crate::watch::Events;
-use crate::wire::{Connection, STALE};
-use crate::zoo;
 
 pub const STANDS_BY: &str = "[+]log ok, but standby of process ";
 const REFUSED: &str = "this server stands by; another one takes writes";

@@ -3,12 +3,12 @@
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::database::Database;
 use super::standby::{UP_TO_DATE, shows};
 use super::{becomes_ready, put, start};
-use crate::sabotage::sabotaged;
-use crate::server::{Process, serve};
 use crate::supervision;
+use crate::support::postgres::database::Database;
+use crate::support::sabotage::sabotaged;
+use crate::support::server::{Process, serve};
 
 /// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
 fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {

@@ -9,13 +9,13 @@ use std::thread;
 
 use rustix::process::Signal;
 
-use super::database::Database;
 use super::standby::stand_by;
 use super::{DEPOSED, WELL, WHOLE, becomes_ready, start};
 use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
-use crate::load::{SaysOver, count};
-use crate::server::Server;
-use crate::zoo;
+use crate::support::load::{SaysOver, count};
+use crate::support::postgres::database::Database;
+use crate::support::server::Server;
+use crate::support::zoo;
 
 #[test]
 fn histories_over_takeovers_are_linearizable() {

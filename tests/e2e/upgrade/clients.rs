@@ -12,7 +12,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 use tokio::runtime::Builder;
 
-use crate::wire::{Connection, Response, Stream, Way};
+use crate::support::wire::{Connection, Response, Stream, Way};
 
 /// Counters of all clients.
 #[derive(Default)]

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::history::{Item, Key, Operation, Outcome, Step, resolve};
 use super::plan::{CLIENTS, Form, KEYS, OPERATIONS, plan, remember};
-use crate::server::PATIENCE;
-use crate::wire::{Connection, Response, STALE, Stream, Way};
+use crate::support::server::PATIENCE;
+use crate::support::wire::{Connection, Response, STALE, Stream, Way};
 
 /// The address of the server, and the number of operations recorded: all that clients and the faults of a test share.
 #[derive(Default)]

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::log::kvs_at;
+use super::log::kvs_at;
 
 /// Longer than anything here takes on a busy machine. Running out of it is a failure, never a way to pass.
 pub const PATIENCE: Duration = Duration::from_secs(180);

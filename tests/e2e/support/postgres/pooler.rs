@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::database::{Database, PASSWORD, as_owner, give};
-use crate::server::{PATIENCE, Process};
+use crate::support::server::{PATIENCE, Process};
 
 pub struct Pooler {
     port: u16,

@@ -12,8 +12,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::server::{PATIENCE, Process};
-use crate::wire::Connection;
+use super::server::{PATIENCE, Process};
+use super::wire::Connection;
 
 /// What the configuration of a node may say otherwise.
 pub const SAFE: &str = "max_payload: 8MB\njetstream { store_dir: STORE, sync_interval: always }\n";

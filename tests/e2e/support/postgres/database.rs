@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::{NamedTempFile, TempDir};
 
-use crate::certificates::Pair;
-use crate::server::{PATIENCE, Process};
+use crate::support::certificates::Pair;
+use crate::support::server::{PATIENCE, Process};
 
 pub const PASSWORD: &str = "p:a%s+s wörd";
 

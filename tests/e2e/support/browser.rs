@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::server::PATIENCE;
+use super::server::PATIENCE;
 
 /// Flags of each start.
 const FLAGS: [&str; 5] =

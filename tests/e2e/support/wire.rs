@@ -9,7 +9,7 @@ use std::time::Duration;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use socket2::{Domain, Socket, Type};
 
-use crate::server::PATIENCE;
+use super::server::PATIENCE;
 
 /// All characters except letters, digits and `/`.
 const LONG_FORM: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/');

@@ -11,7 +11,7 @@ use kvs::commands::{self, Cli};
 use kvs::lines;
 use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
 
-use crate::server::through;
+use super::server::through;
 
 /// Names of tasks and threads, separated by commas.
 const TASKS: &str = "SABOTAGED_TASKS";
@@ -45,7 +45,7 @@ pub fn sabotaged(tasks: &[&str], command: &Command) -> Command {
     let program = env::current_exe().expect("this program has a path");
     let mut other = through(program.to_str().expect("it is text"), command);
     other.env(TASKS, tasks.join(",")).env(ARGUMENTS, arguments.join("\n"));
-    other.args(["--exact", "sabotage::command", "--ignored", "--nocapture"]);
+    other.args(["--exact", "support::sabotage::command", "--ignored", "--nocapture"]);
     other
 }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::server::kvs;
+use super::server::kvs;
 
 /// Ends a test that applies to the log in files only, when it runs with another one.
 macro_rules! of_files {

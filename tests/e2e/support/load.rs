@@ -14,7 +14,7 @@ use std::thread;
 
 use fastrand::Rng;
 
-use crate::wire::{Connection, Response};
+use super::wire::{Connection, Response};
 
 const CLIENTS: usize = 8;
 const KEYS_PER_CLIENT: u64 = 50;
