@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::access::Tokens;
-use crate::metrics::Metrics;
+use crate::support::guests::guest;
+use crate::support::http_clients::curl;
+use crate::support::metrics::Metrics;
 use crate::support::server::{Refused, Server, serve_refused};
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
-use crate::unruly::guest;
 
 const JSON: [&str; 2] = ["--log-format", "json"];
 const LOG: [&str; 2] = ["--access-log-rate", "1000"];
@@ -184,7 +185,7 @@ fn no_secret_is_logged_however_much_is() {
         let url = server.url("/v1/a");
         let bearer = format!("authorization: Bearer {good}");
         let http2 = ["--http2-prior-knowledge", "-H", &bearer, "-H", "cookie: the-secret-cookie", &url];
-        assert_eq!(crate::book::curl(&http2).0, 200);
+        assert_eq!(curl(&http2).0, 200);
         let lines = server.terminate().stderr().join("\n");
         assert!(lines.contains("/v1/kvs_…?token=kvs_…"), "the path is not logged:\n{lines}");
         for secret in secrets {

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::access::Tokens;
-use crate::metrics::counts;
+use crate::support::guests::guest;
+use crate::support::metrics::counts;
 use crate::support::server::{PATIENCE, Process, Server, kvs, refused, serve, serve_refused};
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
-use crate::unruly::guest;
 
 fn get(admin: SocketAddr, path: &str) -> Response {
     Connection::open(admin).ask("GET", path, b"")

@@ -12,17 +12,15 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::components::DEFAULT_GUEST;
-use crate::expiry::write_a_year_ahead;
-use crate::full_disk::Mount;
-use crate::metrics::{counts, until};
-use crate::supervision::{start, starts_again};
 use crate::support::certificates::{Authority, Kind};
+use crate::support::file_log::write_a_year_ahead;
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
 use crate::support::log::{kvs_at, of_files};
+use crate::support::metrics::{counts, until};
+use crate::support::mount::Mount;
+use crate::support::sabotage::{start, starts_again};
 use crate::support::server::{PATIENCE, Process, Server, serve};
 use crate::support::wire::Connection;
-use crate::swap::copy_of;
-use crate::unruly::guest;
 
 const ALERTS: &str = include_str!("../../deploy/alerts.yaml");
 const DASHBOARD: &str = include_str!("../../deploy/grafana.json");

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::http2;
+use crate::support::http2;
 use crate::support::load::SaysOver;
+use crate::support::memory::memory;
+use crate::support::metrics::Metrics;
 use crate::support::server::Server;
 use crate::support::wire::Connection;
 
@@ -60,7 +62,7 @@ fn slow_clients_at_the_connection_limit() {
             ["127.0.0.2", "127.0.0.3"].map(|from| scope.spawn(|| honest(&server, from, &over))).into();
         let watching = scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {
-                let open = crate::metrics::Metrics::of(&server).get("kvs_connections") as usize;
+                let open = Metrics::of(&server).get("kvs_connections") as usize;
                 most.fetch_max(open, Ordering::Relaxed);
                 thread::yield_now();
             }
@@ -161,10 +163,10 @@ fn harmful_http2_frames() {
             let (attacked, count) = p99_beside(&server, attack);
             ratios.push(attacked.div_duration_f64(alone));
             times += count;
-            before.get_or_insert_with(|| http2::memory(&server));
+            before.get_or_insert_with(|| memory(&server));
         }
         ratios.sort_unstable_by(f64::total_cmp);
-        let grown = http2::memory(&server).saturating_sub(before.unwrap_or_default());
+        let grown = memory(&server).saturating_sub(before.unwrap_or_default());
         println!("{name}: {times} times, p99 is {ratios:.2?} of what it is alone, memory grew by {grown} KiB");
         assert!(grown < 32 << 10, "{name}: memory grew by {grown} KiB");
     }

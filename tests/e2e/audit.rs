@@ -7,13 +7,12 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
-use crate::online_backup::{restore, take};
+use crate::support::backup::{restore, take};
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
 use crate::support::server::{Server, kvs};
+use crate::support::swap::{status, swap};
+use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
-use crate::swap::{component, copy_of, status, swap};
-use crate::unruly::guest;
 
 const JSON: [&str; 2] = ["--log-format", "json"];
 

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use tempfile::TempDir;
 
 use crate::support::load::{Clients, SMALL_SEGMENTS};
-use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::server::{PATIENCE, Server, kvs, serve};
 use crate::support::zoo;
 
 /// Responses before the copy, and after it.
@@ -83,7 +83,7 @@ fn copy_all(server: &Server, copy: &TempDir) -> bool {
 
 /// A copy may end in a torn write, and must be intact otherwise.
 fn verify(copy: &TempDir) {
-    let mut command = crate::support::server::kvs();
+    let mut command = kvs();
     let status =
         command.args(["txlog", "verify", "--data-dir"]).arg(copy.path()).status().expect("the binary can be started");
     assert!(status.success(), "{status}");

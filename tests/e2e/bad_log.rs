@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use rustix::process::geteuid;
 use tempfile::TempDir;
 
-use crate::full_disk::Mount;
+use crate::support::mount::Mount;
 use crate::support::server::{Server, Stopped, kvs, refused, serve, through};
 use crate::support::wire::Connection;
 

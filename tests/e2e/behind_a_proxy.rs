@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::book::curl;
-use crate::metrics::until;
 use crate::support::certificates::{Authority, Kind};
+use crate::support::events::Events;
+use crate::support::guests::guest;
+use crate::support::http_clients::curl;
+use crate::support::metrics::until;
 use crate::support::server::{PATIENCE, Process, Server, serve_refused};
 use crate::support::wire::{Connection, long, short};
-use crate::unruly::guest;
-use crate::watch::Events;
 
 const CONFIG: &str = include_str!("../../deploy/nginx.conf");
 const PAGE: &str = include_str!("../../docs/behind-a-proxy.md");

@@ -1,6 +1,6 @@
 //! Responses to invalid requests, which change nothing.
 
-use crate::book::{agent, curl};
+use crate::support::http_clients::{agent, curl};
 use crate::support::server::Server;
 use crate::support::wire::{Connection, short};
 

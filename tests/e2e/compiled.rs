@@ -8,10 +8,9 @@ use std::process::{Command, Stdio};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::components::{DEFAULT_GUEST, exporting};
+use crate::support::guests::{DEFAULT_GUEST, exporting, guest};
 use crate::support::server::{Server, kvs, refused, serve_refused};
 use crate::support::wire::Connection;
-use crate::unruly::guest;
 
 fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")

@@ -6,18 +6,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
-use wasm_encoder::{
-    Component, ComponentExportKind, ComponentExportSection, ComponentImportSection, ComponentInstanceSection,
-    ComponentTypeRef, ComponentTypeSection, InstanceType, Module,
-};
+use wasm_encoder::{Component, Module};
 
-use crate::support::server;
-use crate::support::server::{Refused, Server, kvs, serve_refused};
+use crate::support::guests::{DEFAULT_GUEST, exporting, guest, importing};
+use crate::support::server::{self, Refused, Server, kvs, serve_refused};
 use crate::support::wire::Connection;
-use crate::unruly::guest;
-
-/// The component that came with the binary under test.
-pub use kvs_tests::DEFAULT_GUEST;
 
 /// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {
@@ -32,30 +25,6 @@ fn refused_file(file: &Path) -> Refused {
     let refused = serve_refused(&[file]);
     assert!(refused.line.contains(file), "it does not name the file: {refused}");
     refused
-}
-
-/// A component that imports an empty instance of this name.
-pub fn importing(name: &str) -> Vec<u8> {
-    let mut types = ComponentTypeSection::new();
-    types.instance(&InstanceType::new());
-    let mut imports = ComponentImportSection::new();
-    imports.import(name, ComponentTypeRef::Instance(0));
-    let mut component = Component::new();
-    component.section(&types).section(&imports);
-    component.finish()
-}
-
-/// A component that exports empty instances of these names.
-pub fn exporting(names: &[&str]) -> Vec<u8> {
-    let mut instances = ComponentInstanceSection::new();
-    let mut exports = ComponentExportSection::new();
-    for (index, name) in names.iter().enumerate() {
-        instances.export_items([("", ComponentExportKind::Instance, 0); 0]);
-        exports.export(*name, ComponentExportKind::Instance, u32::try_from(index).expect("a few"), None);
-    }
-    let mut component = Component::new();
-    component.section(&instances).section(&exports);
-    component.finish()
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use std::thread;
 
-use crate::components::DEFAULT_GUEST;
+use crate::support::guests::{DEFAULT_GUEST, copy_of};
 use crate::support::log::{is_compactable, kvs_at};
 use crate::support::server::Server;
+use crate::support::swap::swaps;
 use crate::support::wire::Connection;
-use crate::swap::{copy_of, swaps};
 
 #[test]
 fn etag_survives_compaction_restart_and_swap() {

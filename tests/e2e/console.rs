@@ -7,15 +7,14 @@ use std::path::Path;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
-use crate::metrics::counts;
 use crate::support::browser::Page;
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
 use crate::support::log::kvs_at;
+use crate::support::metrics::counts;
 use crate::support::server::{Server, serve};
+use crate::support::swap::serving;
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, short};
-use crate::swap::{copy_of, serving};
-use crate::unruly::guest;
 
 fn console(server: &Server) -> Page {
     Page::open(&format!("http://{}/console", server.admin()))

@@ -2,15 +2,12 @@
 //! acknowledged or seen must be there afterwards.
 
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
 
 use fastrand::Rng;
-use rustix::process::Signal;
 
-use crate::faults::{Fault, inject};
-use crate::support::load::{Clients, SMALL_SEGMENTS, count};
-use crate::support::server::{PATIENCE, Server, Stopped, serve};
+use crate::support::faults::{Fault, inject};
+use crate::support::load::{Clients, SMALL_SEGMENTS, count, run_until_killed};
+use crate::support::server::{Server, Stopped, serve};
 use crate::support::zoo;
 
 /// Least number of responses before a kill; the number is random, up to three times this.
@@ -33,23 +30,6 @@ fn acknowledged_and_seen_data_survives_kills() {
         server = stopped.restart(&SMALL_SEGMENTS);
         clients.settle(server.address());
     }
-}
-
-/// Runs all clients and kills the server after this number of responses.
-pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
-    let count = AtomicU64::new(0);
-    // Room for one, so that sending never blocks.
-    let (enough, awaited) = sync_channel(1);
-    let answered = |status| {
-        assert!(status < 500, "{status} from a server in good health");
-        if count.fetch_add(1, Ordering::Relaxed) + 1 == answers {
-            enough.send(()).expect("it is awaited");
-        }
-    };
-    clients.run(server.address(), answered, || {
-        awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
-        server.signal(Signal::KILL);
-    });
 }
 
 /// Starts a server on the directory of the last one, and kills it at one of the system calls of recovery, or when it serves.

@@ -11,11 +11,11 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::access::Tokens;
+use crate::support::guests::guest;
 use crate::support::log::{kvs_at, of_files};
 use crate::support::server::{PATIENCE, kvs};
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
-use crate::unruly::guest;
 
 /// Two addresses where nobody listens now: a server that cannot report its own is asked there.
 fn free() -> [SocketAddr; 2] {

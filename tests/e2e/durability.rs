@@ -9,11 +9,11 @@ use fastrand::Rng;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::guests::guest;
 use crate::support::log::of_files;
 use crate::support::server::{Process, Server, Stopped, refused, serve};
 use crate::support::wire::{Connection, long, short};
 use crate::support::zoo;
-use crate::unruly::guest;
 
 const KEYS: usize = 100_000;
 /// Writes wait for the disk, so that many clients wait for the same sync.

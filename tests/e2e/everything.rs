@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
-use crate::guests::built;
-use crate::http2::memory;
-use crate::linear::{AT_ONCE, Stage, judge, keys_of, put_in};
-use crate::metrics::Metrics;
 use crate::support::certificates::{Authority, Kind};
+use crate::support::events::Events;
+use crate::support::guests::{DEFAULT_GUEST, built, component};
+use crate::support::linear::clients::{Stage, keys_of};
+use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::support::memory::memory;
+use crate::support::metrics::Metrics;
 use crate::support::server::{PATIENCE, Server};
+use crate::support::swap::put_in;
+use crate::support::tls::Client;
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response, Stream, Way};
 use crate::support::zoo;
-use crate::swap::component;
-use crate::tls::Client;
-use crate::watch::Events;
 
 /// Duration: with kills ten seconds apart, and three swaps to each.
 const SECONDS: u64 = 30;

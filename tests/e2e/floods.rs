@@ -4,14 +4,14 @@
 use std::thread;
 use std::time::Instant;
 
-use crate::http2::{
+use crate::support::http2::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, Frames, GET, HEADERS, PING, PRIORITY, PUT, SETTINGS, WINDOW_UPDATE,
-    field, memory, takes_nothing,
+    field, takes_nothing,
 };
-use crate::metrics::{Metrics, counts, until};
+use crate::support::memory::{memory, peak};
+use crate::support::metrics::{Metrics, counts, until};
 use crate::support::server::{PATIENCE, Server};
 use crate::support::wire::Connection;
-use crate::unruly::peak;
 
 const EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"max-inflight-bytes\"}";
 const FRAMES_EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"http2-max-control-frames\"}";

@@ -7,21 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
-pub use kvs_tests::built;
-use kvs_tests::{succeeds, target_dir};
+use kvs_tests::target_dir;
 use tempfile::TempDir;
 
-use crate::pages::run_in;
+use crate::support::guests::{built, just};
+use crate::support::pages::run_in;
 use crate::support::server::{Process, Server, serve};
+use crate::support::swap::comes_and_goes_under_load;
 use crate::support::wire::Connection;
-use crate::swap::{component, serving, swaps, under_load};
-
-/// `just RECIPE` in the project's directory, or in a copy of it.
-pub fn just(directory: &Path, recipe: &[&str]) {
-    let mut just = Command::new("just");
-    just.current_dir(directory).args(recipe);
-    succeeds(just, recipe[0]);
-}
 
 fn counters() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| built("counters"));
@@ -104,29 +97,6 @@ fn invalid_schema_is_reported_at_the_start() {
     let reason = |line: &str| line.contains("the setting schema.a/ is no JSON schema").then_some(());
     process.stderr.find(reason).unwrap_or_else(|said| panic!("the reason is not in:\n{said}"));
     assert_eq!(process.wait().code(), Some(1));
-}
-
-/// Puts a guest in the place of the default one, and takes it out again, while clients write and read. `meanwhile` is what can
-/// be seen of it in between.
-#[track_caller]
-pub fn comes_and_goes_under_load(
-    guest: &str,
-    args: &[&str],
-    meanwhile: impl FnOnce(&Server, &mut Connection),
-) -> Server {
-    let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
-    let component = component(guest);
-    // Compiled before there is load, which is hard on a large one.
-    let tried = Connection::open(server.admin()).ask("PUT", "/guest?dry-run", &component);
-    assert_eq!(tried.status, 200, "{}", tried.text());
-    under_load(&server, |_| {
-        swaps(&server, &component);
-        meanwhile(&server, &mut Connection::open(server.address()));
-        let back = Connection::open(server.admin()).ask("DELETE", "/guest", b"");
-        assert_eq!(back.status, 200, "{}", back.text());
-        assert_eq!(serving(&server), "kvs");
-    });
-    server
 }
 
 #[test]

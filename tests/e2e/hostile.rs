@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::metrics::Metrics;
+use crate::support::guests::guest;
+use crate::support::memory::peak;
+use crate::support::metrics::Metrics;
 use crate::support::server::{PATIENCE, Server, serve_refused};
-use crate::support::wire::Connection;
-use crate::unruly::{get, guest, peak};
+use crate::support::wire::{Connection, get};
 
 /// What the host itself may need beside the guest's memory: KiB.
 const BOUND: u64 = 100 << 10;

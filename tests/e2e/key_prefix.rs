@@ -5,11 +5,11 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::access::Tokens;
+use crate::support::events::Events;
+use crate::support::guests::guest;
 use crate::support::server::{Server, kvs, refused};
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
-use crate::unruly::guest;
-use crate::watch::Events;
 
 /// Requests with a token.
 struct Client {

@@ -9,14 +9,14 @@ use kvs_tests::succeeds;
 use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 use tempfile::TempDir;
 
-use crate::expiry::open_log;
-use crate::guests::{comes_and_goes_under_load, just};
-use crate::metrics::counts;
+use crate::support::file_log::open_log;
+use crate::support::guests::just;
 use crate::support::load::count;
 use crate::support::log::of_files;
+use crate::support::metrics::counts;
 use crate::support::server::{PATIENCE, Server, kvs, serve};
+use crate::support::swap::{comes_and_goes_under_load, serving};
 use crate::support::wire::Connection;
-use crate::swap::serving;
 
 /// The component that a recipe makes of a source; without a source, of the guest in the tree.
 fn made(recipe: &str, source: Option<&str>, name: &str) -> String {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::metrics::{counts, until};
 use crate::support::server::{PATIENCE, Server, refused, serve, through};
 use crate::support::wire::Connection;
 
@@ -71,7 +72,7 @@ fn a_client_that_takes_no_answer_is_cut() {
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
     // The server's end of it is gone.
-    crate::metrics::counts(&server, "kvs_limit_exceeded_total{limit=\"idle-timeout\"}", 1.0);
+    counts(&server, "kvs_limit_exceeded_total{limit=\"idle-timeout\"}", 1.0);
     assert!(client.end().len() < value.len());
 }
 
@@ -229,12 +230,12 @@ fn connections_leave_descriptors_to_log_and_admin() {
     assert_eq!(writer.ask("PUT", "/v1/a", b"first").status, 201);
     let crowd: Vec<_> = (0..400).map(|_| Connection::open(server.address())).collect();
     let admin: Vec<_> = (0..8).map(|_| Connection::open(server.admin())).collect();
-    crate::metrics::until(&server, "all that can be are accepted", |now| now.get("kvs_connections") >= 108.0);
+    until(&server, "all that can be are accepted", |now| now.get("kvs_connections") >= 108.0);
     // Segments are made, compacted and removed meanwhile, and the watermark file is written when nothing comes.
     for _ in 0..60 {
         assert_eq!(writer.ask("PUT", "/v1/a", &[b'x'; 200_000]).status, 201);
     }
-    crate::metrics::until(&server, "the log is compacted", |now| now.get("kvs_txlog_compactions_total") > 0.0);
+    until(&server, "the log is compacted", |now| now.get("kvs_txlog_compactions_total") > 0.0);
     let watermark = server.data().join("log/watermark");
     let begun = Instant::now();
     while !watermark.exists() {

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::book::curl;
+use crate::support::events::Events;
+use crate::support::guests::guest;
+use crate::support::http_clients::curl;
 use crate::support::log::{kvs_at, of_files};
 use crate::support::server::{PATIENCE, Server, refused, serve_refused};
 use crate::support::wire::Connection;
-use crate::unruly::guest;
-use crate::watch::Events;
 
 /// A directory of sockets, and a path in it.
 fn socket() -> (TempDir, PathBuf, String) {

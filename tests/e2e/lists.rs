@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::support::server::Server;
-use crate::support::wire::{Connection, long};
+use crate::support::wire::{Connection, Response, long};
 
 fn list(client: &mut Connection, query: &str) -> Value {
     let response = client.ask("GET", &format!("/v1?{query}"), b"");
@@ -90,7 +90,7 @@ fn errors_are_problem_documents_on_request() {
     let server = Server::start(&["--max-value-bytes", "10"]);
     let mut client = Connection::open(server.address());
     let accept = [("accept", "application/problem+json, */*")];
-    let problem = |response: crate::support::wire::Response, status: u16, code: &str, title: &str, detail: &str| {
+    let problem = |response: Response, status: u16, code: &str, title: &str, detail: &str| {
         assert_eq!((response.status, response.header("content-type")), (status, Some("application/problem+json")));
         let problem: Value = serde_json::from_slice(&response.body).expect("JSON");
         assert_eq!(

@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::components::DEFAULT_GUEST;
-use crate::guests::built;
-use crate::metrics::{Metrics, until};
+use crate::support::guests::{DEFAULT_GUEST, built, component};
+use crate::support::metrics::{Metrics, until};
 use crate::support::server::Server;
+use crate::support::swap::swaps;
 use crate::support::wire::{Connection, Response};
-use crate::swap::{component, swaps};
 
 const WAITING: &str = "kvs_http_requests_waiting_for_change";
 

@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::components::DEFAULT_GUEST;
-use crate::metrics::{Metrics, until};
+use crate::support::guests::{DEFAULT_GUEST, component, guest};
+use crate::support::metrics::{Metrics, until};
 use crate::support::server::Server;
+use crate::support::swap::swaps;
 use crate::support::wire::{Connection, Response};
-use crate::swap::{component, swaps};
-use crate::unruly;
 
 /// Longer than what is to be seen not to happen takes.
 const A_WHILE: Duration = Duration::from_millis(200);
@@ -107,7 +106,7 @@ fn wait_continues_over_swap_and_trap() {
     client.ask("PUT", "/v1/a", b"value");
     let mut first = waits(&server, "/v1/a?wait=300s", Some(1));
     let mut second = waits(&server, "/v1/b?wait=300s", None);
-    swaps(&server, &component(unruly::guest()));
+    swaps(&server, &component(guest()));
     assert_eq!(client.ask("GET", "/trap", b"").status, 500);
     swaps(&server, &component(DEFAULT_GUEST));
     assert!(first.is_silent_for(A_WHILE) && second.is_silent_for(A_WHILE), "nothing has happened to these");

@@ -4,19 +4,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
-use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
 use crate::support::certificates::{Authority, Kind};
+use crate::support::guests::{DEFAULT_GUEST, component, guest};
+use crate::support::http2::takes_back;
 use crate::support::log::of_files;
-use crate::support::server::{PATIENCE, Server};
+use crate::support::metrics::{Metrics, counts, until};
+use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::swap::swaps;
+use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
-use crate::swap::{component, swaps};
-use crate::unruly::guest;
 
 /// Reads the text with the library that Prometheus's own makers keep, and prints each family and each value on a line.
 const PARSER: &str = r#"
@@ -31,66 +31,6 @@ for family in text_string_to_metric_families(sys.stdin.read()):
         labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
         print("sample", sample.name + ("{" + labels + "}" if labels else ""), sample.value, sep="\t")
 "#;
-
-/// Values by their names and labels, as they stand in the text.
-pub struct Metrics {
-    text: String,
-    values: BTreeMap<String, f64>,
-}
-
-impl Metrics {
-    pub fn of(server: &Server) -> Self {
-        Self::at(server.admin())
-    }
-
-    fn at(admin: SocketAddr) -> Self {
-        let answer = Connection::open(admin).ask("GET", "/metrics", b"");
-        let media_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        assert_eq!((answer.status, answer.header("content-type")), (200, Some(media_type)));
-        let text = answer.text().to_owned();
-        let values = text.lines().filter(|line| !line.starts_with('#')).map(|line| {
-            let (name, value) = line.rsplit_once(' ').expect("a name and a value");
-            (name.to_owned(), value.parse().expect("a number"))
-        });
-        let values = values.collect();
-        Self { text, values }
-    }
-
-    #[track_caller]
-    pub fn get(&self, name: &str) -> f64 {
-        self.find(name).unwrap_or_else(|| panic!("{name} is missing in:\n{}", self.text))
-    }
-
-    /// None of what has not happened yet.
-    pub fn find(&self, name: &str) -> Option<f64> {
-        self.values.get(name).copied()
-    }
-
-    /// What has moved since, by how much. Histograms by their counts.
-    fn since(&self, before: &Self) -> BTreeMap<String, f64> {
-        let of_histogram = |name: &str| name.contains("_bucket") || name.contains("_sum");
-        let moved = self.values.iter().map(|(name, value)| (name, value - before.values.get(name).unwrap_or(&0.0)));
-        moved.filter(|(name, by)| *by != 0.0 && !of_histogram(name)).map(|(name, by)| (name.clone(), by)).collect()
-    }
-}
-
-/// Waits until this is true of the metrics, which come a moment after what they count.
-#[track_caller]
-pub fn until(server: &Server, what: &str, is_so: impl Fn(&Metrics) -> bool) -> Metrics {
-    let begun = Instant::now();
-    loop {
-        let metrics = Metrics::of(server);
-        if is_so(&metrics) {
-            return metrics;
-        }
-        assert!(begun.elapsed() < PATIENCE, "it never was so that {what}:\n{}", metrics.text);
-    }
-}
-
-#[track_caller]
-pub fn counts(server: &Server, name: &str, count: f64) {
-    until(server, &format!("{name} is {count}"), |metrics| metrics.get(name) == count);
-}
 
 /// What the parser makes of it: families with type and help, and values.
 type Parsed = (BTreeMap<String, (String, String)>, BTreeMap<String, f64>);
@@ -476,14 +416,14 @@ fn handshakes_that_fail_are_counted_by_why() {
 #[test]
 fn a_client_that_takes_back_too_much_is_counted() {
     let server = Server::start(&["--http2-max-resets", "5"]);
-    crate::http2::takes_back(&server, 20_000);
+    takes_back(&server, 20_000);
     until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-resets\"}") >= 1.0);
 }
 
 #[test]
 fn they_are_there_while_the_guest_has_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
-    let mut command = crate::support::server::serve(data.path());
+    let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);
     let mut client = Connection::open(server.address());

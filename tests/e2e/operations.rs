@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::access::Tokens;
+use crate::support::events::Events;
 use crate::support::server::{PATIENCE, Server};
+use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
-use crate::watch::Events;
 
 fn read(response: &Response) -> Value {
     assert_eq!(response.status, 200, "{}", response.text());

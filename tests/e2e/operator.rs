@@ -9,10 +9,10 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
+use crate::support::guests::guest;
 use crate::support::log::of_files;
 use crate::support::server::{Refused, Server, kvs, refused, serve, serve_refused, through};
 use crate::support::wire::Connection;
-use crate::unruly::guest;
 
 fn temporary() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")

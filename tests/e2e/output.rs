@@ -4,10 +4,10 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
+use crate::support::guests::DEFAULT_GUEST;
 use crate::support::log::of_files;
 use crate::support::server::{Server, kvs};
+use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
 /// `kvs`, for a server.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::support::server::{Server, serve_refused};
+use crate::support::server::{Server, kvs, serve_refused};
 use crate::support::wire::Connection;
 
 /// The names and contents of the files of a log.
@@ -72,7 +72,7 @@ fn state_that_was_compacted_is_not_served() {
     let sequences: Vec<_> =
         (0..3).map(|_| client.ask("PUT", "/v1/key", b"value").etag().expect("it has a sequence")).collect();
     let stopped = server.terminate();
-    let compacted = crate::support::server::kvs().args(["txlog", "compact", "--data-dir"]).arg(stopped.data()).output();
+    let compacted = kvs().args(["txlog", "compact", "--data-dir"]).arg(stopped.data()).output();
     assert!(compacted.expect("the binary can be started").status.success());
     let refused = stopped.refuses(&["--read-only", "--until", &sequences[0].to_string()]);
     let text =

@@ -3,7 +3,7 @@
 //!
 //! Each is followed by a request that ends the connection, and what comes back is read to its end.
 
-use crate::metrics::Metrics;
+use crate::support::metrics::Metrics;
 use crate::support::server::Server;
 use crate::support::wire::Connection;
 

@@ -3,13 +3,12 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
-use crate::metrics::{Metrics, until};
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
+use crate::support::metrics::{Metrics, until};
 use crate::support::server::{PATIENCE, Server};
-use crate::support::wire::{Connection, Response};
-use crate::swap::{copy_of, swaps};
-use crate::unruly::{get, guest};
+use crate::support::swap::swaps;
+use crate::support::tokens::Tokens;
+use crate::support::wire::{Connection, Response, get};
 
 const HITS: &str = "kvs_response_cache_hits_total";
 const VOID: &str = "kvs_response_cache_void_declarations_total";

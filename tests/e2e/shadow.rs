@@ -10,14 +10,13 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::access::Tokens;
-use crate::components::DEFAULT_GUEST;
-use crate::metrics::Metrics;
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
 use crate::support::load::SaysOver;
+use crate::support::metrics::Metrics;
 use crate::support::server::{PATIENCE, Server, kvs};
-use crate::support::wire::{Connection, Response};
-use crate::swap::{component, copy_of, serving, status, under_load};
-use crate::unruly::{get, guest};
+use crate::support::swap::{serving, status, under_load};
+use crate::support::tokens::Tokens;
+use crate::support::wire::{Connection, Response, get};
 
 /// The second version of the guest.
 fn candidate() -> Vec<u8> {

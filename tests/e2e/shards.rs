@@ -5,14 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use crate::components::DEFAULT_GUEST;
-use crate::guests::built;
-use crate::metrics::Metrics;
+use crate::support::guests::{DEFAULT_GUEST, built, component, guest};
 use crate::support::load::SaysOver;
+use crate::support::metrics::Metrics;
 use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::swap::{serving, swaps};
 use crate::support::wire::Connection;
-use crate::swap::{component, serving, swaps};
-use crate::unruly::guest;
 
 /// Enough that each of a few shards has some.
 fn keys() -> impl Iterator<Item = String> {

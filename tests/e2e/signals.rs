@@ -7,10 +7,10 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::guests::guest;
 use crate::support::log::kvs_at;
 use crate::support::server::{Process, Server, serve};
 use crate::support::wire::Connection;
-use crate::unruly::guest;
 
 /// A request in progress: its head was read, its body is awaited.
 fn in_flight(server: &Server) -> Connection {

@@ -7,13 +7,12 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use crate::linear::brittle;
-use crate::metrics::{Metrics, counts, until};
+use crate::support::guests::{brittle, component, copy_of, guest};
 use crate::support::load::{SaysOver, count};
+use crate::support::metrics::{Metrics, counts, until};
 use crate::support::server::Server;
-use crate::support::wire::Connection;
-use crate::swap::{component, copy_of, swap, swaps};
-use crate::unruly::{get, guest};
+use crate::support::swap::{swap, swaps};
+use crate::support::wire::{Connection, get};
 
 const SPARE: &str = "kvs_guest_promotions_total{cause=\"spare\"}";
 const REBUILT: &str = "kvs_guest_rebuilds_total{outcome=\"done\"}";

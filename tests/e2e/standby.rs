@@ -10,17 +10,19 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::components::DEFAULT_GUEST;
-use crate::full_disk::Mount;
-use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
-use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, shows};
-use crate::postgres::{WELL, becomes_ready, get, put, ready, under_load};
-use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver};
-use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::events::Events;
+use crate::support::guests::{DEFAULT_GUEST, copy_of};
+use crate::support::linear::clients::{Stage, read_on};
+use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::{AT_ONCE, judge};
+use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver, under_load};
+use crate::support::mount::Mount;
+use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put, shows};
+use crate::support::server::{PATIENCE, Server, refused, serve};
+use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
 use crate::support::zoo;
-use crate::swap::{copy_of, status, swap};
-use crate::watch::Events;
 
 fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
@@ -217,7 +219,7 @@ fn standby_without_primary_becomes_primary_and_others_wait() {
     let (second, third) = (stand_by(data.path(), &[]), stand_by(data.path(), &[]));
     first.terminate();
     // One of them, at once.
-    let deadline = std::time::Instant::now() + crate::support::server::PATIENCE;
+    let deadline = std::time::Instant::now() + PATIENCE;
     let (primary, waits) = loop {
         match [&second, &third].map(|server| ready(server).1.contains(WELL)) {
             [true, false] => break (second, third),
@@ -248,8 +250,7 @@ fn standby_reports_corruption_and_touches_nothing() {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
     let mut command = serve(data.path());
     command.arg("--standby");
-    crate::support::server::refused(command)
-        .with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
+    refused(command).with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
     segment.write_all_at(&[2], 8).expect("it can be written");
     becomes_ready(&standby, 200, UP_TO_DATE);
     shows(&standby, "a", 200, "2");
@@ -276,7 +277,7 @@ fn standby_takes_over_on_a_full_disk() {
     assert_eq!(get(&standby, &format!("key-{}", stored - 1)).0, 200);
     fs::remove_file(brim).expect("it is there");
     becomes_ready(&standby, 200, WELL);
-    let deadline = std::time::Instant::now() + crate::support::server::PATIENCE;
+    let deadline = std::time::Instant::now() + PATIENCE;
     while put(&standby, "again", "x") != 201 {
         assert!(std::time::Instant::now() < deadline, "there is room again, and nothing is stored");
     }

@@ -4,10 +4,10 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::access::Tokens;
-use crate::online_backup::done;
+use crate::support::backup::done;
 use crate::support::log::kvs_at;
 use crate::support::server::{Server, kvs, refused};
+use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
 /// `kvs stats`, of this server.

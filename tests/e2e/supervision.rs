@@ -4,30 +4,11 @@
 
 use std::fs;
 
-use tempfile::TempDir;
-
-use crate::components::DEFAULT_GUEST;
-use crate::metrics::{counts, until};
 use crate::support::certificates::{Authority, Kind};
-use crate::support::sabotage::sabotaged;
-use crate::support::server::{Server, serve};
+use crate::support::guests::{DEFAULT_GUEST, component, guest};
+use crate::support::metrics::counts;
+use crate::support::sabotage::{start, starts_again};
 use crate::support::wire::Connection;
-use crate::swap::component;
-use crate::unruly::guest;
-
-/// A server whose tasks and threads of these names panic once.
-pub fn start(tasks: &[&str], args: &[&str]) -> Server {
-    let data = TempDir::new().expect("a temporary directory can be made");
-    let mut command = serve(data.path());
-    command.args(args);
-    Server::spawn(sabotaged(tasks, &command), data)
-}
-
-/// Waits until a task of this name was started again.
-pub fn starts_again(server: &Server, task: &str) {
-    let name = format!("kvs_task_restarts_total{{task=\"{task}\"}}");
-    until(server, &format!("{task} was started again"), |metrics| metrics.find(&name) == Some(1.0));
-}
 
 #[test]
 fn log_lines_go_on_after_a_panic() {

@@ -3,48 +3,21 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::components::{DEFAULT_GUEST, exporting, importing};
-use crate::support::load::SaysOver;
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, exporting, guest, importing};
 use crate::support::server::{Process, Refused, Server, kvs, refused};
-use crate::support::wire::{Connection, Response};
-use crate::unruly::guest;
+use crate::support::swap::{serving, status, swap, swaps, under_load};
+use crate::support::wire::{Connection, get};
 
 /// Long enough for a trap to come within it, short enough to wait for.
 const PROBATION: [&str; 2] = ["--probation", "300ms"];
 /// Never over while a test runs.
 const LONG_PROBATION: [&str; 2] = ["--probation", "1h"];
-
-pub fn component(file: &str) -> Vec<u8> {
-    fs::read(file).expect("the guest is built")
-}
-
-/// Puts a guest in, and waits for the answer.
-pub fn swap(server: &Server, component: &[u8]) -> Response {
-    Connection::open(server.admin()).ask("PUT", "/guest", component)
-}
-
-#[track_caller]
-pub fn swaps(server: &Server, component: &[u8]) {
-    let answer = swap(server, component);
-    assert_eq!(answer.status, 200, "{}", answer.text());
-}
-
-/// What the admin listener says of the guest.
-pub fn status(server: &Server) -> serde_json::Value {
-    let answer = Connection::open(server.admin()).ask("GET", "/guest", b"");
-    assert_eq!(answer.header("content-type"), Some("application/json"));
-    serde_json::from_slice(&answer.body).expect("the status is JSON")
-}
-
-pub fn serving(server: &Server) -> String {
-    status(server)["name"].as_str().expect("a guest has a name").to_owned()
-}
 
 /// Waits until a swap is where this is true of it.
 fn in_phase(server: &Server, phase: &str) {
@@ -53,21 +26,8 @@ fn in_phase(server: &Server, phase: &str) {
     assert!(there, "no swap came to {phase}: {}", status(server));
 }
 
-/// A copy of a component that is another one by its bytes and the same by what it does.
-pub fn copy_of(file: &str) -> Vec<u8> {
-    let mut bytes = component(file);
-    // A custom section: id, length, the length of its name, its name.
-    bytes.extend([0, 5, 4]);
-    bytes.extend(b"copy");
-    bytes
-}
-
 fn put(client: &mut Connection, path: &str, value: &str) {
     assert_eq!(client.ask("PUT", path, value.as_bytes()).status, 201);
-}
-
-fn get(client: &mut Connection, path: &str) -> Response {
-    client.ask("GET", path, b"")
 }
 
 #[test]
@@ -91,38 +51,6 @@ fn another_guest_finds_all_that_the_one_before_has_stored() {
     assert_eq!(get(&mut client, "/v1/key-7").text(), "from the other");
     assert_eq!(get(&mut client, "/v1/key-42").etag(), Some(43));
     server.terminate();
-}
-
-/// Does some work while clients write and read. Each has a key of its own: what it reads must be what it wrote last, whichever
-/// guest answers. The work finds the number of requests so far.
-pub fn under_load(server: &Server, work: impl FnOnce(&AtomicU64)) {
-    let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
-    thread::scope(|scope| {
-        for client in 0..8 {
-            let (server, stop, requests) = (&server, &stop, &requests);
-            scope.spawn(move || {
-                let mut connection = Connection::open(server.address());
-                let path = format!("/v1/client-{client}");
-                let mut newest = 0;
-                for n in 0_u64.. {
-                    if stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    let answer = connection.ask("PUT", &path, n.to_string().as_bytes());
-                    assert_eq!(answer.status, 201, "{}", answer.text());
-                    let sequence = answer.etag().expect("a PUT has an ETag");
-                    assert!(sequence > newest, "sequence {sequence} after {newest}");
-                    newest = sequence;
-                    let answer = get(&mut connection, &path);
-                    assert_eq!((answer.status, answer.text()), (200, n.to_string().as_str()));
-                    assert_eq!(answer.etag(), Some(sequence));
-                    requests.fetch_add(2, Ordering::Relaxed);
-                }
-            });
-        }
-        let _over = SaysOver(&stop);
-        work(&requests);
-    });
 }
 
 #[test]

@@ -2,38 +2,22 @@
 //! certificates of their own.
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use rustix::process::Signal;
-use rustls::crypto::aws_lc_rs::default_provider;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{
-    ClientConfig, ClientConnection, NamedGroup, ProtocolVersion, RootCertStore, StreamOwned, SupportedProtocolVersion,
-    version,
-};
+use rustls::{NamedGroup, ProtocolVersion};
 
-use crate::access::Tokens;
-use crate::book::curl;
-use crate::support::certificates::{Authority, Kind, Pair};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::events::Events;
+use crate::support::guests::guest;
+use crate::support::http_clients::curl;
 use crate::support::load::SaysOver;
 use crate::support::server::{Server, kvs, serve_refused};
-use crate::support::wire::{Connection, plain};
-use crate::unruly::guest;
-use crate::watch::Events;
-
-/// Versions of TLS that a client speaks.
-type Versions = &'static [&'static SupportedProtocolVersion];
-static TLS12: Versions = &[&version::TLS12];
-static TLS13: Versions = &[&version::TLS13];
-static BOTH: Versions = &[&version::TLS13, &version::TLS12];
-
-pub type Secure = StreamOwned<ClientConnection, TcpStream>;
+use crate::support::tls::{Client, Secure, TLS12, TLS13, connect};
+use crate::support::tokens::Tokens;
+use crate::support::wire::Connection;
 
 /// A server with a good certificate and these flags, and who issued it.
 fn start(args: &[&str]) -> (Authority, Server) {
@@ -41,70 +25,6 @@ fn start(args: &[&str]) -> (Authority, Server) {
     let pair = authority.issue("server", Kind::Server, 1);
     let server = Server::start(&[&["--tls-cert", &pair.certificate, "--tls-key", &pair.key], args].concat());
     (authority, server)
-}
-
-/// What a client knows and shows.
-pub struct Client<'c> {
-    authority: &'c Authority,
-    shows: Option<&'c Pair>,
-    versions: Versions,
-}
-
-impl<'c> Client<'c> {
-    pub fn of(authority: &'c Authority) -> Self {
-        Self { authority, shows: None, versions: BOTH }
-    }
-
-    fn shows(self, pair: &'c Pair) -> Self {
-        Self { shows: Some(pair), ..self }
-    }
-
-    fn open(&self, address: SocketAddr) -> io::Result<Connection<Secure>> {
-        self.connect(address).map(Connection::over)
-    }
-
-    /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
-    pub fn connect(&self, address: SocketAddr) -> io::Result<Secure> {
-        connect(&self.config(), address)
-    }
-
-    pub fn config(&self) -> Arc<ClientConfig> {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(self.authority.file()).expect("a certificate")).expect("an authority");
-        let config = ClientConfig::builder_with_provider(Arc::new(default_provider()));
-        let config = config.with_protocol_versions(self.versions).expect("versions").with_root_certificates(roots);
-        Arc::new(match self.shows {
-            None => config.with_no_client_auth(),
-            Some(pair) => config
-                .with_client_auth_cert(
-                    vec![CertificateDer::from_pem_file(&pair.certificate).expect("a certificate")],
-                    PrivateKeyDer::from_pem_file(&pair.key).expect("a key"),
-                )
-                .expect("a pair"),
-        })
-    }
-
-    /// What the guest says to GET.
-    fn get(&self, server: &Server, path: &str) -> io::Result<String> {
-        Ok(self.open(server.address())?.try_ask("GET", path, b"")?.text().to_owned())
-    }
-}
-
-/// Connections with the same configuration can resume a session.
-pub fn connect(config: &Arc<ClientConfig>, address: SocketAddr) -> io::Result<Secure> {
-    shake_hands(config, plain(address)?)
-}
-
-pub fn shake_hands<S: Read + Write>(
-    config: &Arc<ClientConfig>,
-    mut stream: S,
-) -> io::Result<StreamOwned<ClientConnection, S>> {
-    let name = ServerName::try_from("localhost").expect("a name");
-    let mut tls = ClientConnection::new(Arc::clone(config), name).expect("a client");
-    while tls.is_handshaking() {
-        tls.complete_io(&mut stream)?;
-    }
-    Ok(StreamOwned::new(tls, stream))
 }
 
 /// The subject of the certificate that a server shows.

@@ -2,10 +2,10 @@
 
 use std::thread;
 
+use crate::support::guests::{component, guest};
 use crate::support::server::Server;
+use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
-use crate::swap::{component, status, swap};
-use crate::unruly::guest;
 
 /// What `panic!` is called with in the guest.
 const MESSAGE: &str = "of all things";

@@ -3,29 +3,19 @@
 //! The guest is `tests/guests/unruly`, where the paths asked for here have their meaning. It is built once per run.
 
 use std::io::Write;
-use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::guests::built;
+use crate::support::guests::guest;
+use crate::support::memory::peak;
 use crate::support::server::{PATIENCE, Server};
-use crate::support::wire::{Connection, Response, plain};
-
-/// The file of the guest, as an argument of `kvs serve`.
-pub fn guest() -> &'static str {
-    static GUEST: LazyLock<String> = LazyLock::new(|| built("unruly"));
-    &GUEST
-}
+use crate::support::wire::{Connection, get, plain};
 
 /// A server with the guest, and a client.
 fn start(args: &[&str]) -> (Server, Connection) {
     let server = Server::start(&[&[guest()], args].concat());
     let client = Connection::open(server.address());
     (server, client)
-}
-
-pub fn get(client: &mut Connection, path: &str) -> Response {
-    client.ask("GET", path, b"")
 }
 
 /// Sets off a failure, sees the 500, and that the next is served by a new instance which knows all there is to know.
@@ -125,13 +115,6 @@ fn memory_over_the_limit_is_denied() {
     let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
     // What a Rust program does when it is given no more.
     assert!(line.contains("in unruly_guest::grow") && line.contains("memory allocation of"), "{line}");
-}
-
-/// The most memory the server ever had, in KiB.
-pub fn peak(server: &Server) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux reports the peak");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("in KiB")
 }
 
 #[test]

@@ -18,17 +18,19 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use self::clients::{END, Tally, http1, http2, watch};
-use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge};
 use crate::support::certificates::{Authority, Kind};
+use crate::support::events::Events;
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
+use crate::support::linear::clients::Stage;
+use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
 use crate::support::log::{kvs_at, of_files};
 use crate::support::postgres::database::Database;
 use crate::support::server::{PATIENCE, Server, serve, through};
+use crate::support::tls::{self, Client};
 use crate::support::wire::{Connection, Way};
-use crate::support::zoo;
-use crate::tls::Client;
-use crate::unruly::guest;
-use crate::watch::Events;
+use crate::support::{postgres, zoo};
 
 /// No connection is cut off on a slow machine, and requests wait for a new process that hangs.
 const ARGS: [&str; 4] = ["--drain-timeout", "30s", "--request-timeout", "60s"];
@@ -216,7 +218,7 @@ fn upgrades_over_tls_lose_nothing() {
     let pair = authority.issue("server", Kind::Server, 1);
     let args = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key];
     let config = Client::of(&authority).config();
-    let way = Way::new(move |address| Ok(Box::new(crate::tls::connect(&config, address)?)), "");
+    let way = Way::new(move |address| Ok(Box::new(tls::connect(&config, address)?)), "");
     upgrades_under_load(&args, &way, false, count("KVS_TEST_UPGRADES", 10).div_ceil(3));
 }
 
@@ -381,7 +383,7 @@ fn upgrade_is_refused_where_it_cannot_be() {
     let swapped = Connection::open(server.admin);
     thread::scope(|scope| {
         let mut swapped = swapped;
-        scope.spawn(move || swapped.ask("PUT", "/guest", &crate::swap::copy_of(crate::components::DEFAULT_GUEST)));
+        scope.spawn(move || swapped.ask("PUT", "/guest", &copy_of(DEFAULT_GUEST)));
         server.first().says("another guest serves, on probation");
         assert!(server.fails(Path::new(kvs_tests::binary())).contains("a swap is in progress"));
         assert_eq!(Connection::open(server.admin).ask("DELETE", "/guest?rollback", b"").status / 100, 2);
@@ -480,7 +482,7 @@ fn socket_activation_gives_both_listeners() {
 fn log_in_database_is_handed_over_by_standby_only() {
     of_files!();
     let database = Database::start();
-    let server = crate::postgres::start(&database.url());
+    let server = postgres::start(&database.url());
     let output = kvs_at(server.data()).arg("upgrade").output().expect("it can be run");
     let expected = String::from_utf8_lossy(&output.stderr);
     assert!(expected.contains("no server can be reached in"), "{expected}");

@@ -1,93 +1,17 @@
 //! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpStream;
 use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::components::DEFAULT_GUEST;
+use crate::support::events::{Event, Events};
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
 use crate::support::log::{is_compactable, kvs_at};
 use crate::support::server::{Server, serve};
+use crate::support::swap::{swaps, under_load};
 use crate::support::wire::{Connection, Response};
-use crate::swap::{component, copy_of, swaps, under_load};
-use crate::unruly;
-
-/// A stream of events.
-pub struct Events<S: Read + Write = TcpStream> {
-    connection: Connection<S>,
-    text: String,
-    /// Where it begins, to go on from when nothing happens.
-    pub begin: u64,
-}
-
-#[derive(Debug, PartialEq)]
-pub struct Event {
-    pub id: u64,
-    event: String,
-    pub data: Value,
-}
-
-impl Events {
-    pub fn open(server: &Server, target: &str, headers: &[(&str, &str)]) -> Self {
-        let events = Self::over(Connection::open(server.address()), target, headers).expect("it is answered");
-        events.unwrap_or_else(|refused| panic!("{refused:?} in place of events"))
-    }
-}
-
-impl<S: Read + Write> Events<S> {
-    /// Those that are asked for on this connection, or what is answered in their place.
-    pub fn over(
-        mut connection: Connection<S>,
-        target: &str,
-        headers: &[(&str, &str)],
-    ) -> io::Result<Result<Self, Response>> {
-        let head = connection.try_ask_for_head("GET", target, headers)?;
-        if head.status != 200 {
-            return Ok(Err(head));
-        }
-        assert_eq!(head.header("content-type"), Some("text/event-stream"));
-        let mut events = Self { connection, text: String::new(), begin: 0 };
-        let begin = events.block()?.ok_or(ErrorKind::UnexpectedEof)?;
-        events.begin = begin.strip_prefix("id: ").and_then(|id| id.parse().ok()).expect(&begin);
-        Ok(Ok(events))
-    }
-
-    /// The next comment or event, as it is written. None when the stream ended.
-    fn block(&mut self) -> io::Result<Option<String>> {
-        loop {
-            if let Some((block, rest)) = self.text.split_once("\n\n") {
-                let (block, rest) = (block.to_owned(), rest.to_owned());
-                self.text = rest;
-                return Ok(Some(block));
-            }
-            let Some(chunk) = self.connection.try_chunk()? else { return Ok(None) };
-            self.text += str::from_utf8(&chunk).expect("text");
-        }
-    }
-
-    pub fn next(&mut self) -> Option<Event> {
-        self.try_next().unwrap_or_else(|error| panic!("the stream broke: {error}"))
-    }
-
-    /// As `next`; an error when the connection broke.
-    pub fn try_next(&mut self) -> io::Result<Option<Event>> {
-        loop {
-            let Some(block) = self.block()? else { return Ok(None) };
-            if block == ":" {
-                continue;
-            }
-            let mut fields = block.lines();
-            let mut field = |name| fields.next().and_then(|line| line.strip_prefix(name)).expect(name).to_owned();
-            let (id, event, data) = (field("id: "), field("event: "), field("data: "));
-            assert_eq!(fields.next(), None, "{block}");
-            let (id, data) = (id.parse().expect("a sequence"), serde_json::from_str(&data).expect("JSON"));
-            return Ok(Some(Event { id, event, data }));
-        }
-    }
-}
 
 fn event(id: u64, event: &str, data: Value) -> Option<Event> {
     Some(Event { id, event: event.to_owned(), data })
@@ -219,7 +143,7 @@ fn a_watch_that_cannot_be_is_refused() {
 
 #[test]
 fn watch_of_several_selectors_gets_each_change_once() {
-    let server = Server::start(&[unruly::guest()]);
+    let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut events = Events::open(&server, "/watch/a*,ab*,abc,{own}x", &[]);
     let mut puts = Events::open(&server, "/watch/a*,{own}x//puts-only", &[]);
@@ -255,7 +179,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
 
 #[test]
 fn keys_of_guests_come_only_to_selectors_that_name_them() {
-    let server = Server::start(&[unruly::guest()]);
+    let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut all = Events::open(&server, "/watch/*", &[]);
     let mut own = Events::open(&server, "/watch/%01*", &[]);
@@ -275,7 +199,7 @@ fn keys_of_guests_come_only_to_selectors_that_name_them() {
     let mut none = Events::open(&server, "/v1?watch&prefix=%01&since=0", &[]);
     let mut all = Events::open(&server, "/v1?watch&since=0", &[]);
     assert_eq!(all.next(), event(2, "put", json!({"key": "{own}a", "value": "value"})));
-    let server = server.terminate().restart(&[unruly::guest()]);
+    let server = server.terminate().restart(&[guest()]);
     assert_eq!(none.next(), None);
     let kept = Connection::open(server.address()).ask("GET", "/keys", b"");
     assert_eq!(kept.text(), r#"["\u{1}{own}/a", "{own}a"]"#);
@@ -314,7 +238,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
 
 #[test]
 fn a_watch_goes_on_through_a_trap() {
-    let server = Server::start(&[unruly::guest()]);
+    let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut events = Events::open(&server, "/watch/key", &[]);
     assert_eq!(client.ask("GET", "/trap", b"").status, 500);

@@ -1,17 +1,13 @@
 //! Linearizability: eight clients record their operations and the responses, while the server is killed, paused and swapped
 //! and its guest traps. Each history must be one of a store that runs the operations one at a time.
 //!
-//! `clients` record a `history` of operations that they draw from a `plan`; `checker` has the verdict, by a `search` of the
-//! `compiled` history. `faulty` is a server with faults for the checker to find; `stress` generates histories.
+//! The recorder and the checker are in `support::linear`; `checks` and `stress` test the checker, by histories written by hand
+//! and generated ones, and `faulty` is a server with faults for it to find.
 
 mod checks;
 mod faulty;
 mod stress;
 
-use std::fmt::Write;
-use std::fs;
-use std::path::Path;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -20,30 +16,19 @@ use fastrand::Rng;
 use rustix::process::Signal;
 
 use self::faulty::{Fault, Faulty};
-use crate::components::DEFAULT_GUEST;
-use crate::guests::built;
-use crate::metrics::{Metrics, until};
+use crate::support::guests::{DEFAULT_GUEST, brittle, component, copy_of};
 use crate::support::linear::checker::{Failure, check};
-use crate::support::linear::clients::{GivenUp, record};
-pub use crate::support::linear::clients::{Stage, keys_of, read_on};
-use crate::support::linear::history::Operation;
-pub use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::clients::{GivenUp, Stage, record};
+use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::{AT_ONCE, judge, report};
 use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
+use crate::support::metrics::{Metrics, until};
 use crate::support::server::Server;
+use crate::support::swap::put_in;
 use crate::support::wire::Connection;
 use crate::support::zoo;
-use crate::swap::{component, copy_of};
-
-/// Histories recorded concurrently, on one server.
-pub const AT_ONCE: u64 = 10;
 
 const ARGS: [&str; 2] = ["--probation", "100ms"];
-
-/// Path of the guest that is the default store and traps on demand.
-pub fn brittle() -> &'static str {
-    static GUEST: LazyLock<String> = LazyLock::new(|| built("brittle"));
-    &GUEST
-}
 
 #[test]
 fn history_under_faults_is_linearizable() {
@@ -157,36 +142,6 @@ fn history_over_swaps_with_shadow_is_linearizable() {
     assert!(compared > 0, "nothing was compared");
 }
 
-/// Sizes of linearizable histories.
-pub struct Judged {
-    pub operations: usize,
-    pub unknown: usize,
-}
-
-/// Records histories of these names concurrently with `trouble`, and panics unless all are linearizable. Returns also the
-/// result of `trouble`.
-pub fn judge<T>(stage: &Stage, names: &[String], rng: &mut Rng, trouble: impl FnOnce(&mut Rng) -> T) -> (Judged, T) {
-    let (recorded, troubled) = thread::scope(|scope| {
-        let _given_up = GivenUp(stage);
-        let recording = names.iter().map(|name| {
-            let mut rng = rng.fork();
-            let seed = rng.get_seed();
-            (seed, scope.spawn(move || record(stage, name, &mut rng)))
-        });
-        let recording: Vec<_> = recording.collect();
-        let troubled = trouble(rng);
-        let recorded = recording.into_iter().map(|(seed, history)| (seed, history.join().expect("it is recorded")));
-        (recorded.collect::<Vec<_>>(), troubled)
-    });
-    let mut judged = Judged { operations: 0, unknown: 0 };
-    for (name, (seed, history)) in names.iter().zip(&recorded) {
-        judged.operations += history.len();
-        judged.unknown += history.iter().filter(|operation| operation.is_unknown()).count();
-        check(history).unwrap_or_else(|failure| panic!("{}", report(name, *seed, history, &failure)));
-    }
-    (judged, troubled)
-}
-
 /// Kills, pauses and swaps the server, each twice, in a random order and at random moments while this number of operations
 /// is recorded. Returns the server that runs in the end, and the number of traps in those before.
 fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rng: &mut Rng) -> (Server, usize) {
@@ -220,29 +175,8 @@ fn trouble(mut server: Server, stage: &Stage, args: &[&str], operations: u64, rn
     (server, trapped)
 }
 
-/// Swaps the guest. A trap can roll the swap back.
-pub fn put_in(server: &Server, component: &[u8]) {
-    let answer = Connection::open(server.admin()).ask("PUT", "/guest", component);
-    assert!(matches!(answer.status, 200 | 422), "{}: {}", answer.status, answer.text());
-}
-
 fn traps(said: &[String]) -> usize {
     said.iter().filter(|line| line.contains("the guest trapped")).count()
-}
-
-/// Describes a history that did not pass, and writes it to a file: its seed repeats the operations, but not their timing.
-fn report(name: &str, seed: u64, history: &[Operation], failure: &Failure) -> String {
-    let mut whole = String::new();
-    for operation in history {
-        writeln!(whole, "{operation}").expect("a string takes it");
-    }
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("history-{seed}"));
-    fs::write(&file, whole).expect("the directory takes a file");
-    format!(
-        "history {name}, whose clients had seed {seed}: {failure}The whole history is in {}. Its timing does not repeat: keep \
-         the file. To run the same operations again, set KVS_TEST_SEED to the seed printed at the start of the test.",
-        file.display()
-    )
 }
 
 /// Records histories of a server with this fault until one is not linearizable. Returns the number of histories it took.

@@ -11,14 +11,12 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::postgres::standby::{answer, send};
-use crate::postgres::{WELL, becomes_ready, get, put};
 use crate::support::nats::{Nodes, SAFE};
+use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready};
+use crate::support::requests::{answer, get, put, send};
 use crate::support::server::{PATIENCE, Refused, Server, kvs, refused, serve};
 use crate::support::wire::{Connection, STALE};
 
-const STANDS_BY: &str = "[+]log ok, but standby of process ";
-const UP_TO_DATE: &str = ", replication lag 0 entries\n";
 /// Short, so that a test of a takeover is too.
 const LEASE: [&str; 2] = ["--read-lease", "3s"];
 

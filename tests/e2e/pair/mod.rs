@@ -9,14 +9,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-
 use tempfile::TempDir;
 
 use self::proxy::proxy_finds_the_primary;
-use crate::postgres::standby::{STANDS_BY, UP_TO_DATE, stand_by};
-use crate::postgres::{AWAY, WELL, becomes_ready, get, put, ready, start};
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::postgres::{stand_by, start};
+use crate::support::readiness::{AWAY, STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put};
 use crate::support::server::{PATIENCE, Process, Server, kvs, serve_refused};
 use crate::support::wire::{Connection, Response, STALE};
 

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::Log;
-use crate::postgres::{WELL, becomes_ready};
+use crate::support::events::Events;
+use crate::support::readiness::{WELL, becomes_ready};
 use crate::support::server::{PATIENCE, Process};
 use crate::support::wire::{Connection, Response};
-use crate::watch::Events;
 
 /// Asks on a new connection until it is done, as a client does that may ask again.
 fn until_done(address: SocketAddr, method: &str, body: &[u8]) -> Response {

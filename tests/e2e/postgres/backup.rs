@@ -1,8 +1,9 @@
 //! Backups of a log in a database: restored into files, and back.
 
-use super::{get, put, start};
-use crate::online_backup::{done, restore, restored, take, temporary};
+use crate::support::backup::{done, restore, restored, take, temporary};
 use crate::support::postgres::database::Database;
+use crate::support::postgres::start;
+use crate::support::requests::{get, put};
 use crate::support::server::refused;
 use crate::support::wire::Connection;
 

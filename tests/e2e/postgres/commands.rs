@@ -1,28 +1,13 @@
 //! `kvs txlog` for a log in a database: checked, printed, carried to files and back, compacted, and filled from the book's table.
 
-use std::process::{Command, Stdio};
-
 use tempfile::TempDir;
 
-use super::{get, put, start};
 use crate::support::postgres::database::Database;
-use crate::support::server::{Server, kvs, refused};
+use crate::support::postgres::start;
+use crate::support::requests::{get, put};
+use crate::support::server::{Server, refused, serve};
+use crate::support::txlog::{done, log};
 use crate::support::wire::Connection;
-
-pub fn log(args: &[&str]) -> Command {
-    let mut command = kvs();
-    command.arg("txlog").args(args);
-    command
-}
-
-/// What a command printed that must succeed, and what it said.
-#[track_caller]
-pub fn done(args: &[&str]) -> (String, String) {
-    let output = log(args).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the binary can be started");
-    let [printed, said] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).expect("it is text"));
-    assert!(output.status.success(), "{args:?}: {}, it said: {said}", output.status);
-    (printed, said)
-}
 
 #[test]
 fn log_commands_work_on_a_database() {
@@ -94,6 +79,6 @@ fn cloud_native_go_table_is_imported() {
     assert_eq!(put(&server, "a", "2"), 201);
     let data = TempDir::new().expect("a temporary directory can be made");
     done(&["import", "--from", &url, "--data-dir", data.path().to_str().expect("it is text")]);
-    let server = Server::spawn(crate::support::server::serve(data.path()), data);
+    let server = Server::spawn(serve(data.path()), data);
     assert_eq!(get(&server, "c"), (200, "x".into()));
 }

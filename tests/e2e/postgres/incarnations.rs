@@ -8,13 +8,14 @@ use kvs_txlog::postgres::{PostgresLog, Url};
 use kvs_txlog::{Event, TransactionLog};
 use rustix::process::Signal;
 
-use super::commands::{done, log};
-use super::standby::{UP_TO_DATE, stand_by};
-use super::{WELL, becomes_ready, get, put, ready, start};
+use crate::support::events::Events;
 use crate::support::postgres::database::Database;
+use crate::support::postgres::{stand_by, start};
+use crate::support::readiness::{UP_TO_DATE, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put};
 use crate::support::server::{PATIENCE, Server, refused};
+use crate::support::txlog::{done, log};
 use crate::support::wire::{Connection, Response, STALE};
-use crate::watch::Events;
 
 /// More than any lost future holds.
 const JUMP: u64 = 1 << 40;

@@ -5,97 +5,28 @@ mod commands;
 mod incarnations;
 mod opening;
 mod replication;
-pub mod standby;
+mod standby;
 mod supervision;
 mod takeover;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::components::DEFAULT_GUEST;
-use crate::crash::run_until_killed;
-use crate::full_disk::Mount;
-use crate::support::load::{Clients, SaysOver};
+use crate::support::guests::{DEFAULT_GUEST, component};
+use crate::support::load::{Clients, run_until_killed, under_load};
+use crate::support::mount::Mount;
 use crate::support::postgres::database::{Database, give};
 use crate::support::postgres::proxy::{Proxy, Way};
-use crate::support::server::{PATIENCE, Server, serve_refused};
+use crate::support::postgres::{DEPOSED, WHOLE, is_deposed, start};
+use crate::support::readiness::{AWAY, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put};
+use crate::support::server::{Server, serve_refused};
+use crate::support::swap::{swap, swaps};
 use crate::support::wire::Connection;
 use crate::support::zoo;
-use crate::swap::{component, swap, swaps};
-
-/// All that was ever written is there once, in order, without a gap: nothing was compacted.
-const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND max(sequence) = (SELECT last FROM kvs.writer) \
-     FROM kvs.transactions";
-
-pub fn start(url: &str) -> Server {
-    Server::start(&["--txlog", url, "--txlog-timeout", "1s", "--request-timeout", "3s"])
-}
-
-pub fn put(server: &Server, key: &str, value: &str) -> u16 {
-    Connection::open(server.address()).ask("PUT", &format!("/v1/{key}"), value.as_bytes()).status
-}
-
-pub fn get(server: &Server, key: &str) -> (u16, String) {
-    let answer = Connection::open(server.address()).ask("GET", &format!("/v1/{key}"), b"");
-    (answer.status, answer.text().to_owned())
-}
-
-pub fn ready(server: &Server) -> (u16, String) {
-    let answer = Connection::open(server.admin()).ask("GET", "/readyz", b"");
-    (answer.status, answer.text().to_owned())
-}
-
-/// Waits until `/readyz` responds this.
-pub fn becomes_ready(server: &Server, status: u16, expected: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (now, text) = ready(server);
-        if now == status && text.contains(expected) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "/readyz is not {status} {expected:?}, but {now}: {text}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
-const DEPOSED: &str = "lost the epoch of the log: another process is primary";
-
-/// Waits for the end of a server from which another has taken the log over.
-fn is_deposed(server: Server) {
-    let (status, stopped) = server.ends();
-    let last = stopped.stderr().last().expect("it says why");
-    assert!(status.code() == Some(1) && last.contains(DEPOSED), "{status}: {last}");
-}
-
-pub const WELL: &str = "[+]log ok\n";
-pub const AWAY: &str = "[+]log ok, but database unavailable";
-
-/// Runs clients until this many responses have come, then `trouble` beside them; they end with the first write whose outcome
-/// is unknown, or when `trouble` is over.
-pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
-    let count = AtomicU64::new(0);
-    let (enough, awaited) = sync_channel(1);
-    let over = AtomicBool::new(false);
-    clients.run_while(
-        server.address(),
-        |_| {
-            if count.fetch_add(1, Ordering::Relaxed) + 1 == answers {
-                enough.send(()).expect("it is awaited");
-            }
-            !over.load(Ordering::Relaxed)
-        },
-        || {
-            let _over = SaysOver(&over);
-            awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
-            trouble();
-        },
-    );
-}
 
 #[test]
 fn entries_are_rows_and_survive_a_kill() {

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use super::{AWAY, WELL, becomes_ready, get, put, ready, start};
 use crate::support::certificates::{Authority, Kind};
 use crate::support::postgres::database::Database;
 use crate::support::postgres::pooler::Pooler;
 use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::postgres::start;
+use crate::support::readiness::{AWAY, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put};
 use crate::support::server::{Server, serve_refused};
 
 #[test]

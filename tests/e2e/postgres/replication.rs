@@ -9,9 +9,9 @@ use kvs_txlog::file::Durability;
 use kvs_txlog::postgres::{Manner, Options, PostgresLog, READ_LEASE, Url};
 use kvs_txlog::{Event, TransactionLog};
 
-use super::put;
 use crate::support::load::SaysOver;
 use crate::support::postgres::database::Database;
+use crate::support::requests::put;
 use crate::support::server::{PATIENCE, Server};
 
 fn last(database: &Database) -> u64 {

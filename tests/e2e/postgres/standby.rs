@@ -1,7 +1,5 @@
 //! Servers that stand by: what they show, what they refuse, and what becomes of writes and watches when they take over.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,45 +7,20 @@ use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{AWAY, DEPOSED, WELL, WHOLE, becomes_ready, get, is_deposed, put, ready, start, under_load};
-use crate::linear::brittle;
-use crate::metrics::counts;
-use crate::support::load::Clients;
+use crate::support::events::Events;
+use crate::support::guests::{brittle, guest};
+use crate::support::load::{Clients, under_load};
+use crate::support::metrics::counts;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::postgres::{DEPOSED, WHOLE, is_deposed, stand_by, start};
+use crate::support::readiness::{AWAY, STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
+use crate::support::requests::{answer, get, get_stale, put, send, shows};
 use crate::support::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
 use crate::support::wire::{Connection, STALE};
 use crate::support::zoo;
-use crate::unruly::guest;
-use crate::watch::Events;
 
-pub const STANDS_BY: &str = "[+]log ok, but standby of process ";
 const REFUSED: &str = "this server stands by; another one takes writes";
-pub const UP_TO_DATE: &str = ", replication lag 0 entries\n";
-
-pub fn stand_by(url: &str, args: &[&str]) -> Server {
-    let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
-    becomes_ready(&server, 200, STANDS_BY);
-    server
-}
-
-fn get_stale(server: &Server, key: &str) -> (u16, String) {
-    let answer = Connection::open(server.address()).ask_with("GET", &format!("/v1/{key}"), &STALE, b"");
-    (answer.status, answer.text().to_owned())
-}
-
-/// Waits until it answers so.
-pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
-    let begun = Instant::now();
-    loop {
-        let (now, shown) = get_stale(server, key);
-        if now == status && (status != 200 || shown == value) {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "{key} is not {status} {value:?}, but {now} {shown:?}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
 
 #[test]
 fn standby_follows_and_writes_nothing() {
@@ -301,25 +274,6 @@ fn deposed_primary_restarts_as_standby() {
     becomes_ready(&paused, 200, WELL);
     assert_eq!((put(&paused, "a", "3"), get(&paused, "a")), (201, (200, "3".into())));
     assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["3"]);
-}
-
-/// Sends a request on a connection of its own, and does not wait for the answer.
-pub fn send(server: &Server, request: &str, body: &str) -> TcpStream {
-    let mut stream = TcpStream::connect(server.address()).expect("the system accepts connections");
-    let length = body.len();
-    let request =
-        format!("{request} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
-    stream.write_all(request.as_bytes()).expect("the system takes it");
-    stream
-}
-
-/// The answer, as far as it comes.
-pub fn answer(stream: &mut TcpStream) -> String {
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket has a timeout");
-    let mut answer = Vec::new();
-    // A connection that is reset has none.
-    let _ = stream.read_to_end(&mut answer);
-    String::from_utf8_lossy(&answer).into_owned()
 }
 
 /// Waits until the one that writes keeps to a lease.

@@ -3,11 +3,11 @@
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::standby::{UP_TO_DATE, shows};
-use super::{becomes_ready, put, start};
-use crate::supervision;
 use crate::support::postgres::database::Database;
-use crate::support::sabotage::sabotaged;
+use crate::support::postgres::start;
+use crate::support::readiness::{UP_TO_DATE, becomes_ready};
+use crate::support::requests::{put, shows};
+use crate::support::sabotage::{self, sabotaged};
 use crate::support::server::{Process, serve};
 
 /// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
@@ -47,10 +47,10 @@ fn panic_in_a_log_task_ends_the_server() {
 #[test]
 fn follow_and_compactor_restart_after_a_panic() {
     let database = Database::start();
-    let primary = supervision::start(&["log compactor"], &["--txlog", &database.url()]);
-    let standby = supervision::start(&["follow"], &["--txlog", &database.url(), "--standby"]);
-    supervision::starts_again(&primary, "log compactor");
-    supervision::starts_again(&standby, "follow");
+    let primary = sabotage::start(&["log compactor"], &["--txlog", &database.url()]);
+    let standby = sabotage::start(&["follow"], &["--txlog", &database.url(), "--standby"]);
+    sabotage::starts_again(&primary, "log compactor");
+    sabotage::starts_again(&standby, "follow");
     assert_eq!(put(&primary, "a", "1"), 201);
     shows(&standby, "a", 200, "1");
     becomes_ready(&standby, 200, UP_TO_DATE);

@@ -9,11 +9,13 @@ use std::thread;
 
 use rustix::process::Signal;
 
-use super::standby::stand_by;
-use super::{DEPOSED, WELL, WHOLE, becomes_ready, start};
-use crate::linear::{AT_ONCE, OPERATIONS, Stage, judge, read_on};
+use crate::support::linear::clients::{Stage, read_on};
+use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{SaysOver, count};
 use crate::support::postgres::database::Database;
+use crate::support::postgres::{DEPOSED, WHOLE, stand_by, start};
+use crate::support::readiness::{WELL, becomes_ready};
 use crate::support::server::Server;
 use crate::support::zoo;
 

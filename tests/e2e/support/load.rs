@@ -9,11 +9,14 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use fastrand::Rng;
+use rustix::process::Signal;
 
+use super::server::{PATIENCE, Server};
 use super::wire::{Connection, Response};
 
 const CLIENTS: usize = 8;
@@ -224,4 +227,43 @@ impl Client {
         }
         self.unknown = None;
     }
+}
+
+/// Runs all clients and kills the server after this number of responses.
+pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
+    let count = AtomicU64::new(0);
+    // Room for one, so that sending never blocks.
+    let (enough, awaited) = sync_channel(1);
+    let answered = |status| {
+        assert!(status < 500, "{status} from a server in good health");
+        if count.fetch_add(1, Ordering::Relaxed) + 1 == answers {
+            enough.send(()).expect("it is awaited");
+        }
+    };
+    clients.run(server.address(), answered, || {
+        awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
+        server.signal(Signal::KILL);
+    });
+}
+
+/// Runs clients until this many responses have come, then `trouble` beside them; they end with the first write whose outcome
+/// is unknown, or when `trouble` is over.
+pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
+    let count = AtomicU64::new(0);
+    let (enough, awaited) = sync_channel(1);
+    let over = AtomicBool::new(false);
+    clients.run_while(
+        server.address(),
+        |_| {
+            if count.fetch_add(1, Ordering::Relaxed) + 1 == answers {
+                enough.send(()).expect("it is awaited");
+            }
+            !over.load(Ordering::Relaxed)
+        },
+        || {
+            let _over = SaysOver(&over);
+            awaited.recv_timeout(PATIENCE).expect("the server keeps answering");
+            trouble();
+        },
+    );
 }

@@ -1,17 +1,20 @@
 //! Servers of which background tasks and threads panic. They run in another process of this test binary, since nothing in the
 //! binary under test can make it panic: the same command line, in surroundings that are the test's.
 
+use std::env;
 use std::io;
 use std::process::{Command, exit};
 use std::sync::{Arc, Mutex};
-use std::{env, thread};
+use std::thread;
 
 use clap::Parser;
-use kvs::commands::{self, Cli};
-use kvs::lines;
+use kvs::commands::Cli;
+use kvs::{commands, lines};
 use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
+use tempfile::TempDir;
 
-use super::server::through;
+use super::metrics::until;
+use super::server::{Server, serve, through};
 
 /// Names of tasks and threads, separated by commas.
 const TASKS: &str = "SABOTAGED_TASKS";
@@ -63,4 +66,18 @@ fn command() {
         exit(1);
     }
     lines::end();
+}
+
+/// A server whose tasks and threads of these names panic once.
+pub fn start(tasks: &[&str], args: &[&str]) -> Server {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(args);
+    Server::spawn(sabotaged(tasks, &command), data)
+}
+
+/// Waits until a task of this name was started again.
+pub fn starts_again(server: &Server, task: &str) {
+    let name = format!("kvs_task_restarts_total{{task=\"{task}\"}}");
+    until(server, &format!("{task} was started again"), |metrics| metrics.find(&name) == Some(1.0));
 }

@@ -295,3 +295,8 @@ impl<S: Read + Write> Connection<S> {
         }
     }
 }
+
+/// The response to a GET without headers.
+pub fn get(client: &mut Connection, path: &str) -> Response {
+    client.ask("GET", path, b"")
+}

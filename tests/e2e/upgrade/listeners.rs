@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustls::{ClientConnection, StreamOwned};
 
 use super::*;
-use crate::tls::shake_hands;
+use crate::support::tls::{self, shake_hands};
 
 type Secure = StreamOwned<ClientConnection, UnixStream>;
 
@@ -29,8 +29,8 @@ fn all_listeners_are_handed_over() {
     let secure = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--admin-tls"];
     let server = Upgraded::start(&[&listening[..], &secure].concat());
     let config = Client::of(&authority).config();
-    let tcp = || Connection::over(crate::tls::connect(&config, server.address).expect("it listens"));
-    let admin = || Connection::over(crate::tls::connect(&config, server.admin).expect("it listens"));
+    let tcp = || Connection::over(tls::connect(&config, server.address).expect("it listens"));
+    let admin = || Connection::over(tls::connect(&config, server.admin).expect("it listens"));
     let unix = || -> io::Result<Connection<Secure>> {
         let stream = UnixStream::connect(&path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
