@@ -1,4 +1,4 @@
-//! What the suites share: no tests, but servers, clients and the surroundings of both.
+//! What the suites share: servers, clients and the surroundings of both. The only test here is the process of `sabotage`.
 
 pub mod backup;
 pub mod browser;

@@ -127,7 +127,8 @@ impl Display for Failure {
             Self::Undecided { operations, limit } => writeln!(
                 f,
                 "no verdict on {operations} operations after {limit} configurations, which is no pass: the search in \
-                 tests/e2e/linear/search.rs needs a further rule for such histories, and stress.rs a test that has one"
+                 tests/e2e/support/linear/search.rs needs a further rule for such histories, and \
+                 tests/e2e/persistence/linear/stress.rs a test that has one"
             ),
         }
     }

@@ -22,9 +22,9 @@ use crate::support::sabotage::{start, starts_again};
 use crate::support::server::{PATIENCE, Process, Server, serve};
 use crate::support::wire::Connection;
 
-const ALERTS: &str = include_str!("../../deploy/alerts.yaml");
-const DASHBOARD: &str = include_str!("../../deploy/grafana.json");
-const RUNBOOK: &str = include_str!("../../docs/runbook.md");
+const ALERTS: &str = include_str!("../../../deploy/alerts.yaml");
+const DASHBOARD: &str = include_str!("../../../deploy/grafana.json");
+const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
 /// The pause between two questions to Prometheus.
 const PAUSE: Duration = Duration::from_millis(200);
 

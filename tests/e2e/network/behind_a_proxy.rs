@@ -17,8 +17,8 @@ use crate::support::metrics::until;
 use crate::support::server::{PATIENCE, Process, Server, serve_refused};
 use crate::support::wire::{Connection, long, short};
 
-const CONFIG: &str = include_str!("../../deploy/nginx.conf");
-const PAGE: &str = include_str!("../../docs/behind-a-proxy.md");
+const CONFIG: &str = include_str!("../../../deploy/nginx.conf");
+const PAGE: &str = include_str!("../../../docs/behind-a-proxy.md");
 
 /// The header of the PROXY protocol that gives 203.0.113.7:80 as the client.
 const PROXY_HEADER: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xcb\0\x71\x07\x7f\0\0\x01\0\x50\0\x51";

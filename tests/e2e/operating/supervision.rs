@@ -1,5 +1,5 @@
 //! Background tasks and threads that panic in a server: each is started again and does its work, or the server ends with an error.
-//! Those of a log in a database are in `postgres::supervision`, and those that need nothing from outside are among the
+//! Those of a log in a database are in `logs::postgres::supervision`, and those that need nothing from outside are among the
 //! unit tests of `kvs serve`.
 
 use std::fs;
