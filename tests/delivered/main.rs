@@ -5,11 +5,11 @@
 //! system read-only, in a mount namespace of its own. All of it takes root.
 
 #[allow(unused_imports, unused_macros, reason = "the tests of every day use the rest")]
-#[path = "../e2e/log.rs"]
+#[path = "../e2e/support/log.rs"]
 mod log;
 
 #[allow(dead_code, reason = "the tests of every day use the rest")]
-#[path = "../e2e/server.rs"]
+#[path = "../e2e/support/server.rs"]
 mod server;
 
 mod image;

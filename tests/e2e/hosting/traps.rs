@@ -1,0 +1,58 @@
+//! The report of a trap: what its author needs, in every place that shows it, and nothing for others.
+
+use std::thread;
+
+use crate::support::guests::{component, guest};
+use crate::support::server::Server;
+use crate::support::swap::{status, swap};
+use crate::support::wire::Connection;
+
+/// What `panic!` is called with in the guest.
+const MESSAGE: &str = "of all things";
+
+#[test]
+fn panic_is_reported_with_its_message_and_function() {
+    // Almost nothing that the guest prints is logged.
+    let server = Server::start(&["--guest-log-bytes", "1", guest()]);
+    let mut client = Connection::open(server.address());
+    let response = client.ask_with("GET", "/panic", &[("x-request-id", "trace-1")], b"");
+    response.says(500, "the store failed on this request");
+    let line = server.says("the guest trapped");
+    for part in ["trace-1", MESSAGE, "panicked at"] {
+        assert!(line.contains(part), "{part} is missing in: {line}");
+    }
+    // The guest's own functions; its name is elsewhere in the line, too.
+    let functions = line.split_once(", in ").and_then(|(_, rest)| Some(rest.split_once("; it printed: ")?.0));
+    assert!(functions.is_some_and(|functions| functions.contains("unruly_guest::")), "{line}");
+    for machinery in ["std::panicking", "rust_panic", "core::panicking", "RUST_BACKTRACE"] {
+        assert!(!line.contains(machinery), "{line}");
+    }
+    assert_eq!(client.ask("GET", "/handled", b"").status, 200);
+    let trap = status(&server)["last_trap"].clone();
+    assert!(trap["at"].is_u64() && trap["reason"].as_str().is_some_and(|reason| reason.contains(MESSAGE)), "{trap}");
+}
+
+#[test]
+fn swap_is_answered_with_the_message_of_the_panic() {
+    let server = Server::start(&["--probation", "1h"]);
+    let answer = thread::scope(|scope| {
+        let swapping = scope.spawn(|| swap(&server, &component(guest())));
+        server.says("another guest serves, on probation");
+        assert_eq!(Connection::open(server.address()).ask("GET", "/panic", b"").status, 500);
+        swapping.join().expect("the swap is answered")
+    });
+    assert!(answer.status == 422 && answer.text().contains(MESSAGE), "{}", answer.text());
+    let last = status(&server)["last_swap"].clone();
+    assert!(last["reason"].as_str().is_some_and(|reason| reason.contains(MESSAGE)), "{last}");
+}
+
+#[test]
+fn printed_line_has_the_id_of_its_request() {
+    let server = Server::start(&[guest()]);
+    let mut client = Connection::open(server.address());
+    for id in ["trace-1", "trace-2"] {
+        client.ask_with("GET", &format!("/print/by-{id}"), &[("x-request-id", id)], b"");
+        let line = server.says(&format!("by-{id}"));
+        assert!(line.contains(&format!("request_id=\"{id}\"")), "{line}");
+    }
+}

@@ -1,0 +1,42 @@
+//! The description of the interface is true: schemathesis makes requests out of it, good ones and bad ones, and finds no
+//! answer that is not described.
+
+use std::process::Command;
+
+use crate::support::server::Server;
+
+#[test]
+fn no_answer_is_undescribed() {
+    let server = Server::start(&["--durability", "os", "--max-wait", "1ms"]);
+    let mut schemathesis = Command::new("schemathesis");
+    schemathesis.args(["run", &server.url("/openapi.json"), "--max-examples"]);
+    // For each operation, beside those that try the borders of every parameter. Another seed finds other things, and the
+    // same one the same.
+    let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let examples: u32 = setting("KVS_TEST_API_EXAMPLES", "50").parse().expect("KVS_TEST_API_EXAMPLES is a number");
+    schemathesis.arg(examples.to_string());
+    schemathesis.args(["--seed", &setting("KVS_TEST_API_SEED", "1")]);
+    schemathesis.args(["--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--no-color"]);
+    // What is refused though it is described cannot be said in a schema: dots between slashes, bytes of UTF-8, cursors.
+    schemathesis.args([
+        "--exclude-checks",
+        "positive_data_acceptance",
+        "--warnings",
+        "off",
+        "--generation-database",
+        "none",
+    ]);
+    // Too many keys in a query make the target too long, which is one more way to reject them.
+    let config = "[checks]\nnegative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, \"5xx\"]\n";
+    std::fs::write(server.data().join("schemathesis.toml"), config).expect("the directory takes a file");
+    // A proxy in the environment has nothing to do with a server on this machine.
+    let run = schemathesis.env("NO_PROXY", "*").current_dir(server.data()).output();
+    let run = run.unwrap_or_else(|error| panic!("schemathesis cannot be run ({error}): `just test` installs it"));
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{said}\n{}", String::from_utf8_lossy(&run.stderr));
+    let generated =
+        said.lines().find_map(|line| line.trim().strip_suffix(" passed")?.split(" generated").next()?.parse().ok());
+    let generated: u32 = generated.unwrap_or_default();
+    println!("{generated} requests");
+    assert!(generated >= 10 * examples, "hardly anything was tried:\n{said}");
+}

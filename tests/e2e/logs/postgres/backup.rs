@@ -1,0 +1,53 @@
+//! Backups of a log in a database: restored into files, and back.
+
+use crate::support::backup::{done, restore, restored, take, temporary};
+use crate::support::postgres::database::Database;
+use crate::support::postgres::start;
+use crate::support::requests::{get, put};
+use crate::support::server::refused;
+use crate::support::wire::Connection;
+
+#[test]
+fn backup_moves_a_log_between_database_and_files() {
+    let database = Database::start();
+    let url = database.url();
+    let server = start(&url);
+    let mut client = Connection::open(server.address());
+    for n in 0..30 {
+        client.ask("PUT", &format!("/v1/key-{}", n % 10), format!("{n}").as_bytes());
+    }
+    client.ask("PUT", "/v1/typed?ttl=1000", b"\xff");
+    assert_eq!(client.ask("DELETE", "/v1/key-3", b"").status, 200);
+    let files = temporary();
+    let [first, second, third] = ["first", "second", "third"].map(|name| files.path().join(name));
+    assert_eq!(take(&server, &first, &[]), 32);
+    assert_eq!((put(&server, "key-4", "later"), take(&server, &second, &["--since", "32"])), (201, 33));
+    server.terminate();
+
+    let in_files = restored(&[first.clone(), second], &[]);
+    assert_eq!((get(&in_files, "key-4"), get(&in_files, "key-3").0), ((200, "later".into()), 404));
+    let next = Connection::open(in_files.address()).ask("PUT", "/v1/new", b"").etag().expect("it is written");
+    assert!(next > 1 << 40, "{next}");
+    assert_eq!(take(&in_files, &third, &[]), next);
+
+    database.sql("CREATE DATABASE other");
+    let other = url.replace("/postgres?", "/other?");
+    refused(restore(std::slice::from_ref(&first), &["--txlog", &url]))
+        .with(1, &["there is a log in it already", "--txlog"]);
+    assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["33"]);
+    done(restore(&[third], &["--txlog", &other]));
+    let server = start(&other);
+    assert_eq!(
+        (get(&server, "key-4"), get(&server, "new"), get(&server, "key-3").0),
+        ((200, "later".into()), (200, String::new()), 404)
+    );
+    let typed = Connection::open(server.address()).ask("GET", "/v1/typed", b"");
+    assert_eq!((typed.status, typed.body), (200, b"\xff".to_vec()));
+    let mut client = Connection::open(server.address());
+    // Tags of the common history hold, those of the lost future do not.
+    assert_eq!(client.ask_with("PUT", "/v1/new", &[("if-match", &format!("\"{}\"", next + 1))], b"").status, 412);
+    let written = client.ask_with("PUT", "/v1/new", &[("if-match", &format!("\"{next}\""))], b"1");
+    assert!(written.etag().is_some_and(|etag| etag > next + (1 << 40)));
+    let server = server.terminate().restart(&["--txlog", &other, "--txlog-timeout", "1s"]);
+    assert_eq!(get(&server, "new"), (200, "1".into()));
+}

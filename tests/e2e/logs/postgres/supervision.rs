@@ -1,0 +1,51 @@
+//! Tasks and threads of a log in a database that panic.
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::postgres::database::Database;
+use crate::support::postgres::start;
+use crate::support::readiness::{UP_TO_DATE, becomes_ready};
+use crate::support::requests::{put, shows};
+use crate::support::sabotage::{self, sabotaged, says};
+use crate::support::server::{Process, serve};
+
+/// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
+fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(args);
+    (Process::spawn(sabotaged(&[task], &command)), data)
+}
+
+#[test]
+fn panic_in_a_log_task_ends_the_server() {
+    let database = Database::start();
+    for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
+        let (mut process, _data) = spawn(task, &["--txlog", &database.url()]);
+        if let Some(signal) = signal {
+            says(&process, &["serving on http"]);
+            process.signal(signal);
+        }
+        let status = process.wait();
+        says(&process, &["kvs: ", &format!("sabotage of {task}")]);
+        assert_eq!(status.code(), Some(1), "{task}");
+    }
+    // A standby restarts itself.
+    let primary = start(&database.url());
+    let (process, _data) = spawn("log standby", &["--txlog", &database.url(), "--standby"]);
+    says(&process, &["sabotage of log standby", "restarting as a standby"]);
+    assert_eq!(put(&primary, "a", "1"), 201);
+}
+
+#[test]
+fn follow_and_compactor_restart_after_a_panic() {
+    let database = Database::start();
+    let primary = sabotage::start(&["log compactor"], &["--txlog", &database.url()]);
+    let standby = sabotage::start(&["follow"], &["--txlog", &database.url(), "--standby"]);
+    sabotage::starts_again(&primary, "log compactor");
+    sabotage::starts_again(&standby, "follow");
+    assert_eq!(put(&primary, "a", "1"), 201);
+    shows(&standby, "a", 200, "1");
+    becomes_ready(&standby, 200, UP_TO_DATE);
+}

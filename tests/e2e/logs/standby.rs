@@ -1,0 +1,284 @@
+//! Standbys on a log in files: two processes on one data directory.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::events::Events;
+use crate::support::guests::{DEFAULT_GUEST, copy_of};
+use crate::support::linear::clients::{Stage, read_on};
+use crate::support::linear::plan::OPERATIONS;
+use crate::support::linear::{AT_ONCE, judge};
+use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver, under_load};
+use crate::support::mount::Mount;
+use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
+use crate::support::requests::{get, put, shows};
+use crate::support::server::{PATIENCE, Server, refused, serve};
+use crate::support::swap::{status, swap};
+use crate::support::wire::Connection;
+use crate::support::zoo;
+
+fn directory() -> TempDir {
+    TempDir::new().expect("a temporary directory can be made")
+}
+
+/// Serves a directory that other processes use too, and that outlives this one.
+fn serve_in(data: &Path, args: &[&str]) -> Server {
+    let mut command = serve(data);
+    command.args(args);
+    Server::spawn(command, directory())
+}
+
+fn stand_by(data: &Path, args: &[&str]) -> Server {
+    let server = serve_in(data, &[&["--standby", "--stale-reads"], args].concat());
+    becomes_ready(&server, 200, STANDS_BY);
+    server
+}
+
+/// The files of the log.
+fn names(data: &Path) -> Vec<String> {
+    let names = fs::read_dir(data.join("log")).expect("there is a log");
+    let mut names: Vec<_> =
+        names.map(|entry| entry.expect("it can be read").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn standby_shows_what_the_primary_writes_and_writes_nothing() {
+    let data = directory();
+    let primary = serve_in(data.path(), &[]);
+    assert_eq!((put(&primary, "a", "1"), put(&primary, "b", "1")), (201, 201));
+    let standby = stand_by(data.path(), &["--shards", "3"]);
+    assert_eq!(get(&standby, "a"), (200, "1".into()));
+    let mut watch = Events::open(&standby, "/v1?watch&prefix=a", &[]);
+    assert_eq!(put(&primary, "a", "2"), 201);
+    let event = watch.next().expect("the watch continues");
+    assert_eq!((event.id, &event.data["value"]), (3, &"2".into()));
+    shows(&standby, "a", 200, "2");
+    becomes_ready(&standby, 200, UP_TO_DATE);
+    let refused = Connection::open(standby.address()).ask("PUT", "/v1/a", b"");
+    refused.says(503, &format!("this server stands by; another one takes writes; the primary is {}", primary.url("")));
+    let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
+    for line in ["\nkvs_txlog_role 1\n", "\nkvs_txlog_replication_lag_entries 0\n", "\nkvs_txlog_sequence 3\n"] {
+        assert!(metrics.text().contains(line), "{line:?} is not in {}", metrics.text());
+    }
+    let before = names(data.path());
+    standby.kill();
+    assert_eq!(names(data.path()), before);
+    primary.terminate();
+}
+
+/// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.
+#[test]
+fn standby_serves_the_guest_of_its_primary() {
+    let data = directory();
+    let primary = serve_in(data.path(), &["--probation", "100ms"]);
+    let standby = stand_by(data.path(), &["--probation", "100ms"]);
+    let digest = |server: &Server| status(server)["sha256"].as_str().expect("a digest is text").to_owned();
+    let (first, other) = (digest(&primary), copy_of(DEFAULT_GUEST));
+    let reason = "this server stands by and serves the guest of its primary; swap the guest there";
+    swap(&standby, &other).says(409, reason);
+    assert_eq!(Connection::open(standby.admin()).ask("PUT", "/guest?dry-run", &other).status, 200);
+    assert_eq!((swap(&primary, &other).status, put(&primary, "a", "1")), (200, 201));
+    let follows = |before: &str| {
+        let begun = Instant::now();
+        // Until its probation is over too.
+        while digest(&standby) == before || !status(&standby)["swap"].is_null() {
+            assert!(begun.elapsed() < PATIENCE, "the standby keeps its guest");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(digest(&standby), digest(&primary));
+    };
+    follows(&first);
+    let second = digest(&primary);
+    assert_eq!(Connection::open(primary.admin()).ask("DELETE", "/guest", b"").status, 200);
+    follows(&second);
+    assert_eq!(swap(&primary, &other).status, 200);
+    follows(&first);
+    primary.kill();
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((digest(&standby), get(&standby, "a")), (second, (200, "1".into())));
+    assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/guest", b"").status, 200);
+    assert_eq!(digest(&standby), first);
+}
+
+#[test]
+fn standby_on_files_stays_read_only_after_takeover() {
+    let data = directory();
+    let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
+    assert_eq!(put(&primary, "a", "1"), 201);
+    assert_eq!(Connection::open(primary.admin()).ask("PUT", "/read-only", b"").text(), "on\n");
+    primary.kill();
+    becomes_ready(&standby, 200, "read-only");
+    assert_eq!((put(&standby, "a", "2"), get(&standby, "a")), (503, (200, "1".into())));
+    assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/read-only", b"").text(), "off\n");
+    assert_eq!(put(&standby, "a", "2"), 201);
+}
+
+#[test]
+fn standby_takes_over_from_killed_primary_without_a_gap() {
+    let data = directory();
+    let primary = serve_in(data.path(), &[]);
+    let standby = stand_by(data.path(), &["--shards", "3"]);
+    let mut clients = Clients::new(&mut zoo::dice());
+    let mut watch = Events::open(&standby, "/v1?watch&since=0", &[]);
+    thread::scope(|scope| {
+        // All that is ever written, in order, and each once.
+        let watching = scope.spawn(move || {
+            for number in 1.. {
+                let event = watch.next().expect("the watch continues over a takeover");
+                assert_eq!(event.id, number);
+                if event.data["key"] == "the end" {
+                    return;
+                }
+            }
+        });
+        under_load(&primary, &mut clients, 1_000, || primary.signal(Signal::KILL));
+        primary.ends();
+        becomes_ready(&standby, 200, WELL);
+        clients.settle(standby.address());
+        under_load(&standby, &mut clients, 1_000, || {});
+        clients.settle(standby.address());
+        assert_eq!(put(&standby, "the%20end", ""), 201);
+        watching.join().expect("it saw everything");
+    });
+    standby.terminate();
+    clients.settle(serve_in(data.path(), &[]).address());
+}
+
+#[test]
+fn standbys_take_over_one_after_the_other_under_compaction() {
+    let data = directory();
+    let mut clients = Clients::new(&mut zoo::dice());
+    let mut primary = serve_in(data.path(), &SMALL_SEGMENTS);
+    for way in [Signal::KILL, Signal::TERM, Signal::KILL] {
+        let standby = stand_by(data.path(), &SMALL_SEGMENTS);
+        under_load(&primary, &mut clients, 1_000, || primary.signal(way));
+        primary.ends();
+        becomes_ready(&standby, 200, WELL);
+        clients.settle(standby.address());
+        primary = standby;
+    }
+    primary.terminate();
+    clients.settle(serve_in(data.path(), &SMALL_SEGMENTS).address());
+}
+
+#[test]
+fn histories_over_takeovers_of_the_file_log_are_linearizable() {
+    let mut rng = zoo::dice();
+    let data = directory();
+    let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
+    let names: Vec<_> = (0..AT_ONCE).map(|n| n.to_string()).collect();
+    let stage = Stage::default();
+    stage.set(Some(primary.address()));
+    let mut shown = 0;
+    let (judged, servers) = judge(&stage, &names, &mut rng, |rng| {
+        let mut servers = vec![primary, standby];
+        for (number, way) in [Signal::KILL, Signal::TERM].into_iter().enumerate() {
+            let part = AT_ONCE * OPERATIONS / 10 * if number == 0 { 1 } else { 5 };
+            stage.wait_for(part + rng.u64(..part / 2));
+            let [.., primary, standby] = &servers[..] else { panic!("there are two at least") };
+            let is_over = AtomicBool::new(false);
+            let next = thread::scope(|scope| {
+                let reading =
+                    scope.spawn(|| read_on(standby.address(), &names[0], || !is_over.load(Ordering::Relaxed)));
+                let says_over = SaysOver(&is_over);
+                if way == Signal::KILL {
+                    stage.set(None);
+                }
+                primary.signal(way);
+                becomes_ready(standby, 200, WELL);
+                stage.set(Some(standby.address()));
+                let next = stand_by(data.path(), &[]);
+                drop(says_over);
+                shown += reading.join().expect("what it shows does not go back");
+                next
+            });
+            servers.push(next);
+        }
+        servers
+    });
+    println!("{} operations, {} of unknown outcome, {shown} reads of standbys", judged.operations, judged.unknown);
+    assert_eq!(judged.operations as u64, AT_ONCE * OPERATIONS);
+    drop(servers);
+}
+
+#[test]
+fn standby_without_primary_becomes_primary_and_others_wait() {
+    let data = directory();
+    let first = serve_in(data.path(), &["--standby"]);
+    first.says("this one is the primary");
+    assert_eq!(put(&first, "a", "1"), 201);
+    let (second, third) = (stand_by(data.path(), &[]), stand_by(data.path(), &[]));
+    first.terminate();
+    // One of them, at once.
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let (primary, waits) = loop {
+        match [&second, &third].map(|server| ready(server).1.contains(WELL)) {
+            [true, false] => break (second, third),
+            [false, true] => break (third, second),
+            [true, true] => panic!("both have taken over"),
+            [false, false] => assert!(std::time::Instant::now() < deadline, "none takes over"),
+        }
+    };
+    assert_eq!(put(&primary, "a", "2"), 201);
+    shows(&waits, "a", 200, "2");
+    becomes_ready(&waits, 200, STANDS_BY);
+    primary.terminate();
+    becomes_ready(&waits, 200, WELL);
+    assert_eq!((put(&waits, "a", "3"), get(&waits, "a")), (201, (200, "3".into())));
+}
+
+#[test]
+fn standby_reports_corruption_and_touches_nothing() {
+    let data = directory();
+    let primary = serve_in(data.path(), &[]);
+    assert_eq!(put(&primary, "a", "1"), 201);
+    let standby = stand_by(data.path(), &[]);
+    let segment = File::options().write(true).open(data.path().join("log/0000000001.seg")).expect("it is there");
+    // The version of its format is a newer one.
+    segment.write_all_at(&[9], 8).expect("it can be written");
+    assert_eq!(put(&primary, "a", "2"), 201);
+    becomes_ready(&standby, 503, "[-]log standby cannot follow the log: ");
+    assert_eq!(get(&standby, "a"), (200, "1".into()));
+    let mut command = serve(data.path());
+    command.arg("--standby");
+    refused(command).with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
+    segment.write_all_at(&[2], 8).expect("it can be written");
+    becomes_ready(&standby, 200, UP_TO_DATE);
+    shows(&standby, "a", 200, "2");
+    primary.kill();
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((put(&standby, "a", "3"), get(&standby, "a")), (201, (200, "3".into())));
+}
+
+#[test]
+fn standby_takes_over_on_a_full_disk() {
+    let disk = Mount::tmpfs();
+    let primary = disk.serve();
+    let standby = stand_by(&disk.data(), &SMALL_SEGMENTS);
+    let brim = disk.brim();
+    let mut client = Connection::open(primary.address());
+    let mut stored = 0;
+    while client.ask("PUT", &format!("/v1/key-{stored}"), &[b'x'; 10_000]).status == 201 {
+        stored += 1;
+    }
+    assert!(stored > 0, "there was room for some");
+    shows(&standby, &format!("key-{}", stored - 1), 200, &"x".repeat(10_000));
+    primary.kill();
+    standby.says("promoted to primary");
+    assert_eq!(get(&standby, &format!("key-{}", stored - 1)).0, 200);
+    fs::remove_file(brim).expect("it is there");
+    becomes_ready(&standby, 200, WELL);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while put(&standby, "again", "x") != 201 {
+        assert!(std::time::Instant::now() < deadline, "there is room again, and nothing is stored");
+    }
+}

@@ -1,0 +1,477 @@
+//! Who may do what, and how often: tokens and their scopes, and the limit of requests for each client.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
+use tempfile::TempDir;
+
+use crate::support::events::Events;
+use crate::support::guests::guest;
+use crate::support::server::{PATIENCE, Server, kvs, refused, serve, serve_refused};
+use crate::support::tokens::Tokens;
+use crate::support::wire::{Connection, Response};
+
+fn ask(server: &Server, method: &str, path: &str, authorization: &str) -> Response {
+    let mut client = Connection::open(server.address());
+    client.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n{authorization}\r\n"));
+    client.try_read(method == "HEAD").expect("it is answered")
+}
+
+fn with(token: &str) -> String {
+    format!("authorization: Bearer {token}\r\n")
+}
+
+#[test]
+fn a_token_allows_what_its_scope_says() {
+    let tokens = Tokens::new();
+    let read = tokens.add(&["reader"]);
+    let write = tokens.add(&["writer", "--scope", "write"]);
+    let admin = tokens.add(&["boss", "--scope", "admin"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let challenge = |response: &Response| response.header("www-authenticate").unwrap_or_default().to_owned();
+
+    for method in ["GET", "PUT", "DELETE", "POST", "BREW"] {
+        let response = ask(&server, method, "/v1/a", "");
+        response.says(401, "a bearer token is required: Authorization: Bearer TOKEN");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\"");
+    }
+    let wrong = format!("kvs_{}", "0".repeat(64));
+    for authorization in [
+        with(&wrong),
+        with(""),
+        with(&read[..read.len() - 1]),
+        with(&format!("{read} {read}")),
+        format!("authorization: Basic {read}\r\n"),
+        format!("authorization: {read}\r\n"),
+        with(&read) + &with(&write),
+    ] {
+        let response = ask(&server, "GET", "/v1/a", &authorization);
+        response.says(401, "the token is unknown");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"invalid_token\"");
+    }
+
+    for token in [&read, &write, &admin] {
+        ask(&server, "GET", "/v1/a", &with(token)).says(404, "no such key");
+        assert_eq!(ask(&server, "HEAD", "/v1/a", &with(token)).status, 404);
+        ask(&server, "GET", "/v1/a", &format!("Authorization: bearer  {token} \r\n")).says(404, "no such key");
+    }
+    for method in ["PUT", "DELETE", "POST", "BREW"] {
+        let response = ask(&server, method, "/v1/a", &with(&read));
+        response.says(403, "the token is read-only");
+        assert_eq!(challenge(&response), "Bearer realm=\"kvs\", error=\"insufficient_scope\"");
+    }
+    ask(&server, "GET", "/v1/a", &with(&read)).says(404, "no such key");
+    for token in [&write, &admin] {
+        assert_eq!(ask(&server, "PUT", "/v1/a", &with(token)).status, 201);
+        assert_eq!(ask(&server, "DELETE", "/v1/a", &with(token)).status, 200);
+    }
+    let said = server.terminate().stderr().join("\n");
+    for secret in [&read, &write, &admin, &wrong] {
+        assert!(!said.contains(secret.as_str()), "a token was logged:\n{said}");
+    }
+}
+
+#[test]
+fn a_token_can_be_bound_to_paths() {
+    let tokens = Tokens::new();
+    let bound = tokens.add(&["team-a", "--scope", "admin", "--path-prefix", "/v1/a-"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    assert_eq!(ask(&server, "PUT", "/v1/a-1", &with(&bound)).status, 201);
+    assert_eq!(ask(&server, "GET", "/v1/a-1?x=y", &with(&bound)).status, 400);
+    for path in ["/v1/b", "/v1", "/", "/v1/%61-1", "/v1/key/a-1", "/v1/a-/../b", "/v1/a-%2F..%2Fb", "//v1/a-1"] {
+        ask(&server, "GET", path, &with(&bound)).says(403, "the token is not valid for this path");
+    }
+}
+
+#[test]
+fn guest_gets_the_name_and_not_the_token() {
+    let tokens = Tokens::new();
+    let read = tokens.add(&["reader"]);
+    let server = Server::start(&["--tokens", &tokens.file(), guest()]);
+    assert_eq!(ask(&server, "GET", "/principal", &with(&read)).text(), "Some(\"reader\")");
+}
+
+#[test]
+fn guest_learns_the_scope_of_the_token() {
+    let tokens = Tokens::new();
+    let server_tokens = [
+        ("Read", tokens.add(&["reader"])),
+        ("Write", tokens.add(&["writer", "--scope", "write"])),
+        ("Admin", tokens.add(&["boss", "--scope", "admin"])),
+        // Not for the admin listener; and no keys follow from paths.
+        ("Write", tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/grant"])),
+    ];
+    let server = Server::start(&["--tokens", &tokens.file(), guest()]);
+    for (scope, token) in server_tokens {
+        let expected = format!("Grant {{ scope: Scope::{scope}, key-prefix: None }}");
+        assert_eq!(ask(&server, "GET", "/grant", &with(&token)).text(), expected);
+    }
+}
+
+#[test]
+fn tokens_are_read_again() {
+    let tokens = Tokens::new();
+    let first = tokens.add(&["first"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let second = tokens.add(&["second"]);
+    // The server gets no signal.
+    server.says("reloaded the token file");
+    ask(&server, "GET", "/v1/a", &with(&second)).says(404, "no such key");
+
+    fs::write(tokens.file(), "nonsense\n").expect("the file can be written");
+    server.signal(Signal::HUP);
+    let line = server.says("keeping the current one");
+    assert!(line.contains("line 1: the line is not NAME SCOPE SHA256"), "{line}");
+    ask(&server, "GET", "/v1/a", &with(&first)).says(404, "no such key");
+
+    fs::write(tokens.file(), "").expect("the file can be written");
+    server.signal(Signal::HUP);
+    server.says_again("reloaded the token file", 2);
+    ask(&server, "GET", "/v1/a", &with(&first)).says(401, "the token is unknown");
+}
+
+#[test]
+fn tokens_are_reloaded_after_a_shortage_of_descriptors() {
+    let tokens = Tokens::new();
+    let token = tokens.add(&["alice"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let mut client = Connection::open(server.address());
+    let authorization = [("authorization", format!("Bearer {token}"))];
+    let headers = authorization.each_ref().map(|(name, value)| (*name, value.as_str()));
+    client.ask_with("GET", "/v1/a", &headers, b"").says(404, "no such key");
+    let pid = Pid::from_raw(server.pid().cast_signed());
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: Some(3), maximum };
+    let before = prlimit(pid, Resource::Nofile, limit).expect("a child can be limited");
+    fs::write(tokens.file(), "").expect("the file can be written");
+    server.says("failed to reload the token file");
+    prlimit(pid, Resource::Nofile, before).expect("a child can be limited");
+    // The file does not change again, and the server gets no signal.
+    server.says("reloaded the token file");
+    client.ask_with("GET", "/v1/a", &headers, b"").says(401, "the token is unknown");
+}
+
+/// Replaces the line of a token, or removes it.
+fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> Option<String>) {
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    let of_it = |old: &str| old.starts_with(&format!("{name} "));
+    let lines: Vec<_> =
+        text.lines().filter_map(|old| if of_it(old) { line(old) } else { Some(old.to_owned()) }).collect();
+    // At once and whole: one that is half written names nobody.
+    let new = tokens.file() + ".new";
+    fs::write(&new, lines.join("\n")).and_then(|()| fs::rename(&new, tokens.file())).expect("the file can be written");
+    server.signal(Signal::HUP);
+}
+
+#[test]
+fn narrowed_token_ends_its_watches_and_long_polls() {
+    let tokens = Tokens::new();
+    let names = ["revoked", "bound", "weaker", "renamed", "keyed"];
+    let changed = names.map(|name| tokens.add(&[name, "--scope", "write"]));
+    let stays = tokens.add(&["stays", "--scope", "write"]);
+    // Nothing is to be seen by a heartbeat that comes early.
+    let server = Server::start(&["--tokens", &tokens.file(), "--watch-keep-alive", "1h"]);
+    let watch = |token: &str| Events::open(&server, "/v1?watch", &[("authorization", &format!("Bearer {token}"))]);
+    let poll = |token: &str| {
+        let mut client = Connection::open(server.address());
+        client.send(format!("GET /v1/a?wait=300s HTTP/1.1\r\nhost: kvs\r\n{}\r\n", with(token)));
+        assert!(client.is_silent_for(Duration::from_millis(100)), "it does not wait");
+        client
+    };
+    let (mut watching, mut waiting) = (watch(&stays), poll(&stays));
+    let ended = changed.each_ref().map(|token| (watch(token), poll(token)));
+    change(&tokens, &server, "revoked", |_| None);
+    change(&tokens, &server, "bound", |line| Some(format!("{line} /v1/elsewhere")));
+    change(&tokens, &server, "weaker", |line| Some(line.replace(" write ", " read ")));
+    change(&tokens, &server, "renamed", |line| Some(line.replace("renamed", "another")));
+    change(&tokens, &server, "keyed", |line| Some(format!("{line} key-prefix=b")));
+    let refusals = [
+        (401, "the token is unknown"),
+        (403, "the token is not valid for this path"),
+        (403, "the permissions of the token were reduced during the request"),
+        (403, "the permissions of the token were reduced during the request"),
+        (403, "the permissions of the token were reduced during the request"),
+    ];
+    for ((mut watching, mut waiting), (status, expected)) in ended.into_iter().zip(refusals) {
+        assert_eq!(watching.next(), None, "{expected}");
+        waiting.read().says(status, expected);
+    }
+    // Others go on.
+    assert_eq!(ask(&server, "PUT", "/v1/a", &with(&stays)).status, 201);
+    assert_eq!(watching.next().map(|event| event.id), Some(1));
+    assert_eq!(waiting.read().etag(), Some(1));
+    change(&tokens, &server, "stays", |line| Some(line.replace(" write ", " admin ")));
+    server.says_again("reloaded the token file", 2);
+    assert_eq!(ask(&server, "PUT", "/v1/b", &with(&stays)).status, 201);
+    assert_eq!(watching.next().map(|event| event.id), Some(2));
+}
+
+#[test]
+fn a_token_is_made_once_and_kept_as_a_hash() {
+    let tokens = Tokens::new();
+    let token = tokens.add(&["alice"]);
+    assert!(token.starts_with("kvs_") && token.len() == 68, "{token}");
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    assert!(text.starts_with("alice read ") && !text.contains(&token[4..]), "{text}");
+    let mode = fs::metadata(tokens.file()).expect("the file is there").permissions().mode();
+    assert_eq!(mode & 0o077, 0, "others may read it");
+    assert_ne!(tokens.add(&["bob"]), token);
+
+    let refuses = |args: &[&str]| {
+        let mut command = kvs();
+        command.args(["token", "create", "--tokens", &tokens.file()]).args(args);
+        refused(command)
+    };
+    refuses(&["a b"]).with(1, &["the name must be 1 to 64 letters"]);
+    refuses(&["carol", "--path-prefix", "v1"]).with(1, &["slash"]);
+    refuses(&["carol", "--scope", "all"]).with(2, &["--scope", "metrics", "read", "write", "admin"]);
+    refuses(&["carol", "--expires", "2020-01-01"]).with(2, &["--expires", "is in the past"]);
+    refuses(&["carol", "--expires", "soon"]).with(2, &["--expires", "90days", "2027-01-31"]);
+    assert_eq!(fs::read_to_string(tokens.file()).expect("the file is there").lines().count(), 2);
+}
+
+fn token_command(tokens: &Tokens, args: &[&str]) -> std::process::Command {
+    let mut command = kvs();
+    command.arg("token").args(args).args(["--tokens", &tokens.file()]).stdout(std::process::Stdio::piped());
+    command
+}
+
+fn list(tokens: &Tokens) -> Vec<String> {
+    let output = token_command(tokens, &["list"]).output().expect("the binary can be started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text").lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn token_is_rotated_by_a_second_one_of_its_name() {
+    let tokens = Tokens::new();
+    let [old, new] = [(); 2].map(|()| tokens.add(&["alice", "--scope", "write"]));
+    let bob = tokens.add(&["bob", "--path-prefix", "/v1/b", "--expires", "2227-01-31"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    for token in [&old, &new] {
+        ask(&server, "GET", "/v1/a", &with(token)).says(404, "no such key");
+    }
+    let lines = list(&tokens);
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    assert!(lines[2].contains("bob") && lines[2].contains("2227-01-31T00:00:00Z") && lines[2].ends_with("/v1/b"));
+    let id = lines[0].split(' ').next().expect("an id");
+    // Comments are kept, and the file is replaced at once.
+    let before = fs::read_to_string(tokens.file()).expect("the file is there");
+    fs::write(tokens.file(), format!("# people\n{before}")).expect("the file can be written");
+    let revoke = |what: &str| {
+        let output = token_command(&tokens, &["revoke", what]).output().expect("the binary can be started");
+        let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && lines.contains("audit action=\"token-revoke\""), "{lines}");
+        server.signal(Signal::HUP);
+    };
+    revoke(id);
+    server.says("reloaded the token file");
+    await_status(&server, &old, 401);
+    ask(&server, "GET", "/v1/a", &with(&new)).says(404, "no such key");
+    ask(&server, "GET", "/v1/b", &with(&bob)).says(404, "no such key");
+    revoke("alice");
+    await_status(&server, &new, 401);
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    assert!(text.starts_with("# people\nbob ") && text.lines().count() == 2, "{text}");
+    let mode = fs::metadata(tokens.file()).expect("the file is there").permissions().mode();
+    assert_eq!(mode & 0o077, 0, "others may read it");
+    refused(token_command(&tokens, &["revoke", "alice"])).with(1, &["has no token alice", "kvs token list"]);
+    assert!(lines.iter().chain([&text]).all(|line| !line.contains("kvs_")), "a token is shown");
+}
+
+/// Waits until a request with this token has this status.
+fn await_status(server: &Server, token: &str, status: u16) {
+    let begun = Instant::now();
+    while ask(server, "GET", "/v1/a", &with(token)).status != status {
+        assert!(begun.elapsed() < PATIENCE, "it never was {status}");
+    }
+}
+
+#[test]
+fn token_is_rejected_and_its_watch_ends_at_its_expiry() {
+    let tokens = Tokens::new();
+    let short = tokens.add(&["short", "--expires", "5s"]);
+    // Nothing is to be seen by a heartbeat that comes early.
+    let server = Server::start(&["--tokens", &tokens.file(), "--watch-keep-alive", "1h"]);
+    let bearer = format!("Bearer {short}");
+    let mut watch = Connection::open(server.address());
+    let head = watch.ask_for_head("GET", "/v1?watch", &[("authorization", &*bearer)]);
+    if head.status == 200 {
+        // On a slow machine it has expired before.
+        while watch.chunk().is_some() {}
+    }
+    let expired = ask(&server, "GET", "/v1/a", &with(&short));
+    expired.says(401, "the token has expired");
+    assert!(expired.header("www-authenticate").is_some_and(|challenge| challenge.contains("invalid_token")));
+}
+
+#[test]
+fn token_for_metrics_can_do_nothing_else() {
+    let tokens = Tokens::new();
+    let scraper = tokens.add(&["scraper", "--scope", "metrics"]);
+    let write = tokens.add(&["writer", "--scope", "write"]);
+    let admin = tokens.add(&["boss", "--scope", "admin"]);
+    // On loopback too.
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let status = |method: &str, path: &str, token: &str| {
+        let authorization = [("authorization", &*format!("Bearer {token}"))];
+        Connection::open(server.admin()).ask_with(method, path, &authorization, b"").status
+    };
+    assert_eq!(["/metrics", "/guest"].map(|path| status("GET", path, &scraper)), [200, 403]);
+    assert_eq!(["/metrics", "/guest"].map(|path| status("GET", path, &write)), [403, 403]);
+    assert_eq!(["/metrics", "/guest"].map(|path| status("GET", path, &admin)), [200, 200]);
+    assert_eq!(status("DELETE", "/guest", &scraper), 403);
+    for path in ["/backup", "/history?key=a", "/stats", "/read-only", "/v1", "/v1/a"] {
+        assert_eq!([&scraper, &write].map(|token| status("GET", path, token)), [403, 403], "{path}");
+    }
+    for path in ["/metrics", "/guest"] {
+        assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 401, "{path}");
+    }
+    for method in ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "POST"] {
+        assert_eq!(ask(&server, method, "/v1/a", &with(&scraper)).status, 403, "{method}");
+    }
+    ask(&server, "GET", "/v1/a", &with(&scraper)).says(403, "the token is for metrics");
+}
+
+#[test]
+fn admin_listener_is_open_on_loopback_by_intent_alone() {
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
+    assert_eq!(Connection::open(server.admin()).ask("GET", "/metrics", b"").status, 200);
+    serve_refused(&["--tokens", &tokens.file(), "--admin-open", "--admin", "0.0.0.0:0"])
+        .with(1, &["--admin 0.0.0.0:0", "--admin-open"]);
+    serve_refused(&["--admin-open"]).with(2, &["--tokens"]);
+}
+
+#[test]
+fn token_that_cannot_be_printed_is_not_created() {
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let mut command = kvs();
+    let full = fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(full);
+    refused(command).with(1, &["cannot print the token, none was created"]);
+    let (reader, closed) = std::io::pipe().expect("a pipe can be made");
+    drop(reader);
+    let mut command = kvs();
+    command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(closed);
+    refused(command).with(1, &["cannot print the token, none was created"]);
+    let text = fs::read_to_string(tokens.file()).expect("the file is there");
+    assert!(text.starts_with("alice ") && text.lines().count() == 1, "{text}");
+}
+
+#[test]
+fn a_file_of_tokens_that_cannot_be_used() {
+    let tokens = Tokens::new();
+    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot read"]);
+    fs::write(tokens.file(), "alice read\n").expect("the file can be written");
+    serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "line 1"]);
+}
+
+#[test]
+fn to_be_open_to_a_network_needs_intent() {
+    let everywhere = |data: &Path, args: &[&str]| {
+        let mut command = kvs();
+        command.args(["serve", "--listen", "0.0.0.0:0", "--data-dir"]).arg(data).args(args);
+        command
+    };
+    let data = || TempDir::new().expect("a temporary directory can be made");
+    refused(everywhere(data().path(), &[])).with(1, &["--listen 0.0.0.0:0", "without TLS and tokens", "--insecure"]);
+    let directory = data();
+    let server = Server::spawn(everywhere(directory.path(), &["--insecure"]), directory);
+    server.says("WARN --listen 0.0.0.0:0 can be reached from elsewhere, without TLS: everybody can read and change");
+
+    let tokens = Tokens::new();
+    tokens.add(&["alice"]);
+    let directory = data();
+    let server = Server::spawn(everywhere(directory.path(), &["--tokens", &tokens.file()]), directory);
+    server.says("WARN --listen 0.0.0.0:0 can be reached from elsewhere, without TLS: tokens can be overheard");
+}
+
+#[test]
+fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
+    serve_refused(&["--admin", "0.0.0.0:0"]).with(1, &["--admin 0.0.0.0:0", "--tokens"]);
+    let tokens = Tokens::new();
+    let write = tokens.add(&["writer", "--scope", "write"]);
+    let bound = tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/"]);
+    let admin = tokens.add(&["boss", "--scope", "admin"]);
+    let ask = |server: &Server, authorization: &str| {
+        let mut client = Connection::open(server.admin());
+        client.send(format!("GET /guest HTTP/1.1\r\nhost: kvs\r\n{authorization}\r\n"));
+        client.read()
+    };
+    let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", &tokens.file()]);
+    assert_eq!(ask(&server, "").status, 401);
+    ask(&server, &with(&write)).says(403, "the token is not valid for the admin listener");
+    ask(&server, &with(&bound)).says(403, "the token is not valid for the admin listener");
+    assert_eq!(ask(&server, &with(&admin)).status, 200);
+    // Health is open to those who decide where requests go.
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 200, "{path}");
+    }
+    for path in ["/metrics", "/", "/livez/", "//livez"] {
+        assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 401, "{path}");
+    }
+    let swap = |token: &str| {
+        let mut command = kvs();
+        command.args(["swap", "--dry-run", "--admin", &server.admin().to_string(), "--token", token]);
+        command
+    };
+    refused(swap(&write)).with(1, &["not swapped", "403"]);
+    assert!(swap(&admin).status().expect("the binary under test can be started").success());
+}
+
+#[test]
+fn client_above_its_rate_gets_retry_after() {
+    let tokens = Tokens::new();
+    let (alice, bob) = (tokens.add(&["alice"]), tokens.add(&["bob"]));
+    // One a minute, so that no time that a test takes gives another.
+    let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "3", "--tokens", &tokens.file()]);
+    for _ in 0..3 {
+        ask(&server, "GET", "/v1/a", &with(&alice)).says(404, "no such key");
+    }
+    let refused = ask(&server, "GET", "/v1/a", &with(&alice));
+    refused.says(429, "rate limit exceeded; retry later");
+    let wait: u64 = refused.header("retry-after").and_then(|wait| wait.parse().ok()).expect("a number of seconds");
+    assert!((1..=60).contains(&wait), "{wait}");
+    assert_eq!(refused.header("ratelimit"), Some(format!("\"client\";r=0;t={wait}").as_str()));
+    assert_eq!(refused.header("ratelimit-policy"), Some("\"client\";q=3;w=180"));
+    ask(&server, "GET", "/v1/a", &with(&bob)).says(404, "no such key");
+}
+
+#[test]
+fn clients_without_a_name_are_known_by_address() {
+    let server = Server::start(&["--rate-limit", "1/m"]);
+    ask(&server, "GET", "/v1/a", "").says(404, "no such key");
+    assert_eq!(ask(&server, "GET", "/v1/a", "").status, 429);
+    let mut elsewhere = Connection::open_from("127.0.0.2", server.address());
+    elsewhere.ask("GET", "/v1/a", b"").says(404, "no such key");
+}
+
+#[test]
+fn a_request_above_the_rate_can_wait_for_its_turn() {
+    let server = Server::start(&["--rate-limit", "10/s", "--rate-burst", "1", "--rate-queue", "10s"]);
+    let mut client = Connection::open(server.address());
+    let begun = std::time::Instant::now();
+    for _ in 0..4 {
+        client.ask("GET", "/v1/a", b"").says(404, "no such key");
+    }
+    // The first is free. Never early, however slow the machine is.
+    assert!(begun.elapsed().as_millis() >= 290, "they did not wait: {:?}", begun.elapsed());
+}
+
+#[test]
+fn a_limit_that_is_none_is_a_usage_error() {
+    for rate in ["", "10", "0/s", "10/h", "fast/s", "10/"] {
+        serve_refused(&["--rate-limit", rate]).with(2, &["--rate-limit"]);
+    }
+    serve_refused(&["--rate-burst", "3"]).with(2, &["--rate-limit"]);
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(["--rate-limit", "1/s", "--rate-burst", "0"]);
+    refused(command).with(2, &["--rate-burst"]);
+}

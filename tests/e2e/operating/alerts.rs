@@ -1,0 +1,332 @@
+//! The alert rules: they, the dashboard and the runbook name metrics that there are, and a real Prometheus fires the alerts when
+//! what they are for happens to a real server.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::backup::{large, take};
+use crate::support::certificates::{Authority, Kind};
+use crate::support::file_log::write_a_year_ahead;
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
+use crate::support::log::{kvs_at, of_files};
+use crate::support::metrics::{counts, until};
+use crate::support::mount::Mount;
+use crate::support::postgres::{self, database::Database};
+use crate::support::requests::put;
+use crate::support::sabotage::{start, starts_again};
+use crate::support::server::{PATIENCE, Process, Server, serve};
+use crate::support::wire::Connection;
+
+const ALERTS: &str = include_str!("../../../deploy/alerts.yaml");
+const DASHBOARD: &str = include_str!("../../../deploy/grafana.json");
+const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
+/// The pause between two questions to Prometheus.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// The names of all metrics, as the source of the server has them, with the endings that Prometheus gives them.
+fn metrics() -> BTreeSet<String> {
+    fn collect(path: &Path, names: &mut BTreeSet<String>) {
+        if path.is_dir() {
+            let entries = fs::read_dir(path).expect("the sources can be listed");
+            return entries.for_each(|entry| collect(&entry.expect("it can be read").path(), names));
+        }
+        let text = fs::read_to_string(path).unwrap_or_default();
+        for call in text.split("page.").skip(1) {
+            let Some((kind, arguments)) = call.split_once('(') else { continue };
+            let endings: &[&str] = match kind {
+                "gauge" | "gauges" => &[""],
+                "counter" | "counters" => &["_total"],
+                "histogram" | "histograms" => &["_bucket", "_sum", "_count"],
+                "info" => &["_info"],
+                _ => continue,
+            };
+            let name = arguments.trim_start().strip_prefix('"').and_then(|name| name.split('"').next());
+            names.extend(name.into_iter().flat_map(|name| endings.iter().map(move |end| format!("kvs_{name}{end}"))));
+        }
+    }
+    let mut names = BTreeSet::new();
+    ["host/src", "host/txlog/src", "host/runtime/src"]
+        .iter()
+        .for_each(|folder| collect(&Path::new(kvs_tests::ROOT).join(folder), &mut names));
+    names
+}
+
+/// The words in a text that begin with `kvs_`.
+fn named(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("kvs_")).map(str::to_owned).collect()
+}
+
+fn alerts() -> Vec<&'static str> {
+    ALERTS.lines().filter_map(|line| line.trim_start().strip_prefix("- alert: ")).collect()
+}
+
+#[test]
+fn alerts_dashboard_and_runbook_name_existing_metrics() {
+    let there = metrics();
+    assert!(there.len() > 60, "{there:?}");
+    // For people a histogram has no ending.
+    let families = there.iter().filter_map(|name| name.strip_suffix("_bucket")).map(str::to_owned);
+    let families = families.chain(there.iter().cloned()).collect();
+    for (name, text, there) in
+        [("alerts.yaml", ALERTS, &there), ("grafana.json", DASHBOARD, &there), ("runbook.md", RUNBOOK, &families)]
+    {
+        let missing: Vec<_> = named(text).difference(there).cloned().collect();
+        assert!(missing.is_empty(), "{name} names what is not there: {missing:?}");
+    }
+}
+
+#[test]
+fn each_alert_has_its_section_in_the_runbook() {
+    let sections: Vec<_> = RUNBOOK.lines().filter_map(|line| line.strip_prefix("## ")).collect();
+    assert_eq!(alerts(), sections);
+    for alert in alerts() {
+        let link = format!("runbook: docs/runbook.md#{}\n", alert.to_lowercase());
+        assert!(ALERTS.contains(&link), "{alert} has no link to its section");
+    }
+}
+
+#[test]
+fn prometheus_accepts_the_rules() {
+    let file = Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml");
+    let output = Command::new("promtool").args(["check", "rules"]).arg(file).output();
+    let output = output.expect("`just test` installs promtool");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A Prometheus that scrapes admin listeners each second, and waits for no alert to last. A backup is too old after 2 s.
+struct Prometheus {
+    _process: Process,
+    _directory: TempDir,
+    address: SocketAddr,
+}
+
+impl Prometheus {
+    /// Returns when each of the targets has been scraped.
+    fn of(targets: &[SocketAddr]) -> Self {
+        let directory = TempDir::new().expect("a temporary directory can be made");
+        let rules = ALERTS.replace("> 2 * 86400", "> 2");
+        let rules: Vec<_> = rules.lines().filter(|line| !line.trim_start().starts_with("for: ")).collect();
+        let mut config = String::from(
+            "global: { scrape_interval: 1s, evaluation_interval: 1s }\nrule_files: [alerts.yaml]\n\
+             scrape_configs: [{ job_name: kvs, static_configs: [{ targets: [",
+        );
+        for target in targets {
+            let _ = write!(config, "'{target}',");
+        }
+        config.push_str("] }] }]\n");
+        for (name, text) in [("alerts.yaml", rules.join("\n")), ("prometheus.yaml", config)] {
+            fs::write(directory.path().join(name), text).expect("the directory takes a file");
+        }
+        let mut command = Command::new("prometheus");
+        command.current_dir(directory.path()).env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.args(["--config.file=prometheus.yaml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0"]);
+        let process = Process::spawn(command);
+        let address = |line: &str| line.split_once("msg=\"Listening on\" address=")?.1.parse().ok();
+        let address =
+            process.stderr.find(address).unwrap_or_else(|said| panic!("`just test` installs prometheus: {said}"));
+        let prometheus = Self { _process: process, _directory: directory, address };
+        for target in targets {
+            prometheus.until(&format!("up%7Binstance=%22{target}%22%7D==1"), |found| found.contains("\"metric\""));
+        }
+        prometheus
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut client = Connection::open(self.address);
+        client.send(format!("GET {path} HTTP/1.1\r\nhost: prometheus\r\nconnection: close\r\n\r\n"));
+        client.end()
+    }
+
+    #[track_caller]
+    fn until(&self, query: &str, is_so: impl Fn(&str) -> bool) {
+        let begun = Instant::now();
+        loop {
+            let found = self.get(&format!("/api/v1/query?query={query}"));
+            if is_so(&found) {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{query}: {found}");
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Waits until this alert fires for a server.
+    #[track_caller]
+    fn fires(&self, alert: &str, server: SocketAddr) {
+        assert!(alerts().contains(&alert), "{alert}");
+        let query = format!("ALERTS%7Balertname=%22{alert}%22,alertstate=%22firing%22,instance=%22{server}%22%7D");
+        self.until(&query, |found| found.contains("\"metric\""));
+    }
+
+    /// Checks that none fires for a server.
+    #[track_caller]
+    fn is_quiet(&self, server: SocketAddr) {
+        // One evaluation at least.
+        self.until("count(ALERTS)%20or%20vector(0)", |found| found.contains("\"value\""));
+        let found = self.get(&format!("/api/v1/query?query=ALERTS%7Binstance=%22{server}%22%7D"));
+        assert!(found.contains("\"result\":[]"), "{found}");
+    }
+}
+
+#[test]
+fn alerts_fire_for_a_guest_that_fails() {
+    let poison = "fault=apply-traps-on-poison";
+    let fails = Server::start(&[guest(), "--shards", "1", "--spare", "--guest-config", poison]);
+    let traps = Server::start(&[guest()]);
+    let swapped = Server::start(&["--probation", "1h"]);
+    counts(&fails, "kvs_guest_spares", 1.0);
+    let prometheus = Prometheus::of(&[fails.admin(), traps.admin(), swapped.admin()]);
+    prometheus.is_quiet(fails.admin());
+    prometheus.is_quiet(traps.admin());
+
+    let mut client = Connection::open(fails.address());
+    assert_eq!(client.ask("PUT", "/store/{own}poison", b"value").status, 201);
+    prometheus.fires("KvsSpareFails", fails.admin());
+    assert_eq!(client.ask("GET", "/trap", b"").status, 500);
+    for alert in ["KvsShardDown", "KvsRebuildFails", "KvsNotReady", "KvsPartNotReady"] {
+        prometheus.fires(alert, fails.admin());
+    }
+    // A rate takes two samples.
+    let asks = |client: &mut Connection| assert_eq!(client.ask("GET", "/store/{own}poison", b"").status, 503);
+    asks(&mut client);
+    prometheus.until("kvs_http_requests_total%7Bstatus=%22503%22%7D", |found| found.contains("\"metric\""));
+    asks(&mut client);
+    prometheus.fires("KvsErrors", fails.admin());
+
+    let mut client = Connection::open(traps.address());
+    // Some are answered 503, while the guest is being rebuilt.
+    let trapped = (0..1_000).filter(|_| client.ask("GET", "/trap", b"").status == 500).take(20).count();
+    assert_eq!(trapped, 20);
+    prometheus.fires("KvsGuestTraps", traps.admin());
+    prometheus.fires("KvsPromotions", traps.admin());
+
+    thread::scope(|scope| {
+        let swap = || Connection::open(swapped.admin()).ask("PUT", "/guest", &copy_of(DEFAULT_GUEST)).status;
+        let swap = scope.spawn(swap);
+        swapped.says("another guest serves, on probation");
+        assert_eq!(Connection::open(swapped.admin()).ask("DELETE", "/guest?rollback", b"").status, 202);
+        assert_eq!(swap.join().expect("it is answered"), 422);
+    });
+    prometheus.fires("KvsSwapRolledBack", swapped.admin());
+}
+
+#[test]
+fn alerts_fire_for_lack_of_memory_and_certificate() {
+    let full =
+        Server::start(&["--guest-max-memory-bytes", "32MiB", "--max-value-bytes", "64KiB", "--durability", "os"]);
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::ShortServer(86_400), 1);
+    let expires = Server::start(&["--tls-cert", &pair.certificate, "--tls-key", &pair.key]);
+    let prometheus = Prometheus::of(&[full.admin(), expires.admin()]);
+    prometheus.fires("KvsCertificateExpires", expires.admin());
+    prometheus.is_quiet(full.admin());
+    let mut client = Connection::open(full.address());
+    let is_full = |n: usize| client.ask("PUT", &format!("/v1/{n}"), &[b'x'; 60_000]).status == 507;
+    assert!((0..1_000).any(is_full), "32 MiB hold 60 MB");
+    prometheus.fires("KvsNoSpace", full.admin());
+    prometheus.fires("KvsMemoryNearLimit", full.admin());
+}
+
+#[test]
+fn alerts_fire_for_clock_and_tasks() {
+    of_files!();
+    let data = TempDir::new().expect("a temporary directory can be made");
+    write_a_year_ahead(data.path());
+    let behind = Server::spawn(serve(data.path()), data);
+    let panics = start(&["log lines", "guest queue"], &[guest()]);
+    starts_again(&panics, "log lines");
+    let prometheus = Prometheus::of(&[behind.admin(), panics.admin()]);
+    prometheus.fires("KvsClockBehind", behind.admin());
+    prometheus.fires("KvsTaskRestarts", panics.admin());
+    let mut client = Connection::open(panics.address());
+    assert_eq!(client.ask("GET", "/trap", b"").status, 500);
+    until(&panics, "the queue panics", |now| now.find("kvs_task_panics_total{task=\"guest queue\"}") == Some(1.0));
+    prometheus.fires("KvsTaskPanics", panics.admin());
+}
+
+#[test]
+fn alert_fires_for_disk() {
+    of_files!();
+    let mount = Mount::tmpfs();
+    let server = mount.serve();
+    let prometheus = Prometheus::of(&[server.admin()]);
+    let _brim = mount.brim();
+    prometheus.fires("KvsDiskNearlyFull", server.admin());
+}
+
+#[test]
+fn alerts_fire_for_backups() {
+    let server = large();
+    let prometheus = Prometheus::of(&[server.admin()]);
+    prometheus.is_quiet(server.admin());
+    let mut leaves = Connection::open(server.admin());
+    leaves.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    assert_eq!(leaves.try_read(true).expect("it begins").status, 200);
+    drop(leaves);
+    server.says("the backup failed: the client ");
+    prometheus.fires("KvsBackupFails", server.admin());
+    let files = TempDir::new().expect("a temporary directory can be made");
+    take(&server, &files.path().join("full"), &[]);
+    prometheus.fires("KvsBackupTooOld", server.admin());
+}
+
+#[test]
+fn alerts_fire_for_a_database_that_is_away() {
+    let database = Database::start();
+    let server = postgres::start(&database.url());
+    let prometheus = Prometheus::of(&[server.admin()]);
+    assert_eq!(put(&server, "a", "1"), 201);
+    prometheus.is_quiet(server.admin());
+    database.signal(Signal::STOP);
+    assert_eq!(put(&server, "a", "2"), 504);
+    prometheus.fires("KvsOutcomeUnknown", server.admin());
+    prometheus.fires("KvsDatabaseAway", server.admin());
+    database.signal(Signal::CONT);
+}
+
+#[test]
+fn alert_fires_for_maintenance() {
+    let server = Server::start(&[]);
+    let prometheus = Prometheus::of(&[server.admin()]);
+    assert_eq!(Connection::open(server.admin()).ask("PUT", "/read-only", b"").status, 200);
+    prometheus.fires("KvsReadOnly", server.admin());
+}
+
+#[test]
+fn alerts_fire_for_restarts_and_absence() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let admin = listener.local_addr().expect("a listener has an address");
+    drop(listener);
+    let start = |data: TempDir| {
+        let mut command = kvs_at(data.path());
+        command.args(["serve", "--listen", "127.0.0.1:0", "--admin", &admin.to_string()]);
+        Server::spawn(command, data)
+    };
+    let mut server = start(TempDir::new().expect("a temporary directory can be made"));
+    let prometheus = Prometheus::of(&[admin]);
+    for restarts in 1..=3 {
+        // The time of a start has whole seconds, and two starts are to differ.
+        thread::sleep(Duration::from_secs(1));
+        server = start(server.terminate().into_data());
+        let query = format!("changes(kvs_start_time_seconds[15m])=={restarts}");
+        prometheus.until(&query, |found| found.contains("\"metric\""));
+    }
+    prometheus.fires("KvsRestarts", admin);
+    drop(server.kill());
+    prometheus.fires("KvsDown", admin);
+}

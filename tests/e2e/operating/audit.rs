@@ -1,0 +1,153 @@
+//! The audit trail: who did what that changes a server for everybody.
+
+use std::fs;
+use std::process::Command;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::backup::{restore, take};
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
+use crate::support::server::{Server, kvs};
+use crate::support::swap::{status, swap};
+use crate::support::tokens::Tokens;
+use crate::support::wire::Connection;
+
+const JSON: [&str; 2] = ["--log-format", "json"];
+
+fn record(line: &str) -> Value {
+    let record: Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!((&record["message"], &record["level"]), (&"audit".into(), &"INFO".into()));
+    record
+}
+
+#[test]
+fn swap_is_recorded_with_digest_principal_and_request_id() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "admin"]);
+    // The address is not that of this machine alone, so that a token is asked for.
+    let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"];
+    let server = Server::start(&[&JSON[..], &["--probation", "1ms"], &args].concat());
+    let bearer = format!("Bearer {alice}");
+    let headers = [("authorization", &*bearer), ("x-request-id", "change-7")];
+    let put = |component: &[u8]| Connection::open(server.admin()).ask_with("PUT", "/guest", &headers, component).status;
+    assert_eq!(put(&component(guest())), 200);
+    let done = record(&server.says("\"target\":\"audit\""));
+    for (field, value) in
+        [("action", "swap"), ("outcome", "success"), ("principal", "alice"), ("request_id", "change-7")]
+    {
+        assert_eq!(done[field], value, "{done}");
+    }
+    assert_eq!(done["object"].as_str().map(str::len), Some(64), "{done}");
+    assert_eq!(put(b"nonsense"), 422);
+    let failed = record(&server.says("\"outcome\":\"it is not WebAssembly\""));
+    assert_eq!((&failed["action"], &failed["principal"]), (&"swap".into(), &"alice".into()));
+}
+
+#[test]
+fn read_only_and_edits_are_recorded_with_principal() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "admin"]);
+    let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"];
+    let server = Server::start(&[&JSON[..], &args].concat());
+    let bearer = format!("Bearer {alice}");
+    for (method, path, status, action, object) in [
+        ("PUT", "/v1/a", 201, "edit", "PUT /v1/a"),
+        ("PUT", "/read-only", 200, "read-only", "on"),
+        ("DELETE", "/v1/a", 503, "edit", "DELETE /v1/a"),
+        ("DELETE", "/read-only", 200, "read-only", "off"),
+    ] {
+        let headers = [("authorization", &*bearer), ("x-request-id", "change-7")];
+        assert_eq!(Connection::open(server.admin()).ask_with(method, path, &headers, b"").status, status, "{path}");
+        let line = record(&server.says(&format!("\"object\":\"{object}\"")));
+        let outcome = if action == "edit" { status.to_string() } else { "success".to_owned() };
+        for (field, value) in
+            [("action", action), ("outcome", &outcome), ("principal", "alice"), ("request_id", "change-7")]
+        {
+            assert_eq!(line[field], value, "{line}");
+        }
+    }
+    // A look at the state changes nothing.
+    let headers = [("authorization", &*bearer)];
+    assert_eq!(Connection::open(server.admin()).ask_with("GET", "/read-only", &headers, b"").text(), "off\n");
+    let lines = server.terminate().stderr().to_vec();
+    assert_eq!(lines.iter().filter(|line| line.contains("\"audit\"")).count(), 4, "{lines:?}");
+}
+
+#[test]
+fn reload_is_recorded_with_its_cause() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let file = data.path().join("guest.wasm");
+    fs::write(&file, component(DEFAULT_GUEST)).expect("it can be written");
+    let server = Server::start(&["--probation", "1ms", file.to_str().expect("a temporary path is text")]);
+    fs::write(&file, copy_of(DEFAULT_GUEST)).expect("it can be written");
+    server.signal(Signal::HUP);
+    let line = server.says("audit action=\"swap\"");
+    let digest = status(&server)["sha256"].as_str().expect("a guest has a digest").to_owned();
+    assert!(line.contains(&digest) && line.contains("principal=\"SIGHUP\""), "{line}");
+    // Nobody is known where no token is asked for.
+    assert_eq!(swap(&server, &component(guest())).status, 200);
+    let line = server.says_again("audit action=\"swap\"", 2);
+    assert!(!line.contains("principal") && line.contains("request_id"), "{line}");
+}
+
+/// Runs a command, and gives action and object that it recorded for this user.
+fn recorded(mut command: Command) -> (String, String) {
+    let output = command.args(JSON).output().expect("the binary under test can be started");
+    let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{lines}");
+    let record = record(lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")));
+    assert!(record["principal"].as_str().is_some_and(|user| user.starts_with("uid=")), "{record}");
+    let text = |field: &str| record[field].as_str().expect("it is text").to_owned();
+    (text("action"), text("object"))
+}
+
+#[test]
+fn restore_is_recorded_with_the_user() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let (file, to) = (data.path().join("backup"), data.path().join("restored"));
+    let server = Server::start(&[]);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
+    take(&server, &file, &[]);
+    let to = to.to_str().expect("a temporary path is text");
+    assert_eq!(recorded(restore(&[file], &["--data-dir", to])), ("restore".to_owned(), to.to_owned()));
+}
+
+#[test]
+fn new_and_revoked_tokens_are_recorded_with_the_user() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let token = |action: &str| {
+        let mut command = kvs();
+        command.args(["token", action, "bob", "--tokens"]).arg(data.path().join("tokens"));
+        recorded(command)
+    };
+    assert_eq!(token("create"), ("token-create".to_owned(), "bob".to_owned()));
+    let (action, object) = token("revoke");
+    // With the id, since several can have one name.
+    assert!(action == "token-revoke" && object.starts_with("bob "), "{action} of {object}");
+}
+
+#[test]
+fn edit_in_the_console_is_recorded() {
+    let server = Server::start(&JSON);
+    let mut client = Connection::open(server.admin());
+    assert_eq!(client.ask_with("PUT", "/v1/a", &[("x-request-id", "edit-1")], b"value").status, 201);
+    assert_eq!(client.ask("GET", "/v1/a", b"").status, 200);
+    assert_eq!(client.ask("DELETE", "/v1/a?unknown=1", b"").status, 400);
+    let done = record(&server.says("\"object\":\"PUT /v1/a\""));
+    for (field, value) in [("action", "edit"), ("outcome", "201"), ("request_id", "edit-1")] {
+        assert_eq!(done[field], value, "{done}");
+    }
+    server.says("\"object\":\"DELETE /v1/a?unknown=1\",\"outcome\":\"400\"");
+    // One that its client does not wait for, too.
+    let mut leaves = Connection::open(server.admin());
+    leaves.send("PUT /v1/b HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n");
+    assert_eq!(leaves.read().status, 100);
+    drop(leaves);
+    server.says("\"object\":\"PUT /v1/b\"");
+    // Those of other clients are in the access log, and reads are in no trail.
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/c", b"").status, 201);
+    let lines = server.terminate().stderr().to_vec();
+    assert_eq!(lines.iter().filter(|line| line.contains("\"audit\"")).count(), 3, "{lines:?}");
+}

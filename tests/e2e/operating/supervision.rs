@@ -1,0 +1,77 @@
+//! Background tasks and threads that panic in a server: each is started again and does its work, or the server ends with an error.
+//! Those of a log in a database are in `logs::postgres::supervision`, and those that need nothing from outside are among the
+//! unit tests of `kvs serve`.
+
+use std::fs;
+
+use crate::support::certificates::{Authority, Kind};
+use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
+use crate::support::metrics::counts;
+use crate::support::sabotage::{sabotaged, says, start, starts_again};
+use crate::support::server::{Process, Server, serve};
+use crate::support::swap::{swap, swaps};
+use crate::support::wire::Connection;
+
+#[test]
+fn log_lines_go_on_after_a_panic() {
+    // That it serves is one of them.
+    let server = start(&["log lines"], &[]);
+    starts_again(&server, "log lines");
+    server.terminate();
+}
+
+#[test]
+fn files_are_read_again_after_a_panic() {
+    let authority = Authority::new();
+    let pair = authority.issue("server", Kind::Server, 1);
+    let file = authority.path("guest.wasm");
+    fs::copy(DEFAULT_GUEST, &file).expect("the guest can be copied");
+    let args = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--watch-guest", &file];
+    let server = start(&["TLS reload", "guest reload"], &args);
+    starts_again(&server, "TLS reload");
+    starts_again(&server, "guest reload");
+    authority.issue("server", Kind::Server, 2);
+    fs::write(&file, component(guest())).expect("it can be written");
+    server.says("reloaded the TLS certificate");
+    server.says("the guest was swapped guest=\"unruly\"");
+}
+
+#[test]
+fn guest_is_rebuilt_after_a_panic() {
+    let server = start(&["guest rebuild", "guest queue"], &[guest()]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
+    client.ask("GET", "/trap", b"").says(500, "the store failed on this request");
+    assert_eq!(client.ask("GET", "/store/a", b"").text(), "value");
+    starts_again(&server, "guest rebuild");
+    counts(&server, "kvs_task_panics_total{task=\"guest queue\"}", 1.0);
+    counts(&server, "kvs_guest_shards_down", 0.0);
+    let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    assert!(ready.status == 200 && ready.text().contains("[+]guest ok\n"), "{}", ready.text());
+}
+
+#[test]
+fn spare_is_built_after_a_panic() {
+    let server = start(&["guest spare"], &["--spare"]);
+    starts_again(&server, "guest spare");
+    counts(&server, "kvs_guest_spares", 1.0);
+}
+
+#[test]
+fn swap_that_panics_is_answered_and_prevents_no_other() {
+    let server = start(&["guest swap"], &["--probation", "1ms"]);
+    let failed = swap(&server, &copy_of(DEFAULT_GUEST));
+    assert_eq!(failed.status, 500, "{}", failed.text());
+    counts(&server, "kvs_task_panics_total{task=\"guest swap\"}", 1.0);
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+}
+
+#[test]
+fn standby_restarts_after_a_panic_of_its_log() {
+    let primary = Server::start(&[]);
+    let mut command = serve(primary.data());
+    command.arg("--standby");
+    let standby = Process::spawn(sabotaged(&["log standby"], &command));
+    says(&standby, &["sabotage of log standby", "restarting as a standby"]);
+    assert_eq!(Connection::open(primary.address()).ask("PUT", "/v1/a", b"value").status, 201);
+}

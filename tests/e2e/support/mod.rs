@@ -1,0 +1,30 @@
+//! What the suites share: servers, clients and the surroundings of both. The only test here is the process of `sabotage`.
+
+pub mod backup;
+pub mod browser;
+pub mod certificates;
+pub mod events;
+pub mod faults;
+pub mod file_log;
+pub mod guests;
+pub mod http2;
+pub mod http_clients;
+pub mod linear;
+pub mod load;
+pub mod log;
+pub mod memory;
+pub mod metrics;
+pub mod mount;
+pub mod nats;
+pub mod pages;
+pub mod postgres;
+pub mod readiness;
+pub mod requests;
+pub mod sabotage;
+pub mod server;
+pub mod swap;
+pub mod tls;
+pub mod tokens;
+pub mod txlog;
+pub mod wire;
+pub mod zoo;

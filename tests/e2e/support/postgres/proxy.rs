@@ -1,0 +1,137 @@
+//! A way to a database that can be cut off: what goes through it can be held up, lost or reset.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use crate::support::server::PATIENCE;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Open,
+    /// Each answer takes this long.
+    Slow(Duration),
+    /// What is asked arrives, and the answers do not: the worst moment to be cut off.
+    Deaf,
+    /// Nothing passes, and neither side is notified.
+    Lost,
+    /// Connections end at once, old and new.
+    Reset,
+}
+
+pub struct Proxy {
+    pub port: u16,
+    state: Arc<State>,
+}
+
+struct State {
+    /// The port of the database.
+    target: Mutex<u16>,
+    way: Mutex<Way>,
+    changed: Condvar,
+    /// Bytes of answers that were kept back.
+    kept: Mutex<u64>,
+    kept_more: Condvar,
+    open: Mutex<Vec<TcpStream>>,
+}
+
+impl Proxy {
+    pub fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it has an address");
+        let state = Arc::new(State {
+            target: Mutex::new(port),
+            way: Mutex::new(Way::Open),
+            changed: Condvar::new(),
+            kept: Mutex::new(0),
+            kept_more: Condvar::new(),
+            open: Mutex::default(),
+        });
+        let shared = Arc::clone(&state);
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let port = *shared.target.lock().unwrap();
+                // For a database that is down, the connection ends.
+                let _ = shared.connect(client, SocketAddr::from(([127, 0, 0, 1], port)));
+            }
+        });
+        Self { port: address.port(), state }
+    }
+
+    pub fn set(&self, way: Way) {
+        *self.state.kept.lock().unwrap() = 0;
+        *self.state.way.lock().unwrap() = way;
+        self.state.changed.notify_all();
+        if way == Way::Reset {
+            self.reset();
+        }
+    }
+
+    /// New connections are to this port, as those to an address that moves. Those that there are stay.
+    pub fn lead_to(&self, port: u16) {
+        *self.state.target.lock().unwrap() = port;
+    }
+
+    /// Ends all connections that there are.
+    pub fn reset(&self) {
+        for stream in self.state.open.lock().unwrap().drain(..) {
+            let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Waits until an answer was kept back.
+    pub fn kept_something(&self) {
+        let kept = self.state.kept.lock().unwrap();
+        let (kept, _) = self.state.kept_more.wait_timeout_while(kept, PATIENCE, |kept| *kept == 0).unwrap();
+        assert!(*kept > 0, "no answer was kept back");
+    }
+}
+
+impl State {
+    fn connect(self: &Arc<Self>, client: TcpStream, server: SocketAddr) -> io::Result<()> {
+        if *self.way.lock().unwrap() == Way::Reset {
+            return Ok(());
+        }
+        let server = TcpStream::connect(server)?;
+        self.open.lock().unwrap().extend([client.try_clone()?, server.try_clone()?]);
+        for (mut from, mut to, answers) in [(client.try_clone()?, server.try_clone()?, false), (server, client, true)] {
+            let state = Arc::clone(self);
+            thread::spawn(move || {
+                let _ = state.pass(&mut from, &mut to, answers);
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+            });
+        }
+        Ok(())
+    }
+
+    fn pass(&self, from: &mut TcpStream, to: &mut TcpStream, answers: bool) -> io::Result<()> {
+        let mut buffer = [0; 64 << 10];
+        loop {
+            let length = from.read(&mut buffer)?;
+            if length == 0 {
+                return Ok(());
+            }
+            let mut way = self.way.lock().unwrap();
+            while *way == Way::Lost || *way == Way::Deaf && answers {
+                *self.kept.lock().unwrap() += length as u64;
+                self.kept_more.notify_all();
+                way = self.changed.wait(way).unwrap();
+            }
+            // What was kept back is lost with its connection, also when this comes before the end of it.
+            if *way == Way::Reset {
+                return Ok(());
+            }
+            if let (Way::Slow(time), true) = (*way, answers) {
+                drop(way);
+                // This is what it is for.
+                thread::sleep(time);
+            }
+            to.write_all(&buffer[..length])?;
+        }
+    }
+}

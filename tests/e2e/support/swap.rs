@@ -1,0 +1,99 @@
+//! Swaps of the guest over the admin listener, also under load.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use super::guests::component;
+use super::load::SaysOver;
+use super::server::Server;
+use super::wire::{Connection, Response, get};
+
+/// Puts a guest in, and waits for the answer.
+pub fn swap(server: &Server, component: &[u8]) -> Response {
+    Connection::open(server.admin()).ask("PUT", "/guest", component)
+}
+
+#[track_caller]
+pub fn swaps(server: &Server, component: &[u8]) {
+    let answer = swap(server, component);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+/// What the admin listener says of the guest.
+pub fn status(server: &Server) -> serde_json::Value {
+    let answer = Connection::open(server.admin()).ask("GET", "/guest", b"");
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    serde_json::from_slice(&answer.body).expect("the status is JSON")
+}
+
+pub fn serving(server: &Server) -> String {
+    status(server)["name"].as_str().expect("a guest has a name").to_owned()
+}
+
+/// Does some work while clients write and read. Each has a key of its own: what it reads must be what it wrote last, whichever
+/// guest answers. The work finds the number of requests so far.
+pub fn under_load(server: &Server, work: impl FnOnce(&AtomicU64)) {
+    let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for client in 0..8 {
+            let (server, stop, requests) = (&server, &stop, &requests);
+            scope.spawn(move || {
+                let mut connection = Connection::open(server.address());
+                let path = format!("/v1/client-{client}");
+                let mut newest = 0;
+                for n in 0_u64.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let answer = connection.ask("PUT", &path, n.to_string().as_bytes());
+                    assert_eq!(answer.status, 201, "{}", answer.text());
+                    let sequence = answer.etag().expect("a PUT has an ETag");
+                    assert!(sequence > newest, "sequence {sequence} after {newest}");
+                    newest = sequence;
+                    let answer = get(&mut connection, &path);
+                    assert_eq!((answer.status, answer.text()), (200, n.to_string().as_str()));
+                    assert_eq!(answer.etag(), Some(sequence));
+                    requests.fetch_add(2, Ordering::Relaxed);
+                }
+            });
+        }
+        let _over = SaysOver(&stop);
+        work(&requests);
+    });
+}
+
+/// Swaps the guest. A trap can roll the swap back.
+pub fn put_in(server: &Server, component: &[u8]) {
+    let answer = Connection::open(server.admin()).ask("PUT", "/guest", component);
+    assert!(matches!(answer.status, 200 | 422), "{}: {}", answer.status, answer.text());
+}
+
+/// Puts a guest in the place of the default one, and takes it out again, while clients write and read. `meanwhile` is what can
+/// be seen of it in between.
+#[track_caller]
+pub fn comes_and_goes_under_load(
+    guest: &str,
+    args: &[&str],
+    meanwhile: impl FnOnce(&Server, &mut Connection),
+) -> Server {
+    let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
+    let component = component(guest);
+    // Compiled before there is load, which is hard on a large one.
+    let tried = Connection::open(server.admin()).ask("PUT", "/guest?dry-run", &component);
+    assert_eq!(tried.status, 200, "{}", tried.text());
+    under_load(&server, |_| {
+        swaps(&server, &component);
+        meanwhile(&server, &mut Connection::open(server.address()));
+        let back = Connection::open(server.admin()).ask("DELETE", "/guest", b"");
+        assert_eq!(back.status, 200, "{}", back.text());
+        assert_eq!(serving(&server), "kvs");
+    });
+    server
+}
+
+/// Waits until a swap is where this is true of it.
+pub fn in_phase(server: &Server, phase: &str) {
+    // Each look is a request and its answer.
+    let there = (0..100_000).any(|_| status(server)["swap"]["phase"] == phase);
+    assert!(there, "no swap came to {phase}: {}", status(server));
+}
