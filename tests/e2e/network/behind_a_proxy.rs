@@ -81,7 +81,9 @@ fn haproxy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
 fn caddy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("Caddyfile");
-    let config = configuration("Caddy", server).replace("kvs.example", &format!("http://{address}"));
+    // Any Host.
+    let site = format!("http://:{} {{\n    bind {}", address.port(), address.ip());
+    let config = configuration("Caddy", server).replace("kvs.example {", &site);
     fs::write(&file, format!("{{\n    admin off\n}}\n{config}")).expect("it can be written");
     let mut caddy = Command::new("caddy");
     caddy.args(["run", "--adapter", "caddyfile", "--config"]).arg(&file).env("HOME", directory.path());

@@ -67,11 +67,12 @@ fn swap_that_panics_is_answered_and_prevents_no_other() {
 }
 
 #[test]
-fn standby_restarts_after_a_panic_of_its_log() {
+fn standby_ends_after_a_panic_of_its_log() {
     let primary = Server::start(&[]);
     let mut command = serve(primary.data());
     command.arg("--standby");
-    let standby = Process::spawn(sabotaged(&["log standby"], &command));
-    says(&standby, &["sabotage of log standby", "restarting as a standby"]);
+    let mut standby = Process::spawn(sabotaged(&["log standby"], &command));
+    says(&standby, &["kvs: the transaction log failed", "sabotage of log standby", "start again to recover"]);
+    assert_eq!(standby.wait().code(), Some(1));
     assert_eq!(Connection::open(primary.address()).ask("PUT", "/v1/a", b"value").status, 201);
 }
