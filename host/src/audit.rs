@@ -34,5 +34,6 @@ impl Actor {
 pub fn log(actor: &Actor, action: &str, object: impl Display, outcome: impl Display) {
     let request_id = actor.request_id.as_ref().and_then(|id| id.to_str().ok());
     let principal = actor.principal.as_deref();
-    info!(target: TARGET, action, %object, %outcome, principal, request_id, "audit");
+    let (object, outcome) = (object.to_string(), outcome.to_string());
+    info!(target: TARGET, action, object, outcome, principal, request_id, "audit");
 }

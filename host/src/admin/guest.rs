@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::{Answer, not_allowed, text};
-use crate::audit::Actor;
+use crate::audit::{self, Actor};
 use crate::guest::{Ended, GUEST_BYTES, Outcome, ShadowPlan, Source, Steps, SwapError, Swapper};
 use crate::parse;
 
@@ -35,7 +35,7 @@ impl Guests {
 
     pub async fn respond(&self, request: Request<Incoming>, actor: Actor) -> Answer {
         let steps = match request.uri().query() {
-            Some("rollback") if request.method() == Method::DELETE => return self.roll_back(),
+            Some("rollback") if request.method() == Method::DELETE => return self.roll_back(&actor),
             query => match steps(query.unwrap_or_default()) {
                 Ok(steps) => steps,
                 Err(reason) => return line(StatusCode::BAD_REQUEST, reason),
@@ -59,8 +59,15 @@ impl Guests {
         }
     }
 
-    fn roll_back(&self) -> Answer {
-        match self.swapper.roll_back() {
+    fn roll_back(&self, actor: &Actor) -> Answer {
+        let ended = self.swapper.roll_back();
+        let object = match ended {
+            Some(Ended::Probation) => "probation",
+            Some(Ended::Shadow) => "shadow traffic",
+            None => "none",
+        };
+        audit::log(actor, "rollback", object, if ended.is_some() { "success" } else { "nothing to roll back" });
+        match ended {
             Some(Ended::Probation) => {
                 line(StatusCode::ACCEPTED, "rolling back: the previous guest serves again in a moment")
             }

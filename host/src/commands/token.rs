@@ -1,11 +1,13 @@
 //! `kvs token`: creates, lists and revokes tokens of clients.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use kvs_runtime::Env;
+use rustix::fs::{fstat, stat};
 
 use super::client::OutputArgs;
 use crate::audit::{self, Actor};
@@ -61,8 +63,9 @@ pub struct TokenFile {
 pub fn run(command: TokenCommand) -> Result<()> {
     match command {
         TokenCommand::Create { name, scope, path_prefix, key_prefix, expires, file } => {
-            // A broken pipe is a failure here: nobody would know the token.
+            // A broken pipe is a failure here, and so is /dev/null, which stands in for a closed output: nobody would know the token.
             let show = |token: &str| {
+                ensure!(!is_null(&io::stdout()), "the token would be printed to /dev/null, none was created");
                 writeln!(io::stdout(), "{token}")
                     .map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
             };
@@ -80,4 +83,10 @@ pub fn run(command: TokenCommand) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Returns whether this is the null device.
+fn is_null(output: &impl AsFd) -> bool {
+    let null = stat("/dev/null").map(|null| null.st_rdev);
+    fstat(output).is_ok_and(|output| Ok(output.st_rdev) == null)
 }

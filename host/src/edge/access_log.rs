@@ -47,7 +47,7 @@ impl AccessLog {
             return;
         }
         let target = target(line.uri);
-        let (method, status, ms) = (line.method.as_str(), line.status.as_u16(), line.took.as_secs_f64() * 1e3);
+        let (method, status, ms) = (line.method.as_str(), line.status.as_u16(), milliseconds(line.took));
         let request_id = line.id.to_str().unwrap_or_default();
         let (peer, principal, bytes) = (super::shown(line.client.address), line.principal, line.bytes);
         info!(request_id, %peer, principal, method, target, status, bytes, ms, "request");
@@ -63,6 +63,11 @@ impl Measured for AccessLog {
         let help = "Requests without a line in the access log (--access-log-rate)";
         page.counter("access_log_skipped_requests", help, self.lines.left_out.get())
     }
+}
+
+/// Returns a duration in milliseconds, to the microsecond.
+pub fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 /// Returns path and query, truncated.

@@ -7,7 +7,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Response, StatusCode};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::metrics::Limit;
 
@@ -17,6 +17,8 @@ const LINGER_BYTES: usize = 16 << 20;
 /// Maximum number of parts of such a body: a client can send it in chunks of a byte.
 const LINGER_PARTS: usize = 10_000;
 const LINGER: Duration = Duration::from_secs(2);
+/// Time within which a response has begun.
+const RESPONDING: Duration = Duration::from_millis(50);
 
 pub type Answer = Response<Bytes>;
 
@@ -49,10 +51,14 @@ pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
     if body.is_end_stream() {
         return response;
     }
-    // A client with Expect: 100-continue has not sent the body, and a read would make hyper ask for it.
-    if !headers.contains_key(header::EXPECT) {
-        tokio::spawn(discard(body));
-    }
+    let expects = headers.contains_key(header::EXPECT);
+    tokio::spawn(async move {
+        // With Expect: 100-continue, hyper would ask for the body unless the response has begun. A proxy sends it all the same.
+        if expects {
+            sleep(RESPONDING).await;
+        }
+        discard(body).await;
+    });
     closing(response)
 }
 

@@ -8,7 +8,7 @@ use kvs_metrics::{Counter, Measured, Page};
 use kvs_runtime::{Env, Task};
 use tracing::info;
 
-use super::access_log::{Line, target};
+use super::access_log::{Line, milliseconds, target};
 use super::line_rate::LineRate;
 
 /// Maximum number of lines per second. More say little more, and are many when everything is slow.
@@ -47,8 +47,7 @@ impl SlowLog {
         }
         let (method, target, status) = (line.method.as_str(), target(line.uri), line.status.as_u16());
         let request_id = line.id.to_str().unwrap_or_default();
-        let [ms, queue_ms, guest_ms, commit_ms] =
-            [line.took, times.queue, times.guest, times.commit].map(|time| time.as_secs_f64() * 1e3);
+        let [ms, queue_ms, guest_ms, commit_ms] = [line.took, times.queue, times.guest, times.commit].map(milliseconds);
         info!(request_id, method, target, status, ms, queue_ms, guest_ms, commit_ms, "slow request");
     }
 

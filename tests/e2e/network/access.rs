@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
@@ -360,6 +361,17 @@ fn token_that_cannot_be_printed_is_not_created() {
     let mut command = kvs();
     command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(closed);
     refused(command).with(1, &["cannot print the token, none was created"]);
+    let mut command = kvs();
+    command.args(["token", "create", "bob", "--tokens", &tokens.file()]).stdout(Stdio::null());
+    refused(command).with(1, &["/dev/null, none was created"]);
+    // A closed output is opened as /dev/null.
+    let create = kvs();
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", "exec \"$0\" token create bob --tokens \"$1\" >&-"])
+        .arg(create.get_program())
+        .arg(tokens.file());
+    refused(command).with(1, &["/dev/null, none was created"]);
     let text = fs::read_to_string(tokens.file()).expect("the file is there");
     assert!(text.starts_with("alice ") && text.lines().count() == 1, "{text}");
 }

@@ -92,6 +92,29 @@ fn reload_is_recorded_with_its_cause() {
     assert!(!line.contains("principal") && line.contains("request_id"), "{line}");
 }
 
+#[test]
+fn rollback_is_recorded_with_principal() {
+    let tokens = Tokens::new();
+    let [alice, bob] = ["alice", "bob"].map(|name| tokens.add(&[name, "--scope", "admin"]));
+    let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0", "--probation", "1h"];
+    let server = Server::start(&[&JSON[..], &args].concat());
+    let ask = |token: &str, method: &str, path: &str, body: &[u8]| {
+        let headers = [("authorization", &*format!("Bearer {token}")), ("x-request-id", "change-8")];
+        Connection::open(server.admin()).ask_with(method, path, &headers, body).status
+    };
+    assert_eq!(ask(&bob, "DELETE", "/guest?rollback", b""), 409);
+    assert_eq!(ask(&alice, "PUT", "/guest", &component(guest())), 200);
+    assert_eq!(ask(&bob, "DELETE", "/guest?rollback", b""), 202);
+    for (object, outcome) in [("none", "nothing to roll back"), ("probation", "success")] {
+        let line = record(&server.says(&format!("\"object\":\"{object}\"")));
+        for (field, value) in
+            [("action", "rollback"), ("outcome", outcome), ("principal", "bob"), ("request_id", "change-8")]
+        {
+            assert_eq!(line[field], value, "{line}");
+        }
+    }
+}
+
 /// Runs a command, and gives action and object that it recorded for this user.
 fn recorded(mut command: Command) -> (String, String) {
     let output = command.args(JSON).output().expect("the binary under test can be started");
