@@ -218,7 +218,7 @@ fn put_of(line: &[u8], is_valid_key: fn(&str) -> bool) -> Result<Option<Put>, St
     let mut target = path_of(&record.key);
     match record.expiry() {
         Expiry::Never => {}
-        Expiry::In(seconds) => add(&mut target, "ttl", &seconds.to_string()),
+        Expiry::In(left) => add(&mut target, "ttl", &format!("{}ms", left.as_millis())),
         Expiry::Expired => return Ok(None),
     }
     let (key, content_type) = (record.key.clone(), record.content_type.clone());

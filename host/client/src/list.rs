@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::output::Output;
-use super::server::{ApiRequest, Server, add};
+use super::server::{ApiRequest, Server, add, prefix_shown};
 use super::value::entry_of;
 
 /// Keys of a page, at most.
@@ -103,7 +103,8 @@ impl Pages<'_> {
                 }
             }
             let request = ApiRequest { method: "GET", target: &target, headers: &[], body: None };
-            let page: Page = server.send_for(&request).with_context(|| format!("list {}", self.prefix))?;
+            let page: Page =
+                server.send_for(&request).with_context(|| format!("list {}", prefix_shown(self.prefix)))?;
             left = left.saturating_sub(page.keys.len() as u64);
             for entry in page.keys {
                 print(entry, &mut out)?;

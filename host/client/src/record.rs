@@ -1,10 +1,15 @@
 //! A key and its value as one line of JSON, as `kvs export` prints it and `kvs import` reads it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+
+/// Shortest and longest time to live.
+const MIN_TTL: Duration = Duration::from_millis(1);
+const MAX_TTL: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A line of an export or import.
 #[derive(Debug, Default, Deserialize)]
@@ -21,9 +26,9 @@ pub struct Record {
     /// Expiry, in milliseconds since 1970.
     #[serde(default)]
     expires: Option<u64>,
-    /// Time to live in seconds, an alternative for hand-written lines.
-    #[serde(default)]
-    ttl: Option<u64>,
+    /// Time to live, a number of seconds or a text such as "90s", an alternative for hand-written lines.
+    #[serde(default, deserialize_with = "ttl")]
+    ttl: Option<Duration>,
     /// Part of an export, but meaningless in another store.
     #[serde(default, rename = "etag")]
     _etag: Option<String>,
@@ -33,8 +38,7 @@ pub struct Record {
 #[derive(Debug, PartialEq)]
 pub enum Expiry {
     Never,
-    /// After this number of seconds.
-    In(u64),
+    In(Duration),
     Expired,
 }
 
@@ -46,8 +50,8 @@ impl Record {
         if record.ttl.is_some() && record.expires.is_some() {
             return Err("`ttl` and `expires` are mutually exclusive".to_owned());
         }
-        if record.ttl == Some(0) {
-            return Err("`ttl` must be at least 1".to_owned());
+        if record.ttl.is_some_and(|ttl| !(MIN_TTL..=MAX_TTL).contains(&ttl)) {
+            return Err("`ttl` must be from 1ms to 100 years".to_owned());
         }
         Ok(record)
     }
@@ -67,12 +71,30 @@ impl Record {
         match (self.ttl, self.expires) {
             (Some(ttl), _) => Expiry::In(ttl),
             (None, None) => Expiry::Never,
-            (None, Some(expires)) => match expires.saturating_sub(now).div_ceil(1_000) {
+            (None, Some(expires)) => match expires.saturating_sub(now) {
                 0 => Expiry::Expired,
-                seconds => Expiry::In(seconds),
+                left => Expiry::In(Duration::from_millis(left).min(MAX_TTL)),
             },
         }
     }
+}
+
+/// Parses a time to live, as transactions have it, and in larger units.
+fn ttl<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "`ttl` must be a number of seconds, or a text such as \"90s\"")]
+    enum Ttl {
+        Seconds(u64),
+        Text(String),
+    }
+    Ok(Some(match Ttl::deserialize(deserializer)? {
+        Ttl::Seconds(seconds) => Duration::from_secs(seconds),
+        Ttl::Text(text) => match text.parse() {
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_) => humantime::parse_duration(&text)
+                .map_err(|error| D::Error::custom(format!("`ttl` {text:?}: {error}")))?,
+        },
+    }))
 }
 
 #[cfg(test)]
@@ -91,7 +113,10 @@ mod tests {
                 "{\"key\": \"a\", \"value\": \"\", \"ttl\": 1, \"expires\": 1}",
                 "`ttl` and `expires` are mutually exclusive",
             ),
-            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": 0}", "`ttl` must be at least 1"),
+            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": 0}", "`ttl` must be from 1ms to 100 years"),
+            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": \"101years\"}", "`ttl` must be from 1ms to 100 years"),
+            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": \"soon\"}", "`ttl` \"soon\": "),
+            ("{\"key\": \"a\", \"value\": \"\", \"ttl\": true}", "`ttl` must be a number of seconds, or a text"),
         ] {
             let error = Record::parse(line.as_bytes()).expect_err(line);
             assert!(error.contains(wrong), "{line}: {error}");
@@ -105,13 +130,22 @@ mod tests {
     }
 
     #[test]
-    fn expiry_becomes_remaining_seconds() {
+    fn ttl_is_seconds_or_has_unit() {
+        for (ttl, seconds) in [("60", 60), ("\"60\"", 60), ("\"90s\"", 90), ("\"30days\"", 30 * 86_400)] {
+            let line = format!("{{\"key\": \"a\", \"value\": \"\", \"ttl\": {ttl}}}");
+            let record = Record::parse(line.as_bytes()).expect(ttl);
+            assert_eq!(record.expiry(), Expiry::In(Duration::from_secs(seconds)), "{ttl}");
+        }
+    }
+
+    #[test]
+    fn expiry_becomes_remaining_time() {
         let expiry = |expires| Record { expires, ..Record::default() }.expiry();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         assert_eq!(expiry(None), Expiry::Never);
         assert_eq!(expiry(Some(now)), Expiry::Expired);
         assert_eq!(expiry(Some(0)), Expiry::Expired);
         let Expiry::In(left) = expiry(Some(now + 3_600_000)) else { panic!("it has not expired") };
-        assert!((3_500..=3_600).contains(&left), "{left}");
+        assert!((3_500..=3_600).contains(&left.as_secs()), "{left:?}");
     }
 }

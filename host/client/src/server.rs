@@ -220,6 +220,11 @@ pub fn shown(key: &str) -> String {
     format!("{}… ({} bytes)", &key[..key.floor_char_boundary(MAX_SHOWN_KEY_BYTES)], key.len())
 }
 
+/// Returns prefixes for an error.
+pub fn prefix_shown(prefix: &str) -> String {
+    if prefix.is_empty() { "all keys".to_owned() } else { shown(prefix) }
+}
+
 /// Returns the path of a key.
 pub fn path_of(key: &str) -> String {
     format!("/v1/{}", segment_of(key))

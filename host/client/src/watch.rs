@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
 use super::output::Output;
-use super::server::{ApiRequest, ClientError, Server, add, shown};
+use super::server::{ApiRequest, ClientError, Server, add, prefix_shown};
 
 /// Maximum length of a line: more than the largest event with every byte escaped.
 const LINE_BYTES: u64 = 8 << 30;
@@ -55,7 +55,9 @@ pub fn watch(
                 report(&format!("connection lost, reconnecting: {lost}"));
             }
             Err(failure) if watched && is_transient(&failure) => {}
-            Err(failure) => return Err(failure).with_context(|| format!("watch {}", shown(&prefixes.join(" ")))),
+            Err(failure) => {
+                return Err(failure).with_context(|| format!("watch {}", prefix_shown(&prefixes.join(" "))));
+            }
         }
         thread::sleep(wait);
         wait = MAX_BACKOFF.min(wait * 2);
