@@ -1,7 +1,9 @@
 //! The audit trail: who did what that changes a server for everybody.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -9,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::support::backup::{restore, take};
 use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
-use crate::support::server::{Server, kvs};
+use crate::support::server::{PATIENCE, Server, kvs};
 use crate::support::swap::{status, swap};
 use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
@@ -103,8 +105,16 @@ fn rollback_is_recorded_with_principal() {
         Connection::open(server.admin()).ask_with(method, path, &headers, body).status
     };
     assert_eq!(ask(&bob, "DELETE", "/guest?rollback", b""), 409);
-    assert_eq!(ask(&alice, "PUT", "/guest", &component(guest())), 200);
-    assert_eq!(ask(&bob, "DELETE", "/guest?rollback", b""), 202);
+    thread::scope(|scope| {
+        // It is answered at the end of the probation.
+        let swapped = scope.spawn(|| ask(&alice, "PUT", "/guest", &component(guest())));
+        let begun = Instant::now();
+        while ask(&bob, "DELETE", "/guest?rollback", b"") != 202 {
+            assert!(begun.elapsed() < PATIENCE, "there is no probation");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(swapped.join().expect("it is answered"), 422);
+    });
     for (object, outcome) in [("none", "nothing to roll back"), ("probation", "success")] {
         let line = record(&server.says(&format!("\"object\":\"{object}\"")));
         for (field, value) in
@@ -117,7 +127,7 @@ fn rollback_is_recorded_with_principal() {
 
 /// Runs a command, and gives action and object that it recorded for this user.
 fn recorded(mut command: Command) -> (String, String) {
-    let output = command.args(JSON).output().expect("the binary under test can be started");
+    let output = command.args(JSON).stdout(Stdio::piped()).output().expect("the binary under test can be started");
     let lines = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{lines}");
     let record = record(lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")));
