@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::{Answer, not_allowed, text};
 use crate::audit::{self, Actor};
+use crate::edge::linger;
 use crate::guest::{Ended, GUEST_BYTES, Outcome, ShadowPlan, Source, Steps, SwapError, Swapper};
 use crate::parse;
 
@@ -44,7 +45,11 @@ impl Guests {
         match *request.method() {
             Method::GET | Method::HEAD => document(self.swapper.status()),
             Method::PUT => {
-                let Ok(_alone) = self.arriving.try_lock() else { return refused(&SwapError::Busy) };
+                let Ok(_alone) = self.arriving.try_lock() else {
+                    let (head, body) = request.into_parts();
+                    linger(&head.headers, body);
+                    return refused(&SwapError::Busy);
+                };
                 match read(request).await {
                     Ok(component) => self.swap(Source::Sent, component, steps, actor).await,
                     Err(refusal) => refusal,

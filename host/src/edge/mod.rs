@@ -59,6 +59,7 @@ pub use forward::{Caller, Forwarder};
 pub use head::is_safe;
 use listener::{Listener, Listeners};
 pub use metrics::Metrics;
+pub use refusal::linger;
 pub use reply::Reply;
 pub use request_id::{HEADER as REQUEST_ID, RequestIds};
 pub use service::Service;

@@ -46,11 +46,17 @@ pub fn closing(mut response: Answer) -> Answer {
 }
 
 /// Rejects a request whose body was not read, with a lingering close.
-#[expect(clippy::disallowed_methods, reason = "a detached task of a connection that is about to close")]
 pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
     if body.is_end_stream() {
         return response;
     }
+    linger(headers, body);
+    closing(response)
+}
+
+/// Reads the body of a rejected request for a moment, while it is answered.
+#[expect(clippy::disallowed_methods, reason = "a detached task of a connection that is about to close")]
+pub fn linger(headers: &HeaderMap, body: Arriving) {
     let expects = headers.contains_key(header::EXPECT);
     tokio::spawn(async move {
         // With Expect: 100-continue, hyper would ask for the body unless the response has begun. A proxy sends it all the same.
@@ -59,7 +65,6 @@ pub fn unread(headers: &HeaderMap, body: Arriving, response: Answer) -> Answer {
         }
         discard(body).await;
     });
-    closing(response)
 }
 
 async fn discard(body: Arriving) {
