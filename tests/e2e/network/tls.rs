@@ -1,6 +1,8 @@
 //! TLS: the certificate and its key, versions, replacing them while connections are open, and clients that show
 //! certificates of their own.
 
+mod admin_listener;
+
 use std::fs;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,9 +18,8 @@ use crate::support::guests::guest;
 use crate::support::http_clients::curl;
 use crate::support::load::SaysOver;
 use crate::support::metrics::{Metrics, counts};
-use crate::support::server::{Server, kvs, serve_refused};
+use crate::support::server::{Server, serve_refused};
 use crate::support::tls::{Client, Secure, TLS12, TLS13, connect};
-use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
 /// A server with a good certificate and these flags, and who issued it.
@@ -447,59 +448,4 @@ fn expired_certificate_ends_its_watch_and_resumes_nothing() {
     let refused = again.and_then(|mut client| client.try_ask("GET", "/v1/a", b""));
     assert!(refused.is_err(), "{refused:?}");
     server.says_again("closed: the certificate of the client is not good any more", 2);
-}
-
-#[test]
-fn admin_listener_has_the_certificate_too() {
-    let authority = Authority::new();
-    let pair = authority.issue("server", Kind::Server, 1);
-    // It asks for no certificate, other than the HTTP interface.
-    let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
-    let server = Server::start(&[&files[..], &["--admin-tls"]].concat());
-    server.says("admin on https://");
-    let client = Client::of(&authority);
-    let mut open = client.open(server.admin()).expect("it is served");
-    assert_eq!((open.ask("GET", "/readyz", b"").status, open.ask("GET", "/metrics", b"").status), (200, 200));
-    let url = format!("https://127.0.0.1:{}", server.admin().port());
-    let kvs = |args: &[&str]| {
-        let output = kvs().args(args).args(["--admin", &url]).output().expect("the binary under test can be started");
-        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
-    };
-    let trust = ["--cacert", &authority.file()];
-    for command in [&["health"][..], &["read-only", "off"]] {
-        let (done, said) = kvs(&[command, &trust].concat());
-        assert!(done, "{command:?}: {said}");
-    }
-    let (trusted, said) = kvs(&["health"]);
-    assert!(!trusted && said.contains("certificate"), "{said}");
-    // Without TLS there is no answer in HTTP.
-    let plain = Connection::open(server.admin()).try_ask("GET", "/readyz", b"");
-    assert!(plain.is_err(), "{plain:?}");
-
-    let first = shown(&open);
-    authority.issue("server", Kind::Server, 2);
-    server.signal(Signal::HUP);
-    server.says("reloaded the TLS certificate");
-    assert!(
-        first != shown(&client.open(server.admin()).expect("it is served")),
-        "the first certificate is still in use"
-    );
-    assert_eq!(open.ask("GET", "/livez", b"").status, 200);
-    server.terminate();
-    serve_refused(&["--admin-tls"]).with(2, &["--tls-cert"]);
-}
-
-#[test]
-fn warning_of_an_open_admin_listener_ends_with_tls() {
-    let tokens = Tokens::new();
-    tokens.add(&["alice", "--scope", "admin"]);
-    let (_authority, server) = start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0", "--admin-tls"]);
-    server.says("serving on");
-    assert!(
-        !server.stderr().iter().any(|line| line.contains("can be reached from elsewhere")),
-        "{:?}",
-        server.stderr()
-    );
-    let (_authority, server) = start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]);
-    server.says("--admin 0.0.0.0:0 can be reached from elsewhere, without TLS");
 }
