@@ -1,10 +1,10 @@
 //! `just bench-quick`: how many instructions of its own the server spends on a request and on an entry of a replay, guest and
 //! host together, beside what it spent when `quick.json` was written.
 //!
-//! They are counted by valgrind, on one worker thread, so the noise of the machine does not matter: what is left is the
-//! chance of hash seeds and wake-ups, a percent or two; a PUT takes up to a seventh less where the machine is busy, as more of them
-//! share a sync then. A count is the difference of two runs, so that the start is not in
-//! it. What the kernel does for a request is not in it either.
+//! They are counted by valgrind, on one worker thread, and threads take turns in order: left to the kernel, a PUT takes up to a
+//! seventh less where the machine is busy, as its threads are woken less often then. So the load of the machine does not matter:
+//! what is left is the chance of hash seeds, a percent or two. A count is the difference of two runs, so that the start is not
+//! in it. What the kernel does for a request is not in it either.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -108,8 +108,9 @@ enum Program<'d> {
 fn counted(data: &Path, program: Program<'_>, request: &str, times: u64) -> Result<u64> {
     let report = data.join("report");
     let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
-    let mut args =
-        ["TOKIO_WORKER_THREADS=1", "valgrind", "--tool=cachegrind", "--cache-sim=no"].map(str::to_owned).to_vec();
+    let mut args = ["TOKIO_WORKER_THREADS=1", "valgrind", "--tool=cachegrind", "--cache-sim=no", "--fair-sched=yes"]
+        .map(str::to_owned)
+        .to_vec();
     args.extend(["--cachegrind-out-file=/dev/null".to_owned(), format!("--log-file={}", text(&report)?)]);
     match program {
         Program::Kvs(log) | Program::NoCache(log) => {
