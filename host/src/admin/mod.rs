@@ -250,7 +250,7 @@ impl Admin {
             let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
             match tokens.get().check_admin(request.headers(), needed) {
                 Ok(name) => principal = Some(name.to_string()),
-                Err(refusal) => return refusal.map(Reply::Whole).map(Either::Left),
+                Err(rejection) => return rejection.response().map(Either::Left),
             }
         }
         if matches!(request.uri().path(), "/backup" | "/history" | "/stats") {
@@ -335,7 +335,7 @@ impl Admin {
                     let _ = connection.caller.set(Arc::clone(&caller));
                     caller
                 }
-                Err(refusal) => return refusal.map(Reply::Whole),
+                Err(rejection) => return rejection.response(),
             },
         };
         let mut edit = (!is_safe(request.method())).then(|| Edit {

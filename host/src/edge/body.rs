@@ -14,7 +14,7 @@ use super::Limits;
 use super::budget::Charge;
 use super::frames::SMALL_DATA;
 use super::metrics::Limit;
-use super::refusal::{Answer, Refusal, beyond, closing, refuse, unread};
+use super::rejection::Rejection;
 
 /// Maximum number of parts of a body that are smaller than 16 bytes, as in chunks of a byte each. A part costs as much as a
 /// kilobyte.
@@ -31,7 +31,7 @@ pub async fn read(
     deadline: Instant,
     charge: &mut Charge,
     head_bytes: usize,
-) -> Result<Bytes, Refusal> {
+) -> Result<Bytes, Rejection> {
     if body.is_end_stream() {
         return Ok(Bytes::new());
     }
@@ -40,7 +40,7 @@ pub async fn read(
         && announced > limit
     {
         let reason = format!("the body is {announced} bytes, at most {limit} are allowed");
-        return Err(unread(headers, body, too_large(&reason)).into());
+        return Err(too_large(reason).with_unread(headers, body));
     }
     let begun = Instant::now();
     let (mut whole, mut small_parts) = (Bytes::new(), 0);
@@ -52,26 +52,27 @@ pub async fn read(
             // The client gets this response only if just the framing was invalid.
             Ok(Some(Err(error))) => {
                 debug!("body: {error}");
-                return Err(closing(refuse(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")).into());
+                let reason = "the body is malformed or incomplete";
+                return Err(Rejection::new(StatusCode::BAD_REQUEST, reason).closing());
             }
             Err(_) => {
-                let refusal = refuse(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
-                return Err(closing(beyond(Limit::BodyTimeout, refusal)).into());
+                let late = Rejection::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
+                return Err(late.of_limit(Limit::BodyTimeout).closing());
             }
         };
         // Trailers are ignored.
         let Ok(data) = frame.into_data() else { continue };
         if (whole.len() + data.len()) as u64 > limit {
             let reason = format!("the body exceeds {limit} bytes");
-            return Err(unread(headers, body, too_large(&reason)).into());
+            return Err(too_large(reason).with_unread(headers, body));
         }
         small_parts += u32::from(data.len() < SMALL_DATA);
         if small_parts > SMALL_PARTS {
             let reason = format!("the body has more than {SMALL_PARTS} parts of less than {SMALL_DATA} bytes");
-            return Err(unread(headers, body, refuse(StatusCode::BAD_REQUEST, &reason)).into());
+            return Err(Rejection::new(StatusCode::BAD_REQUEST, reason).with_unread(headers, body));
         }
         if charge.hold(head_bytes + whole.len() + data.len()).is_err() {
-            return Err(unread(headers, body, full()).into());
+            return Err(full().with_unread(headers, body));
         }
         if whole.is_empty() {
             whole = data;
@@ -85,11 +86,11 @@ pub async fn read(
 }
 
 /// Returns the rejection of a request when the budget of bytes in flight is used up.
-pub fn full() -> Answer {
+pub fn full() -> Rejection {
     let reason = "too many bytes of requests and responses are in flight";
-    beyond(Limit::InflightBytes, refuse(StatusCode::SERVICE_UNAVAILABLE, reason))
+    Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason).of_limit(Limit::InflightBytes)
 }
 
-fn too_large(reason: &str) -> Answer {
-    beyond(Limit::ValueBytes, refuse(StatusCode::PAYLOAD_TOO_LARGE, reason))
+fn too_large(reason: String) -> Rejection {
+    Rejection::new(StatusCode::PAYLOAD_TOO_LARGE, reason).of_limit(Limit::ValueBytes)
 }

@@ -9,8 +9,8 @@ use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::head;
-use super::problem::{NOT_PRIMARY, with_code};
-use super::refusal::{Answer, Refusal, refuse};
+use super::problem::NOT_PRIMARY;
+use super::rejection::Rejection;
 
 /// Request header: the consistency that the client requires.
 const CONSISTENCY: HeaderName = HeaderName::from_static("kvs-consistency");
@@ -20,18 +20,18 @@ const STALE_AGE: HeaderName = HeaderName::from_static("kvs-stale-age-ms");
 const PRIMARY: HeaderName = HeaderName::from_static("kvs-primary");
 
 /// Returns whether a client accepts stale reads; None if it has no preference.
-pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Refusal> {
+pub fn accepts_stale(headers: &HeaderMap) -> Result<Option<bool>, Rejection> {
     let mut given = head::values(headers, CONSISTENCY).map(HeaderValue::as_bytes);
     match (given.next(), given.next()) {
         (None, _) => Ok(None),
         (Some(b"stale"), None) => Ok(Some(true)),
         (Some(b"strong"), None) => Ok(Some(false)),
-        _ => Err(refuse(StatusCode::BAD_REQUEST, "kvs-consistency is stale or strong, once").into()),
+        _ => Err(Rejection::new(StatusCode::BAD_REQUEST, "kvs-consistency is stale or strong, once")),
     }
 }
 
 /// Rejects a request that only the primary serves, with the URL of the primary if it is known.
-pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer {
+pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Rejection {
     let mut line = reason.to_owned();
     if is_read {
         line += ", and consistent reads; kvs-consistency: stale asks for a stale one";
@@ -40,9 +40,11 @@ pub fn not_primary(reason: &str, is_read: bool, primary: Option<&str>) -> Answer
     if let (Some(primary), Some(_)) = (primary, &url) {
         line += &format!("; the primary is {primary}");
     }
-    let mut refusal = with_code(NOT_PRIMARY, refuse(StatusCode::SERVICE_UNAVAILABLE, &line));
-    refusal.headers_mut().extend(url.map(|url| (PRIMARY, url)));
-    refusal
+    let rejection = Rejection::new(StatusCode::SERVICE_UNAVAILABLE, line).with_code(NOT_PRIMARY);
+    match url {
+        Some(url) => rejection.with_header(PRIMARY, url),
+        None => rejection,
+    }
 }
 
 /// Adds the age of a stale read.
@@ -58,7 +60,7 @@ mod tests {
     fn consistency_is_stale_or_strong_once() {
         let asked = |values: &[&'static str]| {
             let headers = values.iter().map(|value| (CONSISTENCY, HeaderValue::from_static(value))).collect();
-            accepts_stale(&headers).map_err(|refusal| refusal.status())
+            accepts_stale(&headers).map_err(|rejection| rejection.status())
         };
         assert_eq!(asked(&[]), Ok(None));
         assert_eq!(asked(&["stale"]), Ok(Some(true)));
@@ -69,15 +71,15 @@ mod tests {
     }
 
     #[test]
-    fn refusal_names_the_primary_where_it_is_known() {
+    fn rejection_names_the_primary_where_it_is_known() {
         let known = not_primary("this server stands by", false, Some("http://10.0.0.1:8080"));
         assert_eq!(known.headers()[PRIMARY], "http://10.0.0.1:8080");
-        assert_eq!(known.body(), "this server stands by; the primary is http://10.0.0.1:8080\n");
+        assert_eq!(known.reason(), "this server stands by; the primary is http://10.0.0.1:8080");
         // The URL comes from a file or a database.
         for unfit in [None, Some("http://a\r\nb: c")] {
             let unknown = not_primary("this server stands by", false, unfit);
             assert!(!unknown.headers().contains_key(PRIMARY));
-            assert_eq!(unknown.body(), "this server stands by\n");
+            assert_eq!(unknown.reason(), "this server stands by");
         }
     }
 }

@@ -8,7 +8,7 @@ use hyper::header::{self, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, Response, StatusCode, Uri};
 
-use super::refusal::{Answer, refuse};
+use super::rejection::Rejection;
 use super::reply::Reply;
 
 /// Time for which a browser caches a preflight response, in seconds.
@@ -37,16 +37,16 @@ impl Cors {
 
     /// Returns the response to a preflight request. Methods and headers are not restricted: the guest rejects unsupported
     /// ones.
-    pub fn preflight(&self, head: &Parts) -> Option<Answer> {
+    pub fn preflight(&self, head: &Parts) -> Option<Result<Response<Reply>, Rejection>> {
         let method = head.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD)?;
         let origin = head.headers.get(header::ORIGIN)?;
         if head.method != Method::OPTIONS {
             return None;
         }
         if !self.allows(origin) {
-            return Some(refuse(StatusCode::FORBIDDEN, "origin not allowed"));
+            return Some(Err(Rejection::new(StatusCode::FORBIDDEN, "origin not allowed")));
         }
-        let mut answer = Response::new(Bytes::new());
+        let mut answer = Response::new(Reply::Whole(Bytes::new()));
         *answer.status_mut() = StatusCode::NO_CONTENT;
         let headers = answer.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, method.clone());
@@ -54,7 +54,7 @@ impl Cors {
             headers.append(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
         }
         headers.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
-        Some(answer)
+        Some(Ok(answer))
     }
 
     /// Allows pages of an origin to read a response with all its headers.

@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::connection::Peer;
-use super::refusal::{Refusal, refuse};
+use super::rejection::Rejection;
 use super::reply::Reply;
 use super::{Edge, Stage};
 use crate::guest::Client;
@@ -48,15 +48,16 @@ impl Forwarder {
     }
 
     /// Registers a connection. A rejection is sent as the response.
-    pub fn open(&self, socket: BorrowedFd<'_>, address: SocketAddr) -> Result<Arc<Caller>, Refusal> {
+    pub fn open(&self, socket: BorrowedFd<'_>, address: SocketAddr) -> Result<Arc<Caller>, Rejection> {
         let Ok(_place) = Arc::clone(&self.callers).try_acquire_owned() else {
             let reason = format!("more than {CALLERS} connections of the admin listener use the HTTP interface");
-            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into());
+            return Err(Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason));
         };
         let _runtime = self.runtime.enter();
         let socket = socket.try_clone_to_owned().and_then(|socket| TcpStream::from_std(socket.into()));
         let socket = socket.map_err(|error| {
-            refuse(StatusCode::SERVICE_UNAVAILABLE, &format!("no second handle of the connection: {error}"))
+            let reason = format!("no second handle of the connection: {error}");
+            Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason)
         })?;
         let client = Client { address: Some(address), tls_version: None, identity: None, turn: Arc::default() };
         let account = self.edge.budget.open();
@@ -71,7 +72,7 @@ impl Forwarder {
         // Held until the response is written: a graceful shutdown waits for it.
         let open = edge.stage.subscribe();
         if *open.borrow() == Stage::Stopping {
-            return refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping").map(Reply::Whole);
+            return Rejection::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping").response();
         }
         self.tasks.detach("forwarded request", async move {
             tokio::select! {
@@ -80,7 +81,7 @@ impl Forwarder {
             }
         });
         let Ok((response, open)) = response.await else {
-            return refuse(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked").map(Reply::Whole);
+            return Rejection::new(StatusCode::INTERNAL_SERVER_ERROR, "the request panicked").response();
         };
         // The calling task writes the response before others of its thread have their turn.
         self.edge.tasks.detach("forwarded response", async move { drop(open) });

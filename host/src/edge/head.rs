@@ -11,7 +11,7 @@ use hyper::{Method, StatusCode, Version};
 
 use super::Limits;
 use super::metrics::Limit;
-use super::refusal::{Refusal, beyond, closing, refuse};
+use super::rejection::Rejection;
 
 /// Transfer coding of a body of unknown length.
 const CHUNKED: &[u8] = b"chunked";
@@ -27,8 +27,9 @@ pub fn is_safe(method: &Method) -> bool {
 }
 
 /// Checks the head of a request.
-pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
-    let bad = |reason| Err(closing(refuse(StatusCode::BAD_REQUEST, reason)).into());
+pub fn check(head: &Parts, limits: &Limits) -> Result<(), Rejection> {
+    let closing = |status, reason| Rejection::new(status, reason).closing();
+    let bad = |reason| Err(closing(StatusCode::BAD_REQUEST, reason));
     if let Some(reason) = ambiguous(head) {
         return bad(reason);
     }
@@ -39,28 +40,26 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Refusal> {
     }
     if coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(CHUNKED)) {
         let reason = "the only supported transfer coding is chunked";
-        return Err(closing(refuse(StatusCode::NOT_IMPLEMENTED, reason)).into());
+        return Err(closing(StatusCode::NOT_IMPLEMENTED, reason));
     }
     if head.method == Method::CONNECT {
-        return Err(closing(refuse(StatusCode::NOT_IMPLEMENTED, "CONNECT is not supported")).into());
+        return Err(closing(StatusCode::NOT_IMPLEMENTED, "CONNECT is not supported"));
     }
     let target = head.uri.path_and_query().map_or("", |target| target.as_str());
     if !target.starts_with('/') {
         return bad("the request target must be a path that starts with a slash");
     }
     if target.len() > limits.target_bytes {
-        let refusal = refuse(StatusCode::URI_TOO_LONG, "the request target is too long");
-        return Err(closing(beyond(Limit::TargetBytes, refusal)).into());
+        let too_long = closing(StatusCode::URI_TOO_LONG, "the request target is too long");
+        return Err(too_long.of_limit(Limit::TargetBytes));
     }
     // For HTTP/1.1 hyper enforces this limit itself.
     if head.headers.len() > limits.headers {
-        return Err(
-            closing(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request has too many headers")).into()
-        );
+        return Err(closing(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request has too many headers"));
     }
     if bytes(head) > limits.header_bytes {
-        let refusal = refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request head is too large");
-        return Err(closing(beyond(Limit::HeaderBytes, refusal)).into());
+        let too_large = closing(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request head is too large");
+        return Err(too_large.of_limit(Limit::HeaderBytes));
     }
     Ok(())
 }

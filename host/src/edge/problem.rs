@@ -10,13 +10,12 @@ use hyper::{Response, StatusCode};
 use serde_json::json;
 
 use super::accept;
-use super::refusal::Answer;
 use super::reply::Reply;
 
 const MEDIA_TYPE: &str = "application/problem+json";
 
 /// Response header: stable code of an error, and parameters of it.
-const ERROR: HeaderName = HeaderName::from_static("kvs-error");
+pub const ERROR: HeaderName = HeaderName::from_static("kvs-error");
 
 /// Codes of errors that have none of their own, by status.
 const CODES: [(u16, &str); 21] = [
@@ -72,12 +71,6 @@ pub fn complete(response: &mut Response<Reply>, wants_problem: bool) {
     }
 }
 
-/// Gives a rejection a code of its own.
-pub fn with_code(code: &'static str, mut response: Answer) -> Answer {
-    response.headers_mut().insert(ERROR, HeaderValue::from_static(code));
-    response
-}
-
 /// Code of an error that has none of its own.
 fn code_of(status: StatusCode) -> &'static str {
     CODES.iter().find(|(of, _)| *of == status.as_u16()).map_or(OTHER, |(_, code)| code)
@@ -114,10 +107,10 @@ fn problem(status: StatusCode, error: &str, line: &Bytes) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::edge::refusal::refuse;
+    use crate::edge::rejection::Rejection;
 
-    fn completed(error: Answer, wants_problem: bool) -> Response<Reply> {
-        let mut response = error.map(Reply::Whole);
+    fn completed(rejection: Rejection, wants_problem: bool) -> Response<Reply> {
+        let mut response = rejection.response();
         complete(&mut response, wants_problem);
         response
     }
@@ -129,7 +122,7 @@ mod tests {
 
     #[test]
     fn only_text_errors_become_problems() {
-        let problem = completed(refuse(StatusCode::SERVICE_UNAVAILABLE, "a \"line\""), true);
+        let problem = completed(Rejection::new(StatusCode::SERVICE_UNAVAILABLE, "a \"line\""), true);
         assert_eq!(problem.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
         assert_eq!(problem.headers()[header::RETRY_AFTER], "1");
         let expected = json!({
@@ -137,15 +130,15 @@ mod tests {
             "detail": "a \"line\""
         });
         assert_eq!(body(problem), expected);
-        let fine = completed(refuse(StatusCode::OK, "fine"), true);
+        let fine = completed(Rejection::new(StatusCode::OK, "fine"), true);
         assert_eq!(fine.headers()[header::CONTENT_TYPE], "text/plain; charset=utf-8");
         assert!(!fine.headers().contains_key(ERROR));
     }
 
     #[test]
     fn code_and_its_parameters_become_fields() {
-        let refusal = with_code("check_failed;operation=3;key=x", refuse(StatusCode::CONFLICT, "line"));
-        let problem = body(completed(refusal, true));
+        let rejection = Rejection::new(StatusCode::CONFLICT, "line").with_code("check_failed;operation=3;key=x");
+        let problem = body(completed(rejection, true));
         assert_eq!((&problem["code"], &problem["operation"]), (&json!("check_failed"), &json!(3)));
         assert_eq!(problem.get("key"), None);
     }
@@ -158,7 +151,7 @@ mod tests {
             (StatusCode::SERVICE_UNAVAILABLE, "unavailable", Some("1")),
             (StatusCode::IM_A_TEAPOT, OTHER, None),
         ] {
-            let line = completed(refuse(status, "line"), false);
+            let line = completed(Rejection::new(status, "line"), false);
             assert_eq!(line.headers()[ERROR], code);
             let header = line.headers().get(header::RETRY_AFTER).map(|value| value.to_str().expect("text"));
             assert_eq!(header, retry_after, "{status}");

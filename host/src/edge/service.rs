@@ -3,31 +3,28 @@
 //!
 //! Must never know: sockets, what the request means.
 
-use std::future::pending;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{self, Duration};
+use std::time;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
-use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode, Version};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
-use super::auth::{Grant, Standing, Tokens, revoked};
+use super::admission::Admitted;
+use super::auth::{Standing, Tokens};
 use super::body::full;
 use super::budget::{Charge, Exceeded};
 use super::connection::Peer;
 use super::consistency;
 use super::cors::Cors;
-use super::counted::left;
+use super::lingering::linger;
 use super::metrics::{self, Limit, Metrics, WatchGuard};
 use super::proxy::TrustedProxies;
-use super::refusal::{Refusal, beyond, refuse, unread};
+use super::rejection::Rejection;
 use super::reply::Reply;
 use super::request_id::{self, RequestIds};
 use super::slow_log::{SlowLog, Times};
@@ -36,10 +33,8 @@ use super::throttle::Throttle;
 use super::{Limits, body, durability, head, problem, stream};
 use crate::contract::Scope;
 use crate::follow::Followed;
-use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards, Wait};
-use kvs_txlog::TransactionLog;
+use crate::guest::{Answer, CallError, Client, Incoming, Sequel, Shards};
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::subscribers::{Keys, Selection};
 
 /// What one request over HTTP/1.1 can hold without being charged for it: there is one at a time.
 const FREE: usize = 4 << 10;
@@ -92,13 +87,13 @@ pub struct Service {
 }
 
 /// The guest's answer, and on a standby the time up to which it has everything.
-struct Answered {
-    answer: Answer,
-    as_of: Option<time::Instant>,
+pub struct Answered {
+    pub answer: Answer,
+    pub as_of: Option<time::Instant>,
 }
 
 /// Outcome of a call.
-enum Called {
+pub enum Called {
     Here(Answered),
     /// The response of the process that serves in place of this one.
     Elsewhere(Response<Bytes>),
@@ -116,32 +111,24 @@ struct Asked<'r> {
 
 impl Asked<'_> {
     /// Charges a response. `must` where the request may have changed something, so that it cannot be rejected any more.
-    fn hold(&self, charge: &mut Charge, body_bytes: usize, must: bool) -> Result<(), Refusal> {
+    fn hold(&self, charge: &mut Charge, body_bytes: usize, must: bool) -> Result<(), Rejection> {
         let bytes = body_bytes + if self.http2 { STREAM } else { 0 };
         if must {
             charge.must_hold(bytes);
             return Ok(());
         }
-        charge.hold(bytes).map_err(|Exceeded| full().into())
+        charge.hold(bytes).map_err(|Exceeded| full())
     }
 }
 
 /// Data of a request for metrics and log lines, however it ends.
-struct Noted {
-    client: Arc<Client>,
-    principal: Option<Arc<str>>,
+pub struct Record {
+    /// The peer, or the client that it gives as a trusted proxy.
+    pub client: Arc<Client>,
+    pub principal: Option<Arc<str>>,
     /// Whether it was a long poll that waited.
     waited: bool,
     times: Times,
-}
-
-/// A request in progress, until it is dropped.
-struct InFlight<'s>(&'s AtomicUsize);
-
-impl Drop for InFlight<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// The response to HEAD instead of GET. The length of an empty body is that of any other, but hyper leaves it out.
@@ -162,17 +149,17 @@ impl Service {
         let wants_problems = problem::is_wanted(request.headers());
         let origin = self.cors.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let id = self.ids.of(request.headers());
-        let mut noted =
-            Noted { client: Arc::clone(&peer.client), principal: None, waited: false, times: Times::default() };
+        let mut record =
+            Record { client: Arc::clone(&peer.client), principal: None, waited: false, times: Times::default() };
         let logs = self.access_log.is_some() || self.slow_log.is_some();
         let logged = logs.then(|| (request.method().clone(), request.uri().clone()));
         let deadline = begun + self.limits.request_timeout;
-        let answered = self.answer(request, peer, &id, deadline, &mut noted).await;
-        let mut response = answered.unwrap_or_else(|refusal| {
-            if let Some(limit) = refusal.extensions().get() {
-                self.metrics.rejected(*limit);
+        let answered = self.answer(request, peer, &id, deadline, &mut record).await;
+        let mut response = answered.unwrap_or_else(|rejection| {
+            if let Some(limit) = rejection.limit() {
+                self.metrics.rejected(limit);
             }
-            let mut response = refusal.map(Reply::Whole);
+            let mut response = rejection.response();
             set_defaults(&mut response, is_cacheable);
             response.headers_mut().insert(request_id::HEADER, id.clone());
             response
@@ -190,16 +177,16 @@ impl Service {
             response = Forwarded::head(response);
         }
         let (status, took) = (response.status(), begun.elapsed());
-        self.metrics.answered(method, status, took, noted.waited);
+        self.metrics.answered(method, status, took, record.waited);
         if let Some((method, uri)) = &logged {
-            let (principal, bytes) = (noted.principal.as_deref(), response.body().size_hint().exact());
-            let line = Line { id: &id, client: &noted.client, principal, method, uri, status, bytes, took };
+            let (principal, bytes) = (record.principal.as_deref(), response.body().size_hint().exact());
+            let line = Line { id: &id, client: &record.client, principal, method, uri, status, bytes, took };
             if let Some(log) = &self.access_log {
                 log.log(&line);
             }
             // A long poll took what its client wanted.
-            if let Some(log) = self.slow_log.as_ref().filter(|_| !noted.waited) {
-                log.log(&line, &noted.times);
+            if let Some(log) = self.slow_log.as_ref().filter(|_| !record.waited) {
+                log.log(&line, &record.times);
             }
         }
         response
@@ -211,29 +198,25 @@ impl Service {
         peer: &Peer,
         id: &HeaderValue,
         deadline: Instant,
-        noted: &mut Noted,
-    ) -> Result<Response<Reply>, Refusal> {
+        record: &mut Record,
+    ) -> Result<Response<Reply>, Rejection> {
         let (head, body) = request.into_parts();
         let http2 = head.version == Version::HTTP_2;
         let mut charge = peer.account.begin(free(http2));
         // HTTP/1.1 has one request at a time, whose head stays in the buffer of its connection.
         let head_bytes = if http2 { STREAM + head::bytes(&head) } else { 0 };
-        let client = match charge.hold(head_bytes) {
-            // The former process knew the proxy, and forwards the client that it gave.
-            Ok(()) if peer.socket.is_none() => Ok(Arc::clone(&peer.client)),
-            Ok(()) => self.proxies.client(&peer.client, &head.headers),
-            Err(Exceeded) => Err(full().into()),
-        };
-        let admitted = match client {
-            Ok(client) => {
-                noted.client = client;
-                self.admit(&head, &noted.client, &mut noted.principal).await
-            }
-            Err(refusal) => Err(refusal),
+        let admitted = match self.admit(&head, head_bytes, peer, &mut charge, record).await {
+            Ok(admitted) => admitted,
+            Err(rejection) => return Err(rejection.with_unread(&head.headers, body)),
         };
         let (in_flight, grant) = match admitted {
-            Ok(admitted) => admitted,
-            Err(refusal) => return Err(unread(&head.headers, body, *refusal).into()),
+            Admitted::Request(in_flight, grant) => (in_flight, grant),
+            Admitted::Preflight(mut response) => {
+                linger(&head.headers, body);
+                set_defaults(&mut response, false);
+                response.headers_mut().insert(request_id::HEADER, id.clone());
+                return Ok(response);
+            }
         };
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
@@ -245,25 +228,25 @@ impl Service {
         let mut asked = Asked { id, method: head.method.clone(), http2, key_prefix, standing, deadline };
         let incoming = Incoming {
             request: Request::from_parts(head, body),
-            client: Arc::clone(&noted.client),
+            client: Arc::clone(&record.client),
             id: id.clone(),
-            principal: noted.principal.clone(),
+            principal: record.principal.clone(),
             scope,
             key_prefix: asked.key_prefix.clone(),
             is_sampled: self.shards.shadow().samples(),
         };
         let begun = Instant::now();
         let called = self.call(incoming, deadline).await;
-        noted.times.queue = begun.elapsed();
+        record.times.queue = begun.elapsed();
         if let Ok(Called::Here(Answered { answer, .. })) = &called {
-            noted.times.guest = answer.guest_time;
-            noted.times.queue = noted.times.queue.saturating_sub(answer.guest_time);
+            record.times.guest = answer.guest_time;
+            record.times.queue = record.times.queue.saturating_sub(answer.guest_time);
         }
         let called = match called? {
             Called::Here(Answered { answer: Answer { sequel: Some(Sequel::Wait(wait)), .. }, .. }) => {
                 // A long poll that waits is not counted as a request in flight.
                 drop(in_flight);
-                noted.waited = true;
+                record.waited = true;
                 charge.must_hold(head_bytes);
                 let called;
                 (called, asked.deadline) = self.wait(wait, peer.socket.as_deref(), asked.standing.as_ref()).await?;
@@ -272,7 +255,7 @@ impl Service {
             called => called,
         };
         match called {
-            Called::Here(answered) => self.reply(answered, asked, peer, charge, noted).await,
+            Called::Here(answered) => self.reply(answered, asked, peer, charge, record).await,
             Called::Elsewhere(response) => {
                 asked.hold(&mut charge, response.body().len(), !head::is_safe(&asked.method))?;
                 Ok(response.map(|body| Reply::Whole(charge.keep(body))))
@@ -287,19 +270,19 @@ impl Service {
         asked: Asked<'_>,
         peer: &Peer,
         mut charge: Charge,
-        noted: &mut Noted,
-    ) -> Result<Response<Reply>, Refusal> {
+        record: &mut Record,
+    ) -> Result<Response<Reply>, Rejection> {
         let length = answer.response.bytes();
         asked.hold(&mut charge, length, answer.appended)?;
         let begun = Instant::now();
         let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
-        noted.times.commit = begun.elapsed();
+        record.times.commit = begun.elapsed();
         safe?;
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {
             let (guest, request_id) = (self.shards.serving().description, asked.id.to_str().unwrap_or_default());
             error!(guest = guest.name, request_id, "invalid response: {invalid:#}");
-            refuse(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
+            Rejection::new(StatusCode::INTERNAL_SERVER_ERROR, "the store gave an invalid response")
         })?;
         if !is_complete {
             set_defaults(&mut response, is_cacheable(&asked.method));
@@ -347,7 +330,7 @@ impl Service {
     }
 
     /// Returns the kept response to an equal request, or calls the guest.
-    async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Called, Refusal> {
+    pub(super) async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Called, Rejection> {
         let as_of = self.as_of();
         if let Some(answer) = self.shards.kept(&incoming) {
             return Ok(Called::Here(Answered { answer, as_of }));
@@ -367,120 +350,17 @@ impl Service {
             Err(error) => error,
         };
         let reason = error.to_string();
+        let rejection = |status| Rejection::new(status, reason.clone());
         Err(match error {
-            CallError::Trapped => refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason).into(),
-            CallError::Partial => {
-                let refusal = refuse(StatusCode::INTERNAL_SERVER_ERROR, &reason);
-                problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into()
-            }
-            CallError::KeyPrefix => refuse(StatusCode::FORBIDDEN, &reason).into(),
-            CallError::Down => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
-            CallError::Late => beyond(Limit::RequestTimeout, refuse(StatusCode::SERVICE_UNAVAILABLE, &reason)).into(),
+            CallError::Trapped => rejection(StatusCode::INTERNAL_SERVER_ERROR),
+            CallError::Partial => rejection(StatusCode::INTERNAL_SERVER_ERROR).with_code(problem::OUTCOME_UNKNOWN),
+            CallError::KeyPrefix => rejection(StatusCode::FORBIDDEN),
+            CallError::Down => rejection(StatusCode::SERVICE_UNAVAILABLE),
+            CallError::Late => rejection(StatusCode::SERVICE_UNAVAILABLE).of_limit(Limit::RequestTimeout),
             CallError::HandedOver(incoming) => match self.successor.get() {
                 Some(successor) => return Ok(Called::Elsewhere(successor.respond(*incoming, deadline).await?)),
-                None => refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into(),
+                None => Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason),
             },
         })
-    }
-
-    /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
-    /// more, or the timeout is over. A request that is not safe is not called again for a client that sends no more: that would
-    /// change something for nobody.
-    async fn wait(
-        &self,
-        mut wait: Box<Wait>,
-        socket: Option<&TcpStream>,
-        standing: Option<&Standing>,
-    ) -> Result<(Called, Instant), Refusal> {
-        self.metrics.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = InFlight(&self.metrics.waiting);
-        // A forwarded request does not wait: the former process is about to end.
-        let longest = if socket.is_some() { wait.timeout.min(self.limits.hold) } else { Duration::ZERO };
-        let mut until = Instant::now() + longest;
-        let is_safe = head::is_safe(wait.incoming.request.method());
-        loop {
-            tokio::select! {
-                biased;
-                () = client_left(socket), if !is_safe => {
-                    let reason = "the connection was closed on the side of the client, which waited for a change";
-                    return Err(refuse(StatusCode::REQUEST_TIMEOUT, reason).into());
-                }
-                () = std::future::ready(()) => {}
-            }
-            // Before the guest is asked, so that nothing is missed of what happens from then on.
-            let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
-            let deadline = Instant::now() + self.limits.request_timeout;
-            let called = self.call(wait.incoming, deadline).await?;
-            let Called::Here(Answered { answer, as_of }) = called else { return Ok((called, deadline)) };
-            match (answer.sequel, watcher) {
-                (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
-                    tokio::select! {
-                        biased;
-                        refusal = revoked(standing) => return Err(refusal),
-                        // A client that has closed its side has probably left.
-                        () = client_left(socket) => until = Instant::now(),
-                        _ = timeout_at(until, watcher.next()) => {}
-                    }
-                    wait = again;
-                }
-                (sequel, _) => {
-                    let answer = Answer { sequel, ..answer };
-                    return Ok((Called::Here(Answered { answer, as_of }), deadline));
-                }
-            }
-        }
-    }
-
-    /// Checks the head, the limits, the token, and the role of this server. Returns the grant of the client.
-    async fn admit(
-        &self,
-        head: &Parts,
-        client: &Client,
-        principal: &mut Option<Arc<str>>,
-    ) -> Result<(InFlight<'_>, Option<Grant>), Refusal> {
-        let before = self.metrics.in_flight.fetch_add(1, Ordering::Relaxed);
-        let in_flight = InFlight(&self.metrics.in_flight);
-        head::check(head, &self.limits)?;
-        if before >= self.limits.requests {
-            let refusal = refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
-            return Err(beyond(Limit::Requests, refusal).into());
-        }
-        if let Some(answer) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
-            return Err(answer.into());
-        }
-        let grant = self.tokens.as_ref().map(|tokens| tokens.get().check(head)).transpose()?;
-        *principal = grant.as_ref().map_or_else(|| client.identity.clone(), |grant| Some(Arc::clone(&grant.name)));
-        if let Some(throttle) = &self.throttle {
-            match throttle.admit(principal.as_ref(), client.address.map(|address| address.ip())).await {
-                Ok(false) => {}
-                Ok(true) => self.metrics.delayed.add(1),
-                Err(refusal) => {
-                    self.metrics.throttled.add(1);
-                    return Err(refusal);
-                }
-            }
-        }
-        let accepts_stale = consistency::accepts_stale(&head.headers)?.unwrap_or(self.stale_reads);
-        // Also writes that the guest might find to change nothing: on the primary they may change something.
-        let is_read = head::is_safe(&head.method);
-        if !(is_read && accepts_stale)
-            && let Some(reason) = self.changes.read_only()
-        {
-            let primary = self.followed.as_ref().and_then(|followed| followed.primary());
-            return Err(consistency::not_primary(reason, is_read, primary.as_deref()).into());
-        }
-        if !is_read && self.changes.rejects_appends() {
-            let reason = "the server is read-only, for maintenance; try again later";
-            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, reason).into());
-        }
-        Ok((in_flight, grant))
-    }
-}
-
-/// Waits until the client closes its side of the connection. A forwarded request has none.
-async fn client_left(socket: Option<&TcpStream>) {
-    match socket {
-        Some(socket) => left(socket).await,
-        None => pending().await,
     }
 }

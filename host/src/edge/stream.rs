@@ -23,7 +23,7 @@ use super::body::full;
 use super::budget::{Account, Charge, Exceeded};
 use super::counted::left;
 use super::metrics::WatchGuard;
-use super::refusal::{Refusal, refuse};
+use super::rejection::Rejection;
 use super::reply::Reply;
 use crate::guest::Watch;
 use kvs_txlog::Event;
@@ -66,15 +66,15 @@ pub async fn open(
     key_prefix: Option<&str>,
     account: &Arc<Account>,
     free: usize,
-) -> Result<Stream, Refusal> {
+) -> Result<Stream, Rejection> {
     let count = selection.keys.len();
     if count > MAX_SELECTORS {
         let reason = format!("a watch of {count} selectors, at most {MAX_SELECTORS} are allowed");
-        return Err(refuse(StatusCode::BAD_REQUEST, &reason).into());
+        return Err(Rejection::new(StatusCode::BAD_REQUEST, reason));
     }
     if key_prefix.is_some_and(|prefix| !selection.keys.iter().all(|keys| is_within(prefix, keys))) {
         let reason = "the watch selects keys that do not begin with the key prefix of the token";
-        return Err(refuse(StatusCode::FORBIDDEN, reason).into());
+        return Err(Rejection::new(StatusCode::FORBIDDEN, reason));
     }
     let after = match after {
         None => end,
@@ -84,7 +84,7 @@ pub async fn open(
                 PositionError::Unknown(_) => StatusCode::GONE,
                 PositionError::NotYet(_) => StatusCode::SERVICE_UNAVAILABLE,
             };
-            refuse(status, &error.to_string())
+            Rejection::new(status, error.to_string())
         })?,
     };
     let selection = Arc::new(selection);
@@ -95,15 +95,15 @@ pub async fn open(
             let reason = format!(
                 "changes after sequence {after} were compacted; list the keys again and watch with since={end}"
             );
-            refuse(StatusCode::GONE, &reason)
+            Rejection::new(StatusCode::GONE, reason)
         }
         None if error.downcast_ref().is_some_and(is_shortage) => {
             warn!("failed to read the log for a watch: {error:#}");
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "the log is temporarily unavailable")
+            Rejection::new(StatusCode::SERVICE_UNAVAILABLE, "the log is temporarily unavailable")
         }
         None => {
             warn!("failed to read the log for a watch: {error:#}");
-            refuse(StatusCode::INTERNAL_SERVER_ERROR, "failed to read the log")
+            Rejection::new(StatusCode::INTERNAL_SERVER_ERROR, "failed to read the log")
         }
     })?;
     let (past_charge, waiting) = (account.begin(0), account.begin(free));

@@ -27,9 +27,10 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use super::connection::Peer;
-use super::refusal::{Answer, Refusal, refuse};
+use super::problem::OUTCOME_UNKNOWN;
+use super::rejection::Rejection;
 use super::reply::Reply;
-use super::{Edge, head, problem, request_id};
+use super::{Edge, head, request_id};
 use crate::guest::{Client, Incoming};
 
 /// Header with what the former process knows of a client.
@@ -87,7 +88,7 @@ impl Successor {
     }
 
     /// Has the other process respond to a request.
-    pub(super) async fn respond(&self, incoming: Incoming, deadline: Instant) -> Result<Answer, Refusal> {
+    pub(super) async fn respond(&self, incoming: Incoming, deadline: Instant) -> Result<Response<Bytes>, Rejection> {
         let is_read = head::is_safe(incoming.request.method());
         let error = match timeout_at(deadline, self.forward(incoming)).await {
             Ok(Ok(response)) => return Ok(response),
@@ -97,13 +98,13 @@ impl Successor {
         debug!("a request could not be forwarded: {error}");
         let reason = format!("another process serves, and the request could not be forwarded: {error}");
         if is_read {
-            return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, &reason).into());
+            return Err(Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason));
         }
-        let refusal = refuse(StatusCode::GATEWAY_TIMEOUT, &format!("outcome unknown: {reason}"));
-        Err(problem::with_code(problem::OUTCOME_UNKNOWN, refusal).into())
+        let unknown = Rejection::new(StatusCode::GATEWAY_TIMEOUT, format!("outcome unknown: {reason}"));
+        Err(unknown.with_code(OUTCOME_UNKNOWN))
     }
 
-    async fn forward(&self, incoming: Incoming) -> hyper::Result<Answer> {
+    async fn forward(&self, incoming: Incoming) -> hyper::Result<Response<Bytes>> {
         let client = describe(&incoming.client, incoming.request.version());
         let (mut head, body) = incoming.request.into_parts();
         for name in NOT_FORWARDED {
@@ -168,7 +169,7 @@ impl Edge {
         let described = request.headers_mut().remove(CLIENT);
         let described = described.and_then(|client| parse(client.as_bytes()));
         let Some((client, version)) = described else {
-            return refuse(StatusCode::INTERNAL_SERVER_ERROR, "malformed forwarded request").map(Reply::Whole);
+            return Rejection::new(StatusCode::INTERNAL_SERVER_ERROR, "malformed forwarded request").response();
         };
         *request.version_mut() = version;
         let peer = Peer { client: Arc::new(client), socket: None, account: self.budget.open() };

@@ -17,7 +17,7 @@ use kvs_runtime::{Env, Task};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::addresses::network;
-use super::refusal::{Refusal, refuse};
+use super::rejection::Rejection;
 
 /// Maximum number of buckets. If there are more clients, those without a name share a bucket until some have gone.
 const MAX_CLIENTS: usize = 100_000;
@@ -62,7 +62,7 @@ impl Throttle {
     }
 
     /// Takes a token, or waits for one within the time of the queue. Returns whether it had to wait.
-    pub async fn admit(&self, principal: Option<&Arc<str>>, address: Option<IpAddr>) -> Result<bool, Refusal> {
+    pub async fn admit(&self, principal: Option<&Arc<str>>, address: Option<IpAddr>) -> Result<bool, Rejection> {
         let key = match principal {
             Some(name) => Key::Principal(Arc::clone(name)),
             None if self.is_full.load(Ordering::Relaxed) => Key::Overflow,
@@ -74,15 +74,15 @@ impl Throttle {
             let Err(not_yet) = self.buckets.check_key(&key) else { return Ok(waited) };
             let wait = not_yet.wait_time_from(DefaultClock::default().now());
             if Instant::now() + wait > latest {
-                return Err(self.refusal(wait));
+                return Err(self.rejection(wait));
             }
             sleep(wait).await;
             waited = true;
         }
     }
 
-    fn refusal(&self, wait: Duration) -> Refusal {
-        let mut response = refuse(StatusCode::TOO_MANY_REQUESTS, "rate limit exceeded; retry later");
+    fn rejection(&self, wait: Duration) -> Rejection {
+        let mut rejection = Rejection::new(StatusCode::TOO_MANY_REQUESTS, "rate limit exceeded; retry later");
         // The headers have a resolution of one second.
         let wait = wait.as_secs_f64().ceil().max(1.0);
         let (burst, window) = (self.rate.quota.burst_size(), self.rate.quota.burst_size_replenished_in());
@@ -93,10 +93,10 @@ impl Throttle {
             (HeaderName::from_static("ratelimit"), format!("\"client\";r=0;t={wait}")),
         ] {
             if let Ok(value) = HeaderValue::from_str(&value) {
-                response.headers_mut().insert(name, value);
+                rejection = rejection.with_header(name, value);
             }
         }
-        response.into()
+        rejection
     }
 
     /// Starts the task that removes the buckets of idle clients.

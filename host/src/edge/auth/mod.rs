@@ -26,7 +26,7 @@ use tokio::time::timeout;
 pub use self::file::{Limits, check_key_prefix, create, list, revoke};
 use super::fresh::Fresh;
 use super::head;
-use super::refusal::{Answer, Refusal, refuse};
+use super::rejection::Rejection;
 use crate::contract;
 
 /// Prefix of tokens, so that scanners recognise leaked ones.
@@ -125,13 +125,13 @@ impl TokenTable {
     ///
     /// The path prefix of a token is enforced here and not passed to the guest: which keys a path names depends on the guest,
     /// so no key prefix follows from it.
-    pub fn check(&self, head: &Parts) -> Result<Grant, Refusal> {
+    pub fn check(&self, head: &Parts) -> Result<Grant, Rejection> {
         let (hash, token) = self.find(&head.headers)?;
         token.allow(hash, &head.method, head.uri.path())
     }
 
     /// Checks that an earlier grant is still valid.
-    fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Refusal> {
+    fn check_again(&self, grant: &Grant, method: &Method, path: &str) -> Result<(), Rejection> {
         let token = self.known(&grant.hash).ok_or_else(unknown)?;
         self.check_expiry(token)?;
         let now = token.allow(grant.hash, method, path)?;
@@ -141,7 +141,7 @@ impl TokenTable {
     }
 
     /// Authenticates and authorizes a request to the admin listener. Returns the name of the token.
-    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> Result<Arc<str>, Refusal> {
+    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> Result<Arc<str>, Rejection> {
         let (_, token) = self.find(headers)?;
         if token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed) {
             Ok(Arc::clone(&token.name))
@@ -160,7 +160,7 @@ impl TokenTable {
         }
     }
 
-    fn find(&self, headers: &HeaderMap) -> Result<(Hash, &Token), Refusal> {
+    fn find(&self, headers: &HeaderMap) -> Result<(Hash, &Token), Rejection> {
         let mut given = headers.get_all(header::AUTHORIZATION).iter();
         let token = match (given.next(), given.next()) {
             (None, _) => return Err(unauthorized("a bearer token is required: Authorization: Bearer TOKEN", "")),
@@ -173,7 +173,7 @@ impl TokenTable {
         Ok((hash, token))
     }
 
-    fn check_expiry(&self, token: &Token) -> Result<(), Refusal> {
+    fn check_expiry(&self, token: &Token) -> Result<(), Rejection> {
         match self.remaining(token.expires) {
             Some(Duration::ZERO) => Err(unauthorized("the token has expired", ", error=\"invalid_token\"")),
             _ => Ok(()),
@@ -187,7 +187,7 @@ impl TokenTable {
 }
 
 impl Token {
-    fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Refusal> {
+    fn allow(&self, hash: Hash, method: &Method, path: &str) -> Result<Grant, Rejection> {
         let needed = if head::is_safe(method) { Scope::Read } else { Scope::Write };
         if self.scope < needed {
             let is_of_metrics = self.scope == Scope::Metrics;
@@ -226,13 +226,13 @@ pub struct Standing {
 
 impl Standing {
     /// Waits until the authorization is revoked, and returns the response for it.
-    pub async fn revoked(&self) -> Refusal {
+    pub async fn revoked(&self) -> Rejection {
         // Before the first check, so that no reload is missed.
         let mut renewals = self.tokens.renewals();
         loop {
             let table = self.tokens.get();
-            if let Err(refusal) = table.check_again(&self.grant, &self.method, self.uri.path()) {
-                return refusal;
+            if let Err(rejection) = table.check_again(&self.grant, &self.method, self.uri.path()) {
+                return rejection;
             }
             match table.remaining(self.grant.expires) {
                 Some(remaining) => drop(timeout(remaining.min(RECHECK_INTERVAL), renewals.changed()).await),
@@ -244,14 +244,14 @@ impl Standing {
 }
 
 /// Waits for a revocation; never returns without tokens.
-pub async fn revoked(standing: Option<&Standing>) -> Refusal {
+pub async fn revoked(standing: Option<&Standing>) -> Rejection {
     match standing {
         Some(standing) => standing.revoked().await,
         None => pending().await,
     }
 }
 
-fn unknown() -> Refusal {
+fn unknown() -> Rejection {
     unauthorized("the token is unknown", ", error=\"invalid_token\"")
 }
 
@@ -271,20 +271,21 @@ fn within(prefix: &str, path: &str) -> bool {
     path.starts_with(prefix) && !plain.split('/').any(|segment| matches!(segment, "." | ".."))
 }
 
-fn unauthorized(reason: &str, error: &str) -> Refusal {
-    challenge(refuse(StatusCode::UNAUTHORIZED, reason), error)
+fn unauthorized(reason: &'static str, error: &str) -> Rejection {
+    challenge(StatusCode::UNAUTHORIZED, reason, error)
 }
 
-fn forbidden(reason: &str) -> Refusal {
-    challenge(refuse(StatusCode::FORBIDDEN, reason), ", error=\"insufficient_scope\"")
+fn forbidden(reason: &'static str) -> Rejection {
+    challenge(StatusCode::FORBIDDEN, reason, ", error=\"insufficient_scope\"")
 }
 
-/// Adds the challenge of RFC 6750.
-fn challenge(mut response: Answer, error: &str) -> Refusal {
-    if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"kvs\"{error}")) {
-        response.headers_mut().insert(header::WWW_AUTHENTICATE, value);
+/// A rejection with the challenge of RFC 6750.
+fn challenge(status: StatusCode, reason: &'static str, error: &str) -> Rejection {
+    let rejection = Rejection::new(status, reason);
+    match HeaderValue::from_str(&format!("Bearer realm=\"kvs\"{error}")) {
+        Ok(value) => rejection.with_header(header::WWW_AUTHENTICATE, value),
+        Err(_) => rejection,
     }
-    response.into()
 }
 
 fn hash(token: &[u8]) -> Hash {

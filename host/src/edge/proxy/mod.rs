@@ -17,7 +17,7 @@ use hyper::header::{HeaderMap, HeaderName};
 use ipnet::IpNet;
 
 use super::head;
-use super::refusal::{Refusal, refuse};
+use super::rejection::Rejection;
 use crate::guest::Client;
 pub use protocol::{ProxyHeaderError, read as read_header};
 
@@ -58,7 +58,7 @@ impl TrustedProxies {
     }
 
     /// Returns the client of a request that `peer` sent: the peer itself, or the client that it gives as a trusted proxy.
-    pub fn client(&self, peer: &Arc<Client>, headers: &HeaderMap) -> Result<Arc<Client>, Refusal> {
+    pub fn client(&self, peer: &Arc<Client>, headers: &HeaderMap) -> Result<Arc<Client>, Rejection> {
         if self.0.is_empty() || !self.trusts(peer.address) {
             return Ok(Arc::clone(peer));
         }
@@ -67,7 +67,7 @@ impl TrustedProxies {
     }
 
     /// Returns the client's address in the headers of a trusted proxy.
-    fn given(&self, headers: &HeaderMap) -> Result<Option<SocketAddr>, Refusal> {
+    fn given(&self, headers: &HeaderMap) -> Result<Option<SocketAddr>, Rejection> {
         let (forwarded, x_forwarded) = (values(headers, FORWARDED), values(headers, X_FORWARDED_FOR));
         let nodes = forwarded::nodes(&forwarded).map_err(|()| bad("the header Forwarded is malformed"))?;
         let by_forwarded = self.outermost(nodes.into_iter().rev());
@@ -104,8 +104,8 @@ fn values(headers: &HeaderMap, name: HeaderName) -> Vec<&[u8]> {
     head::values(headers, name).map(|value| value.as_bytes()).collect()
 }
 
-fn bad(reason: &str) -> Refusal {
-    refuse(StatusCode::BAD_REQUEST, reason).into()
+fn bad(reason: &'static str) -> Rejection {
+    Rejection::new(StatusCode::BAD_REQUEST, reason)
 }
 
 /// Parses a value of `--trusted-proxy`.
@@ -130,7 +130,7 @@ mod tests {
         TrustedProxies::new(&parsed)
     }
 
-    /// The client's address behind a trusted proxy, or the status of the refusal.
+    /// The client's address behind a trusted proxy, or the status of the rejection.
     fn given(headers: &[(&'static str, &str)]) -> Result<Option<String>, u16> {
         let parse = |(name, value): &(&'static str, &str)| {
             (HeaderName::from_static(name), HeaderValue::from_bytes(value.as_bytes()).unwrap())
@@ -139,7 +139,7 @@ mod tests {
         headers.iter().map(parse).for_each(|(name, value)| {
             map.append(name, value);
         });
-        let given = proxies().given(&map).map_err(|refusal| refusal.status().as_u16());
+        let given = proxies().given(&map).map_err(|rejection| rejection.status().as_u16());
         given.map(|address| address.map(|address| address.to_string()))
     }
 
