@@ -11,16 +11,32 @@ use tracing::warn;
 use crate::lines;
 use crate::signals::listen as listen_for;
 
-/// Changes at the first SIGTERM or SIGINT. The second one stops the process at once.
-pub fn on_signal(env: &Env) -> Result<watch::Receiver<bool>> {
-    let mut terminate = listen_for(SignalKind::terminate())?;
-    let mut interrupt = listen_for(SignalKind::interrupt())?;
-    let (stop, stopped) = watch::channel(false);
-    env.tasks.restart("signals", &env.clock, move || {
-        let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
-        async move { receive_signals(terminate?, interrupt?, &stop).await }
-    });
-    Ok(stopped)
+/// The request to stop: the first SIGTERM or SIGINT. The second one stops the process at once.
+pub struct Stop(watch::Receiver<bool>);
+
+impl Stop {
+    pub fn on_signal(env: &Env) -> Result<Self> {
+        let mut terminate = listen_for(SignalKind::terminate())?;
+        let mut interrupt = listen_for(SignalKind::interrupt())?;
+        let (stop, stopped) = watch::channel(false);
+        env.tasks.restart("signals", &env.clock, move || {
+            let (terminate, interrupt, stop) = (terminate(), interrupt(), stop.clone());
+            async move { receive_signals(terminate?, interrupt?, &stop).await }
+        });
+        Ok(Self(stopped))
+    }
+
+    /// Returns the output of a future, or None if the process is to stop before.
+    pub async fn or<T>(&mut self, future: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            output = future => Some(output),
+            _ = self.0.changed() => None,
+        }
+    }
+
+    pub fn signal(&self) -> watch::Receiver<bool> {
+        self.0.clone()
+    }
 }
 
 async fn receive_signals(

@@ -5,16 +5,21 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use kvs_metrics::Metrics;
 use kvs_runtime::Env;
+use kvs_txlog::change_feed::ChangeFeed;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
 use kvs_txlog::postgres::{self, PostgresLog};
 use kvs_txlog::{PastLog, Standby, TransactionLog};
+use tokio::runtime::Handle;
 use tokio::task;
 
+use crate::admin::{Admin, ReadOnly};
 use crate::commands::txlog::open_offline;
+use crate::follow::Followed;
 use crate::guest::{Arrangement, Engine, Guest, Replayed, Shards, Source};
 use crate::settings::{Serve, TxlogStorage};
+use crate::workers::Workers;
 
 pub fn file_options(args: &Serve, advertise: Option<String>, env: Env) -> file::Options {
     file::Options {
@@ -36,6 +41,41 @@ pub struct Opened {
     /// Where it can be handed over to another process, and taken over from one.
     pub handed_over: Option<Arc<dyn HandOver>>,
     pub standby: Option<Arc<StandbyLog>>,
+}
+
+/// The log, with its change feed in front.
+pub struct Store {
+    pub log: Arc<dyn TransactionLog>,
+    pub changes: Arc<ChangeFeed>,
+    pub read_only: Arc<ReadOnly>,
+    /// The log of another process, as far as it is followed.
+    pub followed: Option<Arc<Followed>>,
+    /// Where it can be handed over to another process, and taken over from one.
+    pub handed_over: Option<Arc<dyn HandOver>>,
+    pub standby: Option<Arc<StandbyLog>>,
+}
+
+impl Store {
+    /// Starts the change feed of a log, and what the admin interface offers of it.
+    pub fn start(opened: Opened, args: &Serve, workers: &Workers, admin: &Admin, env: &Env) -> Result<Self> {
+        let buffer = usize::try_from(args.watch_buffer_bytes.as_u64())?;
+        let Opened { log, followed, handed_over, standby } = opened;
+        let changes = ChangeFeed::new(log, buffer, env.clone());
+        let log: Arc<dyn TransactionLog> = changes.clone();
+        changes.start();
+        // Weak: the threads of the runtime outlive the log.
+        let idling = Arc::downgrade(&log);
+        workers.observe(Handle::current().metrics().num_workers(), move |idle| {
+            if let Some(log) = idling.upgrade() {
+                log.set_idle(idle);
+            }
+        });
+        admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
+        let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir)?;
+        admin.set_read_only(Arc::clone(&read_only));
+        let followed = followed.map(|log| Arc::new(Followed::new(log)));
+        Ok(Self { log, changes, read_only, followed, handed_over, standby })
+    }
 }
 
 /// Opens the log. `inherits` while a server runs that this one replaces.

@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use tokio::task;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::check::too_large_with_spares;
 use super::*;
 use crate::contract::Scope;
 use crate::guest::{Client, Incoming};
