@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use kvs_tests::target_dir;
 use tempfile::TempDir;
@@ -138,28 +138,31 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// A copy of the project, always in the same place, so that nothing is built again that is as it was.
-fn project(name: &str) -> PathBuf {
-    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let _ = fs::remove_dir_all(&project);
-    copy(Path::new(kvs_tests::ROOT), &project);
-    symlink(target_dir(), project.join("target")).expect("the directory takes a link");
-    project
+/// A copy of the project, in which one test at a time creates guests. One for all tests, so that its crates are built once.
+fn project() -> MutexGuard<'static, PathBuf> {
+    static PROJECT: LazyLock<Mutex<PathBuf>> = LazyLock::new(|| {
+        let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("project");
+        let _ = fs::remove_dir_all(&project);
+        copy(Path::new(kvs_tests::ROOT), &project);
+        symlink(target_dir(), project.join("target")).expect("the directory takes a link");
+        Mutex::new(project)
+    });
+    PROJECT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[test]
 fn tutorial() {
-    run_in("docs/guest-tutorial.md", &project("tutorial"));
+    run_in("docs/guest-tutorial.md", &project());
 }
 
 #[test]
 fn lock_service_page() {
-    run_in("docs/locks.md", &project("locks"));
+    run_in("docs/locks.md", Path::new(kvs_tests::ROOT));
 }
 
 #[test]
 fn guest_on_the_default_one_builds_and_serves() {
-    let project = project("new-extension");
+    let project = project();
     just(&project, &["new-guest", "long-book", "--on", "default"]);
     just(&project, &["guest", "long-book"]);
     let server = Server::start(&[project.join("target/guests/long-book.wasm").to_str().expect("the path is text")]);
@@ -173,7 +176,7 @@ fn guest_on_the_default_one_builds_and_serves() {
 
 #[test]
 fn new_guest_builds_passes_its_test_and_serves() {
-    let project = project("new-guest");
+    let project = project();
     just(&project, &["new-guest", "note-book"]);
     just(&project, &["guest", "note-book"]);
     let server = Server::start(&[project.join("target/guests/note-book.wasm").to_str().expect("the path is text")]);
@@ -190,7 +193,7 @@ fn new_guest_builds_passes_its_test_and_serves() {
         (&["../x"], "lower-case letters"),
         (&["x", "--on", "kvs"], "is unknown"),
     ] {
-        let again = Command::new("just").current_dir(&project).arg("new-guest").args(arguments).output();
+        let again = Command::new("just").current_dir(&*project).arg("new-guest").args(arguments).output();
         let again = again.expect("just starts");
         let said = String::from_utf8_lossy(&again.stderr);
         assert!(!again.status.success() && said.contains(why), "{arguments:?}: {said}");
