@@ -46,6 +46,8 @@ struct State {
     position: Option<Position>,
     /// The newest durable sequence.
     newest: u64,
+    /// The sequence of the position that was read last, valid or not.
+    published: u64,
     history: Arc<History>,
     /// Offsets at which a read can begin, with the numbers of their segments, oldest first.
     marks: VecDeque<(u64, Mark)>,
@@ -120,10 +122,11 @@ impl Follower {
         Arc::clone(&self.state().history)
     }
 
-    /// Returns the state that a recovery must find; None if there is none yet.
+    /// Returns the state that a recovery must find; None if there is none yet. What the primary has published is durable, so
+    /// where it cannot be read it is corrupt, and no torn write.
     pub fn known(&self) -> Option<Known> {
         let state = self.state();
-        state.position.map(|position| Known { log: position.log, durable: state.newest })
+        state.position.map(|position| Known { log: position.log, durable: state.newest.max(state.published) })
     }
 
     fn view(&self, after: u64) -> anyhow::Result<View> {
@@ -176,6 +179,7 @@ impl Follower {
             "the log in {} is another one than before, or was set back; bring back the right one",
             home.path("").display()
         );
+        self.state().published = position.sequence;
 
         let holds = |found: &Found| (found.numbers.first..=found.numbers.last).contains(&position.segment);
         let at = found.iter().position(holds);

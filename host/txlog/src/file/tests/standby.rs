@@ -13,7 +13,8 @@ use super::*;
 use crate::file::compact::{self, CompactionParams};
 use crate::file::disk::File;
 use crate::file::position::{self, Position};
-use crate::file::{HandOver, Handed, Lock, StandbyLog, preallocate};
+use crate::file::segment::Numbers;
+use crate::file::{HandOver, Handed, Lock, StandbyLog, frame, preallocate};
 use crate::{Condition, Standby};
 
 /// A primary without threads.
@@ -352,6 +353,28 @@ fn log_that_lost_what_was_followed_is_not_taken_over() {
     let refused = Shared::begin(Arc::new(before.clone()), options(), known).err().unwrap();
     assert!(format!("{refused:#}").contains("ends with sequence 1, but 2 had been durable"), "{refused:#}");
     assert_eq!(before.names(), names);
+}
+
+/// A corrupt frame at the end looks like a torn write, and is none: the primary had published it.
+#[test]
+fn corrupt_end_that_was_published_is_not_taken_over() {
+    let disk = FakeDisk::default();
+    let mut primary = Primary::new(&disk, Rng::with_seed(1));
+    primary.commit();
+    let mut standby = Beside::new(Arc::new(disk.clone()), &options());
+    standby.pass();
+    primary.commit();
+    let Position { segment, offset, .. } = position::read(&disk).unwrap().unwrap();
+    let name = Numbers::one(segment).file_name();
+    let mut bytes = disk.read(&name);
+    bytes[offset as usize - frame::ALIGNMENT] ^= 1;
+    disk.put(&name, bytes.clone());
+    standby.pass();
+    assert_eq!(standby.applied, 1);
+    let known = Before { known: standby.known(), ..Before::default() };
+    let refused = Shared::begin(Arc::new(disk.clone()), options(), known).err().unwrap();
+    assert!(format!("{refused:#}").contains("ends with sequence 1, but 2 had been durable"), "{refused:#}");
+    assert!(disk.read(&name) == bytes, "it was changed");
 }
 
 #[test]
