@@ -319,9 +319,13 @@ impl TransactionLog for FileLog {
     }
 
     fn condition(&self) -> Condition {
-        let failure = self.watermark().failure();
-        failure
-            .map_or_else(|| self.shared().compactor.condition(), |reason| Condition::Unfit(format!("failed: {reason}")))
+        if let Some(reason) = self.watermark().failure() {
+            return Condition::Unfit(format!("failed: {reason}"));
+        }
+        match self.shared().preallocator.condition() {
+            Condition::Well => self.shared().compactor.condition(),
+            full => full,
+        }
     }
 
     fn close(&self) -> anyhow::Result<()> {

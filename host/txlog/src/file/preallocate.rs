@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::Shared;
 use super::disk::{Disk, File, is_full, is_shortage};
 use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
+use crate::Condition;
 
 /// Delay before the next attempt on a full disk, or on a system without free file descriptors.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -117,6 +118,12 @@ impl Preallocator {
     }
 
     /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
+    /// Condition of the disk, for `/readyz`.
+    pub fn condition(&self) -> Condition {
+        let full = "cannot allocate the next segment of the log, writes are rejected until there is space";
+        if self.lock().full { Condition::But(full.to_owned()) } else { Condition::Well }
+    }
+
     fn wait(&self, clock: &Clock, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
         let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
         let state = match time {
