@@ -1,7 +1,8 @@
 //! Standbys on a log in files: two processes on one data directory.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+mod faults;
+
+use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,10 +17,9 @@ use crate::support::linear::clients::{Stage, read_on};
 use crate::support::linear::plan::OPERATIONS;
 use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver, under_load};
-use crate::support::mount::Mount;
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
 use crate::support::requests::{get, put, shows};
-use crate::support::server::{PATIENCE, Server, refused, serve};
+use crate::support::server::{PATIENCE, Server, serve};
 use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
 use crate::support::zoo;
@@ -234,51 +234,4 @@ fn standby_without_primary_becomes_primary_and_others_wait() {
     primary.terminate();
     becomes_ready(&waits, 200, WELL);
     assert_eq!((put(&waits, "a", "3"), get(&waits, "a")), (201, (200, "3".into())));
-}
-
-#[test]
-fn standby_reports_corruption_and_touches_nothing() {
-    let data = directory();
-    let primary = serve_in(data.path(), &[]);
-    assert_eq!(put(&primary, "a", "1"), 201);
-    let standby = stand_by(data.path(), &[]);
-    let segment = File::options().write(true).open(data.path().join("log/0000000001.seg")).expect("it is there");
-    // The version of its format is a newer one.
-    segment.write_all_at(&[9], 8).expect("it can be written");
-    assert_eq!(put(&primary, "a", "2"), 201);
-    becomes_ready(&standby, 503, "[-]log standby cannot follow the log: ");
-    assert_eq!(get(&standby, "a"), (200, "1".into()));
-    let mut command = serve(data.path());
-    command.arg("--standby");
-    refused(command).with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
-    segment.write_all_at(&[2], 8).expect("it can be written");
-    becomes_ready(&standby, 200, UP_TO_DATE);
-    shows(&standby, "a", 200, "2");
-    primary.kill();
-    becomes_ready(&standby, 200, WELL);
-    assert_eq!((put(&standby, "a", "3"), get(&standby, "a")), (201, (200, "3".into())));
-}
-
-#[test]
-fn standby_takes_over_on_a_full_disk() {
-    let disk = Mount::tmpfs();
-    let primary = disk.serve();
-    let standby = stand_by(&disk.data(), &SMALL_SEGMENTS);
-    let brim = disk.brim();
-    let mut client = Connection::open(primary.address());
-    let mut stored = 0;
-    while client.ask("PUT", &format!("/v1/key-{stored}"), &[b'x'; 10_000]).status == 201 {
-        stored += 1;
-    }
-    assert!(stored > 0, "there was room for some");
-    shows(&standby, &format!("key-{}", stored - 1), 200, &"x".repeat(10_000));
-    primary.kill();
-    standby.says("promoted to primary");
-    assert_eq!(get(&standby, &format!("key-{}", stored - 1)).0, 200);
-    fs::remove_file(brim).expect("it is there");
-    becomes_ready(&standby, 200, WELL);
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while put(&standby, "again", "x") != 201 {
-        assert!(std::time::Instant::now() < deadline, "there is room again, and nothing is stored");
-    }
 }
