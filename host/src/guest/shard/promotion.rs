@@ -24,8 +24,12 @@ pub async fn promote(
     (cause, paused): (Cause, Instant),
 ) -> Result<Vec<Option<Box<Replica>>>> {
     let newest = shared.log.appended();
-    shared.log.watermark().reached(newest).await?;
-    let replicas = task::spawn_blocking(move || replica::follow_all(&mut replicas).map(|()| replicas)).await??;
+    if !is_early() {
+        shared.log.watermark().reached(newest).await?;
+    }
+    if !is_incomplete() {
+        replicas = task::spawn_blocking(move || replica::follow_all(&mut replicas).map(|()| replicas)).await??;
+    }
     let promoted = turns.iter_mut().zip(replicas).map(|(turn, replica)| {
         let mut before = turn.promote(serving.clone(), replica)?;
         before.appended(newest);
@@ -36,3 +40,22 @@ pub async fn promote(
     shared.metrics.promotion_pauses.observe_time(shared.env.clock.elapsed(paused));
     Ok(before)
 }
+
+fn is_early() -> bool {
+    #[cfg(test)]
+    if tests::is(tests::Mutant::Early) {
+        return true;
+    }
+    false
+}
+
+fn is_incomplete() -> bool {
+    #[cfg(test)]
+    if tests::is(tests::Mutant::Incomplete) {
+        return true;
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests;
