@@ -40,6 +40,14 @@ impl Mount {
         Self { directory }
     }
 
+    /// The same files at another place, where they cannot be written.
+    pub fn read_only(&self) -> Self {
+        let path = self.directory.path().to_str().expect("a temporary path is text");
+        let other = Self::of(&["--bind", path]);
+        other.remount("bind,ro");
+        other
+    }
+
     pub fn data(&self) -> PathBuf {
         self.directory.path().join("data")
     }

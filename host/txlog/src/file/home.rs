@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::anyhow;
 use kvs_runtime::Env;
 
 use super::disk::Disk;
@@ -25,6 +24,15 @@ pub struct Damage {
     data: PathBuf,
 }
 
+/// A frame is not damaged, and this binary does not read it all the same.
+#[derive(Debug, thiserror::Error)]
+#[error("{} at byte {offset}: {why}", file.display())]
+pub struct Unsupported {
+    file: PathBuf,
+    offset: u64,
+    why: String,
+}
+
 impl Home {
     /// Of a file of the log; of their directory when the name is empty.
     pub fn path(&self, name: &str) -> PathBuf {
@@ -36,8 +44,7 @@ impl Home {
         Damage { file: self.path(name), offset, what: what.into(), data: self.data.clone() }.into()
     }
 
-    /// The error for a frame that is not damaged, and that this binary does not read all the same.
     pub fn refused(&self, name: &str, offset: u64, why: &str) -> anyhow::Error {
-        anyhow!("{} at byte {offset}: {why}", self.path(name).display())
+        Unsupported { file: self.path(name), offset, why: why.to_owned() }.into()
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use kvs_runtime::Clock;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -160,20 +160,25 @@ pub fn make_directory(path: &Path) -> anyhow::Result<()> {
 }
 
 /// One line that says why a data directory cannot be used, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(String);
+
 fn unusable(path: &Path, error: std::io::Error) -> anyhow::Error {
     let path = path.display();
-    match error.kind() {
+    let reason = match error.kind() {
         ErrorKind::PermissionDenied => {
-            anyhow!(
+            format!(
                 "data directory {path} is not writable: {error}; change its owner or mode, or give another with --data-dir"
             )
         }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
-            anyhow!("{path} is not a directory; give a directory with --data-dir")
+            format!("{path} is not a directory; give a directory with --data-dir")
         }
         ErrorKind::ReadOnlyFilesystem => {
-            anyhow!("data directory {path} is on a read-only file system; give another directory with --data-dir")
+            format!("data directory {path} is on a read-only file system; give another directory with --data-dir")
         }
-        _ => anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
-    }
+        _ => format!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
+    };
+    Unusable(reason).into()
 }

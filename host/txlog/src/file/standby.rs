@@ -4,6 +4,7 @@
 //! contain all entries that were followed.
 
 use std::future::ready;
+use std::io::{self, ErrorKind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,8 +17,8 @@ use uuid::Uuid;
 
 use super::disk::Directory;
 use super::follower::Follower;
-use super::home::Home;
-use super::lock::{self, Lock};
+use super::home::{Home, Unsupported};
+use super::lock::{self, Lock, Unusable};
 use super::{Before, Damage, FileLog, Handed, Options};
 use crate::standby::end_of_log;
 use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
@@ -90,7 +91,7 @@ impl StandbyLog {
                     log.start()?;
                     return Ok(log);
                 }
-                Look::Nothing(error) if error.is::<Damage>() => {
+                Look::Nothing(error) if is_lasting(&error) => {
                     return Err(error.context(format!("cannot follow the log in {data}")));
                 }
                 // The primary is starting, or is of a version that publishes no position.
@@ -266,6 +267,14 @@ impl Shared {
         // Every change under this lock is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether to wait for the primary does not help.
+fn is_lasting(error: &anyhow::Error) -> bool {
+    let denies =
+        |error: &io::Error| matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem);
+    let is_denied = error.chain().filter_map(|cause| cause.downcast_ref()).any(denies);
+    is_denied || error.is::<Damage>() || error.is::<Unsupported>() || error.is::<Unusable>()
 }
 
 impl TransactionLog for StandbyLog {

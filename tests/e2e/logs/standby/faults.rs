@@ -166,6 +166,23 @@ fn standby_leaves_a_newer_format_alone() {
     assert!(files(data.path()) == before, "the standby changed the log");
 }
 
+/// Whether it has a primary or not, a standby that may not write the directory could never take over.
+#[test]
+fn standby_in_a_read_only_directory_ends_at_once() {
+    let disk = Mount::tmpfs();
+    let primary = disk.serve();
+    assert_eq!(put(&primary, "a", "1"), 201);
+    let read_only = disk.read_only();
+    let standby = |expected: &str| {
+        let mut command = serve(&read_only.data());
+        command.arg("--standby").args(SMALL_SEGMENTS);
+        refused(command).with(1, &[expected]);
+    };
+    standby("Read-only file system");
+    primary.terminate();
+    standby("is on a read-only file system; give another directory with --data-dir");
+}
+
 /// The directory is replaced by that of another server, as by a mount or a mistake of an operator.
 #[test]
 fn standby_leaves_another_log_alone() {
