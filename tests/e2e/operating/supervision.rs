@@ -3,14 +3,21 @@
 //! unit tests of `kvs serve`.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
 
 use crate::support::certificates::{Authority, Kind};
 use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
+use crate::support::load::{Clients, SMALL_SEGMENTS, under_load};
 use crate::support::metrics::counts;
-use crate::support::sabotage::{sabotaged, says, start, starts_again};
+use crate::support::sabotage::{aborting, sabotaged, says, start, starts_again};
 use crate::support::server::{Process, Server, serve};
 use crate::support::swap::{swap, swaps};
+use crate::support::txlog::done;
 use crate::support::wire::Connection;
+use crate::support::zoo;
 
 #[test]
 fn log_lines_go_on_after_a_panic() {
@@ -75,4 +82,27 @@ fn standby_ends_after_a_panic_of_its_log() {
     says(&standby, &["kvs: the transaction log failed", "sabotage of log standby", "start again to recover"]);
     assert_eq!(standby.wait().code(), Some(1));
     assert_eq!(Connection::open(primary.address()).ask("PUT", "/v1/a", b"value").status, 201);
+}
+
+#[test]
+fn aborted_server_leaves_a_sound_log() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(SMALL_SEGMENTS);
+    let server = Server::spawn(aborting(&["guest swap"], &command), data);
+    let mut clients = Clients::new(&mut zoo::dice());
+    under_load(&server, &mut clients, 1_000, || {
+        let answer = Connection::open(server.admin()).try_ask("DELETE", "/guest", b"");
+        assert!(answer.is_err(), "it swapped the guest");
+    });
+    assert!(clients.unknown() > 0, "no write was in flight");
+    let (status, stopped) = server.ends();
+    assert_eq!(status.signal(), Some(Signal::ABORT.as_raw()), "{status}");
+    let last = stopped.stderr().iter().find(|line| line.contains("thread panicked"));
+    assert!(last.is_some_and(|line| line.contains("sabotage of guest swap")), "{:?}", stopped.stderr());
+    let path = stopped.data().to_str().expect("a temporary path is text").to_owned();
+    let (printed, _) = done(&["verify", "--data-dir", &path]);
+    assert!(printed.contains("the log is sound"), "{printed}");
+    let server = stopped.restart(&SMALL_SEGMENTS);
+    clients.settle(server.address());
 }

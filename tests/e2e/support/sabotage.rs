@@ -1,9 +1,10 @@
-//! Servers of which background tasks and threads panic. They run in another process of this test binary, since nothing in the
-//! binary under test can make it panic: the same command line, in surroundings that are the test's.
+//! Servers of which background tasks and threads panic. They run in another process of this test binary,
+//! since nothing in the binary under test can make it panic: the same command line, in surroundings that are the test's.
 
 use std::env;
 use std::io;
-use std::process::{Command, exit};
+use std::panic::catch_unwind;
+use std::process::{Command, abort, exit};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -20,9 +21,14 @@ use super::server::{Process, Server, serve, through};
 const TASKS: &str = "SABOTAGED_TASKS";
 /// Arguments of the command, separated by line breaks.
 const ARGUMENTS: &str = "SABOTAGED_ARGUMENTS";
+/// Set for a process that a panic aborts.
+const ABORTS: &str = "SABOTAGED_ABORTS";
 
 /// Ends each of these by panic when it begins for the first time.
-struct Saboteur(Mutex<Vec<String>>);
+struct Saboteur {
+    left: Mutex<Vec<String>>,
+    aborts: bool,
+}
 
 impl Spawn for Saboteur {
     fn thread(&self, name: &str, work: BoxedWork) -> io::Result<()> {
@@ -34,31 +40,55 @@ impl Spawn for Saboteur {
     }
 
     fn begins(&self, name: &str) {
-        let mut left = self.0.lock().expect("nobody panics with it");
+        let mut left = self.left.lock().expect("nobody panics with it");
         let Some(at) = left.iter().position(|left| left == name) else { return };
         left.remove(at);
         drop(left);
-        panic!("sabotage of {name}");
+        let sabotage = || panic!("sabotage of {name}");
+        if self.aborts {
+            // The steps of a panic in the delivered build: the hook, which ends with the log lines, and the abort.
+            let _ = catch_unwind(sabotage);
+            lines::end();
+            abort();
+        }
+        sabotage();
     }
+}
+
+/// A command of `kvs`, run by this binary.
+fn here(command: &Command) -> Command {
+    let arguments: Vec<_> = command.get_args().map(|argument| argument.to_str().expect("it is text")).collect();
+    let program = env::current_exe().expect("this program has a path");
+    let mut other = through(program.to_str().expect("it is text"), command);
+    other.env(ARGUMENTS, arguments.join("\n"));
+    other.args(["--exact", "support::sabotage::command", "--ignored", "--nocapture"]);
+    other
 }
 
 /// A command of `kvs`, whose tasks and threads of these names panic once.
 pub fn sabotaged(tasks: &[&str], command: &Command) -> Command {
-    let arguments: Vec<_> = command.get_args().map(|argument| argument.to_str().expect("it is text")).collect();
-    let program = env::current_exe().expect("this program has a path");
-    let mut other = through(program.to_str().expect("it is text"), command);
-    other.env(TASKS, tasks.join(",")).env(ARGUMENTS, arguments.join("\n"));
-    other.args(["--exact", "support::sabotage::command", "--ignored", "--nocapture"]);
+    let mut other = here(command);
+    other.env(TASKS, tasks.join(","));
+    other
+}
+
+/// As `sabotaged`, but a panic aborts the process, as in the delivered build.
+pub fn aborting(tasks: &[&str], command: &Command) -> Command {
+    let mut other = sabotaged(tasks, command);
+    other.env(ABORTS, "1");
     other
 }
 
 #[test]
 #[ignore = "the process that other tests start"]
 fn command() {
-    let (Ok(tasks), Ok(arguments)) = (env::var(TASKS), env::var(ARGUMENTS)) else { return };
-    let saboteur = Saboteur(Mutex::new(tasks.split(',').map(str::to_owned).collect()));
+    let Ok(arguments) = env::var(ARGUMENTS) else { return };
     let cli = Cli::parse_from(["kvs"].into_iter().chain(arguments.lines()));
-    let env = Env { tasks: Tasks::given(Arc::new(saboteur)), ..Env::real() };
+    let mut env = Env::real();
+    if let Ok(tasks) = env::var(TASKS) {
+        let left = Mutex::new(tasks.split(',').map(str::to_owned).collect());
+        env.tasks = Tasks::given(Arc::new(Saboteur { left, aborts: env::var_os(ABORTS).is_some() }));
+    }
     let format = cli.log_format;
     if let Err(error) = commands::run(cli, &env) {
         lines::failed(format, &format!("{error:#}"));
@@ -66,6 +96,14 @@ fn command() {
         exit(1);
     }
     lines::end();
+}
+
+/// A server in a directory of its own, whose tasks and threads of these names panic once. It need not come to serve.
+pub fn spawn(tasks: &[&str], args: &[&str]) -> (Process, TempDir) {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.args(args);
+    (Process::spawn(sabotaged(tasks, &command)), data)
 }
 
 /// A server whose tasks and threads of these names panic once.

@@ -1,5 +1,7 @@
 //! The log in NATS JetStream: a real one of three nodes, which each test starts for itself, kills and spoils.
 
+mod supervision;
+
 use std::collections::HashMap;
 use std::process::Command;
 use std::sync::Mutex;

@@ -1,28 +1,18 @@
 //! Tasks and threads of a log in a database that panic.
 
 use rustix::process::Signal;
-use tempfile::TempDir;
 
 use crate::support::postgres::database::Database;
 use crate::support::postgres::start;
 use crate::support::readiness::{UP_TO_DATE, becomes_ready};
 use crate::support::requests::{put, shows};
-use crate::support::sabotage::{self, sabotaged, says};
-use crate::support::server::{Process, serve};
-
-/// A server in a directory that it may lose at any time, whose task or thread of this name panics once.
-fn spawn(task: &str, args: &[&str]) -> (Process, TempDir) {
-    let data = TempDir::new().expect("a temporary directory can be made");
-    let mut command = serve(data.path());
-    command.args(args);
-    (Process::spawn(sabotaged(&[task], &command)), data)
-}
+use crate::support::sabotage::{self, says, spawn};
 
 #[test]
 fn panic_in_a_log_task_ends_the_server() {
     let database = Database::start();
     for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
-        let (mut process, _data) = spawn(task, &["--txlog", &database.url()]);
+        let (mut process, _data) = spawn(&[task], &["--txlog", &database.url()]);
         if let Some(signal) = signal {
             says(&process, &["serving on http"]);
             process.signal(signal);
@@ -33,7 +23,7 @@ fn panic_in_a_log_task_ends_the_server() {
     }
     // A standby restarts itself.
     let primary = start(&database.url());
-    let (process, _data) = spawn("log standby", &["--txlog", &database.url(), "--standby"]);
+    let (process, _data) = spawn(&["log standby"], &["--txlog", &database.url(), "--standby"]);
     says(&process, &["sabotage of log standby", "restarting as a standby"]);
     assert_eq!(put(&primary, "a", "1"), 201);
 }
