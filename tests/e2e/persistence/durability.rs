@@ -11,6 +11,8 @@ use tempfile::TempDir;
 
 use crate::support::guests::guest;
 use crate::support::log::of_files;
+use crate::support::mount::in_container;
+use crate::support::requests::{get, put};
 use crate::support::server::{Process, Server, Stopped, refused, serve};
 use crate::support::wire::{Connection, long, short};
 use crate::support::zoo;
@@ -255,6 +257,25 @@ fn second_server_fails_and_names_the_first() {
 
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value", "the first continues");
     assert_eq!(client.ask("PUT", "/v1/b", b"value").status, 201, "the first continues");
+}
+
+#[test]
+fn one_of_two_containers_gets_their_volume() {
+    of_files!();
+    let [volume, one, other] = [(); 3].map(|()| TempDir::new().expect("a temporary directory can be made"));
+    let serve_at = |path: &TempDir| in_container(volume.path(), path.path(), &serve(path.path()));
+    let first = serve_at(&one);
+    let first = Server::spawn(first, one);
+    assert_eq!(put(&first, "a", "1"), 201);
+    refused(serve_at(&other)).with(1, &["is in use by process"]);
+    std::fs::remove_file(volume.path().join("LOCK")).expect("it is there");
+    refused(serve_at(&other)).with(1, &["is in use by another process"]);
+    refused(serve(volume.path())).with(1, &["is in use by another process"]);
+    assert_eq!(put(&first, "b", "2"), 201);
+    first.kill();
+    let second = serve_at(&other);
+    let second = Server::spawn(second, other);
+    assert_eq!((get(&second, "a").1, get(&second, "b").1), ("1".into(), "2".into()));
 }
 
 #[test]

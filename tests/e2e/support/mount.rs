@@ -1,14 +1,14 @@
-//! Small file systems, mounted for a test.
+//! Small file systems, mounted for a test, and directories mounted at another path.
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
 
 use super::load::SMALL_SEGMENTS;
-use super::server::{Server, serve};
+use super::server::{Server, serve, through};
 
 /// Temporary file system.
 pub struct Mount {
@@ -92,6 +92,15 @@ impl Drop for Mount {
             eprintln!("{} stays mounted", path.display());
         }
     }
+}
+
+/// The same command in a mount namespace of its own, where `directory` is also at `path`, as a volume in a container.
+pub fn in_container(directory: &Path, path: &Path, command: &Command) -> Command {
+    const SCRIPT: &str = r#"mount --bind "$1" "$2" && shift 2 && exec "$@""#;
+    let mut other = through("unshare", command);
+    other.args(["--mount", "sh", "-c", SCRIPT, "sh"]).arg(directory).arg(path);
+    other.arg(command.get_program()).args(command.get_args());
+    other
 }
 
 fn run(program: &str, args: &[&str]) {
