@@ -12,23 +12,9 @@ use crate::support::events::Events;
 use crate::support::file_log::{YEAR, next_year, write_a_year_ahead};
 use crate::support::log::{kvs_at, of_files};
 use crate::support::metrics::Metrics;
+use crate::support::requests::expires;
 use crate::support::server::{PATIENCE, Server, Stopped, kvs, serve};
 use crate::support::wire::Connection;
-
-/// Asks until the key is gone. Each time it must be the value or nothing.
-#[track_caller]
-fn expires(client: &mut Connection, path: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let got = client.ask("GET", path, b"");
-        if got.status == 404 {
-            return got.says(404, "no such key");
-        }
-        assert_eq!((got.status, got.text()), (200, "value"));
-        assert!(got.header("expires").is_some());
-        assert!(Instant::now() < deadline, "{path} does not expire");
-    }
-}
 
 /// The lines of the log that delete.
 fn deletes(stopped: &Stopped) -> usize {

@@ -53,3 +53,18 @@ pub fn answer(stream: &mut TcpStream) -> String {
     let _ = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
 }
+
+/// Asks until the key is gone. Each time it must be the value or nothing.
+#[track_caller]
+pub fn expires(client: &mut Connection, path: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let got = client.ask("GET", path, b"");
+        if got.status == 404 {
+            return got.says(404, "no such key");
+        }
+        assert_eq!((got.status, got.text()), (200, "value"));
+        assert!(got.header("expires").is_some());
+        assert!(Instant::now() < deadline, "{path} does not expire");
+    }
+}

@@ -1,17 +1,19 @@
-//! Servers of which background tasks and threads panic. They run in another process of this test binary,
+//! Servers of which background tasks and threads panic, or whose clock is wrong. They run in another process of this test binary,
 //! since nothing in the binary under test can make it panic: the same command line, in surroundings that are the test's.
 
 use std::env;
 use std::io;
 use std::panic::catch_unwind;
+use std::pin::Pin;
 use std::process::{Command, abort, exit};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
 use kvs::commands::Cli;
 use kvs::{commands, lines};
-use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
+use kvs_runtime::{BoxedTask, BoxedWork, Clock, Env, Spawn, Tasks, Time};
 use tempfile::TempDir;
 
 use super::metrics::until;
@@ -23,6 +25,8 @@ const TASKS: &str = "SABOTAGED_TASKS";
 const ARGUMENTS: &str = "SABOTAGED_ARGUMENTS";
 /// Set for a process that a panic aborts.
 const ABORTS: &str = "SABOTAGED_ABORTS";
+/// Seconds by which the clock is ahead.
+const AHEAD: &str = "SABOTAGED_AHEAD";
 
 /// Ends each of these by panic when it begins for the first time.
 struct Saboteur {
@@ -55,6 +59,23 @@ impl Spawn for Saboteur {
     }
 }
 
+/// A clock that is ahead of the system's by this time.
+struct Ahead(Duration);
+
+impl Time for Ahead {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wall(&self) -> SystemTime {
+        SystemTime::now() + self.0
+    }
+
+    fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(tokio::time::sleep(time))
+    }
+}
+
 /// A command of `kvs`, run by this binary.
 fn here(command: &Command) -> Command {
     let arguments: Vec<_> = command.get_args().map(|argument| argument.to_str().expect("it is text")).collect();
@@ -79,6 +100,13 @@ pub fn aborting(tasks: &[&str], command: &Command) -> Command {
     other
 }
 
+/// A command of `kvs`, whose clock is ahead by this time.
+pub fn ahead(by: Duration, command: &Command) -> Command {
+    let mut other = here(command);
+    other.env(AHEAD, by.as_secs().to_string());
+    other
+}
+
 #[test]
 #[ignore = "the process that other tests start"]
 fn command() {
@@ -88,6 +116,9 @@ fn command() {
     if let Ok(tasks) = env::var(TASKS) {
         let left = Mutex::new(tasks.split(',').map(str::to_owned).collect());
         env.tasks = Tasks::given(Arc::new(Saboteur { left, aborts: env::var_os(ABORTS).is_some() }));
+    }
+    if let Ok(seconds) = env::var(AHEAD) {
+        env.clock = Clock::given(Arc::new(Ahead(Duration::from_secs(seconds.parse().expect("it is a number")))));
     }
     let format = cli.log_format;
     if let Err(error) = commands::run(cli, &env) {

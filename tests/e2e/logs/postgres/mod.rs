@@ -1,6 +1,7 @@
 //! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
 
 mod backup;
+mod clocks;
 mod commands;
 mod incarnations;
 mod opening;
