@@ -2,7 +2,9 @@
 //! target `audit`.
 
 use std::fmt::Display;
+use std::net::SocketAddr;
 
+use anyhow::Result;
 use hyper::header::HeaderValue;
 use rustix::process::getuid;
 use tracing::info;
@@ -16,17 +18,23 @@ pub struct Actor {
     /// Name of the token, or the user or the signal. None where the listener asks for no token.
     pub principal: Option<String>,
     pub request_id: Option<HeaderValue>,
+    /// Address of a client.
+    pub peer: Option<SocketAddr>,
 }
 
 impl Actor {
     /// The user of a command.
     pub fn user() -> Self {
-        Self { principal: Some(format!("uid={}", getuid().as_raw())), request_id: None }
+        Self::of_user(getuid().as_raw())
+    }
+
+    pub fn of_user(uid: u32) -> Self {
+        Self::cause(&format!("uid={uid}"))
     }
 
     /// A cause within the process.
     pub fn cause(cause: &str) -> Self {
-        Self { principal: Some(cause.to_owned()), request_id: None }
+        Self { principal: Some(cause.to_owned()), request_id: None, peer: None }
     }
 }
 
@@ -34,6 +42,16 @@ impl Actor {
 pub fn log(actor: &Actor, action: &str, object: impl Display, outcome: impl Display) {
     let request_id = actor.request_id.as_ref().and_then(|id| id.to_str().ok());
     let principal = actor.principal.as_deref();
+    let peer = actor.peer.map(tracing::field::display);
     let (object, outcome) = (object.to_string(), outcome.to_string());
-    info!(target: TARGET, action, object, outcome, principal, request_id, "audit");
+    info!(target: TARGET, action, object, outcome, principal, peer, request_id, "audit");
+}
+
+/// Logs the outcome of a command of a user, and returns it.
+pub fn outcome<T>(action: &str, object: impl Display, done: Result<T>) -> Result<T> {
+    match &done {
+        Ok(_) => log(&Actor::user(), action, object, "success"),
+        Err(error) => log(&Actor::user(), action, object, format_args!("{error:#}")),
+    }
+    done
 }

@@ -34,12 +34,16 @@ impl Guests {
         Self { swapper, arriving: Mutex::default() }
     }
 
-    pub async fn respond(&self, request: Request<Incoming>, actor: Actor) -> Answer {
+    pub async fn respond(&self, request: Request<Incoming>, actor: &Actor) -> Answer {
+        let is_swap = matches!(*request.method(), Method::PUT | Method::DELETE);
         let steps = match request.uri().query() {
-            Some("rollback") if request.method() == Method::DELETE => return self.roll_back(&actor),
+            Some("rollback") if request.method() == Method::DELETE => return self.roll_back(actor),
             query => match steps(query.unwrap_or_default()) {
                 Ok(steps) => steps,
-                Err(reason) => return line(StatusCode::BAD_REQUEST, reason),
+                Err(reason) => {
+                    let refusal = line(StatusCode::BAD_REQUEST, reason);
+                    return if is_swap { recorded(actor, Steps::default(), refusal) } else { refusal };
+                }
             },
         };
         match *request.method() {
@@ -48,17 +52,17 @@ impl Guests {
                 let Ok(_alone) = self.arriving.try_lock() else {
                     let (head, body) = request.into_parts();
                     linger(&head.headers, body);
-                    return refused(&SwapError::Busy);
+                    return recorded(actor, steps, refused(&SwapError::Busy));
                 };
                 match read(request).await {
                     Ok(component) => self.swap(Source::Sent, component, steps, actor).await,
-                    Err(refusal) => refusal,
+                    Err(refusal) => recorded(actor, steps, refusal),
                 }
             }
             // What is removed is the guest that was put there; what is left is the one in the binary.
             Method::DELETE => match Source::BuiltIn.read() {
                 Ok(component) => self.swap(Source::BuiltIn, component, steps, actor).await,
-                Err(error) => refused(&SwapError::Failed(error)),
+                Err(error) => recorded(actor, steps, refused(&SwapError::Failed(error))),
             },
             _ => not_allowed("GET, HEAD, PUT, DELETE"),
         }
@@ -81,20 +85,26 @@ impl Guests {
         }
     }
 
-    async fn swap(&self, source: Source, component: Vec<u8>, steps: Steps, actor: Actor) -> Answer {
+    async fn swap(&self, source: Source, component: Vec<u8>, steps: Steps, actor: &Actor) -> Answer {
         if !steps.dry_run && self.swapper.follows_primary() {
             let reason = "this server stands by and serves the guest of its primary; swap the guest there";
-            return line(StatusCode::CONFLICT, reason);
+            return recorded(actor, steps, line(StatusCode::CONFLICT, reason));
         }
         if steps.shadow.is_some() && self.swapper.stands_by() {
             let reason = "this server stands by and gets no writes to compare; use shadow traffic on its primary";
-            return line(StatusCode::CONFLICT, reason);
+            return recorded(actor, steps, line(StatusCode::CONFLICT, reason));
         }
-        match self.swapper.swap(source, component, steps, actor).await {
+        match self.swapper.swap(source, component, steps, actor.clone()).await {
             Ok(outcome) => document(report(&outcome)),
             Err(error) => refused(&error),
         }
     }
+}
+
+/// Records a swap that was rejected before it began, and returns the response to it.
+fn recorded(actor: &Actor, steps: Steps, refusal: Answer) -> Answer {
+    audit::log(actor, steps.action(), "none", format_args!("refused: {}", refusal.status()));
+    refusal
 }
 
 /// Parses the query of a swap.

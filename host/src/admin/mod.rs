@@ -20,6 +20,7 @@ mod history;
 mod origin;
 mod process;
 mod read_only;
+mod refused;
 mod scan;
 mod stats;
 
@@ -60,6 +61,7 @@ use self::origin::Hosts;
 pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
+use self::refused::{Refused, is_refusal};
 use self::scan::Pieces;
 pub use self::stats::MAX_TOP;
 use self::stats::Statistics;
@@ -99,6 +101,7 @@ pub struct Admin {
     /// None speaks plain HTTP.
     tls: Option<Arc<Tls>>,
     ids: RequestIds,
+    refused: Refused,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
     /// None until the log is open.
@@ -126,6 +129,7 @@ impl Admin {
             tokens,
             tls,
             ids: RequestIds::default(),
+            refused: Refused::new(),
             guests: OnceLock::new(),
             log: OnceLock::new(),
             read_only: OnceLock::new(),
@@ -172,6 +176,7 @@ impl Admin {
     /// Serves `listener` from a thread of its own, to the end of the process.
     pub fn start(self: Arc<Self>, listener: Bound) -> Result<()> {
         listener.set_nonblocking(true)?;
+        self.refused.start(&self.env);
         let Env { tasks, clock, .. } = self.env.clone();
         let serve = move || -> Result<Infallible> {
             let runtime = Builder::new_current_thread().enable_all().build().context("no runtime")?;
@@ -237,20 +242,34 @@ impl Admin {
         }
     }
 
-    /// The paths there are, and what answers them.
     async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Response<AdminBody> {
+        let object = format!("{} {}", request.method(), shown_target(request.uri()));
+        let request_id = Some(self.ids.of(request.headers()));
+        let mut actor = Actor { principal: None, request_id, peer: Some(connection.address) };
+        let response = self.answer(request, &mut actor, connection).await;
+        self.refused.log(&actor, &object, response.status());
+        response
+    }
+
+    /// The paths there are, and what answers them.
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        actor: &mut Actor,
+        connection: &Connection,
+    ) -> Response<AdminBody> {
         if let Err(refusal) = self.hosts.check(&request) {
             return (*refusal).map(Either::Left);
         }
         // Load balancers ask for health without a token. The console is public, since it asks for the token.
         let is_health = matches!(request.uri().path(), "/livez" | "/readyz" | "/primary" | "/replica");
         let is_public = is_health || console::file(request.uri().path()).is_some();
-        let mut principal = None;
         if let Some(tokens) = self.tokens.as_ref().filter(|_| !is_public) {
             let needed = if request.uri().path() == "/metrics" { Scope::Metrics } else { Scope::Admin };
-            match tokens.get().check_admin(request.headers(), needed) {
-                Ok(name) => principal = Some(name.to_string()),
-                Err(rejection) => return rejection.response().map(Either::Left),
+            let checked;
+            (actor.principal, checked) = tokens.get().check_admin(request.headers(), needed);
+            if let Err(rejection) = checked {
+                return rejection.response().map(Either::Left);
             }
         }
         if matches!(request.uri().path(), "/backup" | "/history" | "/stats") {
@@ -261,15 +280,10 @@ impl Admin {
                 (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
             };
         }
-        self.respond_whole(request, principal, connection).await.map(Either::Left)
+        self.answer_whole(request, actor, connection).await.map(Either::Left)
     }
 
-    async fn respond_whole(
-        &self,
-        request: Request<Incoming>,
-        principal: Option<String>,
-        connection: &Connection,
-    ) -> Answer {
+    async fn answer_whole(&self, request: Request<Incoming>, actor: &mut Actor, connection: &Connection) -> Answer {
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
             ("/readyz", &Method::GET | &Method::HEAD) => {
@@ -292,22 +306,14 @@ impl Admin {
             }
             ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/read-only", method) => match self.read_only.get() {
-                Some(read_only) => {
-                    let request_id = Some(self.ids.of(request.headers()));
-                    read_only.respond(method, &Actor { principal, request_id }).await
-                }
+                Some(read_only) => read_only.respond(method, actor).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n"),
             },
             ("/guest", _) => match self.guests.get() {
-                Some(guests) => {
-                    let request_id = Some(self.ids.of(request.headers()));
-                    guests.respond(request, Actor { principal, request_id }).await
-                }
+                Some(guests) => guests.respond(request, actor).await,
                 None => text(StatusCode::SERVICE_UNAVAILABLE, "no guest serves yet\n"),
             },
-            (path, _) if path == "/v1" || path.starts_with("/v1/") => {
-                self.forward(request, principal, connection).await
-            }
+            (path, _) if path == "/v1" || path.starts_with("/v1/") => self.forward(request, actor, connection).await,
             (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
             _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
@@ -315,15 +321,15 @@ impl Admin {
 
     /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens. What it edits is in
     /// the audit trail.
-    async fn forward(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
+    async fn forward(&self, request: Request<Incoming>, actor: &mut Actor, connection: &Connection) -> Answer {
         let wants_problem = problem::is_wanted(request.headers());
-        let mut response = self.pass_on(request, principal, connection).await;
+        let mut response = self.pass_on(request, actor, connection).await;
         // A rejection of this listener; the responses of the HTTP interface are complete.
         problem::complete(&mut response, wants_problem);
         response
     }
 
-    async fn pass_on(&self, request: Request<Incoming>, principal: Option<String>, connection: &Connection) -> Answer {
+    async fn pass_on(&self, request: Request<Incoming>, actor: &mut Actor, connection: &Connection) -> Answer {
         let Some(forwarder) = self.forwarder.get() else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the HTTP interface is not open yet\n");
         };
@@ -339,20 +345,21 @@ impl Admin {
             },
         };
         let mut edit = (!is_safe(request.method())).then(|| Edit {
-            actor: Actor { principal, request_id: None },
+            actor: actor.clone(),
             object: format!("{} {}", request.method(), shown_target(request.uri())),
             outcome: None,
         });
         let response = forwarder.respond(request, caller).await;
+        actor.request_id = response.headers().get(REQUEST_ID).cloned();
         if let Some(edit) = &mut edit {
-            edit.actor.request_id = response.headers().get(REQUEST_ID).cloned();
+            edit.actor.request_id = actor.request_id.clone();
             edit.outcome = Some(response.status());
         }
         response
     }
 }
 
-/// A request that may change the store, logged when it is over.
+/// A request that may change the store, logged when it is over, unless it is logged as a rejected one.
 struct Edit {
     actor: Actor,
     object: String,
@@ -362,6 +369,9 @@ struct Edit {
 
 impl Drop for Edit {
     fn drop(&mut self) {
+        if self.outcome.is_some_and(is_refusal) {
+            return;
+        }
         let outcome = self.outcome.as_ref().map_or("unknown: the client disconnected", StatusCode::as_str);
         audit::log(&self.actor, "edit", &self.object, outcome);
     }

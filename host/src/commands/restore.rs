@@ -35,6 +35,24 @@ pub struct Restore {
 }
 
 pub fn run(args: &Restore) -> Result<()> {
+    let object = match &args.to.txlog {
+        TxlogStorage::File => args.to.data_dir.display().to_string(),
+        // The URL may have a password.
+        TxlogStorage::Postgres(url) => format!("{url:?}"),
+        #[cfg(feature = "nats")]
+        TxlogStorage::Nats(url) => format!("{url:?}"),
+    };
+    let restored = restore(args);
+    let outcome = match &restored {
+        Ok(last) => format!("success, up to sequence {last}"),
+        Err(error) => format!("{error:#}"),
+    };
+    audit::log(&Actor::user(), "restore", object, outcome);
+    restored.map(drop)
+}
+
+/// Returns the last restored sequence.
+fn restore(args: &Restore) -> Result<u64> {
     let Restore { files, until, to } = args;
     if let TxlogStorage::File = &to.txlog {
         file::check_empty(&to.data_dir)?;
@@ -46,29 +64,21 @@ pub fn run(args: &Restore) -> Result<()> {
     pass(bytes, "bytes restored", |open| {
         let replay = |receive: &mut kvs_txlog::Receive<'_>| chain.replay(open, receive);
         let restoration = chain.restoration(&Env::real().random, &replay)?;
-        let object = match &to.txlog {
-            TxlogStorage::File => {
-                file::restore(&to.data_dir, &restoration)?;
-                to.data_dir.display().to_string()
-            }
-            TxlogStorage::Postgres(url) => {
-                PostgresLog::restore(url, &restoration)?;
-                // The URL may have a password.
-                format!("{url:?}")
-            }
+        match &to.txlog {
+            TxlogStorage::File => file::restore(&to.data_dir, &restoration)?,
+            TxlogStorage::Postgres(url) => PostgresLog::restore(url, &restoration)?,
             #[cfg(feature = "nats")]
             TxlogStorage::Nats(_) => bail!(
                 "a log in NATS cannot be restored from a backup directly: restore it into a --data-dir, export that log with \
                  kvs txlog export, and import it with kvs txlog import under a new name"
             ),
-        };
+        }
         let (last, incarnation) = (restoration.last, restoration.incarnation);
-        audit::log(&Actor::user(), "restore", object, format_args!("success, up to sequence {last}"));
         notice(format_args!(
             "restored up to sequence {last}; the log continues as incarnation {} with {}",
             incarnation.id, incarnation.first
         ));
-        Ok(())
+        Ok(last)
     })
 }
 

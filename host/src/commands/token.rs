@@ -10,7 +10,7 @@ use kvs_runtime::Env;
 use rustix::fs::{fstat, stat};
 
 use super::client::OutputArgs;
-use crate::audit::{self, Actor};
+use crate::audit;
 use crate::edge::auth::{self, Limits, Prefix, Scope, check_key_prefix};
 use crate::parse::expiry;
 
@@ -71,16 +71,15 @@ pub fn run(command: TokenCommand) -> Result<()> {
             };
             let prefix = key_prefix.map(|prefix| Prefix::Key(prefix.into()));
             let limits = Limits { prefix: prefix.or(path_prefix.map(Prefix::Path)), expires };
-            auth::create(&file.tokens, &name, scope, &limits, &Env::real().random, show)?;
-            audit::log(&Actor::user(), "token-create", name, "success");
-            Ok(())
+            let created = auth::create(&file.tokens, &name, scope, &limits, &Env::real().random, show);
+            audit::outcome("token-create", name, created)
         }
         TokenCommand::List { output, file } => auth::list(&file.tokens, output.output(), &mut io::stdout().lock()),
         TokenCommand::Revoke { name, file } => {
-            for revoked in auth::revoke(&file.tokens, &name)? {
-                audit::log(&Actor::user(), "token-revoke", revoked, "success");
-            }
-            Ok(())
+            let revoked = auth::revoke(&file.tokens, &name);
+            // With their ids, since several can have one name.
+            let tokens = revoked.as_ref().map_or(name, |tokens| tokens.join(", "));
+            audit::outcome("token-revoke", tokens, revoked).map(drop)
         }
     }
 }

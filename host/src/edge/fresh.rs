@@ -28,7 +28,8 @@ use crate::signals::Listen;
 pub struct Fresh<T> {
     /// Name in log lines, with an article.
     what: &'static str,
-    make: Box<dyn Fn() -> Result<T> + Send + Sync>,
+    /// Makes a value from the files. It is given the current one, if there is one.
+    make: Box<dyn Fn(Option<&T>) -> Result<T> + Send + Sync>,
     current: ArcSwap<T>,
     /// Notifies users of a new value.
     renewed: watch::Sender<()>,
@@ -67,10 +68,10 @@ impl<T: Send + Sync + 'static> Fresh<T> {
         what: &'static str,
         files: Vec<PathBuf>,
         clock: Clock,
-        make: impl Fn() -> Result<T> + Send + Sync + 'static,
+        make: impl Fn(Option<&T>) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Arc<Self>> {
         let changes = Mutex::new(Changes::of(files));
-        let current = ArcSwap::from_pointee(make()?);
+        let current = ArcSwap::from_pointee(make(None)?);
         let (renewed, last) = (watch::Sender::default(), Arc::<LastReload>::default());
         last.success_ms.store(clock.unix_ms(), Ordering::Relaxed);
         Ok(Arc::new(Self { what, make: Box::new(make), current, renewed, changes, clock, last }))
@@ -131,7 +132,7 @@ impl<T: Send + Sync + 'static> Fresh<T> {
             return;
         }
         changes.reading();
-        let made = (self.make)();
+        let made = (self.make)(Some(&self.current.load()));
         let failure = made.as_ref().err().map(|error| format!("{error:#}"));
         *lock(&self.last.failure) = failure;
         match made {
@@ -172,7 +173,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
         let reads = AtomicU32::new(0);
         // The first look is that of the start.
-        let make = move || match reads.fetch_add(1, Ordering::Relaxed) {
+        let make = move |_: Option<&u32>| match reads.fetch_add(1, Ordering::Relaxed) {
             1 => panic!("sabotage"),
             count => Ok(count),
         };

@@ -24,7 +24,7 @@ mod frame_inspector;
 mod frames;
 pub mod fresh;
 mod head;
-mod line_rate;
+pub mod line_rate;
 mod lingering;
 pub mod listener;
 mod long_poll;

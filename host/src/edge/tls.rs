@@ -97,7 +97,7 @@ pub fn load(files: Files, clock: Clock) -> Result<Arc<Tls>> {
         all.push(client.authorities.clone());
         all.extend(client.revoked.clone());
     }
-    Fresh::new("the TLS certificate", all, clock.clone(), move || config(&files, &clock))
+    Fresh::new("the TLS certificate", all, clock.clone(), move |_: Option<&_>| config(&files, &clock))
 }
 
 fn config(files: &Files, clock: &Clock) -> Result<Acceptance> {

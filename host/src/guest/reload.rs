@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::source::{self, Digest, Source};
 use super::swap::{Steps, SwapError, Swapper};
-use crate::audit::Actor;
+use crate::audit::{self, Actor};
 use crate::changes::{Changes, LOOK};
 use crate::signals::{Listen, listen};
 
@@ -102,7 +102,10 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
         let (from, serving) = (source.clone(), swapper.serving());
         let read = task::spawn_blocking(move || from.read()).await;
         let component = match read.map_err(Into::into).flatten() {
-            Err(error) => return warn!("the guest cannot be read again from {source}: {error:#}"),
+            Err(error) => {
+                audit::log(&actor, Steps::default().action(), &source, format_args!("{error:#}"));
+                return warn!("the guest cannot be read again from {source}: {error:#}");
+            }
             Ok(component) if Digest::of(&component) == *serving.guest.digest() => {
                 return info!("the guest in {source} serves already");
             }

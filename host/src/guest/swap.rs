@@ -61,6 +61,13 @@ pub struct Steps {
     pub shadow: Option<Plan>,
 }
 
+impl Steps {
+    /// Name in the audit trail.
+    pub fn action(&self) -> &'static str {
+        if self.dry_run { "swap-dry-run" } else { "swap" }
+    }
+}
+
 /// The step of a swap that a rollback ended.
 pub enum Ended {
     Shadow,
@@ -198,7 +205,7 @@ impl Swapper {
         let me = Arc::clone(self);
         let (done, outcome) = oneshot::channel();
         self.tasks.detach("guest swap", async move {
-            let (action, digest) = (if steps.dry_run { "swap-dry-run" } else { "swap" }, Digest::of(&component));
+            let (action, digest) = (steps.action(), Digest::of(&component));
             let outcome = me.swap_alone(source, component, steps).await;
             match &outcome {
                 Ok(_) => audit::log(&actor, action, digest, "success"),

@@ -110,7 +110,7 @@ async fn respond(stream: UnixStream, upgrader: &Arc<Upgrader>) -> Result<()> {
     let request: Value = serde_json::from_str(&line)?;
     let binary = request["binary"].as_str().map(PathBuf::from);
     let timeout = Duration::from_millis(request["timeout_ms"].as_u64().context("no timeout")?);
-    let actor = Actor { principal: Some(format!("uid={user}")), request_id: None };
+    let actor = Actor::of_user(user);
     // After an upgrade, this process ends as soon as its connections have.
     let _answering = upgrader.answering.read().await;
     let answer = match upgrader.upgrade(binary, timeout, actor).await {

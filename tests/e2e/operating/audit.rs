@@ -162,6 +162,93 @@ fn new_and_revoked_tokens_are_recorded_with_the_user() {
 }
 
 #[test]
+fn tokens_of_a_reload_are_recorded_by_name_and_id() {
+    let tokens = Tokens::new();
+    let alice = tokens.add(&["alice", "--scope", "admin"]);
+    let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file()]].concat());
+    let bob = tokens.add(&["bob"]);
+    server.signal(Signal::HUP);
+    let line = record(&server.says("\"token-reload\""));
+    let object = line["object"].as_str().expect("text");
+    assert!(object.starts_with("new: bob ") && !object.contains("alice"), "{line}");
+    assert_eq!((&line["outcome"], &line["principal"]), (&"success".into(), &"file".into()));
+    // Another scope for alice, and none for bob.
+    let text = fs::read_to_string(tokens.file()).expect("it can be read");
+    let text: String = text.lines().filter(|line| line.starts_with("alice")).collect();
+    fs::write(tokens.file(), text.replace(" admin ", " read ") + "\n").expect("it can be written");
+    server.signal(Signal::HUP);
+    let line = record(&server.says_again("\"token-reload\"", 2));
+    let object = line["object"].as_str().expect("text");
+    assert!(object.contains("revoked: bob ") && object.contains("changed: alice "), "{line}");
+    let lines = server.terminate().stderr().join("\n");
+    assert!(!lines.contains(&alice) && !lines.contains(&bob), "{lines}");
+}
+
+#[test]
+fn refused_requests_are_recorded_up_to_a_rate() {
+    let tokens = Tokens::new();
+    let bob = tokens.add(&["bob", "--scope", "read"]);
+    let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]].concat());
+    let mut client = Connection::open(server.admin());
+    let bearer = format!("Bearer {bob}");
+    let headers = [("authorization", &*bearer), ("x-request-id", "try-1")];
+    assert_eq!(client.ask_with("PUT", "/read-only", &headers, b"").status, 403);
+    let line = record(&server.says("\"access\""));
+    for (field, value) in [
+        ("object", "PUT /read-only"),
+        ("outcome", "refused: 403 Forbidden"),
+        ("principal", "bob"),
+        ("request_id", "try-1"),
+        ("peer", &format!("127.0.0.1:{}", client.port())),
+    ] {
+        assert_eq!(line[field], value, "{line}");
+    }
+    let begun = Instant::now();
+    for _ in 0..2_000 {
+        assert_eq!(client.ask("GET", "/metrics", b"").status, 401);
+    }
+    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a short time");
+    server.says("audit log rate exceeded");
+    // Pages of other sites have no token to show.
+    client.send("GET /guest HTTP/1.1\r\nhost: elsewhere.example\r\n\r\n");
+    assert_eq!(client.read().status, 403);
+    let lines = server.terminate().stderr().to_vec();
+    let logged = lines.iter().filter(|line| line.contains("refused: 401")).count();
+    assert!((1..=10 * (seconds + 2)).contains(&logged), "{logged} lines in {seconds} s");
+}
+
+#[test]
+fn failures_are_recorded() {
+    let server = Server::start(&JSON);
+    let mut client = Connection::open(server.admin());
+    for (method, path, action) in [("PUT", "/guest?dry-rum", "swap"), ("PUT", "/guest?dry-run&shadow=1y", "swap")] {
+        assert_eq!(client.ask_with(method, path, &[("x-request-id", path)], b"").status, 400);
+        let line = record(&server.says("refused: 400 Bad Request"));
+        assert_eq!((&line["action"], &line["object"]), (&action.into(), &"none".into()), "{line}");
+    }
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let path = |name: &str| data.path().join(name);
+    let mut revoke = kvs();
+    revoke.args(["token", "revoke", "bob", "--tokens"]).arg(path("none"));
+    let mut create = kvs();
+    create.args(["token", "create", "b=b", "--tokens"]).arg(path("tokens"));
+    let to = path("restored");
+    let restore = restore(&[path("none")], &["--data-dir", to.to_str().expect("a temporary path is text")]);
+    for (mut command, action, outcome) in [
+        (revoke, "token-revoke", "cannot read"),
+        (create, "token-create", "the name must be"),
+        (restore, "restore", "cannot open"),
+    ] {
+        let output = command.args(JSON).output().expect("the binary under test can be started");
+        assert!(!output.status.success(), "{action}");
+        let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = record(lines.lines().find(|line| line.contains("\"audit\"")).unwrap_or_else(|| panic!("{lines}")));
+        assert_eq!(line["action"], action, "{line}");
+        assert!(line["outcome"].as_str().is_some_and(|text| text.contains(outcome)), "{line}");
+    }
+}
+
+#[test]
 fn edit_in_the_console_is_recorded() {
     let server = Server::start(&JSON);
     let mut client = Connection::open(server.admin());

@@ -233,7 +233,8 @@ fn read(file: &Path) -> Result<(String, Vec<(Hash, Token)>)> {
     Ok((text, tokens))
 }
 
-fn id(hash: &Hash) -> String {
+/// Returns the id of a token, by which it is listed and revoked.
+pub fn id(hash: &Hash) -> String {
     hex(hash)[..ID_DIGITS].to_owned()
 }
 

@@ -27,6 +27,7 @@ pub use self::file::{Limits, check_key_prefix, create, list, revoke};
 use super::fresh::Fresh;
 use super::head;
 use super::rejection::Rejection;
+use crate::audit::{self, Actor};
 use crate::contract;
 
 /// Prefix of tokens, so that scanners recognise leaked ones.
@@ -59,6 +60,10 @@ impl From<Scope> for contract::Scope {
 /// Interval at which the expiry of a token is checked during a request, since the clock can be set.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Maximum number of tokens of each kind in the log line of a reload.
+const MAX_SHOWN: usize = 20;
+
+#[derive(PartialEq, Eq)]
 struct Token {
     name: Arc<str>,
     scope: Scope,
@@ -106,9 +111,13 @@ const NOBODY: Hash = [0; 32];
 /// Loads the token file, and reloads it when it changes.
 pub fn load(file: &Path, clock: Clock) -> Result<Arc<Tokens>> {
     let file = file.to_owned();
-    Fresh::new("the token file", vec![file.clone()], clock.clone(), move || {
+    Fresh::new("the token file", vec![file.clone()], clock.clone(), move |current: Option<&TokenTable>| {
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read --tokens {}", file.display()))?;
-        TokenTable::parse(&text, &clock).with_context(|| format!("--tokens {}", file.display()))
+        let table = TokenTable::parse(&text, &clock).with_context(|| format!("--tokens {}", file.display()))?;
+        if let Some(differences) = current.and_then(|current| table.differences(current)) {
+            audit::log(&Actor::cause("file"), "token-reload", differences, "success");
+        }
+        Ok(table)
     })
 }
 
@@ -119,6 +128,25 @@ impl TokenTable {
             tokens.entry(first(&hash)).or_default().push((hash, token));
         }
         Ok(Self { tokens, clock: clock.clone() })
+    }
+
+    /// Returns the names and ids of the tokens that another table has, has not, or has with other permissions. None if there are
+    /// none.
+    fn differences(&self, former: &Self) -> Option<String> {
+        let new = self.all().filter(|(hash, _)| former.known(hash).is_none());
+        let gone = former.all().filter(|(hash, _)| self.known(hash).is_none());
+        let changed = self.all().filter(|(hash, token)| former.known(hash).is_some_and(|former| former != *token));
+        let mut lists = Vec::new();
+        for (what, tokens) in [("new", shown(new)), ("revoked", shown(gone)), ("changed", shown(changed))] {
+            if let Some(tokens) = tokens {
+                lists.push(format!("{what}: {tokens}"));
+            }
+        }
+        (!lists.is_empty()).then(|| lists.join("; "))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (&Hash, &Token)> {
+        self.tokens.values().flatten().map(|(hash, token)| (hash, token))
     }
 
     /// Authenticates and authorizes a request.
@@ -140,14 +168,16 @@ impl TokenTable {
         if holds { Ok(()) } else { Err(forbidden("the permissions of the token were reduced during the request")) }
     }
 
-    /// Authenticates and authorizes a request to the admin listener. Returns the name of the token.
-    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> Result<Arc<str>, Rejection> {
-        let (_, token) = self.find(headers)?;
-        if token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed) {
-            Ok(Arc::clone(&token.name))
-        } else {
-            Err(forbidden("the token is not valid for the admin listener"))
-        }
+    /// Authenticates and authorizes a request to the admin listener. Returns the name of the token too, also of one that is
+    /// rejected for its scope.
+    pub fn check_admin(&self, headers: &HeaderMap, needed: Scope) -> (Option<String>, Result<(), Rejection>) {
+        let token = match self.find(headers) {
+            Ok((_, token)) => token,
+            Err(rejection) => return (None, Err(rejection)),
+        };
+        let is_allowed = token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed);
+        let checked = is_allowed.then_some(()).ok_or_else(|| forbidden("the token is not valid for the admin listener"));
+        (Some(token.name.to_string()), checked)
     }
 
     fn known(&self, hash: &Hash) -> Option<&Token> {
@@ -249,6 +279,16 @@ pub async fn revoked(standing: Option<&Standing>) -> Rejection {
         Some(standing) => standing.revoked().await,
         None => pending().await,
     }
+}
+
+/// Returns the names and ids of tokens, in order, and the number of those that are left out.
+fn shown<'t>(tokens: impl Iterator<Item = (&'t Hash, &'t Token)>) -> Option<String> {
+    let mut tokens: Vec<_> = tokens.map(|(hash, token)| format!("{} {}", token.name, file::id(hash))).collect();
+    tokens.sort_unstable();
+    let left_out = tokens.len().saturating_sub(MAX_SHOWN);
+    tokens.truncate(MAX_SHOWN);
+    let rest = if left_out > 0 { format!(" and {left_out} more") } else { String::new() };
+    (!tokens.is_empty()).then(|| tokens.join(", ") + &rest)
 }
 
 fn unknown() -> Rejection {
