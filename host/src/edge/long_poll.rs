@@ -13,7 +13,7 @@ use super::auth::{Standing, revoked};
 use super::counted::left;
 use super::head;
 use super::rejection::Rejection;
-use super::service::{Answered, Called, Service};
+use super::service::{Answered, Called, Record, Service};
 use crate::guest::{Answer, Sequel, Wait};
 
 impl Service {
@@ -25,7 +25,9 @@ impl Service {
         mut wait: Box<Wait>,
         socket: Option<&TcpStream>,
         standing: Option<&Standing>,
+        record: &mut Record,
     ) -> Result<(Called, Instant), Rejection> {
+        record.waited = true;
         let _waiting = Counted::new(&self.metrics.waiting);
         // A forwarded request does not wait: the former process is about to end.
         let longest = if socket.is_some() { wait.timeout.min(self.limits.hold) } else { Duration::ZERO };
@@ -43,7 +45,7 @@ impl Service {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let called = self.call(wait.incoming, deadline).await?;
+            let called = self.call(wait.incoming, deadline, record).await?;
             let Called::Here(Answered { answer, as_of }) = called else { return Ok((called, deadline)) };
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {

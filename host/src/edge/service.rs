@@ -4,7 +4,7 @@
 //! Must never know: sockets, what the request means.
 
 use std::sync::{Arc, OnceLock};
-use std::time;
+use std::time::{self, Duration};
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
@@ -127,8 +127,8 @@ pub struct Record {
     pub client: Arc<Client>,
     pub principal: Option<Arc<str>>,
     /// Whether it was a long poll that waited.
-    waited: bool,
-    times: Times,
+    pub waited: bool,
+    pub times: Times,
 }
 
 /// The response to HEAD instead of GET. The length of an empty body is that of any other, but hyper leaves it out.
@@ -235,21 +235,14 @@ impl Service {
             key_prefix: asked.key_prefix.clone(),
             is_sampled: self.shards.shadow().samples(),
         };
-        let begun = Instant::now();
-        let called = self.call(incoming, deadline).await;
-        record.times.queue = begun.elapsed();
-        if let Ok(Called::Here(Answered { answer, .. })) = &called {
-            record.times.guest = answer.guest_time;
-            record.times.queue = record.times.queue.saturating_sub(answer.guest_time);
-        }
-        let called = match called? {
+        let called = match self.call(incoming, deadline, record).await? {
             Called::Here(Answered { answer: Answer { sequel: Some(Sequel::Wait(wait)), .. }, .. }) => {
                 // A long poll that waits is not counted as a request in flight.
                 drop(in_flight);
-                record.waited = true;
                 charge.must_hold(head_bytes);
                 let called;
-                (called, asked.deadline) = self.wait(wait, peer.socket.as_deref(), asked.standing.as_ref()).await?;
+                let (socket, standing) = (peer.socket.as_deref(), asked.standing.as_ref());
+                (called, asked.deadline) = self.wait(wait, socket, standing, record).await?;
                 called
             }
             called => called,
@@ -329,13 +322,18 @@ impl Service {
         self.followed.as_ref().and_then(|followed| followed.as_of())
     }
 
-    /// Returns the kept response to an equal request, or calls the guest.
-    pub(super) async fn call(&self, incoming: Incoming, deadline: Instant) -> Result<Called, Rejection> {
+    /// Returns the kept response to an equal request, or calls the guest and records its times.
+    pub(super) async fn call(
+        &self,
+        incoming: Incoming,
+        deadline: Instant,
+        record: &mut Record,
+    ) -> Result<Called, Rejection> {
         let as_of = self.as_of();
         if let Some(answer) = self.shards.kept(&incoming) {
             return Ok(Called::Here(Answered { answer, as_of }));
         }
-        let client = Arc::clone(&incoming.client);
+        let (client, begun) = (Arc::clone(&incoming.client), Instant::now());
         // HTTP/1.1 has one request at a time, which needs no timer.
         let turn = match client.turn.try_lock() {
             Ok(turn) => Ok(turn),
@@ -345,6 +343,13 @@ impl Service {
             Ok(_turn) => self.shards.call(incoming, deadline).await,
             Err(_) => Err(CallError::Late),
         };
+        let guest_time = match &answer {
+            Ok(answer) => answer.guest_time,
+            Err(CallError::Trapped { guest_time }) => *guest_time,
+            Err(_) => Duration::ZERO,
+        };
+        record.times.guest = guest_time;
+        record.times.queue = begun.elapsed().saturating_sub(guest_time);
         let error = match answer {
             Ok(answer) => return Ok(Called::Here(Answered { answer, as_of })),
             Err(error) => error,
@@ -352,7 +357,7 @@ impl Service {
         let reason = error.to_string();
         let rejection = |status| Rejection::new(status, reason.clone());
         Err(match error {
-            CallError::Trapped => rejection(StatusCode::INTERNAL_SERVER_ERROR),
+            CallError::Trapped { .. } => rejection(StatusCode::INTERNAL_SERVER_ERROR),
             CallError::Partial => rejection(StatusCode::INTERNAL_SERVER_ERROR).with_code(problem::OUTCOME_UNKNOWN),
             CallError::KeyPrefix => rejection(StatusCode::FORBIDDEN),
             CallError::Down => rejection(StatusCode::SERVICE_UNAVAILABLE),

@@ -245,6 +245,18 @@ fn slow_request_has_its_time_in_the_queue() {
 }
 
 #[test]
+fn slow_request_that_trapped_has_its_time_in_the_guest() {
+    let limits = ["--guest-cpu-limit", "600ms", "--request-timeout", "1m"];
+    let server = Server::start(&[&JSON[..], &["--slow-request", "500ms", guest()], &limits].concat());
+    assert_eq!(ask(&server, "GET", "/loop-aloud", "", "").status, 500);
+    let lines = parsed(server.terminate().stderr());
+    let is_it = |line: &&Value| line["message"] == "slow request";
+    let line = lines.iter().find(is_it).unwrap_or_else(|| panic!("it is not logged: {lines:?}"));
+    let ms = |field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
+    assert!(ms("guest_ms") > 500.0 && ms("guest_ms") + ms("queue_ms") <= ms("ms"), "{line}");
+}
+
+#[test]
 fn request_that_is_not_slow_is_not_logged() {
     let server = Server::start(&["--slow-request", "1h"]);
     ask(&server, "PUT", "/v1/a", "", "value");

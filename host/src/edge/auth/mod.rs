@@ -176,7 +176,8 @@ impl TokenTable {
             Err(rejection) => return (None, Err(rejection)),
         };
         let is_allowed = token.prefix.is_none() && (token.scope == Scope::Admin || token.scope == needed);
-        let checked = is_allowed.then_some(()).ok_or_else(|| forbidden("the token is not valid for the admin listener"));
+        let checked =
+            is_allowed.then_some(()).ok_or_else(|| forbidden("the token is not valid for the admin listener"));
         (Some(token.name.to_string()), checked)
     }
 

@@ -46,9 +46,9 @@ use kvs_txlog::change::Change;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The call trapped. Entries that it appended stay.
+    /// The call trapped after this time in the guest. Entries that it appended stay.
     #[error("the store failed on this request")]
-    Trapped,
+    Trapped { guest_time: Duration },
     /// The deadline passed before the call, which has no effect.
     #[error("the store was not free in time")]
     Late,
@@ -272,7 +272,7 @@ impl Shard {
         // The request is no longer in the queue.
         std::mem::forget(place);
         // The reply was dropped if the call panicked.
-        answer.unwrap_or(Err(CallError::Trapped))
+        answer.unwrap_or(Err(CallError::Trapped { guest_time: Duration::ZERO }))
     }
 
     /// Calls `tick` of the guest, now or before the next call.

@@ -109,7 +109,9 @@ impl Turn {
     }
 
     pub(super) fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
-        let Some(replica) = self.take(Instanced::Called) else { return Err(CallError::Trapped) };
+        let Some(replica) = self.take(Instanced::Called) else {
+            return Err(CallError::Trapped { guest_time: Duration::ZERO });
+        };
         if routed_by.is_some_and(|routed_by| routed_by != replica.instance.guest()) {
             self.has = Instanced::Free(replica);
             return Ok(Called::Moved(incoming));
@@ -147,7 +149,7 @@ impl Turn {
                 let (method, target) = (request.method(), request.uri());
                 error!(guest, request_id, %method, %target, "the guest trapped: {trapped}");
                 self.lost(replica, &trapped.to_string());
-                Err(CallError::Trapped)
+                Err(CallError::Trapped { guest_time })
             }
         }
     }

@@ -98,13 +98,16 @@ impl Shards {
         question: impl FnOnce(&mut Instance) -> Result<T, Trapped>,
         decision: impl FnOnce(&T) -> Decision,
     ) -> Result<T, CallError> {
+        let clock = &self.shared.env.clock;
+        let begun = clock.now();
         let answer = routers.ask(question).map_err(|error| {
+            let guest_time = clock.elapsed(begun);
             let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
             error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
             let reason = format!("in {what}: {error:#}");
             self.shared.trapped(&reason);
             self.shared.alarm.raise(Raised { reason, turn: None });
-            CallError::Trapped
+            CallError::Trapped { guest_time }
         })?;
         if incoming.is_sampled {
             self.shared.shadow.decisions().add(incoming, decision(&answer));
@@ -122,7 +125,7 @@ fn of_all(called: Vec<Result<Called, CallError>>) -> Result<Result<Vec<Answer>, 
             Ok(Called::Answered(answer)) => answers.push(answer),
             Ok(Called::Moved(incoming)) => lacking = lacking.or(Some(Ok(incoming))),
             // After it the outcome is unknown in any case.
-            Err(CallError::Trapped) => return Err(CallError::Trapped),
+            Err(error @ CallError::Trapped { .. }) => return Err(error),
             Err(error) => lacking = Some(Err(error)),
         }
     }
@@ -162,6 +165,7 @@ mod tests {
         assert!(matches!(outcome(vec![answered(false), Err(CallError::Down)]), Err(CallError::Down)));
         assert!(matches!(outcome(vec![Err(CallError::Late), answered(true)]), Err(CallError::Partial)));
         assert!(matches!(outcome(vec![answered(true), Err(CallError::Down)]), Err(CallError::Partial)));
-        assert!(matches!(outcome(vec![Err(CallError::Late), Err(CallError::Trapped)]), Err(CallError::Trapped)));
+        let trapped = CallError::Trapped { guest_time: Duration::ZERO };
+        assert!(matches!(outcome(vec![Err(CallError::Late), Err(trapped)]), Err(CallError::Trapped { .. })));
     }
 }
