@@ -10,7 +10,10 @@ const CGROUP_V1: (&str, &str) = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes
 /// Share of the memory for guests by default, in quarters. Requests in flight have an eighth.
 const GUEST_QUARTERS: u64 = 3;
 /// Memory limit of an instance by default, at least and at most.
-const INSTANCE_LIMITS: (u64, u64) = (64 << 20, 4 << 30);
+const INSTANCE_LIMITS: (u64, u64) = (64 << 20, MAX_INSTANCE_BYTES);
+
+/// Maximum size of the memory of an instance, which has 32-bit addresses.
+pub const MAX_INSTANCE_BYTES: u64 = 4 << 30;
 
 /// Returns the memory limit of an instance by default, so that two fit for each shard: a swap builds the second beside the
 /// first, and a spare is one.
@@ -18,12 +21,27 @@ pub fn instance_limit(memory: u64, shards: u8) -> u64 {
     (memory / 4 * GUEST_QUARTERS / (2 * u64::from(shards.max(1)))).clamp(INSTANCE_LIMITS.0, INSTANCE_LIMITS.1)
 }
 
+/// Source of the size of the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Machine,
+    ControlGroup,
+}
+
 /// Returns the size of the memory in bytes.
 pub fn size() -> u64 {
+    measured().0
+}
+
+/// Returns the size of the memory in bytes, and its source.
+pub fn measured() -> (u64, Source) {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total(&text)).unwrap_or(u64::MAX);
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = groups.lines().filter_map(|group| limit(group, |path| fs::read_to_string(path).ok()));
-    limits.fold(machine, u64::min)
+    match limits.min() {
+        Some(limit) if limit < machine => (limit, Source::ControlGroup),
+        _ => (machine, Source::Machine),
+    }
 }
 
 /// Parses the total in the first line of `/proc/meminfo`.

@@ -9,6 +9,7 @@ use kvs_runtime::Clock;
 use kvs_txlog::backup::Until;
 
 use crate::guest::MAX_SHADOW;
+use crate::memory::MAX_INSTANCE_BYTES;
 
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let mut addresses =
@@ -133,7 +134,7 @@ pub fn value_bytes(text: &str) -> Result<ByteSize, String> {
 }
 
 pub fn memory_bytes(text: &str) -> Result<ByteSize, String> {
-    size(text, 1 << 20, 4 << 30)
+    size(text, 1 << 20, MAX_INSTANCE_BYTES)
 }
 
 pub fn inflight_bytes(text: &str) -> Result<ByteSize, String> {

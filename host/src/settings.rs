@@ -429,10 +429,12 @@ impl Guest {
 
     /// `value_bytes` is the largest value that is accepted.
     pub fn limits(&self, value_bytes: ByteSize, shards: u8) -> anyhow::Result<guest::Limits> {
+        let (memory, source) = memory::measured();
         Ok(guest::Limits {
             call: self.guest_cpu_limit,
             replay: self.guest_replay_cpu_limit,
-            memory_bytes: usize::try_from(self.memory_limit(memory::size(), shards).as_u64())?,
+            memory_bytes: usize::try_from(self.memory_limit(memory, shards).as_u64())?,
+            memory_source: self.guest_max_memory_bytes.is_none().then_some(source),
             table_elements: self.guest_max_table_elements,
             instances: self.guest_max_instances,
             value_bytes: usize::try_from(value_bytes.as_u64())?,

@@ -121,8 +121,7 @@ impl Instance {
         if !self.store.data().memory.was_denied() {
             return error;
         }
-        let limit = ByteSize(self.limits.memory_bytes as u64);
-        error.context(format!("the log needs more memory than --guest-max-memory-bytes, which is {limit}; raise it"))
+        error.context(self.limits.out_of_memory())
     }
 
     /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use bytesize::ByteSize;
+
+use crate::memory::{MAX_INSTANCE_BYTES, Source};
+
 /// A limit of CPU time, and the flag that sets it.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuLimit {
@@ -18,6 +22,8 @@ pub struct Limits {
     pub replay: Duration,
     /// Of all linear memories.
     pub memory_bytes: usize,
+    /// Source of this limit. None if it was configured.
+    pub memory_source: Option<Source>,
     /// Of all tables.
     pub table_elements: usize,
     /// Core instances a component may be made of; as many memories, and as many tables.
@@ -35,6 +41,23 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Reason for a replay that failed at the limit of memory: where the limit comes from, and what raises it.
+    pub fn out_of_memory(&self) -> String {
+        let limit = self.memory_bytes as u64;
+        let (name, advice) = match self.memory_source {
+            _ if limit >= MAX_INSTANCE_BYTES => ("an instance of the guest can have", "start with more --shards"),
+            None => ("--guest-max-memory-bytes", "raise it"),
+            Some(Source::ControlGroup) => (
+                "the guest's share of the memory limit of the control group",
+                "raise that of the control group, or give --guest-max-memory-bytes",
+            ),
+            Some(Source::Machine) => {
+                ("the guest's share of the memory of this machine", "add memory, or give --guest-max-memory-bytes")
+            }
+        };
+        format!("the log needs more memory than {name}, which is {}; {advice}", ByteSize(limit))
+    }
+
     /// What serves a request: others wait meanwhile.
     pub fn of_call(&self) -> CpuLimit {
         CpuLimit { time: self.call, flag: "--guest-cpu-limit" }
@@ -43,5 +66,45 @@ impl Limits {
     /// What brings an instance up to the log: nobody is served by it yet.
     pub fn of_replay(&self) -> CpuLimit {
         CpuLimit { time: self.replay, flag: "--guest-replay-cpu-limit" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Limits of an instance with this memory.
+    fn limits(memory_bytes: usize, memory_source: Option<Source>) -> Limits {
+        Limits {
+            call: Duration::from_secs(1),
+            replay: Duration::from_secs(1),
+            memory_bytes,
+            memory_source,
+            table_elements: 1,
+            instances: 1,
+            value_bytes: 1,
+            response_bytes: 1,
+            appends: 1,
+            log_bytes: 1,
+            log_line_bytes: 1,
+        }
+    }
+
+    #[test]
+    fn lack_of_memory_names_the_source_of_the_limit() {
+        for (bytes, source, parts) in [
+            (16 << 20, None, ["--guest-max-memory-bytes, which is 16.0 MiB", "raise it"]),
+            (
+                96 << 20,
+                Some(Source::ControlGroup),
+                ["control group, which is 96.0 MiB", "or give --guest-max-memory-bytes"],
+            ),
+            (96 << 20, Some(Source::Machine), ["machine, which is 96.0 MiB", "or give --guest-max-memory-bytes"]),
+            (4 << 30, None, ["an instance of the guest can have, which is 4.0 GiB", "more --shards"]),
+            (4 << 30, Some(Source::Machine), ["an instance of the guest can have", "more --shards"]),
+        ] {
+            let reason = limits(bytes, source).out_of_memory();
+            assert!(parts.iter().all(|part| reason.contains(part)), "{reason}");
+        }
     }
 }

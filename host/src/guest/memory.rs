@@ -147,6 +147,7 @@ mod tests {
             call: Duration::from_secs(1),
             replay: Duration::from_secs(1),
             memory_bytes: 64 * MIB,
+            memory_source: None,
             table_elements: 100,
             instances: 10,
             value_bytes: MIB,

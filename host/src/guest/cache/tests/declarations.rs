@@ -53,6 +53,7 @@ fn handling() -> (State, Arc<ResponseCache>, Arc<Looking>) {
         call: Duration::from_secs(1),
         replay: Duration::from_secs(1),
         memory_bytes: 1 << 30,
+        memory_source: None,
         table_elements: 1,
         instances: 1,
         value_bytes: KIB,
