@@ -20,6 +20,9 @@ pub struct Listen {
     pub listen_mode: u32,
 }
 
+/// Maximum length of the path of a Unix socket, which is a limit of the system.
+const MAX_UNIX_PATH_BYTES: usize = 107;
+
 /// Address of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -49,6 +52,10 @@ impl fmt::Display for Address {
 fn address(text: &str) -> Result<Address, String> {
     match text.strip_prefix("unix:") {
         Some("") => Err("a Unix socket needs a path, unix:/run/kvs/kvs.sock".to_owned()),
+        Some(path) if path.len() > MAX_UNIX_PATH_BYTES => Err(format!(
+            "the path of a Unix socket has at most {MAX_UNIX_PATH_BYTES} bytes, and this one {}; choose a shorter one",
+            path.len()
+        )),
         Some(path) => Ok(Address::Unix(path.into())),
         None => parse::address(text).map(Address::Tcp),
     }

@@ -112,6 +112,12 @@ fn addresses_are_checked() {
         (&["--listen", "127.0.0.1:9090", "--admin", "127.0.0.1:9090"], &["--listen and --admin 127.0.0.1:9090"]),
         (&["--listen-when-primary", "127.0.0.1:8080"], &["--listen and --listen-when-primary 127.0.0.1:8080"]),
         (&["--insecure", "--listen", "0.0.0.0:9090", "--admin", "127.0.0.1:9090"], &["--listen and --admin"]),
+        (&["--insecure", "--listen", "[::]:9090", "--admin", "127.0.0.1:9090"], &["--listen and --admin"]),
+        (
+            &["--insecure", "--listen", "[::]:8080", "--listen", "0.0.0.0:8080"],
+            &["--listen and --listen 0.0.0.0:8080 are the same address"],
+        ),
+        (&["--listen", "[::ffff:127.0.0.1]:9090", "--admin", "127.0.0.1:9090"], &["--listen and --admin"]),
         (&["--listen", "unix:/a", "--listen", "unix:/a"], &["unix:/a is given twice"]),
         (&["--listen", &flag], &[&flag, "is not a socket"]),
         (&["--listen", &missing], &["is not a directory"]),
@@ -122,12 +128,18 @@ fn addresses_are_checked() {
     }
     for (args, part) in [
         (&["--listen", "unix:"][..], "unix:"),
+        (&["--listen", &format!("unix:/{}", "x".repeat(107))], "at most 107 bytes, and this one 108"),
         (&["--listen-mode", "066"], "from 600"),
         (&["--listen-mode", "rw"], "from 600"),
     ] {
         refused(check(args)).with(2, &[part]);
     }
     serve_refused(&["--listen", &flag]).with(1, &[&flag, "is not a socket"]);
+    // An IPv6 address that takes no IPv4, and the longest path that there can be.
+    let longest = format!("unix:/tmp/{}", "x".repeat(102));
+    let both = ["--listen", "[::1]:9090", "--admin", "127.0.0.1:9090", "--listen", &longest];
+    let output = check(&both).output().expect("the binary under test can be started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     // A server that runs is in no way.
     fs::remove_file(&path).expect("it can be removed");
     let _other = UnixListener::bind(&path).expect("it can be bound");

@@ -6,7 +6,7 @@
 use std::fs::{self, Permissions};
 use std::future::pending;
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Clock;
 use kvs_txlog::Condition;
+use rustix::net::sockopt::ipv6_v6only;
 use tokio::net::{TcpSocket, UnixSocket};
 use tracing::{info, warn};
 
@@ -67,10 +68,8 @@ fn http_addresses(args: &Serve) -> impl Iterator<Item = (&'static str, SocketAdd
 pub fn distinct(args: &Serve) -> Result<()> {
     let tcp: Vec<_> = http_addresses(args).chain([("--admin", args.admin)]).collect();
     let overlap = |one: SocketAddr, other: SocketAddr| {
-        let (here, there) = (one.ip(), other.ip());
-        let is_same =
-            here == there || here.is_ipv4() == there.is_ipv4() && (here.is_unspecified() || there.is_unspecified());
-        one.port() == other.port() && one.port() != 0 && is_same
+        let (here, there) = (one.ip().to_canonical(), other.ip().to_canonical());
+        one.port() == other.port() && one.port() != 0 && (covers(here, there) || covers(there, here))
     };
     for (index, (flag, address)) in tcp.iter().enumerate() {
         if let Some((other, _)) = tcp[..index].iter().find(|(_, other)| overlap(*address, *other)) {
@@ -82,6 +81,21 @@ pub fn distinct(args: &Serve) -> Result<()> {
         ensure!(!all[..index].contains(address), "--listen {address} is given twice; give each listener another path");
     }
     Ok(())
+}
+
+/// Returns whether a listener at one address takes another one too. `::` takes IPv4 addresses, unless the system is configured
+/// otherwise.
+fn covers(one: IpAddr, other: IpAddr) -> bool {
+    match one {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => other.is_ipv4(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => other.is_ipv6() || is_dual_stack(),
+        one => one == other,
+    }
+}
+
+/// Returns whether a new socket for IPv6 takes connections of IPv4.
+fn is_dual_stack() -> bool {
+    TcpSocket::new_v6().is_ok_and(|socket| ipv6_v6only(socket).is_ok_and(|only| !only))
 }
 
 /// A listener of the HTTP interface that is not open yet. The address of TCP is bound. The file of a Unix socket is not, since
