@@ -17,6 +17,7 @@ use crate::support::linear::clients::{Stage, read_on};
 use crate::support::linear::plan::OPERATIONS;
 use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver, under_load};
+use crate::support::metrics::{Metrics, until};
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
 use crate::support::requests::{get, put, shows};
 use crate::support::server::{PATIENCE, Server, serve};
@@ -73,6 +74,20 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
     standby.kill();
     assert_eq!(names(data.path()), before);
     primary.terminate();
+}
+
+#[test]
+fn standby_reports_the_memory_of_its_guest() {
+    let data = directory();
+    let primary = serve_in(data.path(), &[]);
+    let standby = stand_by(data.path(), &[]);
+    let before = Metrics::of(&standby).get("kvs_guest_memory_bytes");
+    for n in 0..32 {
+        assert_eq!(put(&primary, &format!("large-{n}"), &"x".repeat(1 << 20)), 201);
+    }
+    until(&standby, "the memory has grown", |metrics| {
+        metrics.get("kvs_guest_memory_bytes") >= before + f64::from(24 << 20)
+    });
 }
 
 /// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.

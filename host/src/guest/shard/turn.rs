@@ -94,6 +94,7 @@ impl Turn {
             self.shard.shared.housekeeping.wish(Duration::ZERO);
         }
         let previous = self.take(Instanced::Over);
+        self.shard.held.memory(replica.instance.memory_bytes());
         self.has = Instanced::Free(Box::new(replica));
         previous
     }
@@ -163,6 +164,7 @@ impl Turn {
                 if let Some((tap, recorded)) = tap.zip(instance.recorded()) {
                     tap.add(recorded, None);
                 }
+                self.shard.held.memory(replica.instance.memory_bytes());
                 self.has = Instanced::Free(replica);
                 self.shard.state().tick_trapped = false;
                 if let Some(after) = wish {
@@ -187,7 +189,10 @@ impl Turn {
         let own = changes.iter().filter(|change| self.shard.part.owns(change.key()));
         own.for_each(|change| replica.instance.announce(change.key()));
         match replica.apply_changes(changes, until) {
-            Ok(()) => self.has = Instanced::Free(replica),
+            Ok(()) => {
+                self.shard.held.memory(replica.instance.memory_bytes());
+                self.has = Instanced::Free(replica);
+            }
             Err(error) => {
                 error!(guest = replica.instance.description().name, "the guest trapped: {error:#}");
                 self.lost(replica, &format!("{error:#}"));
