@@ -330,7 +330,9 @@ fn a_file_is_read_again_on_sighup() {
     server.signal(Signal::HUP);
     server.says("the guest cannot be read again");
     assert_eq!(serving(&server), "unruly");
-    server.terminate();
+    let stopped = server.terminate();
+    let last = stopped.stderr().last().expect("it says that it stopped");
+    assert!(last.contains("guest=\"unruly\""), "{last}");
 }
 
 #[test]
