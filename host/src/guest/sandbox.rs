@@ -20,7 +20,7 @@ use super::clock::Clock;
 use super::fixed::Fixed;
 use super::limits::Limits;
 use super::shadow::{Inputs, Surroundings};
-use super::trap::Printed;
+use super::trap::{Printed, printable};
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -217,9 +217,10 @@ impl Sandbox {
 
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line);
-        // Escaped, so that a guest cannot move the cursor or forge a line of another.
-        let request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
-        info!(guest = self.guest, request_id, "{}", line.trim_end().escape_debug());
+        if let Some(line) = printable(&line) {
+            let request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
+            info!(guest = self.guest, request_id, "{line}");
+        }
         self.line.clear();
     }
 

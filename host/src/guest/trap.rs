@@ -89,13 +89,20 @@ fn is_machinery(function: &str) -> bool {
     MACHINERY.iter().any(|beginning| function.starts_with(beginning))
 }
 
-/// Returns the last printed lines as one, escaped like each of them. The advice that Rust adds to a panic applies to nobody here.
+/// Returns the last printed lines as one, escaped like each of them.
 fn last_lines(printed: &[u8]) -> String {
     let printed = String::from_utf8_lossy(printed);
-    let lines = printed.lines().map(str::trim_end).filter(|line| !line.is_empty());
-    let lines: Vec<_> = lines.filter(|line| !line.starts_with("note: run with `RUST_BACKTRACE")).collect();
-    let last = &lines[lines.len().saturating_sub(MAX_LINES)..];
-    last.iter().map(|line| line.escape_debug().to_string()).collect::<Vec<_>>().join(" | ")
+    let lines: Vec<_> = printed.lines().filter_map(printable).collect();
+    lines[lines.len().saturating_sub(MAX_LINES)..].join(" | ")
+}
+
+/// Returns a printed line as log lines have it: escaped, so that a guest cannot move the cursor or forge a line of another, but
+/// for quotes. None for one that says nothing: a blank one, or the advice that Rust adds to a panic, which applies to nobody here.
+pub fn printable(line: &str) -> Option<String> {
+    let line = line.trim_end();
+    let says_something = !line.is_empty() && !line.starts_with("note: run with `RUST_BACKTRACE");
+    // A backslash of the guest is escaped too, so that each of these is one that was added before a quote.
+    says_something.then(|| line.escape_debug().to_string().replace("\\'", "'").replace("\\\"", "\""))
 }
 
 #[cfg(test)]
@@ -133,6 +140,7 @@ mod tests {
             b"1\n2\n\n3\nthread panicked at a.rs:1:\nit \x1b[2J\xff\r\nnote: run with `RUST_BACKTRACE=1` to\n";
         assert_eq!(last_lines(printed), "2 | 3 | thread panicked at a.rs:1: | it \\u{1b}[2J\u{fffd}");
         assert_eq!(last_lines(b""), "");
+        assert_eq!(last_lines(b"thread 'a' said \"b\\'\""), "thread 'a' said \"b\\\\'\"");
         assert_eq!(without_printed("a, in b; it printed: c; it printed: d"), "a, in b");
         assert_eq!(without_printed("a, in b"), "a, in b");
     }

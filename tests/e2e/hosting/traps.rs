@@ -2,6 +2,8 @@
 
 use std::thread;
 
+use serde_json::Value;
+
 use crate::support::guests::{component, guest};
 use crate::support::server::Server;
 use crate::support::swap::{status, swap};
@@ -30,6 +32,23 @@ fn panic_is_reported_with_its_message_and_function() {
     assert_eq!(client.ask("GET", "/handled", b"").status, 200);
     let trap = status(&server)["last_trap"].clone();
     assert!(trap["at"].is_u64() && trap["reason"].as_str().is_some_and(|reason| reason.contains(MESSAGE)), "{trap}");
+}
+
+#[test]
+fn panic_is_printed_in_readable_lines() {
+    let server = Server::start(&["--log-format", "json", guest()]);
+    let mut client = Connection::open(server.address());
+    client.ask("GET", "/panic", b"").says(500, "the store failed on this request");
+    server.says("the guest trapped");
+    let lines = server.terminate().stderr().to_vec();
+    let lines = lines.iter().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let printed =
+        lines.filter(|line| line["guest"] == "unruly" && line["level"] == "INFO" && line["request_id"].is_string());
+    let printed: Vec<_> = printed.map(|line| line["message"].as_str().expect("it has one").to_owned()).collect();
+    // Its place with the thread in quotes, and its message.
+    let [place, message] = &printed[..] else { panic!("{printed:?}") };
+    assert!(place.contains("panicked at") && place.contains('\'') && !place.contains('\\'), "{place}");
+    assert_eq!(message, MESSAGE);
 }
 
 #[test]
