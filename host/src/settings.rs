@@ -91,7 +91,8 @@ pub struct Serve {
 
     /// Serve the log up to a sequence, or up to the first entry that is newer than a time: RFC 3339, or milliseconds since 1970
     /// with `ms`
-    #[arg(long, env = "KVS_UNTIL", value_name = "SEQUENCE|TIME", value_parser = until, requires = "read_only")]
+    #[arg(long, env = "KVS_UNTIL", value_name = "SEQUENCE|TIME", value_parser = until, requires = "read_only",
+          conflicts_with_all = ["standby", "listen_when_primary"])]
     pub until: Option<Until>,
 
     /// Follow the primary, serve stale reads, and take over when it is gone

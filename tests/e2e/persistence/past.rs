@@ -85,5 +85,7 @@ fn state_that_was_compacted_is_not_served() {
 #[test]
 fn point_in_time_needs_read_only() {
     serve_refused(&["--until", "5"]).with(2, &["--read-only"]);
+    serve_refused(&["--until", "5", "--standby"]).with(2, &["--until", "--standby"]);
+    serve_refused(&["--until", "5", "--listen-when-primary", "127.0.0.1:9"]).with(2, &["--until"]);
     serve_refused(&["--read-only", "--standby"]).with(2, &["--standby"]);
 }
