@@ -181,7 +181,7 @@ mod tests {
         assert_eq!((duration("1ms"), duration("10"), duration("10s")), (Ok(1), Ok(10_000), Ok(10_000)));
         for value in ["0", "11s", "10001ms", "", "ten"] {
             let reason = duration(value).expect_err(value).to_string();
-            let expected = "query parameter `a` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 10s";
+            let expected = "query parameter `a` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 10s";
             assert_eq!(reason, expected, "{value}");
         }
     }

@@ -190,7 +190,7 @@ mod tests {
             ("op=touch&ttl=5&delta=1", "query parameter `delta` does not belong to op=touch\n"),
             (
                 "op=touch&ttl=0",
-                "query parameter `ttl` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 3153600000s\n",
+                "query parameter `ttl` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 3153600000s\n",
             ),
             ("op=touch&limit=1", "unknown query parameter `limit`\n"),
         ] {

@@ -290,19 +290,19 @@ mod tests {
             (
                 "PUT",
                 "ttl=0",
-                "query parameter `ttl` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 3153600000s\n",
+                "query parameter `ttl` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 3153600000s\n",
             ),
             ("PUT", "ttl=1&ttl=1", "query parameter `ttl` was given twice\n"),
             ("PUT", "tll=1", "unknown query parameter `tll`\n"),
             (
                 "GET",
                 "wait=10x",
-                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 300s\n",
+                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 300s\n",
             ),
             (
                 "HEAD",
                 "wait=301",
-                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 300s\n",
+                "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 300s\n",
             ),
             ("PUT", "wait=10s", "unknown query parameter `wait`\n"),
             ("DELETE", "ttl=1", "unknown query parameter `ttl`\n"),

@@ -213,7 +213,7 @@ fn what_is_malformed_is_refused_with_its_place() {
         ),
         (
             &put(r#","value":"","ttl":0"#),
-            "operation 0: `ttl` must be a duration like 60, 60s, 500ms, 5m or 1h, from 1ms to 3153600000s",
+            "operation 0: `ttl` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 3153600000s",
         ),
         (
             &put(r#","value":"","ttl":-1"#),
