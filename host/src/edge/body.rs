@@ -18,7 +18,7 @@ use super::rejection::Rejection;
 
 /// Maximum number of parts of a body that are smaller than 16 bytes, as in chunks of a byte each. A part costs as much as a
 /// kilobyte.
-const SMALL_PARTS: u32 = 10_000;
+pub const SMALL_PARTS: u32 = 10_000;
 
 /// Time before the minimum rate applies.
 const GRACE: Duration = Duration::from_secs(2);

@@ -3,15 +3,16 @@
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming as Arriving;
 use hyper::header::{self, HeaderMap};
 use tokio::time::{sleep, timeout};
 
-/// Maximum bytes, number of parts, and time: a client can send its body in chunks of a byte.
-const MAX_BYTES: usize = 16 << 20;
-const MAX_PARTS: usize = 10_000;
-const MAX_TIME: Duration = Duration::from_secs(2);
+use super::body::SMALL_PARTS;
+use super::frames::SMALL_DATA;
+
+/// A proxy may read a response only when it has sent the whole body.
+const MAX_TIME: Duration = Duration::from_secs(5);
 /// Time within which a response has begun.
 const RESPONDING: Duration = Duration::from_millis(50);
 
@@ -28,13 +29,13 @@ pub fn linger(headers: &HeaderMap, body: Arriving) {
     });
 }
 
-async fn discard(body: Arriving) {
-    let mut body = Limited::new(body, MAX_BYTES);
+async fn discard(mut body: Arriving) {
     let reading = async {
-        for _ in 0..MAX_PARTS {
-            match body.frame().await {
-                Some(Ok(_)) => {}
-                None | Some(Err(_)) => break,
+        let mut small_parts = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            small_parts += u32::from(frame.data_ref().is_none_or(|data| data.len() < SMALL_DATA));
+            if small_parts > SMALL_PARTS {
+                break;
             }
         }
     };
