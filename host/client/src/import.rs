@@ -39,12 +39,14 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Creates a progress bar of a length, with a unit.
 pub type NewProgressBar = fn(u64, &'static str) -> ProgressBar;
 
+/// Returns why no server accepts a key.
+pub type CheckKey = fn(&str) -> Result<(), String>;
+
 /// What the caller knows of keys, and how it reports.
 #[derive(Clone, Copy)]
 pub struct ImportHooks {
     pub bar: NewProgressBar,
-    /// Returns whether any server accepts a key.
-    pub is_valid_key: fn(&str) -> bool,
+    pub check_key: CheckKey,
     /// Called with a message when the import has to wait for the server.
     pub report: fn(&str),
 }
@@ -62,7 +64,7 @@ pub fn import(server: &Server, file: &Path, resume: bool, hooks: ImportHooks) ->
         begin = checkpoint_file.read()?.unwrap_or_default();
     }
     if let Some(size) = source.size {
-        source.check(&bar(size, "bytes checked"), &begin, hooks.is_valid_key)?;
+        source.check(&bar(size, "bytes checked"), &begin, hooks.check_key)?;
     }
     let progress = source.size.map_or_else(ProgressBar::no_length, |size| bar(size, "bytes imported"));
     let mut import = Import::new(server, hooks, progress);
@@ -151,10 +153,10 @@ impl Source {
 
     /// Validates all lines before the first put, and that the part before the checkpoint `begin` is unchanged. Then seeks to
     /// the checkpoint.
-    fn check(&mut self, bar: &ProgressBar, begin: &Checkpoint, is_valid_key: fn(&str) -> bool) -> Result<()> {
+    fn check(&mut self, bar: &ProgressBar, begin: &Checkpoint, check_key: CheckKey) -> Result<()> {
         let mut is_unchanged = *begin == Checkpoint::default();
         while let Some(line) = self.next()? {
-            put_of(&line, is_valid_key).map_err(Error::msg).with_context(|| self.place(self.position.line))?;
+            put_of(&line, check_key).map_err(Error::msg).with_context(|| self.place(self.position.line))?;
             is_unchanged |= self.position == *begin;
             bar.set_position(self.position.bytes);
         }
@@ -209,12 +211,9 @@ struct Put {
 }
 
 /// Parses a line; None if the value has expired.
-fn put_of(line: &[u8], is_valid_key: fn(&str) -> bool) -> Result<Option<Put>, String> {
+fn put_of(line: &[u8], check_key: CheckKey) -> Result<Option<Put>, String> {
     let record = Record::parse(line)?;
-    if !is_valid_key(&record.key) {
-        let key = shown(&record.key);
-        return Err(format!("no server accepts the key {key:?}; see the rules for keys in the documentation"));
-    }
+    check_key(&record.key).map_err(|reason| format!("no server accepts the key {:?}: {reason}", shown(&record.key)))?;
     let mut target = path_of(&record.key);
     match record.expiry() {
         Expiry::Never => {}
@@ -245,7 +244,7 @@ struct Ended {
 
 struct Import<'l> {
     server: &'l Server,
-    is_valid_key: fn(&str) -> bool,
+    check_key: CheckKey,
     waits: Arc<Waits>,
     /// Set where a value that is too large is left out, in place of an error.
     left_out: Option<Arc<LeftOut>>,
@@ -264,7 +263,7 @@ impl<'l> Import<'l> {
     fn new(server: &'l Server, hooks: ImportHooks, progress: ProgressBar) -> Self {
         Self {
             server,
-            is_valid_key: hooks.is_valid_key,
+            check_key: hooks.check_key,
             waits: Arc::new(Waits { report: hooks.report, has_reported: AtomicBool::default() }),
             left_out: None,
             file: None,
@@ -307,7 +306,7 @@ impl<'l> Import<'l> {
     /// Hands all lines to the workers, with a limit of those in flight.
     fn feed(&mut self, source: &mut Source, workers: &[Sender<Job>], results: &Receiver<LineResult>) -> Result<()> {
         while let Some(line) = source.next()? {
-            let put = put_of(&line, self.is_valid_key)
+            let put = put_of(&line, self.check_key)
                 .map_err(Error::msg)
                 .with_context(|| source.place(source.position.line))?;
             self.in_flight.push_back((source.position, put.is_none()));

@@ -8,7 +8,7 @@ use kvs_client::{Copied, ImportHooks, Origin, Output};
 use serde_json::json;
 
 use super::client::{OutputArgs, ServerArgs};
-use crate::guest::is_valid_key;
+use crate::guest::check_key;
 use crate::lines::notice;
 use crate::terminal::bar;
 
@@ -36,7 +36,8 @@ pub struct Import {
 
 pub fn run(args: &Import) -> anyhow::Result<()> {
     let report = |line: &str| notice(format_args!("kvs: {line}"));
-    let hooks = ImportHooks { bar, is_valid_key, report };
+    let check_key = |key: &str| check_key(key).map_err(|error| error.to_string());
+    let hooks = ImportHooks { bar, check_key, report };
     let server = args.server.server()?;
     let output = args.output.output();
     if let Some(origin) = &args.from {

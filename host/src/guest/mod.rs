@@ -47,7 +47,7 @@ pub use cache::ResponseCache;
 pub use compile::compile;
 pub use engine::{Engine, Guest};
 pub use inspect::inspect;
-pub use key::is_valid as is_valid_key;
+pub use key::check as check_key;
 pub use limits::Limits;
 pub use message::{Answer, Client, Incoming, Sequel, Wait, Watch};
 pub use reload::Reload;

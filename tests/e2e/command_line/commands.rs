@@ -304,8 +304,8 @@ fn a_malformed_line_is_named() {
         ("{\"key\": \"b\", \"value\": 5}", "invalid type: integer `5`, expected a string at byte 23"),
         ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
         ("{\"key\": \"b\", ", "EOF while parsing"),
-        ("{\"key\": \"..\", \"value\": \"\"}", "no server accepts the key \"..\""),
-        ("{\"key\": \"\", \"value\": \"\"}", "no server accepts the key \"\""),
+        ("{\"key\": \"..\", \"value\": \"\"}", "no server accepts the key \"..\": it has a segment . or .."),
+        ("{\"key\": \"\", \"value\": \"\"}", "no server accepts the key \"\": it is empty"),
         (&format!("{{\"key\": \"{}\", \"value\": \"\"}}", "x".repeat(100_000)), "xxx… (100000 bytes)\""),
     ] {
         let file = server.data().join("lines");

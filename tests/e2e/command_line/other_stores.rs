@@ -124,7 +124,7 @@ fn strings_of_redis_are_copied_with_their_ttl() {
         "left out \"queue\": its type is list; only strings are copied",
         "left out \"user\": its type is hash; only strings are copied",
         "left out \"\u{fffd}\": the key is not UTF-8",
-        "left out \"line\\nbreak\": no server accepts the key",
+        "left out \"line\\nbreak\": no server accepts the key: it has the control character U+000A",
         "imported 1004 keys",
         &format!("4 keys of redis://{address} were left out"),
     ] {

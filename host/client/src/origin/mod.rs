@@ -190,8 +190,8 @@ impl Lines {
             self.report_unfit(key, "the key is not UTF-8");
             return Ok(());
         };
-        if !(self.hooks.is_valid_key)(name) {
-            self.report_unfit(key, "no server accepts the key; see the rules for keys in the documentation");
+        if let Err(reason) = (self.hooks.check_key)(name) {
+            self.report_unfit(key, &format!("no server accepts the key: {reason}"));
             return Ok(());
         }
         let mut line = match str::from_utf8(value) {
