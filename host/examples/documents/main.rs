@@ -36,6 +36,8 @@ fn settings() -> String {
         Every setting is a flag and an environment variable; the flag takes precedence. A file of variables, one per line,\n\
         configures a service (`deploy/kvs.env`) or a container (`--env-file`). A variable that begins with `KVS_` and is not\n\
         in this table is rejected at the start. Secrets are read from files, whose names are settings (*FILE*).\n\n\
+        A flag that can be repeated has all its values in one variable, separated by commas; those of `KVS_GUEST_CONFIG` are on lines\n\
+        of their own.\n\n\
         This table is generated from the code by `just settings`.\n\n\
         | variable | flag | default | commands | meaning |\n|---|---|---|---|---|\n"
         .to_owned();
