@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use ureq::http::{HeaderValue, Request, Response, header};
@@ -99,6 +99,12 @@ pub struct ApiRequest<'a> {
 impl Server {
     pub fn new(options: &Options<'_>) -> Result<Self> {
         let &Options { url, flag, token, authorities, read_timeout, stale } = options;
+        if let Some(path) = url.strip_prefix("unix:") {
+            bail!(
+                "{flag} {url}: commands connect over TCP alone; give the server an address beside, --listen 127.0.0.1:8080, or use \
+                 curl --unix-socket {path} http://kvs/v1"
+            );
+        }
         let base = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let base = base.trim_end_matches('/').to_owned();
         let mut config = Agent::config_builder()

@@ -277,6 +277,9 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     let mut wrong = kvs();
     wrong.args(["get", "a", "--url", &url, "--cacert", "Cargo.toml"]);
     refused(wrong).with(1, &["--cacert Cargo.toml contains no PEM certificate"]);
+    let mut unix = kvs();
+    unix.args(["get", "a", "--url", "unix:/run/kvs.sock"]);
+    refused(unix).with(1, &["--url unix:/run/kvs.sock", "curl --unix-socket /run/kvs.sock"]);
 }
 
 #[test]
