@@ -117,13 +117,13 @@ impl Preallocator {
         self.changed.notify_all();
     }
 
-    /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
     /// Condition of the disk, for `/readyz`.
     pub fn condition(&self) -> Condition {
         let full = "cannot allocate the next segment of the log, writes are rejected until there is space";
         if self.lock().full { Condition::But(full.to_owned()) } else { Condition::Well }
     }
 
+    /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
     fn wait(&self, clock: &Clock, time: Option<Duration>, holds: impl Fn(&State) -> bool) -> bool {
         let (state, holds) = (self.lock(), |state: &mut State| holds(state) && !state.stopped);
         let state = match time {

@@ -95,6 +95,7 @@ fn engine(cache: &Path) -> Engine {
         call: time,
         replay: time,
         memory_bytes: 1 << 30,
+        memory_source: None,
         table_elements: 100_000,
         instances: 100,
         value_bytes: 1 << 20,
