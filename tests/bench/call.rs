@@ -21,6 +21,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         call: Duration::from_secs(5),
         replay: Duration::from_secs(5),
         memory_bytes: 1 << 30,
+        memory_source: None,
         table_elements: 1 << 20,
         instances: 16,
         value_bytes: 1 << 20,

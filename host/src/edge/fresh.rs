@@ -24,12 +24,14 @@ use tracing::{info, warn};
 use crate::changes::{Changes, LOOK};
 use crate::signals::Listen;
 
+/// Makes a value from its files. It is given the current one, if there is one.
+type Make<T> = dyn Fn(Option<&T>) -> Result<T> + Send + Sync;
+
 /// A reloadable value.
 pub struct Fresh<T> {
     /// Name in log lines, with an article.
     what: &'static str,
-    /// Makes a value from the files. It is given the current one, if there is one.
-    make: Box<dyn Fn(Option<&T>) -> Result<T> + Send + Sync>,
+    make: Box<Make<T>>,
     current: ArcSwap<T>,
     /// Notifies users of a new value.
     renewed: watch::Sender<()>,

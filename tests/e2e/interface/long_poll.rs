@@ -92,7 +92,7 @@ fn invalid_wait_is_400() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let unfit = "query parameter `wait` must be a duration like 60, 60s, 500ms, 5m, 1h or 30d, from 1ms to 300s";
-    for query in ["wait", "wait=", "wait=ten", "wait=0s", "wait=301", "wait=-1s", "wait=6m", "wait=1.5s"] {
+    for query in ["wait", "wait=", "wait=ten", "wait=0s", "wait=301", "wait=-1s", "wait=6m", "wait=1.5"] {
         client.ask("GET", &format!("/v1/a?{query}"), b"").says(400, unfit);
     }
     client.ask("GET", "/v1/a?wait=1s&wait=1s", b"").says(400, "query parameter `wait` was given twice");

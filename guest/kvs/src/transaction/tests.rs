@@ -224,7 +224,7 @@ fn what_is_malformed_is_refused_with_its_place() {
             "operation 0: invalid type: floating point `1.5`, expected a whole number of second",
         ),
         (&put(r#","value":"","content_type":"a\n""#), "operation 0: content-type holds a character that is not"),
-        (&put(r#","value":"","ttl":"1d""#), "operation 0: `ttl` must be a duration like 60, 60s"),
+        (&put(r#","value":"","ttl":"1x""#), "operation 0: `ttl` must be a duration like 60, 60s"),
         (&put(r#","value":"","ttl":18446744073709551615"#), "operation 0: `ttl` must be a duration like 60, 60s"),
         (&put(r#","value":"","json":1"#), "operation 0: `json` and another value are both there"),
         (&put(r#","json":{"#), "operation 0: "),
