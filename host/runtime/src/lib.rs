@@ -11,12 +11,14 @@
 mod clock;
 mod random;
 mod tasks;
+mod threads;
 
 use std::fmt;
 
 pub use clock::{Clock, Time};
 pub use random::{Entropy, Random};
 pub use tasks::{BoxedTask, BoxedWork, Spawn, Task, Tasks, Thread};
+pub use threads::runtime;
 
 /// Clock, randomness, and threads and tasks of one process, or of one simulated process. Clones share them.
 #[derive(Clone)]

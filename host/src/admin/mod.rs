@@ -179,7 +179,7 @@ impl Admin {
         self.refused.start(&self.env);
         let Env { tasks, clock, .. } = self.env.clone();
         let serve = move || -> Result<Infallible> {
-            let runtime = Builder::new_current_thread().enable_all().build().context("no runtime")?;
+            let runtime = kvs_runtime::runtime(&mut Builder::new_current_thread()).context("no runtime")?;
             let listener = listener.try_clone()?;
             runtime.block_on(async { self.serve(TcpListener::from_std(listener)?).await })
         };

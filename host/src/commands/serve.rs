@@ -49,8 +49,8 @@ pub fn run(args: &Serve, env: &Env) -> Result<()> {
     let workers = Arc::new(Workers::default());
     let (parks, unparks) = (Arc::clone(&workers), Arc::clone(&workers));
     let mut builder = Builder::new_multi_thread();
-    builder.enable_all().on_thread_park(move || parks.park()).on_thread_unpark(move || unparks.unpark());
-    let runtime = builder.build().context("no threads to serve with")?;
+    builder.on_thread_park(move || parks.park()).on_thread_unpark(move || unparks.unpark());
+    let runtime = kvs_runtime::runtime(&mut builder).context("no threads to serve with")?;
     let ended = runtime.block_on(serve(args, env, &workers));
     // A replay that was given up may still be running; nobody waits for it.
     runtime.shutdown_background();

@@ -1,13 +1,19 @@
 //! Limits in time and number: slow clients, idle clients, many clients.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
 use crate::support::metrics::{counts, until};
+use crate::support::nobody::{by_nobody, program_in};
 use crate::support::server::{PATIENCE, Server, refused, serve, through};
+use crate::support::swap::swaps;
 use crate::support::wire::Connection;
 
 #[test]
@@ -265,4 +271,34 @@ fn limit_of_open_files_below_the_least_is_refused() {
     let mut limited = through("sh", &command);
     limited.args(["-c", "ulimit -n 200 && exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
     refused(limited).with(1, &["200 open files", "at least 320", "LimitNOFILE"]);
+}
+
+#[test]
+fn work_waits_for_threads_that_the_system_refuses() {
+    let [home, data] = [(); 2].map(|()| TempDir::new().expect("a temporary directory can be made"));
+    for directory in [&home, &data] {
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).expect("it is ours");
+    }
+    let file = home.path().join("guest.wasm");
+    fs::copy(guest(), &file).expect("the guest can be copied");
+    let command = serve(data.path());
+    let program = program_in(home.path());
+    let mut unprivileged = through(program.to_str().expect("a temporary path is text"), &command);
+    unprivileged.args(command.get_args()).arg(&file);
+    let server = Server::spawn(by_nobody(unprivileged), data);
+    // Longer than a runtime keeps idle threads by default: that these stay shows nowhere.
+    thread::sleep(Duration::from_secs(12));
+    let mut limit = Command::new("prlimit");
+    limit.args(["--nproc=1:1", "--pid", &server.pid().to_string()]);
+    assert!(by_nobody(limit).status().expect("prlimit is part of util-linux").success(), "no limit can be set");
+
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
+    client.ask("GET", "/trap", b"").says(500, "the store failed on this request");
+    assert_eq!(client.ask("GET", "/store/a", b"").text(), "value");
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+    let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    assert!(ready.status == 200 && ready.text().contains("[+]tasks ok\n"), "{}", ready.text());
+    let stopped = server.terminate();
+    assert!(stopped.stderr().iter().all(|line| !line.contains("panicked")), "{:?}", stopped.stderr());
 }

@@ -3,14 +3,13 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use crate::support::mount::Mount;
+use crate::support::nobody::{by_nobody, program_in};
 use crate::support::server::{Server, Stopped, kvs, refused, serve, through};
 use crate::support::wire::Connection;
 
@@ -139,23 +138,6 @@ fn foreign_files_are_kept_and_logged() {
     for name in others {
         assert_eq!(fs::read(stopped.data().join("log").join(name)).expect("it is still there"), b"mine");
     }
-}
-
-/// The command, run by a user without privileges; a user other than root is one already.
-fn by_nobody(mut command: Command) -> Command {
-    if geteuid().is_root() {
-        command.uid(65_534).gid(65_534);
-    }
-    command
-}
-
-/// The binary where everybody can run it. Written by a process of its own: a file that another test's child has open for
-/// writing, as it is between fork and exec, cannot be run.
-fn program_in(directory: &Path) -> PathBuf {
-    let program = directory.join("kvs");
-    let copied = Command::new("cp").arg(kvs_tests::binary()).arg(&program).status();
-    assert!(copied.expect("cp is part of every system").success(), "it cannot be copied");
-    program
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mount;
 pub mod nats;
+pub mod nobody;
 pub mod pages;
 pub mod postgres;
 pub mod readiness;

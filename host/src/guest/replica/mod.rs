@@ -10,7 +10,7 @@ pub mod spare;
 
 use std::iter;
 use std::panic::resume_unwind;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -216,15 +216,25 @@ pub fn replayed_by_all(replicas: &mut [Replica], started: Instant) -> Result<Rep
     Ok(Replayed { entries, keys, took })
 }
 
-/// Does this with each, on as many threads.
+/// Does this with each, on as many threads, or as many as there can be.
 pub fn in_each<R: Send, T: Send>(all: &mut [R], work: impl Fn(&mut R) -> T + Sync) -> Vec<T> {
     if let [only] = all {
         return vec![work(only)];
     }
-    thread::scope(|scope| {
-        let work = &work;
-        let threads: Vec<_> = all.iter_mut().map(|one| scope.spawn(move || work(one))).collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, T>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-        threads.into_iter().map(join).collect()
-    })
+    let others = 1..all.len();
+    let left = Mutex::new(all.iter_mut().enumerate());
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let take_turns = || iter::from_fn(next).map(|(at, one)| (at, work(one))).collect::<Vec<_>>();
+    let mut done = thread::scope(|scope| {
+        // Without a thread more the others do its share.
+        let start = |_| thread::Builder::new().spawn_scoped(scope, take_turns).ok();
+        let threads: Vec<_> = others.map_while(start).collect();
+        let mut done = take_turns();
+        for thread in threads {
+            done.extend(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        }
+        done
+    });
+    done.sort_unstable_by_key(|(at, _)| *at);
+    done.into_iter().map(|(_, done)| done).collect()
 }

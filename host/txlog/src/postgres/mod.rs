@@ -176,8 +176,9 @@ impl PostgresLog {
             group_bytes <= GROUP_BYTES,
             "the maximum size of a write is {GROUP_BYTES} bytes with PostgreSQL: lower --max-value-bytes"
         );
-        let threads = Builder::new_multi_thread().worker_threads(1).thread_name("log postgres").enable_all().build();
-        let runtime = threads.context("no thread for the log")?;
+        let mut builder = Builder::new_multi_thread();
+        let runtime = kvs_runtime::runtime(builder.worker_threads(1).thread_name("log postgres"));
+        let runtime = runtime.context("no thread for the log")?;
         let conditions = Conditions::new(durability);
         let tasks = options.env.tasks.in_runtime(runtime.handle());
         let env = Env { tasks, ..options.env.clone() };

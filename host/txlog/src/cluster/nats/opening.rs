@@ -73,7 +73,8 @@ type Open = fn(Runtime, Stored, &Options) -> Result<ClusterLog>;
 fn open_by(url: &Url, checks: &Checks, data: Option<&Path>, options: &Options, open: Open) -> Result<ClusterLog> {
     let target = Target::new(url).context("the URL of the log cannot be used")?;
     let name = target.name();
-    let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("log nats").enable_all().build();
+    let mut builder = Builder::new_multi_thread();
+    let runtime = kvs_runtime::runtime(builder.worker_threads(1).thread_name("log nats"));
     let runtime = runtime.context("no thread for the log")?;
     let tasks = options.env.tasks.in_runtime(runtime.handle());
     let env = Env { tasks, ..options.env.clone() };

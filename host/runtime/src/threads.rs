@@ -1,0 +1,16 @@
+//! Runtimes that survive a shortage of threads.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Runtime};
+
+/// Builds a runtime that keeps its threads for blocking work, and starts the first of them.
+///
+/// When the system refuses another thread (the limit of a container is reached), blocking work waits for one that is there;
+/// without any tokio panics, and by default it ends them when they are idle.
+pub fn runtime(builder: &mut Builder) -> io::Result<Runtime> {
+    let runtime = builder.enable_all().thread_keep_alive(Duration::MAX).build()?;
+    runtime.spawn_blocking(|| ());
+    Ok(runtime)
+}
