@@ -124,7 +124,7 @@ impl Load<'_> {
         h2load.args(["--threads", "1", "--clients", &self.connections.to_string(), "--max-concurrent-streams", "1"]);
         h2load.arg("--input-file").arg(&addresses);
         if self.kind == "PUT" {
-            h2load.args(["--header", ":method: PUT", "--data-dir"]).arg(&value);
+            h2load.args(["--header", ":method: PUT", "--data"]).arg(&value);
         }
         Ok((h2load, data.join("requests")))
     }
