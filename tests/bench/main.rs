@@ -20,6 +20,7 @@ mod replay;
 mod report;
 mod requests;
 mod swap;
+mod traps;
 mod warm;
 
 use std::path::Path;
@@ -30,7 +31,7 @@ use report::Report;
 
 type Benchmark = fn(&Path, &mut Report) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 8] = [
+const ALL: [(&str, Benchmark); 9] = [
     ("requests", requests::run),
     ("latency", latency::run),
     ("call", call::run),
@@ -38,6 +39,7 @@ const ALL: [(&str, Benchmark); 8] = [
     ("postgres", postgres::run),
     ("replay", replay::run),
     ("swap", swap::run),
+    ("traps", traps::run),
     ("availability", availability::run),
 ];
 
