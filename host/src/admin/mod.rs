@@ -62,11 +62,11 @@ pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::refused::{Refused, is_refusal};
-use self::scan::Pieces;
+use self::scan::{Pieces, Revoked};
 pub use self::stats::MAX_TOP;
 use self::stats::Statistics;
 use crate::audit::{self, Actor};
-use crate::edge::auth::{Scope, Tokens};
+use crate::edge::auth::{Scope, Tokens, revoked_admin};
 use crate::edge::tls::Tls;
 use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, problem, shown_target};
 use crate::guest::Swapper;
@@ -273,14 +273,33 @@ impl Admin {
             }
         }
         if matches!(request.uri().path(), "/backup" | "/history" | "/stats") {
-            return match (self.log.get(), request.uri().path()) {
-                (Some((backups, ..)), "/backup") => backups.respond(request).await,
-                (Some((_, histories, _)), "/history") => histories.respond(request).await,
-                (Some((.., statistics)), _) => statistics.respond(request, connection.socket.as_fd()).await,
-                (None, _) => text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left),
-            };
+            return self.answer_by_scan(request, connection).await;
         }
         self.answer_whole(request, actor, connection).await.map(Either::Left)
+    }
+
+    /// Answers with what a pass over the log finds, for as long as the client may ask for it.
+    async fn answer_by_scan(&self, request: Request<Incoming>, connection: &Connection) -> Response<AdminBody> {
+        let Some((backups, histories, statistics)) = self.log.get() else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left);
+        };
+        let mut revoked: Revoked =
+            Box::pin(revoked_admin(self.tokens.clone(), request.headers().clone(), Scope::Admin));
+        let scan = async {
+            match request.uri().path() {
+                "/backup" => backups.respond(request).await,
+                "/history" => histories.respond(request).await,
+                _ => statistics.respond(request, connection.socket.as_fd()).await,
+            }
+        };
+        let response = tokio::select! {
+            response = scan => response,
+            rejection = &mut revoked => return rejection.response().map(Either::Left),
+        };
+        response.map(|body| match body {
+            Either::Right(pieces) => Either::Right(pieces.until(revoked)),
+            whole => whole,
+        })
     }
 
     async fn answer_whole(&self, request: Request<Incoming>, actor: &mut Actor, connection: &Connection) -> Answer {

@@ -24,7 +24,7 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tracing::warn;
 
 use super::{AdminBody, text};
-use crate::edge::Reply;
+use crate::edge::{Rejection, Reply};
 
 /// Size of a piece of a response, and number of pieces that the client has not taken.
 const PIECE_BYTES: usize = 1 << 20;
@@ -89,7 +89,7 @@ impl Scans {
         }
         // Nothing is sent before the log can be read: until then an error has a status.
         let body = match received.recv().await {
-            Some(Piece::Bytes(first)) => Either::Right(Pieces { first: Some(first), received }),
+            Some(Piece::Bytes(first)) => Either::Right(Pieces { first: Some(first), received, revoked: None }),
             Some(Piece::End) => Either::Left(Reply::Whole(Bytes::new())),
             Some(Piece::Failed(status, reason)) => return text(status, reason).map(Either::Left),
             None => {
@@ -193,6 +193,18 @@ impl Write for Out {
 pub struct Pieces {
     first: Option<Bytes>,
     received: Receiver<Piece>,
+    /// Ends the response when it returns.
+    revoked: Option<Revoked>,
+}
+
+/// Returns when the client may no longer ask.
+pub type Revoked = Pin<Box<dyn Future<Output = Rejection> + Send>>;
+
+impl Pieces {
+    /// Ends the response when its client may no longer ask for it.
+    pub fn until(self, revoked: Revoked) -> Self {
+        Self { revoked: Some(revoked), ..self }
+    }
 }
 
 impl Body for Pieces {
@@ -200,6 +212,11 @@ impl Body for Pieces {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        if let Some(revoked) = &mut self.revoked
+            && revoked.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(Some(Err(io::Error::other("the token was revoked"))));
+        }
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }

@@ -63,6 +63,7 @@ pub use head::is_safe;
 pub use lingering::linger;
 use listener::{Listener, Listeners};
 pub use metrics::Metrics;
+pub use rejection::Rejection;
 pub use reply::Reply;
 pub use request_id::{HEADER as REQUEST_ID, RequestIds};
 pub use service::Service;

@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::env::consts::ARCH;
 use std::path::Path;
 use std::sync::Arc;
+#[cfg(feature = "compiler")]
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -141,12 +143,25 @@ pub fn settings(cpu: Cpu) -> Result<wasmtime::Config> {
     settings.epoch_interruption(true);
     // The log line of a trap has the names of functions, no more; wasmtime finds those without these tables.
     settings.generate_address_map(false).native_unwind_info(false);
+    #[cfg(feature = "compiler")]
+    settings.parallel_compilation(has_compiling_threads());
     if cpu == Cpu::Any {
         // Named, a target has no more than all its CPUs have. What is compiled for one libc runs beside the other.
         let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
         settings.target(&format!("{ARCH}-unknown-linux-{libc}"))?;
     }
     Ok(settings)
+}
+
+/// Starts the threads that compile, before the system may refuse them (the limit of a container): wasmtime would start them for
+/// the first guest that is not cached, and panic. Returns false where it refuses them already; then one thread compiles.
+#[cfg(feature = "compiler")]
+fn has_compiling_threads() -> bool {
+    static STARTED: LazyLock<bool> = LazyLock::new(|| {
+        let threads = rayon::ThreadPoolBuilder::new().thread_name(|number| format!("compile {number}"));
+        threads.build_global().is_ok()
+    });
+    *STARTED
 }
 
 /// The component in these bytes, compiled now or before, whatever it imports and exports; true when it is on disk compiled.

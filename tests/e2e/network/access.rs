@@ -1,6 +1,8 @@
 //! Who may do what, and how often: tokens and their scopes, and the limit of requests for each client.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -208,6 +210,31 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
     server.says_again("reloaded the token file", 2);
     assert_eq!(ask(&server, "PUT", "/v1/b", &with(&stays)).status, 201);
     assert_eq!(watching.next().map(|event| event.id), Some(2));
+}
+
+#[test]
+fn revoked_token_ends_its_backup() {
+    let tokens = Tokens::new();
+    let admin = tokens.add(&["operator", "--scope", "admin"]);
+    let server = Server::start(&["--tokens", &tokens.file(), "--backup-timeout", "1h"]);
+    let value = "x".repeat(1 << 20);
+    let mut client = Connection::open(server.address());
+    for n in 0..32 {
+        let head = format!("PUT /v1/{n} HTTP/1.1\r\nhost: kvs\r\ncontent-length: {}\r\n", value.len());
+        client.send(head + &with(&admin) + "\r\n" + &value);
+        assert_eq!(client.read().status, 201);
+    }
+    let mut backup = TcpStream::connect(server.admin()).expect("the server listens");
+    let request = format!("GET /backup HTTP/1.1\r\nhost: kvs\r\n{}\r\n", with(&admin));
+    backup.write_all(request.as_bytes()).expect("it is sent");
+    let mut received = vec![0; 100];
+    backup.read_exact(&mut received).expect("it begins");
+    assert!(received.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&received));
+    change(&tokens, &server, "operator", |_| None);
+    server.says("reloaded the token file");
+    // What the sockets hold comes, or a reset.
+    let _ = backup.read_to_end(&mut received);
+    assert!(received.len() < 24 << 20, "{} bytes of 32 MiB came", received.len());
 }
 
 #[test]

@@ -274,6 +274,19 @@ impl Standing {
     }
 }
 
+/// Waits until a request to the admin listener would be rejected for its token; never returns without tokens.
+pub async fn revoked_admin(tokens: Option<Arc<Tokens>>, headers: HeaderMap, needed: Scope) -> Rejection {
+    let Some(tokens) = tokens else { return pending().await };
+    let mut renewals = tokens.renewals();
+    loop {
+        if let (_, Err(rejection)) = tokens.get().check_admin(&headers, needed) {
+            return rejection;
+        }
+        // An error means that the files are not read again, and the token may still expire.
+        let _ = timeout(RECHECK_INTERVAL, renewals.changed()).await;
+    }
+}
+
 /// Waits for a revocation; never returns without tokens.
 pub async fn revoked(standing: Option<&Standing>) -> Rejection {
     match standing {
