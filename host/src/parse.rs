@@ -44,7 +44,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 /// Parses a duration that may be zero.
 pub fn duration_or_zero(text: &str) -> Result<Duration, String> {
     let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let parsed = humantime::parse_duration(&if is_number { format!("{text}s") } else { text.to_owned() });
+    let parsed = kvs_client::duration(&if is_number { format!("{text}s") } else { text.to_owned() });
     parsed.map_err(|error| format!("{error}; a time looks like 500ms, 5s or 2m"))
 }
 

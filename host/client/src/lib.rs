@@ -20,6 +20,7 @@ pub use self::list::{ListOptions, export, list};
 pub use self::origin::Origin;
 pub use self::output::Output;
 pub use self::prefix::{count_prefix, delete_prefix};
+pub use self::record::duration;
 pub use self::server::{ApiRequest, ClientError, Options, Server, add as add_parameter};
 pub use self::txn::transact;
 pub use self::value::{Add, Condition, Get, Put, add, delete, get, put, touch};

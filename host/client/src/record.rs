@@ -79,6 +79,17 @@ impl Record {
     }
 }
 
+/// Maximum length of a duration in bytes: `humantime` panics when the parts of a longer one overflow together.
+const MAX_DURATION_BYTES: usize = 20;
+
+/// Parses a duration with units.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    if text.len() > MAX_DURATION_BYTES {
+        return Err(format!("a duration has at most {MAX_DURATION_BYTES} bytes"));
+    }
+    humantime::parse_duration(text).map_err(|error| error.to_string())
+}
+
 /// Parses a time to live, as transactions have it, and in larger units.
 fn ttl<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     #[derive(Deserialize)]
@@ -91,8 +102,7 @@ fn ttl<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Option<Duration>, D::
         Ttl::Seconds(seconds) => Duration::from_secs(seconds),
         Ttl::Text(text) => match text.parse() {
             Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => humantime::parse_duration(&text)
-                .map_err(|error| D::Error::custom(format!("`ttl` {text:?}: {error}")))?,
+            Err(_) => duration(&text).map_err(|error| D::Error::custom(format!("`ttl` {text:?}: {error}")))?,
         },
     }))
 }
