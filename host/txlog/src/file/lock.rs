@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use kvs_runtime::Clock;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -178,7 +178,8 @@ fn unusable(path: &Path, error: std::io::Error) -> anyhow::Error {
         ErrorKind::ReadOnlyFilesystem => {
             format!("data directory {path} is on a read-only file system; give another directory with --data-dir")
         }
-        _ => format!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
+        // It may pass: a shortage, or a network.
+        _ => return anyhow!("cannot use data directory {path}: {error}; give another directory with --data-dir"),
     };
     Unusable(reason).into()
 }

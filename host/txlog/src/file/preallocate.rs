@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct Preallocator {
     state: Mutex<State>,
     changed: Condvar,
     sizes: Sizes,
+    /// Whether the last attempt found no space, for those that must not wait for the disk.
+    is_short: AtomicBool,
 }
 
 struct State {
@@ -82,7 +85,7 @@ impl Preallocator {
     /// `next` and `size` are the number and the size of the next segment to create.
     pub fn new(ready: VecDeque<PreallocatedSegment>, next: u64, size: u64, sizes: Sizes) -> Self {
         let state = State { ready, next, size, reserved: None, full: false, closing: false, stopped: false };
-        Self { state: Mutex::new(state), changed: Condvar::new(), sizes }
+        Self { state: Mutex::new(state), changed: Condvar::new(), sizes, is_short: AtomicBool::new(false) }
     }
 
     /// Returns the preallocated segment, and waits for it if necessary. None when there will be none.
@@ -119,8 +122,9 @@ impl Preallocator {
 
     /// Condition of the disk, for `/readyz`.
     pub fn condition(&self) -> Condition {
-        let full = "cannot allocate the next segment of the log, writes are rejected until there is space";
-        if self.lock().full { Condition::But(full.to_owned()) } else { Condition::Well }
+        let short =
+            "cannot allocate the next segment of the log, writes will be rejected until it can; see the log lines";
+        if self.is_short.load(Ordering::Relaxed) { Condition::But(short.to_owned()) } else { Condition::Well }
     }
 
     /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
@@ -189,6 +193,7 @@ impl State {
             std::mem::replace(&mut self.full, file.as_ref().is_err_and(|error| is_full(error) || is_shortage(error)));
         // Before the log line, which tests and operators act upon.
         shared.queue.set_full(self.full);
+        shared.preallocator.is_short.store(self.full, Ordering::Relaxed);
         match file {
             Err(error) if self.full => {
                 if !was_full {

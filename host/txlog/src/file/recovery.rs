@@ -80,6 +80,10 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     };
     let (last, chain) = segments.last().map_or((0, 0), |segment| (segment.last, segment.after));
     if last < durable {
+        if durable > marked {
+            // The next start knows of this no more than the file does, and would cut off what is corrupt.
+            mark::write(&*home.disk, log, durable)?;
+        }
         let (name, end) = found.last().map_or(("", 0), |segment| (segment.name.as_str(), HEAD_BYTES));
         let (name, end) = tear.map_or((name, end), |(at, torn)| (&found[at].name, torn.at));
         let what = format!("the log ends with sequence {last}, but {durable} had been durable");

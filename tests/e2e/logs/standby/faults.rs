@@ -21,12 +21,12 @@ use crate::support::wire::{Connection, STALE};
 
 const CANNOT_FOLLOW: &str = "[-]log standby cannot follow the log: ";
 
-/// The files of the log, with their bytes.
+/// The files of the log, with their bytes. Not those that a server writes beside the entries: the watermark, and what is begun.
 fn files(data: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(data.join("log")).expect("there is a log").map(|file| file.expect("it can be read"));
-    files
-        .map(|file| (file.file_name().to_string_lossy().into_owned(), fs::read(file.path()).expect("it is there")))
-        .collect()
+    let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+    let names = names.filter(|name| !name.starts_with("watermark") && !name.ends_with(".tmp"));
+    names.map(|name| (name.clone(), fs::read(data.join("log").join(&name)).expect("it is there"))).collect()
 }
 
 /// The segment that entries are appended to in a short test.
@@ -93,12 +93,14 @@ fn standby_reports_corruption_and_touches_nothing() {
     segment.write_all_at(b"?", 0).expect("it can be written");
     assert_eq!(put(&primary, "a", "2"), 201);
     becomes_ready(&standby, 503, CANNOT_FOLLOW);
+    pause(&primary);
     let before = files(data.path());
     assert_eq!(get(&standby, "a"), (200, "1".into()));
     let mut command = serve(data.path());
     command.arg("--standby");
     refused(command).with(1, &["cannot follow the log in ", "0000000001.seg is damaged at byte 0"]);
     assert!(files(data.path()) == before, "a standby wrote to the log");
+    primary.signal(Signal::CONT);
     segment.write_all_at(&magic, 0).expect("it can be written");
     becomes_ready(&standby, 200, UP_TO_DATE);
     shows(&standby, "a", 200, "2");
@@ -123,8 +125,9 @@ fn standby_does_not_cut_off_a_corrupt_end() {
     standby.signal(Signal::CONT);
     becomes_ready(&standby, 503, CANNOT_FOLLOW);
     assert_eq!((get(&standby, "a"), get(&standby, "b").0), ((200, "1".into()), 404));
-    primary.kill();
+    pause(&primary);
     let before = files(data.path());
+    primary.kill();
     standby.says("the log ends with sequence 1, but 2 had been durable");
     let (status, _) = standby.ends();
     assert_eq!(status.code(), Some(1));
@@ -150,17 +153,20 @@ fn standby_leaves_a_newer_format_alone() {
     let newer = "it has format version 99 and this binary reads 1 to 2; use the newer kvs that wrote it";
     becomes_ready(&standby, 503, newer);
     assert_eq!(get(&standby, "a"), (200, "1".into()));
+    pause(&primary);
     let before = files(data.path());
     let mut command = serve(data.path());
     command.arg("--standby");
     refused(command).with(1, &["cannot follow the log in ", newer]);
     assert!(files(data.path()) == before, "a standby wrote to the log");
+    primary.signal(Signal::CONT);
     // The primary is upgraded back.
     segment.write_all_at(&now, 0).expect("it can be written");
     becomes_ready(&standby, 200, UP_TO_DATE);
     segment.write_all_at(&head, 0).expect("it can be written");
-    primary.kill();
+    pause(&primary);
     let before = files(data.path());
+    primary.kill();
     standby.says(newer);
     assert_eq!(standby.ends().0.code(), Some(1));
     assert!(files(data.path()) == before, "the standby changed the log");
@@ -204,6 +210,7 @@ fn standby_leaves_another_log_alone() {
     shows(&standby, "a", 200, "2");
     exchange();
     becomes_ready(&standby, 503, another);
+    pause(&others);
     let before = files(&data);
     others.kill();
     standby.says(another);

@@ -349,8 +349,11 @@ fn log_that_lost_what_was_followed_is_not_taken_over() {
     let mut standby = Beside::new(Arc::new(disk), &options());
     standby.pass();
     let known = Before { known: standby.known(), ..Before::default() };
-    let names = before.names();
     let refused = Shared::begin(Arc::new(before.clone()), options(), known).err().unwrap();
+    assert!(format!("{refused:#}").contains("ends with sequence 1, but 2 had been durable"), "{refused:#}");
+    // A process that followed nothing does not take it over either.
+    let names = before.names();
+    let refused = Shared::begin(Arc::new(before.clone()), options(), Before::default()).err().unwrap();
     assert!(format!("{refused:#}").contains("ends with sequence 1, but 2 had been durable"), "{refused:#}");
     assert_eq!(before.names(), names);
 }
