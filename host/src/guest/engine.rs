@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::Env;
+#[cfg(feature = "compiler")]
+use tracing::warn;
 use wasmtime::component::{Component, Linker};
 
 use super::absent;
@@ -159,7 +161,8 @@ pub fn settings(cpu: Cpu) -> Result<wasmtime::Config> {
 fn has_compiling_threads() -> bool {
     static STARTED: LazyLock<bool> = LazyLock::new(|| {
         let threads = rayon::ThreadPoolBuilder::new().thread_name(|number| format!("compile {number}"));
-        threads.build_global().is_ok()
+        let started = threads.build_global();
+        started.inspect_err(|error| warn!("one thread compiles guests, slowly: {error}")).is_ok()
     });
     *STARTED
 }

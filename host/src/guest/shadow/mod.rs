@@ -18,13 +18,13 @@ mod queue;
 mod record;
 mod report;
 
-use std::fmt;
-use std::mem;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use std::{fmt, io, mem, thread};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use kvs_metrics::{Counter, Histogram, Page};
 use kvs_txlog::TransactionLog;
 use tokio::task;
@@ -36,7 +36,7 @@ pub use self::queue::{Loss, Queue};
 pub use self::record::{Append, Appends, Inputs, Record, Recorded, Script, Surroundings};
 pub use self::report::Report;
 use super::fixed;
-use super::replica::{self, Replica};
+use super::replica::Replica;
 use super::routers::Routers;
 use super::shards::Shards;
 
@@ -170,14 +170,23 @@ pub async fn run(
     shards.shadow().decisions.clear();
     shards.shadow().sample(plan.sample);
     let mut running = task::spawn_blocking(move || {
-        let ran = replica::in_each(&mut candidates, |candidate| {
+        let session = &session;
+        let run = |candidate: &mut Candidate| {
             // One of them decides for all, also when it panics.
             let stop = StopOnDrop(&session.report);
-            candidate.run(&session)?;
+            candidate.run(session)?;
             mem::forget(stop);
             Ok(())
-        });
-        ran.into_iter().collect::<Result<()>>()
+        };
+        // All at once: what one thread does after another would compare nothing.
+        thread::scope(|scope| {
+            let stop = StopOnDrop(&session.report);
+            let start = |candidate| thread::Builder::new().spawn_scoped(scope, move || run(candidate));
+            let started: io::Result<Vec<_>> = candidates.iter_mut().map(start).collect();
+            let threads = started.context("no thread for the shadow traffic of each shard")?;
+            mem::forget(stop);
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
     });
     tokio::select! {
         ran = &mut running => ran?,
