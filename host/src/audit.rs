@@ -1,5 +1,5 @@
-//! The audit trail: who replaced a guest, restored a log, edited in the console, or created or revoked a token, as log lines of the
-//! target `audit`.
+//! The audit trail: changes to a server for everybody, with who made them, and rejected requests to the admin listener, as log
+//! lines of the target `audit`.
 
 use std::fmt::Display;
 use std::net::SocketAddr;

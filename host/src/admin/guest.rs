@@ -103,7 +103,7 @@ impl Guests {
 
 /// Records a swap that was rejected before it began, and returns the response to it.
 fn recorded(actor: &Actor, steps: Steps, refusal: Answer) -> Answer {
-    audit::log(actor, steps.action(), "none", format_args!("refused: {}", refusal.status()));
+    audit::log(actor, steps.action(), "none", format_args!("rejected: {}", refusal.status()));
     refusal
 }
 

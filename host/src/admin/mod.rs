@@ -20,7 +20,7 @@ mod history;
 mod origin;
 mod process;
 mod read_only;
-mod refused;
+mod rejected;
 mod scan;
 mod stats;
 
@@ -61,7 +61,7 @@ use self::origin::Hosts;
 pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
-use self::refused::{Refused, is_refusal};
+use self::rejected::Rejected;
 use self::scan::{Pieces, Revoked};
 pub use self::stats::MAX_TOP;
 use self::stats::Statistics;
@@ -101,7 +101,7 @@ pub struct Admin {
     /// None speaks plain HTTP.
     tls: Option<Arc<Tls>>,
     ids: RequestIds,
-    refused: Refused,
+    rejected: Rejected,
     /// None until there is a guest.
     guests: OnceLock<Guests>,
     /// None until the log is open.
@@ -129,7 +129,7 @@ impl Admin {
             tokens,
             tls,
             ids: RequestIds::default(),
-            refused: Refused::new(),
+            rejected: Rejected::new(),
             guests: OnceLock::new(),
             log: OnceLock::new(),
             read_only: OnceLock::new(),
@@ -176,7 +176,7 @@ impl Admin {
     /// Serves `listener` from a thread of its own, to the end of the process.
     pub fn start(self: Arc<Self>, listener: Bound) -> Result<()> {
         listener.set_nonblocking(true)?;
-        self.refused.start(&self.env);
+        self.rejected.start(&self.env);
         let Env { tasks, clock, .. } = self.env.clone();
         let serve = move || -> Result<Infallible> {
             let runtime = kvs_runtime::runtime(&mut Builder::new_current_thread()).context("no runtime")?;
@@ -243,11 +243,14 @@ impl Admin {
     }
 
     async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Response<AdminBody> {
-        let object = format!("{} {}", request.method(), shown_target(request.uri()));
+        let object = object(&request);
         let request_id = Some(self.ids.of(request.headers()));
         let mut actor = Actor { principal: None, request_id, peer: Some(connection.address) };
         let response = self.answer(request, &mut actor, connection).await;
-        self.refused.log(&actor, &object, response.status());
+        // An edit has a line of its own, which no rate leaves out.
+        if response.extensions().get::<Recorded>().is_none() {
+            self.rejected.log(&actor, &object, response.status());
+        }
         response
     }
 
@@ -365,20 +368,32 @@ impl Admin {
         };
         let mut edit = (!is_safe(request.method())).then(|| Edit {
             actor: actor.clone(),
-            object: format!("{} {}", request.method(), shown_target(request.uri())),
+            object: object(&request),
             outcome: None,
         });
-        let response = forwarder.respond(request, caller).await;
-        actor.request_id = response.headers().get(REQUEST_ID).cloned();
+        let mut response = forwarder.respond(request, caller).await;
+        if let Some(id) = response.headers().get(REQUEST_ID) {
+            actor.request_id = Some(id.clone());
+        }
         if let Some(edit) = &mut edit {
             edit.actor.request_id = actor.request_id.clone();
             edit.outcome = Some(response.status());
+            response.extensions_mut().insert(Recorded);
         }
         response
     }
 }
 
-/// A request that may change the store, logged when it is over, unless it is logged as a rejected one.
+/// Returns a request as the audit trail has it.
+fn object(request: &Request<Incoming>) -> String {
+    format!("{} {}", request.method(), shown_target(request.uri()))
+}
+
+/// Marks the response to a request that has a line in the audit trail.
+#[derive(Clone)]
+struct Recorded;
+
+/// A request that may change the store, logged when it is over.
 struct Edit {
     actor: Actor,
     object: String,
@@ -388,9 +403,6 @@ struct Edit {
 
 impl Drop for Edit {
     fn drop(&mut self) {
-        if self.outcome.is_some_and(is_refusal) {
-            return;
-        }
         let outcome = self.outcome.as_ref().map_or("unknown: the client disconnected", StatusCode::as_str);
         audit::log(&self.actor, "edit", &self.object, outcome);
     }

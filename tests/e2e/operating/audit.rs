@@ -185,7 +185,7 @@ fn tokens_of_a_reload_are_recorded_by_name_and_id() {
 }
 
 #[test]
-fn refused_requests_are_recorded_up_to_a_rate() {
+fn rejected_requests_are_recorded_up_to_a_rate() {
     let tokens = Tokens::new();
     let bob = tokens.add(&["bob", "--scope", "read"]);
     let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]].concat());
@@ -196,7 +196,7 @@ fn refused_requests_are_recorded_up_to_a_rate() {
     let line = record(&server.says("\"access\""));
     for (field, value) in [
         ("object", "PUT /read-only"),
-        ("outcome", "refused: 403 Forbidden"),
+        ("outcome", "rejected: 403 Forbidden"),
         ("principal", "bob"),
         ("request_id", "try-1"),
         ("peer", &format!("127.0.0.1:{}", client.port())),
@@ -213,7 +213,7 @@ fn refused_requests_are_recorded_up_to_a_rate() {
     client.send("GET /guest HTTP/1.1\r\nhost: elsewhere.example\r\n\r\n");
     assert_eq!(client.read().status, 403);
     let lines = server.terminate().stderr().to_vec();
-    let logged = lines.iter().filter(|line| line.contains("refused: 401")).count();
+    let logged = lines.iter().filter(|line| line.contains("rejected: 401")).count();
     assert!((1..=10 * (seconds + 2)).contains(&logged), "{logged} lines in {seconds} s");
 }
 
@@ -221,10 +221,12 @@ fn refused_requests_are_recorded_up_to_a_rate() {
 fn failures_are_recorded() {
     let server = Server::start(&JSON);
     let mut client = Connection::open(server.admin());
-    for (method, path, action) in [("PUT", "/guest?dry-rum", "swap"), ("PUT", "/guest?dry-run&shadow=1y", "swap")] {
-        assert_eq!(client.ask_with(method, path, &[("x-request-id", path)], b"").status, 400);
-        let line = record(&server.says("refused: 400 Bad Request"));
-        assert_eq!((&line["action"], &line["object"]), (&action.into(), &"none".into()), "{line}");
+    for (path, id) in [("/guest?dry-rum", "try-1"), ("/guest?shadow=1y", "try-2")] {
+        assert_eq!(client.ask_with("PUT", path, &[("x-request-id", id)], b"").status, 400);
+        let line = record(&server.says(&format!("\"request_id\":\"{id}\"")));
+        let expected = ("swap", "none", "rejected: 400 Bad Request");
+        let field = |name: &str| line[name].as_str().unwrap_or_default();
+        assert_eq!((field("action"), field("object"), field("outcome")), expected, "{line}");
     }
     let data = TempDir::new().expect("a temporary directory can be made");
     let path = |name: &str| data.path().join(name);

@@ -282,8 +282,10 @@ pub async fn revoked_admin(tokens: Option<Arc<Tokens>>, headers: HeaderMap, need
         if let (_, Err(rejection)) = tokens.get().check_admin(&headers, needed) {
             return rejection;
         }
-        // An error means that the files are not read again, and the token may still expire.
-        let _ = timeout(RECHECK_INTERVAL, renewals.changed()).await;
+        let table = tokens.get();
+        let expires = table.find(&headers).ok().and_then(|(_, token)| table.remaining(token.expires));
+        // The sender is in `tokens`.
+        let _ = timeout(expires.unwrap_or(RECHECK_INTERVAL).min(RECHECK_INTERVAL), renewals.changed()).await;
     }
 }
 

@@ -12,19 +12,19 @@ use crate::edge::line_rate::LineRate;
 const RATE: usize = 10;
 
 /// The log of rejected requests.
-pub struct Refused {
+pub struct Rejected {
     lines: Arc<LineRate>,
 }
 
-impl Refused {
+impl Rejected {
     pub fn new() -> Self {
         Self { lines: LineRate::new(RATE) }
     }
 
     /// Logs a response, if its request lacked the permission. `object` is the request.
     pub fn log(&self, actor: &Actor, object: &str, status: StatusCode) {
-        if is_refusal(status) && self.lines.has_room() {
-            audit::log(actor, "access", object, format_args!("refused: {status}"));
+        if is_rejected(status) && self.lines.has_room() {
+            audit::log(actor, "access", object, format_args!("rejected: {status}"));
         }
     }
 
@@ -34,6 +34,6 @@ impl Refused {
 }
 
 /// Returns whether a status says that the request lacked the permission.
-pub fn is_refusal(status: StatusCode) -> bool {
+fn is_rejected(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
