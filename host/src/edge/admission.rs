@@ -29,7 +29,7 @@ pub enum Admitted<'s> {
 pub struct Counted<'s>(&'s AtomicUsize);
 
 impl<'s> Counted<'s> {
-    /// Returns the number of others too.
+    /// Returns a guard, and the number of others.
     pub fn new(gauge: &'s AtomicUsize) -> (Self, usize) {
         let others = gauge.fetch_add(1, Ordering::Relaxed);
         (Self(gauge), others)

@@ -212,7 +212,9 @@ impl Service {
         let (in_flight, grant) = match admitted {
             Admitted::Request(in_flight, grant) => (in_flight, grant),
             Admitted::Preflight(mut response) => {
-                linger(&head.headers, body);
+                if !body.is_end_stream() {
+                    linger(&head.headers, body);
+                }
                 set_defaults(&mut response, false);
                 response.headers_mut().insert(request_id::HEADER, id.clone());
                 return Ok(response);
@@ -363,7 +365,11 @@ impl Service {
             CallError::Down => rejection(StatusCode::SERVICE_UNAVAILABLE),
             CallError::Late => rejection(StatusCode::SERVICE_UNAVAILABLE).of_limit(Limit::RequestTimeout),
             CallError::HandedOver(incoming) => match self.successor.get() {
-                Some(successor) => return Ok(Called::Elsewhere(successor.respond(*incoming, deadline).await?)),
+                Some(successor) => {
+                    let response = successor.respond(*incoming, deadline).await;
+                    record.times.queue = begun.elapsed();
+                    return Ok(Called::Elsewhere(response?));
+                }
                 None => Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason),
             },
         })

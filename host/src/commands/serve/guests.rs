@@ -1,4 +1,4 @@
-//! What runs beside the shards of a server: swaps, reloads, the following of a primary, housekeeping.
+//! Tasks beside the shards of a server: swaps, reloads, the following of a primary, housekeeping.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What of the settings can fail before there is a log, for `kvs serve` and its `--check`.
+//! Settings that can fail before there is a log, for `kvs serve` and its `--check`.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use tracing::warn;
 use super::check::{inflight_bytes, too_large_with_spares};
 use super::listeners::{distinct, exposed};
 use crate::descriptors;
+use crate::edge;
 use crate::edge::auth::Tokens;
 use crate::edge::budget::Budget;
 use crate::edge::tls::Tls;
-use crate::edge::{self};
 use crate::guest::Reload;
 use crate::memory;
 use crate::settings::{Serve, TxlogStorage};

@@ -27,7 +27,7 @@ pub struct Running {
     pub guests: Guests,
     pub edge: Arc<Edge>,
     pub listeners: Vec<Arc<Listener>>,
-    /// Those of the listeners as log lines have them.
+    /// Addresses of the listeners, as log lines have them.
     pub addresses: String,
     pub when_primary: Arc<WhenPrimary>,
     pub inherited_when_primary: Option<Listener>,
