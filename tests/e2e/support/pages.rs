@@ -4,11 +4,11 @@
 //! is open; the lines after it are its output, with `…` for anything. A block in `rust FILE` is what the reader writes to the file.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use kvs_tests::{ROOT, binary};
 
-use super::server::Server;
+use super::server::{Server, kvs, through};
 
 /// Separates the outputs of commands.
 const END: &str = "-- end of the output of a command --";
@@ -80,14 +80,14 @@ pub fn run_in(page: &str, here: &Path) {
         script += &format!("{command}echo '{END}'\n");
     }
     let binaries = Path::new(binary()).parent().expect("the binary is in a directory").display();
-    let output = Command::new("bash")
+    let output = through("bash", &kvs())
         .arg("-c")
         .arg(script.replace(LISTEN, &server.address().to_string()))
         .env("PATH", format!("{binaries}:{}", std::env::var("PATH").expect("PATH is set")))
         .env("KVS_URL", server.url(""))
         .env("KVS_ADMIN", server.admin().to_string())
         .current_dir(here)
-        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
         .output()
         .expect("bash is installed");
     let stdout = String::from_utf8_lossy(&output.stdout).replace('\r', "");
