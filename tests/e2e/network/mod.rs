@@ -1,6 +1,6 @@
 //! Connections: where a server can be reached, by whom, and how much they get.
 //!
-//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens. `http2` and `raw`
+//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`: how often. `http2` and `raw`
 //! are about the protocols byte for byte, `limits` about slow and many clients, `floods` and `attacks` about bad ones.
 
 mod access;
@@ -11,5 +11,6 @@ mod http2;
 mod key_prefix;
 mod limits;
 mod listeners;
+mod rate_limit;
 mod raw;
 mod tls;

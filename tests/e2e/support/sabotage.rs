@@ -14,6 +14,7 @@ use clap::Parser;
 use kvs::commands::Cli;
 use kvs::{commands, lines};
 use kvs_runtime::{BoxedTask, BoxedWork, Clock, Env, Spawn, Tasks, Time};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use super::metrics::until;
@@ -155,4 +156,18 @@ pub fn starts_again(server: &Server, task: &str) {
 pub fn says(process: &Process, texts: &[&str]) {
     let has_all = |line: &str| texts.iter().all(|text| line.contains(text)).then_some(());
     process.stderr.find(has_all).unwrap_or_else(|said| panic!("it never said {texts:?}, but:\n{said}"));
+}
+
+/// Checks that a server ends where a task dies that no log can be without.
+pub fn ends_servers(args: &[&str]) {
+    for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
+        let (mut process, _data) = spawn(&[task], args);
+        if let Some(signal) = signal {
+            says(&process, &["serving on http"]);
+            process.signal(signal);
+        }
+        let status = process.wait();
+        says(&process, &["kvs: ", &format!("sabotage of {task}")]);
+        assert_eq!(status.code(), Some(1), "{task}");
+    }
 }

@@ -1,8 +1,9 @@
-//! Files of tokens.
+//! Files of tokens, and requests with them.
 
 use tempfile::TempDir;
 
-use super::server::kvs;
+use super::server::{Server, kvs};
+use super::wire::{Connection, Response};
 
 /// A file of tokens, and the tokens themselves.
 pub struct Tokens {
@@ -26,4 +27,16 @@ impl Tokens {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("a token is text").trim().to_owned()
     }
+}
+
+/// Sends a request with these lines of authorization, and reads the response.
+pub fn ask(server: &Server, method: &str, path: &str, authorization: &str) -> Response {
+    let mut client = Connection::open(server.address());
+    client.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n{authorization}\r\n"));
+    client.try_read(method == "HEAD").expect("it is answered")
+}
+
+/// The line of authorization by a token.
+pub fn with(token: &str) -> String {
+    format!("authorization: Bearer {token}\r\n")
 }

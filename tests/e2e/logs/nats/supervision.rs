@@ -1,7 +1,5 @@
 //! Tasks and threads of a log in NATS JetStream that panic.
 
-use rustix::process::Signal;
-
 use super::LEASE;
 use crate::support::nats::Nodes;
 use crate::support::readiness::{UP_TO_DATE, WELL, becomes_ready};
@@ -18,16 +16,7 @@ fn panic_in_a_log_task_ends_the_server() {
     let nodes = Nodes::start(3);
     let (url, monitors) = (nodes.url("x"), nodes.monitors());
     let args = args(&url, &monitors);
-    for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
-        let (mut process, _data) = spawn(&[task], &args);
-        if let Some(signal) = signal {
-            says(&process, &["serving on http"]);
-            process.signal(signal);
-        }
-        let status = process.wait();
-        says(&process, &["kvs: ", &format!("sabotage of {task}")]);
-        assert_eq!(status.code(), Some(1), "{task}");
-    }
+    sabotage::ends_servers(&args);
     // A standby restarts itself.
     let primary = Server::start(&args);
     let (process, _data) = spawn(&["log standby"], &[&args[..], &["--standby"]].concat());

@@ -1,7 +1,5 @@
 //! Tasks and threads of a log in a database that panic.
 
-use rustix::process::Signal;
-
 use crate::support::postgres::database::Database;
 use crate::support::postgres::start;
 use crate::support::readiness::{UP_TO_DATE, becomes_ready};
@@ -11,16 +9,7 @@ use crate::support::sabotage::{self, says, spawn};
 #[test]
 fn panic_in_a_log_task_ends_the_server() {
     let database = Database::start();
-    for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
-        let (mut process, _data) = spawn(&[task], &["--txlog", &database.url()]);
-        if let Some(signal) = signal {
-            says(&process, &["serving on http"]);
-            process.signal(signal);
-        }
-        let status = process.wait();
-        says(&process, &["kvs: ", &format!("sabotage of {task}")]);
-        assert_eq!(status.code(), Some(1), "{task}");
-    }
+    sabotage::ends_servers(&["--txlog", &database.url()]);
     // A standby restarts itself.
     let primary = start(&database.url());
     let (process, _data) = spawn(&["log standby"], &["--txlog", &database.url(), "--standby"]);
