@@ -35,6 +35,13 @@ pub struct Done {
     pub batch: f64,
 }
 
+/// What wrk reports.
+pub struct Wrk {
+    pub requests: f64,
+    pub seconds: f64,
+    pub latency: Vec<f64>,
+}
+
 impl Done {
     fn new(per_second: f64, cpu_us: f64, latency: Vec<f64>) -> Self {
         Self { per_second, cpu_us, latency, hit_rate: f64::NAN, batch: f64::NAN }
@@ -49,12 +56,20 @@ pub fn load(kind: &str, keys: u64, connections: u32, time: Duration) -> Load<'_>
 impl Load<'_> {
     /// HTTP/1.1.
     pub fn wrk(&self, server: &Server) -> Result<Done> {
+        let before = server.cpu_seconds()?;
+        let wrk = self.wrk_alone(server)?;
+        let cpu_us = (server.cpu_seconds()? - before) / wrk.requests * 1e6;
+        Ok(Done::new(wrk.requests / wrk.seconds, cpu_us, wrk.latency))
+    }
+
+    /// What wrk alone says: also of a server whose process is replaced meanwhile. No request may fail.
+    pub fn wrk_alone(&self, server: &Server) -> Result<Wrk> {
         let mut wrk = Command::new("wrk");
         wrk.args(["--threads", "1", "--connections", &self.connections.to_string()]);
         wrk.args(["--duration", &format!("{}s", self.time.as_secs()), "--script"]);
         wrk.args([concat!(env!("CARGO_MANIFEST_DIR"), "/bench/load.lua"), &server.url()]);
         wrk.args(["--", self.kind, &self.keys.to_string(), &self.bytes.to_string()]);
-        let (report, cpu) = run(server, wrk)?;
+        let report = output(wrk)?;
         // The script ends with two lines: requests, microseconds, failures; and latencies.
         let numbers = |name: &str| {
             let line = report.lines().find_map(|line| line.strip_prefix(name)).with_context(|| report.clone())?;
@@ -62,8 +77,7 @@ impl Load<'_> {
         };
         let [requests, microseconds, failures] = numbers("result ")?[..] else { bail!("wrk said {report:?}") };
         ensure!(failures == 0.0 && requests > 0.0, "{}: {failures} of {requests} requests failed", server.name);
-        let (per_second, latency) = (requests / microseconds * 1e6, numbers("latency ")?);
-        Ok(Done::new(per_second, cpu / requests * 1e6, latency))
+        Ok(Wrk { requests, seconds: microseconds / 1e6, latency: numbers("latency ")? })
     }
 
     /// The same, with what kvs counts meanwhile.
@@ -146,13 +160,18 @@ impl Load<'_> {
 }
 
 /// What a load generator says, and the CPU time of the server meanwhile.
-fn run(server: &Server, mut generator: Command) -> Result<(String, f64)> {
+fn run(server: &Server, generator: Command) -> Result<(String, f64)> {
     let before = server.cpu_seconds()?;
+    let report = output(generator)?;
+    Ok((report, server.cpu_seconds()? - before))
+}
+
+fn output(mut generator: Command) -> Result<String> {
     let program = generator.get_program().to_string_lossy().into_owned();
     let output = generator.output().with_context(|| format!("{program} does not start; `just bench` installs it"))?;
     let report = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "{program} failed: {report}{}", String::from_utf8_lossy(&output.stderr));
-    Ok((report, server.cpu_seconds()? - before))
+    Ok(report)
 }
 
 /// How many requests h2load says were answered well; none may have failed.

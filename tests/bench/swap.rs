@@ -162,17 +162,18 @@ fn check(server: &Server, client: usize, over: &AtomicBool) -> Result<Checked> {
     Ok(checked)
 }
 
+/// A component like the default guest, with another digest.
+pub fn copy() -> Result<Vec<u8>> {
+    let mut component = std::fs::read(kvs_tests::DEFAULT_GUEST)?;
+    // A custom section: id, length, the length of its name, its name.
+    component.extend(*b"\x00\x05\x04copy");
+    Ok(component)
+}
+
 /// Puts in a copy of the default guest, or the default guest itself.
 fn swap(server: &Server, copy: bool) -> Result<Swap> {
     let url = format!("http://{}/guest", server.admin.context("no admin listener")?);
-    let mut response = if copy {
-        let mut component = std::fs::read(kvs_tests::DEFAULT_GUEST)?;
-        // A custom section: id, length, the length of its name, its name.
-        component.extend(*b"\x00\x05\x04copy");
-        ureq::put(&url).send(&component[..])?
-    } else {
-        ureq::delete(&url).call()?
-    };
+    let mut response = if copy { ureq::put(&url).send(&copy()?[..])? } else { ureq::delete(&url).call()? };
     let report: Value = serde_json::from_str(&response.body_mut().read_to_string()?)?;
     ensure!(report["entries"].as_u64() >= Some(FEW_KEYS), "{report}");
     let seconds = |name: &str| report[name].as_f64().with_context(|| format!("no {name} in {report}"));

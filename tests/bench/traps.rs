@@ -2,19 +2,18 @@
 //! fails but those that trap. A trap follows a second after the next spare is ready: how long a promotion takes does not depend
 //! on the time before it. `BENCH_KEYS=1000` measures with another number of keys, `BENCH_TRAPS=30` fewer traps.
 
-use std::env;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 
 use crate::load::{Load, load};
 use crate::process::{Server, quantile};
 use crate::replay;
 use crate::report::{Report, number};
+use crate::setting;
 
 const KEYS: u64 = 1_000_000;
 const TRAPS: usize = 100;
@@ -50,11 +49,6 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let short = pauses.iter().filter(|pause| **pause < GOAL).count();
     report.row(vec![keys.into(), number(half, 0), traps.into(), pause(0.5), pause(0.99), pause(1.0), short.into()]);
     Ok(())
-}
-
-fn setting<T: FromStr>(name: &str, default: T) -> Result<T> {
-    let Ok(value) = env::var(name) else { return Ok(default) };
-    value.parse().map_err(|_| anyhow!("{name} is no number"))
 }
 
 /// Seconds that each trap took.
