@@ -105,7 +105,7 @@ impl Edge {
             () = reached(&mut stage, Stage::Stopping) => return Ok(()),
         };
         tls::verify_resumed(tls, &stream).inspect_err(|error| {
-            info!(peer = %shown(address), "closed: the certificate of the client is not good any more: {error}");
+            info!(peer = %shown(address), "closed: the client certificate is no longer valid: {error}");
         })?;
         let (tls_version, identity) = (Some(tls::version(&stream)), tls::identity(&stream));
         let client = Client { address, tls_version, identity, turn: Arc::default() };
@@ -138,7 +138,7 @@ impl Edge {
             tokio::select! {
                 () = account.cut() => Error::new(LimitExceeded(Limit::InflightBytes)),
                 error = revoked => {
-                    info!(peer = %shown(address), "closed: the certificate of the client is not good any more: {error}");
+                    info!(peer = %shown(address), "closed: the client certificate is no longer valid: {error}");
                     Error::new(error)
                 }
             }

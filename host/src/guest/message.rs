@@ -52,7 +52,7 @@ fn name(name: &str) -> Result<HeaderName> {
         return Ok(common.clone());
     }
     let name = HeaderName::from_bytes(name.as_bytes())?;
-    ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is the host's to set");
+    ensure!(!CONNECTION_HEADERS.contains(&name), "the header {name} is set by the host, not by the guest");
     Ok(name)
 }
 

@@ -112,7 +112,7 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
             Ok(component) => component,
         };
         if !waits {
-            info!("the guest in {source} is another now");
+            info!("the guest file {source} has changed");
         }
         match swapper.swap(source.clone(), component, Steps::default(), actor.clone()).await {
             Err(SwapError::Busy) if waits => {}

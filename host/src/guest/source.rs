@@ -48,7 +48,7 @@ impl Source {
         match self {
             Self::BuiltIn => Ok(BUILT_IN.to_vec()),
             Self::File(file) | Self::Remembered(file) => read(file),
-            Self::Sent => bail!("it was sent, and not kept"),
+            Self::Sent => bail!("it was sent by a client and is not on disk any more"),
         }
     }
 

@@ -303,7 +303,7 @@ impl Swapper {
         }
         if let Some(raised) = raised {
             let Raised { reason, turn } =
-                raised.context("the alarm of the probation was lost").map_err(SwapError::Failed)?;
+                raised.context("the end of the probation was not observed").map_err(SwapError::Failed)?;
             self.shards.restore(before, turn).await.map_err(SwapError::Failed)?;
             self.lock().since = self.clock().unix_ms();
             return Err(SwapError::RolledBack { guest: outcome.guest, reason });
@@ -323,7 +323,7 @@ impl Swapper {
             Source::BuiltIn => source::remember(&self.data, None),
             Source::File(_) | Source::Remembered(_) => Ok(()),
         };
-        remembered.context("it serves, and will not after the next start").map_err(SwapError::Failed)?;
+        remembered.context("it serves now, but could not be kept for the next start").map_err(SwapError::Failed)?;
         Ok(outcome)
     }
 

@@ -136,7 +136,9 @@ impl Upgrader {
         actor: Actor,
     ) -> Result<Upgraded> {
         let me = Arc::clone(self);
-        let binary = binary.or_else(|| env::args_os().next().map(PathBuf::from)).context("no binary is known")?;
+        let binary = binary
+            .or_else(|| env::args_os().next().map(PathBuf::from))
+            .context("the path of the binary is unknown; give it with --binary")?;
         let (done, outcome) = oneshot::channel();
         self.env().tasks.detach("upgrade", async move {
             let alone = me.alone.try_lock().ok();

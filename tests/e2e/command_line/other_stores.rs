@@ -236,7 +236,7 @@ fn failing_copy_is_one_line_with_the_store_and_without_its_password() {
     let server = Server::start(&[]);
     let address = free();
     for (from, reason) in [
-        (format!("redis://:secret@{address}"), "no connection; check --from"),
+        (format!("redis://:secret@{address}"), "cannot connect; check --from"),
         (format!("etcd://root:secret@{address}"), "cannot"),
         (format!("consul://secret@{address}"), "cannot"),
         (format!("consul://wrong@{}", consul()), "403"),

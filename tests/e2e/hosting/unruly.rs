@@ -234,7 +234,7 @@ fn connection_header_of_guest_is_500() {
     let (server, _) = start(&[]);
     let headers = ["connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
     for header in headers.into_iter().chain(["Content-Length"]) {
-        let why = format!("the header {} is the host's to set", header.to_ascii_lowercase());
+        let why = format!("the header {} is set by the host, not by the guest", header.to_ascii_lowercase());
         is_invalid(&server, &format!("/header/{header}"), &why);
     }
 }

@@ -424,7 +424,7 @@ fn revoked_certificate_ends_its_connections() {
     // However it ends: nobody says goodbye to it.
     assert!(watching.try_next().is_err());
     assert!(idle.try_read(false).is_err());
-    server.says("closed: the certificate of the client is not good any more");
+    server.says("closed: the client certificate is no longer valid");
     assert_eq!(stays.ask("PUT", "/v1/a", b"value").status, 201);
     assert!(goes_on.next().is_some());
 }
@@ -447,5 +447,5 @@ fn expired_certificate_ends_its_watch_and_resumes_nothing() {
     let again = connect(&config, server.address()).map(Connection::over);
     let refused = again.and_then(|mut client| client.try_ask("GET", "/v1/a", b""));
     assert!(refused.is_err(), "{refused:?}");
-    server.says_again("closed: the certificate of the client is not good any more", 2);
+    server.says_again("closed: the client certificate is no longer valid", 2);
 }

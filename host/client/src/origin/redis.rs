@@ -44,7 +44,7 @@ fn connect(origin: &Origin, authorities: Option<&Path>) -> Result<Connection> {
         }
         None => Client::open(url)?,
     };
-    let connection = client.get_connection_with_timeout(CONNECT_TIMEOUT).context("no connection; check --from")?;
+    let connection = client.get_connection_with_timeout(CONNECT_TIMEOUT).context("cannot connect; check --from")?;
     connection.set_read_timeout(Some(READ_TIMEOUT))?;
     Ok(connection)
 }

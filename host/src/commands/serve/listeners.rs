@@ -302,7 +302,7 @@ impl WhenPrimary {
                 Err(error) => {
                     let failure = format!("--listen-when-primary {address} cannot be opened: {error}");
                     if self.set_failure(Some(failure.clone())) {
-                        warn!("{failure}; trying again until it can");
+                        warn!("{failure}; retrying");
                     }
                 }
             }

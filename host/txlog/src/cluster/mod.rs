@@ -233,7 +233,7 @@ impl TransactionLog for ClusterLog {
             runtime.shutdown_background();
             if let Err(error) = shared.write_mark() {
                 // An older mark is right too.
-                warn!("cannot note the end of the log: {error:#}");
+                warn!("cannot record the end of the log: {error:#}");
             }
             Ok(())
         };

@@ -77,7 +77,7 @@ pub fn begin(
     if let Some(reason) = reason {
         let parent = history.incarnations().last().map_or(log, |incarnation| incarnation.id);
         let incarnation = incarnation(&home.env.random, parent, last)?;
-        let Some(mut frame) = incarnations::frame(&[incarnation]) else { bail!("an incarnation makes no frame") };
+        let Some(mut frame) = incarnations::frame(&[incarnation]) else { bail!("an incarnation cannot be encoded") };
         // What came before stays as it is: the first frames of segments name all incarnations.
         while segments.last().is_none_or(|segment| segment.end > HEAD_BYTES)
             || HEAD_BYTES + frame.sealed_len() > current.size
@@ -157,7 +157,7 @@ fn keep_identity(home: &Home, log: Uuid, identity: State) -> anyhow::Result<()> 
     }
     match identity::write(&*home.disk, log) {
         // A disk that was filled up must not keep the log from opening. The next start takes it for a copy once more.
-        Err(error) if is_full(&error) => tracing::warn!("no room for the identity file: {error}"),
+        Err(error) if is_full(&error) => tracing::warn!("disk full: the identity file is not written: {error}"),
         written => written.context("cannot write the identity file of the log")?,
     }
     Ok(())

@@ -176,7 +176,7 @@ impl Follower {
         });
         ensure!(
             !went_back || is_believed_at_once(),
-            "the log in {} is another one than before, or was set back; bring back the right one",
+            "the log in {} is not the one that was followed, or was replaced by an older copy; bring back the right one",
             home.path("").display()
         );
         self.state().published = position.sequence;

@@ -171,9 +171,9 @@ fn marked(home: &Home, found: &[Found]) -> anyhow::Result<u64> {
     let path = home.path(mark::NAME);
     match (mark, found.first()) {
         (Some((log, durable)), Some(segment)) if log == segment.log => return Ok(durable),
-        (Some(_), Some(_)) => tracing::warn!("{} is of another log and says nothing about this one", path.display()),
+        (Some(_), Some(_)) => tracing::warn!("{} belongs to another log and is ignored", path.display()),
         (Some(_), None) => bail!(no_segments(home)),
-        (None, _) => tracing::warn!("{} is damaged and says nothing; the log does not need it", path.display()),
+        (None, _) => tracing::warn!("{} is damaged and is ignored; the log does not need it", path.display()),
     }
     Ok(0)
 }

@@ -52,7 +52,7 @@ impl Connection {
             match options.connect(&*target.servers).await {
                 Ok(client) => return Ok(Self { client, overdue: AtomicU32::new(0), turns }),
                 Err(error) if waits => warn!("engine of the log unavailable, standby retries to connect: {error}"),
-                Err(error) => bail!("no server can be connected to: {error}"),
+                Err(error) => bail!("cannot connect to any server: {error}"),
             }
             env.clock.sleep(RETRY_DELAY).await;
         }
