@@ -28,5 +28,7 @@ pages! {
     watches: "docs/watches.md",
     client: "docs/client.md",
     recipes: "docs/recipes.md",
+    recipes_javascript: "docs/recipes-javascript.md",
+    recipes_python: "docs/recipes-python.md",
     swap: "docs/swap.md",
 }

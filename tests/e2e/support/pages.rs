@@ -1,7 +1,8 @@
 //! Console sessions of README.md and the book.
 //!
 //! A session is all `console` blocks of a page. A line after `$ ` is a command, which continues on the next line while a quote
-//! is open; the lines after it are its output, with `…` for anything. A block in `rust FILE` is what the reader writes to the file.
+//! is open; the lines after it are its output, with `…` for anything. A block of a language and a file, as in `python kvs.py`, is
+//! what the reader writes to the file.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -18,17 +19,22 @@ const END_OF_FILE: &str = "end of the file";
 /// The address of the server, as the pages have it.
 const LISTEN: &str = "127.0.0.1:8080";
 
+/// Returns the file of a block.
+fn file(fence: &str) -> Option<&str> {
+    fence.split_once(' ').map(|(_, file)| file)
+}
+
 /// Returns the commands of a page and their expected outputs.
 fn session(page: &str) -> Vec<(String, String)> {
     let (mut all, mut fence) = (Vec::<(String, String)>::new(), None::<&str>);
     for line in page.lines() {
-        let file = fence.and_then(|fence| fence.strip_prefix("rust "));
+        let file = fence.and_then(file);
         if let Some(language) = line.strip_prefix("```") {
             if let (Some(_), Some((command, _))) = (file, all.last_mut()) {
                 *command += &format!("{END_OF_FILE}\n");
             }
             fence = if fence.is_some() { None } else { Some(language) };
-            if let Some(file) = fence.and_then(|fence| fence.strip_prefix("rust ")) {
+            if let Some(file) = fence.and_then(self::file) {
                 all.push((format!("cat > {file} <<'{END_OF_FILE}'\n"), String::new()));
             }
             continue;
