@@ -180,13 +180,15 @@ impl Follower {
             shared.index.note(before);
             self.note(shared, kind);
         }
-        self.publish(shared);
         let claimed = self.claim.filter(|_| self.is_owned);
-        Ok(claimed.map(|(_, sent)| {
+        let writer = claimed.map(|(_, sent)| {
             shared.metrics.claims.add(1);
+            // Before others see that this process has the log.
             shared.lease.renew_with(sent, true, true);
             Writer::new(self.tip, sent)
-        }))
+        });
+        self.publish(shared);
+        Ok(writer)
     }
 
     fn note(&mut self, shared: &Shared, kind: Kind) {

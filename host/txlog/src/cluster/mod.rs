@@ -291,7 +291,7 @@ impl Shared {
             holder,
             news: watch::Sender::new(news),
             index: Index::default(),
-            queue: Queue::new(0, group_bytes, BATCH_BYTES, env.clock.clone()),
+            queue: Queue::new(0, group_bytes, BATCH_BYTES.min(group_bytes), env.clock.clone()),
             watermark: Watermark::new(0),
             breaker: Breaker::new("engine of the log", env.clock.clone()),
             lease: Lease::new(options.lease, &env.clock),

@@ -114,7 +114,11 @@ impl Index {
     pub fn note(&self, tip: Tip) {
         let Known { sparse, recent } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if tip.position.is_multiple_of(STEP) {
-            sparse.entry(tip.sequence).or_insert(tip);
+            // The newest with this sequence: a read that begins there skips the heartbeats before it.
+            let known = sparse.entry(tip.sequence).or_insert(tip);
+            if known.position < tip.position {
+                *known = tip;
+            }
         }
         if recent.back().is_none_or(|newest| newest.position < tip.position) {
             if recent.len() == RECENT {

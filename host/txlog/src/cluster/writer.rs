@@ -191,7 +191,8 @@ impl Writer {
         loop {
             if let Some(reason) = &reason {
                 let pause = shared.breaker.failed(reason);
-                shared.env.clock.sleep(pause).await;
+                // The engine may be back at any moment, and the lease ends whether it was seen or not.
+                shared.env.clock.sleep(pause.min(shared.lease.time / HEARTBEATS)).await;
             }
             shared.breaker.on_attempt();
             shared.metrics.lookups.add(1);

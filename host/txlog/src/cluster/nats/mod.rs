@@ -205,6 +205,11 @@ impl Stream {
                 "the stream {stream} was replaced by that of another log; restore it"
             )));
         }
+        // Without a leader any node answers, with what it has: it may lag behind what was acknowledged.
+        let cluster = &info["cluster"];
+        if cluster.is_object() && cluster["leader"].as_str().is_none_or(str::is_empty) {
+            return Err(ReadError::Unavailable(format!("the stream {stream} has no leader now")));
+        }
         let number = |name: &str| info["state"][name].as_u64();
         let (Some(first), Some(last), Some(frames)) = (number("first_seq"), number("last_seq"), number("messages"))
         else {
