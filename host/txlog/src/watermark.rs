@@ -7,6 +7,9 @@ use tokio::sync::oneshot;
 use super::sync::atomic::{AtomicU64, Ordering};
 use super::sync::{Mutex, MutexGuard, PoisonError};
 
+/// So few waiters are never looked through.
+const MIN_PRUNED: usize = 1_024;
+
 /// The log failed before the sequence was known to be durable. It may be on disk or not.
 #[derive(Debug, thiserror::Error)]
 #[error("outcome unknown: the transaction log failed before this was known to be durable")]
@@ -22,9 +25,21 @@ pub struct Watermark {
 struct Waiting {
     /// Reason of the failure. Set once and never reset: after a failed sync the state of written entries is unknown.
     latched: Option<String>,
-    /// Waiters in no order: at most one for each request in flight.
+    /// Waiters in no order. Those that have given up stay until the watermark advances, or there are `prune_at`.
     sequences: Vec<(u64, oneshot::Sender<()>)>,
+    prune_at: usize,
     latch: Vec<oneshot::Sender<()>>,
+}
+
+impl Waiting {
+    /// Drops the waiters that have given up, when there are twice as many waiters as the last time: while the log takes long,
+    /// their number grows with each request that ends in a timeout.
+    fn prune(&mut self) {
+        if self.sequences.len() >= self.prune_at.max(MIN_PRUNED) {
+            self.sequences.retain(|(_, release)| !release.is_closed());
+            self.prune_at = 2 * self.sequences.len();
+        }
+    }
 }
 
 impl Watermark {
@@ -51,6 +66,7 @@ impl Watermark {
             if waiting.latched.is_some() {
                 return Err(OutcomeUnknown);
             }
+            waiting.prune();
             let (release, released) = oneshot::channel();
             waiting.sequences.push((sequence, release));
             released
@@ -101,6 +117,12 @@ impl Watermark {
         };
         let _ = failed.await;
         self.waiting().latched.clone().unwrap_or_default()
+    }
+
+    /// Returns the number of waiters, with those that have given up and were not dropped yet.
+    #[cfg(test)]
+    pub fn waiters(&self) -> usize {
+        self.waiting().sequences.len()
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {

@@ -28,6 +28,19 @@ fn advance_releases_waiters_up_to_it() {
 }
 
 #[test]
+fn waiters_that_gave_up_do_not_add_up() {
+    let watermark = Watermark::new(0);
+    let mut patient = pin!(watermark.reached(1));
+    assert!(poll(patient.as_mut()).is_pending());
+    for _ in 0..100_000 {
+        assert!(poll(pin!(watermark.reached(1))).is_pending());
+        assert!(watermark.waiters() <= 2_048);
+    }
+    watermark.advance(1);
+    assert!(matches!(poll(patient.as_mut()), Poll::Ready(Ok(()))));
+}
+
+#[test]
 fn latch_fails_current_and_future_waiters() {
     let watermark = Watermark::new(3);
     let mut waiting = pin!(watermark.reached(4));
