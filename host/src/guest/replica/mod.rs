@@ -100,10 +100,13 @@ impl Replica {
                 Err(error) => error,
             };
             let Some((from, entries @ 2..)) = failed else { return Err(error) };
-            self.pace = Pace { from, entries: (entries / Pace::SMALLER).max(1) };
+            // Never later: the batches before would be as large as those that failed there.
+            self.pace = Pace { from: from.min(self.pace.from), entries: (entries / Pace::SMALLER).max(1) };
             info!(
                 shard = self.part.label(),
-                "the log is replayed once more, with batches of {} from entry {from} on: {error:#}", self.pace.entries
+                "the log is replayed once more, with batches of {} from entry {} on: {error:#}",
+                self.pace.entries,
+                self.pace.from
             );
             self.begin_again()?;
         }
