@@ -18,7 +18,7 @@ use super::batch::Batch;
 use super::epoch::{LONG, epochs, make_way};
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
-use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted};
+use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted, Watch};
 use super::shadow::{Append, Appends, Difference, Inputs, Record, Recorded, Script, Surroundings};
 use super::trap::Trapped;
 use crate::contract::{self, Description, Exports, ExportsPre, Statistics, Target};
@@ -179,9 +179,11 @@ impl Instance {
         let merged = self.call(Call::default(), |exports, store| {
             sharding(exports)?.call_merge_responses(store, record, &responses)
         })?;
+        let response = self.given(merged, end);
+        let read = answers.iter().map(|answer| answer.read_sequence).max();
         Ok(Answer {
-            response: self.given(merged, end),
-            read_sequence: answers.iter().map(|answer| answer.read_sequence).max().unwrap_or(0),
+            read_sequence: read.max(response.position()).unwrap_or(0),
+            response,
             guest_time: answers.iter().map(|answer| answer.guest_time).max().unwrap_or_default(),
             appended: answers.iter().any(|answer| answer.appended),
             sequel: None,
@@ -223,6 +225,13 @@ impl Instance {
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
         let everything = state.log.appended();
         let read_sequence = response.read_sequence.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
+        // A client watches from the position that it is shown: what is given out must be durable.
+        let response = self.given(response, end);
+        let shown = match &sequel {
+            Some(Sequel::Watch(Watch { after: None, end, .. })) => Some(*end),
+            _ => response.position(),
+        };
+        let read_sequence = read_sequence.max(shown.unwrap_or(0));
         if refused && !state.memory.is_full() {
             let (held, limit) = (state.memory.held(), self.limits.memory_bytes);
             let guest = &self.description.name;
@@ -234,7 +243,7 @@ impl Instance {
             self.store.data().cache.reusable(&incoming.record(&headers, time), declared, read_sequence)
         });
         Ok(Answer {
-            response: self.given(response, end),
+            response,
             read_sequence,
             guest_time: Duration::ZERO,
             appended: appended.is_some(),

@@ -252,6 +252,12 @@ impl Given {
         Ok(response)
     }
 
+    /// The position that the response shows, which is the end of the log when the call began.
+    pub(super) fn position(&self) -> Option<u64> {
+        let (end, record) = self.fresh()?;
+        record.headers.iter().any(|header| POSITION == *header.name).then_some(end)
+    }
+
     /// End of the log when the call began.
     pub(super) fn end(&self) -> Option<u64> {
         self.fresh().map(|(end, _)| end)
