@@ -164,8 +164,10 @@ pub fn create(
     let opened = options.append(true).create(true).mode(0o600).open(file);
     let mut opened = opened.with_context(|| format!("cannot write {}", file.display()))?;
     show(&token)?;
+    // A file that was written by hand may lack the end of its last line.
+    let end = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
     opened
-        .write_all(format!("{line}\n").as_bytes())
+        .write_all(format!("{end}{line}\n").as_bytes())
         .with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
 }
 
@@ -268,6 +270,18 @@ mod tests {
             let error = format!("{:#}", parse(&text).err().expect("it is invalid"));
             assert!(error.starts_with(&format!("line {line}: ")) && !error.contains("secret"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn token_is_added_after_a_line_without_end() {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
+        fs::write(&file, "# people").expect("it can be written");
+        let limits = Limits { prefix: None, expires: None };
+        for name in ["alice", "bob"] {
+            create(file.path(), name, Scope::Read, &limits, &Random::system(), |_| Ok(())).expect("it is created");
+        }
+        let (_, tokens) = read(file.path()).expect("it is valid");
+        assert_eq!(tokens.iter().map(|(_, token)| &*token.name).collect::<Vec<_>>(), ["alice", "bob"]);
     }
 
     #[test]

@@ -87,7 +87,6 @@ pub struct Grant {
     pub scope: Scope,
     pub key_prefix: Option<Arc<str>>,
     hash: Hash,
-    expires: Option<u64>,
 }
 
 /// The reloadable table of tokens.
@@ -233,7 +232,7 @@ impl Token {
             Some(Prefix::Path(_)) => (self.scope.min(Scope::Write), None),
             Some(Prefix::Key(prefix)) => (self.scope.min(Scope::Write), Some(Arc::clone(prefix))),
         };
-        Ok(Grant { name: Arc::clone(&self.name), scope, key_prefix, hash, expires: self.expires })
+        Ok(Grant { name: Arc::clone(&self.name), scope, key_prefix, hash })
     }
 }
 
@@ -265,7 +264,9 @@ impl Standing {
             if let Err(rejection) = table.check_again(&self.grant, &self.method, self.uri.path()) {
                 return rejection;
             }
-            match table.remaining(self.grant.expires) {
+            // Its expiry may be another since the request began.
+            let token = table.known(&self.grant.hash);
+            match token.and_then(|token| table.remaining(token.expires)) {
                 Some(remaining) => drop(timeout(remaining.min(RECHECK_INTERVAL), renewals.changed()).await),
                 None if renewals.changed().await.is_err() => pending().await,
                 None => {}
