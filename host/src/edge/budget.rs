@@ -49,8 +49,8 @@ pub struct Account {
 struct Charges {
     held: usize,
     next: u64,
-    /// By their age, which is the order of their numbers.
-    all: BTreeMap<u64, (Instant, usize)>,
+    /// With the time since when each waits for the client; none while it waits for this server.
+    all: BTreeMap<u64, (Option<Instant>, usize)>,
 }
 
 /// What one request, and then its response, holds, until it is dropped.
@@ -100,7 +100,7 @@ impl Budget {
         accounts.1 = Some(now);
         let held = |account: Arc<Account>| {
             let charges = lock(&account.charges);
-            let slow = charges.all.first_key_value().is_some_and(|(_, (since, _))| now - *since >= SLOW);
+            let slow = charges.all.values().any(|(since, _)| since.is_some_and(|since| now - since >= SLOW));
             let held = charges.held;
             drop(charges);
             slow.then_some((held, account))
@@ -162,8 +162,16 @@ impl Account {
             *next += 1;
             *next
         });
-        all.entry(number).or_insert_with(|| (Instant::now(), 0)).1 = bytes;
+        let charge = all.entry(number).or_default();
+        charge.0.get_or_insert_with(Instant::now);
+        charge.1 = bytes;
         Ok(Some(number))
+    }
+
+    fn wait_for_server(&self, number: u64) {
+        if let Some(charge) = lock(&self.charges).all.get_mut(&number) {
+            charge.0 = None;
+        }
     }
 }
 
@@ -177,6 +185,13 @@ impl Charge {
         self.number = self.account.resize((self.number, self.bytes), bytes, false)?;
         self.bytes = bytes;
         Ok(())
+    }
+
+    /// What is held waits for this server from now on, until it is held anew: the client is not slow meanwhile.
+    pub fn wait_for_server(&self) {
+        if let Some(number) = self.number {
+            self.account.wait_for_server(number);
+        }
     }
 
     /// Holds this many bytes whatever there is room for: what cannot be refused any more.
@@ -296,10 +311,16 @@ mod tests {
         assert!(budget.open().begin(0).hold(MIB).is_err());
         assert_eq!(cut(), [false; 3], "none is slow");
         for (account, _) in &accounts {
-            lock(&account.charges).all.values_mut().for_each(|(since, _)| *since -= SLOW);
+            let since = |since: &mut Instant| *since -= SLOW;
+            lock(&account.charges).all.values_mut().for_each(|(waits, _)| waits.iter_mut().for_each(since));
         }
         lock(&budget.accounts).1 = None;
         assert!(budget.open().begin(0).hold(MIB).is_err());
         assert_eq!(cut(), [false, true, false]);
+        let [_, (_, charge), _] = &accounts;
+        charge.wait_for_server();
+        lock(&budget.accounts).1 = None;
+        assert!(budget.open().begin(0).hold(MIB).is_err());
+        assert_eq!(cut(), [true, false, false], "who waits for the server is not slow");
     }
 }

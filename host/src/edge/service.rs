@@ -221,6 +221,7 @@ impl Service {
             }
         };
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
+        charge.wait_for_server();
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
@@ -242,6 +243,7 @@ impl Service {
                 // A long poll that waits is not counted as a request in flight.
                 drop(in_flight);
                 charge.must_hold(head_bytes);
+                charge.wait_for_server();
                 let called;
                 let (socket, standing) = (peer.socket.as_deref(), asked.standing.as_ref());
                 (called, asked.deadline) = self.wait(wait, socket, standing, record).await?;

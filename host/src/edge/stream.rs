@@ -15,7 +15,7 @@ use hyper::StatusCode;
 use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::warn;
 
 use super::auth::{Standing, revoked};
@@ -145,22 +145,23 @@ impl Stream {
         let Self { changes, selection, after, past, mut holding } = self;
         // At once, so that the client sees that the watch is established, and has a position before the first event.
         text.send(begin(after)).await.ok()?;
+        let mut heartbeats = interval(heartbeat);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeats.tick().await;
         let mut after = holding.send_past(past, &text, None).await?;
         while changes.watermark().durable() > after + NEAR {
-            after = holding.send_past(changes.past(&selection, after).await.ok()?, &text, None).await?;
+            let past = read_past(&changes, &selection, after, &mut heartbeats, &text, &socket).await?;
+            after = holding.send_past(past, &text, None).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
         // Changes appended before the subscription come from the log, as soon as they are durable.
         changes.watermark().reached(watcher.from).await.ok()?;
         while after < watcher.from {
-            let mut past = changes.past(&selection, after).await.ok()?;
+            let mut past = read_past(&changes, &selection, after, &mut heartbeats, &text, &socket).await?;
             past.changes.retain(|change| change.sequence <= watcher.from);
             past.until = past.until.min(watcher.from);
             after = holding.send_past(past, &text, Some(&watcher)).await?;
         }
-        let mut heartbeats = interval(heartbeat);
-        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        heartbeats.tick().await;
         loop {
             let next = tokio::select! {
                 change = watcher.next() => match change? {
@@ -177,23 +178,61 @@ impl Stream {
     }
 }
 
+/// Reads the next chunk of history, which can be long without a change that is selected. A heartbeat has the position
+/// meanwhile, so that a client which is cut off does not begin again. Returns None when the client has left.
+async fn read_past(
+    changes: &ChangeFeed,
+    selection: &Arc<Selection>,
+    after: u64,
+    heartbeats: &mut Interval,
+    text: &mpsc::Sender<Bytes>,
+    socket: &TcpStream,
+) -> Option<Past> {
+    let mut reading = pin!(changes.past(selection, after));
+    loop {
+        tokio::select! {
+            past = reading.as_mut() => return past.ok(),
+            // Without room the client has something to read.
+            _ = heartbeats.tick() => drop(text.try_send(begin(after))),
+            () = left(socket) => return None,
+            () = text.closed() => return None,
+        }
+    }
+}
+
 fn begin(after: u64) -> Bytes {
     Bytes::from(format!("id: {after}\n\n"))
 }
 
 impl Holding {
-    /// Sends a chunk of history.
+    /// Sends a chunk of history, as far as the memory of its connection allows, and returns up to where.
     async fn send_past(
         &mut self,
         past: Past,
         text: &mpsc::Sender<Bytes>,
         watcher: Option<&Subscription>,
     ) -> Option<u64> {
-        self.past.hold(bytes(&past)).ok()?;
-        for change in &past.changes {
-            self.send(print(change), text, watcher).await?;
+        let mut unsent = bytes(&past);
+        self.past.hold(unsent).ok()?;
+        let mut changes = past.changes.into_iter();
+        while let Some(change) = changes.next() {
+            unsent -= size(&change);
+            let (sequence, piece) = (change.sequence, print(&change));
+            drop(change);
+            self.past.must_hold(unsent);
+            let mut charge = self.account.begin(self.free);
+            let is_alone = charge.hold(piece.len()).is_err();
+            if is_alone {
+                // The rest is read again after a value so large.
+                drop(std::mem::take(&mut changes));
+                self.past.must_hold(0);
+                charge.hold(piece.len()).ok()?;
+            }
+            self.send_charged(charge.keep(piece), text, watcher).await?;
+            if is_alone {
+                return Some(sequence);
+            }
         }
-        self.past.must_hold(0);
         Some(past.until)
     }
 
@@ -202,7 +241,15 @@ impl Holding {
     async fn send(&mut self, piece: Bytes, text: &mpsc::Sender<Bytes>, watcher: Option<&Subscription>) -> Option<()> {
         let mut charge = self.account.begin(self.free);
         charge.hold(piece.len()).ok()?;
-        let piece = charge.keep(piece);
+        self.send_charged(charge.keep(piece), text, watcher).await
+    }
+
+    async fn send_charged(
+        &mut self,
+        piece: Bytes,
+        text: &mpsc::Sender<Bytes>,
+        watcher: Option<&Subscription>,
+    ) -> Option<()> {
         let mut room = pin!(text.reserve());
         loop {
             // Other subscribers share these changes, and possibly their formatted texts, which are as large. Each subscriber is
@@ -235,11 +282,14 @@ fn is_within(prefix: &str, keys: &Keys) -> bool {
 
 /// Returns the bytes of keys and values.
 fn bytes(past: &Past) -> usize {
-    let of = |change: &Change| match &change.event {
+    past.changes.iter().map(|change| size(change)).sum()
+}
+
+fn size(change: &Change) -> usize {
+    match &change.event {
         Event::Delete(key) => key.len(),
         Event::Put(put) => put.key.len() + put.value.len(),
-    };
-    past.changes.iter().map(of).sum()
+    }
 }
 
 /// Formats a change as an event.
