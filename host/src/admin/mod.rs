@@ -49,6 +49,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Builder;
 use tokio::sync::{Semaphore, SetOnce, watch};
 use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
@@ -76,6 +77,8 @@ use kvs_metrics::{Measured, Metrics, Page};
 const CONNECTIONS: usize = 64;
 /// Longest wait for a TLS handshake, and for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for a client to read: it must not keep its place from a probe.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
     "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and \
@@ -217,6 +220,9 @@ impl Admin {
     }
 
     async fn connected(&self, stream: TcpStream, connection: &Connection) -> Result<()> {
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(WRITE_TIMEOUT));
+        let stream = Box::pin(stream);
         let Some(tls) = &self.tls else { return self.http(stream, connection).await };
         let shaking = TlsAcceptor::from(Arc::clone(&tls.get().admin)).accept(stream);
         let stream = timeout(HEADER_TIMEOUT, shaking).await.context("no TLS handshake in time")??;

@@ -33,6 +33,12 @@ impl Hosts {
                 )));
             }
         }
+        // What a page embeds has no Origin. A link may lead to the console.
+        let site = request.headers().get("sec-fetch-site");
+        let is_foreign = site.is_some_and(|site| site != "same-origin" && site != "none");
+        if is_foreign && !request.uri().path().starts_with("/console") {
+            return Err(forbidden("a page of another site must not use the admin listener\n".to_owned()));
+        }
         let Some(origin) = only(request.headers(), header::ORIGIN)? else { return Ok(()) };
         let same = || {
             let (scheme, origin) = origin.to_str().ok()?.split_once("://")?;
@@ -137,6 +143,17 @@ mod tests {
         {
             assert_eq!(status(origin), 403, "{origin}");
         }
+    }
+
+    #[test]
+    fn page_of_another_site_embeds_nothing_and_links_to_the_console() {
+        let status = |target, site| status(target, &[("host", "127.0.0.1:9090"), ("sec-fetch-site", site)]);
+        for site in ["cross-site", "same-site", ""] {
+            assert_eq!(status("/backup", site), 403, "{site}");
+            assert_eq!(status("/console/", site), 200, "{site}");
+        }
+        assert_eq!(status("/backup", "same-origin"), 200);
+        assert_eq!(status("/metrics", "none"), 200);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The admin listener: liveness and readiness, also while nothing else responds.
 
-use std::net::{SocketAddr, TcpListener};
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -261,4 +262,22 @@ fn an_admin_port_that_is_taken() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
     serve_refused(&["--admin", &address]).with(1, &[&address, "--admin", "in use"]);
+}
+
+#[test]
+fn clients_that_do_not_read_leave_their_places_to_probes() {
+    let server = Server::start(&[]);
+    // As many as there can be, each with more responses than its socket holds.
+    let asked = "GET /console/app.js HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(1_000);
+    let idle: Vec<_> = (0..64)
+        .map(|_| {
+            let mut client = TcpStream::connect(server.admin()).expect("the listener accepts");
+            client.set_nonblocking(true).expect("a socket can be");
+            // As much as the socket takes.
+            while matches!(client.write(asked.as_bytes()), Ok(1..)) {}
+            client
+        })
+        .collect();
+    assert_eq!(get(server.admin(), "/livez").status, 200);
+    drop(idle);
 }
