@@ -187,7 +187,11 @@ fn describe(client: &Client, version: Version) -> HeaderValue {
         "address": client.address.map(|address| address.to_string()),
         "tls": client.tls_version,
         "identity": client.identity.as_deref(),
-        "http": if version == Version::HTTP_2 { 2 } else { 1 },
+        "http": match version {
+            Version::HTTP_2 => 2,
+            Version::HTTP_10 => 0,
+            _ => 1,
+        },
     });
     // JSON has no control characters; without any of it the request is rejected.
     HeaderValue::from_bytes(described.to_string().as_bytes()).unwrap_or(const { HeaderValue::from_static("") })
@@ -202,7 +206,11 @@ fn parse(described: &[u8]) -> Option<(Client, Version)> {
     };
     let tls_version = described["tls"].as_str().map(|version| if version == "TLSv1.3" { "TLSv1.3" } else { "TLSv1.2" });
     let identity = described["identity"].as_str().map(Arc::from);
-    let version = if described["http"] == 2 { Version::HTTP_2 } else { Version::HTTP_11 };
+    let version = match described["http"].as_u64()? {
+        2 => Version::HTTP_2,
+        0 => Version::HTTP_10,
+        _ => Version::HTTP_11,
+    };
     Some((Client { address, tls_version, identity, turn: Arc::default() }, version))
 }
 
@@ -219,9 +227,11 @@ mod tests {
             (address, Some("TLSv1.2"), None),
         ] {
             let client = Client { address, tls_version, identity: identity.map(Arc::from), turn: Arc::default() };
-            let (parsed, version) = parse(describe(&client, Version::HTTP_2).as_bytes()).unwrap();
-            assert_eq!((parsed.address, parsed.tls_version), (client.address, tls_version));
-            assert_eq!((parsed.identity.as_deref(), version), (identity, Version::HTTP_2));
+            for sent in [Version::HTTP_2, Version::HTTP_11, Version::HTTP_10] {
+                let (parsed, version) = parse(describe(&client, sent).as_bytes()).unwrap();
+                assert_eq!((parsed.address, parsed.tls_version), (client.address, tls_version));
+                assert_eq!((parsed.identity.as_deref(), version), (identity, sent));
+            }
         }
         assert!(parse(b"").is_none() && parse(br#"{"address":"elsewhere"}"#).is_none());
     }

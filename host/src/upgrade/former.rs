@@ -39,6 +39,8 @@ use crate::systemd;
 const START_TIMEOUT: Duration = Duration::from_secs(600);
 /// Timeout of each step in which no call is made: requests wait meanwhile.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for all processes of a failed upgrade to be gone, after the new one was killed.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The listeners that the new process gets.
 pub struct Listeners {
@@ -282,6 +284,11 @@ impl Upgrader {
         };
         let Err(error) = serves else { return Ok((paused, successor)) };
         let status = new.end();
+        // A program that started the new process as its own child leaves it running. That has the log now.
+        if !is_closed(channel).await {
+            let error = anyhow!("a child of the new process still runs, and has the log");
+            return Err(fail(log, "taken back", error));
+        }
         warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
         task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
         if log.appended() != appended {
@@ -300,6 +307,21 @@ fn fail(log: &dyn HandOver, done: &str, error: Error) -> Error {
     error!("{error:#}");
     log.watermark().latch(format!("{error:#}"));
     error
+}
+
+/// Whether nobody has the other end of the channel any more.
+async fn is_closed(channel: &Arc<Channel>) -> bool {
+    let channel = Arc::clone(channel);
+    let closed = task::spawn_blocking(move || {
+        loop {
+            match channel.receive(Some(END_TIMEOUT)) {
+                Ok(Some(_)) => {}
+                Ok(None) => break true,
+                Err(_) => break false,
+            }
+        }
+    });
+    closed.await.unwrap_or(false)
 }
 
 /// Waits for a message of the new process.
