@@ -109,6 +109,11 @@ guest NAME: _target
     mkdir -p target/guests
     cp target/wasm32-wasip2/guest/{{ replace(NAME, '-', '_') }}_guest.wasm target/guests/{{ NAME }}.wasm
 
+# The same, and find the mistakes that its tests miss; flags go to `kvs guest test`
+[group('guests')]
+guest-test NAME *FLAGS: (guest NAME) _build
+    ./target/release/kvs guest test target/guests/{{ NAME }}.wasm {{ FLAGS }}
+
 # Build a guest in TypeScript as a component; without arguments guest/js/store.ts, as target/guests/js.wasm
 [group('guests')]
 guest-js SOURCE="guest/js/store.ts" COMPONENT="target/guests/js.wasm":

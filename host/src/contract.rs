@@ -30,7 +30,7 @@ pub use store::kvs::store::http::{
 pub use store::kvs::store::transaction_log::{AppendError, Event};
 pub use store::kvs::store::watch::Selector;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "compiler"))]
 pub use store::kvs::store::http::HeaderResult as HeaderOwned;
 
 // The calls: what the host offers (a trait for each imported interface), and what it makes.

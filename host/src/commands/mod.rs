@@ -10,6 +10,8 @@ mod complete;
 mod delete;
 mod export;
 mod get;
+#[cfg(feature = "compiler")]
+mod guest;
 mod health;
 mod history;
 mod import;
@@ -81,6 +83,10 @@ pub enum Command {
     Compile(compile::Compile),
     /// Describe a component, and check whether this host can run it
     Inspect(Box<inspect::Inspect>),
+    /// Test a guest, without a server
+    #[cfg(feature = "compiler")]
+    #[command(subcommand)]
+    Guest(guest::GuestCommand),
     /// Verify, print, count, export, import and compact a transaction log that no server uses
     #[command(subcommand)]
     Txlog(txlog::TxlogCommand),
@@ -142,6 +148,8 @@ pub fn run(cli: Cli, env: &Env) -> Result<()> {
         Command::Health(args) => health::run(&args),
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        #[cfg(feature = "compiler")]
+        Command::Guest(command) => guest::run(command, env),
         Command::Txlog(command) => txlog::run(command),
         Command::Backup(args) => backup::run(&args),
         Command::Restore(args) => restore::run(&args),

@@ -61,6 +61,18 @@ impl Engine {
         response_cache_bytes: u64,
         env: &Env,
     ) -> Result<Self> {
+        Self::with_clock(limits, config, cache, response_cache_bytes, env, Clock::new(env.clone()))
+    }
+
+    /// The same, with a clock and randomness for the guests that are not those of the engine.
+    pub fn with_clock(
+        limits: Limits,
+        config: Vec<(String, String)>,
+        cache: Option<&Path>,
+        response_cache_bytes: u64,
+        env: &Env,
+        clock: Clock,
+    ) -> Result<Self> {
         let engine = wasmtime::Engine::new(&settings(Cpu::This)?).map_err(anyhow::Error::from);
         let engine = engine.context("guests cannot be run on this CPU or system")?;
 
@@ -69,11 +81,11 @@ impl Engine {
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
         epoch::tick(engine.weak(), env)?;
-        let clock = Arc::new(Clock::new(env.clone()));
+        let clock = Arc::new(clock);
         Ok(Self {
             linker,
             limits,
-            response_cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &env.random)?,
+            response_cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &clock.env().random)?,
             clock,
             config: config.into(),
             compiler: Compiler::new(cache),

@@ -6,12 +6,15 @@
 //! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
 //! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
 //! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
-//! spare), `shadow` (another guest is given real requests before it serves) and `swap` (another guest takes over).
+//! spare), `shadow` (another guest is given real requests before it serves), `swap` (another guest takes over) and `check` (a
+//! guest is tested without a server).
 
 mod absent;
 mod alarm;
 mod batch;
 mod cache;
+#[cfg(feature = "compiler")]
+mod check;
 mod clock;
 mod compile;
 mod compiled;
@@ -44,6 +47,8 @@ mod sync;
 mod trap;
 
 pub use cache::ResponseCache;
+#[cfg(feature = "compiler")]
+pub use check::{Plan as TestPlan, Request as TestRequest, test};
 pub use compile::compile;
 pub use engine::{Engine, Guest};
 pub use inspect::inspect;

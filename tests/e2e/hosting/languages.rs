@@ -46,12 +46,12 @@ fn js_component() -> &'static str {
     &COMPONENT
 }
 
-fn js() -> &'static str {
+pub fn js() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| compiled(js_component()));
     &GUEST
 }
 
-fn python() -> &'static str {
+pub fn python() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| compiled(&made("guest-python", None, "python")));
     &GUEST
 }

@@ -32,14 +32,30 @@ impl Difference {
     pub fn new(what: impl Into<String>, serving: impl Into<String>, candidate: impl Into<String>) -> Self {
         Self { what: what.into(), serving: serving.into(), candidate: candidate.into() }
     }
+
+    /// Describes it, with the names of both sides.
+    #[cfg(feature = "compiler")]
+    pub fn between(&self, serving: &str, candidate: &str) -> String {
+        format!("{}: {} {serving}, {} {candidate}", self.what, self.serving, self.candidate)
+    }
 }
 
 /// Returns the first difference between two responses, besides their entity tags.
 pub fn responses(serving: &Response, candidate: &Response) -> Option<Difference> {
+    responses_without(header::ETAG.as_str(), serving, candidate)
+}
+
+/// The same, with their entity tags: of two instances that have the same entries.
+#[cfg(feature = "compiler")]
+pub fn whole_responses(serving: &Response, candidate: &Response) -> Option<Difference> {
+    responses_without("", serving, candidate)
+}
+
+fn responses_without(left_out: &str, serving: &Response, candidate: &Response) -> Option<Difference> {
     if serving.status != candidate.status {
         return Some(Difference::new("status", serving.status.to_string(), candidate.status.to_string()));
     }
-    let (ours, theirs) = (sorted(serving), sorted(candidate));
+    let (ours, theirs) = (sorted(left_out, serving), sorted(left_out, candidate));
     if ours != theirs {
         let at = ours.iter().zip(&theirs).position(|(one, other)| one != other).unwrap_or(ours.len().min(theirs.len()));
         let names = [&ours, &theirs].map(|headers| headers.get(at).map(|header| header.0.as_str()));
@@ -65,13 +81,13 @@ pub fn responses(serving: &Response, candidate: &Response) -> Option<Difference>
 }
 
 /// The headers that are compared. Their order means something only among those of one name.
-fn sorted(response: &Response) -> Vec<(String, &[u8])> {
+fn sorted<'r>(left_out: &str, response: &'r Response) -> Vec<(String, &'r [u8])> {
     let named = response.headers.iter().map(|header| {
         let name = header.name.to_ascii_lowercase();
         let value = if name == POSITION { &[] } else { &*header.value };
         (name, value)
     });
-    let mut headers: Vec<_> = named.filter(|(name, _)| name != header::ETAG.as_str()).collect();
+    let mut headers: Vec<_> = named.filter(|(name, _)| name != left_out).collect();
     headers.sort_by(|one, other| one.0.cmp(&other.0));
     headers
 }
@@ -110,7 +126,8 @@ pub fn events(append: usize, serving: Option<&[Event]>, candidate: Option<&[Even
     })
 }
 
-fn event(event: Option<&Event>) -> String {
+/// Describes an event.
+pub fn event(event: Option<&Event>) -> String {
     match event {
         None => "none".to_owned(),
         Some(Event::Put(put)) => format!("put {}, {} bytes", text(put.key.as_bytes(), 0), put.value.len()),

@@ -12,7 +12,7 @@
 //! Owns: which requests are sampled, and from when to when. Must never know: how a guest is called, or what follows from a report.
 
 mod candidate;
-mod compare;
+pub mod compare;
 mod decisions;
 mod queue;
 mod record;
