@@ -2,13 +2,12 @@
 //! what they are for happens to a real server.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -20,17 +19,19 @@ use crate::support::guests::{DEFAULT_GUEST, copy_of, guest};
 use crate::support::log::{kvs_at, of_files};
 use crate::support::metrics::{counts, until};
 use crate::support::mount::Mount;
-use crate::support::postgres::{self, database::Database};
+use crate::support::nats::Nodes;
+use crate::support::postgres::database::Database;
+use crate::support::postgres::proxy::{Proxy, Way};
+use crate::support::postgres::{self, has_lease};
+use crate::support::prometheus::{ALERTS, Prometheus, alerts};
+use crate::support::readiness::{STANDS_BY, becomes_ready};
 use crate::support::requests::put;
 use crate::support::sabotage::{start, starts_again};
-use crate::support::server::{PATIENCE, Process, Server, serve};
+use crate::support::server::{Process, Server, serve, through};
 use crate::support::wire::Connection;
 
-const ALERTS: &str = include_str!("../../../deploy/alerts.yaml");
 const DASHBOARD: &str = include_str!("../../../deploy/grafana.json");
 const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
-/// The pause between two questions to Prometheus.
-const PAUSE: Duration = Duration::from_millis(200);
 
 /// The names of all metrics, as the source of the server has them, with the endings that Prometheus gives them.
 fn metrics() -> BTreeSet<String> {
@@ -66,10 +67,6 @@ fn named(text: &str) -> BTreeSet<String> {
     words.filter(|word| word.starts_with("kvs_")).map(str::to_owned).collect()
 }
 
-fn alerts() -> Vec<&'static str> {
-    ALERTS.lines().filter_map(|line| line.trim_start().strip_prefix("- alert: ")).collect()
-}
-
 #[test]
 fn alerts_dashboard_and_runbook_name_existing_metrics() {
     let there = metrics();
@@ -96,6 +93,13 @@ fn each_alert_has_its_section_in_the_runbook() {
 }
 
 #[test]
+fn each_alert_has_a_test_that_provokes_it() {
+    for alert in alerts() {
+        assert!(include_str!("alerts.rs").contains(&format!("\"{alert}\"")), "no test provokes {alert}");
+    }
+}
+
+#[test]
 fn prometheus_accepts_the_rules() {
     let file = Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml");
     let output = Command::new("promtool").args(["check", "rules"]).arg(file).output();
@@ -108,79 +112,10 @@ fn prometheus_accepts_the_rules() {
     );
 }
 
-/// A Prometheus that scrapes admin listeners each second, and waits for no alert to last. A backup is too old after 2 s.
-struct Prometheus {
-    _process: Process,
-    _directory: TempDir,
-    address: SocketAddr,
-}
-
-impl Prometheus {
-    /// Returns when each of the targets has been scraped.
-    fn of(targets: &[SocketAddr]) -> Self {
-        let directory = TempDir::new().expect("a temporary directory can be made");
-        let rules = ALERTS.replace("> 2 * 86400", "> 2");
-        let rules: Vec<_> = rules.lines().filter(|line| !line.trim_start().starts_with("for: ")).collect();
-        let mut config = String::from(
-            "global: { scrape_interval: 1s, evaluation_interval: 1s }\nrule_files: [alerts.yaml]\n\
-             scrape_configs: [{ job_name: kvs, static_configs: [{ targets: [",
-        );
-        for target in targets {
-            let _ = write!(config, "'{target}',");
-        }
-        config.push_str("] }] }]\n");
-        for (name, text) in [("alerts.yaml", rules.join("\n")), ("prometheus.yaml", config)] {
-            fs::write(directory.path().join(name), text).expect("the directory takes a file");
-        }
-        let mut command = Command::new("prometheus");
-        command.current_dir(directory.path()).env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.args(["--config.file=prometheus.yaml", "--storage.tsdb.path=data", "--web.listen-address=127.0.0.1:0"]);
-        let process = Process::spawn(command);
-        let address = |line: &str| line.split_once("msg=\"Listening on\" address=")?.1.parse().ok();
-        let address =
-            process.stderr.find(address).unwrap_or_else(|said| panic!("`just test` installs prometheus: {said}"));
-        let prometheus = Self { _process: process, _directory: directory, address };
-        for target in targets {
-            prometheus.until(&format!("up%7Binstance=%22{target}%22%7D==1"), |found| found.contains("\"metric\""));
-        }
-        prometheus
-    }
-
-    fn get(&self, path: &str) -> String {
-        let mut client = Connection::open(self.address);
-        client.send(format!("GET {path} HTTP/1.1\r\nhost: prometheus\r\nconnection: close\r\n\r\n"));
-        client.end()
-    }
-
-    #[track_caller]
-    fn until(&self, query: &str, is_so: impl Fn(&str) -> bool) {
-        let begun = Instant::now();
-        loop {
-            let found = self.get(&format!("/api/v1/query?query={query}"));
-            if is_so(&found) {
-                return;
-            }
-            assert!(begun.elapsed() < PATIENCE, "{query}: {found}");
-            thread::sleep(PAUSE);
-        }
-    }
-
-    /// Waits until this alert fires for a server.
-    #[track_caller]
-    fn fires(&self, alert: &str, server: SocketAddr) {
-        assert!(alerts().contains(&alert), "{alert}");
-        let query = format!("ALERTS%7Balertname=%22{alert}%22,alertstate=%22firing%22,instance=%22{server}%22%7D");
-        self.until(&query, |found| found.contains("\"metric\""));
-    }
-
-    /// Checks that none fires for a server.
-    #[track_caller]
-    fn is_quiet(&self, server: SocketAddr) {
-        // One evaluation at least.
-        self.until("count(ALERTS)%20or%20vector(0)", |found| found.contains("\"value\""));
-        let found = self.get(&format!("/api/v1/query?query=ALERTS%7Binstance=%22{server}%22%7D"));
-        assert!(found.contains("\"result\":[]"), "{found}");
-    }
+/// An address where nobody listens now.
+fn free() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    listener.local_addr().expect("a listener has an address")
 }
 
 #[test]
@@ -309,9 +244,7 @@ fn alert_fires_for_maintenance() {
 
 #[test]
 fn alerts_fire_for_restarts_and_absence() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
-    let admin = listener.local_addr().expect("a listener has an address");
-    drop(listener);
+    let admin = free();
     let start = |data: TempDir| {
         let mut command = kvs_at(data.path());
         command.args(["serve", "--listen", "127.0.0.1:0", "--admin", &admin.to_string()]);
@@ -329,4 +262,89 @@ fn alerts_fire_for_restarts_and_absence() {
     prometheus.fires("KvsRestarts", admin);
     drop(server.kill());
     prometheus.fires("KvsDown", admin);
+}
+
+#[test]
+fn alert_fires_for_requests_in_flight() {
+    let server = Server::start(&["--max-inflight-bytes", "32MiB", "--max-value-bytes", "16MiB"]);
+    let mut client = Connection::open(server.address());
+    assert_eq!(client.ask("PUT", "/v1/a", &vec![b'x'; 14 << 20]).status, 201);
+    let prometheus = Prometheus::of(&[server.admin()]);
+    prometheus.is_quiet(server.admin());
+    let _slow = [(); 2].map(|()| {
+        let mut slow = Connection::open(server.address());
+        slow.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
+        slow
+    });
+    prometheus.fires("KvsInflightNearLimit", server.admin());
+}
+
+#[test]
+fn alert_fires_for_lost_log_lines() {
+    let (admin, data) = (free(), TempDir::new().expect("a temporary directory can be made"));
+    let mut served = serve(data.path());
+    served.args(["--admin", &admin.to_string()]);
+    let mut silent = through("sh", &served);
+    silent.args(["-c", "exec \"$0\" \"$@\" 2>/dev/full"]).arg(served.get_program()).args(served.get_args());
+    let _server = Process::spawn(silent);
+    let prometheus = Prometheus::of(&[admin]);
+    prometheus.fires("KvsLogLinesLost", admin);
+}
+
+#[test]
+fn alert_fires_for_a_lost_read_lease() {
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = postgres::start(&database.url_at(proxy.port));
+    let _standby = postgres::stand_by(&database.url(), &[]);
+    has_lease(&database);
+    let prometheus = Prometheus::of(&[server.admin()]);
+    prometheus.is_quiet(server.admin());
+    proxy.set(Way::Reset);
+    prometheus.fires("KvsReadLeaseLost", server.admin());
+}
+
+#[test]
+fn alert_fires_for_a_standby_that_lags() {
+    of_files!();
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let serve_in = |args: &[&str]| {
+        let mut command = serve(data.path());
+        command.args(args);
+        Server::spawn(command, TempDir::new().expect("a temporary directory can be made"))
+    };
+    let primary = serve_in(&[guest()]);
+    let standby = serve_in(&[guest(), "--guest-config", "fault=apply-dawdles", "--standby"]);
+    becomes_ready(&standby, 200, STANDS_BY);
+    let prometheus = Prometheus::of(&[standby.admin()]);
+    prometheus.is_quiet(standby.admin());
+    let mut client = Connection::open(primary.address());
+    // It takes more than a second for each thousand.
+    for _ in 0..2 {
+        assert_eq!(client.ask("GET", "/append-often/10000", b"").text(), "10000");
+    }
+    prometheus.fires("KvsReplicationLag", standby.admin());
+}
+
+#[test]
+fn alert_fires_for_a_damaged_log() {
+    let mut nodes = Nodes::start(1);
+    let url = nodes.url("x");
+    let args = ["--txlog", &url, "--allow-unsafe-txlog"];
+    let primary = Server::start(&args);
+    let standby = Server::start(&[&args[..], &["--standby"]].concat());
+    becomes_ready(&standby, 200, "; standby of process ");
+    let prometheus = Prometheus::of(&[standby.admin()]);
+    prometheus.is_quiet(standby.admin());
+    standby.signal(Signal::STOP);
+    assert_eq!((put(&primary, "a", "needle"), put(&primary, "b", "1")), (201, 201));
+    nodes.stop(0);
+    let stored = nodes.store(0).join("jetstream/$G/streams/KVS-x-00/msgs/1.blk");
+    let mut bytes = fs::read(&stored).expect("the stream is stored");
+    let at = bytes.windows(6).position(|bytes| bytes == b"needle").expect("the value is stored");
+    bytes[at] ^= 1;
+    fs::write(&stored, bytes).expect("it can be written");
+    nodes.restart(0);
+    standby.signal(Signal::CONT);
+    prometheus.fires("KvsLogDamaged", standby.admin());
 }

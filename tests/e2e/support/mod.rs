@@ -19,6 +19,7 @@ pub mod nats;
 pub mod nobody;
 pub mod pages;
 pub mod postgres;
+pub mod prometheus;
 pub mod readiness;
 pub mod requests;
 pub mod sabotage;

@@ -87,6 +87,13 @@ impl Nodes {
         process.wait();
     }
 
+    /// SIGTERM: what it stored it finds again without reading all of it.
+    pub fn stop(&mut self, node: usize) {
+        let mut process = self.processes[node].take().expect("it runs");
+        process.signal(Signal::TERM);
+        process.wait();
+    }
+
     /// The URL of a log.
     pub fn url(&self, log: &str) -> String {
         let servers: Vec<_> = self.ports.iter().map(|ports| format!("127.0.0.1:{}", ports.client)).collect();

@@ -186,17 +186,19 @@ impl PostgresLog {
         let opened =
             runtime.block_on(opening::open(&target, timeout, &conditions, manner, url.as_deref(), &env.clock))?;
         let Opened { session, append, holding, schema } = opened;
-        let (epoch, log, history, news) = match &holding {
+        let (epoch, log, history, retained, news) = match &holding {
             Holding::Ours(epoch) => (
                 OnceLock::from(epoch.number),
                 epoch.log,
                 epoch.history.clone(),
+                epoch.compacted,
                 News { newest: epoch.last, holder: None, primary: None, as_of },
             ),
             Holding::Theirs(look, history, log) => {
                 let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
                 let news = News { newest: look.newest, holder, primary, as_of };
-                (OnceLock::new(), log.unwrap_or_default(), history.clone(), news)
+                // Known from the first replay on.
+                (OnceLock::new(), log.unwrap_or_default(), history.clone(), u64::MAX, news)
             }
         };
         let shared = Arc::new(Shared {
@@ -213,7 +215,7 @@ impl PostgresLog {
             breaker: Breaker::new("database", env.clock.clone()),
             lease: Lease::new(lease, &env.clock),
             retain: options.retain,
-            retained: AtomicU64::new(0),
+            retained: AtomicU64::new(retained),
             readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
             metrics: Metrics::new(),

@@ -5,6 +5,7 @@ mod clocks;
 mod commands;
 mod incarnations;
 mod opening;
+mod past;
 mod replication;
 mod standby;
 mod supervision;

@@ -13,7 +13,7 @@ use crate::support::load::{Clients, under_load};
 use crate::support::metrics::counts;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way};
-use crate::support::postgres::{DEPOSED, WHOLE, is_deposed, stand_by, start};
+use crate::support::postgres::{DEPOSED, WHOLE, has_lease, is_deposed, stand_by, start};
 use crate::support::readiness::{AWAY, STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
 use crate::support::requests::{answer, get, get_stale, put, send, shows};
 use crate::support::server::{PATIENCE, Process, Server, kvs, serve, serve_refused};
@@ -280,11 +280,6 @@ fn deposed_primary_restarts_as_standby() {
     becomes_ready(&paused, 200, WELL);
     assert_eq!((put(&paused, "a", "3"), get(&paused, "a")), (201, (200, "3".into())));
     assert_eq!(database.sql("SELECT last FROM kvs.writer"), ["3"]);
-}
-
-/// Waits until the one that writes keeps to a lease.
-fn has_lease(database: &Database) {
-    database.becomes("SELECT lease IS NOT NULL FROM kvs.writer", "t");
 }
 
 #[test]

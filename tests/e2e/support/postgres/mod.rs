@@ -4,6 +4,7 @@ pub mod database;
 pub mod pooler;
 pub mod proxy;
 
+use self::database::Database;
 use super::readiness::{STANDS_BY, becomes_ready};
 use super::server::Server;
 
@@ -28,4 +29,9 @@ pub fn stand_by(url: &str, args: &[&str]) -> Server {
     let server = Server::start(&[&["--txlog", url, "--txlog-timeout", "1s", "--standby"], args].concat());
     becomes_ready(&server, 200, STANDS_BY);
     server
+}
+
+/// Waits until the one that writes keeps to a lease.
+pub fn has_lease(database: &Database) {
+    database.becomes("SELECT lease IS NOT NULL FROM kvs.writer", "t");
 }
