@@ -112,7 +112,7 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
         return Ok(None);
     };
     let store = Store::start(opened?, args, workers, &admin, env)?;
-    let (engine, guest) = store::load(args, env)?;
+    let (engine, guest) = store::load(args, &*store.log, inherited.is_some(), env)?;
     admin.health.reached(Phase::Replaying);
     let building = store::build(args, engine, guest, Arc::clone(&store.log), env);
     let Some(built) = stop.or(building).await else {
@@ -126,7 +126,7 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
     for exposure in exposures {
         warn!("{exposure}");
     }
-    let guests = Guests::start(args, engine, shards, &store, reload, &admin, env);
+    let guests = Guests::start(args, engine, shards, (&store, inherited.is_some()), reload, &admin, env);
     let when_primary = Arc::new(WhenPrimary::default());
     if args.listen_when_primary.is_some() {
         let when_primary = Arc::clone(&when_primary);

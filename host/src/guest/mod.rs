@@ -60,5 +60,7 @@ pub use replica::Replayed;
 pub use shadow::{MAX_DURATION as MAX_SHADOW, Plan as ShadowPlan};
 pub use shard::CallError;
 pub use shards::{Arrangement, Paused, Shards};
-pub use source::{BUILT_IN_FILE, GUEST_BYTES, Source, read as read_component};
+pub use source::{
+    BUILT_IN_FILE, GUEST_BYTES, Identity as GuestIdentity, Source, read as read_component, record as record_guest,
+};
 pub use swap::{Ended, Outcome, Steps, SwapError, Swapper};

@@ -1,5 +1,5 @@
 //! Swaps the guest for what its file holds now: on SIGHUP, and with `--watch-guest` whenever the file changes. A standby that
-//! shares the data directory of its primary follows the file in which that remembers its guest.
+//! shares the data directory of its primary follows the guest that the primary serves.
 //!
 //! Must never know: how a swap is made.
 
@@ -25,46 +25,48 @@ pub struct Reload {
     hangup: Listen,
     /// Of the file, when it is watched.
     changes: Option<Changes>,
+    /// Of the files that decide which guest a standby serves.
+    primary_changes: Option<Changes>,
 }
 
 /// Where the guest comes from after the start.
 #[derive(Clone)]
-enum Named {
-    Nowhere,
-    File(PathBuf),
-    /// The data directory of the primary.
-    ByPrimary(PathBuf),
+struct Named {
+    file: Option<PathBuf>,
+    /// The data directory of the primary, until this process has taken over and serves the same guest.
+    primary: Option<PathBuf>,
 }
 
 impl Named {
     fn source(&self) -> Option<Source> {
-        match self {
-            Self::Nowhere => None,
-            Self::File(file) => Some(Source::File(file.clone())),
-            Self::ByPrimary(data) => Some(Source::choose(None, data)),
+        match (&self.primary, &self.file) {
+            (Some(data), file) => Source::of_primary(file.as_deref(), data),
+            (None, Some(file)) => Some(Source::File(file.clone())),
+            (None, None) => {
+                info!("SIGHUP: the guest is not read again, since no file was named at the start");
+                None
+            }
         }
     }
 }
 
 impl Reload {
-    /// `file` is the guest that was named at the start, before it is read. Where none was, a standby follows that of `primary`,
-    /// the data directory that it shares. From here on SIGHUP does not end the process.
+    /// `file` is the guest that was named at the start, before it is read. A standby follows the guest of `primary`, the data
+    /// directory that it shares. From here on SIGHUP does not end the process.
     pub fn new(file: Option<&Path>, watch: bool, primary: Option<&Path>) -> Result<Self> {
-        let (named, watched) = match (file, primary) {
-            (Some(file), _) => (Named::File(file.to_owned()), watch.then(|| file.to_owned())),
-            (None, Some(data)) => (Named::ByPrimary(data.to_owned()), Some(source::remembered(data))),
-            (None, None) => (Named::Nowhere, None),
-        };
-        let changes = watched.map(|file| Changes::of(vec![file]));
-        Ok(Self { named, hangup: listen(SignalKind::hangup())?, changes })
+        let changes = file.filter(|_| watch).map(|file| Changes::of(vec![file.to_owned()]));
+        let primary_changes = primary.map(|data| Changes::of(source::of_primary(file, data)));
+        let named = Named { file: file.map(Path::to_owned), primary: primary.map(Path::to_owned) };
+        Ok(Self { named, hangup: listen(SignalKind::hangup())?, changes, primary_changes })
     }
 
     /// Starts the task that swaps the guest. Started again, it compares the file with what it was at the start: a guest
     /// that serves already is not swapped.
     pub fn start(self, swapper: Arc<Swapper>, env: &Env) -> Task {
-        let Self { named, mut hangup, changes } = self;
+        let Self { named, mut hangup, changes, primary_changes } = self;
         env.tasks.restart("guest reload", &env.clock, move || {
-            let (hangup, named, changes, swapper) = (hangup(), named.clone(), changes.clone(), Arc::clone(&swapper));
+            let (hangup, named, swapper) = (hangup(), named.clone(), Arc::clone(&swapper));
+            let changes = (changes.clone(), primary_changes.clone());
             async move { run(hangup?, named, changes, swapper).await }
         })
     }
@@ -72,8 +74,8 @@ impl Reload {
 
 async fn run(
     mut hangup: Signal,
-    named: Named,
-    mut changes: Option<Changes>,
+    mut named: Named,
+    (mut changes, mut primary_changes): (Option<Changes>, Option<Changes>),
     swapper: Arc<Swapper>,
 ) -> Result<Infallible> {
     let mut interval = interval(LOOK);
@@ -83,10 +85,13 @@ async fn run(
             _ = hangup.recv() => true,
             _ = interval.tick() => false,
         };
+        // After a takeover the guest is this server's own, once it is the one that the primary served.
+        named.primary = named.primary.take().filter(|_| swapper.follows_primary() || swapper.differs().is_some());
+        let changes = if named.primary.is_some() { &mut primary_changes } else { &mut changes };
         if !asked && !changes.as_mut().is_some_and(Changes::settled) {
             continue;
         }
-        if let Some(changes) = &mut changes {
+        if let Some(changes) = changes {
             changes.reading();
         }
         reload(&named, &swapper, Actor::cause(if asked { "SIGHUP" } else { "file" })).await;
@@ -96,9 +101,7 @@ async fn run(
 async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
     let mut waits = false;
     loop {
-        let Some(source) = named.source() else {
-            return info!("SIGHUP: the guest is not read again, since no file was named at the start");
-        };
+        let Some(source) = named.source() else { return };
         let (from, serving) = (source.clone(), swapper.serving());
         let read = task::spawn_blocking(move || from.read()).await;
         let component = match read.map_err(Into::into).flatten() {

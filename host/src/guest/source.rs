@@ -1,14 +1,17 @@
 //! Where guests come from, and which one serves after a start.
 //!
-//! Owns: the file in the data directory that remembers a swap. Must never know: what is in a component.
+//! Owns: the file in the data directory that remembers a swap, and the one that identifies the serving guest to standbys. Must
+//! never know: what is in a component.
 
 use std::fmt::{self, Display};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
+use tracing::warn;
 
 /// The file of the built-in guest, `guest/default`, which the build of the host makes. For tests, on the same machine.
 pub const BUILT_IN_FILE: &str = env!("DEFAULT_GUEST");
@@ -21,6 +24,13 @@ pub const GUEST_BYTES: u64 = 256 << 20;
 
 /// The guest that was swapped in last, in the data directory.
 const REMEMBERED: &str = "guest.wasm";
+
+/// The identity of the guest that the primary serves, in the data directory.
+const SERVING: &str = "guest.serving";
+/// The most that is read of it.
+const SERVING_BYTES: u64 = 128;
+
+static BUILT_IN_DIGEST: LazyLock<Digest> = LazyLock::new(|| Digest::of(BUILT_IN));
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -41,6 +51,22 @@ impl Source {
             None if remembered.exists() => Self::Remembered(remembered),
             None => Self::BuiltIn,
         }
+    }
+
+    /// The guest that the primary on the same data directory serves: the one that is asked for, the one swapped in last, or the
+    /// one in the binary. None if it is unknown, or none of these.
+    pub fn of_primary(asked_for: Option<&Path>, data: &Path) -> Option<Self> {
+        let serving = recorded(data)?;
+        let asked_for = asked_for.map(|file| Self::File(file.to_owned()));
+        let candidates = asked_for.into_iter().chain([Self::Remembered(remembered(data)), Self::BuiltIn]);
+        let is_served = |source: &Self| {
+            source.read().is_ok_and(|component| Identity::of(source, &Digest::of(&component)) == serving)
+        };
+        let found = candidates.into_iter().find(is_served);
+        if found.is_none() {
+            warn!("the primary serves {serving}, which is not known here; name the same GUEST.wasm as there");
+        }
+        found
     }
 
     /// The component.
@@ -91,14 +117,9 @@ pub fn remembered(data: &Path) -> PathBuf {
 
 /// Lets the next start serve this component; without one, the default guest.
 pub fn remember(data: &Path, component: Option<&[u8]>) -> Result<()> {
-    let (file, unfinished) = (remembered(data), data.join("guest.wasm.new"));
+    let file = remembered(data);
     let change = || match component {
-        Some(bytes) => {
-            let mut writing = File::create(&unfinished)?;
-            writing.write_all(bytes)?;
-            writing.sync_all()?;
-            fs::rename(&unfinished, &file)
-        }
+        Some(bytes) => replace(&file, bytes),
         None => fs::remove_file(&file).or_else(|error| match error.kind() {
             io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
@@ -106,6 +127,60 @@ pub fn remember(data: &Path, component: Option<&[u8]>) -> Result<()> {
     };
     // The name is certain only when the directory is on disk too.
     change().and_then(|()| File::open(data)?.sync_all()).with_context(|| format!("cannot change {}", file.display()))
+}
+
+/// Replaces the content of a file. Its name is durable when the directory is synced.
+fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    let unfinished = file.with_added_extension("new");
+    let mut writing = File::create(&unfinished)?;
+    writing.write_all(bytes)?;
+    writing.sync_all()?;
+    fs::rename(&unfinished, file)
+}
+
+/// Identity of a guest to other processes. The built-in ones of all versions are the same, so that one server of a pair can be
+/// upgraded after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity(Option<String>);
+
+impl Identity {
+    pub fn of(source: &Source, digest: &Digest) -> Self {
+        let is_built_in = *source == Source::BuiltIn || *digest == *BUILT_IN_DIGEST;
+        Self((!is_built_in).then(|| digest.to_string()))
+    }
+}
+
+impl Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self(None) => f.write_str("the built-in guest"),
+            Self(Some(digest)) => write!(f, "the guest with SHA-256 {digest}"),
+        }
+    }
+}
+
+/// Records the guest that this process serves as the primary. Only standbys need it, so a failure is logged.
+pub fn record(data: &Path, Identity(digest): &Identity) {
+    if recorded(data).is_some_and(|recorded| recorded.0 == *digest) {
+        return;
+    }
+    let line = format!("{}\n", digest.as_deref().unwrap_or_default());
+    if let Err(error) = replace(&data.join(SERVING), line.as_bytes()) {
+        warn!("cannot record for standbys which guest serves: {}: {error}", data.join(SERVING).display());
+    }
+}
+
+/// The guest that the primary recorded. None where there is no record, as of an older version.
+pub fn recorded(data: &Path) -> Option<Identity> {
+    let mut line = String::new();
+    File::open(data.join(SERVING)).and_then(|file| file.take(SERVING_BYTES).read_to_string(&mut line)).ok()?;
+    let digest = line.strip_suffix('\n')?;
+    Some(Identity((!digest.is_empty()).then(|| digest.to_owned())))
+}
+
+/// The files that decide which guest a standby serves.
+pub fn of_primary(asked_for: Option<&Path>, data: &Path) -> Vec<PathBuf> {
+    asked_for.map(Path::to_owned).into_iter().chain([remembered(data), data.join(SERVING)]).collect()
 }
 
 /// Identity of a component: the SHA-256 of its bytes.

@@ -24,10 +24,10 @@ use super::replica::{self, Replayed, Replica};
 use super::shadow::{self, Plan, Report};
 use super::shard::{Raised, Serving};
 use super::shards::{Shards, Switched};
-use super::source::{self, Digest, Source};
+use super::source::{self, Digest, Identity, Source};
 use super::trap::{self, Trapped};
 use crate::audit::{self, Actor};
-use kvs_txlog::{Forgotten, TransactionLog};
+use kvs_txlog::{Condition, Forgotten, TransactionLog};
 
 /// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
 const FEW: u64 = 2_000;
@@ -146,6 +146,34 @@ impl Swapper {
     /// Whether the primary decides which guest serves here.
     pub fn follows_primary(&self) -> bool {
         self.shares_data && self.log.read_only().is_some()
+    }
+
+    /// The guest of the primary, where this server shares its data directory and serves another.
+    pub fn differs(&self) -> Option<Identity> {
+        let recorded = self.shares_data.then(|| source::recorded(&self.data)).flatten()?;
+        (recorded != self.identity()).then_some(recorded)
+    }
+
+    /// Condition of a standby that shares the data directory of its primary: a takeover is not to change the guest.
+    pub fn condition(&self) -> Condition {
+        let Some(recorded) = self.differs() else { return Condition::Well };
+        let what = format!("this server serves {}, and its primary {recorded}", self.identity());
+        match (self.lock().phase.is_some(), self.stands_by()) {
+            // Its own guest is on probation.
+            (true, false) => Condition::Well,
+            (true, true) => Condition::But(format!("{what}, which is being swapped in")),
+            (false, _) => Condition::Unfit(format!("{what}; name the same GUEST.wasm for both, or swap it in")),
+        }
+    }
+
+    /// Records for standbys which guest serves.
+    pub fn record(&self) {
+        source::record(&self.data, &self.identity());
+    }
+
+    fn identity(&self) -> Identity {
+        let guest = self.serving().guest;
+        Identity::of(guest.source(), guest.digest())
     }
 
     /// Whether another process writes the log, so that there are no writes here to compare.
@@ -316,13 +344,17 @@ impl Swapper {
             Ok(())
         })
         .await?;
+        if self.follows_primary() {
+            return Ok(outcome);
+        }
         // A file that was named at the start is named again at the next.
         let remembered = match &source {
-            _ if self.follows_primary() => Ok(()),
             Source::Sent => source::remember(&self.data, Some(&component)),
             Source::BuiltIn => source::remember(&self.data, None),
             Source::File(_) | Source::Remembered(_) => Ok(()),
         };
+        // A standby finds the guest by this record.
+        self.record();
         remembered.context("it serves now, but could not be kept for the next start").map_err(SwapError::Failed)?;
         Ok(outcome)
     }

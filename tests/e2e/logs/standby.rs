@@ -97,9 +97,8 @@ fn standby_reports_the_memory_of_its_guest() {
 #[test]
 fn standby_serves_the_guest_of_its_primary() {
     let data = directory();
-    let primary = serve_in(data.path(), &["--probation", "100ms"]);
-    let standby = stand_by(data.path(), &["--probation", "100ms"]);
-    let digest = |server: &Server| status(server)["sha256"].as_str().expect("a digest is text").to_owned();
+    let primary = serve_in(data.path(), &SHORT);
+    let standby = stand_by(data.path(), &SHORT);
     let (first, other) = (digest(&primary), copy_of(DEFAULT_GUEST));
     let reason = "this server stands by and serves the guest of its primary; swap the guest there";
     swap(&standby, &other).says(409, reason);
@@ -125,6 +124,55 @@ fn standby_serves_the_guest_of_its_primary() {
     assert_eq!((digest(&standby), get(&standby, "a")), (second, (200, "1".into())));
     assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/guest", b"").status, 200);
     assert_eq!(digest(&standby), first);
+}
+
+const SHORT: [&str; 2] = ["--probation", "100ms"];
+
+fn digest(server: &Server) -> String {
+    status(server)["sha256"].as_str().expect("a digest is text").to_owned()
+}
+
+/// A guest that the primary was given on its command line: a standby serves it if it was given the same, or is not ready.
+#[test]
+fn standby_reports_that_its_primary_has_another_guest() {
+    let data = directory();
+    let file = data.path().join("named.wasm");
+    fs::write(&file, copy_of(DEFAULT_GUEST)).expect("the directory takes a file");
+    let file = file.to_str().expect("a temporary path is text");
+    let primary = serve_in(data.path(), &[file, SHORT[0], SHORT[1]]);
+    assert_eq!(put(&primary, "a", "1"), 201);
+    let named = digest(&primary);
+    let standby = stand_by(data.path(), &[file, SHORT[0], SHORT[1]]);
+    let other = serve_in(data.path(), &["--standby", SHORT[0], SHORT[1]]);
+    let differs = format!(
+        "[-]guest of the primary this server serves the built-in guest, and its primary the guest with SHA-256 {named}; "
+    );
+    becomes_ready(&other, 503, &differs);
+    other.says("the primary serves the guest with SHA-256 ");
+    // A swap there is followed by both.
+    assert_eq!(Connection::open(primary.admin()).ask("DELETE", "/guest", b"").status, 200);
+    becomes_ready(&other, 200, STANDS_BY);
+    let begun = Instant::now();
+    while digest(&standby) == named {
+        assert!(begun.elapsed() < PATIENCE, "a standby that was given a guest follows no swap");
+        thread::sleep(Duration::from_millis(20));
+    }
+    standby.terminate();
+    primary.terminate();
+    becomes_ready(&other, 200, WELL);
+    other.terminate();
+
+    let primary = serve_in(data.path(), &[file, SHORT[0], SHORT[1]]);
+    assert_eq!(digest(&primary), named);
+    let other = serve_in(data.path(), &["--standby", SHORT[0], SHORT[1]]);
+    becomes_ready(&other, 503, &differs);
+    primary.kill();
+    other.says("took over with another guest than the primary had: that was the guest with SHA-256 ");
+    becomes_ready(&other, 503, &differs);
+    // As an operator corrects it.
+    assert_eq!(swap(&other, &copy_of(DEFAULT_GUEST)).status, 200);
+    becomes_ready(&other, 200, WELL);
+    assert_eq!((digest(&other), get(&other, "a")), (named, (200, "1".into())));
 }
 
 #[test]

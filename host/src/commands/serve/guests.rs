@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvs_runtime::{Env, Task};
+use tracing::error;
 
 use super::prepare::shares_data;
 use super::store::Store;
@@ -20,11 +21,12 @@ pub struct Guests {
 }
 
 impl Guests {
+    /// `inherits` is whether this process replaces one that serves.
     pub fn start(
         args: &Serve,
         engine: Engine,
         shards: Arc<Shards>,
-        store: &Store,
+        (store, inherits): (&Store, bool),
         reload: Reload,
         admin: &Admin,
         env: &Env,
@@ -42,13 +44,26 @@ impl Guests {
         let data = (args.data_dir.clone(), shares_data(args));
         let swapper = Swapper::new(engine, Arc::clone(&shards), Arc::clone(&store.log), data, args.probation);
         admin.set_swapper(Arc::clone(&swapper));
+        if shares_data(args) {
+            let checked = Arc::clone(&swapper);
+            health.add("guest of the primary", move || checked.condition());
+        }
         let reloading = reload.start(Arc::clone(&swapper), env);
         health.reached(Phase::Serving);
         if let Some(followed) = store.followed.clone() {
+            let (promoted, swapper) = (Arc::clone(&followed), Arc::clone(&swapper));
             let (changes, shards) = (Arc::clone(&store.changes), Arc::clone(&shards));
             let read_only = Arc::clone(&store.read_only);
             env.tasks.restart("follow", &env.clock, move || {
                 follow::run(Arc::clone(&followed), Arc::clone(&changes), Arc::clone(&shards), Arc::clone(&read_only))
+            });
+            env.tasks.detach("takeover", async move {
+                promoted.promoted().await;
+                match swapper.differs() {
+                    _ if inherits => swapper.record(),
+                    Some(former) => error!("took over with another guest than the primary had: that was {former}"),
+                    None => {}
+                }
             });
         }
         let kept = Arc::clone(&shards);

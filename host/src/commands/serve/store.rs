@@ -14,10 +14,11 @@ use kvs_txlog::{PastLog, Standby, TransactionLog};
 use tokio::runtime::Handle;
 use tokio::task;
 
+use super::prepare::shares_data;
 use crate::admin::{Admin, ReadOnly};
 use crate::commands::txlog::open_offline;
 use crate::follow::Followed;
-use crate::guest::{Arrangement, Engine, Guest, Replayed, Shards, Source};
+use crate::guest::{Arrangement, Engine, Guest, GuestIdentity, Replayed, Shards, Source, record_guest};
 use crate::settings::{Serve, TxlogStorage};
 use crate::workers::Workers;
 
@@ -141,8 +142,8 @@ fn make_data_dir(args: &Serve) -> Result<()> {
     std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))
 }
 
-/// Loads the guest that is to serve.
-pub fn load(args: &Serve, env: &Env) -> Result<(Engine, Guest)> {
+/// Loads the guest that is to serve: on a standby that shares the data directory of its primary, the same as there.
+pub fn load(args: &Serve, log: &dyn TransactionLog, inherits: bool, env: &Env) -> Result<(Engine, Guest)> {
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes, args.shards)?,
         args.guest.guest_config.clone(),
@@ -150,7 +151,14 @@ pub fn load(args: &Serve, env: &Env) -> Result<(Engine, Guest)> {
         args.response_cache_bytes.as_u64(),
         env,
     )?;
-    let guest = engine.load(Source::choose(args.guest.file.as_deref(), &args.data_dir))?;
+    let (named, data) = (args.guest.file.as_deref(), &*args.data_dir);
+    let is_primary = log.read_only().is_none();
+    // A process that replaces another one serves what it was started with.
+    let of_primary = if shares_data(args) && !is_primary && !inherits { Source::of_primary(named, data) } else { None };
+    let guest = engine.load(of_primary.unwrap_or_else(|| Source::choose(named, data)))?;
+    if is_primary {
+        record_guest(data, &GuestIdentity::of(guest.source(), guest.digest()));
+    }
     Ok((engine, guest))
 }
 

@@ -3,6 +3,7 @@
 //! Owns: the agreement between the writer, which adds to the end, compaction, which puts one file in the place of
 //! several, and readers, which must see neither half done.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,7 +48,7 @@ pub struct Segment {
     pub incarnations: Vec<Incarnation>,
     /// The deletes in it that this process wrote or came upon, until it is compacted.
     pub deletes: u64,
-    /// Places to begin reading at, in a segment written by this process: who catches up need not read it all.
+    /// Places to begin reading at, in a segment that this process wrote or followed: who catches up need not read it all.
     pub marks: Vec<Mark>,
 }
 
@@ -57,6 +58,14 @@ pub struct Mark {
     pub sequence: u64,
     pub offset: u64,
     pub chain: u32,
+}
+
+/// Marks with the numbers of their segments, oldest first.
+pub type Marks = VecDeque<(u64, Mark)>;
+
+/// Returns the marks in one segment.
+pub fn marks_in(marks: &Marks, segment: u64) -> Vec<Mark> {
+    marks.iter().filter(|(number, _)| *number == segment).map(|(_, mark)| *mark).collect()
 }
 
 impl Segment {

@@ -10,13 +10,12 @@
 //!
 //! The position is valid if the frames up to it have the checksum that it names: see `position`.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, ensure};
 use uuid::Uuid;
 
-use super::catalog::{MARK_BYTES, Mark, Segment};
+use super::catalog::{MARK_BYTES, Mark, Marks, Segment, marks_in};
 use super::disk::File;
 use super::found::Found;
 use super::listing::Listing;
@@ -49,8 +48,8 @@ struct State {
     /// The sequence of the position that was read last, valid or not.
     published: u64,
     history: Arc<History>,
-    /// Offsets at which a read can begin, with the numbers of their segments, oldest first.
-    marks: VecDeque<(u64, Mark)>,
+    /// Offsets at which a read can begin. The newest is that of the position, unless that is in a compacted segment.
+    marks: Marks,
 }
 
 impl State {
@@ -102,11 +101,12 @@ impl Follower {
         Ok(view.newest.max(after))
     }
 
-    /// Drops the marks before this sequence: later reads begin after it, or at the start of the log.
+    /// Drops the marks before this sequence but two: later reads begin after it, or at the start of the log, and a takeover
+    /// before the last frame.
     pub fn passed(&self, sequence: u64) {
         let mut state = self.state();
         let passed = state.marks.partition_point(|(_, mark)| mark.sequence <= sequence);
-        state.marks.drain(..passed.saturating_sub(1));
+        state.marks.drain(..passed.saturating_sub(2));
     }
 
     pub fn newest(&self) -> u64 {
@@ -126,7 +126,11 @@ impl Follower {
     /// where it cannot be read it is corrupt, and no torn write.
     pub fn known(&self) -> Option<Known> {
         let state = self.state();
-        state.position.map(|position| Known { log: position.log, durable: state.newest.max(state.published) })
+        let mut marks = state.marks.clone();
+        // Not that of the position: recovery must find the last frame, which says how the log ends.
+        marks.pop_back();
+        let durable = state.newest.max(state.published);
+        state.position.map(|position| Known { log: position.log, durable, marks })
     }
 
     fn view(&self, after: u64) -> anyhow::Result<View> {
@@ -184,12 +188,8 @@ impl Follower {
         let holds = |found: &Found| (found.numbers.first..=found.numbers.last).contains(&position.segment);
         let at = found.iter().position(holds);
         let at = at.with_context(|| format!("segment {} is missing from the log", position.segment))?;
-        let marks_in = |segment: u64| marks.iter().filter(move |(number, _)| *number == segment).map(|(_, mark)| *mark);
-        let (newest, seen) = newest(home, &found[at], position, marks_in(position.segment).collect())?;
-        let mut segments = recovery::join(home, &found[..=at], newest)?;
-        for (segment, found) in segments.iter_mut().zip(&found).filter(|(_, found)| found.compacted.is_none()) {
-            segment.marks = marks_in(found.numbers.first).collect();
-        }
+        let (newest, seen) = newest(home, &found[at], position, marks_in(&marks, position.segment))?;
+        let segments = recovery::join(home, &found[..=at], newest, &marks)?;
         let begun = segments.iter().flat_map(|segment| segment.incarnations.clone()).collect();
         let newest = self.believe(position, begun, seen);
         let files = found.into_iter().map(|found| found.file);

@@ -28,7 +28,7 @@ impl Found {
         Self::read(home, numbers, file)
     }
 
-    /// Opens a segment that another process writes. It is read up to the published position only.
+    /// Opens a segment without that: one that another process writes, and has synced as far as it is read.
     pub fn open_shared(home: &Home, numbers: Numbers) -> anyhow::Result<Self> {
         let file = home.disk.open(&numbers.file_name())?;
         Self::read(home, numbers, file)

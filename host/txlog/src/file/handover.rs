@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::catalog::Marks;
 use super::recovery::Known;
 use super::{Before, FileLog, Lock, StandbyLog, position};
 use crate::TransactionLog;
@@ -35,7 +36,7 @@ impl HandOver for FileLog {
 
     fn take_back(&self, lock: Lock) -> Result<()> {
         lock.announce(&self.options.data, self.options.advertise.as_deref())?;
-        let known = Known { log: self.id(), durable: self.watermark.durable() };
+        let known = Known { log: self.id(), durable: self.watermark.durable(), marks: Marks::new() };
         let before = Before { known: Some(known), watermark: Arc::clone(&self.watermark), ..Before::default() };
         let (shared, running) = Self::run(Arc::clone(&self.disk), self.options.clone(), Some(lock), before)?;
         self.shared.store(shared);

@@ -10,7 +10,7 @@ use std::io::ErrorKind;
 use anyhow::bail;
 use uuid::Uuid;
 
-use super::catalog::Segment;
+use super::catalog::{Marks, Segment, marks_in};
 use super::found::Found;
 use super::frame::Ending;
 use super::listing::Listing;
@@ -36,29 +36,39 @@ pub struct Recovered {
 }
 
 /// What is known of a log before it is recovered.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Known {
     pub log: Uuid,
     /// The newest sequence that was durable.
     pub durable: u64,
+    /// Places before the last frame that was found to be durable: all before them was, and needs not be read again.
+    pub marks: Marks,
 }
 
 /// Reads the log of a directory. Nothing but this process may use the directory.
 pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     let listing = Listing::read(home)?;
-    let found = listing.segments.iter().map(|numbers| Found::open(home, *numbers));
-    let found: Vec<_> = found.collect::<anyhow::Result<_>>()?;
-    one_log(home, &found, known.map(|known| known.log))?;
+    let known_log = known.as_ref().map(|known| known.log);
+    let known_durable = known.as_ref().map_or(0, |known| known.durable);
+    let marks = known.map_or_else(Marks::new, |known| known.marks);
+    let read_from = marks.back().map_or(0, |(segment, _)| *segment);
+    let open = |numbers: &Numbers| match numbers.last < read_from {
+        // Of these only the headers are read.
+        true => Found::open_shared(home, *numbers),
+        false => Found::open(home, *numbers),
+    };
+    let found: Vec<_> = listing.segments.iter().map(open).collect::<anyhow::Result<_>>()?;
+    one_log(home, &found, known_log)?;
     listing.is_whole(home)?;
     clean_up(home, &found, &listing)?;
     let marked = marked(home, &found)?;
-    let durable = known.map_or(marked, |known| known.durable.max(marked));
+    let durable = known_durable.max(marked);
     let log = found.first().map_or_else(|| home.env.random.uuid(), |segment| Ok(segment.log))?;
 
     // From the newest segment backwards to the last that holds a frame; there may be a tear on the way.
     let (mut tear, mut newest) = (None, None);
     for (at, segment) in found.iter().enumerate().rev() {
-        let content = tail::read(home, segment)?;
+        let content = tail::read(home, segment, marks_in(&marks, segment.numbers.first))?;
         if let Some(torn) = content.tear {
             if tear.is_some() {
                 let what = format!("{}, and a later segment had been begun", torn.what);
@@ -73,7 +83,7 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     }
     let (mut segments, ending) = match newest {
         Some((at, content)) => {
-            let segments = join(home, &found[..=at], content.segment)?;
+            let segments = join(home, &found[..=at], content.segment, &marks)?;
             (begins(home, segments)?, content.ending)
         }
         None => (Vec::new(), Ending::default()),
@@ -187,8 +197,8 @@ pub fn no_segments(home: &Home) -> String {
 }
 
 /// The catalogue of segments that hold what the newest of them rests on: each must follow the one before it, and says
-/// where that one ended. `found` need not begin with the oldest, and ends with the newest.
-pub fn join(home: &Home, found: &[Found], newest: Segment) -> anyhow::Result<Vec<Segment>> {
+/// where that one ended. `found` need not begin with the oldest, and ends with the newest. `marks` are those of the others.
+pub fn join(home: &Home, found: &[Found], newest: Segment, marks: &Marks) -> anyhow::Result<Vec<Segment>> {
     let mut segments = vec![newest];
     for older in found.iter().rev().skip(1) {
         let Some(next) = segments.last() else { break };
@@ -196,6 +206,7 @@ pub fn join(home: &Home, found: &[Found], newest: Segment) -> anyhow::Result<Vec
         let blank = Segment {
             version: older.version,
             end: older.size,
+            marks: marks_in(marks, older.numbers.first),
             ..Segment::empty(older.numbers.first, last, before, older.size)
         };
         let does_not_follow = || home.damage(&next.numbers.file_name(), HEAD_BYTES, follows(&older.name));

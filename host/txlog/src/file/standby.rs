@@ -317,8 +317,8 @@ impl TransactionLog for StandbyLog {
     }
 
     fn id(&self) -> Uuid {
-        let known = || self.shared.follower.known().map_or(Uuid::nil(), |known| known.log);
-        self.log().map_or_else(known, FileLog::id)
+        let followed = || self.shared.follower.position().map_or(Uuid::nil(), |position| position.log);
+        self.log().map_or_else(followed, FileLog::id)
     }
 
     fn retained(&self) -> u64 {

@@ -10,7 +10,7 @@ use std::io;
 use anyhow::Context;
 
 use super::Home;
-use super::catalog::Segment;
+use super::catalog::{Mark, Segment};
 use super::disk::{File, is_full};
 use super::found::Found;
 use super::frame::{self, Ending, Frame, Head as FrameHead};
@@ -18,6 +18,8 @@ use super::incarnations;
 use super::preallocate::zero;
 use super::scan::{Scan, ScanEnd, is_zero, written_end};
 use super::segment::HEAD_BYTES;
+#[cfg(test)]
+use super::tests::mutants::{self, Mutant};
 use crate::Incarnation;
 
 /// Extension of copies of torn writes.
@@ -41,18 +43,23 @@ pub struct Tear {
     pub what: &'static str,
 }
 
-/// Reads the frames of a segment. A compacted one was complete before it got its name: of it only the incarnations in the
-/// first frame are read, and any invalid frame is corruption.
-pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
+/// Reads the frames of a segment, from the last of `marks` on where there are some. A compacted one was complete before it
+/// got its name: of it only the incarnations in the first frame are read, and any invalid frame is corruption.
+pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Content> {
     if let Some(compacted) = &found.compacted {
         let first = first_frame(home, found)?.map_or_else(Vec::new, |(_, incarnations)| incarnations);
         let segment = Segment::compacted(found.numbers, found.version, compacted, first);
         return Ok(Content { segment, holds_frames: true, ending: compacted.ending, tear: None });
     }
     let mut segment = Segment { version: found.version, ..Segment::empty(found.numbers.first, 0, 0, found.size) };
-    let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (HEAD_BYTES, found.size), None);
-    let mut first = None;
-    let mut newest = None;
+    let (mut first, mut newest) = (None, None);
+    let (mut begin, mut chain) = (HEAD_BYTES, None);
+    if let Some(mark) = marks.last() {
+        let Some((head, incarnations)) = first_frame(home, found)? else { return read(home, found, Vec::new()) };
+        (first, segment.incarnations) = (Some(head), incarnations);
+        (begin, chain) = (mark.offset, Some(mark.chain));
+    }
+    let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (begin, found.size), chain);
     while scan.advance()? {
         for frame in scan.frames() {
             first.get_or_insert(frame.head);
@@ -60,6 +67,17 @@ pub fn read(home: &Home, found: &Found) -> anyhow::Result<Content> {
             segment.incarnations.extend(frame.incarnations());
             segment.deletes += frame.entries().flatten().filter(|entry| entry.put.is_none()).count() as u64;
         }
+    }
+    if newest.is_none() && !marks.is_empty() {
+        // A frame that was durable is not there. Without marks the end is found, and the error names it.
+        return read(home, found, Vec::new());
+    }
+    segment.marks = marks;
+    #[cfg(test)]
+    if mutants::is(Mutant::TakeoverSkips)
+        && let (Some(mark), Some(newest)) = (segment.marks.last().copied(), newest)
+    {
+        segment.marks.push(Mark { offset: scan.offset(), chain: newest.checksum, ..mark });
     }
     if let (Some(first), Some(newest)) = (first, newest) {
         (segment.first, segment.before) = (first.first, first.previous);

@@ -1,4 +1,4 @@
-//! A standby beside a history: what it applies, and whether that is what the log holds.
+//! A standby beside a history: what it applies, also after a takeover, and whether that is what the log holds.
 
 use std::collections::BTreeMap;
 
@@ -27,16 +27,28 @@ impl Beside {
         if self.follower.look().is_err() {
             return;
         }
-        if self.apply().is_err_and(|error| error.is::<Forgotten>()) {
-            (self.store, self.applied) = (BTreeMap::new(), 0);
-            let _ = self.apply();
-        }
+        let _ = self.apply(None);
         self.follower.passed(self.applied);
     }
 
-    fn apply(&mut self) -> anyhow::Result<()> {
+    /// Applies the rest of the log that it has taken over.
+    pub fn take_over(&mut self, shared: &Shared) -> Outcome<()> {
+        self.apply(Some(shared)).map_err(|error| format!("the rest cannot be applied after a takeover: {error:#}"))
+    }
+
+    fn apply(&mut self, taken_over: Option<&Shared>) -> anyhow::Result<()> {
+        match self.apply_after(self.applied, taken_over) {
+            Err(error) if error.is::<Forgotten>() => {
+                (self.store, self.applied) = (BTreeMap::new(), 0);
+                self.apply_after(0, taken_over)
+            }
+            applied => applied,
+        }
+    }
+
+    fn apply_after(&mut self, after: u64, taken_over: Option<&Shared>) -> anyhow::Result<()> {
         let mut read = Vec::new();
-        self.applied = self.follower.replay(self.applied, &mut |entries| {
+        let receive: &mut Receive<'_> = &mut |entries| {
             for entry in entries {
                 let expires = match &entry.event {
                     EventRef::Put(put) => put.expires,
@@ -45,7 +57,11 @@ impl Beside {
                 read.push((entry.event.key().into(), (entry.sequence, expires, describe(&entry.event))));
             }
             Ok(())
-        })?;
+        };
+        self.applied = match taken_over {
+            Some(shared) => replay::replay(shared, after, receive)?,
+            None => self.follower.replay(after, receive)?,
+        };
         // What cannot be read to its end is not applied.
         self.store.extend(read);
         Ok(())

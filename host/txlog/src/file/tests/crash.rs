@@ -51,12 +51,16 @@ fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
     let Cut { options, model, at, promised, mutant } = *cut;
     let mut standby = Beside::new(Arc::new(disk.clone()), options);
     standby.pass();
-    let (shared, mut writer) = recover(disk, options, mutant, standby.known())?;
+    // A start knows nothing of the log; the takeover of a standby begins where that had read.
+    let known = standby.known().filter(|_| at % 2 == 0);
+    let (shared, mut writer) = recover(disk, options, mutant, known)?;
     check_content(&shared, model, at, promised)?;
     let newest = shared.watermark.durable();
     if standby.applied > newest {
         return Err(format!("a standby applied {}, and {newest} is the newest", standby.applied));
     }
+    standby.check(model)?;
+    standby.take_over(&shared)?;
     standby.check(model)?;
     let more = put("more", &[0x5a; 100]);
     preallocate::preallocate_one(&shared).map_err(|error| format!("there is no going on: {error:#}"))?;

@@ -228,7 +228,7 @@ impl History {
         self.disk.kill_after(kill.then(|| self.dice.usize(0..6)));
         // The standby may take over.
         let known = self.standby.lock().unwrap().known();
-        let started = recover(&self.disk, &self.options, self.mutant, known);
+        let started = recover(&self.disk, &self.options, self.mutant, known.clone());
         (self.shared, self.writer) = match started {
             Err(_) if self.disk.is_killed() => {
                 self.disk.kill_after(None);

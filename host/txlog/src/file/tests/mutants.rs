@@ -25,6 +25,7 @@ pub enum Mutant {
     PublishedEarly,
     PositionBelieved,
     FollowerCleans,
+    TakeoverSkips,
     /// These are found by the tests of the standby.
     OldestOpenedFirst,
     PositionReadFirst,
@@ -39,7 +40,7 @@ pub enum Mutant {
 }
 
 impl Mutant {
-    pub const ALL: [(Self, &'static str); 19] = [
+    pub const ALL: [(Self, &'static str); 20] = [
         (Self::NoFileSync, "no fdatasync"),
         (Self::NoDirectorySync, "no sync of the directory"),
         (Self::EarlyAnswer, "answered before the sync"),
@@ -59,6 +60,7 @@ impl Mutant {
         (Self::PublishedEarly, "the position is published before the sync"),
         (Self::PositionBelieved, "a standby believes the position of a log that lost its tail"),
         (Self::FollowerCleans, "a standby removes what looks left behind"),
+        (Self::TakeoverSkips, "a takeover continues after an entry that was not applied"),
     ];
 
     /// The disk that is all it takes; none when code of the log asks for the mutant itself.
