@@ -57,7 +57,8 @@ impl Live {
     }
 }
 
-/// Writes as fast as the log takes it. Gives the largest share of the bound that the disk held at any operation, in percent.
+/// Writes as fast as the log takes it. Gives the largest share of the bound that the disk held at any operation, in percent and
+/// rounded up: a byte more than the bound is 101%.
 fn percent_of_bound(load: Load, dice: &mut Rng) -> u64 {
     let disk = FakeDisk::default();
     let options =
@@ -70,8 +71,8 @@ fn percent_of_bound(load: Load, dice: &mut Rng) -> u64 {
     disk.before_each({
         let (disk, live, most) = (disk.clone(), live.clone(), most.clone());
         move |_| {
-            let bound = 2 * live.lock().unwrap().most() + load.segment_bytes * 11 / 2;
-            most.fetch_max(100 * disk.size() / bound, Ordering::Relaxed);
+            let bound = 2 * live.lock().unwrap().most() + 11 * load.segment_bytes / 2;
+            most.fetch_max((100 * disk.size()).div_ceil(bound), Ordering::Relaxed);
             Ok(())
         }
     });
