@@ -59,7 +59,7 @@ fn refuses(server: &Server, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn a_session_at_a_terminal() {
+fn session_at_terminal_works() {
     let server = Server::start(&[]);
     let kvs = |args: &[&str]| client(&server, args);
     refuses(&server, &["get", "key-a"]).with(1, &["kvs: get key-a: no such key (404)"]);
@@ -164,7 +164,7 @@ fn every_key_and_value_comes_back() {
 }
 
 #[test]
-fn what_went_wrong_is_one_line() {
+fn error_is_one_line() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = |name: &str, content: &str| {
         let path = directory.path().join(name);
@@ -223,7 +223,7 @@ fn what_went_wrong_is_one_line() {
 }
 
 #[test]
-fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
+fn export_is_imported_through_pipe_and_tls() {
     let mut rng = zoo::dice();
     let from = Server::start(&[]);
     let mut wire = Connection::open(from.address());
@@ -283,7 +283,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
 }
 
 #[test]
-fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
+fn closed_output_pipe_is_not_an_error() {
     let server = Server::start(&[]);
     let lines: String = (0..20_000).map(|n| format!("{{\"key\": \"key-{n}\", \"value\": \"{n}\"}}\n")).collect();
     printed(client(&server, &["import", "-"]), lines.as_bytes());
@@ -299,7 +299,7 @@ fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
 }
 
 #[test]
-fn a_malformed_line_is_named() {
+fn malformed_line_is_reported_by_number() {
     let server = Server::start(&[]);
     let good = "{\"key\": \"a\", \"value\": \"1\"}\n";
     for (bad, expected) in [
@@ -332,7 +332,7 @@ fn a_malformed_line_is_named() {
 }
 
 #[test]
-fn blank_lines_and_a_byte_order_mark_are_skipped() {
+fn blank_lines_and_byte_order_mark_are_skipped() {
     let server = Server::start(&[]);
     let text = "\u{feff}{\"key\": \"a\", \"value\": \"1\"}\n\n \t\r\n{\"key\": \"b\", \"value\": \"2\"}\r\n\n";
     let file = server.data().join("lines");

@@ -145,7 +145,7 @@ fn invalid_log_filter_is_rejected() {
 }
 
 #[test]
-fn segments_too_small_for_the_largest_value_are_refused() {
+fn segments_smaller_than_largest_value_are_rejected() {
     of_files!();
     let refused = serve_refused(&["--segment-bytes", "1MiB", "--max-value-bytes", "8MiB"]);
     refused.with(1, &["--segment-bytes", "1048576"]);
@@ -214,7 +214,7 @@ fn unknown_variable_is_a_usage_error() {
 
 /// A unit that still has one must not start, on an empty log for instance.
 #[test]
-fn former_names_are_rejected_with_the_new_ones() {
+fn former_names_are_rejected_with_new_names() {
     for (old, new) in [
         ("access-log", "access-log-rate"),
         ("data", "data-dir"),
@@ -260,7 +260,7 @@ fn former_names_are_rejected_with_the_new_ones() {
 }
 
 #[test]
-fn variables_of_a_service_are_refused_by_the_server_alone() {
+fn kubernetes_variables_are_rejected_by_serve_only() {
     let links = [
         ("KVS_SERVICE_HOST", "10.0.0.1"),
         ("KVS_SERVICE_PORT", "8080"),
@@ -289,7 +289,7 @@ fn variables_of_a_service_are_refused_by_the_server_alone() {
 }
 
 #[test]
-fn data_is_readable_by_its_owner_alone() {
+fn data_is_readable_by_owner_only() {
     of_files!();
     let parent = temporary();
     let data = parent.path().join("data");
@@ -333,7 +333,7 @@ fn variable_of_another_command_is_ignored() {
 }
 
 #[test]
-fn settings_are_checked_without_a_start() {
+fn check_flag_validates_without_start() {
     let data = temporary();
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
@@ -361,7 +361,7 @@ fn settings_are_checked_without_a_start() {
 }
 
 #[test]
-fn memory_too_small_for_the_log_is_named() {
+fn memory_limit_too_small_for_log_is_reported() {
     of_files!();
     let server = Server::start(&["--shards", "1"]);
     let mut client = Connection::open(server.address());
@@ -373,7 +373,7 @@ fn memory_too_small_for_the_log_is_named() {
 }
 
 #[test]
-fn address_space_too_small_for_the_guest_is_named() {
+fn address_space_too_small_for_guest_is_reported() {
     let data = temporary();
     let mut command = through("sh", &serve(data.path()));
     // In KiB: enough for the server, and not for the memory of a guest.

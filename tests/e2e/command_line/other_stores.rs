@@ -232,7 +232,7 @@ fn keys_of_consul_are_copied() {
 }
 
 #[test]
-fn failing_copy_is_one_line_with_the_store_and_without_its_password() {
+fn failing_copy_is_one_line_without_password() {
     let server = Server::start(&[]);
     let address = free();
     for (from, reason) in [

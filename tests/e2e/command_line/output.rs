@@ -132,7 +132,7 @@ fn proposals(server: &Server, token: &str, shell: &str, words: &[&str]) -> Strin
 }
 
 #[test]
-fn shells_propose_keys_of_the_server() {
+fn shells_propose_keys_of_server() {
     let tokens = Tokens::new();
     let team = tokens.add(&["team", "--scope", "write", "--key-prefix", "cart"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -155,7 +155,7 @@ fn shells_propose_keys_of_the_server() {
 }
 
 #[test]
-fn bash_completes_with_the_printed_script() {
+fn bash_completes_with_printed_script() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in ["cart7", "cart8", "photo"] {

@@ -49,7 +49,7 @@ fn compiled_guest_serves_like_its_component() {
 }
 
 #[test]
-fn compile_without_a_file_compiles_the_built_in_guest() {
+fn compile_without_file_compiles_built_in_guest() {
     let directory = directory();
     let file = directory.path().join("default.cwasm");
     let status = kvs().args(["compile", "-o"]).arg(&file).status().expect("the binary under test can be started");
@@ -118,7 +118,7 @@ fn unfit_component_is_not_compiled() {
 }
 
 #[test]
-fn compiled_guest_is_never_accepted_over_the_network() {
+fn compiled_guest_is_rejected_over_network() {
     let directory = directory();
     let file = compiled(&directory, guest(), &[]);
     let code = fs::read(&file).expect("it can be read");

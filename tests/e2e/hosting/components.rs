@@ -115,7 +115,7 @@ fn component_of_another_contract_version_is_named() {
 }
 
 #[test]
-fn inspect_names_the_contract_version() {
+fn inspect_prints_contract_version() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("old.wasm");
     let old = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
@@ -133,20 +133,20 @@ fn component_with_empty_exports_is_rejected() {
 }
 
 #[test]
-fn component_that_imports_what_is_not_offered_is_rejected() {
+fn component_with_unknown_import_is_rejected() {
     for import in ["wasi:keyvalue/store@0.2.0", "wasi:nn/graph@0.2.0", "wasi:filesystems/types@0.2.12"] {
         refused(importing(import)).with(1, &[&format!("it imports {import}, which this host does not offer")]);
     }
 }
 
 #[test]
-fn guest_that_traps_at_the_start_is_rejected() {
+fn guest_that_traps_at_start_is_rejected() {
     let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-traps"]);
     refused.with(1, &["describe failed", "fall_over"]);
 }
 
 #[test]
-fn guest_that_exits_at_the_start_is_rejected() {
+fn guest_that_exits_at_start_is_rejected() {
     serve_refused(&[guest(), "--guest-config", "fault=describe-exits"]).with(1, &["describe failed", "called exit"]);
 }
 
@@ -167,7 +167,7 @@ fn guest_with_endless_start_is_rejected() {
 }
 
 #[test]
-fn guest_over_the_memory_limit_is_rejected() {
+fn guest_over_memory_limit_is_rejected() {
     serve_refused(&["--guest-max-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
 }
 
@@ -193,7 +193,7 @@ fn inspect(args: &[&str]) -> Command {
 }
 
 #[test]
-fn inspect_describes_a_guest() {
+fn inspect_describes_guest() {
     for (args, name) in [(&[][..], "kvs"), (&[DEFAULT_GUEST], "kvs"), (&[guest()], "unruly")] {
         let output = inspect(args).output().expect("the binary under test can be started");
         let said = String::from_utf8(output.stdout).expect("it says text");
@@ -227,7 +227,7 @@ fn unknown_capabilities_are_shown_and_ignored() {
 }
 
 #[test]
-fn inspect_reports_why_a_component_does_not_fit() {
+fn inspect_reports_why_component_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("other.wasm");
     let file = file.to_str().expect("a temporary path is text");

@@ -27,7 +27,7 @@ fn schema() -> &'static str {
 }
 
 #[test]
-fn counters_add_and_share_values_with_the_built_in_guest() {
+fn counters_share_values_with_built_in_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/visits", b"41").status, 201);
@@ -89,7 +89,7 @@ fn value_that_violates_its_schema_is_not_appended() {
 }
 
 #[test]
-fn invalid_schema_is_reported_at_the_start() {
+fn invalid_schema_is_reported_at_start() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args([schema(), "--guest-config", r#"schema.a/={"type":"number of things"}"#]);
@@ -161,7 +161,7 @@ fn lock_service_page() {
 }
 
 #[test]
-fn guest_on_the_default_one_builds_and_serves() {
+fn guest_based_on_built_in_builds_and_serves() {
     let project = project();
     just(&project, &["new-guest", "long-book", "--on", "default"]);
     just(&project, &["guest", "long-book"]);

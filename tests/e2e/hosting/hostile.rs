@@ -103,7 +103,7 @@ fn excessive_host_calls_cost_one_request() {
 }
 
 #[test]
-fn too_large_response_is_500_and_keeps_the_instance() {
+fn too_large_response_is_500_and_keeps_instance() {
     let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/body/1048576").body.len(), 1 << 20);
@@ -135,7 +135,7 @@ fn largest_value_fits_into_a_response() {
 }
 
 #[test]
-fn appends_of_a_call_are_limited() {
+fn appends_per_call_are_limited() {
     let server = Server::start(&[guest(), "--guest-max-appends", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/append-often/11").text(), "10");
@@ -143,7 +143,7 @@ fn appends_of_a_call_are_limited() {
 }
 
 #[test]
-fn size_of_a_group_is_limited() {
+fn size_of_group_is_limited() {
     let server = Server::start(&["--guest-max-append-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 900]).status, 201);

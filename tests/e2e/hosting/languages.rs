@@ -123,12 +123,12 @@ fn responds_like_the_built_in_guest(guest: &str) {
 }
 
 #[test]
-fn javascript_responds_like_the_built_in_guest() {
+fn javascript_responds_like_built_in_guest() {
     responds_like_the_built_in_guest(js());
 }
 
 #[test]
-fn python_responds_like_the_built_in_guest() {
+fn python_responds_like_built_in_guest() {
     responds_like_the_built_in_guest(python());
 }
 
@@ -236,13 +236,13 @@ fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
 }
 
 #[test]
-fn javascript_prints_and_fails_with_the_request_id() {
+fn javascript_output_and_failure_have_request_id() {
     let probe = compiled(&made("guest-js", Some("tests/e2e/probes/probe.ts"), "probe-js"));
     prints_and_fails(&probe, &[("headers", "b")], &["nothing is found", "Stack:", "handle@"]);
 }
 
 #[test]
-fn python_prints_and_fails_with_the_request_id() {
+fn python_output_and_failure_have_request_id() {
     let probe = compiled(&made("guest-python", Some("tests/e2e/probes/probe.py"), "probe-python"));
     let refused = [
         ("open", "refused: FileNotFoundError"),

@@ -125,7 +125,7 @@ fn contended_lock_has_one_holder_in_four_shards() {
 }
 
 #[test]
-fn waiters_are_served_in_their_order() {
+fn waiters_are_served_in_order() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     let mut newest = token(&state(&client.ask("POST", "/locks/a?owner=first", b"")));
@@ -143,7 +143,7 @@ fn waiters_are_served_in_their_order() {
 }
 
 #[test]
-fn waiter_that_left_never_gets_the_lock() {
+fn disconnected_waiter_never_gets_lock() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     client.ask("POST", "/locks/a?owner=holder&ttl=60s", b"");
@@ -167,7 +167,7 @@ fn waiter_that_left_never_gets_the_lock() {
 }
 
 #[test]
-fn lease_ends_at_its_time_for_waiters_too() {
+fn lease_ends_in_time_for_waiters() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     client.ask("POST", "/locks/a?owner=holder&ttl=300ms", b"");
@@ -177,7 +177,7 @@ fn lease_ends_at_its_time_for_waiters_too() {
 }
 
 #[test]
-fn lock_and_queue_survive_a_kill() {
+fn lock_and_queue_survive_kill() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     let granted = token(&state(&client.ask("POST", "/locks/a?owner=holder&ttl=60s", b"")));

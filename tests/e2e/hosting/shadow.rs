@@ -103,7 +103,7 @@ fn settle(server: &Server, client: &mut Connection) {
 }
 
 #[test]
-fn each_difference_is_reported_with_its_request() {
+fn difference_is_reported_with_its_request() {
     for shards in ["1", "4"] {
         let server = Server::start(&[guest(), "--shards", shards]);
         let mut client = Connection::open(server.address());
@@ -247,7 +247,7 @@ fn difference_after_a_write_is_found_after_it() {
 }
 
 #[test]
-fn slow_candidate_is_reported_and_delays_nobody() {
+fn slow_candidate_is_reported_and_delays_no_request() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
@@ -272,7 +272,7 @@ fn slow_candidate_is_reported_and_delays_nobody() {
 }
 
 #[test]
-fn trap_of_the_serving_guest_leaves_the_candidate_in_step() {
+fn candidate_survives_trap_of_serving_guest() {
     let server = Server::start(&[guest(), "--spare"]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
@@ -299,7 +299,7 @@ fn trap_of_the_serving_guest_leaves_the_candidate_in_step() {
 
 /// What a candidate did with requests is no part of the guest that serves.
 #[test]
-fn swap_goes_on_with_allowed_differences_and_the_log_alone() {
+fn allowed_differences_do_not_stop_swap() {
     let server = Server::start(&[guest(), "--probation", "1ms"]);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -336,7 +336,7 @@ fn swap_goes_on_with_allowed_differences_and_the_log_alone() {
 }
 
 #[test]
-fn sampled_requests_bypass_the_response_cache() {
+fn sampled_requests_bypass_response_cache() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -392,7 +392,7 @@ fn server_stops_during_shadow_traffic() {
 }
 
 #[test]
-fn kvs_swap_prints_the_report() {
+fn kvs_swap_prints_report() {
     let server = Server::start(&[guest(), "--probation", "1ms"]);
     let file = tempfile::NamedTempFile::new().expect("a temporary file can be created");
     std::fs::write(file.path(), candidate()).expect("the file takes the component");

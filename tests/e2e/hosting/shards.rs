@@ -216,7 +216,7 @@ fn trap_on_probation_rolls_back_all_shards() {
 }
 
 #[test]
-fn request_is_routed_again_after_a_swap() {
+fn request_is_rerouted_after_swap() {
     let server = Server::start(&["--shards", "4", "--probation", "1ms"]);
     puts(&mut Connection::open(server.address()), "value");
     let stop = AtomicBool::new(false);

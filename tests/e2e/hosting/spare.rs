@@ -113,7 +113,7 @@ fn each_shard_has_its_spare() {
 
 /// Traps that come faster than a spare is built wait for the one that is being built, and are counted as rebuilds.
 #[test]
-fn trap_before_the_spare_is_ready_is_a_rebuild() {
+fn trap_before_spare_is_ready_is_rebuild() {
     let server = Server::start(&[brittle(), "--shards", "1", "--spare"]);
     store(&server, 20_000);
     let mut client = Connection::open(server.address());
@@ -196,7 +196,7 @@ fn spare_that_traps_is_left_out() {
 /// A swap makes room for the other guest, which has spares of its own after its probation. One that is rolled back leaves
 /// those of the guest before.
 #[test]
-fn swap_replaces_the_spares() {
+fn swap_replaces_spares() {
     let server = Server::start(&[brittle(), "--shards", "1", "--spare", "--probation", "300ms"]);
     store(&server, 1_000);
     let mut client = Connection::open(server.address());

@@ -24,7 +24,7 @@ fn put(client: &mut Connection, path: &str, value: &str) {
 }
 
 #[test]
-fn another_guest_finds_all_that_the_one_before_has_stored() {
+fn swapped_guest_has_data_of_previous_one() {
     let server = Server::start(&PROBATION);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -61,7 +61,7 @@ fn under_load_no_request_fails_and_no_read_is_stale() {
 }
 
 #[test]
-fn a_dry_run_does_everything_but_the_switch() {
+fn dry_run_does_not_switch() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -91,7 +91,7 @@ fn one_swap_at_a_time() {
 }
 
 #[test]
-fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
+fn trap_on_probation_rolls_back_without_loss() {
     let server = Server::start(&LONG_PROBATION);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/{own}a", "from the first");
@@ -124,7 +124,7 @@ fn assert_no_trace(server: &Server) {
 }
 
 #[test]
-fn a_guest_that_traps_in_housekeeping_on_probation_is_taken_out() {
+fn trap_in_tick_on_probation_rolls_back() {
     let server = Server::start(&[&LONG_PROBATION[..], &["--guest-config", "fault=tick-traps"]].concat());
     let answer = swap(&server, &component(guest()));
     assert_eq!(answer.status, 422);
@@ -134,7 +134,7 @@ fn a_guest_that_traps_in_housekeeping_on_probation_is_taken_out() {
 }
 
 #[test]
-fn a_guest_that_cannot_take_in_the_log_never_serves() {
+fn guest_that_fails_on_replay_never_serves() {
     let server = Server::start(&["--guest-config", "fault=apply-traps"]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -148,7 +148,7 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
 }
 
 #[test]
-fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
+fn guest_that_never_starts_is_rejected_under_load() {
     let server = Server::start(&["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "2s"]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -167,7 +167,7 @@ fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
 
 /// The one that serves can be beyond help: it traps, and traps again on what it had stored itself.
 #[test]
-fn a_guest_that_cannot_be_rebuilt_is_replaced() {
+fn guest_that_cannot_be_rebuilt_is_replaced() {
     let server = Server::start(&[&PROBATION[..], &[guest(), "--guest-config", "fault=apply-traps"]].concat());
     let mut client = Connection::open(server.address());
     put(&mut client, "/store/{own}a", "value");
@@ -179,7 +179,7 @@ fn a_guest_that_cannot_be_rebuilt_is_replaced() {
 }
 
 #[test]
-fn what_is_no_guest_is_turned_away_with_the_reason() {
+fn invalid_component_is_rejected_with_reason() {
     let server = Server::start(&[]);
     let truncated = &component(DEFAULT_GUEST)[..50_000];
     let another_version = exporting(&["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0"]);
@@ -210,7 +210,7 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
 }
 
 #[test]
-fn what_is_too_large_to_be_a_guest_is_not_even_read() {
+fn too_large_component_is_rejected_unread() {
     let server = Server::start(&[]);
     let mut admin = Connection::open(server.admin());
     admin.send("PUT /guest HTTP/1.1\r\nhost: kvs\r\ncontent-length: 1073741824\r\n\r\n");
@@ -220,7 +220,7 @@ fn what_is_too_large_to_be_a_guest_is_not_even_read() {
 }
 
 #[test]
-fn a_swap_outlives_a_restart_unless_another_guest_is_named() {
+fn swap_survives_restart_without_named_guest() {
     let server = Server::start(&PROBATION);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     swaps(&server, &component(guest()));
@@ -241,7 +241,7 @@ fn a_swap_outlives_a_restart_unless_another_guest_is_named() {
 }
 
 #[test]
-fn a_swap_is_not_remembered_before_its_probation_is_over() {
+fn swap_is_persisted_only_after_probation() {
     let server = Server::start(&LONG_PROBATION);
     thread::scope(|scope| {
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &component(guest())));
@@ -254,7 +254,7 @@ fn a_swap_is_not_remembered_before_its_probation_is_over() {
 }
 
 #[test]
-fn a_remembered_guest_that_cannot_be_run_is_named() {
+fn persisted_guest_that_fails_is_reported() {
     let server = Server::start(&[]);
     fs::write(server.data().join("guest.wasm"), "damaged").expect("the directory takes a file");
     let stopped = server.terminate();
@@ -292,7 +292,7 @@ fn corrupted_compiled_guest_is_recompiled() {
 }
 
 #[test]
-fn the_cache_keeps_few() {
+fn cache_of_compiled_guests_is_limited() {
     let server = Server::start(&["--probation", "1ms"]);
     for n in 0..10 {
         let mut component = component(DEFAULT_GUEST);
@@ -315,7 +315,7 @@ fn from_file(args: &[&str]) -> (Server, TempDir, String) {
 }
 
 #[test]
-fn a_file_is_read_again_on_sighup() {
+fn guest_file_is_reloaded_on_sighup() {
     let (server, _directory, file) = from_file(&PROBATION);
     server.signal(Signal::HUP);
     server.says("serves already");
@@ -336,7 +336,7 @@ fn a_file_is_read_again_on_sighup() {
 }
 
 #[test]
-fn a_file_that_changes_during_a_swap_comes_after_it() {
+fn guest_file_changed_during_swap_is_loaded_after_it() {
     let (server, _directory, file) = from_file(&["--probation", "3s"]);
     thread::scope(|scope| {
         scope.spawn(|| swaps(&server, &copy_of(DEFAULT_GUEST)));
@@ -351,7 +351,7 @@ fn a_file_that_changes_during_a_swap_comes_after_it() {
 }
 
 #[test]
-fn a_file_that_is_watched_is_read_again_when_it_changes() {
+fn watched_guest_file_is_reloaded_on_change() {
     let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch-guest"]);
     // As a compiler does it, and as an editor does it.
     fs::write(&file, component(guest())).expect("it can be written");
@@ -374,7 +374,7 @@ fn kvs_swap_refused(admin: impl ToString, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn kvs_swap_tells_what_came_of_it() {
+fn kvs_swap_prints_outcome() {
     let server = Server::start(&PROBATION);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let says = |args: &[&str]| {
@@ -396,7 +396,7 @@ fn kvs_swap_tells_what_came_of_it() {
 }
 
 #[test]
-fn kvs_swap_fails_in_one_line() {
+fn kvs_swap_error_is_one_line() {
     let server = Server::start(&[]);
     let admin = server.admin();
     kvs_swap_refused(admin, &["Cargo.toml"]).with(1, &["not swapped", "422", "it is not WebAssembly"]);
@@ -409,7 +409,7 @@ fn kvs_swap_fails_in_one_line() {
 
 /// Nothing that was begun keeps a server from stopping.
 #[test]
-fn a_server_stops_in_the_middle_of_a_replay() {
+fn server_stops_during_replay() {
     let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let mut swapping = Process::spawn(kvs_swap(server.admin(), &[guest()]));

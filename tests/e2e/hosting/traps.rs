@@ -52,7 +52,7 @@ fn panic_is_printed_in_readable_lines() {
 }
 
 #[test]
-fn swap_is_answered_with_the_message_of_the_panic() {
+fn swap_response_has_panic_message() {
     let server = Server::start(&["--probation", "1h"]);
     let answer = thread::scope(|scope| {
         let swapping = scope.spawn(|| swap(&server, &component(guest())));
@@ -66,7 +66,7 @@ fn swap_is_answered_with_the_message_of_the_panic() {
 }
 
 #[test]
-fn printed_line_has_the_id_of_its_request() {
+fn guest_output_has_request_id() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     for id in ["trace-1", "trace-2"] {

@@ -61,7 +61,7 @@ fn other_guest_is_served() {
 }
 
 #[test]
-fn guest_replays_entries_of_another_guest() {
+fn guest_replays_entries_of_other_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/{own}a", b"first").status, 201);
@@ -99,26 +99,26 @@ fn sleep_returns_at_once() {
 }
 
 #[test]
-fn endless_loop_ends_at_the_cpu_limit() {
+fn endless_loop_ends_at_cpu_limit() {
     let line = fails_alone(&["--guest-cpu-limit", "200ms"], "/loop");
     assert!(line.contains("longer than 200ms") && line.contains("circle"), "{line}");
 }
 
 #[test]
-fn endless_recursion_ends_at_the_stack_limit() {
+fn endless_recursion_ends_at_stack_limit() {
     let line = fails_alone(&[], "/recurse");
     assert!(line.contains("stack") && line.contains("dig"), "{line}");
 }
 
 #[test]
-fn memory_over_the_limit_is_denied() {
+fn memory_over_limit_is_denied() {
     let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
     // What a Rust program does when it is given no more.
     assert!(line.contains("in unruly_guest::grow") && line.contains("memory allocation of"), "{line}");
 }
 
 #[test]
-fn host_memory_is_bounded_for_a_greedy_guest() {
+fn host_memory_is_bounded_for_greedy_guest() {
     let (server, mut client) = start(&["--guest-max-memory-bytes", "32MiB"]);
     let before = peak(&server);
     for _ in 0..3 {
@@ -131,7 +131,7 @@ fn host_memory_is_bounded_for_a_greedy_guest() {
 
 /// A client that left cannot be distinguished from one that only sends no more, so its requests stay, within the budget.
 #[test]
-fn departed_clients_stay_within_the_budget() {
+fn disconnected_clients_stay_within_budget() {
     let limits = ["--guest-cpu-limit", "1h", "--request-timeout", "1h", "--max-value-bytes", "8MiB"];
     let (server, mut client) = start(&[&limits[..], &["--max-inflight-bytes", "32MiB"]].concat());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -150,7 +150,7 @@ fn departed_clients_stay_within_the_budget() {
 }
 
 #[test]
-fn entries_appended_before_a_trap_stay() {
+fn entries_appended_before_trap_stay() {
     let (server, mut client) = start(&[]);
     client.ask("PUT", "/store-and-trap/{own}a", b"value").says(500, "the store failed on this request");
     assert_eq!(get(&mut client, "/store/{own}a").text(), "value");
@@ -253,7 +253,7 @@ fn too_many_response_headers_are_500() {
 }
 
 #[test]
-fn response_waits_for_its_own_entries_whatever_it_claims() {
+fn response_waits_for_own_entries_despite_read_sequence() {
     let (mut server, mut client) = start(&[]);
     // Writing this much takes longer than answering, so were it let go early, the kill would come first.
     let value = vec![b'x'; 1 << 20];
@@ -325,13 +325,13 @@ fn apply_finds_clocks_at_zero_and_fixed_randomness() {
 }
 
 #[test]
-fn guest_gets_the_grant() {
+fn guest_gets_grant() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/grant").text(), "Grant { scope: Scope::Admin, key-prefix: None }");
 }
 
 #[test]
-fn tick_is_called_at_the_requested_time() {
+fn tick_is_called_at_requested_time() {
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
     let (_server, mut client) = start(&["--guest-config", "fault=tick-in-50-ms"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
@@ -386,7 +386,7 @@ fn guest_gets_peer_and_principal() {
 }
 
 #[test]
-fn guest_reads_its_settings_only() {
+fn guest_reads_only_its_settings() {
     let (_server, mut client) = start(&["--guest-config", "color=blue", "--guest-config", "formula=a=b"]);
     assert_eq!(get(&mut client, "/config/color").text(), "Some(\"blue\")");
     assert_eq!(get(&mut client, "/config/formula").text(), "Some(\"a=b\")");
@@ -394,7 +394,7 @@ fn guest_reads_its_settings_only() {
 }
 
 #[test]
-fn guest_sees_nothing_of_the_environment() {
+fn guest_cannot_read_environment() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/environment").text(), "[]");
     assert_eq!(get(&mut client, "/arguments").text(), "[]");

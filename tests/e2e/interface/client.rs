@@ -8,7 +8,7 @@ const UNKNOWN_PATH: &str = "unknown path; keys live at /v1/{key}, or at /v1/key/
 const RAW_SLASH: &str = "unknown path; a key that holds a slash lives at /v1/key/{key}, or is written with %2F";
 
 #[test]
-fn invalid_key_is_400_with_the_reason() {
+fn invalid_key_is_400_with_reason() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let longest = "k".repeat(1_024);
@@ -48,7 +48,7 @@ fn invalid_key_is_400_with_the_reason() {
 }
 
 #[test]
-fn unknown_path_is_404_with_the_path_of_keys() {
+fn unknown_path_is_404_with_key_path() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for (path, reason) in [
@@ -124,7 +124,7 @@ fn large_body_that_does_not_wait_for_continue_is_413() {
 }
 
 #[test]
-fn value_of_exactly_the_limit_is_accepted() {
+fn value_of_limit_size_is_accepted() {
     let server = Server::start(&["--max-value-bytes", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"ten bytes.").status, 201);
@@ -133,7 +133,7 @@ fn value_of_exactly_the_limit_is_accepted() {
 }
 
 #[test]
-fn client_that_sends_a_large_body_gets_413() {
+fn large_body_of_sending_client_is_413() {
     let server = Server::start(&[]);
     let value = vec![b'x'; 8 << 20];
     // Were the connection reset before the client has read, it would not always show: hence several times.
@@ -191,7 +191,7 @@ fn largest_head_is_set_by_its_flag() {
 }
 
 #[test]
-fn head_slightly_over_the_limit_is_431() {
+fn head_slightly_over_limit_is_431() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send(head(60_000));

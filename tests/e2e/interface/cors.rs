@@ -24,7 +24,7 @@ fn shared(response: &Response) -> [Option<&str>; 3] {
 }
 
 #[test]
-fn nothing_is_shared_unless_it_is_asked_for() {
+fn cors_headers_are_absent_by_default() {
     let server = Server::start(&[]);
     let preflight = [("origin", PAGE), ("access-control-request-method", "PUT")];
     let refused = ask(&server, "OPTIONS", "/v1/a", &preflight);
@@ -33,7 +33,7 @@ fn nothing_is_shared_unless_it_is_asked_for() {
 }
 
 #[test]
-fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
+fn page_of_allowed_origin_may_send_and_read() {
     let tokens = TempDir::new().expect("a temporary directory can be made");
     let tokens = tokens.path().join("tokens");
     std::fs::write(&tokens, "").expect("the directory takes a file");
@@ -66,7 +66,7 @@ fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
 }
 
 #[test]
-fn any_origin_can_be_let_in() {
+fn any_origin_can_be_allowed() {
     let server = Server::start(&["--cors-origin", "*"]);
     let answer = ask(&server, "PUT", "/v1/a", &[("origin", PAGE)]);
     assert_eq!((answer.status, shared(&answer)), (201, [Some("*"), Some("*"), None]));
@@ -75,7 +75,7 @@ fn any_origin_can_be_let_in() {
 }
 
 #[test]
-fn what_is_no_origin_is_refused() {
+fn invalid_origin_is_rejected() {
     serve_refused(&["--cors-origin", "example.org"]).with(2, &["--cors-origin", "https://example.org"]);
 }
 
@@ -141,7 +141,7 @@ fn browse((url, reports): &(String, Receiver<String>)) -> String {
 }
 
 #[test]
-fn a_browser_lets_a_page_use_the_store() {
+fn page_in_browser_uses_store() {
     let server = Server::start(&["--cors-origin", PAGE]);
     assert_eq!(browse(&page(&server.url(""))), "failed: TypeError: Failed to fetch");
 

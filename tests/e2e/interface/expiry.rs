@@ -74,7 +74,7 @@ fn watcher_gets_expiry_in_time() {
 }
 
 #[test]
-fn ttl_continues_over_a_restart() {
+fn ttl_continues_over_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/soon?ttl=1", b"value");
@@ -127,7 +127,7 @@ fn clock(server: &Server) -> String {
 }
 
 #[test]
-fn ttl_ends_after_a_run_with_a_clock_ahead() {
+fn ttl_ends_after_run_with_clock_ahead() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     write_a_year_ahead(data.path());
@@ -163,7 +163,7 @@ fn imported_future_entries_keep_their_remaining_ttl() {
 }
 
 #[test]
-fn times_have_a_unit_or_are_seconds() {
+fn durations_without_unit_are_seconds() {
     let server = Server::start(&["--idle-timeout", "75"]);
     for ttl in ["3600", "3600s", "1h"] {
         let put = kvs()

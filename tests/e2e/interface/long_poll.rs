@@ -82,7 +82,7 @@ fn expired_wait_is_304() {
 }
 
 #[test]
-fn max_wait_limits_a_wait() {
+fn max_wait_limits_wait() {
     let server = Server::start(&["--max-wait", "1ms"]);
     asks(&server, "/v1/a?wait=300s", None).read().says(404, "no such key");
 }
@@ -127,7 +127,7 @@ fn graceful_stop_ends_waits() {
 }
 
 #[test]
-fn departed_client_frees_its_place() {
+fn disconnected_client_frees_its_place() {
     let server = Server::start(&["--max-connections", "3"]);
     for _ in 0..3 {
         let waiting: Vec<_> = (0..3).map(|_| waits(&server, "/v1/a?wait=300s", None)).collect();
@@ -159,7 +159,7 @@ fn many_waits_do_not_delay_others() {
 }
 
 #[test]
-fn watches_and_long_polls_are_gauges_and_no_latency() {
+fn watches_and_long_polls_are_gauges_not_latency() {
     let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", "2"]);
     let metrics = Metrics::of(&server);
     assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(128 << 20));

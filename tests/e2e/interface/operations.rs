@@ -63,7 +63,7 @@ fn additions_to_other_values_are_rejected() {
 }
 
 #[test]
-fn touched_value_outlives_its_first_expiry() {
+fn touched_value_survives_its_first_expiry() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in ["kept", "gone"] {
@@ -98,7 +98,7 @@ fn delete_reports_what_it_deleted() {
 }
 
 #[test]
-fn several_values_come_at_once_from_all_shards() {
+fn several_values_are_read_from_all_shards() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let keys: Vec<_> = (0..1_000).map(|n| format!("key-{n}")).collect();
@@ -138,7 +138,7 @@ fn query_is_a_read() {
 }
 
 #[test]
-fn watch_from_the_position_of_a_list_misses_nothing() {
+fn watch_from_list_position_misses_nothing() {
     let server = Server::start(&["--durability", "os"]);
     let address = server.address();
     let seen = thread::scope(|scope| {
@@ -180,7 +180,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
 }
 
 #[test]
-fn lists_go_backwards_and_within_bounds() {
+fn lists_are_reversible_and_bounded() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     (0..100).for_each(|n| drop(client.ask("PUT", &format!("/v1/key{n:02}"), b"value")));
@@ -219,7 +219,7 @@ fn prefix_is_deleted_page_by_page() {
 }
 
 #[test]
-fn every_error_has_its_code_and_503_a_time_to_wait() {
+fn every_error_has_code_and_503_retry_after() {
     let server = Server::start(&["--max-requests", "1"]);
     let mut waiting = Connection::open(server.address());
     let mut client = Connection::open(server.address());

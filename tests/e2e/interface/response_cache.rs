@@ -29,7 +29,7 @@ fn content(response: &Response) -> (u16, Vec<(String, String)>, Vec<u8>) {
 }
 
 #[test]
-fn reads_of_a_key_are_hits_until_it_changes() {
+fn reads_of_key_are_hits_until_change() {
     for shards in ["1", "4"] {
         let server = Server::start(&["--shards", shards]);
         let mut client = Connection::open(server.address());
@@ -64,7 +64,7 @@ fn reads_of_a_key_are_hits_until_it_changes() {
 }
 
 #[test]
-fn value_that_expires_is_not_reused_after_its_time() {
+fn expired_value_is_not_reused() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a?ttl=2", b"value").status, 201);
@@ -85,7 +85,7 @@ fn value_that_expires_is_not_reused_after_its_time() {
 }
 
 #[test]
-fn call_that_does_more_makes_its_declaration_void() {
+fn declaration_of_call_with_effects_is_void() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     for path in ["none/{own}a", "config/{own}a", "print/{own}a", "none/{own}a,{own}b", "none/{own}a/3600000"] {
@@ -132,7 +132,7 @@ fn call_that_does_more_makes_its_declaration_void() {
 }
 
 #[test]
-fn response_is_reused_for_no_other_client_or_grant() {
+fn response_is_not_reused_for_other_client_or_grant() {
     let tokens = Tokens::new();
     let clients = [
         ["twin", "--scope", "read", "--path-prefix", "/reuse/none/{own}a"],
@@ -162,7 +162,7 @@ fn response_is_reused_for_no_other_client_or_grant() {
 }
 
 #[test]
-fn response_of_the_guest_before_a_swap_is_not_reused() {
+fn response_of_swapped_out_guest_is_not_reused() {
     let server = Server::start(&["--probation", "10ms"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -176,7 +176,7 @@ fn response_of_the_guest_before_a_swap_is_not_reused() {
 }
 
 #[test]
-fn hits_go_on_while_a_trapped_guest_is_rebuilt() {
+fn hits_continue_while_guest_is_rebuilt() {
     let server = Server::start(&[guest(), "--guest-config", "fault=apply-traps-on-poison"]);
     let mut client = Connection::open(server.address());
     let kept = get(&mut client, "/reuse/none/{own}a");
@@ -207,7 +207,7 @@ fn flood_of_targets_evicts_and_does_not_grow() {
 }
 
 #[test]
-fn cache_that_is_off_keeps_nothing() {
+fn disabled_cache_keeps_nothing() {
     let server = Server::start(&["--response-cache-bytes", "0"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);

@@ -4,7 +4,7 @@ use crate::support::server::Server;
 use crate::support::wire::{Connection, long, short};
 
 #[test]
-fn short_and_long_path_are_the_same_key() {
+fn short_and_long_path_are_same_key() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in
@@ -113,7 +113,7 @@ fn responses_are_nosniff() {
 }
 
 #[test]
-fn head_has_the_length_and_no_body() {
+fn head_has_length_and_no_body() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"eleven byte");
@@ -203,7 +203,7 @@ fn connection_close_is_obeyed() {
 }
 
 #[test]
-fn every_response_has_a_date() {
+fn every_response_has_date() {
     let server = Server::start(&[]);
     let response = Connection::open(server.address()).ask("GET", "/v1/a", b"");
     let date = response.header("date").expect("there is a date");

@@ -22,7 +22,7 @@ fn refused(server: &Server, target: &str) -> Response {
 }
 
 #[test]
-fn a_watcher_sees_what_happens_to_its_keys() {
+fn watch_sends_changes_of_its_keys() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a1", b"before");
@@ -48,7 +48,7 @@ fn a_watcher_sees_what_happens_to_its_keys() {
 }
 
 #[test]
-fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
+fn resumed_watch_sends_every_event_once() {
     let server = Server::start(&["--segment-bytes", "2MiB"]);
     let count = 2_000;
     thread::scope(|scope| {
@@ -89,7 +89,7 @@ fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
 }
 
 #[test]
-fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
+fn compacted_position_is_410_with_new_position() {
     if !is_compactable() {
         return;
     }
@@ -112,7 +112,7 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
 }
 
 #[test]
-fn a_watch_that_cannot_be_is_refused() {
+fn invalid_watch_is_rejected() {
     let server = Server::start(&[]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"");
     for (query, expected) in [
@@ -178,7 +178,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
 }
 
 #[test]
-fn keys_of_guests_come_only_to_selectors_that_name_them() {
+fn guest_keys_are_sent_only_to_their_selectors() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut all = Events::open(&server, "/watch/*", &[]);
@@ -206,7 +206,7 @@ fn keys_of_guests_come_only_to_selectors_that_name_them() {
 }
 
 #[test]
-fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
+fn slow_consumer_is_disconnected_and_can_resume() {
     let server = Server::start(&["--watch-buffer-bytes", "64KiB", "--durability", "os"]);
     let mut slow = Events::open(&server, "/v1?watch", &[]);
     let mut client = Connection::open(server.address());
@@ -228,7 +228,7 @@ fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
 }
 
 #[test]
-fn a_watch_that_sees_nothing_is_kept_alive() {
+fn watch_without_events_is_kept_alive() {
     let server = Server::start(&["--watch-keep-alive", "50ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..3 {
@@ -237,7 +237,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
 }
 
 #[test]
-fn a_watch_goes_on_through_a_trap() {
+fn watch_continues_over_trap() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut events = Events::open(&server, "/watch/key", &[]);
@@ -248,7 +248,7 @@ fn a_watch_goes_on_through_a_trap() {
 }
 
 #[test]
-fn a_server_that_stops_ends_the_watches() {
+fn stop_ends_watches() {
     let server = Server::start(&["--drain-timeout", "10m"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     server.terminate();
@@ -256,7 +256,7 @@ fn a_server_that_stops_ends_the_watches() {
 }
 
 #[test]
-fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
+fn watch_continues_over_swaps_without_gap() {
     let server = Server::start(&["--probation", "1ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     under_load(&server, |_| {
@@ -272,7 +272,7 @@ fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
 
 /// A watch that resumes misses no event, even if later puts superseded it.
 #[test]
-fn puts_that_were_compacted_away_are_410_too() {
+fn position_before_compacted_puts_is_410() {
     if !is_compactable() {
         return;
     }
@@ -337,7 +337,7 @@ fn cpu(server: &Server) -> u64 {
 }
 
 #[test]
-fn ten_thousand_idle_watchers_cost_little() {
+fn ten_thousand_idle_watches_cost_little() {
     let count: u32 = 10_000;
     // This process has the other ends.
     let least = 2 * u64::from(count);
@@ -363,7 +363,7 @@ fn ten_thousand_idle_watchers_cost_little() {
 }
 
 #[test]
-fn a_watcher_is_never_idle() {
+fn watch_under_load_gets_every_change() {
     let server =
         Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--watch-keep-alive", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);

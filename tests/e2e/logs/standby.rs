@@ -52,7 +52,7 @@ fn names(data: &Path) -> Vec<String> {
 }
 
 #[test]
-fn standby_shows_what_the_primary_writes_and_writes_nothing() {
+fn standby_follows_primary_and_writes_nothing() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     assert_eq!((put(&primary, "a", "1"), put(&primary, "b", "1")), (201, 201));
@@ -77,7 +77,7 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
 }
 
 #[test]
-fn standby_reports_the_memory_of_its_guest() {
+fn standby_reports_memory_of_its_guest() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     let standby = stand_by(data.path(), &[]);
@@ -95,7 +95,7 @@ fn standby_reports_the_memory_of_its_guest() {
 
 /// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.
 #[test]
-fn standby_serves_the_guest_of_its_primary() {
+fn standby_serves_guest_of_its_primary() {
     let data = directory();
     let primary = serve_in(data.path(), &["--probation", "100ms"]);
     let standby = stand_by(data.path(), &["--probation", "100ms"]);
@@ -141,7 +141,7 @@ fn standby_on_files_stays_read_only_after_takeover() {
 }
 
 #[test]
-fn standby_takes_over_from_killed_primary_without_a_gap() {
+fn standby_takes_over_from_killed_primary_without_gap() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     let standby = stand_by(data.path(), &["--shards", "3"]);
@@ -172,7 +172,7 @@ fn standby_takes_over_from_killed_primary_without_a_gap() {
 }
 
 #[test]
-fn standbys_take_over_one_after_the_other_under_compaction() {
+fn standbys_take_over_in_turn_under_compaction() {
     let data = directory();
     let mut clients = Clients::new(&mut zoo::dice());
     let mut primary = serve_in(data.path(), &SMALL_SEGMENTS);
@@ -189,7 +189,7 @@ fn standbys_take_over_one_after_the_other_under_compaction() {
 }
 
 #[test]
-fn histories_over_takeovers_of_the_file_log_are_linearizable() {
+fn histories_over_file_log_takeovers_are_linearizable() {
     let mut rng = zoo::dice();
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));

@@ -130,7 +130,7 @@ fn passes_all_on_unchanged(server: &Server, address: SocketAddr) {
 }
 
 #[test]
-fn nginx_passes_keys_and_watches_on_unchanged() {
+fn nginx_passes_keys_and_watches_unchanged() {
     let server = Server::start(&[]);
     let address = free("127.0.0.9");
     let _nginx = nginx(&server, address);
@@ -149,7 +149,7 @@ fn nginx_passes_keys_and_watches_on_unchanged() {
 }
 
 #[test]
-fn caddy_passes_all_on_unchanged_and_gives_addresses() {
+fn caddy_passes_all_unchanged_with_addresses() {
     let server = Server::start(&[]);
     let address = free("127.0.0.13");
     let _caddy = caddy(&server, address);
@@ -158,7 +158,7 @@ fn caddy_passes_all_on_unchanged_and_gives_addresses() {
 }
 
 #[test]
-fn envoy_passes_all_on_unchanged_and_gives_addresses() {
+fn envoy_passes_all_unchanged_with_addresses() {
     let server = Server::start(&[]);
     let address = free("127.0.0.15");
     let _envoy = envoy(&server, address);
@@ -178,7 +178,7 @@ fn gives_addresses(proxy: fn(&Server, SocketAddr) -> (Process, TempDir), host: &
 }
 
 #[test]
-fn nginx_gives_the_address_of_its_client() {
+fn nginx_forwards_client_address() {
     let server =
         Server::start(&[guest(), "--trusted-proxy", "127.0.0.1", "--access-log-rate", "1000", "--rate-limit", "9/m"]);
     let address = free("127.0.0.10");
@@ -224,7 +224,7 @@ fn nginx_gives_the_address_of_its_client() {
 }
 
 #[test]
-fn haproxy_gives_the_address_of_its_client() {
+fn haproxy_forwards_client_address() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
     let flags = [guest(), "--trusted-proxy", "127.0.0.1", "--proxy-protocol"];
@@ -249,7 +249,7 @@ fn haproxy_gives_the_address_of_its_client() {
 }
 
 #[test]
-fn proxy_header_is_required_of_trusted_proxies_alone() {
+fn proxy_header_is_required_of_trusted_proxies_only() {
     let server = Server::start(&[guest(), "--trusted-proxy", "127.0.0.1/32", "--proxy-protocol"]);
     let request = b"GET /peer HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\n\r\n";
     let answer = |from: &str, header: &[u8]| {

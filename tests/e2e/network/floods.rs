@@ -25,7 +25,7 @@ fn until_answered(server: &Server, path: &str, status: u16) {
 }
 
 #[test]
-fn responses_that_nobody_reads_stay_within_budget() {
+fn unread_responses_stay_within_budget() {
     // All of them are taken and called, in the end.
     let patient = ["--max-requests", "10000", "--request-timeout", "100s"];
     let server = Server::start(&[&["--max-inflight-bytes", "64MiB"], &patient[..]].concat());
@@ -101,7 +101,7 @@ fn large_heads_on_many_streams_stay_within_budget() {
 }
 
 #[test]
-fn changes_that_slow_watchers_do_not_take_stay_within_budget() {
+fn unread_changes_of_slow_watches_stay_within_budget() {
     let server = Server::start(&["--max-inflight-bytes", "16MiB"]);
     let value = vec![b'x'; 512 << 10];
     let mut client = Connection::open(server.address());
@@ -157,7 +157,7 @@ fn more_headers_than_allowed_are_431_over_http2_too() {
 }
 
 #[test]
-fn floods_of_control_frames_close_the_connection() {
+fn floods_of_control_frames_close_connection() {
     let server = Server::start(&[]);
     let floods: [(&str, u8, u32, &[u8]); 8] = [
         ("PING", PING, 0, b"12345678"),
@@ -185,7 +185,7 @@ fn floods_of_control_frames_close_the_connection() {
 }
 
 #[test]
-fn control_frames_that_requests_need_close_nothing() {
+fn control_frames_of_requests_close_nothing() {
     let server = Server::start(&["--http2-max-control-frames", "10"]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &vec![b'x'; 1 << 20]).status, 201);
     let mut client = Frames::open(server.address());

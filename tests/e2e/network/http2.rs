@@ -26,7 +26,7 @@ fn is_served(server: &Server) {
 }
 
 #[test]
-fn session_with_prior_knowledge() {
+fn session_with_prior_knowledge_works() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let ask = |args: &[&str]| curl(&[&["--http2-prior-knowledge"], args, &[&url]].concat());
@@ -124,7 +124,7 @@ fn too_many_headers_are_431() {
 }
 
 #[test]
-fn rapid_resets_close_the_connection() {
+fn rapid_resets_close_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -138,7 +138,7 @@ fn rapid_resets_close_the_connection() {
 }
 
 #[test]
-fn endless_headers_close_the_connection() {
+fn endless_headers_close_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -238,7 +238,7 @@ fn graceful_stop_answers_every_accepted_stream() {
 }
 
 #[test]
-fn connection_with_many_streams_gets_a_fair_share() {
+fn connection_with_many_streams_gets_fair_share() {
     let server = Server::start(&["--access-log-rate", "1000"]);
     let mut client = Connection::open(server.address());
     let put = |n| format!(r#"{{"op": "put", "key": "{{all}}{n}", "value": "{:01000}"}}"#, 0);
@@ -264,7 +264,7 @@ fn connection_with_many_streams_gets_a_fair_share() {
 }
 
 #[test]
-fn invalid_frames_close_the_connection() {
+fn invalid_frames_close_connection() {
     let server = Server::start(&[]);
     let cases: [(&str, u8, u8, u32, &[u8]); 8] = [
         ("DATA of no stream", DATA, 0, 0, b"x"),

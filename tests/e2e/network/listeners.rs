@@ -56,7 +56,7 @@ fn all_listeners_serve_one_store() {
 }
 
 #[test]
-fn client_of_a_unix_socket_has_no_address() {
+fn unix_socket_client_has_no_address() {
     let (_directory, path, flag) = socket();
     let flags = ["--access-log-rate", "9", "--max-connections-per-address", "1"];
     let server = Server::start(&[&[guest(), "--listen", &flag], &flags[..]].concat());
@@ -73,7 +73,7 @@ fn client_of_a_unix_socket_has_no_address() {
 }
 
 #[test]
-fn socket_that_was_left_is_replaced() {
+fn stale_socket_is_replaced() {
     of_files!();
     let (_directory, path, flag) = socket();
     let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o777;

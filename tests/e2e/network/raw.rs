@@ -351,7 +351,7 @@ fn unusual_valid_requests_are_processed() {
 }
 
 #[test]
-fn floods_of_small_chunks_are_refused() {
+fn floods_of_small_chunks_are_rejected() {
     let server = Server::start(&[]);
     // Ten thousand parts of less than 16 bytes, and any number of others.
     for (small, large, status) in [(10_000, 1_000, 201), (10_001, 0, 400)] {
@@ -373,7 +373,7 @@ fn floods_of_small_chunks_are_refused() {
 }
 
 #[test]
-fn request_whole_before_half_close_is_answered() {
+fn complete_request_before_half_close_is_answered() {
     let server = Server::start(&[]);
     let large = vec![b'x'; 1 << 20];
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/large", &large).status, 201);

@@ -86,7 +86,7 @@ fn openssl(args: &[&str], more: &[&str]) {
 }
 
 #[test]
-fn unusable_certificate_is_rejected_at_the_start() {
+fn unusable_certificate_is_rejected_at_start() {
     let authority = Authority::new();
     let good = authority.issue("good", Kind::Server, 1);
     let other = authority.issue("other", Kind::Server, 2);
@@ -125,7 +125,7 @@ fn unusable_certificate_is_rejected_at_the_start() {
 }
 
 #[test]
-fn incomplete_tls_flags_are_a_usage_error() {
+fn incomplete_tls_flags_are_usage_error() {
     serve_refused(&["--tls-cert", "cert.pem"]).with(2, &["--tls-key"]);
     serve_refused(&["--tls-key", "cert.key"]).with(2, &["--tls-cert"]);
     serve_refused(&["--client-ca", "ca.pem"]).with(2, &["--tls-cert"]);
@@ -171,7 +171,7 @@ fn plain_text_on_tls_is_closed() {
 }
 
 #[test]
-fn handshake_timeout_closes_the_connection() {
+fn handshake_timeout_closes_connection() {
     let (_authority, server) = start(&["--handshake-timeout", "300ms"]);
     assert_eq!(Connection::open(server.address()).end(), "");
     let mut slow = Connection::open(server.address());
@@ -180,7 +180,7 @@ fn handshake_timeout_closes_the_connection() {
 }
 
 #[test]
-fn pending_handshake_does_not_delay_the_stop() {
+fn pending_handshake_does_not_delay_stop() {
     let (authority, server) = start(&["--handshake-timeout", "1h", "--drain-timeout", "1h"]);
     let mut silent = Connection::open(server.address());
     // It was accepted after the silent one.
@@ -281,7 +281,7 @@ fn sslscan_finds_no_weakness() {
 }
 
 #[test]
-fn expiry_of_the_certificate_is_measured() {
+fn certificate_expiry_is_metric() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::ShortServer(3_600), 1);
     let server = Server::start(&["--tls-cert", &pair.certificate, "--tls-key", &pair.key]);
@@ -343,7 +343,7 @@ fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
 }
 
 #[test]
-fn client_certificate_is_the_principal() {
+fn client_certificate_is_principal() {
     let authority = Authority::new();
     let server = start_mutual(&authority, &[]);
     let alice = authority.issue("alice", Kind::Client, 2);

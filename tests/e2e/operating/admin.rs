@@ -31,7 +31,7 @@ fn is_well(admin: SocketAddr, args: &[&str], expected: &str) {
 }
 
 #[test]
-fn health_has_a_line_and_an_exit_code() {
+fn health_has_line_and_exit_code() {
     let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", "/dev/null"]);
     let admin = server.admin();
     // No token is asked for, and the address that was listened on will do.
@@ -43,7 +43,7 @@ fn health_has_a_line_and_an_exit_code() {
 }
 
 #[test]
-fn a_server_that_serves_is_alive_and_ready() {
+fn serving_server_is_alive_and_ready() {
     let server = Server::start(&[]);
     get(server.admin(), "/livez").says(200, "ok");
     get(server.admin(), "/readyz")
@@ -54,7 +54,7 @@ fn a_server_that_serves_is_alive_and_ready() {
 }
 
 #[test]
-fn a_server_that_replays_is_alive_and_not_ready() {
+fn replaying_server_is_alive_and_not_ready() {
     let server = Server::start(&[guest()]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/store/a", b"value").status, 201);
     let stopped = server.kill();
@@ -73,7 +73,7 @@ fn a_server_that_replays_is_alive_and_not_ready() {
 }
 
 #[test]
-fn a_server_that_stops_is_alive_and_not_ready() {
+fn stopping_server_is_alive_and_not_ready() {
     let server = Server::start(&[]);
     let admin = server.admin();
     let mut client = Connection::open(server.address());
@@ -90,7 +90,7 @@ fn a_server_that_stops_is_alive_and_not_ready() {
 }
 
 #[test]
-fn it_answers_while_the_guest_has_every_thread() {
+fn admin_responds_while_guest_uses_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest());
@@ -107,7 +107,7 @@ fn it_answers_while_the_guest_has_every_thread() {
 }
 
 #[test]
-fn what_it_does_not_have_is_404_and_405() {
+fn unknown_path_and_method_are_404_and_405() {
     let server = Server::start(&[]);
     get(server.admin(), "/")
         .says(404, "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and /console");
@@ -117,7 +117,7 @@ fn what_it_does_not_have_is_404_and_405() {
 }
 
 #[test]
-fn page_of_another_site_is_refused() {
+fn page_of_other_site_is_rejected() {
     let server = Server::start(&["--admin-host", "kvs,admin.example.org"]);
     let ask = |method: &str, path: &str, headers: &str| {
         let mut client = Connection::open(server.admin());
@@ -146,7 +146,7 @@ fn page_of_another_site_is_refused() {
 }
 
 #[test]
-fn request_to_v1_is_served_like_that_of_client() {
+fn request_to_v1_is_served_like_client_request() {
     let tokens = Tokens::new();
     let [reader, writer] =
         [["reader", "--scope", "read"], ["writer", "--scope", "write"]].map(|args| tokens.add(&args));
@@ -240,7 +240,7 @@ fn request_over_admin_is_finished_at_stop() {
 }
 
 #[test]
-fn busy_guest_does_not_keep_admin_from_answering() {
+fn busy_guest_does_not_delay_admin_with_tokens() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
@@ -257,7 +257,7 @@ fn busy_guest_does_not_keep_admin_from_answering() {
 }
 
 #[test]
-fn an_admin_port_that_is_taken() {
+fn taken_admin_port_is_reported() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
     serve_refused(&["--admin", &address]).with(1, &[&address, "--admin", "in use"]);

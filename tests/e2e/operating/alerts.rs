@@ -86,7 +86,7 @@ fn alerts_dashboard_and_runbook_name_existing_metrics() {
 }
 
 #[test]
-fn each_alert_has_its_section_in_the_runbook() {
+fn each_alert_has_runbook_section() {
     let sections: Vec<_> = RUNBOOK.lines().filter_map(|line| line.strip_prefix("## ")).collect();
     assert_eq!(alerts(), sections);
     for alert in alerts() {
@@ -96,7 +96,7 @@ fn each_alert_has_its_section_in_the_runbook() {
 }
 
 #[test]
-fn prometheus_accepts_the_rules() {
+fn prometheus_accepts_rules() {
     let file = Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml");
     let output = Command::new("promtool").args(["check", "rules"]).arg(file).output();
     let output = output.expect("`just test` installs promtool");
@@ -184,7 +184,7 @@ impl Prometheus {
 }
 
 #[test]
-fn alerts_fire_for_a_guest_that_fails() {
+fn alerts_fire_for_failing_guest() {
     let poison = "fault=apply-traps-on-poison";
     let fails = Server::start(&[guest(), "--shards", "1", "--spare", "--guest-config", poison]);
     let traps = Server::start(&[guest()]);
@@ -286,7 +286,7 @@ fn alerts_fire_for_backups() {
 }
 
 #[test]
-fn alerts_fire_for_a_database_that_is_away() {
+fn alerts_fire_for_unavailable_database() {
     let database = Database::start();
     let server = postgres::start(&database.url());
     let prometheus = Prometheus::of(&[server.admin()]);

@@ -137,7 +137,7 @@ fn recorded(mut command: Command) -> (String, String) {
 }
 
 #[test]
-fn restore_is_recorded_with_the_user() {
+fn restore_is_recorded_with_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let (file, to) = (data.path().join("backup"), data.path().join("restored"));
     let server = Server::start(&[]);
@@ -148,7 +148,7 @@ fn restore_is_recorded_with_the_user() {
 }
 
 #[test]
-fn new_and_revoked_tokens_are_recorded_with_the_user() {
+fn new_and_revoked_tokens_are_recorded_with_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let token = |action: &str| {
         let mut command = kvs();
@@ -162,7 +162,7 @@ fn new_and_revoked_tokens_are_recorded_with_the_user() {
 }
 
 #[test]
-fn tokens_of_a_reload_are_recorded_by_name_and_id() {
+fn reloaded_tokens_are_recorded_by_name_and_id() {
     let tokens = Tokens::new();
     let alice = tokens.add(&["alice", "--scope", "admin"]);
     let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file()]].concat());
@@ -185,7 +185,7 @@ fn tokens_of_a_reload_are_recorded_by_name_and_id() {
 }
 
 #[test]
-fn rejected_requests_are_recorded_up_to_a_rate() {
+fn rejected_requests_are_recorded_up_to_rate() {
     let tokens = Tokens::new();
     let bob = tokens.add(&["bob", "--scope", "read"]);
     let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]].concat());
@@ -251,7 +251,7 @@ fn failures_are_recorded() {
 }
 
 #[test]
-fn edit_in_the_console_is_recorded() {
+fn edit_in_console_is_recorded() {
     let server = Server::start(&JSON);
     let mut client = Connection::open(server.admin());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("x-request-id", "edit-1")], b"value").status, 201);

@@ -138,7 +138,7 @@ fn value_is_created_changed_and_deleted() {
 }
 
 #[test]
-fn value_that_is_no_text_is_kept_as_it_is() {
+fn binary_value_is_kept_unchanged() {
     let server = Server::start(&[]);
     let large = "x".repeat(300 << 10);
     for (key, value) in
@@ -246,7 +246,7 @@ fn many_keys_come_a_page_at_a_time() {
 }
 
 #[test]
-fn watch_goes_on_over_restart_of_server() {
+fn watch_continues_over_restart_of_server() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let [listen, admin] = [free_address(), free_address()];
     let start = |data: TempDir| {
@@ -346,7 +346,7 @@ fn shadow_traffic_is_shown_and_ended() {
 }
 
 #[test]
-fn guest_with_another_interface_is_named() {
+fn guest_with_other_interface_is_reported() {
     let server = Server::start(&["--probation", "1ms"]);
     let page = console(&server);
     page.says("#list-state", "No keys here");

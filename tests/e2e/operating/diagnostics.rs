@@ -114,7 +114,7 @@ fn does_all_it_does(stderr: impl Into<Stdio>) {
 }
 
 #[test]
-fn reader_that_is_gone_stops_nothing() {
+fn closed_stderr_does_not_stop_server() {
     of_files!();
     let (reader, writer) = pipe().expect("there are pipes");
     drop(reader);
@@ -122,20 +122,20 @@ fn reader_that_is_gone_stops_nothing() {
 }
 
 #[test]
-fn full_disk_of_log_lines_stops_nothing() {
+fn full_disk_of_log_lines_does_not_stop_server() {
     of_files!();
     does_all_it_does(File::options().write(true).open("/dev/full").expect("Linux has it"));
 }
 
 #[test]
-fn full_pipe_that_does_not_block_stops_nothing() {
+fn full_nonblocking_pipe_does_not_stop_server() {
     of_files!();
     let (_reader, writer) = full();
     does_all_it_does(writer);
 }
 
 #[test]
-fn pipe_that_nobody_reads_stops_nothing() {
+fn unread_pipe_does_not_stop_server() {
     of_files!();
     let (_reader, writer) = full();
     does_not_block(&writer, false);
@@ -182,7 +182,7 @@ fn lost_lines_are_counted_and_reported() {
 
 /// A person who runs a command in a pipe that ends early gets no failure of it.
 #[test]
-fn command_without_a_reader_of_its_messages_succeeds() {
+fn command_with_closed_stderr_succeeds() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let file = data.path().join("lines");
@@ -197,7 +197,7 @@ fn command_without_a_reader_of_its_messages_succeeds() {
 
 /// No command panics when nobody reads what it prints, however little that is.
 #[test]
-fn command_without_a_reader_of_its_output_succeeds() {
+fn command_with_closed_stdout_succeeds() {
     of_files!();
     let tokens = Tokens::new();
     tokens.add(&["alice"]);

@@ -55,7 +55,7 @@ fn parse(text: &str, format: &str) -> Parsed {
 }
 
 #[test]
-fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
+fn prometheus_parses_metrics_and_accepts_names() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for method in ["PUT", "GET", "HEAD", "DELETE", "POST", "BREW"] {
@@ -85,7 +85,7 @@ fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
 }
 
 #[test]
-fn scraper_gets_the_format_that_it_prefers() {
+fn scraper_gets_preferred_format() {
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"").status, 201);
     let scrape = |accept| {
@@ -111,7 +111,7 @@ fn scraper_gets_the_format_that_it_prefers() {
 }
 
 #[test]
-fn the_dashboard_shows_what_there_is() {
+fn dashboard_shows_existing_metrics() {
     of_files!();
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
@@ -176,7 +176,7 @@ fn requests_are_counted_by_method_and_status() {
 }
 
 #[test]
-fn bytes_are_counted_as_they_go_over_the_wire() {
+fn bytes_are_counted_as_sent_on_wire() {
     let server = Server::start(&[]);
     let (mut asked, mut answered) = (0, 0);
     let mut exchange = |method: &str, body: &str| {
@@ -223,7 +223,7 @@ fn requests_in_flight_and_waiting_are_shown() {
 }
 
 #[test]
-fn the_life_of_the_guest_is_counted() {
+fn guest_lifecycle_is_counted() {
     let server = Server::start(&[guest(), "--probation", "100ms"]);
     let mut client = Connection::open(server.address());
     for n in 0..3 {
@@ -259,7 +259,7 @@ fn the_life_of_the_guest_is_counted() {
 }
 
 #[test]
-fn memory_of_a_swap_is_measured() {
+fn memory_during_swap_is_measured() {
     const SERVING: &str = "kvs_guest_memory_bytes";
     const ALL: &str = "kvs_guest_instances_memory_bytes";
     let server = Server::start(&["--probation", "1h"]);
@@ -286,7 +286,7 @@ fn memory_of_a_swap_is_measured() {
 }
 
 #[test]
-fn the_log_is_measured() {
+fn log_is_measured() {
     of_files!();
     let server = Server::start(&["--segment-bytes", "128KiB", "--max-value-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
@@ -324,7 +324,7 @@ fn the_log_is_measured() {
 }
 
 #[test]
-fn what_a_limit_refuses_is_counted_under_its_name() {
+fn exceeded_limit_is_counted_by_name() {
     let args = [
         ["--max-connections-per-address", "4"],
         ["--header-timeout", "500ms"],
@@ -386,7 +386,7 @@ fn what_a_limit_refuses_is_counted_under_its_name() {
 }
 
 #[test]
-fn who_asks_too_often_is_counted() {
+fn throttled_requests_are_counted() {
     let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "2"]);
     let mut client = Connection::open(server.address());
     for status in [404, 404, 429, 429, 429] {
@@ -407,7 +407,7 @@ fn who_asks_too_often_is_counted() {
 }
 
 #[test]
-fn handshakes_that_fail_are_counted_by_why() {
+fn failed_handshakes_are_counted_by_reason() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
     let (ca, pair) =
@@ -441,14 +441,14 @@ fn handshakes_that_fail_are_counted_by_why() {
 }
 
 #[test]
-fn a_client_that_takes_back_too_much_is_counted() {
+fn excessive_resets_are_counted() {
     let server = Server::start(&["--http2-max-resets", "5"]);
     takes_back(&server, 20_000);
     until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-resets\"}") >= 1.0);
 }
 
 #[test]
-fn they_are_there_while_the_guest_has_every_thread() {
+fn metrics_respond_while_guest_uses_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");

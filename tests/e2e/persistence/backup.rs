@@ -16,7 +16,7 @@ use crate::support::zoo;
 const ANSWERS: u64 = 2_000;
 
 #[test]
-fn copy_of_a_frozen_server_is_a_backup() {
+fn copy_of_frozen_server_is_backup() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut server = Server::start(&SMALL_SEGMENTS);

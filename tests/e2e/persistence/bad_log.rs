@@ -54,7 +54,7 @@ fn refuses(data: &Path, expected: &[&str]) {
 }
 
 #[test]
-fn invalid_files_of_the_log_are_rejected_by_name() {
+fn invalid_log_files_are_rejected_by_name() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil, &[&str]); 10] = [
         ("the first is missing", |log| fs::remove_file(segment(log, 1)).unwrap(), &["0000000001.seg", "is missing"]),
@@ -141,7 +141,7 @@ fn foreign_files_are_kept_and_logged() {
 }
 
 #[test]
-fn directory_below_an_unreadable_one_is_served() {
+fn directory_below_unreadable_one_is_served() {
     let (home, program) = (temporary(), temporary());
     let data = home.path().join("data");
     fs::create_dir(&data).expect("the directory takes another");

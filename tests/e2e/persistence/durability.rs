@@ -32,7 +32,7 @@ struct Item {
 }
 
 #[test]
-fn hundred_thousand_keys_equal_a_model_after_kill() {
+fn hundred_thousand_keys_equal_model_after_kill() {
     let mut rng = zoo::dice();
     let server = Server::start(&[]);
     let keys = zoo::keys(&mut rng, KEYS);
@@ -199,7 +199,7 @@ fn entry_that_traps_on_replay_is_named() {
 }
 
 #[test]
-fn batches_are_smaller_after_a_timeout() {
+fn batches_are_smaller_after_timeout() {
     let limit = ["--guest-replay-cpu-limit", "200ms"];
     let server = poisoned().restart(&[&[guest(), "--guest-config", "fault=apply-loops-on-many"], &limit[..]].concat());
     let line = server.says("the log is replayed once more");
@@ -210,7 +210,7 @@ fn batches_are_smaller_after_a_timeout() {
 }
 
 #[test]
-fn durability_os_survives_a_kill() {
+fn durability_os_survives_kill() {
     let server = Server::start(&["--durability", "os"]);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -224,7 +224,7 @@ fn durability_os_survives_a_kill() {
 }
 
 #[test]
-fn one_of_concurrent_servers_gets_the_directory() {
+fn one_of_concurrent_servers_gets_directory() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let processes: Vec<_> = (0..6).map(|_| Process::spawn(serve(data.path()))).collect();
@@ -240,7 +240,7 @@ fn one_of_concurrent_servers_gets_the_directory() {
 }
 
 #[test]
-fn second_server_fails_and_names_the_first() {
+fn second_server_fails_and_names_first() {
     of_files!();
     let first = Server::start(&[]);
     let mut client = Connection::open(first.address());
@@ -279,7 +279,7 @@ fn one_of_two_containers_gets_their_volume() {
 }
 
 #[test]
-fn lock_is_released_by_a_kill() {
+fn lock_is_released_by_kill() {
     let server = Server::start(&[]);
     server.signal(Signal::KILL);
     let (_, stopped) = server.ends();

@@ -114,7 +114,7 @@ fn completely_full_disk_is_served() {
 }
 
 #[test]
-fn full_disk_aborts_an_import() {
+fn full_disk_aborts_import() {
     let disk = Mount::tmpfs();
     let text = disk.directory.path().join("text");
     fs::write(&text, "1\t2\ta\tb\n").expect("there is room for this");

@@ -163,7 +163,7 @@ fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
 }
 
 #[test]
-fn log_in_use_is_rejected_naming_the_holder() {
+fn log_in_use_is_rejected_naming_holder() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -261,7 +261,7 @@ fn malformed_import_is_rejected_by_line() {
 }
 
 #[test]
-fn closed_pipe_is_fine_and_full_disk_an_error() {
+fn closed_pipe_is_accepted_and_full_disk_is_error() {
     let stopped = store().0.terminate();
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);

@@ -107,7 +107,7 @@ impl Drop for End<'_> {
 }
 
 #[test]
-fn tags_and_positions_of_the_lost_future_are_refused() {
+fn tags_and_positions_of_lost_future_are_rejected() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"1").etag(), Some(1));
@@ -132,7 +132,7 @@ fn tags_and_positions_of_the_lost_future_are_refused() {
 }
 
 #[test]
-fn backup_endpoint_refuses_what_it_does_not_know() {
+fn backup_endpoint_rejects_invalid_queries() {
     let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", "/dev/null"]);
     let ask = |method: &str, target: &str| Connection::open(server.admin()).ask(method, target, b"").status;
     assert_eq!(ask("GET", "/backup"), 401);
@@ -146,7 +146,7 @@ fn backup_endpoint_refuses_what_it_does_not_know() {
 }
 
 #[test]
-fn stalled_client_is_cut_off_and_others_wait_for_it() {
+fn stalled_backup_client_is_disconnected() {
     let server = large();
     let mut stalled = Connection::open(server.admin());
     stalled.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -187,7 +187,7 @@ fn one_backup_runs_at_a_time_and_ends_with_its_client() {
 }
 
 #[test]
-fn failed_backup_leaves_the_file_of_the_one_before() {
+fn failed_backup_keeps_previous_file() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let files = temporary();
@@ -248,7 +248,7 @@ fn backup_from_standard_output_is_verified_and_restored() {
 }
 
 #[test]
-fn history_of_a_key_has_all_its_entries() {
+fn history_of_key_has_all_entries() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for value in ["1", "2"] {
@@ -282,7 +282,7 @@ fn history_of_a_key_has_all_its_entries() {
 }
 
 #[test]
-fn read_only_server_rejects_writes_also_after_a_restart() {
+fn read_only_server_rejects_writes_after_restart() {
     let server = Server::start(&[]);
     let ask = |server: &Server, method: &str, path: &str| Connection::open(server.address()).ask(method, path, b"1");
     assert_eq!(ask(&server, "PUT", "/v1/a").status, 201);

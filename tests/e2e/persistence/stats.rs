@@ -62,7 +62,7 @@ fn expected() -> Value {
 }
 
 #[test]
-fn statistics_count_what_is_stored() {
+fn statistics_count_stored_keys() {
     let server = server();
     assert_eq!(json_of(stats(&server, &["--output", "json"])), expected());
     let some = json_of(stats(&server, &["--output", "json", "--prefix", "user/", "--delimiter", "2", "--top", "1"]));
@@ -83,7 +83,7 @@ fn statistics_count_what_is_stored() {
 }
 
 #[test]
-fn statistics_of_log_at_rest_are_the_same() {
+fn statistics_of_offline_log_are_equal() {
     let stopped = server().terminate();
     let offline = |args: &[&str]| {
         let mut command = kvs_at(stopped.data());

@@ -53,7 +53,7 @@ impl Puts {
 }
 
 #[test]
-fn a_load_goes_on_wherever_it_was_interrupted() {
+fn interrupted_import_resumes_at_any_point() {
     const LINES: usize = 6_000;
     // So that a load takes longer than a second, which is how often it keeps how far it came.
     const SLOW: [&str; 4] = ["--rate-limit", "1000/s", "--rate-burst", "100"];
@@ -122,7 +122,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
 }
 
 #[test]
-fn a_watch_goes_on_when_the_server_comes_back() {
+fn watch_resumes_after_server_restart() {
     let mut server = Server::start(&[]);
     let address = server.address();
     let mut wire = Connection::open(address);

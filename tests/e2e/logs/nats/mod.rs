@@ -72,7 +72,7 @@ fn writes_survive_restart_and_kill() {
 }
 
 #[test]
-fn backup_of_a_running_server_is_restored_into_files() {
+fn backup_of_running_server_is_restored_into_files() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     becomes_ready(&server, 200, WELL);
@@ -87,7 +87,7 @@ fn backup_of_a_running_server_is_restored_into_files() {
 }
 
 #[test]
-fn second_server_is_refused_while_the_first_lives() {
+fn second_server_is_rejected_while_first_runs() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     let data = TempDir::new().expect("a temporary directory can be made");
@@ -265,7 +265,7 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
 }
 
 #[test]
-fn standby_that_starts_under_load_knows_the_primary() {
+fn standby_started_under_load_finds_primary() {
     let nodes = Nodes::start(3);
     let first = start(&nodes);
     let clients = Clients::default();
@@ -291,7 +291,7 @@ fn refuses(nodes: &Nodes, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn settings_that_lose_writes_are_refused_unless_allowed() {
+fn unsafe_settings_are_rejected_unless_allowed() {
     let nodes = Nodes::start_with(1, "max_payload: 8MB\njetstream { store_dir: STORE }\n");
     let monitors = nodes.monitors();
     refuses(&nodes, &["--allow-unsafe-txlog", "--max-value-bytes", "16MiB"])
@@ -400,7 +400,7 @@ fn lost_end_of_stream_is_never_continued() {
 }
 
 #[test]
-fn server_restarts_while_a_node_is_down() {
+fn server_restarts_while_node_is_down() {
     let mut nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -432,7 +432,7 @@ fn log_that_ends_with_large_frames_is_opened() {
 }
 
 #[test]
-fn full_stream_rejects_writes_until_it_has_space_again() {
+fn full_stream_rejects_writes_until_it_has_space() {
     let nodes = Nodes::start(3);
     let args = args(&nodes);
     let server = Server::start(&[&texts(&args)[..], &["--request-timeout", "2s"]].concat());
@@ -451,7 +451,7 @@ fn full_stream_rejects_writes_until_it_has_space_again() {
 }
 
 #[test]
-fn large_write_goes_by_a_node_that_accepts_it() {
+fn large_write_uses_node_that_accepts_it() {
     let mut nodes = Nodes::start(3);
     let args = args(&nodes);
     let server = Server::start(&[&texts(&args)[..], &["--max-value-bytes", "2MiB"]].concat());

@@ -245,7 +245,7 @@ fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
 }
 
 #[test]
-fn taken_port_of_the_primary_is_reported_and_awaited() {
+fn taken_primary_port_is_reported_and_awaited() {
     let taken = TcpListener::bind("127.0.0.6:0").expect("a port is free");
     let at = taken.local_addr().expect("it is bound");
     let server = Server::start(&["--listen-when-primary", &at.to_string(), "--max-connections", "1"]);
@@ -259,14 +259,14 @@ fn taken_port_of_the_primary_is_reported_and_awaited() {
 }
 
 #[test]
-fn malformed_flags_of_roles_are_refused() {
+fn malformed_role_flags_are_rejected() {
     serve_refused(&["--listen-when-primary", "127.0.0.1:0"]).with(2, &["a port other than 0"]);
     serve_refused(&["--listen-when-primary", "0.0.0.0:8080"]).with(1, &["--listen-when-primary", "--insecure"]);
     serve_refused(&["--advertise", "kvs.example:8443"]).with(2, &["a URL of at most 256 bytes"]);
 }
 
 #[test]
-fn age_of_stale_reads_grows_while_the_database_is_away() {
+fn stale_age_grows_while_database_is_unavailable() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());

@@ -10,7 +10,7 @@ use crate::support::txlog::{done, log};
 use crate::support::wire::Connection;
 
 #[test]
-fn log_commands_work_on_a_database() {
+fn log_commands_work_on_database() {
     let database = Database::start();
     let url = database.url();
     refused(log(&["cat", "--txlog", &url])).with(1, &["cannot open the log", "there is no log in it"]);

@@ -139,7 +139,7 @@ fn database_on_new_timeline_begins_incarnation() {
 }
 
 #[test]
-fn place_is_compared_as_far_as_it_is_readable() {
+fn location_is_compared_as_far_as_readable() {
     let database = Database::start();
     database.sql(
         "CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'; GRANT CREATE ON DATABASE postgres TO weak; \
@@ -223,7 +223,7 @@ fn unclean_end_begins_incarnation_where_commits_may_be_lost() {
 }
 
 #[test]
-fn standbys_go_across_incarnation_without_gap() {
+fn standbys_follow_incarnation_without_gap() {
     let database = Database::start();
     let url = database.url();
     let server = start_os(&url);
@@ -306,7 +306,7 @@ fn fork_begins_incarnation_at_rest() {
 }
 
 #[test]
-fn older_version_cannot_take_log_over() {
+fn older_version_cannot_take_over() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(tag(&server, "a"), 1);
@@ -319,7 +319,7 @@ fn older_version_cannot_take_log_over() {
 }
 
 #[test]
-fn formats_before_are_migrated_and_written_on() {
+fn earlier_formats_are_migrated() {
     let database = Database::start();
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/txlog/testdata/format-1");
     let read = |name: String| std::fs::read_to_string(fixtures.join(name)).expect("it is in the tree");

@@ -30,7 +30,7 @@ use crate::support::wire::Connection;
 use crate::support::zoo;
 
 #[test]
-fn entries_are_rows_and_survive_a_kill() {
+fn entries_are_rows_and_survive_kill() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -67,7 +67,7 @@ fn entries_are_rows_and_survive_a_kill() {
 
 /// Anybody with a password of the database can write to it; a server must not rely on the opposite.
 #[test]
-fn foreign_rows_end_the_server_and_stay() {
+fn foreign_rows_end_server_and_stay() {
     let row = "INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'theirs')";
     for (theirs, said) in [(row, "23505"), ("UPDATE kvs.writer SET last = 7", "its newest entry is 7")] {
         let database = Database::start();
@@ -133,7 +133,7 @@ fn killed_database_loses_no_write_and_stops_no_read() {
 }
 
 #[test]
-fn hanging_database_delays_writes_up_to_the_timeout() {
+fn hanging_database_delays_writes_up_to_timeout() {
     let database = Database::start();
     let server = start(&database.url());
     let mut clients = Clients::new(&mut zoo::dice());
@@ -184,7 +184,7 @@ fn stop_without_database_reports_unknown_sequences() {
 }
 
 #[test]
-fn stop_waits_for_a_short_database_outage() {
+fn stop_waits_for_short_database_outage() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -244,7 +244,7 @@ fn write_with_lost_response_is_applied_once() {
 
 /// An address that moves leads to a standby for a while, and sessions with that outlive the moment at which it leads back.
 #[test]
-fn session_with_a_read_only_database_is_not_kept() {
+fn session_with_read_only_database_is_closed() {
     let mut database = Database::start();
     let standby = database.replicate();
     let proxy = Proxy::to(database.port());
@@ -269,7 +269,7 @@ fn session_with_a_read_only_database_is_not_kept() {
 }
 
 #[test]
-fn session_on_which_calls_fail_twice_is_not_kept() {
+fn session_with_two_failed_calls_is_closed() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
@@ -284,7 +284,7 @@ fn session_on_which_calls_fail_twice_is_not_kept() {
 }
 
 #[test]
-fn failing_replay_is_retried_up_to_a_limit() {
+fn failing_replay_is_retried_up_to_limit() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     // Each shard reads for itself.

@@ -163,7 +163,7 @@ fn weak_durability_of_database_is_reported() {
 }
 
 #[test]
-fn later_change_of_a_condition_is_reported() {
+fn later_change_of_condition_is_reported() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
@@ -201,7 +201,7 @@ fn later_change_of_synchronous_commit_loses_nothing() {
 }
 
 #[test]
-fn slow_database_is_waited_for_at_the_start() {
+fn start_waits_for_slow_database() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     proxy.set(Way::Slow(Duration::from_millis(120)));
@@ -212,7 +212,7 @@ fn slow_database_is_waited_for_at_the_start() {
 }
 
 #[test]
-fn read_only_database_is_refused_at_start() {
+fn read_only_database_is_rejected_at_start() {
     let database = Database::start();
     let standby = database.replicate();
     serve_refused(&["--txlog", &standby.url()]).with(1, &["it is a standby of another database, and read-only"]);

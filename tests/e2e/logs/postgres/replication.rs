@@ -73,7 +73,7 @@ fn write_without_synchronous_standby_is_not_acknowledged() {
 }
 
 #[test]
-fn replay_without_synchronous_standby_ends_with_what_is_durable() {
+fn replay_without_synchronous_standby_is_durable() {
     let mut database = Database::start();
     let mut standby = database.replicate();
     let options = Options {

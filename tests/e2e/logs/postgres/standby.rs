@@ -89,7 +89,7 @@ fn standby_follows_and_writes_nothing() {
 
 /// The spare of a standby takes in what the primary writes, and continues with what the standby writes once it has taken over.
 #[test]
-fn spare_of_standby_follows_the_primary() {
+fn spare_of_standby_follows_primary() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -117,7 +117,7 @@ fn spare_of_standby_follows_the_primary() {
 }
 
 #[test]
-fn standby_waits_for_an_unavailable_database() {
+fn standby_waits_for_unavailable_database() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());
@@ -148,7 +148,7 @@ fn append_on_standby_is_read_only() {
 }
 
 #[test]
-fn guest_has_a_tick_after_a_promotion() {
+fn guest_has_tick_after_promotion() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[guest(), "--guest-config", "fault=tick-appends", "--stale-reads"]);
@@ -353,7 +353,7 @@ fn primary_without_standby_needs_no_lease() {
 
 /// One that is started, and does not stand by, may be the successor of one that still answers.
 #[test]
-fn start_waits_for_the_end_of_a_lease() {
+fn start_waits_for_end_of_lease() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -377,7 +377,7 @@ fn start_waits_for_the_end_of_a_lease() {
 }
 
 #[test]
-fn idle_primary_detects_a_takeover() {
+fn idle_primary_detects_takeover() {
     let database = Database::start();
     let paused = start(&database.url());
     let standby = stand_by(&database.url(), &[]);

@@ -57,7 +57,7 @@ fn pause(server: &Server) {
 }
 
 #[test]
-fn paused_primary_keeps_the_log_until_it_is_killed() {
+fn paused_primary_keeps_log_until_killed() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -111,7 +111,7 @@ fn standby_reports_corruption_and_touches_nothing() {
 
 /// The last entry of a log is corrupt: without the primary that would be a torn write.
 #[test]
-fn standby_does_not_cut_off_a_corrupt_end() {
+fn standby_does_not_truncate_corrupt_end() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -135,7 +135,7 @@ fn standby_does_not_cut_off_a_corrupt_end() {
 }
 
 #[test]
-fn standby_leaves_a_newer_format_alone() {
+fn standby_leaves_newer_format_unchanged() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -174,7 +174,7 @@ fn standby_leaves_a_newer_format_alone() {
 
 /// Whether it has a primary or not, a standby that may not write the directory could never take over.
 #[test]
-fn standby_in_a_read_only_directory_ends_at_once() {
+fn standby_in_read_only_directory_ends_at_once() {
     let disk = Mount::tmpfs();
     let primary = disk.serve();
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -191,7 +191,7 @@ fn standby_in_a_read_only_directory_ends_at_once() {
 
 /// The directory is replaced by that of another server, as by a mount or a mistake of an operator.
 #[test]
-fn standby_leaves_another_log_alone() {
+fn standby_leaves_other_log_unchanged() {
     let root = directory();
     let [data, other]: [PathBuf; 2] = ["data", "other"].map(|name| root.path().join(name));
     let exchange = || renameat_with(CWD, &data, CWD, &other, RenameFlags::EXCHANGE).expect("they can be exchanged");
@@ -221,7 +221,7 @@ fn standby_leaves_another_log_alone() {
 }
 
 #[test]
-fn standby_takes_over_on_a_full_disk() {
+fn standby_takes_over_on_full_disk() {
     let disk = Mount::tmpfs();
     let primary = disk.serve();
     let standby = stand_by(&disk.data(), &SMALL_SEGMENTS);
