@@ -1,5 +1,5 @@
-//! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong. `kvs
-//! inspect` reports it without starting anything.
+//! Invalid components: each is rejected at the start, with exit code 1 and one line with the reason. `kvs inspect` reports
+//! the same.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::support::guests::{DEFAULT_GUEST, exporting, guest, importing};
 use crate::support::server::{self, Refused, Server, kvs, serve_refused};
 use crate::support::wire::Connection;
 
-/// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
+/// Serves a file with these bytes, which must be rejected. Returns the error, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("guest.wasm");
@@ -50,7 +50,7 @@ fn file_that_is_not_webassembly_is_rejected() {
 fn too_large_file_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("large.wasm");
-    // Nothing but a hole.
+    // A sparse file.
     File::create(&file).and_then(|file| file.set_len(1 << 40)).expect("the directory takes a file with a hole");
     refused_file(&file).with(1, &["cannot be run as a guest", "larger than"]);
 }
@@ -89,7 +89,7 @@ fn component_without_one_export_is_rejected() {
     assert!(!refused.line.contains("lifecycle"), "it names what is there: {refused}");
 }
 
-/// What the host makes of a component of another version of the contract.
+/// The error for a component of another version of the contract.
 fn built_for(version: &str) -> String {
     format!(
         "it was built for kvs:store@{version}, and this host runs kvs:store@0.2.0: build it again with the WIT of this version"
@@ -105,7 +105,7 @@ fn component_of_another_contract_version_is_named() {
         refused.with(1, &[&built_for(version)]);
         assert!(!refused.line.contains("does not"), "the one reason is enough: {refused}");
     }
-    // By an import alone.
+    // Only by an import.
     refused(importing("kvs:store/changes@0.1.0"))
         .with(1, &[&built_for("0.1.0"), "; it does not export kvs:store/lifecycle@0.2.0"]);
     refused(importing("kvs:store/changes@0.2.0"))
@@ -181,7 +181,7 @@ fn guest_that_traps_in_replay_is_rejected() {
     stopped
         .refuses(&[guest(), "--guest-config", "fault=apply-traps"])
         .with(1, &["apply of entry 1 failed", "fall_over"]);
-    // The log is as it was.
+    // The log is unchanged.
     let server = stopped.restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/{x}b", b"").body, b"value");
 }

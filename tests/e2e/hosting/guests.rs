@@ -1,5 +1,5 @@
-//! The guests that come with the project beside the default one (`guest/`), each built from source once per run: what each
-//! does, and that it shares its data with the default one.
+//! The guests of the project other than the built-in one (`guest/`), each built from source once per run: their functions,
+//! and that they share data with the built-in guest.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -82,7 +82,7 @@ fn value_that_violates_its_schema_is_not_appended() {
     client.ask("GET", "/v1/key/users/bob", b"").says(404, "no such key");
     assert_eq!(client.ask("PUT", "/v1/next", b"").etag(), Some(6), "something of all that was refused was appended");
 
-    // What was stored before is not asked for its schema.
+    // Values stored before are not checked.
     assert_eq!(client.ask("GET", "/v1/key/users/old", b"").text(), "no JSON");
     assert_eq!(client.ask("DELETE", "/v1/key/users/old", b"").status, 200);
     client.ask("GET", "/v1/key/users/old", b"").says(404, "no such key");
@@ -122,7 +122,7 @@ fn schemas_are_swapped_in_and_out_under_load() {
     server.terminate();
 }
 
-/// Copies what belongs to the project, and nothing that was built or fetched.
+/// Copies the files of the project, without build results and dependencies.
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("the directory can be made");
     for entry in fs::read_dir(from).expect("the project can be read") {

@@ -1,5 +1,4 @@
-//! Another guest in the place of the one that serves: no request fails, no state is lost, and a guest that is no good is
-//! turned away or taken out again.
+//! Swaps of the guest: no request fails, no state is lost, and a faulty guest is rejected or rolled back.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +13,7 @@ use crate::support::server::{Process, Refused, Server, kvs, refused};
 use crate::support::swap::{in_phase, serving, status, swap, swaps, under_load};
 use crate::support::wire::{Connection, get};
 
-/// Long enough for a trap to come within it, short enough to wait for.
+/// Long enough for a trap, and short enough to wait for.
 const PROBATION: [&str; 2] = ["--probation", "300ms"];
 /// Never over while a test runs.
 const LONG_PROBATION: [&str; 2] = ["--probation", "1h"];
@@ -81,7 +80,7 @@ fn dry_run_does_not_switch() {
 fn one_swap_at_a_time() {
     let server = Server::start(&LONG_PROBATION);
     thread::scope(|scope| {
-        // The server ends before it does, with or without an answer.
+        // The server may end before it responds.
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &component(guest())));
         in_phase(&server, "probation");
         swap(&server, &component(DEFAULT_GUEST)).says(409, "another swap is in progress");
@@ -100,7 +99,7 @@ fn trap_on_probation_rolls_back_without_loss() {
         in_phase(&server, "probation");
         put(&mut client, "/store/{own}b", "from the second");
         assert_eq!(client.ask("PUT", "/store-and-trap/{own}c", b"from its last call").status, 500);
-        // The very next request finds the first again, with what the second stored.
+        // The next request is served by the first guest again, with the data of the second.
         assert_eq!(get(&mut client, "/v1/{own}a").text(), "from the first");
         assert_eq!(get(&mut client, "/v1/{own}b").text(), "from the second");
         assert_eq!(get(&mut client, "/v1/{own}c").text(), "from its last call");
@@ -116,7 +115,7 @@ fn trap_on_probation_rolls_back_without_loss() {
     server.terminate();
 }
 
-/// In the data directory there is nothing of a guest that was not swapped in.
+/// The data directory has no file of a guest that was not swapped in.
 #[track_caller]
 fn assert_no_trace(server: &Server) {
     cached(server.data());
@@ -165,7 +164,7 @@ fn guest_that_never_starts_is_rejected_under_load() {
     server.terminate();
 }
 
-/// The one that serves can be beyond help: it traps, and traps again on what it had stored itself.
+/// The serving guest cannot be rebuilt: it traps on an entry that it appended itself.
 #[test]
 fn guest_that_cannot_be_rebuilt_is_replaced() {
     let server = Server::start(&[&PROBATION[..], &[guest(), "--guest-config", "fault=apply-traps"]].concat());
@@ -285,7 +284,7 @@ fn corrupted_compiled_guest_is_recompiled() {
         stopped = server.terminate();
         assert!(fs::read(&file).expect("it can be read") == good, "it was not compiled again");
     }
-    // A good one is taken as it is.
+    // An intact one is used.
     let server = stopped.restart(&[]);
     assert!(!server.stderr().iter().any(|line| line.contains("compiled again")));
     server.terminate();
@@ -304,7 +303,7 @@ fn cache_of_compiled_guests_is_limited() {
     server.terminate();
 }
 
-/// A server that serves a file, which holds the default guest.
+/// A server with the built-in guest from a file.
 fn from_file(args: &[&str]) -> (Server, TempDir, String) {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("guest.wasm");
@@ -353,7 +352,7 @@ fn guest_file_changed_during_swap_is_loaded_after_it() {
 #[test]
 fn watched_guest_file_is_reloaded_on_change() {
     let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch-guest"]);
-    // As a compiler does it, and as an editor does it.
+    // Overwritten, as compilers do, and replaced, as editors do.
     fs::write(&file, component(guest())).expect("it can be written");
     server.says("the guest was swapped guest=\"unruly\"");
     let beside = format!("{file}.new");
@@ -407,7 +406,7 @@ fn kvs_swap_error_is_one_line() {
     kvs_swap_refused(admin, &[guest()]).with(1, &["no response from", "check that the server is running"]);
 }
 
-/// Nothing that was begun keeps a server from stopping.
+/// A replay in progress does not prevent a stop.
 #[test]
 fn server_stops_during_replay() {
     let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]);

@@ -1,4 +1,4 @@
-//! The report of a trap: what its author needs, in every place that shows it, and nothing for others.
+//! The report of a trap: complete for operators, and not visible to clients.
 
 use std::thread;
 
@@ -9,12 +9,12 @@ use crate::support::server::Server;
 use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
 
-/// What `panic!` is called with in the guest.
+/// Panic message of the guest.
 const MESSAGE: &str = "of all things";
 
 #[test]
 fn panic_is_reported_with_its_message_and_function() {
-    // Almost nothing that the guest prints is logged.
+    // The output limit drops almost all output of the guest.
     let server = Server::start(&["--guest-log-bytes", "1", guest()]);
     let mut client = Connection::open(server.address());
     let response = client.ask_with("GET", "/panic", &[("x-request-id", "trace-1")], b"");

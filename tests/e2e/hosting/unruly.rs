@@ -1,6 +1,6 @@
-//! What a guest that misbehaves can do to the host: cost the one request that set it off a 500, and nothing else.
+//! Guests that misbehave: the request that triggers the failure gets 500, and nothing else is affected.
 //!
-//! The guest is `tests/guests/unruly`, where the paths asked for here have their meaning. It is built once per run.
+//! The guest is `tests/guests/unruly`, which defines the paths used here. It is built once per run.
 
 use std::io::Write;
 use std::thread;
@@ -18,8 +18,7 @@ fn start(args: &[&str]) -> (Server, Connection) {
     (server, client)
 }
 
-/// Sets off a failure, sees the 500, and that the next is served by a new instance which knows all there is to know.
-/// Returns its log line.
+/// Triggers a failure, checks the 500, and that a new instance with all data serves the next request. Returns the log line.
 #[track_caller]
 fn fails_alone(args: &[&str], path: &str) -> String {
     let (server, mut client) = start(args);
@@ -38,7 +37,7 @@ fn fails_alone(args: &[&str], path: &str) -> String {
     line
 }
 
-/// A response that is none: 500, and the instance is kept.
+/// An invalid response: 500, and the instance is kept.
 #[track_caller]
 fn is_invalid(server: &Server, path: &str, why: &str) {
     let mut client = Connection::open(server.address());
@@ -113,7 +112,7 @@ fn endless_recursion_ends_at_stack_limit() {
 #[test]
 fn memory_over_limit_is_denied() {
     let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
-    // What a Rust program does when it is given no more.
+    // A Rust program aborts when an allocation fails.
     assert!(line.contains("in unruly_guest::grow") && line.contains("memory allocation of"), "{line}");
 }
 
@@ -129,7 +128,7 @@ fn host_memory_is_bounded_for_greedy_guest() {
     assert!(grown < 80 << 10, "three instances of 32 MiB, one after the other, took {grown} KiB");
 }
 
-/// A client that left cannot be distinguished from one that only sends no more, so its requests stay, within the budget.
+/// A disconnected client cannot be distinguished from one that half-closed, so its requests stay, within the budget.
 #[test]
 fn disconnected_clients_stay_within_budget() {
     let limits = ["--guest-cpu-limit", "1h", "--request-timeout", "1h", "--max-value-bytes", "8MiB"];
@@ -141,11 +140,11 @@ fn disconnected_clients_stay_within_budget() {
     let request = [head.as_slice(), &vec![b'x'; 8 << 20]].concat();
     for _ in 0..40 {
         let mut leaving = plain(server.address()).expect("the server takes connections");
-        // One that is refused is not read to its end.
+        // A rejected one is not read completely.
         let _ = leaving.write_all(&request);
     }
     let grown = peak(&server).saturating_sub(before);
-    // Beside the budget each connection has a buffer.
+    // In addition to the budget, each connection has a buffer.
     assert!(grown < 128 << 10, "40 requests of 8 MiB, whose clients had left, took {grown} KiB");
 }
 
@@ -196,7 +195,7 @@ fn trap_in_tick_costs_no_request() {
 #[test]
 fn tick_is_called() {
     let (_server, mut client) = start(&[]);
-    // The first comes at once, so what is awaited is the next of its kind: about a second.
+    // The first tick comes at once, so this waits for the next one: about a second.
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
     let first = ticks(&mut client);
     let more = (0..1_000_000).find(|_| ticks(&mut client) > first);
@@ -206,7 +205,7 @@ fn tick_is_called() {
 #[test]
 fn unfinished_tick_continues_between_requests() {
     let (_server, mut client) = start(&["--guest-config", "fault=tick-again"]);
-    // At one a second this would take longer than anything may.
+    // With one tick a second this would exceed the timeout.
     let deadline = Instant::now() + PATIENCE;
     while get(&mut client, "/ticks").text().parse::<u64>().expect("a count") < 200 {
         assert!(Instant::now() < deadline, "it is asked no more often than others");
@@ -255,7 +254,7 @@ fn too_many_response_headers_are_500() {
 #[test]
 fn response_waits_for_own_entries_despite_read_sequence() {
     let (mut server, mut client) = start(&[]);
-    // Writing this much takes longer than answering, so were it let go early, the kill would come first.
+    // Writing this much takes longer than responding, so if it was acknowledged early, the kill would come first.
     let value = vec![b'x'; 1 << 20];
     for n in 0..10 {
         let path = format!("/store-early/{n}");
@@ -299,7 +298,7 @@ fn keys_that_break_the_rules_are_rejected_at_append() {
 fn apply_finds_clocks_at_zero_and_fixed_randomness() {
     let (server, mut client) = start(&[]);
     for key in ["{own}a", "{own}b", "{own}c"] {
-        // Each is so large that the guest is handed it on its own.
+        // Each is so large that it is a batch of its own.
         assert_eq!(client.ask("PUT", &format!("/store/{key}"), &[b'x'; 1 << 20]).status, 201);
     }
     let mut stopped = server.terminate();
@@ -336,13 +335,13 @@ fn tick_is_called_at_requested_time() {
     let (_server, mut client) = start(&["--guest-config", "fault=tick-in-50-ms"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
     while ticks(&mut client) < first + 40 {
-        // Two seconds as it wishes; at one a second it would take forty.
+        // Two seconds at the requested times; at one a second it would take forty.
         assert!(begun.elapsed() < Duration::from_secs(20), "it is asked no more often than others");
     }
-    // Nor earlier than it wishes.
+    // Not earlier than requested.
     assert!(begun.elapsed() >= Duration::from_millis(39 * 50), "after {:?}", begun.elapsed());
 
-    // A wish is no reason to stay away.
+    // A later requested time does not stop the calls.
     let (_server, mut client) = start(&["--guest-config", "fault=tick-never"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
     while ticks(&mut client) < first + 2 {

@@ -62,7 +62,7 @@ fn curl_uploads_with_expect_continue() {
     std::fs::write(&file, &value).expect("the directory takes a file");
     let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
 
-    // curl sends the body after 100 Continue, or else after a time that is longer than the whole test.
+    // curl sends the body after 100 Continue, or after a timeout that is longer than the test.
     let ask_first = ["--expect100-timeout", "50", "-H", "Expect: 100-continue", "-T", file];
     assert_eq!(curl(&[&ask_first[..], &[&url]].concat()), (201, vec![]));
     assert_eq!(curl(&[&url]), (200, value));

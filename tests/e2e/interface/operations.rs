@@ -1,5 +1,4 @@
-//! What a client can ask for beside one value, a list and a transaction: numbers that are added to, expiries that are renewed,
-//! several values at once, a list and then a watch of it, and deletes by prefix.
+//! Operations on numbers and expiries, reads of several values, a list followed by a watch, and deletes by prefix.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
@@ -36,7 +35,7 @@ fn concurrent_additions_all_count_and_survive() {
     let server = server.kill().restart(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("GET", "/v1/visits", b"").text(), "200");
-    // What is answered from the cache changes with it.
+    // Cached responses are invalidated by it.
     for sum in 201..210 {
         assert_eq!(client.ask("POST", "/v1/visits?op=add&delta=1", b"").text(), sum.to_string());
         assert_eq!(client.ask("GET", "/v1/visits", b"").text(), sum.to_string());
@@ -147,7 +146,7 @@ fn watch_from_list_position_misses_nothing() {
             (0..600).for_each(|n| drop(client.ask("PUT", &format!("/v1/a%2F{n:04}"), b"value")));
         });
         let mut client = Connection::open(address);
-        // In the midst of the puts, unless the machine lets nobody in.
+        // During the puts, unless the machine is overloaded.
         while read(&client.ask("GET", "/v1?count=true&prefix=a/", b""))["count"].as_u64() < Some(100) {}
         let first = client.ask("GET", "/v1?prefix=a/&limit=100", b"");
         let position = first.header("kvs-position").expect("a position").to_owned();
@@ -232,7 +231,7 @@ fn every_error_has_code_and_503_retry_after() {
     ] {
         assert_eq!(client.ask(method, path, body).header("kvs-error"), Some(code), "{method} {path}");
     }
-    // A request whose body does not arrive takes the only place.
+    // A request without its body occupies the only place.
     waiting.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 5\r\n\r\n");
     let until = Instant::now() + PATIENCE;
     let full = loop {

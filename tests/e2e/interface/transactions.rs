@@ -1,4 +1,4 @@
-//! Transactions over the wire.
+//! Transactions over HTTP.
 
 use std::thread;
 
@@ -138,7 +138,7 @@ fn transfers_conserve_total_over_kills() {
                 }
             });
         }
-        // The tellers have moved it about: four sequences for the accounts, and two for each time.
+        // Transfers have changed the accounts: four sequences for their creation, and two for each transfer.
         while client.ask("GET", &path(0), b"").etag() < Some(200) {}
         server.signal(Signal::KILL);
     });

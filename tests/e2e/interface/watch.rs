@@ -1,4 +1,4 @@
-//! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
+//! Watches, over reconnects, restarts, compaction and traps.
 
 use std::thread;
 
@@ -40,7 +40,7 @@ fn watch_sends_changes_of_its_keys() {
     for events in [&mut all, &mut some] {
         assert_eq!(events.next(), event(4, "delete", json!({"key": "a1"})));
     }
-    // What expires is deleted, and watches get the event.
+    // An expired key is deleted, and watches get the event.
     let expires = client.ask("PUT", "/v1/a3?ttl=1", b"").etag();
     let put = some.next().expect("a put");
     assert_eq!((Some(put.id), put.data["expires"].is_u64()), (expires, true));
@@ -64,7 +64,7 @@ fn resumed_watch_sends_every_event_once() {
         let (mut last, mut round) = (0, 0);
         while last < count {
             let id = last.to_string();
-            // In the place where a browser puts it, or where a program does.
+            // In the header, as a browser sends it, or in the query.
             let (target, headers) = match round % 2 {
                 0 => (format!("/v1?watch&since={last}"), vec![]),
                 _ => ("/v1?watch&since=0".to_owned(), vec![("last-event-id", id.as_str())]),
@@ -95,7 +95,7 @@ fn compacted_position_is_410_with_new_position() {
     }
     let data = TempDir::new().expect("a temporary directory can be made");
     let text = data.path().join("text");
-    // Long ago, since a delete is kept for a while for those who come back.
+    // Long ago, since deletes are retained for a while for resumed watches.
     let lines = "1\t2\tgone\tvalue\t1000\t\n2\t1\tgone\t\t1000\n3\t2\tstays\tvalue\t1000\t\n";
     std::fs::write(&text, lines).expect("the directory takes a file");
     for args in [&["import", text.to_str().expect("a temporary path is text")][..], &["compact"]] {
@@ -157,7 +157,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
     assert_eq!(client.ask("DELETE", "/append-any", b"{own}x").text(), "Ok(5)");
     put(&mut client, "ab");
     let expected = [(1, "put", "abc"), (3, "put", "{own}x"), (5, "delete", "{own}x"), (6, "put", "ab")];
-    // What is watched, and what is read again of the log.
+    // Changes from the feed, and changes replayed from the log.
     let mut again = Events::open(&server, "/watch/a*,ab*,abc,{own}x/0", &[]);
     let mut puts_again = Events::open(&server, "/watch/a*,{own}x/0/puts-only", &[]);
     for (id, kind, key) in expected {
@@ -191,7 +191,7 @@ fn guest_keys_are_sent_only_to_their_selectors() {
     }
     assert_eq!(own.next(), event(1, "put", json!({"key": "\u{1}{own}/a", "value": ""})));
 
-    // The default guest keeps them for the guest that comes back, and shows them to nobody.
+    // The built-in guest keeps them, and shows them to no client.
     swaps(&server, &component(DEFAULT_GUEST));
     let list = client.ask("GET", "/v1", b"");
     assert_eq!(list.text(), r#"{"keys":[{"key":"{own}a","etag":"\"2\"","size":5}],"list_complete":true}"#);
@@ -210,7 +210,7 @@ fn slow_consumer_is_disconnected_and_can_resume() {
     let server = Server::start(&["--watch-buffer-bytes", "64KiB", "--durability", "os"]);
     let mut slow = Events::open(&server, "/v1?watch", &[]);
     let mut client = Connection::open(server.address());
-    // More than sockets hold.
+    // More than socket buffers hold.
     let count = 60;
     for n in 0..count {
         assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &vec![b'x'; 1 << 20]).status, 201);
@@ -292,7 +292,7 @@ fn position_before_compacted_puts_is_410() {
             format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
         refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &expected);
     }
-    // What it recommends is good, and a proxy does not buffer it.
+    // The recommended position is valid, and proxies must not buffer the response.
     let head = Connection::open(server.address()).ask("HEAD", "/v1?watch&prefix=b&since=4", b"");
     assert_eq!((head.status, head.header("x-accel-buffering")), (200, Some("no")));
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
@@ -307,8 +307,8 @@ fn memory(server: &Server) -> u64 {
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// What a PUT and a GET of a key nobody watches cost the server, in nanoseconds of CPU: the median of some hundreds each.
-/// They come many at once, since most of what a single one costs is to wake up for it, and that varies.
+/// CPU time of a PUT and of a GET of a key that is not watched, in nanoseconds: the median of some hundreds each. They are
+/// pipelined, since most of the cost of a single one is the wake-up, which varies.
 fn costs(server: &Server, client: &mut Connection) -> [u64; 2] {
     ["PUT", "GET"].map(|method| {
         let mut costs: Vec<_> = (0..15)
@@ -339,7 +339,7 @@ fn cpu(server: &Server) -> u64 {
 #[test]
 fn ten_thousand_idle_watches_cost_little() {
     let count: u32 = 10_000;
-    // This process has the other ends.
+    // This process has the other ends of the connections.
     let least = 2 * u64::from(count);
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < least) {
