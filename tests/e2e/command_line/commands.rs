@@ -1,5 +1,5 @@
 //! `kvs get`, `put`, `delete`, `list`, `watch`, `import` and `export`, as people and scripts use them: through pipes, over TLS,
-//! without success, and, in `interrupted`, when they or the server are killed.
+//! with errors, and, in `interrupted`, when they or the server are killed.
 
 mod interrupted;
 
@@ -30,13 +30,13 @@ fn run(mut command: Command, input: &[u8]) -> Output {
     let mut child = piped.spawn().expect("the binary can be started");
     let mut stdin = child.stdin.take().expect("it is piped");
     thread::scope(|scope| {
-        // One that is not read is none of this test's business.
+        // The command need not read its input.
         scope.spawn(move || stdin.write_all(input));
         child.wait_with_output().expect("a child can be waited for")
     })
 }
 
-/// Runs a command that must succeed, and gives what it printed.
+/// Runs a command that must succeed, and returns its output.
 #[track_caller]
 fn printed(command: Command, input: &[u8]) -> Vec<u8> {
     let output = run(command, input);
@@ -193,7 +193,7 @@ fn error_is_one_line() {
     let reader = file("reader", &reader);
     nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);
     nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["the token is read-only (403)"]);
-    // What needs no escape has none.
+    // Characters that need no escape are not escaped.
     let by_variable = |args: &[&str]| {
         let mut command = client(&server, args);
         command.env("KVS_TOKEN", bound.trim());
@@ -248,7 +248,7 @@ fn export_is_imported_through_pipe_and_tls() {
         command.args(args).env("KVS_URL", &url).env("KVS_CACERT", authority.file());
         command
     };
-    // It is over when it arrives.
+    // It has expired when it arrives.
     while String::from_utf8_lossy(&printed(client(&from, &["list", "soon"]), b"")).contains("soon") {}
     let output = run(secure(&["import"]), &dump);
     assert_eq!(String::from_utf8_lossy(&output.stderr), "imported 1202 lines\n");
@@ -270,7 +270,7 @@ fn export_is_imported_through_pipe_and_tls() {
     let expires = typed.map(|typed| typed["expires"].as_u64().expect("it expires"));
     assert!(expires[0].abs_diff(expires[1]) < 1_000 * PATIENCE.as_secs(), "{expires:?}");
 
-    // A server that is not trusted receives nothing.
+    // A server without a trusted certificate receives nothing.
     let mut untrusting = kvs();
     untrusting.args(["get", "a", "--url", &url]);
     refused(untrusting).with(1, &["no response from https://localhost", "--cacert"]);
@@ -314,7 +314,7 @@ fn malformed_line_is_reported_by_number() {
         let file = server.data().join("lines");
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
         let file = file.to_str().expect("a temporary path is text");
-        // A file is looked at whole before anything is put, a pipe as it comes.
+        // A file is checked completely before anything is put, a pipe as it is read.
         refuses(&server, &["import", file]).with(1, &["kvs: line 2 of ", file, expected]);
         assert_eq!(lines(client(&server, &["list"])), [""; 0]);
     }
@@ -323,7 +323,7 @@ fn malformed_line_is_reported_by_number() {
     let expected = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
     assert_eq!((output.status.code(), said.as_ref()), (Some(1), expected));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
-    // The server has rules of its own, and a key can be long.
+    // The server has further rules, and a key can be long.
     let long = format!("{{\"key\": \"{}\", \"value\": \"\", \"content_type\": \"none\"}}\n", "x".repeat(1_000));
     let output = run(client(&server, &["import"]), long.as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);

@@ -1,5 +1,4 @@
-//! Errors for an operator, in one line: what, where, and what to do. And the other way to say the
-//! same: variables of the environment.
+//! One-line errors for an operator, with place and remedy; and environment variables.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -35,7 +34,7 @@ fn file_in_place_of_data_directory_is_rejected() {
 
 #[test]
 fn data_directory_that_cannot_be_created_is_named() {
-    // Not even root makes a directory below a file, or in /proc; permission bits would not stop it.
+    // Even root cannot create a directory below a file, or in /proc; permissions would not stop root.
     let parent = temporary();
     let file = parent.path().join("file");
     fs::write(&file, "").expect("the directory takes a file");
@@ -46,7 +45,7 @@ fn data_directory_that_cannot_be_created_is_named() {
 #[test]
 fn unwritable_data_directory_is_named() {
     of_files!();
-    // It is there, but takes no files, not even from root.
+    // It exists, but not even root can create files in it.
     refuses_data(Path::new("/proc/self/fdinfo"));
 }
 
@@ -90,7 +89,7 @@ fn port_of_another_server_is_named() {
 fn address_of_another_machine_is_rejected() {
     let data = temporary();
     let mut command = kvs();
-    // Set aside for documentation: nobody has it.
+    // Reserved for documentation: no machine has it.
     command.args(["serve", "--insecure", "--listen", "192.0.2.1:8080", "--data-dir"]).arg(data.path());
     refused(command).with(1, &["192.0.2.1:8080", "--listen"]);
 }
@@ -212,7 +211,7 @@ fn unknown_variable_is_a_usage_error() {
     refused(command).with(2, &["KVS_ULR", "KVS_URL"]);
 }
 
-/// A unit that still has one must not start, on an empty log for instance.
+/// A unit with a former name must not start, for instance on an empty log.
 #[test]
 fn former_names_are_rejected_with_new_names() {
     for (old, new) in [
@@ -282,7 +281,7 @@ fn kubernetes_variables_are_rejected_by_serve_only() {
     let done = with(&["list", "--url", &url], &[]).status().expect("the binary under test can be started");
     assert!(done.success(), "{done}");
     refused(with(&["list", "--url", &url], &[("KVS_ULR", "")])).with(2, &["KVS_ULR", "is KVS_URL meant?"]);
-    // Elsewhere they are no service's.
+    // For other commands they are not from Kubernetes.
     let mut command = with(&["list", "--url", &url], &[]);
     command.env_remove("KUBERNETES_SERVICE_HOST");
     refused(command).with(2, &["KVS_PORT"]);
@@ -376,7 +375,7 @@ fn memory_limit_too_small_for_log_is_reported() {
 fn address_space_too_small_for_guest_is_reported() {
     let data = temporary();
     let mut command = through("sh", &serve(data.path()));
-    // In KiB: enough for the server, and not for the memory of a guest.
+    // In KiB: enough for the server, but not for the memory of a guest.
     command.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh", kvs_tests::binary()]);
     command.args(["serve", "--listen", "127.0.0.1:0"]);
     refused(command).with(1, &["the guest does not start", "ulimit -v"]);

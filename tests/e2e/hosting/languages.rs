@@ -188,7 +188,7 @@ fn javascript_holds_many_keys() {
         loop {
             match log.append(1, &events) {
                 Ok(_) => break,
-                // Garbage collection has not caught up.
+                // The queue of the log is full.
                 Err(AppendError::Unavailable) => thread::yield_now(),
                 Err(error) => panic!("it takes no entries: {error:?}"),
             }

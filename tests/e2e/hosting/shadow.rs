@@ -173,7 +173,7 @@ fn equal_requests_do_not_differ() {
             let key = format!("/store/{{own}}{n}");
             assert_eq!(client.ask("PUT", &key, b"value").status, 201);
             assert_eq!(get(&mut client, &key).text(), "value");
-            // With another key, and without one.
+            // Reads a key that does not exist.
             get(&mut client, "/store/{own}unknown");
         }
         settle(&server, &mut client);

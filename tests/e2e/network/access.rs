@@ -1,4 +1,4 @@
-//! Who may do what: tokens and their scopes.
+//! Tokens and their scopes.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -94,7 +94,7 @@ fn guest_gets_scope_of_token() {
         ("Read", tokens.add(&["reader"])),
         ("Write", tokens.add(&["writer", "--scope", "write"])),
         ("Admin", tokens.add(&["boss", "--scope", "admin"])),
-        // Not for the admin listener; and no keys follow from paths.
+        // Not valid for the admin listener; a path prefix is not a key prefix.
         ("Write", tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/grant"])),
     ];
     let server = Server::start(&["--tokens", &tokens.file(), guest()]);
@@ -153,7 +153,7 @@ fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> O
     let of_it = |old: &str| old.starts_with(&format!("{name} "));
     let lines: Vec<_> =
         text.lines().filter_map(|old| if of_it(old) { line(old) } else { Some(old.to_owned()) }).collect();
-    // At once and whole: one that is half written names nobody.
+    // Replaced atomically: a half-written file has no valid token.
     let new = tokens.file() + ".new";
     fs::write(&new, lines.join("\n")).and_then(|()| fs::rename(&new, tokens.file())).expect("the file can be written");
     server.signal(Signal::HUP);
@@ -192,7 +192,7 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
         assert_eq!(watching.next(), None, "{expected}");
         waiting.read().says(status, expected);
     }
-    // Others go on.
+    // Other requests continue.
     assert_eq!(ask(&server, "PUT", "/v1/a", &with(&stays)).status, 201);
     assert_eq!(watching.next().map(|event| event.id), Some(1));
     assert_eq!(waiting.read().etag(), Some(1));
@@ -222,7 +222,7 @@ fn revoked_token_ends_its_backup() {
     assert!(received.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&received));
     change(&tokens, &server, "operator", |_| None);
     server.says("reloaded the token file");
-    // What the sockets hold comes, or a reset.
+    // The content of the socket buffers arrives, or a reset.
     let _ = backup.read_to_end(&mut received);
     assert!(received.len() < 24 << 20, "{} bytes of 32 MiB came", received.len());
 }
@@ -438,7 +438,7 @@ fn reachable_admin_listener_requires_token() {
     ask(&server, &with(&write)).says(403, "the token is not valid for the admin listener");
     ask(&server, &with(&bound)).says(403, "the token is not valid for the admin listener");
     assert_eq!(ask(&server, &with(&admin)).status, 200);
-    // Health is open to those who decide where requests go.
+    // Health needs no token, for load balancers.
     for path in ["/livez", "/readyz"] {
         assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 200, "{path}");
     }

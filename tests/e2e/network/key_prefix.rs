@@ -1,4 +1,4 @@
-//! Tokens with a key prefix: a client sees and changes the keys that begin with it, and no others, whatever it asks for.
+//! Tokens with a key prefix: a client can read and change only keys with this prefix, with any request.
 
 use std::fs;
 use std::process::{Command, Stdio};

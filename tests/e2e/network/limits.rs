@@ -1,4 +1,4 @@
-//! Limits in time and number: slow clients, idle clients, many clients.
+//! Timeouts and limits: slow clients, idle clients, many clients.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -77,7 +77,7 @@ fn client_that_reads_no_response_is_disconnected() {
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
-    // The server's end of it is gone.
+    // The server has closed its end.
     counts(&server, "kvs_limit_exceeded_total{limit=\"idle-timeout\"}", 1.0);
     assert!(client.end().len() < value.len());
 }
@@ -167,7 +167,7 @@ fn too_long_target_is_414() {
     client.ask("GET", &path(1_024), b"").says(404, "no such key");
     client.ask("GET", &path(1_025), b"").says(414, "the request target is too long");
     assert_eq!(client.end(), "");
-    // Longer than the parser takes.
+    // Longer than the parser accepts.
     let mut client = Connection::open(server.address());
     let _ = client.try_send(format!("GET {} HTTP/1.1\r\nhost: kvs\r\n\r\n", path(65_600)));
     assert!(matches!(client.read().status, 414 | 431));
@@ -216,7 +216,7 @@ fn requests_over_limit_are_503_at_once() {
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
 }
 
-/// A server that may have this many open files, by a soft and a hard limit.
+/// A server with this soft and hard limit of open files.
 fn with_open_files(soft: u32, hard: u32, args: &[&str]) -> Server {
     let data = TempDir::new().expect("a temporary directory can be made");
     let command = serve(data.path());
@@ -237,7 +237,7 @@ fn connections_leave_descriptors_to_log_and_admin() {
     let crowd: Vec<_> = (0..400).map(|_| Connection::open(server.address())).collect();
     let admin: Vec<_> = (0..8).map(|_| Connection::open(server.admin())).collect();
     until(&server, "all that can be are accepted", |now| now.get("kvs_connections") >= 108.0);
-    // Segments are made, compacted and removed meanwhile, and the watermark file is written when nothing comes.
+    // Meanwhile segments are created, compacted and removed, and the watermark file is written when there are no writes.
     for _ in 0..60 {
         assert_eq!(writer.ask("PUT", "/v1/a", &[b'x'; 200_000]).status, 201);
     }
@@ -286,7 +286,7 @@ fn work_waits_when_threads_are_refused() {
     let mut unprivileged = through(program.to_str().expect("a temporary path is text"), &command);
     unprivileged.args(command.get_args()).arg(&file);
     let server = Server::spawn(by_nobody(unprivileged), data);
-    // Longer than a runtime keeps idle threads by default: that these stay shows nowhere.
+    // Longer than a runtime keeps idle threads by default: nothing else shows that these stay.
     thread::sleep(Duration::from_secs(12));
     let mut limit = Command::new("prlimit");
     limit.args(["--nproc=1:1", "--pid", &server.pid().to_string()]);

@@ -1,4 +1,4 @@
-//! How often a client may ask: the limit of requests for each client.
+//! The rate limit of each client.
 
 use tempfile::TempDir;
 
@@ -10,7 +10,7 @@ use crate::support::wire::Connection;
 fn client_over_rate_gets_retry_after() {
     let tokens = Tokens::new();
     let (alice, bob) = (tokens.add(&["alice"]), tokens.add(&["bob"]));
-    // One a minute, so that no time that a test takes gives another.
+    // One a minute, so that a slow test does not get another.
     let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "3", "--tokens", &tokens.file()]);
     for _ in 0..3 {
         ask(&server, "GET", "/v1/a", &with(&alice)).says(404, "no such key");
@@ -41,7 +41,7 @@ fn request_over_rate_can_wait() {
     for _ in 0..4 {
         client.ask("GET", "/v1/a", b"").says(404, "no such key");
     }
-    // The first is free. Never early, however slow the machine is.
+    // The first does not wait. The others never come early, however slow the machine is.
     assert!(begun.elapsed().as_millis() >= 290, "they did not wait: {:?}", begun.elapsed());
 }
 

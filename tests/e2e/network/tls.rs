@@ -1,5 +1,4 @@
-//! TLS: the certificate and its key, versions, replacing them while connections are open, and clients that show
-//! certificates of their own.
+//! TLS: certificate and key, versions, reloads while connections are open, and client certificates.
 
 mod admin_listener;
 
@@ -22,7 +21,7 @@ use crate::support::server::{Server, serve_refused};
 use crate::support::tls::{Client, Secure, TLS12, TLS13, connect};
 use crate::support::wire::Connection;
 
-/// A server with a good certificate and these flags, and who issued it.
+/// A server with a valid certificate and these flags, and the authority of the certificate.
 fn start(args: &[&str]) -> (Authority, Server) {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
@@ -30,7 +29,7 @@ fn start(args: &[&str]) -> (Authority, Server) {
     (authority, server)
 }
 
-/// The subject of the certificate that a server shows.
+/// The subject of the certificate of a server.
 fn shown(connection: &Connection<Secure>) -> Vec<u8> {
     connection.stream().conn.peer_certificates().expect("a server shows a certificate")[0].to_vec()
 }
@@ -66,7 +65,7 @@ fn common_kinds_of_keys_are_accepted() {
             &["-out", &certificate, "-keyout", &key],
         );
         let mut forms = vec![key.clone()];
-        // The older way to write these.
+        // The older format of these.
         if newkey[0] != "ed25519" {
             let traditional = authority.path("traditional.key");
             openssl(&["pkey", "-traditional", "-in", &key, "-out", &traditional], &[]);
@@ -116,7 +115,7 @@ fn unusable_certificate_is_rejected_at_start() {
     for (flag, file) in [("--client-ca", &missing), ("--client-ca", &empty), ("--client-crl", &empty)] {
         let pair = ["--tls-cert", &good.certificate, "--tls-key", &good.key];
         let authority = ["--client-ca", &authority.file()];
-        // The last of two is meant.
+        // The last of two counts.
         let wrong = [flag, file];
         let args =
             if flag == "--client-ca" { [&pair[..], &wrong].concat() } else { [&pair[..], &authority, &wrong].concat() };
@@ -227,7 +226,7 @@ fn thousand_reloads_fail_no_handshake() {
             scope.spawn(|| {
                 let client = Client::of(&authority);
                 while !over.load(Ordering::Relaxed) {
-                    // Once over, it may be that there is no server any more.
+                    // At the end, the server may have stopped.
                     let answer = client.get(&server, "/v1/a").expect("a handshake failed");
                     assert_eq!(answer, "no such key\n");
                     shaken.fetch_add(1, Ordering::Relaxed);
@@ -335,7 +334,7 @@ fn invalid_certificate_is_logged_and_old_one_stays() {
     assert!(Metrics::of(&server).get(RELOAD_TIME) >= started.get(RELOAD_TIME));
 }
 
-/// A server that knows clients by the authority that issued its own certificate.
+/// A server that authenticates clients by the authority of its own certificate.
 fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
     let pair = authority.issue("server", Kind::Server, 1);
     let args = [&["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()], args];
@@ -421,7 +420,7 @@ fn revoked_certificate_ends_its_connections() {
     let (mut watching, mut goes_on) = (watch(&alice), watch(&bob));
     authority.revoke(&[&alice, &carol]);
     server.signal(Signal::HUP);
-    // However it ends: nobody says goodbye to it.
+    // In any way: the server sends no close notification.
     assert!(watching.try_next().is_err());
     assert!(idle.try_read(false).is_err());
     server.says("closed: the certificate of the client is not good any more");
@@ -435,7 +434,7 @@ fn expired_certificate_ends_its_watch_and_resumes_nothing() {
     let pair = authority.issue("server", Kind::Server, 1);
     let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
     let server = Server::start(&[&files[..], &["--watch-keep-alive", "100ms"]].concat());
-    // The first that is still good when the server is asked.
+    // The first that is still valid at the request.
     let watching = [2, 4, 8, 16, 32].into_iter().find_map(|seconds| {
         let alice = authority.issue("alice", Kind::ShortClient(seconds), 2);
         let config = Client::of(&authority).shows(&alice).config();

@@ -1,4 +1,4 @@
-//! The access log and the ids of requests: what is logged, how much of it, and what never is.
+//! The access log and request ids: content, rate, and redaction.
 
 use std::collections::HashSet;
 use std::time::Instant;
@@ -26,7 +26,7 @@ fn id(response: &Response) -> String {
     response.header("x-request-id").expect("every answer has an id").to_owned()
 }
 
-/// Lines that are JSON, each of them.
+/// Lines, each of which must be JSON.
 fn parsed(lines: &[String]) -> Vec<Value> {
     let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
     lines.iter().map(parse).collect()
@@ -149,7 +149,7 @@ fn flood_is_limited_and_skipped_requests_are_counted() {
         client.ask("GET", "/v1/a", b"");
     }
     let seconds = begun.elapsed().as_secs() + 2;
-    // Reported without another request, and no more than once a minute.
+    // Reported without another request, at most once a minute.
     server.says("access log rate exceeded");
     let left_out = Metrics::of(&server).get("kvs_access_log_skipped_requests_total") as u64;
     let stopped = server.terminate();
@@ -179,7 +179,7 @@ fn secrets_are_not_logged_at_trace_level() {
         assert_eq!(ask(&server, "POST", "/v1", &with(&good), transaction).status, 200);
         assert_eq!(ask(&server, "GET", "/v1/a", &with(&wrong), "").status, 401);
         assert_eq!(ask(&server, "GET", "/v1/a", "authorization: Basic c2VjcmV0OnBhc3N3b3Jk\r\n", "").status, 401);
-        // Where none belongs.
+        // In a place for no token.
         ask(&server, "GET", &format!("/v1/{good}?token={wrong}"), &with(&good), "");
         ask(&server, "GET", "/v1/a", &format!("x-request-id: {good}\r\n"), "");
         let url = server.url("/v1/a");
@@ -211,7 +211,7 @@ fn slow_request_is_logged_with_times() {
     let begun = Instant::now();
     let put = ask(&server, "PUT", "/v1/a", "", "value");
     ask(&server, "GET", "/v1/a", "", "");
-    // What waits for a change took what its client wanted.
+    // A long poll that waited is not slow.
     assert_eq!(ask(&server, "GET", "/v1/a?wait=1ms", "if-none-match: \"1\"\r\n", "").status, 304);
     for _ in 0..100 {
         ask(&server, "GET", "/v1/a", "", "");

@@ -94,7 +94,7 @@ fn admin_responds_while_guest_uses_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest());
-    // As on a machine with one core: the call below keeps the only thread that serves requests.
+    // As on a machine with one core: the call below occupies the only thread that serves requests.
     command.env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);
     let mut client = Connection::open(server.address());
@@ -152,7 +152,7 @@ fn request_to_v1_is_served_like_client_request() {
         [["reader", "--scope", "read"], ["writer", "--scope", "write"]].map(|args| tokens.add(&args));
     let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
     let mut admin = Connection::open(server.admin());
-    // The listener itself asks for no token, but the HTTP interface does.
+    // The listener itself requires no token, but the HTTP interface does.
     assert_eq!(admin.ask("GET", "/guest", b"").status, 200);
     assert_eq!(admin.ask("GET", "/v1", b"").status, 401);
     let ask = |method, path, token: &str, body: &[u8]| {
@@ -183,7 +183,7 @@ fn watch_over_admin_ends_when_client_leaves() {
     counts(&server, "kvs_http_requests_in_flight", 0.0);
 }
 
-/// A rejection has the headers that those of the HTTP interface have.
+/// Checks that a rejection has the headers of the HTTP interface.
 #[track_caller]
 fn can_be_retried(refused: &Response) {
     assert_eq!((refused.header("kvs-error"), refused.header("retry-after")), (Some("unavailable"), Some("1")));
@@ -248,7 +248,7 @@ fn busy_guest_does_not_delay_admin_with_tokens() {
     let mut client = Connection::open(server.address());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
-    // The only thread that serves requests is kept, also from this one.
+    // The only thread that serves requests is busy, also for this one.
     let mut forwarded = Connection::open(server.admin());
     forwarded.send("GET /v1 HTTP/1.1\r\nhost: kvs\r\n\r\n");
     get(server.admin(), "/livez").says(200, "ok");

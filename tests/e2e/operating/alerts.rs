@@ -1,5 +1,5 @@
-//! The alert rules: they, the dashboard and the runbook name metrics that there are, and a real Prometheus fires the alerts when
-//! what they are for happens to a real server.
+//! The alert rules: they, the dashboard and the runbook use existing metrics, and a real Prometheus fires each alert when its
+//! condition occurs in a real server.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -29,10 +29,10 @@ use crate::support::wire::Connection;
 const ALERTS: &str = include_str!("../../../deploy/alerts.yaml");
 const DASHBOARD: &str = include_str!("../../../deploy/grafana.json");
 const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
-/// The pause between two questions to Prometheus.
+/// Interval of queries to Prometheus.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// The names of all metrics, as the source of the server has them, with the endings that Prometheus gives them.
+/// The names of all metrics in the source of the server, with the suffixes of Prometheus.
 fn metrics() -> BTreeSet<String> {
     fn collect(path: &Path, names: &mut BTreeSet<String>) {
         if path.is_dir() {
@@ -74,7 +74,7 @@ fn alerts() -> Vec<&'static str> {
 fn alerts_dashboard_and_runbook_name_existing_metrics() {
     let there = metrics();
     assert!(there.len() > 60, "{there:?}");
-    // For people a histogram has no ending.
+    // Documentation names a histogram without a suffix.
     let families = there.iter().filter_map(|name| name.strip_suffix("_bucket")).map(str::to_owned);
     let families = families.chain(there.iter().cloned()).collect();
     for (name, text, there) in
@@ -108,7 +108,7 @@ fn prometheus_accepts_rules() {
     );
 }
 
-/// A Prometheus that scrapes admin listeners each second, and waits for no alert to last. A backup is too old after 2 s.
+/// A Prometheus that scrapes admin listeners each second, and fires alerts without delay. A backup is too old after 2 s.
 struct Prometheus {
     _process: Process,
     _directory: TempDir,
@@ -173,10 +173,10 @@ impl Prometheus {
         self.until(&query, |found| found.contains("\"metric\""));
     }
 
-    /// Checks that none fires for a server.
+    /// Checks that no alert fires for a server.
     #[track_caller]
     fn is_quiet(&self, server: SocketAddr) {
-        // One evaluation at least.
+        // At least one evaluation.
         self.until("count(ALERTS)%20or%20vector(0)", |found| found.contains("\"value\""));
         let found = self.get(&format!("/api/v1/query?query=ALERTS%7Binstance=%22{server}%22%7D"));
         assert!(found.contains("\"result\":[]"), "{found}");
@@ -209,7 +209,7 @@ fn alerts_fire_for_failing_guest() {
     prometheus.fires("KvsErrors", fails.admin());
 
     let mut client = Connection::open(traps.address());
-    // Some are answered 503, while the guest is being rebuilt.
+    // Some get 503, while the guest is being rebuilt.
     let trapped = (0..1_000).filter(|_| client.ask("GET", "/trap", b"").status == 500).take(20).count();
     assert_eq!(trapped, 20);
     prometheus.fires("KvsGuestTraps", traps.admin());
@@ -320,7 +320,7 @@ fn alerts_fire_for_restarts_and_absence() {
     let mut server = start(TempDir::new().expect("a temporary directory can be made"));
     let prometheus = Prometheus::of(&[admin]);
     for restarts in 1..=3 {
-        // The time of a start has whole seconds, and two starts are to differ.
+        // Start times have a resolution of a second, and two starts must differ.
         thread::sleep(Duration::from_secs(1));
         server = start(server.terminate().into_data());
         let query = format!("changes(kvs_start_time_seconds[15m])=={restarts}");

@@ -1,4 +1,4 @@
-//! The console in a browser: every action, every refusal, and names and values that would be a script elsewhere.
+//! The console in a browser: every action, every error, and keys and values with HTML and scripts.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -108,7 +108,7 @@ fn value_is_created_changed_and_deleted() {
     page.click("#folders");
     lists(&page, &["cart/7"]);
 
-    // Somebody else was quicker.
+    // Another client was faster.
     put(&server, "cart/7", "4 apples");
     page.fill("#value", "5 apples");
     page.click("#save");
@@ -171,7 +171,7 @@ fn binary_value_is_kept_unchanged() {
     page.is_clean();
 }
 
-/// Names and values that a page which parses them would run, or show in another order.
+/// Keys and values that a page would run, or display in another order, if it parsed them.
 const HOSTILE: [&str; 8] = [
     "<script>window.ran=1</script>",
     "<img src=x onerror=window.ran=1>",
@@ -380,7 +380,7 @@ fn operator_signs_in_with_token() {
     let server = Server::start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]);
     let page = Page::open(&format!("http://127.0.0.1:{}/console", server.admin().port()));
     page.says("#state", "Sign in to continue");
-    // Health is no secret.
+    // Health needs no token.
     page.says("#parts", "log ok");
     page.fill("#token", "kvs_wrong");
     page.click("#sign-in button");
@@ -420,7 +420,7 @@ fn page_is_used_with_keyboard_and_on_phone() {
     );
     page.until("innerWidth === 360");
     assert_eq!(page.value("document.documentElement.scrollWidth"), 360);
-    // Every control has a name, and Tab comes to each that is shown.
+    // Every control has a name, and Tab reaches each visible one.
     let controls = "[...document.querySelectorAll('input, button, textarea, a[href], [tabindex=\"0\"]')].filter(e => e.checkVisibility() && !e.disabled)";
     let unnamed = format!(
         "{controls}.filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel)).map(e => e.outerHTML).join()"

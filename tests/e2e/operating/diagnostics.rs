@@ -1,4 +1,4 @@
-//! Standard error that does not take log lines: nothing that a server does depends on it.
+//! Blocked, closed and full standard error: the server continues.
 
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
@@ -17,7 +17,7 @@ use crate::support::server::{PATIENCE, Server, kvs};
 use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
 
-/// Two addresses where nobody listens now: a server that cannot report its own is asked there.
+/// Two free addresses, for a server that cannot report its own.
 fn free() -> [SocketAddr; 2] {
     let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.3:0").expect("there is a free port"));
     listeners.map(|listener| listener.local_addr().expect("a listener has an address"))
@@ -55,7 +55,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts a server whose log lines nobody gets; it must do all it does else, and end well.
+/// Starts a server whose log lines are lost; it must serve and stop as usual.
 fn does_all_it_does(stderr: impl Into<Stdio>) {
     let tokens = Tokens::new();
     let (kept, revoked) = (tokens.add(&["kept", "--scope", "admin"]), tokens.add(&["revoked"]));
@@ -142,7 +142,7 @@ fn unread_pipe_does_not_stop_server() {
     does_all_it_does(writer);
 }
 
-/// Lines are lost, counted and reported while nobody takes them, and come again when somebody does.
+/// Lines are lost, counted and reported while they are not read, and are written again when they are.
 #[test]
 fn lost_lines_are_counted_and_reported() {
     let [listen, admin] = free();
@@ -180,7 +180,7 @@ fn lost_lines_are_counted_and_reported() {
     assert!(!is_lost(), "it still loses lines");
 }
 
-/// A person who runs a command in a pipe that ends early gets no failure of it.
+/// A command in a pipe that ends early does not fail.
 #[test]
 fn command_with_closed_stderr_succeeds() {
     of_files!();
@@ -195,7 +195,7 @@ fn command_with_closed_stderr_succeeds() {
     assert_eq!(ended.code(), Some(0));
 }
 
-/// No command panics when nobody reads what it prints, however little that is.
+/// No command panics when its output is closed, however short that is.
 #[test]
 fn command_with_closed_stdout_succeeds() {
     of_files!();

@@ -1,4 +1,4 @@
-//! How a server is stopped: politely, impatiently, and before it has begun.
+//! Stops of a server: graceful, immediate, and during the start.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -12,7 +12,7 @@ use crate::support::log::kvs_at;
 use crate::support::server::{Process, Server, serve};
 use crate::support::wire::Connection;
 
-/// A request in progress: its head was read, its body is awaited.
+/// A request in flight: its head was read, its body is incomplete.
 fn in_flight(server: &Server) -> Connection {
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
@@ -86,7 +86,7 @@ fn incomplete_request_head_does_not_delay_stop() {
 fn finished_connections_do_not_count_as_closed_by_stop() {
     let args = ["--drain-timeout", "10s", "--request-timeout", "1h", "--min-body-rate", "1"];
     let server = Server::start(&args);
-    // Half of each body, at which the lowest rate is kept for minutes.
+    // Half of each body, which keeps to the minimum rate for minutes.
     let begin = || {
         let mut client = Connection::open(server.address());
         client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n");
@@ -132,7 +132,7 @@ fn start_and_stop_are_logged_in_one_line_each() {
 
 #[test]
 fn sigterm_during_start_exits_0() {
-    // A start that takes for ever, and says when it is in the midst of it.
+    // A start that does not finish, and reports when it is in progress.
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
@@ -175,7 +175,7 @@ fn server_restarts_at_same_address() {
     let address = server.address().to_string();
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
-    // The server closes first, so it is its end of the connection that the system remembers for a while.
+    // The server closes first, so its end of the connection stays in TIME_WAIT.
     let stopped = server.terminate();
     assert_eq!(client.end(), "");
 
@@ -210,7 +210,7 @@ fn no_acknowledged_request_is_closed_by_stop_under_load() {
         threads.into_iter().map(|thread| thread.join().expect("a client sees what it is to see")).collect()
     });
     for (_, error) in &clients {
-        // Between two requests: not a byte of an answer came.
+        // Between two requests: no byte of a response was received.
         let between = ["ended after \"\"", "reset by peer", "Broken pipe"];
         assert!(between.iter().any(|end| error.contains(end)), "cut off in mid-answer: {error}");
     }

@@ -1,4 +1,4 @@
-//! Background tasks and threads that panic in a server: each is started again and does its work, or the server ends with an error.
+//! Background tasks and threads that panic in a server: each is restarted and works again, or the server ends with an error.
 //! Those of a log in a database are in `logs::postgres::supervision`, and those that need nothing from outside are among the
 //! unit tests of `kvs serve`.
 
@@ -21,7 +21,7 @@ use crate::support::zoo;
 
 #[test]
 fn log_lines_continue_after_panic() {
-    // That it serves is one of them.
+    // Serving is one of them.
     let server = start(&["log lines"], &[]);
     starts_again(&server, "log lines");
     server.terminate();

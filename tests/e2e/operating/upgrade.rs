@@ -91,11 +91,11 @@ impl Upgraded {
         expected
     }
 
-    /// Ends the serving process in good order.
+    /// Ends the serving process by a graceful shutdown.
     fn terminate(mut self) -> TempDir {
         signal(self.process.load(Ordering::Relaxed), Signal::TERM);
         let first = self.first.take().expect("it is there until the end");
-        // The end of the last line is that of the last process.
+        // The last line is that of the last process.
         first.ends();
         await_end(self.process.load(Ordering::Relaxed));
         std::mem::replace(&mut self.data, TempDir::new().expect("a temporary directory can be made"))
@@ -391,7 +391,7 @@ fn impossible_upgrade_is_refused() {
     server.terminate();
 }
 
-/// Clients record what they see, over upgrades of the process.
+/// Clients record histories over upgrades of the process.
 #[test]
 fn history_over_upgrades_is_linearizable() {
     of_files!();
@@ -462,7 +462,7 @@ fn socket_activation_gives_both_listeners() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let admin = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let (address, admin_address) = (listener.local_addr().expect("bound"), admin.local_addr().expect("bound"));
-    // Clients connect before the server is there.
+    // Clients connect before the server runs.
     let mut client = Connection::open(address);
     let data = TempDir::new().expect("a temporary directory can be made");
     let served = serve(data.path());

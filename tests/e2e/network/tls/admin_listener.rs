@@ -13,7 +13,7 @@ use crate::support::wire::Connection;
 fn admin_listener_uses_same_certificate() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
-    // It asks for no certificate, other than the HTTP interface.
+    // Unlike the HTTP interface, it requests no client certificate.
     let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
     let server = Server::start(&[&files[..], &["--admin-tls"]].concat());
     server.says("admin on https://");
@@ -32,7 +32,7 @@ fn admin_listener_uses_same_certificate() {
     }
     let (trusted, said) = kvs(&["health"]);
     assert!(!trusted && said.contains("certificate"), "{said}");
-    // Without TLS there is no answer in HTTP.
+    // Without TLS there is no HTTP response.
     let plain = Connection::open(server.admin()).try_ask("GET", "/readyz", b"");
     assert!(plain.is_err(), "{plain:?}");
 
