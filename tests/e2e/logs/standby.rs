@@ -29,7 +29,7 @@ fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
 }
 
-/// Serves a directory that other processes use too, and that outlives this one.
+/// Serves a directory that is shared with other processes, and kept after the end of this one.
 fn serve_in(data: &Path, args: &[&str]) -> Server {
     let mut command = serve(data);
     command.args(args);
@@ -93,7 +93,7 @@ fn standby_reports_memory_of_its_guest() {
     assert!(after >= before + f64::from(24 << 20), "{before} to {after}");
 }
 
-/// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.
+/// A swap is persisted in the data directory, so the standby serves the guest of its primary, also after a takeover.
 #[test]
 fn standby_serves_guest_of_its_primary() {
     let data = directory();
@@ -107,7 +107,7 @@ fn standby_serves_guest_of_its_primary() {
     assert_eq!((swap(&primary, &other).status, put(&primary, "a", "1")), (200, 201));
     let follows = |before: &str| {
         let begun = Instant::now();
-        // Until its probation is over too.
+        // Also until its probation is over.
         while digest(&standby) == before || !status(&standby)["swap"].is_null() {
             assert!(begun.elapsed() < PATIENCE, "the standby keeps its guest");
             thread::sleep(Duration::from_millis(20));
@@ -148,7 +148,7 @@ fn standby_takes_over_from_killed_primary_without_gap() {
     let mut clients = Clients::new(&mut zoo::dice());
     let mut watch = Events::open(&standby, "/v1?watch&since=0", &[]);
     thread::scope(|scope| {
-        // All that is ever written, in order, and each once.
+        // All writes, in order, each once.
         let watching = scope.spawn(move || {
             for number in 1.. {
                 let event = watch.next().expect("the watch continues over a takeover");

@@ -1,7 +1,8 @@
 //! Connections: listeners, access and limits.
 //!
-//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`: rates.
-//! `http2` and `raw` test the protocols byte for byte, `limits` slow and many clients, `floods` and `attacks` malicious ones.
+//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`:
+//! rates. `http2` and `raw` test the protocols byte for byte, `limits` slow and many clients, `floods` and `attacks` malicious
+//! ones.
 
 mod access;
 mod attacks;

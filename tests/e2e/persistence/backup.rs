@@ -1,5 +1,5 @@
-//! Copy of a data directory while the server under load is frozen. The copy contains everything that was acknowledged or seen
-//! before, and the server continues.
+//! Copies of a data directory while the server under load is frozen. The copy contains all writes that were acknowledged or
+//! read before, and the server continues.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};

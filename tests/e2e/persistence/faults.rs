@@ -1,5 +1,5 @@
-//! Disk faults: strace makes selected system calls of the server fail. The server must log the failure, stop, and lose nothing
-//! that it acknowledged.
+//! Disk faults: strace makes selected system calls of the server fail. The server must log the failure, stop, and lose no
+//! acknowledged write.
 
 use std::fs;
 use std::path::Path;

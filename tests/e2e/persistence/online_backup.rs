@@ -1,4 +1,4 @@
-//! Online backups: taken while the server works, restored elsewhere, and refused when a byte of them is wrong.
+//! Online backups: taken while the server works, restored elsewhere, and rejected when a byte is corrupted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -38,7 +38,7 @@ fn write_on(address: SocketAddr, client: usize, stop: &AtomicBool, acknowledged:
     all
 }
 
-/// Checks that a server has what was acknowledged up to a sequence, and nothing after it.
+/// Checks that a server has all writes acknowledged up to a sequence, and none after it.
 #[track_caller]
 fn holds(server: &Server, written: &[Written], until: u64) {
     let mut expected = HashMap::new();
@@ -68,7 +68,7 @@ fn backups_under_load_hold_what_was_acknowledged() {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|client| {
                 let (acknowledged, stop, address) = (acknowledged.clone(), &stop, server.address());
-                // Nobody counts any more when the test has failed.
+                // After a failed test, the counts do not matter.
                 scope.spawn(move || write_on(address, client, stop, || acknowledged.send(()).unwrap_or_default()))
             })
             .collect();
@@ -77,7 +77,7 @@ fn backups_under_load_hold_what_was_acknowledged() {
         some();
         ends.push(take(&server, &file("0"), &[]));
         some();
-        // The log is compacted all the while, and the guest swapped during a backup.
+        // The log is compacted continuously, and the guest swapped during a backup.
         thread::scope(|scope| {
             let swapping = scope.spawn(|| swaps(&server, &copy_of(DEFAULT_GUEST)));
             ends.push(take(&server, &file("1"), &["--since", &ends[0].to_string()]));
@@ -125,7 +125,7 @@ fn tags_and_positions_of_lost_future_are_rejected() {
     assert_eq!(client.ask_for_head("GET", "/v1?watch&since=2", &[]).status, 410);
     let mut client = Connection::open(restored.address());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("if-match", "\"1\"")], b"3").status, 201);
-    // So is a backup since then.
+    // So is an incremental backup since then.
     let answer = Connection::open(restored.admin()).ask("GET", "/backup?since=2", b"");
     answer.says(410, "sequence 2 is not in the history of this log; take a full backup");
     refused(backup(restored.admin(), &["-o", "-", "--since", "2"])).with(1, &["no backup", "(410)"]);
@@ -153,7 +153,7 @@ fn stalled_backup_client_is_disconnected() {
     let mut busy = 0;
     let file = temporary().path().join("missing/backup");
     server.says("the client took nothing for 200ms (--backup-timeout)");
-    // Cut off in the middle, and not at an end that looks like one.
+    // Truncated in the middle, not at a possible end.
     assert_eq!(stalled.try_read(true).expect("it had begun").status, 200);
     let cut_off = loop {
         match stalled.try_chunk() {
@@ -196,7 +196,7 @@ fn failed_backup_keeps_previous_file() {
     take(&server, &file, &[]);
     let before = fs::read(&file).expect("it is there");
     client.ask("PUT", "/v1/b", &[b'v'; 100_000]);
-    // No file can be larger than 4 KiB, and nobody dies of it.
+    // Limits files to 4 KiB, and ignores the signal for larger ones.
     let command = backup(server.admin(), &["-o", text(&file)]);
     let mut limited = through("sh", &command);
     let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\"";

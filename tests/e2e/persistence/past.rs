@@ -1,4 +1,4 @@
-//! `kvs serve --read-only --until`: a log as it was, which is not changed.
+//! `kvs serve --read-only --until`: serves a log as of the past, without changing it.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Statistics of what is stored, of a running server and of a log at rest.
+//! Statistics of stored keys, of a running server and of an offline log.
 
 use std::process::Command;
 use std::thread;
@@ -146,7 +146,7 @@ fn one_scan_for_statistics_runs_and_ends_with_its_client() {
     let is_stopped = (0..100).any(|_| {
         let mut leaves = Connection::open(server.admin());
         leaves.send(request);
-        // Neither before the request is read nor after its response.
+        // Neither before the request is read, nor after its response.
         thread::sleep(Duration::from_millis(5));
         drop(leaves);
         thread::sleep(Duration::from_millis(50));

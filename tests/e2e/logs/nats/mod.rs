@@ -1,4 +1,4 @@
-//! The log in NATS JetStream: a real one of three nodes, which each test starts for itself, kills and spoils.
+//! The log in NATS JetStream: each test starts its own cluster of three nodes, kills nodes and corrupts their data.
 
 mod supervision;
 
@@ -20,7 +20,7 @@ use crate::support::requests::{answer, get, put, send};
 use crate::support::server::{PATIENCE, Refused, Server, kvs, refused, serve};
 use crate::support::wire::{Connection, STALE};
 
-/// Short, so that a test of a takeover is too.
+/// Short, so that takeovers are fast.
 const LEASE: [&str; 2] = ["--read-lease", "3s"];
 
 fn args(nodes: &Nodes) -> Vec<String> {
@@ -109,7 +109,7 @@ fn standby_takes_over_from_killed_and_from_stopped_primary() {
     let first = first.kill();
     becomes_ready(&second, 200, WELL);
     assert_eq!((get(&second, "a"), put(&second, "a", "2")), ((200, "1".into()), 201));
-    // The one that was killed stands by, and takes over at once from one that stops.
+    // The killed one restarts as a standby, and takes over at once from one that stops.
     let args = args(&nodes);
     let third = first.restart(&[&texts(&args)[..], &["--standby"]].concat());
     becomes_ready(&third, 200, UP_TO_DATE);
@@ -126,7 +126,7 @@ fn paused_primary_never_answers_stale() {
     let standby = stand_by(&nodes);
     becomes_ready(&standby, 200, UP_TO_DATE);
     paused.signal(Signal::STOP);
-    // The system takes these in, and it reads them as soon as it continues.
+    // The system buffers these, and the server reads them when it resumes.
     let mut waiting: Vec<_> = (0..20).map(|_| send(&paused, "GET /v1/a", "")).collect();
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
@@ -144,7 +144,7 @@ fn paused_primary_never_answers_stale() {
     assert_eq!((get(&standby, "a"), get(&standby, "lost").0), ((200, "2".into()), 404));
 }
 
-/// Clients of one server, and what they were answered.
+/// Clients of one server, and their responses.
 #[derive(Default)]
 struct Clients {
     ended: AtomicBool,
@@ -184,7 +184,7 @@ impl Clients {
         }
     }
 
-    /// Reads a key that nobody writes.
+    /// Reads a key that no client writes.
     fn read(&self, server: &Server) {
         let mut connection = Connection::open(server.address());
         while !self.ended.load(Ordering::Acquire) {
@@ -231,7 +231,7 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
             clients.grow(100);
             let leader = nodes.leader("x");
             nodes.kill(leader);
-            // What was on its way to the clients is there by now.
+            // Responses in flight have arrived by now.
             thread::sleep(Duration::from_millis(500));
             pauses.push(clients.grow(100) + Duration::from_millis(500));
             nodes.restart(leader);

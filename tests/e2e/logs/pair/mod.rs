@@ -1,5 +1,5 @@
-//! The two roles, as clients and proxies see them: who is primary and where, stale reads of a standby, and the listener that only
-//! the primary has.
+//! The two roles, for clients and proxies: the address of the primary, stale reads of a standby, and the listener of the
+//! primary only.
 
 mod proxy;
 
@@ -20,13 +20,13 @@ use crate::support::requests::{get, put};
 use crate::support::server::{PATIENCE, Process, Server, kvs, serve_refused};
 use crate::support::wire::{Connection, Response, STALE};
 
-/// Where the log is that two servers share.
+/// Storage of the shared log.
 enum Log {
     Files(TempDir),
     Postgres(Database),
 }
 
-/// The same with each log.
+/// Runs a test with each kind of log.
 macro_rules! with_each_log {
     ($($test:ident),*) => {
         mod files {
@@ -85,7 +85,7 @@ fn age(response: &Response) -> u64 {
     response.header(AGE).expect("a stale read has its age").parse().expect("it is a number")
 }
 
-/// Status of `/primary`, and what it says.
+/// Status and body of `/primary`.
 fn primary(server: &Server) -> (u16, String) {
     role(server, "/primary")
 }
@@ -95,7 +95,7 @@ fn role(server: &Server, path: &str) -> (u16, String) {
     (answer.status, answer.text().to_owned())
 }
 
-/// Waits until `ready` gives something.
+/// Waits until `ready` returns a value.
 fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
@@ -107,7 +107,7 @@ fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// An address of this machine that nobody else takes meanwhile.
+/// An address of this machine that no other test uses.
 fn free(ip: &str) -> SocketAddr {
     TcpListener::bind((ip, 0)).and_then(|listener| listener.local_addr()).expect("a port is free")
 }
@@ -118,7 +118,7 @@ fn standby_serves_stale_reads_only_when_asked(log: &Log) {
     let standby = log.stand_by(&[]);
     let url = server.url("");
 
-    // The guest is not asked, whatever the path: what it would say is of an older state.
+    // The guest is not called, whatever the path: its response would be stale.
     for path in ["/v1/a", "/v1", "/v1?watch", "/v1/nothing"] {
         let refused = Connection::open(standby.address()).ask("GET", path, b"");
         refused.says(503, &format!("{NO_READS}; the primary is {url}"));
@@ -140,7 +140,7 @@ fn standby_serves_stale_reads_only_when_asked(log: &Log) {
     let nothing = Connection::open(standby.address()).ask_with("GET", "/v1/nothing", &STALE, b"");
     nothing.says(404, "no such key");
     age(&nothing);
-    // It is for reads: nothing is written for it.
+    // The header applies to reads only: writes are rejected.
     let refused = Connection::open(standby.address()).ask_with("PUT", "/v1/a", &STALE, b"2");
     refused.says(503, &format!("this server stands by; another one takes writes; the primary is {url}"));
 
@@ -213,7 +213,7 @@ fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     let [next, other] = [&standbys[next], &standbys[1 - next]];
     assert_eq!((role(next, "/replica").0, role(other, "/replica").0), (503, 200));
     assert_eq!((put(next, "a", "1"), get(next, "a")), (201, (200, "1".into())));
-    // Once it has looked again.
+    // After its next poll.
     let named = next.url("");
     await_some("the name of the next", || {
         (read(other.address(), &[]).header("kvs-primary") == Some(&named)).then_some(())
@@ -230,7 +230,7 @@ fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
     let mut client = Connection::open(shared);
     assert_eq!(client.ask("PUT", "/v1/a", b"1").status, 201);
     assert_eq!(get(&server, "a"), (200, "1".into()));
-    // What the primary is reached at.
+    // The advertised URL of the primary.
     assert_eq!(read(standby.address(), &[]).header("kvs-primary"), Some(&*format!("http://{shared}")));
 
     server.signal(Signal::KILL);
@@ -273,7 +273,7 @@ fn stale_age_grows_while_database_is_unavailable() {
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = stand_by(&database.url_at(proxy.port), &["--stale-reads"]);
     becomes_ready(&standby, 200, UP_TO_DATE);
-    // It need not be asked for here, and a client that wants no such read gets none.
+    // No header is needed here, and a client that requires a consistent read gets 503.
     assert_eq!(read(standby.address(), &[]).text(), "1");
     read(standby.address(), &[("kvs-consistency", "strong")])
         .says(503, &format!("{NO_READS}; the primary is {}", server.url("")));

@@ -1,5 +1,4 @@
-//! Standbys in a directory that is not as it should be, and beside a primary that is paused: what `/readyz` reports, and that
-//! the standby changes nothing.
+//! Standbys in a faulty directory, and with a paused primary: `/readyz` reports the fault, and the standby changes nothing.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -21,7 +20,7 @@ use crate::support::wire::{Connection, STALE};
 
 const CANNOT_FOLLOW: &str = "[-]log standby cannot follow the log: ";
 
-/// The files of the log, with their bytes. Not those that a server writes beside the entries: the watermark, and what is begun.
+/// The files of the log, with their bytes, without the watermark and incomplete files.
 fn files(data: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(data.join("log")).expect("there is a log").map(|file| file.expect("it can be read"));
     let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
@@ -35,7 +34,7 @@ fn segment(data: &Path) -> File {
     File::options().read(true).write(true).open(first).expect("it is there")
 }
 
-/// Waits until the standby has begun another look at the log, and found that it has a primary.
+/// Waits until the standby has polled the log again, and found that there is a primary.
 fn looks(standby: &Server) {
     let begun = Instant::now();
     loop {
@@ -109,7 +108,7 @@ fn standby_reports_corruption_and_touches_nothing() {
     assert_eq!((put(&standby, "a", "3"), get(&standby, "a")), (201, (200, "3".into())));
 }
 
-/// The last entry of a log is corrupt: without the primary that would be a torn write.
+/// The last entry of the log is corrupt, which without a primary would be a torn write.
 #[test]
 fn standby_does_not_truncate_corrupt_end() {
     let data = directory();
@@ -172,7 +171,7 @@ fn standby_leaves_newer_format_unchanged() {
     assert!(files(data.path()) == before, "the standby changed the log");
 }
 
-/// Whether it has a primary or not, a standby that may not write the directory could never take over.
+/// With or without a primary, a standby without write permission could never take over.
 #[test]
 fn standby_in_read_only_directory_ends_at_once() {
     let disk = Mount::tmpfs();
@@ -189,7 +188,7 @@ fn standby_in_read_only_directory_ends_at_once() {
     standby("is on a read-only file system; give another directory with --data-dir");
 }
 
-/// The directory is replaced by that of another server, as by a mount or a mistake of an operator.
+/// The directory is replaced by that of another server, for instance by a wrong mount.
 #[test]
 fn standby_leaves_other_log_unchanged() {
     let root = directory();
