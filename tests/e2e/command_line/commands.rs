@@ -92,7 +92,7 @@ fn session_at_terminal_works() {
 }
 
 #[test]
-fn every_operation_has_a_command() {
+fn every_operation_has_command() {
     let server = Server::start(&[]);
     let kvs = |args: &[&str]| client(&server, args);
     let json = |args: &[&str]| objects(kvs(&[args, &["--output", "json"]].concat())).remove(0);
@@ -283,7 +283,7 @@ fn export_is_imported_through_pipe_and_tls() {
 }
 
 #[test]
-fn closed_output_pipe_is_not_an_error() {
+fn closed_output_pipe_is_accepted() {
     let server = Server::start(&[]);
     let lines: String = (0..20_000).map(|n| format!("{{\"key\": \"key-{n}\", \"value\": \"{n}\"}}\n")).collect();
     printed(client(&server, &["import", "-"]), lines.as_bytes());

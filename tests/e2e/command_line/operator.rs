@@ -58,7 +58,7 @@ fn file_in_place_of_log_is_rejected() {
 }
 
 #[test]
-fn lock_that_is_not_a_file_is_rejected() {
+fn lock_of_other_file_type_is_rejected() {
     of_files!();
     let data = temporary();
     fs::create_dir(data.path().join("LOCK")).expect("the directory takes another");
@@ -95,7 +95,7 @@ fn address_of_another_machine_is_rejected() {
 }
 
 #[test]
-fn invalid_flag_is_a_usage_error() {
+fn invalid_flag_is_usage_error() {
     for (args, expected) in [
         (&["--no-such-flag"][..], &["--no-such-flag"][..]),
         (&["a.wasm", "b.wasm"], &["b.wasm"]),
@@ -122,7 +122,7 @@ fn invalid_flag_is_a_usage_error() {
 }
 
 #[test]
-fn invalid_address_is_a_usage_error() {
+fn invalid_address_is_usage_error() {
     for address in ["8080", "127.0.0.1", "127.0.0.1:99999", "no.such.host.invalid:8080", ""] {
         let mut command = kvs();
         command.args(["serve", "--listen", address]);
@@ -131,7 +131,7 @@ fn invalid_address_is_a_usage_error() {
 }
 
 #[test]
-fn unknown_command_is_a_usage_error() {
+fn unknown_command_is_usage_error() {
     let mut command = kvs();
     command.arg("sevre");
     refused(command).with(2, &["sevre", "serve"]);
@@ -186,7 +186,7 @@ fn flag_overrides_its_variable() {
 }
 
 #[test]
-fn invalid_variable_is_a_usage_error() {
+fn invalid_variable_is_usage_error() {
     let data = temporary();
     let mut command = serve(data.path());
     command.env("KVS_DRAIN_TIMEOUT", "eventually");
@@ -194,7 +194,7 @@ fn invalid_variable_is_a_usage_error() {
 }
 
 #[test]
-fn unknown_variable_is_a_usage_error() {
+fn unknown_variable_is_usage_error() {
     for (variable, expected) in [
         ("KVS_LISTN", "is KVS_LISTEN meant?"),
         ("KVS_MAX_VALUE", "is KVS_MAX_VALUE_BYTES meant?"),

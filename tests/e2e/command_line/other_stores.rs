@@ -150,7 +150,7 @@ fn strings_of_redis_are_copied_with_their_ttl() {
 }
 
 #[test]
-fn keys_of_etcd_are_copied_with_the_ttl_of_their_lease() {
+fn keys_of_etcd_are_copied_with_lease_ttl() {
     let (address, peers) = (free(), free());
     let (clients, peers) = (format!("http://{address}"), format!("http://{peers}"));
     let mut args =

@@ -107,7 +107,7 @@ fn health_prints_json_when_it_fails() {
 }
 
 #[test]
-fn export_has_values_too_large_for_a_list() {
+fn export_has_values_too_large_for_list() {
     for shards in ["1", "4"] {
         let server = Server::start(&["--max-value-bytes", "16MiB", "--shards", shards]);
         let mut client = Connection::open(server.address());

@@ -125,7 +125,7 @@ fn much_too_large_response_is_never_copied() {
 }
 
 #[test]
-fn largest_value_fits_into_a_response() {
+fn largest_value_fits_into_response() {
     let server = Server::start(&["--max-value-bytes", "2MiB", "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     let value = vec![b'x'; 2 << 20];

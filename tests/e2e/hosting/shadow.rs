@@ -231,7 +231,7 @@ fn difference_for_one_principal_names_it() {
 }
 
 #[test]
-fn difference_after_a_write_is_found_after_it() {
+fn difference_after_write_is_found() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
@@ -272,7 +272,7 @@ fn slow_candidate_is_reported_and_delays_no_request() {
 }
 
 #[test]
-fn candidate_survives_trap_of_serving_guest() {
+fn candidate_stays_in_step_after_trap_of_serving_guest() {
     let server = Server::start(&[guest(), "--spare"]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {

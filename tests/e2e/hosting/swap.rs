@@ -77,7 +77,7 @@ fn dry_run_does_not_switch() {
 }
 
 #[test]
-fn one_swap_at_a_time() {
+fn concurrent_swap_is_rejected() {
     let server = Server::start(&LONG_PROBATION);
     thread::scope(|scope| {
         // The server may end before it responds.

@@ -277,7 +277,7 @@ fn too_large_group_appends_nothing() {
 }
 
 #[test]
-fn keys_that_break_the_rules_are_rejected_at_append() {
+fn invalid_keys_are_rejected_at_append() {
     let (_server, mut client) = start(&["--shards", "1"]);
     let (longest, longest_own) = ("x".repeat(1_024), format!("\u{1}{}", "x".repeat(2_047)));
     let rejected = |client: &mut Connection, method: &str, key: &str| {

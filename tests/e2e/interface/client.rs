@@ -133,7 +133,7 @@ fn value_of_limit_size_is_accepted() {
 }
 
 #[test]
-fn large_body_of_sending_client_is_413() {
+fn client_still_sending_large_body_gets_413() {
     let server = Server::start(&[]);
     let value = vec![b'x'; 8 << 20];
     // Several times, since a connection that is reset too early does not always lose the response.

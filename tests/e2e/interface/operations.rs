@@ -126,7 +126,7 @@ fn several_values_are_read_from_all_shards() {
 }
 
 #[test]
-fn query_is_a_read() {
+fn query_counts_as_read() {
     let tokens = Tokens::new();
     let reader = format!("Bearer {}", tokens.add(&["reader"]));
     let server = Server::start(&["--tokens", &tokens.file()]);

@@ -34,7 +34,7 @@ fn similar_keys_are_different_keys() {
 }
 
 #[test]
-fn etag_is_the_sequence_and_survives_restart() {
+fn etag_is_sequence_and_survives_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"1").header("etag"), Some("\"1\""));

@@ -37,7 +37,7 @@ fn honest(server: &Server, from: &str, over: &AtomicBool) -> (usize, usize, Dura
 }
 
 #[test]
-fn slow_clients_at_connection_limit_delay_no_others() {
+fn slow_clients_at_connection_limit_block_no_others() {
     let server = Server::start(
         &[
             ["--max-connections", "400", "--max-connections-per-address", "300"],
@@ -151,7 +151,7 @@ const ATTACKS: [(&str, Attack); 6] = [
 /// Checks that all other clients are served and that the memory of the server does not grow. Latencies with and without an
 /// attack are only printed, since other tests share this machine.
 #[test]
-fn harmful_http2_frames_delay_no_others() {
+fn harmful_http2_frames_block_no_others() {
     let server = Server::start(&["--idle-timeout", "1s", "--request-timeout", "1s"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/honest", &[b'x'; 100]).status, 201);

@@ -51,7 +51,7 @@ fn idle_client_is_disconnected() {
 }
 
 #[test]
-fn idle_timeout_does_not_apply_to_slow_request() {
+fn header_and_idle_timeouts_are_independent() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     let mut client = Connection::open(server.address());
     for _ in 0..2 {

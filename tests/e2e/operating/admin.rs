@@ -240,7 +240,7 @@ fn request_over_admin_is_finished_at_stop() {
 }
 
 #[test]
-fn busy_guest_does_not_delay_admin_with_tokens() {
+fn busy_guest_delays_v1_but_not_admin() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");

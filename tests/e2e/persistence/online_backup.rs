@@ -174,7 +174,7 @@ fn stalled_backup_client_is_disconnected() {
 }
 
 #[test]
-fn one_backup_runs_at_a_time_and_ends_with_its_client() {
+fn single_backup_runs_and_ends_with_its_client() {
     let server = large();
     let mut first = Connection::open(server.admin());
     first.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");

@@ -213,7 +213,7 @@ impl Clients {
 }
 
 #[test]
-fn killed_leaders_of_the_engine_lose_and_double_nothing() {
+fn killed_leaders_of_engine_lose_and_double_nothing() {
     let kills = std::env::var("KVS_TEST_LEADER_KILLS").map_or(2, |kills| kills.parse().expect("it is a number"));
     let mut nodes = Nodes::start(3);
     let server = Server::start(&["--txlog", &nodes.url("x"), "--txlog-monitor", &nodes.monitors()]);
@@ -323,7 +323,7 @@ fn passwords_are_checked_and_never_shown() {
 }
 
 #[test]
-fn deleted_stream_is_never_an_empty_store() {
+fn deleted_stream_is_never_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -337,7 +337,7 @@ fn deleted_stream_is_never_an_empty_store() {
 }
 
 #[test]
-fn purged_stream_is_never_an_empty_store() {
+fn purged_stream_is_never_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use self::proxy::proxy_finds_the_primary;
+use self::proxy::proxy_finds_primary;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way};
 use crate::support::postgres::{stand_by, start};
@@ -39,12 +39,12 @@ macro_rules! with_each_log {
 }
 
 with_each_log!(
-    standby_serves_stale_reads_only_when_asked,
-    client_reads_a_standby_with_its_flag,
-    import_to_a_standby_says_that_it_waits,
-    primary_path_and_advertised_url_follow_the_role,
-    listener_of_the_primary_is_opened_after_takeover,
-    proxy_finds_the_primary
+    standby_serves_stale_reads_only_on_request,
+    client_reads_standby_with_stale_flag,
+    import_to_standby_reports_wait,
+    primary_path_and_advertised_url_follow_role,
+    primary_listener_opens_after_takeover,
+    proxy_finds_primary
 );
 
 impl Log {
@@ -112,7 +112,7 @@ fn free(ip: &str) -> SocketAddr {
     TcpListener::bind((ip, 0)).and_then(|listener| listener.local_addr()).expect("a port is free")
 }
 
-fn standby_serves_stale_reads_only_when_asked(log: &Log) {
+fn standby_serves_stale_reads_only_on_request(log: &Log) {
     let server = log.start(&[]);
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = log.stand_by(&[]);
@@ -155,7 +155,7 @@ fn standby_serves_stale_reads_only_when_asked(log: &Log) {
     }
 }
 
-fn client_reads_a_standby_with_its_flag(log: &Log) {
+fn client_reads_standby_with_stale_flag(log: &Log) {
     let server = log.start(&[]);
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = log.stand_by(&[]);
@@ -175,7 +175,7 @@ fn client_reads_a_standby_with_its_flag(log: &Log) {
     assert!(run(&["export", "--stale"]).1.contains("\"key\":\"a\""));
 }
 
-fn import_to_a_standby_says_that_it_waits(log: &Log) {
+fn import_to_standby_reports_wait(log: &Log) {
     let server = log.start(&[]);
     let standby = log.stand_by(&[]);
     let lines = tempfile::NamedTempFile::new().expect("a temporary file can be made");
@@ -193,7 +193,7 @@ fn import_to_a_standby_says_that_it_waits(log: &Log) {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
 }
 
-fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
+fn primary_path_and_advertised_url_follow_role(log: &Log) {
     let server = log.start(&["--advertise", "https://kvs.example:8443"]);
     let standby = log.stand_by(&[]);
     let third = log.stand_by(&[]);
@@ -221,7 +221,7 @@ fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     assert_eq!(primary(other).0, 503);
 }
 
-fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
+fn primary_listener_opens_after_takeover(log: &Log) {
     let shared = free(if matches!(log, Log::Files(_)) { "127.0.0.5" } else { "127.0.0.8" });
     let at = shared.to_string();
     let server = log.start(&["--listen-when-primary", &at]);

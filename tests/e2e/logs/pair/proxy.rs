@@ -40,7 +40,7 @@ fn watch_through(address: SocketAddr, target: &str) -> Events {
     }
 }
 
-pub fn proxy_finds_the_primary(log: &Log) {
+pub fn proxy_finds_primary(log: &Log) {
     let servers = [log.start(&["--standby"]), log.stand_by(&[])];
     // An address that no other test uses.
     let free = TcpListener::bind("127.0.0.7:0").and_then(|listener| listener.local_addr()).expect("a port is free");

@@ -309,7 +309,7 @@ fn resumed_primary_serves_no_stale_read() {
 }
 
 #[test]
-fn cut_off_primary_rejects_reads_with_a_standby() {
+fn disconnected_primary_with_standby_rejects_reads() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
