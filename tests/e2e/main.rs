@@ -2,14 +2,14 @@
 //!
 //! | Folder | Subject |
 //! | --- | --- |
-//! | `interface` | the HTTP interface, as clients use it |
-//! | `persistence` | what was acknowledged is kept, and every client sees one store |
-//! | `hosting` | guests, good and bad |
-//! | `operating` | a server, as its operator sees it |
+//! | `interface` | the HTTP interface |
+//! | `persistence` | durability and linearizability |
+//! | `hosting` | guests |
+//! | `operating` | operation of a server |
 //! | `network` | connections, protocols, tokens, limits |
 //! | `logs` | logs in databases, and servers that share a log |
 //! | `command_line` | the command line |
-//! | `support` | what suites share: servers, clients, certificates, databases, the checker of histories |
+//! | `support` | shared by suites: servers, clients, certificates, databases, the checker of histories |
 //! | `probes` | guests in other languages, which `hosting::languages` builds |
 //!
 //! A suite imports from `support`, never from another suite. Start with `support::server`, which runs the binary, and

@@ -1,5 +1,5 @@
 //! `kvs get`, `put`, `delete`, `list`, `watch`, `import` and `export`, as people and scripts use them: through pipes, over TLS,
-//! without success, and, in `interrupted`, when they or the server are killed.
+//! with errors, and, in `interrupted`, when they or the server are killed.
 
 mod interrupted;
 
@@ -30,13 +30,13 @@ fn run(mut command: Command, input: &[u8]) -> Output {
     let mut child = piped.spawn().expect("the binary can be started");
     let mut stdin = child.stdin.take().expect("it is piped");
     thread::scope(|scope| {
-        // One that is not read is none of this test's business.
+        // The command need not read its input.
         scope.spawn(move || stdin.write_all(input));
         child.wait_with_output().expect("a child can be waited for")
     })
 }
 
-/// Runs a command that must succeed, and gives what it printed.
+/// Runs a command that must succeed, and returns its output.
 #[track_caller]
 fn printed(command: Command, input: &[u8]) -> Vec<u8> {
     let output = run(command, input);
@@ -59,7 +59,7 @@ fn refuses(server: &Server, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn a_session_at_a_terminal() {
+fn session_at_terminal_works() {
     let server = Server::start(&[]);
     let kvs = |args: &[&str]| client(&server, args);
     refuses(&server, &["get", "key-a"]).with(1, &["kvs: get key-a: no such key (404)"]);
@@ -92,7 +92,7 @@ fn a_session_at_a_terminal() {
 }
 
 #[test]
-fn every_operation_has_a_command() {
+fn every_operation_has_command() {
     let server = Server::start(&[]);
     let kvs = |args: &[&str]| client(&server, args);
     let json = |args: &[&str]| objects(kvs(&[args, &["--output", "json"]].concat())).remove(0);
@@ -164,7 +164,7 @@ fn every_key_and_value_comes_back() {
 }
 
 #[test]
-fn what_went_wrong_is_one_line() {
+fn error_is_one_line() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = |name: &str, content: &str| {
         let path = directory.path().join(name);
@@ -193,7 +193,7 @@ fn what_went_wrong_is_one_line() {
     let reader = file("reader", &reader);
     nobody(&["get", "a", "--token-file", &reader]).with(1, &["no such key (404)"]);
     nobody(&["put", "a", "x", "--token-file", &reader]).with(1, &["the token is read-only (403)"]);
-    // What needs no escape has none.
+    // Characters that need no escape are not escaped.
     let by_variable = |args: &[&str]| {
         let mut command = client(&server, args);
         command.env("KVS_TOKEN", bound.trim());
@@ -223,7 +223,7 @@ fn what_went_wrong_is_one_line() {
 }
 
 #[test]
-fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
+fn export_is_imported_through_pipe_and_tls() {
     let mut rng = zoo::dice();
     let from = Server::start(&[]);
     let mut wire = Connection::open(from.address());
@@ -248,7 +248,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
         command.args(args).env("KVS_URL", &url).env("KVS_CACERT", authority.file());
         command
     };
-    // It is over when it arrives.
+    // It has expired when it arrives.
     while String::from_utf8_lossy(&printed(client(&from, &["list", "soon"]), b"")).contains("soon") {}
     let output = run(secure(&["import"]), &dump);
     assert_eq!(String::from_utf8_lossy(&output.stderr), "imported 1202 lines\n");
@@ -270,7 +270,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
     let expires = typed.map(|typed| typed["expires"].as_u64().expect("it expires"));
     assert!(expires[0].abs_diff(expires[1]) < 1_000 * PATIENCE.as_secs(), "{expires:?}");
 
-    // A server that is not trusted receives nothing.
+    // A server without a trusted certificate receives nothing.
     let mut untrusting = kvs();
     untrusting.args(["get", "a", "--url", &url]);
     refused(untrusting).with(1, &["no response from https://localhost", "--cacert"]);
@@ -283,7 +283,7 @@ fn a_store_is_carried_to_another_through_a_pipe_and_over_tls() {
 }
 
 #[test]
-fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
+fn closed_output_pipe_is_accepted() {
     let server = Server::start(&[]);
     let lines: String = (0..20_000).map(|n| format!("{{\"key\": \"key-{n}\", \"value\": \"{n}\"}}\n")).collect();
     printed(client(&server, &["import", "-"]), lines.as_bytes());
@@ -299,7 +299,7 @@ fn a_pipe_that_nobody_reads_to_its_end_is_no_failure() {
 }
 
 #[test]
-fn a_malformed_line_is_named() {
+fn malformed_line_is_reported_by_number() {
     let server = Server::start(&[]);
     let good = "{\"key\": \"a\", \"value\": \"1\"}\n";
     for (bad, expected) in [
@@ -314,7 +314,7 @@ fn a_malformed_line_is_named() {
         let file = server.data().join("lines");
         fs::write(&file, [good, bad, "\n", good].concat()).expect("the directory takes a file");
         let file = file.to_str().expect("a temporary path is text");
-        // A file is looked at whole before anything is put, a pipe as it comes.
+        // A file is checked completely before anything is put, a pipe as it is read.
         refuses(&server, &["import", file]).with(1, &["kvs: line 2 of ", file, expected]);
         assert_eq!(lines(client(&server, &["list"])), [""; 0]);
     }
@@ -323,7 +323,7 @@ fn a_malformed_line_is_named() {
     let expected = "kvs: line 2 of standard input: expected ident at byte 2; the first 1 lines are stored\n";
     assert_eq!((output.status.code(), said.as_ref()), (Some(1), expected));
     assert_eq!(lines(client(&server, &["list"])), ["a"]);
-    // The server has rules of its own, and a key can be long.
+    // The server has further rules, and a key can be long.
     let long = format!("{{\"key\": \"{}\", \"value\": \"\", \"content_type\": \"none\"}}\n", "x".repeat(1_000));
     let output = run(client(&server, &["import"]), long.as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
@@ -332,7 +332,7 @@ fn a_malformed_line_is_named() {
 }
 
 #[test]
-fn blank_lines_and_a_byte_order_mark_are_skipped() {
+fn blank_lines_and_byte_order_mark_are_skipped() {
     let server = Server::start(&[]);
     let text = "\u{feff}{\"key\": \"a\", \"value\": \"1\"}\n\n \t\r\n{\"key\": \"b\", \"value\": \"2\"}\r\n\n";
     let file = server.data().join("lines");

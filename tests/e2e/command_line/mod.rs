@@ -1,5 +1,5 @@
-//! The command line: `commands` are those for clients, `operator` has errors and variables of the environment, `output` what is
-//! printed for programs, `other_stores` imports from Redis, etcd and Consul. `pages` runs the sessions of README.md and the book.
+//! The command line: `commands` tests those for clients, `operator` errors and environment variables, `output` the output
+//! for programs, `other_stores` imports from Redis, etcd and Consul. `pages` runs the sessions of README.md and the book.
 
 mod commands;
 mod operator;

@@ -1,5 +1,4 @@
-//! Errors for an operator, in one line: what, where, and what to do. And the other way to say the
-//! same: variables of the environment.
+//! One-line errors for an operator, with place and remedy; and environment variables.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -35,7 +34,7 @@ fn file_in_place_of_data_directory_is_rejected() {
 
 #[test]
 fn data_directory_that_cannot_be_created_is_named() {
-    // Not even root makes a directory below a file, or in /proc; permission bits would not stop it.
+    // Even root cannot create a directory below a file, or in /proc; permissions would not stop root.
     let parent = temporary();
     let file = parent.path().join("file");
     fs::write(&file, "").expect("the directory takes a file");
@@ -46,7 +45,7 @@ fn data_directory_that_cannot_be_created_is_named() {
 #[test]
 fn unwritable_data_directory_is_named() {
     of_files!();
-    // It is there, but takes no files, not even from root.
+    // It exists, but not even root can create files in it.
     refuses_data(Path::new("/proc/self/fdinfo"));
 }
 
@@ -59,7 +58,7 @@ fn file_in_place_of_log_is_rejected() {
 }
 
 #[test]
-fn lock_that_is_not_a_file_is_rejected() {
+fn lock_of_other_file_type_is_rejected() {
     of_files!();
     let data = temporary();
     fs::create_dir(data.path().join("LOCK")).expect("the directory takes another");
@@ -90,13 +89,13 @@ fn port_of_another_server_is_named() {
 fn address_of_another_machine_is_rejected() {
     let data = temporary();
     let mut command = kvs();
-    // Set aside for documentation: nobody has it.
+    // Reserved for documentation: no machine has it.
     command.args(["serve", "--insecure", "--listen", "192.0.2.1:8080", "--data-dir"]).arg(data.path());
     refused(command).with(1, &["192.0.2.1:8080", "--listen"]);
 }
 
 #[test]
-fn invalid_flag_is_a_usage_error() {
+fn invalid_flag_is_usage_error() {
     for (args, expected) in [
         (&["--no-such-flag"][..], &["--no-such-flag"][..]),
         (&["a.wasm", "b.wasm"], &["b.wasm"]),
@@ -123,7 +122,7 @@ fn invalid_flag_is_a_usage_error() {
 }
 
 #[test]
-fn invalid_address_is_a_usage_error() {
+fn invalid_address_is_usage_error() {
     for address in ["8080", "127.0.0.1", "127.0.0.1:99999", "no.such.host.invalid:8080", ""] {
         let mut command = kvs();
         command.args(["serve", "--listen", address]);
@@ -132,7 +131,7 @@ fn invalid_address_is_a_usage_error() {
 }
 
 #[test]
-fn unknown_command_is_a_usage_error() {
+fn unknown_command_is_usage_error() {
     let mut command = kvs();
     command.arg("sevre");
     refused(command).with(2, &["sevre", "serve"]);
@@ -145,7 +144,7 @@ fn invalid_log_filter_is_rejected() {
 }
 
 #[test]
-fn segments_too_small_for_the_largest_value_are_refused() {
+fn segments_smaller_than_largest_value_are_rejected() {
     of_files!();
     let refused = serve_refused(&["--segment-bytes", "1MiB", "--max-value-bytes", "8MiB"]);
     refused.with(1, &["--segment-bytes", "1048576"]);
@@ -187,7 +186,7 @@ fn flag_overrides_its_variable() {
 }
 
 #[test]
-fn invalid_variable_is_a_usage_error() {
+fn invalid_variable_is_usage_error() {
     let data = temporary();
     let mut command = serve(data.path());
     command.env("KVS_DRAIN_TIMEOUT", "eventually");
@@ -195,7 +194,7 @@ fn invalid_variable_is_a_usage_error() {
 }
 
 #[test]
-fn unknown_variable_is_a_usage_error() {
+fn unknown_variable_is_usage_error() {
     for (variable, expected) in [
         ("KVS_LISTN", "is KVS_LISTEN meant?"),
         ("KVS_MAX_VALUE", "is KVS_MAX_VALUE_BYTES meant?"),
@@ -212,9 +211,9 @@ fn unknown_variable_is_a_usage_error() {
     refused(command).with(2, &["KVS_ULR", "KVS_URL"]);
 }
 
-/// A unit that still has one must not start, on an empty log for instance.
+/// A unit with a former name must not start, for instance on an empty log.
 #[test]
-fn former_names_are_rejected_with_the_new_ones() {
+fn former_names_are_rejected_with_new_names() {
     for (old, new) in [
         ("access-log", "access-log-rate"),
         ("data", "data-dir"),
@@ -260,7 +259,7 @@ fn former_names_are_rejected_with_the_new_ones() {
 }
 
 #[test]
-fn variables_of_a_service_are_refused_by_the_server_alone() {
+fn kubernetes_variables_are_rejected_by_serve_only() {
     let links = [
         ("KVS_SERVICE_HOST", "10.0.0.1"),
         ("KVS_SERVICE_PORT", "8080"),
@@ -282,14 +281,14 @@ fn variables_of_a_service_are_refused_by_the_server_alone() {
     let done = with(&["list", "--url", &url], &[]).status().expect("the binary under test can be started");
     assert!(done.success(), "{done}");
     refused(with(&["list", "--url", &url], &[("KVS_ULR", "")])).with(2, &["KVS_ULR", "is KVS_URL meant?"]);
-    // Elsewhere they are no service's.
+    // For other commands they are not from Kubernetes.
     let mut command = with(&["list", "--url", &url], &[]);
     command.env_remove("KUBERNETES_SERVICE_HOST");
     refused(command).with(2, &["KVS_PORT"]);
 }
 
 #[test]
-fn data_is_readable_by_its_owner_alone() {
+fn data_is_readable_by_owner_only() {
     of_files!();
     let parent = temporary();
     let data = parent.path().join("data");
@@ -333,7 +332,7 @@ fn variable_of_another_command_is_ignored() {
 }
 
 #[test]
-fn settings_are_checked_without_a_start() {
+fn check_flag_validates_without_start() {
     let data = temporary();
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
@@ -361,7 +360,7 @@ fn settings_are_checked_without_a_start() {
 }
 
 #[test]
-fn memory_too_small_for_the_log_is_named() {
+fn memory_limit_too_small_for_log_is_reported() {
     of_files!();
     let server = Server::start(&["--shards", "1"]);
     let mut client = Connection::open(server.address());
@@ -373,10 +372,10 @@ fn memory_too_small_for_the_log_is_named() {
 }
 
 #[test]
-fn address_space_too_small_for_the_guest_is_named() {
+fn address_space_too_small_for_guest_is_reported() {
     let data = temporary();
     let mut command = through("sh", &serve(data.path()));
-    // In KiB: enough for the server, and not for the memory of a guest.
+    // In KiB: enough for the server, but not for the memory of a guest.
     command.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh", kvs_tests::binary()]);
     command.args(["serve", "--listen", "127.0.0.1:0"]);
     refused(command).with(1, &["the guest does not start", "ulimit -v"]);

@@ -1,5 +1,5 @@
-//! `kvs import --from`: a copy from a real Redis and a real etcd, and from a server that answers as Consul's documentation says,
-//! of which there is no package.
+//! `kvs import --from`: a copy from a real Redis and a real etcd, and from a server that responds as in the documentation of
+//! Consul, for which there is no package.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -21,7 +21,7 @@ struct Killed {
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Fails only when it is gone.
+        // Fails only when it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -63,7 +63,7 @@ fn has(client: &mut Connection, key: &str, value: &[u8]) {
     assert_eq!((response.status, &*response.body), (200, value), "{key}");
 }
 
-/// The seconds that a key has left.
+/// The remaining time to live of a key, in seconds.
 fn left(client: &mut Connection, key: &str) -> u64 {
     let page: Value =
         serde_json::from_slice(&client.ask("GET", &format!("/v1?prefix={key}"), b"").body).expect("it is JSON");
@@ -72,7 +72,7 @@ fn left(client: &mut Connection, key: &str) -> u64 {
     expires.saturating_sub(now.as_millis() as u64) / 1_000
 }
 
-/// Sends commands to Redis, and waits for the answer to the last.
+/// Sends commands to Redis, and waits for the last response.
 fn redis(address: SocketAddr, commands: &[&[&[u8]]]) {
     let mut connection = TcpStream::connect(address).expect("it listens");
     for command in commands.iter().chain([&[b"ECHO".as_slice(), b"done"].as_slice()]) {
@@ -150,7 +150,7 @@ fn strings_of_redis_are_copied_with_their_ttl() {
 }
 
 #[test]
-fn keys_of_etcd_are_copied_with_the_ttl_of_their_lease() {
+fn keys_of_etcd_are_copied_with_lease_ttl() {
     let (address, peers) = (free(), free());
     let (clients, peers) = (format!("http://{address}"), format!("http://{peers}"));
     let mut args =
@@ -188,7 +188,7 @@ fn keys_of_etcd_are_copied_with_the_ttl_of_their_lease() {
     assert!((900..=1_000).contains(&left(client, "leased")));
 }
 
-/// Answers requests as Consul does, from what its documentation says.
+/// Responds to requests as in the documentation of Consul.
 fn consul() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = listener.local_addr().expect("it has an address");
@@ -232,7 +232,7 @@ fn keys_of_consul_are_copied() {
 }
 
 #[test]
-fn failing_copy_is_one_line_with_the_store_and_without_its_password() {
+fn failing_copy_is_one_line_without_password() {
     let server = Server::start(&[]);
     let address = free();
     for (from, reason) in [

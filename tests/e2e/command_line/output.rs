@@ -1,4 +1,4 @@
-//! What commands print for programs: JSON, and proposals for shells.
+//! Output of commands for programs: JSON, and completions for shells.
 
 use std::process::{Command, Stdio};
 
@@ -98,7 +98,7 @@ fn inspect_and_token_list_print_json() {
 #[test]
 fn health_prints_json_when_it_fails() {
     let server = Server::start(&[]);
-    // Not ready: what answers there is no admin listener.
+    // Not ready: the address is not that of an admin listener.
     let mut command = kvs();
     command.args(["health", "--output", "json"]).env("KVS_ADMIN", server.address().to_string());
     let output = command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("it can be started");
@@ -107,11 +107,11 @@ fn health_prints_json_when_it_fails() {
 }
 
 #[test]
-fn export_has_values_too_large_for_a_list() {
+fn export_has_values_too_large_for_list() {
     for shards in ["1", "4"] {
         let server = Server::start(&["--max-value-bytes", "16MiB", "--shards", shards]);
         let mut client = Connection::open(server.address());
-        // Escaped in JSON, it is six times as large: more than a response can be.
+        // Escaped in JSON, it is six times as large, and exceeds the limit of a response.
         let large = vec![1; 12 << 20];
         for (key, value) in [("a", &b"small"[..]), ("b", &large), ("c", &large), ("d", b"last")] {
             assert_eq!(client.ask("PUT", &format!("/v1/{key}"), value).status, 201);
@@ -124,7 +124,7 @@ fn export_has_values_too_large_for_a_list() {
     }
 }
 
-/// What a shell is given for the last of the words.
+/// Completions of the last word.
 fn proposals(server: &Server, token: &str, shell: &str, words: &[&str]) -> String {
     let mut command = of(server, &[&["--", "kvs"], words].concat());
     command.env("COMPLETE", shell).env("_CLAP_COMPLETE_INDEX", words.len().to_string()).env("KVS_TOKEN", token);
@@ -132,7 +132,7 @@ fn proposals(server: &Server, token: &str, shell: &str, words: &[&str]) -> Strin
 }
 
 #[test]
-fn shells_propose_keys_of_the_server() {
+fn shells_propose_keys_of_server() {
     let tokens = Tokens::new();
     let team = tokens.add(&["team", "--scope", "write", "--key-prefix", "cart"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -149,13 +149,13 @@ fn shells_propose_keys_of_the_server() {
             let proposed = proposals(&server, &team, shell, words);
             assert!(proposed.contains("cart7") && !proposed.contains("cart8"), "{shell}: {proposed}");
         }
-        // Nothing is reported into the command line.
+        // No error is printed into the command line.
         assert_eq!(proposals(&server, "kvs_unknown", shell, &["get", "ca"]).trim(), "", "{shell}");
     }
 }
 
 #[test]
-fn bash_completes_with_the_printed_script() {
+fn bash_completes_with_printed_script() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in ["cart7", "cart8", "photo"] {

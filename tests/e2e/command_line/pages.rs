@@ -1,4 +1,4 @@
-//! Console sessions of README.md and the book: what the pages show is what a reader gets.
+//! Console sessions of README.md and the book: the commands must print the output in the pages.
 
 use tempfile::TempDir;
 

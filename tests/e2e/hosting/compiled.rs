@@ -1,5 +1,5 @@
-//! Guests that are compiled ahead: served from disk when they are whole and made for this binary, never taken over the
-//! network, and refused in one line otherwise.
+//! Guests compiled ahead of time: served from disk if they are intact and made for this binary, otherwise rejected with a
+//! one-line error, and never accepted over the network.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -42,14 +42,14 @@ fn compiled_guest_serves_like_its_component() {
         let mut client = Connection::open(server.address());
         assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
         assert!(!server.data().join("cache").exists(), "it was kept compiled once more");
-        // The log is any guest's.
+        // Any guest can use the log.
         let server = server.terminate().restart(&[]);
         assert_eq!(Connection::open(server.address()).ask("GET", "/v1/a", b"").text(), "value");
     }
 }
 
 #[test]
-fn compile_without_a_file_compiles_the_built_in_guest() {
+fn compile_without_file_compiles_built_in_guest() {
     let directory = directory();
     let file = directory.path().join("default.cwasm");
     let status = kvs().args(["compile", "-o"]).arg(&file).status().expect("the binary under test can be started");
@@ -73,13 +73,13 @@ fn corrupted_or_other_version_is_rejected() {
         (&good[..39], "it is cut off"),
         (&good[..8], "it is cut off"),
         (&good[..7], "it is not WebAssembly"),
-        // Without what goes before it: what wasmtime itself writes.
+        // Without the header: as wasmtime writes it.
         (&good[40..], "it is not WebAssembly"),
     ] {
         fs::write(&file, bytes).expect("it can be written");
         serve_refused(&[text(&file)]).with(1, &[text(&file), "cannot be run as a guest", expected]);
     }
-    // For another system; and for a CPU with a feature that this one lacks.
+    // For another system, and for a CPU with a feature that this one does not have.
     let mut others = vec![(&[][..], &b"-linux-gnu"[..], &b"-haiku-gnu"[..])];
     if cfg!(target_arch = "x86_64") {
         others.push((&["--native"], b"has_popcnt", b"has_pigeon"));
@@ -118,7 +118,7 @@ fn unfit_component_is_not_compiled() {
 }
 
 #[test]
-fn compiled_guest_is_never_accepted_over_the_network() {
+fn compiled_guest_is_rejected_over_network() {
     let directory = directory();
     let file = compiled(&directory, guest(), &[]);
     let code = fs::read(&file).expect("it can be read");

@@ -1,5 +1,5 @@
-//! Files that are no guests: each is refused at the start, with exit code 1 and one line that says what is wrong. `kvs
-//! inspect` reports it without starting anything.
+//! Invalid components: each is rejected at the start, with exit code 1 and one line with the reason. `kvs inspect` reports
+//! the same.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::support::guests::{DEFAULT_GUEST, exporting, guest, importing};
 use crate::support::server::{self, Refused, Server, kvs, serve_refused};
 use crate::support::wire::Connection;
 
-/// Serves a file with these bytes, which must be refused. Gives what was said, which must name the file.
+/// Serves a file with these bytes, which must be rejected. Returns the error, which must name the file.
 fn refused(bytes: impl AsRef<[u8]>) -> Refused {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("guest.wasm");
@@ -50,7 +50,7 @@ fn file_that_is_not_webassembly_is_rejected() {
 fn too_large_file_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("large.wasm");
-    // Nothing but a hole.
+    // A sparse file.
     File::create(&file).and_then(|file| file.set_len(1 << 40)).expect("the directory takes a file with a hole");
     refused_file(&file).with(1, &["cannot be run as a guest", "larger than"]);
 }
@@ -89,7 +89,7 @@ fn component_without_one_export_is_rejected() {
     assert!(!refused.line.contains("lifecycle"), "it names what is there: {refused}");
 }
 
-/// What the host makes of a component of another version of the contract.
+/// The error for a component of another version of the contract.
 fn built_for(version: &str) -> String {
     format!(
         "it was built for kvs:store@{version}, and this host runs kvs:store@0.2.0: build it again with the WIT of this version"
@@ -105,7 +105,7 @@ fn component_of_another_contract_version_is_named() {
         refused.with(1, &[&built_for(version)]);
         assert!(!refused.line.contains("does not"), "the one reason is enough: {refused}");
     }
-    // By an import alone.
+    // Only by an import.
     refused(importing("kvs:store/changes@0.1.0"))
         .with(1, &[&built_for("0.1.0"), "; it does not export kvs:store/lifecycle@0.2.0"]);
     refused(importing("kvs:store/changes@0.2.0"))
@@ -115,7 +115,7 @@ fn component_of_another_contract_version_is_named() {
 }
 
 #[test]
-fn inspect_names_the_contract_version() {
+fn inspect_prints_contract_version() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("old.wasm");
     let old = ["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0", "kvs:store/sharding@0.1.0"];
@@ -133,20 +133,20 @@ fn component_with_empty_exports_is_rejected() {
 }
 
 #[test]
-fn component_that_imports_what_is_not_offered_is_rejected() {
+fn component_with_unknown_import_is_rejected() {
     for import in ["wasi:keyvalue/store@0.2.0", "wasi:nn/graph@0.2.0", "wasi:filesystems/types@0.2.12"] {
         refused(importing(import)).with(1, &[&format!("it imports {import}, which this host does not offer")]);
     }
 }
 
 #[test]
-fn guest_that_traps_at_the_start_is_rejected() {
+fn guest_that_traps_at_start_is_rejected() {
     let refused = serve_refused(&[guest(), "--guest-config", "fault=describe-traps"]);
     refused.with(1, &["describe failed", "fall_over"]);
 }
 
 #[test]
-fn guest_that_exits_at_the_start_is_rejected() {
+fn guest_that_exits_at_start_is_rejected() {
     serve_refused(&[guest(), "--guest-config", "fault=describe-exits"]).with(1, &["describe failed", "called exit"]);
 }
 
@@ -167,7 +167,7 @@ fn guest_with_endless_start_is_rejected() {
 }
 
 #[test]
-fn guest_over_the_memory_limit_is_rejected() {
+fn guest_over_memory_limit_is_rejected() {
     serve_refused(&["--guest-max-memory-bytes", "1MiB"]).with(1, &["does not start", "memory"]);
 }
 
@@ -181,7 +181,7 @@ fn guest_that_traps_in_replay_is_rejected() {
     stopped
         .refuses(&[guest(), "--guest-config", "fault=apply-traps"])
         .with(1, &["apply of entry 1 failed", "fall_over"]);
-    // The log is as it was.
+    // The log is unchanged.
     let server = stopped.restart(&[]);
     assert_eq!(Connection::open(server.address()).ask("GET", "/v1/{x}b", b"").body, b"value");
 }
@@ -193,7 +193,7 @@ fn inspect(args: &[&str]) -> Command {
 }
 
 #[test]
-fn inspect_describes_a_guest() {
+fn inspect_describes_guest() {
     for (args, name) in [(&[][..], "kvs"), (&[DEFAULT_GUEST], "kvs"), (&[guest()], "unruly")] {
         let output = inspect(args).output().expect("the binary under test can be started");
         let said = String::from_utf8(output.stdout).expect("it says text");
@@ -227,7 +227,7 @@ fn unknown_capabilities_are_shown_and_ignored() {
 }
 
 #[test]
-fn inspect_reports_why_a_component_does_not_fit() {
+fn inspect_reports_why_component_is_rejected() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("other.wasm");
     let file = file.to_str().expect("a temporary path is text");

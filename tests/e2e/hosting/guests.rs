@@ -1,5 +1,5 @@
-//! The guests that come with the project beside the default one (`guest/`), each built from source once per run: what each
-//! does, and that it shares its data with the default one.
+//! The guests of the project other than the built-in one (`guest/`), each built from source once per run: their functions,
+//! and that they share data with the built-in guest.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -27,7 +27,7 @@ fn schema() -> &'static str {
 }
 
 #[test]
-fn counters_add_and_share_values_with_the_built_in_guest() {
+fn counters_share_values_with_built_in_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/visits", b"41").status, 201);
@@ -82,14 +82,14 @@ fn value_that_violates_its_schema_is_not_appended() {
     client.ask("GET", "/v1/key/users/bob", b"").says(404, "no such key");
     assert_eq!(client.ask("PUT", "/v1/next", b"").etag(), Some(6), "something of all that was refused was appended");
 
-    // What was stored before is not asked for its schema.
+    // Values stored before are not checked.
     assert_eq!(client.ask("GET", "/v1/key/users/old", b"").text(), "no JSON");
     assert_eq!(client.ask("DELETE", "/v1/key/users/old", b"").status, 200);
     client.ask("GET", "/v1/key/users/old", b"").says(404, "no such key");
 }
 
 #[test]
-fn invalid_schema_is_reported_at_the_start() {
+fn invalid_schema_is_reported_at_start() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args([schema(), "--guest-config", r#"schema.a/={"type":"number of things"}"#]);
@@ -122,7 +122,7 @@ fn schemas_are_swapped_in_and_out_under_load() {
     server.terminate();
 }
 
-/// Copies what belongs to the project, and nothing that was built or fetched.
+/// Copies the files of the project, without build results and dependencies.
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("the directory can be made");
     for entry in fs::read_dir(from).expect("the project can be read") {
@@ -161,7 +161,7 @@ fn lock_service_page() {
 }
 
 #[test]
-fn guest_on_the_default_one_builds_and_serves() {
+fn guest_based_on_built_in_builds_and_serves() {
     let project = project();
     just(&project, &["new-guest", "long-book", "--on", "default"]);
     just(&project, &["guest", "long-book"]);

@@ -1,8 +1,7 @@
-//! Guests that mean harm, each in its own way: none ends the host, takes more of the machine than it may, keeps other
-//! clients from being served, or leaves anything in the log but what was appended.
+//! Hostile guests: none stops the host, exceeds its limits, blocks other clients, or corrupts the log.
 //!
-//! The guest is `tests/guests/unruly`, as in `unruly`, which shows what each failure reports to the operator. Here the same is
-//! demanded after every one of them.
+//! The guest is `tests/guests/unruly`, as in the suite `unruly`, which tests the report of each failure. Here the same checks
+//! run after each of them.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,12 +12,12 @@ use crate::support::metrics::Metrics;
 use crate::support::server::{PATIENCE, Server, serve_refused};
 use crate::support::wire::{Connection, get};
 
-/// What the host itself may need beside the guest's memory: KiB.
+/// Memory of the host without that of the guest, at most, in KiB.
 const BOUND: u64 = 100 << 10;
-/// The guest's memory in these tests: MiB.
+/// Memory limit of the guest in these tests, in MiB.
 const MEMORY: u64 = 64;
 
-/// Does harm, and then demands everything that must hold after it.
+/// Triggers a failure, and then checks everything that must hold after it.
 #[track_caller]
 fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
     let server = Server::start(&[&[guest(), "--guest-max-memory-bytes", "64MiB"], args].concat());
@@ -33,7 +32,7 @@ fn survives(harm: &str, args: &[&str], method: &str, path: &str, status: u16) {
     for round in 0..3 {
         let got = Connection::open(server.address()).ask(method, path, b"harm");
         assert_eq!(got.status, status, "{harm}: {}", String::from_utf8_lossy(&got.body[..got.body.len().min(200)]));
-        // Others, on connections that were there before, and on new ones.
+        // Other clients, on existing and on new connections.
         put(&mut client, &format!("after {round}").replace(' ', "-"));
         put(&mut Connection::open(server.address()), &format!("new-{round}"));
     }
@@ -103,7 +102,7 @@ fn excessive_host_calls_cost_one_request() {
 }
 
 #[test]
-fn too_large_response_is_500_and_keeps_the_instance() {
+fn too_large_response_is_500_and_keeps_instance() {
     let server = Server::start(&[guest(), "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/body/1048576").body.len(), 1 << 20);
@@ -126,7 +125,7 @@ fn much_too_large_response_is_never_copied() {
 }
 
 #[test]
-fn largest_value_fits_into_a_response() {
+fn largest_value_fits_into_response() {
     let server = Server::start(&["--max-value-bytes", "2MiB", "--max-response-bytes", "1MiB"]);
     let mut client = Connection::open(server.address());
     let value = vec![b'x'; 2 << 20];
@@ -135,7 +134,7 @@ fn largest_value_fits_into_a_response() {
 }
 
 #[test]
-fn appends_of_a_call_are_limited() {
+fn appends_per_call_are_limited() {
     let server = Server::start(&[guest(), "--guest-max-appends", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(get(&mut client, "/append-often/11").text(), "10");
@@ -143,7 +142,7 @@ fn appends_of_a_call_are_limited() {
 }
 
 #[test]
-fn size_of_a_group_is_limited() {
+fn size_of_group_is_limited() {
     let server = Server::start(&["--guest-max-append-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", &[b'x'; 900]).status, 201);
@@ -152,7 +151,7 @@ fn size_of_a_group_is_limited() {
     server.terminate();
 }
 
-/// Traps in each `apply`: while it serves nothing can be answered from memory, and yet nothing is lost.
+/// The guest traps in each `apply`: requests fail, but no acknowledged write is lost.
 #[test]
 fn trap_in_apply_costs_no_acknowledged_write() {
     let args = [guest(), "--guest-config", "fault=apply-traps", "--request-timeout", "1s"];
@@ -175,7 +174,7 @@ fn trap_in_apply_costs_no_acknowledged_write() {
     holds(server, &keys.into_iter().chain(["{own}harm"]).collect::<Vec<_>>());
 }
 
-/// One of four shards cannot be rebuilt: it is named, what it owns is rejected at once, and the others go on.
+/// One of four shards cannot be rebuilt: it is reported, its requests are rejected at once, and the others continue to serve.
 #[test]
 fn shard_that_cannot_be_rebuilt_is_reported() {
     let fault = "fault=apply-traps";
@@ -202,7 +201,7 @@ fn shard_that_cannot_be_rebuilt_is_reported() {
     let status: serde_json::Value = serde_json::from_slice(&status.body).expect("JSON");
     assert_eq!(status["shards_down"][0]["shard"], number);
     assert!(status["shards_down"][0]["reason"].as_str().is_some_and(|reason| reason.contains("entry 1 ")), "{status}");
-    // Were it to wait for the shard, it would do so for an hour.
+    // If it waited for the shard, it would take an hour.
     client.ask("GET", "/store/{own}harm", b"").says(503, "the store is down: its guest is being rebuilt");
     let statuses: Vec<_> = (0..40).map(|n| client.ask("GET", &format!("/store/{n}"), b"").status).collect();
     assert!(statuses.contains(&503) && statuses.contains(&404), "{statuses:?}");
@@ -216,7 +215,7 @@ fn trap_in_tick_costs_no_request() {
     let keys: Vec<_> = (0..200).map(|n| format!("key-{n}")).collect();
     for (n, key) in keys.iter().enumerate() {
         assert_eq!(client.ask("PUT", &format!("/store/{key}"), key.as_bytes()).status, 201);
-        // What was stored before the instance was lost is there in the next, again and again.
+        // Each new instance has all data stored before.
         let earlier = &keys[n / 2];
         assert_eq!(get(&mut client, &format!("/store/{earlier}")).text(), *earlier);
         if n % 100 == 50 {
@@ -228,7 +227,7 @@ fn trap_in_tick_costs_no_request() {
     holds(server, &keys);
 }
 
-/// Whatever the guest was, the log holds these keys, each with its name as its value, and nothing else.
+/// Checks that the log has exactly these keys, each with its name as its value.
 #[track_caller]
 fn holds(server: Server, keys: &[impl AsRef<str>]) {
     let server = server.terminate().restart(&[]);
@@ -253,7 +252,7 @@ fn guest_output_is_limited_over_many_calls() {
         get(&mut client, "/print/a-line-of-thirty-characters-or-so");
     }
     let seconds = begun.elapsed().as_secs() as usize + 2;
-    // A line that comes after all of them, in a second of its own.
+    // A line after all of them, in another second.
     let said = (0..100_000).any(|n| {
         get(&mut client, &format!("/print/last-{n}"));
         server.stderr().iter().any(|line| line.contains("last-"))
@@ -294,19 +293,19 @@ fn guest_near_memory_limit_rejects_writes_and_reads() {
     assert!(stored > 40, "refused after {stored} values of 100 KiB");
     server.says("until keys are deleted, writes are refused");
 
-    // However often it is tried, nothing traps.
+    // Repeated attempts do not trap.
     for n in 0..20 {
         client.ask("PUT", &path(stored), &vec![b'y'; 1 << 20]).says(507, FULL);
         assert!(client.ask("GET", &path(n % stored), b"").body == value);
     }
     client.ask("GET", &path(stored), b"").says(404, "no such key");
 
-    // The same after a restart, and then what is deleted makes room.
+    // The same after a restart; then deletes free space.
     let server = server.terminate().restart(&args);
     let mut client = Connection::open(server.address());
     assert!((0..stored).all(|n| client.ask("GET", &path(n), b"").body == value));
     let more = (stored..1_000).find(|&n| client.ask("PUT", &path(n), &value).status == 507).expect("still 12 MiB");
-    // Half of them, so that some are in the shard that refused.
+    // Half of them, so that some are in the shard that rejected writes.
     for n in 0..stored / 2 {
         assert_eq!(client.ask("DELETE", &path(n), b"").status, 200);
     }

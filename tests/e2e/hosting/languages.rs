@@ -18,9 +18,9 @@ use crate::support::server::{PATIENCE, Server, kvs, serve};
 use crate::support::swap::{comes_and_goes_under_load, serving};
 use crate::support::wire::Connection;
 
-/// The component that a recipe makes of a source; without a source, of the guest in the tree.
+/// Builds a component with a recipe from a source; without one, from the guest in the tree.
 fn made(recipe: &str, source: Option<&str>, name: &str) -> String {
-    // A recipe installs its tools first, which two must not do at once.
+    // Recipes install tools, which must not happen concurrently.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let project = Path::new(kvs_tests::ROOT);
@@ -32,7 +32,7 @@ fn made(recipe: &str, source: Option<&str>, name: &str) -> String {
     project.join(component).to_str().expect("the path is text").to_owned()
 }
 
-/// A component compiled ahead, since an interpreter takes long to compile at every start.
+/// A component compiled ahead of time, since compiling an interpreter at every start takes long.
 fn compiled(component: &str) -> String {
     let compiled = Path::new(component).with_extension("cwasm").to_str().expect("the path is text").to_owned();
     let mut compile = kvs();
@@ -56,7 +56,7 @@ pub fn python() -> &'static str {
     &GUEST
 }
 
-/// Requests that every guest with the REST interface answers alike.
+/// Requests with the same responses from every guest with the REST interface.
 const DIALOGUE: [(&str, &str, &[u8]); 25] = [
     ("GET", "/v1/old", b""),
     ("GET", "/v1/a", b""),
@@ -85,7 +85,7 @@ const DIALOGUE: [(&str, &str, &[u8]); 25] = [
     ("PUT", "/v1/last", b"x"),
 ];
 
-/// What the dialogue brings: for each request the status, and of a success the headers and the body.
+/// The responses: the status of each, and of a success the headers and the body.
 fn dialogue(server: &Server) -> Vec<String> {
     let mut client = Connection::open(server.address());
     let mut ask = |(method, path, body): (&str, &str, &[u8])| {
@@ -98,8 +98,8 @@ fn dialogue(server: &Server) -> Vec<String> {
     DIALOGUE.into_iter().map(&mut ask).collect()
 }
 
-/// Compares a guest with the built-in one: what it makes of the log of the built-in guest, what it responds, and what the
-/// built-in guest makes of its log.
+/// Compares a guest with the built-in one: its responses, also on the log of the built-in guest, and the responses of the
+/// built-in guest on its log.
 #[track_caller]
 fn responds_like_the_built_in_guest(guest: &str) {
     let [default, other] = [&[][..], &[guest]].map(|guest| {
@@ -123,16 +123,16 @@ fn responds_like_the_built_in_guest(guest: &str) {
 }
 
 #[test]
-fn javascript_responds_like_the_built_in_guest() {
+fn javascript_responds_like_built_in_guest() {
     responds_like_the_built_in_guest(js());
 }
 
 #[test]
-fn python_responds_like_the_built_in_guest() {
+fn python_responds_like_built_in_guest() {
     responds_like_the_built_in_guest(python());
 }
 
-/// A guest without times to live of its own honours those that are in the log.
+/// A guest without a TTL parameter still applies the expiries in the log.
 #[track_caller]
 fn honours_expiry(guest: &str) {
     let server = Server::start(&[]);
@@ -188,7 +188,7 @@ fn javascript_holds_many_keys() {
         loop {
             match log.append(1, &events) {
                 Ok(_) => break,
-                // It has not caught up with what it has.
+                // The queue of the log is full.
                 Err(AppendError::Unavailable) => thread::yield_now(),
                 Err(error) => panic!("it takes no entries: {error:?}"),
             }
@@ -214,7 +214,7 @@ fn javascript_holds_many_keys() {
     counts(&server, "kvs_store_keys", keys as f64);
 }
 
-/// Starts a guest that prints, fails and probes. What it prints, and the report of a failure, are lines with the request's id.
+/// Starts a guest that prints, fails, and probes for WASI. Its output and the reports of failures have the request id.
 #[track_caller]
 fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
     let server = Server::start(&[guest]);
@@ -236,13 +236,13 @@ fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
 }
 
 #[test]
-fn javascript_prints_and_fails_with_the_request_id() {
+fn javascript_output_and_failure_have_request_id() {
     let probe = compiled(&made("guest-js", Some("tests/e2e/probes/probe.ts"), "probe-js"));
     prints_and_fails(&probe, &[("headers", "b")], &["nothing is found", "Stack:", "handle@"]);
 }
 
 #[test]
-fn python_prints_and_fails_with_the_request_id() {
+fn python_output_and_failure_have_request_id() {
     let probe = compiled(&made("guest-python", Some("tests/e2e/probes/probe.py"), "probe-python"));
     let refused = [
         ("open", "refused: FileNotFoundError"),

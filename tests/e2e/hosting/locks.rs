@@ -1,5 +1,5 @@
-//! The lock service, `guest/locks`: a lock has one holder at a time, whose fencing token is greater than all before, through
-//! contention, clients that leave, a kill, and swaps with the default guest.
+//! The lock service, `guest/locks`: a lock has one holder at a time, with an increasing fencing token, under contention,
+//! disconnects, a kill, and swaps with the built-in guest.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,7 +21,7 @@ fn locks() -> &'static str {
     &GUEST
 }
 
-/// The lock of a response.
+/// The state of a lock in a response.
 fn state(response: &Response) -> Value {
     assert_eq!(response.status, 200, "{}", response.text());
     serde_json::from_slice(&response.body).expect("JSON")
@@ -38,7 +38,7 @@ fn inspect(server: &Server) -> Value {
     state(&Connection::open(server.address()).ask("GET", "/locks/a", b""))
 }
 
-/// Asks for the lock, and is seen to wait.
+/// Requests the lock, and waits until the server counts the request as waiting.
 fn waits(server: &Server, owner: &str) -> Connection {
     let before = Metrics::of(server).get(WAITING);
     let mut client = Connection::open(server.address());
@@ -49,7 +49,7 @@ fn waits(server: &Server, owner: &str) -> Connection {
     client
 }
 
-/// Clients that acquire, hold and release, that let the lease run out, and that leave while they wait.
+/// Clients that acquire, hold and release the lock, let the lease expire, or disconnect while they wait.
 fn contend(args: &[&str]) {
     const CLIENTS: u64 = 6;
     const GRANTS: u64 = 30;
@@ -70,7 +70,7 @@ fn contend(args: &[&str]) {
                         leaving.send(format!(
                             "POST /locks/a?owner={owner}&ttl=60s&wait=2s HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n"
                         ));
-                        // Either it holds the lock, and releases it, or it leaves while it waits.
+                        // Either it holds the lock and releases it, or it disconnects while waiting.
                         if leaving.is_silent_for(Duration::from_millis(5)) {
                             leaving.finish();
                         }
@@ -86,7 +86,7 @@ fn contend(args: &[&str]) {
                     let target = format!("/locks/a?owner={owner}&ttl={ttl}&wait=120s");
                     let granted = state(&connection.ask("POST", &target, b""));
                     grants.fetch_add(1, Ordering::Relaxed);
-                    // Whether its lease still runs, only the server's clock says.
+                    // Only the server knows whether the lease has expired.
                     if expires {
                         assert!(newest.fetch_max(token(&granted), Ordering::SeqCst) < token(&granted));
                         continue;
@@ -125,7 +125,7 @@ fn contended_lock_has_one_holder_in_four_shards() {
 }
 
 #[test]
-fn waiters_are_served_in_their_order() {
+fn waiters_are_served_in_order() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     let mut newest = token(&state(&client.ask("POST", "/locks/a?owner=first", b"")));
@@ -143,7 +143,7 @@ fn waiters_are_served_in_their_order() {
 }
 
 #[test]
-fn waiter_that_left_never_gets_the_lock() {
+fn disconnected_waiter_never_gets_lock() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     client.ask("POST", "/locks/a?owner=holder&ttl=60s", b"");
@@ -167,7 +167,7 @@ fn waiter_that_left_never_gets_the_lock() {
 }
 
 #[test]
-fn lease_ends_at_its_time_for_waiters_too() {
+fn lease_ends_in_time_for_waiters() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     client.ask("POST", "/locks/a?owner=holder&ttl=300ms", b"");
@@ -177,18 +177,18 @@ fn lease_ends_at_its_time_for_waiters_too() {
 }
 
 #[test]
-fn lock_and_queue_survive_a_kill() {
+fn lock_and_queue_survive_kill() {
     let server = Server::start(&[locks()]);
     let mut client = Connection::open(server.address());
     let granted = token(&state(&client.ask("POST", "/locks/a?owner=holder&ttl=60s", b"")));
     let waiting = [waits(&server, "b"), waits(&server, "c")];
-    // What this shows is durable.
+    // The response waits until its data is durable.
     assert_eq!(inspect(&server)["waiting"], serde_json::json!(["b", "c"]));
     let server = server.kill().restart(&[locks()]);
     drop(waiting);
     assert_eq!(token(&inspect(&server)), granted);
     assert_eq!(inspect(&server)["waiting"], serde_json::json!(["b", "c"]));
-    // They come back in another order, to their old places.
+    // They reconnect in another order, and keep their places.
     let (mut c, mut b) = (waits(&server, "c"), waits(&server, "b"));
     let mut client = Connection::open(server.address());
     assert_eq!(release(&mut client, "holder"), 200);

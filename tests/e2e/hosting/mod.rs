@@ -1,9 +1,9 @@
-//! Guests, and what the host does for them and against them.
+//! Guests, and the limits that the host enforces.
 //!
 //! `swap` replaces the guest under load, `shadow` compares it before it serves, `spare` takes over after a trap. `shards`: several
-//! are one store. `guests`, `languages` and `locks` are about the guests of this project, `compiled` about guests compiled ahead,
-//! `guest_test` about what finds the mistakes of one.
-//! `components`, `traps`, `unruly` and `hostile`: what a bad guest can do.
+//! are one store. `guests`, `languages` and `locks` test the guests of this project, `compiled` guests compiled ahead of time,
+//! `guest_test` the command that finds the mistakes of one.
+//! `components`, `traps`, `unruly` and `hostile` test faulty guests.
 
 mod compiled;
 mod components;

@@ -1,6 +1,6 @@
-//! Shadow traffic: what a candidate does differently is reported with the request that shows it, and no client ever sees it.
+//! Shadow traffic: differences of a candidate are reported with the request, and no client is affected.
 //!
-//! Both guests are `tests/guests/unruly`, in two versions that differ where the path of a request says so.
+//! Both guests are `tests/guests/unruly`, in two versions that differ on certain paths.
 
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +28,7 @@ fn candidate() -> Vec<u8> {
     bytes
 }
 
-/// Polls until there is one.
+/// Polls until there is a value.
 fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
@@ -49,7 +49,7 @@ fn example(report: &Value, target: &str) -> Option<Value> {
     report["examples"].as_array()?.iter().find(|example| example["target"] == target).cloned()
 }
 
-/// Gives the component shadow traffic of every request while `work` is done, then ends it, and returns the report.
+/// Runs shadow traffic of every request with the component during `work`, then ends it, and returns the report.
 fn dry_run(server: &Server, component: &[u8], warm_up: &str, work: impl FnOnce()) -> Value {
     thread::scope(|scope| {
         let swapping = scope
@@ -66,7 +66,7 @@ fn dry_run(server: &Server, component: &[u8], warm_up: &str, work: impl FnOnce()
     status(server)["last_swap"]["shadow"].clone()
 }
 
-/// Ends the shadow traffic, also when a test fails: who waits for the swap would wait for an hour.
+/// Ends the shadow traffic, also when a test fails: otherwise the swap would wait for an hour.
 struct Ends<'s>(&'s Server);
 
 impl Drop for Ends<'_> {
@@ -87,7 +87,7 @@ fn is_in_step(server: &Server, warm_up: &str) {
     });
 }
 
-/// Asks until the candidate gave an example of this request, and returns it. Each response is as expected.
+/// Sends the request until it is among the examples, and returns that. Checks each response.
 fn differs(server: &Server, target: &str, mut ask: impl FnMut(&str) -> Response, status: u16, body: &str) -> Value {
     until(target, || {
         let answer = ask(target);
@@ -97,13 +97,13 @@ fn differs(server: &Server, target: &str, mut ask: impl FnMut(&str) -> Response,
     })
 }
 
-/// Asks for this, and waits until all that was asked before is compared.
+/// Sends this request, and waits until all earlier ones are compared.
 fn settle(server: &Server, client: &mut Connection) {
     differs(server, "/candidate/status?settled", |target| get(client, target), 200, "");
 }
 
 #[test]
-fn each_difference_is_reported_with_its_request() {
+fn difference_is_reported_with_its_request() {
     for shards in ["1", "4"] {
         let server = Server::start(&[guest(), "--shards", shards]);
         let mut client = Connection::open(server.address());
@@ -173,7 +173,7 @@ fn equal_requests_do_not_differ() {
             let key = format!("/store/{{own}}{n}");
             assert_eq!(client.ask("PUT", &key, b"value").status, 201);
             assert_eq!(get(&mut client, &key).text(), "value");
-            // Of another key, and of none.
+            // Reads a key that does not exist.
             get(&mut client, "/store/{own}unknown");
         }
         settle(&server, &mut client);
@@ -190,7 +190,7 @@ fn difference_for_one_principal_names_it() {
     let tokens = Tokens::new();
     let admin = tokens.add(&["root", "--scope", "admin"]);
     let (adam, eve) = (tokens.add(&["adam", "--scope", "write"]), tokens.add(&["eve", "--scope", "write"]));
-    // The admin listener asks for a token too, so it is another server for each step: the command has it.
+    // The admin listener requires a token too, which the command has.
     let server = Server::start(&[guest(), "--tokens", &tokens.file()]);
     let bearer = |token: &str| format!("Bearer {token}");
     let (root, adam, eve) = (bearer(&admin), bearer(&adam), bearer(&eve));
@@ -231,7 +231,7 @@ fn difference_for_one_principal_names_it() {
 }
 
 #[test]
-fn difference_after_a_write_is_found_after_it() {
+fn difference_after_write_is_found() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
@@ -247,14 +247,14 @@ fn difference_after_a_write_is_found_after_it() {
 }
 
 #[test]
-fn slow_candidate_is_reported_and_delays_nobody() {
+fn slow_candidate_is_reported_and_delays_no_request() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
         for _ in 0..3 {
             assert_eq!(get(&mut client, "/candidate/slow").text(), "the same");
         }
-        // More than waits for it.
+        // More than its queue holds.
         for n in 0..20 {
             assert_eq!(client.ask("PUT", &format!("/store/{{own}}{n}"), &vec![b'x'; 1 << 20]).status, 201);
         }
@@ -272,7 +272,7 @@ fn slow_candidate_is_reported_and_delays_nobody() {
 }
 
 #[test]
-fn trap_of_the_serving_guest_leaves_the_candidate_in_step() {
+fn candidate_stays_in_step_after_trap_of_serving_guest() {
     let server = Server::start(&[guest(), "--spare"]);
     let mut client = Connection::open(server.address());
     let report = dry_run(&server, &candidate(), "/candidate/same", || {
@@ -297,9 +297,9 @@ fn trap_of_the_serving_guest_leaves_the_candidate_in_step() {
     server.terminate();
 }
 
-/// What a candidate did with requests is no part of the guest that serves.
+/// An instance that handled shadow traffic never serves.
 #[test]
-fn swap_goes_on_with_allowed_differences_and_the_log_alone() {
+fn allowed_differences_do_not_stop_swap() {
     let server = Server::start(&[guest(), "--probation", "1ms"]);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -336,7 +336,7 @@ fn swap_goes_on_with_allowed_differences_and_the_log_alone() {
 }
 
 #[test]
-fn sampled_requests_bypass_the_response_cache() {
+fn sampled_requests_bypass_response_cache() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -383,7 +383,7 @@ fn default_guest_does_not_differ_from_itself_under_load() {
 fn server_stops_during_shadow_traffic() {
     let server = Server::start(&[guest()]);
     thread::scope(|scope| {
-        // It ends without an answer.
+        // It ends without a response.
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest?shadow=1h&sample=100", &candidate()));
         is_in_step(&server, "/candidate/same");
         server.signal(Signal::TERM);
@@ -392,7 +392,7 @@ fn server_stops_during_shadow_traffic() {
 }
 
 #[test]
-fn kvs_swap_prints_the_report() {
+fn kvs_swap_prints_report() {
     let server = Server::start(&[guest(), "--probation", "1ms"]);
     let file = tempfile::NamedTempFile::new().expect("a temporary file can be created");
     std::fs::write(file.path(), candidate()).expect("the file takes the component");

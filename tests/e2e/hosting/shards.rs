@@ -1,4 +1,4 @@
-//! Several shards are one store: whatever their number, and whatever happens to one of them.
+//! Several shards are one store, for any number of shards, and when one of them fails.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,7 +63,7 @@ fn number_of_shards_can_change_at_every_start() {
 fn list_merges_all_shards() {
     let server = Server::start(&["--shards", "7"]);
     let mut client = Connection::open(server.address());
-    // Pages end because of how many keys they have, or, each shard's elsewhere, because of their size.
+    // Pages end at a number of keys, or, at a different key in each shard, at their size.
     for (limit, value) in [("limit=10", "value".to_owned()), ("limit=1000", "x".repeat(200_000))] {
         puts(&mut client, &value);
         let (mut listed, mut query) = (Vec::new(), format!("{limit}&values=true"));
@@ -118,7 +118,7 @@ fn slow_call_delays_only_its_shard() {
         let metrics = Metrics::of(&server);
         let answered = metrics.find("kvs_http_requests_total{method=\"GET\",status=\"404\"}").unwrap_or(0.0);
         if answered + metrics.get("kvs_guest_queue_length") == clients.len() as f64 {
-            // The shard that is busy has some of them, the other three the rest.
+            // The busy shard has some of them, the other three the rest.
             assert!((16.0..64.0).contains(&answered), "{answered} were answered");
             break;
         }
@@ -131,7 +131,7 @@ fn append_to_key_of_another_shard_is_rejected() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     let (mut taken, mut refused) = (Vec::new(), 0);
-    // All are asked of the same shard.
+    // All requests are for the same shard.
     for key in keys() {
         match client.ask("PUT", &format!("/append-to/{key}"), b"").text() {
             text if text.starts_with("Ok") => taken.push(key),
@@ -158,7 +158,7 @@ fn trap_in_route_costs_that_request() {
         assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
     }
     assert_eq!(Metrics::of(&server).get("kvs_guest_traps_total"), 3.0);
-    // Nothing was lost, so nothing is rebuilt.
+    // No state was lost, so there is no rebuild.
     assert_eq!(Metrics::of(&server).get("kvs_guest_rebuilds_total{outcome=\"done\"}"), 0.0);
 }
 
@@ -216,7 +216,7 @@ fn trap_on_probation_rolls_back_all_shards() {
 }
 
 #[test]
-fn request_is_routed_again_after_a_swap() {
+fn request_is_rerouted_after_swap() {
     let server = Server::start(&["--shards", "4", "--probation", "1ms"]);
     puts(&mut Connection::open(server.address()), "value");
     let stop = AtomicBool::new(false);
@@ -226,7 +226,7 @@ fn request_is_routed_again_after_a_swap() {
             scope.spawn(move || {
                 let mut client = Connection::open(server.address());
                 for key in keys().collect::<Vec<_>>().iter().cycle().take_while(|_| !stop.load(Ordering::Relaxed)) {
-                    // The default guest knows no such path, and the other has the value.
+                    // The built-in guest does not have this path, and the other one returns the value.
                     let answer = client.ask("GET", &format!("/store/{key}"), b"");
                     assert!(answer.status == 200 || answer.text().contains("unknown path"), "{}", answer.text());
                 }

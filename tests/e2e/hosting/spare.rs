@@ -1,7 +1,7 @@
-//! Hot spares: after a trap the spare serves at once and with everything; it costs the requests beside nothing, and the
-//! server no longer when it lasts for ever. A spare that traps itself is left out.
+//! Hot spares: after a trap the spare serves at once, with all data, and only the request that trapped fails. A spare that
+//! traps itself is dropped.
 //!
-//! The guests are `brittle`, which traps after what it was asked to do, and `unruly`, which traps in `apply` on an entry.
+//! The guests are `brittle`, which traps after handling a request, and `unruly`, which traps in `apply` on an entry.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,7 +71,7 @@ fn trap_with_spare_costs_only_its_request() {
                 }
                 let value = trap.to_string();
                 client.ask("PUT", "/trap/v1/trapped", value.as_bytes()).says(500, "the store failed on this request");
-                // What the instance appended before it trapped is there.
+                // Entries appended before the trap are there.
                 assert_eq!(get(&mut client, "/v1/trapped").text(), value);
                 last = Some(value);
             }
@@ -90,7 +90,7 @@ fn trap_with_spare_costs_only_its_request() {
     }
 }
 
-/// Each shard has its own, and those of the others stay.
+/// A trap in one shard takes only its spare.
 #[test]
 fn each_shard_has_its_spare() {
     let server = Server::start(&[brittle(), "--shards", "4", "--spare"]);
@@ -113,7 +113,7 @@ fn each_shard_has_its_spare() {
 
 /// Traps that come faster than a spare is built wait for the one that is being built, and are counted as rebuilds.
 #[test]
-fn trap_before_the_spare_is_ready_is_a_rebuild() {
+fn trap_before_spare_is_ready_is_rebuild() {
     let server = Server::start(&[brittle(), "--shards", "1", "--spare"]);
     store(&server, 20_000);
     let mut client = Connection::open(server.address());
@@ -159,8 +159,8 @@ fn readyz(server: &Server) -> (u16, String) {
     (answer.status, answer.text().to_owned())
 }
 
-/// The entry that the guest cannot take in is named at the spare, while the server is ready; when the instance that serves
-/// traps too, there is none that could, and the server is not ready.
+/// The spare reports the entry that the guest cannot apply, while the server stays ready. When the serving instance traps
+/// too, the server is not ready.
 #[test]
 fn spare_that_traps_is_left_out() {
     let args = [guest(), "--shards", "1", "--spare", "--guest-config", "fault=apply-traps-on-poison"];
@@ -188,15 +188,14 @@ fn spare_that_traps_is_left_out() {
     assert!(report.contains("apply of entry 2 failed"), "{report}");
     let metrics = Metrics::of(&server);
     assert_eq!([SPARE, REBUILT].map(|name| metrics.get(name)), [0.0, 0.0]);
-    // Pauses are doubled, so that in the time of a test there are few attempts.
+    // Pauses double, so that there are few attempts during a test.
     let attempts = metrics.get(FAILED) + metrics.get("kvs_guest_rebuilds_total{outcome=\"failed\"}");
     assert!(attempts < 100.0, "{attempts} attempts");
 }
 
-/// A swap makes room for the other guest, which has spares of its own after its probation. One that is rolled back leaves
-/// those of the guest before.
+/// A swap drops the spares, and the new guest gets spares after its probation. After a rollback the previous guest gets them.
 #[test]
-fn swap_replaces_the_spares() {
+fn swap_replaces_spares() {
     let server = Server::start(&[brittle(), "--shards", "1", "--spare", "--probation", "300ms"]);
     store(&server, 1_000);
     let mut client = Connection::open(server.address());

@@ -1,5 +1,4 @@
-//! Another guest in the place of the one that serves: no request fails, no state is lost, and a guest that is no good is
-//! turned away or taken out again.
+//! Swaps of the guest: no request fails, no state is lost, and a faulty guest is rejected or rolled back.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +13,7 @@ use crate::support::server::{Process, Refused, Server, kvs, refused};
 use crate::support::swap::{in_phase, serving, status, swap, swaps, under_load};
 use crate::support::wire::{Connection, get};
 
-/// Long enough for a trap to come within it, short enough to wait for.
+/// Long enough for a trap, and short enough to wait for.
 const PROBATION: [&str; 2] = ["--probation", "300ms"];
 /// Never over while a test runs.
 const LONG_PROBATION: [&str; 2] = ["--probation", "1h"];
@@ -24,7 +23,7 @@ fn put(client: &mut Connection, path: &str, value: &str) {
 }
 
 #[test]
-fn another_guest_finds_all_that_the_one_before_has_stored() {
+fn swapped_guest_has_data_of_previous_one() {
     let server = Server::start(&PROBATION);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -61,7 +60,7 @@ fn under_load_no_request_fails_and_no_read_is_stale() {
 }
 
 #[test]
-fn a_dry_run_does_everything_but_the_switch() {
+fn dry_run_does_not_switch() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -78,10 +77,10 @@ fn a_dry_run_does_everything_but_the_switch() {
 }
 
 #[test]
-fn one_swap_at_a_time() {
+fn concurrent_swap_is_rejected() {
     let server = Server::start(&LONG_PROBATION);
     thread::scope(|scope| {
-        // The server ends before it does, with or without an answer.
+        // The server may end before it responds.
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &component(guest())));
         in_phase(&server, "probation");
         swap(&server, &component(DEFAULT_GUEST)).says(409, "another swap is in progress");
@@ -91,7 +90,7 @@ fn one_swap_at_a_time() {
 }
 
 #[test]
-fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
+fn trap_on_probation_rolls_back_without_loss() {
     let server = Server::start(&LONG_PROBATION);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/{own}a", "from the first");
@@ -100,7 +99,7 @@ fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
         in_phase(&server, "probation");
         put(&mut client, "/store/{own}b", "from the second");
         assert_eq!(client.ask("PUT", "/store-and-trap/{own}c", b"from its last call").status, 500);
-        // The very next request finds the first again, with what the second stored.
+        // The next request is served by the first guest again, with the data of the second.
         assert_eq!(get(&mut client, "/v1/{own}a").text(), "from the first");
         assert_eq!(get(&mut client, "/v1/{own}b").text(), "from the second");
         assert_eq!(get(&mut client, "/v1/{own}c").text(), "from its last call");
@@ -116,7 +115,7 @@ fn a_guest_that_traps_on_probation_is_taken_out_and_nothing_is_lost() {
     server.terminate();
 }
 
-/// In the data directory there is nothing of a guest that was not swapped in.
+/// The data directory has no file of a guest that was not swapped in.
 #[track_caller]
 fn assert_no_trace(server: &Server) {
     cached(server.data());
@@ -124,7 +123,7 @@ fn assert_no_trace(server: &Server) {
 }
 
 #[test]
-fn a_guest_that_traps_in_housekeeping_on_probation_is_taken_out() {
+fn trap_in_tick_on_probation_rolls_back() {
     let server = Server::start(&[&LONG_PROBATION[..], &["--guest-config", "fault=tick-traps"]].concat());
     let answer = swap(&server, &component(guest()));
     assert_eq!(answer.status, 422);
@@ -134,7 +133,7 @@ fn a_guest_that_traps_in_housekeeping_on_probation_is_taken_out() {
 }
 
 #[test]
-fn a_guest_that_cannot_take_in_the_log_never_serves() {
+fn guest_that_fails_on_replay_never_serves() {
     let server = Server::start(&["--guest-config", "fault=apply-traps"]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -148,7 +147,7 @@ fn a_guest_that_cannot_take_in_the_log_never_serves() {
 }
 
 #[test]
-fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
+fn guest_that_never_starts_is_rejected_under_load() {
     let server = Server::start(&["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "2s"]);
     let mut client = Connection::open(server.address());
     put(&mut client, "/v1/a", "value");
@@ -165,9 +164,9 @@ fn a_guest_that_never_starts_is_turned_away_and_others_are_served_meanwhile() {
     server.terminate();
 }
 
-/// The one that serves can be beyond help: it traps, and traps again on what it had stored itself.
+/// The serving guest cannot be rebuilt: it traps on an entry that it appended itself.
 #[test]
-fn a_guest_that_cannot_be_rebuilt_is_replaced() {
+fn guest_that_cannot_be_rebuilt_is_replaced() {
     let server = Server::start(&[&PROBATION[..], &[guest(), "--guest-config", "fault=apply-traps"]].concat());
     let mut client = Connection::open(server.address());
     put(&mut client, "/store/{own}a", "value");
@@ -179,7 +178,7 @@ fn a_guest_that_cannot_be_rebuilt_is_replaced() {
 }
 
 #[test]
-fn what_is_no_guest_is_turned_away_with_the_reason() {
+fn invalid_component_is_rejected_with_reason() {
     let server = Server::start(&[]);
     let truncated = &component(DEFAULT_GUEST)[..50_000];
     let another_version = exporting(&["kvs:store/lifecycle@0.1.0", "kvs:store/handler@0.1.0"]);
@@ -210,7 +209,7 @@ fn what_is_no_guest_is_turned_away_with_the_reason() {
 }
 
 #[test]
-fn what_is_too_large_to_be_a_guest_is_not_even_read() {
+fn too_large_component_is_rejected_unread() {
     let server = Server::start(&[]);
     let mut admin = Connection::open(server.admin());
     admin.send("PUT /guest HTTP/1.1\r\nhost: kvs\r\ncontent-length: 1073741824\r\n\r\n");
@@ -220,7 +219,7 @@ fn what_is_too_large_to_be_a_guest_is_not_even_read() {
 }
 
 #[test]
-fn a_swap_outlives_a_restart_unless_another_guest_is_named() {
+fn swap_survives_restart_without_named_guest() {
     let server = Server::start(&PROBATION);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     swaps(&server, &component(guest()));
@@ -241,7 +240,7 @@ fn a_swap_outlives_a_restart_unless_another_guest_is_named() {
 }
 
 #[test]
-fn a_swap_is_not_remembered_before_its_probation_is_over() {
+fn swap_is_persisted_only_after_probation() {
     let server = Server::start(&LONG_PROBATION);
     thread::scope(|scope| {
         scope.spawn(|| Connection::open(server.admin()).try_ask("PUT", "/guest", &component(guest())));
@@ -254,7 +253,7 @@ fn a_swap_is_not_remembered_before_its_probation_is_over() {
 }
 
 #[test]
-fn a_remembered_guest_that_cannot_be_run_is_named() {
+fn persisted_guest_that_fails_is_reported() {
     let server = Server::start(&[]);
     fs::write(server.data().join("guest.wasm"), "damaged").expect("the directory takes a file");
     let stopped = server.terminate();
@@ -285,14 +284,14 @@ fn corrupted_compiled_guest_is_recompiled() {
         stopped = server.terminate();
         assert!(fs::read(&file).expect("it can be read") == good, "it was not compiled again");
     }
-    // A good one is taken as it is.
+    // An intact one is used.
     let server = stopped.restart(&[]);
     assert!(!server.stderr().iter().any(|line| line.contains("compiled again")));
     server.terminate();
 }
 
 #[test]
-fn the_cache_keeps_few() {
+fn cache_of_compiled_guests_is_limited() {
     let server = Server::start(&["--probation", "1ms"]);
     for n in 0..10 {
         let mut component = component(DEFAULT_GUEST);
@@ -304,7 +303,7 @@ fn the_cache_keeps_few() {
     server.terminate();
 }
 
-/// A server that serves a file, which holds the default guest.
+/// A server with the built-in guest from a file.
 fn from_file(args: &[&str]) -> (Server, TempDir, String) {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("guest.wasm");
@@ -315,7 +314,7 @@ fn from_file(args: &[&str]) -> (Server, TempDir, String) {
 }
 
 #[test]
-fn a_file_is_read_again_on_sighup() {
+fn guest_file_is_reloaded_on_sighup() {
     let (server, _directory, file) = from_file(&PROBATION);
     server.signal(Signal::HUP);
     server.says("serves already");
@@ -336,7 +335,7 @@ fn a_file_is_read_again_on_sighup() {
 }
 
 #[test]
-fn a_file_that_changes_during_a_swap_comes_after_it() {
+fn guest_file_changed_during_swap_is_loaded_after_it() {
     let (server, _directory, file) = from_file(&["--probation", "3s"]);
     thread::scope(|scope| {
         scope.spawn(|| swaps(&server, &copy_of(DEFAULT_GUEST)));
@@ -351,9 +350,9 @@ fn a_file_that_changes_during_a_swap_comes_after_it() {
 }
 
 #[test]
-fn a_file_that_is_watched_is_read_again_when_it_changes() {
+fn watched_guest_file_is_reloaded_on_change() {
     let (server, _directory, file) = from_file(&[PROBATION[0], PROBATION[1], "--watch-guest"]);
-    // As a compiler does it, and as an editor does it.
+    // Overwritten, as compilers do, and replaced, as editors do.
     fs::write(&file, component(guest())).expect("it can be written");
     server.says("the guest was swapped guest=\"unruly\"");
     let beside = format!("{file}.new");
@@ -374,7 +373,7 @@ fn kvs_swap_refused(admin: impl ToString, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn kvs_swap_tells_what_came_of_it() {
+fn kvs_swap_prints_outcome() {
     let server = Server::start(&PROBATION);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let says = |args: &[&str]| {
@@ -396,7 +395,7 @@ fn kvs_swap_tells_what_came_of_it() {
 }
 
 #[test]
-fn kvs_swap_fails_in_one_line() {
+fn kvs_swap_error_is_one_line() {
     let server = Server::start(&[]);
     let admin = server.admin();
     kvs_swap_refused(admin, &["Cargo.toml"]).with(1, &["not swapped", "422", "it is not WebAssembly"]);
@@ -407,9 +406,9 @@ fn kvs_swap_fails_in_one_line() {
     kvs_swap_refused(admin, &[guest()]).with(1, &["no response from", "check that the server is running"]);
 }
 
-/// Nothing that was begun keeps a server from stopping.
+/// A replay in progress does not prevent a stop.
 #[test]
-fn a_server_stops_in_the_middle_of_a_replay() {
+fn server_stops_during_replay() {
     let server = Server::start(&["--guest-config", "fault=apply-loops-aloud", "--guest-replay-cpu-limit", "1h"]);
     put(&mut Connection::open(server.address()), "/v1/a", "value");
     let mut swapping = Process::spawn(kvs_swap(server.admin(), &[guest()]));

@@ -1,4 +1,4 @@
-//! The report of a trap: what its author needs, in every place that shows it, and nothing for others.
+//! The report of a trap: complete for operators, and not visible to clients.
 
 use std::thread;
 
@@ -9,12 +9,12 @@ use crate::support::server::Server;
 use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
 
-/// What `panic!` is called with in the guest.
+/// Panic message of the guest.
 const MESSAGE: &str = "of all things";
 
 #[test]
 fn panic_is_reported_with_its_message_and_function() {
-    // Almost nothing that the guest prints is logged.
+    // The output limit drops almost all output of the guest.
     let server = Server::start(&["--guest-log-bytes", "1", guest()]);
     let mut client = Connection::open(server.address());
     let response = client.ask_with("GET", "/panic", &[("x-request-id", "trace-1")], b"");
@@ -52,7 +52,7 @@ fn panic_is_printed_in_readable_lines() {
 }
 
 #[test]
-fn swap_is_answered_with_the_message_of_the_panic() {
+fn swap_response_has_panic_message() {
     let server = Server::start(&["--probation", "1h"]);
     let answer = thread::scope(|scope| {
         let swapping = scope.spawn(|| swap(&server, &component(guest())));
@@ -66,7 +66,7 @@ fn swap_is_answered_with_the_message_of_the_panic() {
 }
 
 #[test]
-fn printed_line_has_the_id_of_its_request() {
+fn guest_output_has_request_id() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     for id in ["trace-1", "trace-2"] {

@@ -1,6 +1,6 @@
-//! What a guest that misbehaves can do to the host: cost the one request that set it off a 500, and nothing else.
+//! Guests that misbehave: the request that triggers the failure gets 500, and nothing else is affected.
 //!
-//! The guest is `tests/guests/unruly`, where the paths asked for here have their meaning. It is built once per run.
+//! The guest is `tests/guests/unruly`, which defines the paths used here. It is built once per run.
 
 use std::io::Write;
 use std::thread;
@@ -18,8 +18,7 @@ fn start(args: &[&str]) -> (Server, Connection) {
     (server, client)
 }
 
-/// Sets off a failure, sees the 500, and that the next is served by a new instance which knows all there is to know.
-/// Returns its log line.
+/// Triggers a failure, checks the 500, and that a new instance with all data serves the next request. Returns the log line.
 #[track_caller]
 fn fails_alone(args: &[&str], path: &str) -> String {
     let (server, mut client) = start(args);
@@ -38,7 +37,7 @@ fn fails_alone(args: &[&str], path: &str) -> String {
     line
 }
 
-/// A response that is none: 500, and the instance is kept.
+/// An invalid response: 500, and the instance is kept.
 #[track_caller]
 fn is_invalid(server: &Server, path: &str, why: &str) {
     let mut client = Connection::open(server.address());
@@ -61,7 +60,7 @@ fn other_guest_is_served() {
 }
 
 #[test]
-fn guest_replays_entries_of_another_guest() {
+fn guest_replays_entries_of_other_guest() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/{own}a", b"first").status, 201);
@@ -99,26 +98,26 @@ fn sleep_returns_at_once() {
 }
 
 #[test]
-fn endless_loop_ends_at_the_cpu_limit() {
+fn endless_loop_ends_at_cpu_limit() {
     let line = fails_alone(&["--guest-cpu-limit", "200ms"], "/loop");
     assert!(line.contains("longer than 200ms") && line.contains("circle"), "{line}");
 }
 
 #[test]
-fn endless_recursion_ends_at_the_stack_limit() {
+fn endless_recursion_ends_at_stack_limit() {
     let line = fails_alone(&[], "/recurse");
     assert!(line.contains("stack") && line.contains("dig"), "{line}");
 }
 
 #[test]
-fn memory_over_the_limit_is_denied() {
+fn memory_over_limit_is_denied() {
     let line = fails_alone(&["--guest-max-memory-bytes", "32MiB"], "/grow");
-    // What a Rust program does when it is given no more.
+    // A Rust program aborts when an allocation fails.
     assert!(line.contains("in unruly_guest::grow") && line.contains("memory allocation of"), "{line}");
 }
 
 #[test]
-fn host_memory_is_bounded_for_a_greedy_guest() {
+fn host_memory_is_bounded_for_greedy_guest() {
     let (server, mut client) = start(&["--guest-max-memory-bytes", "32MiB"]);
     let before = peak(&server);
     for _ in 0..3 {
@@ -129,9 +128,9 @@ fn host_memory_is_bounded_for_a_greedy_guest() {
     assert!(grown < 80 << 10, "three instances of 32 MiB, one after the other, took {grown} KiB");
 }
 
-/// A client that left cannot be distinguished from one that only sends no more, so its requests stay, within the budget.
+/// A disconnected client cannot be distinguished from one that half-closed, so its requests stay, within the budget.
 #[test]
-fn departed_clients_stay_within_the_budget() {
+fn disconnected_clients_stay_within_budget() {
     let limits = ["--guest-cpu-limit", "1h", "--request-timeout", "1h", "--max-value-bytes", "8MiB"];
     let (server, mut client) = start(&[&limits[..], &["--max-inflight-bytes", "32MiB"]].concat());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -141,16 +140,16 @@ fn departed_clients_stay_within_the_budget() {
     let request = [head.as_slice(), &vec![b'x'; 8 << 20]].concat();
     for _ in 0..40 {
         let mut leaving = plain(server.address()).expect("the server takes connections");
-        // One that is refused is not read to its end.
+        // A rejected one is not read completely.
         let _ = leaving.write_all(&request);
     }
     let grown = peak(&server).saturating_sub(before);
-    // Beside the budget each connection has a buffer.
+    // In addition to the budget, each connection has a buffer.
     assert!(grown < 128 << 10, "40 requests of 8 MiB, whose clients had left, took {grown} KiB");
 }
 
 #[test]
-fn entries_appended_before_a_trap_stay() {
+fn entries_appended_before_trap_stay() {
     let (server, mut client) = start(&[]);
     client.ask("PUT", "/store-and-trap/{own}a", b"value").says(500, "the store failed on this request");
     assert_eq!(get(&mut client, "/store/{own}a").text(), "value");
@@ -196,7 +195,7 @@ fn trap_in_tick_costs_no_request() {
 #[test]
 fn tick_is_called() {
     let (_server, mut client) = start(&[]);
-    // The first comes at once, so what is awaited is the next of its kind: about a second.
+    // The first tick comes at once, so this waits for the next one: about a second.
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
     let first = ticks(&mut client);
     let more = (0..1_000_000).find(|_| ticks(&mut client) > first);
@@ -206,7 +205,7 @@ fn tick_is_called() {
 #[test]
 fn unfinished_tick_continues_between_requests() {
     let (_server, mut client) = start(&["--guest-config", "fault=tick-again"]);
-    // At one a second this would take longer than anything may.
+    // With one tick a second this would exceed the timeout.
     let deadline = Instant::now() + PATIENCE;
     while get(&mut client, "/ticks").text().parse::<u64>().expect("a count") < 200 {
         assert!(Instant::now() < deadline, "it is asked no more often than others");
@@ -253,9 +252,9 @@ fn too_many_response_headers_are_500() {
 }
 
 #[test]
-fn response_waits_for_its_own_entries_whatever_it_claims() {
+fn response_waits_for_own_entries_despite_read_sequence() {
     let (mut server, mut client) = start(&[]);
-    // Writing this much takes longer than answering, so were it let go early, the kill would come first.
+    // Writing this much takes longer than responding, so if it was acknowledged early, the kill would come first.
     let value = vec![b'x'; 1 << 20];
     for n in 0..10 {
         let path = format!("/store-early/{n}");
@@ -278,7 +277,7 @@ fn too_large_group_appends_nothing() {
 }
 
 #[test]
-fn keys_that_break_the_rules_are_rejected_at_append() {
+fn invalid_keys_are_rejected_at_append() {
     let (_server, mut client) = start(&["--shards", "1"]);
     let (longest, longest_own) = ("x".repeat(1_024), format!("\u{1}{}", "x".repeat(2_047)));
     let rejected = |client: &mut Connection, method: &str, key: &str| {
@@ -299,7 +298,7 @@ fn keys_that_break_the_rules_are_rejected_at_append() {
 fn apply_finds_clocks_at_zero_and_fixed_randomness() {
     let (server, mut client) = start(&[]);
     for key in ["{own}a", "{own}b", "{own}c"] {
-        // Each is so large that the guest is handed it on its own.
+        // Each is so large that it is a batch of its own.
         assert_eq!(client.ask("PUT", &format!("/store/{key}"), &[b'x'; 1 << 20]).status, 201);
     }
     let mut stopped = server.terminate();
@@ -325,24 +324,24 @@ fn apply_finds_clocks_at_zero_and_fixed_randomness() {
 }
 
 #[test]
-fn guest_gets_the_grant() {
+fn guest_gets_grant() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/grant").text(), "Grant { scope: Scope::Admin, key-prefix: None }");
 }
 
 #[test]
-fn tick_is_called_at_the_requested_time() {
+fn tick_is_called_at_requested_time() {
     let ticks = |client: &mut Connection| get(client, "/ticks").text().parse::<u64>().expect("a count");
     let (_server, mut client) = start(&["--guest-config", "fault=tick-in-50-ms"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
     while ticks(&mut client) < first + 40 {
-        // Two seconds as it wishes; at one a second it would take forty.
+        // Two seconds at the requested times; at one a second it would take forty.
         assert!(begun.elapsed() < Duration::from_secs(20), "it is asked no more often than others");
     }
-    // Nor earlier than it wishes.
+    // Not earlier than requested.
     assert!(begun.elapsed() >= Duration::from_millis(39 * 50), "after {:?}", begun.elapsed());
 
-    // A wish is no reason to stay away.
+    // A later requested time does not stop the calls.
     let (_server, mut client) = start(&["--guest-config", "fault=tick-never"]);
     let (begun, first) = (Instant::now(), ticks(&mut client));
     while ticks(&mut client) < first + 2 {
@@ -386,7 +385,7 @@ fn guest_gets_peer_and_principal() {
 }
 
 #[test]
-fn guest_reads_its_settings_only() {
+fn guest_reads_only_its_settings() {
     let (_server, mut client) = start(&["--guest-config", "color=blue", "--guest-config", "formula=a=b"]);
     assert_eq!(get(&mut client, "/config/color").text(), "Some(\"blue\")");
     assert_eq!(get(&mut client, "/config/formula").text(), "Some(\"a=b\")");
@@ -394,7 +393,7 @@ fn guest_reads_its_settings_only() {
 }
 
 #[test]
-fn guest_sees_nothing_of_the_environment() {
+fn guest_cannot_read_environment() {
     let (_server, mut client) = start(&[]);
     assert_eq!(get(&mut client, "/environment").text(), "[]");
     assert_eq!(get(&mut client, "/arguments").text(), "[]");

@@ -4,7 +4,7 @@ use crate::support::http_clients::{agent, curl};
 use crate::support::server::Server;
 
 #[test]
-fn session_through_a_library() {
+fn session_through_library_works() {
     let server = Server::start(&[]);
     let (agent, url) = (agent(), server.url("/v1/key-a"));
     let put = |value: &str| agent.put(&url).send(value).expect("PUT is answered");
@@ -34,7 +34,7 @@ fn session_through_a_library() {
 }
 
 #[test]
-fn session_through_curl() {
+fn session_through_curl_works() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let put = |value: &str| curl(&["-X", "PUT", "-d", value, &url]);
@@ -62,14 +62,14 @@ fn curl_uploads_with_expect_continue() {
     std::fs::write(&file, &value).expect("the directory takes a file");
     let (file, url) = (file.to_str().expect("a temporary path is text"), server.url("/v1/uploaded"));
 
-    // curl sends the body after 100 Continue, or else after a time that is longer than the whole test.
+    // curl sends the body after 100 Continue, or after a timeout that is longer than the test.
     let ask_first = ["--expect100-timeout", "50", "-H", "Expect: 100-continue", "-T", file];
     assert_eq!(curl(&[&ask_first[..], &[&url]].concat()), (201, vec![]));
     assert_eq!(curl(&[&url]), (200, value));
 }
 
 #[test]
-fn curl_uploads_a_stream_of_unknown_length() {
+fn curl_uploads_stream_of_unknown_length() {
     let server = Server::start(&[]);
     let file = server.data().join("upload");
     let value: Vec<u8> = (0..=255).cycle().take(100_000).collect();

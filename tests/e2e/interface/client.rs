@@ -8,7 +8,7 @@ const UNKNOWN_PATH: &str = "unknown path; keys live at /v1/{key}, or at /v1/key/
 const RAW_SLASH: &str = "unknown path; a key that holds a slash lives at /v1/key/{key}, or is written with %2F";
 
 #[test]
-fn invalid_key_is_400_with_the_reason() {
+fn invalid_key_is_400_with_reason() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let longest = "k".repeat(1_024);
@@ -48,7 +48,7 @@ fn invalid_key_is_400_with_the_reason() {
 }
 
 #[test]
-fn unknown_path_is_404_with_the_path_of_keys() {
+fn unknown_path_is_404_with_key_path() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for (path, reason) in [
@@ -114,7 +114,7 @@ fn large_body_that_does_not_wait_for_continue_is_413() {
     let body = vec![b'x'; 8 << 20];
     let head =
         format!("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n", body.len());
-    // As a proxy sends it. Were the connection reset, it would not always show: hence several times.
+    // As a proxy sends it. Several times, since a reset connection does not always lose the response.
     for _ in 0..10 {
         let mut client = Connection::open(server.address());
         client.send(&head);
@@ -124,7 +124,7 @@ fn large_body_that_does_not_wait_for_continue_is_413() {
 }
 
 #[test]
-fn value_of_exactly_the_limit_is_accepted() {
+fn value_of_limit_size_is_accepted() {
     let server = Server::start(&["--max-value-bytes", "10"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"ten bytes.").status, 201);
@@ -133,10 +133,10 @@ fn value_of_exactly_the_limit_is_accepted() {
 }
 
 #[test]
-fn client_that_sends_a_large_body_gets_413() {
+fn client_still_sending_large_body_gets_413() {
     let server = Server::start(&[]);
     let value = vec![b'x'; 8 << 20];
-    // Were the connection reset before the client has read, it would not always show: hence several times.
+    // Several times, since a connection that is reset too early does not always lose the response.
     for _ in 0..10 {
         let mut response = agent().put(&server.url("/v1/a")).send(&value).expect("the answer is not lost");
         let text = response.body_mut().read_to_string().expect("the answer is whole");
@@ -146,7 +146,7 @@ fn client_that_sends_a_large_body_gets_413() {
     let file = server.data().join("upload");
     std::fs::write(&file, &value).expect("the directory takes a file");
     let file = file.to_str().expect("a temporary path is text");
-    // Without its question, so that it sends at once.
+    // Without `Expect`, so that it sends the body at once.
     let (status, text) = curl(&["-H", "Expect:", "-T", file, &server.url("/v1/a")]);
     assert_eq!((status, text.as_slice()), (413, &b"the body is 8388608 bytes, at most 1048576 are allowed\n"[..]));
 }
@@ -168,7 +168,7 @@ fn large_head_is_431() {
     let many: String = (0..200).map(|n| format!("x-{n}: x\r\n")).collect();
     for headers in [large, many] {
         let mut client = Connection::open(server.address());
-        // It may be refused before all of it was sent.
+        // It may be rejected before it was sent completely.
         let _ = client.try_send(format!("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n{headers}\r\n"));
         assert_eq!(client.read().status, 431, "{:.20}", headers);
         client.end();
@@ -191,12 +191,12 @@ fn largest_head_is_set_by_its_flag() {
 }
 
 #[test]
-fn head_slightly_over_the_limit_is_431() {
+fn head_slightly_over_limit_is_431() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.send(head(60_000));
     client.read().says(404, "no such key");
-    // A connection of its own: how much is read at once depends on what came before.
+    // A new connection: the size of a read depends on earlier requests.
     let mut client = Connection::open(server.address());
     let _ = client.try_send(head(70_000));
     assert_eq!(client.read().status, 431);
@@ -237,7 +237,7 @@ fn invalid_chunk_length_stores_nothing() {
 #[test]
 fn disconnect_in_mid_body_stores_nothing() {
     for framing in ["content-length: 100\r\n\r\n", "transfer-encoding: chunked\r\n\r\n64\r\n"] {
-        // Only at this level does the host speak of clients that leave.
+        // The host logs disconnected clients only at this level.
         let server = Server::start(&["--log-filter", "info,kvs::edge=debug"]);
         let mut client = Connection::open(server.address());
         client.send(format!("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\n{framing}half of it"));

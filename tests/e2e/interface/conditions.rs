@@ -1,4 +1,4 @@
-//! Conditions and parts of values over the wire (RFC 9110, sections 13 and 14).
+//! Conditional requests and ranges over HTTP (RFC 9110, sections 13 and 14).
 
 use std::thread;
 
@@ -32,7 +32,7 @@ fn etag_survives_compaction_restart_and_swap() {
     same(&mut client);
     swaps(&server, &copy_of(DEFAULT_GUEST));
     same(&mut client);
-    // None that was there before is given again, though what had it is gone.
+    // No earlier tag is assigned again, although its value was deleted.
     assert_eq!(client.ask("PUT", "/v1/gone", b"again").etag(), Some(22));
 }
 
@@ -104,7 +104,7 @@ fn if_none_match_is_304_also_after_restart() {
         let unchanged = client.ask_with(method, "/v1/a", &[("if-none-match", "\"0\", \"1\"")], b"");
         assert_eq!((unchanged.status, unchanged.etag()), (304, Some(1)));
         assert_eq!(unchanged.header("content-length"), None, "{method}: not the length of the value");
-        // Were there a body, this response would begin with it.
+        // With a body, this response would begin with it.
         let changed = client.ask_with(method, "/v1/a", &[("if-none-match", "\"0\"")], b"");
         assert_eq!((changed.status, changed.header("content-length")), (200, Some("5")));
     }
@@ -132,7 +132,7 @@ fn ranges_return_parts() {
     let beyond = client.ask_with("GET", "/v1/a", &[("range", "bytes=100000-")], b"");
     beyond.says(416, "the value has 100000 bytes, and the range begins after them");
     assert_eq!(beyond.header("content-range"), Some("bytes */100000"));
-    // Of another value, the client has no parts.
+    // The client has no part of another value.
     let changed = client.ask_with("GET", "/v1/a", &[("range", "bytes=0-9"), ("if-range", "\"7\"")], b"");
     assert_eq!((changed.status, changed.body.len()), (200, 100_000));
 }

@@ -1,4 +1,4 @@
-//! Pages of other origins: a browser asks before it sends what they want to send, and lets them read what they may.
+//! CORS: preflight requests, and headers of responses for pages of other origins.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
@@ -18,13 +18,13 @@ fn ask(server: &Server, method: &str, path: &str, headers: &[(&str, &str)]) -> R
     Connection::open(server.address()).ask_with(method, path, headers, b"")
 }
 
-/// What a response says of other origins.
+/// CORS headers of a response.
 fn shared(response: &Response) -> [Option<&str>; 3] {
     ["access-control-allow-origin", "access-control-expose-headers", "vary"].map(|name| response.header(name))
 }
 
 #[test]
-fn nothing_is_shared_unless_it_is_asked_for() {
+fn cors_headers_are_absent_by_default() {
     let server = Server::start(&[]);
     let preflight = [("origin", PAGE), ("access-control-request-method", "PUT")];
     let refused = ask(&server, "OPTIONS", "/v1/a", &preflight);
@@ -33,14 +33,14 @@ fn nothing_is_shared_unless_it_is_asked_for() {
 }
 
 #[test]
-fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
+fn page_of_allowed_origin_may_send_and_read() {
     let tokens = TempDir::new().expect("a temporary directory can be made");
     let tokens = tokens.path().join("tokens");
     std::fs::write(&tokens, "").expect("the directory takes a file");
     let tokens = ["--tokens", tokens.to_str().expect("a temporary path is text")];
     let origins = ["--cors-origin", "http://localhost:3000", "--cors-origin", PAGE];
     let server = Server::start(&[&origins[..], &tokens].concat());
-    // Without the token, which a browser does not send yet.
+    // A preflight request has no token.
     let wanted = [
         ("origin", PAGE),
         ("access-control-request-method", "PUT"),
@@ -51,7 +51,7 @@ fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
     assert_eq!(answer.header("access-control-allow-methods"), Some("PUT"));
     assert_eq!(answer.header("access-control-allow-headers"), Some("authorization,if-match"));
     assert_eq!(answer.header("access-control-max-age"), Some("600"));
-    // A page is to see why it was refused, too.
+    // A page can read errors too.
     let refused = ask(&server, "GET", "/v1/a", &wanted[..1]);
     assert_eq!((refused.status, shared(&refused)), (401, [Some(PAGE), Some("*"), Some("origin")]));
 
@@ -59,27 +59,27 @@ fn a_page_of_an_origin_that_is_let_in_may_ask_and_read() {
         let wanted = [("origin", origin), wanted[1]];
         let answer = ask(&server, "OPTIONS", "/v1/a", &wanted);
         answer.says(403, "origin not allowed");
-        // Caches are not to mix the answers up.
+        // Caches must not mix responses for different origins.
         assert_eq!(shared(&answer), [None, None, Some("origin")]);
     }
     assert_eq!(shared(&ask(&server, "GET", "/v1/a", &[])), [None, None, Some("origin")]);
 }
 
 #[test]
-fn any_origin_can_be_let_in() {
+fn any_origin_can_be_allowed() {
     let server = Server::start(&["--cors-origin", "*"]);
     let answer = ask(&server, "PUT", "/v1/a", &[("origin", PAGE)]);
     assert_eq!((answer.status, shared(&answer)), (201, [Some("*"), Some("*"), None]));
-    // A request that only looks like a browser's question is for the store.
+    // A request that only resembles a preflight request is served by the guest.
     assert_eq!(ask(&server, "OPTIONS", "/v1/a", &[("origin", PAGE)]).status, 405);
 }
 
 #[test]
-fn what_is_no_origin_is_refused() {
+fn invalid_origin_is_rejected() {
     serve_refused(&["--cors-origin", "example.org"]).with(2, &["--cors-origin", "https://example.org"]);
 }
 
-/// What a page does: a write, a refusal, a read, a watch and a wait, and what it sees of the answers.
+/// Script of a page: a write, a rejection, a read, a watch and a long poll, and the responses that it can read.
 const SCRIPT: &str = r#"
 const seen = [];
 const see = async (path, options) => {
@@ -99,7 +99,7 @@ events.close();
 return seen.join('\n');
 "#;
 
-/// Serves a page at an origin of its own. Gives its URL, and what its script reports there.
+/// Serves a page at another origin. Returns its URL, and the reports of its script.
 fn page(store: &str) -> (String, Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = listener.local_addr().expect("a listener has an address");
@@ -127,7 +127,7 @@ fn page(store: &str) -> (String, Receiver<String>) {
     (format!("http://{address}"), reports)
 }
 
-/// What a page reports from a browser.
+/// Reports of a page in a browser.
 fn browse((url, reports): &(String, Receiver<String>)) -> String {
     let home = TempDir::new().expect("a temporary directory can be made");
     let mut chromium = Command::new("chromium");
@@ -141,7 +141,7 @@ fn browse((url, reports): &(String, Receiver<String>)) -> String {
 }
 
 #[test]
-fn a_browser_lets_a_page_use_the_store() {
+fn page_in_browser_uses_store() {
     let server = Server::start(&["--cors-origin", PAGE]);
     assert_eq!(browse(&page(&server.url(""))), "failed: TypeError: Failed to fetch");
 
@@ -156,7 +156,7 @@ fn a_browser_lets_a_page_use_the_store() {
     ];
     let reported = browse(&page(&server.url("")));
     let (mut reported, mut seen) = (reported.lines().collect::<Vec<_>>(), seen.to_vec());
-    // Which of the last two is seen first is open.
+    // The last two can come in any order.
     reported.sort_unstable();
     seen.sort_unstable();
     assert_eq!(reported, seen);

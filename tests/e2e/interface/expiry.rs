@@ -16,7 +16,7 @@ use crate::support::requests::expires;
 use crate::support::server::{PATIENCE, Server, Stopped, kvs, serve};
 use crate::support::wire::Connection;
 
-/// The lines of the log that delete.
+/// The deletes in the log.
 fn deletes(stopped: &Stopped) -> usize {
     let mut dump = kvs_at(stopped.data());
     dump.args(["txlog", "cat"]);
@@ -63,18 +63,18 @@ fn watcher_gets_expiry_in_time() {
         let mut client = Connection::open(server.address());
         for key in 0..KEYS {
             assert_eq!(client.ask("PUT", &format!("/v1/{key}?ttl=1"), b"value").status, 201);
-            // All over a second: a server that looks for expired keys once a second is late with most.
+            // Expiries spread over one second: a server that checks once a second would be late with most.
             thread::sleep(Duration::from_millis(97));
         }
         watching.join().expect("all expire")
     });
     late.sort_unstable();
-    // Most of them, since the machine has other things to do.
+    // Most of them, since the machine is shared.
     assert!((-20..300).contains(&late[KEYS / 2]), "they are late by {late:?} ms");
 }
 
 #[test]
-fn ttl_continues_over_a_restart() {
+fn ttl_continues_over_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/soon?ttl=1", b"value");
@@ -119,7 +119,7 @@ fn now_ms() -> i64 {
     i64::try_from(time.as_millis()).expect("it is a time")
 }
 
-/// What readiness says of the clock.
+/// The line of the clock in `/readyz`.
 fn clock(server: &Server) -> String {
     let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
     assert_eq!(ready.status, 200);
@@ -127,7 +127,7 @@ fn clock(server: &Server) -> String {
 }
 
 #[test]
-fn ttl_ends_after_a_run_with_a_clock_ahead() {
+fn ttl_ends_after_run_with_clock_ahead() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     write_a_year_ahead(data.path());
@@ -163,7 +163,7 @@ fn imported_future_entries_keep_their_remaining_ttl() {
 }
 
 #[test]
-fn times_have_a_unit_or_are_seconds() {
+fn durations_without_unit_are_seconds() {
     let server = Server::start(&["--idle-timeout", "75"]);
     for ttl in ["3600", "3600s", "1h"] {
         let put = kvs()

@@ -1,4 +1,4 @@
-//! Lists over the wire: pages, cursors, groups, and problems for those who ask for them.
+//! Lists over HTTP: pages, cursors, groups, and errors as problem documents.
 
 use serde_json::{Value, json};
 
@@ -51,7 +51,7 @@ fn pagination_lists_every_key_once_during_changes() {
         let page = list(&mut client, &query);
         let names = page["keys"].as_array().expect("a list").iter().map(|entry| entry["key"].as_str().expect("text"));
         seen.extend(names.map(str::to_owned));
-        // The first that was listed goes, and one comes before all that are still to be listed.
+        // Deletes the first listed key, and puts one that sorts before all remaining ones.
         let [first, .., last] = page["keys"].as_array().expect("a list").as_slice() else { panic!("a page of few") };
         client.ask("DELETE", &format!("/v1/{}", first["key"].as_str().expect("text")), b"");
         client.ask("PUT", &format!("/v1/{}-", last["key"].as_str().expect("text")), b"value");
@@ -103,7 +103,7 @@ fn errors_are_problem_documents_on_request() {
     let refused = client.ask_with("GET", "/v1/%2e", &accept, b"");
     problem(refused, 400, "malformed", "Bad Request", "key has a `.` segment");
     client.ask_with("GET", "/v1/a", &[("accept", "application/json")], b"").says(404, "no such key");
-    // The same for what the store never sees.
+    // The same for requests that the host rejects.
     let refused = client.ask_with("PUT", "/v1/a", &accept, &[b'x'; 11]);
     problem(refused, 413, "too_large", "Payload Too Large", "the body is 11 bytes, at most 10 are allowed");
 }

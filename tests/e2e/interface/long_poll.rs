@@ -1,4 +1,4 @@
-//! Waiting for a key to change, for those without Server-Sent Events: through swaps, traps and the end of the server.
+//! Long polls, over swaps, traps and the stop of the server.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use crate::support::server::Server;
 use crate::support::swap::swaps;
 use crate::support::wire::{Connection, Response};
 
-/// Longer than what is to be seen not to happen takes.
+/// Longer than a response takes that must not come.
 const A_WHILE: Duration = Duration::from_millis(200);
 
-/// Asks, and is seen to wait. `None` has no value.
+/// Sends a long poll, and waits until the server counts it as waiting. `None`: the client has no value.
 fn waits(server: &Server, target: &str, etag: Option<u64>) -> Connection {
     let mut client = asks(server, target, etag);
     assert!(client.is_silent_for(A_WHILE), "it does not wait");
@@ -69,7 +69,7 @@ fn outdated_client_does_not_wait() {
 
 #[test]
 fn expired_wait_is_304() {
-    // Longer than a request may take otherwise.
+    // Longer than the request timeout.
     let server = Server::start(&["--request-timeout", "2s"]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"value");
@@ -82,7 +82,7 @@ fn expired_wait_is_304() {
 }
 
 #[test]
-fn max_wait_limits_a_wait() {
+fn max_wait_limits_wait() {
     let server = Server::start(&["--max-wait", "1ms"]);
     asks(&server, "/v1/a?wait=300s", None).read().says(404, "no such key");
 }
@@ -127,7 +127,7 @@ fn graceful_stop_ends_waits() {
 }
 
 #[test]
-fn departed_client_frees_its_place() {
+fn disconnected_client_frees_its_place() {
     let server = Server::start(&["--max-connections", "3"]);
     for _ in 0..3 {
         let waiting: Vec<_> = (0..3).map(|_| waits(&server, "/v1/a?wait=300s", None)).collect();
@@ -159,7 +159,7 @@ fn many_waits_do_not_delay_others() {
 }
 
 #[test]
-fn watches_and_long_polls_are_gauges_and_no_latency() {
+fn watches_and_long_polls_are_gauges_not_latency() {
     let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", "2"]);
     let metrics = Metrics::of(&server);
     assert_eq!(metrics.get("kvs_guest_memory_limit_bytes"), f64::from(128 << 20));
@@ -176,7 +176,7 @@ fn watches_and_long_polls_are_gauges_and_no_latency() {
     let after = until(&server, "both have ended", |now| {
         [now.get("kvs_watches"), now.get("kvs_http_requests_waiting_for_change")] == [0.0, 0.0]
     });
-    // That of the head of the watch alone.
+    // Only the time to the head of the watch.
     let get = "{method=\"GET\"}";
     assert_eq!(after.get(&format!("kvs_http_request_duration_seconds_count{get}")), 1.0);
     assert_eq!(after.get("kvs_http_requests_total{method=\"GET\",status=\"200\"}"), 2.0);

@@ -1,8 +1,8 @@
-//! The HTTP interface, as clients use it.
+//! The HTTP interface.
 //!
-//! `book` is the session that every reader of *Cloud Native Go* knows. `rest`, `conditions`, `lists`, `expiry`, `transactions`,
+//! `book` is the session in *Cloud Native Go*. `rest`, `conditions`, `lists`, `expiry`, `transactions`,
 //! `operations`, `watch` and `long_poll` have a part of the interface each, `client` invalid requests, `cors` pages of other
-//! origins. `openapi` compares the interface with its description. `response_cache`: what is reused is right.
+//! origins. `openapi` compares the interface with its description. `response_cache`: reuse of responses.
 
 mod book;
 mod client;

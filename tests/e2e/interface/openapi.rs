@@ -1,5 +1,5 @@
-//! The description of the interface is true: schemathesis makes requests out of it, good ones and bad ones, and finds no
-//! answer that is not described.
+//! The OpenAPI document is complete: schemathesis generates valid and invalid requests from it, and every response must be
+//! described there.
 
 use std::process::Command;
 
@@ -10,14 +10,13 @@ fn no_answer_is_undescribed() {
     let server = Server::start(&["--durability", "os", "--max-wait", "1ms"]);
     let mut schemathesis = Command::new("schemathesis");
     schemathesis.args(["run", &server.url("/openapi.json"), "--max-examples"]);
-    // For each operation, beside those that try the borders of every parameter. Another seed finds other things, and the
-    // same one the same.
+    // Per operation, in addition to boundary values of every parameter. The seed makes a run repeatable.
     let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let examples: u32 = setting("KVS_TEST_API_EXAMPLES", "50").parse().expect("KVS_TEST_API_EXAMPLES is a number");
     schemathesis.arg(examples.to_string());
     schemathesis.args(["--seed", &setting("KVS_TEST_API_SEED", "1")]);
     schemathesis.args(["--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--no-color"]);
-    // What is refused though it is described cannot be said in a schema: dots between slashes, bytes of UTF-8, cursors.
+    // Some rejections cannot be expressed in a schema: dot segments, lengths in bytes of UTF-8, cursors.
     schemathesis.args([
         "--exclude-checks",
         "positive_data_acceptance",
@@ -29,7 +28,7 @@ fn no_answer_is_undescribed() {
     // Too many keys in a query make the target too long, which is one more way to reject them.
     let config = "[checks]\nnegative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 406, 409, 414, 415, 422, \"5xx\"]\n";
     std::fs::write(server.data().join("schemathesis.toml"), config).expect("the directory takes a file");
-    // A proxy in the environment has nothing to do with a server on this machine.
+    // A proxy in the environment is not for a server on this machine.
     let run = schemathesis.env("NO_PROXY", "*").current_dir(server.data()).output();
     let run = run.unwrap_or_else(|error| panic!("schemathesis cannot be run ({error}): `just test` installs it"));
     let said = String::from_utf8_lossy(&run.stdout);

@@ -1,5 +1,4 @@
-//! What a client can ask for beside one value, a list and a transaction: numbers that are added to, expiries that are renewed,
-//! several values at once, a list and then a watch of it, and deletes by prefix.
+//! Operations on numbers and expiries, reads of several values, a list followed by a watch, and deletes by prefix.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
@@ -36,7 +35,7 @@ fn concurrent_additions_all_count_and_survive() {
     let server = server.kill().restart(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("GET", "/v1/visits", b"").text(), "200");
-    // What is answered from the cache changes with it.
+    // Cached responses are invalidated by it.
     for sum in 201..210 {
         assert_eq!(client.ask("POST", "/v1/visits?op=add&delta=1", b"").text(), sum.to_string());
         assert_eq!(client.ask("GET", "/v1/visits", b"").text(), sum.to_string());
@@ -63,7 +62,7 @@ fn additions_to_other_values_are_rejected() {
 }
 
 #[test]
-fn touched_value_outlives_its_first_expiry() {
+fn touched_value_survives_its_first_expiry() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in ["kept", "gone"] {
@@ -98,7 +97,7 @@ fn delete_reports_what_it_deleted() {
 }
 
 #[test]
-fn several_values_come_at_once_from_all_shards() {
+fn several_values_are_read_from_all_shards() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let keys: Vec<_> = (0..1_000).map(|n| format!("key-{n}")).collect();
@@ -127,7 +126,7 @@ fn several_values_come_at_once_from_all_shards() {
 }
 
 #[test]
-fn query_is_a_read() {
+fn query_counts_as_read() {
     let tokens = Tokens::new();
     let reader = format!("Bearer {}", tokens.add(&["reader"]));
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -138,7 +137,7 @@ fn query_is_a_read() {
 }
 
 #[test]
-fn watch_from_the_position_of_a_list_misses_nothing() {
+fn watch_from_list_position_misses_nothing() {
     let server = Server::start(&["--durability", "os"]);
     let address = server.address();
     let seen = thread::scope(|scope| {
@@ -147,7 +146,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
             (0..600).for_each(|n| drop(client.ask("PUT", &format!("/v1/a%2F{n:04}"), b"value")));
         });
         let mut client = Connection::open(address);
-        // In the midst of the puts, unless the machine lets nobody in.
+        // During the puts, unless the machine is overloaded.
         while read(&client.ask("GET", "/v1?count=true&prefix=a/", b""))["count"].as_u64() < Some(100) {}
         let first = client.ask("GET", "/v1?prefix=a/&limit=100", b"");
         let position = first.header("kvs-position").expect("a position").to_owned();
@@ -180,7 +179,7 @@ fn watch_from_the_position_of_a_list_misses_nothing() {
 }
 
 #[test]
-fn lists_go_backwards_and_within_bounds() {
+fn lists_are_reversible_and_bounded() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     (0..100).for_each(|n| drop(client.ask("PUT", &format!("/v1/key{n:02}"), b"value")));
@@ -219,7 +218,7 @@ fn prefix_is_deleted_page_by_page() {
 }
 
 #[test]
-fn every_error_has_its_code_and_503_a_time_to_wait() {
+fn every_error_has_code_and_503_retry_after() {
     let server = Server::start(&["--max-requests", "1"]);
     let mut waiting = Connection::open(server.address());
     let mut client = Connection::open(server.address());
@@ -232,7 +231,7 @@ fn every_error_has_its_code_and_503_a_time_to_wait() {
     ] {
         assert_eq!(client.ask(method, path, body).header("kvs-error"), Some(code), "{method} {path}");
     }
-    // A request whose body does not arrive takes the only place.
+    // A request without its body occupies the only place.
     waiting.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 5\r\n\r\n");
     let until = Instant::now() + PATIENCE;
     let full = loop {

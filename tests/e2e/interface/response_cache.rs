@@ -1,4 +1,4 @@
-//! The response cache: what is reused is right, only what may be is, and a hit passes all that a call does.
+//! The response cache: only valid declarations are reused, while they are current, and hits are checked like calls.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -14,14 +14,14 @@ const HITS: &str = "kvs_response_cache_hits_total";
 const VOID: &str = "kvs_response_cache_void_declarations_total";
 const CALLS: &str = "kvs_guest_call_duration_seconds_count";
 
-/// By how much a metric moves while `work` is done.
+/// Returns the change of a metric during `work`.
 fn moves(server: &Server, name: &str, work: impl FnOnce()) -> f64 {
     let before = Metrics::of(server).get(name);
     work();
     Metrics::of(server).get(name) - before
 }
 
-/// All of a response but what differs from one to the next.
+/// A response without the headers that differ between requests.
 fn content(response: &Response) -> (u16, Vec<(String, String)>, Vec<u8>) {
     let differs = |name: &str| matches!(name, "x-request-id" | "date");
     let headers = response.headers.iter().filter(|(name, _)| !differs(name)).cloned().collect();
@@ -29,7 +29,7 @@ fn content(response: &Response) -> (u16, Vec<(String, String)>, Vec<u8>) {
 }
 
 #[test]
-fn reads_of_a_key_are_hits_until_it_changes() {
+fn reads_of_key_are_hits_until_change() {
     for shards in ["1", "4"] {
         let server = Server::start(&["--shards", shards]);
         let mut client = Connection::open(server.address());
@@ -64,14 +64,14 @@ fn reads_of_a_key_are_hits_until_it_changes() {
 }
 
 #[test]
-fn value_that_expires_is_not_reused_after_its_time() {
+fn expired_value_is_not_reused() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a?ttl=2", b"value").status, 201);
     let expires = Instant::now() + Duration::from_secs(2);
     for number in 0.. {
         let asked = Instant::now();
-        // Not equal to any other request, so the guest is called.
+        // Differs from all earlier requests, so the guest is called.
         let fresh = client.ask_with("GET", "/v1/a", &[("if-range", &format!("\"{number}\""))], b"");
         let reused = client.ask("GET", "/v1/a", b"");
         assert!(fresh.status == 200 || reused.status == 404, "it came back after its time");
@@ -85,7 +85,7 @@ fn value_that_expires_is_not_reused_after_its_time() {
 }
 
 #[test]
-fn call_that_does_more_makes_its_declaration_void() {
+fn declaration_of_call_with_effects_is_void() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
     for path in ["none/{own}a", "config/{own}a", "print/{own}a", "none/{own}a,{own}b", "none/{own}a/3600000"] {
@@ -95,7 +95,7 @@ fn call_that_does_more_makes_its_declaration_void() {
         assert_eq!((hits, &bodies[0]), (1.0, &bodies[1]), "{path}");
     }
     let others = (0..100).map(|n| format!("none/{{own}}a,{{other-{n}}}")).find(|path| {
-        // One that another shard owns: most are.
+        // A key that another shard owns, as most are.
         moves(&server, VOID, || drop(get(&mut client, &format!("/reuse/{path}")))) > 0.0
     });
     let too_many = format!("none/{}", vec!["{own}a"; 101].join(","));
@@ -132,7 +132,7 @@ fn call_that_does_more_makes_its_declaration_void() {
 }
 
 #[test]
-fn response_is_reused_for_no_other_client_or_grant() {
+fn response_is_not_reused_for_other_client_or_grant() {
     let tokens = Tokens::new();
     let clients = [
         ["twin", "--scope", "read", "--path-prefix", "/reuse/none/{own}a"],
@@ -141,7 +141,7 @@ fn response_is_reused_for_no_other_client_or_grant() {
         ["other", "--scope", "read", "--path-prefix", "/reuse/none"],
     ]
     .map(|args| tokens.add(&args));
-    // Several of one name are made by hand.
+    // Tokens of one name are written by hand.
     let text = fs::read_to_string(tokens.file()).expect("it is there");
     fs::write(tokens.file(), text.replace("twin-b", "twin").replace("twin-c", "twin")).expect("it can be written");
     let server = Server::start(&[guest(), "--tokens", &tokens.file(), "--admin-open"]);
@@ -162,7 +162,7 @@ fn response_is_reused_for_no_other_client_or_grant() {
 }
 
 #[test]
-fn response_of_the_guest_before_a_swap_is_not_reused() {
+fn response_of_swapped_out_guest_is_not_reused() {
     let server = Server::start(&["--probation", "10ms"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -176,7 +176,7 @@ fn response_of_the_guest_before_a_swap_is_not_reused() {
 }
 
 #[test]
-fn hits_go_on_while_a_trapped_guest_is_rebuilt() {
+fn hits_continue_while_guest_is_rebuilt() {
     let server = Server::start(&[guest(), "--guest-config", "fault=apply-traps-on-poison"]);
     let mut client = Connection::open(server.address());
     let kept = get(&mut client, "/reuse/none/{own}a");
@@ -207,7 +207,7 @@ fn flood_of_targets_evicts_and_does_not_grow() {
 }
 
 #[test]
-fn cache_that_is_off_keeps_nothing() {
+fn disabled_cache_keeps_nothing() {
     let server = Server::start(&["--response-cache-bytes", "0"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);

@@ -1,10 +1,10 @@
-//! The REST interface, version 1, as a client sees it: paths, headers, and what HTTP itself promises.
+//! The REST interface, version 1: paths, headers, and general rules of HTTP.
 
 use crate::support::server::Server;
 use crate::support::wire::{Connection, long, short};
 
 #[test]
-fn short_and_long_path_are_the_same_key() {
+fn short_and_long_path_are_same_key() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for key in
@@ -34,7 +34,7 @@ fn similar_keys_are_different_keys() {
 }
 
 #[test]
-fn etag_is_the_sequence_and_survives_restart() {
+fn etag_is_sequence_and_survives_restart() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"1").header("etag"), Some("\"1\""));
@@ -59,7 +59,7 @@ fn content_type_is_stored() {
     };
     put("/v1/json", "Content-Type: application/json; charset=utf-8\r\n");
     put("/v1/none", "");
-    // What curl -d names when its user named nothing.
+    // The default of curl -d.
     put("/v1/curl", "Content-Type: application/x-www-form-urlencoded\r\n");
     put("/v1/over", "Content-Type: image/png\r\n");
     put("/v1/over", "");
@@ -107,23 +107,23 @@ fn responses_are_nosniff() {
         let answer = client.ask(method, path, b"");
         assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{method} {path}");
     }
-    // What the edge refuses too.
+    // The host rejects these too.
     let refused = client.ask("PUT", "/v1/a", &[0; 1_025]);
     assert_eq!((refused.status, refused.header("x-content-type-options")), (413, Some("nosniff")));
 }
 
 #[test]
-fn head_has_the_length_and_no_body() {
+fn head_has_length_and_no_body() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a", b"eleven byte");
     let head = client.ask("HEAD", "/v1/a", b"");
     assert_eq!((head.status, head.header("content-length"), head.etag()), (200, Some("11"), Some(1)));
-    // Were there a body, the next response would begin with it.
+    // With a body, the next response would begin with it.
     let missing = client.ask("HEAD", "/v1/b", b"");
     assert_eq!((missing.status, missing.header("content-length")), (404, Some("12")));
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"eleven byte");
-    // Nothing is a length too, also when the response is one that was kept.
+    // A length of zero is sent too, also with a cached response.
     client.ask("PUT", "/v1/empty", b"");
     for _ in 0..2 {
         let head = client.ask("HEAD", "/v1/empty", b"");
@@ -203,7 +203,7 @@ fn connection_close_is_obeyed() {
 }
 
 #[test]
-fn every_response_has_a_date() {
+fn every_response_has_date() {
     let server = Server::start(&[]);
     let response = Connection::open(server.address()).ask("GET", "/v1/a", b"");
     let date = response.header("date").expect("there is a date");

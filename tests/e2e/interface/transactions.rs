@@ -1,4 +1,4 @@
-//! Transactions over the wire.
+//! Transactions over HTTP.
 
 use std::thread;
 
@@ -63,7 +63,7 @@ fn failed_check_is_named_and_changes_nothing() {
 }
 
 #[test]
-fn malformed_transaction_is_400_with_its_place() {
+fn malformed_transaction_is_400_with_position() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let deep = "[".repeat(1_000_000);
@@ -100,7 +100,7 @@ fn transaction_size_is_limited() {
 }
 
 #[test]
-fn transfers_conserve_the_total_over_kills() {
+fn transfers_conserve_total_over_kills() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let key = |account: u8| format!("{{bank}}{account}");
@@ -138,7 +138,7 @@ fn transfers_conserve_the_total_over_kills() {
                 }
             });
         }
-        // The tellers have moved it about: four sequences for the accounts, and two for each time.
+        // Transfers have changed the accounts: four sequences for their creation, and two for each transfer.
         while client.ask("GET", &path(0), b"").etag() < Some(200) {}
         server.signal(Signal::KILL);
     });

@@ -1,4 +1,4 @@
-//! Watches: what a client that watches sees, through reconnects, restarts, compaction and traps.
+//! Watches, over reconnects, restarts, compaction and traps.
 
 use std::thread;
 
@@ -22,7 +22,7 @@ fn refused(server: &Server, target: &str) -> Response {
 }
 
 #[test]
-fn a_watcher_sees_what_happens_to_its_keys() {
+fn watch_sends_changes_of_its_keys() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     client.ask("PUT", "/v1/a1", b"before");
@@ -40,7 +40,7 @@ fn a_watcher_sees_what_happens_to_its_keys() {
     for events in [&mut all, &mut some] {
         assert_eq!(events.next(), event(4, "delete", json!({"key": "a1"})));
     }
-    // What expires is deleted, and watches get the event.
+    // An expired key is deleted, and watches get the event.
     let expires = client.ask("PUT", "/v1/a3?ttl=1", b"").etag();
     let put = some.next().expect("a put");
     assert_eq!((Some(put.id), put.data["expires"].is_u64()), (expires, true));
@@ -48,7 +48,7 @@ fn a_watcher_sees_what_happens_to_its_keys() {
 }
 
 #[test]
-fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
+fn resumed_watch_sends_every_event_once() {
     let server = Server::start(&["--segment-bytes", "2MiB"]);
     let count = 2_000;
     thread::scope(|scope| {
@@ -64,7 +64,7 @@ fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
         let (mut last, mut round) = (0, 0);
         while last < count {
             let id = last.to_string();
-            // In the place where a browser puts it, or where a program does.
+            // In the header, as a browser sends it, or in the query.
             let (target, headers) = match round % 2 {
                 0 => (format!("/v1?watch&since={last}"), vec![]),
                 _ => ("/v1?watch&since=0".to_owned(), vec![("last-event-id", id.as_str())]),
@@ -89,13 +89,13 @@ fn a_watcher_that_comes_back_misses_nothing_and_sees_nothing_twice() {
 }
 
 #[test]
-fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
+fn compacted_position_is_410_with_new_position() {
     if !is_compactable() {
         return;
     }
     let data = TempDir::new().expect("a temporary directory can be made");
     let text = data.path().join("text");
-    // Long ago, since a delete is kept for a while for those who come back.
+    // Long ago, since deletes are retained for a while for resumed watches.
     let lines = "1\t2\tgone\tvalue\t1000\t\n2\t1\tgone\t\t1000\n3\t2\tstays\tvalue\t1000\t\n";
     std::fs::write(&text, lines).expect("the directory takes a file");
     for args in [&["import", text.to_str().expect("a temporary path is text")][..], &["compact"]] {
@@ -112,7 +112,7 @@ fn what_was_compacted_away_is_410_with_the_sequence_to_start_from() {
 }
 
 #[test]
-fn a_watch_that_cannot_be_is_refused() {
+fn invalid_watch_is_rejected() {
     let server = Server::start(&[]);
     Connection::open(server.address()).ask("PUT", "/v1/a", b"");
     for (query, expected) in [
@@ -157,7 +157,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
     assert_eq!(client.ask("DELETE", "/append-any", b"{own}x").text(), "Ok(5)");
     put(&mut client, "ab");
     let expected = [(1, "put", "abc"), (3, "put", "{own}x"), (5, "delete", "{own}x"), (6, "put", "ab")];
-    // What is watched, and what is read again of the log.
+    // Changes from the feed, and changes replayed from the log.
     let mut again = Events::open(&server, "/watch/a*,ab*,abc,{own}x/0", &[]);
     let mut puts_again = Events::open(&server, "/watch/a*,{own}x/0/puts-only", &[]);
     for (id, kind, key) in expected {
@@ -178,7 +178,7 @@ fn watch_of_several_selectors_gets_each_change_once() {
 }
 
 #[test]
-fn keys_of_guests_come_only_to_selectors_that_name_them() {
+fn guest_keys_are_sent_only_to_their_selectors() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut all = Events::open(&server, "/watch/*", &[]);
@@ -191,7 +191,7 @@ fn keys_of_guests_come_only_to_selectors_that_name_them() {
     }
     assert_eq!(own.next(), event(1, "put", json!({"key": "\u{1}{own}/a", "value": ""})));
 
-    // The default guest keeps them for the guest that comes back, and shows them to nobody.
+    // The built-in guest keeps them, and shows them to no client.
     swaps(&server, &component(DEFAULT_GUEST));
     let list = client.ask("GET", "/v1", b"");
     assert_eq!(list.text(), r#"{"keys":[{"key":"{own}a","etag":"\"2\"","size":5}],"list_complete":true}"#);
@@ -206,11 +206,11 @@ fn keys_of_guests_come_only_to_selectors_that_name_them() {
 }
 
 #[test]
-fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
+fn slow_consumer_is_disconnected_and_can_resume() {
     let server = Server::start(&["--watch-buffer-bytes", "64KiB", "--durability", "os"]);
     let mut slow = Events::open(&server, "/v1?watch", &[]);
     let mut client = Connection::open(server.address());
-    // More than sockets hold.
+    // More than socket buffers hold.
     let count = 60;
     for n in 0..count {
         assert_eq!(client.ask("PUT", &format!("/v1/{n}"), &vec![b'x'; 1 << 20]).status, 201);
@@ -228,7 +228,7 @@ fn a_watcher_that_does_not_read_is_given_up_and_can_come_back() {
 }
 
 #[test]
-fn a_watch_that_sees_nothing_is_kept_alive() {
+fn watch_without_events_is_kept_alive() {
     let server = Server::start(&["--watch-keep-alive", "50ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     for _ in 0..3 {
@@ -237,7 +237,7 @@ fn a_watch_that_sees_nothing_is_kept_alive() {
 }
 
 #[test]
-fn a_watch_goes_on_through_a_trap() {
+fn watch_continues_over_trap() {
     let server = Server::start(&[guest()]);
     let mut client = Connection::open(server.address());
     let mut events = Events::open(&server, "/watch/key", &[]);
@@ -248,7 +248,7 @@ fn a_watch_goes_on_through_a_trap() {
 }
 
 #[test]
-fn a_server_that_stops_ends_the_watches() {
+fn stop_ends_watches() {
     let server = Server::start(&["--drain-timeout", "10m"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     server.terminate();
@@ -256,7 +256,7 @@ fn a_server_that_stops_ends_the_watches() {
 }
 
 #[test]
-fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
+fn watch_continues_over_swaps_without_gap() {
     let server = Server::start(&["--probation", "1ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);
     under_load(&server, |_| {
@@ -272,7 +272,7 @@ fn a_watch_goes_on_through_swaps_without_a_gap_or_a_repeat() {
 
 /// A watch that resumes misses no event, even if later puts superseded it.
 #[test]
-fn puts_that_were_compacted_away_are_410_too() {
+fn position_before_compacted_puts_is_410() {
     if !is_compactable() {
         return;
     }
@@ -292,7 +292,7 @@ fn puts_that_were_compacted_away_are_410_too() {
             format!("changes after sequence {since} were compacted; list the keys again and watch with since=4");
         refused(&server, &format!("/v1?watch&prefix=b&since={since}")).says(410, &expected);
     }
-    // What it recommends is good, and a proxy does not buffer it.
+    // The recommended position is valid, and proxies must not buffer the response.
     let head = Connection::open(server.address()).ask("HEAD", "/v1?watch&prefix=b&since=4", b"");
     assert_eq!((head.status, head.header("x-accel-buffering")), (200, Some("no")));
     let mut events = Events::open(&server, "/v1?watch&since=2", &[]);
@@ -307,8 +307,8 @@ fn memory(server: &Server) -> u64 {
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// What a PUT and a GET of a key nobody watches cost the server, in nanoseconds of CPU: the median of some hundreds each.
-/// They come many at once, since most of what a single one costs is to wake up for it, and that varies.
+/// CPU time of a PUT and of a GET of a key that is not watched, in nanoseconds: the median of some hundreds each. They are
+/// pipelined, since most of the cost of a single one is the wake-up, which varies.
 fn costs(server: &Server, client: &mut Connection) -> [u64; 2] {
     ["PUT", "GET"].map(|method| {
         let mut costs: Vec<_> = (0..15)
@@ -337,9 +337,9 @@ fn cpu(server: &Server) -> u64 {
 }
 
 #[test]
-fn ten_thousand_idle_watchers_cost_little() {
+fn ten_thousand_idle_watches_cost_little() {
     let count: u32 = 10_000;
-    // This process has the other ends.
+    // This process has the other ends of the connections.
     let least = 2 * u64::from(count);
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < least) {
@@ -363,7 +363,7 @@ fn ten_thousand_idle_watchers_cost_little() {
 }
 
 #[test]
-fn a_watcher_is_never_idle() {
+fn watch_is_not_closed_by_idle_timeout() {
     let server =
         Server::start(&["--header-timeout", "500ms", "--idle-timeout", "500ms", "--watch-keep-alive", "100ms"]);
     let mut events = Events::open(&server, "/v1?watch", &[]);

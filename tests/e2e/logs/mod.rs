@@ -1,5 +1,5 @@
-//! Logs that servers share, and the servers that share one: `postgres` and `nats` have a log in PostgreSQL and in NATS JetStream,
-//! `standby` a standby on a log in files, `pair` the roles of two servers as clients and proxies see them.
+//! Logs that servers share: `postgres` and `nats` have a log in PostgreSQL and in NATS JetStream,
+//! `standby` a standby on a log in files, `pair` the roles of two servers for clients and proxies.
 
 mod nats;
 mod pair;

@@ -29,7 +29,7 @@ fn directory() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
 }
 
-/// Serves a directory that other processes use too, and that outlives this one.
+/// Serves a directory that is shared with other processes, and kept after the end of this one.
 fn serve_in(data: &Path, args: &[&str]) -> Server {
     let mut command = serve(data);
     command.args(args);
@@ -52,7 +52,7 @@ fn names(data: &Path) -> Vec<String> {
 }
 
 #[test]
-fn standby_shows_what_the_primary_writes_and_writes_nothing() {
+fn standby_follows_primary_and_writes_nothing() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     assert_eq!((put(&primary, "a", "1"), put(&primary, "b", "1")), (201, 201));
@@ -77,7 +77,7 @@ fn standby_shows_what_the_primary_writes_and_writes_nothing() {
 }
 
 #[test]
-fn standby_reports_the_memory_of_its_guest() {
+fn standby_reports_memory_of_its_guest() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     let standby = stand_by(data.path(), &[]);
@@ -93,9 +93,9 @@ fn standby_reports_the_memory_of_its_guest() {
     assert!(after >= before + f64::from(24 << 20), "{before} to {after}");
 }
 
-/// A swap is remembered in the data directory, so the standby serves the guest of its primary after a takeover too.
+/// A swap is persisted in the data directory, so the standby serves the guest of its primary, also after a takeover.
 #[test]
-fn standby_serves_the_guest_of_its_primary() {
+fn standby_serves_guest_of_its_primary() {
     let data = directory();
     let primary = serve_in(data.path(), &SHORT);
     let standby = stand_by(data.path(), &SHORT);
@@ -106,7 +106,7 @@ fn standby_serves_the_guest_of_its_primary() {
     assert_eq!((swap(&primary, &other).status, put(&primary, "a", "1")), (200, 201));
     let follows = |before: &str| {
         let begun = Instant::now();
-        // Until its probation is over too.
+        // Also until its probation is over.
         while digest(&standby) == before || !status(&standby)["swap"].is_null() {
             assert!(begun.elapsed() < PATIENCE, "the standby keeps its guest");
             thread::sleep(Duration::from_millis(20));
@@ -189,14 +189,14 @@ fn standby_on_files_stays_read_only_after_takeover() {
 }
 
 #[test]
-fn standby_takes_over_from_killed_primary_without_a_gap() {
+fn standby_takes_over_from_killed_primary_without_gap() {
     let data = directory();
     let primary = serve_in(data.path(), &[]);
     let standby = stand_by(data.path(), &["--shards", "3"]);
     let mut clients = Clients::new(&mut zoo::dice());
     let mut watch = Events::open(&standby, "/v1?watch&since=0", &[]);
     thread::scope(|scope| {
-        // All that is ever written, in order, and each once.
+        // All writes, in order, each once.
         let watching = scope.spawn(move || {
             for number in 1.. {
                 let event = watch.next().expect("the watch continues over a takeover");
@@ -220,7 +220,7 @@ fn standby_takes_over_from_killed_primary_without_a_gap() {
 }
 
 #[test]
-fn standbys_take_over_one_after_the_other_under_compaction() {
+fn standbys_take_over_in_turn_under_compaction() {
     let data = directory();
     let mut clients = Clients::new(&mut zoo::dice());
     let mut primary = serve_in(data.path(), &SMALL_SEGMENTS);
@@ -237,7 +237,7 @@ fn standbys_take_over_one_after_the_other_under_compaction() {
 }
 
 #[test]
-fn histories_over_takeovers_of_the_file_log_are_linearizable() {
+fn histories_over_file_log_takeovers_are_linearizable() {
     let mut rng = zoo::dice();
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));

@@ -1,4 +1,4 @@
-//! Who may do what: tokens and their scopes.
+//! Tokens and their scopes.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use crate::support::tokens::{Tokens, ask, with};
 use crate::support::wire::{Connection, Response};
 
 #[test]
-fn a_token_allows_what_its_scope_says() {
+fn token_allows_requests_of_its_scope() {
     let tokens = Tokens::new();
     let read = tokens.add(&["reader"]);
     let write = tokens.add(&["writer", "--scope", "write"]);
@@ -68,7 +68,7 @@ fn a_token_allows_what_its_scope_says() {
 }
 
 #[test]
-fn a_token_can_be_bound_to_paths() {
+fn token_can_be_restricted_to_paths() {
     let tokens = Tokens::new();
     let bound = tokens.add(&["team-a", "--scope", "admin", "--path-prefix", "/v1/a-"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -80,7 +80,7 @@ fn a_token_can_be_bound_to_paths() {
 }
 
 #[test]
-fn guest_gets_the_name_and_not_the_token() {
+fn guest_gets_token_name_and_not_token() {
     let tokens = Tokens::new();
     let read = tokens.add(&["reader"]);
     let server = Server::start(&["--tokens", &tokens.file(), guest()]);
@@ -88,13 +88,13 @@ fn guest_gets_the_name_and_not_the_token() {
 }
 
 #[test]
-fn guest_learns_the_scope_of_the_token() {
+fn guest_gets_scope_of_token() {
     let tokens = Tokens::new();
     let server_tokens = [
         ("Read", tokens.add(&["reader"])),
         ("Write", tokens.add(&["writer", "--scope", "write"])),
         ("Admin", tokens.add(&["boss", "--scope", "admin"])),
-        // Not for the admin listener; and no keys follow from paths.
+        // Not valid for the admin listener; a path prefix is not a key prefix.
         ("Write", tokens.add(&["bound", "--scope", "admin", "--path-prefix", "/grant"])),
     ];
     let server = Server::start(&["--tokens", &tokens.file(), guest()]);
@@ -105,7 +105,7 @@ fn guest_learns_the_scope_of_the_token() {
 }
 
 #[test]
-fn tokens_are_read_again() {
+fn tokens_are_reloaded_on_change() {
     let tokens = Tokens::new();
     let first = tokens.add(&["first"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -127,7 +127,7 @@ fn tokens_are_read_again() {
 }
 
 #[test]
-fn tokens_are_reloaded_after_a_shortage_of_descriptors() {
+fn tokens_are_reloaded_after_descriptor_shortage() {
     let tokens = Tokens::new();
     let token = tokens.add(&["alice"]);
     let server = Server::start(&["--tokens", &tokens.file()]);
@@ -153,7 +153,7 @@ fn change(tokens: &Tokens, server: &Server, name: &str, line: impl Fn(&str) -> O
     let of_it = |old: &str| old.starts_with(&format!("{name} "));
     let lines: Vec<_> =
         text.lines().filter_map(|old| if of_it(old) { line(old) } else { Some(old.to_owned()) }).collect();
-    // At once and whole: one that is half written names nobody.
+    // Replaced atomically: a half-written file has no valid token.
     let new = tokens.file() + ".new";
     fs::write(&new, lines.join("\n")).and_then(|()| fs::rename(&new, tokens.file())).expect("the file can be written");
     server.signal(Signal::HUP);
@@ -192,7 +192,7 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
         assert_eq!(watching.next(), None, "{expected}");
         waiting.read().says(status, expected);
     }
-    // Others go on.
+    // Other requests continue.
     assert_eq!(ask(&server, "PUT", "/v1/a", &with(&stays)).status, 201);
     assert_eq!(watching.next().map(|event| event.id), Some(1));
     assert_eq!(waiting.read().etag(), Some(1));
@@ -222,13 +222,13 @@ fn revoked_token_ends_its_backup() {
     assert!(received.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&received));
     change(&tokens, &server, "operator", |_| None);
     server.says("reloaded the token file");
-    // What the sockets hold comes, or a reset.
+    // The content of the socket buffers arrives, or a reset.
     let _ = backup.read_to_end(&mut received);
     assert!(received.len() < 24 << 20, "{} bytes of 32 MiB came", received.len());
 }
 
 #[test]
-fn a_token_is_made_once_and_kept_as_a_hash() {
+fn token_is_printed_once_and_stored_as_hash() {
     let tokens = Tokens::new();
     let token = tokens.add(&["alice"]);
     assert!(token.starts_with("kvs_") && token.len() == 68, "{token}");
@@ -264,7 +264,7 @@ fn list(tokens: &Tokens) -> Vec<String> {
 }
 
 #[test]
-fn token_is_rotated_by_a_second_one_of_its_name() {
+fn token_is_rotated_by_second_token_of_same_name() {
     let tokens = Tokens::new();
     let [old, new] = [(); 2].map(|()| tokens.add(&["alice", "--scope", "write"]));
     let bob = tokens.add(&["bob", "--path-prefix", "/v1/b", "--expires", "2227-01-31"]);
@@ -309,7 +309,7 @@ fn await_status(server: &Server, token: &str, status: u16) {
 }
 
 #[test]
-fn token_is_rejected_and_its_watch_ends_at_its_expiry() {
+fn expired_token_is_rejected_and_its_watch_ends() {
     let tokens = Tokens::new();
     let short = tokens.add(&["short", "--expires", "5s"]);
     // Nothing is to be seen by a heartbeat that comes early.
@@ -327,7 +327,7 @@ fn token_is_rejected_and_its_watch_ends_at_its_expiry() {
 }
 
 #[test]
-fn token_for_metrics_can_do_nothing_else() {
+fn metrics_token_allows_only_metrics() {
     let tokens = Tokens::new();
     let scraper = tokens.add(&["scraper", "--scope", "metrics"]);
     let write = tokens.add(&["writer", "--scope", "write"]);
@@ -355,7 +355,7 @@ fn token_for_metrics_can_do_nothing_else() {
 }
 
 #[test]
-fn admin_listener_is_open_on_loopback_by_intent_alone() {
+fn admin_listener_on_loopback_is_open_only_by_flag() {
     let tokens = Tokens::new();
     tokens.add(&["alice"]);
     let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
@@ -394,7 +394,7 @@ fn token_that_cannot_be_printed_is_not_created() {
 }
 
 #[test]
-fn a_file_of_tokens_that_cannot_be_used() {
+fn unusable_token_file_is_reported() {
     let tokens = Tokens::new();
     serve_refused(&["--tokens", &tokens.file()]).with(1, &["--tokens", &tokens.file(), "cannot read"]);
     fs::write(tokens.file(), "alice read\n").expect("the file can be written");
@@ -402,7 +402,7 @@ fn a_file_of_tokens_that_cannot_be_used() {
 }
 
 #[test]
-fn to_be_open_to_a_network_needs_intent() {
+fn network_address_without_access_control_needs_flag() {
     let everywhere = |data: &Path, args: &[&str]| {
         let mut command = kvs();
         command.args(["serve", "--listen", "0.0.0.0:0", "--data-dir"]).arg(data).args(args);
@@ -422,7 +422,7 @@ fn to_be_open_to_a_network_needs_intent() {
 }
 
 #[test]
-fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
+fn reachable_admin_listener_requires_token() {
     serve_refused(&["--admin", "0.0.0.0:0"]).with(1, &["--admin 0.0.0.0:0", "--tokens"]);
     let tokens = Tokens::new();
     let write = tokens.add(&["writer", "--scope", "write"]);
@@ -438,7 +438,7 @@ fn an_admin_listener_that_others_can_reach_asks_for_a_token() {
     ask(&server, &with(&write)).says(403, "the token is not valid for the admin listener");
     ask(&server, &with(&bound)).says(403, "the token is not valid for the admin listener");
     assert_eq!(ask(&server, &with(&admin)).status, 200);
-    // Health is open to those who decide where requests go.
+    // Health needs no token, for load balancers.
     for path in ["/livez", "/readyz"] {
         assert_eq!(Connection::open(server.admin()).ask("GET", path, b"").status, 200, "{path}");
     }

@@ -1,5 +1,5 @@
-//! Attacks that go on, and what honest clients notice of them meanwhile: slowhttptest at the cap of connections, and what
-//! can be done with frames of HTTP/2.
+//! Continuous attacks, and their effect on honest clients: slowhttptest at the limit of connections, and harmful HTTP/2
+//! frames.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -37,7 +37,7 @@ fn honest(server: &Server, from: &str, over: &AtomicBool) -> (usize, usize, Dura
 }
 
 #[test]
-fn slow_clients_at_the_connection_limit() {
+fn slow_clients_at_connection_limit_block_no_others() {
     let server = Server::start(
         &[
             ["--max-connections", "400", "--max-connections-per-address", "300"],
@@ -48,7 +48,7 @@ fn slow_clients_at_the_connection_limit() {
     let large = vec![b'x'; 1 << 20];
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/large", &large).status, 201);
     let url = server.url("/v1/large");
-    // Slow heads, slow bodies, ranges by the thousand, slow reading. Each has more connections than an address may have.
+    // Slow heads, slow bodies, thousands of ranges, slow reading. Each uses more connections than the limit of an address.
     let attacks = [
         &["-H", "-i", "1"][..],
         &["-B", "-i", "1", "-s", "8192", "-t", "POST"],
@@ -103,7 +103,7 @@ fn p99(server: &Server) -> Duration {
     times[times.len() * 99 / 100]
 }
 
-/// That, while somebody attacks all the time. Also how often that was.
+/// The same time during an attack, and the number of attacks.
 fn p99_beside(server: &Server, attack: Attack) -> (Duration, usize) {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -123,8 +123,8 @@ fn p99_beside(server: &Server, attack: Attack) -> (Duration, usize) {
     })
 }
 
-/// This thread only has the processor while nobody else wants it: an attacker has a machine of its own, and does not take
-/// the server's time but by what it sends.
+/// Runs this thread only when the CPU is otherwise idle: a real attacker has another machine, and uses CPU time of the
+/// server only by its requests.
 fn gives_way() {
     let thread = fs::read_link("/proc/thread-self").expect("there is a thread");
     let thread = thread.file_name().expect("it has a number");
@@ -132,7 +132,7 @@ fn gives_way() {
     assert!(chrt.is_ok_and(|status| status.success()), "chrt, of util-linux, cannot be run");
 }
 
-/// What an attacker does again and again, each time on a connection of its own.
+/// An attack, which is repeated, each time on a new connection.
 type Attack = fn(&Server);
 
 const ATTACKS: [(&str, Attack); 6] = [
@@ -148,10 +148,10 @@ const ATTACKS: [(&str, Attack); 6] = [
     ("a window of nothing", |server| drop(http2::takes_nothing(server, 50))),
 ];
 
-/// Everybody else is served, and the server's memory stays as it is. How long they wait, beside what they wait when nobody
-/// attacks, is printed and nothing more: all the other tests share this machine.
+/// Checks that all other clients are served and that the memory of the server does not grow. Latencies with and without an
+/// attack are only printed, since other tests share this machine.
 #[test]
-fn harmful_http2_frames() {
+fn harmful_http2_frames_block_no_others() {
     let server = Server::start(&["--idle-timeout", "1s", "--request-timeout", "1s"]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/honest", &[b'x'; 100]).status, 201);

@@ -1,5 +1,5 @@
-//! nginx, Caddy and Envoy in front of a server, as `deploy/` and the book configure them: keys, conditions and watches come
-//! through unchanged. Trusted proxies, these and HAProxy, give the addresses of their clients; nobody else can.
+//! nginx, Caddy and Envoy in front of a server, as `deploy/` and the book configure them: keys, conditions and watches pass
+//! unchanged. Only trusted proxies, these and HAProxy, can give the addresses of their clients.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -26,7 +26,7 @@ const PROXY_HEADER: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xcb\0\x71\x07\x
 /// The header with which a proxy connects on its own behalf.
 const LOCAL_HEADER: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
-/// A free address, which is of this test alone, so that nobody takes the port meanwhile.
+/// A free address that only this test uses, so that no other test takes the port.
 fn free(host: &str) -> SocketAddr {
     TcpListener::bind((host, 0)).and_then(|listener| listener.local_addr()).expect("a port is free")
 }
@@ -53,7 +53,7 @@ fn nginx(server: &Server, address: SocketAddr) -> (Process, TempDir) {
     fs::write(&file, config).expect("it can be written");
     let mut nginx = Command::new("nginx");
     nginx.arg("-p").arg(directory.path()).arg("-c").arg(&file).args(["-e", "stderr"]).stdout(Stdio::null());
-    // One process, so that none is left.
+    // A single process, so that the test leaves none behind.
     nginx.args(["-g", &format!("daemon off; master_process off; pid {path}/pid;")]);
     (listens(Process::spawn(nginx), address), directory)
 }
@@ -100,12 +100,12 @@ fn envoy(server: &Server, address: SocketAddr) -> (Process, TempDir) {
         .replace("{ address: 0.0.0.0, port_value: 8000 }", &endpoint(address));
     fs::write(&file, config).expect("it can be written");
     let mut envoy = Command::new("envoy");
-    // Tests run side by side, and the shared memory of a hot restart is one for all.
+    // Tests run concurrently, and hot restart uses one shared memory.
     envoy.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"]).arg(&file);
     (listens(Process::spawn(envoy), address), directory)
 }
 
-/// Keys, conditions and watches come through the proxy at this address unchanged.
+/// Checks that keys, conditions and watches pass the proxy at this address unchanged.
 fn passes_all_on_unchanged(server: &Server, address: SocketAddr) {
     let mut client = Connection::open(address);
     // An event is not held back until a buffer is full.
@@ -130,7 +130,7 @@ fn passes_all_on_unchanged(server: &Server, address: SocketAddr) {
 }
 
 #[test]
-fn nginx_passes_keys_and_watches_on_unchanged() {
+fn nginx_passes_keys_and_watches_unchanged() {
     let server = Server::start(&[]);
     let address = free("127.0.0.9");
     let _nginx = nginx(&server, address);
@@ -149,7 +149,7 @@ fn nginx_passes_keys_and_watches_on_unchanged() {
 }
 
 #[test]
-fn caddy_passes_all_on_unchanged_and_gives_addresses() {
+fn caddy_passes_all_unchanged_with_addresses() {
     let server = Server::start(&[]);
     let address = free("127.0.0.13");
     let _caddy = caddy(&server, address);
@@ -158,7 +158,7 @@ fn caddy_passes_all_on_unchanged_and_gives_addresses() {
 }
 
 #[test]
-fn envoy_passes_all_on_unchanged_and_gives_addresses() {
+fn envoy_passes_all_unchanged_with_addresses() {
     let server = Server::start(&[]);
     let address = free("127.0.0.15");
     let _envoy = envoy(&server, address);
@@ -166,7 +166,7 @@ fn envoy_passes_all_on_unchanged_and_gives_addresses() {
     gives_addresses(envoy, "127.0.0.16");
 }
 
-/// A proxy gives the address of its client, whatever the client says.
+/// Checks that a proxy gives the address of its client, whatever headers the client sends.
 fn gives_addresses(proxy: fn(&Server, SocketAddr) -> (Process, TempDir), host: &str) {
     let server = Server::start(&[guest(), "--trusted-proxy", "127.0.0.1"]);
     let address = free(host);
@@ -178,7 +178,7 @@ fn gives_addresses(proxy: fn(&Server, SocketAddr) -> (Process, TempDir), host: &
 }
 
 #[test]
-fn nginx_gives_the_address_of_its_client() {
+fn nginx_forwards_client_address() {
     let server =
         Server::start(&[guest(), "--trusted-proxy", "127.0.0.1", "--access-log-rate", "1000", "--rate-limit", "9/m"]);
     let address = free("127.0.0.10");
@@ -188,7 +188,7 @@ fn nginx_gives_the_address_of_its_client() {
         (response.status, response.text().trim_end().to_owned())
     };
     let is = |address: &str| (200, format!("Some({address:?})"));
-    // Nothing that the client sends is believed.
+    // Headers of the client are ignored.
     for spoofed in [
         &[][..],
         &[("x-forwarded-for", "6.6.6.6")],
@@ -198,12 +198,12 @@ fn nginx_gives_the_address_of_its_client() {
         assert_eq!(peer("127.0.0.3", address, spoofed), is("127.0.0.3:0"), "{spoofed:?}");
     }
     server.says("peer=127.0.0.3:0");
-    // Past the proxy, too.
+    // Also without the proxy.
     let mut client = Connection::open_from("127.0.0.4", server.address());
     let response =
         client.ask_with("GET", "/peer", &[("x-forwarded-for", "6.6.6.6"), ("forwarded", "for=\"6.6.6.6")], b"");
     assert_eq!(response.text(), format!("Some(\"127.0.0.4:{}\")", client.port()));
-    // A proxy that says something else, or something wrong.
+    // A proxy that sends different or malformed headers.
     let proxy = |headers: &[(&str, &str)]| peer("127.0.0.1", server.address(), headers);
     assert_eq!(proxy(&[("forwarded", "for=\"[2001:db8::7]:55\";proto=https")]), is("[2001:db8::7]:55"));
     assert_eq!(
@@ -218,13 +218,13 @@ fn nginx_gives_the_address_of_its_client() {
     assert!(status == 400 && reason.contains("Forwarded is malformed"), "{status} {reason}");
     let (status, reason) = proxy(&[("forwarded", "for=6.6.6.6"), ("x-forwarded-for", "203.0.113.7")]);
     assert!(status == 400 && reason.contains("give different clients"), "{status} {reason}");
-    // The rate limit is that of the client.
+    // The rate limit applies to the client.
     assert!((0..10).any(|_| peer("127.0.0.5", address, &[]).0 == 429));
     assert_eq!(peer("127.0.0.6", address, &[]).0, 200);
 }
 
 #[test]
-fn haproxy_gives_the_address_of_its_client() {
+fn haproxy_forwards_client_address() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
     let flags = [guest(), "--trusted-proxy", "127.0.0.1", "--proxy-protocol"];
@@ -236,7 +236,7 @@ fn haproxy_gives_the_address_of_its_client() {
     for (from, client) in &mut clients {
         assert_eq!(peer(client), format!("Some(\"{from}:{}\")", client.port()));
     }
-    // The limit of connections of an address is that of the client.
+    // The limit of connections per address applies to the client.
     assert_eq!(Connection::open_from("127.0.0.3", address).end(), "");
 
     // TLS begins after the header.
@@ -249,7 +249,7 @@ fn haproxy_gives_the_address_of_its_client() {
 }
 
 #[test]
-fn proxy_header_is_required_of_trusted_proxies_alone() {
+fn proxy_header_is_required_of_trusted_proxies_only() {
     let server = Server::start(&[guest(), "--trusted-proxy", "127.0.0.1/32", "--proxy-protocol"]);
     let request = b"GET /peer HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\n\r\n";
     let answer = |from: &str, header: &[u8]| {

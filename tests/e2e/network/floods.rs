@@ -1,5 +1,4 @@
-//! What clients make a server hold, and what they make it do, over HTTP/2: responses that nobody reads, large heads, and control
-//! frames without end.
+//! Memory and work that clients can cause, mostly over HTTP/2: unread responses, large heads, and floods of control frames.
 
 use std::thread;
 use std::time::Instant;
@@ -16,7 +15,7 @@ use crate::support::wire::Connection;
 const EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"max-inflight-bytes\"}";
 const FRAMES_EXCEEDED: &str = "kvs_limit_exceeded_total{limit=\"http2-max-control-frames\"}";
 
-/// Asks until it is answered with this status.
+/// Repeats a request until it gets this status.
 fn until_answered(server: &Server, path: &str, status: u16) {
     let begun = Instant::now();
     while Connection::open(server.address()).ask("GET", path, b"").status != status {
@@ -25,8 +24,8 @@ fn until_answered(server: &Server, path: &str, status: u16) {
 }
 
 #[test]
-fn responses_that_nobody_reads_stay_within_budget() {
-    // All of them are taken and called, in the end.
+fn unread_responses_stay_within_budget() {
+    // In the end all of them are accepted and called.
     let patient = ["--max-requests", "10000", "--request-timeout", "100s"];
     let server = Server::start(&[&["--max-inflight-bytes", "64MiB"], &patient[..]].concat());
     let mut client = Connection::open(server.address());
@@ -37,10 +36,10 @@ fn responses_that_nobody_reads_stay_within_budget() {
     let now = until(&server, "the budget is used up", |now| now.get(EXCEEDED) > 0.0);
     let (held, limit) = (now.get("kvs_inflight_bytes"), now.get("kvs_inflight_bytes_limit"));
     assert!(held <= limit && limit == f64::from(64 << 20), "{held} of {limit}");
-    // Small values are served, however much others hold.
+    // Small values are served, however much memory other clients hold.
     assert_eq!(client.ask("GET", "/v1/small", b"").status, 200);
     assert_eq!(client.ask("PUT", "/v1/small", &[b'y'; 10_000]).status, 201);
-    // Large ones too, once slow clients were cut.
+    // Large ones too, once slow clients are disconnected.
     until_answered(&server, "/v1/a", 200);
     let grown = memory(&server).saturating_sub(before);
     assert!(grown < 192 << 10, "memory grew by {grown} KiB");
@@ -101,14 +100,14 @@ fn large_heads_on_many_streams_stay_within_budget() {
 }
 
 #[test]
-fn changes_that_slow_watchers_do_not_take_stay_within_budget() {
+fn unread_changes_of_slow_watches_stay_within_budget() {
     let server = Server::start(&["--max-inflight-bytes", "16MiB"]);
     let value = vec![b'x'; 512 << 10];
     let mut client = Connection::open(server.address());
     let mut put_all = || {
         for key in 0..40 {
             let begun = Instant::now();
-            // Until those that are slow were cut.
+            // Until slow clients are disconnected.
             while client.ask("PUT", &format!("/v1/{key}"), &value).status != 201 {
                 client = Connection::open(server.address());
                 assert!(begun.elapsed() < PATIENCE, "{key} was not stored");
@@ -137,7 +136,7 @@ fn changes_that_slow_watchers_do_not_take_stay_within_budget() {
         put_all();
     }
     let grown = peak(&server).saturating_sub(before);
-    // What was freed and not given back to the system comes to it. Without a budget it is more than 130 MiB.
+    // Plus freed memory that was not returned to the system. Without a budget it is more than 130 MiB.
     assert!(grown < 80 << 10, "memory grew by {grown} KiB");
     drop(watching);
     until(&server, "nothing is held by nobody", |now| now.get("kvs_inflight_bytes") == 0.0);
@@ -157,7 +156,7 @@ fn more_headers_than_allowed_are_431_over_http2_too() {
 }
 
 #[test]
-fn floods_of_control_frames_close_the_connection() {
+fn floods_of_control_frames_close_connection() {
     let server = Server::start(&[]);
     let floods: [(&str, u8, u32, &[u8]); 8] = [
         ("PING", PING, 0, b"12345678"),
@@ -185,7 +184,7 @@ fn floods_of_control_frames_close_the_connection() {
 }
 
 #[test]
-fn control_frames_that_requests_need_close_nothing() {
+fn control_frames_of_requests_close_nothing() {
     let server = Server::start(&["--http2-max-control-frames", "10"]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &vec![b'x'; 1 << 20]).status, 201);
     let mut client = Frames::open(server.address());

@@ -1,4 +1,4 @@
-//! HTTP/2: on TLS by ALPN, on plain connections by prior knowledge; its limits, and what those who attack by them get.
+//! HTTP/2: over TLS by ALPN, on plain connections by prior knowledge; its limits, and attacks on it.
 //!
 //! Frames are made by hand where a library would not send them.
 
@@ -26,7 +26,7 @@ fn is_served(server: &Server) {
 }
 
 #[test]
-fn session_with_prior_knowledge() {
+fn session_with_prior_knowledge_works() {
     let server = Server::start(&[]);
     let url = server.url("/v1/key-a");
     let ask = |args: &[&str]| curl(&[&["--http2-prior-knowledge"], args, &[&url]].concat());
@@ -34,7 +34,7 @@ fn session_with_prior_knowledge() {
     let answer = String::from_utf8_lossy(&answer);
     assert!(status == 201 && answer.starts_with("HTTP/2 201 "), "{answer}");
     assert_eq!(ask(&[]), (200, b"Hello, key-value store!".to_vec()));
-    // By the guest, and by the cache.
+    // From the guest, and from the cache.
     for _ in 0..2 {
         let (status, head) = ask(&["--head"]);
         assert!(status == 200 && String::from_utf8_lossy(&head).contains("content-length: 23\r\n"));
@@ -65,7 +65,7 @@ fn preface_can_arrive_byte_by_byte() {
 #[test]
 fn silent_client_is_disconnected() {
     let server = Server::start(&["--header-timeout", "300ms"]);
-    // Nothing at all, half a preface, no request, half a request.
+    // Nothing, half a preface, no request, half a request.
     assert_eq!(Connection::open(server.address()).end(), "");
     let mut half = Connection::open(server.address());
     half.send("PRI * HTTP");
@@ -107,7 +107,7 @@ fn settings_announce_max_concurrent_streams() {
     for stream in [1, 3, 5, 7] {
         client.send(HEADERS, END_HEADERS, stream, PUT);
     }
-    // REFUSED_STREAM: it can be tried again.
+    // REFUSED_STREAM: it can be retried.
     let refused = client.wait(&[RST_STREAM, GOAWAY]).expect("one too many is refused");
     assert_eq!((refused.kind, refused.stream, refused.error()), (RST_STREAM, 7, 7));
     until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-streams\"}") == 1.0);
@@ -124,7 +124,7 @@ fn too_many_headers_are_431() {
 }
 
 #[test]
-fn rapid_resets_close_the_connection() {
+fn rapid_resets_close_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -138,7 +138,7 @@ fn rapid_resets_close_the_connection() {
 }
 
 #[test]
-fn endless_headers_close_the_connection() {
+fn endless_headers_close_connection() {
     let server = Server::start(&[]);
     is_served(&server);
     let before = memory(&server);
@@ -158,7 +158,7 @@ fn empty_data_frames_are_harmless() {
     client.send(HEADERS, END_HEADERS, 1, PUT);
     while client.send(DATA, 0, 1, b"") {
         client.stream.set_read_timeout(Some(Duration::from_millis(1))).expect("the time is not zero");
-        // The server refuses it in its time; until then it gets frames of nothing.
+        // The server rejects it after a while; until then it gets empty frames.
         let mut byte = [0];
         if client.stream.peek(&mut byte).is_ok_and(|seen| seen > 0) {
             client.stream.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
@@ -179,7 +179,7 @@ fn client_that_reads_no_responses_is_disconnected() {
     is_served(&server);
 }
 
-/// Streams that a client opened, ten at a time, those that were answered, and the last that the server took.
+/// Number of streams that a client opened, ten at a time, of those with a response, and the last accepted stream.
 fn puts_until_the_end(server: &Server, client: usize, answered: &AtomicUsize) -> (Vec<u32>, BTreeSet<u32>, u32) {
     let mut frames = Frames::open(server.address());
     let (mut opened, mut done, mut last) = (Vec::new(), BTreeSet::new(), None);
@@ -238,19 +238,19 @@ fn graceful_stop_answers_every_accepted_stream() {
 }
 
 #[test]
-fn connection_with_many_streams_gets_a_fair_share() {
+fn connection_with_many_streams_gets_fair_share() {
     let server = Server::start(&["--access-log-rate", "1000"]);
     let mut client = Connection::open(server.address());
     let put = |n| format!(r#"{{"op": "put", "key": "{{all}}{n}", "value": "{:01000}"}}"#, 0);
     let puts: Vec<_> = (0..900).map(put).collect();
     assert_eq!(client.ask("POST", "/v1", format!("[{}]", puts.join(",")).as_bytes()).status, 200);
     let mut many = Frames::open(server.address());
-    // `:method: HEAD`: all the work of a list, and nothing to send.
+    // `:method: HEAD`: the work of a list, without its body.
     for stream in (1..200).step_by(2) {
         let head = b"\x02\x04HEAD\x86\x04\x0f/v1?values=true\x41\x03kvs";
         assert!(many.send(HEADERS, END_STREAM | END_HEADERS, stream, head));
     }
-    // By now the others are there too.
+    // By now the other responses are there too.
     assert!(many.wait(&[HEADERS]).is_some());
     (0..5).for_each(|_| assert_eq!(client.ask("GET", "/v1/never", b"").status, 404));
     for _ in 0..99 {
@@ -264,7 +264,7 @@ fn connection_with_many_streams_gets_a_fair_share() {
 }
 
 #[test]
-fn invalid_frames_close_the_connection() {
+fn invalid_frames_close_connection() {
     let server = Server::start(&[]);
     let cases: [(&str, u8, u8, u32, &[u8]); 8] = [
         ("DATA of no stream", DATA, 0, 0, b"x"),
@@ -296,7 +296,7 @@ fn ambiguous_heads_are_rejected() {
         let get = [field(":method", "GET"), field(":scheme", "http"), field(":path", "/v1/a")].concat();
         [get, authority.map_or_else(Vec::new, |authority| field(":authority", authority))].concat()
     };
-    /// What they are about, the authority, other fields, and the status, unless the stream is reset.
+    /// Description, authority, other fields, and status; without one, the stream is reset.
     type Case = (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)], Option<u8>);
     let cases: &[Case] = &[
         ("a sound head", Some("kvs"), &[("te", "trailers")], Some(NOT_FOUND)),

@@ -1,4 +1,4 @@
-//! Tokens with a key prefix: a client sees and changes the keys that begin with it, and no others, whatever it asks for.
+//! Tokens with a key prefix: a client can read and change only keys with this prefix, with any request.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -139,7 +139,7 @@ fn host_enforces_key_prefix_on_appends_and_watches() {
 }
 
 #[test]
-fn guest_that_does_not_enforce_key_prefix_gets_no_such_request() {
+fn guest_without_key_prefix_gets_no_such_request() {
     for shards in ["1", "4"] {
         let tokens = Tokens::new();
         let team = tokens.add(&["team", "--scope", "write", "--key-prefix", "team-"]);
@@ -174,7 +174,7 @@ fn tokens_of_one_name_share_no_response_across_key_prefixes() {
 }
 
 #[test]
-fn key_prefix_is_kept_in_the_token_file() {
+fn key_prefix_is_stored_in_token_file() {
     let tokens = Tokens::new();
     tokens.add(&["alice", "--key-prefix", "team a%/ä"]);
     let text = fs::read_to_string(tokens.file()).expect("the file is there");

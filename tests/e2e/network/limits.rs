@@ -1,4 +1,4 @@
-//! Limits in time and number: slow clients, idle clients, many clients.
+//! Timeouts and limits: slow clients, idle clients, many clients.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +17,7 @@ use crate::support::swap::swaps;
 use crate::support::wire::Connection;
 
 #[test]
-fn a_slow_body_is_408_and_stores_nothing() {
+fn slow_body_is_408_and_stores_nothing() {
     let server = Server::start(&["--request-timeout", "300ms"]);
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\nhalf");
@@ -27,7 +27,7 @@ fn a_slow_body_is_408_and_stores_nothing() {
 }
 
 #[test]
-fn a_slow_head_is_cut() {
+fn slow_head_is_disconnected() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost:");
@@ -36,14 +36,14 @@ fn a_slow_head_is_cut() {
 }
 
 #[test]
-fn a_client_that_says_nothing_is_cut() {
+fn silent_client_is_disconnected() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     let mut silent = Connection::open(server.address());
     assert_eq!(silent.end(), "");
 }
 
 #[test]
-fn a_client_that_asks_nothing_more_is_cut() {
+fn idle_client_is_disconnected() {
     let server = Server::start(&["--idle-timeout", "300ms"]);
     let mut idle = Connection::open(server.address());
     idle.ask("GET", "/v1/a", b"").says(404, "no such key");
@@ -51,7 +51,7 @@ fn a_client_that_asks_nothing_more_is_cut() {
 }
 
 #[test]
-fn to_be_idle_is_not_to_be_slow() {
+fn header_and_idle_timeouts_are_independent() {
     let server = Server::start(&["--header-timeout", "300ms"]);
     let mut client = Connection::open(server.address());
     for _ in 0..2 {
@@ -71,19 +71,19 @@ fn to_be_idle_is_not_to_be_slow() {
 }
 
 #[test]
-fn a_client_that_takes_no_answer_is_cut() {
+fn client_that_reads_no_response_is_disconnected() {
     let server = Server::start(&["--idle-timeout", "300ms", "--max-value-bytes", "32MiB"]);
     let value = vec![b'x'; 32 << 20];
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", &value).status, 201);
     let mut client = Connection::open(server.address());
     client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n");
-    // The server's end of it is gone.
+    // The server has closed its end.
     counts(&server, "kvs_limit_exceeded_total{limit=\"idle-timeout\"}", 1.0);
     assert!(client.end().len() < value.len());
 }
 
 #[test]
-fn a_slow_client_holds_up_no_other() {
+fn slow_client_delays_no_others() {
     let server = Server::start(&[]);
     let slow: Vec<_> = (0..20)
         .map(|_| {
@@ -103,7 +103,7 @@ fn a_slow_client_holds_up_no_other() {
 }
 
 #[test]
-fn connections_beyond_the_limit_wait_until_one_goes() {
+fn connections_over_limit_wait_for_free_place() {
     let server = Server::start(&["--max-connections", "2"]);
     let open = || {
         let mut client = Connection::open(server.address());
@@ -139,7 +139,7 @@ fn many_clients_at_once_are_all_served() {
 }
 
 #[test]
-fn a_body_that_drips_is_408() {
+fn trickling_body_is_408() {
     let server = Server::start(&["--request-timeout", "1h", "--min-body-rate", "1MiB"]);
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 10\r\n\r\nhalf");
@@ -148,7 +148,7 @@ fn a_body_that_drips_is_408() {
 }
 
 #[test]
-fn more_headers_than_allowed_are_431() {
+fn too_many_headers_are_431() {
     let server = Server::start(&["--max-headers", "10"]);
     let ask = |count: usize| {
         let mut client = Connection::open(server.address());
@@ -160,21 +160,21 @@ fn more_headers_than_allowed_are_431() {
 }
 
 #[test]
-fn a_target_longer_than_allowed_is_414() {
+fn too_long_target_is_414() {
     let server = Server::start(&["--max-target-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
     let path = |length: usize| format!("/v1/{}", "k".repeat(length - 4));
     client.ask("GET", &path(1_024), b"").says(404, "no such key");
     client.ask("GET", &path(1_025), b"").says(414, "the request target is too long");
     assert_eq!(client.end(), "");
-    // Longer than the parser takes.
+    // Longer than the parser accepts.
     let mut client = Connection::open(server.address());
     let _ = client.try_send(format!("GET {} HTTP/1.1\r\nhost: kvs\r\n\r\n", path(65_600)));
     assert!(matches!(client.read().status, 414 | 431));
 }
 
 #[test]
-fn connections_of_one_address_beyond_its_limit_are_closed() {
+fn connections_over_address_limit_are_closed() {
     let server = Server::start(&["--max-connections-per-address", "2"]);
     let ask = |client: &mut Connection| client.ask("GET", "/v1/a", b"").says(404, "no such key");
     let (mut first, mut second) = (Connection::open(server.address()), Connection::open(server.address()));
@@ -195,7 +195,7 @@ fn connections_of_one_address_beyond_its_limit_are_closed() {
 }
 
 #[test]
-fn requests_beyond_the_limit_are_503_at_once() {
+fn requests_over_limit_are_503_at_once() {
     let server = Server::start(&["--max-requests", "2"]);
     let mut slow: Vec<_> = (0..2)
         .map(|_| {
@@ -216,7 +216,7 @@ fn requests_beyond_the_limit_are_503_at_once() {
     assert_eq!(client.ask("GET", "/v1/a", b"").body, b"value");
 }
 
-/// A server that may have this many open files, by a soft and a hard limit.
+/// A server with this soft and hard limit of open files.
 fn with_open_files(soft: u32, hard: u32, args: &[&str]) -> Server {
     let data = TempDir::new().expect("a temporary directory can be made");
     let command = serve(data.path());
@@ -237,7 +237,7 @@ fn connections_leave_descriptors_to_log_and_admin() {
     let crowd: Vec<_> = (0..400).map(|_| Connection::open(server.address())).collect();
     let admin: Vec<_> = (0..8).map(|_| Connection::open(server.admin())).collect();
     until(&server, "all that can be are accepted", |now| now.get("kvs_connections") >= 108.0);
-    // Segments are made, compacted and removed meanwhile, and the watermark file is written when nothing comes.
+    // Meanwhile segments are created, compacted and removed, and the watermark file is written when there are no writes.
     for _ in 0..60 {
         assert_eq!(writer.ask("PUT", "/v1/a", &[b'x'; 200_000]).status, 201);
     }
@@ -265,7 +265,7 @@ fn soft_limit_of_open_files_is_raised() {
 }
 
 #[test]
-fn limit_of_open_files_below_the_least_is_refused() {
+fn too_low_open_file_limit_is_rejected() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let command = serve(data.path());
     let mut limited = through("sh", &command);
@@ -274,7 +274,7 @@ fn limit_of_open_files_below_the_least_is_refused() {
 }
 
 #[test]
-fn work_waits_for_threads_that_the_system_refuses() {
+fn work_waits_when_threads_are_refused() {
     let [home, data] = [(); 2].map(|()| TempDir::new().expect("a temporary directory can be made"));
     for directory in [&home, &data] {
         fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).expect("it is ours");
@@ -286,7 +286,7 @@ fn work_waits_for_threads_that_the_system_refuses() {
     let mut unprivileged = through(program.to_str().expect("a temporary path is text"), &command);
     unprivileged.args(command.get_args()).arg(&file);
     let server = Server::spawn(by_nobody(unprivileged), data);
-    // Longer than a runtime keeps idle threads by default: that these stay shows nowhere.
+    // Longer than a runtime keeps idle threads by default: nothing else shows that these stay.
     thread::sleep(Duration::from_secs(12));
     let mut limit = Command::new("prlimit");
     limit.args(["--nproc=1:1", "--pid", &server.pid().to_string()]);

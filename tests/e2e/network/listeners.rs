@@ -1,4 +1,4 @@
-//! Several listeners, and Unix sockets: who can connect, what is left of one, and what is refused.
+//! Several listeners, and Unix sockets: permissions, stale sockets, and rejected addresses.
 
 use std::fs;
 use std::net::TcpListener;
@@ -41,7 +41,7 @@ fn all_listeners_serve_one_store() {
     for response in [Connection::open(second).ask("GET", "/v1/a", b""), unix.ask("GET", "/v1/a", b"")] {
         assert_eq!((response.status, response.text(), response.etag()), (200, "value", tag));
     }
-    // A watch notices that its client has left, and a large value comes whole.
+    // A watch ends when its client disconnects, and a large value is complete.
     let mut watch = Events::over(connect(&path), "/v1?watch", &[]).expect("it is answered").expect("there are events");
     let large = vec![b'x'; 1 << 20];
     assert_eq!(unix.ask("PUT", "/v1/large", &large).status, 201);
@@ -56,13 +56,13 @@ fn all_listeners_serve_one_store() {
 }
 
 #[test]
-fn client_of_a_unix_socket_has_no_address() {
+fn unix_socket_client_has_no_address() {
     let (_directory, path, flag) = socket();
     let flags = ["--access-log-rate", "9", "--max-connections-per-address", "1"];
     let server = Server::start(&[&[guest(), "--listen", &flag], &flags[..]].concat());
     let peer =
         |headers: &[(&str, &str)]| connect(&path).ask_with("GET", "/peer", headers, b"").text().trim_end().to_owned();
-    // The limit of an address is for none of them.
+    // The limit per address does not apply to them.
     let _open = connect(&path);
     assert_eq!(peer(&[("x-forwarded-for", "203.0.113.7")]), "None");
     server.says("peer=unix");
@@ -73,20 +73,20 @@ fn client_of_a_unix_socket_has_no_address() {
 }
 
 #[test]
-fn socket_that_was_left_is_replaced() {
+fn stale_socket_is_replaced() {
     of_files!();
     let (_directory, path, flag) = socket();
     let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o777;
     let server = Server::start(&["--listen", &flag]);
     assert_eq!(mode(&path), 0o600);
-    // In use: refused, and not taken away.
+    // In use: an error, and the socket stays.
     serve_refused(&["--listen", &flag]).with(1, &[&flag, "another process listens there"]);
     assert_eq!(connect(&path).ask("GET", "/v1/a", b"").status, 404);
     let killed = server.kill();
     assert!(path.exists());
     let server = killed.restart(&["--listen", &flag, "--listen-mode", "660"]);
     assert_eq!((mode(&path), connect(&path).ask("GET", "/v1/a", b"").status), (0o660, 404));
-    // The socket of somebody else, by then.
+    // By then it is the socket of another process.
     fs::remove_file(&path).expect("it can be removed");
     let other = UnixListener::bind(&path).expect("it can be bound");
     server.terminate();
@@ -135,12 +135,12 @@ fn addresses_are_checked() {
         refused(check(args)).with(2, &[part]);
     }
     serve_refused(&["--listen", &flag]).with(1, &[&flag, "is not a socket"]);
-    // An IPv6 address that takes no IPv4, and the longest path that there can be.
+    // An IPv6 address without IPv4, and a path of maximum length.
     let longest = format!("unix:/tmp/{}", "x".repeat(102));
     let both = ["--listen", "[::1]:9090", "--admin", "127.0.0.1:9090", "--listen", &longest];
     let output = check(&both).output().expect("the binary under test can be started");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    // A server that runs is in no way.
+    // A running server does not matter.
     fs::remove_file(&path).expect("it can be removed");
     let _other = UnixListener::bind(&path).expect("it can be bound");
     let output = check(&["--listen", &flag]).output().expect("the binary under test can be started");

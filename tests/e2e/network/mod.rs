@@ -1,7 +1,8 @@
-//! Connections: where a server can be reached, by whom, and how much they get.
+//! Connections: listeners, access and limits.
 //!
-//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`: how often. `http2` and `raw`
-//! are about the protocols byte for byte, `limits` about slow and many clients, `floods` and `attacks` about bad ones.
+//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`:
+//! rates. `http2` and `raw` test the protocols byte for byte, `limits` slow and many clients, `floods` and `attacks` malicious
+//! ones.
 
 mod access;
 mod attacks;

@@ -1,4 +1,4 @@
-//! How often a client may ask: the limit of requests for each client.
+//! The rate limit of each client.
 
 use tempfile::TempDir;
 
@@ -7,10 +7,10 @@ use crate::support::tokens::{Tokens, ask, with};
 use crate::support::wire::Connection;
 
 #[test]
-fn client_above_its_rate_gets_retry_after() {
+fn client_over_rate_gets_retry_after() {
     let tokens = Tokens::new();
     let (alice, bob) = (tokens.add(&["alice"]), tokens.add(&["bob"]));
-    // One a minute, so that no time that a test takes gives another.
+    // One a minute, so that a slow test does not get another.
     let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "3", "--tokens", &tokens.file()]);
     for _ in 0..3 {
         ask(&server, "GET", "/v1/a", &with(&alice)).says(404, "no such key");
@@ -25,7 +25,7 @@ fn client_above_its_rate_gets_retry_after() {
 }
 
 #[test]
-fn clients_without_a_name_are_known_by_address() {
+fn clients_without_name_are_limited_by_address() {
     let server = Server::start(&["--rate-limit", "1/m"]);
     ask(&server, "GET", "/v1/a", "").says(404, "no such key");
     assert_eq!(ask(&server, "GET", "/v1/a", "").status, 429);
@@ -34,19 +34,19 @@ fn clients_without_a_name_are_known_by_address() {
 }
 
 #[test]
-fn a_request_above_the_rate_can_wait_for_its_turn() {
+fn request_over_rate_can_wait() {
     let server = Server::start(&["--rate-limit", "10/s", "--rate-burst", "1", "--rate-queue", "10s"]);
     let mut client = Connection::open(server.address());
     let begun = std::time::Instant::now();
     for _ in 0..4 {
         client.ask("GET", "/v1/a", b"").says(404, "no such key");
     }
-    // The first is free. Never early, however slow the machine is.
+    // The first does not wait. The others never come early, however slow the machine is.
     assert!(begun.elapsed().as_millis() >= 290, "they did not wait: {:?}", begun.elapsed());
 }
 
 #[test]
-fn a_limit_that_is_none_is_a_usage_error() {
+fn invalid_rate_is_usage_error() {
     for rate in ["", "10", "0/s", "10/h", "fast/s", "10/"] {
         serve_refused(&["--rate-limit", rate]).with(2, &["--rate-limit"]);
     }

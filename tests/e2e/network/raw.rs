@@ -1,7 +1,7 @@
-//! Requests that are malformed, or that two servers could read in two ways, byte for byte: what RFC 9110 and 9112 ask for
-//! is what they get, and nothing that was smuggled along is carried out.
+//! Malformed and ambiguous requests, byte for byte: the responses are those of RFC 9110 and 9112, and smuggled requests are
+//! never executed.
 //!
-//! Each is followed by a request that ends the connection, and what comes back is read to its end.
+//! Each is followed by a request that ends the connection, and all responses are read.
 
 use crate::support::metrics::Metrics;
 use crate::support::server::Server;
@@ -26,7 +26,7 @@ macro_rules! chunked {
     };
 }
 
-/// What follows a body that is shorter than somebody might think.
+/// A request that follows a body, which another parser could take for a part of the body.
 macro_rules! and_one_more {
     ($first:expr) => {
         concat!(
@@ -38,13 +38,13 @@ macro_rules! and_one_more {
     };
 }
 
-/// Statuses that are right, in order, or one that means any of these.
+/// Expected statuses, in order, or one of several alternatives.
 type Answers = &'static [&'static [u16]];
 
 const REFUSED: Answers = &[&[400]];
 const NOT_THERE: Answers = &[&[404]];
 
-/// What they are about, the bytes, and the answers. None of them stores anything.
+/// Description, bytes, and expected responses. None of these requests stores anything.
 const CASES: &[(&str, &[u8], Answers)] = &[
     // The request line (RFC 9112, 3).
     ("a sound request", get!("host: kvs\r\n"), NOT_THERE),
@@ -140,7 +140,7 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("a bracket in a name", get!("host: kvs\r\nx[y]: a\r\n"), REFUSED),
     ("bytes above ASCII in a name", b"GET /v1/a HTTP/1.1\r\nhost: kvs\r\nx\xff: a\r\n\r\n", REFUSED),
     ("an empty value", get!("host: kvs\r\nx:\r\n"), NOT_THERE),
-    // Line ends (RFC 9112, 2.2: a bare LF may be taken for a line end, and is, as nginx, Go and hyper do; a bare CR never).
+    // Line ends (RFC 9112, 2.2: a bare LF may be accepted as a line end, and is, as by nginx, Go and hyper; a bare CR is not).
     ("lines that end with LF", b"GET /v1/a HTTP/1.1\nhost: kvs\n\n", NOT_THERE),
     ("a host behind a bare LF", get!("host: kvs\r\nx: a\nhost: kvs\r\n"), REFUSED),
     ("a coding behind a bare LF", put!("content-length: 1\r\nx: a\ntransfer-encoding: chunked\r\n", "x"), REFUSED),
@@ -166,7 +166,7 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("a list of lengths that differ", put!("content-length: 1, 2\r\n", "xx"), REFUSED),
     ("a length and a half", put!("content-length: 1;2\r\n", "xx"), REFUSED),
     // Codings (RFC 9112, 6.1).
-    // Either may be refused, or the coding alone may count; the connection ends in any case.
+    // Both may be rejected, or the coding alone may count; the connection ends in any case.
     (
         "both, the coding last",
         and_one_more!("content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"),
@@ -237,13 +237,13 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("an extension with a bare LF", chunked!("1;a\nb\r\nx\r\n0\r\n\r\n"), REFUSED),
     ("an extension with a bare CR", chunked!("1;a\rb\r\nx\r\n0\r\n\r\n"), REFUSED),
     ("a space before the size", chunked!(" 1\r\nx\r\n0\r\n\r\n"), REFUSED),
-    // What changes the meaning of a body (RFC 9110, 8.4 and 14.5).
+    // Headers that change the meaning of a body (RFC 9110, 8.4 and 14.5).
     ("a part of a value", put!("content-range: bytes 13-13/21\r\ncontent-length: 1\r\n", "x"), REFUSED),
     ("a compressed value", put!("content-encoding: gzip\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
     ("a value for one language", put!("content-language: de\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
     ("a value to save", put!("content-disposition: attachment\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
     ("a value to cache", put!("cache-control: max-age=60\r\ncontent-length: 1\r\n", "x"), &[&[415]]),
-    // What comes after a request.
+    // Bytes after a request.
     (
         "two requests in one go",
         b"GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\nGET /v1/b HTTP/1.1\r\nhost: kvs\r\n\r\n",
@@ -279,7 +279,7 @@ fn malformed_requests_get_standard_responses() {
         // It may be closed before all of it was sent.
         let _ = client.try_send([bytes, end.as_bytes()].concat());
         let mut got = statuses(&client.end());
-        // Nothing else is answered with this.
+        // No other request gets this response.
         got.pop_if(|status| *status == 414);
         if got.len() != answers.len() || got.iter().zip(*answers).any(|(got, right)| !right.contains(got)) {
             wrong.push(format!("{about}: {got:?}, and not {answers:?}"));
@@ -290,7 +290,7 @@ fn malformed_requests_get_standard_responses() {
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), CASES.len(), wrong.join("\n"));
 }
 
-/// The statuses of all responses in what came back.
+/// The statuses of all responses.
 fn statuses(text: &str) -> Vec<u16> {
     let status = |line: &str| line.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok());
     text.split("\r\n").filter_map(|line| status(line.split('\n').next_back()?)).collect()
@@ -344,14 +344,14 @@ fn unusual_valid_requests_are_processed() {
         let mut client = Connection::open(server.address());
         client.send(bytes);
         assert_eq!(client.read().status, 201, "{about}");
-        // Nothing of it is left over.
+        // All of it was consumed.
         assert_eq!(client.ask("GET", "/v1/smuggled", b"").text(), "value", "{about}");
         assert_eq!(client.ask("DELETE", "/v1/smuggled", b"").status, 200);
     }
 }
 
 #[test]
-fn floods_of_small_chunks_are_refused() {
+fn floods_of_small_chunks_are_rejected() {
     let server = Server::start(&[]);
     // Ten thousand parts of less than 16 bytes, and any number of others.
     for (small, large, status) in [(10_000, 1_000, 201), (10_001, 0, 400)] {
@@ -361,7 +361,7 @@ fn floods_of_small_chunks_are_refused() {
         client.send([head, &chunks, "0\r\n\r\n"].concat());
         assert_eq!(statuses(&client.end()), [status], "{small} and {large}");
     }
-    // Nor are they read on for long when the request is refused for another reason.
+    // The rest of the body of a request that is rejected for another reason is not read for long either.
     let before = Metrics::of(&server).get("kvs_network_receive_bytes_total");
     let mut client = Connection::open(server.address());
     let head = "PUT /v1/a HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -373,7 +373,7 @@ fn floods_of_small_chunks_are_refused() {
 }
 
 #[test]
-fn request_whole_before_half_close_is_answered() {
+fn complete_request_before_half_close_is_answered() {
     let server = Server::start(&[]);
     let large = vec![b'x'; 1 << 20];
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/large", &large).status, 201);
@@ -396,12 +396,12 @@ fn request_whole_before_half_close_is_answered() {
     client.send(b"GET /v1/large HTTP/1.1\r\nhost: kvs\r\n\r\n");
     client.finish();
     assert_eq!(client.read().body, large, "a response that does not fit into one write");
-    // What came in the same go is answered too, in order.
+    // Requests in the same packet are answered too, in order.
     let mut client = Connection::open(server.address());
     client.send([put!("content-length: 1\r\n", "x"), get!("host: kvs\r\n")].concat());
     client.finish();
     assert_eq!((client.read().status, client.read().status, client.end()), (201, 404, String::new()));
-    // A watch sends its head and position, and ends: a client that has left looks the same.
+    // A watch sends its head and position, and ends: a half-closed client looks like a disconnected one.
     let mut client = Connection::open(server.address());
     client.send(b"GET /v1?watch HTTP/1.1\r\nhost: kvs\r\n\r\n");
     client.finish();

@@ -1,5 +1,4 @@
-//! TLS: the certificate and its key, versions, replacing them while connections are open, and clients that show
-//! certificates of their own.
+//! TLS: certificate and key, versions, reloads while connections are open, and client certificates.
 
 mod admin_listener;
 
@@ -22,7 +21,7 @@ use crate::support::server::{Server, serve_refused};
 use crate::support::tls::{Client, Secure, TLS12, TLS13, connect};
 use crate::support::wire::Connection;
 
-/// A server with a good certificate and these flags, and who issued it.
+/// A server with a valid certificate and these flags, and the authority of the certificate.
 fn start(args: &[&str]) -> (Authority, Server) {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
@@ -30,7 +29,7 @@ fn start(args: &[&str]) -> (Authority, Server) {
     (authority, server)
 }
 
-/// The subject of the certificate that a server shows.
+/// The subject of the certificate of a server.
 fn shown(connection: &Connection<Secure>) -> Vec<u8> {
     connection.stream().conn.peer_certificates().expect("a server shows a certificate")[0].to_vec()
 }
@@ -66,7 +65,7 @@ fn common_kinds_of_keys_are_accepted() {
             &["-out", &certificate, "-keyout", &key],
         );
         let mut forms = vec![key.clone()];
-        // The older way to write these.
+        // The older format of these.
         if newkey[0] != "ed25519" {
             let traditional = authority.path("traditional.key");
             openssl(&["pkey", "-traditional", "-in", &key, "-out", &traditional], &[]);
@@ -86,7 +85,7 @@ fn openssl(args: &[&str], more: &[&str]) {
 }
 
 #[test]
-fn unusable_certificate_is_rejected_at_the_start() {
+fn unusable_certificate_is_rejected_at_start() {
     let authority = Authority::new();
     let good = authority.issue("good", Kind::Server, 1);
     let other = authority.issue("other", Kind::Server, 2);
@@ -116,7 +115,7 @@ fn unusable_certificate_is_rejected_at_the_start() {
     for (flag, file) in [("--client-ca", &missing), ("--client-ca", &empty), ("--client-crl", &empty)] {
         let pair = ["--tls-cert", &good.certificate, "--tls-key", &good.key];
         let authority = ["--client-ca", &authority.file()];
-        // The last of two is meant.
+        // The last of two counts.
         let wrong = [flag, file];
         let args =
             if flag == "--client-ca" { [&pair[..], &wrong].concat() } else { [&pair[..], &authority, &wrong].concat() };
@@ -125,7 +124,7 @@ fn unusable_certificate_is_rejected_at_the_start() {
 }
 
 #[test]
-fn incomplete_tls_flags_are_a_usage_error() {
+fn incomplete_tls_flags_are_usage_error() {
     serve_refused(&["--tls-cert", "cert.pem"]).with(2, &["--tls-key"]);
     serve_refused(&["--tls-key", "cert.key"]).with(2, &["--tls-cert"]);
     serve_refused(&["--client-ca", "ca.pem"]).with(2, &["--tls-cert"]);
@@ -171,7 +170,7 @@ fn plain_text_on_tls_is_closed() {
 }
 
 #[test]
-fn handshake_timeout_closes_the_connection() {
+fn handshake_timeout_closes_connection() {
     let (_authority, server) = start(&["--handshake-timeout", "300ms"]);
     assert_eq!(Connection::open(server.address()).end(), "");
     let mut slow = Connection::open(server.address());
@@ -180,7 +179,7 @@ fn handshake_timeout_closes_the_connection() {
 }
 
 #[test]
-fn pending_handshake_does_not_delay_the_stop() {
+fn pending_handshake_does_not_delay_stop() {
     let (authority, server) = start(&["--handshake-timeout", "1h", "--drain-timeout", "1h"]);
     let mut silent = Connection::open(server.address());
     // It was accepted after the silent one.
@@ -227,7 +226,7 @@ fn thousand_reloads_fail_no_handshake() {
             scope.spawn(|| {
                 let client = Client::of(&authority);
                 while !over.load(Ordering::Relaxed) {
-                    // Once over, it may be that there is no server any more.
+                    // At the end, the server may have stopped.
                     let answer = client.get(&server, "/v1/a").expect("a handshake failed");
                     assert_eq!(answer, "no such key\n");
                     shaken.fetch_add(1, Ordering::Relaxed);
@@ -281,7 +280,7 @@ fn sslscan_finds_no_weakness() {
 }
 
 #[test]
-fn expiry_of_the_certificate_is_measured() {
+fn certificate_expiry_is_metric() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::ShortServer(3_600), 1);
     let server = Server::start(&["--tls-cert", &pair.certificate, "--tls-key", &pair.key]);
@@ -335,7 +334,7 @@ fn invalid_certificate_is_logged_and_old_one_stays() {
     assert!(Metrics::of(&server).get(RELOAD_TIME) >= started.get(RELOAD_TIME));
 }
 
-/// A server that knows clients by the authority that issued its own certificate.
+/// A server that authenticates clients by the authority of its own certificate.
 fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
     let pair = authority.issue("server", Kind::Server, 1);
     let args = [&["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()], args];
@@ -343,7 +342,7 @@ fn start_mutual(authority: &Authority, args: &[&str]) -> Server {
 }
 
 #[test]
-fn client_certificate_is_the_principal() {
+fn client_certificate_is_principal() {
     let authority = Authority::new();
     let server = start_mutual(&authority, &[]);
     let alice = authority.issue("alice", Kind::Client, 2);
@@ -421,7 +420,7 @@ fn revoked_certificate_ends_its_connections() {
     let (mut watching, mut goes_on) = (watch(&alice), watch(&bob));
     authority.revoke(&[&alice, &carol]);
     server.signal(Signal::HUP);
-    // However it ends: nobody says goodbye to it.
+    // In any way: the server sends no close notification.
     assert!(watching.try_next().is_err());
     assert!(idle.try_read(false).is_err());
     server.says("closed: the client certificate is no longer valid");
@@ -435,7 +434,7 @@ fn expired_certificate_ends_its_watch_and_resumes_nothing() {
     let pair = authority.issue("server", Kind::Server, 1);
     let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
     let server = Server::start(&[&files[..], &["--watch-keep-alive", "100ms"]].concat());
-    // The first that is still good when the server is asked.
+    // The first that is still valid at the request.
     let watching = [2, 4, 8, 16, 32].into_iter().find_map(|seconds| {
         let alice = authority.issue("alice", Kind::ShortClient(seconds), 2);
         let config = Client::of(&authority).shows(&alice).config();

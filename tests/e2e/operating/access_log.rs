@@ -1,4 +1,4 @@
-//! The access log and the ids of requests: what is logged, how much of it, and what never is.
+//! The access log and request ids: content, rate, and redaction.
 
 use std::collections::HashSet;
 use std::time::Instant;
@@ -26,7 +26,7 @@ fn id(response: &Response) -> String {
     response.header("x-request-id").expect("every answer has an id").to_owned()
 }
 
-/// Lines that are JSON, each of them.
+/// Lines, each of which must be JSON.
 fn parsed(lines: &[String]) -> Vec<Value> {
     let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
     lines.iter().map(parse).collect()
@@ -42,7 +42,7 @@ fn start(args: &[&str]) -> Server {
 }
 
 #[test]
-fn a_request_is_a_line_of_json() {
+fn request_is_logged_as_json_line() {
     let tokens = Tokens::new();
     let alice = tokens.add(&["alice", "--scope", "write"]);
     let server = start(&["--tokens", &tokens.file()]);
@@ -69,7 +69,7 @@ fn a_request_is_a_line_of_json() {
 }
 
 #[test]
-fn a_request_is_a_line_for_people() {
+fn request_is_logged_as_text_line() {
     let server = Server::start(&LOG);
     let response = ask(&server, "GET", "/v1/a", "", "");
     let line = server.says("request_id=");
@@ -80,7 +80,7 @@ fn a_request_is_a_line_for_people() {
 }
 
 #[test]
-fn nobody_asked_for_an_access_log() {
+fn access_log_is_off_by_default() {
     let server = Server::start(&[]);
     ask(&server, "GET", "/v1/a", "", "");
     let lines = server.terminate().stderr().join("\n");
@@ -88,7 +88,7 @@ fn nobody_asked_for_an_access_log() {
 }
 
 #[test]
-fn every_answer_has_an_id_that_no_other_has() {
+fn every_response_has_unique_id() {
     let tokens = Tokens::new();
     let server = Server::start(&["--max-value-bytes", "1KiB"]);
     tokens.add(&["alice"]);
@@ -110,7 +110,7 @@ fn every_answer_has_an_id_that_no_other_has() {
 }
 
 #[test]
-fn an_id_is_taken_over_when_it_can_be_shown_anywhere() {
+fn valid_request_id_is_reused() {
     let server = Server::start(&[]);
     let answer = |headers: &str| id(&ask(&server, "GET", "/v1/a", headers, ""));
     let longest = "x".repeat(128);
@@ -126,7 +126,7 @@ fn an_id_is_taken_over_when_it_can_be_shown_anywhere() {
 }
 
 #[test]
-fn the_line_of_a_trap_has_the_id() {
+fn trap_line_has_request_id() {
     for (args, quoted) in [(&[][..], "request_id=\"trace-7\""), (&JSON, "\"request_id\":\"trace-7\"")] {
         let server = Server::start(&[args, &[guest()]].concat());
         let response = ask(&server, "GET", "/trap", "x-request-id: trace-7\r\n", "");
@@ -140,7 +140,7 @@ fn the_line_of_a_trap_has_the_id() {
 }
 
 #[test]
-fn flood_is_sampled_and_skipped_requests_are_counted() {
+fn flood_is_limited_and_skipped_requests_are_counted() {
     const REQUESTS: u64 = 2_000;
     let server = Server::start(&[&JSON[..], &["--access-log-rate", "10"]].concat());
     let begun = Instant::now();
@@ -149,7 +149,7 @@ fn flood_is_sampled_and_skipped_requests_are_counted() {
         client.ask("GET", "/v1/a", b"");
     }
     let seconds = begun.elapsed().as_secs() + 2;
-    // Reported without another request, and no more than once a minute.
+    // Reported without another request, at most once a minute.
     server.says("access log rate exceeded");
     let left_out = Metrics::of(&server).get("kvs_access_log_skipped_requests_total") as u64;
     let stopped = server.terminate();
@@ -163,7 +163,7 @@ fn flood_is_sampled_and_skipped_requests_are_counted() {
 }
 
 #[test]
-fn no_secret_is_logged_however_much_is() {
+fn secrets_are_not_logged_at_trace_level() {
     let tokens = Tokens::new();
     let good = tokens.add(&["alice", "--scope", "admin"]);
     let wrong = format!("kvs_{}", "0123456789abcdef".repeat(4));
@@ -179,7 +179,7 @@ fn no_secret_is_logged_however_much_is() {
         assert_eq!(ask(&server, "POST", "/v1", &with(&good), transaction).status, 200);
         assert_eq!(ask(&server, "GET", "/v1/a", &with(&wrong), "").status, 401);
         assert_eq!(ask(&server, "GET", "/v1/a", "authorization: Basic c2VjcmV0OnBhc3N3b3Jk\r\n", "").status, 401);
-        // Where none belongs.
+        // In a place for no token.
         ask(&server, "GET", &format!("/v1/{good}?token={wrong}"), &with(&good), "");
         ask(&server, "GET", "/v1/a", &format!("x-request-id: {good}\r\n"), "");
         let url = server.url("/v1/a");
@@ -196,7 +196,7 @@ fn no_secret_is_logged_however_much_is() {
 }
 
 #[test]
-fn a_start_that_fails_says_so_in_the_format_asked_for() {
+fn failed_start_is_logged_in_selected_format() {
     let Refused { code, line } = serve_refused(&[&JSON[..], &["--tokens", "/nowhere"]].concat());
     let expected: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
     assert_eq!((code, &expected["level"]), (1, &"ERROR".into()));
@@ -206,12 +206,12 @@ fn a_start_that_fails_says_so_in_the_format_asked_for() {
 }
 
 #[test]
-fn slow_request_is_logged_with_its_times() {
+fn slow_request_is_logged_with_times() {
     let server = Server::start(&[&JSON[..], &["--slow-request", "1ns"]].concat());
     let begun = Instant::now();
     let put = ask(&server, "PUT", "/v1/a", "", "value");
     ask(&server, "GET", "/v1/a", "", "");
-    // What waits for a change took what its client wanted.
+    // A long poll that waited is not slow.
     assert_eq!(ask(&server, "GET", "/v1/a?wait=1ms", "if-none-match: \"1\"\r\n", "").status, 304);
     for _ in 0..100 {
         ask(&server, "GET", "/v1/a", "", "");
@@ -230,7 +230,7 @@ fn slow_request_is_logged_with_its_times() {
 }
 
 #[test]
-fn slow_request_has_its_time_in_the_queue() {
+fn slow_request_has_queue_time() {
     let limits = ["--guest-cpu-limit", "2s", "--request-timeout", "1m"];
     let server = Server::start(&[&JSON[..], &["--slow-request", "500ms", guest()], &limits].concat());
     let mut busy = Connection::open(server.address());
@@ -245,7 +245,7 @@ fn slow_request_has_its_time_in_the_queue() {
 }
 
 #[test]
-fn slow_request_that_trapped_has_its_time_in_the_guest() {
+fn slow_trapped_request_has_guest_time() {
     let limits = ["--guest-cpu-limit", "600ms", "--request-timeout", "1m"];
     let server = Server::start(&[&JSON[..], &["--slow-request", "500ms", guest()], &limits].concat());
     assert_eq!(ask(&server, "GET", "/loop-aloud", "", "").status, 500);

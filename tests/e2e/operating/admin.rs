@@ -32,7 +32,7 @@ fn is_well(admin: SocketAddr, args: &[&str], expected: &str) {
 }
 
 #[test]
-fn health_has_a_line_and_an_exit_code() {
+fn health_has_line_and_exit_code() {
     let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", "/dev/null"]);
     let admin = server.admin();
     // No token is asked for, and the address that was listened on will do.
@@ -44,7 +44,7 @@ fn health_has_a_line_and_an_exit_code() {
 }
 
 #[test]
-fn a_server_that_serves_is_alive_and_ready() {
+fn serving_server_is_alive_and_ready() {
     let server = Server::start(&[]);
     get(server.admin(), "/livez").says(200, "ok");
     get(server.admin(), "/readyz")
@@ -55,7 +55,7 @@ fn a_server_that_serves_is_alive_and_ready() {
 }
 
 #[test]
-fn a_server_that_replays_is_alive_and_not_ready() {
+fn replaying_server_is_alive_and_not_ready() {
     let server = Server::start(&[guest()]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/store/a", b"value").status, 201);
     let stopped = server.kill();
@@ -74,7 +74,7 @@ fn a_server_that_replays_is_alive_and_not_ready() {
 }
 
 #[test]
-fn a_server_that_stops_is_alive_and_not_ready() {
+fn stopping_server_is_alive_and_not_ready() {
     let server = Server::start(&[]);
     let admin = server.admin();
     let mut client = Connection::open(server.address());
@@ -91,11 +91,11 @@ fn a_server_that_stops_is_alive_and_not_ready() {
 }
 
 #[test]
-fn it_answers_while_the_guest_has_every_thread() {
+fn admin_responds_while_guest_uses_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest());
-    // As on a machine with one core: the call below keeps the only thread that serves requests.
+    // As on a machine with one core: the call below occupies the only thread that serves requests.
     command.env("TOKIO_WORKER_THREADS", "1");
     let server = Server::spawn(command, data);
     let mut client = Connection::open(server.address());
@@ -108,7 +108,7 @@ fn it_answers_while_the_guest_has_every_thread() {
 }
 
 #[test]
-fn what_it_does_not_have_is_404_and_405() {
+fn unknown_path_and_method_are_404_and_405() {
     let server = Server::start(&[]);
     get(server.admin(), "/")
         .says(404, "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and /console");
@@ -118,7 +118,7 @@ fn what_it_does_not_have_is_404_and_405() {
 }
 
 #[test]
-fn page_of_another_site_is_refused() {
+fn page_of_other_site_is_rejected() {
     let server = Server::start(&["--admin-host", "kvs,admin.example.org"]);
     let ask = |method: &str, path: &str, headers: &str| {
         let mut client = Connection::open(server.admin());
@@ -147,13 +147,13 @@ fn page_of_another_site_is_refused() {
 }
 
 #[test]
-fn request_to_v1_is_served_like_that_of_client() {
+fn request_to_v1_is_served_like_client_request() {
     let tokens = Tokens::new();
     let [reader, writer] =
         [["reader", "--scope", "read"], ["writer", "--scope", "write"]].map(|args| tokens.add(&args));
     let server = Server::start(&["--tokens", &tokens.file(), "--admin-open"]);
     let mut admin = Connection::open(server.admin());
-    // The listener itself asks for no token, but the HTTP interface does.
+    // The listener itself requires no token, but the HTTP interface does.
     assert_eq!(admin.ask("GET", "/guest", b"").status, 200);
     assert_eq!(admin.ask("GET", "/v1", b"").status, 401);
     let ask = |method, path, token: &str, body: &[u8]| {
@@ -184,7 +184,7 @@ fn watch_over_admin_ends_when_client_leaves() {
     counts(&server, "kvs_http_requests_in_flight", 0.0);
 }
 
-/// A rejection has the headers that those of the HTTP interface have.
+/// Checks that a rejection has the headers of the HTTP interface.
 #[track_caller]
 fn can_be_retried(refused: &Response) {
     assert_eq!((refused.header("kvs-error"), refused.header("retry-after")), (Some("unavailable"), Some("1")));
@@ -241,7 +241,7 @@ fn request_over_admin_is_finished_at_stop() {
 }
 
 #[test]
-fn busy_guest_does_not_keep_admin_from_answering() {
+fn busy_guest_delays_v1_but_not_admin() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");
@@ -249,7 +249,7 @@ fn busy_guest_does_not_keep_admin_from_answering() {
     let mut client = Connection::open(server.address());
     client.send("GET /loop-aloud HTTP/1.1\r\nhost: kvs\r\n\r\n");
     server.says("going round in circles");
-    // The only thread that serves requests is kept, also from this one.
+    // The only thread that serves requests is busy, also for this one.
     let mut forwarded = Connection::open(server.admin());
     forwarded.send("GET /v1 HTTP/1.1\r\nhost: kvs\r\n\r\n");
     get(server.admin(), "/livez").says(200, "ok");
@@ -258,7 +258,7 @@ fn busy_guest_does_not_keep_admin_from_answering() {
 }
 
 #[test]
-fn an_admin_port_that_is_taken() {
+fn taken_admin_port_is_reported() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("a listener has an address").to_string();
     serve_refused(&["--admin", &address]).with(1, &[&address, "--admin", "in use"]);

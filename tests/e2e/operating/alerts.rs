@@ -1,5 +1,5 @@
-//! The alert rules: they, the dashboard and the runbook name metrics that there are, and a real Prometheus fires the alerts when
-//! what they are for happens to a real server.
+//! The alert rules: they, the dashboard and the runbook use existing metrics, and a real Prometheus fires each alert when its
+//! condition occurs in a real server.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -33,7 +33,7 @@ use crate::support::wire::Connection;
 const DASHBOARD: &str = include_str!("../../../deploy/grafana.json");
 const RUNBOOK: &str = include_str!("../../../docs/runbook.md");
 
-/// The names of all metrics, as the source of the server has them, with the endings that Prometheus gives them.
+/// The names of all metrics in the source of the server, with the suffixes of Prometheus.
 fn metrics() -> BTreeSet<String> {
     fn collect(path: &Path, names: &mut BTreeSet<String>) {
         if path.is_dir() {
@@ -71,7 +71,7 @@ fn named(text: &str) -> BTreeSet<String> {
 fn alerts_dashboard_and_runbook_name_existing_metrics() {
     let there = metrics();
     assert!(there.len() > 60, "{there:?}");
-    // For people a histogram has no ending.
+    // Documentation names a histogram without a suffix.
     let families = there.iter().filter_map(|name| name.strip_suffix("_bucket")).map(str::to_owned);
     let families = families.chain(there.iter().cloned()).collect();
     for (name, text, there) in
@@ -83,7 +83,7 @@ fn alerts_dashboard_and_runbook_name_existing_metrics() {
 }
 
 #[test]
-fn each_alert_has_its_section_in_the_runbook() {
+fn each_alert_has_runbook_section() {
     let sections: Vec<_> = RUNBOOK.lines().filter_map(|line| line.strip_prefix("## ")).collect();
     assert_eq!(alerts(), sections);
     for alert in alerts() {
@@ -100,7 +100,7 @@ fn each_alert_has_a_test_that_provokes_it() {
 }
 
 #[test]
-fn prometheus_accepts_the_rules() {
+fn prometheus_accepts_rules() {
     let file = Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml");
     let output = Command::new("promtool").args(["check", "rules"]).arg(file).output();
     let output = output.expect("`just test` installs promtool");
@@ -119,7 +119,7 @@ fn free() -> SocketAddr {
 }
 
 #[test]
-fn alerts_fire_for_a_guest_that_fails() {
+fn alerts_fire_for_failing_guest() {
     let poison = "fault=apply-traps-on-poison";
     let fails = Server::start(&[guest(), "--shards", "1", "--spare", "--guest-config", poison]);
     let traps = Server::start(&[guest()]);
@@ -144,7 +144,7 @@ fn alerts_fire_for_a_guest_that_fails() {
     prometheus.fires("KvsErrors", fails.admin());
 
     let mut client = Connection::open(traps.address());
-    // Some are answered 503, while the guest is being rebuilt.
+    // Some get 503, while the guest is being rebuilt.
     let trapped = (0..1_000).filter(|_| client.ask("GET", "/trap", b"").status == 500).take(20).count();
     assert_eq!(trapped, 20);
     prometheus.fires("KvsGuestTraps", traps.admin());
@@ -221,7 +221,7 @@ fn alerts_fire_for_backups() {
 }
 
 #[test]
-fn alerts_fire_for_a_database_that_is_away() {
+fn alerts_fire_for_unavailable_database() {
     let database = Database::start();
     let server = postgres::start(&database.url());
     let prometheus = Prometheus::of(&[server.admin()]);
@@ -253,7 +253,7 @@ fn alerts_fire_for_restarts_and_absence() {
     let mut server = start(TempDir::new().expect("a temporary directory can be made"));
     let prometheus = Prometheus::of(&[admin]);
     for restarts in 1..=3 {
-        // The time of a start has whole seconds, and two starts are to differ.
+        // Start times have a resolution of a second, and two starts must differ.
         thread::sleep(Duration::from_secs(1));
         server = start(server.terminate().into_data());
         let query = format!("changes(kvs_start_time_seconds[15m])=={restarts}");

@@ -1,4 +1,4 @@
-//! The audit trail: who did what that changes a server for everybody.
+//! The audit trail of changes to a server.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -28,7 +28,7 @@ fn record(line: &str) -> Value {
 fn swap_is_recorded_with_digest_principal_and_request_id() {
     let tokens = Tokens::new();
     let alice = tokens.add(&["alice", "--scope", "admin"]);
-    // The address is not that of this machine alone, so that a token is asked for.
+    // Not a loopback address, so that a token is required.
     let args = ["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"];
     let server = Server::start(&[&JSON[..], &["--probation", "1ms"], &args].concat());
     let bearer = format!("Bearer {alice}");
@@ -70,7 +70,7 @@ fn read_only_and_edits_are_recorded_with_principal() {
             assert_eq!(line[field], value, "{line}");
         }
     }
-    // A look at the state changes nothing.
+    // Reading the state is not recorded.
     let headers = [("authorization", &*bearer)];
     assert_eq!(Connection::open(server.admin()).ask_with("GET", "/read-only", &headers, b"").text(), "off\n");
     let lines = server.terminate().stderr().to_vec();
@@ -88,7 +88,7 @@ fn reload_is_recorded_with_its_cause() {
     let line = server.says("audit action=\"swap\"");
     let digest = status(&server)["sha256"].as_str().expect("a guest has a digest").to_owned();
     assert!(line.contains(&digest) && line.contains("principal=\"SIGHUP\""), "{line}");
-    // Nobody is known where no token is asked for.
+    // Without tokens there is no principal.
     assert_eq!(swap(&server, &component(guest())).status, 200);
     let line = server.says_again("audit action=\"swap\"", 2);
     assert!(!line.contains("principal") && line.contains("request_id"), "{line}");
@@ -106,7 +106,7 @@ fn rollback_is_recorded_with_principal() {
     };
     assert_eq!(ask(&bob, "DELETE", "/guest?rollback", b""), 409);
     thread::scope(|scope| {
-        // It is answered at the end of the probation.
+        // The response comes at the end of the probation.
         let swapped = scope.spawn(|| ask(&alice, "PUT", "/guest", &component(guest())));
         let begun = Instant::now();
         while ask(&bob, "DELETE", "/guest?rollback", b"") != 202 {
@@ -125,7 +125,7 @@ fn rollback_is_recorded_with_principal() {
     }
 }
 
-/// Runs a command, and gives action and object that it recorded for this user.
+/// Runs a command, and returns the action and object that it recorded for this user.
 fn recorded(mut command: Command) -> (String, String) {
     let output = command.args(JSON).stdout(Stdio::piped()).output().expect("the binary under test can be started");
     let lines = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -137,7 +137,7 @@ fn recorded(mut command: Command) -> (String, String) {
 }
 
 #[test]
-fn restore_is_recorded_with_the_user() {
+fn restore_is_recorded_with_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let (file, to) = (data.path().join("backup"), data.path().join("restored"));
     let server = Server::start(&[]);
@@ -148,7 +148,7 @@ fn restore_is_recorded_with_the_user() {
 }
 
 #[test]
-fn new_and_revoked_tokens_are_recorded_with_the_user() {
+fn new_and_revoked_tokens_are_recorded_with_user() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let token = |action: &str| {
         let mut command = kvs();
@@ -157,12 +157,12 @@ fn new_and_revoked_tokens_are_recorded_with_the_user() {
     };
     assert_eq!(token("create"), ("token-create".to_owned(), "bob".to_owned()));
     let (action, object) = token("revoke");
-    // With the id, since several can have one name.
+    // With the id, since several tokens can have one name.
     assert!(action == "token-revoke" && object.starts_with("bob "), "{action} of {object}");
 }
 
 #[test]
-fn tokens_of_a_reload_are_recorded_by_name_and_id() {
+fn reloaded_tokens_are_recorded_by_name_and_id() {
     let tokens = Tokens::new();
     let alice = tokens.add(&["alice", "--scope", "admin"]);
     let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file()]].concat());
@@ -185,7 +185,7 @@ fn tokens_of_a_reload_are_recorded_by_name_and_id() {
 }
 
 #[test]
-fn rejected_requests_are_recorded_up_to_a_rate() {
+fn rejected_requests_are_recorded_up_to_rate() {
     let tokens = Tokens::new();
     let bob = tokens.add(&["bob", "--scope", "read"]);
     let server = Server::start(&[&JSON[..], &["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]].concat());
@@ -209,7 +209,7 @@ fn rejected_requests_are_recorded_up_to_a_rate() {
     }
     let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a short time");
     server.says("audit log rate exceeded");
-    // Pages of other sites have no token to show.
+    // Pages of other sites have no token.
     client.send("GET /guest HTTP/1.1\r\nhost: elsewhere.example\r\n\r\n");
     assert_eq!(client.read().status, 403);
     let lines = server.terminate().stderr().to_vec();
@@ -251,7 +251,7 @@ fn failures_are_recorded() {
 }
 
 #[test]
-fn edit_in_the_console_is_recorded() {
+fn edit_in_console_is_recorded() {
     let server = Server::start(&JSON);
     let mut client = Connection::open(server.admin());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("x-request-id", "edit-1")], b"value").status, 201);
@@ -262,13 +262,13 @@ fn edit_in_the_console_is_recorded() {
         assert_eq!(done[field], value, "{done}");
     }
     server.says("\"object\":\"DELETE /v1/a?unknown=1\",\"outcome\":\"400\"");
-    // One that its client does not wait for, too.
+    // Also one whose client disconnects.
     let mut leaves = Connection::open(server.admin());
     leaves.send("PUT /v1/b HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n");
     assert_eq!(leaves.read().status, 100);
     drop(leaves);
     server.says("\"object\":\"PUT /v1/b\"");
-    // Those of other clients are in the access log, and reads are in no trail.
+    // Requests of other clients are in the access log, and reads are not recorded.
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/c", b"").status, 201);
     let lines = server.terminate().stderr().to_vec();
     assert_eq!(lines.iter().filter(|line| line.contains("\"audit\"")).count(), 3, "{lines:?}");

@@ -1,4 +1,4 @@
-//! The console in a browser: every action, every refusal, and names and values that would be a script elsewhere.
+//! The console in a browser: every action, every error, and keys and values with HTML and scripts.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -108,7 +108,7 @@ fn value_is_created_changed_and_deleted() {
     page.click("#folders");
     lists(&page, &["cart/7"]);
 
-    // Somebody else was quicker.
+    // Another client was faster.
     put(&server, "cart/7", "4 apples");
     page.fill("#value", "5 apples");
     page.click("#save");
@@ -138,7 +138,7 @@ fn value_is_created_changed_and_deleted() {
 }
 
 #[test]
-fn value_that_is_no_text_is_kept_as_it_is() {
+fn binary_value_is_kept_unchanged() {
     let server = Server::start(&[]);
     let large = "x".repeat(300 << 10);
     for (key, value) in
@@ -171,7 +171,7 @@ fn value_that_is_no_text_is_kept_as_it_is() {
     page.is_clean();
 }
 
-/// Names and values that a page which parses them would run, or show in another order.
+/// Keys and values that a page would run, or display in another order, if it parsed them.
 const HOSTILE: [&str; 8] = [
     "<script>window.ran=1</script>",
     "<img src=x onerror=window.ran=1>",
@@ -246,7 +246,7 @@ fn many_keys_come_a_page_at_a_time() {
 }
 
 #[test]
-fn watch_goes_on_over_restart_of_server() {
+fn watch_continues_over_restart_of_server() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let [listen, admin] = [free_address(), free_address()];
     let start = |data: TempDir| {
@@ -346,7 +346,7 @@ fn shadow_traffic_is_shown_and_ended() {
 }
 
 #[test]
-fn guest_with_another_interface_is_named() {
+fn guest_with_other_interface_is_reported() {
     let server = Server::start(&["--probation", "1ms"]);
     let page = console(&server);
     page.says("#list-state", "No keys here");
@@ -380,7 +380,7 @@ fn operator_signs_in_with_token() {
     let server = Server::start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0"]);
     let page = Page::open(&format!("http://127.0.0.1:{}/console", server.admin().port()));
     page.says("#state", "Sign in to continue");
-    // Health is no secret.
+    // Health needs no token.
     page.says("#parts", "log ok");
     page.fill("#token", "kvs_wrong");
     page.click("#sign-in button");
@@ -420,7 +420,7 @@ fn page_is_used_with_keyboard_and_on_phone() {
     );
     page.until("innerWidth === 360");
     assert_eq!(page.value("document.documentElement.scrollWidth"), 360);
-    // Every control has a name, and Tab comes to each that is shown.
+    // Every control has a name, and Tab reaches each visible one.
     let controls = "[...document.querySelectorAll('input, button, textarea, a[href], [tabindex=\"0\"]')].filter(e => e.checkVisibility() && !e.disabled)";
     let unnamed = format!(
         "{controls}.filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel)).map(e => e.outerHTML).join()"

@@ -1,4 +1,4 @@
-//! Standard error that does not take log lines: nothing that a server does depends on it.
+//! Blocked, closed and full standard error: the server continues.
 
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
@@ -17,7 +17,7 @@ use crate::support::server::{PATIENCE, Server, kvs};
 use crate::support::tokens::Tokens;
 use crate::support::wire::{Connection, Response};
 
-/// Two addresses where nobody listens now: a server that cannot report its own is asked there.
+/// Two free addresses, for a server that cannot report its own.
 fn free() -> [SocketAddr; 2] {
     let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.3:0").expect("there is a free port"));
     listeners.map(|listener| listener.local_addr().expect("a listener has an address"))
@@ -55,7 +55,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts a server whose log lines nobody gets; it must do all it does else, and end well.
+/// Starts a server whose log lines are lost; it must serve and stop as usual.
 fn does_all_it_does(stderr: impl Into<Stdio>) {
     let tokens = Tokens::new();
     let (kept, revoked) = (tokens.add(&["kept", "--scope", "admin"]), tokens.add(&["revoked"]));
@@ -114,7 +114,7 @@ fn does_all_it_does(stderr: impl Into<Stdio>) {
 }
 
 #[test]
-fn reader_that_is_gone_stops_nothing() {
+fn closed_stderr_does_not_stop_server() {
     of_files!();
     let (reader, writer) = pipe().expect("there are pipes");
     drop(reader);
@@ -122,27 +122,27 @@ fn reader_that_is_gone_stops_nothing() {
 }
 
 #[test]
-fn full_disk_of_log_lines_stops_nothing() {
+fn full_disk_of_log_lines_does_not_stop_server() {
     of_files!();
     does_all_it_does(File::options().write(true).open("/dev/full").expect("Linux has it"));
 }
 
 #[test]
-fn full_pipe_that_does_not_block_stops_nothing() {
+fn full_nonblocking_pipe_does_not_stop_server() {
     of_files!();
     let (_reader, writer) = full();
     does_all_it_does(writer);
 }
 
 #[test]
-fn pipe_that_nobody_reads_stops_nothing() {
+fn unread_pipe_does_not_stop_server() {
     of_files!();
     let (_reader, writer) = full();
     does_not_block(&writer, false);
     does_all_it_does(writer);
 }
 
-/// Lines are lost, counted and reported while nobody takes them, and come again when somebody does.
+/// Lines are lost, counted and reported while they are not read, and are written again when they are.
 #[test]
 fn lost_lines_are_counted_and_reported() {
     let [listen, admin] = free();
@@ -180,9 +180,9 @@ fn lost_lines_are_counted_and_reported() {
     assert!(!is_lost(), "it still loses lines");
 }
 
-/// A person who runs a command in a pipe that ends early gets no failure of it.
+/// A command in a pipe that ends early does not fail.
 #[test]
-fn command_without_a_reader_of_its_messages_succeeds() {
+fn command_with_closed_stderr_succeeds() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let file = data.path().join("lines");
@@ -195,9 +195,9 @@ fn command_without_a_reader_of_its_messages_succeeds() {
     assert_eq!(ended.code(), Some(0));
 }
 
-/// No command panics when nobody reads what it prints, however little that is.
+/// No command panics when its output is closed, however short that is.
 #[test]
-fn command_without_a_reader_of_its_output_succeeds() {
+fn command_with_closed_stdout_succeeds() {
     of_files!();
     let tokens = Tokens::new();
     tokens.add(&["alice"]);

@@ -1,5 +1,4 @@
-//! Metrics: Prometheus reads them, each moves when what it counts happens, and the
-//! dashboard shows none that is not there.
+//! Metrics: Prometheus parses them, each changes with its events, and the dashboard uses only existing ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,7 +17,7 @@ use crate::support::swap::{in_phase, swaps};
 use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
-/// Reads the text with the library that Prometheus's own makers keep, and prints each family and each value on a line.
+/// Parses the text with the library of the Prometheus project, and prints each family and each value on a line.
 const PARSER: &str = r#"
 import sys
 if sys.argv[1] == "openmetrics":
@@ -32,7 +31,7 @@ for family in text_string_to_metric_families(sys.stdin.read()):
         print("sample", sample.name + ("{" + labels + "}" if labels else ""), sample.value, sep="\t")
 "#;
 
-/// What the parser makes of it: families with type and help, and values.
+/// Parsed metrics: families with type and help, and values.
 type Parsed = (BTreeMap<String, (String, String)>, BTreeMap<String, f64>);
 
 fn parse(text: &str, format: &str) -> Parsed {
@@ -55,7 +54,7 @@ fn parse(text: &str, format: &str) -> Parsed {
 }
 
 #[test]
-fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
+fn prometheus_parses_metrics_and_accepts_names() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for method in ["PUT", "GET", "HEAD", "DELETE", "POST", "BREW"] {
@@ -69,7 +68,7 @@ fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
         assert!(name.starts_with("kvs_") && help.len() > 9, "{name}: {help:?}");
         let word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
         assert!(name.bytes().all(word), "{name}");
-        // Base units, and what they are in the name.
+        // Base units, which are in the name.
         for unit in ["_ms", "milli", "micro", "nano", "_kb", "_kib", "percent", "minutes"] {
             assert!(!name.contains(unit), "{name}");
         }
@@ -85,7 +84,7 @@ fn prometheus_reads_them_and_their_names_are_as_it_wants_them() {
 }
 
 #[test]
-fn scraper_gets_the_format_that_it_prefers() {
+fn scraper_gets_preferred_format() {
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"").status, 201);
     let scrape = |accept| {
@@ -99,7 +98,7 @@ fn scraper_gets_the_format_that_it_prefers() {
     {
         assert_eq!(scrape(accept).0, "text/plain; version=0.0.4; charset=utf-8", "{accept}");
     }
-    // Those of the listener itself may move in between.
+    // Those of the listener itself may change in between.
     let (families, values) = parse(&scrape("text/plain;version=0.0.4").1, "text");
     let (expected, expected_values) = parse(&scrape("application/openmetrics-text").1, "openmetrics");
     assert_eq!(values.keys().collect::<Vec<_>>(), expected_values.keys().collect::<Vec<_>>());
@@ -111,7 +110,7 @@ fn scraper_gets_the_format_that_it_prefers() {
 }
 
 #[test]
-fn the_dashboard_shows_what_there_is() {
+fn dashboard_shows_existing_metrics() {
     of_files!();
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
@@ -126,7 +125,7 @@ fn the_dashboard_shows_what_there_is() {
     let words = expressions.iter().flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
     let shown: BTreeSet<String> = words.filter(|word| word.starts_with("kvs_")).map(str::to_owned).collect();
     assert!(shown.len() > 20, "it shows hardly anything: {shown:?}");
-    // What an operator would miss, whatever it is called; that all it shows is there is tested in `alerts`.
+    // Panels that an operator needs, by any name; `alerts` tests that their metrics exist.
     for name in there.iter().filter(|name| !name.ends_with("_sum") && !name.ends_with("_count")) {
         assert!(shown.contains(name), "it does not show {name}");
     }
@@ -160,7 +159,7 @@ fn requests_are_counted_by_method_and_status() {
         ("kvs_http_request_duration_seconds_count{method=\"GET\"}", 3.0),
         ("kvs_http_request_duration_seconds_count{method=\"PUT\"}", 1.0),
         ("kvs_http_request_duration_seconds_count{method=\"other\"}", 2.0),
-        // The second of two equal requests was given what the first had.
+        // The second of two equal requests got the cached response of the first.
         ("kvs_guest_call_duration_seconds_count", 6.0),
         ("kvs_response_cache_hits_total", 1.0),
         ("kvs_connections_opened_total", 1.0),
@@ -169,14 +168,14 @@ fn requests_are_counted_by_method_and_status() {
         assert_eq!(moved.get(name), Some(&by), "{name} in {moved:?}");
     }
     assert_eq!(moved.get("kvs_http_requests_in_flight"), None);
-    // Each in its bucket, and in all after it.
+    // Each in its bucket, and in all larger ones.
     assert_eq!(after.get("kvs_http_request_duration_seconds_bucket{le=\"+Inf\",method=\"GET\"}"), 3.0);
     drop(client);
     counts(&server, "kvs_connections", 0.0);
 }
 
 #[test]
-fn bytes_are_counted_as_they_go_over_the_wire() {
+fn bytes_are_counted_as_sent_on_wire() {
     let server = Server::start(&[]);
     let (mut asked, mut answered) = (0, 0);
     let mut exchange = |method: &str, body: &str| {
@@ -217,13 +216,13 @@ fn requests_in_flight_and_waiting_are_shown() {
         client
     });
     let _clients: Vec<_> = clients.collect();
-    // The thread that is busy holds up none of them on the way to the guest.
+    // The busy thread delays none of them on the way to the guest.
     let metrics = until(&server, "all wait", |now| now.get("kvs_guest_queue_length") == 8.0);
     assert_eq!(metrics.get("kvs_http_requests_in_flight"), 9.0);
 }
 
 #[test]
-fn the_life_of_the_guest_is_counted() {
+fn guest_lifecycle_is_counted() {
     let server = Server::start(&[guest(), "--probation", "100ms"]);
     let mut client = Connection::open(server.address());
     for n in 0..3 {
@@ -246,7 +245,7 @@ fn the_life_of_the_guest_is_counted() {
     let dry = Connection::open(server.admin()).ask("DELETE", "/guest?dry-run", b"");
     assert_eq!((dry.status, after.get("kvs_guest_swaps_total{outcome=\"rolled_back\"}")), (200, 0.0));
 
-    // A new one that traps while the one before is still there.
+    // A new guest that traps while the previous one is still kept.
     let server = Server::start(&["--probation", "1h"]);
     thread::scope(|scope| {
         let swap = scope.spawn(|| Connection::open(server.admin()).ask("PUT", "/guest", &component(guest())).status);
@@ -259,7 +258,7 @@ fn the_life_of_the_guest_is_counted() {
 }
 
 #[test]
-fn memory_of_a_swap_is_measured() {
+fn memory_during_swap_is_measured() {
     const SERVING: &str = "kvs_guest_memory_bytes";
     const ALL: &str = "kvs_guest_instances_memory_bytes";
     let server = Server::start(&["--probation", "1h"]);
@@ -286,7 +285,7 @@ fn memory_of_a_swap_is_measured() {
 }
 
 #[test]
-fn the_log_is_measured() {
+fn log_is_measured() {
     of_files!();
     let server = Server::start(&["--segment-bytes", "128KiB", "--max-value-bytes", "1KiB"]);
     let mut client = Connection::open(server.address());
@@ -309,7 +308,7 @@ fn the_log_is_measured() {
     assert!((10_000.0..20_000.0).contains(&metrics.get("kvs_txlog_bytes")));
     assert_eq!((metrics.get("kvs_txlog_segments"), metrics.get("kvs_txlog_garbage_bytes")), (1.0, 0.0));
 
-    // A full segment of overwritten values is dead until it is compacted.
+    // A full segment of overwritten values is garbage until it is compacted.
     let (mut dead, mut segments, begun) = (0.0, 0.0, Instant::now());
     while dead < 100_000.0 || segments < 2.0 || Metrics::of(&server).get("kvs_txlog_compactions_total") == 0.0 {
         for n in 0..100 {
@@ -324,7 +323,7 @@ fn the_log_is_measured() {
 }
 
 #[test]
-fn what_a_limit_refuses_is_counted_under_its_name() {
+fn exceeded_limit_is_counted_by_name() {
     let args = [
         ["--max-connections-per-address", "4"],
         ["--header-timeout", "500ms"],
@@ -386,7 +385,7 @@ fn what_a_limit_refuses_is_counted_under_its_name() {
 }
 
 #[test]
-fn who_asks_too_often_is_counted() {
+fn throttled_requests_are_counted() {
     let server = Server::start(&["--rate-limit", "1/m", "--rate-burst", "2"]);
     let mut client = Connection::open(server.address());
     for status in [404, 404, 429, 429, 429] {
@@ -407,7 +406,7 @@ fn who_asks_too_often_is_counted() {
 }
 
 #[test]
-fn handshakes_that_fail_are_counted_by_why() {
+fn failed_handshakes_are_counted_by_reason() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
     let (ca, pair) =
@@ -441,14 +440,14 @@ fn handshakes_that_fail_are_counted_by_why() {
 }
 
 #[test]
-fn a_client_that_takes_back_too_much_is_counted() {
+fn excessive_resets_are_counted() {
     let server = Server::start(&["--http2-max-resets", "5"]);
     takes_back(&server, 20_000);
     until(&server, "it is counted", |now| now.get("kvs_limit_exceeded_total{limit=\"http2-max-resets\"}") >= 1.0);
 }
 
 #[test]
-fn they_are_there_while_the_guest_has_every_thread() {
+fn metrics_respond_while_guest_uses_every_thread() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-cpu-limit", "1h"]).arg(guest()).env("TOKIO_WORKER_THREADS", "1");

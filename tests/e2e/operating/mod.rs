@@ -1,8 +1,8 @@
-//! A server, as its operator sees it.
+//! Operation of a server.
 //!
-//! `admin` has the admin listener, `metrics` and, in a browser, `console` what is shown there, `alerts` what Prometheus makes of it.
-//! `access_log` and `audit` are about who did what. `diagnostics`: nothing depends on whether log lines are read. `signals` stop a
-//! server, `upgrade` replaces its process without anybody noticing; `supervision`: no task dies unnoticed.
+//! `admin` tests the admin listener, `metrics` and `console` its content, `alerts` the rules for Prometheus. `access_log` and `audit`
+//! test log lines of requests and changes, `diagnostics` a blocked standard error. `signals` stop a server, `upgrade` replaces its
+//! process without a failed request; `supervision`: failed tasks are restarted or end the server.
 
 mod access_log;
 mod admin;

@@ -1,4 +1,4 @@
-//! How a server is stopped: politely, impatiently, and before it has begun.
+//! Stops of a server: graceful, immediate, and during the start.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -12,7 +12,7 @@ use crate::support::log::kvs_at;
 use crate::support::server::{Process, Server, serve};
 use crate::support::wire::Connection;
 
-/// A request in progress: its head was read, its body is awaited.
+/// A request in flight: its head was read, its body is incomplete.
 fn in_flight(server: &Server) -> Connection {
     let mut client = Connection::open(server.address());
     client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n");
@@ -46,7 +46,7 @@ fn sigint_finishes_requests_in_flight_and_exits_0() {
 }
 
 #[test]
-fn idle_connections_do_not_hold_up_the_stop() {
+fn idle_connections_do_not_delay_stop() {
     let server = Server::start(&["--drain-timeout", "1h", "--idle-timeout", "1h"]);
     let mut idle = Connection::open(server.address());
     idle.ask("GET", "/v1/a", b"").says(404, "no such key");
@@ -55,7 +55,7 @@ fn idle_connections_do_not_hold_up_the_stop() {
 }
 
 #[test]
-fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
+fn unfinished_request_is_closed_at_drain_timeout() {
     let server = Server::start(&["--drain-timeout", "300ms", "--request-timeout", "1h"]);
     let mut client = in_flight(&server);
     let stopped = server.terminate();
@@ -65,7 +65,7 @@ fn a_request_that_does_not_end_is_cut_off_when_the_drain_is_over() {
 }
 
 #[test]
-fn half_a_request_head_does_not_hold_up_the_stop() {
+fn incomplete_request_head_does_not_delay_stop() {
     let server = Server::start(&["--drain-timeout", "1h", "--idle-timeout", "1h", "--header-timeout", "1h"]);
     let mut first = Connection::open(server.address());
     first.send("GET /v1/a HTTP/1.1\r\nhost: ");
@@ -83,10 +83,10 @@ fn half_a_request_head_does_not_hold_up_the_stop() {
 }
 
 #[test]
-fn connections_that_ended_in_time_do_not_count_as_cut_off() {
+fn finished_connections_do_not_count_as_closed_by_stop() {
     let args = ["--drain-timeout", "10s", "--request-timeout", "1h", "--min-body-rate", "1"];
     let server = Server::start(&args);
-    // Half of each body, at which the lowest rate is kept for minutes.
+    // Half of each body, which keeps to the minimum rate for minutes.
     let begin = || {
         let mut client = Connection::open(server.address());
         client.send("PUT /v1/a HTTP/1.1\r\nhost: kvs\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n");
@@ -105,7 +105,7 @@ fn connections_that_ended_in_time_do_not_count_as_cut_off() {
 }
 
 #[test]
-fn a_second_signal_stops_at_once() {
+fn second_signal_stops_at_once() {
     let server = Server::start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     let _client = in_flight(&server);
     server.signal(Signal::TERM);
@@ -116,7 +116,7 @@ fn a_second_signal_stops_at_once() {
 }
 
 #[test]
-fn one_line_tells_of_the_start_and_one_of_the_stop() {
+fn start_and_stop_are_logged_in_one_line_each() {
     let server = Server::start(&[]);
     let (address, data) = (server.address(), server.data().display().to_string());
     Connection::open(address).ask("PUT", "/v1/a", b"");
@@ -132,7 +132,7 @@ fn one_line_tells_of_the_start_and_one_of_the_stop() {
 
 #[test]
 fn sigterm_during_start_exits_0() {
-    // A start that takes for ever, and says when it is in the midst of it.
+    // A start that does not finish, and reports when it is in progress.
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(["--guest-config", "fault=describe-loops-aloud", "--guest-cpu-limit", "1h"]).arg(guest());
@@ -164,7 +164,7 @@ fn sigterm_during_replay_exits_0_and_loses_nothing() {
 }
 
 #[test]
-fn a_server_can_be_started_again_at_the_same_address() {
+fn server_restarts_at_same_address() {
     // An address that no other test uses, so that nobody takes the port meanwhile.
     let on = |address: &str, data: TempDir| {
         let mut command = kvs_at(data.path());
@@ -175,7 +175,7 @@ fn a_server_can_be_started_again_at_the_same_address() {
     let address = server.address().to_string();
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
-    // The server closes first, so it is its end of the connection that the system remembers for a while.
+    // The server closes first, so its end of the connection stays in TIME_WAIT.
     let stopped = server.terminate();
     assert_eq!(client.end(), "");
 
@@ -184,7 +184,7 @@ fn a_server_can_be_started_again_at_the_same_address() {
 }
 
 #[test]
-fn no_acknowledged_request_is_cut_off_under_load() {
+fn no_acknowledged_request_is_closed_by_stop_under_load() {
     const CLIENTS: usize = 16;
     let server = Server::start(&[]);
     let acknowledged = AtomicUsize::new(0);
@@ -210,7 +210,7 @@ fn no_acknowledged_request_is_cut_off_under_load() {
         threads.into_iter().map(|thread| thread.join().expect("a client sees what it is to see")).collect()
     });
     for (_, error) in &clients {
-        // Between two requests: not a byte of an answer came.
+        // Between two requests: no byte of a response was received.
         let between = ["ended after \"\"", "reset by peer", "Broken pipe"];
         assert!(between.iter().any(|end| error.contains(end)), "cut off in mid-answer: {error}");
     }

@@ -1,4 +1,4 @@
-//! Background tasks and threads that panic in a server: each is started again and does its work, or the server ends with an error.
+//! Background tasks and threads that panic in a server: each is restarted and works again, or the server ends with an error.
 //! Those of a log in a database are in `logs::postgres::supervision`, and those that need nothing from outside are among the
 //! unit tests of `kvs serve`.
 
@@ -20,15 +20,15 @@ use crate::support::wire::Connection;
 use crate::support::zoo;
 
 #[test]
-fn log_lines_go_on_after_a_panic() {
-    // That it serves is one of them.
+fn log_lines_continue_after_panic() {
+    // Serving is one of them.
     let server = start(&["log lines"], &[]);
     starts_again(&server, "log lines");
     server.terminate();
 }
 
 #[test]
-fn files_are_read_again_after_a_panic() {
+fn files_are_reloaded_after_panic() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
     let file = authority.path("guest.wasm");
@@ -44,7 +44,7 @@ fn files_are_read_again_after_a_panic() {
 }
 
 #[test]
-fn guest_is_rebuilt_after_a_panic() {
+fn guest_is_rebuilt_after_panic() {
     let server = start(&["guest rebuild", "guest queue"], &[guest()]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/store/a", b"value").status, 201);
@@ -58,14 +58,14 @@ fn guest_is_rebuilt_after_a_panic() {
 }
 
 #[test]
-fn spare_is_built_after_a_panic() {
+fn spare_is_built_after_panic() {
     let server = start(&["guest spare"], &["--spare"]);
     starts_again(&server, "guest spare");
     counts(&server, "kvs_guest_spares", 1.0);
 }
 
 #[test]
-fn swap_that_panics_is_answered_and_prevents_no_other() {
+fn panicking_swap_is_answered_and_blocks_no_other() {
     let server = start(&["guest swap"], &["--probation", "1ms"]);
     let failed = swap(&server, &copy_of(DEFAULT_GUEST));
     assert_eq!(failed.status, 500, "{}", failed.text());
@@ -74,7 +74,7 @@ fn swap_that_panics_is_answered_and_prevents_no_other() {
 }
 
 #[test]
-fn standby_ends_after_a_panic_of_its_log() {
+fn standby_ends_after_panic_of_its_log() {
     let primary = Server::start(&[]);
     let mut command = serve(primary.data());
     command.arg("--standby");
@@ -85,7 +85,7 @@ fn standby_ends_after_a_panic_of_its_log() {
 }
 
 #[test]
-fn aborted_server_leaves_a_sound_log() {
+fn aborted_server_leaves_intact_log() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(SMALL_SEGMENTS);

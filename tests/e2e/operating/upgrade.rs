@@ -91,11 +91,11 @@ impl Upgraded {
         expected
     }
 
-    /// Ends the serving process in good order.
+    /// Ends the serving process by a graceful shutdown.
     fn terminate(mut self) -> TempDir {
         signal(self.process.load(Ordering::Relaxed), Signal::TERM);
         let first = self.first.take().expect("it is there until the end");
-        // The end of the last line is that of the last process.
+        // The last line is that of the last process.
         first.ends();
         await_end(self.process.load(Ordering::Relaxed));
         std::mem::replace(&mut self.data, TempDir::new().expect("a temporary directory can be made"))
@@ -255,7 +255,7 @@ fn failure_of_new_process_at_each_step_leaves_old_serving() {
 }
 
 #[test]
-fn signal_upgrades_like_the_command() {
+fn signal_upgrades_like_command() {
     of_files!();
     let server = Upgraded::start(&[]);
     assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
@@ -330,7 +330,7 @@ fn takeover(server: &Upgraded, programs: &TempDir, meanwhile: impl FnOnce()) -> 
 }
 
 #[test]
-fn failure_to_close_the_log_is_a_takeover() {
+fn failure_to_close_log_is_takeover() {
     of_files!();
     let programs = TempDir::new().expect("a temporary directory can be made");
     let server = Upgraded::start(&[]);
@@ -343,7 +343,7 @@ fn failure_to_close_the_log_is_a_takeover() {
 }
 
 #[test]
-fn death_of_old_process_during_upgrade_is_a_takeover() {
+fn death_of_old_process_during_upgrade_is_takeover() {
     of_files!();
     let programs = TempDir::new().expect("a temporary directory can be made");
     let kvs = kvs_tests::binary();
@@ -374,7 +374,7 @@ fn stop_of_old_process_closes_its_idle_connections() {
 }
 
 #[test]
-fn upgrade_is_refused_where_it_cannot_be() {
+fn impossible_upgrade_is_refused() {
     of_files!();
     let empty = TempDir::new().expect("a temporary directory can be made");
     let output = kvs_at(empty.path()).arg("upgrade").output().expect("it can be run");
@@ -391,7 +391,7 @@ fn upgrade_is_refused_where_it_cannot_be() {
     server.terminate();
 }
 
-/// Clients record what they see, over upgrades of the process.
+/// Clients record histories over upgrades of the process.
 #[test]
 fn history_over_upgrades_is_linearizable() {
     of_files!();
@@ -462,7 +462,7 @@ fn socket_activation_gives_both_listeners() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let admin = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let (address, admin_address) = (listener.local_addr().expect("bound"), admin.local_addr().expect("bound"));
-    // Clients connect before the server is there.
+    // Clients connect before the server runs.
     let mut client = Connection::open(address);
     let data = TempDir::new().expect("a temporary directory can be made");
     let served = serve(data.path());

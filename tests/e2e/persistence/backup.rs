@@ -1,5 +1,5 @@
-//! Copy of a data directory while the server under load is frozen. The copy contains everything that was acknowledged or seen
-//! before, and the server continues.
+//! Copies of a data directory while the server under load is frozen. The copy contains all writes that were acknowledged or
+//! read before, and the server continues.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use crate::support::zoo;
 const ANSWERS: u64 = 2_000;
 
 #[test]
-fn copy_of_a_frozen_server_is_a_backup() {
+fn copy_of_frozen_server_is_backup() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut server = Server::start(&SMALL_SEGMENTS);

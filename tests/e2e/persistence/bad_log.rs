@@ -1,5 +1,5 @@
-//! Logs that are not as the server left them: each is refused in one line that names the file and what to do, or opened
-//! rightly, and never changed by what only looks at it. Damage within the files is for the tests of the log itself.
+//! Logs that were changed from outside: each is rejected with a one-line error that has the file and the remedy, or opened
+//! correctly, and never changed by commands that only read. Corruption within files is covered by the tests of the log.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -40,7 +40,7 @@ fn change(file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs::write(file, bytes).expect("it can be written");
 }
 
-/// Starts a server that must refuse, whose last line must contain all of this.
+/// Starts a server that must fail; its last line must contain all of these texts.
 #[track_caller]
 fn refuses(data: &Path, expected: &[&str]) {
     let mut command = serve(data);
@@ -54,7 +54,7 @@ fn refuses(data: &Path, expected: &[&str]) {
 }
 
 #[test]
-fn invalid_files_of_the_log_are_rejected_by_name() {
+fn invalid_log_files_are_rejected_by_name() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil, &[&str]); 10] = [
         ("the first is missing", |log| fs::remove_file(segment(log, 1)).unwrap(), &["0000000001.seg", "is missing"]),
@@ -141,7 +141,7 @@ fn foreign_files_are_kept_and_logged() {
 }
 
 #[test]
-fn directory_below_an_unreadable_one_is_served() {
+fn directory_below_unreadable_one_is_served() {
     let (home, program) = (temporary(), temporary());
     let data = home.path().join("data");
     fs::create_dir(&data).expect("the directory takes another");
@@ -163,7 +163,7 @@ fn inaccessible_files_are_rejected() {
     let stopped = stored();
     let (data, log) = (stopped.data(), stopped.data().join("log"));
     let program = program_in(data);
-    // All of it open to everybody, at first.
+    // All of it is accessible to all users at first.
     let files = fs::read_dir(&log).expect("it is there").map(|file| file.expect("it is there").path());
     for path in files.chain([data.to_owned(), log.clone(), data.join("LOCK")]) {
         fs::set_permissions(&path, Permissions::from_mode(0o777)).expect("it is ours");

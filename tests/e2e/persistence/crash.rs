@@ -1,5 +1,5 @@
-//! The server is killed under load from several clients, and again while it recovers, on one directory. Everything that was
-//! acknowledged or seen must be there afterwards.
+//! The server is killed under load from several clients, and again while it recovers, on one directory. All writes that were
+//! acknowledged or read must be there afterwards.
 
 use std::process::Command;
 

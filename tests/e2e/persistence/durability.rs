@@ -1,5 +1,4 @@
-//! What was acknowledged is there after a kill: a hundred thousand keys, compared one by one; and one directory has one
-//! server.
+//! Acknowledged writes survive a kill: a hundred thousand keys, compared one by one. A directory has one server.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -23,7 +22,7 @@ const CLIENTS: usize = 64;
 /// Clients that also put a value of the largest size.
 const LARGE_VALUES: usize = 5;
 
-/// What the store must hold.
+/// Expected content of the store.
 type Model = HashMap<String, Item>;
 
 struct Item {
@@ -32,7 +31,7 @@ struct Item {
 }
 
 #[test]
-fn hundred_thousand_keys_equal_a_model_after_kill() {
+fn hundred_thousand_keys_equal_model_after_kill() {
     let mut rng = zoo::dice();
     let server = Server::start(&[]);
     let keys = zoo::keys(&mut rng, KEYS);
@@ -48,7 +47,7 @@ fn hundred_thousand_keys_equal_a_model_after_kill() {
     });
     refuse_control_keys(server.address());
 
-    // Sequences go on where they were, and nothing that was never written is there.
+    // Sequences continue, and keys that were never written do not exist.
     let newest = models.iter().flat_map(HashMap::values).map(|item| item.etag).max();
     let mut client = Connection::open(server.address());
     client.ask("GET", "/v1/never%20written", b"").says(404, "no such key");
@@ -56,7 +55,7 @@ fn hundred_thousand_keys_equal_a_model_after_kill() {
     assert!(next > newest, "after {newest:?} came {next:?}");
 }
 
-/// Runs `client` in a thread for each of these, and gives what they gave.
+/// Runs `client` in a thread for each of these, and returns their results.
 fn in_parallel<I: Send, T: Send>(inputs: impl Iterator<Item = I>, client: impl Fn(usize, I) -> T + Sync) -> Vec<T> {
     let client = &client;
     thread::scope(|scope| {
@@ -66,7 +65,7 @@ fn in_parallel<I: Send, T: Send>(inputs: impl Iterator<Item = I>, client: impl F
     })
 }
 
-/// Puts every key, then overwrites and deletes some, as the dice fall.
+/// Puts every key, then overwrites and deletes random ones.
 fn write_at_random(address: SocketAddr, mut rng: Rng, keys: &[String], large: bool) -> Model {
     let mut client = Connection::open(address);
     let mut model = Model::new();
@@ -158,7 +157,7 @@ fn long_replay_logs_progress() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for n in 1..=3 {
-        // Each is so large that the guest is handed it on its own.
+        // Each is so large that it is a batch of its own.
         assert_eq!(client.ask("PUT", &format!("/v1/{{x}}{n}"), &[b'x'; 1 << 20]).status, 201);
     }
     let server = server.terminate().restart(&[
@@ -168,7 +167,7 @@ fn long_replay_logs_progress() {
         "--guest-replay-cpu-limit",
         "10s",
     ]);
-    // After the first, unless the guest took its own speed for less than it is, on a busy machine.
+    // After the first, unless a busy machine slowed the first batch down.
     let line = server.says("replaying: ");
     let is_right = |entries: u64| line.contains(&format!("replaying: {entries} entries, sequence {entries} of 3"));
     assert!((1..=3).any(is_right), "{line}");
@@ -199,7 +198,7 @@ fn entry_that_traps_on_replay_is_named() {
 }
 
 #[test]
-fn batches_are_smaller_after_a_timeout() {
+fn batches_are_smaller_after_timeout() {
     let limit = ["--guest-replay-cpu-limit", "200ms"];
     let server = poisoned().restart(&[&[guest(), "--guest-config", "fault=apply-loops-on-many"], &limit[..]].concat());
     let line = server.says("the log is replayed once more");
@@ -210,7 +209,7 @@ fn batches_are_smaller_after_a_timeout() {
 }
 
 #[test]
-fn durability_os_survives_a_kill() {
+fn durability_os_survives_kill() {
     let server = Server::start(&["--durability", "os"]);
     let mut client = Connection::open(server.address());
     for n in 0..100 {
@@ -224,7 +223,7 @@ fn durability_os_survives_a_kill() {
 }
 
 #[test]
-fn one_of_concurrent_servers_gets_the_directory() {
+fn one_of_concurrent_servers_gets_directory() {
     of_files!();
     let data = TempDir::new().expect("a temporary directory can be made");
     let processes: Vec<_> = (0..6).map(|_| Process::spawn(serve(data.path()))).collect();
@@ -240,7 +239,7 @@ fn one_of_concurrent_servers_gets_the_directory() {
 }
 
 #[test]
-fn second_server_fails_and_names_the_first() {
+fn second_server_fails_and_names_first() {
     of_files!();
     let first = Server::start(&[]);
     let mut client = Connection::open(first.address());
@@ -248,7 +247,7 @@ fn second_server_fails_and_names_the_first() {
 
     let (pid, data) = (first.pid().to_string(), first.data().display().to_string());
     refused(serve(first.data())).with(1, &[&pid, &data]);
-    // Another name of the same directory is the same directory.
+    // Another path of the same directory.
     let link = first.data().with_extension("link");
     std::os::unix::fs::symlink(first.data(), &link).expect("a link can be made");
     let through_link = std::panic::catch_unwind(|| refused(serve(&link)));
@@ -279,7 +278,7 @@ fn one_of_two_containers_gets_their_volume() {
 }
 
 #[test]
-fn lock_is_released_by_a_kill() {
+fn lock_is_released_by_kill() {
     let server = Server::start(&[]);
     server.signal(Signal::KILL);
     let (_, stopped) = server.ends();

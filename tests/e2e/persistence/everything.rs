@@ -1,8 +1,7 @@
-//! Everything at once, for as long as is asked for: several shards, TLS, tokens, a throttle, watches, swaps between three
+//! Everything at once, for a configurable time: several shards, TLS, tokens, a rate limit, watches, swaps between three
 //! guests, of which one traps, kills and compaction.
 //!
-//! No acknowledged write is lost, no watcher misses one, all answers can have happened one after the other, and memory and
-//! file handles stay as they are.
+//! No acknowledged write is lost, no watch misses one, all histories are linearizable, and memory and open files do not grow.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,14 +27,14 @@ use crate::support::zoo;
 
 /// Duration: with kills ten seconds apart, and three swaps to each.
 const SECONDS: u64 = 30;
-/// In a long run kills are so far apart.
+/// Time between kills in a long run.
 const LIFE: Duration = Duration::from_secs(60);
 const WATCHERS: usize = 4;
-/// Keys that one client writes by turns, each value the number of the write.
+/// Keys that one client writes in turn, each value the number of the write.
 const KEYS: usize = 100;
 const LAST: &str = "written-last";
-/// What a server may have open: about thirty of its own, and eight clients for each of the histories judged at once, who may
-/// meet those of the histories before as they leave.
+/// Maximum number of open files: about thirty of the server, and eight connections for each concurrent history, also of
+/// those that just ended.
 const MAX_HANDLES: usize = 256;
 
 #[test]
@@ -76,7 +75,7 @@ fn everything_at_once_loses_nothing() {
     });
 }
 
-/// What is seen of a server before it is killed.
+/// Measurements of a server before it is killed.
 #[derive(Debug)]
 struct Life {
     kib: u64,
@@ -97,7 +96,7 @@ impl Life {
     }
 }
 
-/// Swaps and kills for so long. Gives the server that is there in the end, and what was seen of those before.
+/// Swaps and kills for this time. Returns the last server, and the measurements of those before.
 fn trouble(
     mut server: Server,
     stage: &Stage,
@@ -110,7 +109,7 @@ fn trouble(
     for step in 1.. {
         thread::sleep((life / 3 * step).saturating_sub(begun.elapsed()));
         put_in(&server, &guests[step as usize % guests.len()]);
-        // None towards the end, which is not to be taken for one that comes by itself.
+        // No kill at the end, which could hide a crash.
         if begun.elapsed() >= time {
             return (server, lives);
         }
@@ -124,8 +123,8 @@ fn trouble(
     unreachable!("steps go on")
 }
 
-/// The last third takes hardly more memory than the first, which is what the moment of the kill makes of it, and none has
-/// more open than its clients want.
+/// Checks that the last third of the servers takes hardly more memory than the first, which varies with the moment of the
+/// kill, and that none has more open files than its clients need.
 fn flat(lives: &[Life]) {
     let third = lives.len().div_ceil(3);
     let most = |lives: &[Life]| lives.iter().map(|life| life.kib).max().expect("there was a life");
@@ -134,7 +133,7 @@ fn flat(lives: &[Life]) {
     assert!(lives.iter().all(|life| life.handles < MAX_HANDLES));
 }
 
-/// Judges histories until it is over, and gives how many.
+/// Records and checks histories until it is over, and returns their number.
 fn judge_on(stage: &Stage, over: &AtomicBool, rng: &mut Rng) -> u64 {
     let mut client = Asking::new(stage);
     let mut histories = 0;
@@ -149,7 +148,7 @@ fn judge_on(stage: &Stage, over: &AtomicBool, rng: &mut Rng) -> u64 {
     histories
 }
 
-/// Writes until it is over, reads everything again whenever the server was gone, and gives how many it wrote.
+/// Writes until it is over, reads all keys after each kill, and returns the number of writes.
 fn write(stage: &Stage, over: &AtomicBool) -> u64 {
     let mut client = Asking::new(stage);
     let mut newest = vec![None; KEYS];
@@ -172,10 +171,9 @@ fn write(stage: &Stage, over: &AtomicBool) -> u64 {
     unreachable!("numbers go on")
 }
 
-/// Watches what is written, to the last, and gives how many events it saw, and how often it came back too late to learn of
-/// all.
+/// Watches all writes to the last, and returns the number of events, and of resumes at a compacted position.
 fn watch(stage: &Stage) -> (u64, u64) {
-    // Where to go on, and the number that was written last.
+    // The position to resume from, and the number of the last write.
     let (mut last, mut newest, mut seen, mut late) = (None, None, 0, 0);
     let mut alone = Instant::now();
     loop {
@@ -203,14 +201,14 @@ fn watch(stage: &Stage) -> (u64, u64) {
                 return (seen, late);
             }
             let number: u64 = event.data["value"].as_str().and_then(|text| text.parse().ok()).expect("a number");
-            // The same again when the first answer got lost.
+            // Repeated when the first response was lost.
             assert!(newest.is_none_or(|newest| number == newest || number == newest + 1), "{number} after {newest:?}");
             newest = Some(number);
         }
     }
 }
 
-/// A client that asks again until it is answered.
+/// A client that repeats a request until it gets a response.
 struct Asking<'s> {
     stage: &'s Stage,
     connection: Option<Connection<Box<dyn Stream>>>,

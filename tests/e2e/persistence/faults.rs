@@ -1,5 +1,5 @@
-//! Disk faults: strace makes selected system calls of the server fail. The server must log the failure, stop, and lose nothing
-//! that it acknowledged.
+//! Disk faults: strace makes selected system calls of the server fail. The server must log the failure, stop, and lose no
+//! acknowledged write.
 
 use std::fs;
 use std::path::Path;
@@ -72,12 +72,12 @@ fn fails_and_loses_nothing(call: &str, fault: Fault, expected: &[&str], place: &
 }
 
 #[test]
-fn failed_sync_ends_the_server_and_loses_nothing() {
+fn failed_sync_ends_server_and_loses_nothing() {
     fails_and_loses_nothing("fdatasync", Fault::Error("EIO"), &["fdatasync ", "Input/output error"], SEGMENT);
 }
 
 #[test]
-fn failed_directory_sync_ends_the_server_and_loses_nothing() {
+fn failed_directory_sync_ends_server_and_loses_nothing() {
     fails_and_loses_nothing("fsync", Fault::Error("EIO"), &["sync ", "Input/output error"], "/");
 }
 
@@ -92,12 +92,12 @@ fn unsynced_new_directory_is_not_served() {
 }
 
 #[test]
-fn failed_write_ends_the_server_and_loses_nothing() {
+fn failed_write_ends_server_and_loses_nothing() {
     fails_and_loses_nothing("pwrite64", Fault::Error("EIO"), &["write ", "Input/output error"], SEGMENT);
 }
 
 #[test]
-fn empty_write_ends_the_server_and_loses_nothing() {
+fn empty_write_ends_server_and_loses_nothing() {
     fails_and_loses_nothing("pwrite64", Fault::Nothing, &["write "], SEGMENT);
 }
 
@@ -150,7 +150,7 @@ fn stays_or_fails_and_loses_nothing(call: &str) {
 
 /// A real short write: it crosses the largest allowed file size.
 #[test]
-fn short_write_ends_the_server_and_loses_nothing() {
+fn short_write_ends_server_and_loses_nothing() {
     let mut rng = zoo::dice();
     let mut clients = Clients::new(&mut rng);
     let mut data = TempDir::new().expect("a temporary directory can be made");

@@ -48,7 +48,7 @@ fn a_full_disk_refuses_writes_until_there_is_room(disk: &Mount) {
     assert!(count > 500, "{count} values filled it");
     is_full_of(&mut client, count);
 
-    // Under load, and killed there.
+    // Full under load, and then killed.
     let mut clients = Clients::new(&mut zoo::dice());
     let (answers, refused) = (AtomicU64::new(0), AtomicU64::new(0));
     let answered = |status| {
@@ -100,7 +100,7 @@ fn completely_full_disk_is_served() {
     let brim = disk.brim();
     let server = disk.serve();
     let mut client = Connection::open(server.address());
-    // The segment has space.
+    // The segment still has space.
     assert_eq!(client.ask("PUT", "/v1/b", b"2").status, 201);
     server.says("the watermark file was not written");
     assert_eq!(client.ask("PUT", "/v1/c", b"3").status, 201);
@@ -114,7 +114,7 @@ fn completely_full_disk_is_served() {
 }
 
 #[test]
-fn full_disk_aborts_an_import() {
+fn full_disk_aborts_import() {
     let disk = Mount::tmpfs();
     let text = disk.directory.path().join("text");
     fs::write(&text, "1\t2\ta\tb\n").expect("there is room for this");

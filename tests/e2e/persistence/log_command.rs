@@ -1,5 +1,5 @@
-//! `kvs txlog`, as an operator uses it: a log is checked, printed, carried to another directory and compacted; and one that
-//! is in use, missing or damaged is refused in one line.
+//! `kvs txlog`: checks, prints, exports, imports and compacts a log, and rejects one that is in use, missing or corrupted
+//! with a one-line error.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -19,14 +19,14 @@ fn temporary() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
 }
 
-/// `kvs log COMMAND --data-dir DIR ...`.
+/// `kvs txlog COMMAND --data-dir DIR ...`.
 fn log(command: &str, data: &Path, args: &[&str]) -> Command {
     let mut kvs = kvs();
     kvs.args(["txlog", command, "--data-dir"]).arg(data).args(args);
     kvs
 }
 
-/// Runs a command that must succeed, and gives what it printed and what it said.
+/// Runs a command that must succeed, and returns its output and its messages.
 #[track_caller]
 fn done(mut command: Command) -> (String, String) {
     let output = command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the binary can be started");
@@ -35,7 +35,7 @@ fn done(mut command: Command) -> (String, String) {
     (printed, said)
 }
 
-/// What a store holds: keys, and their values where they were not deleted.
+/// Content of a store: keys, and their values unless they were deleted.
 type Model = Vec<(String, Option<Vec<u8>>)>;
 
 /// A log of several segments, in which every key was written once.
@@ -52,7 +52,7 @@ fn store() -> (Server, Model) {
     (server, model)
 }
 
-/// As [`store`], and then a tenth of the keys was overwritten, a tenth deleted, and one written with a Content-Type.
+/// As [`store`], with a tenth of the keys overwritten, a tenth deleted, and one written with a Content-Type.
 fn store_with_garbage() -> (Stopped, Model) {
     let (server, mut model) = store();
     let mut client = Connection::open(server.address());
@@ -98,7 +98,7 @@ fn log_is_verified_exported_and_compacted() {
     let (printed, said) = done(log("verify", from, &[]));
     assert!(printed.lines().count() > 3 && said.is_empty(), "several segments: {printed}");
     let last = printed.lines().last().and_then(|line| line.strip_prefix("the log is sound: ")).expect("it is");
-    // Some of what can go may be gone already.
+    // Some garbage may be compacted already.
     let count: usize =
         last.strip_suffix(" entries, newest sequence 961").expect("it ends with 961").parse().expect(last);
     assert!((721..=961).contains(&count), "{printed}");
@@ -110,7 +110,7 @@ fn log_is_verified_exported_and_compacted() {
     let newest: serde_json::Value = serde_json::from_str(objects.lines().last().expect("there is one")).expect("JSON");
     assert_eq!((newest["sequence"].as_u64(), newest["value"].as_str()), (Some(961), Some("x")));
 
-    // By way of a file, and of a pipe.
+    // Through a file, and through a pipe.
     let elsewhere = temporary();
     let file = elsewhere.path().join("backup.txt");
     fs::write(&file, &exported).expect("the directory takes a file");
@@ -150,7 +150,7 @@ fn log_is_verified_exported_and_compacted() {
     assert_eq!((typed.text(), typed.header("content-type")), ("x", Some("image/x;a=y%20+")));
 }
 
-/// What each command says that must not succeed.
+/// Errors of commands that must fail.
 fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
     [
         refused(log("verify", data, &[])),
@@ -163,7 +163,7 @@ fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
 }
 
 #[test]
-fn log_in_use_is_rejected_naming_the_holder() {
+fn log_in_use_is_rejected_naming_holder() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
@@ -208,7 +208,7 @@ fn corruption_is_reported_with_place_and_exit_code_1() {
     assert!(sound > 1, "what is after the damage is looked at too: {printed}");
     refused(log("verify", data, &[])).with(1, &[&place, "restore a backup"]);
 
-    // What is before the damage can be had.
+    // Entries before the corruption can be exported.
     let dumped = log("cat", data, &[]).stdout(Stdio::piped()).output().expect("the binary can be started");
     assert_eq!(dumped.status.code(), Some(1));
     let lines = String::from_utf8(dumped.stdout).expect("it is text").lines().count();
@@ -237,7 +237,7 @@ fn malformed_import_is_rejected_by_line() {
     }
     assert!(!data.exists(), "nothing is begun");
 
-    // From a pipe it is appended as it comes.
+    // Input from a pipe is appended as it is read.
     let mut import =
         log("import", &data, &["-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     import.stdin.take().expect("stdin is piped").write_all(text.as_bytes()).expect("it is read");
@@ -248,7 +248,7 @@ fn malformed_import_is_rejected_by_line() {
     let (printed, _) = done(log("cat", &data, &[]));
     assert!(printed.lines().count() == 1 && printed.ends_with("put \"key-a\" = \"Hello\"\n"), "{printed}");
 
-    // Standard input that is a file is read as a file is.
+    // Standard input from a file is read like a file.
     let mut import = log("import", &data, &["-"]);
     import.stdin(File::open(&file).expect("it is there"));
     refused(import).with(1, &["line 2 of standard input: "]);
@@ -261,20 +261,20 @@ fn malformed_import_is_rejected_by_line() {
 }
 
 #[test]
-fn closed_pipe_is_fine_and_full_disk_an_error() {
+fn closed_pipe_is_accepted_and_full_disk_is_error() {
     let stopped = store().0.terminate();
     let server = Server::start(&[]);
     assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"value").status, 201);
     let small = server.terminate();
     for command in ["cat", "export"] {
-        // More than a pipe holds, so that it is still writing when nobody reads any more.
+        // More than a pipe holds, so that it still writes when the reader has closed it.
         let mut shell = through("bash", &kvs());
         shell.args(["-c", "set -o pipefail; \"$0\" txlog \"$1\" --data-dir \"$2\" | head -n 1"]);
         shell.args([kvs_tests::binary(), command]).arg(stopped.data());
         let (printed, said) = done(shell);
         assert_eq!((printed.lines().count(), said.as_str()), (1, ""), "{command}");
 
-        // Much or little: what is held back to the end must not be lost either.
+        // Much or little: buffered output must not be lost either.
         for data in [stopped.data(), small.data()] {
             let mut full = log(command, data, &[]);
             full.stdout(File::create("/dev/full").expect("every Linux has it"));
@@ -320,7 +320,7 @@ fn progress_is_shown_on_terminals_only() {
         (format!("import --data-dir {} {}", to.display(), file.display()), "bytes imported"),
         (format!("compact --data-dir {data}"), "bytes read"),
     ] {
-        // It gives the command a terminal of its own.
+        // `script` runs the command in a terminal.
         let mut script = through("script", &kvs());
         let command = format!("{} txlog {rest}", kvs_tests::binary());
         script.args(["--quiet", "--return", "--command", &command, "/dev/null"]);

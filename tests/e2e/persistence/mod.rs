@@ -1,9 +1,9 @@
-//! What was acknowledged is kept, and every client sees one store.
+//! Durability and linearizability.
 //!
-//! `durability`, and under load `crash`, `faults`, `full_disk` and `backup`: nothing is lost. `online_backup`: a backup of a
-//! running server has what was acknowledged. `log_command` has what can be done with a log at rest, `bad_log` what is done with
-//! one that is not right, `past` a log served as it was, `stats` what is counted in it. `linear` checks histories of operations
-//! under kills, pauses and swaps; `everything` all of that at once.
+//! `durability`, and under load `crash`, `faults`, `full_disk` and `backup`: no acknowledged write is lost. `online_backup`:
+//! backups of a running server. `log_command` tests commands on an offline log, `bad_log` corrupted and foreign logs, `past` a
+//! log served as of the past, `stats` statistics. `linear` checks histories of operations under kills, pauses and swaps;
+//! `everything` all of that at once.
 
 mod backup;
 mod bad_log;

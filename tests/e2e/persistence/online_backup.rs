@@ -1,4 +1,4 @@
-//! Online backups: taken while the server works, restored elsewhere, and refused when a byte of them is wrong.
+//! Online backups: taken while the server works, restored elsewhere, and rejected when a byte is corrupted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -38,7 +38,7 @@ fn write_on(address: SocketAddr, client: usize, stop: &AtomicBool, acknowledged:
     all
 }
 
-/// Checks that a server has what was acknowledged up to a sequence, and nothing after it.
+/// Checks that a server has all writes acknowledged up to a sequence, and none after it.
 #[track_caller]
 fn holds(server: &Server, written: &[Written], until: u64) {
     let mut expected = HashMap::new();
@@ -68,7 +68,7 @@ fn backups_under_load_hold_what_was_acknowledged() {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|client| {
                 let (acknowledged, stop, address) = (acknowledged.clone(), &stop, server.address());
-                // Nobody counts any more when the test has failed.
+                // After a failed test, the counts do not matter.
                 scope.spawn(move || write_on(address, client, stop, || acknowledged.send(()).unwrap_or_default()))
             })
             .collect();
@@ -77,7 +77,7 @@ fn backups_under_load_hold_what_was_acknowledged() {
         some();
         ends.push(take(&server, &file("0"), &[]));
         some();
-        // The log is compacted all the while, and the guest swapped during a backup.
+        // The log is compacted continuously, and the guest swapped during a backup.
         thread::scope(|scope| {
             let swapping = scope.spawn(|| swaps(&server, &copy_of(DEFAULT_GUEST)));
             ends.push(take(&server, &file("1"), &["--since", &ends[0].to_string()]));
@@ -107,7 +107,7 @@ impl Drop for End<'_> {
 }
 
 #[test]
-fn tags_and_positions_of_the_lost_future_are_refused() {
+fn tags_and_positions_of_lost_future_are_rejected() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     assert_eq!(client.ask("PUT", "/v1/a", b"1").etag(), Some(1));
@@ -125,14 +125,14 @@ fn tags_and_positions_of_the_lost_future_are_refused() {
     assert_eq!(client.ask_for_head("GET", "/v1?watch&since=2", &[]).status, 410);
     let mut client = Connection::open(restored.address());
     assert_eq!(client.ask_with("PUT", "/v1/a", &[("if-match", "\"1\"")], b"3").status, 201);
-    // So is a backup since then.
+    // So is an incremental backup since then.
     let answer = Connection::open(restored.admin()).ask("GET", "/backup?since=2", b"");
     answer.says(410, "sequence 2 is not in the history of this log; take a full backup");
     refused(backup(restored.admin(), &["-o", "-", "--since", "2"])).with(1, &["no backup", "(410)"]);
 }
 
 #[test]
-fn backup_endpoint_refuses_what_it_does_not_know() {
+fn backup_endpoint_rejects_invalid_queries() {
     let server = Server::start(&["--admin", "0.0.0.0:0", "--tokens", "/dev/null"]);
     let ask = |method: &str, target: &str| Connection::open(server.admin()).ask(method, target, b"").status;
     assert_eq!(ask("GET", "/backup"), 401);
@@ -146,14 +146,14 @@ fn backup_endpoint_refuses_what_it_does_not_know() {
 }
 
 #[test]
-fn stalled_client_is_cut_off_and_others_wait_for_it() {
+fn stalled_backup_client_is_disconnected() {
     let server = large();
     let mut stalled = Connection::open(server.admin());
     stalled.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
     let mut busy = 0;
     let file = temporary().path().join("missing/backup");
     server.says("the client took nothing for 200ms (--backup-timeout)");
-    // Cut off in the middle, and not at an end that looks like one.
+    // Truncated in the middle, not at a possible end.
     assert_eq!(stalled.try_read(true).expect("it had begun").status, 200);
     let cut_off = loop {
         match stalled.try_chunk() {
@@ -174,7 +174,7 @@ fn stalled_client_is_cut_off_and_others_wait_for_it() {
 }
 
 #[test]
-fn one_backup_runs_at_a_time_and_ends_with_its_client() {
+fn single_backup_runs_and_ends_with_its_client() {
     let server = large();
     let mut first = Connection::open(server.admin());
     first.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
@@ -187,7 +187,7 @@ fn one_backup_runs_at_a_time_and_ends_with_its_client() {
 }
 
 #[test]
-fn failed_backup_leaves_the_file_of_the_one_before() {
+fn failed_backup_keeps_previous_file() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let files = temporary();
@@ -196,7 +196,7 @@ fn failed_backup_leaves_the_file_of_the_one_before() {
     take(&server, &file, &[]);
     let before = fs::read(&file).expect("it is there");
     client.ask("PUT", "/v1/b", &[b'v'; 100_000]);
-    // No file can be larger than 4 KiB, and nobody dies of it.
+    // Limits files to 4 KiB, and ignores the signal for larger ones.
     let command = backup(server.admin(), &["-o", text(&file)]);
     let mut limited = through("sh", &command);
     let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\"";
@@ -248,7 +248,7 @@ fn backup_from_standard_output_is_verified_and_restored() {
 }
 
 #[test]
-fn history_of_a_key_has_all_its_entries() {
+fn history_of_key_has_all_entries() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     for value in ["1", "2"] {
@@ -282,7 +282,7 @@ fn history_of_a_key_has_all_its_entries() {
 }
 
 #[test]
-fn read_only_server_rejects_writes_also_after_a_restart() {
+fn read_only_server_rejects_writes_after_restart() {
     let server = Server::start(&[]);
     let ask = |server: &Server, method: &str, path: &str| Connection::open(server.address()).ask(method, path, b"1");
     assert_eq!(ask(&server, "PUT", "/v1/a").status, 201);

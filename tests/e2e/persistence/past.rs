@@ -1,4 +1,4 @@
-//! `kvs serve --read-only --until`: a log as it was, which is not changed.
+//! `kvs serve --read-only --until`: serves a log as of the past, without changing it.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +29,7 @@ fn has(server: &Server, value: Option<&str>) {
 }
 
 #[test]
-fn log_is_served_as_it_was_and_not_changed() {
+fn log_is_served_as_of_past_and_unchanged() {
     let server = Server::start(&["--retain", "1h"]);
     let mut client = Connection::open(server.address());
     let first = client.ask("PUT", "/v1/key", b"first").etag().expect("it has a sequence");
@@ -66,7 +66,7 @@ fn log_is_served_as_it_was_and_not_changed() {
 }
 
 #[test]
-fn state_that_was_compacted_is_not_served() {
+fn compacted_state_is_not_served() {
     let server = Server::start(&[]);
     let mut client = Connection::open(server.address());
     let sequences: Vec<_> =

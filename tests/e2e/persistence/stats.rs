@@ -1,4 +1,4 @@
-//! Statistics of what is stored, of a running server and of a log at rest.
+//! Statistics of stored keys, of a running server and of an offline log.
 
 use std::process::Command;
 use std::thread;
@@ -62,7 +62,7 @@ fn expected() -> Value {
 }
 
 #[test]
-fn statistics_count_what_is_stored() {
+fn statistics_count_stored_keys() {
     let server = server();
     assert_eq!(json_of(stats(&server, &["--output", "json"])), expected());
     let some = json_of(stats(&server, &["--output", "json", "--prefix", "user/", "--delimiter", "2", "--top", "1"]));
@@ -83,7 +83,7 @@ fn statistics_count_what_is_stored() {
 }
 
 #[test]
-fn statistics_of_log_at_rest_are_the_same() {
+fn statistics_of_offline_log_are_equal() {
     let stopped = server().terminate();
     let offline = |args: &[&str]| {
         let mut command = kvs_at(stopped.data());
@@ -146,7 +146,7 @@ fn one_scan_for_statistics_runs_and_ends_with_its_client() {
     let is_stopped = (0..100).any(|_| {
         let mut leaves = Connection::open(server.admin());
         leaves.send(request);
-        // Neither before the request is read nor after its response.
+        // Neither before the request is read, nor after its response.
         thread::sleep(Duration::from_millis(5));
         drop(leaves);
         thread::sleep(Duration::from_millis(50));

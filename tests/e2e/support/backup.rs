@@ -1,4 +1,4 @@
-//! Backups taken with `kvs backup`, and servers of what was restored from them.
+//! Backups taken with `kvs backup`, and servers on restored logs.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ pub fn restore(files: &[PathBuf], args: &[&str]) -> Command {
     command
 }
 
-/// Runs a command that must succeed, and gives what it printed.
+/// Runs a command that must succeed, and returns its output.
 #[track_caller]
 pub fn done(mut command: Command) -> String {
     let output = command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the binary can be started");
@@ -39,14 +39,14 @@ pub fn done(mut command: Command) -> String {
     String::from_utf8(output.stdout).expect("it is text")
 }
 
-/// Takes a backup, and gives the sequence that it ends with.
+/// Takes a backup, and returns its last sequence.
 #[track_caller]
 pub fn take(server: &Server, file: &Path, args: &[&str]) -> u64 {
     let printed = done(backup(server.admin(), &[&["-o", text(file)], args].concat()));
     printed.trim_end().parse().expect("it is a sequence")
 }
 
-/// Serves what backups were restored to, with these flags for the restore.
+/// Restores backups with these flags, and serves the result.
 #[track_caller]
 pub fn restored(files: &[PathBuf], args: &[&str]) -> Server {
     let data = temporary();
@@ -54,7 +54,7 @@ pub fn restored(files: &[PathBuf], args: &[&str]) -> Server {
     Server::spawn(serve(data.path()), data)
 }
 
-/// A log that is more than what a client that does not read takes.
+/// Writes a log that is larger than the buffers of a connection.
 pub fn large() -> Server {
     let server = Server::start(&["--backup-timeout", "200ms"]);
     let mut client = Connection::open(server.address());

@@ -1,6 +1,6 @@
-//! Chromium without a window, driven by the Chrome DevTools Protocol over a pair of pipes.
+//! Headless Chromium, controlled with the Chrome DevTools Protocol over a pair of pipes.
 //!
-//! Owns: the browser process, its profile, one page. Must never know: what the page is of.
+//! Owns: the browser process, its profile, one page. Must never know: the content of the page.
 
 use std::cell::{Cell, RefCell};
 use std::io::{BufRead, BufReader, Write};
@@ -18,10 +18,10 @@ use super::server::PATIENCE;
 /// Flags of each start.
 const FLAGS: [&str; 5] =
     ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"];
-/// The pause between two looks at a page.
+/// Interval of polls of a page.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Makes `command`, which runs Chromium, one without a window that keeps everything in `home`.
+/// Adds flags to `command`, which runs Chromium: headless, with all files in `home`.
 pub fn headless(command: &mut Command, home: &Path) {
     command.args(FLAGS).envs([("HOME", home), ("TMPDIR", home)]).stderr(Stdio::null());
 }

@@ -12,7 +12,7 @@ use super::wire::{Connection, Response};
 pub struct Events<S: Read + Write = TcpStream> {
     connection: Connection<S>,
     text: String,
-    /// Where it begins, to go on from when nothing happens.
+    /// First position, to resume from before any event.
     pub begin: u64,
 }
 
@@ -31,7 +31,7 @@ impl Events {
 }
 
 impl<S: Read + Write> Events<S> {
-    /// Those that are asked for on this connection, or what is answered in their place.
+    /// Requests events on this connection. Returns the stream, or the error response.
     pub fn over(
         mut connection: Connection<S>,
         target: &str,
@@ -48,7 +48,7 @@ impl<S: Read + Write> Events<S> {
         Ok(Ok(events))
     }
 
-    /// The next comment or event, as it is written. None when the stream ended.
+    /// The next comment or event, as sent. None at the end of the stream.
     pub fn block(&mut self) -> io::Result<Option<String>> {
         loop {
             if let Some((block, rest)) = self.text.split_once("\n\n") {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::server::through;
 
-/// Fault in place of a call.
+/// Fault injected into a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
     /// The call fails with this error.

@@ -15,7 +15,7 @@ pub fn next_year() -> u64 {
     u64::try_from(time.as_millis()).expect("it is a time")
 }
 
-/// Opens a log, to write to it what a server would.
+/// Opens a log, to append to it as a server does.
 pub fn open_log(data: &Path) -> FileLog {
     let (data, segment_bytes, env) = (data.into(), DEFAULT_SEGMENT_BYTES, Env::real());
     let (group_bytes, durability, advertise) = (1 << 20, Durability::Sync, None);
@@ -23,7 +23,7 @@ pub fn open_log(data: &Path) -> FileLog {
     FileLog::open(options).expect("it can be opened")
 }
 
-/// Writes a log as a server does whose clock is a year ahead: a key that expires a second later, and one that stays.
+/// Writes a log like a server whose clock is a year ahead: a key that expires a second later, and one without expiry.
 pub fn write_a_year_ahead(data: &Path) {
     let time = next_year();
     let log = open_log(data);

@@ -17,7 +17,7 @@ pub fn component(file: &str) -> Vec<u8> {
     fs::read(file).expect("the guest is built")
 }
 
-/// A copy of a component that is another one by its bytes and the same by what it does.
+/// A copy of a component with other bytes and the same behaviour.
 pub fn copy_of(file: &str) -> Vec<u8> {
     let mut bytes = component(file);
     // A custom section: id, length, the length of its name, its name.
@@ -56,7 +56,7 @@ pub fn exporting(names: &[&str]) -> Vec<u8> {
     component.finish()
 }
 
-/// Path of the guest that is the default store and traps on demand.
+/// Path of the guest that is the built-in store and traps on demand.
 pub fn brittle() -> &'static str {
     static GUEST: LazyLock<String> = LazyLock::new(|| built("brittle"));
     &GUEST

@@ -39,7 +39,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Why a connection or a stream was ended.
+    /// Error code of the end of a connection or stream.
     pub fn error(&self) -> u32 {
         let from = if self.kind == GOAWAY { 4 } else { 0 };
         u32::from_be_bytes(self.payload[from..from + 4].try_into().expect("four bytes"))
@@ -69,7 +69,7 @@ impl Frames {
         self.stream.write_all(&frame.repeat(times)).is_ok()
     }
 
-    /// The next frame, or nothing when the connection is at its end.
+    /// The next frame, or `None` at the end of the connection.
     pub fn next(&mut self) -> Option<Frame> {
         let mut head = [0; 9];
         match self.stream.read_exact(&mut head) {
@@ -93,7 +93,7 @@ impl Frames {
         }
     }
 
-    /// Why the server ended the connection, which it must.
+    /// Waits for the end of the connection by the server, and returns its error code.
     pub fn ended(mut self) -> Option<u32> {
         let mut reason = None;
         while let Some(frame) = self.next() {
@@ -105,7 +105,7 @@ impl Frames {
     }
 }
 
-/// Asks and takes it back, so often or until the connection is ended. Gives why that was.
+/// Opens and resets streams, this many or until the connection ends. Returns the error code of that.
 pub fn takes_back(server: &Server, times: u32) -> Option<u32> {
     let mut client = Frames::open(server.address());
     for stream in (1..2 * times).step_by(2) {
@@ -122,7 +122,7 @@ pub fn takes_back(server: &Server, times: u32) -> Option<u32> {
 pub fn goes_on_with_headers(server: &Server, times: usize) -> usize {
     let mut client = Frames::open(server.address());
     client.send(HEADERS, END_STREAM, 1, GET);
-    // A name and a value that take as much room as they look, none of them for a table.
+    // A name and a value without compression, and not for a table.
     let line = [b"\x00\x01x\x7f\x81\x7e".as_slice(), &[b'y'; 16_000]].concat();
     let sent = (0..times).take_while(|_| client.send(CONTINUATION, 0, 1, &line)).count();
     client.ended();
@@ -146,7 +146,7 @@ pub fn sends_many(server: &Server, kind: u8, payload: &[u8]) {
     client.ended();
 }
 
-/// Asks so often for what it will not take, and sees that it is there.
+/// Sends this many requests with a window of zero for their bodies, and waits for the first response.
 pub fn takes_nothing(server: &Server, times: u32) -> Frames {
     let mut client = Frames::open(server.address());
     // INITIAL_WINDOW_SIZE: nothing may be sent to it.

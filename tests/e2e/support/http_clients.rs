@@ -1,16 +1,16 @@
-//! HTTP clients that others made: ureq, and curl itself.
+//! Third-party HTTP clients: ureq and curl.
 
 use std::process::{Command, Stdio};
 
 use ureq::Agent;
 
-/// A client as applications have it. Every status is an answer, none is an error.
+/// A client as in applications. No status is an error.
 pub fn agent() -> Agent {
-    // A proxy in the environment has nothing to do with a server on this machine.
+    // A proxy in the environment is not for a server on this machine.
     Agent::config_builder().http_status_as_error(false).proxy(None).build().into()
 }
 
-/// Runs curl. Gives the status it saw and the body.
+/// Runs curl. Returns the status and the body.
 pub fn curl(args: &[&str]) -> (u16, Vec<u8>) {
     let mut curl = Command::new("curl");
     curl.args(["--disable", "--noproxy", "*", "--silent", "--show-error", "--max-time", "60"]);

@@ -246,8 +246,8 @@ pub fn run_until_killed(server: &Server, clients: &mut Clients, answers: u64) {
     });
 }
 
-/// Runs clients until this many responses have come, then `trouble` beside them; they end with the first write whose outcome
-/// is unknown, or when `trouble` is over.
+/// Runs clients until this many responses were received, then `trouble` concurrently; they end at the first write of unknown
+/// outcome, or when `trouble` is over.
 pub fn under_load(server: &Server, clients: &mut Clients, answers: u64, trouble: impl FnOnce()) {
     let count = AtomicU64::new(0);
     let (enough, awaited) = sync_channel(1);

@@ -1,4 +1,4 @@
-//! Memory of a server, as Linux counts it.
+//! Memory of a server, as reported by Linux.
 
 use super::server::Server;
 

@@ -1,4 +1,4 @@
-//! Metrics of a server, read as a scraper reads them.
+//! Metrics of a server, read like a scraper.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::server::{PATIENCE, Server};
 use super::wire::Connection;
 
-/// Values by their names and labels, as they stand in the text.
+/// Values by name and labels, as in the text.
 pub struct Metrics {
     pub text: String,
     pub values: BTreeMap<String, f64>,
@@ -36,12 +36,12 @@ impl Metrics {
         self.find(name).unwrap_or_else(|| panic!("{name} is missing in:\n{}", self.text))
     }
 
-    /// None of what has not happened yet.
+    /// Returns a value; `None` if its event has not happened yet.
     pub fn find(&self, name: &str) -> Option<f64> {
         self.values.get(name).copied()
     }
 
-    /// What has moved since, by how much. Histograms by their counts.
+    /// Changes since then. Histograms by their counts.
     pub fn since(&self, before: &Self) -> BTreeMap<String, f64> {
         let of_histogram = |name: &str| name.contains("_bucket") || name.contains("_sum");
         let moved = self.values.iter().map(|(name, value)| (name, value - before.values.get(name).unwrap_or(&0.0)));
@@ -49,7 +49,7 @@ impl Metrics {
     }
 }
 
-/// Waits until this is true of the metrics, which come a moment after what they count.
+/// Waits until this is true of the metrics, which change a moment after the events.
 #[track_caller]
 pub fn until(server: &Server, what: &str, is_so: impl Fn(&Metrics) -> bool) -> Metrics {
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! Nodes of a NATS of a test's own, on free ports: started, killed, asked who leads.
+//! NATS cluster of one test, on free ports.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::server::{PATIENCE, Process};
 use super::wire::Connection;
 
-/// What the configuration of a node may say otherwise.
+/// Variations of the configuration of a node.
 pub const SAFE: &str = "max_payload: 8MB\njetstream { store_dir: STORE, sync_interval: always }\n";
 
 pub struct Nodes {
@@ -37,7 +37,7 @@ impl Nodes {
     }
 
     pub fn start_with(count: usize, settings: &str) -> Self {
-        // All at once, so that no two are the same.
+        // All at once, so that they differ.
         let free: Vec<_> = (0..3 * count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port is free")).collect();
         let port = |index: usize| free[index].local_addr().expect("it is bound").port();
         let ports: Vec<_> = (0..count)
@@ -137,7 +137,7 @@ impl Nodes {
         self.home.path().join(format!("store{node}"))
     }
 
-    /// Replaces a setting of a node, which has it after its next start.
+    /// Replaces a setting of a node, effective after its next start.
     pub fn set(&self, node: usize, before: &str, after: &str) {
         let file = self.home.path().join(format!("{node}.conf"));
         let text = fs::read_to_string(&file).expect("it was written");

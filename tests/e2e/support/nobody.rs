@@ -1,4 +1,4 @@
-//! Commands that are run without the privileges of root.
+//! Commands without the privileges of root.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use rustix::process::geteuid;
 
-/// The command, run by a user without privileges; a user other than root is one already.
+/// Runs the command as an unprivileged user; without root, as the current user.
 pub fn by_nobody(mut command: Command) -> Command {
     if geteuid().is_root() {
         command.uid(65_534).gid(65_534);
@@ -14,8 +14,8 @@ pub fn by_nobody(mut command: Command) -> Command {
     command
 }
 
-/// The binary where everybody can run it. Written by a process of its own: a file that another test's child has open for
-/// writing, as it is between fork and exec, cannot be run.
+/// A copy of the binary that all users can run. Another process writes it: a file that a child of another test has open for
+/// writing, as between fork and exec, cannot be executed.
 pub fn program_in(directory: &Path) -> PathBuf {
     let program = directory.join("kvs");
     let copied = Command::new("cp").arg(kvs_tests::binary()).arg(&program).status();

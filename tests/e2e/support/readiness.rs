@@ -1,4 +1,4 @@
-//! Readiness of a server, and what `/readyz` says of its log.
+//! Readiness of a server, and the line of the log in `/readyz`.
 
 use std::thread;
 use std::time::{Duration, Instant};

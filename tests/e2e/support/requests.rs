@@ -22,7 +22,7 @@ pub fn get_stale(server: &Server, key: &str) -> (u16, String) {
     (answer.status, answer.text().to_owned())
 }
 
-/// Waits until a stale read is answered so.
+/// Waits until a stale read returns this.
 pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
     let begun = Instant::now();
     loop {
@@ -35,7 +35,7 @@ pub fn shows(server: &Server, key: &str, status: u16, value: &str) {
     }
 }
 
-/// Sends a request on a connection of its own, and does not wait for the answer.
+/// Sends a request on a new connection, and does not wait for the response.
 pub fn send(server: &Server, request: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.address()).expect("the system accepts connections");
     let length = body.len();
@@ -45,7 +45,7 @@ pub fn send(server: &Server, request: &str, body: &str) -> TcpStream {
     stream
 }
 
-/// The answer, as far as it comes.
+/// The response, as far as it was received.
 pub fn answer(stream: &mut TcpStream) -> String {
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket has a timeout");
     let mut answer = Vec::new();
@@ -54,7 +54,7 @@ pub fn answer(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// Asks until the key is gone. Each time it must be the value or nothing.
+/// Reads the key until it does not exist. Each response must be the value or 404.
 #[track_caller]
 pub fn expires(client: &mut Connection, path: &str) {
     let deadline = Instant::now() + PATIENCE;

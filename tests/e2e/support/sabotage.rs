@@ -1,5 +1,5 @@
-//! Servers of which background tasks and threads panic, or whose clock is wrong. They run in another process of this test binary,
-//! since nothing in the binary under test can make it panic: the same command line, in surroundings that are the test's.
+//! Servers whose background tasks and threads panic, or whose clock is wrong. They run in a process of this test binary, since
+//! the real binary cannot be made to panic: the same command line, in an environment of the test.
 
 use std::env;
 use std::io;
@@ -29,7 +29,7 @@ const ABORTS: &str = "SABOTAGED_ABORTS";
 /// Seconds by which the clock is ahead.
 const AHEAD: &str = "SABOTAGED_AHEAD";
 
-/// Ends each of these by panic when it begins for the first time.
+/// Makes each of these panic when it starts for the first time.
 struct Saboteur {
     left: Mutex<Vec<String>>,
     aborts: bool,
@@ -87,7 +87,7 @@ fn here(command: &Command) -> Command {
     other
 }
 
-/// A command of `kvs`, whose tasks and threads of these names panic once.
+/// A command of `kvs` in which tasks and threads of these names panic once.
 pub fn sabotaged(tasks: &[&str], command: &Command) -> Command {
     let mut other = here(command);
     other.env(TASKS, tasks.join(","));
@@ -130,7 +130,7 @@ fn command() {
     lines::end();
 }
 
-/// A server in a directory of its own, whose tasks and threads of these names panic once. It need not come to serve.
+/// A server in a directory of its own, whose tasks and threads of these names panic once. It need not become ready.
 pub fn spawn(tasks: &[&str], args: &[&str]) -> (Process, TempDir) {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
@@ -152,13 +152,13 @@ pub fn starts_again(server: &Server, task: &str) {
     until(server, &format!("{task} was started again"), |metrics| metrics.find(&name) == Some(1.0));
 }
 
-/// Waits for a line that holds all of this.
+/// Waits for a line that contains all of this.
 pub fn says(process: &Process, texts: &[&str]) {
     let has_all = |line: &str| texts.iter().all(|text| line.contains(text)).then_some(());
     process.stderr.find(has_all).unwrap_or_else(|said| panic!("it never said {texts:?}, but:\n{said}"));
 }
 
-/// Checks that a server ends where a task dies that no log can be without.
+/// Checks that a server ends when an essential task of the log panics.
 pub fn ends_servers(args: &[&str]) {
     for (task, signal) in [("log writer", None), ("log closing", Some(Signal::TERM))] {
         let (mut process, _data) = spawn(&[task], args);

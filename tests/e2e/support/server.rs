@@ -1,8 +1,8 @@
-//! Starts the real binary, waits for what it says, and stops it. The one place that spawns `kvs`.
+//! Starts the real binary, waits for its log lines, and stops it. The only place that spawns `kvs`.
 //!
-//! Owns: processes, data directories, what was written to stderr. Must never know: what is asked over HTTP.
+//! Owns: processes, data directories, output on stderr. Must never know: requests over HTTP.
 //!
-//! Nothing here sleeps: everything that is waited for is a line of stderr, or its end, which is that of the process.
+//! Nothing here sleeps: it waits for lines of stderr, or for its end, which is that of the process.
 
 use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read};
@@ -18,10 +18,10 @@ use tempfile::TempDir;
 
 use super::log::kvs_at;
 
-/// Longer than anything here takes on a busy machine. Running out of it is a failure, never a way to pass.
+/// Timeout that is longer than anything here takes on a busy machine. Reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A server that serves. It is killed when this is dropped, and what it said is shown when the test fails.
+/// A server that serves. It is killed when this is dropped, and its log lines are printed when the test fails.
 pub struct Server {
     process: Process,
     data: TempDir,
@@ -29,20 +29,20 @@ pub struct Server {
     admin: SocketAddr,
 }
 
-/// A server that is gone, and the directory it left.
+/// A server that has ended, and its directory.
 pub struct Stopped {
     data: TempDir,
     stderr: Vec<String>,
 }
 
-/// How a command ended that was to fail: its exit code and the one line it said.
+/// Failure of a command: its exit code and its one-line error.
 pub struct Refused {
     pub code: i32,
     pub line: String,
 }
 
 impl Server {
-    /// Serves a new, empty directory, with these flags beside.
+    /// Serves a new, empty directory, with these additional flags.
     pub fn start(args: &[&str]) -> Self {
         Self::start_in(TempDir::new().expect("a temporary directory can be made"), args)
     }
@@ -73,7 +73,7 @@ impl Server {
         self.address
     }
 
-    /// Where it answers those who look after it.
+    /// Address of the admin listener.
     pub fn admin(&self) -> SocketAddr {
         self.admin
     }
@@ -95,7 +95,7 @@ impl Server {
         self.process.signal(signal);
     }
 
-    /// Waits for a line of stderr that holds this.
+    /// Waits for a line of stderr that contains this.
     pub fn says(&self, text: &str) -> String {
         let found = self.process.stderr.find(|line| line.contains(text).then(|| line.to_owned()));
         found.unwrap_or_else(|said| panic!("it never said {text:?}, but:\n{said}"))
@@ -131,13 +131,13 @@ impl Server {
             (again(&["admin on http://"]), again(&["serving on http://", "serving on https://"]));
     }
 
-    /// SIGTERM. It must finish in good order.
+    /// SIGTERM. It must shut down gracefully.
     pub fn terminate(self) -> Stopped {
         self.signal(Signal::TERM);
         self.ends_well()
     }
 
-    /// Waits for the end of a stopped server: exit code 0, after a line that says so.
+    /// Waits for the end of a stopped server: a log line of the stop, and exit code 0.
     pub fn ends_well(mut self) -> Stopped {
         let status = self.process.wait();
         let stderr = self.stderr();
@@ -147,7 +147,7 @@ impl Server {
         Stopped { data: self.data, stderr }
     }
 
-    /// Waits for its end, however it comes.
+    /// Waits for its end, with any exit code.
     pub fn ends(mut self) -> (ExitStatus, Stopped) {
         let status = self.process.wait();
         let stderr = self.stderr();
@@ -195,14 +195,14 @@ fn address(line: &str, after: &str) -> Option<SocketAddr> {
 }
 
 /// `kvs`, with none of the settings that happen to be in the environment, and a free port for its admin listener.
-/// Backtraces are asked for, so that a test sees those that would be shown to others.
+/// Backtraces are enabled, so that tests detect those that would be visible to clients.
 pub fn kvs() -> Command {
     let mut command = Command::new(kvs_tests::binary());
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("KVS_")) {
         command.env_remove(name);
     }
     command.env("KVS_ADMIN", "127.0.0.1:0");
-    // The name that requests of tests have in `Host`.
+    // The `Host` of requests in tests.
     command.env("KVS_ADMIN_HOST", "kvs");
     // The same tests on several shards.
     if let Ok(shards) = std::env::var("KVS_TEST_SHARDS") {
@@ -212,7 +212,7 @@ pub fn kvs() -> Command {
     command
 }
 
-/// Another program that is to run `kvs`, with the environment that `command` has.
+/// Another program that runs `kvs`, with the environment of `command`.
 pub fn through(program: &str, command: &Command) -> Command {
     let mut other = Command::new(program);
     for (name, value) in command.get_envs() {
@@ -232,7 +232,7 @@ pub fn serve(data: &Path) -> Command {
     command
 }
 
-/// Runs a command that must fail, with exactly one line beside those about earlier success.
+/// Runs a command that must fail, with exactly one line in addition to those of earlier success.
 pub fn refused(command: Command) -> Refused {
     let mut process = Process::spawn(command);
     if let Ok(line) = process.stderr.find(|line| line.contains("serving on").then(|| line.to_owned())) {
@@ -249,7 +249,7 @@ pub fn refused(command: Command) -> Refused {
     Refused { code, line: line.clone() }
 }
 
-/// `kvs serve` on a new directory, with flags that must be refused.
+/// `kvs serve` on a new directory, with flags that must be rejected.
 pub fn serve_refused(args: &[&str]) -> Refused {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
@@ -275,7 +275,7 @@ impl Display for Refused {
     }
 }
 
-/// A child and what it says. Killed when dropped.
+/// A child process and its output. Killed when dropped.
 pub struct Process {
     child: Child,
     pub stderr: Arc<Lines>,
@@ -314,7 +314,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Fails only when it is gone, which is what is wanted.
+        // Fails only when it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -323,7 +323,7 @@ impl Drop for Process {
     }
 }
 
-/// Lines that a process writes, as they come.
+/// Lines of a process, as it writes them.
 #[derive(Default)]
 pub struct Lines {
     state: Mutex<(Vec<String>, bool)>,
@@ -349,7 +349,7 @@ impl Lines {
         self.state.lock().unwrap().0.clone()
     }
 
-    /// Waits for a line that gives something; when they end without, gives what was said.
+    /// Waits for a line for which `Some` is returned; if the output ends before, returns all lines.
     pub fn find<T>(&self, mut wanted: impl FnMut(&str) -> Option<T>) -> Result<T, String> {
         let deadline = Instant::now() + PATIENCE;
         let mut seen = 0;

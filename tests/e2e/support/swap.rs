@@ -8,7 +8,7 @@ use super::load::SaysOver;
 use super::server::Server;
 use super::wire::{Connection, Response, get};
 
-/// Puts a guest in, and waits for the answer.
+/// Swaps a guest in, and waits for the response.
 pub fn swap(server: &Server, component: &[u8]) -> Response {
     Connection::open(server.admin()).ask("PUT", "/guest", component)
 }
@@ -19,7 +19,7 @@ pub fn swaps(server: &Server, component: &[u8]) {
     assert_eq!(answer.status, 200, "{}", answer.text());
 }
 
-/// What the admin listener says of the guest.
+/// `GET /guest` of the admin listener.
 pub fn status(server: &Server) -> serde_json::Value {
     let answer = Connection::open(server.admin()).ask("GET", "/guest", b"");
     assert_eq!(answer.header("content-type"), Some("application/json"));
@@ -30,8 +30,8 @@ pub fn serving(server: &Server) -> String {
     status(server)["name"].as_str().expect("a guest has a name").to_owned()
 }
 
-/// Does some work while clients write and read. Each has a key of its own: what it reads must be what it wrote last, whichever
-/// guest answers. The work finds the number of requests so far.
+/// Runs `work` while clients write and read. Each has its own key, and must read its last write, whichever guest serves. The
+/// work gets the number of requests so far.
 pub fn under_load(server: &Server, work: impl FnOnce(&AtomicU64)) {
     let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -68,8 +68,7 @@ pub fn put_in(server: &Server, component: &[u8]) {
     assert!(matches!(answer.status, 200 | 422), "{}: {}", answer.status, answer.text());
 }
 
-/// Puts a guest in the place of the default one, and takes it out again, while clients write and read. `meanwhile` is what can
-/// be seen of it in between.
+/// Swaps a guest in for the built-in one, and back, while clients write and read. `meanwhile` runs in between.
 #[track_caller]
 pub fn comes_and_goes_under_load(
     guest: &str,
@@ -78,7 +77,7 @@ pub fn comes_and_goes_under_load(
 ) -> Server {
     let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
     let component = component(guest);
-    // Compiled before there is load, which is hard on a large one.
+    // Compiled before the load, since a large one takes long.
     let tried = Connection::open(server.admin()).ask("PUT", "/guest?dry-run", &component);
     assert_eq!(tried.status, 200, "{}", tried.text());
     under_load(&server, |_| {
@@ -91,9 +90,9 @@ pub fn comes_and_goes_under_load(
     server
 }
 
-/// Waits until a swap is where this is true of it.
+/// Waits until this is true of the swap in progress.
 pub fn in_phase(server: &Server, phase: &str) {
-    // Each look is a request and its answer.
+    // Each poll is a request.
     let there = (0..100_000).any(|_| status(server)["swap"]["phase"] == phase);
     assert!(there, "no swap came to {phase}: {}", status(server));
 }

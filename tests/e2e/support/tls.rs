@@ -21,7 +21,7 @@ pub static TLS13: Versions = &[&version::TLS13];
 static BOTH: Versions = &[&version::TLS13, &version::TLS12];
 pub type Secure = StreamOwned<ClientConnection, TcpStream>;
 
-/// What a client knows and shows.
+/// Trusted authority and certificate of a client.
 pub struct Client<'c> {
     pub authority: &'c Authority,
     pub shows: Option<&'c Pair>,
@@ -41,7 +41,7 @@ impl<'c> Client<'c> {
         self.connect(address).map(Connection::over)
     }
 
-    /// Connects and shakes hands. With TLS 1.3 a certificate that is refused shows only when something is read.
+    /// Connects with a handshake. With TLS 1.3, a rejected certificate is an error only at the first read.
     pub fn connect(&self, address: SocketAddr) -> io::Result<Secure> {
         connect(&self.config(), address)
     }
@@ -62,7 +62,7 @@ impl<'c> Client<'c> {
         })
     }
 
-    /// What the guest says to GET.
+    /// The body of a GET.
     pub fn get(&self, server: &Server, path: &str) -> io::Result<String> {
         Ok(self.open(server.address())?.try_ask("GET", path, b"")?.text().to_owned())
     }

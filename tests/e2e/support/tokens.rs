@@ -1,11 +1,11 @@
-//! Files of tokens, and requests with them.
+//! Token files, and requests with tokens.
 
 use tempfile::TempDir;
 
 use super::server::{Server, kvs};
 use super::wire::{Connection, Response};
 
-/// A file of tokens, and the tokens themselves.
+/// A token file, and its tokens.
 pub struct Tokens {
     directory: TempDir,
 }
@@ -19,7 +19,7 @@ impl Tokens {
         self.directory.path().join("tokens").to_str().expect("a temporary path is text").to_owned()
     }
 
-    /// Makes one as an operator would.
+    /// Creates a token with `kvs token create`.
     pub fn add(&self, args: &[&str]) -> String {
         let mut command = kvs();
         command.args(["token", "create", "--tokens", &self.file()]).args(args);
@@ -29,14 +29,14 @@ impl Tokens {
     }
 }
 
-/// Sends a request with these lines of authorization, and reads the response.
+/// Sends a request with these `Authorization` lines, and reads the response.
 pub fn ask(server: &Server, method: &str, path: &str, authorization: &str) -> Response {
     let mut client = Connection::open(server.address());
     client.send(format!("{method} {path} HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n{authorization}\r\n"));
     client.try_read(method == "HEAD").expect("it is answered")
 }
 
-/// The line of authorization by a token.
+/// The `Authorization` line of a token.
 pub fn with(token: &str) -> String {
     format!("authorization: Bearer {token}\r\n")
 }

@@ -10,7 +10,7 @@ pub fn log(args: &[&str]) -> Command {
     command
 }
 
-/// What a command printed that must succeed, and what it said.
+/// Output and messages of a command, which must succeed.
 #[track_caller]
 pub fn done(args: &[&str]) -> (String, String) {
     let output = log(args).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the binary can be started");

@@ -15,14 +15,14 @@ use crate::support::log::kvs_at;
 use crate::support::server::{Server, Stopped};
 use crate::support::wire::Connection;
 
-/// How far a load came, by the file it keeps.
+/// Progress of an import, from its file.
 fn mark(file: &Path) -> usize {
     let text = fs::read(file.with_added_extension("kvs-import")).expect("a load keeps how far it came");
     let mark: Value = serde_json::from_slice(&text).expect("it is JSON");
     mark["line"].as_u64().expect("a number") as usize
 }
 
-/// A server that takes the place of one that was killed, at its address.
+/// A server at the address of one that was killed.
 fn again(stopped: Stopped, address: SocketAddr, args: &[&str]) -> Server {
     let data = stopped.into_data();
     let mut command = kvs_at(data.path());
@@ -53,15 +53,15 @@ impl Puts {
 }
 
 #[test]
-fn a_load_goes_on_wherever_it_was_interrupted() {
+fn interrupted_import_resumes_at_any_point() {
     const LINES: usize = 6_000;
-    // So that a load takes longer than a second, which is how often it keeps how far it came.
+    // So that an import takes longer than a second, the interval at which it records its progress.
     const SLOW: [&str; 4] = ["--rate-limit", "1000/s", "--rate-burst", "100"];
     let mut server = Server::start(&SLOW);
     let directory = TempDir::new().expect("a temporary directory can be made");
     let file = directory.path().join("lines.jsonl");
     let name = file.to_str().expect("a temporary path is text");
-    // Each key several times: the last one counts, whatever was put again.
+    // Each key several times: the last line counts, even if lines are put twice.
     let key = |line: usize| format!("key-{}", line % 700);
     let text: Vec<_> =
         (0..LINES).map(|line| json!({"key": key(line), "value": line.to_string()}).to_string()).collect();
@@ -94,7 +94,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
         let mark = mark(&file);
         assert!(mark > *marks.last().expect("there is one"), "in round {round} it came from {marks:?} to {mark}");
         marks.push(mark);
-        // All up to the mark is stored, unless a later line, or one that was put again, has the same key.
+        // All lines up to the recorded progress are stored, unless a later or repeated line has the same key.
         let (stored, again) = (stored(&server), marks[round]);
         for line in again..mark {
             let there = stored.get(&key(line)).copied();
@@ -122,7 +122,7 @@ fn a_load_goes_on_wherever_it_was_interrupted() {
 }
 
 #[test]
-fn a_watch_goes_on_when_the_server_comes_back() {
+fn watch_resumes_after_server_restart() {
     let mut server = Server::start(&[]);
     let address = server.address();
     let mut wire = Connection::open(address);
@@ -161,7 +161,7 @@ struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Fails only when it is gone, which is what is wanted.
+        // Fails only when it has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

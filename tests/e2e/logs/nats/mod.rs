@@ -1,4 +1,4 @@
-//! The log in NATS JetStream: a real one of three nodes, which each test starts for itself, kills and spoils.
+//! The log in NATS JetStream: each test starts its own cluster of three nodes, kills nodes and corrupts their data.
 
 mod supervision;
 
@@ -20,7 +20,7 @@ use crate::support::requests::{answer, get, put, send};
 use crate::support::server::{PATIENCE, Refused, Server, kvs, refused, serve};
 use crate::support::wire::{Connection, STALE};
 
-/// Short, so that a test of a takeover is too.
+/// Short, so that takeovers are fast.
 const LEASE: [&str; 2] = ["--read-lease", "3s"];
 
 fn args(nodes: &Nodes) -> Vec<String> {
@@ -72,7 +72,7 @@ fn writes_survive_restart_and_kill() {
 }
 
 #[test]
-fn backup_of_a_running_server_is_restored_into_files() {
+fn backup_of_running_server_is_restored_into_files() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     becomes_ready(&server, 200, WELL);
@@ -87,7 +87,7 @@ fn backup_of_a_running_server_is_restored_into_files() {
 }
 
 #[test]
-fn second_server_is_refused_while_the_first_lives() {
+fn second_server_is_rejected_while_first_runs() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     let data = TempDir::new().expect("a temporary directory can be made");
@@ -109,7 +109,7 @@ fn standby_takes_over_from_killed_and_from_stopped_primary() {
     let first = first.kill();
     becomes_ready(&second, 200, WELL);
     assert_eq!((get(&second, "a"), put(&second, "a", "2")), ((200, "1".into()), 201));
-    // The one that was killed stands by, and takes over at once from one that stops.
+    // The killed one restarts as a standby, and takes over at once from one that stops.
     let args = args(&nodes);
     let third = first.restart(&[&texts(&args)[..], &["--standby"]].concat());
     becomes_ready(&third, 200, UP_TO_DATE);
@@ -126,7 +126,7 @@ fn paused_primary_never_answers_stale() {
     let standby = stand_by(&nodes);
     becomes_ready(&standby, 200, UP_TO_DATE);
     paused.signal(Signal::STOP);
-    // The system takes these in, and it reads them as soon as it continues.
+    // The system buffers these, and the server reads them when it resumes.
     let mut waiting: Vec<_> = (0..20).map(|_| send(&paused, "GET /v1/a", "")).collect();
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
@@ -144,7 +144,7 @@ fn paused_primary_never_answers_stale() {
     assert_eq!((get(&standby, "a"), get(&standby, "lost").0), ((200, "2".into()), 404));
 }
 
-/// Clients of one server, and what they were answered.
+/// Clients of one server, and their responses.
 #[derive(Default)]
 struct Clients {
     ended: AtomicBool,
@@ -184,7 +184,7 @@ impl Clients {
         }
     }
 
-    /// Reads a key that nobody writes.
+    /// Reads a key that no client writes.
     fn read(&self, server: &Server) {
         let mut connection = Connection::open(server.address());
         while !self.ended.load(Ordering::Acquire) {
@@ -213,7 +213,7 @@ impl Clients {
 }
 
 #[test]
-fn killed_leaders_of_the_engine_lose_and_double_nothing() {
+fn killed_leaders_of_engine_lose_and_double_nothing() {
     let kills = std::env::var("KVS_TEST_LEADER_KILLS").map_or(2, |kills| kills.parse().expect("it is a number"));
     let mut nodes = Nodes::start(3);
     let server = Server::start(&["--txlog", &nodes.url("x"), "--txlog-monitor", &nodes.monitors()]);
@@ -231,7 +231,7 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
             clients.grow(100);
             let leader = nodes.leader("x");
             nodes.kill(leader);
-            // What was on its way to the clients is there by now.
+            // Responses in flight have arrived by now.
             thread::sleep(Duration::from_millis(500));
             pauses.push(clients.grow(100) + Duration::from_millis(500));
             nodes.restart(leader);
@@ -265,7 +265,7 @@ fn killed_leaders_of_the_engine_lose_and_double_nothing() {
 }
 
 #[test]
-fn standby_that_starts_under_load_knows_the_primary() {
+fn standby_started_under_load_finds_primary() {
     let nodes = Nodes::start(3);
     let first = start(&nodes);
     let clients = Clients::default();
@@ -291,7 +291,7 @@ fn refuses(nodes: &Nodes, args: &[&str]) -> Refused {
 }
 
 #[test]
-fn settings_that_lose_writes_are_refused_unless_allowed() {
+fn unsafe_settings_are_rejected_unless_allowed() {
     let nodes = Nodes::start_with(1, "max_payload: 8MB\njetstream { store_dir: STORE }\n");
     let monitors = nodes.monitors();
     refuses(&nodes, &["--allow-unsafe-txlog", "--max-value-bytes", "16MiB"])
@@ -323,7 +323,7 @@ fn passwords_are_checked_and_never_shown() {
 }
 
 #[test]
-fn deleted_stream_is_never_an_empty_store() {
+fn deleted_stream_is_never_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -337,7 +337,7 @@ fn deleted_stream_is_never_an_empty_store() {
 }
 
 #[test]
-fn purged_stream_is_never_an_empty_store() {
+fn purged_stream_is_never_empty_store() {
     let nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -400,7 +400,7 @@ fn lost_end_of_stream_is_never_continued() {
 }
 
 #[test]
-fn server_restarts_while_a_node_is_down() {
+fn server_restarts_while_node_is_down() {
     let mut nodes = Nodes::start(3);
     let server = start(&nodes);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -432,7 +432,7 @@ fn log_that_ends_with_large_frames_is_opened() {
 }
 
 #[test]
-fn full_stream_rejects_writes_until_it_has_space_again() {
+fn full_stream_rejects_writes_until_it_has_space() {
     let nodes = Nodes::start(3);
     let args = args(&nodes);
     let server = Server::start(&[&texts(&args)[..], &["--request-timeout", "2s"]].concat());
@@ -451,7 +451,7 @@ fn full_stream_rejects_writes_until_it_has_space_again() {
 }
 
 #[test]
-fn large_write_goes_by_a_node_that_accepts_it() {
+fn large_write_uses_node_that_accepts_it() {
     let mut nodes = Nodes::start(3);
     let args = args(&nodes);
     let server = Server::start(&[&texts(&args)[..], &["--max-value-bytes", "2MiB"]].concat());

@@ -12,7 +12,7 @@ fn args<'a>(url: &'a str, monitors: &'a str) -> Vec<&'a str> {
 }
 
 #[test]
-fn panic_in_a_log_task_ends_the_server() {
+fn panic_in_log_task_ends_server() {
     let nodes = Nodes::start(3);
     let (url, monitors) = (nodes.url("x"), nodes.monitors());
     let args = args(&url, &monitors);
@@ -25,7 +25,7 @@ fn panic_in_a_log_task_ends_the_server() {
 }
 
 #[test]
-fn notes_follow_and_integrity_restart_after_a_panic() {
+fn notes_follow_and_integrity_restart_after_panic() {
     let nodes = Nodes::start(3);
     let (url, monitors) = (nodes.url("x"), nodes.monitors());
     let args = args(&url, &monitors);

@@ -1,5 +1,5 @@
-//! The two roles, as clients and proxies see them: who is primary and where, stale reads of a standby, and the listener that only
-//! the primary has.
+//! The two roles, for clients and proxies: the address of the primary, stale reads of a standby, and the listener of the
+//! primary only.
 
 mod proxy;
 
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use self::proxy::proxy_finds_the_primary;
+use self::proxy::proxy_finds_primary;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way};
 use crate::support::postgres::{stand_by, start};
@@ -20,13 +20,13 @@ use crate::support::requests::{get, put};
 use crate::support::server::{PATIENCE, Process, Server, kvs, serve_refused};
 use crate::support::wire::{Connection, Response, STALE};
 
-/// Where the log is that two servers share.
+/// Storage of the shared log.
 enum Log {
     Files(TempDir),
     Postgres(Database),
 }
 
-/// The same with each log.
+/// Runs a test with each kind of log.
 macro_rules! with_each_log {
     ($($test:ident),*) => {
         mod files {
@@ -39,12 +39,12 @@ macro_rules! with_each_log {
 }
 
 with_each_log!(
-    standby_serves_stale_reads_only_when_asked,
-    client_reads_a_standby_with_its_flag,
-    import_to_a_standby_says_that_it_waits,
-    primary_path_and_advertised_url_follow_the_role,
-    listener_of_the_primary_is_opened_after_takeover,
-    proxy_finds_the_primary
+    standby_serves_stale_reads_only_on_request,
+    client_reads_standby_with_stale_flag,
+    import_to_standby_reports_wait,
+    primary_path_and_advertised_url_follow_role,
+    primary_listener_opens_after_takeover,
+    proxy_finds_primary
 );
 
 impl Log {
@@ -85,7 +85,7 @@ fn age(response: &Response) -> u64 {
     response.header(AGE).expect("a stale read has its age").parse().expect("it is a number")
 }
 
-/// Status of `/primary`, and what it says.
+/// Status and body of `/primary`.
 fn primary(server: &Server) -> (u16, String) {
     role(server, "/primary")
 }
@@ -95,7 +95,7 @@ fn role(server: &Server, path: &str) -> (u16, String) {
     (answer.status, answer.text().to_owned())
 }
 
-/// Waits until `ready` gives something.
+/// Waits until `ready` returns a value.
 fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
@@ -107,18 +107,18 @@ fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// An address of this machine that nobody else takes meanwhile.
+/// An address of this machine that no other test uses.
 fn free(ip: &str) -> SocketAddr {
     TcpListener::bind((ip, 0)).and_then(|listener| listener.local_addr()).expect("a port is free")
 }
 
-fn standby_serves_stale_reads_only_when_asked(log: &Log) {
+fn standby_serves_stale_reads_only_on_request(log: &Log) {
     let server = log.start(&[]);
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = log.stand_by(&[]);
     let url = server.url("");
 
-    // The guest is not asked, whatever the path: what it would say is of an older state.
+    // The guest is not called, whatever the path: its response would be stale.
     for path in ["/v1/a", "/v1", "/v1?watch", "/v1/nothing"] {
         let refused = Connection::open(standby.address()).ask("GET", path, b"");
         refused.says(503, &format!("{NO_READS}; the primary is {url}"));
@@ -140,7 +140,7 @@ fn standby_serves_stale_reads_only_when_asked(log: &Log) {
     let nothing = Connection::open(standby.address()).ask_with("GET", "/v1/nothing", &STALE, b"");
     nothing.says(404, "no such key");
     age(&nothing);
-    // It is for reads: nothing is written for it.
+    // The header applies to reads only: writes are rejected.
     let refused = Connection::open(standby.address()).ask_with("PUT", "/v1/a", &STALE, b"2");
     refused.says(503, &format!("this server stands by; another one takes writes; the primary is {url}"));
 
@@ -155,7 +155,7 @@ fn standby_serves_stale_reads_only_when_asked(log: &Log) {
     }
 }
 
-fn client_reads_a_standby_with_its_flag(log: &Log) {
+fn client_reads_standby_with_stale_flag(log: &Log) {
     let server = log.start(&[]);
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = log.stand_by(&[]);
@@ -175,7 +175,7 @@ fn client_reads_a_standby_with_its_flag(log: &Log) {
     assert!(run(&["export", "--stale"]).1.contains("\"key\":\"a\""));
 }
 
-fn import_to_a_standby_says_that_it_waits(log: &Log) {
+fn import_to_standby_reports_wait(log: &Log) {
     let server = log.start(&[]);
     let standby = log.stand_by(&[]);
     let lines = tempfile::NamedTempFile::new().expect("a temporary file can be made");
@@ -193,7 +193,7 @@ fn import_to_a_standby_says_that_it_waits(log: &Log) {
     assert_eq!(get(&standby, "a"), (200, "1".into()));
 }
 
-fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
+fn primary_path_and_advertised_url_follow_role(log: &Log) {
     let server = log.start(&["--advertise", "https://kvs.example:8443"]);
     let standby = log.stand_by(&[]);
     let third = log.stand_by(&[]);
@@ -213,7 +213,7 @@ fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     let [next, other] = [&standbys[next], &standbys[1 - next]];
     assert_eq!((role(next, "/replica").0, role(other, "/replica").0), (503, 200));
     assert_eq!((put(next, "a", "1"), get(next, "a")), (201, (200, "1".into())));
-    // Once it has looked again.
+    // After its next poll.
     let named = next.url("");
     await_some("the name of the next", || {
         (read(other.address(), &[]).header("kvs-primary") == Some(&named)).then_some(())
@@ -221,7 +221,7 @@ fn primary_path_and_advertised_url_follow_the_role(log: &Log) {
     assert_eq!(primary(other).0, 503);
 }
 
-fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
+fn primary_listener_opens_after_takeover(log: &Log) {
     let shared = free(if matches!(log, Log::Files(_)) { "127.0.0.5" } else { "127.0.0.8" });
     let at = shared.to_string();
     let server = log.start(&["--listen-when-primary", &at]);
@@ -230,7 +230,7 @@ fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
     let mut client = Connection::open(shared);
     assert_eq!(client.ask("PUT", "/v1/a", b"1").status, 201);
     assert_eq!(get(&server, "a"), (200, "1".into()));
-    // What the primary is reached at.
+    // The advertised URL of the primary.
     assert_eq!(read(standby.address(), &[]).header("kvs-primary"), Some(&*format!("http://{shared}")));
 
     server.signal(Signal::KILL);
@@ -245,7 +245,7 @@ fn listener_of_the_primary_is_opened_after_takeover(log: &Log) {
 }
 
 #[test]
-fn taken_port_of_the_primary_is_reported_and_awaited() {
+fn taken_primary_port_is_reported_and_awaited() {
     let taken = TcpListener::bind("127.0.0.6:0").expect("a port is free");
     let at = taken.local_addr().expect("it is bound");
     let server = Server::start(&["--listen-when-primary", &at.to_string(), "--max-connections", "1"]);
@@ -259,21 +259,21 @@ fn taken_port_of_the_primary_is_reported_and_awaited() {
 }
 
 #[test]
-fn malformed_flags_of_roles_are_refused() {
+fn malformed_role_flags_are_rejected() {
     serve_refused(&["--listen-when-primary", "127.0.0.1:0"]).with(2, &["a port other than 0"]);
     serve_refused(&["--listen-when-primary", "0.0.0.0:8080"]).with(1, &["--listen-when-primary", "--insecure"]);
     serve_refused(&["--advertise", "kvs.example:8443"]).with(2, &["a URL of at most 256 bytes"]);
 }
 
 #[test]
-fn age_of_stale_reads_grows_while_the_database_is_away() {
+fn stale_age_grows_while_database_is_unavailable() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
     let standby = stand_by(&database.url_at(proxy.port), &["--stale-reads"]);
     becomes_ready(&standby, 200, UP_TO_DATE);
-    // It need not be asked for here, and a client that wants no such read gets none.
+    // No header is needed here, and a client that requires a consistent read gets 503.
     assert_eq!(read(standby.address(), &[]).text(), "1");
     read(standby.address(), &[("kvs-consistency", "strong")])
         .says(503, &format!("{NO_READS}; the primary is {}", server.url("")));

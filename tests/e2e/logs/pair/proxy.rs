@@ -14,7 +14,7 @@ use crate::support::readiness::{WELL, becomes_ready};
 use crate::support::server::{PATIENCE, Process};
 use crate::support::wire::{Connection, Response};
 
-/// Asks on a new connection until it is done, as a client does that may ask again.
+/// Repeats an idempotent request on new connections until it succeeds.
 fn until_done(address: SocketAddr, method: &str, body: &[u8]) -> Response {
     let begun = Instant::now();
     loop {
@@ -27,7 +27,7 @@ fn until_done(address: SocketAddr, method: &str, body: &[u8]) -> Response {
     }
 }
 
-/// A watch that is asked for until it is there: a proxy that was just started takes servers for primary until it has checked.
+/// Opens a watch, with retries: a proxy that was just started treats all servers as primary until its first check.
 fn watch_through(address: SocketAddr, target: &str) -> Events {
     let begun = Instant::now();
     loop {
@@ -40,9 +40,9 @@ fn watch_through(address: SocketAddr, target: &str) -> Events {
     }
 }
 
-pub fn proxy_finds_the_primary(log: &Log) {
+pub fn proxy_finds_primary(log: &Log) {
     let servers = [log.start(&["--standby"]), log.stand_by(&[])];
-    // An address of its own, so that nobody takes the port meanwhile.
+    // An address that no other test uses.
     let free = TcpListener::bind("127.0.0.7:0").and_then(|listener| listener.local_addr()).expect("a port is free");
     let mut proxy = Command::new("haproxy");
     proxy.arg("-f").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/pair/haproxy.cfg"));
@@ -67,7 +67,7 @@ pub fn proxy_finds_the_primary(log: &Log) {
     assert_eq!((written.status, written.etag()), (201, Some(2)));
     assert_eq!(until_done(free, "GET", b"").text(), "2");
     becomes_ready(&standby, 200, WELL);
-    // It came by the server that is gone; a client asks again from where it was.
+    // The watch was from the killed server; the client resumes at its position.
     assert!(!matches!(watch.try_next(), Ok(Some(_))), "that server is gone");
     let mut watch = watch_through(free, &format!("/v1?watch&since={}", watch.begin));
     assert_eq!(watch.next().expect("it continues").id, 2);

@@ -8,7 +8,7 @@ use crate::support::server::refused;
 use crate::support::wire::Connection;
 
 #[test]
-fn backup_moves_a_log_between_database_and_files() {
+fn backup_moves_log_between_database_and_files() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);

@@ -41,7 +41,7 @@ fn ends_ttls(server: &Server) {
 }
 
 #[test]
-fn ttl_ends_on_a_server_an_hour_behind_the_log() {
+fn ttl_ends_on_server_an_hour_behind_log() {
     let database = Database::start();
     start_ahead(&database.url()).terminate();
     // Again after a restart.
@@ -53,7 +53,7 @@ fn ttl_ends_on_a_server_an_hour_behind_the_log() {
 }
 
 #[test]
-fn ttl_ends_after_failover_from_a_server_an_hour_ahead() {
+fn ttl_ends_after_failover_from_server_an_hour_ahead() {
     let database = Database::start();
     let primary = start_ahead(&database.url());
     let standby = stand_by(&database.url(), &[]);

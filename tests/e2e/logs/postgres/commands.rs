@@ -1,4 +1,4 @@
-//! `kvs txlog` for a log in a database: checked, printed, carried to files and back, compacted, and filled from the book's table.
+//! `kvs txlog` for a log in a database: verify, print, export to files and back, compact, import the table of the book.
 
 use tempfile::TempDir;
 
@@ -10,7 +10,7 @@ use crate::support::txlog::{done, log};
 use crate::support::wire::Connection;
 
 #[test]
-fn log_commands_work_on_a_database() {
+fn log_commands_work_on_database() {
     let database = Database::start();
     let url = database.url();
     refused(log(&["cat", "--txlog", &url])).with(1, &["cannot open the log", "there is no log in it"]);
@@ -41,7 +41,7 @@ fn log_commands_work_on_a_database() {
     assert_eq!(done(&["import", "--txlog", &other, file]).1, "imported 32 entries; the newest sequence is 32\n");
     assert_eq!(done(&["export", "--txlog", &other]).0, text);
 
-    // What is left is the newest of nine keys and one that expires later, and no index, not even of one who was killed at it.
+    // The newest entries of nine keys and one that expires later are left, and no index, not even of a killed compaction.
     database.sql("CREATE INDEX transactions_key ON kvs.transactions (sequence)");
     assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 10 entries remain\n"));
     assert_eq!(database.sql("SELECT to_regclass('kvs.transactions_key') IS NULL"), ["t"]);

@@ -1,4 +1,4 @@
-//! Incarnations of a log in a database: which starts begin one, and that no client sees a sequence twice or misses an entry.
+//! Incarnations of a log in a database: which starts begin one, and that no sequence is assigned twice and no entry missed.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::support::server::{PATIENCE, Server, refused};
 use crate::support::txlog::{done, log};
 use crate::support::wire::{Connection, Response, STALE};
 
-/// More than any lost future holds.
+/// More entries than any lost future has.
 const JUMP: u64 = 1 << 40;
 const COUNT: &str = "SELECT count(*) FROM kvs.incarnations";
 const BEGINS: &str = "beginning incarnation";
@@ -26,7 +26,7 @@ fn ask(server: &Server, method: &str, path: &str, header: (&str, &str)) -> Respo
     Connection::open(server.address()).ask_with(method, path, &[header], b"x")
 }
 
-/// Puts a key, and gives its entity tag.
+/// Puts a key, and returns its entity tag.
 fn tag(server: &Server, key: &str) -> u64 {
     let stored = Connection::open(server.address()).ask("PUT", &format!("/v1/{key}"), b"x");
     assert!(matches!(stored.status, 200 | 201 | 204), "{stored:?}");
@@ -49,7 +49,7 @@ fn restored_dump_begins_incarnation() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!([tag(&server, "a"), tag(&server, "b"), tag(&server, "a")], [1, 2, 3]);
-    // Of a server that runs.
+    // Dump of a running server.
     let dump = database.dump();
     assert_eq!([tag(&server, "a"), tag(&server, "b")], [4, 5]);
     server.terminate();
@@ -139,7 +139,7 @@ fn database_on_new_timeline_begins_incarnation() {
 }
 
 #[test]
-fn place_is_compared_as_far_as_it_is_readable() {
+fn location_is_compared_as_far_as_readable() {
     let database = Database::start();
     database.sql(
         "CREATE ROLE weak LOGIN PASSWORD 'p:a%s+s wörd'; GRANT CREATE ON DATABASE postgres TO weak; \
@@ -152,7 +152,7 @@ fn place_is_compared_as_far_as_it_is_readable() {
     let known =
         "SELECT system IS NULL, database IS NULL, relation IS NULL, timeline IS NULL, durable FROM kvs.identity";
     assert_eq!(database.sql(known), ["t|f|f|t|t"]);
-    // A copy is recognized by what is known, and what becomes known begins nothing.
+    // A copy is detected by known properties, and a property that becomes known begins no incarnation.
     database.sql("CREATE DATABASE copied TEMPLATE postgres");
     let copy = database.url().replace("/postgres?", "/copied?");
     for (url, name, known_now, count) in [
@@ -223,7 +223,7 @@ fn unclean_end_begins_incarnation_where_commits_may_be_lost() {
 }
 
 #[test]
-fn standbys_go_across_incarnation_without_gap() {
+fn standbys_follow_incarnation_without_gap() {
     let database = Database::start();
     let url = database.url();
     let server = start_os(&url);
@@ -291,7 +291,7 @@ fn fork_begins_incarnation_at_rest() {
     }
     feed.close().expect("it is closed");
 
-    // What was read of it is what can be written to another.
+    // Its export can be imported into another log.
     let text = done(&["export", "--txlog", &url]).0;
     assert_eq!(text.lines().count(), 2);
     let server = start(&url);
@@ -299,18 +299,18 @@ fn fork_begins_incarnation_at_rest() {
     assert_eq!(database.sql(COUNT), ["2"]);
     server.terminate();
     assert!(done(&["compact", "--txlog", &url]).1.ends_with("compacted: 1 entries remain\n"));
-    // A row that was restored into the gap is nobody's.
+    // A row restored into the gap is not an entry.
     database.sql("INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'lost')");
     let verify = log(&["verify", "--txlog", &url]);
     refused(verify).with(1, &["contains sequence 2, which is in no incarnation of the log"]);
 }
 
 #[test]
-fn older_version_cannot_take_log_over() {
+fn older_version_cannot_take_over() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(tag(&server, "a"), 1);
-    // As a standby of schema version 2 does that was started before the schema was brought up to date.
+    // As a standby of schema version 2 that was started before the migration.
     database.sql(
         "DO $$ BEGIN UPDATE kvs.writer SET epoch = epoch + 1; RAISE 'it was taken'; \
          EXCEPTION WHEN check_violation THEN NULL; END $$",
@@ -319,7 +319,7 @@ fn older_version_cannot_take_log_over() {
 }
 
 #[test]
-fn formats_before_are_migrated_and_written_on() {
+fn earlier_formats_are_migrated() {
     let database = Database::start();
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/txlog/testdata/format-1");
     let read = |name: String| std::fs::read_to_string(fixtures.join(name)).expect("it is in the tree");
@@ -342,7 +342,7 @@ fn formats_before_are_migrated_and_written_on() {
         let newest: u64 = database.sql_in(name, "SELECT last FROM kvs.writer")[0].parse().expect("a number");
         let server = start(&url);
         let stored = tag(&server, "written%20on");
-        // What had expired was deleted before.
+        // Expired keys were deleted before.
         assert!((newest + 1..newest + 10).contains(&stored), "{stored} after {newest}");
         assert_eq!(get(&server, "empty%20value"), (200, String::new()));
         server.terminate();

@@ -1,4 +1,4 @@
-//! The log in Postgres: a real one, which each test starts for itself, kills, pauses, locks and cuts off.
+//! The log in PostgreSQL: each test starts its own server, kills it, pauses it, locks its tables or disconnects it.
 
 mod backup;
 mod clocks;
@@ -31,7 +31,7 @@ use crate::support::wire::Connection;
 use crate::support::zoo;
 
 #[test]
-fn entries_are_rows_and_survive_a_kill() {
+fn entries_are_rows_and_survive_kill() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -66,16 +66,16 @@ fn entries_are_rows_and_survive_a_kill() {
     assert_eq!(database.sql("SELECT epoch, holder, last FROM kvs.writer"), ["2||5"]);
 }
 
-/// Anybody with a password of the database can write to it; a server must not rely on the opposite.
+/// Other clients with the password can write to the database; the server must detect foreign rows.
 #[test]
-fn foreign_rows_end_the_server_and_stay() {
+fn foreign_rows_end_server_and_stay() {
     let row = "INSERT INTO kvs.transactions (sequence, time, event_type, key) VALUES (2, 0, 1, 'theirs')";
     for (theirs, said) in [(row, "23505"), ("UPDATE kvs.writer SET last = 7", "its newest entry is 7")] {
         let database = Database::start();
         let server = start(&database.url());
         assert_eq!(put(&server, "a", "1"), 201);
         database.sql(theirs);
-        // The other is found out without a write.
+        // The other one is detected without a write.
         if theirs == row {
             assert_eq!(put(&server, "a", "2"), 500);
         }
@@ -128,13 +128,13 @@ fn killed_database_loses_no_write_and_stops_no_read() {
     let said = server.stderr();
     let count = |text: &str| said.iter().filter(|line| line.contains(text)).count();
     assert_eq!((count("database unavailable"), count("database available again")), (3, 3), "a line for each change");
-    // What the server has is what the log has.
+    // The state of the server equals the log.
     server.terminate();
     clients.settle(start(&database.url()).address());
 }
 
 #[test]
-fn hanging_database_delays_writes_up_to_the_timeout() {
+fn hanging_database_delays_writes_up_to_timeout() {
     let database = Database::start();
     let server = start(&database.url());
     let mut clients = Clients::new(&mut zoo::dice());
@@ -185,7 +185,7 @@ fn stop_without_database_reports_unknown_sequences() {
 }
 
 #[test]
-fn stop_waits_for_a_short_database_outage() {
+fn stop_waits_for_short_database_outage() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -209,7 +209,7 @@ fn write_with_lost_response_is_applied_once() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let url = database.url_at(proxy.port);
-    // With few heartbeats, whose answers could be lost in the place of a write's.
+    // With few heartbeats, whose responses could be lost instead of that of a write.
     let patient = ["--txlog", &url, "--txlog-timeout", "1s", "--request-timeout", "3s", "--read-lease", "10s"];
     let server = Server::start(&patient);
     assert_eq!(put(&server, "a", "1"), 201);
@@ -217,7 +217,7 @@ fn write_with_lost_response_is_applied_once() {
         proxy.set(Way::Deaf);
         let writing = scope.spawn(|| put(&server, "a", "2"));
         proxy.kept_something();
-        // It is committed, and the server does not know.
+        // It is committed, but the server does not know.
         database.becomes("SELECT last FROM kvs.writer", "2");
         proxy.set(Way::Reset);
         proxy.set(Way::Open);
@@ -243,9 +243,9 @@ fn write_with_lost_response_is_applied_once() {
     }
 }
 
-/// An address that moves leads to a standby for a while, and sessions with that outlive the moment at which it leads back.
+/// An address that moves during a failover leads to a standby for a while, and sessions with that survive the move back.
 #[test]
-fn session_with_a_read_only_database_is_not_kept() {
+fn session_with_read_only_database_is_closed() {
     let mut database = Database::start();
     let standby = database.replicate();
     let proxy = Proxy::to(database.port());
@@ -270,7 +270,7 @@ fn session_with_a_read_only_database_is_not_kept() {
 }
 
 #[test]
-fn session_on_which_calls_fail_twice_is_not_kept() {
+fn session_with_two_failed_calls_is_closed() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
@@ -285,7 +285,7 @@ fn session_on_which_calls_fail_twice_is_not_kept() {
 }
 
 #[test]
-fn failing_replay_is_retried_up_to_a_limit() {
+fn failing_replay_is_retried_up_to_limit() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     // Each shard reads for itself.
@@ -323,7 +323,7 @@ fn paused_primary_is_fenced_off() {
         let unseen = "SELECT clock_timestamp() - seen > interval '10 seconds' FROM kvs.writer";
         database.becomes(unseen, "t");
         taken = Some(start(&url));
-        // Before the other has written anything: the entry before is the right one, and only the epoch is not.
+        // Before the new primary has written: the previous entry matches, and only the epoch differs.
         paused.signal(Signal::CONT);
         paused.says(DEPOSED);
     });
@@ -353,7 +353,7 @@ fn full_database_rejects_writes_until_there_is_space() {
         let value: Vec<u8> = (0..100_000).map(|_| rng.u8(..)).collect();
         client.ask("PUT", &format!("/v1/key-{number}"), &value).status
     };
-    // More than there is room for.
+    // More than the disk can hold.
     let statuses: Vec<_> = (0..200).map(&mut put).take_while(|status| *status != 507).collect();
     let stored = statuses.iter().filter(|status| **status == 201).count();
     assert!(stored > 50 && statuses.ends_with(&[504]) && statuses.len() == stored + 1, "{statuses:?}");

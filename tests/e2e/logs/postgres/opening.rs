@@ -1,4 +1,4 @@
-//! What is found out at the start: what cannot be used, whom to trust, what a database may forget.
+//! Checks at the start: unusable databases, TLS, and settings that weaken durability.
 
 use std::time::Duration;
 
@@ -155,7 +155,7 @@ fn weak_durability_of_database_is_reported() {
         let server = Server::start(&["--txlog", &database.url(), "--durability", durability]);
         server.says("WARN fsync is off");
         let (status, report) = ready(&server);
-        // It is set by the server, one way or the other.
+        // kvs sets it in any case.
         assert!(report.contains("[+]log ok, but fsync is off: ") && !report.contains("synchronous_commit"), "{report}");
         assert_eq!(status, 200);
         server.terminate();
@@ -163,7 +163,7 @@ fn weak_durability_of_database_is_reported() {
 }
 
 #[test]
-fn later_change_of_a_condition_is_reported() {
+fn later_change_of_condition_is_reported() {
     let database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "1"), 201);
@@ -187,7 +187,7 @@ fn later_change_of_synchronous_commit_loses_nothing() {
     let mut database = Database::start();
     let server = start(&database.url());
     assert_eq!(put(&server, "a", "0"), 201);
-    // What is not synchronous is written when this is over.
+    // Asynchronous commits are written after this delay.
     database.configure("wal_writer_delay", "10s");
     database.configure("synchronous_commit", "off");
     for _ in 0..20 {
@@ -201,7 +201,7 @@ fn later_change_of_synchronous_commit_loses_nothing() {
 }
 
 #[test]
-fn slow_database_is_waited_for_at_the_start() {
+fn start_waits_for_slow_database() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     proxy.set(Way::Slow(Duration::from_millis(120)));
@@ -212,7 +212,7 @@ fn slow_database_is_waited_for_at_the_start() {
 }
 
 #[test]
-fn read_only_database_is_refused_at_start() {
+fn read_only_database_is_rejected_at_start() {
     let database = Database::start();
     let standby = database.replicate();
     serve_refused(&["--txlog", &standby.url()]).with(1, &["it is a standby of another database, and read-only"]);

@@ -1,4 +1,4 @@
-//! A database with a synchronous standby: what is acknowledged, or handed over, is there too.
+//! A database with a synchronous standby: acknowledged and replayed entries are on it too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -39,7 +39,7 @@ fn write_without_synchronous_standby_is_not_acknowledged() {
     thread::scope(|scope| {
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
-                // One that is refused, since the database is away for too long, is made again.
+                // A write that is rejected because the database is unavailable is retried.
                 if put(&server, "a", "1") < 300 {
                     acknowledged.fetch_add(1, Ordering::SeqCst);
                 }
@@ -73,7 +73,7 @@ fn write_without_synchronous_standby_is_not_acknowledged() {
 }
 
 #[test]
-fn replay_without_synchronous_standby_ends_with_what_is_durable() {
+fn replay_without_synchronous_standby_is_durable() {
     let mut database = Database::start();
     let mut standby = database.replicate();
     let options = Options {

@@ -1,4 +1,4 @@
-//! Servers that stand by: what they show, what they refuse, and what becomes of writes and watches when they take over.
+//! Standbys: stale reads, rejected requests, and writes and watches over takeovers.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ fn standby_follows_and_writes_nothing() {
     let standby = stand_by(&url, &["--shards", "3"]);
     assert_eq!(get_stale(&standby, "a"), (200, "1".into()));
 
-    // Who waits is woken.
+    // Waiting requests are woken.
     let typed = [("content-type", "text/plain")];
     let waiting = Connection::open(standby.address());
     let mut watching = Events::open(&standby, "/v1?watch&prefix=a", &STALE);
@@ -62,7 +62,7 @@ fn standby_follows_and_writes_nothing() {
     assert!(values.status == 200 && values.text().contains("\"value\":\"2\""), "{}", values.text());
     assert_eq!(query(&[]).status, 503);
 
-    // What was deleted for being over was deleted by the one that writes.
+    // The primary deleted the expired key.
     database.becomes("SELECT last FROM kvs.writer", "6");
     becomes_ready(&standby, 200, UP_TO_DATE);
     let operation = json!([{"op": "check", "key": "a", "if_none_match": "*"}]).to_string();
@@ -74,7 +74,7 @@ fn standby_follows_and_writes_nothing() {
     let metrics = Connection::open(standby.admin()).ask("GET", "/metrics", b"");
     assert!(metrics.text().contains("\nkvs_txlog_role 1\n"), "{}", metrics.text());
 
-    // It outlives the database, as the one that writes does.
+    // It survives an outage of the database, as the primary does.
     database.kill();
     becomes_ready(&standby, 200, AWAY.trim_start_matches("[+]log ok, but "));
     assert_eq!(get_stale(&standby, "a"), (200, "2".into()));
@@ -87,9 +87,9 @@ fn standby_follows_and_writes_nothing() {
     assert_eq!(put(&server, "a", "3"), 201);
 }
 
-/// The spare of a standby takes in what the primary writes, and continues with what the standby writes once it has taken over.
+/// The spare of a standby applies writes of the primary, and after a takeover those of the standby.
 #[test]
-fn spare_of_standby_follows_the_primary() {
+fn spare_of_standby_follows_primary() {
     let database = Database::start();
     let url = database.url();
     let server = start(&url);
@@ -117,7 +117,7 @@ fn spare_of_standby_follows_the_primary() {
 }
 
 #[test]
-fn standby_waits_for_an_unavailable_database() {
+fn standby_waits_for_unavailable_database() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url());
@@ -148,7 +148,7 @@ fn append_on_standby_is_read_only() {
 }
 
 #[test]
-fn guest_has_a_tick_after_a_promotion() {
+fn guest_has_tick_after_promotion() {
     let database = Database::start();
     let server = start(&database.url());
     let standby = stand_by(&database.url(), &[guest(), "--guest-config", "fault=tick-appends", "--stale-reads"]);
@@ -173,7 +173,7 @@ fn position_that_standby_has_not_reached_is_503() {
     let resume = |method: &str, position: u64| {
         Connection::open(standby.address()).ask(method, &format!("/v1?watch&since={position}"), b"")
     };
-    // It sees how far the log goes, and cannot read it.
+    // It can read the end of the log, but not its entries.
     standby.signal(Signal::STOP);
     assert_eq!(put(&server, "a", "2"), 201);
     let held = database.lock("kvs.transactions");
@@ -191,7 +191,7 @@ fn position_that_standby_has_not_reached_is_503() {
     shows(&standby, "a", 200, "2");
     assert_eq!((resume("HEAD", 2).status, resume("GET", 3).status), (200, 410));
 
-    // It does not see how far the log goes.
+    // It cannot read the end of the log.
     proxy.set(Way::Reset);
     assert_eq!(put(&server, "a", "3"), 201);
     assert_eq!((resume("GET", 3).status, resume("GET", 4).status), (503, 503));
@@ -206,7 +206,7 @@ fn standby_takes_over_from_killed_primary() {
     let mut clients = Clients::new(&mut zoo::dice());
     let mut watching = Events::open(&standby, "/v1?watch&since=0", &STALE);
     thread::scope(|scope| {
-        // All that is ever written, in order, and each once.
+        // All writes, in order, each once.
         let watching = scope.spawn(move || {
             for number in 1.. {
                 let event = watching.next().expect("a watch continues over a takeover");
@@ -229,7 +229,7 @@ fn standby_takes_over_from_killed_primary() {
         assert_eq!(database.sql("SELECT last FROM kvs.writer"), [last.to_string()]);
     });
     assert_eq!(database.sql(WHOLE), ["t"]);
-    // What it has is what the log has.
+    // Its state equals the log.
     standby.terminate();
     clients.settle(start(&url).address());
 }
@@ -244,7 +244,7 @@ fn standby_takes_over_from_paused_primary_and_fences_it() {
     under_load(&paused, &mut clients, 1_000, || {
         paused.signal(Signal::STOP);
         becomes_ready(&standby, 200, WELL);
-        // Before the other has written anything: the entry before is the right one, and only the epoch is not.
+        // Before the new primary has written: the previous entry matches, and only the epoch differs.
         paused.signal(Signal::CONT);
         paused.says(DEPOSED);
     });
@@ -265,7 +265,7 @@ fn deposed_primary_restarts_as_standby() {
     let standby = stand_by(&url, &[]);
     assert_eq!(put(&paused, "a", "1"), 201);
     paused.signal(Signal::STOP);
-    // It accepts this when it continues, and cannot write it.
+    // It accepts this request when it resumes, and cannot write it.
     let mut lost = send(&paused, "PUT /v1/lost", "x");
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
@@ -293,7 +293,7 @@ fn resumed_primary_serves_no_stale_read() {
     server.signal(Signal::STOP);
     becomes_ready(&standby, 200, WELL);
     assert_eq!(put(&standby, "a", "2"), 201);
-    // They are there before it can learn anything.
+    // They arrive before it can detect the takeover.
     let mut reads: Vec<_> = (0..20).map(|_| send(&server, "GET /v1/a", "")).collect();
     server.signal(Signal::CONT);
     for read in &mut reads {
@@ -304,12 +304,12 @@ fn resumed_primary_serves_no_stale_read() {
 }
 
 #[test]
-fn cut_off_primary_rejects_reads_with_a_standby() {
+fn disconnected_primary_with_standby_rejects_reads() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
     assert_eq!(put(&server, "a", "1"), 201);
-    // With nobody else about reads go on.
+    // Without a standby, reads continue.
     proxy.set(Way::Reset);
     becomes_ready(&server, 200, AWAY);
     assert_eq!(get(&server, "a"), (200, "1".into()));
@@ -346,9 +346,9 @@ fn primary_without_standby_needs_no_lease() {
     assert_eq!(get(&server, "a"), (200, "1".into()));
 }
 
-/// One that is started, and does not stand by, may be the successor of one that still answers.
+/// A server without `--standby` may take over from one that still serves reads.
 #[test]
-fn start_waits_for_the_end_of_a_lease() {
+fn start_waits_for_end_of_lease() {
     let database = Database::start();
     let proxy = Proxy::to(database.port());
     let server = start(&database.url_at(proxy.port));
@@ -372,7 +372,7 @@ fn start_waits_for_the_end_of_a_lease() {
 }
 
 #[test]
-fn idle_primary_detects_a_takeover() {
+fn idle_primary_detects_takeover() {
     let database = Database::start();
     let paused = start(&database.url());
     let standby = stand_by(&database.url(), &[]);
@@ -419,11 +419,11 @@ fn compaction_ahead_of_standby_loses_nothing() {
         shows(&standby, "more", 200, round);
         assert_eq!(get_stale(&standby, "kept"), (200, round.into()));
         assert_eq!(get_stale(&standby, "gone").0, if deleted { 404 } else { 200 });
-        // A watch that would miss a change gets no event, and the reason when it resumes.
+        // A watch that would miss a change ends without an event, and gets the reason when it resumes.
         assert!(watching.next().is_none(), "it would miss what was superseded");
         assert_eq!(Connection::open(standby.address()).ask_with("GET", "/v1?watch&since=2", &STALE, b"").status, 410);
     }
-    // It takes in the last words of a writer that is gone when it looks again.
+    // It applies the last entries of the former primary at the next poll.
     standby.signal(Signal::STOP);
     assert_eq!(put(&server, "more", "4"), 201);
     server.terminate();

@@ -7,7 +7,7 @@ use crate::support::requests::{put, shows};
 use crate::support::sabotage::{self, says, spawn};
 
 #[test]
-fn panic_in_a_log_task_ends_the_server() {
+fn panic_in_log_task_ends_server() {
     let database = Database::start();
     sabotage::ends_servers(&["--txlog", &database.url()]);
     // A standby restarts itself.
@@ -18,7 +18,7 @@ fn panic_in_a_log_task_ends_the_server() {
 }
 
 #[test]
-fn follow_and_compactor_restart_after_a_panic() {
+fn follow_and_compactor_restart_after_panic() {
     let database = Database::start();
     let primary = sabotage::start(&["log compactor"], &["--txlog", &database.url()]);
     let standby = sabotage::start(&["follow"], &["--txlog", &database.url(), "--standby"]);

@@ -64,11 +64,11 @@ fn histories_over_takeovers_are_linearizable() {
         "{rounds} rounds of {operations} operations, {unknown} of unknown outcome, {shown} reads of one that stood by"
     );
     assert_eq!(operations as u64, rounds * AT_ONCE * OPERATIONS);
-    // How many are of unknown outcome is up to chance, down to none: a kill can meet clients that wait for an answer to a read.
+    // The number of unknown outcomes is random, and can be zero: at a kill all clients may wait for reads.
     assert!(shown > 0, "one that stood by showed nothing");
 }
 
-/// Has the one that writes lose the log, and gives one that stands by for its successor.
+/// Makes the primary lose the log, and returns the standby that takes over.
 fn take_over(holder: &Server, standby: &Server, way: Signal, stage: &Stage, url: &str) -> Server {
     if way == Signal::KILL {
         stage.set(None);
@@ -76,7 +76,7 @@ fn take_over(holder: &Server, standby: &Server, way: Signal, stage: &Stage, url:
     holder.signal(way);
     becomes_ready(standby, 200, WELL);
     if way == Signal::STOP {
-        // Clients go on asking it until it knows: before the other has written anything only the epoch is not the right one.
+        // Clients use it until it detects the takeover: before the new primary has written, only the epoch differs.
         holder.signal(Signal::CONT);
         holder.says(DEPOSED);
     }

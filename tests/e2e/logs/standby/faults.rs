@@ -1,5 +1,4 @@
-//! Standbys in a directory that is not as it should be, and beside a primary that is paused: what `/readyz` reports, and that
-//! the standby changes nothing.
+//! Standbys in a faulty directory, and with a paused primary: `/readyz` reports the fault, and the standby changes nothing.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -21,7 +20,7 @@ use crate::support::wire::{Connection, STALE};
 
 const CANNOT_FOLLOW: &str = "[-]log standby cannot follow the log: ";
 
-/// The files of the log, with their bytes. Not those that a server writes beside the entries: the watermark, and what is begun.
+/// The files of the log, with their bytes, without the watermark and incomplete files.
 fn files(data: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(data.join("log")).expect("there is a log").map(|file| file.expect("it can be read"));
     let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
@@ -35,7 +34,7 @@ fn segment(data: &Path) -> File {
     File::options().read(true).write(true).open(first).expect("it is there")
 }
 
-/// Waits until the standby has begun another look at the log, and found that it has a primary.
+/// Waits until the standby has polled the log again, and found that there is a primary.
 fn looks(standby: &Server) {
     let begun = Instant::now();
     loop {
@@ -57,7 +56,7 @@ fn pause(server: &Server) {
 }
 
 #[test]
-fn paused_primary_keeps_the_log_until_it_is_killed() {
+fn paused_primary_keeps_log_until_killed() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -109,9 +108,9 @@ fn standby_reports_corruption_and_touches_nothing() {
     assert_eq!((put(&standby, "a", "3"), get(&standby, "a")), (201, (200, "3".into())));
 }
 
-/// The last entry of a log is corrupt: without the primary that would be a torn write.
+/// The last entry of the log is corrupt, which without a primary would be a torn write.
 #[test]
-fn standby_does_not_cut_off_a_corrupt_end() {
+fn standby_does_not_truncate_corrupt_end() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -135,7 +134,7 @@ fn standby_does_not_cut_off_a_corrupt_end() {
 }
 
 #[test]
-fn standby_leaves_a_newer_format_alone() {
+fn standby_leaves_newer_format_unchanged() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -172,9 +171,9 @@ fn standby_leaves_a_newer_format_alone() {
     assert!(files(data.path()) == before, "the standby changed the log");
 }
 
-/// Whether it has a primary or not, a standby that may not write the directory could never take over.
+/// With or without a primary, a standby without write permission could never take over.
 #[test]
-fn standby_in_a_read_only_directory_ends_at_once() {
+fn standby_in_read_only_directory_ends_at_once() {
     let disk = Mount::tmpfs();
     let primary = disk.serve();
     assert_eq!(put(&primary, "a", "1"), 201);
@@ -189,9 +188,9 @@ fn standby_in_a_read_only_directory_ends_at_once() {
     standby("is on a read-only file system; give another directory with --data-dir");
 }
 
-/// The directory is replaced by that of another server, as by a mount or a mistake of an operator.
+/// The directory is replaced by that of another server, for instance by a wrong mount.
 #[test]
-fn standby_leaves_another_log_alone() {
+fn standby_leaves_other_log_unchanged() {
     let root = directory();
     let [data, other]: [PathBuf; 2] = ["data", "other"].map(|name| root.path().join(name));
     let exchange = || renameat_with(CWD, &data, CWD, &other, RenameFlags::EXCHANGE).expect("they can be exchanged");
@@ -221,7 +220,7 @@ fn standby_leaves_another_log_alone() {
 }
 
 #[test]
-fn standby_takes_over_on_a_full_disk() {
+fn standby_takes_over_on_full_disk() {
     let disk = Mount::tmpfs();
     let primary = disk.serve();
     let standby = stand_by(&disk.data(), &SMALL_SEGMENTS);

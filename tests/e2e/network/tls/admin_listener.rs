@@ -10,10 +10,10 @@ use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
 #[test]
-fn admin_listener_has_the_certificate_too() {
+fn admin_listener_uses_same_certificate() {
     let authority = Authority::new();
     let pair = authority.issue("server", Kind::Server, 1);
-    // It asks for no certificate, other than the HTTP interface.
+    // Unlike the HTTP interface, it requests no client certificate.
     let files = ["--tls-cert", &pair.certificate, "--tls-key", &pair.key, "--client-ca", &authority.file()];
     let server = Server::start(&[&files[..], &["--admin-tls"]].concat());
     server.says("admin on https://");
@@ -32,7 +32,7 @@ fn admin_listener_has_the_certificate_too() {
     }
     let (trusted, said) = kvs(&["health"]);
     assert!(!trusted && said.contains("certificate"), "{said}");
-    // Without TLS there is no answer in HTTP.
+    // Without TLS there is no HTTP response.
     let plain = Connection::open(server.admin()).try_ask("GET", "/readyz", b"");
     assert!(plain.is_err(), "{plain:?}");
 
@@ -50,7 +50,7 @@ fn admin_listener_has_the_certificate_too() {
 }
 
 #[test]
-fn warning_of_an_open_admin_listener_ends_with_tls() {
+fn admin_tls_silences_warning_of_open_listener() {
     let tokens = Tokens::new();
     tokens.add(&["alice", "--scope", "admin"]);
     let (_authority, server) = start(&["--tokens", &tokens.file(), "--admin", "0.0.0.0:0", "--admin-tls"]);

@@ -1,4 +1,4 @@
-//! Clients that honour `Connection: close` and GOAWAY. No request of theirs may fail.
+//! Clients that honour `Connection: close` and GOAWAY. None of their requests may fail.
 
 use std::error::Error;
 use std::net::SocketAddr;
@@ -73,7 +73,7 @@ async fn connect(address: SocketAddr) -> SendRequest<Full<Bytes>> {
     sender
 }
 
-/// Asks on this connection, or on a new one where the server has said GOAWAY before it took the request.
+/// Sends the request on this connection, or on a new one if the server sent GOAWAY before it accepted the request.
 async fn ask(
     sender: &mut SendRequest<Full<Bytes>>,
     address: SocketAddr,
@@ -104,7 +104,7 @@ async fn ask(
     }
 }
 
-/// Whether the request was not taken, after a GOAWAY without an error.
+/// Whether the request was not accepted, after a GOAWAY without an error.
 fn is_unprocessed(error: &hyper::Error) -> bool {
     let h2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
     error.is_canceled() || h2.is_some_and(|h2| h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR))
@@ -150,7 +150,7 @@ pub fn watch(way: &Way, address: SocketAddr, over: &AtomicBool, tally: &Tally) -
     }
 }
 
-/// The next piece of a watch. One that the old process has forwarded is a single piece, of a length that is known.
+/// The next chunk of a watch. One that the old process has forwarded is a single chunk of known length.
 fn chunk(connection: &mut Connection<Box<dyn Stream>>, length: &mut Option<usize>) -> Option<String> {
     let bytes = match length {
         None => connection.try_chunk().expect("a watch ends in good order")?,

@@ -42,7 +42,7 @@ fn all_listeners_are_handed_over() {
         (answer.text().trim_end().to_owned(), answer.header("connection").map(str::to_owned))
     };
 
-    // Other sockets than the flags of the new process name.
+    // Sockets that differ from the flags of the new process.
     for (sockets, expected) in [
         ("\"$@\" --listen 127.0.0.1:0".to_owned(), "2 sockets were passed to this process for 3 addresses"),
         (
@@ -64,7 +64,7 @@ fn all_listeners_are_handed_over() {
         let former = server.process.load(Ordering::Relaxed);
         server.upgrade(&[]);
         assert_eq!(idle_admin.end(), "", "an idle connection of the admin listener is closed");
-        // The old process forwards what it knows of its clients.
+        // The old process forwards the addresses and principals of its clients.
         assert_eq!(peer(&mut plain, ""), ("None".to_owned(), Some("close".to_owned())));
         let given = "Some(\"203.0.113.7:0\")".to_owned();
         assert_eq!(peer(&mut proxy, "203.0.113.7"), (given.clone(), Some("close".to_owned())));

@@ -1,4 +1,4 @@
-//! Tests of the checker: histories by hand, and small random ones, compared with a search of all orders.
+//! Tests of the checker: hand-written histories, and small random ones, compared with a search of all orders.
 
 use proptest::prelude::*;
 
@@ -105,7 +105,7 @@ fn check_outcome_matches_state() {
 fn transaction_is_atomic() {
     let both = done(10, 20, &[put(0, 1), put(1, 2)]);
     passes(&[both.clone(), done(11, 12, &[absent(0), absent(1)]), done(13, 14, &[got(0, 1), got(1, 2)])]);
-    // Half of it, seen by one read or by two.
+    // Half of the transaction, seen by one read or by two.
     assert_eq!(fails(&[both.clone(), done(11, 12, &[got(0, 1), absent(1)])]), 2);
     assert_eq!(fails(&[both, done(11, 12, &[got(1, 2)]), done(13, 14, &[absent(0)])]), 3);
 }

@@ -1,7 +1,7 @@
-//! A small server of its own for the checker to find out: it keeps its promises, or breaks one of them.
+//! A small server to test the checker: correct, or with one fault.
 //!
-//! It answers over real sockets what the clients ask. Its disk is a list of which only the beginning is safe, until the next
-//! sync; when it is killed, the rest is gone, which is what a power cut does to files and a kill of a process does not.
+//! It serves clients over real sockets. Its disk is a list of which only the beginning is synced; a kill loses the rest, as
+//! a power cut does with files and a kill of a process does not.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -12,17 +12,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-/// How long its disk takes.
+/// Duration of a sync.
 const SYNC: Duration = Duration::from_millis(3);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
     None,
-    /// A write is answered before it is safe.
+    /// Acknowledges a write before it is durable.
     AnswersEarly,
-    /// A read is answered before what it saw is safe.
+    /// Responds to a read before the returned value is durable.
     ReadsWithoutWaiting,
-    /// Now and then a write is answered, and the one before is still there.
+    /// Loses some acknowledged writes: the value before stays.
     LosesUpdates,
 }
 
@@ -32,11 +32,11 @@ type Item = (String, u64);
 #[derive(Default)]
 struct Store {
     items: HashMap<String, Item>,
-    /// What was written: a key, and what it had from then on.
+    /// The writes: a key, and its new item.
     log: Vec<(String, Option<Item>)>,
     safe: usize,
     connections: Vec<TcpStream>,
-    /// How often it was killed.
+    /// Number of kills.
     kills: u64,
     over: bool,
 }
@@ -69,14 +69,14 @@ impl Faulty {
                 }
                 store.connections.push(stream.try_clone().expect("a socket can be shared"));
                 let life = store.kills;
-                // However it ends, the client sees that there is no answer.
+                // The client gets no response, however the connection ends.
                 thread::spawn(move || serve(&shared, stream, life, fault));
             }
         });
         Self { shared, address }
     }
 
-    /// What is not safe is gone, and so are all connections.
+    /// Drops unsynced writes and all connections.
     pub fn kill(&self) {
         let mut store = lock(&self.shared.0);
         store.kills += 1;
@@ -90,7 +90,7 @@ impl Faulty {
             };
         }
         for connection in store.connections.drain(..) {
-            // Fails only when the client left.
+            // Fails only when the client has disconnected.
             let _ = connection.shutdown(Shutdown::Both);
         }
         self.shared.1.notify_all();
@@ -101,7 +101,7 @@ impl Drop for Faulty {
     fn drop(&mut self) {
         lock(&self.shared.0).over = true;
         self.kill();
-        // For the acceptor to see it.
+        // Wakes the acceptor.
         let _ = TcpStream::connect(self.address);
     }
 }
@@ -133,7 +133,7 @@ fn serve(shared: &(Mutex<Store>, Condvar), stream: TcpStream, life: u64, fault: 
             Fault::ReadsWithoutWaiting => written,
             Fault::None | Fault::LosesUpdates => true,
         };
-        // On all so far: what was seen is among it.
+        // All writes so far, which include those that were read.
         let rests_on = store.log.len();
         while waits && store.safe < rests_on && store.kills == life {
             store = shared.1.wait(store).expect("nobody panics with it");
@@ -209,7 +209,7 @@ fn text(status: u16, headers: &str, body: &str) -> String {
     format!("HTTP/1.1 {status} Said\r\n{headers}content-length: {}\r\n\r\n{body}", body.len())
 }
 
-/// All operations, or, when a check fails, none and its place.
+/// Runs all operations, or, when a check fails, none, and returns its index.
 fn play(store: &mut Store, operations: &[Value], fault: Fault) -> Result<Vec<Value>, usize> {
     let (mut items, mut log) = (store.items.clone(), store.log.clone());
     let mut given = Vec::new();

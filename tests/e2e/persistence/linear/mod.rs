@@ -60,11 +60,11 @@ fn history_under_faults_is_linearizable() {
     );
     assert_eq!(operations as u64, histories * OPERATIONS);
     assert!(unknown as u64 > histories && trapped as u64 > histories / 10, "{unknown} unknown, {trapped} traps");
-    // Of the servers that ran at the end of a round, whose histories have reads that were given from the cache.
+    // Of the servers at the end of a round, whose histories have reads from the cache.
     assert!(hits > 0, "no read was given from the cache");
 }
 
-/// The guest traps every few operations, and spares are promoted; now and then it is swapped.
+/// The guest traps every few operations, and spares are promoted; sometimes it is swapped.
 #[test]
 fn history_over_promotions_of_spares_is_linearizable() {
     let mut rng = zoo::dice();
@@ -88,7 +88,7 @@ fn history_over_promotions_of_spares_is_linearizable() {
                     until(&server, "there is a spare", |now| now.get("kvs_guest_spares") > 0.0);
                     let mut client = Connection::open(server.address());
                     let answer = client.ask("GET", "/trap/v1/a", b"");
-                    // It is answered before the spare is taken, and the next request after it.
+                    // The response comes before the spare is promoted, and that of the next request after it.
                     client.ask("GET", "/v1/a", b"");
                     // Traps that come too fast are rejected while the guest is rebuilt.
                     assert!(matches!(answer.status, 500 | 503), "{}: {}", answer.status, answer.text());
@@ -105,7 +105,7 @@ fn history_over_promotions_of_spares_is_linearizable() {
     assert!(promoted >= histories as f64 / 4.0, "{promoted} spares were promoted in {trapped} traps");
 }
 
-/// A copy of the guest is swapped in again and again, after shadow traffic in which it never differs. Histories are recorded for as
+/// A copy of the guest is swapped in repeatedly, after shadow traffic without a difference. Histories are recorded for as
 /// long as that takes, which depends on how fast guests are compiled.
 #[test]
 fn history_over_swaps_with_shadow_is_linearizable() {

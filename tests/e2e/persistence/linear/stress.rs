@@ -23,11 +23,11 @@ const DELAYS: [u64; 4] = [0, 50, 500, 5_000];
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     None,
-    /// Now and then a write is acknowledged and has no effect.
+    /// Some writes are acknowledged and have no effect.
     LostUpdate,
-    /// Now and then a read sees an item that was overwritten.
+    /// Some reads return an item that was overwritten.
     StaleRead,
-    /// Now and then the last three acknowledged operations are undone.
+    /// Sometimes the last three acknowledged operations are undone.
     LostTail,
 }
 
@@ -88,7 +88,7 @@ enum Event {
     Return { at: usize },
 }
 
-/// Simulates clients of a store. An operation of unknown outcome may take effect long after its client has gone on.
+/// Simulates clients of a store. An operation of unknown outcome may take effect long after its client has continued.
 fn generate(shape: Shape, rng: &mut Rng) -> Vec<Operation> {
     let mut store = Store { fault: shape.fault, items: vec![None; KEYS], past: Vec::new(), tags: 0 };
     let mut seen = [[None::<Item>; KEYS]; CLIENTS];

@@ -1,4 +1,4 @@
-//! A PostgreSQL of a test's own, on a free port: started, killed, paused, asked.
+//! PostgreSQL server of one test, on a free port.
 
 use std::fs;
 use std::io::Write;
@@ -24,14 +24,14 @@ pub struct Database {
     process: Option<Process>,
 }
 
-/// Where the programs of the newest version are.
+/// Directory of the programs of the newest version.
 fn programs() -> PathBuf {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
     let newest = versions.map(|version| version.expect("it can be listed").path().join("bin")).max();
     newest.expect("PostgreSQL is installed; `just test` does that")
 }
 
-/// One of its programs, as somebody it lets run it: root may not.
+/// One of its programs, as another user than root, which PostgreSQL refuses.
 fn program(name: &str) -> Command {
     as_owner(&programs().join(name))
 }
@@ -46,7 +46,7 @@ pub fn as_owner(program: &Path) -> Command {
     command
 }
 
-/// Makes it the database's.
+/// Gives the file to the owner of the database.
 pub fn give(path: &Path) {
     if geteuid().is_root() {
         let home = fs::metadata("/var/lib/postgresql").expect("its package made a home for it");
@@ -80,7 +80,7 @@ impl Database {
         database
     }
 
-    /// A standby of it that is synchronous: from now on it waits for it at every commit.
+    /// Creates a synchronous standby: from now on every commit waits for it.
     pub fn replicate(&self) -> Self {
         let data = TempDir::new().expect("a temporary directory can be made");
         give(data.path());
@@ -112,17 +112,17 @@ impl Database {
         self.becomes(&format!("SHOW {name}"), value);
     }
 
-    /// Makes a standby the one that is written to.
+    /// Promotes a standby to primary.
     pub fn promote(&self) {
         assert_eq!(self.sql("SELECT pg_promote()"), ["t"]);
     }
 
-    /// Waits until this many commits wait for a synchronous standby that is away.
+    /// Waits until this many commits wait for an unavailable synchronous standby.
     pub fn waits_for_standby(&self) {
         self.becomes("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'", "t");
     }
 
-    /// Starts it when it is down. What is left of a killed one can keep it from that for a moment.
+    /// Starts it when it is down, with retries, since processes of a killed one can remain for a moment.
     pub fn start_again(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         let is_standby = self.data.path().join("cluster/standby.signal").exists();
@@ -162,14 +162,14 @@ impl Database {
         self.becomes("SHOW ssl", "on");
     }
 
-    /// From now on it knows this user by a certificate of this authority, and by nothing else.
+    /// From now on this user can authenticate only with a certificate of this authority.
     pub fn asks_for_certificates(&self, user: &str, authority: &str) {
         let (rules, copy) = (self.data.path().join("cluster/pg_hba.conf"), self.data.path().join("authority"));
         fs::copy(authority, &copy).expect("the directory takes a file");
         give(&copy);
         self.sql(&format!("ALTER SYSTEM SET ssl_ca_file = '{}'", copy.display()));
         let others = fs::read_to_string(&rules).expect("initdb made it");
-        // The first that fits is the one that counts.
+        // The first matching line counts.
         fs::write(&rules, format!("hostssl all {user} 127.0.0.1/32 cert\n{others}")).expect("it is the test's");
         self.sql("SELECT pg_reload_conf()");
         self.becomes("SHOW ssl_ca_file", &copy.display().to_string());
@@ -179,18 +179,18 @@ impl Database {
         self.port
     }
 
-    /// How kvs finds it.
+    /// URL for kvs.
     pub fn url(&self) -> String {
         self.url_at(self.port)
     }
 
-    /// By a proxy on another port.
+    /// URL through a proxy on another port.
     pub fn url_at(&self, port: u16) -> String {
         let passwords = self.data.path().join("passwords");
         format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&passfile={}", passwords.display())
     }
 
-    /// A new database beside the one that tests use, and its URL.
+    /// Creates another database, and returns its URL.
     pub fn create(&self, name: &str) -> String {
         self.sql(&format!("CREATE DATABASE {name}"));
         self.url().replace("/postgres?", &format!("/{name}?"))
@@ -213,7 +213,7 @@ impl Database {
         assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
     }
 
-    /// Kills it, and starts it with a recovery from an archive, which holds nothing more.
+    /// Kills it, and starts it with recovery from an empty archive.
     pub fn recover(&mut self) {
         self.sql("ALTER SYSTEM SET restore_command = 'false'");
         self.kill();
@@ -223,19 +223,19 @@ impl Database {
         self.start_again();
     }
 
-    /// SIGKILL: those that serve its connections find out by themselves.
+    /// SIGKILL of the main process; the processes of connections end by themselves.
     pub fn kill(&mut self) {
         let mut process = self.process.take().expect("it is running");
         process.signal(Signal::KILL);
         process.wait();
     }
 
-    /// Stops or continues it with all that belongs to it.
+    /// Stops or continues it with all its processes.
     pub fn signal(&self, signal: Signal) {
         let process = self.process.as_ref().expect("it is running");
         process.signal(signal);
         for child in process.children() {
-            // One that is gone needs no signal.
+            // A process that has ended needs no signal.
             let _ = kill_process(Pid::from_raw(child).expect("a process has a number"), signal);
         }
     }
@@ -253,7 +253,7 @@ impl Database {
         client
     }
 
-    /// Runs SQL, and gives the rows, with | between columns.
+    /// Runs SQL, and returns the rows, with | between columns.
     pub fn sql(&self, statements: &str) -> Vec<String> {
         self.sql_in("postgres", statements)
     }
@@ -265,7 +265,7 @@ impl Database {
         String::from_utf8(ran.stdout).expect("it is text").lines().map(str::to_owned).collect()
     }
 
-    /// Waits until a query gives this.
+    /// Waits until a query returns this.
     pub fn becomes(&self, query: &str, wanted: &str) {
         let deadline = Instant::now() + PATIENCE;
         while self.sql(query) != [wanted] {
@@ -274,7 +274,7 @@ impl Database {
         }
     }
 
-    /// Holds the table for itself until it is dropped.
+    /// Locks the table exclusively until this is dropped.
     pub fn lock(&self, table: &str) -> Process {
         let mut psql = self.psql();
         psql.args(["-c", &format!("BEGIN; LOCK TABLE {table}; SELECT pg_sleep(600)")]);

@@ -1,4 +1,4 @@
-//! PostgreSQL servers for tests, and what stands between one and its clients.
+//! PostgreSQL servers for tests, and proxies in front of them.
 
 pub mod database;
 pub mod pooler;
@@ -8,7 +8,7 @@ use self::database::Database;
 use super::readiness::{STANDS_BY, becomes_ready};
 use super::server::Server;
 
-/// All that was ever written is there once, in order, without a gap: nothing was compacted.
+/// Checks that the log has all entries once, in order, without a gap: nothing was compacted.
 pub const WHOLE: &str = "SELECT count(*) = max(sequence) AND min(sequence) = 1 AND max(sequence) = (SELECT last FROM kvs.writer) \
      FROM kvs.transactions";
 
@@ -18,7 +18,7 @@ pub fn start(url: &str) -> Server {
 
 pub const DEPOSED: &str = "lost the epoch of the log: another process is primary";
 
-/// Waits for the end of a server from which another has taken the log over.
+/// Waits for the end of a server from which another has taken over.
 pub fn is_deposed(server: Server) {
     let (status, stopped) = server.ends();
     let last = stopped.stderr().last().expect("it says why");

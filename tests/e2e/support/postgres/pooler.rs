@@ -19,7 +19,7 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// `mode` is when a session of the database is given to another client.
+    /// `mode` is the pool mode: when a session of the database is given to another client.
     pub fn start(database: &Database, mode: &str) -> Self {
         let home = TempDir::new().expect("a temporary directory can be made");
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());

@@ -1,4 +1,4 @@
-//! A way to a database that can be cut off: what goes through it can be held up, lost or reset.
+//! Proxy in front of a database, which can delay, drop or reset traffic.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -13,9 +13,9 @@ use crate::support::server::PATIENCE;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     Open,
-    /// Each answer takes this long.
+    /// Delays each response by this time.
     Slow(Duration),
-    /// What is asked arrives, and the answers do not: the worst moment to be cut off.
+    /// Passes requests, and drops responses: the worst kind of disconnect.
     Deaf,
     /// Nothing passes, and neither side is notified.
     Lost,
@@ -33,7 +33,7 @@ struct State {
     target: Mutex<u16>,
     way: Mutex<Way>,
     changed: Condvar,
-    /// Bytes of answers that were kept back.
+    /// Number of dropped bytes of responses.
     kept: Mutex<u64>,
     kept_more: Condvar,
     open: Mutex<Vec<TcpStream>>,
@@ -71,12 +71,12 @@ impl Proxy {
         }
     }
 
-    /// New connections are to this port, as those to an address that moves. Those that there are stay.
+    /// Connects new connections to this port, as after a move of the address. Existing ones stay.
     pub fn lead_to(&self, port: u16) {
         *self.state.target.lock().unwrap() = port;
     }
 
-    /// Ends all connections that there are.
+    /// Ends all connections.
     pub fn reset(&self) {
         for stream in self.state.open.lock().unwrap().drain(..) {
             let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
@@ -84,7 +84,7 @@ impl Proxy {
         }
     }
 
-    /// Waits until an answer was kept back.
+    /// Waits until a response was dropped.
     pub fn kept_something(&self) {
         let kept = self.state.kept.lock().unwrap();
         let (kept, _) = self.state.kept_more.wait_timeout_while(kept, PATIENCE, |kept| *kept == 0).unwrap();
@@ -122,7 +122,7 @@ impl State {
                 self.kept_more.notify_all();
                 way = self.changed.wait(way).unwrap();
             }
-            // What was kept back is lost with its connection, also when this comes before the end of it.
+            // Dropped bytes stay lost, also when the mode changes before the end of the connection.
             if *way == Way::Reset {
                 return Ok(());
             }
