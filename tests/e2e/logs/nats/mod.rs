@@ -1,5 +1,6 @@
 //! The log in NATS JetStream: each test starts its own cluster of three nodes, kills nodes and corrupts their data.
 
+mod quorum;
 mod supervision;
 
 use std::collections::HashMap;
