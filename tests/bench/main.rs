@@ -1,11 +1,12 @@
 //! `just bench`: what a request costs, and how late it is, what a call into the guest costs, what the group commit is worth, on a disk and in a database, how fast
-//! the way back is, what a swap does to those who ask meanwhile, and for how long nobody answers. `just bench commit` measures one of them. What was measured
+//! the way back is, what a swap does to those who ask meanwhile, for how long nobody answers, and what a backup costs. `just bench commit` measures one of them. What was measured
 //! is written to `tests/bench/results.*`. `just bench-quick` is apart: it counts instructions.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
 
 mod availability;
+mod backup;
 mod call;
 mod commit;
 mod latency;
@@ -31,7 +32,7 @@ use report::Report;
 
 type Benchmark = fn(&Path, &mut Report) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 9] = [
+const ALL: [(&str, Benchmark); 10] = [
     ("requests", requests::run),
     ("latency", latency::run),
     ("call", call::run),
@@ -41,6 +42,7 @@ const ALL: [(&str, Benchmark); 9] = [
     ("swap", swap::run),
     ("traps", traps::run),
     ("availability", availability::run),
+    ("backup", backup::run),
 ];
 
 /// That of kvs, so that what the plain map is compared with is not its allocator.
