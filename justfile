@@ -142,7 +142,7 @@ guest-python SOURCE="guest/python/store.py" COMPONENT="target/guests/python.wasm
     target/python/bin/componentize-py --quiet --wit-path wit --world sharded-store \
         componentize "$(basename "$source" .py)" --python-path "$(dirname "$source")" --python-path guest/python --output "$component"
 
-# Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap, traps, upgrade, shadow or availability; more than an hour for all
+# Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap, traps, upgrade, shadow, availability or backup; more than an hour for all
 [group('develop')]
 bench *WHAT: _build guest-js (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --package kvs-tests --bench bench -- {{ WHAT }}
@@ -246,6 +246,7 @@ lint: _target _python book (_tool "systemd-analyze" "systemd") (_tool "haproxy")
     cargo clippy --release --package kvs-tests --test delivered -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
     systemd-analyze security --offline=true --threshold=20 deploy/kvs.service >/dev/null
+    ! systemd-analyze verify deploy/*.service deploy/*.timer 2>&1 | grep kvs | grep -v 'kvs is not executable'
     target/python/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/*/compose.yaml
     haproxy -c -q -f deploy/pair/haproxy.cfg
     target/python/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml

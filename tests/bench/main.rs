@@ -1,11 +1,12 @@
 //! `just bench`: what a request costs, and how late it is, what a call into the guest costs, what the group commit is worth, on a disk and in a database, how fast
-//! the way back is, what a swap, a trap or an upgrade does to those who ask meanwhile, what shadow traffic costs them, and for how long nobody answers.
+//! the way back is, what a swap, a trap or an upgrade does to those who ask meanwhile, what shadow traffic and backups cost them, and for how long nobody answers.
 //! `just bench commit` measures one of them. What was measured is written to `tests/bench/results.*`. `just bench-quick` is apart: it counts instructions.
 //!
 //! The machine is shared and noisy, so what is compared takes turns within each round, and what counts is the median of the
 //! ratios of the rounds.
 
 mod availability;
+mod backup;
 mod call;
 mod commit;
 mod latency;
@@ -35,7 +36,7 @@ use report::Report;
 
 type Benchmark = fn(&Path, &mut Report) -> Result<()>;
 
-const ALL: [(&str, Benchmark); 11] = [
+const ALL: [(&str, Benchmark); 12] = [
     ("requests", requests::run),
     ("latency", latency::run),
     ("call", call::run),
@@ -47,6 +48,7 @@ const ALL: [(&str, Benchmark); 11] = [
     ("upgrade", upgrade::run),
     ("shadow", shadow::run),
     ("availability", availability::run),
+    ("backup", backup::run),
 ];
 
 /// That of kvs, so that what the plain map is compared with is not its allocator.

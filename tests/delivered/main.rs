@@ -39,6 +39,7 @@ fn the_full_flavour() {
     says_what_it_is(&image);
     holds_nothing_else(&image);
     serves_a_session_and_keeps_it(&image, &[]);
+    has_a_console(&image, true);
     outlives_a_trap(&image);
     refuses_what_is_wrong(&image);
 }
@@ -50,6 +51,7 @@ fn the_small_flavour() {
     says_what_it_is(&image);
     holds_nothing_else(&image);
     serves_a_session_and_keeps_it(&image, &[]);
+    has_a_console(&image, false);
     outlives_a_trap(&image);
     refuses_what_is_wrong(&image);
     runs_compiled_guests_alone(&image);
@@ -136,6 +138,25 @@ fn serves_a_session_and_keeps_it(image: &Image, args: &[&str]) {
     assert_eq!(curl(&server, &[]), "Hello, key-value store!200");
     assert_eq!(curl(&server, &["-X", "DELETE"]), "200");
     assert_eq!(curl(&server, &[]), "no such key\n404");
+    server.terminate();
+}
+
+fn has_a_console(image: &Image, has_one: bool) {
+    let volume = volume();
+    let mut command = image.run(volume.path(), &[]);
+    command.envs([("KVS_LISTEN", "127.0.0.1:0"), ("KVS_ADMIN", "127.0.0.1:0")]);
+    let server = Server::spawn(command, volume);
+    let status = |path: &str| {
+        let url = format!("http://{}{path}", server.admin());
+        ask(&["-w", "%{http_code}", "-o", "/dev/null", &url])
+    };
+    for path in ["/console", "/console/app.js", "/console/style.css"] {
+        assert_eq!(status(path), if has_one { "200" } else { "404" }, "{path}");
+    }
+    // What the console would use is there without it.
+    for path in ["/livez", "/guest", "/v1"] {
+        assert_eq!(status(path), "200", "{path}");
+    }
     server.terminate();
 }
 

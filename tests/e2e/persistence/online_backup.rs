@@ -9,6 +9,7 @@ use std::thread;
 use crate::support::backup::{backup, done, large, restore, restored, take, temporary, text};
 use crate::support::guests::{DEFAULT_GUEST, copy_of};
 use crate::support::load::SMALL_SEGMENTS;
+use crate::support::memory::{forget_peak, memory, peak, peak_of};
 use crate::support::metrics::{Metrics, until};
 use crate::support::server::{Server, kvs, refused, serve, through};
 use crate::support::swap::swaps;
@@ -171,6 +172,26 @@ fn stalled_backup_client_is_disconnected() {
     let taken = until(&server, "it is counted", |now| now.get("kvs_backup_last_success_timestamp_seconds") > 0.0);
     let size = fs::metadata(files.path().join("full")).expect("it is there").len();
     assert_eq!(taken.get("kvs_backup_last_bytes"), size as f64);
+}
+
+#[test]
+fn memory_of_backup_and_restore_is_bounded() {
+    // A log of 192 MiB, of which the store has a few.
+    let server = Server::start(&["--retain", "1h", "--durability", "os"]);
+    let mut client = Connection::open(server.address());
+    for n in 0..192 {
+        assert_eq!(client.ask("PUT", &format!("/v1/{}", n % 4), &vec![n; 1 << 20]).status / 100, 2);
+    }
+    let files = temporary();
+    let file = files.path().join("full");
+    let before = memory(&server);
+    forget_peak(&server);
+    assert_eq!(take(&server, &file, &[]), 192);
+    let grown = peak(&server).saturating_sub(before);
+    assert!(grown < 16 << 10, "memory grew by {grown} KiB");
+    let data = temporary();
+    let restored = peak_of(&restore(&[file], &["--data-dir", text(data.path())]));
+    assert!(restored < 64 << 10, "the restore took {restored} KiB");
 }
 
 #[test]

@@ -55,6 +55,7 @@ impl Follower {
         let ends = shared.ends().await?;
         let (mut tip, mut kind) = (Tip::default(), Kind::Released);
         if ends.last > 0 {
+            shared.read_restored().await?;
             (tip, kind) = last(shared, ends.last).await?;
         }
         shared.check_end(&tip)?;
@@ -193,7 +194,7 @@ impl Follower {
 
     fn note(&mut self, shared: &Shared, kind: Kind) {
         match kind {
-            Kind::Void => {}
+            Kind::Void | Kind::Restored(_) => {}
             Kind::Entries => self.is_released = false,
             Kind::Released => self.is_released = true,
             Kind::Held(holder) => {
@@ -259,9 +260,11 @@ impl Follower {
         };
         let primary = self.holder.as_ref().and_then(|holder| holder.url.clone());
         let holder = (!self.is_owned).then(|| self.name());
+        // The end of what was restored lies in the jump of the incarnation that continues it.
+        let newest = shared.restored().history.newest_given(self.tip.sequence);
         shared.news.send_modify(|news| {
             let as_of = as_of.unwrap_or(news.as_of);
-            *news = News { newest: self.tip.sequence, holder, primary, as_of };
+            *news = News { newest, holder, primary, as_of };
         });
     }
 

@@ -10,18 +10,23 @@
 //!
 //! A heartbeat shows that the primary is alive while nothing is written. The frame that closes a log also releases it.
 //!
+//! A log that was restored from a backup begins with frames of epoch 0, which no process has claimed: the first says what was
+//! restored, the last closes them. Their sequences have gaps, so each names the last of its own, where others name the newest
+//! that was durable.
+//!
 //! Owns: the rules by which one frame follows another. Must never know: the engine.
 
 use std::mem;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::Event;
-use crate::file::bytes::u32_at;
-use crate::file::entry;
-use crate::file::frame::{Builder, CLAIM, CLOSE, ENTRIES, Frame, HEAD_BYTES, HEARTBEAT, Head};
+use crate::file::bytes::{u32_at, u64_at};
+use crate::file::frame::{Builder, CLAIM, CLOSE, ENTRIES, Frame, HEAD_BYTES, HEARTBEAT, Head, RESTORED};
+use crate::file::{entry, incarnations};
 use crate::remote::queue::{Batch, Content};
+use crate::{Event, History};
 
 /// Maximum number of frames in flight, and so a part of the format: a claim makes the positions after it, one less than this,
 /// a barrier.
@@ -83,6 +88,32 @@ impl Holder {
     }
 }
 
+/// What a log was restored from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// The newest sequence whose entry is missing, since it was compacted before: it may have been a delete.
+    pub horizon: u64,
+    /// The incarnations of the log; the last one continues what was restored.
+    pub history: Arc<History>,
+}
+
+impl Restored {
+    #[cfg(any(test, feature = "nats"))]
+    pub fn encode(&self) -> Builder {
+        let mut frame = Builder::new(1, Vec::new());
+        frame.kind = RESTORED;
+        frame.body().extend_from_slice(&self.horizon.to_le_bytes());
+        incarnations::encode(frame.body(), self.history.incarnations());
+        frame
+    }
+
+    fn decode(body: &[u8]) -> Option<Self> {
+        let (_, records) = body.split_at_checked(8)?;
+        let history = Arc::new(History::new(incarnations::decode(records)));
+        (!history.incarnations().is_empty()).then(|| Self { horizon: u64_at(body, 0), history })
+    }
+}
+
 /// The end of the log as far as it was read or written, and what a frame after it must name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tip {
@@ -101,6 +132,8 @@ pub enum Kind {
     /// The holder has taken the log, or still has it.
     Held(Holder),
     Released,
+    /// The log was restored from a backup.
+    Restored(Restored),
     /// It is of a deposed primary, and not in the log.
     Void,
 }
@@ -124,7 +157,7 @@ impl Tip {
             let mut kind = kind(head, bytes)?;
             let mut tip = Self {
                 position,
-                sequence: head.last(),
+                sequence: newest(head),
                 epoch: head.epoch,
                 checksum: head.checksum,
                 barrier: if head.kind == CLAIM { position + BARRIER } else { 0 },
@@ -156,10 +189,14 @@ impl Tip {
         if head.epoch != self.epoch + u32::from(head.kind == CLAIM) {
             return Err("it is of another epoch than the frame before it");
         }
-        if head.first != self.sequence + 1 && !is_mutant("PreviousIgnored") {
+        let follows = head.first == self.sequence + 1 || head.epoch == 0 && head.first > self.sequence;
+        if !follows && !is_mutant("PreviousIgnored") {
             return Err("its sequences do not follow those of the frame before it");
         }
-        self.take(head.kind, head.epoch, head.last(), head.checksum);
+        if head.kind == RESTORED && self.position > 0 {
+            return Err("it says what the log was restored from, but is not the first");
+        }
+        self.take(head.kind, head.epoch, newest(head), head.checksum);
         Ok(kind)
     }
 
@@ -179,7 +216,7 @@ impl Tip {
     /// Makes the frame of a batch that follows here, and moves on to it. Takes the entries: while the frame is in flight they
     /// would be in memory twice.
     pub fn entries(&mut self, log: Uuid, batch: &mut Batch<Entries>) -> Bytes {
-        debug_assert_eq!(batch.before, self.sequence);
+        debug_assert_eq!(batch.first, self.sequence + 1);
         let Entries { body, count } = mem::take(&mut batch.content);
         let mut frame = Builder::new(batch.first, Vec::with_capacity(body.len() + OVERHEAD as usize));
         frame.body().extend_from_slice(&body);
@@ -214,6 +251,11 @@ impl Tip {
     }
 }
 
+/// Returns the newest sequence up to a frame.
+fn newest(head: Head) -> u64 {
+    if head.epoch == 0 { head.durable } else { head.last() }
+}
+
 const NOT_A_FRAME: &str = "it is not a frame of this log, or is damaged";
 
 /// Checks a frame by itself.
@@ -225,6 +267,7 @@ fn kind(head: Head, bytes: &[u8]) -> Result<Kind, &'static str> {
     match (head.kind, head.count, head.flags) {
         (ENTRIES, 1.., 0) => Ok(Kind::Entries),
         (CLOSE, 0, 0) => Ok(Kind::Released),
+        (RESTORED, 0, 0) => Restored::decode(body).map(Kind::Restored).ok_or("it does not say what was restored"),
         (CLAIM | HEARTBEAT, 0, 0) => Holder::decode(body).map(Kind::Held).ok_or("it does not name its holder"),
         _ => Err("it is of a kind that this binary does not know; use a newer kvs"),
     }

@@ -46,7 +46,7 @@ impl Measured for ClusterLog {
         let (durable, newest) = (self.watermark().durable(), self.appended());
         page.gauge("txlog_sequence", "The newest durable sequence", durable)?;
         page.gauge("txlog_unsynced_entries", "Entries appended but not durable yet", newest.saturating_sub(durable))?;
-        let behind = self.shared.news.borrow().newest.saturating_sub(newest);
+        let behind = self.shared.restored().history.entries(newest, self.shared.news.borrow().newest);
         page.gauge("txlog_role", "Role: 0 for primary, 1 for standby", u64::from(!queue.begun()))?;
         page.gauge(
             "txlog_replication_lag_entries",

@@ -33,13 +33,15 @@ mod metrics;
 pub mod nats;
 mod reader;
 mod replay;
+#[cfg(any(test, feature = "nats"))]
+mod restore;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 use std::future::{Future, ready};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -51,12 +53,12 @@ use uuid::Uuid;
 
 use self::engine::Engine;
 use self::follower::Follower;
-use self::frame::{Entries, Holder, is_mutant};
+use self::frame::{Entries, Holder, Restored, is_mutant};
 use self::integrity::{Integrity, LOSS_TIMEOUT};
 use self::mark::{Mark, MarkFile};
 use self::metrics::Metrics;
 use self::reader::{Failure, Index};
-use super::{Condition, News, Receive, Standby, TransactionLog, Watermark};
+use super::{Condition, History, News, Receive, Standby, TransactionLog, Watermark};
 use crate::remote::breaker::Breaker;
 use crate::remote::lease::Lease;
 use crate::remote::queue::{End, Queue};
@@ -133,6 +135,8 @@ struct Shared {
     /// This process.
     holder: Holder,
     news: watch::Sender<News>,
+    /// Set once a frame of the log was read.
+    restored: OnceLock<Restored>,
     index: Index,
     queue: Queue<Entries>,
     watermark: Watermark,
@@ -204,8 +208,13 @@ impl TransactionLog for ClusterLog {
     }
 
     fn retained(&self) -> u64 {
-        // Nothing is ever dropped.
-        1
+        // Nothing is ever dropped, but can have been before it was restored here.
+        let Restored { horizon, history } = self.shared.restored();
+        history.incarnations().last().filter(|_| horizon > 0).map_or(1, |incarnation| incarnation.fork)
+    }
+
+    fn history(&self) -> Arc<History> {
+        self.shared.restored().history
     }
 
     fn read_only(&self) -> Option<&'static str> {
@@ -290,6 +299,7 @@ impl Shared {
             warnings,
             holder,
             news: watch::Sender::new(news),
+            restored: OnceLock::new(),
             index: Index::default(),
             queue: Queue::new(0, group_bytes, BATCH_BYTES.min(group_bytes), env.clock.clone()),
             watermark: Watermark::new(0),
@@ -349,13 +359,16 @@ impl Shared {
 
     /// Acknowledges that the entries up to this sequence were applied.
     fn follow(&self, sequence: u64) {
+        let sequence = self.restored().history.newest_given(sequence);
         self.queue.follow(sequence);
         self.watermark.advance(sequence);
     }
 
     /// Accepts appends after the entries of the log.
     fn begin(&self) {
-        self.queue.begin(self.queue.appended() + u64::from(!is_mutant("SequenceReused")));
+        let appended = self.queue.appended();
+        let next = self.restored().history.next(appended);
+        self.queue.begin(if is_mutant("SequenceReused") { appended } else { next });
     }
 
     fn read_only(&self) -> Option<&'static str> {
@@ -399,7 +412,7 @@ impl Shared {
         conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();
-            let behind = newest.saturating_sub(self.queue.appended());
+            let behind = self.restored().history.entries(self.queue.appended(), *newest);
             conditions.push(match holder {
                 Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
                 None => format!("failover in progress, replication lag {behind} entries"),
@@ -409,6 +422,10 @@ impl Shared {
         conditions
             .extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
         if conditions.is_empty() { Condition::Well } else { Condition::But(conditions.join("; ")) }
+    }
+
+    fn restored(&self) -> Restored {
+        self.restored.get().cloned().unwrap_or_default()
     }
 
     fn fail(&self, error: &anyhow::Error) {

@@ -13,11 +13,13 @@ use bytes::Bytes;
 
 use super::Shared;
 use super::engine::ReadError;
-use super::frame::{Kind, Tip, is_mutant};
+use super::frame::{Kind, Restored, Tip, is_mutant};
 
 /// Number of reads after which a frame counts as damaged.
 const ATTEMPTS: u32 = 8;
 const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// Maximum time to wait for the first frame.
+const WAIT: Duration = Duration::from_millis(250);
 
 /// A frame that follows the one before it.
 pub struct Read {
@@ -52,6 +54,18 @@ impl From<ReadError> for Failure {
 }
 
 impl Shared {
+    /// Reads what the log was restored from, which its first frame says.
+    pub async fn read_restored(&self) -> Result<(), Failure> {
+        if self.restored.get().is_some() {
+            return Ok(());
+        }
+        let first = self.read(&mut Tip::default(), WAIT).await?.into_iter().next();
+        let first = first.ok_or_else(|| Failure::Silent(format!("frame 1 of {} cannot be read yet", self.name)))?;
+        let restored = if let Kind::Restored(restored) = first.kind { restored } else { Restored::default() };
+        let _ = self.restored.set(restored);
+        Ok(())
+    }
+
     /// Reads the frames after `tip`, and moves it on to the last of them. Waits for one at most this long.
     pub async fn read(&self, tip: &mut Tip, wait: Duration) -> Result<Vec<Read>, Failure> {
         let mut why = String::new();

@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 use super::Shared;
 use super::frame::{Kind, decoded};
 use super::reader::{Failure, Read};
-use crate::Receive;
 use crate::file::Batch;
+use crate::{Forgotten, Receive};
 
 /// Maximum time without a frame that must be there: an engine elects a leader in less.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -16,6 +16,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// See [`TransactionLog::replay`](crate::TransactionLog::replay).
 pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
+    let newest = shared.restored().horizon;
+    ensure!(after == 0 || newest <= after, Forgotten { after, newest });
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let mut tip = shared.index.before(after);
     let mut progress = shared.env.clock.now();

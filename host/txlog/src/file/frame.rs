@@ -25,6 +25,8 @@ pub const INCARNATION: u8 = 2;
 // In replicated logs only: a claim begins an epoch, a heartbeat says that its holder is alive.
 pub const CLAIM: u8 = 3;
 pub const HEARTBEAT: u8 = 5;
+// What a replicated log was restored from: its first frame, if it was.
+pub const RESTORED: u8 = 6;
 /// The last frame of a backup, which no log contains.
 pub const TRAILER: u8 = 4;
 

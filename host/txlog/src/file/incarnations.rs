@@ -22,13 +22,17 @@ pub fn frame_bytes(incarnations: usize) -> u64 {
 pub fn frame(incarnations: &[Incarnation]) -> Option<Builder> {
     let mut frame = Builder::new(incarnations.first()?.first, Vec::new());
     frame.kind = INCARNATION;
-    for Incarnation { id, parent, fork, first } in incarnations {
-        frame.body().extend_from_slice(id.as_bytes());
-        frame.body().extend_from_slice(parent.as_bytes());
-        frame.body().extend_from_slice(&fork.to_le_bytes());
-        frame.body().extend_from_slice(&first.to_le_bytes());
-    }
+    encode(frame.body(), incarnations);
     Some(frame)
+}
+
+pub fn encode(body: &mut Vec<u8>, incarnations: &[Incarnation]) {
+    for Incarnation { id, parent, fork, first } in incarnations {
+        body.extend_from_slice(id.as_bytes());
+        body.extend_from_slice(parent.as_bytes());
+        body.extend_from_slice(&fork.to_le_bytes());
+        body.extend_from_slice(&first.to_le_bytes());
+    }
 }
 
 pub fn decode(body: &[u8]) -> Vec<Incarnation> {

@@ -11,7 +11,7 @@ const FRAME_BYTES: usize = 1 << 20;
 
 pub struct Packer {
     log: Uuid,
-    durable: u64,
+    pub durable: u64,
     pub epoch: u32,
     /// Checksum of the last complete frame.
     pub chain: u32,

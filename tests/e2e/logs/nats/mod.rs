@@ -1,5 +1,6 @@
 //! The log in NATS JetStream: each test starts its own cluster of three nodes, kills nodes and corrupts their data.
 
+mod backup;
 mod quorum;
 mod supervision;
 
@@ -14,7 +15,6 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::backup::{restored, take, temporary};
 use crate::support::nats::{Nodes, SAFE};
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready};
 use crate::support::requests::{answer, get, put, send};
@@ -70,21 +70,6 @@ fn writes_survive_restart_and_kill() {
     let server = server.kill().restart(&texts(&args));
     assert_eq!((get(&server, "a"), get(&server, "c")), ((200, "2".into()), (200, "4".into())));
     assert_eq!(put(&server, "c", "5"), 201);
-}
-
-#[test]
-fn backup_of_running_server_is_restored_into_files() {
-    let nodes = Nodes::start(3);
-    let server = start(&nodes);
-    becomes_ready(&server, 200, WELL);
-    assert_eq!((put(&server, "a", "1"), put(&server, "a", "2"), put(&server, "b", "3")), (201, 201, 201));
-    let files = temporary();
-    let [full, rest] = ["full", "rest"].map(|name| files.path().join(name));
-    let end = take(&server, &full, &[]);
-    assert_eq!(put(&server, "c", "4"), 201);
-    assert!(take(&server, &rest, &["--since", &end.to_string()]) > end);
-    let in_files = restored(&[full, rest], &[]);
-    assert_eq!(["a", "b", "c"].map(|key| get(&in_files, key)), ["2", "3", "4"].map(|value| (200, value.to_owned())));
 }
 
 #[test]

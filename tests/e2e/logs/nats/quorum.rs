@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{put, start, stand_by};
+use super::{put, stand_by, start};
 use crate::support::nats::Nodes;
 use crate::support::readiness::{UP_TO_DATE, becomes_ready};
 use crate::support::server::{PATIENCE, Server};

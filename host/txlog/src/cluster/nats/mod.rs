@@ -8,6 +8,7 @@
 
 mod connection;
 mod opening;
+mod restore;
 mod target;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use uuid::Uuid;
 
 use self::connection::Connection;
 pub use self::opening::{Checks, at_rest, open, read};
+pub use self::restore::restore;
 pub use self::target::Url;
 
 use super::engine::{Call, Ends, Engine, Put, ReadError};
@@ -41,8 +43,9 @@ const API_TIMEOUT: Duration = Duration::from_secs(2);
 const READ_FRAMES: u64 = 256;
 const READ_BYTES: u64 = 4 << 20;
 
-/// Metadata of a stream: the UUID of the log in it.
+/// Metadata of a stream: the UUID of the log in it, or of the restore that has not completed it.
 const LOG: &str = "kvs-log";
+const RESTORING: &str = "kvs-restoring";
 
 /// Status of the message after the last one of a batch.
 const END_OF_BATCH: u16 = 204;

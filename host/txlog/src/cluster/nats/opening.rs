@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::connection::Connection;
 use super::target::{Target, Url};
-use super::{LOG, Names, Stream, api, error, stream_info};
+use super::{LOG, Names, RESTORING, Stream, api, error, stream_info};
 use crate::cluster::engine::ReadError;
 use crate::cluster::frame::OVERHEAD;
 use crate::cluster::mark::{Mark, MarkFile};
@@ -28,8 +28,8 @@ const REPLICAS: u64 = 3;
 /// Timeout of a request to a monitoring port.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Attempts to reach the leader at the start, a second apart: it may be being elected.
-const ATTEMPTS: u32 = 15;
-const RETRY_DELAY: Duration = Duration::from_secs(1);
+pub const ATTEMPTS: u32 = 15;
+pub const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Headers of a message.
 const HEADER_BYTES: u64 = 1 << 10;
 /// Watermark file in the data directory.
@@ -63,7 +63,7 @@ pub fn read(url: &Url) -> Result<ClusterLog> {
 
 impl Checks {
     /// Commands that read or import a log are not warned about its durability: the server is.
-    fn unchecked() -> Self {
+    pub fn unchecked() -> Self {
         Self { begin: false, allow_unsafe: true, monitors: Vec::new() }
     }
 }
@@ -112,10 +112,16 @@ async fn prepare(
                 "the stream {stream} is gone, which this data directory was used with; restore it, or give another --data-dir for a new one"
             );
             ensure!(checks.begin, "there is no stream {stream}; check the name of the log");
-            make(client, &names, checks, env).await?
+            make(client, &names, checks, (LOG, env.random.uuid()?), env).await?
         }
     };
-    let log = info["config"]["metadata"][LOG].as_str().and_then(|log| log.parse::<Uuid>().ok());
+    let metadata = &info["config"]["metadata"];
+    ensure!(
+        metadata[RESTORING].is_null(),
+        "a restore into the stream {} was not completed; delete the stream, and restore again",
+        names.stream
+    );
+    let log = metadata[LOG].as_str().and_then(|log| log.parse::<Uuid>().ok());
     let log = log.with_context(|| format!("the stream {} was not made by kvs; choose another name", names.stream))?;
     let mark = known.unwrap_or(Mark::new(log));
     if mark.log != log {
@@ -130,7 +136,7 @@ async fn prepare(
         bail!("{}; set it, or serve with --allow-unsafe-txlog", warnings.join("; "));
     }
     let payload = client.max_payload() as u64;
-    let largest = payload.saturating_sub(OVERHEAD + HEADER_BYTES);
+    let largest = largest_frame(client).saturating_sub(OVERHEAD);
     let group_bytes = options.group_bytes.unwrap_or(largest);
     let needed = group_bytes + OVERHEAD + HEADER_BYTES;
     ensure!(
@@ -151,7 +157,7 @@ async fn prepare(
 }
 
 /// Returns the state and configuration of the stream; None if there is none.
-async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Result<Option<Value>> {
+pub async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Result<Option<Value>> {
     let mut attempts = 1;
     loop {
         match stream_info(client, names).await {
@@ -165,9 +171,14 @@ async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Result<
     }
 }
 
-/// Makes the stream. With one replica where the engine has one node, and that is allowed.
-async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Result<Value> {
-    let log = env.random.uuid()?;
+/// Makes the stream, with an item of metadata. With one replica where the engine has one node, and that is allowed.
+pub async fn make(
+    client: &Client,
+    names: &Names,
+    checks: &Checks,
+    (item, id): (&str, Uuid),
+    env: &Env,
+) -> Result<Value> {
     let config = |replicas: u64| {
         json!({
             "name": names.stream,
@@ -182,7 +193,7 @@ async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Res
             "deny_delete": true,
             "allow_direct": true,
             "republish": { "src": ">", "dest": format!("{}.>", names.notes), "headers_only": true },
-            "metadata": { LOG: log.to_string() },
+            "metadata": { item: id.to_string() },
         })
     };
     let mut replicas = REPLICAS;
@@ -191,7 +202,7 @@ async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Res
         let made = api(client, &format!("STREAM.CREATE.{}", names.stream), &config(replicas)).await;
         let (why, is_rejected) = match made {
             Ok(answer) if answer["error"].is_null() => {
-                info!("made the stream {} with {replicas} replicas for the log {log}", names.stream);
+                info!("made the stream {} with {replicas} replicas", names.stream);
                 return Ok(answer);
             }
             Ok(answer) => (error(&answer), true),
@@ -214,6 +225,11 @@ async fn make(client: &Client, names: &Names, checks: &Checks, env: &Env) -> Res
             env.clock.sleep(RETRY_DELAY).await;
         }
     }
+}
+
+/// Returns the size of the largest frame that the server accepts.
+pub fn largest_frame(client: &Client) -> u64 {
+    (client.max_payload() as u64).saturating_sub(HEADER_BYTES)
 }
 
 /// Returns how the stream can lose acknowledged writes. An error is what a log cannot do with.
