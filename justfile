@@ -216,7 +216,7 @@ image FLAVOUR="full":
 
 # Build the images of both flavours and run them, with buildah; half an hour, requires root
 [group('deliver')]
-image-test: _target _static (_tool "buildah") (_tool "curl")
+image-test: _target _static (_tool "buildah") (_tool "curl") (_tool "strace")
     cargo test --release --package kvs-tests --test delivered -- --nocapture --test-threads 1
 
 # Write docs/settings.md again, from the definition of the command line

@@ -16,10 +16,12 @@ mod image;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::image::Image;
@@ -41,6 +43,7 @@ fn the_full_flavour() {
     serves_a_session_and_keeps_it(&image, &[]);
     has_a_console(&image, true);
     outlives_a_trap(&image);
+    ends_at_a_panic(&image);
     refuses_what_is_wrong(&image);
 }
 
@@ -53,6 +56,7 @@ fn the_small_flavour() {
     serves_a_session_and_keeps_it(&image, &[]);
     has_a_console(&image, false);
     outlives_a_trap(&image);
+    ends_at_a_panic(&image);
     refuses_what_is_wrong(&image);
     runs_compiled_guests_alone(&image);
     // The longest of all.
@@ -179,6 +183,36 @@ fn outlives_a_trap(image: &Image) {
     let trap = server.says("the guest trapped");
     assert!(trap.contains("rust_panic"), "it does not say where: {trap}");
     assert_eq!(status("/store/a", &[]), "200");
+    server.terminate();
+}
+
+/// By a signal, after a line that says where, and with all that was acknowledged. Nothing that can be sent to it makes it panic: a
+/// system call fails, without which its runtime cannot work.
+fn ends_at_a_panic(image: &Image) {
+    let volume = volume();
+    let command = |volume: &TempDir| {
+        let mut command = image.run(volume.path(), &[]);
+        command.envs([("KVS_LISTEN", "127.0.0.1:0"), ("KVS_ADMIN", "127.0.0.1:0")]);
+        command
+    };
+    let first = command(&volume);
+    let server = Server::spawn(first, volume);
+    assert_eq!(curl(&server, &["-X", "PUT", "-d", "Hello, key-value store!"]), "201");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=epoll_wait,epoll_pwait:error=EBADF"]);
+    let mut strace = strace.args(["-p", &server.pid().to_string()]).spawn().expect("strace is installed");
+    let (status, stopped) = server.ends();
+    // It ends with the process that it traces.
+    let _ = strace.wait();
+    assert_eq!(status.signal(), Some(Signal::ABORT.as_raw()), "{status}");
+    let last = stopped.stderr().last().map_or("", String::as_str);
+    assert!(last.contains("thread panicked: unexpected error when polling the I/O driver"), "{last}");
+    assert!(last.contains("at=") && last.contains(".rs:"), "it does not say where: {last}");
+
+    let volume = stopped.into_data();
+    let again = command(&volume);
+    let server = Server::spawn(again, volume);
+    assert_eq!(curl(&server, &[]), "Hello, key-value store!200");
     server.terminate();
 }
 

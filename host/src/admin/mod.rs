@@ -69,7 +69,7 @@ use self::stats::Statistics;
 use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens, revoked_admin};
 use crate::edge::tls::Tls;
-use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, is_safe, problem, shown_target};
+use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, check_framing, is_safe, problem, shown_target};
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
@@ -267,6 +267,11 @@ impl Admin {
         actor: &mut Actor,
         connection: &Connection,
     ) -> Response<AdminBody> {
+        let (head, body) = request.into_parts();
+        if let Err(rejection) = check_framing(&head) {
+            return rejection.with_unread(&head.headers, body).response().map(Either::Left);
+        }
+        let request = Request::from_parts(head, body);
         if let Err(refusal) = self.hosts.check(&request) {
             return (*refusal).map(Either::Left);
         }

@@ -1,7 +1,8 @@
 //! I/O wrapper for HTTP/2 connections, which inspects frames.
 //!
 //! It bounds reads by the time slice of the connection, limits control frames, and counts `RST_STREAM(REFUSED_STREAM)` on the
-//! wire: h2 reads and responds as long as data arrives, and enforces its limit of concurrent streams without reporting it.
+//! wire: h2 reads and responds as long as data arrives, and enforces its limit of concurrent streams without reporting it. It
+//! delays the end of a connection that misbehaved.
 
 use std::io;
 use std::pin::Pin;
@@ -16,8 +17,8 @@ use super::frames::{Allowance, Frames};
 use super::metrics::{Limit, LimitExceeded, Metrics};
 use super::multiplex::TimeSlice;
 
-/// Delay between a flood and the end of its connection, in which nothing is read. A client that floods reconnects as soon as it
-/// is disconnected: to accept it that often would cost other clients more than the frames.
+/// Delay between a flood, or another error of the client, and the end of its connection, in which nothing is read. A client that
+/// floods reconnects as soon as it is disconnected: to accept it that often would cost other clients more than the frames.
 const PENALTY: Duration = Duration::from_secs(1);
 
 /// A stream whose frames are inspected.
@@ -26,7 +27,7 @@ pub struct FrameInspector<S> {
     received: Frames,
     sent: Frames,
     allowance: Allowance,
-    /// Set once the limit of control frames is exceeded.
+    /// Set once the limit of control frames is exceeded, or GOAWAY with an error is sent.
     penalty: Option<Pin<Box<Sleep>>>,
     metrics: Arc<Metrics>,
     slice: TimeSlice,
@@ -39,9 +40,14 @@ impl<S> FrameInspector<S> {
         Self { stream, received, sent, allowance, penalty: None, metrics: Arc::clone(metrics), slice }
     }
 
+    fn penalize(&mut self) {
+        self.penalty.get_or_insert_with(|| Box::pin(sleep(PENALTY)));
+    }
+
     fn send(&mut self, bytes: &[u8]) {
-        let (metrics, allowance) = (&self.metrics, &mut self.allowance);
+        let (metrics, allowance, mut failed) = (&self.metrics, &mut self.allowance, false);
         self.sent.find(bytes, |frame| {
+            failed |= frame.is_fatal();
             if frame.is_refusal() {
                 metrics.rejected(Limit::Streams);
             }
@@ -49,6 +55,9 @@ impl<S> FrameInspector<S> {
                 allowance.sent();
             }
         });
+        if failed {
+            self.penalize();
+        }
     }
 
     /// Inspects received bytes; returns false if the limit of control frames is exceeded.
@@ -79,7 +88,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for FrameInspector<S> {
         }
         self.metrics.rejected(Limit::ControlFrames);
         buffer.set_filled(before);
-        self.penalty = Some(Box::pin(sleep(PENALTY)));
+        self.penalize();
         self.poll_read(context, buffer)
     }
 }
@@ -119,6 +128,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for FrameInspector<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(penalty) = &mut self.penalty {
+            ready!(penalty.as_mut().poll(context));
+        }
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
@@ -130,16 +142,32 @@ mod tests {
     use std::task::Waker;
 
     use futures_util::FutureExt;
+    use h2::Reason;
     use hyper::rt::Executor;
-    use tokio::io::{AsyncReadExt, join, repeat, sink};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, empty, join, repeat, sink};
 
     use super::super::multiplex::RequestExecutor;
     use super::*;
 
+    fn inspect<S>(stream: S, slice: TimeSlice, control_frames: u32) -> FrameInspector<S> {
+        FrameInspector::new(stream, &Arc::default(), slice, control_frames)
+    }
+
+    #[tokio::test]
+    async fn connection_with_error_is_closed_after_penalty() {
+        for (reason, at_once) in [(Reason::NO_ERROR, true), (Reason::ENHANCE_YOUR_CALM, false)] {
+            let mut stream = inspect(join(empty(), sink()), TimeSlice::default(), 1);
+            let goaway = [&[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1][..], &u32::from(reason).to_be_bytes()].concat();
+            stream.write_all(&goaway).await.expect("it is written");
+            assert_eq!(stream.shutdown().now_or_never().is_some(), at_once, "{reason:?}");
+            stream.shutdown().await.expect("it is closed");
+        }
+    }
+
     #[tokio::test]
     async fn flood_is_disconnected_after_penalty() {
         // Zeros are empty DATA frames.
-        let mut stream = FrameInspector::new(join(repeat(0), sink()), &Arc::default(), TimeSlice::default(), 1);
+        let mut stream = inspect(join(repeat(0), sink()), TimeSlice::default(), 1);
         let mut buffer = [0; 1024];
         assert!(stream.read(&mut buffer).now_or_never().is_none(), "the client could reconnect at once");
         let received = stream.read(&mut buffer).await.expect_err("flood is rejected");
@@ -152,7 +180,7 @@ mod tests {
         let streams = RequestExecutor::new(&slice);
         let (executor, answered) = (streams.clone(), Arc::new(AtomicUsize::new(0)));
         let mut turns = pin!(streams.run());
-        let mut stream = pin!(FrameInspector::new(join(repeat(0), sink()), &Arc::default(), slice, u32::MAX));
+        let mut stream = pin!(inspect(join(repeat(0), sink()), slice, u32::MAX));
         let context = &mut Context::from_waker(Waker::noop());
         for round in 1..=10 {
             let answers = Arc::clone(&answered);

@@ -13,6 +13,7 @@ const HEADER_BYTES: usize = 9;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const GOAWAY: u8 = 7;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Control frames per request: continuations, priority, reset, window updates.
@@ -25,7 +26,7 @@ const MAX_EARNED: u32 = 10;
 pub const SMALL_DATA: usize = 16;
 const END_STREAM: u8 = 1;
 
-/// Header of a frame, and the reason of an RST_STREAM.
+/// Header of a frame, and the reason of an RST_STREAM or a GOAWAY.
 #[derive(Clone, Copy)]
 pub struct Frame {
     kind: u8,
@@ -36,7 +37,12 @@ pub struct Frame {
 
 impl Frame {
     pub fn is_refusal(&self) -> bool {
-        self.reason == Some(Reason::REFUSED_STREAM)
+        self.kind == RST_STREAM && self.reason == Some(Reason::REFUSED_STREAM)
+    }
+
+    /// Returns whether the frame ends the connection because of an error.
+    pub fn is_fatal(&self) -> bool {
+        self.kind == GOAWAY && self.reason != Some(Reason::NO_ERROR)
     }
 
     pub fn is_data(&self) -> bool {
@@ -57,7 +63,7 @@ impl Frame {
 /// Parser of frame headers.
 #[derive(Default)]
 pub struct Frames {
-    /// Received part of the header, and of the reason of an RST_STREAM.
+    /// Received part of the header, and of the payload up to the end of the reason.
     head: Vec<u8>,
     /// Remaining bytes of the frame, which are skipped.
     skip: usize,
@@ -77,28 +83,37 @@ impl Frames {
             if bytes.is_empty() {
                 return;
             }
-            let wanted = match self.head[..] {
-                [_, _, _, RST_STREAM, ..] => HEADER_BYTES + 4,
-                _ => HEADER_BYTES,
-            };
+            let wanted = HEADER_BYTES + self.reason_end();
             let (part, rest) = bytes.split_at(bytes.len().min(wanted - self.head.len()));
             self.head.extend_from_slice(part);
             bytes = rest;
-            let length = |a, b, c| u32::from_be_bytes([0, a, b, c]) as usize;
-            match self.head[..] {
-                [x, y, z, RST_STREAM, flags, _, _, _, _, a, b, c, d] => {
-                    let reason = Some(Reason::from(u32::from_be_bytes([a, b, c, d])));
-                    found(Frame { kind: RST_STREAM, flags, length: length(x, y, z), reason });
-                    self.head.clear();
-                }
-                [a, b, c, kind, flags, _, _, _, _] if kind != RST_STREAM => {
-                    self.skip = length(a, b, c);
-                    found(Frame { kind, flags, length: self.skip, reason: None });
-                    self.head.clear();
-                }
-                _ => {}
+            let reason_end = self.reason_end();
+            if let [a, b, c, kind, flags, _, _, _, _, payload @ ..] = &self.head[..]
+                && payload.len() == reason_end
+            {
+                let reason = match (*kind, payload) {
+                    (RST_STREAM, [a, b, c, d]) | (GOAWAY, [_, _, _, _, a, b, c, d]) => {
+                        Some(Reason::from(u32::from_be_bytes([*a, *b, *c, *d])))
+                    }
+                    _ => None,
+                };
+                let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+                found(Frame { kind: *kind, flags: *flags, length, reason });
+                self.skip = length - reason_end;
+                self.head.clear();
             }
         }
+    }
+
+    /// Returns where the reason ends in the payload of a frame that has one, 0 for others.
+    fn reason_end(&self) -> usize {
+        let [a, b, c, kind, ..] = self.head[..] else { return 0 };
+        let end = match kind {
+            RST_STREAM => 4,
+            GOAWAY => 8,
+            _ => 0,
+        };
+        end.min(u32::from_be_bytes([0, a, b, c]) as usize)
     }
 }
 
@@ -180,8 +195,9 @@ mod tests {
         #[test]
         fn frames_are_found_across_any_split(
             frames in prop::collection::vec(prop_oneof![
-                (0..10_u8, prop::collection::vec(0..8_u8, 0..40)).prop_filter("ends no stream", |(kind, _)| *kind != RST_STREAM),
+                (0..10_u8, prop::collection::vec(0..8_u8, 0..40)),
                 (6..9_u32).prop_map(|reason| (RST_STREAM, reason.to_be_bytes().to_vec())),
+                (0..2_u64).prop_map(|reason| (GOAWAY, reason.to_be_bytes().to_vec())),
             ], 0..20),
             cuts in prop::collection::vec(0..30_usize, 0..40),
         ) {
@@ -190,11 +206,15 @@ mod tests {
             let (mut parser, mut rest, mut found) = (Frames::of_client(), &bytes[..], Vec::new());
             for cut in cuts {
                 let (part, others) = rest.split_at(cut.min(rest.len()));
-                parser.find(part, |frame| found.push((frame.kind, frame.length, frame.is_refusal())));
+                parser.find(part, |frame| found.push((frame.kind, frame.length, frame.is_refusal(), frame.is_fatal())));
                 rest = others;
             }
-            parser.find(rest, |frame| found.push((frame.kind, frame.length, frame.is_refusal())));
-            let sent = frames.iter().map(|(kind, payload)| (*kind, payload.len(), *kind == RST_STREAM && payload[3] == 7));
+            parser.find(rest, |frame| found.push((frame.kind, frame.length, frame.is_refusal(), frame.is_fatal())));
+            let sent = frames.iter().map(|(kind, payload)| {
+                let is_refusal = *kind == RST_STREAM && payload.starts_with(&[0, 0, 0, 7]);
+                let is_fatal = *kind == GOAWAY && payload.get(4..8) != Some(&[0; 4]);
+                (*kind, payload.len(), is_refusal, is_fatal)
+            });
             prop_assert_eq!(found, sent.collect::<Vec<_>>());
         }
     }

@@ -26,17 +26,15 @@ pub fn is_safe(method: &Method) -> bool {
     method.is_safe() || method.as_str() == "QUERY"
 }
 
-/// Checks the head of a request.
-pub fn check(head: &Parts, limits: &Limits) -> Result<(), Rejection> {
-    let closing = |status, reason| Rejection::new(status, reason).closing();
-    let bad = |reason| Err(closing(StatusCode::BAD_REQUEST, reason));
+/// Rejects a request that another server could parse differently, on any listener.
+pub fn check_framing(head: &Parts) -> Result<(), Rejection> {
     if let Some(reason) = ambiguous(head) {
-        return bad(reason);
+        return Err(closing(StatusCode::BAD_REQUEST, reason));
     }
     let mut codings = values(&head.headers, header::TRANSFER_ENCODING);
     let (coding, another) = (codings.next(), codings.next());
     if another.is_some() {
-        return bad("at most one Transfer-Encoding header is allowed");
+        return Err(closing(StatusCode::BAD_REQUEST, "at most one Transfer-Encoding header is allowed"));
     }
     if coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(CHUNKED)) {
         let reason = "the only supported transfer coding is chunked";
@@ -45,9 +43,16 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Rejection> {
     if head.method == Method::CONNECT {
         return Err(closing(StatusCode::NOT_IMPLEMENTED, "CONNECT is not supported"));
     }
+    Ok(())
+}
+
+/// Checks the head of a request.
+pub fn check(head: &Parts, limits: &Limits) -> Result<(), Rejection> {
+    check_framing(head)?;
     let target = head.uri.path_and_query().map_or("", |target| target.as_str());
     if !target.starts_with('/') {
-        return bad("the request target must be a path that starts with a slash");
+        let reason = "the request target must be a path that starts with a slash";
+        return Err(closing(StatusCode::BAD_REQUEST, reason));
     }
     if target.len() > limits.target_bytes {
         let too_long = closing(StatusCode::URI_TOO_LONG, "the request target is too long");
@@ -62,6 +67,10 @@ pub fn check(head: &Parts, limits: &Limits) -> Result<(), Rejection> {
         return Err(too_large.of_limit(Limit::HeaderBytes));
     }
     Ok(())
+}
+
+fn closing(status: StatusCode, reason: &'static str) -> Rejection {
+    Rejection::new(status, reason).closing()
 }
 
 /// Returns an ambiguity that a proxy could interpret differently (RFC 9112, section 3.2; RFC 9113, section 8.3.1).

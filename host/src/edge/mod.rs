@@ -59,7 +59,7 @@ use addresses::Addresses;
 use budget::Budget;
 pub use counted::left;
 pub use forward::{Caller, Forwarder};
-pub use head::is_safe;
+pub use head::{check_framing, is_safe};
 pub use lingering::linger;
 use listener::{Listener, Listeners};
 pub use metrics::Metrics;

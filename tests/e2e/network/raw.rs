@@ -297,6 +297,28 @@ fn statuses(text: &str) -> Vec<u16> {
 }
 
 #[test]
+fn admin_listener_rejects_what_two_servers_could_read_differently() {
+    let server = Server::start(&[]);
+    for (about, lines, status) in [
+        ("a sound request", "host: kvs\r\ntransfer-encoding: chunked\r\nconnection: close\r\n", 200),
+        ("no host", "transfer-encoding: chunked\r\n", 400),
+        ("two hosts", "host: kvs\r\nhost: kvs\r\ntransfer-encoding: chunked\r\n", 400),
+        ("a host with two ports", "host: kvs:80:80\r\ntransfer-encoding: chunked\r\n", 400),
+        ("a host with a port that is no number", "host: kvs:b\r\ntransfer-encoding: chunked\r\n", 400),
+        ("a host with a port that is none", "host: kvs:65536\r\ntransfer-encoding: chunked\r\n", 400),
+        ("a host with a broken escape", "host: k%vs\r\ntransfer-encoding: chunked\r\n", 400),
+        ("chunked after another", "host: kvs\r\ntransfer-encoding: gzip, chunked\r\n", 501),
+        ("chunked after identity", "host: kvs\r\ntransfer-encoding: identity, chunked\r\n", 501),
+        ("chunked twice", "host: kvs\r\ntransfer-encoding: chunked, chunked\r\n", 501),
+        ("chunked in two lines", "host: kvs\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", 400),
+    ] {
+        let mut client = Connection::open(server.admin());
+        client.send(format!("DELETE /guest?dry-run HTTP/1.1\r\n{lines}\r\n0\r\n\r\n"));
+        assert_eq!(statuses(&client.end()), [status], "{about}");
+    }
+}
+
+#[test]
 fn truncated_requests_have_no_effect() {
     let server = Server::start(&[]);
     for (about, bytes) in [

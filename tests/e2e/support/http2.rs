@@ -44,6 +44,24 @@ impl Frame {
         let from = if self.kind == GOAWAY { 4 } else { 0 };
         u32::from_be_bytes(self.payload[from..from + 4].try_into().expect("four bytes"))
     }
+
+    /// The status of the first response of a connection, which its head begins with: indexed, or in the Huffman code of HPACK, in
+    /// which digits have five or six bits.
+    pub fn status(&self) -> u16 {
+        const INDEXED: [u16; 7] = [200, 204, 206, 304, 400, 404, 500];
+        match self.payload[..] {
+            [index @ 0x88..=0x8e, ..] => INDEXED[usize::from(index - 0x88)],
+            [0x48, 0x82 | 0x83, a, b, c, ..] => {
+                let mut bits = u32::from_be_bytes([a, b, c, 0]);
+                (0..3).fold(0, |status, _| {
+                    let (digit, length) = if bits >> 27 < 3 { (bits >> 27, 5) } else { ((bits >> 26) - 22, 6) };
+                    bits <<= length;
+                    10 * status + digit as u16
+                })
+            }
+            _ => panic!("no status begins {self:?}"),
+        }
+    }
 }
 
 impl Frames {
