@@ -187,7 +187,7 @@ impl Charge {
         Ok(())
     }
 
-    /// What is held waits for this server from now on, until it is held anew: the client is not slow meanwhile.
+    /// What is held waits for this server from now on, until it is held again: the client is not slow meanwhile.
     pub fn wait_for_server(&self) {
         if let Some(number) = self.number {
             self.account.wait_for_server(number);
