@@ -142,7 +142,7 @@ guest-python SOURCE="guest/python/store.py" COMPONENT="target/guests/python.wasm
     target/python/bin/componentize-py --quiet --wit-path wit --world sharded-store \
         componentize "$(basename "$source" .py)" --python-path "$(dirname "$source")" --python-path guest/python --output "$component"
 
-# Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap, traps, upgrade, shadow, availability or backup; more than an hour for all
+# Run the benchmarks, with other servers on this machine for comparison, and write tests/bench/results.*; WHAT selects one: requests, latency, call, commit, postgres, replay, swap, traps, upgrade, shadow, availability or backup; BENCH_KEYS=1000 measures a part of some; two hours for all
 [group('develop')]
 bench *WHAT: _build guest-js (_tool "wrk") (_tool "h2load" "nghttp2-client") (_tool "redis-server") (_tool "etcd" "etcd-server") (_tool "nginx") (_tool "go" "golang-go") _postgres
     cargo bench --package kvs-tests --bench bench -- {{ WHAT }}

@@ -94,6 +94,17 @@ impl Report {
         }
     }
 
+    /// Keeps the rows of the former table whose first number is none of those measured now, in the order of these numbers.
+    pub fn keep_other_rows(&mut self, name: &str) -> Result<()> {
+        let former = parts()?.remove(name).and_then(|part| part.tables.into_iter().next());
+        let Some(table) = self.part.tables.first_mut() else { return Ok(()) };
+        let measured: Vec<_> = table.rows.iter().filter_map(|row| row.first().cloned()).collect();
+        let others = former.into_iter().flat_map(|former| former.rows);
+        table.rows.extend(others.filter(|row| row.first().is_some_and(|first| !measured.contains(first))));
+        table.rows.sort_by_key(|row| row.first().and_then(Value::as_u64));
+        Ok(())
+    }
+
     /// What was measured, on which machine, when, with what.
     pub fn text(&self) -> String {
         self.part.text()
@@ -101,18 +112,25 @@ impl Report {
 
     /// Keeps it beside what other benchmarks left.
     pub fn keep(self, name: &str) -> Result<()> {
-        let [json, markdown, svg] = ["json", "md", "svg"]
-            .map(|kind| PathBuf::from(kvs_tests::ROOT).join("tests/bench/results").with_extension(kind));
-        let before = fs::read_to_string(&json).unwrap_or_else(|_| "{}".to_owned());
-        let mut parts: BTreeMap<String, Part> = serde_json::from_str(&before)?;
+        let mut parts = parts()?;
         parts.insert(name.to_owned(), self.part);
-        fs::write(json, serde_json::to_string_pretty(&parts)? + "\n")?;
-        fs::write(markdown, written(&parts))?;
+        fs::write(results("json"), serde_json::to_string_pretty(&parts)? + "\n")?;
+        fs::write(results("md"), written(&parts))?;
         if let Some(requests) = parts.get("requests") {
-            fs::write(svg, plot::of(requests))?;
+            fs::write(results("svg"), plot::of(requests))?;
         }
         Ok(())
     }
+}
+
+fn results(kind: &str) -> PathBuf {
+    PathBuf::from(kvs_tests::ROOT).join("tests/bench/results").with_extension(kind)
+}
+
+/// What benchmarks left.
+fn parts() -> Result<BTreeMap<String, Part>> {
+    let text = fs::read_to_string(results("json")).unwrap_or_else(|_| "{}".to_owned());
+    Ok(serde_json::from_str(&text)?)
 }
 
 /// A number with this many decimal digits.

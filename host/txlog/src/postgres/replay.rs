@@ -69,6 +69,9 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     // Of the same snapshot: a receiver can check that no entry is missing.
     let history = incarnations::history(&session).await?;
     shared.set_history(history.clone());
+    // The server counts the time of the whole statement, which the receiver and the number of entries decide. The wait for
+    // each row is bounded here.
+    session.run("SET LOCAL statement_timeout = 0").await?;
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
     let (mut batch, mut bytes) = (Vec::new(), 0);
     loop {
