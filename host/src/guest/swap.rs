@@ -353,7 +353,7 @@ impl Swapper {
             Source::BuiltIn => source::remember(&self.data, None),
             Source::File(_) | Source::Remembered(_) => Ok(()),
         };
-        // A standby finds the guest by this record.
+        // After the file: a standby that reads the record looks for the guest.
         self.record();
         remembered.context("it serves now, but could not be kept for the next start").map_err(SwapError::Failed)?;
         Ok(outcome)
