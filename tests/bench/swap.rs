@@ -173,7 +173,7 @@ pub fn copy() -> Result<Vec<u8>> {
 /// Puts in a copy of the default guest, or the default guest itself.
 fn swap(server: &Server, copy: bool) -> Result<Swap> {
     let url = format!("http://{}/guest", server.admin.context("no admin listener")?);
-    let mut response = if copy { ureq::put(&url).send(&copy()?[..])? } else { ureq::delete(&url).call()? };
+    let mut response = if copy { ureq::put(&url).send(&self::copy()?[..])? } else { ureq::delete(&url).call()? };
     let report: Value = serde_json::from_str(&response.body_mut().read_to_string()?)?;
     ensure!(report["entries"].as_u64() >= Some(FEW_KEYS), "{report}");
     let seconds = |name: &str| report[name].as_f64().with_context(|| format!("no {name} in {report}"));

@@ -282,7 +282,7 @@ fn is_within(prefix: &str, keys: &Keys) -> bool {
 
 /// Returns the bytes of keys and values.
 fn bytes(past: &Past) -> usize {
-    past.changes.iter().map(|change| size(change)).sum()
+    past.changes.iter().map(size).sum()
 }
 
 fn size(change: &Change) -> usize {

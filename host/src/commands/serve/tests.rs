@@ -203,7 +203,7 @@ async fn requests_that_queue_during_failed_pause_are_served() {
     let args = ["kvs", "--shards", "2", "--data-dir", data.path().to_str().unwrap()];
     let (args, env) = (Program::parse_from(args).serve, Env::real());
     let log = Arc::new(FileLog::open(store::file_options(&args, None, env.clone())).unwrap());
-    let (engine, guest) = store::load(&args, &env).unwrap();
+    let (engine, guest) = store::load(&args, &*log, false, &env).unwrap();
     let (_engine, shards, _) = store::build(&args, engine, guest, log, &env).await.unwrap();
     let [first, second] = shards.each() else { panic!("two shards") };
 

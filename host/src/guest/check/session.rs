@@ -95,17 +95,17 @@ impl<'s> Session<'s> {
     fn step(&mut self, request: &Request, generator: &mut Generator, requests: u64) -> Result<(), Fault> {
         self.pair.with.world.pass(self.pause());
         self.read_later(request.path());
-        let is_unlogged = if self.number % REFUSED == 0 && !request.method.is_safe() {
+        let is_unlogged = if self.number.is_multiple_of(REFUSED) && !request.method.is_safe() {
             self.refused(request)?;
             false
         } else {
             self.accepted(request, generator)?
         };
-        if self.number % TICK == 0 {
+        if self.number.is_multiple_of(TICK) {
             self.pair.tick(&self.name())?;
         }
         self.unlogged += u64::from(is_unlogged);
-        if is_unlogged && self.unlogged <= UNLOGGED || self.number % REBUILD == 0 || self.number == requests {
+        if is_unlogged && self.unlogged <= UNLOGGED || self.number.is_multiple_of(REBUILD) || self.number == requests {
             self.rebuild()?;
         }
         Ok(())

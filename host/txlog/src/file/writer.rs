@@ -80,7 +80,7 @@ impl Writer {
         shared.compactor.stall_if_needed(shared, unused + super::segment::HEAD_BYTES + frame.sealed_len());
         while self.end + frame.sealed_len() > self.size {
             if !self.rotate(shared)? {
-                bail!("disk full: there is no space for another segment of the log");
+                bail!("no room for another segment of the log");
             }
         }
         let last = frame.first + u64::from(frame.count) - 1;

@@ -128,7 +128,7 @@ impl State {
             // Not appended.
             "forgets" if value == b"text" => {
                 self.store.insert(key, value);
-                return response(201, Vec::new());
+                response(201, Vec::new())
             }
             "traps" if key == "key-7" => panic!("a key that it does not expect"),
             "slow" if key == "key-7" => loop {
