@@ -1,6 +1,6 @@
 //! Availability: for how long no read and no write succeeds, seen by a client that knows all servers and asks the next one ten
-//! milliseconds after it got no answer. `BENCH_KEYS=1000,10000000` measures with these numbers of keys, and leaves the rows
-//! with others as they are.
+//! milliseconds after it got no answer. `BENCH_KEYS=1000,10000000` measures with these numbers of keys, `BENCH_LOG=files` or
+//! `BENCH_LOG=Postgres` with this log, and leaves the other rows as they are.
 //!
 //! The table is in `docs/availability.md` too.
 
@@ -50,6 +50,15 @@ enum Event {
 enum Log {
     Files,
     Postgres,
+}
+
+impl Log {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Files => "files",
+            Self::Postgres => "Postgres",
+        }
+    }
 }
 
 struct Case {
@@ -129,6 +138,9 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         Ok(keys) => keys.split(',').map(str::parse).collect::<Result<_, _>>().context("BENCH_KEYS")?,
         Err(_) => KEYS.to_vec(),
     };
+    let only = std::env::var("BENCH_LOG").ok();
+    let is_asked = |case: &Case| only.as_deref().is_none_or(|log| log == case.log.name()) && is_known(case);
+    let cases: Vec<_> = CASES.iter().filter(|case| is_asked(case)).collect();
     let guest = kvs_tests::built("brittle");
     report.uses("psql", &["--version"]);
     report.table(
@@ -142,11 +154,12 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         replay::write(&files, keys, 100, |number| format!("key-{number}"))?;
         let postgres = peers::postgres(&data)?;
         let url = format!("postgres://postgres@{}/postgres?sslmode=disable", postgres.address);
-        import(&files, &url)?;
-        for case in CASES.iter().filter(|case| is_known(case)) {
+        if cases.iter().any(|case| case.log == Log::Postgres) {
+            import(&files, &url)?;
+        }
+        for case in &cases {
             let site = Site { case, guest: &guest, files: &files, url: &url };
-            let log = if case.log == Log::Files { "files" } else { "Postgres" };
-            let mut row = vec![keys.into(), log.into(), case.name.into()];
+            let mut row = vec![keys.into(), case.log.name().into(), case.name.into()];
             if case.log == Log::Files && case.event == Event::Takeover(Signal::STOP) {
                 // It keeps the lock of the directory.
                 row.extend(["until SIGCONT".into(), "".into(), "until SIGCONT".into(), "".into()]);

@@ -98,9 +98,9 @@ impl Report {
     pub fn keep_other_rows(&mut self, name: &str) -> Result<()> {
         let former = parts()?.remove(name).and_then(|part| part.tables.into_iter().next());
         let Some(table) = self.part.tables.first_mut() else { return Ok(()) };
-        let measured: Vec<_> = table.rows.iter().filter_map(|row| row.first().cloned()).collect();
-        let others = former.into_iter().flat_map(|former| former.rows);
-        table.rows.extend(others.filter(|row| row.first().is_some_and(|first| !measured.contains(first))));
+        let measured: Vec<_> = table.rows.iter().filter_map(|row| row.get(..2)).map(<[_]>::to_vec).collect();
+        let is_other = |row: &Vec<Value>| row.get(..2).is_some_and(|of| measured.iter().all(|known| known != of));
+        table.rows.extend(former.into_iter().flat_map(|former| former.rows).filter(is_other));
         table.rows.sort_by_key(|row| row.first().and_then(Value::as_u64));
         Ok(())
     }
