@@ -141,6 +141,7 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     let only = std::env::var("BENCH_LOG").ok();
     let is_asked = |case: &Case| only.as_deref().is_none_or(|log| log == case.log.name()) && is_known(case);
     let cases: Vec<_> = CASES.iter().filter(|case| is_asked(case)).collect();
+    ensure!(!cases.is_empty(), "BENCH_LOG is files or Postgres");
     let guest = kvs_tests::built("brittle");
     report.uses("psql", &["--version"]);
     report.table(

@@ -33,6 +33,11 @@ impl Backups {
         Self { log, scans, metrics: Arc::default(), clock: env.clock.clone() }
     }
 
+    /// Returns how long a client may take for each piece.
+    pub fn timeout(&self) -> Duration {
+        self.scans.timeout
+    }
+
     pub fn metrics(&self) -> Arc<BackupMetrics> {
         Arc::clone(&self.metrics)
     }

@@ -77,7 +77,7 @@ use kvs_metrics::{Measured, Metrics, Page};
 const CONNECTIONS: usize = 64;
 /// Longest wait for a TLS handshake, and for the head of a request, also between requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest wait for a client to read: it must not keep its place from a probe.
+/// Least timeout for a client to read: it must not keep its place from a probe.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
@@ -221,7 +221,9 @@ impl Admin {
 
     async fn connected(&self, stream: TcpStream, connection: &Connection) -> Result<()> {
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(WRITE_TIMEOUT));
+        // A backup has a timeout of its own, which it reports.
+        let backup = self.log.get().map_or(Duration::ZERO, |(backups, ..)| backups.timeout());
+        stream.set_write_timeout(Some(WRITE_TIMEOUT.max(2 * backup)));
         let stream = Box::pin(stream);
         let Some(tls) = &self.tls else { return self.http(stream, connection).await };
         let shaking = TlsAcceptor::from(Arc::clone(&tls.get().admin)).accept(stream);
@@ -286,7 +288,7 @@ impl Admin {
                 return rejection.response().map(Either::Left);
             }
         }
-        if matches!(request.uri().path(), "/backup" | "/history" | "/stats") {
+        if is_scan(request.uri().path()) {
             return self.answer_by_scan(request, connection).await;
         }
         self.answer_whole(request, actor, connection).await.map(Either::Left)
@@ -393,6 +395,11 @@ impl Admin {
         }
         response
     }
+}
+
+/// Whether a request to this path reads the log.
+fn is_scan(path: &str) -> bool {
+    matches!(path, "/backup" | "/history" | "/stats")
 }
 
 /// Returns a request as the audit trail has it.

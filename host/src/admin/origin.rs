@@ -2,7 +2,7 @@
 //!
 //! A browser on the operator's machine reaches loopback and the internal network for any page. By DNS rebinding the name of the
 //! page itself leads here, and the browser takes this server for its origin; but it still sends that name as `Host`. An address
-//! cannot be rebound, and is always accepted: probes and scrapers use one. So is a request without `Host`: no browser sends one.
+//! cannot be rebound, and is always accepted: probes and scrapers use one. So is HTTP/1.0 without `Host`: no browser sends it.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::http::uri::Authority;
 use hyper::{Request, StatusCode};
 
-use super::{Answer, text};
+use super::{Answer, is_scan, text};
 
 /// Names by which requests may address the admin listener, besides addresses and `localhost`.
 pub struct Hosts(Vec<String>);
@@ -33,11 +33,11 @@ impl Hosts {
                 )));
             }
         }
-        // What a page embeds has no Origin. A link may lead to the console.
+        // What a page embeds has no Origin, and would start a scan of the log. A link may lead to the rest.
         let site = request.headers().get("sec-fetch-site");
         let is_foreign = site.is_some_and(|site| site != "same-origin" && site != "none");
-        if is_foreign && !request.uri().path().starts_with("/console") {
-            return Err(forbidden("a page of another site must not use the admin listener\n".to_owned()));
+        if is_foreign && is_scan(request.uri().path()) {
+            return Err(forbidden("a page of another site must not scan the log\n".to_owned()));
         }
         let Some(origin) = only(request.headers(), header::ORIGIN)? else { return Ok(()) };
         let same = || {
@@ -146,11 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn page_of_another_site_embeds_nothing_and_links_to_the_console() {
+    fn page_of_another_site_scans_nothing() {
         let status = |target, site| status(target, &[("host", "127.0.0.1:9090"), ("sec-fetch-site", site)]);
         for site in ["cross-site", "same-site", ""] {
             assert_eq!(status("/backup", site), 403, "{site}");
-            assert_eq!(status("/console/", site), 200, "{site}");
+            assert_eq!(status("/console", site), 200, "{site}");
         }
         assert_eq!(status("/backup", "same-origin"), 200);
         assert_eq!(status("/metrics", "none"), 200);

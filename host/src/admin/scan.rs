@@ -39,7 +39,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// Scans of one kind, of which one runs at a time.
 pub struct Scans {
     name: &'static str,
-    timeout: Duration,
+    pub timeout: Duration,
     running: Arc<Semaphore>,
     env: Env,
 }

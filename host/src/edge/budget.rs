@@ -162,15 +162,14 @@ impl Account {
             *next += 1;
             *next
         });
-        let charge = all.entry(number).or_default();
-        charge.0.get_or_insert_with(Instant::now);
-        charge.1 = bytes;
+        all.entry(number).or_insert_with(|| (Some(Instant::now()), 0)).1 = bytes;
         Ok(Some(number))
     }
 
-    fn wait_for_server(&self, number: u64) {
+    fn set_waiting(&self, number: Option<u64>, since: Option<Instant>) {
+        let Some(number) = number else { return };
         if let Some(charge) = lock(&self.charges).all.get_mut(&number) {
-            charge.0 = None;
+            charge.0 = since;
         }
     }
 }
@@ -187,11 +186,14 @@ impl Charge {
         Ok(())
     }
 
-    /// What is held waits for this server from now on, until it is held again: the client is not slow meanwhile.
+    /// What is held waits for this server from now on: the client is not slow meanwhile.
     pub fn wait_for_server(&self) {
-        if let Some(number) = self.number {
-            self.account.wait_for_server(number);
-        }
+        self.account.set_waiting(self.number, None);
+    }
+
+    /// What is held waits for the client from now on.
+    pub fn wait_for_client(&self) {
+        self.account.set_waiting(self.number, Some(Instant::now()));
     }
 
     /// Holds this many bytes whatever there is room for: what cannot be refused any more.

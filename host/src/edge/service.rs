@@ -255,6 +255,7 @@ impl Service {
             Called::Here(answered) => self.reply(answered, asked, peer, charge, record).await,
             Called::Elsewhere(response) => {
                 asked.hold(&mut charge, response.body().len(), !head::is_safe(&asked.method))?;
+                charge.wait_for_client();
                 Ok(response.map(|body| Reply::Whole(charge.keep(body))))
             }
         }
@@ -271,10 +272,12 @@ impl Service {
     ) -> Result<Response<Reply>, Rejection> {
         let length = answer.response.bytes();
         asked.hold(&mut charge, length, answer.appended)?;
+        charge.wait_for_server();
         let begun = Instant::now();
         let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
         record.times.commit = begun.elapsed();
         safe?;
+        charge.wait_for_client();
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {
             let (guest, request_id) = (self.shards.serving().description, asked.id.to_str().unwrap_or_default());
@@ -297,6 +300,8 @@ impl Service {
         let reply = match answer.sequel {
             Some(Sequel::Watch(watch)) => {
                 let Asked { method, key_prefix, standing, .. } = asked;
+                // A chunk of history may be larger than its share only where nothing else is held.
+                drop(charge);
                 let free = free(asked.http2);
                 let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
                 // A proxy that buffers would hold events back.

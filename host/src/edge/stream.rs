@@ -3,6 +3,7 @@
 //! Owns: the format of events, the memory of a watch, and keep-alives. Must never know: who may watch, which the guest
 //! decides.
 
+use std::collections::VecDeque;
 use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
@@ -214,26 +215,22 @@ impl Holding {
     ) -> Option<u64> {
         let mut unsent = bytes(&past);
         self.past.hold(unsent).ok()?;
-        let mut changes = past.changes.into_iter();
-        while let Some(change) = changes.next() {
+        let (mut changes, mut until) = (VecDeque::from(past.changes), past.until);
+        while let Some(change) = changes.pop_front() {
             unsent -= size(&change);
             let (sequence, piece) = (change.sequence, print(&change));
             drop(change);
             self.past.must_hold(unsent);
             let mut charge = self.account.begin(self.free);
-            let is_alone = charge.hold(piece.len()).is_err();
-            if is_alone {
-                // The rest is read again after a value so large.
-                drop(std::mem::take(&mut changes));
-                self.past.must_hold(0);
-                charge.hold(piece.len()).ok()?;
+            while charge.hold(piece.len()).is_err() {
+                // What does not fit beside it is read again.
+                unsent -= size(&changes.pop_back()?);
+                until = changes.back().map_or(sequence, |change| change.sequence);
+                self.past.must_hold(unsent);
             }
             self.send_charged(charge.keep(piece), text, watcher).await?;
-            if is_alone {
-                return Some(sequence);
-            }
         }
-        Some(past.until)
+        Some(until)
     }
 
     /// Sends a piece, which is charged until the client has received it, as are the changes queued behind it. Returns None when

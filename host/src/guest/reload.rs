@@ -40,6 +40,8 @@ struct Named {
 impl Named {
     fn source(&self) -> Option<Source> {
         match (&self.primary, &self.file) {
+            // A primary of an older version records nothing.
+            (Some(data), None) if source::recorded(data).is_none() => Some(Source::choose(None, data)),
             (Some(data), file) => Source::of_primary(file.as_deref(), data),
             (None, Some(file)) => Some(Source::File(file.clone())),
             (None, None) => {

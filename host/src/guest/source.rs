@@ -166,6 +166,8 @@ pub fn record(data: &Path, Identity(digest): &Identity) {
     }
     let line = format!("{}\n", digest.as_deref().unwrap_or_default());
     if let Err(error) = replace(&data.join(SERVING), line.as_bytes()) {
+        // Rather none than that of another guest.
+        let _ = fs::remove_file(data.join(SERVING));
         warn!("cannot record for standbys which guest serves: {}: {error}", data.join(SERVING).display());
     }
 }

@@ -291,6 +291,8 @@ impl Upgrader {
         }
         warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
         task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
+        // The new one may have recorded its own, which standbys would follow.
+        task::block_in_place(|| self.swapper.record());
         if log.appended() != appended {
             // The new process has served for a moment.
             self.changes.dismiss();

@@ -266,7 +266,7 @@ fn taken_admin_port_is_reported() {
 
 #[test]
 fn clients_that_do_not_read_leave_their_places_to_probes() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["--backup-timeout", "1s"]);
     // As many as there can be, each with more responses than its socket holds.
     let asked = "GET /console/app.js HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(1_000);
     let idle: Vec<_> = (0..64)

@@ -62,7 +62,7 @@ impl Guests {
                 match swapper.differs() {
                     _ if inherits => swapper.record(),
                     Some(former) => error!("took over with another guest than the primary had: that was {former}"),
-                    None => {}
+                    None => swapper.record(),
                 }
             });
         }

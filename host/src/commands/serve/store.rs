@@ -152,7 +152,8 @@ pub fn load(args: &Serve, log: &dyn TransactionLog, inherits: bool, env: &Env) -
         env,
     )?;
     let (named, data) = (args.guest.file.as_deref(), &*args.data_dir);
-    let is_primary = log.read_only().is_none();
+    // A log that is only looked at is not changed, nor is what is beside it.
+    let is_primary = log.read_only().is_none() && !args.read_only;
     // A process that replaces another one serves what it was started with.
     let of_primary = if shares_data(args) && !is_primary && !inherits { Source::of_primary(named, data) } else { None };
     let guest = engine.load(of_primary.unwrap_or_else(|| Source::choose(named, data)))?;

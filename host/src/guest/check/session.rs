@@ -58,7 +58,17 @@ impl<'s> Session<'s> {
 
     /// The response to a request before the session.
     pub fn get(&mut self, path: &str) -> Option<Bytes> {
-        let (called, _) = self.pair.both(&Request::get(path), &format!("GET {path}")).ok()??;
+        let name = format!("GET {path}");
+        let (called, _) = match self.pair.both(&Request::get(path), &name) {
+            Ok(answered) => answered?,
+            Err(fault) => {
+                self.pair.report.found(fault);
+                if let Err(fault) = self.pair.begin_again(&name) {
+                    self.pair.report.found(fault);
+                }
+                return None;
+            }
+        };
         Some(called.message.ok().filter(|message| message.status().is_success())?.into_body())
     }
 

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use tracing::{info, warn};
 
-use super::Shared;
 use super::engine::{Ends, Put, ReadError};
 use super::frame::{Holder, Kind, Tip, is_mutant};
 use super::reader::{Failure, Read};
 use super::writer::Writer;
+use super::{START_TIMEOUT, Shared};
 use crate::News;
 
 /// Maximum time to wait for a frame.
@@ -84,7 +84,7 @@ impl Follower {
     pub async fn claim_at_start(mut self, shared: &Shared) -> Result<(Self, Writer)> {
         let clock = &shared.env.clock;
         let begun = clock.now();
-        let mut failures = 0;
+        let mut succeeded = begun;
         if !self.is_free(shared) {
             info!("waiting until the lease of {} expires", self.name());
         }
@@ -96,11 +96,10 @@ impl Follower {
                     let holder = self.name();
                     bail!("it is in use by {holder}; stop it first, or serve with --standby");
                 }
-                Ok(None) => failures = 0,
+                Ok(None) => succeeded = clock.now(),
                 Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
                 Err(Failure::Silent(reason)) => {
-                    failures += 1;
-                    if failures > 10 {
+                    if clock.elapsed(succeeded) > START_TIMEOUT {
                         bail!("{reason}");
                     }
                     clock.sleep(RETRY_DELAY).await;

@@ -167,7 +167,7 @@ impl ClusterLog {
         let name = stored.name.clone();
         let shared = Arc::new(Shared::new(stored, options, options.env.clone())?);
         let follower =
-            runtime.block_on(Follower::begin(&shared)).with_context(|| format!("cannot read the log in {name}"))?;
+            runtime.block_on(shared.find_end(false)).with_context(|| format!("cannot read the log in {name}"))?;
         follower.publish(&shared);
         shared.follow(follower.sequence());
         let handle = runtime.handle().clone();
@@ -312,11 +312,11 @@ impl Shared {
         })
     }
 
-    /// Claims the log or begins to follow it, and starts the task that continues with that.
-    async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
+    /// Finds the end of the log, and waits for an election meanwhile; a standby for as long as it takes.
+    async fn find_end(&self, standby: bool) -> Result<Follower, Failure> {
         let begun = self.env.clock.now();
         let mut last = String::new();
-        let follower = loop {
+        loop {
             match Follower::begin(self).await {
                 Err(Failure::Silent(reason)) if standby || self.env.clock.elapsed(begun) < START_TIMEOUT => {
                     if reason != last {
@@ -325,9 +325,14 @@ impl Shared {
                     }
                     self.env.clock.sleep(RETRY_DELAY).await;
                 }
-                begun => break begun?,
+                found => return found,
             }
-        };
+        }
+    }
+
+    /// Claims the log or begins to follow it, and starts the task that continues with that.
+    async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
+        let follower = self.find_end(standby).await?;
         let shared = Arc::clone(self);
         let task = if standby {
             follower.publish(self);

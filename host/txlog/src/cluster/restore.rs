@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use super::engine::{Engine, Put};
 use super::frame::Restored;
 use crate::file::entry;
-use crate::file::frame::{Builder, CLOSE};
+use crate::file::frame::{ALIGNMENT, Builder, CLOSE};
 use crate::file::packer::Packer;
 use crate::{Entry, Restoration};
 
@@ -40,8 +40,11 @@ pub fn restore(mut target: Target<'_>, restoration: &Restoration<'_>) -> Result<
     let mut all = history.clone();
     all.push(incarnation);
     let restored = Restored { horizon: horizon(restoration)?, history: Arc::new(all) };
-    let write = &mut |frame: &[u8]| target.put(frame);
     let mut packer = Packer::new(log, 0, 0);
+    // A sealed frame is padded.
+    let largest = usize::try_from(target.frame_bytes)? / ALIGNMENT * ALIGNMENT;
+    packer.frame_bytes = packer.frame_bytes.min(largest);
+    let write = &mut |frame: &[u8]| target.put(frame);
     packer.put(restored.encode(), write)?;
     replay(&mut |entries| {
         for Entry { sequence, time, event } in entries {

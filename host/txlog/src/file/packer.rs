@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::frame::Builder;
 
-/// Maximum size of a frame with more than one entry: about one read.
+/// About one read.
 const FRAME_BYTES: usize = 1 << 20;
 
 pub struct Packer {
@@ -15,6 +15,8 @@ pub struct Packer {
     pub epoch: u32,
     /// Checksum of the last complete frame.
     pub chain: u32,
+    /// Maximum size of a frame with more than one entry.
+    pub frame_bytes: usize,
     frame: Option<Builder>,
     buffer: Vec<u8>,
 }
@@ -24,7 +26,7 @@ pub type WriteFrame<'w> = dyn FnMut(&[u8]) -> anyhow::Result<()> + 'w;
 
 impl Packer {
     pub fn new(log: Uuid, durable: u64, chain: u32) -> Self {
-        Self { log, durable, epoch: 0, chain, frame: None, buffer: Vec::new() }
+        Self { log, durable, epoch: 0, chain, frame_bytes: FRAME_BYTES, frame: None, buffer: Vec::new() }
     }
 
     /// Adds an entry of this size, which `encode` appends to a body for an offset. A full frame is written before.
@@ -36,7 +38,7 @@ impl Packer {
         write: &mut WriteFrame<'_>,
     ) -> anyhow::Result<()> {
         let offset = |frame: &Builder| u32::try_from(sequence - frame.first).ok();
-        let fits = |frame: &Builder| frame.len() + bytes <= FRAME_BYTES && offset(frame).is_some();
+        let fits = |frame: &Builder| frame.len() + bytes <= self.frame_bytes && offset(frame).is_some();
         if self.frame.as_ref().is_some_and(|frame| !fits(frame)) {
             self.flush(write)?;
         }

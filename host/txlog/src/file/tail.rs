@@ -54,7 +54,7 @@ pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Cont
     let mut segment = Segment { version: found.version, ..Segment::empty(found.numbers.first, 0, 0, found.size) };
     let (mut first, mut newest) = (None, None);
     let (mut begin, mut chain) = (HEAD_BYTES, None);
-    if let Some(mark) = marks.last() {
+    if let Some(mark) = marks.last().filter(|mark| mark.offset > HEAD_BYTES) {
         let Some((head, incarnations)) = first_frame(home, found)? else { return read(home, found, Vec::new()) };
         (first, segment.incarnations) = (Some(head), incarnations);
         (begin, chain) = (mark.offset, Some(mark.chain));

@@ -70,8 +70,10 @@ async fn read(shared: &Shared, after: u64, position: &mut u64, receive: &mut Rec
     let history = incarnations::history(&session).await?;
     shared.set_history(history.clone());
     // The server counts the time of the whole statement, which the receiver and the number of entries decide. The wait for
-    // each row is bounded here.
-    session.run("SET LOCAL statement_timeout = 0").await?;
+    // each row is bounded here, and that for a lock by the server, which would wait on without a client.
+    session
+        .run(&format!("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {}", session.milliseconds()))
+        .await?;
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
     let (mut batch, mut bytes) = (Vec::new(), 0);
     loop {

@@ -151,11 +151,13 @@ impl Session {
 
     /// Sets the timeout of calls.
     pub async fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
-        // The server times out a little earlier than the client, so that it can still report that.
-        let milliseconds = (timeout * 4 / 5).as_millis().max(1);
-        self.run(&format!("SET statement_timeout = {milliseconds}")).await?;
         self.timeout = timeout;
-        Ok(())
+        self.run(&format!("SET statement_timeout = {}", self.milliseconds())).await
+    }
+
+    /// The timeout of the server. It is a little shorter than the client's, so that the server can still report that.
+    pub fn milliseconds(&self) -> u128 {
+        (self.timeout * 4 / 5).as_millis().max(1)
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
