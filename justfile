@@ -1,7 +1,7 @@
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
 # Tests wait for servers more than they compute
-export RUST_TEST_THREADS := env("RUST_TEST_THREADS", `echo $((3 * $(nproc)))`)
+export RUST_TEST_THREADS := env("RUST_TEST_THREADS", `echo $((2 * $(nproc)))`)
 
 # List the recipes
 [private]
