@@ -56,10 +56,10 @@ impl Running {
         let mut failure = None;
         let stopped = async {
             failure = stop.or(store.log.watermark().latched()).await;
+            admin.health.reached(Phase::Stopping);
             if failure.is_none() {
                 info!("stopping: finishing requests in progress");
             }
-            admin.health.reached(Phase::Stopping);
             // Another process may serve, or take over from this one if its log has failed: then the service does not stop.
             if failure.is_none() && !*upgrader.handed_over.borrow() {
                 systemd::stopping();
