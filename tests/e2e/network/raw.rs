@@ -147,7 +147,7 @@ const CASES: &[(&str, &[u8], Answers)] = &[
     ("lines that end with CR", b"GET /v1/a HTTP/1.1\rhost: kvs\r\r", REFUSED),
     ("an end of CR CR LF", b"GET /v1/a HTTP/1.1\r\nhost: kvs\r\r\n\r\n", REFUSED),
     // Lengths (RFC 9112, 6.2).
-    ("a length that is no number", put!("content-length: many\r\n", "x"), REFUSED),
+    ("a length that is not a number", put!("content-length: many\r\n", "x"), REFUSED),
     ("an empty length", put!("content-length:\r\n", "x"), REFUSED),
     ("a negative length", put!("content-length: -1\r\n", "x"), REFUSED),
     ("a length with a sign", put!("content-length: +1\r\n", "x"), REFUSED),
