@@ -149,15 +149,16 @@ impl Session {
         Ok(session)
     }
 
-    /// Sets the timeout of calls.
+    /// Sets the timeout of the calls after this one.
     pub async fn set_timeout(&mut self, timeout: Duration) -> Result<(), Failure> {
+        self.run(&format!("SET statement_timeout = {}", on_server(timeout))).await?;
         self.timeout = timeout;
-        self.run(&format!("SET statement_timeout = {}", self.milliseconds())).await
+        Ok(())
     }
 
-    /// The timeout of the server. It is a little shorter than the client's, so that the server can still report that.
+    /// The timeout of calls in milliseconds, as the server gets it.
     pub fn milliseconds(&self) -> u128 {
-        (self.timeout * 4 / 5).as_millis().max(1)
+        on_server(self.timeout)
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
@@ -224,6 +225,12 @@ impl Session {
         let rows = self.within(self.client.query_raw(statement, with)).await?;
         Ok(Rows { rows: Box::pin(rows), session: self })
     }
+}
+
+/// The timeout of the server in milliseconds. It is a little shorter than the client's, so that the server can still report
+/// that.
+fn on_server(timeout: Duration) -> u128 {
+    (timeout * 4 / 5).as_millis().max(1)
 }
 
 /// Drives a connection in its own task, and notes warnings of the server, which precede the response they are about.
