@@ -1,6 +1,6 @@
 //! Responses that are made from a pass over the log, while the server works.
 //!
-//! A thread reads the log, at a tenth of its time, so that requests are delayed by little. What it reads and the client has not
+//! A thread reads the log, at a sixteenth of its time, so that requests are delayed by little. What it reads and the client has not
 //! taken is bounded.
 
 use std::io::{self, ErrorKind, Write};
@@ -29,8 +29,8 @@ use crate::edge::{Rejection, Reply};
 /// Size of a piece of a response, and number of pieces that the client has not taken.
 const PIECE_BYTES: usize = 1 << 20;
 const PIECES: usize = 2;
-/// Idle time per time of work: a scan takes a tenth of one core, at most.
-const IDLE_RATIO: u32 = 9;
+/// Idle time per time of work: a scan takes a sixteenth of one core, at most.
+const IDLE_RATIO: u32 = 15;
 /// Longest single pause.
 const MAX_IDLE: Duration = Duration::from_secs(1);
 /// Interval at which a thread looks whether the client took a piece.

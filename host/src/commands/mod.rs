@@ -102,7 +102,7 @@ pub enum Command {
     History(history::History),
     /// Print what a running server stores: live keys, the largest keys and prefixes, and garbage in the log
     ///
-    /// The server reads its log at a tenth of a core, so that this can take minutes.
+    /// The server reads its log at a sixteenth of a core, so that this can take minutes.
     Stats(stats::Stats),
     /// Print the value of a key, unchanged
     Get(get::Get),

@@ -28,7 +28,8 @@ const END: &str = "end";
 pub fn check(address: SocketAddr, watches: usize, over: &AtomicBool) -> Result<usize> {
     Builder::new_current_thread().enable_all().build()?.block_on(async {
         let keys: Vec<_> = (0..watches).map(|number| format!("watched-{number}")).collect();
-        let seen: Vec<_> = keys.iter().map(|key| tokio::spawn(watch(address, key.clone()))).collect();
+        let begin = position(address).await?;
+        let seen: Vec<_> = keys.iter().map(|key| tokio::spawn(watch(address, key.clone(), begin.clone()))).collect();
         let written = write(address, &keys, over).await?;
         let seen = timeout(PATIENCE, try_join_all(seen)).await.context("an event did not come")??;
         let mut events = 0;
@@ -59,12 +60,20 @@ async fn write(address: SocketAddr, keys: &[String], over: &AtomicBool) -> Resul
     Ok(written)
 }
 
-/// Watches a key until it has the value that ends it. Returns the sequences of its events.
-async fn watch(address: SocketAddr, key: String) -> Result<Vec<u64>> {
-    let mut seen = Vec::new();
+/// Returns the position to watch from.
+async fn position(address: SocketAddr) -> Result<String> {
+    let request = Request::get("/v1?limit=1").body(Full::default())?;
+    let response = Client { address, sender: None }.ask(request).await?;
+    let position = response.headers().get("kvs-position").context("no kvs-position")?;
+    Ok(position.to_str()?.to_owned())
+}
+
+/// Watches a key from a position on, until it has the value that ends it. Returns the sequences of its events.
+async fn watch(address: SocketAddr, key: String, begin: String) -> Result<Vec<u64>> {
+    let mut seen: Vec<u64> = Vec::new();
     loop {
-        let after = seen.last().copied().unwrap_or(0);
-        let request = Request::get(format!("/v1/{key}?watch&since={after}")).body(Full::default())?;
+        let since = seen.last().map_or_else(|| begin.clone(), u64::to_string);
+        let request = Request::get(format!("/v1?watch&key={key}&since={since}")).body(Full::default())?;
         let response = Client { address, sender: None }.ask(request).await?;
         ensure!(response.status() == StatusCode::OK, "{}", response.status());
         let (mut body, mut rest) = (response.into_body(), String::new());
