@@ -151,14 +151,17 @@ impl Stream {
         heartbeats.tick().await;
         let mut after = holding.send_past(past, &text, None).await?;
         while changes.watermark().durable() > after + NEAR {
-            let past = read_past(&changes, &selection, after, &mut heartbeats, &text, &socket).await?;
+            let reading = changes.past(&selection, after);
+            let past = with_heartbeats(reading, after, &mut heartbeats, &text, &socket).await?.ok()?;
             after = holding.send_past(past, &text, None).await?;
         }
         let mut watcher = changes.watch(Selection::clone(&selection))?;
         // Changes appended before the subscription come from the log, as soon as they are durable.
-        changes.watermark().reached(watcher.from).await.ok()?;
+        let durable = changes.watermark().reached(watcher.from);
+        with_heartbeats(durable, after, &mut heartbeats, &text, &socket).await?.ok()?;
         while after < watcher.from {
-            let mut past = read_past(&changes, &selection, after, &mut heartbeats, &text, &socket).await?;
+            let reading = changes.past(&selection, after);
+            let mut past = with_heartbeats(reading, after, &mut heartbeats, &text, &socket).await?.ok()?;
             past.changes.retain(|change| change.sequence <= watcher.from);
             past.until = past.until.min(watcher.from);
             after = holding.send_past(past, &text, Some(&watcher)).await?;
@@ -179,20 +182,20 @@ impl Stream {
     }
 }
 
-/// Reads the next chunk of history, which can be long without a change that is selected. A heartbeat has the position
-/// meanwhile, so that a client which is cut off does not begin again. Returns None when the client has left.
-async fn read_past(
-    changes: &ChangeFeed,
-    selection: &Arc<Selection>,
+/// Waits for the log, which can take long: for the next chunk of history, as long as no change is selected, or for a commit. A
+/// heartbeat has the position meanwhile, so that a client which is cut off does not begin again. Returns None when the client has
+/// left.
+async fn with_heartbeats<T>(
+    work: impl Future<Output = T>,
     after: u64,
     heartbeats: &mut Interval,
     text: &mpsc::Sender<Bytes>,
     socket: &TcpStream,
-) -> Option<Past> {
-    let mut reading = pin!(changes.past(selection, after));
+) -> Option<T> {
+    let mut work = pin!(work);
     loop {
         tokio::select! {
-            past = reading.as_mut() => return past.ok(),
+            done = work.as_mut() => return Some(done),
             // Without room the client has something to read.
             _ = heartbeats.tick() => drop(text.try_send(begin(after))),
             () = left(socket) => return None,

@@ -27,14 +27,12 @@ use super::shards::{Shards, Switched};
 use super::source::{self, Digest, Identity, Source};
 use super::trap::{self, Trapped};
 use crate::audit::{self, Actor};
-use kvs_txlog::{Condition, Forgotten, TransactionLog};
+use kvs_txlog::{Condition, TransactionLog};
 
 /// Entries that the new guest may lack when calls are held back for it: some milliseconds of its time.
 const FEW: u64 = 2_000;
 /// Rounds of catching up. A guest that takes in the log more slowly than it grows would need ever more.
 const ROUNDS: usize = 100;
-/// How often the log is read from the start again because compaction went past where the new guest was.
-const ATTEMPTS: usize = 3;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
@@ -384,23 +382,14 @@ impl Swapper {
 
     /// Builds its instances from the log, up to the last few entries.
     fn replay(&self, guest: &Guest) -> Result<(Vec<Replica>, Replayed), SwapError> {
-        for _ in 0..ATTEMPTS {
-            self.phase("replaying");
-            let started = self.clock().now();
-            let mut replicas = self.shards.replicas(guest).map_err(SwapError::Unfit)?;
-            match self.catch_up(&mut replicas) {
-                Err(error) if error.is::<Forgotten>() => warn!("the swap replays the log once more: {error}"),
-                Err(error) => return Err(blame(error)),
-                Ok(false) => {
-                    return Err(SwapError::Unfit(anyhow!("it takes in the log more slowly than the log grows")));
-                }
-                Ok(true) => {
-                    let replayed = replica::replayed_by_all(&mut replicas, started).map_err(SwapError::Unfit)?;
-                    return Ok((replicas, replayed));
-                }
-            }
+        self.phase("replaying");
+        let started = self.clock().now();
+        let mut replicas = self.shards.replicas(guest).map_err(SwapError::Unfit)?;
+        if !self.catch_up(&mut replicas).map_err(blame)? {
+            return Err(SwapError::Unfit(anyhow!("it takes in the log more slowly than the log grows")));
         }
-        Err(SwapError::Failed(anyhow!("the log was compacted under it {ATTEMPTS} times; try again")))
+        let replayed = replica::replayed_by_all(&mut replicas, started).map_err(SwapError::Unfit)?;
+        Ok((replicas, replayed))
     }
 
     /// False when it does not get there.

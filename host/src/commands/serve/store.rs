@@ -9,7 +9,7 @@ use kvs_txlog::change_feed::ChangeFeed;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::{self, nats};
 use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
-use kvs_txlog::postgres::{self, PostgresLog};
+use kvs_txlog::postgres::{self, Existing, PostgresLog};
 use kvs_txlog::{PastLog, Standby, TransactionLog};
 use tokio::runtime::Handle;
 use tokio::task;
@@ -108,7 +108,7 @@ pub async fn open_log(
         }
         TxlogStorage::Postgres(url) => {
             make_data_dir(args)?;
-            let manner = postgres::Manner { begin: true, standby: args.standby };
+            let manner = postgres::Manner { existing: Existing::Allowed, standby: args.standby };
             let (url, timeout, retain) = (url.clone(), args.txlog_timeout, args.backup.retain);
             let lease = args.read_lease.unwrap_or(postgres::READ_LEASE);
             let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);

@@ -13,7 +13,7 @@ use kvs_runtime::Env;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file::{DEFAULT_SEGMENT_BYTES, Durability, FileLog, Options, largest_group};
-use kvs_txlog::postgres::{PostgresLog, Url, cloud_native_go};
+use kvs_txlog::postgres::{Existing, PostgresLog, Url, cloud_native_go};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 
@@ -39,7 +39,7 @@ pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&P
             let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
             import(&source, &FileLog::open(options)?)
         }
-        TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, true)?),
+        TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, Existing::Allowed)?),
         #[cfg(feature = "nats")]
         TxlogStorage::Nats(url) => import(&source, &nats::at_rest(url)?),
     }

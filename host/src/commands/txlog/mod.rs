@@ -19,7 +19,7 @@ use kvs_client::Output;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file::{Finding, Offline, verify};
-use kvs_txlog::postgres::{PostgresLog, Url};
+use kvs_txlog::postgres::{Existing, PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
 use kvs_txlog::{Incarnation, TransactionLog};
 use serde_json::{Value, json};
@@ -116,7 +116,7 @@ impl StorageArgs {
 pub fn open_offline(txlog: &TxlogStorage, data: &Path) -> anyhow::Result<Arc<dyn TransactionLog>> {
     Ok(match txlog {
         TxlogStorage::File => Arc::new(Offline::open(data)?),
-        TxlogStorage::Postgres(url) => Arc::new(PostgresLog::at_rest(url, false)?),
+        TxlogStorage::Postgres(url) => Arc::new(PostgresLog::at_rest(url, Existing::Required)?),
         #[cfg(feature = "nats")]
         TxlogStorage::Nats(url) => Arc::new(nats::read(url)?),
     })
@@ -139,7 +139,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
         TxlogCommand::Compact { at } => match &at.txlog {
             TxlogStorage::File => compact(&at.data_dir),
             TxlogStorage::Postgres(url) => {
-                let left = PostgresLog::at_rest(url, false)?.compact()?;
+                let left = PostgresLog::at_rest(url, Existing::Required)?.compact()?;
                 notice(format_args!("compacted: {left} entries remain"));
                 Ok(())
             }
@@ -157,7 +157,7 @@ fn format() -> impl TypedValueParser<Value = Format> {
 
 /// Verifies a log in a database, by a replay, which rejects corrupt rows.
 fn verify_rows(url: &Url, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
-    let log = PostgresLog::at_rest(url, false)?;
+    let log = PostgresLog::at_rest(url, Existing::Required)?;
     let (all, newest) = replayed(&log)?;
     let schema = log.schema();
     output.print(Some(&format!("schema kvs: {schema}")), || json!({ "schema": schema.to_string() }), out)?;
@@ -252,7 +252,7 @@ fn verify_log(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Resul
 fn fork(at: &StorageArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let Incarnation { id, fork, first, .. } = match &at.txlog {
         TxlogStorage::File => Offline::fork(&at.data_dir)?,
-        TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, false)?.fork()?,
+        TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, Existing::Required)?.fork()?,
         #[cfg(feature = "nats")]
         TxlogStorage::Nats(_) => bail!("a log in NATS cannot be forked: export it, and import it under another name"),
     };

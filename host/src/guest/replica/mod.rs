@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::engine::{Guest, SHARDING};
 use super::instance::Instance;
@@ -23,7 +23,7 @@ use super::owner::{Owners, Part};
 use crate::contract::VERSION;
 use kvs_runtime::Clock;
 use kvs_txlog::change::Change;
-use kvs_txlog::{REPLAY_ENTRIES, TransactionLog};
+use kvs_txlog::{Forgotten, REPLAY_ENTRIES, TransactionLog};
 
 /// Interval of the progress lines of a long replay.
 const PROGRESS: Duration = Duration::from_secs(1);
@@ -91,12 +91,18 @@ impl Replica {
     /// [`Trapped`](super::instance::Trapped) is the guest's, any other the log's.
     ///
     /// When the guest traps or takes too long, another instance replays the log, with smaller batches from there on: in the
-    /// end one entry is named, unless smaller batches are what was needed.
+    /// end one entry is named, unless smaller batches are what was needed. When the log was compacted so that it would miss a
+    /// delete, another instance replays it too.
     pub fn catch_up(&mut self, progress: &Progress<'_>) -> Result<u64> {
         loop {
             let mut failed = None;
             let error = match self.take_in(progress, &mut failed) {
                 Ok(taken) => return Ok(taken),
+                Err(error) if error.is::<Forgotten>() => {
+                    warn!(shard = self.part.label(), "the log is replayed once more: {error}");
+                    self.begin_again()?;
+                    continue;
+                }
                 Err(error) => error,
             };
             let Some((from, entries @ 2..)) = failed else { return Err(error) };

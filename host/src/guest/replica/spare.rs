@@ -98,14 +98,18 @@ impl Spare {
         spare
     }
 
-    /// Sees to it that there is one, of the guest that `serving` returns, until the log fails.
+    /// Sees to it that there is one, of the guest that `serving` returns, until the log fails. None is kept while that is an
+    /// error.
     pub async fn keep(&self, with: Surroundings<'_>, serving: impl Fn() -> Result<Arc<Guest>>) -> Result<()> {
         let mut pause = Duration::ZERO;
         loop {
+            let begun = with.clock.now();
             let built = self.build(&with, &serving).await;
+            // Of the log it has read all, and a swap has waited for it.
+            let least = if built.is_err() { IDLE * with.clock.elapsed(begun) } else { Duration::ZERO };
             let begun = with.clock.now();
             let followed = match built {
-                Ok(()) => self.follow(&with).await,
+                Ok(()) => self.follow(&with, &serving).await,
                 Err(error) => Err(error),
             };
             match followed {
@@ -119,7 +123,11 @@ impl Spare {
                     pause = if is_new { PAUSES.0 } else { (2 * pause).clamp(PAUSES.0, PAUSES.1) };
                 }
             }
-            with.clock.sleep(pause).await;
+            tokio::select! {
+                () = with.clock.sleep(pause.max(least)) => {}
+                // A swap or a rebuild may have cured it.
+                () = self.taken.notified() => {}
+            }
         }
     }
 
@@ -147,7 +155,7 @@ impl Spare {
     }
 
     /// Lets it take in what becomes durable. An error is why there is none any more.
-    async fn follow(&self, with: &Surroundings<'_>) -> Result<End> {
+    async fn follow(&self, with: &Surroundings<'_>, serving: impl Fn() -> Result<Arc<Guest>>) -> Result<End> {
         loop {
             tokio::select! {
                 reached = with.log.watermark().reached(self.sequence() + 1) => if reached.is_err() {
@@ -157,6 +165,12 @@ impl Spare {
             }
             let begun = with.clock.now();
             let mut slot = Arc::clone(&self.slot).lock_owned().await;
+            // The data has grown since it was built.
+            if let Err(error) = serving() {
+                self.is_ready.send_replace(false);
+                task::spawn_blocking(move || slot.take()).await?;
+                return Err(error);
+            }
             let passing = task::spawn_blocking(move || {
                 let passed = slot.as_mut().map(Replica::pass);
                 if let Some(Err(error)) = &passed

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use kvs_runtime::Clock;
-use kvs_txlog::{Forgotten, TransactionLog};
+use kvs_txlog::TransactionLog;
 use tracing::{debug, warn};
 
 use super::Metrics;
@@ -88,10 +88,6 @@ impl Candidate {
         while !with.is_over(Duration::ZERO) {
             match self.get_in_step(with) {
                 Ok(()) => self.compare_all(with),
-                Err(error) if error.is::<Forgotten>() => {
-                    warn!("the candidate is built again: {error}");
-                    self.is_spent = true;
-                }
                 Err(error) if error.is::<Over>() => break,
                 Err(error) => return Err(error),
             }

@@ -27,8 +27,8 @@ const IDLE_RATIO: u32 = 3;
 /// Grace period of tombstones: clocks differ, and a reader may be catching up.
 const TOMBSTONE_GRACE: Duration = Duration::from_secs(3600);
 
-/// Timeout of the creation of the index.
-const INDEX_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Timeout of what reads all rows: the creation of the index, and the search for the first retained row.
+const SCAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Drops the index. None of these statements blocks appends.
 const DROP_INDEX: &str = "DROP INDEX CONCURRENTLY IF EXISTS kvs.transactions_key";
@@ -107,14 +107,14 @@ async fn retain(session: &Session, newest: u64, now: u64, retain: Duration) -> R
 
 /// Compacts the log up to `newest`, and returns the number of remaining entries.
 pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: CompactionParams) -> Result<u64> {
-    let indexing = Session::connect(&shared.target, INDEX_TIMEOUT, &shared.conditions.settings()).await?;
+    let patient = Session::connect(&shared.target, SCAN_TIMEOUT, &shared.conditions.settings()).await?;
+    let clock = &shared.env.clock;
+    let newest = retain(&patient, newest, clock.unix_ms(), params.retain).await?;
     for statement in CREATE_INDEX {
-        indexing.run(statement).await?;
+        patient.run(statement).await?;
     }
     let session = shared.connect_to_write().await?;
     let step = session.prepare(STEP).await?;
-    let clock = &shared.env.clock;
-    let newest = retain(&session, newest, clock.unix_ms(), params.retain).await?;
     // Before the first step: states up to here cannot be restored from then on.
     let begins = "UPDATE kvs.writer SET compacted = greatest(compacted, $2) WHERE epoch = $1";
     session.execute(begins, &[&epoch, &newest.cast_signed()]).await?;
@@ -132,7 +132,7 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: Compactio
         shared.metrics.compacted.add(gone.cast_unsigned());
         clock.sleep(clock.elapsed(step_begun) * params.idle_ratio).await;
     }
-    indexing.run(DROP_INDEX).await?;
+    patient.run(DROP_INDEX).await?;
     if dropped > 0 {
         info!("compacted the log: dropped {dropped} of {} entries in {:.1?}", dropped + kept, clock.elapsed(begun));
     }

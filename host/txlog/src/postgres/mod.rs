@@ -71,7 +71,7 @@ use tokio_postgres::Statement;
 use tracing::{error, info};
 use uuid::Uuid;
 
-pub use self::opening::Manner;
+pub use self::opening::{Existing, Manner};
 pub use self::target::Url;
 
 use self::batch::Columns;
@@ -235,9 +235,9 @@ impl PostgresLog {
         Ok(Self { shared, handle, schema, running: Mutex::new(Some(Running { runtime, writer })) })
     }
 
-    /// The log of a database that nobody serves from. It must be there, unless `begin` says otherwise.
-    pub fn at_rest(url: &Url, begin: bool) -> Result<Self> {
-        let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { begin, standby: false });
+    /// The log of a database that nobody serves from.
+    pub fn at_rest(url: &Url, existing: Existing) -> Result<Self> {
+        let (url, timeout, manner) = (url.clone(), Duration::from_secs(30), Manner { existing, standby: false });
         let (durability, lease, env) = (Durability::Sync, READ_LEASE, Env::real());
         let (group_bytes, retain, advertise) = (GROUP_BYTES, Duration::ZERO, None);
         Self::open(&Options { url, group_bytes, durability, timeout, manner, lease, retain, advertise, env })

@@ -40,10 +40,19 @@ pub enum Holding {
     Theirs(Look, History, Option<Uuid>),
 }
 
+/// Whether there may be a log in the database.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    Required,
+    /// One is begun where there is none.
+    Allowed,
+    Refused,
+}
+
 /// Whether there may be no log yet, and what is done when another process writes it.
 #[derive(Clone, Copy)]
 pub struct Manner {
-    pub begin: bool,
+    pub existing: Existing,
     /// To follow it meanwhile, and to wait for a database that is away.
     pub standby: bool,
 }
@@ -83,8 +92,8 @@ async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) ->
 }
 
 async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Clock) -> Result<Opened> {
-    let Manner { begin, standby } = manner;
-    let schema = schema::prepare(&session, begin).await?;
+    let Manner { existing, standby } = manner;
+    let schema = schema::prepare(&session, existing).await?;
     let shape = "the tables in the schema kvs have an unexpected shape";
     let append = writer::prepare(&session).await.context(shape)?;
     if standby {

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::batch::Columns;
 use super::incarnations::{self, Identity};
-use super::{PostgresLog, Running, Url, epoch};
+use super::opening::Existing;
+use super::{PostgresLog, Running, Url, epoch, schema};
 use crate::change::Change;
 use crate::remote::queue::{Content, End};
 use crate::{Restoration, TransactionLog};
@@ -22,7 +23,7 @@ const END: &str = "UPDATE kvs.writer SET last = $2, compacted = $2, forgotten = 
 impl PostgresLog {
     /// Writes a restored log, and the beginning of its new incarnation.
     pub fn restore(url: &Url, restoration: &Restoration<'_>) -> Result<()> {
-        let log = Self::at_rest(url, true)?;
+        let log = Self::at_rest(url, Existing::Refused)?;
         let restored = log.fill(restoration);
         // Releases the epoch in any case.
         log.close()?;
@@ -31,10 +32,7 @@ impl PostgresLog {
 
     fn fill(&self, restoration: &Restoration<'_>) -> Result<()> {
         let Restoration { log, ref history, last, incarnation, replay } = *restoration;
-        ensure!(
-            self.appended() == 0 && self.history().incarnations().is_empty(),
-            "there is a log in it already: a backup is restored into an empty database; give another with --txlog"
-        );
+        ensure!(self.appended() == 0 && self.history().incarnations().is_empty(), schema::NOT_EMPTY);
         let Self { handle, shared, .. } = self;
         let number = *shared.epoch.get().context("another process writes it")?;
         let session = handle.block_on(async {

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
+use super::opening::Existing;
 use super::session::Session;
 
 /// Migrations, each to the next version. Existing ones never change.
@@ -13,17 +14,26 @@ const MIGRATIONS: &[&str] = &[
     include_str!("lease.sql"),
 ];
 
+/// Why nothing is restored into a database.
+pub const NOT_EMPTY: &str =
+    "there is a log in it already: a backup is restored into an empty database; give another with --txlog";
+
 /// Advisory lock of a migration, until the end of the transaction.
 const LOCK: i64 = 0x6b76_7300;
 
 /// Current version of the schema.
 pub const VERSION: usize = MIGRATIONS.len();
 
-/// Makes the schema, if one is to be begun, or brings it up to date. Returns the version that it had.
-pub async fn prepare(session: &Session, begin: bool) -> Result<usize> {
+/// Makes the schema, if one is to be begun, or brings it up to date. Returns the version that it had. Nothing is changed where
+/// there must be no log, and is one.
+pub async fn prepare(session: &Session, existing: Existing) -> Result<usize> {
     let there = session.one("SELECT to_regclass('kvs.migrations') IS NOT NULL", &[]).await?;
     let version = if there.try_get(0)? { version(session).await? } else { 0 };
-    ensure!(version > 0 || begin, "there is no log in it");
+    ensure!(version > 0 || existing != Existing::Required, "there is no log in it");
+    if version > 0 && existing == Existing::Refused {
+        let last: i64 = session.one("SELECT last FROM kvs.writer", &[]).await?.try_get(0)?;
+        ensure!(last == 0, NOT_EMPTY);
+    }
     ensure!(
         version <= VERSION,
         "its schema kvs is of version {version}, and this kvs knows versions up to {VERSION}: use the kvs that made it, or a \
