@@ -168,12 +168,26 @@ impl Stream {
         }
         loop {
             let next = tokio::select! {
-                change = watcher.next() => match change? {
+                change = watcher.next() => match change {
                     // Sent from the log already.
-                    change if change.sequence <= after => continue,
-                    change => change.text.get_or_init(|| print(&change)).clone(),
+                    Some(change) if change.sequence <= after => continue,
+                    Some(change) => {
+                        after = change.sequence;
+                        change.text.get_or_init(|| print(&change)).clone()
+                    }
+                    None => {
+                        // If the client takes it, it resumes without a search of the log.
+                        let _ = text.try_send(begin(progress(&watcher, after)?));
+                        return None;
+                    }
                 },
-                _ = heartbeats.tick() => HEARTBEAT,
+                _ = heartbeats.tick() => match progress(&watcher, after) {
+                    Some(position) => {
+                        after = position;
+                        begin(position)
+                    }
+                    None => HEARTBEAT,
+                },
                 () = left(&socket) => return None,
                 () = text.closed() => return None,
             };
@@ -202,6 +216,12 @@ async fn with_heartbeats<T>(
             () = text.closed() => return None,
         }
     }
+}
+
+/// Returns a later position than the last that was sent: a client that resumes there need not search all that was written
+/// meanwhile, and is not refused when that was compacted.
+fn progress(watcher: &Subscription, last: u64) -> Option<u64> {
+    watcher.position().filter(|position| *position > last)
 }
 
 fn begin(after: u64) -> Bytes {

@@ -346,6 +346,18 @@ impl Subscription {
         self.queue.next().await
     }
 
+    /// Returns the position from which a watch would miss nothing, if it continues where this one is. None while changes are
+    /// queued, after some were dropped, and while another process writes the log.
+    pub fn position(&self) -> Option<u64> {
+        // No change is on its way to a queue.
+        let _none_published = self.changes.subscribers_mut();
+        if self.changes.log.read_only().is_some() || !self.queue.has_delivered_all() {
+            return None;
+        }
+        let durable = self.changes.log.watermark().durable();
+        Some(lock(&self.changes.pending).front().map_or(durable, |next| durable.min(next.sequence - 1)))
+    }
+
     /// Returns the bytes of keys and values of queued changes.
     pub fn waiting(&self) -> usize {
         self.queue.bytes()

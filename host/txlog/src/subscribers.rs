@@ -64,6 +64,8 @@ struct Waiting {
     last: u64,
     /// The consumer was too slow, or the feed ended: no more changes follow.
     over: bool,
+    /// The consumer was too slow.
+    dropped: bool,
 }
 
 impl Keys {
@@ -206,6 +208,12 @@ impl Queue {
         lock(&self.waiting).bytes
     }
 
+    /// Returns whether there was nothing to deliver but what [`Queue::next`] has returned.
+    pub fn has_delivered_all(&self) -> bool {
+        let waiting = lock(&self.waiting);
+        waiting.changes.is_empty() && !waiting.dropped
+    }
+
     /// Waits until a change is queued, or the feed ends.
     pub async fn changed(&self) {
         self.ready.notified().await;
@@ -220,7 +228,7 @@ impl Queue {
         waiting.bytes += change.bytes();
         // A single change may exceed the limit.
         if waiting.bytes > lag_bytes && !waiting.changes.is_empty() {
-            *waiting = Waiting { over: true, ..Waiting::default() };
+            *waiting = Waiting { over: true, dropped: true, ..Waiting::default() };
         } else {
             waiting.changes.push_back(Arc::clone(change));
         }

@@ -70,9 +70,8 @@ async fn position(address: SocketAddr) -> Result<String> {
 
 /// Watches a key from a position on, until it has the value that ends it. Returns the sequences of its events.
 async fn watch(address: SocketAddr, key: String, begin: String) -> Result<Vec<u64>> {
-    let mut seen: Vec<u64> = Vec::new();
+    let (mut seen, mut since) = (Vec::new(), begin);
     loop {
-        let since = seen.last().map_or_else(|| begin.clone(), u64::to_string);
         let request = Request::get(format!("/v1?watch&key={key}&since={since}")).body(Full::default())?;
         let response = Client { address, sender: None }.ask(request).await?;
         ensure!(response.status() == StatusCode::OK, "{}", response.status());
@@ -81,9 +80,11 @@ async fn watch(address: SocketAddr, key: String, begin: String) -> Result<Vec<u6
             let Ok(data) = frame?.into_data() else { continue };
             rest += std::str::from_utf8(&data)?;
             while let Some((block, later)) = rest.split_once("\n\n") {
+                if let Some(id) = block.lines().find_map(|line| line.strip_prefix("id: ")) {
+                    id.clone_into(&mut since);
+                }
                 if block.contains("event: ") {
-                    let id = block.lines().find_map(|line| line.strip_prefix("id: ")?.parse().ok());
-                    seen.push(id.context("an event without an id")?);
+                    seen.push(since.parse()?);
                 }
                 let is_last = block.contains(&format!("\"value\":\"{END}\""));
                 rest = later.to_owned();

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use crate::support::events::{Event, Events};
 use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
 use crate::support::log::{is_compactable, kvs_at};
+use crate::support::requests::put;
 use crate::support::server::{Server, serve};
 use crate::support::swap::{swaps, under_load};
 use crate::support::wire::{Connection, Response};
@@ -234,6 +235,30 @@ fn watch_without_events_is_kept_alive() {
     for _ in 0..3 {
         assert_eq!(events.block().expect("it continues").as_deref(), Some(":"));
     }
+}
+
+#[test]
+fn watch_shows_positions_that_skip_nothing() {
+    let server = Server::start(&["--watch-keep-alive", "50ms"]);
+    let mut events = Events::open(&server, "/v1?watch&key=a", &[]);
+    let mut block = || events.block().expect("it continues");
+    assert_eq!((put(&server, "b", "1"), put(&server, "c", "2")), (201, 201));
+    let mut shown = 0;
+    while shown < 2 {
+        let text = block().expect("it does not end");
+        let Some(position) = text.strip_prefix("id: ") else { continue };
+        assert!(position.parse::<u64>().is_ok_and(|position| position > shown), "{text} after {shown}");
+        shown = position.parse().expect("a number");
+    }
+    assert_eq!((put(&server, "a", "3"), put(&server, "b", "4")), (201, 201));
+    while !block().expect("it does not end").starts_with("id: 3\nevent: put\n") {}
+    // At once: no heartbeat comes so early.
+    let server = server.terminate().restart(&["--watch-keep-alive", "1h"]);
+    let mut events = Events::open(&server, "/v1?watch&key=a", &[]);
+    assert_eq!(put(&server, "b", "5"), 201);
+    server.terminate();
+    assert_eq!(events.block().expect("it ends well").as_deref(), Some("id: 5"));
+    assert_eq!(events.block().expect("it ends well"), None);
 }
 
 #[test]

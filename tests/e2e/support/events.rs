@@ -65,11 +65,11 @@ impl<S: Read + Write> Events<S> {
         self.try_next().unwrap_or_else(|error| panic!("the stream broke: {error}"))
     }
 
-    /// As `next`; an error when the connection broke.
+    /// As `next`, without comments and positions; an error when the connection broke.
     pub fn try_next(&mut self) -> io::Result<Option<Event>> {
         loop {
             let Some(block) = self.block()? else { return Ok(None) };
-            if block == ":" {
+            if block == ":" || !block.contains('\n') {
                 continue;
             }
             let mut fields = block.lines();

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvs_txlog::change_feed::{ChangeFeed, PositionError};
-use kvs_txlog::postgres::{PostgresLog, Url};
+use kvs_txlog::postgres::{Existing, PostgresLog, Url};
 use kvs_txlog::{Event, TransactionLog};
 use rustix::process::Signal;
 
@@ -270,7 +270,7 @@ fn fork_begins_incarnation_at_rest() {
     assert_eq!(tag(&server, "a"), 1);
     server.terminate();
 
-    let at_rest = || PostgresLog::at_rest(&Url::from(url.as_str()), false).expect("it is at rest");
+    let at_rest = || PostgresLog::at_rest(&Url::from(url.as_str()), Existing::Required).expect("it is at rest");
     let forked = at_rest();
     let [one, two] = [forked.fork(), forked.fork()].map(|begun| begun.expect("it can be forked"));
     assert_eq!(one.fork, 1);

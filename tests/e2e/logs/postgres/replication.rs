@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvs_runtime::Env;
 use kvs_txlog::file::Durability;
-use kvs_txlog::postgres::{Manner, Options, PostgresLog, READ_LEASE, Url};
+use kvs_txlog::postgres::{Existing, Manner, Options, PostgresLog, READ_LEASE, Url};
 use kvs_txlog::{Event, TransactionLog};
 
 use crate::support::load::SaysOver;
@@ -81,7 +81,7 @@ fn replay_without_synchronous_standby_is_durable() {
         group_bytes: 1 << 20,
         durability: Durability::Sync,
         timeout: Duration::from_secs(1),
-        manner: Manner { begin: true, standby: false },
+        manner: Manner { existing: Existing::Allowed, standby: false },
         lease: READ_LEASE,
         retain: Duration::ZERO,
         advertise: None,

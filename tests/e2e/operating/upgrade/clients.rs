@@ -136,12 +136,11 @@ pub fn watch(way: &Way, address: SocketAddr, over: &AtomicBool, tally: &Tally) -
                 if is_end {
                     return seen;
                 }
-                if is_event {
-                    let id =
-                        block.lines().find_map(|line| line.strip_prefix("id: ")?.parse().ok()).expect("a sequence");
-                    assert!(id > after, "{id} comes after {after}");
+                if let Some(id) = block.lines().find_map(|line| line.strip_prefix("id: ")) {
+                    let id = id.parse().expect("a sequence");
+                    assert!(id >= after + u64::from(is_event), "{id} comes after {after}");
                     after = id;
-                    seen.push(id);
+                    seen.extend(is_event.then_some(id));
                 }
                 rest = later.to_owned();
             }

@@ -109,6 +109,8 @@ impl Scenario {
                 assert!(change.sequence <= log.watermark.durable(), "{} is not durable", change.sequence);
                 assert_eq!(change.sequence, last + 1);
                 last = change.sequence;
+                // All changes are selected: a later position would skip one.
+                assert!(watcher.position().is_none_or(|position| position <= last));
             }
             None
         })
