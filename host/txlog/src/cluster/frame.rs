@@ -109,8 +109,10 @@ impl Restored {
 
     fn decode(body: &[u8]) -> Option<Self> {
         let (_, records) = body.split_at_checked(8)?;
-        let history = Arc::new(History::new(incarnations::decode(records)));
-        (!history.incarnations().is_empty()).then(|| Self { horizon: u64_at(body, 0), history })
+        if records.is_empty() || !incarnations::is_whole(records) {
+            return None;
+        }
+        Some(Self { horizon: u64_at(body, 0), history: Arc::new(History::new(incarnations::decode(records))) })
     }
 }
 
@@ -350,6 +352,19 @@ mod tests {
         assert!(end.accept(log, &deposed.heartbeat(log, &holder())).is_err());
         let next = end.heartbeat(log, &holder());
         assert_eq!(Tip::of_last(log, 5, [&*in_flight[3], &*next].into_iter()).unwrap().0.position, 6);
+    }
+
+    #[test]
+    fn restored_log_with_incomplete_record_is_rejected() {
+        let incarnation =
+            crate::Incarnation { id: Uuid::from_u128(2), parent: Uuid::from_u128(1), fork: 5, first: 1 << 40 };
+        let restored = Restored { horizon: 3, history: Arc::new(History::new(vec![incarnation; 2])) };
+        let bytes = restored.encode().into_buffer();
+        let body = &bytes[HEAD_BYTES..];
+        assert_eq!(Restored::decode(body), Some(restored));
+        for length in (0..body.len()).filter(|length| *length != body.len() - 48) {
+            assert_eq!(Restored::decode(&body[..length]), None, "{length} bytes");
+        }
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub fn encode(body: &mut Vec<u8>, incarnations: &[Incarnation]) {
     }
 }
 
+/// Whether this is the size of whole records.
+pub fn is_whole(body: &[u8]) -> bool {
+    body.len().is_multiple_of(RECORD_BYTES)
+}
+
 pub fn decode(body: &[u8]) -> Vec<Incarnation> {
     let records = body.chunks_exact(RECORD_BYTES);
     let record = |bytes: &[u8]| Incarnation {
