@@ -284,7 +284,7 @@ impl Shards {
     /// of it already.
     pub fn promoted(&self) {
         self.metrics().promotions[Cause::Takeover as usize].add(1);
-        self.shared.cache.serve(self.serving().headers);
+        self.shared.cache.renew();
         self.shared.housekeeping.wish(Duration::ZERO);
     }
 

@@ -151,6 +151,11 @@ impl ResponseCache {
         self.versions.next_generation(headers);
     }
 
+    /// The same, when only the history is another. Needs no turn.
+    pub fn renew(&self) {
+        self.versions.renew();
+    }
+
     /// The key is about to change.
     pub fn announce(&self, key: &str) {
         if self.largest > 0 {

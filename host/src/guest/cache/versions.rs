@@ -32,7 +32,7 @@ pub struct Stamp {
     counters: Box<[(usize, u64)]>,
 }
 
-impl<T> Versions<T> {
+impl<T: Clone> Versions<T> {
     pub fn new(of: T) -> Self {
         Self::with(COUNTERS, of)
     }
@@ -54,8 +54,16 @@ impl<T> Versions<T> {
 
     /// Begins another generation: what was made before is not given any more, and what is being made is not kept.
     pub fn next_generation(&self, of: T) {
-        let number = self.generation().number + 1;
-        self.generation.store(Arc::new(Generation { number, of }));
+        self.begin(|_| of.clone());
+    }
+
+    /// The same, of the guest that serves. Another can begin to serve beside this.
+    pub fn renew(&self) {
+        self.begin(T::clone);
+    }
+
+    fn begin(&self, of: impl Fn(&T) -> T) {
+        self.generation.rcu(|current| Generation { number: current.number + 1, of: of(&current.of) });
     }
 
     /// Announces a change of a key, by the hash of the key. To be called before the change can be seen anywhere.

@@ -40,8 +40,11 @@ mod sync {
             self.load_full()
         }
 
-        pub fn store(&self, value: Arc<T>) {
-            *self.0.lock().unwrap() = value;
+        /// What it does is another value, or is done again.
+        pub fn rcu<R: Into<Arc<T>>>(&self, mut next: impl FnMut(&Arc<T>) -> R) -> Arc<T> {
+            let mut value = self.0.lock().unwrap();
+            let next = next(&value).into();
+            std::mem::replace(&mut *value, next)
         }
     }
 }
@@ -60,7 +63,8 @@ struct Response {
 
 /// A shard, its log, and one place for a response.
 struct Server {
-    versions: Versions<()>,
+    /// Each generation is of a guest.
+    versions: Versions<u64>,
     /// Its holder has the turn.
     turn: Mutex<Response>,
     /// The newest value in the log, as those who watch see it, and the guest that serves, once that was reported.
@@ -73,7 +77,7 @@ impl Server {
     fn new() -> Arc<Self> {
         let (turn, kept) = (Mutex::default(), Mutex::default());
         let (log, reported) = (AtomicU64::new(0), AtomicU64::new(0));
-        Arc::new(Self { versions: Versions::with(2, ()), turn, log, reported, kept })
+        Arc::new(Self { versions: Versions::with(2, 0), turn, log, reported, kept })
     }
 
     fn put(&self) {
@@ -85,10 +89,15 @@ impl Server {
 
     fn swap(&self) {
         let mut guest = self.turn.lock().unwrap();
-        self.versions.next_generation(());
+        self.versions.next_generation(guest.guest + 1);
         guest.guest += 1;
         drop(guest);
         self.reported.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Another history, of the guest that serves.
+    fn take_over(&self) {
+        self.versions.renew();
     }
 
     /// A request, which is answered with nothing that is older than what had been heard of before.
@@ -127,7 +136,7 @@ fn check(scenario: impl Fn() + Clone + Send + Sync + 'static) {
 type Deed = fn(&Server);
 
 /// Does each in a thread of its own, this many times.
-fn beside_each_other(deeds: &[(Deed, usize)]) {
+fn beside_each_other(deeds: &[(Deed, usize)]) -> Arc<Server> {
     let server = Server::new();
     let threads: Vec<_> = deeds
         .iter()
@@ -137,14 +146,24 @@ fn beside_each_other(deeds: &[(Deed, usize)]) {
         })
         .collect();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+    server
 }
 
 #[test]
 fn no_change_that_was_heard_of_is_missed() {
-    check(|| beside_each_other(&[(Server::put, 2), (Server::get, 3), (Server::get, 3)]));
+    check(|| drop(beside_each_other(&[(Server::put, 2), (Server::get, 3), (Server::get, 3)])));
 }
 
 #[test]
 fn no_response_crosses_a_swap() {
-    check(|| beside_each_other(&[(Server::swap, 1), (Server::put, 1), (Server::get, 3), (Server::get, 2)]));
+    check(|| drop(beside_each_other(&[(Server::swap, 1), (Server::put, 1), (Server::get, 3), (Server::get, 2)])));
+}
+
+#[test]
+fn takeover_beside_a_swap_keeps_the_guest() {
+    check(|| {
+        let server = beside_each_other(&[(Server::swap, 2), (Server::take_over, 2), (Server::get, 2)]);
+        let guest = server.turn.lock().unwrap().guest;
+        assert_eq!(server.versions.generation().of, guest);
+    });
 }
