@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use arc_swap::ArcSwap;
 use bytesize::ByteSize;
 use futures_util::future::join_all;
@@ -43,6 +43,9 @@ use kvs_txlog::change::Change;
 use kvs_txlog::{Condition, TransactionLog};
 
 pub use self::handover::Paused;
+
+/// Timeout of a switch, in which requests wait.
+const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub struct Shards {
     shards: Box<[Arc<Shard>]>,
@@ -90,7 +93,7 @@ impl Shards {
         let (started, owners) = (env.clock.now(), Owners::new(count, &env.random)?);
         let replicas = replica::new_of_all(&guest, &log, &owners);
         let mut replicas = replicas.with_context(|| guest.source().cannot_be_run())?;
-        replica::catch_up_all(&mut replicas, &|_, _| Ok(()))?;
+        replica::catch_up_all(&mut replicas, &replica::unobserved)?;
         let replayed = replica::replayed_by_all(&mut replicas, started)?;
 
         let serving = Serving::new(Arc::new(guest), &replicas[0].instance);
@@ -303,7 +306,13 @@ impl Shards {
         }
         let (before, serving) = (self.serving(), Serving::new(guest, &replicas[0].instance));
         let paused = paused.unwrap_or_else(|| self.env().clock.now());
-        let promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)).await;
+        let promoted = tokio::select! {
+            biased;
+            promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)) => promoted,
+            () = self.env().clock.sleep(SWITCH_TIMEOUT) => Err(anyhow!(
+                "no call was made for {SWITCH_TIMEOUT:?}, since the log does not become durable; correct that first"
+            )),
+        };
         let switched = promoted.map(|replicas| {
             self.shared.cache.serve(Arc::clone(&serving.headers));
             let routers = self.routers.swap(Arc::new(self.routers_of(&serving.guest)));

@@ -14,7 +14,7 @@ use super::log::MemoryLog;
 use super::replays::{BATCHES, Builder};
 use super::report::{Check, Fault, Report};
 use super::requests::Request;
-use crate::guest::replica::Replica;
+use crate::guest::replica::{Replica, unobserved};
 use crate::guest::shadow::Difference;
 
 pub struct Pair<'s> {
@@ -136,7 +136,7 @@ impl<'s> Pair<'s> {
 /// An instance that has everything in the log, and appends to it.
 fn serving(with: &Builder<'_>, log: &Arc<MemoryLog>) -> Result<Replica> {
     let log: Arc<dyn TransactionLog> = Arc::clone(log) as _;
-    Ok(Replica::build(with.guest, &log, with.part.clone())?.0)
+    Ok(Replica::build(with.guest, &log, with.part.clone(), &unobserved)?.0)
 }
 
 fn apply_failed(name: &str, error: &anyhow::Error) -> Fault {

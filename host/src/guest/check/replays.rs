@@ -14,7 +14,7 @@ use super::requests::Request;
 use super::world::World;
 use crate::guest::engine::Guest;
 use crate::guest::owner::Part;
-use crate::guest::replica::Replica;
+use crate::guest::replica::{Replica, unobserved};
 use crate::guest::shadow::compare;
 
 /// Sizes of batches.
@@ -35,7 +35,7 @@ impl Builder<'_> {
     pub fn build(&self, log: &Arc<dyn TransactionLog>, until: u64, batch: usize) -> Result<Replica> {
         self.world.pass(PAUSE);
         let view: Arc<dyn TransactionLog> = Arc::new(View { log: Arc::clone(log), until, batch });
-        let (mut replica, _) = Replica::build(self.guest, &view, self.part.clone())?;
+        let (mut replica, _) = Replica::build(self.guest, &view, self.part.clone(), &unobserved)?;
         tick(&mut replica.instance)?;
         Ok(replica)
     }

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::engine::{Guest, SHARDING};
 use super::instance::Instance;
 use super::owner::{Owners, Part};
+use super::trap::Trapped;
 use crate::contract::VERSION;
 use kvs_runtime::Clock;
 use kvs_txlog::change::Change;
@@ -79,10 +80,15 @@ impl Replica {
     }
 
     /// A new instance with everything in the log that is durable now, and its own.
-    pub fn build(guest: &Guest, log: &Arc<dyn TransactionLog>, part: Part) -> Result<(Self, Replayed)> {
+    pub fn build(
+        guest: &Guest,
+        log: &Arc<dyn TransactionLog>,
+        part: Part,
+        progress: &Progress<'_>,
+    ) -> Result<(Self, Replayed)> {
         let started = guest.env().clock.now();
         let mut replica = Self::new(guest, log, part)?;
-        replica.catch_up(&|_, _| Ok(()))?;
+        replica.catch_up(progress)?;
         let replayed = replica.replayed(started)?;
         Ok((replica, replayed))
     }
@@ -131,7 +137,7 @@ impl Replica {
 
     /// Takes in the few entries that have become durable since. When the guest traps on them it is of no use any more.
     pub fn follow(&mut self) -> Result<u64> {
-        self.take_in(&|_, _| Ok(()), &mut None)
+        self.take_in(&unobserved, &mut None)
     }
 
     /// `failed` is the first entry and the size of the batch that the guest did not take in.
@@ -211,9 +217,21 @@ pub fn catch_up_all(replicas: &mut [Replica], progress: &Progress<'_>) -> Result
     in_each(replicas, |replica| replica.catch_up(progress)).into_iter().sum()
 }
 
-/// [`Replica::follow`] for each, beside each other.
+/// [`Replica::follow`] for each, beside each other. An error after which one of them is lost goes before others.
 pub fn follow_all(replicas: &mut [Replica]) -> Result<()> {
-    in_each(replicas, Replica::follow).into_iter().try_for_each(|followed| followed.map(drop))
+    let errors = in_each(replicas, Replica::follow).into_iter().filter_map(Result::err);
+    errors.max_by_key(is_lost).map_or(Ok(()), Err)
+}
+
+/// Whether an error leaves a replica that cannot follow: the guest trapped, or the log was compacted under it. Any other is the
+/// log's, and may pass.
+pub fn is_lost(error: &anyhow::Error) -> bool {
+    error.is::<Trapped>() || error.is::<Forgotten>()
+}
+
+/// The [`Progress`] of a replay that nobody observes.
+pub fn unobserved(_: u64, _: u64) -> Result<()> {
+    Ok(())
 }
 
 /// [`Replica::replayed`] of all.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use kvs_runtime::Clock;
-use kvs_txlog::{Forgotten, TransactionLog};
+use kvs_txlog::TransactionLog;
 use tokio::sync::{Notify, watch};
 use tokio::task;
 use tracing::{info, warn};
@@ -21,8 +21,7 @@ use tracing::{info, warn};
 use super::super::engine::Guest;
 use super::super::metrics::Metrics;
 use super::super::owner::Part;
-use super::super::trap::Trapped;
-use super::Replica;
+use super::{Replica, is_lost, unobserved};
 
 /// Shortest and longest pause between two passes over what is new in the log: each begins up to 1 MiB before that.
 const PAUSE: Duration = Duration::from_millis(25);
@@ -136,7 +135,7 @@ impl Spare {
         let mut slot = Arc::clone(&self.slot).lock_owned().await;
         let (guest, log, part) = (serving()?, Arc::clone(with.log), self.part.clone());
         let building = task::spawn_blocking(move || {
-            let built = Replica::build(&guest, &log, part).and_then(|(mut replica, replayed)| {
+            let built = Replica::build(&guest, &log, part, &unobserved).and_then(|(mut replica, replayed)| {
                 // What was appended meanwhile is more than a promotion should wait for.
                 replica.pass()?;
                 Ok((slot.insert(replica).sequence, replayed))
@@ -220,11 +219,6 @@ impl Spare {
 enum End {
     Taken,
     LogFailed,
-}
-
-/// Whether this leaves a replica that cannot follow: the guest trapped, or the log was compacted under it.
-fn is_lost(error: &anyhow::Error) -> bool {
-    error.is::<Trapped>() || error.is::<Forgotten>()
 }
 
 impl Replica {

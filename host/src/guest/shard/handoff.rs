@@ -103,6 +103,11 @@ impl<T, W, V> Handoff<T, W, V> {
         value
     }
 
+    /// Returns whether a visitor of a kind waits.
+    pub fn is_awaited(&self, visit: Visit) -> bool {
+        !self.state().visitors[visit as usize].is_empty()
+    }
+
     /// Removes the first waiting visitor of a kind.
     pub fn take_visitor(&self, visit: Visit) -> Option<V> {
         self.state().visitors[visit as usize].pop_front()

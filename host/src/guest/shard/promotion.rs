@@ -2,14 +2,21 @@
 //!
 //! Owns: that a promoted replica has all appended entries, and that these are durable. Must never know: the cause.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use kvs_runtime::Clock;
 use tokio::task;
+use tracing::warn;
 
 use super::super::metrics::Cause;
 use super::super::replica::{self, Replica};
 use super::{Serving, Shared, Turn};
+
+/// Attempts to read the last entries, and the pause between them: an error of the log can pass, and the replicas took long to
+/// build.
+const ATTEMPTS: usize = 10;
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Replaces the instance of each turn by a replica of the guest `serving`, and returns the previous instances. An error changes
 /// nothing.
@@ -28,7 +35,8 @@ pub async fn promote(
         shared.log.watermark().reached(newest).await?;
     }
     if !is_incomplete() {
-        replicas = task::spawn_blocking(move || replica::follow_all(&mut replicas).map(|()| replicas)).await??;
+        let clock = shared.env.clock.clone();
+        replicas = task::spawn_blocking(move || follow(&mut replicas, &clock).map(|()| replicas)).await??;
     }
     let promoted = turns.iter_mut().zip(replicas).map(|(turn, replica)| {
         let mut before = turn.promote(serving.clone(), replica)?;
@@ -39,6 +47,18 @@ pub async fn promote(
     shared.metrics.promotions[cause as usize].add(1);
     shared.metrics.promotion_pauses.observe_time(shared.env.clock.elapsed(paused));
     Ok(before)
+}
+
+/// Has the replicas apply what became durable. They are given up after an error only if that is their own, or lasts.
+fn follow(replicas: &mut [Replica], clock: &Clock) -> Result<()> {
+    for _ in 1..ATTEMPTS {
+        match replica::follow_all(replicas) {
+            Err(error) if !replica::is_lost(&error) => warn!("the log cannot be read for a promotion: {error:#}"),
+            followed => return followed,
+        }
+        clock.pause(PAUSE);
+    }
+    replica::follow_all(replicas)
 }
 
 fn is_early() -> bool {

@@ -1,11 +1,13 @@
 //! Rebuild: after a trap the spare is promoted, or an instance that is built from the log.
 //!
+//! A swap or a rollback, which holds the turns of other shards meanwhile, does not wait for it: it brings an instance itself.
+//!
 //! Owns: the pauses between attempts, and the reports while there is no instance. Must never know: the cause.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use kvs_runtime::Env;
 use tokio::task;
 use tracing::{error, info};
@@ -19,6 +21,11 @@ use super::{Shard, Shared, Turn, Visit, promote};
 const QUIET: Duration = Duration::from_secs(10);
 /// Shortest and longest pause before a repeated rebuild; each is twice the previous one.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// A swap or a rollback waits for the turn.
+#[derive(Debug, thiserror::Error)]
+#[error("another instance is about to serve")]
+struct Awaited;
 
 impl Shard {
     /// Promotes the spare in the background, or a new instance without one.
@@ -35,14 +42,11 @@ impl Shard {
             if log.watermark().failure().is_some() {
                 return Ok(()); // The process is about to stop.
             }
-            if spare.is_none()
-                && let Some(visitor) = self.instance.take_visitor(Visit::Swap)
-            {
-                // A turn that promotes nothing starts another rebuild.
-                let _ = visitor.send(Turn::without_instance(&self));
+            if spare.is_none() && self.give_turn() {
                 return Ok(());
             }
             match self.rebuild_once(spare).await {
+                Err(error) if error.is::<Awaited>() && self.give_turn() => return Ok(()),
                 Ok(turn) => {
                     // In a task of its own: a panic from here on starts another rebuild.
                     env.tasks.detach("guest queue", async move { turn.serve_others() });
@@ -57,11 +61,18 @@ impl Shard {
         }
     }
 
+    /// Gives the turn, without an instance, to a swap or a rollback that waits for it.
+    fn give_turn(self: &Arc<Self>) -> bool {
+        let Some(visitor) = self.instance.take_visitor(Visit::Swap) else { return false };
+        // A turn that promotes nothing starts another rebuild.
+        let _ = visitor.send(Turn::without_instance(self));
+        true
+    }
+
     /// Returns the spare. Without one it pauses, until a spare is ready at the latest; that one counts as a rebuild.
     async fn take_spare(&self) -> Option<(Replica, Cause)> {
-        let clock = &self.shared.env.clock;
         let Some(spare) = &self.spare else {
-            clock.sleep(self.next_pause()).await;
+            self.pause().await;
             return None;
         };
         let cause = if spare.is_ready() { Cause::Spare } else { Cause::Rebuild };
@@ -69,7 +80,7 @@ impl Shard {
             return Some((replica, cause));
         }
         tokio::select! {
-            () = clock.sleep(self.next_pause()) => {}
+            () = self.pause() => {}
             () = spare.ready() => {}
         }
         spare.take().await.map(|replica| (replica, Cause::Rebuild))
@@ -82,7 +93,12 @@ impl Shard {
             Some((spare, cause)) => (spare, cause, None),
             None => {
                 let guest = Arc::clone(&serving.guest);
-                let build = move || Replica::build(&guest, &log, part);
+                let shard = Arc::clone(self);
+                let progress = move |_: u64, _: u64| -> Result<()> {
+                    ensure!(!shard.instance.is_awaited(Visit::Swap), Awaited);
+                    Ok(())
+                };
+                let build = move || Replica::build(&guest, &log, part, &progress);
                 let (replica, replayed) = task::spawn_blocking(build).await??;
                 (replica, Cause::Rebuild, Some(replayed))
             }
@@ -104,6 +120,15 @@ impl Shard {
         }
         let [turn] = turns;
         Ok(turn)
+    }
+
+    /// Pauses before the next rebuild, until a swap or a rollback waits for the turn.
+    async fn pause(&self) {
+        let clock = &self.shared.env.clock;
+        let (begun, pause) = (clock.now(), self.next_pause());
+        while clock.elapsed(begun) < pause && !self.instance.is_awaited(Visit::Swap) {
+            clock.sleep(PAUSES.0.min(pause)).await;
+        }
     }
 
     /// Returns the pause before the next rebuild: none for the first, and longer for repeated ones.

@@ -107,6 +107,10 @@ impl Turn {
         }
         self.take(Instanced::Missing).into_iter().for_each(discard);
         self.has = Instanced::Missing;
+        // Also of a turn that is held: the log may not become durable for long.
+        if self.shard.outage().is_none() {
+            self.shard.is_down("the instance is replaced".to_owned());
+        }
     }
 
     pub(super) fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
@@ -296,12 +300,8 @@ impl Drop for Turn {
                 self.shard.instance.release(replica);
             }
             Instanced::Called => self.trapped("a call into it panicked"),
-            Instanced::Missing => {
-                if self.shard.outage().is_none() {
-                    self.shard.is_down("the guest is rebuilt".to_owned());
-                }
-                Arc::clone(&self.shard).rebuild();
-            }
+            // Its outage has begun.
+            Instanced::Missing => Arc::clone(&self.shard).rebuild(),
             Instanced::Over => {}
         }
     }
