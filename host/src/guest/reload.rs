@@ -21,12 +21,48 @@ use crate::changes::{Changes, LOOK};
 use crate::signals::{Listen, listen};
 
 pub struct Reload {
-    named: Named,
     hangup: Listen,
+    files: Files,
+}
+
+/// The files that are looked at.
+#[derive(Clone)]
+struct Files {
+    named: Named,
     /// Of the file, when it is watched.
     changes: Option<Changes>,
     /// Of the files that decide which guest a standby serves.
     primary_changes: Option<Changes>,
+    /// Whether this server followed its primary at the last look.
+    followed: bool,
+}
+
+impl Files {
+    /// Returns whether the guest is to be read again. `follows` is whether this server follows its primary, `differs` whether it
+    /// serves another guest than that did.
+    fn look(&mut self, follows: bool, differs: bool) -> bool {
+        let has_taken_over = self.followed && !follows;
+        self.followed = follows;
+        if let Some(changes) = self.changes.as_mut().filter(|_| has_taken_over) {
+            // What the primary did not serve is not swapped in by a takeover.
+            changes.reading();
+        }
+        let is_changed = !follows && self.changes.as_mut().is_some_and(Changes::settled);
+        // From then on the guest is this server's own: it is the one that the primary served, or the operator replaces it.
+        self.named.primary = self.named.primary.take().filter(|_| follows || differs && !is_changed);
+        match self.named.primary {
+            Some(_) => self.primary_changes.as_mut().is_some_and(Changes::settled),
+            None => is_changed,
+        }
+    }
+
+    /// The guest is about to be read.
+    fn reading(&mut self) {
+        let changes = if self.named.primary.is_some() { &mut self.primary_changes } else { &mut self.changes };
+        if let Some(changes) = changes {
+            changes.reading();
+        }
+    }
 }
 
 /// Where the guest comes from after the start.
@@ -59,27 +95,22 @@ impl Reload {
         let changes = file.filter(|_| watch).map(|file| Changes::of(vec![file.to_owned()]));
         let primary_changes = primary.map(|data| Changes::of(source::of_primary(file, data)));
         let named = Named { file: file.map(Path::to_owned), primary: primary.map(Path::to_owned) };
-        Ok(Self { named, hangup: listen(SignalKind::hangup())?, changes, primary_changes })
+        let files = Files { named, changes, primary_changes, followed: false };
+        Ok(Self { hangup: listen(SignalKind::hangup())?, files })
     }
 
     /// Starts the task that swaps the guest. Started again, it compares the file with what it was at the start: a guest
     /// that serves already is not swapped.
     pub fn start(self, swapper: Arc<Swapper>, env: &Env) -> Task {
-        let Self { named, mut hangup, changes, primary_changes } = self;
+        let Self { mut hangup, files } = self;
         env.tasks.restart("guest reload", &env.clock, move || {
-            let (hangup, named, swapper) = (hangup(), named.clone(), Arc::clone(&swapper));
-            let changes = (changes.clone(), primary_changes.clone());
-            async move { run(hangup?, named, changes, swapper).await }
+            let (hangup, files, swapper) = (hangup(), files.clone(), Arc::clone(&swapper));
+            async move { run(hangup?, files, swapper).await }
         })
     }
 }
 
-async fn run(
-    mut hangup: Signal,
-    mut named: Named,
-    (mut changes, mut primary_changes): (Option<Changes>, Option<Changes>),
-    swapper: Arc<Swapper>,
-) -> Result<Infallible> {
+async fn run(mut hangup: Signal, mut files: Files, swapper: Arc<Swapper>) -> Result<Infallible> {
     let mut interval = interval(LOOK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -87,16 +118,11 @@ async fn run(
             _ = hangup.recv() => true,
             _ = interval.tick() => false,
         };
-        // After a takeover the guest is this server's own, once it is the one that the primary served.
-        named.primary = named.primary.take().filter(|_| swapper.follows_primary() || swapper.differs().is_some());
-        let changes = if named.primary.is_some() { &mut primary_changes } else { &mut changes };
-        if !asked && !changes.as_mut().is_some_and(Changes::settled) {
+        if !files.look(swapper.follows_primary(), swapper.differs().is_some()) && !asked {
             continue;
         }
-        if let Some(changes) = changes {
-            changes.reading();
-        }
-        reload(&named, &swapper, Actor::cause(if asked { "SIGHUP" } else { "file" })).await;
+        files.reading();
+        reload(&files.named, &swapper, Actor::cause(if asked { "SIGHUP" } else { "file" })).await;
     }
 }
 
@@ -127,5 +153,64 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
         }
         waits = true;
         sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn files(data: &TempDir) -> (Files, PathBuf) {
+        let file = data.path().join("guest.wasm");
+        fs::write(&file, "1").unwrap();
+        let named = Named { file: Some(file.clone()), primary: Some(data.path().to_owned()) };
+        let changes = Changes::of(vec![file.clone()]);
+        let primary_changes = Changes::of(source::of_primary(Some(&file), data.path()));
+        let files = Files { named, changes: Some(changes), primary_changes: Some(primary_changes), followed: false };
+        (files, file)
+    }
+
+    /// Looks until the files can have settled.
+    fn looks(files: &mut Files, follows: bool, differs: bool) -> bool {
+        let changed = (0..3).any(|_| files.look(follows, differs));
+        files.reading();
+        changed
+    }
+
+    #[test]
+    fn file_of_the_primary_is_not_swapped_in_by_a_takeover() {
+        let data = TempDir::new().unwrap();
+        let (mut files, file) = files(&data);
+        assert!(!looks(&mut files, true, false));
+        fs::write(&file, "22").unwrap();
+        assert!(looks(&mut files, true, false), "a standby follows no change");
+        assert!(!looks(&mut files, false, false), "it is swapped in by the takeover");
+        fs::write(&file, "333").unwrap();
+        assert!(looks(&mut files, false, false));
+        assert!(matches!(files.named.source(), Some(Source::File(named)) if named == file));
+    }
+
+    #[test]
+    fn file_that_changes_after_a_takeover_replaces_another_guest() {
+        let data = TempDir::new().unwrap();
+        let (mut files, file) = files(&data);
+        assert!(!looks(&mut files, true, true));
+        assert!(!looks(&mut files, false, true));
+        assert!(files.named.primary.is_some(), "it waits for the guest that the primary served");
+        fs::write(&file, "22").unwrap();
+        assert!(looks(&mut files, false, true), "the file is not watched any more");
+        assert!(matches!(files.named.source(), Some(Source::File(named)) if named == file));
+    }
+
+    #[test]
+    fn file_that_changes_during_the_start_of_a_primary_is_read() {
+        let data = TempDir::new().unwrap();
+        let (mut files, file) = files(&data);
+        fs::write(&file, "22").unwrap();
+        assert!(looks(&mut files, false, false));
     }
 }
