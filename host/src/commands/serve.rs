@@ -171,6 +171,7 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
     let upgrader = Arc::new(Upgrader {
         shards: Arc::clone(&guests.shards),
         swapper: Arc::clone(&guests.swapper),
+        read_only: Arc::clone(&store.read_only),
         changes: Arc::clone(&store.changes),
         log: store.handed_over.clone(),
         listeners: upgrade::Listeners {

@@ -26,6 +26,7 @@ use super::channel::{Channel, Message};
 use super::{
     ADMIN, CONTROL, Control, LISTEN, LISTEN_ACTIVATED, LOG, PROTOCOL, READY, SERVING, Upgraded, VARIABLE, WHEN_PRIMARY,
 };
+use crate::admin::ReadOnly;
 use crate::audit::{self, Actor};
 use crate::edge::Successor;
 use crate::edge::listener::{FileOwner, Listener};
@@ -55,6 +56,7 @@ pub struct Listeners {
 pub struct Upgrader {
     pub shards: Arc<Shards>,
     pub swapper: Arc<Swapper>,
+    pub read_only: Arc<ReadOnly>,
     pub changes: Arc<ChangeFeed>,
     /// None where the log is in a database.
     pub log: Option<Arc<dyn HandOver>>,
@@ -271,6 +273,8 @@ impl Upgrader {
         let durable = timeout(PAUSE_TIMEOUT, log.watermark().reached(log.appended())).await;
         durable.context("the log is not durable in time")??;
         let appended = log.appended();
+        // The new process reads the state before it serves.
+        task::block_in_place(|| self.read_only.hold());
         // From here on, only this process or the new one may have the log open.
         let handed = task::block_in_place(|| log.hand_over());
         let Handed { lock, position } = handed.map_err(|error| fail(log, "closed", error))?;
@@ -293,6 +297,9 @@ impl Upgrader {
         task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
         // The new one may have recorded its own, which standbys would follow.
         task::block_in_place(|| self.swapper.record());
+        // And may have accepted a change.
+        let resumed = task::block_in_place(|| self.read_only.resume());
+        resumed.map_err(|error| fail(log, "taken back", error))?;
         if log.appended() != appended {
             // The new process has served for a moment.
             self.changes.dismiss();

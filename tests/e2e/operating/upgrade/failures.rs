@@ -113,6 +113,39 @@ fn death_of_old_process_during_upgrade_is_takeover() {
     server.terminate();
 }
 
+/// The new process reads the state before it serves.
+#[test]
+fn read_only_switch_during_upgrade_is_rejected() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let kvs = kvs_tests::binary();
+    let server = Upgraded::start(&[]);
+    let switch = |method: &str| Connection::open(server.admin).ask(method, "/read-only", b"");
+    let (binary, pid_file) = stopping_at("promoted", &programs);
+    let former = server.process.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| server.upgrade(&["--binary", &binary]));
+        let process = await_stopped(&pid_file);
+        for method in ["PUT", "DELETE"] {
+            let answer = switch(method);
+            assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{}", answer.text());
+        }
+        assert_eq!(switch("GET").text(), "off\n");
+        signal(process, Signal::CONT);
+        upgrade.join().expect("it succeeds");
+    });
+    // Until then it can accept a connection of the admin listener.
+    await_end(former);
+    assert_eq!(switch("PUT").text(), "on\n");
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 503);
+    let failing = format!("export UPGRADE_FAILPOINT=kill:promoted; exec {kvs} \"$@\"");
+    server.fails(&program(&programs, "failing", &failing));
+    assert_eq!(switch("GET").text(), "on\n");
+    assert_eq!(switch("DELETE").text(), "off\n");
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
+    server.terminate();
+}
+
 #[test]
 fn impossible_upgrade_is_refused() {
     of_files!();
