@@ -80,7 +80,9 @@ pub fn run(args: &Swap) -> Result<()> {
     let result = loop {
         match end.recv_timeout(PROGRESS) {
             Ok(result) => break result,
-            Err(RecvTimeoutError::Timeout) => bar.set_message(progress(&watched).unwrap_or_default()),
+            Err(RecvTimeoutError::Timeout) => {
+                bar.set_message(status(&watched).as_ref().and_then(progress).unwrap_or_default());
+            }
             Err(RecvTimeoutError::Disconnected) => bail!("the request to {base} was aborted"),
         }
     };
@@ -158,8 +160,8 @@ fn status(server: &Server) -> Option<Value> {
     serde_json::from_reader(response.into_body().into_reader().take(1 << 20)).ok()
 }
 
-fn progress(server: &Server) -> Option<String> {
-    let status = status(server)?;
+/// Returns the line for the phase of the swap in progress.
+fn progress(status: &Value) -> Option<String> {
     let swap = status.get("swap").filter(|swap| !swap.is_null())?;
     let phase = swap["phase"].as_str()?;
     Some(match phase {
@@ -173,4 +175,27 @@ fn progress(server: &Server) -> Option<String> {
         }
         _ => format!("{phase}: {:.0} s", swap["seconds"].as_f64()?),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn progress_shows_each_phase() {
+        let of = |swap: Value| progress(&json!({ "swap": swap }));
+        let shadow = json!({ "seconds": 60.0, "compared": 7, "different": 1, "dropped": 2 });
+        assert_eq!(
+            of(json!({ "phase": "shadow", "seconds": 12.4, "shadow": shadow })).as_deref(),
+            Some("shadow: 12 of 60 s, 7 compared, 1 different, 2 dropped")
+        );
+        let replaying = json!({
+            "phase": "replaying", "seconds": 1.0, "entries": 5, "sequence": 8, "newest": 9, "entries_per_second": 5.0,
+        });
+        assert_eq!(of(replaying).as_deref(), Some("replaying: 5 entries, sequence 8 of 9, 5.0 entries/s"));
+        assert_eq!(of(json!({ "phase": "probation", "seconds": 3.0 })).as_deref(), Some("probation: 3 s"));
+        assert_eq!(of(Value::Null), None);
+    }
 }

@@ -102,6 +102,11 @@ fn settle(server: &Server, client: &mut Connection) {
     differs(server, "/candidate/status?settled", |target| get(client, target), 200, "");
 }
 
+/// Differences in all shadow traffic, as the metrics count them.
+fn differences(server: &Server) -> u64 {
+    Metrics::of(server).get("kvs_shadow_different_total") as u64
+}
+
 #[test]
 fn difference_is_reported_with_its_request() {
     for shards in ["1", "4"] {
@@ -121,6 +126,7 @@ fn difference_is_reported_with_its_request() {
             let target = format!("/candidate/{how}");
             let is_effect = matches!(how, "effect" | "more" | "less" | "parts");
             let body = if is_effect { "appended" } else { "" };
+            let counted = differences(&server);
             let report = dry_run(&server, &candidate(), "/candidate/same", || {
                 let example = differs(&server, &target, |target| get(&mut client, target), 200, body);
                 let text = |name: &str| example[name].as_str().unwrap_or_default().to_owned();
@@ -133,6 +139,8 @@ fn difference_is_reported_with_its_request() {
                 }
             });
             assert_eq!(is_effect || how == "trap", report["rebuilds"].as_u64() > Some(0), "{report}");
+            assert!(report["different"].as_u64() > Some(0), "{how}: {report}");
+            assert_eq!(report["different"].as_u64(), Some(differences(&server) - counted), "{how}: {report}");
         }
         assert_eq!(serving(&server), "unruly");
         // The log has the effects of the serving guest only.
@@ -158,6 +166,32 @@ fn routing_that_differs_is_reported() {
         assert_eq!((&merge["difference"], &merge["candidate"]), (&"merge-responses: status".into(), &"299".into()));
     });
     assert!(report["routing_compared"].as_u64() > Some(0), "{report}");
+    assert!(report["different"].as_u64() >= Some(2), "{report}");
+    assert_eq!(report["different"].as_u64(), Some(differences(&server)), "{report}");
+    server.terminate();
+}
+
+#[test]
+fn one_different_effect_of_ten_thousand_is_found() {
+    let server = Server::start(&[guest()]);
+    let mut client = Connection::open(server.address());
+    let report = dry_run(&server, &candidate(), "/candidate/same", || {
+        // Each appends a hundred events.
+        for query in (0..99).map(|n| n.to_string()).chain(["odd".to_owned()]) {
+            let answer = get(&mut client, &format!("/candidate/rarely?{query}"));
+            assert_eq!((answer.status, answer.text()), (200, "appended"));
+        }
+        until("difference", || example(&report(&server), "/candidate/rarely?odd"));
+    });
+    let examples = report["examples"].as_array().expect("a list");
+    let [found] = &examples[..] else { panic!("{report}") };
+    assert_eq!(found["difference"], "event 58 of append 1, \"{own}many-57\"", "{report}");
+    assert_eq!((&found["serving"], &found["candidate"]), (&"\"usual\"".into(), &"\"other\"".into()), "{report}");
+    assert_eq!((&report["different"], differences(&server)), (&1.into(), 1), "{report}");
+    assert!(report["compared"].as_u64() > Some(100), "{report}");
+    // The log has the effect of the serving guest.
+    let server = server.terminate().restart(&[guest()]);
+    assert_eq!(get(&mut Connection::open(server.address()), "/store/{own}many-57").text(), "usual");
     server.terminate();
 }
 

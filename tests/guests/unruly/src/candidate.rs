@@ -20,7 +20,7 @@ const EVENTS: usize = 100;
 
 /// Responds to a request in the way that its name says, and differently in the second version.
 pub fn differ(state: &State, how: &str, request: &Request) -> Response {
-    let how = how.split('?').next().unwrap_or_default();
+    let (how, query) = how.split_once('?').unwrap_or((how, ""));
     let is_other = is_candidate();
     let word = if is_other { "other" } else { "usual" };
     match how {
@@ -41,8 +41,9 @@ pub fn differ(state: &State, how: &str, request: &Request) -> Response {
             text(200, "")
         }
         // One value of many, one event more, one less, and a group in two parts.
-        "effect" | "more" | "less" | "parts" => {
-            let value = |n| if how == "effect" && n == 57 { word } else { "value" };
+        "effect" | "more" | "less" | "parts" | "rarely" => {
+            let is_different = how == "effect" || how == "rarely" && query == "odd";
+            let value = |n| if is_different && n == 57 { word } else { "value" };
             let mut events: Vec<_> = (0..EVENTS).map(|n| put(&format!("{{own}}many-{n}"), value(n).into())).collect();
             match how {
                 "more" if is_other => events.push(put("{own}one-more", Vec::new())),
