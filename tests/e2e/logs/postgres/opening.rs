@@ -1,6 +1,6 @@
 //! Checks at the start: unusable databases, TLS, and settings that weaken durability.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::certificates::{Authority, Kind};
 use crate::support::postgres::database::Database;
@@ -64,6 +64,29 @@ fn unusable_database_is_one_line_without_password() {
     database.sql("UPDATE kvs.transactions SET metadata = NULL");
     database.kill();
     refused(&url, &["127.0.0.1", "refused"]);
+}
+
+/// The server counts the time of a statement until its last row, and the replay reads slowly.
+#[test]
+fn replay_longer_than_timeout_is_served() {
+    let database = Database::start();
+    let server = start(&database.url());
+    // More than the buffers between the database and kvs hold.
+    let value = "x".repeat(512 << 10);
+    for number in 0..64 {
+        assert_eq!(put(&server, &number.to_string(), &value), 201);
+    }
+    server.terminate();
+    let proxy = Proxy::to(database.port());
+    // Of a response of 64 KiB, so that no wait for a row comes near the timeout.
+    proxy.set(Way::Slow(Duration::from_millis(10)));
+    let begun = Instant::now();
+    let server = start(&database.url_at(proxy.port));
+    assert!(begun.elapsed() > Duration::from_secs(2), "the replay is not longer than the timeout");
+    proxy.set(Way::Open);
+    assert_eq!(get(&server, "63"), (200, value));
+    becomes_ready(&server, 200, WELL);
+    server.terminate();
 }
 
 #[test]
