@@ -27,6 +27,7 @@ mod stats;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::pending;
+use std::io;
 use std::net::{SocketAddr, TcpListener as Bound};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
@@ -63,7 +64,7 @@ pub use self::origin::host_name;
 pub use self::process::Process;
 pub use self::read_only::ReadOnly;
 use self::rejected::Rejected;
-use self::scan::{Pieces, Revoked};
+use self::scan::{Pieces, withdrawn};
 pub use self::stats::MAX_TOP;
 use self::stats::Statistics;
 use crate::audit::{self, Actor};
@@ -299,21 +300,30 @@ impl Admin {
         let Some((backups, histories, statistics)) = self.log.get() else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the log is not open yet\n").map(Either::Left);
         };
-        let mut revoked: Revoked =
-            Box::pin(revoked_admin(self.tokens.clone(), request.headers().clone(), Scope::Admin));
+        // A backup sends all that it reads, so that hyper notices.
+        let is_backup = request.uri().path() == "/backup";
+        let socket = match (!is_backup).then(|| connection.second_socket()).transpose() {
+            Ok(socket) => socket,
+            Err(error) => {
+                let reason = format!("no second handle of the connection: {error}\n");
+                return text(StatusCode::SERVICE_UNAVAILABLE, reason).map(Either::Left);
+            }
+        };
+        let revoked = revoked_admin(self.tokens.clone(), request.headers().clone(), Scope::Admin);
+        let mut withdrawn = withdrawn(revoked, socket);
         let scan = async {
             match request.uri().path() {
                 "/backup" => backups.respond(request).await,
                 "/history" => histories.respond(request).await,
-                _ => statistics.respond(request, connection.socket.as_fd()).await,
+                _ => statistics.respond(request).await,
             }
         };
         let response = tokio::select! {
             response = scan => response,
-            rejection = &mut revoked => return rejection.response().map(Either::Left),
+            rejection = &mut withdrawn => return rejection.response().map(Either::Left),
         };
         response.map(|body| match body {
-            Either::Right(pieces) => Either::Right(pieces.until(revoked)),
+            Either::Right(pieces) => Either::Right(pieces.until(withdrawn)),
             whole => whole,
         })
     }
@@ -433,6 +443,12 @@ struct Connection {
     address: SocketAddr,
     /// Set by the first request to the HTTP interface.
     caller: SetOnce<Arc<Caller>>,
+}
+
+impl Connection {
+    fn second_socket(&self) -> io::Result<TcpStream> {
+        TcpStream::from_std(self.socket.try_clone()?.into())
+    }
 }
 
 /// The program, and the time of its start in seconds since 1970.

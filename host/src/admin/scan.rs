@@ -3,6 +3,7 @@
 //! A thread reads the log, at a sixteenth of its time, so that requests are delayed by little. What it reads and the client has not
 //! taken is bounded.
 
+use std::future::pending;
 use std::io::{self, ErrorKind, Write};
 use std::mem;
 use std::pin::Pin;
@@ -18,13 +19,14 @@ use hyper::{Response, StatusCode};
 use kvs_runtime::Env;
 use kvs_txlog::Forgotten;
 use kvs_txlog::backup::SinceError;
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{self, Receiver, Sender};
 use tracing::warn;
 
 use super::{AdminBody, text};
-use crate::edge::{Rejection, Reply};
+use crate::edge::{Rejection, Reply, left};
 
 /// Size of a piece of a response, and number of pieces that the client has not taken.
 const PIECE_BYTES: usize = 1 << 20;
@@ -89,7 +91,7 @@ impl Scans {
         }
         // Nothing is sent before the log can be read: until then an error has a status.
         let body = match received.recv().await {
-            Some(Piece::Bytes(first)) => Either::Right(Pieces { first: Some(first), received, revoked: None }),
+            Some(Piece::Bytes(first)) => Either::Right(Pieces { first: Some(first), received, withdrawn: None }),
             Some(Piece::End) => Either::Left(Reply::Whole(Bytes::new())),
             Some(Piece::Failed(status, reason)) => return text(status, reason).map(Either::Left),
             None => {
@@ -194,16 +196,35 @@ pub struct Pieces {
     first: Option<Bytes>,
     received: Receiver<Piece>,
     /// Ends the response when it returns.
-    revoked: Option<Revoked>,
+    withdrawn: Option<Withdrawn>,
 }
 
-/// Returns when the client may no longer ask.
-pub type Revoked = Pin<Box<dyn Future<Output = Rejection> + Send>>;
+/// Returns when the client may no longer ask, or has left.
+type Withdrawn = Pin<Box<dyn Future<Output = Rejection> + Send>>;
+
+/// Returns when `revoked` does, or when the client closes its side of the socket. Where little or nothing is sent before the end,
+/// hyper would not notice that; a scan ends at its next pause.
+pub fn withdrawn(revoked: impl Future<Output = Rejection> + Send + 'static, socket: Option<TcpStream>) -> Withdrawn {
+    Box::pin(async move {
+        let disconnected = async {
+            match &socket {
+                Some(socket) => left(socket).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            rejection = revoked => rejection,
+            () = disconnected => {
+                Rejection::new(StatusCode::BAD_REQUEST, "the client closed its side of the connection")
+            }
+        }
+    })
+}
 
 impl Pieces {
-    /// Ends the response when its client may no longer ask for it.
-    pub fn until(self, revoked: Revoked) -> Self {
-        Self { revoked: Some(revoked), ..self }
+    /// Ends the response when its client may no longer ask for it, or has left.
+    pub fn until(self, withdrawn: Withdrawn) -> Self {
+        Self { withdrawn: Some(withdrawn), ..self }
     }
 }
 
@@ -212,10 +233,10 @@ impl Body for Pieces {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        if let Some(revoked) = &mut self.revoked
-            && revoked.as_mut().poll(context).is_ready()
+        if let Some(withdrawn) = &mut self.withdrawn
+            && withdrawn.as_mut().poll(context).is_ready()
         {
-            return Poll::Ready(Some(Err(io::Error::other("the token was revoked"))));
+            return Poll::Ready(Some(Err(io::Error::other("the token was revoked, or the client left"))));
         }
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(Frame::data(first))));

@@ -1,7 +1,6 @@
 //! `/stats` on the admin listener: what is stored, counted in the log.
 
 use std::io::Write;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use http_body_util::Either;
@@ -10,12 +9,10 @@ use hyper::{Method, Request, Response, StatusCode};
 use kvs_runtime::{Clock, Env};
 use kvs_txlog::TransactionLog;
 use kvs_txlog::stats::{Query, measure};
-use tokio::net::TcpStream;
 
 use super::history::{TIMEOUT, decoded};
 use super::scan::{Out, Scans};
 use super::{AdminBody, not_allowed, text};
-use crate::edge::left;
 use crate::stats_report;
 
 /// Size of the table of live keys, in the memory of the server. More keys take more passes over the log.
@@ -36,8 +33,7 @@ impl Statistics {
         Self { log, scans: Scans::new("scan for statistics", TIMEOUT, env), clock: env.clock.clone() }
     }
 
-    /// `socket` is that of the client.
-    pub async fn respond(&self, request: Request<Incoming>, socket: BorrowedFd<'_>) -> Response<AdminBody> {
+    pub async fn respond(&self, request: Request<Incoming>) -> Response<AdminBody> {
         if request.method() != Method::GET {
             return not_allowed("GET").map(Either::Left);
         }
@@ -45,26 +41,12 @@ impl Statistics {
             let reason = "malformed query; there are prefix=PREFIX, delimiter=TEXT, which is not empty, and top=COUNT, 1 to 1000\n";
             return text(StatusCode::BAD_REQUEST, reason).map(Either::Left);
         };
-        let socket = socket.try_clone_to_owned().and_then(|socket| TcpStream::from_std(socket.into()));
-        let socket = match socket {
-            Ok(socket) => socket,
-            Err(error) => {
-                let reason = format!("no second handle of the connection: {error}\n");
-                return text(StatusCode::SERVICE_UNAVAILABLE, reason).map(Either::Left);
-            }
-        };
         let log = Arc::clone(&self.log);
         let work = move |out: &mut Out| {
             let stats = measure(&*log, &query, TABLE_BYTES, &mut |_, _| Ok(out.pace()?))?;
             Ok(writeln!(out, "{}", stats_report::json(&stats, &query))?)
         };
-        tokio::select! {
-            response = self.scans.respond("application/json", work) => response,
-            // Nothing is sent until the end, so that hyper would not notice. The scan ends at its next pause.
-            () = left(&socket) => {
-                text(StatusCode::BAD_REQUEST, "the client closed its side of the connection\n").map(Either::Left)
-            }
-        }
+        self.scans.respond("application/json", work).await
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use anyhow::{Context, Result};
 use kvs_client::{ApiRequest, add_parameter};
 
-use super::client::{AdminArgs, READ_TIMEOUT};
+use super::client::AdminArgs;
 use super::complete::keys;
 
 #[derive(Debug, clap::Args)]
@@ -22,7 +22,8 @@ pub struct History {
 }
 
 pub fn run(args: &History) -> Result<()> {
-    let server = args.admin.server(Some(READ_TIMEOUT))?;
+    // No read timeout: the server may read its whole log before it responds.
+    let server = args.admin.server(None)?;
     let mut target = "/history".to_owned();
     add_parameter(&mut target, "key", &args.key);
     if let Some(at) = args.at {
