@@ -62,7 +62,7 @@ use self::history::Histories;
 use self::origin::Hosts;
 pub use self::origin::host_name;
 pub use self::process::Process;
-pub use self::read_only::ReadOnly;
+pub use self::read_only::{DataUsers, ReadOnly};
 use self::rejected::Rejected;
 use self::scan::{Pieces, withdrawn};
 pub use self::stats::MAX_TOP;

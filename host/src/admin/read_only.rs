@@ -7,14 +7,17 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hyper::header::{self, HeaderValue};
 use hyper::{Method, StatusCode};
 use kvs_metrics::{Measured, Page};
+use kvs_txlog::TransactionLog;
 use kvs_txlog::change_feed::ChangeFeed;
 use kvs_txlog::file::disk::sync_directory;
 use tokio::task;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::{Answer, not_allowed, text};
@@ -22,19 +25,56 @@ use crate::audit::{self, Actor};
 
 /// Name of the file in the data directory that is there while the server is read-only.
 const FILE: &str = "read-only";
-const HANDING_OVER: &str = "an upgrade is in progress; try again";
+/// Maximum wait for the writes before the switch to be durable: shorter than the read timeout of `kvs read-only`.
+const DURABLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The switch, and what it acts on.
 pub struct ReadOnly {
     changes: Arc<ChangeFeed>,
     data: PathBuf,
+    users: DataUsers,
     /// Whether another process reads the file. Held while the file and the switch change.
     handing_over: Mutex<bool>,
 }
 
+/// Servers to which the data directory, and so the state, belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataUsers {
+    This,
+    /// Its primary too, until this server is primary.
+    Pair,
+    /// This server reads it only.
+    Others,
+}
+
+/// Why the state was not changed, or a backup would lack a write.
+#[derive(Debug, thiserror::Error)]
+enum ChangeError {
+    #[error("{0}")]
+    NotOurs(&'static str),
+    #[error("cannot keep the state in {}: {error}", file.display())]
+    NotKept { file: PathBuf, error: io::Error },
+    #[error("an upgrade is in progress; try again")]
+    HandingOver,
+    #[error(
+        "read-only is on, but writes before it are not known to be durable: {0}; a backup may lack them, so turn it on again first"
+    )]
+    NotDurable(String),
+}
+
+impl ChangeError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NotOurs(_) => StatusCode::CONFLICT,
+            Self::NotKept { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::HandingOver | Self::NotDurable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
 impl ReadOnly {
-    pub fn open(changes: Arc<ChangeFeed>, data: &Path) -> Result<Arc<Self>> {
-        let read_only = Self { changes, data: data.into(), handing_over: Mutex::default() };
+    pub fn open(changes: Arc<ChangeFeed>, data: &Path, users: DataUsers) -> Result<Arc<Self>> {
+        let read_only = Self { changes, data: data.into(), users, handing_over: Mutex::default() };
         read_only.resume()?;
         Ok(Arc::new(read_only))
     }
@@ -64,49 +104,80 @@ impl ReadOnly {
 
     pub async fn respond(self: &Arc<Self>, method: &Method, actor: &Actor) -> Answer {
         let changed = match *method {
-            Method::GET | Method::HEAD => Ok(true),
+            Method::GET | Method::HEAD => Ok(()),
             Method::PUT => self.change(true, actor).await,
             Method::DELETE => self.change(false, actor).await,
             _ => return not_allowed("GET, HEAD, PUT, DELETE"),
         };
         match changed {
-            Ok(true) => text(StatusCode::OK, if self.changes.rejects_appends() { "on\n" } else { "off\n" }),
-            Ok(false) => {
-                let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("{HANDING_OVER}\n"));
-                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-                response
-            }
+            Ok(()) => text(StatusCode::OK, if self.changes.rejects_appends() { "on\n" } else { "off\n" }),
             Err(error) => {
-                let file = self.data.join(FILE);
-                text(
-                    StatusCode::INTERNAL_SERVER_ERROR,
-                    format!("cannot keep the state in {}: {error}\n", file.display()),
-                )
+                let mut response = text(error.status(), format!("{error}\n"));
+                if matches!(error, ChangeError::HandingOver) {
+                    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                }
+                response
             }
         }
     }
 
     /// Changes the state in another thread: the admin listener waits for no disk.
-    async fn change(self: &Arc<Self>, on: bool, actor: &Actor) -> io::Result<bool> {
+    async fn change(self: &Arc<Self>, on: bool, actor: &Actor) -> Result<(), ChangeError> {
         let changed = Arc::clone(self);
-        let done = task::spawn_blocking(move || changed.set(on)).await;
-        let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
-        let outcome = match &done {
-            Ok(true) => "success".to_owned(),
-            Ok(false) => HANDING_OVER.to_owned(),
-            Err(error) => error.to_string(),
+        let done = match self.not_ours() {
+            Some(reason) => Err(ChangeError::NotOurs(reason)),
+            None => {
+                let set = task::spawn_blocking(move || changed.set(on)).await;
+                set.unwrap_or_else(|error| Err(self.not_kept(io::Error::other(error))))
+            }
         };
+        // Before the wait, which ends with its client.
+        let outcome = done.as_ref().map_or_else(ToString::to_string, |()| "success".to_owned());
         audit::log(actor, "read-only", if on { "on" } else { "off" }, outcome);
-        done
+        done?;
+        if on { self.settled().await } else { Ok(()) }
     }
 
-    /// Changes the state, and keeps it: it is on from the switch to the removal of the file. False when another process
-    /// takes over.
-    fn set(&self, on: bool) -> io::Result<bool> {
+    /// Why the state in the data directory cannot be changed here.
+    fn not_ours(&self) -> Option<&'static str> {
+        match self.users {
+            DataUsers::Pair if self.changes.read_only().is_some() => Some(
+                "this server stands by and shares the data directory of its primary; send this to the admin listener of the primary",
+            ),
+            DataUsers::Others => {
+                Some("this server was started with --read-only, and changes nothing in the data directory")
+            }
+            DataUsers::This | DataUsers::Pair => None,
+        }
+    }
+
+    /// Waits until everything that was appended before the switch is durable, so that a backup taken now has it.
+    async fn settled(&self) -> Result<(), ChangeError> {
+        let (log, end) = (self.changes.watermark(), self.changes.appended());
+        match timeout(DURABLE_TIMEOUT, log.reached(end)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(unknown)) => Err(ChangeError::NotDurable(unknown.to_string())),
+            Err(_) => {
+                let durable = log.durable();
+                let reason = format!("the log is durable up to sequence {durable} of {end} after {DURABLE_TIMEOUT:?}");
+                Err(ChangeError::NotDurable(reason))
+            }
+        }
+    }
+
+    /// Changes the state, and keeps it: it is on from the switch to the removal of the file.
+    fn set(&self, on: bool) -> Result<(), ChangeError> {
         let handing_over = self.handing_over();
         if *handing_over {
-            return Ok(false);
+            return Err(ChangeError::HandingOver);
         }
+        self.keep(on).map_err(|error| self.not_kept(error))?;
+        self.changes.reject_appends(on);
+        info!("read-only is {}", if on { "on: writes are rejected" } else { "off: writes are accepted" });
+        Ok(())
+    }
+
+    fn keep(&self, on: bool) -> io::Result<()> {
         let file = self.data.join(FILE);
         if on {
             File::create(&file)?;
@@ -116,10 +187,11 @@ impl ReadOnly {
                 _ => {}
             }
         }
-        sync_directory(&self.data)?;
-        self.changes.reject_appends(on);
-        info!("read-only is {}", if on { "on: writes are rejected" } else { "off: writes are accepted" });
-        Ok(true)
+        sync_directory(&self.data)
+    }
+
+    fn not_kept(&self, error: io::Error) -> ChangeError {
+        ChangeError::NotKept { file: self.data.join(FILE), error }
     }
 }
 

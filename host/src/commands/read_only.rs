@@ -7,8 +7,7 @@ use clap::ValueEnum;
 use kvs_client::ApiRequest;
 use serde_json::json;
 
-use super::client::{AdminArgs, OutputArgs};
-use super::health::READ_TIMEOUT;
+use super::client::{AdminArgs, OutputArgs, READ_TIMEOUT};
 
 #[derive(Debug, clap::Args)]
 pub struct ReadOnly {

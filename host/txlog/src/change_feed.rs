@@ -91,8 +91,11 @@ impl ChangeFeed {
         Arc::new(Self { log, lag_bytes, env, subscribers, pending, appended, rejects_appends })
     }
 
-    /// Rejects appends from now on, or accepts them again.
+    /// Rejects appends from now on, or accepts them again. When it returns, every append that is still accepted is in
+    /// [`TransactionLog::appended`].
     pub fn reject_appends(&self, reject: bool) {
+        // Appends test it under this lock.
+        let _alone = self.subscribers_mut();
         self.rejects_appends.store(reject, Ordering::Release);
     }
 
@@ -268,11 +271,11 @@ impl Drop for Dismissal<'_> {
 
 impl TransactionLog for ChangeFeed {
     fn append(&self, time: u64, events: &[Event]) -> Result<u64, AppendError> {
+        let subscribers = self.subscribers();
         if self.rejects_appends() {
             // For a time, unlike a log that is read-only for this process.
             return Err(AppendError::Unavailable);
         }
-        let subscribers = self.subscribers();
         if subscribers.is_empty() {
             return self.log.append(time, events);
         }

@@ -180,7 +180,17 @@ fn standby_on_files_stays_read_only_after_takeover() {
     let data = directory();
     let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
     assert_eq!(put(&primary, "a", "1"), 201);
+    // The state is that of the primary.
+    for method in ["PUT", "DELETE"] {
+        let refused = Connection::open(standby.admin()).ask(method, "/read-only", b"");
+        refused.says(
+            409,
+            "this server stands by and shares the data directory of its primary; send this to the admin listener of the primary",
+        );
+    }
+    assert!(!data.path().join("read-only").exists());
     assert_eq!(Connection::open(primary.admin()).ask("PUT", "/read-only", b"").text(), "on\n");
+    assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/read-only", b"").status, 409);
     primary.kill();
     becomes_ready(&standby, 200, "read-only");
     assert_eq!((put(&standby, "a", "2"), get(&standby, "a")), (503, (200, "1".into())));

@@ -46,6 +46,9 @@ fn log_is_served_as_of_past_and_unchanged() {
     has(&server, Some("first"));
     let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
     assert!(ready.text().contains(&format!("read-only, up to sequence {first}")), "{}", ready.text());
+    let switched = Connection::open(server.admin()).ask("PUT", "/read-only", b"");
+    switched.says(409, "this server was started with --read-only, and changes nothing in the data directory");
+    assert!(!server.data().join("read-only").exists());
 
     let server = server.terminate().restart(&["--read-only", "--until", &second.to_string()]);
     has(&server, Some("second"));

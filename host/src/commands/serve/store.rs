@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use tokio::task;
 
 use super::prepare::shares_data;
-use crate::admin::{Admin, ReadOnly};
+use crate::admin::{Admin, DataUsers, ReadOnly};
 use crate::commands::txlog::open_offline;
 use crate::follow::Followed;
 use crate::guest::{Arrangement, Engine, Guest, GuestIdentity, Replayed, Shards, Source, record_guest};
@@ -72,7 +72,14 @@ impl Store {
             }
         });
         admin.set_log(Arc::clone(&log), args.backup.backup_timeout);
-        let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir)?;
+        let users = if args.read_only {
+            DataUsers::Others
+        } else if shares_data(args) {
+            DataUsers::Pair
+        } else {
+            DataUsers::This
+        };
+        let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir, users)?;
         admin.set_read_only(Arc::clone(&read_only));
         let followed = followed.map(|log| Arc::new(Followed::new(log)));
         Ok(Self { log, changes, read_only, followed, handed_over, standby })

@@ -1,10 +1,16 @@
 //! Backups of a log in a database: restored into files, and back.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::Signal;
+
 use crate::support::backup::{done, restore, restored, take, temporary};
+use crate::support::metrics::counts;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::start;
 use crate::support::requests::{get, put};
-use crate::support::server::refused;
+use crate::support::server::{Server, refused};
 use crate::support::wire::Connection;
 
 #[test]
@@ -51,4 +57,29 @@ fn backup_moves_log_between_database_and_files() {
     assert!(written.etag().is_some_and(|etag| etag > next + (1 << 40)));
     let server = server.terminate().restart(&["--txlog", &other, "--txlog-timeout", "1s"]);
     assert_eq!(get(&server, "new"), (200, "1".into()));
+}
+
+#[test]
+fn read_only_server_has_writes_before_it_in_backup() {
+    let database = Database::start();
+    let server = Server::start(&["--txlog", &database.url(), "--txlog-timeout", "60s", "--request-timeout", "60s"]);
+    assert_eq!(put(&server, "a", "1"), 201);
+    database.signal(Signal::STOP);
+    let continued = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let write = scope.spawn(|| put(&server, "a", "2"));
+        counts(&server, "kvs_txlog_unsynced_entries", 1.0);
+        let on = scope.spawn(|| {
+            let answer = Connection::open(server.admin()).ask("PUT", "/read-only", b"");
+            (answer.status, continued.load(Ordering::Relaxed))
+        });
+        counts(&server, "kvs_read_only", 1.0);
+        // An answer that waits for nothing takes less than all these.
+        (0..100).for_each(|_| Connection::open(server.admin()).ask("GET", "/read-only", b"").says(200, "on"));
+        continued.store(true, Ordering::Relaxed);
+        database.signal(Signal::CONT);
+        assert_eq!(on.join().expect("it is answered"), (200, true), "status, and whether the write could be durable");
+        assert_eq!(write.join().expect("it is answered"), 201);
+    });
+    assert_eq!(take(&server, &temporary().path().join("full"), &[]), 2);
 }
