@@ -1,5 +1,7 @@
 //! The console in a browser: every action, every error, and keys and values with HTML and scripts.
 
+mod files;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -70,7 +72,7 @@ fn page_shows_health_charts_guest_and_backup() {
     for chart in ["Latency of requests", "fsync", "Commit of a batch", "Entries of a batch"] {
         page.says("#figures", chart);
     }
-    page.says("#figures", "201: ");
+    page.says("#figures", "2xx: ");
     assert_eq!(page.value("document.querySelector('#backup').checkVisibility()"), true);
     for file in ["/console", "/console/app.js"] {
         let answer = Connection::open(server.admin()).ask("GET", file, b"");

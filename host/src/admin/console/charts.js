@@ -15,7 +15,8 @@ const time = (seconds) => (seconds >= 1 ? `${seconds.toFixed(2)} s` : `${Number(
 
 /** Each chart: its title, how a value is written, and its lines by name, out of a poll and the one before. */
 const CHARTS = [
-  ['Requests by status', rate, (now, before) => rates(now, before, 'kvs_http_requests_total', 'status')],
+  // By class: single statuses are many, and errors must not be left out.
+  ['Requests by status', rate, (now, before) => rates(now, before, 'kvs_http_requests_total', ({ status }) => `${status[0]}xx`)],
   ['Latency of requests', time, (now, before) => quantiles(now, before, 'kvs_http_request_duration_seconds')],
   ['fsync', time, (now, before) => quantiles(now, before, 'kvs_txlog_fsync_duration_seconds')],
   ['Commit of a batch', time, (now, before) => quantiles(now, before, 'kvs_txlog_commit_duration_seconds')],
@@ -23,8 +24,8 @@ const CHARTS = [
   ['Transaction log', bytes, (now) => values(now, { size: 'kvs_txlog_bytes', garbage: 'kvs_txlog_garbage_bytes' })],
   ['Memory of the guest', bytes, (now) => now.shards],
   ['Response cache', rate, (now, before) => ({
-    ...rates(now, before, 'kvs_response_cache_hits_total', null, 'hits'),
-    ...rates(now, before, 'kvs_response_cache_misses_total', null, 'misses'),
+    ...rates(now, before, 'kvs_response_cache_hits_total', () => 'hits'),
+    ...rates(now, before, 'kvs_response_cache_misses_total', () => 'misses'),
   })],
   ['Watches and connections', count, (now) => values(now, { watches: 'kvs_watches', connections: 'kvs_connections' })],
   ['Replication lag, entries', count, (now) => values(now, { entries: 'kvs_txlog_replication_lag_entries' })],
@@ -54,21 +55,22 @@ function values(now, names) {
 
 const sum = (samples) => samples.reduce((total, sample) => total + sample.value, 0);
 
-function totals(poll, name, label, only) {
+/** Sums of samples by the line that a function makes of their labels. */
+function totals(poll, name, lineOf) {
   const by = new Map();
   for (const { labels, value } of poll.metrics.get(name) ?? []) {
-    const line = only ?? labels[label];
+    const line = lineOf(labels);
     by.set(line, (by.get(line) ?? 0) + value);
   }
   return by;
 }
 
 /** What was added in a second. Nothing where a counter began again: the server was restarted. */
-function rates(now, before, name, label, only = null) {
+function rates(now, before, name, lineOf) {
   if (!before) return {};
-  const earlier = totals(before, name, label, only);
+  const earlier = totals(before, name, lineOf);
   const lines = {};
-  for (const [line, value] of totals(now, name, label, only)) {
+  for (const [line, value] of totals(now, name, lineOf)) {
     const added = value - (earlier.get(line) ?? 0);
     if (added >= 0) lines[line] = added / now.seconds;
   }
@@ -77,8 +79,8 @@ function rates(now, before, name, label, only = null) {
 
 function quantiles(now, before, name) {
   if (!before) return {};
-  const earlier = totals(before, `${name}_bucket`, 'le');
-  const buckets = [...totals(now, `${name}_bucket`, 'le')]
+  const earlier = totals(before, `${name}_bucket`, ({ le }) => le);
+  const buckets = [...totals(now, `${name}_bucket`, ({ le }) => le)]
     .map(([bound, value]) => [bound === '+Inf' ? Infinity : Number(bound), value - (earlier.get(bound) ?? 0)])
     .sort(([one], [other]) => one - other);
   const all = buckets.at(-1)?.[1] ?? 0;
@@ -102,13 +104,30 @@ let before = null;
 /** Takes in a poll: the text of /metrics, and the memory of each shard as GET /guest has it. */
 export function add(text, shards) {
   const at = performance.now();
-  const memory = Object.fromEntries(shards.slice(0, LINES).map((shard, number) => [`shard ${number + 1}`, shard.memory_bytes]));
+  const memory = Object.fromEntries(shards.map((shard, number) => [`shard ${number + 1}`, shard.memory_bytes]));
   const now = { metrics: parse(text), shards: memory, at, seconds: before ? (at - before.at) / 1_000 : 1 };
   for (const [index, [, , lines]] of CHARTS.entries()) {
     push(history[index], lines(now, before));
   }
   before = now;
   draw();
+}
+
+/** The names of the lines of a chart, and samples of these. The lines that reach most are drawn, and the largest value of the others. */
+function drawn(samples) {
+  const names = [...new Set(samples.flatMap(Object.keys))].sort((one, other) => one.localeCompare(other, 'en', { numeric: true }));
+  if (names.length <= LINES) return [names, samples];
+  const most = new Map(names.map((name) => [name, Math.max(...samples.map((sample) => sample[name] ?? 0))]));
+  const largest = new Set(names.toSorted((one, other) => most.get(other) - most.get(one)).slice(0, LINES - 1));
+  const shown = names.filter((name) => largest.has(name));
+  const others = names.filter((name) => !largest.has(name));
+  const rest = `${others.length} others, at most`;
+  const reduced = samples.map((sample) => {
+    const lines = [...shown, ...others].filter((name) => name in sample).map((name) => [largest.has(name) ? name : rest, sample[name]]);
+    // Of several with one name the last is kept.
+    return Object.fromEntries(lines.sort(([, one], [, other]) => one - other));
+  });
+  return [[...shown, rest], reduced];
 }
 
 /** Marks a time without a response. */
@@ -125,8 +144,7 @@ function push(samples, sample) {
 function draw() {
   const figures = byId('figures');
   for (const [index, [title, write]] of CHARTS.entries()) {
-    const samples = history[index];
-    const names = [...new Set(samples.flatMap(Object.keys))].sort().slice(0, LINES);
+    const [names, samples] = drawn(history[index]);
     const figure = figures.children[index] ?? figures.appendChild(empty(title));
     figure.hidden = names.length === 0;
     const most = Math.max(...samples.flatMap(Object.values), Number.MIN_VALUE);
@@ -161,9 +179,9 @@ function lines(samples, name, most, line) {
     pieces.at(-1).push(`${x.toFixed(1)},${y.toFixed(1)}`);
   }
   return pieces.filter((points) => points.length > 0).map((points) => {
-    const drawn = document.createElementNS('http://www.w3.org/2000/svg', 'polyline');
-    drawn.setAttribute('points', points.join(' '));
-    drawn.setAttribute('class', `series-${line}`);
-    return drawn;
+    const polyline = document.createElementNS('http://www.w3.org/2000/svg', 'polyline');
+    polyline.setAttribute('points', points.join(' '));
+    polyline.setAttribute('class', `series-${line}`);
+    return polyline;
   });
 }

@@ -98,7 +98,8 @@ function present(response, content) {
   const expires = headers.get('expires');
   open.etag = headers.get('etag');
   byId('content-type').value = headers.get('content-type') ?? '';
-  byId('ttl').value = expires ? Math.max(1, Math.ceil((new Date(expires) - Date.now()) / 1_000)) : '';
+  // By the clock of the server: that of the browser can be wrong.
+  byId('ttl').value = expires ? Math.max(1, (new Date(expires) - new Date(headers.get('date'))) / 1_000) : '';
   const area = byId('value');
   const text = is_part ? null : decode(content);
   area.value = text ?? '';
