@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::backup::{large, take};
@@ -101,8 +102,12 @@ fn each_alert_has_a_test_that_provokes_it() {
 
 #[test]
 fn prometheus_accepts_rules() {
-    let file = Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml");
-    let output = Command::new("promtool").args(["check", "rules"]).arg(file).output();
+    promtool(&["check", "rules"], &Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml"));
+}
+
+#[track_caller]
+fn promtool(args: &[&str], file: &Path) {
+    let output = Command::new("promtool").args(args).arg(file).output();
     let output = output.expect("`just test` installs promtool");
     assert!(
         output.status.success(),
@@ -216,8 +221,55 @@ fn alerts_fire_for_backups() {
     server.says("the backup failed: the client ");
     prometheus.fires("KvsBackupFails", server.admin());
     let files = TempDir::new().expect("a temporary directory can be made");
+    // There is none.
+    Prometheus::of_backups(&[server.admin()]).fires_for_all("KvsBackupTooOld");
     take(&server, &files.path().join("full"), &[]);
-    prometheus.fires("KvsBackupTooOld", server.admin());
+    let taken = Prometheus::of_backups(&[server.admin()]);
+    taken.until("kvs_backup_last_success_timestamp_seconds%3E0", |found| found.contains("\"metric\""));
+    taken.fires_for_all("KvsBackupTooOld");
+}
+
+#[test]
+fn alert_for_backups_counts_days_over_restarts() {
+    let mut pair = String::from("0");
+    // Each night, at one o'clock.
+    (0..12).for_each(|day| pair.push_str(&format!(" {}x23", 3_600 + day * 86_400)));
+    let series = [
+        ("never", "a", "0x300"),
+        // Restarted a day after its only backup.
+        ("stopped", "a", "0 3600x23 0x300"),
+        ("pair", "a", "0x300"),
+        ("pair", "b", pair.as_str()),
+    ];
+    let series = series.map(|(job, instance, values)| {
+        let name = "kvs_backup_last_success_timestamp_seconds";
+        json!({ "series": format!("{name}{{job=\"{job}\",instance=\"{instance}\"}}"), "values": values })
+    });
+    let fired = |job: &str| {
+        let summary = format!("No server of the job {job} has given a backup for two days");
+        let runbook = "docs/runbook.md#kvsbackuptooold";
+        json!({
+            "exp_labels": { "severity": "warning", "job": job },
+            "exp_annotations": { "summary": summary, "runbook": runbook },
+        })
+    };
+    let days = [
+        (47, json!([])),
+        (50, json!([fired("never"), fired("stopped")])),
+        (280, json!([fired("never"), fired("stopped")])),
+    ];
+    let expected = days.map(|(hour, alerts)| {
+        json!({ "eval_time": format!("{hour}h"), "alertname": "KvsBackupTooOld", "exp_alerts": alerts })
+    });
+    let test = json!({
+        "rule_files": [Path::new(kvs_tests::ROOT).join("deploy/alerts.yaml")],
+        "evaluation_interval": "1h",
+        "tests": [{ "interval": "1h", "input_series": series, "alert_rule_test": expected }],
+    });
+    let files = TempDir::new().expect("a temporary directory can be made");
+    let file = files.path().join("test.yaml");
+    fs::write(&file, test.to_string()).expect("the directory takes a file");
+    promtool(&["test", "rules"], &file);
 }
 
 #[test]

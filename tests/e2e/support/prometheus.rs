@@ -21,7 +21,7 @@ pub fn alerts() -> Vec<&'static str> {
     ALERTS.lines().filter_map(|line| line.trim_start().strip_prefix("- alert: ")).collect()
 }
 
-/// A Prometheus that scrapes admin listeners each second, and waits for no alert to last. A backup is too old after 2 s.
+/// A Prometheus that scrapes admin listeners each second, and waits for no alert to last.
 pub struct Prometheus {
     _process: Process,
     _directory: TempDir,
@@ -31,8 +31,16 @@ pub struct Prometheus {
 impl Prometheus {
     /// Returns when each of the targets has been scraped.
     pub fn of(targets: &[SocketAddr]) -> Self {
+        Self::with(ALERTS, targets)
+    }
+
+    /// One for which a backup is too old after 2 s, not 2 days.
+    pub fn of_backups(targets: &[SocketAddr]) -> Self {
+        Self::with(&ALERTS.replace("2 * 86400", "2").replace("2d", "2s"), targets)
+    }
+
+    fn with(rules: &str, targets: &[SocketAddr]) -> Self {
         let directory = TempDir::new().expect("a temporary directory can be made");
-        let rules = ALERTS.replace("> 2 * 86400", "> 2");
         let rules: Vec<_> = rules.lines().filter(|line| !line.trim_start().starts_with("for: ")).collect();
         let mut config = String::from(
             "global: { scrape_interval: 1s, evaluation_interval: 1s }\nrule_files: [alerts.yaml]\n\
@@ -82,7 +90,18 @@ impl Prometheus {
     #[track_caller]
     pub fn fires(&self, alert: &str, server: SocketAddr) {
         assert!(alerts().contains(&alert), "{alert}");
-        let query = format!("ALERTS%7Balertname=%22{alert}%22,alertstate=%22firing%22,instance=%22{server}%22%7D");
+        self.fires_with(alert, &format!("instance=%22{server}%22"));
+    }
+
+    /// Waits until this alert fires for the servers together.
+    #[track_caller]
+    pub fn fires_for_all(&self, alert: &str) {
+        self.fires_with(alert, "job=%22kvs%22");
+    }
+
+    #[track_caller]
+    fn fires_with(&self, alert: &str, label: &str) {
+        let query = format!("ALERTS%7Balertname=%22{alert}%22,alertstate=%22firing%22,{label}%7D");
         self.until(&query, |found| found.contains("\"metric\""));
     }
 
