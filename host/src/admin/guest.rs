@@ -11,6 +11,7 @@ use hyper::{Method, Request, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
+use tokio::task;
 use tokio::time::timeout;
 
 use super::{Answer, not_allowed, text};
@@ -148,7 +149,10 @@ async fn read(request: Request<Incoming>) -> Result<Vec<u8>, Answer> {
         return Err(too_large());
     }
     match timeout(ARRIVAL, Limited::new(body, GUEST_BYTES as usize).collect()).await {
-        Ok(Ok(whole)) => Ok(whole.to_bytes().into()),
+        // Copying and freeing hundreds of megabytes takes a while, in which this thread would answer nobody else.
+        Ok(Ok(whole)) => task::spawn_blocking(move || Vec::from(whole.to_bytes()))
+            .await
+            .map_err(|error| line(StatusCode::INTERNAL_SERVER_ERROR, error)),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(line(StatusCode::BAD_REQUEST, "the body is malformed or incomplete")),
         Err(_) => Err(line(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")),
