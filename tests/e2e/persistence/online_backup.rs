@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use crate::support::backup::{backup, done, large, restore, restored, take, temporary, text};
+use crate::support::backup::{backup, done, large, large_with, restore, restored, take, temporary, text};
 use crate::support::guests::{DEFAULT_GUEST, copy_of};
 use crate::support::load::SMALL_SEGMENTS;
 use crate::support::memory::{forget_peak, memory, peak, peak_of};
@@ -172,6 +172,28 @@ fn stalled_backup_client_is_disconnected() {
     let taken = until(&server, "it is counted", |now| now.get("kvs_backup_last_success_timestamp_seconds") > 0.0);
     let size = fs::metadata(files.path().join("full")).expect("it is there").len();
     assert_eq!(taken.get("kvs_backup_last_bytes"), size as f64);
+}
+
+#[test]
+fn backup_over_a_whole_swap_is_sound() {
+    let server = large_with(&["--probation", "1ms"]);
+    let mut client = Connection::open(server.admin());
+    client.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    assert_eq!(client.try_read(true).expect("it begins").status, 200);
+    // Most of it is not sent before it is read.
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/later", b"1").status, 201);
+    assert_eq!(Metrics::of(&server).get("kvs_backup_last_success_timestamp_seconds"), 0.0);
+    let mut bytes = Vec::new();
+    while let Some(chunk) = client.chunk() {
+        bytes.extend(chunk);
+    }
+    let files = temporary();
+    let file = files.path().join("full");
+    fs::write(&file, bytes).expect("it can be written");
+    let restored = restored(&[file], &[]);
+    let has = |key: &str| Connection::open(restored.address()).ask_for_head("HEAD", &format!("/v1/{key}"), &[]).status;
+    assert_eq!(((0..24).filter(|key| has(&key.to_string()) == 200).count(), has("later")), (24, 404));
 }
 
 #[test]

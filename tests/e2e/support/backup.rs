@@ -54,9 +54,14 @@ pub fn restored(files: &[PathBuf], args: &[&str]) -> Server {
     Server::spawn(serve(data.path()), data)
 }
 
-/// Writes a log that is larger than the buffers of a connection.
+/// Writes a log that is larger than the buffers of a connection, of a server that waits for a client for 200 ms.
 pub fn large() -> Server {
-    let server = Server::start(&["--backup-timeout", "200ms"]);
+    large_with(&["--backup-timeout", "200ms"])
+}
+
+/// Writes a log that is larger than the buffers of a connection.
+pub fn large_with(args: &[&str]) -> Server {
+    let server = Server::start(args);
     let mut client = Connection::open(server.address());
     let value = vec![b'v'; 1 << 20];
     for key in 0..24 {
