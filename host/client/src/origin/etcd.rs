@@ -1,7 +1,7 @@
 //! Keys of etcd, as of one revision, with the TTL of their leases; through its gateway for JSON.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use base64::Engine as _;
@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 
 use super::{Lines, Login, PAGE};
 use crate::server::{ApiRequest, Server};
+
+/// The largest TTL that etcd grants, in seconds.
+const MAX_TTL: u64 = 9_000_000_000;
 
 /// The gateway writes 64-bit numbers as text, and leaves out what is empty or 0.
 #[derive(Deserialize)]
@@ -81,11 +84,12 @@ pub fn copy(server: &Server, login: Option<&Login>, lines: &mut Lines) -> Result
             match entry.lease.as_deref().filter(|lease| *lease != "0") {
                 None => lines.put(&key, &value, None)?,
                 Some(lease) => {
-                    let left = match leases.get(lease) {
-                        Some(left) => *left,
-                        None => *leases.entry(lease.to_owned()).or_insert(etcd.time_left(lease)?),
+                    // The end and not the time left: a later key of the lease may be read much later.
+                    let end: Instant = match leases.get(lease) {
+                        Some(end) => *end,
+                        None => *leases.entry(lease.to_owned()).or_insert(Instant::now() + etcd.time_left(lease)?),
                     };
-                    lines.put(&key, &value, Some(left))?;
+                    lines.put(&key, &value, Some(end.saturating_duration_since(Instant::now())))?;
                 }
             }
             begin = key;
@@ -103,7 +107,7 @@ impl Etcd<'_> {
     fn time_left(&self, lease: &str) -> Result<Duration> {
         let Lease { ttl } = self.post("/v3/lease/timetolive", &json!({ "ID": lease }))?;
         let seconds: i64 = ttl.as_deref().unwrap_or("0").parse().context("the TTL of a lease is no number")?;
-        Ok(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+        Ok(Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(MAX_TTL)))
     }
 
     fn post<T: DeserializeOwned>(&self, target: &str, body: &Value) -> Result<T> {
