@@ -96,7 +96,11 @@ fn entry_at(log: &dyn TransactionLog, key: &str, at: u64, out: &mut Out) -> Resu
     // After the replay, during which the log can have been compacted.
     let retained = log.retained();
     if at < retained {
-        let reason = format!("sequence {at} was compacted; the history can be had from sequence {retained} on");
+        let from = match retained {
+            u64::MAX => "an older version, which recorded no limit, compacted this log".to_owned(),
+            _ => format!("the history can be had from sequence {retained} on"),
+        };
+        let reason = format!("sequence {at} was compacted; {from}");
         return Err(Refused(StatusCode::GONE, reason).into());
     }
     if line.is_empty() {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::support::backup::{done, restored, take};
 use crate::support::events::Events;
 use crate::support::guests::{DEFAULT_GUEST, copy_of};
 use crate::support::linear::clients::{Stage, read_on};
@@ -20,7 +21,7 @@ use crate::support::load::{Clients, SMALL_SEGMENTS, SaysOver, under_load};
 use crate::support::metrics::Metrics;
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
 use crate::support::requests::{get, put, shows};
-use crate::support::server::{PATIENCE, Server, serve};
+use crate::support::server::{PATIENCE, Server, kvs, serve};
 use crate::support::swap::{status, swap};
 use crate::support::wire::Connection;
 use crate::support::zoo;
@@ -196,6 +197,22 @@ fn standby_on_files_stays_read_only_after_takeover() {
     assert_eq!((put(&standby, "a", "2"), get(&standby, "a")), (503, (200, "1".into())));
     assert_eq!(Connection::open(standby.admin()).ask("DELETE", "/read-only", b"").text(), "off\n");
     assert_eq!(put(&standby, "a", "2"), 201);
+}
+
+#[test]
+fn standby_on_files_has_history_and_states_of_the_past() {
+    let data = directory();
+    let primary = serve_in(data.path(), &["--retain", "1h"]);
+    assert_eq!((put(&primary, "a", "1"), put(&primary, "a", "2")), (201, 201));
+    let standby = stand_by(data.path(), &[]);
+    let mut history = kvs();
+    history.args(["history", "a", "--at", "1"]).env("KVS_ADMIN", standby.admin().to_string());
+    let printed = done(history);
+    assert!(printed.contains("\"value\":\"1\""), "{printed}");
+    let files = directory();
+    let file = files.path().join("full");
+    assert_eq!(take(&standby, &file, &[]), 2);
+    assert_eq!(get(&restored(&[file], &["--until", "1"]), "a"), (200, "1".into()));
 }
 
 #[test]

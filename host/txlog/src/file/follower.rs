@@ -48,6 +48,8 @@ struct State {
     /// The sequence of the position that was read last, valid or not.
     published: u64,
     history: Arc<History>,
+    /// See [`Compacted::retained`](super::segment::Compacted::retained); of all segments that were read.
+    retained: u64,
     /// Offsets at which a read can begin. The newest is that of the position, unless that is in a compacted segment.
     marks: Marks,
 }
@@ -95,6 +97,11 @@ impl Follower {
             return Err(Forgotten { after, newest: horizon }.into());
         }
         let span = Span { after, until: view.until };
+        let retained = view.segments.iter().map(|(segment, _)| segment.retained).max().unwrap_or(0);
+        {
+            let mut state = self.state();
+            state.retained = state.retained.max(retained);
+        }
         for (segment, file) in view.segments.into_iter().filter(|(segment, _)| segment.last > after) {
             replay::read(&self.home, view.log, &segment, file, span, receive)?;
         }
@@ -120,6 +127,11 @@ impl Follower {
 
     pub fn history(&self) -> Arc<History> {
         Arc::clone(&self.state().history)
+    }
+
+    /// Returns the oldest sequence from which on the replays so far have every state.
+    pub fn retained(&self) -> u64 {
+        self.state().retained
     }
 
     /// Returns the state that a recovery must find; None if there is none yet. What the primary has published is durable, so

@@ -322,7 +322,7 @@ impl TransactionLog for StandbyLog {
     }
 
     fn retained(&self) -> u64 {
-        self.log().map_or(u64::MAX, FileLog::retained)
+        self.log().map_or_else(|| self.shared.follower.retained(), FileLog::retained)
     }
 
     fn history(&self) -> Arc<History> {

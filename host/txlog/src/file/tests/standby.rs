@@ -209,6 +209,23 @@ fn standby_follows_and_takes_over_where_the_primary_ends() {
 }
 
 #[test]
+fn standby_finds_what_compaction_retained() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = Options { group_bytes: 1 << 19, ..on(directory.path()) };
+    let primary = FileLog::open(options.clone()).unwrap();
+    let standby = StandbyLog::open(options).unwrap();
+    assert_eq!((primary.retained(), standby.retained()), (0, 0));
+    for _ in 0..40 {
+        let sequence = primary.append(1, &[put("key", &[b'v'; 1 << 18])]).unwrap();
+        block_on(primary.watermark().reached(sequence)).unwrap();
+    }
+    eventually(|| {
+        standby.replay(0, &mut |_| Ok(())).unwrap();
+        standby.retained() > 0 && standby.retained() == primary.retained()
+    });
+}
+
+#[test]
 fn standby_without_primary_is_the_primary() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("new");
