@@ -20,10 +20,13 @@ fn open_log(data: &Path) -> FileLog {
 }
 
 fn open_retaining(data: &Path, retain: Duration) -> FileLog {
+    FileLog::open(options(data, retain)).expect("the log opens")
+}
+
+fn options(data: &Path, retain: Duration) -> Options {
     let (durability, env) = (Durability::Sync, Env::real());
     let (segment_bytes, group_bytes, advertise) = (1 << 18, 1 << 16, None);
-    FileLog::open(Options { data: data.into(), segment_bytes, group_bytes, durability, retain, advertise, env })
-        .expect("the log opens")
+    Options { data: data.into(), segment_bytes, group_bytes, durability, retain, advertise, env }
 }
 
 fn put(key: &str, value: &str) -> Event {
@@ -329,6 +332,31 @@ async fn second_restore_is_refused_and_changes_nothing() {
     assert!(format!("{failed:#}").contains("the backup was removed"), "{failed:#}");
     assert_eq!(fs::read_dir(target.path().join("log")).unwrap().count(), 0);
     file::restore(target.path(), &restoration).unwrap();
+}
+
+#[tokio::test]
+async fn interrupted_restore_is_named_and_repeated() {
+    let (directory, files) = (tempfile::tempdir().unwrap(), Files::new());
+    let log = open_log(directory.path());
+    append(&log, &[put("a", "1")]).await;
+    let full = files.add("full", &backup(&log, 0));
+    let (data, chain) = restore(std::slice::from_ref(&full), None).unwrap();
+    let replay = |receive: &mut crate::Receive<'_>| chain.replay(&open, receive);
+    let restoration = chain.restoration(&Random::system(), &replay).unwrap();
+    // As if it had been killed before the last rename, that of the oldest segment.
+    let segments = data.path().join("log");
+    let oldest = segments.join("0000000001.seg");
+    fs::rename(&oldest, oldest.with_extension("seg.tmp")).unwrap();
+    let reason = format!("a restore into {} was interrupted; remove {}", data.path().display(), segments.display());
+    for said in [
+        file::restore(data.path(), &restoration).unwrap_err(),
+        FileLog::open(options(data.path(), Duration::ZERO)).err().expect("it lacks its beginning"),
+    ] {
+        assert!(format!("{said:#}").contains(&reason), "{said:#}");
+    }
+    fs::remove_dir_all(&segments).unwrap();
+    file::restore(data.path(), &restoration).unwrap();
+    open_log(data.path());
 }
 
 #[tokio::test]

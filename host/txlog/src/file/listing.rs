@@ -4,7 +4,7 @@
 
 use std::cmp::Reverse;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 
 use super::segment::{Numbers, SUFFIX};
 use super::{Home, identity, mark, position, tail};
@@ -58,8 +58,21 @@ impl Listing {
     /// found when the segments are opened.
     pub fn is_whole(&self, home: &Home) -> anyhow::Result<()> {
         let Some(missing) = self.missing else { return Ok(()) };
+        self.is_restored(home)?;
         let missing = Numbers::one(missing).file_name();
         bail!("{} is missing from the log; bring it back, or restore a backup", home.path(&missing).display())
+    }
+
+    /// Checks that no restore ended while it renamed its segments, which it does newest first.
+    pub fn is_restored(&self, home: &Home) -> anyhow::Result<()> {
+        let first = format!("{}.tmp", Numbers::one(1).file_name());
+        ensure!(
+            self.missing != Some(1) || !self.temporary.contains(&first),
+            "a restore into {} was interrupted; remove {} and restore the backup again",
+            home.data.display(),
+            home.path("").display()
+        );
+        Ok(())
     }
 }
 

@@ -26,8 +26,9 @@ pub fn check_empty(data: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let home = Home { disk: Arc::new(Directory::new(log)), data: data.into(), env: Env::real() };
-    let names = home.disk.list()?;
-    let is_empty = Listing::read(&home)?.segments.is_empty() && !names.iter().any(|name| name == mark::NAME);
+    let (names, listing) = (home.disk.list()?, Listing::read(&home)?);
+    listing.is_restored(&home)?;
+    let is_empty = listing.segments.is_empty() && !names.iter().any(|name| name == mark::NAME);
     ensure!(
         is_empty,
         "there is a log in {} already: a backup is restored into an empty directory; give another with --data-dir",
