@@ -168,3 +168,18 @@ fn feed_that_ends_leaves_nobody_waiting() {
         scenario.end();
     });
 }
+
+#[test]
+fn feed_accepts_no_append_after_they_are_rejected() {
+    check(|| {
+        let scenario = Scenario::begin(100);
+        let feed = Arc::clone(&scenario.feed);
+        let appending = thread::spawn(move || feed.append(0, &[Event::Delete("k".into())]));
+        scenario.feed.reject_appends(true);
+        let end = scenario.log.appended();
+        if let Ok(sequence) = appending.join().unwrap() {
+            assert!(sequence <= end, "{sequence} was appended after {end}");
+        }
+        scenario.end();
+    });
+}
