@@ -41,7 +41,8 @@ pub struct Known {
     pub log: Uuid,
     /// The newest sequence that was durable.
     pub durable: u64,
-    /// Places before the last frame that was found to be durable: all before them was, and needs not be read again.
+    /// Places before the last frame that was followed. What is before them was read, and needs not be read again if it was
+    /// synced.
     pub marks: Marks,
 }
 

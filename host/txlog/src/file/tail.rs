@@ -43,7 +43,8 @@ pub struct Tear {
     pub what: &'static str,
 }
 
-/// Reads the frames of a segment, from the last of `marks` on where there are some. A compacted one was complete before it
+/// Reads the frames of a segment, from the last of `marks` on where there are some, unless they are of a run that does not
+/// sync. A compacted one was complete before it
 /// got its name: of it only the incarnations in the first frame are read, and any invalid frame is corruption.
 pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Content> {
     if let Some(compacted) = &found.compacted {
@@ -68,8 +69,9 @@ pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Cont
             segment.deletes += frame.entries().flatten().filter(|entry| entry.put.is_none()).count() as u64;
         }
     }
-    if newest.is_none() && !marks.is_empty() {
-        // A frame that was durable is not there. Without marks the end is found, and the error names it.
+    // A frame that was followed is not there: without marks the end is found, and the error names it. Or the frames were
+    // published without a sync, so that those before the mark can be lost.
+    if !marks.is_empty() && newest.is_none_or(|newest| newest.ending().is_not_synced()) {
         return read(home, found, Vec::new());
     }
     segment.marks = marks;

@@ -8,6 +8,7 @@ use fastrand::Rng;
 
 use super::beside::Beside;
 use super::content::{Appended, Model, Outcome};
+use super::incarnations::{open_os, os};
 use super::mutants::{self, Mutant};
 use super::*;
 use crate::file::compact::{self, CompactionParams};
@@ -395,6 +396,36 @@ fn corrupt_end_that_was_published_is_not_taken_over() {
     let refused = Shared::begin(Arc::new(disk.clone()), options(), known).err().unwrap();
     assert!(format!("{refused:#}").contains("ends with sequence 1, but 2 had been durable"), "{refused:#}");
     assert!(disk.read(&name) == bytes, "it was changed");
+}
+
+/// With `--durability os` frames are published before they are synced. A page that could not be written is in memory only.
+#[test]
+fn unsynced_page_lost_before_a_followed_mark_is_found() {
+    let disk = FakeDisk::default();
+    let log = open_os(&disk);
+    let mut standby = Beside::new(Arc::new(disk.clone()), &os());
+    let mut ends = Vec::new();
+    for number in 1..=4 {
+        commit(&log, put("key", &[number; 50]));
+        ends.push(position::read(&disk).unwrap().unwrap());
+        // The first is synced.
+        if number > 1 {
+            standby.pass();
+        }
+    }
+    let (known, killed) = (standby.known().unwrap(), disk.copy());
+    assert!(known.marks.iter().any(|(segment, mark)| (*segment, mark.offset) == (ends[1].segment, ends[1].offset)));
+    let whole = killed.copy();
+    let before = || Before { known: Some(known.clone()), ..Before::default() };
+    let (shared, _) = Shared::begin(Arc::new(whole), os(), before()).unwrap();
+    assert_eq!(shared.history.incarnations()[0].fork, 4);
+
+    let name = Numbers::one(ends[0].segment).file_name();
+    let mut bytes = killed.read(&name);
+    bytes[ends[0].offset as usize..ends[1].offset as usize].fill(0);
+    killed.put_on_disk(&name, bytes);
+    let refused = Shared::begin(Arc::new(killed), os(), before()).err().unwrap();
+    assert!(format!("{refused:#}").contains("ends with sequence 1, but 4 had been durable"), "{refused:#}");
 }
 
 #[test]
