@@ -237,13 +237,17 @@ impl FileLog {
     ) -> anyhow::Result<(Arc<Shared>, Running)> {
         let (shared, writer) = Shared::begin(disk, options, before)?;
         shared.preallocator.reserve(&shared)?;
-        let running = Running {
-            writer: start("log writer", &shared, |shared| writer.run(shared))?,
-            preallocator: start("log spare", &shared, preallocate::run)?,
-            compactor: None,
-            lock,
+        let writer = start("log writer", &shared, |shared| writer.run(shared))?;
+        let preallocator = match start("log spare", &shared, preallocate::run) {
+            Ok(preallocator) => preallocator,
+            Err(error) => {
+                // It must not outlive the lock.
+                shared.queue.fail();
+                writer.join();
+                return Err(error);
+            }
         };
-        Ok((shared, running))
+        Ok((shared, Running { writer, preallocator, compactor: None, lock }))
     }
 
     fn shared(&self) -> Guard<Arc<Shared>> {

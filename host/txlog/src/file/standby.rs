@@ -15,7 +15,7 @@ use kvs_runtime::{Clock, Thread};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::disk::Directory;
+use super::disk::{Directory, is_shortage};
 use super::follower::Follower;
 use super::home::{Home, Unsupported};
 use super::lock::{self, Lock, Unusable};
@@ -176,14 +176,16 @@ impl Shared {
         }
     }
 
-    /// Takes over if the lock is free, and reads the position otherwise. An error is one of a takeover.
+    /// Takes over if the lock is free, and reads the position otherwise. An error is one of a takeover that cannot be repeated.
     fn look(&self) -> Result<Look> {
         let as_of = self.clock().now();
         let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
-            Ok(Some(lock)) => {
-                self.take_over(Some(lock), as_of, None)?;
-                return Ok(Look::Ours);
-            }
+            Ok(Some(lock)) => match self.take_over(Some(lock), as_of, None) {
+                Ok(()) => return Ok(Look::Ours),
+                // This may be the last server. The lock is free again, and the next look takes over.
+                Err(error) if is_passing(&error) => Err(error),
+                Err(error) => return Err(error),
+            },
             #[cfg(test)]
             Ok(None) if super::tests::mutants::is(super::tests::mutants::Mutant::TakenUnlocked) => {
                 self.take_over(None, as_of, None)?;
@@ -267,6 +269,11 @@ impl Shared {
         // Every change under this lock is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a shortage of descriptors, threads or memory is the cause.
+fn is_passing(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(is_shortage)
 }
 
 /// Whether to wait for the primary does not help.

@@ -1,10 +1,14 @@
-//! Threads of the log that die.
+//! Threads of the log that die, or cannot be started.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
+use rustix::io::Errno;
 
 use super::*;
+use crate::Standby;
+use crate::file::StandbyLog;
 
 /// Real threads, of which one panics as it begins.
 struct Saboteur(&'static str);
@@ -45,4 +49,51 @@ fn log_whose_disk_panics_fails() {
     let sequence = append(&log, 1, &[put("a", b"")]);
     assert!(!durable(&log, sequence));
     assert!(log.failure().unwrap().contains("sabotage"));
+}
+
+/// Real threads, of which there is one too few when the first of this name is to be started.
+struct Scarce {
+    name: &'static str,
+    was_short: AtomicBool,
+    writers: Arc<AtomicUsize>,
+}
+
+impl Spawn for Scarce {
+    fn thread(&self, name: &str, work: BoxedWork) -> io::Result<()> {
+        if name == self.name && !self.was_short.swap(true, Ordering::Relaxed) {
+            return Err(Errno::AGAIN.into());
+        }
+        let (writers, writes) = (Arc::clone(&self.writers), usize::from(name == "log writer"));
+        writers.fetch_add(writes, Ordering::Relaxed);
+        let work = move || {
+            work();
+            writers.fetch_sub(writes, Ordering::Relaxed);
+        };
+        std::thread::Builder::new().name(name.into()).spawn(work).map(drop)
+    }
+
+    fn task(&self, name: &str, _task: BoxedTask) {
+        panic!("a log in files has no task {name}");
+    }
+}
+
+#[test]
+fn takeover_is_repeated_after_a_shortage() {
+    for name in ["log writer", "log spare"] {
+        let directory = tempfile::tempdir().unwrap();
+        let on = |env| Options { data: directory.path().into(), segment_bytes: 1 << 20, env, ..options() };
+        let primary = FileLog::open(on(Env::real())).unwrap();
+        commit(&primary, put("key", b""));
+        let threads = Arc::new(Scarce { name, was_short: AtomicBool::new(false), writers: Arc::default() });
+        let standby = StandbyLog::open(on(Env { tasks: Tasks::given(threads.clone()), ..Env::real() })).unwrap();
+        drop(primary);
+        eventually(|| standby.news().borrow().holder.is_none());
+        assert!(threads.was_short.load(Ordering::Relaxed), "{name}");
+        standby.follow(1);
+        standby.begin().unwrap();
+        let sequence = standby.append(1, &[put("key", b"")]).unwrap();
+        block_on(standby.watermark().reached(sequence)).unwrap();
+        // That of the first attempt has ended.
+        eventually(|| threads.writers.load(Ordering::Relaxed) == 1);
+    }
 }
