@@ -70,6 +70,8 @@ async fn look(
         shared.set_history(epoch.history.clone());
         // Once in the life of a process.
         let _ = shared.epoch.set(epoch.number);
+        // Until the first heartbeat says whether there is another standby, which may take over from this process.
+        shared.lease.renew_with(as_of, false, true);
     } else if look.incarnations != shared.history().incarnations().len() {
         shared.set_history(incarnations::history(session).await?);
     }

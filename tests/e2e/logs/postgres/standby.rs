@@ -331,6 +331,29 @@ fn disconnected_primary_with_standby_rejects_reads() {
     is_deposed(server);
 }
 
+/// Another standby could take over from it meanwhile.
+#[test]
+fn new_primary_without_heartbeat_rejects_reads() {
+    let database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    let standby = stand_by(&database.url(), &[]);
+    // No statement of the next epoch is answered.
+    database.sql(
+        "CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF new.epoch > 1 AND new.epoch = old.epoch \
+         THEN PERFORM pg_sleep(600); END IF; RETURN new; END $$",
+    );
+    database.sql("CREATE TRIGGER hang BEFORE UPDATE ON kvs.writer FOR EACH ROW EXECUTE FUNCTION hang()");
+    server.kill();
+    standby.says("promoted to primary");
+    becomes_ready(&standby, 503, "[-]log reads are refused");
+    let refused = Connection::open(standby.address()).ask("GET", "/v1/a", b"");
+    refused.says(503, "another server may have taken the log over from this one: the database does not answer in time");
+    database.sql("DROP TRIGGER hang ON kvs.writer");
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((get(&standby, "a"), put(&standby, "a", "2")), ((200, "1".into()), 201));
+}
+
 #[test]
 fn primary_without_standby_needs_no_lease() {
     let database = Database::start();
