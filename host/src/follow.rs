@@ -3,10 +3,11 @@
 //! Owns: the order in which news reaches the store, the log's own reckoning and those who watch. Must never know: how it is
 //! found out, or which request a shard handles.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use kvs_runtime::Clock;
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
@@ -14,23 +15,28 @@ use tracing::warn;
 use crate::admin::ReadOnly;
 use crate::guest::Shards;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::{Forgotten, News, Standby};
+use kvs_txlog::{Condition, Forgotten, News, Standby};
 
 /// The pause before the log is read again when that failed.
 const PAUSE: Duration = Duration::from_secs(1);
+/// Time for which new entries may fail to be applied before this server is not ready: most failures pass.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A log that is followed, and up to when everything of it was taken in.
 pub struct Followed {
     log: Arc<dyn Standby>,
     /// None since this process is primary.
     as_of: watch::Sender<Option<Instant>>,
+    /// Since when new entries cannot be applied, and why.
+    failure: Mutex<Option<(Instant, String)>>,
+    clock: Clock,
 }
 
 impl Followed {
     /// Takes what was built for everything that was known of the log then.
-    pub fn new(log: Arc<dyn Standby>) -> Self {
+    pub fn new(log: Arc<dyn Standby>, clock: Clock) -> Self {
         let as_of = log.news().borrow().as_of;
-        Self { log, as_of: watch::Sender::new(Some(as_of)) }
+        Self { log, as_of: watch::Sender::new(Some(as_of)), failure: Mutex::default(), clock }
     }
 
     /// The time up to which everything was taken in. None since this process is primary.
@@ -41,6 +47,30 @@ impl Followed {
     /// URL of the primary, where it has announced one.
     pub fn primary(&self) -> Option<String> {
         self.log.news().borrow().primary.clone()
+    }
+
+    /// Condition of a server that applies what another one writes. One that cannot is no replica, and after a takeover it takes no
+    /// writes.
+    pub fn condition(&self) -> Condition {
+        let failure = self.failure().clone().map(|(since, reason)| (self.clock.elapsed(since), reason));
+        match failure.filter(|(time, _)| *time >= PATIENCE) {
+            Some((time, reason)) => {
+                Condition::Unfit(format!("cannot apply new entries of the log for {time:.0?}: {reason}"))
+            }
+            None => Condition::Well,
+        }
+    }
+
+    /// Records whether entries could be applied. The time is that of the first of several failures.
+    fn note(&self, applied: &Result<()>) {
+        let mut failure = self.failure();
+        let since = failure.take().map_or_else(|| self.clock.now(), |(since, _)| since);
+        *failure = applied.as_ref().err().map(|error| (since, format!("{error:#}")));
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
+        // Every change under this lock is whole.
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until at most this many entries of the log are missing.
@@ -70,7 +100,9 @@ pub async fn run(
     loop {
         let News { newest, holder, as_of, .. } = news.borrow_and_update().clone();
         while log.appended() < newest {
-            if let Err(error) = take_in(log, &changes, &shards).await {
+            let applied = take_in(log, &changes, &shards).await;
+            followed.note(&applied);
+            if let Err(error) = applied {
                 warn!("cannot apply new entries of the log: {error:#}");
                 sleep(PAUSE).await;
             }
@@ -134,7 +166,7 @@ mod tests {
         };
         let primary = FileLog::open(options.clone()).unwrap();
         let standby = Arc::new(StandbyLog::open(options).unwrap());
-        let followed = Followed::new(standby.clone());
+        let followed = Followed::new(standby.clone(), Clock::system());
         assert!(followed.caught_up(0).now_or_never().is_some());
         let newest = primary.append(0, &[Event::Delete("a".to_owned())]).unwrap();
         standby.news().wait_for(|news| news.newest == newest).await.unwrap();

@@ -51,6 +51,8 @@ impl Guests {
         let reloading = reload.start(Arc::clone(&swapper), env);
         health.reached(Phase::Serving);
         if let Some(followed) = store.followed.clone() {
+            let checked = Arc::clone(&followed);
+            health.add("replication", move || checked.condition());
             let (promoted, swapper) = (Arc::clone(&followed), Arc::clone(&swapper));
             let (changes, shards) = (Arc::clone(&store.changes), Arc::clone(&shards));
             let read_only = Arc::clone(&store.read_only);

@@ -81,7 +81,7 @@ impl Store {
         };
         let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir, users)?;
         admin.set_read_only(Arc::clone(&read_only));
-        let followed = followed.map(|log| Arc::new(Followed::new(log)));
+        let followed = followed.map(|log| Arc::new(Followed::new(log, env.clock.clone())));
         Ok(Self { log, changes, read_only, followed, handed_over, standby })
     }
 }

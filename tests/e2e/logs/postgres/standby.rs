@@ -197,6 +197,26 @@ fn position_that_standby_has_not_reached_is_503() {
     assert_eq!((resume("GET", 3).status, resume("GET", 4).status), (503, 503));
 }
 
+/// After a takeover it would have the epoch, and take no writes.
+#[test]
+fn standby_that_cannot_apply_an_entry_is_not_ready() {
+    let database = Database::start();
+    let server = start(&database.url());
+    let standby = stand_by(&database.url(), &[]);
+    standby.signal(Signal::STOP);
+    assert_eq!(put(&server, "a", "1"), 201);
+    let key = |key: &str| database.sql(&format!("UPDATE kvs.transactions SET key = '{key}' WHERE sequence = 1"));
+    key("\\xff");
+    standby.signal(Signal::CONT);
+    becomes_ready(&standby, 503, "[-]replication cannot apply new entries of the log for ");
+    becomes_ready(&standby, 503, "with sequence 1 is corrupted: its key is not UTF-8");
+    server.kill();
+    becomes_ready(&standby, 503, "[+]log ok, but failover in progress, replication lag 1 entries");
+    key("a");
+    becomes_ready(&standby, 200, WELL);
+    assert_eq!((get(&standby, "a"), put(&standby, "a", "2")), ((200, "1".into()), 201));
+}
+
 #[test]
 fn standby_takes_over_from_killed_primary() {
     let database = Database::start();
