@@ -4,6 +4,7 @@
 //! Must never know: how a swap is made.
 
 use std::convert::Infallible;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -56,12 +57,9 @@ impl Files {
         }
     }
 
-    /// The guest is about to be read.
-    fn reading(&mut self) {
-        let changes = if self.named.primary.is_some() { &mut self.primary_changes } else { &mut self.changes };
-        if let Some(changes) = changes {
-            changes.reading();
-        }
+    /// Returns the changes of the files that the guest is read from.
+    fn changes(&mut self) -> Option<&mut Changes> {
+        if self.named.primary.is_some() { self.primary_changes.as_mut() } else { self.changes.as_mut() }
     }
 }
 
@@ -73,18 +71,21 @@ struct Named {
     primary: Option<PathBuf>,
 }
 
+/// A guest that could not be read: where it was to come from, and why.
+struct Unread(String, anyhow::Error);
+
 impl Named {
-    fn source(&self) -> Option<Source> {
-        match (&self.primary, &self.file) {
+    fn source(&self) -> Result<Option<Source>> {
+        Ok(match (&self.primary, &self.file) {
             // A primary of an older version records nothing.
-            (Some(data), None) if source::recorded(data).is_none() => Some(Source::choose(None, data)),
-            (Some(data), file) => Source::of_primary(file.as_deref(), data),
+            (Some(data), None) if source::recorded(data)?.is_none() => Some(Source::choose(None, data)),
+            (Some(data), file) => Source::of_primary(file.as_deref(), data)?,
             (None, Some(file)) => Some(Source::File(file.clone())),
             (None, None) => {
                 info!("SIGHUP: the guest is not read again, since no file was named at the start");
                 None
             }
-        }
+        })
     }
 }
 
@@ -113,32 +114,52 @@ impl Reload {
 async fn run(mut hangup: Signal, mut files: Files, swapper: Arc<Swapper>) -> Result<Infallible> {
     let mut interval = interval(LOOK);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Why the guest could not be read last.
+    let mut failure = None;
     loop {
         let asked = tokio::select! {
             _ = hangup.recv() => true,
             _ = interval.tick() => false,
         };
-        if !files.look(swapper.follows_primary(), swapper.differs().is_some()) && !asked {
+        // A record that cannot be read may be that of another guest.
+        let differs = !matches!(swapper.differs(), Ok(None));
+        if !files.look(swapper.follows_primary(), differs) && !asked {
             continue;
         }
-        files.reading();
-        reload(&files.named, &swapper, Actor::cause(if asked { "SIGHUP" } else { "file" })).await;
+        if let Some(changes) = files.changes() {
+            changes.reading();
+        }
+        let actor = Actor::cause(if asked { "SIGHUP" } else { "file" });
+        let Err(Unread(source, error)) = reload(&files.named, &swapper, &actor).await else {
+            failure = None;
+            continue;
+        };
+        // The files may be well, and not change again.
+        if let (Some(changes), true) = (files.changes(), error.is::<io::Error>()) {
+            changes.unread();
+        }
+        let reason = Some(format!("{error:#}"));
+        // Once, however often it is tried.
+        if asked || failure != reason {
+            audit::log(&actor, Steps::default().action(), &source, format_args!("{error:#}"));
+            warn!("the guest cannot be read again from {source}: {error:#}");
+        }
+        failure = reason;
     }
 }
 
-async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
+async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: &Actor) -> Result<(), Unread> {
     let mut waits = false;
     loop {
-        let Some(source) = named.source() else { return };
+        let source = named.source().map_err(|error| Unread("the data directory of the primary".to_owned(), error))?;
+        let Some(source) = source else { return Ok(()) };
         let (from, serving) = (source.clone(), swapper.serving());
         let read = task::spawn_blocking(move || from.read()).await;
         let component = match read.map_err(Into::into).flatten() {
-            Err(error) => {
-                audit::log(&actor, Steps::default().action(), &source, format_args!("{error:#}"));
-                return warn!("the guest cannot be read again from {source}: {error:#}");
-            }
+            Err(error) => return Err(Unread(source.to_string(), error)),
             Ok(component) if Digest::of(&component) == *serving.guest.digest() => {
-                return info!("the guest in {source} serves already");
+                info!("the guest in {source} serves already");
+                return Ok(());
             }
             Ok(component) => component,
         };
@@ -149,7 +170,7 @@ async fn reload(named: &Named, swapper: &Arc<Swapper>, actor: Actor) {
             Err(SwapError::Busy) if waits => {}
             Err(SwapError::Busy) => info!("another swap is in progress; the guest in {source} comes after it"),
             // The swap reports how it ended.
-            Ok(_) | Err(_) => return,
+            Ok(_) | Err(_) => return Ok(()),
         }
         waits = true;
         sleep(LOOK).await;
@@ -177,7 +198,7 @@ mod tests {
     /// Looks until the files can have settled.
     fn looks(files: &mut Files, follows: bool, differs: bool) -> bool {
         let changed = (0..3).any(|_| files.look(follows, differs));
-        files.reading();
+        files.changes().unwrap().reading();
         changed
     }
 
@@ -191,7 +212,7 @@ mod tests {
         assert!(!looks(&mut files, false, false), "it is swapped in by the takeover");
         fs::write(&file, "333").unwrap();
         assert!(looks(&mut files, false, false));
-        assert!(matches!(files.named.source(), Some(Source::File(named)) if named == file));
+        assert!(matches!(files.named.source(), Ok(Some(Source::File(named))) if named == file));
     }
 
     #[test]
@@ -203,7 +224,7 @@ mod tests {
         assert!(files.named.primary.is_some(), "it waits for the guest that the primary served");
         fs::write(&file, "22").unwrap();
         assert!(looks(&mut files, false, true), "the file is not watched any more");
-        assert!(matches!(files.named.source(), Some(Source::File(named)) if named == file));
+        assert!(matches!(files.named.source(), Ok(Some(Source::File(named))) if named == file));
     }
 
     #[test]

@@ -54,19 +54,25 @@ impl Source {
     }
 
     /// The guest that the primary on the same data directory serves: the one that is asked for, the one swapped in last, or the
-    /// one in the binary. None if it is unknown, or none of these.
-    pub fn of_primary(asked_for: Option<&Path>, data: &Path) -> Option<Self> {
-        let serving = recorded(data)?;
+    /// one in the binary. None if it is unknown, or none of these. An error if that cannot be read now.
+    pub fn of_primary(asked_for: Option<&Path>, data: &Path) -> Result<Option<Self>> {
+        let Some(serving) = recorded(data)? else { return Ok(None) };
         let asked_for = asked_for.map(|file| Self::File(file.to_owned()));
         let candidates = asked_for.into_iter().chain([Self::Remembered(remembered(data)), Self::BuiltIn]);
-        let is_served = |source: &Self| {
-            source.read().is_ok_and(|component| Identity::of(source, &Digest::of(&component)) == serving)
-        };
-        let found = candidates.into_iter().find(is_served);
-        if found.is_none() {
-            warn!("the primary serves {serving}, which is not known here; name the same GUEST.wasm as there");
+        let mut unread = None;
+        for source in candidates {
+            match source.read() {
+                Ok(component) if Identity::of(&source, &Digest::of(&component)) == serving => return Ok(Some(source)),
+                Ok(_) => {}
+                Err(error) if is_missing(&error) => {}
+                Err(error) => unread = Some(error.context(format!("cannot read {source}"))),
+            }
         }
-        found
+        if let Some(error) = unread {
+            return Err(error);
+        }
+        warn!("the primary serves {serving}, which is not known here; name the same GUEST.wasm as there");
+        Ok(None)
     }
 
     /// The component.
@@ -108,6 +114,10 @@ pub fn read(file: &Path) -> Result<Vec<u8>> {
     File::open(file)?.take(GUEST_BYTES + 1).read_to_end(&mut bytes)?;
     ensure!(bytes.len() as u64 <= GUEST_BYTES, "it is larger than {GUEST_BYTES} bytes");
     Ok(bytes)
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// The file in which a data directory remembers the guest that was swapped in last.
@@ -161,7 +171,7 @@ impl Display for Identity {
 
 /// Records the guest that this process serves as the primary. Only standbys need it, so a failure is logged.
 pub fn record(data: &Path, Identity(digest): &Identity) {
-    if recorded(data).is_some_and(|recorded| recorded.0 == *digest) {
+    if recorded(data).is_ok_and(|recorded| recorded.is_some_and(|recorded| recorded.0 == *digest)) {
         return;
     }
     let line = format!("{}\n", digest.as_deref().unwrap_or_default());
@@ -173,11 +183,14 @@ pub fn record(data: &Path, Identity(digest): &Identity) {
 }
 
 /// The guest that the primary recorded. None where there is no record, as of an older version.
-pub fn recorded(data: &Path) -> Option<Identity> {
-    let mut line = String::new();
-    File::open(data.join(SERVING)).and_then(|file| file.take(SERVING_BYTES).read_to_string(&mut line)).ok()?;
-    let digest = line.strip_suffix('\n')?;
-    Some(Identity((!digest.is_empty()).then(|| digest.to_owned())))
+pub fn recorded(data: &Path) -> Result<Option<Identity>> {
+    let (file, mut line) = (data.join(SERVING), String::new());
+    match File::open(&file).and_then(|file| file.take(SERVING_BYTES).read_to_string(&mut line)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        read => read.with_context(|| format!("cannot read {}", file.display()))?,
+    };
+    let Some(digest) = line.strip_suffix('\n') else { return Ok(None) };
+    Ok(Some(Identity((!digest.is_empty()).then(|| digest.to_owned()))))
 }
 
 /// The files that decide which guest a standby serves.
@@ -198,5 +211,39 @@ impl Digest {
 impl Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_that_cannot_be_read_is_not_missing() {
+        let data = tempfile::tempdir().unwrap();
+        assert_eq!(recorded(data.path()).unwrap(), None);
+        assert_eq!(Source::of_primary(None, data.path()).unwrap(), None);
+        // As of an input/output error: it can be opened, and not read.
+        fs::create_dir(data.path().join(SERVING)).unwrap();
+        assert!(recorded(data.path()).is_err());
+        assert!(Source::of_primary(None, data.path()).is_err());
+    }
+
+    #[test]
+    fn guest_that_cannot_be_read_is_not_unknown() {
+        let data = tempfile::tempdir().unwrap();
+        let identity = |component: &[u8]| Identity::of(&Source::Sent, &Digest::of(component));
+        record(data.path(), &identity(b"a guest"));
+        assert_eq!(Source::of_primary(None, data.path()).unwrap(), None);
+        fs::create_dir(remembered(data.path())).unwrap();
+        assert!(Source::of_primary(None, data.path()).unwrap_err().to_string().contains("guest.wasm"));
+        // What is served was found all the same.
+        record(data.path(), &identity(BUILT_IN));
+        assert_eq!(Source::of_primary(None, data.path()).unwrap(), Some(Source::BuiltIn));
+        fs::remove_dir(remembered(data.path())).unwrap();
+        remember(data.path(), Some(b"a guest")).unwrap();
+        record(data.path(), &identity(b"a guest"));
+        let found = Source::of_primary(None, data.path()).unwrap();
+        assert_eq!(found, Some(Source::Remembered(remembered(data.path()))));
     }
 }

@@ -147,14 +147,18 @@ impl Swapper {
     }
 
     /// The guest of the primary, where this server shares its data directory and serves another.
-    pub fn differs(&self) -> Option<Identity> {
-        let recorded = self.shares_data.then(|| source::recorded(&self.data)).flatten()?;
-        (recorded != self.identity()).then_some(recorded)
+    pub fn differs(&self) -> Result<Option<Identity>> {
+        let recorded = if self.shares_data { source::recorded(&self.data)? } else { None };
+        Ok(recorded.filter(|recorded| *recorded != self.identity()))
     }
 
     /// Condition of a standby that shares the data directory of its primary: a takeover is not to change the guest.
     pub fn condition(&self) -> Condition {
-        let Some(recorded) = self.differs() else { return Condition::Well };
+        let recorded = match self.differs() {
+            Ok(Some(recorded)) => recorded,
+            Ok(None) => return Condition::Well,
+            Err(error) => return Condition::But(format!("it is unknown: {error:#}")),
+        };
         let what = format!("this server serves {}, and its primary {recorded}", self.identity());
         match (self.lock().phase.is_some(), self.stands_by()) {
             // Its own guest is on probation.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use tempfile::TempDir;
 
 use crate::support::backup::{done, restored, take};
@@ -174,6 +174,39 @@ fn standby_reports_that_its_primary_has_another_guest() {
     assert_eq!(swap(&other, &copy_of(DEFAULT_GUEST)).status, 200);
     becomes_ready(&other, 200, WELL);
     assert_eq!((digest(&other), get(&other, "a")), (named, (200, "1".into())));
+}
+
+/// As with too many connections. The files of the primary do not change again.
+#[test]
+fn guest_of_primary_is_followed_after_a_shortage() {
+    let data = directory();
+    let (primary, standby) = (serve_in(data.path(), &SHORT), stand_by(data.path(), &SHORT));
+    let pid = Pid::from_raw(standby.pid().cast_signed());
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: Some(3), maximum };
+    let before = prlimit(pid, Resource::Nofile, limit).expect("a child can be limited");
+    assert_eq!(swap(&primary, &copy_of(DEFAULT_GUEST)).status, 200);
+    standby.says("the guest cannot be read again from ");
+    prlimit(pid, Resource::Nofile, before).expect("a child can be limited");
+    let begun = Instant::now();
+    while digest(&standby) != digest(&primary) {
+        assert!(begun.elapsed() < PATIENCE, "the standby keeps its guest");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn takeover_keeps_a_guest_record_that_cannot_be_read() {
+    let data = directory();
+    let (primary, standby) = (serve_in(data.path(), &[]), stand_by(data.path(), &[]));
+    // As of an input/output error: it can be opened, and not read.
+    let record = data.path().join("guest.serving");
+    fs::remove_file(&record).and_then(|()| fs::create_dir(&record)).expect("the directory is the test's");
+    primary.kill();
+    standby.says("took over without knowing the guest that the primary had: cannot read ");
+    becomes_ready(&standby, 200, "[+]guest of the primary ok, but it is unknown: cannot read ");
+    let stopped = standby.terminate();
+    assert!(!stopped.stderr().iter().any(|line| line.contains("cannot record for standbys")));
 }
 
 #[test]

@@ -63,8 +63,10 @@ impl Guests {
                 promoted.promoted().await;
                 match swapper.differs() {
                     _ if inherits => swapper.record(),
-                    Some(former) => error!("took over with another guest than the primary had: that was {former}"),
-                    None => swapper.record(),
+                    Ok(Some(former)) => error!("took over with another guest than the primary had: that was {former}"),
+                    Ok(None) => swapper.record(),
+                    // The record stays: it may name another guest.
+                    Err(error) => error!("took over without knowing the guest that the primary had: {error:#}"),
                 }
             });
         }

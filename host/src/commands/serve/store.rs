@@ -162,7 +162,11 @@ pub fn load(args: &Serve, log: &dyn TransactionLog, inherits: bool, env: &Env) -
     // A log that is only looked at is not changed, nor is what is beside it.
     let is_primary = log.read_only().is_none() && !args.read_only;
     // A process that replaces another one serves what it was started with.
-    let of_primary = if shares_data(args) && !is_primary && !inherits { Source::of_primary(named, data) } else { None };
+    let of_primary = if shares_data(args) && !is_primary && !inherits {
+        Source::of_primary(named, data).context("cannot find the guest of the primary")?
+    } else {
+        None
+    };
     let guest = engine.load(of_primary.unwrap_or_else(|| Source::choose(named, data)))?;
     if is_primary {
         record_guest(data, &GuestIdentity::of(guest.source(), guest.digest()));
