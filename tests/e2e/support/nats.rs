@@ -147,13 +147,20 @@ impl Nodes {
 
     /// Sets the `max_bytes` of the stream of a log to this many more than it has; without a number, to no limit.
     pub fn limit(&self, log: &str, more: Option<i64>) {
-        let info: Value =
-            serde_json::from_str(&self.api(&format!("STREAM.INFO.KVS-{log}-00"), "")).expect("it is JSON");
-        let mut config = info["config"].clone();
-        let bytes = info["state"]["bytes"].as_i64().expect("it has a size");
-        config["max_bytes"] = more.map_or(-1, |more| bytes + more).into();
+        let bytes = self.info(log)["state"]["bytes"].as_i64().expect("it has a size");
+        self.edit(log, "max_bytes", more.map_or(-1, |more| bytes + more));
+    }
+
+    /// Changes a setting of the stream of a log.
+    pub fn edit(&self, log: &str, setting: &str, value: i64) {
+        let mut config = self.info(log)["config"].clone();
+        config[setting] = value.into();
         let answer = self.api(&format!("STREAM.UPDATE.KVS-{log}-00"), &config.to_string());
         assert!(!answer.contains("\"error\""), "{answer}");
+    }
+
+    fn info(&self, log: &str) -> Value {
+        serde_json::from_str(&self.api(&format!("STREAM.INFO.KVS-{log}-00"), "")).expect("it is JSON")
     }
 
     /// Makes a request of the API of JetStream, as an operator does by hand, and waits for the answer.

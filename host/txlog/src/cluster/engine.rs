@@ -23,6 +23,11 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Returns the ends of the log. A hint, but that it succeeds shows that the engine can commit.
     fn ends(&self) -> Call<'_, Result<Ends, ReadError>>;
+
+    /// Returns what weakens the durability of the log, for the operator, as of the last call of `ends`.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Outcome of a put.

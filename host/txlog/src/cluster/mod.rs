@@ -109,8 +109,6 @@ pub struct Stored {
     pub mark_file: Option<MarkFile>,
     /// Maximum size of a group of events, in bytes.
     pub group_bytes: u64,
-    /// Weakened durability, for the operator.
-    pub warnings: Vec<String>,
 }
 
 pub struct ClusterLog {
@@ -131,7 +129,6 @@ struct Shared {
     engine: Arc<dyn Engine>,
     name: String,
     log: Uuid,
-    warnings: Vec<String>,
     /// This process.
     holder: Holder,
     news: watch::Sender<News>,
@@ -278,7 +275,7 @@ impl Drop for ClusterLog {
 
 impl Shared {
     fn new(stored: Stored, options: &Options, env: Env) -> Result<Self> {
-        let Stored { engine, name, mark, mark_file, group_bytes, warnings } = stored;
+        let Stored { engine, name, mark, mark_file, group_bytes } = stored;
         ensure!(
             options.lease >= MIN_READ_LEASE,
             "--read-lease is {:?}, but must be at least {MIN_READ_LEASE:?} for this log, which keeps each heartbeat: ten per lease",
@@ -296,7 +293,6 @@ impl Shared {
             engine,
             name,
             log: mark.log,
-            warnings,
             holder,
             news: watch::Sender::new(news),
             restored: OnceLock::new(),
@@ -413,7 +409,7 @@ impl Shared {
         if let Some(damage) = damage.as_ref().filter(|_| !begun) {
             return Condition::Unfit(format!("damaged: {damage}"));
         }
-        let mut conditions = self.warnings.clone();
+        let mut conditions = self.engine.warnings();
         conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();

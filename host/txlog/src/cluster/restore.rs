@@ -164,8 +164,7 @@ mod tests {
 
     fn stored(frames: &Frames) -> Stored {
         let (name, engine) = ("frames".to_owned(), Arc::new(frames.clone()));
-        let (mark_file, group_bytes, warnings) = (None, 1 << 16, Vec::new());
-        Stored { engine, name, mark: Mark::new(LOG), mark_file, group_bytes, warnings }
+        Stored { engine, name, mark: Mark::new(LOG), mark_file: None, group_bytes: 1 << 16 }
     }
 
     fn options() -> Options {

@@ -6,6 +6,7 @@
 //!
 //! Owns: the protocol of JetStream. Must never know: what a frame contains.
 
+mod conditions;
 mod connection;
 mod opening;
 mod restore;
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
+use self::conditions::Conditions;
 use self::connection::Connection;
 pub use self::opening::{Checks, at_rest, open, read};
 pub use self::restore::restore;
@@ -67,6 +69,7 @@ struct Stream {
     connection: Arc<Connection>,
     names: Names,
     log: Uuid,
+    conditions: Conditions,
     /// The newest position that was republished.
     noted: watch::Sender<u64>,
 }
@@ -137,6 +140,10 @@ impl Engine for Stream {
 
     fn ends(&self) -> Call<'_, Result<Ends, ReadError>> {
         Box::pin(self.info())
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.conditions.warnings()
     }
 }
 
@@ -213,6 +220,7 @@ impl Stream {
         if cluster.is_object() && cluster["leader"].as_str().is_none_or(str::is_empty) {
             return Err(ReadError::Unavailable(format!("the stream {stream} has no leader now")));
         }
+        self.conditions.note(&info["config"], &self.names);
         let number = |name: &str| info["state"][name].as_u64();
         let (Some(first), Some(last), Some(frames)) = (number("first_seq"), number("last_seq"), number("messages"))
         else {

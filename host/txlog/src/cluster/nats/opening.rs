@@ -1,6 +1,6 @@
 //! Opening: connects, makes the stream if there is none, and checks everything that the durability of the log depends on.
 //!
-//! Owns: the list of these settings. Must never know: what is written.
+//! Owns: the settings of the nodes among that. Must never know: what is written.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::conditions::{Conditions, REPLICAS};
 use super::connection::Connection;
 use super::target::{Target, Url};
 use super::{LOG, Names, RESTORING, Stream, api, error, stream_info};
@@ -23,8 +24,6 @@ use crate::cluster::frame::OVERHEAD;
 use crate::cluster::mark::{Mark, MarkFile};
 use crate::cluster::{ClusterLog, Options, Stored};
 
-/// Number of replicas without which the loss of one node can lose acknowledged writes.
-const REPLICAS: u64 = 3;
 /// Timeout of a request to a monitoring port.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Attempts to reach the leader at the start, a second apart: it may be being elected.
@@ -130,8 +129,8 @@ async fn prepare(
             "it is the log {log}, but this data directory was used with the log {known}; give another --data-dir, or the right name"
         );
     }
-    let mut warnings = conditions(&info["config"], &names)?;
-    warnings.extend(sync.warning());
+    let conditions = Conditions::new(&info["config"], &names, sync.warning())?;
+    let warnings = conditions.warnings();
     if !warnings.is_empty() && !checks.allow_unsafe {
         bail!("{}; set it, or serve with --allow-unsafe-txlog", warnings.join("; "));
     }
@@ -151,9 +150,10 @@ async fn prepare(
         }
         file.write(mark)?;
     }
-    let stream = Arc::new(Stream { connection: Arc::new(connection), names, log, noted: watch::Sender::new(0) });
+    let (connection, noted) = (Arc::new(connection), watch::Sender::new(0));
+    let stream = Arc::new(Stream { connection, names, log, conditions, noted });
     stream.start(env);
-    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes, warnings })
+    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes })
 }
 
 /// Returns the state and configuration of the stream; None if there is none.
@@ -232,53 +232,6 @@ pub fn largest_frame(client: &Client) -> u64 {
     (client.max_payload() as u64).saturating_sub(HEADER_BYTES)
 }
 
-/// Returns how the stream can lose acknowledged writes. An error is what a log cannot do with.
-fn conditions(config: &Value, names: &Names) -> Result<Vec<String>> {
-    let stream = &names.stream;
-    let text = |name: &str| config[name].as_str().unwrap_or_default();
-    let limits = |name: &str| config[name].as_i64().is_some_and(|limit| limit > 0);
-    ensure!(
-        config["subjects"] == json!([names.subject]),
-        "the subjects of {stream} are {}, but must be [{:?}]",
-        config["subjects"],
-        names.subject
-    );
-    ensure!(config["allow_direct"] == true, "allow_direct of {stream} is off: set it");
-    ensure!(
-        config["no_ack"] != true && config["sealed"] != true,
-        "{stream} is sealed or has no_ack: it cannot be written to"
-    );
-    ensure!(text("retention") == "limits", "retention of {stream} is {:?}: it must be limits", text("retention"));
-    for limit in ["max_msgs", "max_age", "max_msgs_per_subject", "max_msg_size"] {
-        ensure!(
-            !limits(limit),
-            "{limit} of {stream} is set: the log would lose frames, or could not write some; remove it"
-        );
-    }
-    ensure!(
-        !limits("max_bytes") || text("discard") == "new",
-        "discard of {stream} is {:?}: it must be new",
-        text("discard")
-    );
-    let mut warnings = Vec::new();
-    let replicas = config["num_replicas"].as_u64().unwrap_or_default();
-    if replicas < REPLICAS {
-        warnings.push(format!("num_replicas of {stream} is {replicas}: the loss of a node loses acknowledged writes; it must be {REPLICAS}"));
-    }
-    if text("storage") != "file" {
-        warnings.push(format!(
-            "storage of {stream} is {}: a power cut loses acknowledged writes; it must be file",
-            text("storage")
-        ));
-    }
-    if text("persist_mode") == "async" {
-        warnings.push(format!(
-            "persist_mode of {stream} is async: a power cut loses acknowledged writes; it must be default"
-        ));
-    }
-    Ok(warnings)
-}
-
 /// Whether the nodes sync what they acknowledge.
 enum Sync {
     Always,
@@ -330,45 +283,4 @@ fn is_synced(url: &str) -> Result<bool> {
     let answer: Value = serde_json::from_str(&answer).with_context(cannot_ask)?;
     ensure!(!answer["config"].is_null(), "the node at {url} has no JetStream");
     Ok(answer["config"]["sync_always"] == true)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_that_lose_writes_are_found() {
-        let names = Names::new("x");
-        let good = json!({
-            "subjects": ["kvs.x.00"], "allow_direct": true, "retention": "limits", "num_replicas": 3, "storage": "file",
-            "discard": "new", "max_msgs": -1, "max_age": 0, "max_bytes": 1 << 30,
-        });
-        assert_eq!(conditions(&good, &names).unwrap(), Vec::<String>::new());
-        let with = |name: &str, value: Value| {
-            let mut config = good.clone();
-            config[name] = value;
-            conditions(&config, &names)
-        };
-        for (name, value) in
-            [("num_replicas", json!(1)), ("storage", json!("memory")), ("persist_mode", json!("async"))]
-        {
-            let warnings = with(name, value).unwrap();
-            assert!(warnings.len() == 1 && warnings[0].starts_with(name), "{warnings:?}");
-        }
-        let broken = [
-            ("max_age", json!(5)),
-            ("max_msgs", json!(5)),
-            ("max_msgs_per_subject", json!(5)),
-            ("max_msg_size", json!(5)),
-            ("discard", json!("old")),
-            ("retention", json!("workqueue")),
-            ("allow_direct", json!(false)),
-            ("subjects", json!(["other"])),
-            ("sealed", json!(true)),
-        ];
-        for (name, value) in broken {
-            let error = with(name, value).expect_err(name).to_string();
-            assert!(error.contains(name), "{name}: {error}");
-        }
-    }
 }

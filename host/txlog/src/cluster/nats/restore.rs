@@ -10,6 +10,7 @@ use tokio::runtime::Builder;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::conditions::Conditions;
 use super::connection::Connection;
 use super::opening::{self, Checks, find, largest_frame};
 use super::target::{Target, Url};
@@ -64,7 +65,8 @@ async fn make(target: &Target, log: Uuid, env: &Env) -> Result<(Stream, Value)> 
         made["config"]["metadata"][RESTORING] == id.to_string(),
         "another process has made the stream {stream} in the meantime"
     );
-    Ok((Stream { connection: connection.into(), names, log, noted: watch::Sender::new(0) }, made))
+    let (connection, conditions, noted) = (connection.into(), Conditions::default(), watch::Sender::new(0));
+    Ok((Stream { connection, names, log, conditions, noted }, made))
 }
 
 /// Makes the stream that of the log.

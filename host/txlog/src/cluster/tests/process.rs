@@ -111,20 +111,18 @@ impl World {
         });
     }
 
-    async fn run(self, host: usize, process: Process) {
+    /// Returns the log of a process on a host, not open yet.
+    pub fn log(&self, host: usize, process: Process, standby: bool) -> Arc<Shared> {
         let Host { drift, lease, mark, .. } = *self.hosts[host].borrow();
         let env = self.sim.env(process, drift);
         let engine = self.cluster.connect(&self.sim, host);
-        let stored = Stored {
-            engine,
-            name: "fake engine".into(),
-            mark,
-            mark_file: None,
-            group_bytes: GROUP_BYTES,
-            warnings: Vec::new(),
-        };
-        let options = Options { group_bytes: None, standby: true, lease, advertise: None, env: env.clone() };
-        let shared = Arc::new(Shared::new(stored, &options, env).expect("the options are valid"));
+        let stored = Stored { engine, name: "fake engine".into(), mark, mark_file: None, group_bytes: GROUP_BYTES };
+        let options = Options { group_bytes: None, standby, lease, advertise: None, env: env.clone() };
+        Arc::new(Shared::new(stored, &options, env).expect("the options are valid"))
+    }
+
+    async fn run(self, host: usize, process: Process) {
+        let shared = self.log(host, process, true);
         loop {
             match shared.open(true).await {
                 Ok(_) => break,
