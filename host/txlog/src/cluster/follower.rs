@@ -99,6 +99,8 @@ impl Follower {
                 Ok(None) => succeeded = clock.now(),
                 Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
                 Err(Failure::Silent(reason)) => {
+                    // A primary that could not be observed may have written.
+                    self.received = clock.now();
                     if clock.elapsed(succeeded) > START_TIMEOUT {
                         bail!("{reason}");
                     }

@@ -1,9 +1,11 @@
 //! Histories: clients, and trouble of every kind, in any order. Then all is well, and what is in the log is compared with
 //! what clients were answered.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::iter;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -282,4 +284,34 @@ fn lost_end_is_never_continued() {
     );
     assert!(found[1].contains("cannot open the log: the engine has lost the end of the log"), "{found:?}");
     assert_eq!(world.cluster.state().frames.len(), left, "the log was continued");
+}
+
+/// The engine is away for longer than the lease, for all alike: a server that starts must not take the log from a primary that lives.
+#[test]
+fn start_over_an_outage_does_not_preempt_live_primary() {
+    for seed in 0..20 {
+        let mut executor = Executor::new(seed);
+        let world = World::new(&executor, 1);
+        executor.run_until(Duration::from_secs(25));
+        let opened = Rc::new(RefCell::new(None));
+        let (begun, ended) = (world.clone(), Rc::clone(&opened));
+        let newcomer = 1_000;
+        world.locals.start(newcomer, async move {
+            let log = begun.log(0, newcomer, false);
+            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
+        });
+        // It has found the end of the log, and no frame of the primary yet that shows that it lives.
+        executor.run_until(Duration::from_millis(25_050));
+        world.cluster.state().no_leader = true;
+        executor.run_until(Duration::from_secs(37));
+        assert_eq!(*opened.borrow(), None, "seed {seed}");
+        world.cluster.state().no_leader = false;
+        executor.run_until(Duration::from_secs(60));
+        let opened = opened.borrow().clone();
+        assert!(
+            matches!(&opened, Some(Err(reason)) if reason.starts_with("it is in use by ")),
+            "seed {seed}: {opened:?}"
+        );
+        assert_eq!(world.cluster.state().violations, Vec::<String>::new(), "seed {seed}");
+    }
 }
