@@ -27,6 +27,7 @@ use super::budget::Account;
 use super::counted::MeteredSocket;
 use super::frame_inspector::FrameInspector;
 use super::frames::PREFACE;
+use super::half_close::HalfClose;
 use super::metrics::{Limit, LimitExceeded};
 use super::multiplex::{RequestExecutor, TimeSlice};
 use super::timeouts::{Activity, ConnectionTimeouts, TimeoutAction};
@@ -132,7 +133,7 @@ impl Edge {
     {
         let account = Arc::clone(&peer.account);
         let asked = Arc::clone(&activity);
-        let timeouts = ConnectionTimeouts::new(activity, http2, &self.limits);
+        let timeouts = ConnectionTimeouts::new(Arc::clone(&activity), http2, &self.limits);
         let address = peer.client.address;
         let cut = async {
             tokio::select! {
@@ -147,10 +148,10 @@ impl Edge {
         // threads.
         let shared = Arc::new((Arc::clone(self), peer));
         let service = service_fn(move |request| {
-            let (shared, activity) = (Arc::clone(&shared), Arc::clone(&asked));
+            // In flight from here on, before its first turn: `HalfClose` asks between.
+            let (shared, guard) = (Arc::clone(&shared), Arc::clone(&asked).begin());
             async move {
                 let (edge, peer) = &*shared;
-                let guard = activity.begin();
                 let mut response = edge.service.respond(request, peer).await;
                 if !http2 && *edge.stage.borrow() != Stage::Serving {
                     let close = const { HeaderValue::from_static("close") };
@@ -164,6 +165,8 @@ impl Edge {
         if http2 {
             let turn = TimeSlice::default();
             let streams = RequestExecutor::new(&turn);
+            // A long poll that waits is called once more at the end of what the client sends.
+            let stream = HalfClose::new(stream, &activity, 2 * limits.request_timeout);
             let stream = TokioIo::new(FrameInspector::new(stream, &self.service.metrics, turn, limits.control_frames));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())

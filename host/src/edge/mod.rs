@@ -23,6 +23,7 @@ mod forward;
 mod frame_inspector;
 mod frames;
 pub mod fresh;
+mod half_close;
 mod head;
 pub mod line_rate;
 mod lingering;

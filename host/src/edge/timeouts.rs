@@ -34,6 +34,11 @@ impl Activity {
         self.reads.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Returns whether a request is in flight.
+    pub fn is_busy(&self) -> bool {
+        self.begun.load(Ordering::Relaxed) > self.ended.load(Ordering::Relaxed)
+    }
+
     pub fn begin(self: Arc<Self>) -> InFlight {
         self.begun.fetch_add(1, Ordering::Relaxed);
         InFlight(self)

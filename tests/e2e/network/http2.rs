@@ -2,6 +2,7 @@
 //!
 //! Frames are made by hand where a library would not send them.
 
+mod half_close;
 mod messages;
 
 use std::collections::BTreeSet;

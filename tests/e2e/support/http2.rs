@@ -26,8 +26,8 @@ pub const GET: &[u8] = b"\x82\x86\x04\x05/v1/a\x41\x03kvs";
 pub const PUT: &[u8] = b"\x02\x03PUT\x86\x04\x05/v1/a\x41\x03kvs";
 
 /// A client that sends arbitrary frames.
-pub struct Frames {
-    pub stream: TcpStream,
+pub struct Frames<S = TcpStream> {
+    pub stream: S,
 }
 
 #[derive(Debug)]
@@ -69,6 +69,13 @@ impl Frames {
         let stream = TcpStream::connect(address).expect("the server listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
         stream.set_write_timeout(Some(PATIENCE)).expect("the time is not zero");
+        Self::over(stream)
+    }
+}
+
+impl<S: Read + Write> Frames<S> {
+    /// Begins the connection on a stream.
+    pub fn over(stream: S) -> Self {
         let mut frames = Self { stream };
         frames.stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expect("it is taken");
         assert!(frames.send(SETTINGS, 0, 0, b""));
