@@ -28,4 +28,5 @@ mod stats_report;
 mod systemd;
 mod terminal;
 mod upgrade;
+mod watchdog;
 mod workers;

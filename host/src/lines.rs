@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::fmt::{self, Display};
 use std::io::{self, IsTerminal, Write, stderr};
 use std::panic;
+use std::process::abort;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -31,6 +32,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use self::queue::Queue;
 use crate::audit;
 use crate::edge::auth::TOKEN_PREFIX;
+use crate::workers;
 
 /// Number of digits after the prefix of tokens from which a word is redacted as a token, or a part of one.
 const REDACTED_DIGITS: usize = 16;
@@ -76,6 +78,10 @@ pub fn begin(format: Format, filter: &str, env: &Env) -> Result<()> {
         // The process aborts next.
         if cfg!(panic = "abort") {
             end();
+        }
+        if workers::is_between_tasks() {
+            end();
+            abort();
         }
     }));
     Ok(())

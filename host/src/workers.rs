@@ -1,9 +1,18 @@
-//! Worker threads of the server's runtime: reports when all of them have run out of work, and when one has work again.
+//! Worker threads of the server's runtime: reports when all of them have run out of work, and when one has work again; and
+//! distinguishes a worker from its tasks.
 //!
 //! Owns: the number of parked threads. Must never know: who is interested, or what the threads work on.
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::task;
+
+thread_local! {
+    /// Id of the task that a worker thread is to the runtime. Within the tasks that it runs there is another one.
+    static WORKER: Cell<Option<task::Id>> = const { Cell::new(None) };
+}
 
 /// Worker threads of a runtime, which calls [`park`](Self::park) and [`unpark`](Self::unpark).
 #[derive(Default)]
@@ -26,6 +35,7 @@ impl Workers {
 
     /// A thread is about to wait for work.
     pub fn park(&self) {
+        WORKER.set(task::try_id());
         self.report(self.parked.fetch_add(1, Ordering::AcqRel) + 1, true);
     }
 
@@ -41,6 +51,12 @@ impl Workers {
             (observer.set_idle)(idle);
         }
     }
+}
+
+/// Returns whether this thread is a worker that runs no task now. The runtime does not survive its panic: it goes on with one
+/// worker less, and may never wake the others again.
+pub fn is_between_tasks() -> bool {
+    WORKER.get().is_some_and(|worker| task::try_id() == Some(worker))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use kvs_runtime::Env;
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::{Mutex, RwLock, watch};
 use tracing::{info, warn};
@@ -42,6 +42,7 @@ use crate::settings::Serve;
 use crate::signals::listen as listen_for;
 use crate::systemd::{self, Activated};
 use crate::upgrade::{self, Control, Inherited, Upgrader, VARIABLE};
+use crate::watchdog::Watchdog;
 use crate::workers::Workers;
 
 /// Serves until the process is stopped, or the log fails.
@@ -101,6 +102,8 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
     }
     let (reserved, admin_listener) = sockets(args, &mut inherited, &mut activated)?;
     let admin = Arc::new(admin(args, tls.as_ref(), tokens.as_ref(), env));
+    let watchdog = Watchdog::start(&Handle::current(), env).context("cannot start a thread that watches the others")?;
+    admin.health.add("workers", move || watchdog.condition());
     if inherited.is_none() {
         start_admin(&admin, &admin_listener, args)?;
     }

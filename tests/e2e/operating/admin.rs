@@ -48,7 +48,7 @@ fn serving_server_is_alive_and_ready() {
     let server = Server::start(&[]);
     get(server.admin(), "/livez").says(200, "ok");
     get(server.admin(), "/readyz")
-        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
+        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]workers ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
     let mut client = Connection::open(server.admin());
     client.send("HEAD /readyz HTTP/1.1\r\nhost: kvs\r\n\r\n");
     assert_eq!(client.try_read(true).expect("HEAD is answered").status, 200);
@@ -68,7 +68,7 @@ fn replaying_server_is_alive_and_not_ready() {
     going.unwrap_or_else(|said| panic!("it ended before it replayed:\n{said}"));
     get(admin, "/livez").says(200, "ok");
     get(admin, "/readyz")
-        .says(503, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet\n[+]tasks ok\n[+]diagnostics ok");
+        .says(503, "[+]log ok\n[-]guest replaying the log\n[-]edge not listening yet\n[+]workers ok\n[+]tasks ok\n[+]diagnostics ok");
     refused(health(admin, &[])).with(1, &["kvs: not ready: ", "[-]guest replaying the log", "(503)"]);
     is_well(admin, &["--live"], "alive\n");
 }
@@ -83,8 +83,10 @@ fn stopping_server_is_alive_and_not_ready() {
     server.signal(Signal::TERM);
     server.says("stopping: finishing requests in progress");
     get(admin, "/livez").says(200, "ok");
-    get(admin, "/readyz")
-        .says(503, "[+]log ok\n[+]guest ok\n[-]edge stopping\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
+    get(admin, "/readyz").says(
+        503,
+        "[+]log ok\n[+]guest ok\n[-]edge stopping\n[+]workers ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok",
+    );
     client.send("ten bytes.");
     assert_eq!(client.read().status, 201);
     server.ends_well();
@@ -103,7 +105,7 @@ fn admin_responds_while_guest_uses_every_thread() {
     server.says("going round in circles");
     get(server.admin(), "/livez").says(200, "ok");
     get(server.admin(), "/readyz")
-        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
+        .says(200, "[+]log ok\n[+]guest ok\n[+]edge ok\n[+]workers ok\n[+]clock ok\n[+]tasks ok\n[+]diagnostics ok");
     assert!(client.is_silent_for(Duration::from_millis(1)), "the guest was not busy after all");
 }
 

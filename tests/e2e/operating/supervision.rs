@@ -12,7 +12,7 @@ use crate::support::certificates::{Authority, Kind};
 use crate::support::guests::{DEFAULT_GUEST, component, copy_of, guest};
 use crate::support::load::{Clients, SMALL_SEGMENTS, under_load};
 use crate::support::metrics::counts;
-use crate::support::sabotage::{aborting, sabotaged, says, start, starts_again};
+use crate::support::sabotage::{Sabotage, sabotaged, sabotaged_by, says, start, starts_again};
 use crate::support::server::{Process, Server, serve};
 use crate::support::swap::{swap, swaps};
 use crate::support::txlog::done;
@@ -85,11 +85,35 @@ fn standby_ends_after_panic_of_its_log() {
 }
 
 #[test]
+fn stuck_worker_is_reported() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = sabotaged_by(Sabotage::Stick, &["housekeeping"], &serve(data.path()));
+    command.env("TOKIO_WORKER_THREADS", "2");
+    let server = Server::spawn(command, data);
+    server.says("worker threads are stuck, restart the server: ");
+    let ready = Connection::open(server.admin()).ask("GET", "/readyz", b"");
+    let reported = |of: &str| {
+        ready.text().contains(&format!("[-]workers worker thread {of} of 2 has not finished a task since 20"))
+    };
+    assert!(ready.status == 503 && (reported("1") || reported("2")), "{}", ready.text());
+    counts(&server, "kvs_part_ready{part=\"workers\"}", 0.0);
+}
+
+#[test]
+fn panic_of_worker_aborts_server() {
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let command = sabotaged_by(Sabotage::PanicOfWorker, &["housekeeping"], &serve(data.path()));
+    let mut process = Process::spawn(command);
+    assert_eq!(process.wait().signal(), Some(Signal::ABORT.as_raw()));
+    says(&process, &["thread panicked", "sabotage of housekeeping"]);
+}
+
+#[test]
 fn aborted_server_leaves_intact_log() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.args(SMALL_SEGMENTS);
-    let server = Server::spawn(aborting(&["guest swap"], &command), data);
+    let server = Server::spawn(sabotaged_by(Sabotage::Abort, &["guest swap"], &command), data);
     let mut clients = Clients::new(&mut zoo::dice());
     under_load(&server, &mut clients, 1_000, || {
         let answer = Connection::open(server.admin()).try_ask("DELETE", "/guest", b"");

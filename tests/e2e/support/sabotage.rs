@@ -1,12 +1,14 @@
-//! Servers whose background tasks and threads panic, or whose clock is wrong. They run in a process of this test binary, since
+//! Servers whose background tasks and threads panic or are stuck, or whose clock is wrong. They run in a process of this test binary, since
 //! the real binary cannot be made to panic: the same command line, in an environment of the test.
 
 use std::env;
 use std::io;
+use std::mem;
 use std::panic::catch_unwind;
 use std::pin::Pin;
 use std::process::{Command, abort, exit};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,15 +26,62 @@ use super::server::{Process, Server, serve, through};
 const TASKS: &str = "SABOTAGED_TASKS";
 /// Arguments of the command, separated by line breaks.
 const ARGUMENTS: &str = "SABOTAGED_ARGUMENTS";
-/// Set for a process that a panic aborts.
-const ABORTS: &str = "SABOTAGED_ABORTS";
+/// The name of a [`Sabotage`]; without it they panic.
+const KIND: &str = "SABOTAGED_HOW";
 /// Seconds by which the clock is ahead.
 const AHEAD: &str = "SABOTAGED_AHEAD";
 
-/// Makes each of these panic when it starts for the first time.
+/// What happens in a task or thread when it starts for the first time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sabotage {
+    Panic,
+    /// A panic that aborts the process, as in the delivered build.
+    Abort,
+    /// A panic of the worker thread, after the task.
+    PanicOfWorker,
+    /// It never goes on, and neither does its worker thread.
+    Stick,
+}
+
+impl Sabotage {
+    const ALL: [Self; 4] = [Self::Panic, Self::Abort, Self::PanicOfWorker, Self::Stick];
+
+    fn happens(self, name: &str) {
+        let sabotage = || panic!("sabotage of {name}");
+        match self {
+            Self::Panic => sabotage(),
+            Self::Abort => {
+                // The steps of a panic in the delivered build: the hook, which ends with the log lines, and the abort.
+                let _ = catch_unwind(sabotage);
+                lines::end();
+                abort();
+            }
+            Self::PanicOfWorker => {
+                // Workers wake those who wait for a timer, between two tasks.
+                let waker = Waker::from(Arc::new(PanickingWaker(name.to_owned())));
+                let mut timer = Box::pin(tokio::time::sleep(Duration::from_secs(1)));
+                assert!(timer.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+                mem::forget(timer);
+            }
+            Self::Stick => loop {
+                thread::park();
+            },
+        }
+    }
+}
+
+struct PanickingWaker(String);
+
+impl Wake for PanickingWaker {
+    fn wake(self: Arc<Self>) {
+        panic!("sabotage of {}", self.0);
+    }
+}
+
+/// Lets something happen in each of these tasks and threads.
 struct Saboteur {
     left: Mutex<Vec<String>>,
-    aborts: bool,
+    kind: Sabotage,
 }
 
 impl Spawn for Saboteur {
@@ -49,14 +98,7 @@ impl Spawn for Saboteur {
         let Some(at) = left.iter().position(|left| left == name) else { return };
         left.remove(at);
         drop(left);
-        let sabotage = || panic!("sabotage of {name}");
-        if self.aborts {
-            // The steps of a panic in the delivered build: the hook, which ends with the log lines, and the abort.
-            let _ = catch_unwind(sabotage);
-            lines::end();
-            abort();
-        }
-        sabotage();
+        self.kind.happens(name);
     }
 }
 
@@ -94,10 +136,10 @@ pub fn sabotaged(tasks: &[&str], command: &Command) -> Command {
     other
 }
 
-/// As `sabotaged`, but a panic aborts the process, as in the delivered build.
-pub fn aborting(tasks: &[&str], command: &Command) -> Command {
+/// As `sabotaged`, but this happens.
+pub fn sabotaged_by(kind: Sabotage, tasks: &[&str], command: &Command) -> Command {
     let mut other = sabotaged(tasks, command);
-    other.env(ABORTS, "1");
+    other.env(KIND, format!("{kind:?}"));
     other
 }
 
@@ -116,7 +158,9 @@ fn command() {
     let mut env = Env::real();
     if let Ok(tasks) = env::var(TASKS) {
         let left = Mutex::new(tasks.split(',').map(str::to_owned).collect());
-        env.tasks = Tasks::given(Arc::new(Saboteur { left, aborts: env::var_os(ABORTS).is_some() }));
+        let kind =
+            env::var(KIND).ok().and_then(|name| Sabotage::ALL.into_iter().find(|kind| format!("{kind:?}") == name));
+        env.tasks = Tasks::given(Arc::new(Saboteur { left, kind: kind.unwrap_or(Sabotage::Panic) }));
     }
     if let Ok(seconds) = env::var(AHEAD) {
         env.clock = Clock::given(Arc::new(Ahead(Duration::from_secs(seconds.parse().expect("it is a number")))));

@@ -121,7 +121,7 @@ fn ask(admin: SocketAddr, path: &str) -> io::Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_task_that_panics_is_started_again() {
-    const TASKS: [&str; 12] = [
+    const TASKS: [&str; 13] = [
         "access log",
         "admin",
         "change feed",
@@ -134,6 +134,7 @@ async fn every_task_that_panics_is_started_again() {
         "token reload",
         "upgrade requests",
         "upgrade signal",
+        "watchdog",
     ];
     let site = Site::new();
     let env = Saboteur::of(&TASKS, 1).env();
