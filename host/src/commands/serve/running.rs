@@ -92,7 +92,7 @@ impl Running {
 /// Ends after a failure of the log: as a standby, if another process writes it.
 fn failed(reason: &str, args: &Serve, log: &dyn TransactionLog, is_activated: bool) -> Result<Ended> {
     if !(args.standby && log.read_only().is_some()) {
-        bail!("{reason}; what was acknowledged is safe, start again to recover");
+        bail!("{reason}; start again to recover what was acknowledged");
     }
     ensure!(
         !is_activated,

@@ -56,6 +56,24 @@ impl Directory {
         Self { path, opened: OnceLock::new() }
     }
 
+    /// Returns an error if the path has another directory than the first sync, or none: what is written there would not be found
+    /// with the rest.
+    fn check(&self) -> io::Result<()> {
+        let Some(opened) = self.opened.get() else { return Ok(()) };
+        let place = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
+        let error = match fs::metadata(&self.path) {
+            Ok(found) if place(&found) == place(&opened.metadata()?) => return Ok(()),
+            Ok(_) => "it is another directory",
+            Err(error) if error.kind() == io::ErrorKind::NotFound => "it is gone",
+            Err(error) => return Err(naming("stat", &self.path, error)),
+        };
+        let reason = format!(
+            "{} was removed or replaced while the log was open ({error}); put the directory back, or restore a backup",
+            self.path.display()
+        );
+        Err(io::Error::new(io::ErrorKind::NotFound, reason))
+    }
+
     fn file(&self, name: &str, file: io::Result<fs::File>) -> io::Result<Arc<dyn File>> {
         let path = self.path.join(name);
         let file = file.map_err(|error| naming("open", &path, error))?;
@@ -71,20 +89,24 @@ impl Disk for Directory {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn File>> {
+        self.check()?;
         let path = self.path.join(name);
         self.file(name, fs::File::options().read(true).write(true).create(true).truncate(true).open(path))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn File>> {
+        self.check()?;
         self.file(name, fs::File::options().read(true).write(true).open(self.path.join(name)))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.check()?;
         let from = self.path.join(from);
         fs::rename(&from, self.path.join(to)).map_err(|error| naming("rename", &from, error))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
+        self.check()?;
         let path = self.path.join(name);
         fs::remove_file(&path).map_err(|error| naming("remove", &path, error))
     }
@@ -199,5 +221,34 @@ mod tests {
         for errno in [Errno::IO, Errno::NOSPC, Errno::NOENT, Errno::ROFS] {
             assert!(!is_shortage(&naming("open", path, errno.into())), "{errno}");
         }
+    }
+
+    #[test]
+    fn removed_or_replaced_directory_is_an_error() {
+        let above = tempfile::tempdir().expect("a temporary directory can be made");
+        let path = above.path().join("log");
+        fs::create_dir(&path).expect("it is new");
+        let disk = Directory::new(path.clone());
+        disk.create("file").expect("it is there");
+        disk.sync().expect("it is there");
+        let errors = || {
+            let results = [
+                disk.create("file").map(drop),
+                disk.open("file").map(drop),
+                disk.rename("file", "other"),
+                disk.remove("other"),
+            ];
+            results.map(|result| result.err().map(|error| error.to_string()))
+        };
+        assert_eq!(errors(), [const { None }; 4]);
+        disk.create("file").expect("it is there");
+        let aside = above.path().join("aside");
+        fs::rename(&path, &aside).expect("it can be moved");
+        let all_say = |reason: &str| errors().iter().flatten().filter(|error| error.contains(reason)).count() == 4;
+        assert!(all_say("it is gone"), "{:?}", errors());
+        fs::create_dir(&path).expect("nothing is there");
+        assert!(all_say("it is another directory"), "{:?}", errors());
+        fs::remove_dir(&path).and_then(|()| fs::rename(&aside, &path)).expect("it can be put back");
+        assert_eq!(errors(), [const { None }; 4]);
     }
 }

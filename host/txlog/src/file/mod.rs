@@ -88,7 +88,7 @@ use self::disk::{Directory, Disk};
 use self::home::Home;
 use self::metrics::Metrics;
 use self::preallocate::{Preallocator, Sizes};
-use self::queue::{FRAME_OVERHEAD, Queue};
+use self::queue::{FRAME_OVERHEAD, Queue, Shortage};
 use self::recovery::Known;
 use self::writer::Writer;
 use super::{Condition, Receive, TransactionLog, Watermark, group_commit, sync};
@@ -382,7 +382,7 @@ impl Shared {
         let Ready { log, segments, history, last, room, spares, next, next_size } = ready;
         let appended = history.newest_given(last);
         let segment_room = sizes.smallest_spare() - segment::HEAD_BYTES;
-        let full = spares.is_empty();
+        let short = spares.is_empty().then_some(Shortage::Space);
         watermark.advance(appended);
         Self {
             home,
@@ -395,7 +395,7 @@ impl Shared {
             queue: Queue::new(
                 (appended, last + 1),
                 room,
-                full,
+                short,
                 segment_room,
                 options.group_bytes,
                 options.env.clock.clone(),

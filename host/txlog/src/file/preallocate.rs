@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::disk::{Disk, File, is_full, is_shortage};
+use super::queue::Shortage;
 use super::segment::{HEAD_BYTES, Head, Numbers, VERSION};
 use crate::Condition;
 
@@ -63,8 +63,8 @@ pub struct Preallocator {
     state: Mutex<State>,
     changed: Condvar,
     sizes: Sizes,
-    /// Whether the last attempt found no space, for those that must not wait for the disk.
-    is_short: AtomicBool,
+    /// Why the last attempt failed, for those that must not wait for the disk.
+    short: Mutex<Option<Shortage>>,
 }
 
 struct State {
@@ -75,7 +75,7 @@ struct State {
     size: u64,
     /// File of that segment, when its space is reserved and nothing is in it yet.
     reserved: Option<Arc<dyn File>>,
-    full: bool,
+    short: Option<Shortage>,
     /// A writer that waits on a full disk gives up, since the log is closing.
     closing: bool,
     stopped: bool,
@@ -84,8 +84,8 @@ struct State {
 impl Preallocator {
     /// `next` and `size` are the number and the size of the next segment to create.
     pub fn new(ready: VecDeque<PreallocatedSegment>, next: u64, size: u64, sizes: Sizes) -> Self {
-        let state = State { ready, next, size, reserved: None, full: false, closing: false, stopped: false };
-        Self { state: Mutex::new(state), changed: Condvar::new(), sizes, is_short: AtomicBool::new(false) }
+        let state = State { ready, next, size, reserved: None, short: None, closing: false, stopped: false };
+        Self { state: Mutex::new(state), changed: Condvar::new(), sizes, short: Mutex::default() }
     }
 
     /// Returns the preallocated segment, and waits for it if necessary. None when there will be none.
@@ -94,11 +94,11 @@ impl Preallocator {
         loop {
             if let Some(segment) = state.ready.pop_front() {
                 state.reserve(shared)?;
-                shared.queue.begin_segment(segment.size - HEAD_BYTES, state.full);
+                shared.queue.begin_segment(segment.size - HEAD_BYTES, state.short);
                 self.changed.notify_all();
                 return Ok(Some(segment));
             }
-            if state.stopped || (state.full && state.closing) {
+            if state.stopped || (state.short.is_some() && state.closing) {
                 return Ok(None);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -122,9 +122,18 @@ impl Preallocator {
 
     /// Condition of the disk, for `/readyz`.
     pub fn condition(&self) -> Condition {
-        let short =
-            "cannot allocate the next segment of the log, writes will be rejected until it can; see the log lines";
-        if self.is_short.load(Ordering::Relaxed) { Condition::But(short.to_owned()) } else { Condition::Well }
+        let reason = match *self.short() {
+            None => return Condition::Well,
+            Some(Shortage::Space) => "the disk is full",
+            Some(Shortage::Resources) => "there are no file descriptors, or there is no memory",
+        };
+        Condition::But(format!(
+            "cannot allocate the next segment of the log, writes will be rejected until it can: {reason}; see the log lines"
+        ))
+    }
+
+    fn short(&self) -> MutexGuard<'_, Option<Shortage>> {
+        self.short.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits while `holds` is true, at most for `time`; returns false at shutdown.
@@ -159,57 +168,75 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Preallocates a segment unless one is ready; returns false when the disk is full.
+/// Preallocates a segment unless one is ready; returns false when that is not possible now.
 pub fn preallocate_one(shared: &Shared) -> anyhow::Result<bool> {
     let preallocator = &shared.preallocator;
     preallocator.reserve(shared)?;
     let mut state = preallocator.lock();
-    let Some(file) = state.reserved.take() else { return Ok(!state.full) };
+    let Some(file) = state.reserved.take() else { return Ok(state.short.is_none()) };
     let (number, size) = (state.next, state.size);
     drop(state);
     let created = finish(&*shared.home.disk, shared.log, number, size, &*file);
     let mut state = preallocator.lock();
-    if let Some(file) = state.handle_enospc(shared, created)? {
+    if let Some(file) = state.handle_shortage(shared, created)? {
         (state.next, state.size) = (number + 1, preallocator.sizes.after(size));
         state.ready.push_back(PreallocatedSegment { number, file, size });
     }
     preallocator.changed.notify_all();
-    Ok(!state.full)
+    Ok(state.short.is_none())
 }
 
 impl State {
     fn reserve(&mut self, shared: &Shared) -> anyhow::Result<()> {
         if self.ready.is_empty() && self.reserved.is_none() {
             let reserved = reserve(&*shared.home.disk, self.next, self.size);
-            self.reserved = self.handle_enospc(shared, reserved)?;
+            self.reserved = self.handle_shortage(shared, reserved)?;
         }
         Ok(())
     }
 
-    /// Turns a full disk, or a shortage of file descriptors, into None: nothing was acknowledged yet, and space may become
-    /// available again. Any other error fails the log.
-    fn handle_enospc(&mut self, shared: &Shared, file: io::Result<Arc<dyn File>>) -> io::Result<Option<Arc<dyn File>>> {
-        let was_full =
-            std::mem::replace(&mut self.full, file.as_ref().is_err_and(|error| is_full(error) || is_shortage(error)));
+    /// Turns a full disk, or a shortage of file descriptors or memory, into None: nothing was acknowledged yet, and there may be
+    /// more later. Any other error fails the log.
+    fn handle_shortage(
+        &mut self,
+        shared: &Shared,
+        file: io::Result<Arc<dyn File>>,
+    ) -> io::Result<Option<Arc<dyn File>>> {
+        let short = match &file {
+            Err(error) if is_full(error) => Some(Shortage::Space),
+            Err(error) if is_shortage(error) => Some(Shortage::Resources),
+            _ => None,
+        };
+        let before = std::mem::replace(&mut self.short, short);
         // Before the log line, which tests and operators act upon.
-        shared.queue.set_full(self.full);
-        shared.preallocator.is_short.store(self.full, Ordering::Relaxed);
-        match file {
-            Err(error) if self.full => {
-                if !was_full {
-                    tracing::warn!(
-                        "disk full: cannot allocate the next segment of the log, writes will be rejected until there is space: {error}"
-                    );
-                }
+        shared.queue.set_short(short);
+        *shared.preallocator.short() = short;
+        match (file, short) {
+            (Err(error), Some(_)) if short == before => {
+                tracing::debug!("{error}");
                 Ok(None)
             }
-            Ok(file) => {
-                if was_full {
-                    tracing::info!("disk space is available for the log again");
+            (Err(error), Some(Shortage::Space)) => {
+                tracing::warn!(
+                    "disk full: cannot allocate the next segment of the log, writes will be rejected until there is space: {error}"
+                );
+                Ok(None)
+            }
+            (Err(error), Some(Shortage::Resources)) => {
+                tracing::warn!(
+                    "out of file descriptors or memory: cannot allocate the next segment of the log, writes will be rejected until there are some: {error}"
+                );
+                Ok(None)
+            }
+            (Err(error), None) => Err(error),
+            (Ok(file), _) => {
+                match before {
+                    Some(Shortage::Space) => tracing::info!("disk space is available for the log again"),
+                    Some(Shortage::Resources) => tracing::info!("the next segment of the log can be allocated again"),
+                    None => {}
                 }
                 Ok(Some(file))
             }
-            Err(error) => Err(error),
         }
     }
 }

@@ -49,12 +49,21 @@ struct State {
     next: u64,
     /// What is certainly left in the newest segment.
     room: u64,
-    /// There is no spare segment and no space for one: only `room` is left.
-    full: bool,
+    /// Why there is no spare segment and none can be made: only `room` is left.
+    short: Option<Shortage>,
     end: Option<End>,
     waiting: Waiting,
     /// Memory of a written frame, to be used again.
     buffer: Vec<u8>,
+}
+
+/// Why no segment can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortage {
+    /// The disk is full.
+    Space,
+    /// There are no file descriptors, or there is no memory, now.
+    Resources,
 }
 
 /// What the writer waits for.
@@ -91,12 +100,12 @@ impl Queue {
     pub fn new(
         (appended, next): (u64, u64),
         room: u64,
-        full: bool,
+        short: Option<Shortage>,
         segment_room: u64,
         group_bytes: u64,
         clock: Clock,
     ) -> Self {
-        let state = State { next, room, full, ..State::default() };
+        let state = State { next, room, short, ..State::default() };
         let (state, ready, appended) = (Mutex::new(state), Condvar::new(), AtomicU64::new(appended));
         let frame_bytes = FRAME_BYTES.min(segment_room - FRAME_OVERHEAD);
         let queue_bytes = QUEUE_BYTES.min(segment_room);
@@ -124,8 +133,11 @@ impl Queue {
             return Err(AppendError::Unavailable);
         }
         // What is accepted has its place: in the newest segment, or all of it in the next.
-        if state.full && state.bytes + added > state.room {
-            return Err(AppendError::InsufficientStorage);
+        if let Some(short) = state.short.filter(|_| state.bytes + added > state.room) {
+            return Err(match short {
+                Shortage::Space => AppendError::InsufficientStorage,
+                Shortage::Resources => AppendError::Unavailable,
+            });
         }
         if !fits {
             let buffer = std::mem::take(&mut state.buffer);
@@ -239,13 +251,13 @@ impl Queue {
     }
 
     /// The writer continues in a segment with this much room. All that waits fits: no more is ever accepted.
-    pub fn begin_segment(&self, room: u64, full: bool) {
+    pub fn begin_segment(&self, room: u64, short: Option<Shortage>) {
         let mut state = self.lock();
-        (state.room, state.full) = (room, full);
+        (state.room, state.short) = (room, short);
     }
 
-    pub fn set_full(&self, full: bool) {
-        self.lock().full = full;
+    pub fn set_short(&self, short: Option<Shortage>) {
+        self.lock().short = short;
     }
 
     /// No appends from now on; what is here is still to be written.

@@ -7,16 +7,16 @@ use std::thread;
 
 use super::disk::Operation;
 use super::*;
+use crate::Condition;
 use crate::file::disk::Disk;
 use crate::file::preallocate;
 
-/// Appends until there is no room for more; returns the newest sequence.
-fn fill_up(log: &FileLog) -> u64 {
+/// Appends until there is no room for more; returns the newest sequence, and how the next append was rejected.
+fn fill_up(log: &FileLog) -> (u64, AppendError) {
     loop {
         match log.append(1, &[put("key", &[1; 1000])]) {
             Ok(sequence) => assert!(durable(log, sequence), "what was accepted fits"),
-            Err(AppendError::InsufficientStorage) => return log.appended(),
-            Err(error) => panic!("{error:?}"),
+            Err(error) => return (log.appended(), error),
         }
         // Where the spare was just taken, the writer does not know yet that there is no space for another.
         thread::sleep(Duration::from_millis(5));
@@ -29,8 +29,9 @@ fn a_full_disk_refuses_what_does_not_certainly_fit_and_heals() {
     let log = open(&disk).unwrap();
     eventually(|| disk.names().contains(&"0000000002.seg".into()));
     disk.set_full(true);
-    let accepted = fill_up(&log);
-    assert_eq!(accepted, 6, "three in each segment");
+    let (accepted, error) = fill_up(&log);
+    assert!(accepted == 6 && matches!(error, AppendError::InsufficientStorage), "{accepted} {error:?}");
+    assert!(matches!(log.condition(), Condition::But(reason) if reason.contains("the disk is full")));
     assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
     assert_eq!(commit(&log, put("small", b"")), accepted + 1, "and so do writes that fit");
 
@@ -47,7 +48,7 @@ fn a_disk_that_is_still_full_at_the_next_start_takes_only_what_fits() {
     let log = open(&disk).unwrap();
     eventually(|| disk.names().contains(&"0000000002.seg".into()));
     disk.set_full(true);
-    let known = fill_up(&log);
+    let (known, _) = fill_up(&log);
     log.close().unwrap();
     let log = open(&disk).unwrap();
     assert!(matches!(log.append(1, &[put("key", &[1; 1000])]), Err(AppendError::InsufficientStorage)));
@@ -68,7 +69,9 @@ fn shortage_delays_segments_and_fails_nothing() {
         Operation::Create { .. } if is_short.load(Ordering::SeqCst) => Err(io::ErrorKind::WouldBlock.into()),
         _ => Ok(()),
     });
-    let accepted = fill_up(&log);
+    let (accepted, error) = fill_up(&log);
+    assert!(matches!(error, AppendError::Unavailable), "{error:?}");
+    assert!(matches!(log.condition(), Condition::But(reason) if reason.contains("no file descriptors")));
     assert_eq!(replayed(&log).len() as u64, accepted, "reads go on");
     short.store(false, Ordering::SeqCst);
     eventually(|| log.append(1, &[put("key", &[1; 1000])]).is_ok());

@@ -27,7 +27,7 @@ const COMMIT: Duration = Duration::from_millis(1);
 const SEGMENT: u64 = 260;
 
 fn empty() -> Arc<Queue> {
-    Arc::new(Queue::new((0, 1), 1 << 20, false, SEGMENT, SEGMENT, sync::Clock))
+    Arc::new(Queue::new((0, 1), 1 << 20, None, SEGMENT, SEGMENT, sync::Clock))
 }
 
 /// Appends groups in a thread of its own. Returns how many events were accepted.

@@ -12,7 +12,7 @@ use kvs_runtime::{Clock, Time};
 use super::*;
 use crate::file::entry;
 use crate::file::frame::Builder;
-use crate::file::queue::{Queue, Work};
+use crate::file::queue::{Queue, Shortage, Work};
 
 /// Room in a segment: so little that the end is met soon and often.
 const SEGMENT: u64 = 2_000;
@@ -50,7 +50,7 @@ fn take(queue: &Queue) -> Option<Builder> {
 
 #[test]
 fn no_more_waits_than_a_segment_holds() {
-    let queue = Queue::new((0, 1), SEGMENT, false, SEGMENT, SEGMENT, Clock::system());
+    let queue = Queue::new((0, 1), SEGMENT, None, SEGMENT, SEGMENT, Clock::system());
     // Of a hundred bytes each.
     let append = || queue.append(1, &[Event::Delete("k".repeat(75))]);
     let accepted = (0..100).take_while(|_| append().is_ok()).count();
@@ -79,7 +79,7 @@ impl Time for Standing {
 fn batch_is_delayed_until_clients_are_back_or_threads_idle() {
     let clock = Clock::given(Arc::new(Standing(Instant::now())));
     let room = 4 * GROUP_BYTES;
-    let queue = Queue::new((0, 1), room, false, room, GROUP_BYTES, clock);
+    let queue = Queue::new((0, 1), room, None, room, GROUP_BYTES, clock);
     let append = || assert!(queue.append(1, &[Event::Delete("k".into())]).is_ok());
     // Takes a batch of `first` appends and of those that come while it is delayed.
     let commit = |first: usize, meanwhile: &(dyn Fn() + Sync)| {
@@ -121,7 +121,7 @@ proptest! {
     fn what_is_accepted_fits_when_nothing_else_does(
         mut room in 200..SEGMENT, steps in proptest::collection::vec(step(), 1..120),
     ) {
-        let queue = Queue::new((0, 1), room, true, SEGMENT, SEGMENT, Clock::system());
+        let queue = Queue::new((0, 1), room, Some(Shortage::Space), SEGMENT, SEGMENT, Clock::system());
         let (mut taken, mut full) = (None, false);
         let mut write = |frame: Builder| {
             prop_assert!(frame.sealed_len() <= room, "{} bytes into {room}", frame.sealed_len());
