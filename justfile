@@ -128,7 +128,8 @@ guest-js SOURCE="guest/js/store.ts" COMPONENT="target/guests/js.wasm":
     npx --no-install tsc
     bundle=${component%.wasm}.js
     npx --no-install rolldown "$source" --format esm --file "$bundle" --log-level silent \
-        --external kvs:store/transaction-log@0.2.0 --external kvs:store/response-cache@0.2.0
+        --external kvs:store/transaction-log@0.2.0 --external kvs:store/response-cache@0.2.0 --external kvs:store/timer@0.2.0 \
+        --external kvs:store/logging@0.2.0 --external kvs:store/metrics@0.2.0 --external kvs:store/request-context@0.2.0
     npx --no-install componentize-js "$bundle" --wit "$project/wit" --world-name sharded-store --out "$component"
 
 # Build a guest in Python as a component; without arguments guest/python/store.py, as target/guests/python.wasm

@@ -13,7 +13,7 @@ from componentize_py_types import Err
 from wit_world import exports
 from wit_world.exports import lifecycle
 from wit_world.exports.sharding import Target, Target_AnyShard, Target_Key
-from wit_world.imports import response_cache, transaction_log
+from wit_world.imports import response_cache, timer, transaction_log
 from wit_world.imports.http import Header, Response
 from wit_world.imports.http import Request as Received
 from wit_world.imports.transaction_log import Event, Event_Delete, Event_Put, Put
@@ -174,6 +174,8 @@ def guest(name: str, version: str, headers: list[str], handle: Callable[[Request
             store.apply(batch)
 
         def tick(self, now_ms: int) -> int | None:
+            # There is no housekeeping: never again.
+            timer.set(None)
             return None
 
         def stats(self) -> lifecycle.Statistics:

@@ -35,7 +35,9 @@ pub use store::kvs::store::http::HeaderResult as HeaderOwned;
 
 // The calls: what the host offers (a trait for each imported interface), and what it makes.
 pub use store::ShardedStore as Imports;
-pub use store::kvs::store::{connection, http, response_cache, transaction_log, watch};
+pub use store::kvs::store::{
+    connection, http, logging, metrics, request_context, response_cache, timer, transaction_log, watch,
+};
 pub use store::wasi::config::store as config;
 
 /// Exports of a component, found before it is instantiated.

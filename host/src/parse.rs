@@ -101,6 +101,12 @@ pub fn read_lease(text: &str) -> Result<Duration, String> {
     if range.contains(&lease) { Ok(lease) } else { Err("must be from 100ms to 10s".to_owned()) }
 }
 
+/// Parses the shortest time between two ticks: not longer than the usual one.
+pub fn tick_interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    if interval <= Duration::from_secs(1) { Ok(interval) } else { Err("must be at most 1s".to_owned()) }
+}
+
 pub fn count(text: &str) -> Result<usize, String> {
     // Below the maximum of a semaphore, and far above the limits of the system.
     text.parse()

@@ -28,7 +28,10 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
         response_bytes: 1 << 20,
         appends: 1,
         log_bytes: 1 << 10,
+        log_lines: 1_000,
         log_line_bytes: 1 << 10,
+        metrics: 100,
+        tick_interval: Duration::from_millis(10),
     };
     let env = Env::real();
     let engine = Engine::new(limits, Vec::new(), None, 0, &env)?;

@@ -21,6 +21,24 @@ declare module 'kvs:store/response-cache@0.2.0' {
   export function reuse(keys: string[], untilMs?: bigint): void;
 }
 
+declare module 'kvs:store/request-context@0.2.0' {
+  export function requestId(): string | undefined;
+}
+
+declare module 'kvs:store/logging@0.2.0' {
+  export type Level = 'trace' | 'debug' | 'info' | 'warn' | 'error';
+  export function log(level: Level, message: string): void;
+}
+
+declare module 'kvs:store/timer@0.2.0' {
+  export function set(atMs?: bigint): void;
+}
+
+declare module 'kvs:store/metrics@0.2.0' {
+  export function add(name: string, labels: [string, string][], by: bigint): void;
+  export function set(name: string, labels: [string, string][], value: number): void;
+}
+
 declare module 'kvs:store/lifecycle@0.2.0' {
   export interface EntryPut { valueBytes: number; metadata?: number; expiresAtMs?: bigint }
   export interface Entry { sequence: bigint; timeMs: bigint; keyBytes: number; put?: EntryPut }

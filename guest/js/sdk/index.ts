@@ -1,5 +1,6 @@
 // SDK for guests whose paths name keys: a guest describes itself and handles requests, and the SDK keeps what the log says.
 import { reuse } from 'kvs:store/response-cache@0.2.0';
+import { set as setTimer } from 'kvs:store/timer@0.2.0';
 import { append } from 'kvs:store/transaction-log@0.2.0';
 import type { Header, Request as Received, Response } from 'kvs:store/http@0.2.0';
 import type { Batch } from 'kvs:store/lifecycle@0.2.0';
@@ -7,6 +8,9 @@ import type { AppendError, Event } from 'kvs:store/transaction-log@0.2.0';
 import { Table, type Item } from './table.js';
 
 export type { Item, Response };
+export { log } from 'kvs:store/logging@0.2.0';
+export { add as addToCounter, set as setGauge } from 'kvs:store/metrics@0.2.0';
+export { requestId } from 'kvs:store/request-context@0.2.0';
 
 const STATUS = { 'insufficient-storage': 507, unavailable: 503, 'read-only': 403, 'too-large': 413, 'invalid-key': 400 };
 const encoder = new TextEncoder();
@@ -155,7 +159,8 @@ export function guest({ name, version, headers = [], handle }: Guest) {
         return { name, version, headers, capabilities: [] };
       },
       apply: (batch: Batch) => store.apply(batch),
-      tick: () => undefined,
+      // There is no housekeeping: never again.
+      tick: () => setTimer(undefined),
       stats: () => ({ keys: BigInt(store.table.count), bytes: BigInt(store.table.bytes) }),
     },
     handler: {

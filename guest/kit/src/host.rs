@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::bindings::kvs::store::response_cache::reuse;
+use crate::bindings::kvs::store::timer;
 use crate::bindings::kvs::store::transaction_log::{AppendError, Event, append};
 use crate::bindings::kvs::store::watch::{Selector, subscribe, wait_for_change};
 use crate::guest::Guest;
@@ -21,6 +22,9 @@ pub trait Host {
 
     /// See `response-cache.reuse`.
     fn reuse(&mut self, key: &str, until_ms: Option<u64>);
+
+    /// See `timer.set`. Without one, a guest is called as before.
+    fn set_timer(&mut self, _at_ms: Option<u64>) {}
 }
 
 /// A host that accepts appends, delivers no changes and keeps no responses.
@@ -54,6 +58,10 @@ impl Host for Imports {
 
     fn reuse(&mut self, key: &str, until_ms: Option<u64>) {
         reuse(&[key.to_owned()], until_ms);
+    }
+
+    fn set_timer(&mut self, at_ms: Option<u64>) {
+        timer::set(at_ms);
     }
 }
 
@@ -94,5 +102,9 @@ impl<G: Guest, H: Host> Host for Checked<'_, G, H> {
 
     fn reuse(&mut self, key: &str, until_ms: Option<u64>) {
         self.host.reuse(key, until_ms);
+    }
+
+    fn set_timer(&mut self, at_ms: Option<u64>) {
+        self.host.set_timer(at_ms);
     }
 }

@@ -14,6 +14,8 @@ pub mod duration;
 pub mod guest;
 pub mod host;
 pub mod key;
+pub mod log;
+pub mod metrics;
 pub mod path;
 pub mod percent;
 pub mod query;

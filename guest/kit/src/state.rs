@@ -24,9 +24,15 @@ pub trait State: Default {
     /// Number of keys, and bytes of their keys and values.
     fn statistics(&self) -> Statistics;
 
-    /// Housekeeping, a bounded amount of work. Returns the time of the next call, in milliseconds; `None` is about a second
-    /// later.
-    fn tick(_state: &mut Logged<'_, Self>, _now_ms: u64) -> Option<u64> {
+    /// Housekeeping, a bounded amount of work. Returns the time of the next call, in milliseconds, at most a second later; `None`
+    /// is about a second. `Logged::set_timer` sets a later one too. Without it, the guest is not called.
+    fn tick(state: &mut Logged<'_, Self>, _now_ms: u64) -> Option<u64> {
+        state.set_timer(None);
+        None
+    }
+
+    /// The time of the next `tick`, when what was just appended brings it forward.
+    fn earlier_tick(&self) -> Option<u64> {
         None
     }
 }
@@ -124,7 +130,11 @@ impl<'c, S: State> Logged<'c, S> {
         change: impl FnOnce(&mut S, u64) -> R,
     ) -> Result<R, AppendError> {
         let first = self.host.get_mut().append(events)?;
-        Ok(change(self.state, first))
+        let changed = change(self.state, first);
+        if let Some(at_ms) = self.state.earlier_tick() {
+            self.set_timer(Some(at_ms));
+        }
+        Ok(changed)
     }
 
     /// See `watch.subscribe`.
@@ -135,6 +145,11 @@ impl<'c, S: State> Logged<'c, S> {
     /// See `watch.wait-for-change`.
     pub fn wait_for_change(&self, key: &str, timeout_ms: u64) {
         self.host.borrow_mut().wait_for_change(key, timeout_ms);
+    }
+
+    /// See `timer.set`.
+    pub fn set_timer(&self, at_ms: Option<u64>) {
+        self.host.borrow_mut().set_timer(at_ms);
     }
 
     /// See `response-cache.reuse`.

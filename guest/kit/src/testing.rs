@@ -45,6 +45,8 @@ pub struct Log {
     pub error: Option<AppendError>,
     /// The key that the call in progress waits for.
     pub waits_for: Option<String>,
+    /// What the timer was last set to: a time, or never.
+    pub timer: Option<Option<u64>>,
     now_ms: u64,
 }
 
@@ -65,6 +67,10 @@ impl Host for Log {
     }
 
     fn reuse(&mut self, _key: &str, _until_ms: Option<u64>) {}
+
+    fn set_timer(&mut self, at_ms: Option<u64>) {
+        self.timer = Some(at_ms);
+    }
 }
 
 /// A guest that serves.
@@ -95,6 +101,7 @@ impl<G: Guest> Served<G> {
 
     pub fn tick(&mut self) -> Option<u64> {
         self.log.now_ms = self.now_ms;
+        self.log.timer = None;
         tick::<G>(&mut self.state, self.now_ms, &mut self.log)
     }
 

@@ -4,6 +4,7 @@
 //! Must never know: HTTP, or who wrote an entry. Keys and metadata are taken as they come, since any guest may have
 //! written them.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::{mem, slice};
 
@@ -39,6 +40,36 @@ pub struct Store {
     bytes: u64,
     /// The sequence of the newest entry that took a key away.
     newest_delete: u64,
+    timer: Timer,
+}
+
+/// The next tick of this instance, as the host was asked for it.
+#[derive(Debug, Default)]
+struct Timer {
+    /// 0 before the first tick.
+    at: Cell<u64>,
+    /// Ticks for keys that expire before it wait for this.
+    earliest: Cell<u64>,
+    /// Whether an item that was put moved it forward.
+    is_earlier: Cell<bool>,
+}
+
+impl Timer {
+    /// It is set to this, after a tick.
+    fn set(&self, now: u64, next: Option<u64>) {
+        self.at.set(next.unwrap_or(u64::MAX));
+        self.earliest.set(now.saturating_add(EXPIRY_PAUSE_MS));
+        self.is_earlier.set(false);
+    }
+
+    /// An item expires at this time.
+    fn expires(&self, at: u64) {
+        let at = at.max(self.earliest.get());
+        if at < self.at.get() {
+            self.at.set(at);
+            self.is_earlier.set(true);
+        }
+    }
 }
 
 impl Store {
@@ -75,6 +106,7 @@ impl Store {
         self.bytes += bytes;
         if let Some(expires) = expires {
             self.expiries.insert((expires, sequence), slot);
+            self.timer.expires(expires);
         }
         before
     }
@@ -171,7 +203,7 @@ impl State for Store {
     }
 
     /// Deletes keys that have expired, through the log, so that every copy of the state loses them alike. Returns the time
-    /// at which the next expires; `now` when there are more than one tick deletes.
+    /// at which the next expires; `now` when there are more than one tick deletes. The timer is set to it, too.
     ///
     /// Each is appended on its own: nothing ties them together, and one that the host refuses as too large does not hold
     /// up the others. Readers miss an expired key whether it is deleted or not.
@@ -190,11 +222,19 @@ impl State for Store {
             }
         }
         // Were none deleted, the next tick would not get further.
-        if deletes.len() == DELETES_PER_TICK && deleted > 0 {
-            return Some(now);
-        }
-        let (next, _) = store.expiries.range((now.saturating_add(1), 0)..).next()?.0;
-        Some(*next.max(&now.saturating_add(EXPIRY_PAUSE_MS)))
+        let next = if deletes.len() == DELETES_PER_TICK && deleted > 0 {
+            Some(now)
+        } else {
+            let next = store.expiries.range((now.saturating_add(1), 0)..).next();
+            next.map(|((expires, _), _)| *expires.max(&now.saturating_add(EXPIRY_PAUSE_MS)))
+        };
+        store.timer.set(now, next);
+        store.set_timer(next);
+        next
+    }
+
+    fn earlier_tick(&self) -> Option<u64> {
+        self.timer.is_earlier.take().then(|| self.timer.at.get())
     }
 }
 
@@ -256,8 +296,11 @@ impl PartialEq for Store {
 
 #[cfg(test)]
 mod tests {
+    use kvs_kit::host::Host;
+
     use super::*;
     use crate::kvs::store::transaction_log::Put;
+    use crate::kvs::store::watch::Selector;
 
     fn put(key: &str, value: &str, expires: Option<u64>) -> Event {
         Event::Put(Put { key: key.to_owned(), value: value.into(), metadata: Vec::new(), expires_at_ms: expires })
@@ -360,6 +403,37 @@ mod tests {
         // A key that expires never, and one that cannot be deleted.
         let mut store = store_of([(1, put("a", "", None)), expiring((2, 10))]);
         assert_eq!(tick(&mut store, 10, |_| Err(AppendError::TooLarge(3))), None);
+    }
+
+    /// What the timer was set to, by a log that accepts everything.
+    #[derive(Default)]
+    struct Timed(Vec<Option<u64>>);
+
+    impl Host for Timed {
+        fn append(&mut self, _events: &[Event]) -> Result<u64, AppendError> {
+            Ok(100)
+        }
+        fn subscribe(&mut self, _selectors: &[Selector], _after: Option<&str>, _puts_only: bool) {}
+        fn wait_for_change(&mut self, _key: &str, _timeout_ms: u64) {}
+        fn reuse(&mut self, _key: &str, _until_ms: Option<u64>) {}
+        fn set_timer(&mut self, at_ms: Option<u64>) {
+            self.0.push(at_ms);
+        }
+    }
+
+    #[test]
+    fn timer_is_set_to_the_next_expiry() {
+        let (mut store, mut host) = (store_of([(1, put("a", "", Some(5_000)))]), Timed::default());
+        let mut logged = Logged::new(&mut store, &mut host);
+        // The first tick follows soon.
+        logged.append(&[put("b", "", Some(4_000))]).unwrap();
+        State::tick(&mut logged, 1_000);
+        // Later, never, earlier, and so early that others are waited for.
+        for expires in [Some(6_000), None, Some(3_000), Some(1_001), Some(1_002)] {
+            logged.append(&[put("c", "", expires)]).unwrap();
+        }
+        State::tick(&mut logged, 6_000);
+        assert_eq!(host.0, [Some(4_000), Some(3_000), Some(1_000 + EXPIRY_PAUSE_MS), None]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod text_format;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -127,6 +128,15 @@ pub struct Page<'p>(DescriptorEncoder<'p>);
 /// The names and values of labels.
 pub type Labels<'l, const N: usize> = [(&'static str, &'l str); N];
 
+/// Labels whose names are known only at run time.
+pub type OwnedLabels = Vec<(String, String)>;
+
+/// Metrics of one name that are known only at run time, by their labels.
+pub enum Family {
+    Counter(BTreeMap<OwnedLabels, u64>),
+    Gauge(BTreeMap<OwnedLabels, f64>),
+}
+
 impl Page<'_> {
     pub fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
         self.0
@@ -178,6 +188,24 @@ impl Page<'_> {
         let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
         for (labels, histogram) in histograms.into_iter().filter(|(_, histogram)| !histogram.is_empty()) {
             histogram.write(encoder.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    pub fn family(&mut self, name: &str, help: &str, family: &Family) -> fmt::Result {
+        match family {
+            Family::Counter(series) => {
+                let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+                for (labels, value) in series {
+                    encoder.encode_family(labels)?.encode_counter::<NoLabelSet, _, u64>(value, None)?;
+                }
+            }
+            Family::Gauge(series) => {
+                let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+                for (labels, value) in series {
+                    encoder.encode_family(labels)?.encode_gauge(value)?;
+                }
+            }
         }
         Ok(())
     }

@@ -22,8 +22,9 @@ use super::cache::ResponseCache;
 use super::clock::Clock;
 use super::compiled;
 use super::compiler::Compiler;
+use super::custom::CustomMetrics;
 use super::epoch;
-use super::imports::{self, State};
+use super::imports::{self, Common, State};
 use super::instance::Instance;
 use super::limits::Limits;
 use super::owner::Part;
@@ -40,15 +41,11 @@ pub const SHARDING: &str = "kvs:store/sharding";
 /// Compiles guests.
 pub struct Engine {
     linker: Linker<State>,
-    limits: Limits,
-    clock: Arc<Clock>,
-    config: Arc<[(String, String)]>,
-    response_cache: Arc<ResponseCache>,
+    /// What all guests share, and the metrics of none.
+    common: Common,
     compiler: Compiler,
     /// How many guests were made.
     guests: AtomicU64,
-    /// Linear memory of all instances.
-    total_memory: Arc<AtomicU64>,
 }
 
 impl Engine {
@@ -82,16 +79,15 @@ impl Engine {
 
         epoch::tick(engine.weak(), env)?;
         let clock = Arc::new(clock);
-        Ok(Self {
-            linker,
-            limits,
-            response_cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &clock.env().random)?,
-            clock,
+        let common = Common {
             config: config.into(),
-            compiler: Compiler::new(cache),
-            guests: AtomicU64::default(),
+            limits,
+            cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &clock.env().random)?,
+            clock,
             total_memory: Arc::default(),
-        })
+            metrics: Arc::new(CustomMetrics::new(limits.metrics, Arc::default())),
+        };
+        Ok(Self { linker, common, compiler: Compiler::new(cache), guests: AtomicU64::default() })
     }
 
     /// Reads and compiles a guest, and checks that it fits the contract.
@@ -116,10 +112,11 @@ impl Engine {
         absent::add_to_linker(&mut linker, &component, State::handles)?;
         let instance = linker.instantiate_pre(&component)?;
         let exports = Arc::new(ExportsPre::new(instance, world.is_sharded())?);
-        let (limits, clock, config) = (self.limits, Arc::clone(&self.clock), Arc::clone(&self.config));
-        let (response_cache, total_memory) = (Arc::clone(&self.response_cache), Arc::clone(&self.total_memory));
+        let Common { limits, metrics, .. } = &self.common;
+        let metrics = Arc::new(CustomMetrics::new(limits.metrics, Arc::clone(metrics.exceeded())));
+        let common = Common { metrics, ..self.common.clone() };
         let (digest, number) = (Digest::of(bytes), self.guests.fetch_add(1, Ordering::Relaxed));
-        Ok(Guest { exports, source, digest, number, is_kept, limits, clock, config, response_cache, total_memory })
+        Ok(Guest { exports, source, digest, number, is_kept, common })
     }
 
     /// Makes the next start with this guest a quick one. For guests that have proved themselves: what is turned away
@@ -287,23 +284,22 @@ pub struct Guest {
     number: u64,
     /// Whether it is on disk compiled.
     is_kept: bool,
-    limits: Limits,
-    config: Arc<[(String, String)]>,
-    clock: Arc<Clock>,
-    response_cache: Arc<ResponseCache>,
-    /// Of the instances of all guests.
-    total_memory: Arc<AtomicU64>,
+    common: Common,
 }
 
 impl Guest {
-    /// Memory limit of one instance.
-    pub fn memory_limit(&self) -> usize {
-        self.limits.memory_bytes
+    pub fn limits(&self) -> &Limits {
+        &self.common.limits
+    }
+
+    /// The metrics that it defines.
+    pub fn metrics(&self) -> &CustomMetrics {
+        &self.common.metrics
     }
 
     /// Linear memory of the instances of all guests of its engine: of this one, of others in a swap, of spares and routers.
     pub fn total_memory_bytes(&self) -> u64 {
-        self.total_memory.load(Ordering::Relaxed)
+        self.common.total_memory.load(Ordering::Relaxed)
     }
 
     pub fn source(&self) -> &Source {
@@ -321,17 +317,17 @@ impl Guest {
 
     /// What its instances are given from outside.
     pub fn env(&self) -> &Env {
-        self.clock.env()
+        self.common.clock.env()
     }
 
     /// The time that its instances receive.
     pub fn clock(&self) -> &Clock {
-        &self.clock
+        &self.common.clock
     }
 
     /// Where its responses are kept.
     pub fn response_cache(&self) -> &Arc<ResponseCache> {
-        &self.response_cache
+        &self.common.cache
     }
 
     /// Another for each guest, the same for all its instances.
@@ -351,13 +347,10 @@ impl Guest {
         log: Arc<dyn TransactionLog>,
         part: Part,
     ) -> impl Fn() -> Result<Instance> + Send + 'static {
-        let (exports, config, clock) = (Arc::clone(&self.exports), self.config.clone(), self.clock.clone());
-        let (number, limits, cache) = (self.number, self.limits, Arc::clone(&self.response_cache));
-        let total = Arc::clone(&self.total_memory);
+        let (exports, number, common) = (Arc::clone(&self.exports), self.number, self.common.clone());
         move || {
-            let (cache, total) = (Arc::clone(&cache), Arc::clone(&total));
-            let state = State::new(Arc::clone(&log), part.clone(), config.clone(), limits, clock.clone(), cache, total);
-            Instance::new(&exports, number, limits, state)
+            let state = State::new(Arc::clone(&log), part.clone(), common.clone());
+            Instance::new(&exports, number, common.limits, state)
         }
     }
 }

@@ -14,6 +14,8 @@ use wasmtime::component::{HasSelf, Linker, ResourceTable};
 
 use super::cache::{self, Declared, ResponseCache};
 use super::clock::Clock;
+use super::custom::CustomMetrics;
+use super::housekeeping::Next;
 use super::key;
 use super::limits::Limits;
 use super::memory::Memory;
@@ -22,18 +24,35 @@ use super::owner::Part;
 use super::sandbox::Sandbox;
 use super::shadow::{Append, Appends, Surroundings};
 use crate::contract::{
-    AppendError, Event, Imports, Selector, config, connection, http, response_cache, transaction_log, watch,
+    AppendError, Event, Imports, Selector, config, connection, http, logging, metrics, request_context, response_cache,
+    timer, transaction_log, watch,
 };
 
 /// The contract's own imports. `http` has types only, and a component that names those imports it too.
-pub const OFFERED: [&str; 6] = [
+pub const OFFERED: [&str; 10] = [
     "kvs:store/transaction-log",
     "kvs:store/connection",
     "kvs:store/watch",
     "kvs:store/response-cache",
+    "kvs:store/request-context",
+    "kvs:store/logging",
+    "kvs:store/timer",
+    "kvs:store/metrics",
     "kvs:store/http",
     "wasi:config/store",
 ];
+
+/// What all instances of a guest share.
+#[derive(Clone)]
+pub struct Common {
+    pub config: Arc<[(String, String)]>,
+    pub limits: Limits,
+    pub clock: Arc<Clock>,
+    pub cache: Arc<ResponseCache>,
+    /// Linear memory of the instances of all guests.
+    pub total_memory: Arc<AtomicU64>,
+    pub metrics: Arc<CustomMetrics>,
+}
 
 /// What an instance holds on the host's side.
 pub struct State {
@@ -46,6 +65,7 @@ pub struct State {
     pub(super) call: Call,
     pub(super) clock: Arc<Clock>,
     pub(super) cache: Arc<ResponseCache>,
+    metrics: Arc<CustomMetrics>,
     /// Time of the call in progress, in milliseconds since 1970.
     time: u64,
     /// Epochs that it may take beyond those it has been given.
@@ -71,8 +91,10 @@ pub(super) struct Call {
     /// The generation that it serves in, where responses are kept.
     pub(super) serving: Option<cache::Serving>,
     pub(super) reuse: Reuse,
-    /// Whether it read the connection.
-    pub(super) connection_read: bool,
+    /// Whether it read the connection, or the identifier of the request.
+    pub(super) origin_read: bool,
+    /// The time of the next tick that it set; `u64::MAX` is never.
+    pub(super) timer: Option<u64>,
     /// Recorded for a candidate, or those of a candidate.
     pub(super) effects: Appends,
     /// Taken when the call begins.
@@ -112,17 +134,12 @@ impl Call {
 }
 
 impl State {
-    pub(super) fn new(
-        log: Arc<dyn TransactionLog>,
-        part: Part,
-        config: Arc<[(String, String)]>,
-        limits: Limits,
-        clock: Arc<Clock>,
-        cache: Arc<ResponseCache>,
-        total_memory: Arc<AtomicU64>,
-    ) -> Self {
-        let (memory, sandbox) = (Memory::new(limits, total_memory), Sandbox::new(limits, Arc::clone(&clock)));
-        Self { log, part, config, limits, memory, sandbox, call: Call::default(), clock, cache, time: 0, rest: 0 }
+    pub(super) fn new(log: Arc<dyn TransactionLog>, part: Part, common: Common) -> Self {
+        let Common { config, limits, clock, cache, total_memory, metrics } = common;
+        let memory = Memory::new(limits, total_memory);
+        let sandbox = Sandbox::new(limits, Arc::clone(metrics.exceeded()), Arc::clone(&clock));
+        let call = Call::default();
+        Self { log, part, config, limits, memory, sandbox, call, clock, cache, metrics, time: 0, rest: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
@@ -136,9 +153,9 @@ impl State {
 
     /// The declaration of the call that is over. Void when the call did more than to read keys of its own.
     pub(super) fn reuse_declared(&mut self) -> Option<Declared> {
-        let Call { appends, asked, reuse, connection_read, .. } = &mut self.call;
+        let Call { appends, asked, reuse, origin_read, .. } = &mut self.call;
         let reuse = std::mem::take(reuse);
-        let read_more = *appends > 0 || asked.is_some() || *connection_read || self.sandbox.has_read_surroundings();
+        let read_more = *appends > 0 || asked.is_some() || *origin_read || self.sandbox.has_read_surroundings();
         match reuse {
             Reuse::Declared(declared) if !read_more => return Some(declared),
             Reuse::None => {}
@@ -149,8 +166,14 @@ impl State {
 
     /// The client of the call in progress, when that asks about it.
     fn client(&mut self) -> Option<&Client> {
-        self.call.connection_read = true;
+        self.call.origin_read = true;
         self.call.client.as_deref()
+    }
+
+    /// The next tick, when the call that is over has set its time.
+    pub(super) fn timer(&mut self) -> Option<Next> {
+        let at = self.call.timer.take()?;
+        Some(Next { timer: at, after: Some(Duration::from_millis(at.saturating_sub(self.time))) })
     }
 
     /// Time of the next call.
@@ -268,6 +291,54 @@ impl connection::Host for State {
     }
     fn client_identity(&mut self) -> Option<String> {
         Some(self.client()?.identity.as_ref()?.to_string())
+    }
+}
+
+impl request_context::Host for State {
+    fn request_id(&mut self) -> Option<String> {
+        self.call.origin_read = true;
+        self.sandbox.lines().request_id().map(str::to_owned)
+    }
+}
+
+impl logging::Host for State {
+    fn log(&mut self, level: logging::Level, message: String) {
+        self.sandbox.lines().log(level.into(), &message);
+    }
+}
+
+impl From<logging::Level> for tracing::Level {
+    fn from(level: logging::Level) -> Self {
+        match level {
+            logging::Level::Trace => Self::TRACE,
+            logging::Level::Debug => Self::DEBUG,
+            logging::Level::Info => Self::INFO,
+            logging::Level::Warn => Self::WARN,
+            logging::Level::Error => Self::ERROR,
+        }
+    }
+}
+
+// What may append is `handle` and `tick` of an instance that serves.
+impl timer::Host for State {
+    fn set(&mut self, at_ms: Option<u64>) {
+        if self.call.may_append {
+            self.call.timer = Some(at_ms.unwrap_or(u64::MAX));
+        }
+    }
+}
+
+impl metrics::Host for State {
+    fn add(&mut self, name: String, labels: Vec<(String, String)>, by: u64) {
+        if self.call.may_append {
+            self.metrics.add(&name, labels, by);
+        }
+    }
+
+    fn set(&mut self, name: String, labels: Vec<(String, String)>, value: f64) {
+        if self.call.may_append {
+            self.metrics.set(&name, labels, self.part.label(), value);
+        }
     }
 }
 

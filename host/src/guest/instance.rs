@@ -16,6 +16,7 @@ use wasmtime::{Store, StoreContextMut, UpdateDeadline};
 
 use super::batch::Batch;
 use super::epoch::{LONG, epochs, make_way};
+use super::housekeeping::Next;
 use super::imports::{Asked, Call, State};
 use super::limits::{CpuLimit, Limits};
 use super::message::{Answer, Given, Incoming, Sequel, Wait, Wanted, Watch};
@@ -67,7 +68,7 @@ impl Instance {
         let description = exports.lifecycle.call_describe(&mut store);
         let description = description.map_err(|error| trapped(&mut store, &error, limit)).context("describe failed")?;
         let wanted_headers = Arc::new(Wanted::new(check(&description)?));
-        store.data_mut().sandbox().set_name(&description.name);
+        store.data_mut().sandbox().lines().set_name(&description.name);
         store.data_mut().sandbox().end_call();
         Ok(Self { store, exports, guest, limits, description, wanted_headers, recorded: None })
     }
@@ -124,19 +125,31 @@ impl Instance {
         error.context(self.limits.out_of_memory())
     }
 
-    /// Housekeeping. Returns the pause that the guest wishes until the next: zero for work that is left.
-    pub fn tick(&mut self, record: Record) -> Result<Option<Duration>, Trapped> {
+    /// The time that the guest sees now, in milliseconds since 1970.
+    pub fn now(&self) -> u64 {
+        self.store.data().clock.now()
+    }
+
+    /// Housekeeping. Returns when the guest wants the next.
+    pub fn tick(&mut self, record: Record) -> Result<Next, Trapped> {
         let now = self.store.data_mut().now();
         let call = Call { may_append: true, effects: Appends::new(record), ..Call::default() };
         let wish = self.call(call, |exports, store| exports.lifecycle.call_tick(store, now))?;
         self.keep_recorded();
-        if self.store.data().memory.is_full() {
-            self.count()?;
-        }
-        Ok(wish.map(|wish| Duration::from_millis(wish.saturating_sub(now))))
+        let after = wish.map(|wish| Duration::from_millis(wish.saturating_sub(now)));
+        Ok(self.timer().unwrap_or(Next { after, timer: 0 }))
+    }
+
+    /// The next tick, when the call that is over has set its time.
+    pub fn timer(&mut self) -> Option<Next> {
+        self.store.data_mut().timer()
     }
 
     /// Sees how much of what the guest stored when it was full is gone.
+    pub fn make_room(&mut self) -> Result<(), Trapped> {
+        if self.store.data().memory.is_full() { self.count() } else { Ok(()) }
+    }
+
     fn count(&mut self) -> Result<(), Trapped> {
         let stored = self.stats()?.bytes;
         self.store.data_mut().memory.count(stored);
@@ -236,7 +249,11 @@ impl Instance {
             let (held, limit) = (state.memory.held(), self.limits.memory_bytes);
             let guest = &self.description.name;
             warn!(guest, "it holds {held} of {limit} bytes of memory: until keys are deleted, writes are refused");
-            self.count()?;
+            let timer = state.call.timer;
+            let counted = self.count();
+            // Of the call before this one.
+            self.store.data_mut().call.timer = timer;
+            counted?;
         }
         // Made of what the guest was given.
         let reusable = declared.and_then(|declared| {
@@ -336,7 +353,7 @@ fn does_not_start() -> String {
 }
 
 fn trapped(store: &mut Store<State>, error: &wasmtime::Error, limit: CpuLimit) -> Trapped {
-    Trapped::new(error, limit, store.data_mut().sandbox().printed())
+    Trapped::new(error, limit, store.data_mut().sandbox().lines().printed())
 }
 
 /// Exports that are called only with several shards, which a guest without them never serves.

@@ -36,8 +36,14 @@ pub struct Limits {
     pub appends: u32,
     /// Output that becomes lines of the log, in a second.
     pub log_bytes: usize,
+    /// Lines of the log in a second.
+    pub log_lines: u32,
     /// A longer line is cut into lines of this many bytes.
     pub log_line_bytes: usize,
+    /// Metrics of its own: combinations of a name and labels.
+    pub metrics: usize,
+    /// Shortest time between two calls of `tick`.
+    pub tick_interval: Duration,
 }
 
 impl Limits {
@@ -70,11 +76,11 @@ impl Limits {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// Limits of an instance with this memory.
-    fn limits(memory_bytes: usize, memory_source: Option<Source>) -> Limits {
+    pub fn limits(memory_bytes: usize, memory_source: Option<Source>) -> Limits {
         Limits {
             call: Duration::from_secs(1),
             replay: Duration::from_secs(1),
@@ -86,7 +92,10 @@ mod tests {
             response_bytes: 1,
             appends: 1,
             log_bytes: 1,
+            log_lines: 1,
             log_line_bytes: 1,
+            metrics: 1,
+            tick_interval: Duration::from_millis(10),
         }
     }
 

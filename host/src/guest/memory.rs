@@ -136,25 +136,18 @@ impl ResourceLimiter for Memory {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
+    use crate::guest::limits;
 
     const MIB: usize = 1 << 20;
 
     fn memory() -> Memory {
         let limits = Limits {
-            call: Duration::from_secs(1),
-            replay: Duration::from_secs(1),
-            memory_bytes: 64 * MIB,
-            memory_source: None,
             table_elements: 100,
             instances: 10,
             value_bytes: MIB,
             response_bytes: MIB,
-            appends: 10,
-            log_bytes: 100,
-            log_line_bytes: 10,
+            ..limits::tests::limits(64 * MIB, None)
         };
         Memory::new(limits, Arc::default())
     }

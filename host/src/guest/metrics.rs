@@ -27,6 +27,32 @@ pub struct Metrics {
     pub swaps_refused: Counter,
 }
 
+/// What the guest did beyond a limit that costs it no more than that, by the limit.
+#[derive(Default)]
+pub struct LimitExceeded {
+    /// Writes and messages that were cut, and lines that were dropped.
+    pub log_bytes: Counter,
+    pub log_lines: Counter,
+    /// Changes of metrics that would have been one too many, and of metrics that are not allowed.
+    pub metrics: Counter,
+    pub invalid_metrics: Counter,
+    /// Calls of `tick` that were made later than the guest asked for.
+    pub ticks: Counter,
+}
+
+impl LimitExceeded {
+    /// The counts, by the name of the flag where there is one.
+    pub fn counts(&self) -> [(&'static str, u64); 5] {
+        [
+            ("guest-log-bytes", self.log_bytes.get()),
+            ("guest-log-lines", self.log_lines.get()),
+            ("guest-max-metrics", self.metrics.get()),
+            ("invalid-metric", self.invalid_metrics.get()),
+            ("guest-min-tick-interval", self.ticks.get()),
+        ]
+    }
+}
+
 /// Why a replica was promoted.
 #[derive(Clone, Copy, Debug)]
 pub enum Cause {

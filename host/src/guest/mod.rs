@@ -4,7 +4,7 @@
 //! Must never know: sockets, TLS, how the log keeps its promise.
 //!
 //! Read `engine` first (what may run), then `instance` (one call), with `message` (what goes in and comes out) and `imports`
-//! (what the guest finds when it calls out); then `shard` (many calls, one at a time), `shards` (which of several is
+//! (what the guest finds when it calls out; `output` has its log lines, `custom` its metrics); then `shard` (many calls, one at a time), `shards` (which of several is
 //! called), `cache` (which calls need not be made), `replica` (how an instance comes by its state, and follows with it as a
 //! spare), `shadow` (another guest is given real requests before it serves), `swap` (another guest takes over) and `check` (a
 //! guest is tested without a server).
@@ -20,6 +20,7 @@ mod compile;
 mod compiled;
 #[cfg_attr(not(feature = "compiler"), path = "no_compiler.rs")]
 mod compiler;
+mod custom;
 mod engine;
 mod epoch;
 mod fixed;
@@ -33,6 +34,7 @@ mod memory;
 mod message;
 mod metrics;
 mod outage;
+mod output;
 mod owner;
 mod reload;
 mod replica;

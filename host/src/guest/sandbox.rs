@@ -5,22 +5,22 @@
 //! which panics inside one, and its asynchronous calls move every guest call onto a stack of its own. Here nothing ever
 //! waits: output is always taken, input is always at its end, and a guest that wants to sleep is trapped.
 //!
-//! Owns: output lines and handles. Must never know: the log, requests, the real environment.
+//! Owns: streams and handles. Must never know: the log, requests, the real environment.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hyper::header::HeaderValue;
 use kvs_runtime::Env;
-use tracing::{info, warn};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Result, bail, ensure};
 
 use super::clock::Clock;
 use super::fixed::Fixed;
 use super::limits::Limits;
+use super::metrics::LimitExceeded;
+use super::output::Lines;
 use super::shadow::{Inputs, Surroundings};
-use super::trap::{Printed, printable};
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -65,23 +65,14 @@ pub const OFFERED: [&str; 18] = [
 
 /// Handles a guest may hold at once. Each costs the host a few dozen bytes.
 const HANDLES: usize = 1_000;
-/// Output is limited in spans of this length; what is too much in one is dropped, and that is said.
-const SPAN: Duration = Duration::from_secs(1);
 /// What one `write` may carry; the guest asks before it writes.
 const WRITE_BYTES: u64 = 4 << 10;
 /// Random bytes given in one call.
 const RANDOM_BYTES: u64 = 64 << 10;
 
 pub struct Sandbox {
-    guest: String,
     handles: ResourceTable,
-    limits: Limits,
-    line: Vec<u8>,
-    /// When the span in progress began, and the bytes that may still become lines in it.
-    span: Instant,
-    output_left: usize,
-    /// Whether it was said that output of this span is dropped.
-    is_reported: bool,
+    lines: Lines,
     started: Instant,
     env: Env,
     /// The time that the guest receives elsewhere, too.
@@ -93,9 +84,6 @@ pub struct Sandbox {
     has_read: bool,
     /// What it reads of them.
     surroundings: Surroundings,
-    /// Of the call in progress.
-    request_id: Option<HeaderValue>,
-    printed: Printed,
 }
 
 /// No operation here fails in a way that has more to say, so no guest ever holds one.
@@ -111,28 +99,20 @@ pub struct Pollable {
 }
 
 impl Sandbox {
-    pub fn new(limits: Limits, clock: Arc<Clock>) -> Self {
+    pub fn new(limits: Limits, exceeded: Arc<LimitExceeded>, clock: Arc<Clock>) -> Self {
         let mut handles = ResourceTable::new();
         handles.set_max_capacity(HANDLES);
         let env = clock.env().clone();
-        let (guest, line, now) = (String::new(), Vec::new(), env.clock.now());
         Self {
-            guest,
             handles,
-            limits,
-            line,
-            span: now,
-            output_left: limits.log_bytes,
-            is_reported: false,
-            started: now,
+            lines: Lines::new(limits, exceeded, env.clock.clone()),
+            started: env.clock.now(),
             env,
             clock,
             in_apply: false,
             fixed: Fixed::default(),
             has_read: false,
             surroundings: Surroundings::default(),
-            request_id: None,
-            printed: Printed::default(),
         }
     }
 
@@ -141,22 +121,16 @@ impl Sandbox {
         &mut self.handles
     }
 
-    /// The end of what the call printed.
-    pub fn printed(&self) -> &[u8] {
-        self.printed.bytes()
-    }
-
-    /// The name that the guest's lines carry.
-    pub fn set_name(&mut self, guest: &str) {
-        self.guest = guest.to_owned();
+    /// Log lines of the guest.
+    pub fn lines(&mut self) -> &mut Lines {
+        &mut self.lines
     }
 
     /// A call begins, for a request where there is one.
     pub fn begin_call(&mut self, request_id: Option<HeaderValue>, surroundings: Surroundings) {
         self.has_read = false;
-        self.request_id = request_id;
         self.surroundings = surroundings;
-        self.printed.clear();
+        self.lines.begin_call(request_id);
     }
 
     /// Whether the call read a clock or randomness.
@@ -180,48 +154,7 @@ impl Sandbox {
     /// The call is over: an unfinished line is one now.
     pub fn end_call(&mut self) {
         self.in_apply = false;
-        self.flush();
-    }
-
-    fn flush(&mut self) {
-        if !self.line.is_empty() {
-            self.end_line();
-        }
-    }
-
-    fn print(&mut self, bytes: &[u8]) {
-        self.printed.add(bytes);
-        let now = self.env.clock.now();
-        if now.saturating_duration_since(self.span) >= SPAN {
-            (self.span, self.output_left, self.is_reported) = (now, self.limits.log_bytes, false);
-        }
-        let (taken, dropped) = bytes.split_at(bytes.len().min(self.output_left));
-        self.output_left -= taken.len();
-        for &byte in taken {
-            match byte {
-                b'\n' => self.end_line(),
-                _ => {
-                    self.line.push(byte);
-                    if self.line.len() == self.limits.log_line_bytes {
-                        self.end_line();
-                    }
-                }
-            }
-        }
-        if !dropped.is_empty() && !self.is_reported {
-            self.is_reported = true;
-            self.flush();
-            warn!(guest = self.guest, "output beyond {} bytes in {SPAN:?} is dropped", self.limits.log_bytes);
-        }
-    }
-
-    fn end_line(&mut self) {
-        let line = String::from_utf8_lossy(&self.line);
-        if let Some(line) = printable(&line) {
-            let request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
-            info!(guest = self.guest, request_id, "{line}");
-        }
-        self.line.clear();
+        self.lines.flush();
     }
 
     fn new_pollable(&mut self, ready: bool) -> Result<Resource<Pollable>> {
@@ -381,7 +314,7 @@ impl io::streams::HostOutputStream for Sandbox {
     fn write(&mut self, _: Resource<Output>, contents: Vec<u8>) -> Streamed<()> {
         let len = contents.len();
         ensure!(len as u64 <= WRITE_BYTES, "a write of {len} bytes, when {WRITE_BYTES} were allowed");
-        self.print(&contents);
+        self.lines.print(&contents);
         Ok(Ok(()))
     }
     fn blocking_write_and_flush(&mut self, handle: Resource<Output>, contents: Vec<u8>) -> Streamed<()> {
@@ -398,7 +331,7 @@ impl io::streams::HostOutputStream for Sandbox {
     }
     fn write_zeroes(&mut self, _: Resource<Output>, len: u64) -> Streamed<()> {
         ensure!(len <= WRITE_BYTES, "a write of {len} bytes, when {WRITE_BYTES} were allowed");
-        self.print(&vec![0; len as usize]);
+        self.lines.print(&vec![0; len as usize]);
         Ok(Ok(()))
     }
     fn blocking_write_zeroes_and_flush(&mut self, handle: Resource<Output>, len: u64) -> Streamed<()> {

@@ -19,14 +19,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use arc_swap::ArcSwap;
 use bytesize::ByteSize;
-use futures_util::future::join_all;
+use futures_util::future::{join_all, select_all};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task;
 use tracing::error;
 
 use super::alarm::Alarm;
 use super::engine::Guest;
-use super::housekeeping::Housekeeping;
 use super::message::{Answer, Incoming};
 use super::metrics::{Cause, Held, Metrics};
 use super::outage::Outage;
@@ -98,22 +97,11 @@ impl Shards {
 
         let serving = Serving::new(Arc::new(guest), &replicas[0].instance);
         let routers = ArcSwap::from_pointee(routers(&serving.guest, &log, &owners));
-        let (housekeeping, metrics, alarm) = (Housekeeping::default(), Metrics::new(), Alarm::default());
+        let (metrics, alarm) = (Metrics::new(), Alarm::default());
         let cache = Arc::clone(serving.guest.response_cache());
         cache.serve(Arc::clone(&serving.headers));
         let (building, last_trap, handed_over, shadow) = Default::default();
-        let shared = Arc::new(Shared {
-            log,
-            cache,
-            housekeeping,
-            metrics,
-            alarm,
-            building,
-            last_trap,
-            handed_over,
-            shadow,
-            env,
-        });
+        let shared = Arc::new(Shared { log, cache, metrics, alarm, building, last_trap, handed_over, shadow, env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -274,13 +262,11 @@ impl Shards {
         Ok(())
     }
 
-    /// Lets the guest do its housekeeping, in each shard as soon as its turn has come, at once and whenever it is due.
+    /// Lets the guest do its housekeeping, in each shard.
     pub async fn keep_house(&self) -> Result<Infallible> {
-        loop {
-            self.shared.housekeeping.begin();
-            self.shards.iter().for_each(Shard::tick);
-            self.shared.housekeeping.next().await;
-        }
+        let each = self.shards.iter().map(|shard| Box::pin(shard.keep_house()));
+        let (never, ..) = select_all(each).await;
+        Ok(never)
     }
 
     /// Has the guest do its housekeeping soon: this process has become the one that writes the log. Its instances have all
@@ -288,7 +274,7 @@ impl Shards {
     pub fn promoted(&self) {
         self.metrics().promotions[Cause::Takeover as usize].add(1);
         self.shared.cache.renew();
-        self.shared.housekeeping.wish(Duration::ZERO);
+        self.shards.iter().for_each(|shard| shard.wake());
     }
 
     /// Instances of another guest, which have nothing of the log yet.
@@ -417,6 +403,9 @@ impl Measured for Shards {
         page.gauge("clock_behind_seconds", "Time by which the system clock is behind that of the guests", behind)?;
         let down = self.outages().count() as u64;
         page.gauge("guest_shards_down", "Shards that have no instance of the guest", down)?;
+        let exceeded = serving.guest.metrics().exceeded().counts();
+        let exceeded = exceeded.iter().map(|(limit, count)| ([("limit", *limit)], *count));
+        page.counters("guest_limit_exceeded", "Output, metrics and ticks of the guest beyond a limit", exceeded)?;
         let swaps = [
             ("done", metrics.swaps.get()),
             ("rolled_back", metrics.swaps_rolled_back.get()),
@@ -431,13 +420,14 @@ impl Measured for Shards {
         )?;
         let help = "Linear memory of all instances: those that serve, spares, and those of the other guest in a swap";
         page.gauge("guest_instances_memory_bytes", help, serving.guest.total_memory_bytes())?;
-        let limit = (serving.guest.memory_limit() * self.shards.len()) as u64;
+        let limit = (serving.guest.limits().memory_bytes * self.shards.len()) as u64;
         page.gauge("guest_memory_limit_bytes", "Limit of the linear memory of the guest, in all shards", limit)?;
         page.gauge("store_keys", "Keys, as the guest counts them now and again", self.sum(|held| &held.keys))?;
         let help = "Bytes of keys and values, as the guest counts them now and again";
         page.gauge("store_bytes", help, self.sum(|held| &held.stored_bytes))?;
         self.shared.shadow.measure(page)?;
-        self.shared.cache.measure(page)
+        self.shared.cache.measure(page)?;
+        serving.guest.metrics().measure(page)
     }
 }
 

@@ -210,6 +210,11 @@ fn inspect_describes_guest() {
         ] {
             assert!(said.contains(expected), "{expected:?} is not in:\n{said}");
         }
+        let uses = said.split("uses     ").nth(1).and_then(|rest| rest.split("imports").next()).expect("it says that");
+        for interface in ["request-context", "logging", "timer", "metrics"] {
+            let is_used = name == "unruly" || interface == "timer";
+            assert_eq!(uses.contains(interface), is_used, "{interface}:\n{said}");
+        }
     }
 }
 

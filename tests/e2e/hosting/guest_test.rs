@@ -65,7 +65,7 @@ fn guests_in_other_languages_pass() {
 }
 
 /// A mistake, the check that finds it, and what the report has.
-const MISTAKES: [(&str, &str, &[&str]); 15] = [
+const MISTAKES: [(&str, &str, &[&str]); 17] = [
     (
         "forgets",
         "rebuild",
@@ -84,6 +84,8 @@ const MISTAKES: [(&str, &str, &[&str]); 15] = [
     ("slow", "calls", &["PUT /v1/key-7", "the call took longer than", "--guest-cpu-limit"]),
     ("apply-traps", "apply", &["apply of entry", "an entry that it does not expect"]),
     ("invalid", "responses", &["GET /v1", "status 99"]),
+    ("metrics", "metrics", &["request ", "PUT /v1/", "the metric puts is dropped: there are 5 (--guest-max-metrics)"]),
+    ("metric-name", "metrics", &["request ", "PUT /v1/", "the metric \"puts-now\" is refused", "lower-case letters"]),
     ("", "", &[]),
 ];
 
@@ -97,7 +99,8 @@ fn each_mistake_is_found_with_what_shows_it() {
     for (mistake, name, parts) in MISTAKES {
         let setting = format!("mistake={mistake}");
         let limit = if mistake == "slow" { "300ms" } else { "5s" };
-        let (passed, report, last) = tested(&[faulty(), "--guest-cpu-limit", limit, "--guest-config", &setting]);
+        let limits = ["--guest-cpu-limit", limit, "--guest-max-metrics", "5"];
+        let (passed, report, last) = tested(&[&[faulty(), "--guest-config", &setting], &limits[..]].concat());
         if name.is_empty() {
             assert!(passed, "without a mistake: {report:#}");
             continue;

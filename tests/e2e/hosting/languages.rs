@@ -13,7 +13,7 @@ use crate::support::file_log::open_log;
 use crate::support::guests::just;
 use crate::support::load::count;
 use crate::support::log::of_files;
-use crate::support::metrics::counts;
+use crate::support::metrics::{Metrics, counts};
 use crate::support::server::{PATIENCE, Server, kvs, serve};
 use crate::support::swap::{comes_and_goes_under_load, serving};
 use crate::support::wire::Connection;
@@ -214,7 +214,7 @@ fn javascript_holds_many_keys() {
     counts(&server, "kvs_store_keys", keys as f64);
 }
 
-/// Starts a guest that prints, fails, and probes for WASI. Its output and the reports of failures have the request id.
+/// Starts a guest that prints, logs, counts, fails, and probes for WASI. Its output and the reports of failures have the request id.
 #[track_caller]
 fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
     let server = Server::start(&[guest]);
@@ -224,6 +224,11 @@ fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
         assert!(got.status == 200 && got.text().contains(expected), "{key}: {} {}", got.status, got.text());
         let line = server.says(&format!("asked for {key}"));
         assert!(line.contains(&format!("request_id=\"id-{key}\"")), "{line}");
+        let line = server.says(&format!("warned of {key}"));
+        assert!(line.contains("WARN") && line.contains(&format!("request_id=\"id-{key}\"")), "{line}");
+        let metrics = Metrics::of(&server);
+        assert_eq!(metrics.get(&format!("kvs_guest_custom_probes_total{{key=\"{key}\"}}")), 2.0);
+        assert_eq!(metrics.get("kvs_guest_custom_last"), 0.5);
     }
     assert_eq!(client.ask_with("GET", "/v1/fail", &[("x-request-id", "id-fail")], b"").status, 500);
     for expected in report {
@@ -238,7 +243,11 @@ fn prints_and_fails(guest: &str, probes: &[(&str, &str)], report: &[&str]) {
 #[test]
 fn javascript_output_and_failure_have_request_id() {
     let probe = compiled(&made("guest-js", Some("tests/e2e/probes/probe.ts"), "probe-js"));
-    prints_and_fails(&probe, &[("headers", "b")], &["nothing is found", "Stack:", "handle@"]);
+    prints_and_fails(
+        &probe,
+        &[("headers", "b"), ("request-id", "id-request-id")],
+        &["nothing is found", "Stack:", "handle@"],
+    );
 }
 
 #[test]
@@ -250,6 +259,7 @@ fn python_output_and_failure_have_request_id() {
         ("socket", "refused: PermissionError"),
         ("resolve", "refused: "),
         ("environment", "refused: KeyError"),
+        ("request-id", "'id-request-id'"),
     ];
     prints_and_fails(&probe, &refused, &["Traceback (most recent call last)", "LookupError: nothing is found"]);
 }

@@ -3,13 +3,14 @@
 //! `swap` replaces the guest under load, `shadow` compares it before it serves, `spare` takes over after a trap. `shards`: several
 //! are one store. `guests`, `languages` and `locks` test the guests of this project, `compiled` guests compiled ahead of time,
 //! `guest_test` the command that finds the mistakes of one.
-//! `components`, `traps`, `unruly` and `hostile` test faulty guests.
+//! `components`, `traps`, `unruly` and `hostile` test faulty guests. `imports` tests what a guest can ask of the host beside the log.
 
 mod compiled;
 mod components;
 mod guest_test;
 mod guests;
 mod hostile;
+mod imports;
 mod languages;
 mod locks;
 mod shadow;

@@ -88,7 +88,8 @@ fn expired_value_is_not_reused() {
 fn declaration_of_call_with_effects_is_void() {
     let server = Server::start(&[guest(), "--shards", "4"]);
     let mut client = Connection::open(server.address());
-    for path in ["none/{own}a", "config/{own}a", "print/{own}a", "none/{own}a,{own}b", "none/{own}a/3600000"] {
+    let deeds = ["none", "config", "print", "log", "count", "timer"].map(|deed| format!("{deed}/{{own}}a"));
+    for path in deeds.into_iter().chain(["none/{own}a,{own}b".to_owned(), "none/{own}a/3600000".to_owned()]) {
         let path = format!("/reuse/{path}");
         let mut bodies = Vec::new();
         let hits = moves(&server, HITS, || bodies.extend([get(&mut client, &path).body, get(&mut client, &path).body]));
@@ -106,6 +107,7 @@ fn declaration_of_call_with_effects_is_void() {
         "peer",
         "tls",
         "identity",
+        "request-id",
         "wall-clock",
         "monotonic-clock",
         "random",

@@ -1,10 +1,11 @@
-"""Prints, fails, and probes what a guest does not have."""
+"""Prints, logs, counts, fails, and probes what a guest does not have."""
 
 import os
 import socket
 from collections.abc import Callable
 
 from kvs_sdk import Request, Response, guest, line
+from wit_world.imports import logging, metrics, request_context
 
 PROBES: dict[str, Callable[[], object]] = {
     "open": lambda: open("/etc/passwd"),
@@ -12,11 +13,15 @@ PROBES: dict[str, Callable[[], object]] = {
     "socket": lambda: socket.socket(),
     "resolve": lambda: socket.getaddrinfo(b"example.org", 80),
     "environment": lambda: os.environ["HOME"],
+    "request-id": request_context.request_id,
 }
 
 
 def handle(request: Request) -> Response:
     print(f"asked for {request.key}")
+    logging.log(logging.Level.WARN, f"warned of {request.key}")
+    metrics.add("probes", [("key", request.key)], 2)
+    metrics.set("last", [], 0.5)
     if request.key == "fail":
         raise LookupError("nothing is found")
     try:

@@ -82,7 +82,7 @@ pub fn statistics_differ(one: &mut Instance, other: &mut Instance) -> Result<Opt
 /// Has an instance do its housekeeping, all of it.
 pub fn tick(instance: &mut Instance) -> Result<(), Trapped> {
     for _ in 0..TICKS {
-        if !instance.tick(Record::Nothing)?.is_some_and(|pause| pause.is_zero()) {
+        if !instance.tick(Record::Nothing)?.after.is_some_and(|pause| pause.is_zero()) {
             break;
         }
     }

@@ -73,6 +73,7 @@ pub fn test(
     let operations = session.get(openapi::PATH).map(|document| openapi::operations(&document)).unwrap_or_default();
     let mut generator = Generator::new(rng.fork(), given, operations);
     let (made, probes) = session.run(requests, &mut generator, progress);
+    report.held(Check::Metrics, guest.metrics().count() as u64);
     if made.appended() > 0 && !report.has_found(Check::Apply) {
         compare(&with, &made, &probes, Check::Apply, &mut report);
     }

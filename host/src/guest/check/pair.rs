@@ -54,6 +54,7 @@ impl<'s> Pair<'s> {
         let called = call(&mut self.serving.instance, &incoming)
             .map_err(|trapped| Fault::new(Check::Calls, format!("{name}: {trapped}")))?;
         self.report.held(Check::Calls, 1);
+        self.check_metrics(name);
         match &called.message {
             Ok(_) => self.report.held(Check::Responses, 1),
             Err(error) => {
@@ -62,6 +63,13 @@ impl<'s> Pair<'s> {
             }
         }
         Ok(Some(called))
+    }
+
+    /// Reports the first change of a metric that had no effect.
+    fn check_metrics(&mut self, name: &str) {
+        if let Some(fault) = self.with.guest.metrics().fault() {
+            self.report.found(Fault::new(Check::Metrics, format!("{name}: {fault}")));
+        }
     }
 
     /// Makes the same call of the other instance, and returns the first difference.
@@ -99,6 +107,7 @@ impl<'s> Pair<'s> {
     pub fn tick(&mut self, name: &str) -> Result<(), Fault> {
         tick(&mut self.serving.instance)
             .map_err(|trapped| Fault::new(Check::Calls, format!("tick after {name}: {trapped}")))?;
+        self.check_metrics(&format!("tick after {name}"));
         let followed = self.rebuilt.follow().and_then(|_| Ok(tick(&mut self.rebuilt.instance)?));
         followed.map_err(|error| apply_failed(name, &error))
     }

@@ -13,12 +13,21 @@ pub enum Check {
     Apply,
     Refused,
     Reuse,
+    Metrics,
     Log,
 }
 
 impl Check {
-    const ALL: [Self; 7] =
-        [Self::Calls, Self::Responses, Self::Rebuild, Self::Apply, Self::Refused, Self::Reuse, Self::Log];
+    const ALL: [Self; 8] = [
+        Self::Calls,
+        Self::Responses,
+        Self::Rebuild,
+        Self::Apply,
+        Self::Refused,
+        Self::Reuse,
+        Self::Metrics,
+        Self::Log,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -28,6 +37,7 @@ impl Check {
             Self::Apply => "apply",
             Self::Refused => "refused",
             Self::Reuse => "reuse",
+            Self::Metrics => "metrics",
             Self::Log => "log",
         }
     }
@@ -41,6 +51,7 @@ impl Check {
             Self::Apply => format!("{count} replays, in batches of different sizes, have the same result"),
             Self::Refused => format!("{count} requests whose append was refused changed nothing"),
             Self::Reuse => format!("{count} responses declared reusable were right when they were reused"),
+            Self::Metrics => format!("{count} metrics of the guest are valid and within the limit"),
             Self::Log => format!("{count} replays of the given log have the same result"),
         }
     }
@@ -52,6 +63,7 @@ impl Check {
             Self::Rebuild | Self::Apply => "no request appended an entry; --requests-from gives requests that do",
             Self::Refused => "no request tried to append; --requests-from gives requests that do",
             Self::Reuse => "no response was declared reusable",
+            Self::Metrics => "the guest defined no metric",
             Self::Log => "no log was given (--data-dir)",
         }
     }

@@ -14,6 +14,7 @@ mod rebuild;
 mod tests;
 mod turn;
 
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -79,6 +80,7 @@ pub struct Shard {
     instance: Handoff<Box<Replica>, Waiting, oneshot::Sender<Turn>>,
     state: Mutex<State>,
     held: Held,
+    housekeeping: Housekeeping,
     /// Replacement for an instance that traps, with `--spare`.
     spare: Option<Spare>,
     /// Takes all calls to a candidate, during shadow traffic.
@@ -89,7 +91,6 @@ pub struct Shard {
 pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
     pub cache: Arc<ResponseCache>,
-    pub housekeeping: Housekeeping,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
     /// Held while a spare is built and during a swap: there is memory for one more instance of each shard, not for two.
@@ -165,6 +166,8 @@ impl Shard {
         let spare = with_spare.then(|| Spare::new(part.clone()));
         let (held, count_from) = (Held::default(), shared.env.clock.now());
         held.memory(replica.instance.memory_bytes());
+        let guest = &serving.guest;
+        let housekeeping = Housekeeping::new(guest.limits().tick_interval, Arc::clone(guest.metrics().exceeded()));
         let state = Mutex::new(State {
             serving,
             tick_trapped: false,
@@ -174,7 +177,7 @@ impl Shard {
             outage: None,
         });
         let (instance, tap) = (Handoff::new(Box::new(replica)), ArcSwapOption::empty());
-        Self { shared, part, instance, state, held, spare, tap }
+        Self { shared, part, instance, state, held, housekeeping, spare, tap }
     }
 
     /// Returns the guest that serves now.
@@ -275,8 +278,22 @@ impl Shard {
         answer.unwrap_or(Err(CallError::Trapped { guest_time: Duration::ZERO }))
     }
 
+    /// Lets the guest do its housekeeping as soon as its turn has come, at once and whenever it is due.
+    pub async fn keep_house(self: &Arc<Self>) -> Infallible {
+        loop {
+            self.housekeeping.begin();
+            self.tick();
+            self.housekeeping.next().await;
+        }
+    }
+
+    /// Has the guest do its housekeeping soon.
+    pub fn wake(&self) {
+        self.housekeeping.begin_again(true);
+    }
+
     /// Calls `tick` of the guest, now or before the next call.
-    pub fn tick(self: &Arc<Self>) {
+    fn tick(self: &Arc<Self>) {
         if let Some(replica) = self.instance.tick() {
             let mut turn = Turn::new(self, replica);
             turn.tick();

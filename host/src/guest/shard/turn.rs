@@ -89,10 +89,8 @@ impl Turn {
         };
         // Without a tick that was due: a guest that traps in each of them serves in between.
         self.shard.instance.replaced();
-        if !tick_trapped {
-            // The wake time of the previous instance is unknown to this one.
-            self.shard.shared.housekeeping.wish(Duration::ZERO);
-        }
+        // The wake time of the previous instance is unknown to this one.
+        self.shard.housekeeping.begin_again(!tick_trapped);
         let previous = self.take(Instanced::Over);
         self.shard.held.memory(replica.instance.memory_bytes());
         self.has = Instanced::Free(Box::new(replica));
@@ -145,6 +143,9 @@ impl Turn {
                 if let Some((tap, recorded)) = tap.zip(replica.instance.recorded()) {
                     tap.add(recorded, (record == Record::All).then_some((incoming, &answer, guest_time)));
                 }
+                if let Some(next) = replica.instance.timer() {
+                    self.shard.housekeeping.wish(next);
+                }
                 self.has = Instanced::Free(replica);
                 Ok(Answer { guest_time, ..answer })
             }
@@ -163,17 +164,14 @@ impl Turn {
         let Some(mut replica) = self.take(Instanced::Called) else { return };
         let (instance, tap) = (&mut replica.instance, self.shard.tap());
         let record = if tap.is_some() { Record::Entries } else { Record::Nothing };
-        match instance.tick(record).and_then(|wish| self.count(instance).map(|()| wish)) {
-            Ok(wish) => {
+        match self.keep_house(instance, record) {
+            Ok(()) => {
                 if let Some((tap, recorded)) = tap.zip(instance.recorded()) {
                     tap.add(recorded, None);
                 }
                 self.shard.held.memory(replica.instance.memory_bytes());
                 self.has = Instanced::Free(replica);
                 self.shard.state().tick_trapped = false;
-                if let Some(after) = wish {
-                    self.shard.shared.housekeeping.wish(after);
-                }
             }
             Err(trapped) => {
                 error!(guest = replica.instance.description().name, "the guest trapped in tick: {trapped}");
@@ -181,6 +179,15 @@ impl Turn {
                 self.lost(replica, &format!("in tick: {trapped}"));
             }
         }
+    }
+
+    /// Calls `tick` when the guest wants it now, and `stats` from time to time.
+    fn keep_house(&self, instance: &mut Instance, record: Record) -> Result<(), Trapped> {
+        if self.shard.housekeeping.is_due(instance.now()) {
+            self.shard.housekeeping.wish(instance.tick(record)?);
+        }
+        instance.make_room()?;
+        self.count(instance)
     }
 
     /// Applies entries that another process appended.

@@ -12,6 +12,7 @@ use kvs_kit::bindings::exports::kvs::store::lifecycle::{Batch, Description, Stat
 use kvs_kit::bindings::exports::kvs::store::{handler, lifecycle};
 use kvs_kit::bindings::kvs::store::response_cache::reuse;
 use kvs_kit::bindings::kvs::store::transaction_log::append;
+use kvs_kit::metrics;
 use kvs_kit::state::{Entry, entries};
 use kvs_kit::{Event, Header, Put, Request, Response, config};
 
@@ -129,6 +130,15 @@ impl State {
             "forgets" if value == b"text" => {
                 self.store.insert(key, value);
                 response(201, Vec::new())
+            }
+            // One for each key.
+            "metrics" => {
+                metrics::add("puts", &[("key", key.get(..8).unwrap_or(&key))], 1);
+                self.change(put(key, value))
+            }
+            "metric-name" => {
+                metrics::set("puts-now", &[], 1.0);
+                self.change(put(key, value))
             }
             "traps" if key == "key-7" => panic!("a key that it does not expect"),
             "slow" if key == "key-7" => loop {

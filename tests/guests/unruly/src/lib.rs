@@ -3,6 +3,7 @@
 //! What goes wrong is chosen by the path of a request, or for calls that are not requests by the setting `fault`
 //! (`--guest-config fault=…`). It also keeps a small store, so that tests can see what survived.
 
+mod asks;
 mod candidate;
 mod lies;
 
@@ -18,6 +19,7 @@ use exports::kvs::store::{handler, lifecycle, sharding};
 use kvs::store::connection;
 use kvs::store::http::{Header, Request, Response};
 use kvs::store::response_cache::reuse;
+use kvs::store::timer;
 use kvs::store::transaction_log::{Event, Put, append};
 use kvs::store::watch::{Selector, subscribe, wait_for_change};
 use wasi::config::store as config;
@@ -107,6 +109,7 @@ impl lifecycle::Guest for Component {
                 "apply-loops-on-many" if events.len() > 10 => circle(),
                 "apply-dawdles" => dawdle(1_200 * state.speed),
                 "apply-appends" => state.refusal = format!("{:?}", append(&[put("{own}from apply", Vec::new())])),
+                "apply-asks" => state.refusal = asks::ask_for_everything(),
                 "apply-looks-around" => state.surroundings.push(surroundings()),
                 _ => {}
             }
@@ -130,6 +133,10 @@ impl lifecycle::Guest for Component {
             "tick-again" => Some(now_ms),
             "tick-in-50-ms" => Some(now_ms + 50),
             "tick-never" => Some(u64::MAX),
+            "tick-sets-timer-to-never" => {
+                timer::set(None);
+                Some(now_ms)
+            }
             _ => None,
         }
     }
@@ -187,6 +194,7 @@ fn answer(state: &mut State, request: Request) -> Response {
             Some(value) => text(200, String::from_utf8_lossy(value)),
             None => text(404, "nothing there"),
         },
+        (_, "ask") => asks::ask(rest, &request),
         // Whichever shard owns that key.
         (_, "append-to") => text(200, format!("{:?}", append(&[put(rest, Vec::new())]))),
         (_, "append-too-much") => text(200, format!("{:?}", append(&[put("{own}large", vec![0; 2 << 20])]))),
@@ -218,7 +226,7 @@ fn answer(state: &mut State, request: Request) -> Response {
             let mut parts = rest.split('/');
             let (deed, keys) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
             let until = parts.next().map(|after| request.time_ms + after.parse::<u64>().expect("milliseconds"));
-            besides(deed);
+            besides(deed, &request);
             let keys: Vec<_> = keys.split(',').map(str::to_owned).collect();
             reuse(&keys, until);
             text(200, state.handled)
@@ -313,7 +321,7 @@ fn answer(state: &mut State, request: Request) -> Response {
 }
 
 /// Deeds by which a declaration of reuse is void, and others by which it is not.
-fn besides(deed: &str) {
+fn besides(deed: &str, request: &Request) {
     match deed {
         "append" => drop(append(&[put("{own}beside", Vec::new())])),
         "append-nothing" => drop(append(&[])),
@@ -328,6 +336,10 @@ fn besides(deed: &str) {
         "seed" => drop(wasi::random::insecure_seed::insecure_seed()),
         "config" => drop(config::get("fault")),
         "print" => println!("beside"),
+        "request-id" => drop(asks::ask("request-id", request)),
+        "log" => drop(asks::ask("log/info/beside", request)),
+        "count" => drop(asks::ask("add/beside/1", request)),
+        "timer" => drop(asks::ask("timer/1", request)),
         _ => {}
     }
 }

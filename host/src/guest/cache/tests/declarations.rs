@@ -1,7 +1,6 @@
 //! Declarations of a call, and changes that it makes, as the imports of an instance take them.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use kvs_runtime::Env;
 use kvs_txlog::{AppendError, Event, Receive, TransactionLog, Watermark};
@@ -12,8 +11,9 @@ use crate::contract::connection::Host as _;
 use crate::contract::response_cache::Host as _;
 use crate::contract::transaction_log::Host as _;
 use crate::contract::{self, watch::Host as _};
-use crate::guest::imports::{Call, State};
-use crate::guest::limits::Limits;
+use crate::guest::custom::CustomMetrics;
+use crate::guest::imports::{Call, Common, State};
+use crate::guest::limits::{self, Limits};
 use crate::guest::owner::Owners;
 
 const KIB: usize = 1 << 10;
@@ -49,21 +49,17 @@ impl TransactionLog for Looking {
 fn handling() -> (State, Arc<ResponseCache>, Arc<Looking>) {
     let (cache, clock) = cache(1 << 20);
     let log = Arc::new(Looking { cache: Arc::clone(&cache), watermark: Watermark::new(7), is_kept: OnceLock::new() });
-    let limits = Limits {
-        call: Duration::from_secs(1),
-        replay: Duration::from_secs(1),
-        memory_bytes: 1 << 30,
-        memory_source: None,
-        table_elements: 1,
-        instances: 1,
-        value_bytes: KIB,
-        response_bytes: KIB,
-        appends: 10,
-        log_bytes: KIB,
-        log_line_bytes: KIB,
-    };
+    let limits = Limits { value_bytes: KIB, response_bytes: KIB, appends: 10, ..limits::tests::limits(1 << 30, None) };
     let part = Owners::new(1, &Env::real().random).unwrap().part(0);
-    let mut state = State::new(log.clone(), part, Arc::default(), limits, clock, Arc::clone(&cache), Arc::default());
+    let common = Common {
+        config: Arc::default(),
+        limits,
+        clock,
+        cache: Arc::clone(&cache),
+        total_memory: Arc::default(),
+        metrics: Arc::new(CustomMetrics::new(1, Arc::default())),
+    };
+    let mut state = State::new(log.clone(), part, common);
     state.now();
     let client = Some(Arc::clone(&request("GET", "/a").client));
     state.call = Call { may_append: true, client, serving: cache.serving(), ..Call::default() };

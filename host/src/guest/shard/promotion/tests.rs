@@ -125,7 +125,10 @@ fn engine(cache: &Path) -> Engine {
         response_bytes: 1 << 20,
         appends: 1_000,
         log_bytes: 1 << 20,
+        log_lines: 1_000,
         log_line_bytes: 1 << 10,
+        metrics: 100,
+        tick_interval: Duration::from_millis(10),
     };
     Engine::new(limits, Vec::new(), Some(cache), 0, &Env::real()).unwrap()
 }
