@@ -145,6 +145,11 @@ impl Instance {
         self.store.data_mut().timer()
     }
 
+    /// Whether the last call appended, even if it trapped after that.
+    pub fn has_appended(&self) -> bool {
+        self.store.data().call.appended.is_some()
+    }
+
     /// Sees how much of what the guest stored when it was full is gone.
     pub fn make_room(&mut self) -> Result<(), Trapped> {
         if self.store.data().memory.is_full() { self.count() } else { Ok(()) }
@@ -252,7 +257,8 @@ impl Instance {
             let timer = state.call.timer;
             let counted = self.count();
             // Of the call before this one.
-            self.store.data_mut().call.timer = timer;
+            let call = &mut self.store.data_mut().call;
+            (call.timer, call.appended) = (timer, appended);
             counted?;
         }
         // Made of what the guest was given.

@@ -1,6 +1,6 @@
 //! What is counted of the guest: its calls, how it fared, and what it holds.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::contract::Statistics;
@@ -25,6 +25,8 @@ pub struct Metrics {
     pub swaps: Counter,
     pub swaps_rolled_back: Counter,
     pub swaps_refused: Counter,
+    /// Replicas that counted other keys or bytes than the instance before them.
+    pub differing: Counter,
 }
 
 /// What the guest did beyond a limit that costs it no more than that, by the limit.
@@ -87,6 +89,8 @@ pub struct Held {
     pub memory_bytes: AtomicU64,
     pub keys: AtomicU64,
     pub stored_bytes: AtomicU64,
+    /// Whether nothing has changed since keys and bytes were counted.
+    is_exact: AtomicBool,
 }
 
 impl Metrics {
@@ -103,6 +107,7 @@ impl Metrics {
             swaps: Counter::default(),
             swaps_rolled_back: Counter::default(),
             swaps_refused: Counter::default(),
+            differing: Counter::default(),
         }
     }
 }
@@ -115,6 +120,18 @@ impl Held {
     pub fn holds(&self, counted: &Statistics) {
         self.keys.store(counted.keys, Ordering::Relaxed);
         self.stored_bytes.store(counted.bytes, Ordering::Relaxed);
+        self.is_exact.store(true, Ordering::Relaxed);
+    }
+
+    /// What it holds is another than it was.
+    pub fn changed(&self) {
+        self.is_exact.store(false, Ordering::Relaxed);
+    }
+
+    /// Keys and bytes, when they were counted after the last change.
+    pub fn exactly(&self) -> Option<(u64, u64)> {
+        let read = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        self.is_exact.load(Ordering::Relaxed).then(|| (read(&self.keys), read(&self.stored_bytes)))
     }
 }
 

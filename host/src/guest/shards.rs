@@ -386,6 +386,8 @@ impl Measured for Shards {
         let rebuilds = [("done", metrics.rebuilds.get()), ("failed", metrics.failed_rebuilds.get())];
         let rebuilds = rebuilds.iter().map(|(outcome, count)| ([("outcome", *outcome)], *count));
         page.counters("guest_rebuilds", "Attempts to build the guest again from the log", rebuilds)?;
+        let help = "Replicas that counted other keys or bytes than the instance of the same guest before them";
+        page.counter("guest_rebuilds_differing", help, metrics.differing.get())?;
         let help = "Replicas that took the place of an instance, by the reason";
         let promotions = Cause::ALL.map(|cause| ([("cause", cause.name())], metrics.promotions[cause as usize].get()));
         page.counters("guest_promotions", help, promotions.iter().map(|(labels, count)| (*labels, *count)))?;

@@ -3,7 +3,8 @@
 //! `swap` replaces the guest under load, `shadow` compares it before it serves, `spare` takes over after a trap. `shards`: several
 //! are one store. `guests`, `languages` and `locks` test the guests of this project, `compiled` guests compiled ahead of time,
 //! `guest_test` the command that finds the mistakes of one.
-//! `components`, `traps`, `unruly` and `hostile` test faulty guests. `imports` tests what a guest can ask of the host beside the log.
+//! `components`, `traps`, `unruly` and `hostile` test faulty guests. `imports` tests what a guest can ask of the host beside the log,
+//! `rebuilt` what a rebuild shows of a guest.
 
 mod compiled;
 mod components;
@@ -13,6 +14,7 @@ mod hostile;
 mod imports;
 mod languages;
 mod locks;
+mod rebuilt;
 mod shadow;
 mod shards;
 mod spare;

@@ -149,10 +149,14 @@ fn alerts_fire_for_failing_guest() {
     prometheus.fires("KvsErrors", fails.admin());
 
     let mut client = Connection::open(traps.address());
+    // State that is not in the log.
+    assert_eq!(client.ask("GET", "/hide/{own}a", b"").status, 200);
+    counts(&traps, "kvs_store_keys", 1.0);
     // Some get 503, while the guest is being rebuilt.
     let trapped = (0..1_000).filter(|_| client.ask("GET", "/trap", b"").status == 500).take(20).count();
     assert_eq!(trapped, 20);
     prometheus.fires("KvsGuestTraps", traps.admin());
+    prometheus.fires("KvsRebuildDiffers", traps.admin());
     prometheus.fires("KvsPromotions", traps.admin());
 
     thread::scope(|scope| {

@@ -38,6 +38,9 @@ pub async fn promote(
         let clock = shared.env.clock.clone();
         replicas = task::spawn_blocking(move || follow(&mut replicas, &clock).map(|()| replicas)).await??;
     }
+    for (turn, replica) in turns.iter().zip(&mut replicas) {
+        turn.compare(&serving.guest, replica)?;
+    }
     let promoted = turns.iter_mut().zip(replicas).map(|(turn, replica)| {
         let mut before = turn.promote(serving.clone(), replica)?;
         before.appended(newest);

@@ -9,8 +9,9 @@ use std::time::Duration;
 use kvs_runtime::Clock;
 use kvs_txlog::change::Change;
 use tokio::task;
-use tracing::error;
+use tracing::{error, warn};
 
+use super::super::engine::Guest;
 use super::super::instance::Instance;
 use super::super::message::{Answer, Incoming};
 use super::super::metrics::next_count;
@@ -92,6 +93,7 @@ impl Turn {
         // The wake time of the previous instance is unknown to this one.
         self.shard.housekeeping.begin_again(!tick_trapped);
         let previous = self.take(Instanced::Over);
+        self.shard.held.changed();
         self.shard.held.memory(replica.instance.memory_bytes());
         self.has = Instanced::Free(Box::new(replica));
         previous
@@ -105,10 +107,35 @@ impl Turn {
         }
         self.take(Instanced::Missing).into_iter().for_each(discard);
         self.has = Instanced::Missing;
+        // It may have held what the log does not, or was of another guest.
+        self.shard.held.changed();
         // Also of a turn that is held: the log may not become durable for long.
         if self.shard.outage().is_none() {
             self.shard.is_down("the instance is replaced".to_owned());
         }
+    }
+
+    /// Compares what a replica counts with what the instance before it counted, where that is of the same guest, and nothing was
+    /// appended since. It has all entries.
+    pub(super) fn compare(&self, guest: &Guest, replica: &mut Replica) -> Result<(), Trapped> {
+        let Some((keys, bytes)) = self.shard.held.exactly() else { return Ok(()) };
+        if self.serving().guest.digest() != guest.digest() {
+            return Ok(());
+        }
+        let now = replica.instance.stats()?;
+        if (now.keys, now.bytes) != (keys, bytes) {
+            self.shard.shared.metrics.differing.add(1);
+            let (guest, shard) = (&replica.instance.description().name, self.shard.part.label());
+            warn!(
+                guest,
+                shard,
+                "statistics differ after a rebuild: {} keys and {} bytes, and {keys} keys and {bytes} bytes before it; \
+                 the guest has state that is not in the log, or its apply depends on more than the entries",
+                now.keys,
+                now.bytes
+            );
+        }
+        Ok(())
     }
 
     pub(super) fn call(&mut self, incoming: Incoming, routed_by: Option<u64>) -> Result<Called, CallError> {
@@ -136,6 +163,7 @@ impl Turn {
         let begun = self.clock().now();
         let handled = replica.instance.handle(&incoming, record);
         let guest_time = self.clock().elapsed(begun);
+        self.note_change(&replica.instance);
         self.shard.shared.metrics.calls.observe_time(guest_time);
         self.shard.held.memory(replica.instance.memory_bytes());
         match handled {
@@ -184,15 +212,25 @@ impl Turn {
     /// Calls `tick` when the guest wants it now, and `stats` from time to time.
     fn keep_house(&self, instance: &mut Instance, record: Record) -> Result<(), Trapped> {
         if self.shard.housekeeping.is_due(instance.now()) {
-            self.shard.housekeeping.wish(instance.tick(record)?);
+            let ticked = instance.tick(record);
+            self.note_change(instance);
+            self.shard.housekeeping.wish(ticked?);
         }
         instance.make_room()?;
         self.count(instance)
     }
 
+    /// Notes that what was counted is no longer so, when the last call appended.
+    fn note_change(&self, instance: &Instance) {
+        if instance.has_appended() {
+            self.shard.held.changed();
+        }
+    }
+
     /// Applies entries that another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
         let Some(mut replica) = self.take(Instanced::Called) else { return };
+        self.shard.held.changed();
         if let Some(tap) = self.shard.tap() {
             tap.lose(Loss::InLog);
         }
@@ -306,7 +344,10 @@ impl Drop for Turn {
                 self.shard.state().outage = None;
                 self.shard.instance.release(replica);
             }
-            Instanced::Called => self.trapped("a call into it panicked"),
+            Instanced::Called => {
+                self.shard.held.changed();
+                self.trapped("a call into it panicked");
+            }
             // Its outage has begun.
             Instanced::Missing => Arc::clone(&self.shard).rebuild(),
             Instanced::Over => {}

@@ -195,6 +195,11 @@ fn answer(state: &mut State, request: Request) -> Response {
             None => text(404, "nothing there"),
         },
         (_, "ask") => asks::ask(rest, &request),
+        // State that is not in the log.
+        (_, "hide") => {
+            state.store.insert(rest.to_owned(), Vec::new());
+            text(200, "")
+        }
         // Whichever shard owns that key.
         (_, "append-to") => text(200, format!("{:?}", append(&[put(rest, Vec::new())]))),
         (_, "append-too-much") => text(200, format!("{:?}", append(&[put("{own}large", vec![0; 2 << 20])]))),
