@@ -53,7 +53,7 @@ impl Workers {
     }
 }
 
-/// Returns whether this thread is a worker that runs no task now. The runtime does not survive its panic: it goes on with one
+/// Returns whether this thread is a worker that runs no task now. The runtime does not survive its panic: it continues with one
 /// worker less, and may never wake the others again.
 pub fn is_between_tasks() -> bool {
     WORKER.get().is_some_and(|worker| task::try_id() == Some(worker))

@@ -51,7 +51,7 @@ pub enum DataUsers {
 #[derive(Debug, thiserror::Error)]
 enum ChangeError {
     #[error("{0}")]
-    NotOurs(&'static str),
+    Foreign(&'static str),
     #[error("cannot keep the state in {}: {error}", file.display())]
     NotKept { file: PathBuf, error: io::Error },
     #[error("an upgrade is in progress; try again")]
@@ -65,7 +65,7 @@ enum ChangeError {
 impl ChangeError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::NotOurs(_) => StatusCode::CONFLICT,
+            Self::Foreign(_) => StatusCode::CONFLICT,
             Self::NotKept { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::HandingOver | Self::NotDurable(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
@@ -125,7 +125,7 @@ impl ReadOnly {
     async fn change(self: &Arc<Self>, on: bool, actor: &Actor) -> Result<(), ChangeError> {
         let changed = Arc::clone(self);
         let done = match self.not_ours() {
-            Some(reason) => Err(ChangeError::NotOurs(reason)),
+            Some(reason) => Err(ChangeError::Foreign(reason)),
             None => {
                 let set = task::spawn_blocking(move || changed.set(on)).await;
                 set.unwrap_or_else(|error| Err(self.not_kept(io::Error::other(error))))

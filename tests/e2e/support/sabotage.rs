@@ -39,7 +39,7 @@ pub enum Sabotage {
     Abort,
     /// A panic of the worker thread, after the task.
     PanicOfWorker,
-    /// It never goes on, and neither does its worker thread.
+    /// It never returns, and blocks its worker thread.
     Stick,
 }
 
