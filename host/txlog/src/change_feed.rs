@@ -350,14 +350,15 @@ impl Subscription {
     }
 
     /// Returns the position from which a watch would miss nothing, if it continues where this one is. None while changes are
-    /// queued, after some were dropped, and while another process writes the log.
+    /// queued, after some were dropped, while another process writes the log, and after the log failed.
     pub fn position(&self) -> Option<u64> {
         // No change is on its way to a queue.
         let _none_published = self.changes.subscribers_mut();
-        if self.changes.log.read_only().is_some() || !self.queue.has_delivered_all() {
+        let (log, watermark) = (&self.changes.log, self.changes.log.watermark());
+        if log.read_only().is_some() || watermark.failure().is_some() || !self.queue.has_delivered_all() {
             return None;
         }
-        let durable = self.changes.log.watermark().durable();
+        let durable = watermark.durable();
         Some(lock(&self.changes.pending).front().map_or(durable, |next| durable.min(next.sequence - 1)))
     }
 

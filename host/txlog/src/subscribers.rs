@@ -64,7 +64,7 @@ struct Waiting {
     last: u64,
     /// The consumer was too slow, or the feed ended: no more changes follow.
     over: bool,
-    /// The consumer was too slow.
+    /// Changes are missing: the consumer was too slow, or they were not published.
     dropped: bool,
 }
 
@@ -165,14 +165,21 @@ impl Subscribers {
     /// Ends the feed: cancels all subscribers, and accepts no new ones.
     pub fn end(&mut self) {
         self.ended = true;
-        self.dismiss();
+        self.cancel(false);
     }
 
-    /// Cancels all subscribers: their queues end after the pending changes.
+    /// Cancels all subscribers, which would miss changes.
     pub fn dismiss(&self) {
+        self.cancel(true);
+    }
+
+    /// Ends the queues after the pending changes. `dropped` is whether later changes were not published.
+    fn cancel(&self, dropped: bool) {
         let watching = self.by_prefix.values().chain(self.by_key.values()).flat_map(HashMap::values);
         for queue in watching.chain(self.idle.values()) {
-            lock(&queue.waiting).over = true;
+            let mut waiting = lock(&queue.waiting);
+            waiting.over = true;
+            waiting.dropped |= dropped;
             queue.ready.notify_one();
         }
     }

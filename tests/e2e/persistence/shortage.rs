@@ -1,11 +1,13 @@
 //! What the log needs and does not get for a while: file descriptors, and its directory.
 
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::support::load::SMALL_SEGMENTS;
-use crate::support::server::Server;
+use crate::support::server::{PATIENCE, Server};
 use crate::support::wire::Connection;
 
 #[test]
@@ -44,6 +46,12 @@ fn removed_or_replaced_directory_of_log_is_reported() {
         let (log, aside) = (server.data().join("log"), server.data().join("aside"));
         let mut client = Connection::open(server.address());
         assert_eq!(client.ask("PUT", "/v1/a", b"value").status, 201);
+        // What is written there next is for the second value.
+        let begun = Instant::now();
+        while !log.join("watermark").exists() {
+            assert!(begun.elapsed() < PATIENCE, "the watermark is not recorded");
+            thread::sleep(Duration::from_millis(10));
+        }
         fs::rename(&log, &aside).expect("it can be moved");
         if is_replaced {
             fs::create_dir(&log).expect("nothing is there");

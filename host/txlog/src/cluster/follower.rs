@@ -89,7 +89,7 @@ impl Follower {
             info!("waiting until the lease of {} expires", self.name());
         }
         loop {
-            let before = self.received;
+            let (before, was_free) = (self.received, self.is_free(shared));
             match self.step(shared).await {
                 Ok(Some(writer)) => return Ok((self, writer)),
                 Ok(None) if self.received != before && clock.elapsed(begun) > GRACE => {
@@ -99,8 +99,10 @@ impl Follower {
                 Ok(None) => succeeded = clock.now(),
                 Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
                 Err(Failure::Silent(reason)) => {
-                    // A primary that could not be observed may have written.
-                    self.received = clock.now();
+                    // A primary that could not be observed may have written. A claim follows an observation.
+                    if !was_free {
+                        self.received = clock.now();
+                    }
                     if clock.elapsed(succeeded) > START_TIMEOUT {
                         bail!("{reason}");
                     }

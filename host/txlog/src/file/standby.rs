@@ -25,6 +25,8 @@ use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, St
 
 /// Polling interval, hence a bound for the staleness of reads, and for the time from the end of the primary to the takeover.
 const LOOK: Duration = Duration::from_millis(20);
+/// Pause after a shortage, which a takeover would add to.
+const SHORTAGE_PAUSE: Duration = Duration::from_secs(1);
 
 /// A log whose primary is another process, until the takeover.
 pub struct StandbyLog {
@@ -171,7 +173,13 @@ impl Shared {
             match self.look()? {
                 Look::Ours => return Ok(()),
                 Look::Theirs => {}
-                Look::Nothing(error) => self.note(Some(&error)),
+                Look::Nothing(error) => {
+                    self.note(Some(&error));
+                    // A takeover that fails has read and written.
+                    if is_passing(&error) {
+                        self.clock().pause(SHORTAGE_PAUSE);
+                    }
+                }
             }
         }
     }

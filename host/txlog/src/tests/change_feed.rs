@@ -259,6 +259,29 @@ fn subscriber_without_keys_gets_only_the_end() {
 }
 
 #[test]
+fn position_is_where_nothing_is_missed() {
+    let feed = changes(100);
+    let mut watches = feed.watch(begin("a")).expect("it has not ended");
+    assert_eq!(watches.position(), Some(0));
+    delete(&feed, "other");
+    assert_eq!(watches.position(), Some(0), "it is not durable");
+    durable(&feed, 1);
+    assert_eq!(watches.position(), Some(1));
+    assert_eq!((delete(&feed, "a"), delete(&feed, "other")), (2, 3));
+    feed.watermark().advance(3);
+    assert_eq!(watches.position(), Some(1), "it is durable, and not published");
+    durable(&feed, 3);
+    assert_eq!(watches.position(), None, "it is not delivered");
+    assert_eq!(received(&mut watches), Poll::Ready(Some((2, "a".to_owned()))));
+    assert_eq!(watches.position(), Some(3));
+    feed.dismiss();
+    assert_eq!(watches.position(), None, "it would miss changes");
+    let ended = feed.watch(begin("a")).expect("it has not ended");
+    feed.end();
+    assert_eq!(ended.position(), Some(3));
+}
+
+#[test]
 fn end_cancels_and_rejects_subscribers() {
     let changes = changes(1_000);
     let mut subscriber = changes.watch(begin("")).expect("the feed is open");

@@ -12,7 +12,7 @@ mod supervision;
 mod takeover;
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
@@ -26,7 +26,7 @@ use crate::support::postgres::proxy::{Proxy, Way};
 use crate::support::postgres::{DEPOSED, WHOLE, is_deposed, start};
 use crate::support::readiness::{AWAY, WELL, becomes_ready, ready};
 use crate::support::requests::{get, put};
-use crate::support::server::{Server, serve_refused};
+use crate::support::server::{PATIENCE, Server, serve_refused};
 use crate::support::swap::{status, swap, swaps};
 use crate::support::wire::Connection;
 use crate::support::zoo;
@@ -345,7 +345,9 @@ fn replay_that_reconnects_brings_no_deleted_key_back() {
     proxy.set(Way::Slow(Duration::from_millis(30)));
     thread::scope(|scope| {
         let swapping = scope.spawn(|| swaps(&server, &component(DEFAULT_GUEST)));
+        let begun = Instant::now();
         while status(&server)["swap"]["entries"].as_u64().is_none_or(|entries| entries == 0) {
+            assert!(begun.elapsed() < PATIENCE, "nothing is replayed");
             thread::sleep(Duration::from_millis(1));
         }
         // As compaction does when the delete is older than an hour.

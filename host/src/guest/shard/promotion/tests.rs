@@ -92,7 +92,11 @@ impl TransactionLog for Held {
 }
 
 fn request(method: &str) -> Incoming {
-    let request = Request::builder().method(method).uri("/v1/key").body(Bytes::from_static(b"value")).unwrap();
+    incoming(method, "/v1/key", Bytes::from_static(b"value"))
+}
+
+fn incoming(method: &str, target: &str, body: Bytes) -> Incoming {
+    let request = Request::builder().method(method).uri(target).body(body).unwrap();
     let client = Client { address: None, tls_version: None, identity: None, turn: Arc::default() };
     Incoming {
         request,
@@ -146,9 +150,8 @@ async fn begin(engine: &Engine) -> Begun {
     begin_with(engine, Env::real()).await
 }
 
-async fn begin_with(engine: &Engine, env: Env) -> Begun {
-    let data = TempDir::new().unwrap();
-    let options = Options {
+fn options(data: &TempDir) -> Options {
+    Options {
         data: data.path().to_owned(),
         segment_bytes: DEFAULT_SEGMENT_BYTES,
         group_bytes: 1 << 20,
@@ -156,9 +159,13 @@ async fn begin_with(engine: &Engine, env: Env) -> Begun {
         retain: Duration::ZERO,
         advertise: None,
         env: Env::real(),
-    };
+    }
+}
+
+async fn begin_with(engine: &Engine, env: Env) -> Begun {
+    let data = TempDir::new().unwrap();
     let log = Arc::new(Held {
-        log: FileLog::open(options).unwrap(),
+        log: FileLog::open(options(&data)).unwrap(),
         watermark: Watermark::new(0),
         failures: AtomicUsize::new(0),
         reads: AtomicUsize::new(0),
@@ -294,5 +301,34 @@ fn switch_ends_when_the_log_does_not_become_durable() {
         log.watermark.advance(1);
         let metrics = shards.metrics();
         assert_eq!((metrics.promotions[Cause::Swap as usize].get(), status(&shards, "GET").await), (0, 200));
+    });
+}
+
+#[test]
+fn spare_is_dropped_when_the_data_outgrows_the_memory() {
+    let [cache, data] = [(); 2].map(|()| TempDir::new().unwrap());
+    let engine = engine(cache.path());
+    Builder::new_multi_thread().enable_all().build().unwrap().block_on(async {
+        let log = Arc::new(FileLog::open(options(&data)).unwrap());
+        let guest = engine.load(Source::BuiltIn).unwrap();
+        let arrangement = Arrangement { count: 1, with_spares: true };
+        let (shards, _) = Shards::build(guest, log, arrangement, Env::real()).unwrap();
+        let held: u64 = shards.memory_bytes().sum();
+        shards.keep_spares(2 * held + (8 << 20));
+        shards.spares().next().unwrap().1.ready().await;
+        let lack = || match shards.spare_condition() {
+            Condition::But(reason) => reason,
+            _ => String::new(),
+        };
+        for number in 0..100 {
+            let put = incoming("PUT", &format!("/v1/{number}"), vec![b'x'; 1 << 20].into());
+            shards.call(put, Instant::now() + Duration::from_secs(600)).await.unwrap();
+            if lack().contains("twice that is more than the memory") {
+                assert!(number > 2, "there was memory");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("it is kept: {}", lack());
     });
 }
