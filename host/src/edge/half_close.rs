@@ -40,13 +40,17 @@ impl<S> HalfClose<S> {
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let timeout = self.timeout;
         let closed = self.closed.get_or_insert_with(|| Box::pin(sleep(timeout)));
-        if self.activity.is_busy() && closed.as_mut().poll(context).is_pending() {
-            // The response is still to be written.
-            self.writes = true;
-            return Poll::Pending;
+        let mut is_late = false;
+        if self.activity.is_busy() {
+            is_late = closed.as_mut().poll(context).is_ready();
+            if !is_late {
+                // The response is still to be written.
+                self.writes = true;
+                return Poll::Pending;
+            }
         }
         if self.is_blocked {
-            return Poll::Pending;
+            return if is_late { Poll::Ready(()) } else { Poll::Pending };
         }
         if mem::take(&mut self.writes) {
             context.waker().wake_by_ref();

@@ -12,6 +12,7 @@ mod routing;
 
 use std::convert::Infallible;
 use std::fmt;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -190,6 +191,7 @@ impl Shards {
         let alone = Arc::clone(&self.shared.building).lock_owned().await;
         for (_, spare) in self.spares() {
             let dropped = spare.take().await;
+            spare.wake();
             task::spawn_blocking(move || drop(dropped));
         }
         alone
@@ -286,8 +288,19 @@ impl Shards {
     /// while no call is made, so it should miss little. An error leaves everything as it was.
     pub async fn switch(&self, guest: Arc<Guest>, replicas: Vec<Replica>) -> Result<Switched> {
         let (mut turns, mut paused) = (Vec::with_capacity(self.shards.len()), None);
+        let mut late = pin!(self.env().clock.sleep(SWITCH_TIMEOUT));
+        let too_late = || {
+            anyhow!(
+                "no call was made for {SWITCH_TIMEOUT:?}: the log does not become durable or cannot be read, or a shard is rebuilt; \
+                 correct that first"
+            )
+        };
         for shard in &self.shards {
-            turns.push(shard.visit().await?);
+            turns.push(tokio::select! {
+                biased;
+                turn = shard.visit() => turn?,
+                () = late.as_mut() => return Err(too_late()),
+            });
             paused.get_or_insert_with(|| self.env().clock.now());
         }
         let (before, serving) = (self.serving(), Serving::new(guest, &replicas[0].instance));
@@ -295,9 +308,7 @@ impl Shards {
         let promoted = tokio::select! {
             biased;
             promoted = promote(&self.shared, &serving, &mut turns, replicas, (Cause::Swap, paused)) => promoted,
-            () = self.env().clock.sleep(SWITCH_TIMEOUT) => Err(anyhow!(
-                "no call was made for {SWITCH_TIMEOUT:?}, since the log does not become durable; correct that first"
-            )),
+            () = late => Err(too_late()),
         };
         let switched = promoted.map(|replicas| {
             self.shared.cache.serve(Arc::clone(&serving.headers));

@@ -294,6 +294,8 @@ impl Upgrader {
             return Err(fail(log, "taken back", error));
         }
         warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
+        // What the new one has accepted is published to nobody. Watches resume with it.
+        self.changes.dismiss();
         task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
         // The new one may have recorded its own, which standbys would follow.
         task::block_in_place(|| self.swapper.record());
@@ -302,7 +304,6 @@ impl Upgrader {
         resumed.map_err(|error| fail(log, "taken back", error))?;
         if log.appended() != appended {
             // The new process has served for a moment.
-            self.changes.dismiss();
             paused.rebuild();
         }
         let took = self.env().clock.elapsed(begun);

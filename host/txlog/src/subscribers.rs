@@ -228,7 +228,11 @@ impl Queue {
 
     pub fn push(&self, change: &Arc<Change>, lag_bytes: usize) {
         let mut waiting = lock(&self.waiting);
-        if waiting.over || change.sequence <= waiting.last {
+        if change.sequence <= waiting.last {
+            return;
+        }
+        if waiting.over {
+            waiting.dropped = true;
             return;
         }
         waiting.last = change.sequence;

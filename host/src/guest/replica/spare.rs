@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Result;
 use kvs_runtime::Clock;
 use kvs_txlog::TransactionLog;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::task;
 use tracing::{info, warn};
 
@@ -93,8 +93,15 @@ impl Spare {
     pub async fn take(&self) -> Option<Replica> {
         let spare = self.slot.lock().await.take();
         self.is_ready.send_replace(false);
-        self.taken.notify_one();
+        if spare.is_some() {
+            self.taken.notify_one();
+        }
         spare
+    }
+
+    /// Ends the pause after one that failed: another guest is to serve.
+    pub fn wake(&self) {
+        self.taken.notify_one();
     }
 
     /// Sees to it that there is one, of the guest that `serving` returns, until the log fails. None is kept while that is an
@@ -102,10 +109,9 @@ impl Spare {
     pub async fn keep(&self, with: Surroundings<'_>, serving: impl Fn() -> Result<Arc<Guest>>) -> Result<()> {
         let mut pause = Duration::ZERO;
         loop {
-            let begun = with.clock.now();
-            let built = self.build(&with, &serving).await;
-            // Of the log it has read all, and a swap has waited for it.
-            let least = if built.is_err() { IDLE * with.clock.elapsed(begun) } else { Duration::ZERO };
+            let (built, took) = self.build(&with, &serving).await;
+            // It may have read the whole log, and a swap has waited for it.
+            let least = if built.is_err() { IDLE * took } else { Duration::ZERO };
             let begun = with.clock.now();
             let followed = match built {
                 Ok(()) => self.follow(&with, &serving).await,
@@ -124,15 +130,26 @@ impl Spare {
             }
             tokio::select! {
                 () = with.clock.sleep(pause.max(least)) => {}
-                // A swap or a rebuild may have cured it.
                 () = self.taken.notified() => {}
             }
         }
     }
 
-    async fn build(&self, with: &Surroundings<'_>, serving: impl Fn() -> Result<Arc<Guest>>) -> Result<()> {
+    /// Builds one, and returns how long that took.
+    async fn build(&self, with: &Surroundings<'_>, serving: impl Fn() -> Result<Arc<Guest>>) -> (Result<()>, Duration) {
         let _alone = with.building.lock().await;
-        let mut slot = Arc::clone(&self.slot).lock_owned().await;
+        let slot = Arc::clone(&self.slot).lock_owned().await;
+        let begun = with.clock.now();
+        let built = self.build_in(slot, with, serving).await;
+        (built, with.clock.elapsed(begun))
+    }
+
+    async fn build_in(
+        &self,
+        mut slot: OwnedMutexGuard<Option<Replica>>,
+        with: &Surroundings<'_>,
+        serving: impl Fn() -> Result<Arc<Guest>>,
+    ) -> Result<()> {
         let (guest, log, part) = (serving()?, Arc::clone(with.log), self.part.clone());
         let building = task::spawn_blocking(move || {
             let built = Replica::build(&guest, &log, part, &unobserved).and_then(|(mut replica, replayed)| {
@@ -167,7 +184,7 @@ impl Spare {
             // The data has grown since it was built.
             if let Err(error) = serving() {
                 self.is_ready.send_replace(false);
-                task::spawn_blocking(move || slot.take()).await?;
+                task::spawn_blocking(move || drop(slot.take())).await?;
                 return Err(error);
             }
             let passing = task::spawn_blocking(move || {

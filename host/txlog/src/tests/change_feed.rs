@@ -279,6 +279,9 @@ fn position_is_where_nothing_is_missed() {
     let ended = feed.watch(begin("a")).expect("it has not ended");
     feed.end();
     assert_eq!(ended.position(), Some(3));
+    delete(&feed, "a");
+    durable(&feed, 4);
+    assert_eq!(ended.position(), None, "it came after the end");
 }
 
 #[test]

@@ -105,7 +105,10 @@ impl Scenario {
             let Some(mut watcher) = feed.watch(Selection::of([Keys::begin("k")])) else { return Some(0) };
             let mut last = watcher.from;
             while last < ALL {
-                let Some(change) = block_on(watcher.next()) else { return Some(last) };
+                let Some(change) = block_on(watcher.next()) else {
+                    assert!(watcher.position().is_none_or(|position| position <= last), "it skips a change");
+                    return Some(last);
+                };
                 assert!(change.sequence <= log.watermark.durable(), "{} is not durable", change.sequence);
                 assert_eq!(change.sequence, last + 1);
                 last = change.sequence;
