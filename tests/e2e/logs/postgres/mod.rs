@@ -174,7 +174,7 @@ fn watch_that_waits_for_commit_is_kept_alive() {
     let args = ["--txlog", &database.url(), "--txlog-timeout", "30s", "--watch-keep-alive", "50ms"];
     let server = Server::start(&args);
     assert_eq!(put(&server, "a", "1"), 201);
-    let lock = database.lock("kvs.transactions");
+    let lock = database.lock_writes("kvs.transactions");
     thread::scope(|scope| {
         let writing = scope.spawn(|| put(&server, "a", "2"));
         database.becomes("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)", "t");
