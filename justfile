@@ -68,7 +68,7 @@ test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "c
 [group('develop')]
 test-quick: _build (_tool "curl") (_tool "openssl") _python
     cargo test --release --workspace --exclude schema-guest --exclude kvs-tests -- --skip every_flipped_bit_is_detected --skip every_mutant_is_found
-    PATH="$PWD/target/python/bin:$PATH" cargo test --release --package kvs-tests --test e2e -- \
+    PATH="$PWD/target/python/bin:$PATH" cargo test --release --test e2e -- \
         admin:: bad_log:: book:: client:: components:: conditions:: cors:: crash:: durability:: expiry:: limits:: linear:: lists:: \
         diagnostics:: floods:: log_command:: long_poll:: metrics:: operator:: pages:: raw:: rest:: shards:: signals:: transactions:: under_load_no_request_fails
 
@@ -78,17 +78,17 @@ _build: _target
 
 # Run the tests of the server with four shards: those that shards affect, or those that a filter selects
 _test-shards *FILTER="book:: client:: conditions:: crash:: durability:: everything:: expiry:: linear:: lists:: long_poll:: metrics:: rest:: shards:: operations:: spare:: swap:: transactions:: unruly:: watch::": _build _python
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --package kvs-tests --test e2e -- {{ FILTER }}
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_SHARDS=4 cargo test --release --test e2e -- {{ FILTER }}
 
 # Run the tests of the server with the log in PostgreSQL: those in which the log matters most, or those that a filter selects;
 # without those of files, and those that start a database of their own
 _test-postgres *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _postgres _python
-    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
+    PATH="$PWD/target/python/bin:$PATH" tests/with-postgres 0 KVS_TEST_LOG cargo test --release --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
 
 # The same with the log in NATS JetStream
 _test-nats *FILTER="book:: conditions:: durability:: expiry:: lists:: long_poll:: rest:: signals:: transactions:: under_load_no_request_fails watch::": _build _python
-    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TEST_LOG cargo test --release --package kvs-tests --test e2e -- \
+    PATH="$PWD/target/python/bin:$PATH" tests/with-nats KVS_TEST_LOG cargo test --release --test e2e -- \
         --skip backup:: --skip bad_log:: --skip crash:: --skip faults:: --skip full_disk:: --skip log_command:: --skip nats:: --skip postgres:: {{ FILTER }}
 
 # Create a guest, guest/NAME: a store of its own in one file, or with `--on default` the default store with a route more
@@ -158,16 +158,16 @@ bench-quick *UPDATE: _build (_tool "valgrind")
 soak: _build (_tool "strace") _postgres _python
     KVS_CRASH_IMAGES=1000000 cargo test --release --package kvs-txlog -- --nocapture file::tests::crash file::tests::damage
     KVS_CLUSTER_HISTORIES=1000000 cargo test --release --package kvs-txlog --features cluster -- --nocapture cluster::tests::histories::nothing
-    KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --package kvs-tests --test e2e -- --nocapture crash:: faults:: full_disk::
-    KVS_TEST_EVERYTHING=1800 cargo test --release --package kvs-tests --test e2e -- --nocapture everything::
-    KVS_TEST_UPGRADES=100 cargo test --release --package kvs-tests --test e2e -- --nocapture upgrade::
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --package kvs-tests --test e2e -- --nocapture nats::killed
-    KVS_TEST_PROMOTIONS=1000 cargo test --release --package kvs-tests --test e2e -- --nocapture spare::
-    KVS_TEST_JS_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture javascript_holds_many_keys
-    KVS_TEST_CONSOLE_KEYS=1000000 cargo test --release --package kvs-tests --test e2e -- --nocapture many_keys_come_a_page_at_a_time
-    KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --package kvs-tests --test e2e -- --nocapture linear:: postgres::takeover::
+    KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
+    KVS_TEST_EVERYTHING=1800 cargo test --release --test e2e -- --nocapture everything::
+    KVS_TEST_UPGRADES=100 cargo test --release --test e2e -- --nocapture upgrade::
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --test e2e -- --nocapture nats::killed
+    KVS_TEST_PROMOTIONS=1000 cargo test --release --test e2e -- --nocapture spare::
+    KVS_TEST_JS_KEYS=1000000 cargo test --release --test e2e -- --nocapture javascript_holds_many_keys
+    KVS_TEST_CONSOLE_KEYS=1000000 cargo test --release --test e2e -- --nocapture many_keys_come_a_page_at_a_time
+    KVS_TEST_HISTORIES=10000 KVS_TEST_TAKEOVERS=200 cargo test --release --test e2e -- --nocapture linear:: postgres::takeover::
     PATH="$PWD/target/python/bin:$PATH" KVS_TEST_API_EXAMPLES=10000 KVS_TEST_API_SEED=$RANDOM \
-        cargo test --release --package kvs-tests --test e2e -- --nocapture openapi::
+        cargo test --release --test e2e -- --nocapture openapi::
 
 # Fuzz the decoders, for SECONDS each; requires cargo-fuzz and a nightly compiler
 [group('develop')]

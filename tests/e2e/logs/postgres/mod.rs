@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::support::events::Events;
 use crate::support::guests::{DEFAULT_GUEST, component};
 use crate::support::load::{Clients, run_until_killed, under_load};
 use crate::support::mount::Mount;
@@ -166,28 +165,6 @@ fn hanging_database_delays_writes_up_to_timeout() {
     });
     clients.settle(server.address());
     assert_eq!(database.sql(WHOLE), ["t"]);
-}
-
-#[test]
-fn watch_that_waits_for_commit_is_kept_alive() {
-    let database = Database::start();
-    let args = ["--txlog", &database.url(), "--txlog-timeout", "30s", "--watch-keep-alive", "50ms"];
-    let server = Server::start(&args);
-    assert_eq!(put(&server, "a", "1"), 201);
-    let lock = database.lock_writes("kvs.transactions");
-    thread::scope(|scope| {
-        let writing = scope.spawn(|| put(&server, "a", "2"));
-        database.becomes("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)", "t");
-        let mut events = Events::open(&server, "/v1?watch", &[]);
-        let mut next = || events.block().expect("it continues").expect("it does not end");
-        for _ in 0..3 {
-            assert_eq!(next(), "id: 1");
-        }
-        drop(lock);
-        database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'");
-        assert_eq!(writing.join().expect("it is answered"), 201);
-        while !next().starts_with("id: 2\nevent: put\n") {}
-    });
 }
 
 #[test]

@@ -276,19 +276,12 @@ impl Database {
 
     /// Locks the table exclusively until this is dropped.
     pub fn lock(&self, table: &str) -> Process {
-        self.lock_in(table, "ACCESS EXCLUSIVE", "AccessExclusiveLock")
-    }
-
-    /// Locks a table so that it can be read, but not written.
-    pub fn lock_writes(&self, table: &str) -> Process {
-        self.lock_in(table, "SHARE", "ShareLock")
-    }
-
-    fn lock_in(&self, table: &str, mode: &str, name: &str) -> Process {
         let mut psql = self.psql();
-        psql.args(["-c", &format!("BEGIN; LOCK TABLE {table} IN {mode} MODE; SELECT pg_sleep(600)")]);
+        psql.args(["-c", &format!("BEGIN; LOCK TABLE {table}; SELECT pg_sleep(600)")]);
         let process = Process::spawn(psql);
-        let held = format!("SELECT count(*) FROM pg_locks WHERE relation = '{table}'::regclass AND mode = '{name}'");
+        let held = format!(
+            "SELECT count(*) FROM pg_locks WHERE relation = '{table}'::regclass AND mode = 'AccessExclusiveLock'"
+        );
         self.becomes(&format!("{held} AND granted"), "1");
         process
     }
