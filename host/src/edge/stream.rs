@@ -146,6 +146,7 @@ impl Stream {
         let Self { changes, selection, after, past, mut holding } = self;
         // At once, so that the client sees that the watch is established, and has a position before the first event.
         text.send(begin(after)).await.ok()?;
+        let mut shown = after;
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeats.tick().await;
@@ -172,18 +173,18 @@ impl Stream {
                     // Sent from the log already.
                     Some(change) if change.sequence <= after => continue,
                     Some(change) => {
-                        after = change.sequence;
+                        (after, shown) = (change.sequence, change.sequence);
                         change.text.get_or_init(|| print(&change)).clone()
                     }
                     None => {
                         // If the client takes it, it resumes without a search of the log.
-                        let _ = text.try_send(begin(progress(&watcher, after)?));
+                        let _ = text.try_send(begin(progress(&watcher, after, shown)?));
                         return None;
                     }
                 },
-                _ = heartbeats.tick() => match progress(&watcher, after) {
+                _ = heartbeats.tick() => match progress(&watcher, after, shown) {
                     Some(position) => {
-                        after = position;
+                        (after, shown) = (position, position);
                         begin(position)
                     }
                     None => HEARTBEAT,
@@ -218,10 +219,10 @@ async fn with_heartbeats<T>(
     }
 }
 
-/// Returns a later position than the last that was sent: a client that resumes there need not search all that was written
-/// meanwhile, and is not refused when that was compacted.
-fn progress(watcher: &Subscription, last: u64) -> Option<u64> {
-    watcher.position().filter(|position| *position > last)
+/// Returns a later position than the last that was shown, where that is not before what was sent: a client that resumes there need
+/// not search all that was written meanwhile, and is not refused when that was compacted.
+fn progress(watcher: &Subscription, sent: u64, shown: u64) -> Option<u64> {
+    watcher.position().filter(|position| *position >= sent && *position > shown)
 }
 
 fn begin(after: u64) -> Bytes {
