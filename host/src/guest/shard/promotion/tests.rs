@@ -321,8 +321,9 @@ fn spare_is_dropped_when_the_data_outgrows_the_memory() {
             _ => String::new(),
         };
         for number in 0..100 {
-            let put = incoming("PUT", &format!("/v1/{number}"), vec![b'x'; 1 << 20].into());
-            shards.call(put, Instant::now() + Duration::from_secs(600)).await.unwrap();
+            let put = incoming("PUT", &format!("/v1/{number}"), vec![b'x'; 1 << 19].into());
+            let answer = shards.call(put, Instant::now() + Duration::from_secs(600)).await.unwrap();
+            assert!(matches!(answer.response, Given::Fresh { record, .. } if record.status == 201));
             if lack().contains("twice that is more than the memory") {
                 assert!(number > 2, "there was memory");
                 return;

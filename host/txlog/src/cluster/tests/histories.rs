@@ -286,24 +286,6 @@ fn lost_end_is_never_continued() {
     assert_eq!(world.cluster.state().frames.len(), left, "the log was continued");
 }
 
-/// The primary was killed, and the stream is full: a start says so, and ends.
-#[test]
-fn start_that_cannot_claim_ends() {
-    let mut executor = Executor::new(1);
-    let world = World::new(&executor, 1);
-    executor.run_until(Duration::from_secs(25));
-    world.kill(0, Duration::from_secs(1_000));
-    world.cluster.state().is_full = true;
-    let opened = Rc::new(RefCell::new(None));
-    let (begun, ended) = (world.clone(), Rc::clone(&opened));
-    world.locals.start(1_000, async move {
-        let log = begun.log(0, 1_000, false);
-        *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
-    });
-    executor.run_until(Duration::from_secs(100));
-    assert_eq!(*opened.borrow(), Some(Err("the stream is full".to_owned())));
-}
-
 /// The engine is away for longer than the lease, for all alike: a server that starts must not take the log from a primary that lives.
 #[test]
 fn start_over_an_outage_does_not_preempt_live_primary() {
