@@ -24,6 +24,7 @@ use super::compiled;
 use super::compiler::Compiler;
 use super::custom::CustomMetrics;
 use super::epoch;
+use super::huge_pages;
 use super::imports::{self, Common, State};
 use super::instance::Instance;
 use super::limits::Limits;
@@ -78,13 +79,15 @@ impl Engine {
         sandbox::add_to_linker(&mut linker, State::sandbox)?;
 
         epoch::tick(engine.weak(), env)?;
+        let total_memory = Arc::default();
+        huge_pages::join(Arc::downgrade(&total_memory), env)?;
         let clock = Arc::new(clock);
         let common = Common {
             config: config.into(),
             limits,
             cache: ResponseCache::new(response_cache_bytes, Arc::clone(&clock), &clock.env().random)?,
             clock,
-            total_memory: Arc::default(),
+            total_memory,
             metrics: Arc::new(CustomMetrics::new(limits.metrics, Arc::default())),
         };
         Ok(Self { linker, common, compiler: Compiler::new(cache), guests: AtomicU64::default() })

@@ -25,6 +25,7 @@ mod engine;
 mod epoch;
 mod fixed;
 mod housekeeping;
+mod huge_pages;
 mod imports;
 mod inspect;
 mod instance;
