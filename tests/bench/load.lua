@@ -96,6 +96,8 @@ function done(summary, latency)
   local errors = summary.errors
   print(string.format("result %d %d %d", summary.requests, summary.duration,
     errors.connect + errors.read + errors.write + errors.timeout + errors.status))
+  print(string.format("failures: connect %d, read %d, write %d, timeout %d, status %d",
+    errors.connect, errors.read, errors.write, errors.timeout, errors.status))
   print(string.format("latency %d %d %d %d", latency:percentile(50), latency:percentile(99),
     latency:percentile(99.9), latency.max))
 end

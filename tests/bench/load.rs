@@ -70,13 +70,18 @@ impl Load<'_> {
         wrk.args([concat!(env!("CARGO_MANIFEST_DIR"), "/bench/load.lua"), &server.url()]);
         wrk.args(["--", self.kind, &self.keys.to_string(), &self.bytes.to_string()]);
         let report = output(wrk)?;
-        // The script ends with two lines: requests, microseconds, failures; and latencies.
+        // The script ends with three lines: requests, microseconds, failures; their kinds; and latencies.
         let numbers = |name: &str| {
             let line = report.lines().find_map(|line| line.strip_prefix(name)).with_context(|| report.clone())?;
             Ok::<_, anyhow::Error>(line.split(' ').map(str::parse).collect::<Result<Vec<f64>, _>>()?)
         };
         let [requests, microseconds, failures] = numbers("result ")?[..] else { bail!("wrk said {report:?}") };
-        ensure!(failures == 0.0 && requests > 0.0, "{}: {failures} of {requests} requests failed", server.name);
+        let kinds = report.lines().find(|line| line.starts_with("failures: ")).unwrap_or_default();
+        ensure!(
+            failures == 0.0 && requests > 0.0,
+            "{}: of {requests} requests {failures} failed: {kinds}",
+            server.name
+        );
         Ok(Wrk { requests, seconds: microseconds / 1e6, latency: numbers("latency ")? })
     }
 
