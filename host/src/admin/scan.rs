@@ -1,7 +1,7 @@
 //! Responses that are made from a pass over the log, while the server works.
 //!
-//! A thread reads the log, at a sixteenth of its time, so that requests are delayed by little. What it reads and the client has not
-//! taken is bounded.
+//! A thread reads the log, at a sixteenth of its time and after those that have requests, so that these are delayed by little. What
+//! it reads and the client has not taken is bounded.
 
 use std::future::pending;
 use std::io::{self, ErrorKind, Write};
@@ -19,6 +19,7 @@ use hyper::{Response, StatusCode};
 use kvs_runtime::Env;
 use kvs_txlog::Forgotten;
 use kvs_txlog::backup::SinceError;
+use rustix::process::setpriority_process;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::error::TrySendError;
@@ -28,11 +29,13 @@ use tracing::warn;
 use super::{AdminBody, text};
 use crate::edge::{Rejection, Reply, left};
 
-/// Size of a piece of a response, and number of pieces that the client has not taken.
-const PIECE_BYTES: usize = 1 << 20;
-const PIECES: usize = 2;
+/// Size of a piece of a response, and number of pieces that the client has not taken. A piece is made without a pause.
+const PIECE_BYTES: usize = 128 << 10;
+const PIECES: usize = 16;
 /// Idle time per time of work: a scan takes a sixteenth of one core, at most.
 const IDLE_RATIO: u32 = 15;
+/// Where all cores are busy, a thread with this one gets a tenth of what the others get.
+const NICE: i32 = 10;
 /// Longest single pause.
 const MAX_IDLE: Duration = Duration::from_secs(1);
 /// Interval at which a thread looks whether the client took a piece.
@@ -73,6 +76,8 @@ impl Scans {
         let begun = env.clock.now();
         let mut out = Out { pieces, buffer: Vec::new(), sent: 0, timeout: *timeout, env: env.clone(), begun };
         let started = env.tasks.detach_thread(name, move || {
+            // Of this thread alone. Where that is refused, the pauses are enough.
+            let _ = setpriority_process(None, NICE);
             let done = work(&mut out).and_then(|()| Ok(out.flush().and_then(|()| out.send(Piece::End))?));
             // Before the end is sent, so that a client that has received it can start the next scan.
             drop(permit);
