@@ -1,6 +1,10 @@
 //! The service manager: reports of the state of this process, and listeners that systemd has opened for it.
 
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+use std::{env, io};
 
 use anyhow::{Context, Result, ensure};
 use listenfd::ListenFd;
@@ -10,6 +14,11 @@ use tracing::warn;
 
 use crate::edge::listener::{FileOwner, Listener};
 use crate::settings::listen::Address;
+
+/// Socket of the service manager.
+const SOCKET: &str = "NOTIFY_SOCKET";
+/// Timeout of a report: the queue of the socket is full while the service manager reads nothing.
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Listeners of socket activation, in the order of the socket unit: those of `--listen`, and that of `--admin`.
 #[derive(Default)]
@@ -73,9 +82,22 @@ pub fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
-/// Does nothing where there is no NOTIFY_SOCKET.
+/// Does nothing where there is no service manager.
 fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
+    if let Err(error) = send(state) {
         warn!("cannot report to the service manager: {error}");
     }
+}
+
+/// As `sd_notify::notify`, which waits without a limit.
+fn send(state: &[NotifyState<'_>]) -> io::Result<()> {
+    let Some(path) = env::var_os(SOCKET) else { return Ok(()) };
+    let socket = UnixDatagram::unbound()?;
+    match path.as_encoded_bytes() {
+        [b'@', name @ ..] => socket.connect_addr(&SocketAddr::from_abstract_name(name)?)?,
+        _ => socket.connect(&path)?,
+    }
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    let lines: String = state.iter().map(|line| format!("{line}\n")).collect();
+    socket.send(lines.as_bytes()).map(drop)
 }

@@ -1,5 +1,6 @@
 //! Stops of a server: graceful, immediate, and during the start.
 
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -43,6 +44,24 @@ fn sigterm_finishes_requests_in_flight_and_exits_0() {
 #[test]
 fn sigint_finishes_requests_in_flight_and_exits_0() {
     a_request_in_flight_is_finished_after(Signal::INT);
+}
+
+/// A service manager that reads nothing, and whose socket holds no more.
+#[test]
+fn full_queue_of_service_manager_delays_neither_start_nor_stop() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let path = directory.path().join("notify");
+    let _manager = UnixDatagram::bind(&path).expect("it can be bound");
+    let other = UnixDatagram::unbound().expect("there is a socket");
+    other.connect(&path).expect("it is bound");
+    other.set_nonblocking(true).expect("a socket can be");
+    while other.send(b"STATUS=busy\n").is_ok() {}
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let mut command = serve(data.path());
+    command.env("NOTIFY_SOCKET", &path);
+    let server = Server::spawn(command, data);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"1").status, 201);
+    server.terminate();
 }
 
 #[test]
