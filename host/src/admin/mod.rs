@@ -8,6 +8,7 @@
 //! Must never know: the data, or what a request to the store means.
 
 mod backup;
+mod connections;
 #[cfg(feature = "console")]
 mod console;
 #[cfg(not(feature = "console"))]
@@ -26,33 +27,23 @@ mod stats;
 
 use std::convert::Infallible;
 use std::fmt;
-use std::future::pending;
 use std::io;
 use std::net::{SocketAddr, TcpListener as Bound};
 use std::os::fd::{AsFd, OwnedFd};
-use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Builder;
-use tokio::sync::{Semaphore, SetOnce, watch};
-use tokio::time::{sleep, timeout};
-use tokio_io_timeout::TimeoutStream;
-use tokio_rustls::TlsAcceptor;
-use tracing::debug;
+use tokio::sync::{SetOnce, watch};
 
 use self::backup::Backups;
 pub use self::backup::ENTRIES_HEADER;
@@ -74,12 +65,6 @@ use crate::edge::{Caller, Forwarder, REQUEST_ID, Reply, RequestIds, check_framin
 use crate::guest::Swapper;
 use kvs_metrics::{Measured, Metrics, Page};
 
-/// Connections at once: probes, a scraper and a person. More wait to be accepted.
-const CONNECTIONS: usize = 64;
-/// Longest wait for a TLS handshake, and for the head of a request, also between requests.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Least timeout for a client to read: it must not keep its place from a probe.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a request with another path is answered.
 const UNKNOWN: &str = if cfg!(feature = "console") {
     "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only, /v1 and \
@@ -87,8 +72,6 @@ const UNKNOWN: &str = if cfg!(feature = "console") {
 } else {
     "unknown path; there are /livez, /readyz, /primary, /replica, /metrics, /guest, /backup, /history, /stats, /read-only and /v1\n"
 };
-/// How long to leave the listener alone when the system has no more sockets to give.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The response to a request.
 type Answer = Response<Reply>;
@@ -189,66 +172,6 @@ impl Admin {
         };
         tasks.restart_thread("admin", &clock, serve).context("no thread for the admin listener")?;
         Ok(())
-    }
-
-    async fn serve(self: &Arc<Self>, listener: TcpListener) -> Result<Infallible> {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS));
-        loop {
-            let place = Arc::clone(&connections).acquire_owned().await;
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = self.is_handed_over() => return pending().await,
-            };
-            let accepted =
-                accepted.and_then(|(stream, address)| Ok((stream.as_fd().try_clone_to_owned()?, stream, address)));
-            let (socket, stream, address) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    debug!("no admin connection could be accepted: {error}");
-                    sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let admin = Arc::clone(self);
-            self.env.tasks.detach("admin connection", async move {
-                let connection = Connection { socket, address, caller: SetOnce::new() };
-                if let Err(error) = admin.connected(stream, &connection).await {
-                    debug!("admin connection ended: {error:#}");
-                }
-                drop(place);
-            });
-        }
-    }
-
-    async fn connected(&self, stream: TcpStream, connection: &Connection) -> Result<()> {
-        let mut stream = TimeoutStream::new(stream);
-        // A backup has a timeout of its own, which it reports.
-        let backup = self.log.get().map_or(Duration::ZERO, |(backups, ..)| backups.timeout());
-        stream.set_write_timeout(Some(WRITE_TIMEOUT.max(2 * backup)));
-        let stream = Box::pin(stream);
-        let Some(tls) = &self.tls else { return self.http(stream, connection).await };
-        let shaking = TlsAcceptor::from(Arc::clone(&tls.get().admin)).accept(stream);
-        let stream = timeout(HEADER_TIMEOUT, shaking).await.context("no TLS handshake in time")??;
-        self.http(stream, connection).await
-    }
-
-    async fn http(&self, stream: impl AsyncRead + AsyncWrite + Unpin, connection: &Connection) -> Result<()> {
-        let service = service_fn(|request| async move { Ok::<_, Infallible>(self.respond(request, connection).await) });
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-        let mut served = pin!(http.serve_connection(TokioIo::new(stream), service));
-        let mut cut = pin!(async { connection.caller.wait().await.cut().await });
-        let mut ends = false;
-        loop {
-            tokio::select! {
-                ended = served.as_mut() => return Ok(ended?),
-                () = cut.as_mut() => bail!("it holds too much memory"),
-                () = self.is_handed_over(), if !ends => {
-                    ends = true;
-                    served.as_mut().graceful_shutdown();
-                }
-            }
-        }
     }
 
     async fn respond(&self, request: Request<Incoming>, connection: &Connection) -> Response<AdminBody> {

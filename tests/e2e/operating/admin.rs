@@ -1,6 +1,6 @@
 //! The admin listener: liveness and readiness, also while nothing else responds.
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -282,4 +282,29 @@ fn clients_that_do_not_read_leave_their_places_to_probes() {
         .collect();
     assert_eq!(get(server.admin(), "/livez").status, 200);
     drop(idle);
+}
+
+#[test]
+fn idle_connections_leave_their_places_to_probes() {
+    let kinds = [
+        ("that send nothing", ""),
+        ("that send half a head", "GET /livez HTTP/1.1\r\nhost"),
+        ("that have sent a request", "GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"),
+    ];
+    for (kind, sent) in kinds {
+        let server = Server::start(&[]);
+        let mut idle: Vec<_> = (0..200)
+            .map(|_| {
+                let mut client = TcpStream::connect(server.admin()).expect("the listener accepts");
+                client.write_all(sent.as_bytes()).expect("the socket takes it");
+                client
+            })
+            .collect();
+        assert_eq!(get(server.admin(), "/livez").status, 200, "beside connections {kind}");
+        // It did not take until their timeout.
+        let last = idle.last_mut().expect("there are some");
+        last.set_nonblocking(true).expect("a socket can be");
+        let read = last.read_to_end(&mut Vec::new()).expect_err("it is open").kind();
+        assert_eq!(read, ErrorKind::WouldBlock, "connections {kind}");
+    }
 }
