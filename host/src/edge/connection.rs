@@ -146,12 +146,16 @@ impl Edge {
         };
         // Shared by the requests of this connection alone: a count of references to the edge would go back and forth between
         // threads.
-        let shared = Arc::new((Arc::clone(self), peer));
+        let slice = TimeSlice::default();
+        let shared = Arc::new((Arc::clone(self), peer, slice.clone()));
         let service = service_fn(move |request| {
             // In flight from here on, before its first turn: `HalfClose` asks between.
             let (shared, guard) = (Arc::clone(&shared), Arc::clone(&asked).begin());
             async move {
-                let (edge, peer) = &*shared;
+                let (edge, peer, slice) = &*shared;
+                if !http2 {
+                    slice.turn().await;
+                }
                 let mut response = edge.service.respond(request, peer).await;
                 if !http2 && *edge.stage.borrow() != Stage::Serving {
                     let close = const { HeaderValue::from_static("close") };
@@ -163,11 +167,10 @@ impl Edge {
         });
         let limits = &self.limits;
         if http2 {
-            let turn = TimeSlice::default();
-            let streams = RequestExecutor::new(&turn);
+            let streams = RequestExecutor::new(&slice);
             // A long poll that waits is called once more at the end of what the client sends.
             let stream = HalfClose::new(stream, &activity, 2 * limits.request_timeout);
-            let stream = TokioIo::new(FrameInspector::new(stream, &self.service.metrics, turn, limits.control_frames));
+            let stream = TokioIo::new(FrameInspector::new(stream, &self.service.metrics, slice, limits.control_frames));
             let mut http = http2::Builder::new(streams.clone());
             http.timer(TokioTimer::new())
                 .max_concurrent_streams(limits.streams)
@@ -188,7 +191,7 @@ impl Edge {
             http.half_close(true);
             drive(
                 http.serve_connection(TokioIo::new(stream), service),
-                pending(),
+                slice.renew(),
                 cut,
                 timeouts,
                 (stage, Stage::Stopping),

@@ -1,12 +1,13 @@
-//! Executor for the requests of one HTTP/2 connection, which run in its task and share its time slices.
+//! Time slices of a connection, and the executor for the requests of one with HTTP/2, which run in its task and share them.
 //!
 //! With a task for each request, the concurrent requests of one client would spread over all threads, and delay all other
-//! clients. So a connection is one task, which yields at the end of its time slice.
+//! clients. So a connection is one task, which yields at the end of its time slice. The requests of HTTP/1.1 run in it anyway,
+//! many in a row where they are pipelined.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::mem;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use hyper::rt::Executor;
+use tokio::task::yield_now;
 use tokio::time::Instant;
 
 /// Length of a time slice: enough for some small requests, whose responses are sent together.
@@ -27,13 +29,28 @@ pub struct TimeSlice {
 
 impl TimeSlice {
     /// Returns whether the slice is over. If so, the task is woken for the next one.
-    pub fn is_over(&self, context: &Context<'_>) -> bool {
+    pub fn is_over(&self, context: &mut Context<'_>) -> bool {
         let now = Instant::now();
         let over = now >= *lock(&self.over).get_or_insert(now + SLICE_TIME);
         if over {
-            context.waker().wake_by_ref();
+            // Not at once: tokio looks at the sockets after 61 turns of tasks that are always ready. After this it has.
+            let _ = pin!(yield_now()).poll(context);
         }
         over
+    }
+
+    /// Returns in a slice.
+    pub async fn turn(&self) {
+        poll_fn(|context| if self.is_over(context) { Poll::Pending } else { Poll::Ready(()) }).await;
+    }
+
+    /// Ends the slice in each turn of the task. To be polled after what takes time of it.
+    pub async fn renew(self) -> Infallible {
+        poll_fn(|_| {
+            self.end();
+            Poll::Pending
+        })
+        .await
     }
 
     fn end(&self) {
@@ -89,7 +106,47 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::sync::Notify;
+
     use super::*;
+
+    /// Beside a task that has work without an end, one that waits for a socket is run as soon as there is something to read.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn sockets_are_polled_between_two_slices() {
+        let (mut ours, mut theirs) = UnixStream::pair().expect("there is one");
+        let slices = Arc::new(AtomicUsize::new(0));
+        let (begun, counted) = (Arc::new(Notify::new()), Arc::clone(&slices));
+        let begins = Arc::clone(&begun);
+        let read = tokio::spawn(async move {
+            begins.notify_one();
+            theirs.read_u8().await.expect("it is open");
+            counted.load(Ordering::Relaxed)
+        });
+        begun.notified().await;
+        let (slice, counts) = (TimeSlice::default(), Arc::clone(&slices));
+        let busy = tokio::spawn(async move {
+            let work = async {
+                ours.write_u8(1).await.expect("it is open");
+                loop {
+                    std::thread::sleep(2 * SLICE_TIME);
+                    counts.fetch_add(1, Ordering::Relaxed);
+                    slice.turn().await;
+                }
+            };
+            tokio::select! {
+                biased;
+                () = work => {}
+                never = slice.clone().renew() => match never {},
+            }
+        });
+        let before = read.await.expect("it does not panic");
+        busy.abort();
+        assert!(before < 10, "{before} slices before the other task ran");
+    }
 
     #[test]
     fn dropped_executor_drops_new_requests() {
