@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
+use super::compiled;
+
 /// The file of the built-in guest, `guest/default`, which the build of the host makes. For tests, on the same machine.
 pub const BUILT_IN_FILE: &str = env!("DEFAULT_GUEST");
 
@@ -73,6 +75,25 @@ impl Source {
         }
         warn!("the primary serves {serving}, which is not known here; name the same GUEST.wasm as there");
         Ok(None)
+    }
+
+    /// The guest of the process that this one is to replace, if `data` has a record of it. A compiled one may have been compiled
+    /// again, for this process.
+    pub fn of_former(asked_for: Option<&Path>, data: &Path) -> Result<Self> {
+        let chosen = Self::choose(asked_for, data);
+        if recorded(data)?.is_none() {
+            return Ok(chosen);
+        }
+        if let Some(found) = Self::of_primary(asked_for, data)? {
+            return Ok(found);
+        }
+        ensure!(
+            chosen.read().is_ok_and(|file| file.starts_with(compiled::MARK)),
+            "the server that is to be upgraded serves a guest that is not on disk any more: neither as the file that was named at \
+             its start nor in {}; swap to the one that is to serve, or restart the server",
+            data.display()
+        );
+        Ok(chosen)
     }
 
     /// The component.

@@ -149,7 +149,8 @@ fn make_data_dir(args: &Serve) -> Result<()> {
     std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make the directory {data}"))
 }
 
-/// Loads the guest that is to serve: on a standby that shares the data directory of its primary, the same as there.
+/// Loads the guest that is to serve: on a standby that shares the data directory of its primary, and in a process that replaces
+/// another one, the same as there.
 pub fn load(args: &Serve, log: &dyn TransactionLog, inherits: bool, env: &Env) -> Result<(Engine, Guest)> {
     let engine = Engine::new(
         args.guest.limits(args.max_value_bytes, args.shards)?,
@@ -161,8 +162,9 @@ pub fn load(args: &Serve, log: &dyn TransactionLog, inherits: bool, env: &Env) -
     let (named, data) = (args.guest.file.as_deref(), &*args.data_dir);
     // A log that is only looked at is not changed, nor is what is beside it.
     let is_primary = log.read_only().is_none() && !args.read_only;
-    // A process that replaces another one serves what it was started with.
-    let of_primary = if shares_data(args) && !is_primary && !inherits {
+    let of_primary = if inherits {
+        Some(Source::of_former(named, data)?)
+    } else if shares_data(args) && !is_primary {
         Source::of_primary(named, data).context("cannot find the guest of the primary")?
     } else {
         None
