@@ -26,7 +26,7 @@ pub trait Guest: Sized {
     fn handle(state: &mut Logged<'_, Self::State>, request: Request) -> answer::Result;
 
     /// The policy for what is about to be appended: a request that appends an event it refuses gets that response, and
-    /// nothing of the group is appended.
+    /// nothing of the group is appended. The response waits for everything that the state has, whatever its read sequence.
     fn check(_event: &Event) -> Result<(), Response> {
         Ok(())
     }
@@ -135,4 +135,57 @@ macro_rules! export {
             )?
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::answer::{json, line};
+    use crate::state::{Entry, Statistics};
+    use crate::testing::{Served, request};
+    use crate::{Event, Put};
+
+    /// Counts its requests, up to a limit that is a policy.
+    struct Counter;
+
+    #[derive(Default)]
+    struct Count(u8);
+
+    impl State for Count {
+        fn apply(&mut self, entry: Entry<'_>) {
+            self.0 = entry.put.map_or(0, |put| put.bytes[0]);
+        }
+
+        fn statistics(&self) -> Statistics {
+            Statistics { keys: 1, bytes: 1 }
+        }
+    }
+
+    impl Guest for Counter {
+        type State = Count;
+
+        const NAME: &'static str = "counter";
+
+        fn handle(count: &mut Logged<'_, Count>, _request: Request) -> answer::Result {
+            let (key, value) = ("count".to_owned(), vec![count.0 + 1]);
+            count.append(&[Event::Put(Put { key, value, metadata: Vec::new(), expires_at_ms: None })])?;
+            Ok(json(&count.0))
+        }
+
+        fn check(event: &Event) -> Result<(), Response> {
+            match event {
+                Event::Put(Put { value, .. }) if value[0] > 1 => Err(line(422, "the count is at its limit")),
+                _ => Ok(()),
+            }
+        }
+    }
+
+    #[test]
+    fn refusal_of_the_policy_depends_on_the_state() {
+        let mut guest = Served::<Counter>::default();
+        assert_eq!(guest.ask("POST", "/", ""), (200, "1".to_owned()));
+        let refused = guest.handle(request("POST", "/", ""));
+        assert_eq!((refused.status, refused.read_sequence), (422, None));
+        assert_eq!(guest.log.entries.len(), 1);
+    }
 }

@@ -77,9 +77,13 @@ impl<'h, G: Guest, H: Host> Checked<'h, G, H> {
         Self { host, refusal: None, guest: PhantomData }
     }
 
-    /// The response to a request: that of the policy, when it refused something.
+    /// The response to a request: that of the policy, when it refused something. The event can come from the state, such as a
+    /// sum, and with it the refusal, which then depends on everything there is.
     pub(crate) fn response(self, response: answer::Result) -> Response {
-        self.refusal.unwrap_or_else(|| response.unwrap_or_else(|early| early))
+        match self.refusal {
+            Some(refusal) => Response { read_sequence: None, ..refusal },
+            None => response.unwrap_or_else(|early| early),
+        }
     }
 }
 

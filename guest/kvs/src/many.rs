@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::answer::{json, line};
+use crate::answer::{json, line, problem};
 use crate::grant;
 use crate::key;
 use crate::kvs::store::http::{Request, Response};
@@ -36,8 +36,8 @@ pub fn is_wanted(query: &str) -> bool {
 
 /// GET with keys in the query, and QUERY with a list of keys in the body.
 pub fn get(store: &Store, query: &str, request: &Request) -> Response {
-    match granted_keys(query, request).and_then(|keys| values(store, keys, request.time_ms)) {
-        Ok(values) => json(&values),
+    match granted_keys(query, request) {
+        Ok(keys) => values(store, keys, request.time_ms).map_or_else(|large| large, |values| json(&values)),
         Err((status, reason)) => line(status, &reason),
     }
 }
@@ -51,10 +51,7 @@ pub fn merge(responses: &[Response]) -> Response {
     });
     let keys = merged.unwrap_or_default();
     let bytes = keys.iter().filter_map(|entry| entry.size).sum();
-    match within(bytes) {
-        Ok(()) => json(&Values { keys }),
-        Err((status, reason)) => line(status, &reason),
-    }
+    within(bytes).map_or_else(|large| large, |()| json(&Values { keys }))
 }
 
 /// The keys of a request, all of which the client may see.
@@ -91,7 +88,7 @@ fn keys_in(body: &[u8]) -> Result<Vec<String>, Rejected> {
     Ok(keys)
 }
 
-fn values(store: &Store, keys: Vec<String>, now: u64) -> Result<Values, Rejected> {
+fn values(store: &Store, keys: Vec<String>, now: u64) -> Result<Values, Response> {
     let mut bytes = 0;
     let find = |key: String| match store.get(&key, now) {
         Ok(item) => {
@@ -103,9 +100,11 @@ fn values(store: &Store, keys: Vec<String>, now: u64) -> Result<Values, Rejected
     Ok(Values { keys: keys.into_iter().map(find).collect::<Result<_, _>>()? })
 }
 
-fn within(bytes: usize) -> Result<(), Rejected> {
+/// The error shows how large values are, and so depends on everything there is.
+fn within(bytes: usize) -> Result<(), Response> {
     if bytes > MAX_VALUE_BYTES {
-        return Err((413, format!("the values are together more than {MAX_VALUE_BYTES} bytes; ask for fewer keys")));
+        let reason = format!("the values are together more than {MAX_VALUE_BYTES} bytes; ask for fewer keys");
+        return Err(problem(413, "too_large", &reason));
     }
     Ok(())
 }
@@ -190,7 +189,8 @@ mod tests {
         };
         let most = handle(&mut store("a", MAX_VALUE_BYTES), ask("key=a"), unasked);
         assert_eq!(most.status, 200);
-        assert_eq!(handle(&mut store("a", MAX_VALUE_BYTES), ask("key=a&key=a"), unasked).status, 413);
+        let large = handle(&mut store("a", MAX_VALUE_BYTES), ask("key=a&key=a"), unasked);
+        assert_eq!((large.status, large.read_sequence), (413, None), "it shows sizes");
         let asked = ask("key=a&key=b");
         for (size, status) in [(0, 200), (1, 413)] {
             let mut stores = [store("a", MAX_VALUE_BYTES), store("b", size)];

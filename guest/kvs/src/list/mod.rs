@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use self::asked::asked;
 pub use self::asked::{Asked, between, position};
-use crate::answer::{header, json, line, with};
+use crate::answer::{header, json, line, problem, with};
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
@@ -82,7 +82,7 @@ pub fn get(store: &Store, query: &str, request: &Request) -> Response {
     if asked.count {
         return match count(&store, &asked, now) {
             Some(count) => json_at(&asked, &Count { count }),
-            None => line(503, "many keys have expired and are not deleted yet; try again"),
+            None => problem(503, "unavailable", "many keys have expired and are not deleted yet; try again"),
         };
     }
     json_at(&asked, &page(&store, &asked, now))

@@ -330,3 +330,14 @@ fn count_passes_over_expired_keys_and_keys_of_guests() {
         assert_eq!((refused.status, &*String::from_utf8_lossy(&refused.body)), (400, reason), "{query}");
     }
 }
+
+#[test]
+fn count_with_too_many_expired_keys_depends_on_the_state() {
+    let expired = |n: u64| (n, put(&n.to_string(), b"", Some(NOW)));
+    let mut store = Store::default();
+    (1..=100_001).map(expired).for_each(|(sequence, event)| {
+        store.replace(sequence, &event);
+    });
+    let refused = get(&store, "count=true", NOW);
+    assert_eq!((refused.status, refused.read_sequence), (503, None));
+}
