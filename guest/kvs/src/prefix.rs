@@ -44,13 +44,21 @@ pub fn delete(store: &mut Logged<'_, Store>, query: &str, request: &Request) -> 
     json(&Deleted { deleted: events.len(), complete: cursor.is_none(), cursor })
 }
 
-/// The response of those of all instances.
-pub fn merge(responses: &[Response]) -> Response {
-    let Some(all) = parsed::<Deleted>(responses) else { return disagreement() };
-    // What lies after it and is deleted is not found once more.
-    let cursor = all.iter().filter_map(|page| page.cursor.as_ref()).min_by_key(|cursor| position(cursor, false));
+/// The response of those of all instances. Where some deleted and others could not, the next page begins where this one did:
+/// an error would hide that something was deleted.
+pub fn merge(query: &str, mut responses: Vec<Response>) -> Response {
+    let error = responses.iter().position(|response| response.status != 200).map(|at| responses.swap_remove(at));
+    responses.retain(|response| response.status == 200);
+    let Some(all) = parsed::<Deleted>(&responses) else { return disagreement() };
     let deleted = all.iter().map(|page| page.deleted).sum();
-    json(&Deleted { deleted, complete: cursor.is_none(), cursor: cursor.cloned() })
+    // What lies after it and is deleted is not found once more.
+    let ends = all.into_iter().filter_map(|page| page.cursor);
+    let cursor = match (error, asked(query)) {
+        (None, _) => ends.min_by_key(|cursor| position(cursor, false)),
+        (Some(_), Ok(asked)) if deleted > 0 => Some(asked.cursor(&asked.least)),
+        (Some(error), _) => return error,
+    };
+    json(&Deleted { deleted, complete: cursor.is_none(), cursor })
 }
 
 fn asked(query: &str) -> Result<Asked<'_>, BadQuery> {
@@ -121,6 +129,31 @@ mod tests {
         let responses = stores.iter_mut().map(|store| handle(store, asked.clone(), |_: &[Event]| Ok(9))).collect();
         let merged = read(&merge_any(&asked, responses));
         assert_eq!((merged.deleted, merged.complete), (1, true));
+    }
+
+    #[test]
+    fn page_that_some_instances_deleted_is_no_error() {
+        let mut stores = [store_of(&["a1", "a4"]), store_of(&["a2", "a3"])];
+        let mut cursor = None;
+        for (deleted, is_full) in [(2, true), (0, true), (2, false)] {
+            let asked = ask(&format!("prefix=a{}", cursor.iter().map(|c| format!("&cursor={c}")).collect::<String>()));
+            let append = |number, is_full| {
+                move |_: &[Event]| {
+                    if number == 0 && is_full { Err(AppendError::InsufficientStorage) } else { Ok(9) }
+                }
+            };
+            let stores = stores.iter_mut().enumerate();
+            let responses = stores.map(|(number, store)| handle(store, asked.clone(), append(number, is_full)));
+            let response = merge_any(&asked, responses.collect());
+            if deleted == 0 {
+                assert_eq!(response.status, 507, "nothing was deleted");
+                continue;
+            }
+            let page = read(&response);
+            assert_eq!((page.deleted, page.complete), (deleted, !is_full));
+            cursor = page.cursor;
+        }
+        assert!(stores.iter().all(|store| store.keys() == 0));
     }
 
     #[test]

@@ -129,12 +129,14 @@ pub fn merge(request: &Request, mut responses: Vec<Response>) -> Response {
     if responses.is_empty() {
         return cross_shard();
     }
+    let (_, query) = split(&request.target);
+    if request.method == "DELETE" {
+        return prefix::merge(query, responses);
+    }
     if let Some(refused) = responses.iter().position(|response| response.status != 200) {
         return responses.swap_remove(refused);
     }
-    let (_, query) = split(&request.target);
     match request.method.as_str() {
-        "DELETE" => prefix::merge(&responses),
         "QUERY" => many::merge(&responses),
         _ if many::is_wanted(query) => many::merge(&responses),
         _ => list::merge(query, &responses),

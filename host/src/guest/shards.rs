@@ -21,7 +21,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use arc_swap::ArcSwap;
 use bytesize::ByteSize;
 use futures_util::future::{join_all, select_all};
-use tokio::sync::{OwnedMutexGuard, oneshot};
+use tokio::sync::{OwnedMutexGuard, RwLock, oneshot};
 use tokio::task;
 use tracing::error;
 
@@ -54,6 +54,8 @@ pub struct Shards {
     routers: ArcSwap<Routers>,
     /// Whose turn it is to answer what any shard can.
     next: AtomicUsize,
+    /// Held by each request to all shards that is not safe, and against them while the turns of all are taken.
+    broadcasts: RwLock<()>,
 }
 
 /// How the guest is run.
@@ -106,7 +108,8 @@ impl Shards {
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
-        Ok((Arc::new(Self { shards, owners, shared, routers, next: AtomicUsize::new(0) }), replayed))
+        let (next, broadcasts) = Default::default();
+        Ok((Arc::new(Self { shards, owners, shared, routers, next, broadcasts }), replayed))
     }
 
     /// The guest that serves now.
@@ -295,6 +298,11 @@ impl Shards {
                  correct that first"
             )
         };
+        let _no_broadcast = tokio::select! {
+            biased;
+            alone = self.broadcasts.write() => alone,
+            () = late.as_mut() => return Err(too_late()),
+        };
         for shard in &self.shards {
             turns.push(tokio::select! {
                 biased;
@@ -343,6 +351,11 @@ impl Shards {
         let (out, back) = (self.serving().description, &before.serving.description);
         error!("{} is rolled back on probation, {} serves again", out.name, back.name);
         let (mut turns, paused) = (Vec::with_capacity(self.shards.len()), self.env().clock.now());
+        // Not after a trap: requests to all shards wait for the turn of the one that trapped.
+        let _no_broadcast = match trapped {
+            Some(_) => None,
+            None => Some(self.broadcasts.write().await),
+        };
         for shard in &self.shards {
             turns.push(match trapped.take_if(|turn| turn.is_at(shard)) {
                 Some(turn) => turn,

@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use clap::Parser;
 use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
 use hyper::Request;
 use hyper::header::HeaderValue;
 use kvs_runtime::{BoxedTask, BoxedWork, Spawn, Tasks};
@@ -21,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::check::too_large_with_spares;
 use super::*;
 use crate::contract::Scope;
-use crate::guest::{Client, Incoming};
+use crate::guest::{CallError, Client, Engine, Incoming, Shards, Source};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -198,31 +199,68 @@ fn spares_beyond_the_memory_are_reported() {
     assert!(reported.contains("8 instances may take 32.0 GiB together, and the memory is 16.0 GiB"), "{reported}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn requests_that_queue_during_failed_pause_are_served() {
-    let data = TempDir::new().unwrap();
+/// Two shards, and the engine of their guest.
+async fn two_shards(data: &TempDir) -> (Engine, Arc<Shards>) {
     let args = ["kvs", "--shards", "2", "--data-dir", data.path().to_str().unwrap()];
     let (args, env) = (Program::parse_from(args).serve, Env::real());
     let log = Arc::new(FileLog::open(store::file_options(&args, None, env.clone())).unwrap());
     let (engine, guest) = store::load(&args, &*log, false, &env).unwrap();
-    let (_engine, shards, _) = store::build(&args, engine, guest, log, &env).await.unwrap();
-    let [first, second] = shards.each() else { panic!("two shards") };
+    let (engine, shards, _) = store::build(&args, engine, guest, log, &env).await.unwrap();
+    (engine, shards)
+}
 
-    let busy = second.visit().await.unwrap();
-    let mut pausing = Box::pin(shards.pause());
-    assert!(pausing.as_mut().now_or_never().is_none());
-    let incoming = Incoming {
-        request: Request::builder().uri("/v1/a").body(Bytes::new()).unwrap(),
+fn incoming(method: &str, target: &str) -> Incoming {
+    Incoming {
+        request: Request::builder().method(method).uri(target).body(Bytes::new()).unwrap(),
         client: Arc::new(Client { address: None, tls_version: None, identity: None, turn: Arc::default() }),
         id: HeaderValue::from_static("1"),
         principal: None,
         scope: Scope::Admin,
         key_prefix: None,
         is_sampled: false,
-    };
-    let mut call = pin!(first.call(incoming, None, Instant::now() + PATIENCE));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_queue_during_failed_pause_are_served() {
+    let data = TempDir::new().unwrap();
+    let (_engine, shards) = two_shards(&data).await;
+    let [first, second] = shards.each() else { panic!("two shards") };
+
+    let busy = second.visit().await.unwrap();
+    let mut pausing = Box::pin(shards.pause());
+    assert!(pausing.as_mut().now_or_never().is_none());
+    let mut call = pin!(first.call(incoming("GET", "/v1/a"), None, Instant::now() + PATIENCE));
     assert!(call.as_mut().now_or_never().is_none(), "its turn is held");
     drop(pausing);
     call.await.expect("nobody else makes the next call");
     busy.serve_others();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn switch_and_handover_do_not_split_a_request_to_all_shards() {
+    let data = TempDir::new().unwrap();
+    let (engine, shards) = two_shards(&data).await;
+    let [_, second] = shards.each() else { panic!("two shards") };
+    let call = |method, target: &str| shards.call(incoming(method, target), Instant::now() + PATIENCE);
+
+    let other = Arc::new(engine.load(Source::BuiltIn).unwrap());
+    let replicas = shards.replicas(&other).unwrap();
+    let switch = async { drop(shards.switch(other, replicas).await.unwrap()) };
+    let hand_over = async { shards.pause().await.unwrap().hand_over() };
+    let replacements: [LocalBoxFuture<'_, ()>; 2] = [Box::pin(switch), Box::pin(hand_over)];
+    for mut replacement in replacements {
+        for key in 0..40 {
+            call("PUT", &format!("/v1/{key}")).await.unwrap();
+        }
+        let busy = second.visit().await.unwrap();
+        let mut deleting = Box::pin(call("DELETE", "/v1?prefix="));
+        assert!(deleting.as_mut().now_or_never().is_none(), "one shard is busy");
+        assert!(replacement.as_mut().now_or_never().is_none(), "it waits for the request");
+        busy.serve_others();
+        let (deleted, ()) = tokio::join!(deleting, replacement);
+        let deleted = deleted.expect("all shards are called").response.message().unwrap();
+        assert_eq!(deleted.body(), r#"{"deleted":40,"complete":true}"#);
+    }
+    assert!(matches!(call("DELETE", "/v1?prefix=").await, Err(CallError::HandedOver(_))));
 }

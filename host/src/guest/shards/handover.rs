@@ -29,6 +29,7 @@ impl Shards {
     /// Takes the turns of all shards. Requests wait until the result is dropped, or this future is.
     pub async fn pause(&self) -> Result<Paused> {
         let mut paused = Paused { turns: Vec::with_capacity(self.shards.len()), shared: Arc::clone(&self.shared) };
+        let _no_broadcast = self.broadcasts.write().await;
         for shard in &self.shards {
             paused.turns.push(shard.visit().await?);
         }

@@ -6,6 +6,7 @@
 use std::sync::atomic::Ordering;
 
 use futures_util::future::join_all;
+use tokio::time::timeout_at;
 use tracing::error;
 
 use super::super::instance::Instance;
@@ -36,6 +37,12 @@ impl Shards {
         match self.route(routers, &incoming)? {
             Route::One(shard) => self.shards[shard].call(incoming, routed_by, deadline).await,
             Route::All => {
+                // Were another guest or process to serve before all shards are called, it would have half of its effect.
+                let _broadcast = if incoming.request.method().is_safe() {
+                    None
+                } else {
+                    Some(timeout_at(deadline, self.broadcasts.read()).await.map_err(|_| CallError::Late)?)
+                };
                 let calls = self.shards.iter().map(|shard| shard.call(incoming.clone(), routed_by, deadline));
                 match of_all(join_all(calls).await)? {
                     Ok(answers) => self.merge(routers, &incoming, &answers),
@@ -55,7 +62,7 @@ impl Shards {
             |instance| instance.merge_responses(incoming, answers, time),
             |merged| Decision::merged(answers, merged, time),
         )?;
-        Ok(Called::Answered(merged))
+        outcome(merged)
     }
 
     fn route(&self, routers: &Routers, incoming: &Incoming) -> Result<Route, CallError> {
@@ -116,6 +123,12 @@ impl Shards {
     }
 }
 
+/// Returns what shards gave together. An error means to clients that nothing was changed, so it is not given when some appended.
+fn outcome(merged: Answer) -> Result<Called, CallError> {
+    let is_error = merged.response.fresh().is_some_and(|(_, response)| response.status >= 400);
+    if merged.appended && is_error { Err(CallError::Partial) } else { Ok(Called::Answered(merged)) }
+}
+
 /// Returns the answers of all shards, or the request when a shard was not called because its guest was replaced.
 fn of_all(called: Vec<Result<Called, CallError>>) -> Result<Result<Vec<Answer>, Incoming>, CallError> {
     let mut answers = Vec::with_capacity(called.len());
@@ -145,16 +158,29 @@ mod tests {
     use super::*;
     use crate::contract::Response;
 
-    fn answered(appended: bool) -> Result<Called, CallError> {
-        let record = Response { status: 200, headers: Vec::new(), body: Vec::new(), read_sequence: None };
-        Ok(Called::Answered(Answer {
+    fn answer(status: u16, appended: bool) -> Answer {
+        let record = Response { status, headers: Vec::new(), body: Vec::new(), read_sequence: None };
+        Answer {
             response: Given::Fresh { record, most: 0, end: 0 },
             read_sequence: 0,
             guest_time: Duration::ZERO,
             appended,
             sequel: None,
             reusable: None,
-        }))
+        }
+    }
+
+    fn answered(appended: bool) -> Result<Called, CallError> {
+        Ok(Called::Answered(answer(200, appended)))
+    }
+
+    #[test]
+    fn error_after_an_effect_has_an_unknown_outcome() {
+        assert!(matches!(outcome(answer(200, true)), Ok(Called::Answered(_))));
+        for status in [409, 413, 503, 507] {
+            assert!(matches!(outcome(answer(status, false)), Ok(Called::Answered(_))));
+            assert!(matches!(outcome(answer(status, true)), Err(CallError::Partial)));
+        }
     }
 
     #[test]
