@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::answer::{json, line};
 use crate::kvs::store::http::{Request, Response};
-use crate::kvs::store::transaction_log::Event;
+use crate::kvs::store::transaction_log::{AppendError, Event};
 use crate::list::{self, Asked, Page, disagreement, parsed, position};
 use crate::query::{self, BadQuery};
 use crate::store::Store;
@@ -35,12 +35,20 @@ pub fn delete(store: &mut Logged<'_, Store>, query: &str, request: &Request) -> 
         Err(reason) => return line(403, &reason),
     };
     let Page { keys, cursor, .. } = list::page(&store.in_order(), &asked, request.time_ms);
-    let events: Vec<_> = keys.into_iter().map(|entry| Event::Delete(entry.key)).collect();
-    if !events.is_empty()
-        && let Err(error) = store.append(&events)
-    {
-        return error.into();
+    let mut events: Vec<_> = keys.into_iter().map(|entry| Event::Delete(entry.key)).collect();
+    let all = events.len();
+    while !events.is_empty() {
+        match store.append(&events) {
+            Ok(_) => break,
+            // A page is one group, so it ends where the log accepts no more.
+            Err(AppendError::TooLarge(_)) if events.len() > 1 => events.truncate(events.len() / 2),
+            Err(error) => return error.into(),
+        }
     }
+    let cursor = match events.last() {
+        Some(Event::Delete(last)) if events.len() < all => Some(asked.cursor(&asked.past(last.as_bytes()))),
+        _ => cursor,
+    };
     json(&Deleted { deleted: events.len(), complete: cursor.is_none(), cursor })
 }
 
@@ -116,6 +124,22 @@ mod tests {
         let page = read(&handle(&mut store, ask("prefix="), |_: &[Event]| Ok(200)));
         assert_eq!((page.deleted, store.keys()), (2, 2), "keys of guests and expired ones stay");
         assert_eq!(read(&handle(&mut store, ask("prefix="), unasked)).deleted, 0);
+    }
+
+    #[test]
+    fn page_is_as_long_as_the_log_accepts() {
+        let mut store = store_of(&["a1", "a2", "a3", "a4", "a5", "b"]);
+        let mut append = |events: &[Event]| if events.len() > 2 { Err(AppendError::TooLarge(9)) } else { Ok(10) };
+        let (mut pages, mut query) = (Vec::new(), "prefix=a".to_owned());
+        loop {
+            let page = read(&handle(&mut store, ask(&query), &mut append));
+            pages.push(page.deleted);
+            let Some(cursor) = page.cursor else { break };
+            query = format!("prefix=a&cursor={cursor}");
+        }
+        assert_eq!((pages, store.keys()), (vec![2, 1, 2], 1));
+        let response = handle(&mut store, ask("prefix="), |_: &[Event]| Err(AppendError::TooLarge(9)));
+        assert_eq!(response.status, 413, "of one key");
     }
 
     #[test]
