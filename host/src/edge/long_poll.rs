@@ -19,10 +19,12 @@ use crate::guest::{Answer, Sequel, Wait};
 impl Service {
     /// Calls again after every change of the key, until the guest no longer waits, the client sends no more or may not ask any
     /// more, or the timeout is over. A request that is not safe is not called again for a client that sends no more: that would
-    /// change something for nobody. Returns the deadline of the last call too.
+    /// change something for nobody. `appended` is the newest sequence that the first call appended. Returns the deadline of the
+    /// last call too.
     pub(super) async fn wait(
         &self,
         mut wait: Box<Wait>,
+        mut appended: Option<u64>,
         socket: Option<&TcpStream>,
         standing: Option<&Standing>,
         record: &mut Record,
@@ -45,22 +47,29 @@ impl Service {
             // Before the guest is asked, so that nothing is missed of what happens from then on.
             let watcher = self.changes.watch(Selection::of([Keys::One(wait.key.into())]));
             let deadline = Instant::now() + self.limits.request_timeout;
-            let called = self.call(wait.incoming, deadline, record).await?;
-            let Called::Here(Answered { answer, as_of }) = called else { return Ok((called, deadline)) };
+            let called = self.call(wait.incoming, deadline, record).await;
+            let called = called.map_err(|rejection| rejection.with_effect(appended.is_some()))?;
+            let Called::Here(Answered { answer, as_of, .. }) = called else { return Ok((called, deadline)) };
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
                     tokio::select! {
                         biased;
-                        rejection = revoked(standing) => return Err(rejection),
+                        rejection = revoked(standing) => return Err(rejection.with_effect(appended.is_some())),
                         // A client that has closed its side has probably left.
                         () = client_left(socket) => until = Instant::now(),
                         _ = timeout_at(until, watcher.next()) => {}
                     }
+                    appended = appended.max(answer.appended.then_some(answer.read_sequence));
                     wait = again;
                 }
                 (sequel, _) => {
-                    let answer = Answer { sequel, ..answer };
-                    return Ok((Called::Here(Answered { answer, as_of }), deadline));
+                    // The response acknowledges what all calls appended.
+                    let read_sequence = answer.read_sequence.max(appended.unwrap_or(0));
+                    let answer = Answer { sequel, read_sequence, ..answer };
+                    return Ok((
+                        Called::Here(Answered { answer, as_of, appended_before: appended.is_some() }),
+                        deadline,
+                    ));
                 }
             }
         }

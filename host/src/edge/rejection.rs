@@ -43,6 +43,16 @@ impl Rejection {
         self
     }
 
+    /// The same where the request may have changed something before: any other status means that nothing was changed.
+    pub fn with_effect(mut self, may_have_changed: bool) -> Self {
+        if may_have_changed && self.0.code != Some(problem::OUTCOME_UNKNOWN) {
+            self.0.status = StatusCode::INTERNAL_SERVER_ERROR;
+            self.0.reason = format!("outcome unknown: something was appended, and after it: {}", self.0.reason).into();
+            self.0.code = Some(problem::OUTCOME_UNKNOWN);
+        }
+        self
+    }
+
     pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.0.headers.insert(name, value);
         self

@@ -90,6 +90,8 @@ pub struct Service {
 pub struct Answered {
     pub answer: Answer,
     pub as_of: Option<time::Instant>,
+    /// Whether a call before the last one, of a request that waited, appended.
+    pub appended_before: bool,
 }
 
 /// Outcome of a call.
@@ -239,14 +241,18 @@ impl Service {
             is_sampled: self.shards.shadow().samples(),
         };
         let called = match self.call(incoming, deadline, record).await? {
-            Called::Here(Answered { answer: Answer { sequel: Some(Sequel::Wait(wait)), .. }, .. }) => {
+            Called::Here(Answered {
+                answer: Answer { sequel: Some(Sequel::Wait(wait)), appended, read_sequence, .. },
+                ..
+            }) => {
                 // A long poll that waits is not counted as a request in flight.
                 drop(in_flight);
                 charge.must_hold(head_bytes);
                 charge.wait_for_server();
                 let called;
                 let (socket, standing) = (peer.socket.as_deref(), asked.standing.as_ref());
-                (called, asked.deadline) = self.wait(wait, socket, standing, record).await?;
+                let appended = appended.then_some(read_sequence);
+                (called, asked.deadline) = self.wait(wait, appended, socket, standing, record).await?;
                 called
             }
             called => called,
@@ -264,19 +270,19 @@ impl Service {
     /// Responds with the guest's answer, once nothing that it shows can be lost, and begins the watch that it asks for.
     async fn reply(
         &self,
-        Answered { answer, as_of }: Answered,
+        Answered { answer, as_of, appended_before }: Answered,
         asked: Asked<'_>,
         peer: &Peer,
         mut charge: Charge,
         record: &mut Record,
     ) -> Result<Response<Reply>, Rejection> {
         let length = answer.response.bytes();
-        asked.hold(&mut charge, length, answer.appended)?;
+        asked.hold(&mut charge, length, answer.appended || appended_before)?;
         charge.wait_for_server();
         let begun = Instant::now();
         let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
         record.times.commit = begun.elapsed();
-        safe?;
+        safe.map_err(|rejection| rejection.with_effect(appended_before))?;
         charge.wait_for_client();
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {
@@ -340,7 +346,7 @@ impl Service {
     ) -> Result<Called, Rejection> {
         let as_of = self.as_of();
         if let Some(answer) = self.shards.kept(&incoming) {
-            return Ok(Called::Here(Answered { answer, as_of }));
+            return Ok(Called::Here(Answered { answer, as_of, appended_before: false }));
         }
         let (client, begun) = (Arc::clone(&incoming.client), Instant::now());
         // HTTP/1.1 has one request at a time, which needs no timer.
@@ -360,7 +366,7 @@ impl Service {
         record.times.guest = guest_time;
         record.times.queue = begun.elapsed().saturating_sub(guest_time);
         let error = match answer {
-            Ok(answer) => return Ok(Called::Here(Answered { answer, as_of })),
+            Ok(answer) => return Ok(Called::Here(Answered { answer, as_of, appended_before: false })),
             Err(error) => error,
         };
         let reason = error.to_string();

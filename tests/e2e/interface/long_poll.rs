@@ -181,3 +181,17 @@ fn watches_and_long_polls_are_gauges_not_latency() {
     assert_eq!(after.get(&format!("kvs_http_request_duration_seconds_count{get}")), 1.0);
     assert_eq!(after.get("kvs_http_requests_total{method=\"GET\",status=\"200\"}"), 2.0);
 }
+
+#[test]
+fn error_after_a_call_that_appended_is_unknown_outcome() {
+    let server = Server::start(&["--request-timeout", "1s", "--guest-cpu-limit", "5s", guest()]);
+    let mut waiting = Connection::open(server.address());
+    waiting.send("PUT /store-and-wait/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n");
+    assert!(waiting.is_silent_for(A_WHILE), "it does not wait");
+    // The key changes, and the guest is not free for another call.
+    let mut busy = Connection::open(server.address());
+    busy.send("PUT /store-and-loop/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n");
+    let response = waiting.read();
+    assert_eq!((response.status, response.header("kvs-error")), (500, Some("outcome_unknown")), "{}", response.text());
+    assert!(response.text().ends_with("the store was not free in time\n"), "{}", response.text());
+}

@@ -188,6 +188,18 @@ fn answer(state: &mut State, request: Request) -> Response {
             store(state, rest, request.body);
             fall_over()
         }
+        ("PUT", "store-and-loop") => {
+            store(state, rest, request.body);
+            circle()
+        }
+        // Appends in its first call only.
+        ("PUT", "store-and-wait") => {
+            if !state.store.contains_key(rest) {
+                store(state, rest, request.body);
+            }
+            wait_for_change(rest, 300_000);
+            text(200, "")
+        }
         // Claims that the answer depends on nothing.
         ("PUT", "store-early") => Response { read_sequence: Some(0), ..text(201, store(state, rest, request.body)) },
         ("GET", "store") => match state.store.get(rest) {
