@@ -4,6 +4,7 @@ use std::fmt::Display;
 
 use crate::bindings::kvs::store::logging::{self, Level};
 use crate::bindings::kvs::store::request_context;
+use crate::testing;
 
 pub fn error(message: impl Display) {
     log(Level::Error, message);
@@ -33,5 +34,5 @@ fn log(level: Level, message: impl Display) {
 
 /// Identifier of the request in `handle`, which the client and all log lines of the call have.
 pub fn request_id() -> Option<String> {
-    if cfg!(target_arch = "wasm32") { request_context::request_id() } else { None }
+    if cfg!(target_arch = "wasm32") { request_context::request_id() } else { testing::request_id() }
 }

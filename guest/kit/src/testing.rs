@@ -2,12 +2,19 @@
 //!
 //! [`Served`] is a guest that serves requests; [`Served::rebuilt`] is what another instance makes of its log, to be compared.
 
+use std::cell::RefCell;
+
 use crate::bindings::exports::kvs::store::lifecycle::{Batch, Entry, EntryPut};
 use crate::bindings::kvs::store::http::{Grant, Scope};
 use crate::bindings::kvs::store::watch::Selector;
 use crate::guest::{Guest, apply, handle, tick};
 use crate::host::Host;
 use crate::{AppendError, Event, Header, Request, Response};
+
+thread_local! {
+    /// Identifier of the request that is handled.
+    static REQUEST_ID: RefCell<Option<String>> = const { RefCell::new(None) };
+}
 
 /// The grant of a client that may do everything.
 pub const EVERYTHING: Grant = Grant { scope: Scope::Admin, key_prefix: None };
@@ -34,6 +41,11 @@ pub fn header_of<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
 /// The body of a response.
 pub fn text_of(response: &Response) -> &str {
     str::from_utf8(&response.body).expect("text")
+}
+
+/// Identifier of the request that is handled (`log::request_id`).
+pub(crate) fn request_id() -> Option<String> {
+    REQUEST_ID.with_borrow(Clone::clone)
 }
 
 /// A log in memory, with what a guest asked of the host.
@@ -78,11 +90,13 @@ pub struct Served<G: Guest> {
     pub state: G::State,
     pub log: Log,
     pub now_ms: u64,
+    /// Identifier of the requests from now on.
+    pub request_id: Option<String>,
 }
 
 impl<G: Guest> Default for Served<G> {
     fn default() -> Self {
-        Self { state: G::State::default(), log: Log::default(), now_ms: 0 }
+        Self { state: G::State::default(), log: Log::default(), now_ms: 0, request_id: None }
     }
 }
 
@@ -96,6 +110,7 @@ impl<G: Guest> Served<G> {
     pub fn handle(&mut self, request: Request) -> Response {
         self.log.now_ms = self.now_ms;
         self.log.waits_for = None;
+        REQUEST_ID.set(self.request_id.clone());
         handle::<G>(&mut self.state, Request { time_ms: self.now_ms, ..request }, &mut self.log)
     }
 

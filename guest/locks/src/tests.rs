@@ -104,6 +104,28 @@ fn wait_that_is_over_does_not_begin_again() {
 }
 
 #[test]
+fn waiter_that_asks_again_keeps_its_place() {
+    let mut guest = Service::default();
+    acquires(&mut guest, "owner=a&ttl=1h");
+    let mut wait = |now_ms, request_id: &str, query: &str| {
+        (guest.now_ms, guest.request_id) = (now_ms, Some(request_id.to_owned()));
+        guest.tick();
+        assert_eq!(ask(&mut guest, "POST", query).0, 409);
+    };
+    wait(0, "1", "owner=b&wait=30s");
+    wait(10_000, "2", "owner=c&wait=300s");
+    // The last call of the first wait, and those of three more.
+    for (now_ms, request_id) in [(30_000, "1"), (30_100, "3"), (60_100, "3"), (60_200, "4"), (90_300, "5")] {
+        wait(now_ms, request_id, "owner=b&wait=30s");
+    }
+    for mut guest in [guest.rebuilt(), guest] {
+        assert_eq!(ask(&mut guest, "GET", "").1["waiting"], serde_json::json!(["b", "c"]));
+        ask(&mut guest, "DELETE", "owner=a");
+        acquires(&mut guest, "owner=b&wait=30s");
+    }
+}
+
+#[test]
 fn queue_has_a_limit() {
     let mut guest = Service::default();
     acquires(&mut guest, "owner=a");
