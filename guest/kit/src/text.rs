@@ -1,4 +1,5 @@
-//! Values in JSON: `value` when it is text, `value_base64` when it is not; and text of clients in responses.
+//! Values in JSON: `value` when it is text, `value_base64` when it is not or when its escapes would more than double it, so that a
+//! value takes at most twice its bytes; and text of clients in responses.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -6,9 +7,19 @@ use base64::engine::general_purpose::STANDARD;
 /// The two fields, of which one is set.
 pub fn fields(value: &[u8]) -> (Option<String>, Option<String>) {
     match str::from_utf8(value) {
-        Ok(text) => (Some(text.to_owned()), None),
-        Err(_) => (None, Some(STANDARD.encode(value))),
+        Ok(text) if json_bytes(text) <= 2 * text.len() => (Some(text.to_owned()), None),
+        _ => (None, Some(STANDARD.encode(value))),
     }
+}
+
+/// Bytes of a text in JSON, without the quotes around it.
+pub fn json_bytes(text: &str) -> usize {
+    let bytes = text.bytes().map(|byte| match byte {
+        b'"' | b'\\' | b'\x08' | b'\t' | b'\n' | b'\x0c' | b'\r' => 2,
+        ..b' ' => 6,
+        _ => 1,
+    });
+    bytes.sum()
 }
 
 /// The value of the two fields, of which one is to be set, or what is wrong with them.
@@ -32,11 +43,20 @@ mod tests {
 
     #[test]
     fn any_value_comes_back() {
-        for bytes in [&b""[..], b"text", "ä".as_bytes(), b"\xff\x00"] {
+        for bytes in [&b""[..], b"text", "ä".as_bytes(), b"\xff\x00", b"\x01"] {
             let (text, base64) = fields(bytes);
             assert_eq!(value(text, base64).as_deref(), Ok(bytes));
         }
         assert_eq!(fields(b"\xff"), (None, Some("/w==".to_owned())));
+    }
+
+    #[test]
+    fn value_in_json_is_at_most_twice_as_long() {
+        for (text, is_text) in [("\"\"\n\\", true), ("\x01\x01\x7fabcdefgh", true), ("\x01\x01abcd", false)] {
+            let json = serde_json::to_string(text).expect("JSON");
+            assert_eq!(json_bytes(text), json.len() - 2, "{json}");
+            assert_eq!(fields(text.as_bytes()).0.is_some(), is_text, "{json}");
+        }
     }
 
     #[test]

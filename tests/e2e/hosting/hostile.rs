@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::support::guests::guest;
 use crate::support::memory::peak;
 use crate::support::metrics::Metrics;
@@ -317,3 +319,32 @@ fn guest_near_memory_limit_rejects_writes_and_reads() {
 }
 
 const FULL: &str = "no room is left, on disk or in memory; nothing was stored";
+
+/// Values that are six times as long in JSON, unless they are base64.
+#[test]
+fn list_with_values_fits_into_instance_and_router() {
+    for (shards, bytes) in [("1", 100 << 10), ("16", 1 << 20)] {
+        let server = Server::start(&["--guest-max-memory-bytes", "64MiB", "--shards", shards]);
+        let mut client = Connection::open(server.address());
+        let value = vec![1_u8; bytes];
+        // One instance until it is full; of many, each has about two values.
+        let most = if shards == "1" { 10_000 } else { 32 };
+        let stored = (0..most).find(|n| match client.ask("PUT", &format!("/v1/{n}"), &value).status {
+            201 => false,
+            507 => true,
+            status => panic!("{status} after {n} values"),
+        });
+        assert_eq!(stored.is_some(), shards == "1");
+        let (mut listed, mut target) = (0, "/v1?values=true".to_owned());
+        loop {
+            let response = get(&mut client, &target);
+            assert_eq!(response.status, 200, "{} with {shards} shards: {}", target, response.text());
+            let page: Value = serde_json::from_slice(&response.body).expect("JSON");
+            listed += page["keys"].as_array().expect("keys").len();
+            let Some(cursor) = page["cursor"].as_str() else { break };
+            target = format!("/v1?values=true&cursor={cursor}");
+        }
+        assert_eq!(listed, stored.unwrap_or(most));
+        assert_eq!(Metrics::of(&server).get("kvs_guest_traps_total"), 0.0);
+    }
+}

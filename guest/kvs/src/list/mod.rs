@@ -7,12 +7,12 @@ mod asked;
 
 use std::collections::BTreeMap;
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use self::asked::asked;
 pub use self::asked::{Asked, between, position};
-use crate::answer::{header, json, line, problem, with};
+use crate::answer::{header, json, json_of, line, problem, with};
 use crate::conditions::tag_of;
 use crate::content_type;
 use crate::item::Item;
@@ -23,9 +23,10 @@ use crate::text;
 
 /// Items looked at for a page, at most. Those that have expired are looked at and not shown.
 const MAX_STEPS: usize = 10_000;
-/// Bytes of keys and values after which a page ends. A larger value is not in a page: escaped, it can exceed the limit of a
-/// response.
+/// Bytes of keys and values in a page, as they are in JSON, at most; a single one can take more. A larger value is not in a page.
 const PAGE_BYTES: usize = 1 << 20;
+/// Bytes of the rest of a row, about.
+const ROW_BYTES: usize = 100;
 /// The first byte of the keys that belong to guests, which no list shows.
 const GUEST_KEY: u8 = key::GUEST_KEY as u8;
 
@@ -33,15 +34,18 @@ const GUEST_KEY: u8 = key::GUEST_KEY as u8;
 const POSITION: &str = "kvs-position";
 
 /// A page of a list, as it is answered.
-#[derive(Default, Serialize, Deserialize)]
-pub struct Page {
-    pub keys: Vec<Entry>,
+#[derive(Serialize, Deserialize)]
+pub struct Page<E = Entry> {
+    pub keys: Vec<E>,
     /// What keys begin with that are not listed one by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     prefixes: Option<Vec<String>>,
     list_complete: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
+    /// Bytes of keys and values in JSON.
+    #[serde(skip)]
+    bytes: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,6 +64,12 @@ pub struct Entry {
     value: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     value_base64: Option<String>,
+}
+
+/// The key of an entry, of which nothing else is read.
+#[derive(Deserialize)]
+struct Named {
+    key: String,
 }
 
 /// How many keys there are.
@@ -81,22 +91,22 @@ pub fn get(store: &Store, query: &str, request: &Request) -> Response {
     };
     if asked.count {
         return match count(&store, &asked, now) {
-            Some(count) => json_at(&asked, &Count { count }),
+            Some(count) => at(&asked, json(&Count { count })),
             None => problem(503, "unavailable", "many keys have expired and are not deleted yet; try again"),
         };
     }
-    json_at(&asked, &page(&store, &asked, now))
+    page(&store, &asked, now).response(&asked)
 }
 
 /// The page of a list whose keys lie in several instances, each of which gave a page of its own.
 pub fn merge(query: &str, responses: &[Response]) -> Response {
     match asked(query) {
         Ok(asked) if asked.count => match parsed::<Count>(responses) {
-            Some(counts) => json_at(&asked, &Count { count: counts.iter().map(|count| count.count).sum() }),
+            Some(counts) => at(&asked, json(&Count { count: counts.iter().map(|count| count.count).sum() })),
             None => disagreement(),
         },
-        Ok(asked) => match parsed(responses) {
-            Some(pages) => json_at(&asked, &merged(&asked, pages)),
+        Ok(asked) => match parsed(responses).and_then(|pages| merged(&asked, pages)) {
+            Some(page) => page.response(&asked),
             None => disagreement(),
         },
         Err(bad) => line(400, &bad.to_string()),
@@ -104,7 +114,7 @@ pub fn merge(query: &str, responses: &[Response]) -> Response {
 }
 
 /// The responses of all instances, read.
-pub fn parsed<T: DeserializeOwned>(responses: &[Response]) -> Option<Vec<T>> {
+pub fn parsed<'r, T: Deserialize<'r>>(responses: &'r [Response]) -> Option<Vec<T>> {
     responses.iter().map(|response| serde_json::from_slice(&response.body).ok()).collect()
 }
 
@@ -114,8 +124,8 @@ pub fn disagreement() -> Response {
 }
 
 /// A response to a list. That of the first page comes with a position.
-fn json_at(asked: &Asked<'_>, body: &impl Serialize) -> Response {
-    if asked.is_first { with(json(body), header(POSITION, "")) } else { json(body) }
+fn at(asked: &Asked<'_>, response: Response) -> Response {
+    if asked.is_first { with(response, header(POSITION, "")) } else { response }
 }
 
 fn count(store: &InOrder<'_>, asked: &Asked<'_>, now: u64) -> Option<usize> {
@@ -137,8 +147,8 @@ pub fn page(store: &InOrder<'_>, asked: &Asked<'_>, now: u64) -> Page {
 }
 
 fn page_of<'s, I: Iterator<Item = &'s Item>>(asked: &Asked<'_>, now: u64, walk: impl Fn(Option<&[u8]>) -> I) -> Page {
-    let mut page = Page { prefixes: asked.delimiter.as_ref().map(|_| Vec::new()), ..Page::default() };
-    let (mut place, mut rows, mut steps, mut bytes) = (asked.begin(), 0, 0, 0);
+    let mut page = Page::new(asked);
+    let (mut place, mut rows, mut steps) = (asked.begin(), 0, 0);
     'seek: loop {
         for item in walk(place.as_deref()) {
             let Some(rest) = item.key().strip_prefix(asked.prefix.as_bytes()) else { break };
@@ -146,9 +156,8 @@ fn page_of<'s, I: Iterator<Item = &'s Item>>(asked: &Asked<'_>, now: u64, walk: 
                 break;
             }
             steps += 1;
-            if rows == asked.limit || steps > MAX_STEPS || bytes > PAGE_BYTES {
-                page.cursor = place.map(|place| asked.cursor(&place));
-                return page;
+            if rows == asked.limit || steps > MAX_STEPS {
+                return page.until(asked, place);
             }
             if item.key().first() == Some(&GUEST_KEY) {
                 // However many there are, they are passed over in one step.
@@ -159,18 +168,24 @@ fn page_of<'s, I: Iterator<Item = &'s Item>>(asked: &Asked<'_>, now: u64, walk: 
                 place = Some(asked.past(item.key()));
                 continue;
             }
-            rows += 1;
-            bytes += item.key().len();
             let delimiter = asked.delimiter.as_deref();
             if let Some(end) = delimiter.and_then(|delimiter| end_of(delimiter.as_bytes(), rest)) {
                 let group = &item.key()[..asked.prefix.len() + end];
-                page.prefixes.get_or_insert_default().push(String::from_utf8_lossy(group).into_owned());
+                let name = String::from_utf8_lossy(group).into_owned();
+                if !page.takes(text::json_bytes(&name)) {
+                    return page.until(asked, place);
+                }
+                rows += 1;
+                page.prefixes.get_or_insert_default().push(name);
                 // However many keys begin so, they are passed over in one step.
                 place = Some(asked.past_all(group));
                 continue 'seek;
             }
             let entry = Entry::of(item, asked.values);
-            bytes += entry.value_bytes();
+            if !page.takes(entry.json_bytes()) {
+                return page.until(asked, place);
+            }
+            rows += 1;
             page.keys.push(entry);
             place = Some(asked.past(item.key()));
         }
@@ -185,31 +200,33 @@ fn end_of(delimiter: &[u8], text: &[u8]) -> Option<usize> {
     Some(at + delimiter.len())
 }
 
-fn merged(asked: &Asked<'_>, pages: Vec<Page>) -> Page {
+/// Entries are copied as they are: with what they hold twice, those of many instances would exceed the memory of one.
+fn merged<'r>(asked: &Asked<'_>, pages: Vec<Page<&'r RawValue>>) -> Option<Page<&'r RawValue>> {
     // Up to here, every instance has said all it has. A cursor of its own making can be read.
     let ends = pages.iter().filter_map(|page| position(page.cursor.as_deref()?, asked.reverse));
     let end = if asked.reverse { ends.max() } else { ends.min() };
-    let mut rows: BTreeMap<String, Option<Entry>> = BTreeMap::new();
+    let mut rows: BTreeMap<String, Option<&'r RawValue>> = BTreeMap::new();
     for page in pages {
         rows.extend(page.prefixes.into_iter().flatten().map(|prefix| (prefix, None)));
-        rows.extend(page.keys.into_iter().map(|entry| (entry.key.clone(), Some(entry))));
+        for entry in page.keys {
+            rows.insert(serde_json::from_str::<Named>(entry.get()).ok()?.key, Some(entry));
+        }
     }
-    let mut page = Page { prefixes: asked.delimiter.as_ref().map(|_| Vec::new()), ..Page::default() };
+    let mut page = Page::new(asked);
     let rows: &mut dyn Iterator<Item = _> =
         if asked.reverse { &mut rows.into_iter().rev() } else { &mut rows.into_iter() };
-    let (mut place, mut next, mut bytes) = (None, None, 0);
+    let (mut place, mut next) = (None, None);
     for (count, (name, entry)) in rows.enumerate() {
-        if count == asked.limit || bytes > PAGE_BYTES {
+        let bytes = entry.map_or_else(|| text::json_bytes(&name), |entry| entry.get().len());
+        if count == asked.limit || !page.takes(bytes) {
             next = place.take();
             break;
         }
         if end.as_ref().is_some_and(|end| asked.is_at(name.as_bytes(), end)) {
             break;
         }
-        bytes += name.len();
         match entry {
             Some(entry) => {
-                bytes += entry.value_bytes();
                 place = Some(asked.past(name.as_bytes()));
                 page.keys.push(entry);
             }
@@ -222,8 +239,34 @@ fn merged(asked: &Asked<'_>, pages: Vec<Page>) -> Page {
     // A group that one instance has listed can end behind the end of another.
     let next = next.or(end.map(|end| place.filter(|place| asked.is_at(place, &end)).unwrap_or(end)));
     page.list_complete = next.is_none();
-    page.cursor = next.map(|next| asked.cursor(&next));
-    page
+    Some(page.until(asked, next))
+}
+
+impl<E: Serialize> Page<E> {
+    fn response(&self, asked: &Asked<'_>) -> Response {
+        let bytes = self.bytes + (self.keys.len() + 1) * ROW_BYTES;
+        at(asked, json_of(self, bytes))
+    }
+}
+
+impl<E> Page<E> {
+    fn new(asked: &Asked<'_>) -> Self {
+        let prefixes = asked.delimiter.as_ref().map(|_| Vec::new());
+        Self { keys: Vec::new(), prefixes, list_complete: false, cursor: None, bytes: 0 }
+    }
+
+    /// Whether a row of this many bytes belongs to the page, which has one in any case.
+    fn takes(&mut self, bytes: usize) -> bool {
+        let is_first = self.bytes == 0;
+        let takes = is_first || self.bytes + bytes <= PAGE_BYTES;
+        self.bytes += if takes { bytes } else { 0 };
+        takes
+    }
+
+    /// The next page begins at this place.
+    fn until(self, asked: &Asked<'_>, place: Option<Vec<u8>>) -> Self {
+        Self { cursor: place.map(|place| asked.cursor(&place)), ..self }
+    }
 }
 
 impl Entry {
@@ -232,10 +275,10 @@ impl Entry {
         Self { key, etag: None, size: None, expires: None, content_type: None, value: None, value_base64: None }
     }
 
-    /// Bytes of the value, if it is shown.
-    fn value_bytes(&self) -> usize {
-        let is_shown = self.value.is_some() || self.value_base64.is_some();
-        self.size.filter(|_| is_shown).unwrap_or(0)
+    /// Bytes of key and value in JSON.
+    fn json_bytes(&self) -> usize {
+        let texts = [self.value.as_deref(), self.value_base64.as_deref()].into_iter().flatten();
+        text::json_bytes(&self.key) + texts.map(text::json_bytes).sum::<usize>()
     }
 
     pub fn of(item: &Item, values: bool) -> Self {

@@ -69,18 +69,43 @@ fn large_value_is_left_out_of_pages_and_merged_pages_have_a_limit() {
     {
         stores[sequence as usize % 2].replace(sequence, &put(key, &vec![b'x'; bytes], None));
     }
-    let [even, odd] = stores.each_ref().map(|store| read(&get(store, "values=true", NOW)));
-    let sizes = |page: &Page| page.keys.iter().map(|entry| (entry.size, entry.value_bytes())).collect::<Vec<_>>();
-    assert_eq!(sizes(&even), [(Some(PAGE_BYTES + 1), 0), (Some(PAGE_BYTES), PAGE_BYTES)]);
-    assert_eq!(sizes(&odd), [(Some(PAGE_BYTES - 1), PAGE_BYTES - 1), (Some(1), 1)]);
-    let responses = stores.each_ref().map(|store| get(store, "values=true", NOW));
-    let merged = read(&merge("values=true", &responses));
-    // The first two exceed a page with their keys.
-    assert_eq!((rows(&merged).0, merged.list_complete), (vec!["a", "b"], false));
-    let query = format!("values=true&cursor={}", merged.cursor.expect("there is more"));
-    let responses = stores.each_ref().map(|store| get(store, &query, NOW));
-    let merged = read(&merge(&query, &responses));
-    assert_eq!((rows(&merged).0, merged.list_complete), (vec!["c", "d"], true));
+    let [even, odd] = stores.each_ref().map(|store| pages(store, "values=true"));
+    let sizes = |page: &Page| page.keys.iter().map(|entry| (entry.size, entry.json_bytes())).collect::<Vec<_>>();
+    assert_eq!(
+        even.iter().map(sizes).collect::<Vec<_>>(),
+        [[(Some(PAGE_BYTES + 1), 1)], [(Some(PAGE_BYTES), PAGE_BYTES + 1)]]
+    );
+    assert_eq!(odd.iter().map(sizes).collect::<Vec<_>>(), [[(Some(PAGE_BYTES - 1), PAGE_BYTES)], [(Some(1), 2)]]);
+    let (mut listed, mut query) = (Vec::new(), "values=true".to_owned());
+    loop {
+        let responses = stores.each_ref().map(|store| get(store, &query, NOW));
+        let merged = read(&merge(&query, &responses));
+        listed.push(rows(&merged).0.concat());
+        let Some(cursor) = merged.cursor else { break };
+        query = format!("values=true&cursor={cursor}");
+    }
+    assert_eq!(listed, ["a", "b", "c", "d"], "none of them fits into a page with another");
+}
+
+#[test]
+fn page_has_a_limit_as_it_is_sent() {
+    for (byte, count, bytes) in [(1, 3, PAGE_BYTES), (b'"', 3, PAGE_BYTES), (1, 100, 50_000), (b'"', 100, 50_000)] {
+        let mut store = Store::default();
+        (1..=count).for_each(|n| {
+            store.replace(n, &put(&format!("{n:03}"), &vec![byte; bytes], None));
+        });
+        let (mut listed, mut query) = (0, "values=true".to_owned());
+        loop {
+            let response = get(&store, &query, NOW);
+            let page = read(&response);
+            let most = if page.keys.len() == 1 { 2 * PAGE_BYTES } else { PAGE_BYTES };
+            assert!(response.body.len() < most + 10_000, "{} bytes", response.body.len());
+            listed += page.keys.len() as u64;
+            let Some(cursor) = page.cursor else { break };
+            query = format!("values=true&cursor={cursor}");
+        }
+        assert_eq!(listed, count);
+    }
 }
 
 #[test]
@@ -109,7 +134,7 @@ fn a_page_ends_at_its_limit_its_bytes_and_its_steps() {
     (1..=5).for_each(|n| {
         store.replace(n, &put(&format!("{n}"), &[b'x'; 600_000], None));
     });
-    assert_eq!(lengths(pages(&store, "values=true")), [2, 2, 1]);
+    assert_eq!(lengths(pages(&store, "values=true")), [1; 5]);
     assert_eq!(lengths(pages(&store, "")), [5]);
 
     let mut store = store_of(["a", "z"]);
