@@ -154,12 +154,17 @@ impl Subscribers {
     /// Returns the queues of the subscribers of an event, once for each matching selector.
     pub fn concerned(&self, event: &Event) -> impl Iterator<Item = &Arc<Queue>> {
         let key = event.key();
-        // The empty prefix selects no keys of guests.
-        let least = usize::from(key.starts_with(GUEST_KEY));
-        let prefixes = self.lengths.range(least..).filter_map(|(length, _)| self.by_prefix.get(key.get(..*length)?));
+        let prefixes = self.prefixes_of(key).filter_map(|prefix| self.by_prefix.get(prefix));
         let is_delete = is_delete(event);
         let queues = prefixes.chain(self.by_key.get(key)).flat_map(HashMap::values);
         queues.filter(move |queue| !(queue.puts_only && is_delete))
+    }
+
+    /// Returns the prefixes of a key that have the length of a watched one. There can be any number of longer ones.
+    fn prefixes_of<'k>(&self, key: &'k str) -> impl Iterator<Item = &'k str> + use<'_, 'k> {
+        // The empty prefix selects no keys of guests.
+        let least = usize::from(key.starts_with(GUEST_KEY));
+        self.lengths.range(least..=key.len()).filter_map(|(length, _)| key.get(..*length))
     }
 
     /// Ends the feed: cancels all subscribers, and accepts no new ones.
@@ -250,4 +255,21 @@ impl Queue {
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // No code under these locks can panic in the middle of a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_prefixes_up_to_the_key_are_looked_up() {
+        let mut subscribers = Subscribers::default();
+        for prefix in ["", "\u{1}", "a", "ab", "xyz", &"a".repeat(5), &"a".repeat(2_000)] {
+            subscribers.enter(&Selection::of([Keys::begin(prefix)]), 0).expect("the feed goes on");
+        }
+        for (key, prefixes) in [("abc", vec!["", "a", "ab", "abc"]), ("\u{1}", vec!["\u{1}"]), ("ä", vec!["", "ä"])] {
+            assert_eq!(subscribers.prefixes_of(key).collect::<Vec<_>>(), prefixes, "{key:?}");
+        }
+        assert_eq!(subscribers.lengths.len(), 6);
+    }
 }
