@@ -52,6 +52,11 @@ impl CustomMetrics {
         Self { most, exceeded, state: Mutex::default() }
     }
 
+    /// Begins again, as the metrics of a guest do when it begins to serve.
+    pub fn clear(&self) {
+        *self.state() = State::default();
+    }
+
     /// What the guest does beyond a limit is counted here.
     pub fn exceeded(&self) -> &Arc<LimitExceeded> {
         &self.exceeded
@@ -288,6 +293,18 @@ mod tests {
         });
         assert_eq!(samples, ["kvs_guest_custom_a_total 1", "kvs_guest_custom_b 2.0"]);
         assert_eq!(refused, 2);
+    }
+
+    #[test]
+    fn cleared_metrics_begin_again() {
+        let (samples, ..) = after(2, |metrics| {
+            metrics.add("a", labels(&[]), 5);
+            metrics.set("b", labels(&[]), None, 1.0);
+            metrics.clear();
+            metrics.set("a", labels(&[]), None, 2.0);
+            metrics.add("c", labels(&[]), 3);
+        });
+        assert_eq!(samples, ["kvs_guest_custom_a 2.0", "kvs_guest_custom_c_total 3"]);
     }
 
     #[test]

@@ -367,6 +367,8 @@ impl Shards {
         for turn in &mut turns {
             turn.take_out(before.serving.clone());
         }
+        // Counters that went back to what they were would look like new events.
+        before.serving.guest.metrics().clear();
         let serving = &before.serving;
         let promotions = turns.into_iter().zip(before.replicas).map(async |(turn, kept)| {
             let mut turns = [turn];

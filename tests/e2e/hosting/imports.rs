@@ -4,11 +4,13 @@
 //! The guest is `tests/guests/unruly`, whose paths `/ask/…` are in its `asks.rs`.
 
 use std::collections::BTreeMap;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::guests::guest;
+use crate::support::guests::{DEFAULT_GUEST, component, guest};
 use crate::support::metrics::{Metrics, until};
 use crate::support::server::{PATIENCE, Server};
+use crate::support::swap::{in_phase, swap};
 use crate::support::wire::{Connection, get};
 
 /// A server with the guest, and a client.
@@ -119,6 +121,23 @@ fn metrics_of_all_shards_are_shown() {
     assert_eq!(custom(&Metrics::of(&server))["orders_total"], 6.0);
     let server = server.terminate().restart(&[guest()]);
     assert_eq!(custom(&Metrics::of(&server)), BTreeMap::new());
+}
+
+#[test]
+fn metrics_of_restored_guest_begin_again() {
+    let (server, mut client) = start(&["--probation", "60s"]);
+    ask(&mut client, "add/orders/5");
+    assert_eq!(custom(&Metrics::of(&server))["orders_total"], 5.0);
+    thread::scope(|scope| {
+        let swapping = scope.spawn(|| swap(&server, &component(DEFAULT_GUEST)));
+        in_phase(&server, "probation");
+        assert_eq!(custom(&Metrics::of(&server)), BTreeMap::new());
+        assert_eq!(Connection::open(server.admin()).ask("DELETE", "/guest?rollback", b"").status, 202);
+        assert_eq!(swapping.join().expect("it has a response").status, 422);
+    });
+    assert_eq!(custom(&Metrics::of(&server)), BTreeMap::new());
+    ask(&mut client, "add/orders/1");
+    assert_eq!(custom(&Metrics::of(&server))["orders_total"], 1.0);
 }
 
 #[test]
