@@ -146,9 +146,13 @@ fn guest_without_key_prefix_gets_no_such_request() {
         let paths = tokens.add(&["paths", "--path-prefix", "/store/team-"]);
         let server = Server::start(&["--tokens", &tokens.file(), "--shards", shards, guest()]);
         let mut client = Client::new(&server, &team);
-        for (method, path) in
-            [("GET", "/handled"), ("PUT", "/store/team-1"), ("GET", "/store/team-1"), ("GET", "/all-shards")]
-        {
+        for (method, path) in [
+            ("GET", "/handled"),
+            ("PUT", "/store/team-1"),
+            ("GET", "/store/team-1"),
+            ("GET", "/all-shards"),
+            ("GET", "/route-traps"),
+        ] {
             client.ask(method, path, "").says(403, "the guest enforces no key prefix, which the token has");
         }
         assert_eq!(Client::new(&server, &paths).ask("GET", "/store/team-1", "").text(), "nothing there");

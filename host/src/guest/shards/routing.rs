@@ -96,7 +96,7 @@ impl Shards {
         })
     }
 
-    /// Asks a router. A candidate is asked the same about a sampled request.
+    /// Asks a router, unless its guest may not get the request. A candidate is asked the same about a sampled request.
     fn ask<T>(
         &self,
         routers: &Routers,
@@ -107,7 +107,11 @@ impl Shards {
     ) -> Result<T, CallError> {
         let clock = &self.shared.env.clock;
         let begun = clock.now();
-        let answer = routers.ask(question).map_err(|error| {
+        let asked = routers.ask(|instance| match incoming.key_prefix {
+            Some(_) if !instance.enforces_key_prefix() => Ok(None),
+            _ => question(instance).map(Some),
+        });
+        let answer = asked.map_err(|error| {
             let guest_time = clock.elapsed(begun);
             let (request_id, method, target) = (incoming.id(), incoming.request.method(), incoming.request.uri());
             error!(request_id, %method, %target, "the guest trapped in {what}: {error:#}");
@@ -116,6 +120,7 @@ impl Shards {
             self.shared.alarm.raise(Raised { reason, turn: None });
             CallError::Trapped { guest_time }
         })?;
+        let answer = answer.ok_or(CallError::KeyPrefix)?;
         if incoming.is_sampled {
             self.shared.shadow.decisions().add(incoming, decision(&answer));
         }
