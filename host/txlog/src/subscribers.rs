@@ -265,7 +265,7 @@ mod tests {
     fn only_prefixes_up_to_the_key_are_looked_up() {
         let mut subscribers = Subscribers::default();
         for prefix in ["", "\u{1}", "a", "ab", "xyz", &"a".repeat(5), &"a".repeat(2_000)] {
-            subscribers.enter(&Selection::of([Keys::begin(prefix)]), 0).expect("the feed goes on");
+            subscribers.enter(&Selection::of([Keys::begin(prefix)]), 0).expect("the feed has not ended");
         }
         for (key, prefixes) in [("abc", vec!["", "a", "ab", "abc"]), ("\u{1}", vec!["\u{1}"]), ("ä", vec!["", "ä"])] {
             assert_eq!(subscribers.prefixes_of(key).collect::<Vec<_>>(), prefixes, "{key:?}");
