@@ -13,8 +13,8 @@ use tracing::{info, warn};
 
 use super::target::Target;
 
-/// Timeout of an attempt to connect.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of an attempt to connect. With a node that is paused each takes that long, and writes wait meanwhile.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Delay between attempts to connect at the start.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Maximum time to wait for a place in the queue of the client, which is full after a long outage.

@@ -57,6 +57,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// Error codes of JetStream.
 const STREAM_NOT_FOUND: u64 = 10059;
+/// Several replicas are asked of a node that is not in a cluster.
+const NOT_CLUSTERED: u64 = 10074;
 const WRONG_LAST_SEQUENCE: u64 = 10071;
 /// No room for a message: the limit of the account, of the node, and any resource of it.
 const FULL: [u64; 3] = [10002, 10047, 10023];

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::conditions::{Conditions, REPLICAS};
 use super::connection::Connection;
 use super::target::{Target, Url};
-use super::{LOG, Names, RESTORING, Stream, api, error, stream_info};
+use super::{LOG, NOT_CLUSTERED, Names, RESTORING, Stream, api, error, stream_info};
 use crate::cluster::engine::ReadError;
 use crate::cluster::frame::OVERHEAD;
 use crate::cluster::mark::{Mark, MarkFile};
@@ -171,7 +171,8 @@ pub async fn find(client: &Client, names: &Names, waits: bool, env: &Env) -> Res
     }
 }
 
-/// Makes the stream, with an item of metadata. With one replica where the engine has one node, and that is allowed.
+/// Makes the stream, with an item of metadata. With one replica where the engine is a single node, and that is allowed: in a
+/// cluster that has no room for three at the moment it would stay without replicas for ever.
 pub async fn make(
     client: &Client,
     names: &Names,
@@ -200,20 +201,20 @@ pub async fn make(
     let mut attempts = 1;
     loop {
         let made = api(client, &format!("STREAM.CREATE.{}", names.stream), &config(replicas)).await;
-        let (why, is_rejected) = match made {
+        let (why, code) = match made {
             Ok(answer) if answer["error"].is_null() => {
                 info!("made the stream {} with {replicas} replicas", names.stream);
                 return Ok(answer);
             }
-            Ok(answer) => (error(&answer), true),
-            Err(ReadError::Unavailable(reason)) => (reason, false),
+            Ok(answer) => (error(&answer), answer["error"]["err_code"].as_u64()),
+            Err(ReadError::Unavailable(reason)) => (reason, None),
             Err(error) => return Err(error.into()),
         };
         // Another process may have made it, or the answer was lost.
         if let Ok(Some(info)) = stream_info(client, names).await {
             return Ok(info);
         }
-        let is_fallback = is_rejected && checks.allow_unsafe;
+        let is_fallback = code == Some(NOT_CLUSTERED) && checks.allow_unsafe;
         // A node that has just started is not known to the leader yet.
         if attempts == ATTEMPTS || is_fallback && replicas == 1 {
             bail!("cannot make the stream {} with {replicas} replicas: {why}", names.stream);
