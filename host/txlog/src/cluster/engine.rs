@@ -30,6 +30,12 @@ pub trait Engine: Send + Sync + 'static {
     }
 }
 
+/// Reason for which a put fails with [`Put::Full`].
+pub const FULL: &str =
+    "the stream is full: raise its max_bytes or the limit of the account, or make room on the disks of the nodes";
+/// Reason for which a put fails that is refused more than once.
+pub const REFUSED: &str = "the engine refuses to append, but nothing precedes";
+
 /// Outcome of a put.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Put {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use tracing::{info, warn};
 
-use super::engine::{Ends, Put, ReadError};
+use super::engine::{Ends, FULL, Put, REFUSED, ReadError};
 use super::frame::{Holder, Kind, Tip, is_mutant};
 use super::reader::{Failure, Read};
 use super::writer::Writer;
@@ -43,6 +43,8 @@ pub struct Follower {
     /// The end of the log that this process has claimed, and the time of the first attempt.
     claim: Option<(Tip, Instant)>,
     is_owned: bool,
+    /// Time since which every claim fails, and the reason for the last one.
+    unclaimed: Option<(Instant, String)>,
     /// The last answer about the ends of the log, and a time before which it was asked for.
     ends: Option<(Ends, Instant)>,
     asked: Option<Instant>,
@@ -68,6 +70,7 @@ impl Follower {
             received: shared.env.clock.now(),
             claim: None,
             is_owned: false,
+            unclaimed: None,
             ends: Some((ends, now)),
             asked: Some(now),
         };
@@ -89,7 +92,7 @@ impl Follower {
             info!("waiting until the lease of {} expires", self.name());
         }
         loop {
-            let (before, was_free) = (self.received, self.is_free(shared));
+            let before = self.received;
             match self.step(shared).await {
                 Ok(Some(writer)) => return Ok((self, writer)),
                 Ok(None) if self.received != before && clock.elapsed(begun) > GRACE => {
@@ -99,15 +102,19 @@ impl Follower {
                 Ok(None) => succeeded = clock.now(),
                 Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
                 Err(Failure::Silent(reason)) => {
-                    // A primary that could not be observed may have written. A claim follows an observation.
-                    if !was_free {
-                        self.received = clock.now();
-                    }
-                    if clock.elapsed(succeeded) > START_TIMEOUT {
+                    // A primary that could not be observed may have written.
+                    self.received = clock.now();
+                    if self.unclaimed.is_none() && clock.elapsed(succeeded) > START_TIMEOUT {
                         bail!("{reason}");
                     }
                     clock.sleep(RETRY_DELAY).await;
                 }
+            }
+            // Counted over all attempts: those in between wait for a lease, and succeed.
+            if let Some((since, reason)) = &self.unclaimed
+                && clock.elapsed(*since) > START_TIMEOUT
+            {
+                bail!("it cannot be claimed for {START_TIMEOUT:?}: {reason}");
             }
         }
     }
@@ -178,6 +185,7 @@ impl Follower {
         } else if frames.iter().any(|frame| frame.kind != Kind::Void) {
             self.received = clock.now();
             self.is_confirmed = true;
+            self.unclaimed = None;
         }
         shared.advance(&self.tip);
         for Read { kind, before, .. } in frames {
@@ -249,10 +257,25 @@ impl Follower {
                 Ok(())
             }
             // It may be in the log or not: if it is, it will be read.
-            Put::Refused => Ok(()),
-            Put::Full => Err(Failure::Silent("the stream is full".into())),
-            Put::Unknown(reason) => Err(Failure::Silent(reason)),
+            Put::Refused => {
+                self.unclaimed(shared, REFUSED);
+                Ok(())
+            }
+            Put::Full => Err(self.unclaimed(shared, FULL)),
+            Put::Unknown(reason) => Err(self.unclaimed(shared, &reason)),
         }
+    }
+
+    /// Notes that a claim failed.
+    fn unclaimed(&mut self, shared: &Shared, reason: &str) -> Failure {
+        let known = self.unclaimed.take();
+        // A refusal is that of a claim that came second, unless it is repeated.
+        if reason != REFUSED && known.as_ref().is_none_or(|(_, known)| known != reason) {
+            warn!("cannot claim the log, retrying: {reason}");
+        }
+        let since = known.map_or_else(|| shared.env.clock.now(), |(since, _)| since);
+        self.unclaimed = Some((since, reason.to_owned()));
+        Failure::Silent(reason.to_owned())
     }
 
     /// Notifies the receivers of new entries.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use kvs_runtime::Env;
 use tokio::runtime::Handle;
 
-use super::engine::{Engine, Put};
+use super::engine::{Engine, FULL, Put, REFUSED};
 use super::frame::Restored;
 use crate::file::entry;
 use crate::file::frame::{ALIGNMENT, Builder, CLOSE};
@@ -98,8 +98,8 @@ impl Target<'_> {
         for _ in 0..ATTEMPTS {
             reason = match self.engine.put(self.position, frame.clone()).await {
                 Put::Durable => return Ok(()),
-                Put::Full => bail!("the stream is full"),
-                Put::Refused => "the engine refuses to append".to_owned(),
+                Put::Full => bail!(FULL),
+                Put::Refused => REFUSED.to_owned(),
                 Put::Unknown(reason) => reason,
             };
             match self.engine.read(position, Duration::ZERO).await.unwrap_or_default().first() {

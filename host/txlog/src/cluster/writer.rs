@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 
 use super::Shared;
-use super::engine::{Call, Put};
+use super::engine::{Call, FULL, Put, REFUSED};
 use super::frame::{Entries, Kind, Tip, WINDOW, is_mutant};
 use super::reader::Failure;
 use crate::remote::queue::{Batch, WriterCommand};
@@ -149,11 +149,11 @@ impl Writer {
             Put::Refused => {
                 self.refusals += 1;
                 // Once is spurious, or another process is primary, which the next read shows.
-                (self.refusals > 1).then(|| "the engine refuses to append, but nothing precedes".to_owned())
+                (self.refusals > 1).then(|| REFUSED.to_owned())
             }
             Put::Full => {
                 shared.queue.set_full(true);
-                Some("the stream is full".to_owned())
+                Some(FULL.to_owned())
             }
             Put::Unknown(reason) => Some(reason),
         };

@@ -1,8 +1,8 @@
-//! Loss of the quorum of the engine: the node that is left answers what it has, and nobody believes it.
+//! Loss of the quorum of the engine, or of its space: the node that is left answers what it has, and nobody believes it.
 
 use std::time::{Duration, Instant};
 
-use super::{put, stand_by, start};
+use super::{args, put, refuses, stand_by, start, texts};
 use crate::support::nats::Nodes;
 use crate::support::readiness::{UP_TO_DATE, becomes_ready};
 use crate::support::server::{PATIENCE, Server};
@@ -43,4 +43,27 @@ fn lost_quorum_makes_reads_of_standby_older_and_ends_no_server() {
         assert!(begun.elapsed() < PATIENCE, "writes do not come back");
         std::thread::sleep(Duration::from_millis(200));
     }
+}
+
+#[test]
+fn start_over_full_stream_ends_with_its_reason() {
+    let nodes = Nodes::start(3);
+    let server = start(&nodes);
+    assert_eq!(put(&server, "a", "1"), 201);
+    let killed = server.kill();
+    nodes.limit("x", Some(0));
+    let args = args(&nodes);
+    let reason = "it cannot be claimed for 20s: the stream is full: raise its max_bytes";
+    killed.refuses(&texts(&args)).with(1, &["cannot open the log in stream KVS-x-00", reason]);
+    nodes.limit("x", None);
+    // A claim that failed is no primary: this one waits for the lease of the one that was killed.
+    let server = start(&nodes);
+    assert_eq!(put(&server, "a", "2"), 201);
+}
+
+#[test]
+fn cluster_without_room_for_replicas_gets_no_stream_with_one() {
+    let nodes = Nodes::start(2);
+    let reason = "cannot make the stream KVS-x-00 with 3 replicas: no suitable peers";
+    refuses(&nodes, &["--allow-unsafe-txlog"]).with(1, &[reason]);
 }

@@ -286,6 +286,51 @@ fn lost_end_is_never_continued() {
     assert_eq!(world.cluster.state().frames.len(), left, "the log was continued");
 }
 
+/// The primary was killed, and the stream is full: a start reports it, and ends.
+#[test]
+fn start_that_cannot_claim_ends() {
+    for seed in 0..20 {
+        let mut executor = Executor::new(seed);
+        let world = World::new(&executor, 1);
+        executor.run_until(Duration::from_secs(25));
+        world.kill(0, Duration::from_secs(1_000));
+        world.cluster.state().is_full = true;
+        let opened = Rc::new(RefCell::new(None));
+        let (begun, ended) = (world.clone(), Rc::clone(&opened));
+        let newcomer = 1_000;
+        world.locals.start(newcomer, async move {
+            let log = begun.log(0, newcomer, false);
+            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
+        });
+        // A lease, and 20 s.
+        executor.run_until(Duration::from_secs(60));
+        let reason = opened.borrow().clone().and_then(Result::err).unwrap_or_default();
+        assert!(reason.starts_with("it cannot be claimed for 20s: the stream is full: "), "seed {seed}: {reason:?}");
+    }
+}
+
+/// Space comes back before the start has given up: it claims the log.
+#[test]
+fn start_over_full_stream_claims_once_there_is_space() {
+    for seed in 0..20 {
+        let mut executor = Executor::new(seed);
+        let world = World::new(&executor, 1);
+        executor.run_until(Duration::from_secs(25));
+        world.kill(0, Duration::from_secs(1_000));
+        world.cluster.state().is_full = true;
+        let opened = Rc::new(RefCell::new(None));
+        let (begun, ended) = (world.clone(), Rc::clone(&opened));
+        world.locals.start(1_000, async move {
+            let log = begun.log(0, 1_000, false);
+            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
+        });
+        executor.run_until(Duration::from_secs(42));
+        world.cluster.state().is_full = false;
+        executor.run_until(Duration::from_secs(60));
+        assert_eq!(*opened.borrow(), Some(Ok(())), "seed {seed}");
+    }
+}
+
 /// The engine is away for longer than the lease, for all alike: a server that starts must not take the log from a primary that lives.
 #[test]
 fn start_over_an_outage_does_not_preempt_live_primary() {
