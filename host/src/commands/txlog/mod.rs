@@ -170,6 +170,9 @@ fn verify_rows(url: &Url, output: Output, out: &mut dyn Write) -> anyhow::Result
 fn verify_frames(url: &nats::Url, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = nats::read(url)?;
     let (all, newest) = replayed(&log)?;
+    if let Some(damage) = log.replica_damage() {
+        bail!("the log can be read, but a replica of it is damaged: {damage}; see docs/jetstream.md");
+    }
     print_sound(all, newest, output, out)?;
     Ok(())
 }

@@ -141,6 +141,7 @@ impl Follower {
                     if !self.is_confirmed
                         && let Ok(again) = Self::begin(shared).await
                     {
+                        shared.clear_suspect();
                         self = again;
                     }
                 }

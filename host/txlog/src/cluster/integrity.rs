@@ -11,7 +11,7 @@ use tokio::task;
 use tracing::{error, info};
 
 use super::Shared;
-use super::engine::Ends;
+use super::engine::{Ends, ReadError};
 use super::frame::Tip;
 use super::mark::Mark;
 use super::reader::Failure;
@@ -22,6 +22,20 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// which the engine has replaced within [`READ_LEASE`](super::READ_LEASE).
 pub const LOSS_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Number of reads per interval of a frame that a replica lacks, and of consecutive good ones after which no replica does: each
+/// is answered by any of them.
+const PROBES: u32 = 4;
+const GOOD_PROBES: u32 = 40;
+
+/// A frame that a replica lacks or returns damaged, while others have it.
+struct Suspect {
+    /// The end of the log before it.
+    before: Tip,
+    reason: String,
+    /// Consecutive good reads.
+    good: u32,
+}
+
 /// State of a log in the engine.
 pub struct Integrity {
     /// The newest frame that was durable.
@@ -30,13 +44,15 @@ pub struct Integrity {
     short: Option<Instant>,
     /// A frame that no replica returns.
     frame: Option<String>,
+    /// A frame that some replica does not return.
+    suspect: Option<Suspect>,
     /// Number of frames that the engine says it has lost.
     lost: u64,
 }
 
 impl Integrity {
     pub fn new(mark: Mark) -> Self {
-        Self { mark, short: None, frame: None, lost: 0 }
+        Self { mark, short: None, frame: None, suspect: None, lost: 0 }
     }
 }
 
@@ -99,6 +115,7 @@ impl Shared {
                 Err(Failure::Gone(reason)) => self.fail(&anyhow!(reason)),
                 Err(_) => {}
             }
+            self.probe().await;
             if self.mark_file.is_some() {
                 let shared = Arc::clone(self);
                 task::spawn_blocking(move || shared.write_mark()).await??;
@@ -111,6 +128,46 @@ impl Shared {
     /// Writes the watermark file, if there is one.
     pub fn write_mark(&self) -> Result<()> {
         self.mark_file.as_ref().map_or(Ok(()), |file| file.write(self.mark()))
+    }
+
+    /// Notes the bad answer of a replica about the frame after `before`.
+    pub fn suspect(&self, before: Tip, reason: &str) {
+        let suspect = &mut self.lock_integrity().suspect;
+        match suspect {
+            Some(known) if known.before.position == before.position => known.good = 0,
+            // One is enough to know that a replica is damaged.
+            Some(_) => {}
+            None => {
+                error!("a replica of the log is damaged: {reason}; see docs/jetstream.md");
+                *suspect = Some(Suspect { before, reason: reason.to_owned(), good: 0 });
+            }
+        }
+    }
+
+    /// Forgets the bad answer of a replica: it was not the frame that was wrong, but what it was compared with.
+    pub fn clear_suspect(&self) {
+        self.lock_integrity().suspect = None;
+    }
+
+    /// Reads the frame again that a replica does not return, until all replicas do.
+    async fn probe(&self) {
+        let known = self.lock_integrity().suspect.as_ref().map(|suspect| suspect.before);
+        let Some(before) = known else { return };
+        for _ in 0..PROBES {
+            let is_good = match self.engine.read(before.position + 1, Duration::ZERO).await {
+                Ok(frames) if frames.is_empty() => continue,
+                Ok(frames) => before.clone().accept(self.log, &frames[0]).is_ok(),
+                Err(ReadError::Missing(_)) => false,
+                Err(_) => return,
+            };
+            let suspect = &mut self.lock_integrity().suspect;
+            let Some(known) = suspect else { return };
+            known.good = if is_good { known.good + 1 } else { 0 };
+            if known.good == GOOD_PROBES {
+                info!("resolved: all replicas return the frame that one did not: {}", known.reason);
+                *suspect = None;
+            }
+        }
     }
 
     /// Notes the frame that no replica returns, or that there is none.
@@ -130,6 +187,11 @@ impl Shared {
         let integrity = self.lock_integrity();
         let lost = (integrity.lost > 0).then(|| format!("the engine has lost {} frames", integrity.lost));
         integrity.frame.clone().or(lost)
+    }
+
+    /// Returns the frame that some replica does not return, and others do.
+    pub fn replica_damage(&self) -> Option<String> {
+        self.lock_integrity().suspect.as_ref().map(|suspect| suspect.reason.clone())
     }
 
     /// Returns the newest frame that was durable.

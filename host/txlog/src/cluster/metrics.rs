@@ -70,7 +70,8 @@ impl Measured for ClusterLog {
         page.counter("txlog_claims", "Times that this process claimed the log", metrics.claims.get())?;
         let help = "Reads repeated because a replica lacked a frame or returned a damaged one";
         page.counter("txlog_rereads", help, metrics.rereads.get())?;
-        let help = "1 while frames of the log are damaged or missing in the engine";
-        page.gauge("txlog_damaged", help, u64::from(self.shared.damage().is_some()))
+        let is_damaged = self.shared.damage().or_else(|| self.shared.replica_damage()).is_some();
+        let help = "1 while frames of the log are damaged or missing in the engine, or in one replica of it";
+        page.gauge("txlog_damaged", help, u64::from(is_damaged))
     }
 }

@@ -170,6 +170,11 @@ impl ClusterLog {
         let handle = runtime.handle().clone();
         Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: None })) })
     }
+
+    /// Returns what was read so far and is damaged in a replica, while others have it.
+    pub fn replica_damage(&self) -> Option<String> {
+        self.shared.replica_damage()
+    }
 }
 
 impl TransactionLog for ClusterLog {
@@ -411,6 +416,7 @@ impl Shared {
         }
         let mut conditions = self.engine.warnings();
         conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
+        conditions.extend(self.replica_damage().map(|damage| format!("damaged in a replica: {damage}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();
             let behind = self.restored().history.entries(self.queue.appended(), *newest);

@@ -81,6 +81,7 @@ impl Shared {
                     continue;
                 }
                 Err(ReadError::Missing(reason)) => {
+                    self.suspect(*tip, &reason);
                     why = reason;
                     continue;
                 }
@@ -95,6 +96,7 @@ impl Shared {
                 match tip.accept(self.log, &bytes) {
                     Ok(kind) => read.push(Read { bytes, kind, before }),
                     Err(reason) => {
+                        self.suspect(before, &format!("frame {} of {}: {reason}", before.position + 1, self.name));
                         reason.clone_into(&mut why);
                         break;
                     }

@@ -60,6 +60,11 @@ impl State {
         self.lost = Some((replica, frame));
     }
 
+    /// Repairs the replica that lost a frame.
+    pub fn repair(&mut self) {
+        self.lost = None;
+    }
+
     /// Loses the last frames in all replicas.
     pub fn lose_end(&mut self, count: usize) {
         let mut frames = mem::take(&mut self.frames);

@@ -6,13 +6,15 @@ use std::collections::HashMap;
 use std::iter;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use super::executor::{Executor, WORLD};
 use super::mutants;
 use super::process::{Seen, World};
+use crate::Condition;
+use crate::cluster::frame::Tip;
 
 const HOSTS: usize = 3;
 const TROUBLE: Duration = Duration::from_secs(80);
@@ -284,6 +286,38 @@ fn lost_end_is_never_continued() {
     );
     assert!(found[1].contains("cannot open the log: the engine has lost the end of the log"), "{found:?}");
     assert_eq!(world.cluster.state().frames.len(), left, "the log was continued");
+}
+
+/// One replica lacks a frame, and the others have it: reads succeed, and the damage is reported until it is repaired.
+#[test]
+fn damage_in_one_replica_is_reported_while_it_lasts() {
+    for seed in 0..20 {
+        let mut executor = Executor::new(seed);
+        let world = World::new(&executor, 1);
+        executor.run_until(Duration::from_secs(25));
+        let shared = world.hosts[0].borrow().log.clone().expect("it is open");
+        let mut now = 25;
+        let mut pass = |seconds| {
+            now += seconds;
+            executor.run_until(Duration::from_secs(now));
+        };
+        assert_eq!(shared.condition(), Condition::Well);
+        world.cluster.state().lose_frame(1, 0);
+        let reader = Arc::clone(&shared);
+        world.locals.start(WORLD, async move {
+            for _ in 0..20 {
+                reader.read(&mut Tip::default(), Duration::ZERO).await.expect("two replicas have it");
+            }
+        });
+        pass(10);
+        let Condition::But(reason) = shared.condition() else { panic!("seed {seed}: not reported") };
+        assert!(reason.starts_with("damaged in a replica: a replica lacks it"), "{reason}");
+        pass(300);
+        assert!(matches!(shared.condition(), Condition::But(_)), "seed {seed}: forgotten");
+        world.cluster.state().repair();
+        pass(60);
+        assert_eq!(shared.condition(), Condition::Well, "seed {seed}");
+    }
 }
 
 /// The primary was killed, and the stream is full: a start reports it, and ends.
