@@ -159,6 +159,11 @@ impl Nodes {
         assert!(!answer.contains("\"error\""), "{answer}");
     }
 
+    /// The sequence of the first message of the stream of a log.
+    pub fn first(&self, log: &str) -> u64 {
+        self.info(log)["state"]["first_seq"].as_u64().expect("it has one")
+    }
+
     fn info(&self, log: &str) -> Value {
         serde_json::from_str(&self.api(&format!("STREAM.INFO.KVS-{log}-00"), "")).expect("it is JSON")
     }

@@ -132,7 +132,8 @@ pub async fn open_log(
             let (url, data, standby) = (url.clone(), args.data_dir.clone(), args.standby);
             let lease = args.read_lease.unwrap_or(cluster::READ_LEASE);
             let group_bytes = Some(args.guest.group_bytes(args.max_value_bytes));
-            let options = cluster::Options { group_bytes, standby, lease, advertise, env };
+            let retain = args.backup.retain;
+            let options = cluster::Options { group_bytes, standby, lease, retain, advertise, env };
             let (monitors, allow_unsafe) = (args.nats.txlog_monitor.clone(), args.nats.allow_unsafe_txlog);
             let checks = nats::Checks { begin: true, allow_unsafe, monitors };
             let opened = task::spawn_blocking(move || nats::open(&url, &checks, Some(&data), &options));

@@ -17,7 +17,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use kvs_client::Output;
 #[cfg(feature = "nats")]
-use kvs_txlog::cluster::nats;
+use kvs_txlog::cluster::{compaction::Outcome, nats};
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{Existing, PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
@@ -144,7 +144,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
                 Ok(())
             }
             #[cfg(feature = "nats")]
-            TxlogStorage::Nats(_) => bail!("a log in NATS keeps every entry, it cannot be compacted"),
+            TxlogStorage::Nats(url) => compact_frames(url),
         },
         TxlogCommand::Fork { at } => fork(&at, out),
     }
@@ -273,6 +273,20 @@ fn compact(data: &Path) -> anyhow::Result<()> {
     let after = directory_bytes(data);
     let saved = ByteSize(before.saturating_sub(after));
     notice(format_args!("compacted: the log takes {}, saved {saved}", ByteSize(after)));
+    Ok(())
+}
+
+/// Compacts a log in NATS, also while it is in use.
+#[cfg(feature = "nats")]
+fn compact_frames(url: &nats::Url) -> anyhow::Result<()> {
+    let Some(Outcome { entries, log_bytes, snapshot_bytes, .. }) = nats::read(url)?.compact()? else {
+        notice(format_args!("nothing to compact: hardly anything was written since the last snapshot"));
+        return Ok(());
+    };
+    let (log, snapshot) = (ByteSize(log_bytes), ByteSize(snapshot_bytes));
+    notice(format_args!(
+        "compacted: {entries} entries remain in the snapshot, which takes {snapshot}; the rest takes {log}"
+    ));
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +24,21 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Returns the ends of the log. A hint, but that it succeeds shows that the engine can commit.
     fn ends(&self) -> Call<'_, Result<Ends, ReadError>>;
+
+    /// Drops the frames up to a position. The next one is kept, whatever its number is.
+    fn drop_until(&self, position: u64) -> Call<'_, Result<(), ReadError>>;
+
+    /// Returns the positions of the snapshots that there are, whether they are complete or not.
+    fn snapshots(&self) -> Call<'_, Result<Vec<u64>, ReadError>>;
+
+    /// Makes the snapshot of a position, without frames. An error if there is one.
+    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>>;
+
+    /// Drops a snapshot, if there is one.
+    fn drop_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>>;
+
+    /// Returns the frames of a snapshot, which are stored like those of a log. It is gone if there is none.
+    fn snapshot(&self, position: u64) -> Arc<dyn Engine>;
 
     /// Returns what weakens the durability of the log, for the operator, as of the last call of `ends`.
     fn warnings(&self) -> Vec<String> {
@@ -56,6 +72,8 @@ pub struct Ends {
     pub last: u64,
     /// Number of frames. Less than the positions between the ends after the engine lost some.
     pub frames: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

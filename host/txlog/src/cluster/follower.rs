@@ -100,7 +100,9 @@ impl Follower {
                     bail!("it is in use by {holder}; stop it first, or serve with --standby");
                 }
                 Ok(None) => succeeded = clock.now(),
-                Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => return Err(failure.into()),
+                Err(failure @ (Failure::Gone(_) | Failure::Damaged(_) | Failure::Dropped(_))) => {
+                    return Err(failure.into());
+                }
                 Err(Failure::Silent(reason)) => {
                     // A primary that could not be observed may have written.
                     self.received = clock.now();
@@ -143,6 +145,13 @@ impl Follower {
                     {
                         shared.clear_suspect();
                         self = again;
+                    }
+                }
+                Err(Failure::Dropped(reason)) => {
+                    info!("following the log from its end, since it was compacted beyond what was read: {reason}");
+                    if let Ok(again) = Self::begin(shared).await {
+                        self = again;
+                        self.publish(shared);
                     }
                 }
                 Err(Failure::Silent(reason)) => {
@@ -206,7 +215,7 @@ impl Follower {
 
     fn note(&mut self, shared: &Shared, kind: Kind) {
         match kind {
-            Kind::Void | Kind::Restored(_) => {}
+            Kind::Void | Kind::Restored(_) | Kind::Snapshot(_) => {}
             Kind::Entries => self.is_released = false,
             Kind::Released => self.is_released = true,
             Kind::Held(holder) => {

@@ -14,6 +14,9 @@
 //! restored, the last closes them. Their sequences have gaps, so each names the last of its own, where others name the newest
 //! that was durable.
 //!
+//! A snapshot has frames like these, of its own, and ends with one that says up to where it has the entries of the log: the next
+//! frame of the log names the checksum that is in it.
+//!
 //! Owns: the rules by which one frame follows another. Must never know: the engine.
 
 use std::mem;
@@ -23,7 +26,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::file::bytes::{u32_at, u64_at};
-use crate::file::frame::{Builder, CLAIM, CLOSE, ENTRIES, Frame, HEAD_BYTES, HEARTBEAT, Head, RESTORED};
+use crate::file::frame::{Builder, CLAIM, CLOSE, ENTRIES, Frame, HEAD_BYTES, HEARTBEAT, Head, RESTORED, SNAPSHOT};
 use crate::file::{entry, incarnations};
 use crate::remote::queue::{Batch, Content};
 use crate::{Event, History};
@@ -116,6 +119,58 @@ impl Restored {
     }
 }
 
+/// What a snapshot has the entries of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The end of the log that it was made from, which goes on there.
+    pub tip: Tip,
+    pub restored: Restored,
+}
+
+impl Snapshot {
+    /// Makes its last frame, without which it is not complete.
+    pub fn encode(&self) -> Builder {
+        let Self { tip: Tip { position, sequence, barrier, epoch, checksum }, restored: Restored { horizon, history } } =
+            self;
+        let mut frame = Builder::new(sequence + 1, Vec::new());
+        frame.kind = SNAPSHOT;
+        let body = frame.body();
+        [position, sequence, barrier, horizon]
+            .into_iter()
+            .for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
+        [epoch, checksum].into_iter().for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
+        incarnations::encode(body, history.incarnations());
+        frame
+    }
+
+    fn decode(body: &[u8]) -> Option<Self> {
+        let (fixed, records) = body.split_at_checked(40)?;
+        if !incarnations::is_whole(records) {
+            return None;
+        }
+        let [position, sequence, barrier, horizon] = [0, 8, 16, 24].map(|at| u64_at(fixed, at));
+        let [epoch, checksum] = [32, 36].map(|at| u32_at(fixed, at));
+        let history = Arc::new(History::new(incarnations::decode(records)));
+        Some(Self {
+            tip: Tip { position, sequence, epoch, checksum, barrier },
+            restored: Restored { horizon, history },
+        })
+    }
+
+    /// Returns the newest sequence up to which it replaces the log.
+    pub fn newest(&self) -> u64 {
+        self.restored.history.newest_given(self.tip.sequence)
+    }
+
+    /// Returns what the last frame of a snapshot says; None if it is not one.
+    pub fn of_last(log: Uuid, bytes: &[u8]) -> Option<Self> {
+        match kind(Head::decode(bytes, log)?, bytes) {
+            Ok(Kind::Snapshot(snapshot)) => Some(snapshot),
+            _ => None,
+        }
+    }
+}
+
 /// The end of the log as far as it was read or written, and what a frame after it must name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tip {
@@ -136,6 +191,8 @@ pub enum Kind {
     Released,
     /// The log was restored from a backup.
     Restored(Restored),
+    /// The snapshot is complete.
+    Snapshot(Snapshot),
     /// It is of a deposed primary, and not in the log.
     Void,
 }
@@ -270,6 +327,9 @@ fn kind(head: Head, bytes: &[u8]) -> Result<Kind, &'static str> {
         (ENTRIES, 1.., 0) => Ok(Kind::Entries),
         (CLOSE, 0, 0) => Ok(Kind::Released),
         (RESTORED, 0, 0) => Restored::decode(body).map(Kind::Restored).ok_or("it does not say what was restored"),
+        (SNAPSHOT, 0, 0) => {
+            Snapshot::decode(body).map(Kind::Snapshot).ok_or("it does not say what it is a snapshot of")
+        }
         (CLAIM | HEARTBEAT, 0, 0) => Holder::decode(body).map(Kind::Held).ok_or("it does not name its holder"),
         _ => Err("it is of a kind that this binary does not know; use a newer kvs"),
     }
@@ -365,6 +425,23 @@ mod tests {
         for length in (0..body.len()).filter(|length| *length != body.len() - 48) {
             assert_eq!(Restored::decode(&body[..length]), None, "{length} bytes");
         }
+    }
+
+    #[test]
+    fn snapshot_ends_with_what_the_log_goes_on_from() {
+        let log = Uuid::from_u128(1);
+        let mut tip = Tip::default();
+        tip.claim(log, &holder());
+        let incarnation =
+            crate::Incarnation { id: Uuid::from_u128(2), parent: Uuid::from_u128(1), fork: 5, first: 1 << 40 };
+        for history in [History::default(), History::new(vec![incarnation])] {
+            let snapshot = Snapshot { tip, restored: Restored { horizon: 3, history: Arc::new(history) } };
+            let mut frame = snapshot.encode();
+            frame.seal(log, 0, tip.sequence, 0);
+            assert_eq!(Snapshot::of_last(log, frame.bytes()), Some(snapshot));
+        }
+        let heartbeat = tip.heartbeat(log, &holder());
+        assert_eq!(Snapshot::of_last(log, &heartbeat), None);
     }
 
     #[test]

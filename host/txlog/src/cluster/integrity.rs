@@ -11,7 +11,7 @@ use tokio::task;
 use tracing::{error, info};
 
 use super::Shared;
-use super::engine::{Ends, ReadError};
+use super::engine::{Ends, Engine, ReadError};
 use super::frame::Tip;
 use super::mark::Mark;
 use super::reader::Failure;
@@ -29,7 +29,8 @@ const GOOD_PROBES: u32 = 40;
 
 /// A frame that a replica lacks or returns damaged, while others have it.
 struct Suspect {
-    /// The end of the log before it.
+    /// The log or a snapshot, and the end of it before the frame.
+    engine: Arc<dyn Engine>,
     before: Tip,
     reason: String,
     /// Consecutive good reads.
@@ -42,6 +43,11 @@ pub struct Integrity {
     mark: Mark,
     /// Time since which the engine answers that the log ends before the mark.
     short: Option<Instant>,
+    /// Time since which the engine answers that the log begins after its snapshots.
+    headless: Option<Instant>,
+    /// Position of the first frame, and the bytes of all, as of the last answer.
+    first: u64,
+    bytes: u64,
     /// A frame that no replica returns.
     frame: Option<String>,
     /// A frame that some replica does not return.
@@ -52,7 +58,7 @@ pub struct Integrity {
 
 impl Integrity {
     pub fn new(mark: Mark) -> Self {
-        Self { mark, short: None, frame: None, suspect: None, lost: 0 }
+        Self { mark, short: None, headless: None, first: 1, bytes: 0, frame: None, suspect: None, lost: 0 }
     }
 }
 
@@ -62,23 +68,40 @@ impl Shared {
         // Both from before the call: frames become durable during it, and the process can be paused after it.
         let (mark, asked) = (self.mark(), self.env.clock.now());
         let ends = self.engine.ends().await?;
-        if ends.first > 1 {
-            return Err(Failure::Gone(format!(
-                "the first {} frames of the log in the {} are gone: it was purged by hand; restore it from a copy",
-                ends.first - 1,
-                self.name
-            )));
-        }
+        let is_whole = self.reaches(ends.first) || {
+            self.find_snapshot().await?;
+            self.reaches(ends.first)
+        };
         let mut integrity = self.lock_integrity();
-        if ends.last >= mark.position {
-            integrity.short = None;
+        let Integrity { short, headless, .. } = &mut *integrity;
+        let (since, reason) = if !is_whole {
+            (headless, lost_beginning(ends.first, &self.name))
+        } else if ends.last < mark.position {
+            (short, lost_end(ends.last, mark))
+        } else {
+            (*short, *headless) = (None, None);
+            integrity.first = ends.first;
+            integrity.bytes = ends.bytes;
             return Ok(ends);
-        }
-        let since = *integrity.short.get_or_insert(asked);
-        drop(integrity);
-        let reason = lost_end(ends.last, mark);
+        };
+        let since = *since.get_or_insert(asked);
         let is_lost = asked.saturating_duration_since(since) >= LOSS_TIMEOUT;
         Err(if is_lost { Failure::Gone(reason) } else { Failure::Silent(reason) })
+    }
+
+    /// Returns whether the frames before this position were dropped by compaction: a snapshot has their entries.
+    fn reaches(&self, first: u64) -> bool {
+        first == 1 || self.snapshot().is_some_and(|snapshot| snapshot.tip.position + 1 >= first)
+    }
+
+    /// Returns the position of the first frame of the log, as of the last answer.
+    pub fn first(&self) -> u64 {
+        self.lock_integrity().first
+    }
+
+    /// Returns the bytes of the log in the engine, as of the last answer.
+    pub fn bytes(&self) -> u64 {
+        self.lock_integrity().bytes
     }
 
     /// Checks that the log that ends there is the one with the mark, and not another one that was written after a loss.
@@ -106,7 +129,7 @@ impl Shared {
         while self.queue.ended().is_none() {
             match self.ends().await {
                 Ok(ends) => {
-                    let lost = ends.last.saturating_sub(ends.frames);
+                    let lost = (ends.last + 1 - ends.first).saturating_sub(ends.frames);
                     let known = std::mem::replace(&mut self.lock_integrity().lost, lost);
                     if lost > known {
                         error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
@@ -130,16 +153,16 @@ impl Shared {
         self.mark_file.as_ref().map_or(Ok(()), |file| file.write(self.mark()))
     }
 
-    /// Notes the bad answer of a replica about the frame after `before`.
-    pub fn suspect(&self, before: Tip, reason: &str) {
+    /// Notes the bad answer of a replica about the frame after `before`, in the log or in a snapshot.
+    pub fn suspect(&self, engine: &Arc<dyn Engine>, before: Tip, reason: &str) {
         let suspect = &mut self.lock_integrity().suspect;
         match suspect {
-            Some(known) if known.before.position == before.position => known.good = 0,
+            Some(known) if known.before == before => known.good = 0,
             // One is enough to know that a replica is damaged.
             Some(_) => {}
             None => {
                 error!("a replica of the log is damaged: {reason}; see docs/jetstream.md");
-                *suspect = Some(Suspect { before, reason: reason.to_owned(), good: 0 });
+                *suspect = Some(Suspect { engine: Arc::clone(engine), before, reason: reason.to_owned(), good: 0 });
             }
         }
     }
@@ -149,22 +172,24 @@ impl Shared {
         self.lock_integrity().suspect = None;
     }
 
-    /// Reads the frame again that a replica does not return, until all replicas do.
+    /// Reads the frame again that a replica does not return, until all replicas do, or compaction has dropped it.
     async fn probe(&self) {
-        let known = self.lock_integrity().suspect.as_ref().map(|suspect| suspect.before);
-        let Some(before) = known else { return };
+        let known = self.lock_integrity().suspect.as_ref().map(|known| (Arc::clone(&known.engine), known.before));
+        let Some((engine, before)) = known else { return };
+        let position = before.position + 1;
         for _ in 0..PROBES {
-            let is_good = match self.engine.read(before.position + 1, Duration::ZERO).await {
+            let (is_good, is_dropped) = match engine.read(position, Duration::ZERO).await {
                 Ok(frames) if frames.is_empty() => continue,
-                Ok(frames) => before.clone().accept(self.log, &frames[0]).is_ok(),
-                Err(ReadError::Missing(_)) => false,
-                Err(_) => return,
+                Ok(frames) => (before.clone().accept(self.log, &frames[0]).is_ok(), false),
+                Err(ReadError::Missing(_)) => (false, engine.ends().await.is_ok_and(|ends| ends.first > position)),
+                Err(ReadError::Gone(_)) => (false, true),
+                Err(ReadError::Unavailable(_)) => return,
             };
             let suspect = &mut self.lock_integrity().suspect;
             let Some(known) = suspect else { return };
             known.good = if is_good { known.good + 1 } else { 0 };
-            if known.good == GOOD_PROBES {
-                info!("resolved: all replicas return the frame that one did not: {}", known.reason);
+            if known.good == GOOD_PROBES || is_dropped {
+                info!("resolved: no replica lacks the frame any more: {}", known.reason);
                 *suspect = None;
             }
         }
@@ -202,6 +227,14 @@ impl Shared {
     fn lock_integrity(&self) -> MutexGuard<'_, Integrity> {
         self.integrity.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lost_beginning(first: u64, name: &str) -> String {
+    format!(
+        "the first {} frames of the log in the {name} are gone, and no snapshot has their entries: it was purged by hand; \
+         restore it from a copy",
+        first - 1
+    )
 }
 
 fn lost_end(last: u64, mark: Mark) -> String {

@@ -15,6 +15,7 @@ pub struct Metrics {
     pub lookups: Counter,
     pub rereads: Counter,
     pub claims: Counter,
+    pub compactions: Counter,
 }
 
 impl Metrics {
@@ -27,6 +28,7 @@ impl Metrics {
             lookups: Counter::default(),
             rereads: Counter::default(),
             claims: Counter::default(),
+            compactions: Counter::default(),
         }
     }
 }
@@ -68,6 +70,8 @@ impl Measured for ClusterLog {
         let help = "Frames whose outcome was unknown, or that were refused, and were checked";
         page.counter("txlog_lookups", help, metrics.lookups.get())?;
         page.counter("txlog_claims", "Times that this process claimed the log", metrics.claims.get())?;
+        page.gauge("txlog_bytes", "Bytes of the log in use", self.shared.bytes())?;
+        page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
         let help = "Reads repeated because a replica lacked a frame or returned a damaged one";
         page.counter("txlog_rereads", help, metrics.rereads.get())?;
         let is_damaged = self.shared.damage().or_else(|| self.shared.replica_damage()).is_some();

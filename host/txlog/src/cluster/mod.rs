@@ -3,7 +3,7 @@
 //! Owns: everything that makes a log of what an engine offers, which is little: numbered positions, and a put that succeeds
 //! at the end of the log only. Must never know: what a key or a value means. Read `engine` first, then `frame` (what is
 //! stored), `writer` (commit, once and in order), `follower` (standby and failover), `reader` and `integrity`, and `replay`;
-//! `nats` is the engine, and the only part that knows it.
+//! `snapshot` and `compaction` bound the size; `nats` is the engine, and the only part that knows it.
 //!
 //! # Primary, epoch and fencing
 //!
@@ -23,18 +23,22 @@
 //! The engine is not trusted with it: each frame names the checksum of the one before it, and all that is read is verified.
 //! The newest frame that was durable is noted in the data directory, so that a log that has lost its end is not continued.
 
+pub mod compaction;
 pub mod engine;
 mod follower;
 mod frame;
 mod integrity;
+mod liveness;
 mod mark;
 mod metrics;
 #[cfg(feature = "nats")]
 pub mod nats;
+mod puts;
 mod reader;
 mod replay;
 #[cfg(any(test, feature = "nats"))]
 mod restore;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -53,7 +57,7 @@ use uuid::Uuid;
 
 use self::engine::Engine;
 use self::follower::Follower;
-use self::frame::{Entries, Holder, Restored, is_mutant};
+use self::frame::{Entries, Holder, Restored, Snapshot, is_mutant};
 use self::integrity::{Integrity, LOSS_TIMEOUT};
 use self::mark::{Mark, MarkFile};
 use self::metrics::Metrics;
@@ -85,6 +89,8 @@ pub struct Options {
     pub standby: bool,
     /// Read lease, from one second to ten.
     pub lease: Duration,
+    /// How long entries are kept after they were superseded or deleted.
+    pub retain: Duration,
     /// URL at which this process serves clients, announced to standbys.
     pub advertise: Option<String>,
     /// The clock, the randomness and the tasks of the log.
@@ -95,7 +101,8 @@ pub struct Options {
 impl Options {
     /// Options for a log that no server uses.
     fn at_rest() -> Self {
-        Self { group_bytes: None, standby: false, lease: READ_LEASE, advertise: None, env: Env::real() }
+        let (lease, retain) = (READ_LEASE, Duration::ZERO);
+        Self { group_bytes: None, standby: false, lease, retain, advertise: None, env: Env::real() }
     }
 }
 
@@ -109,6 +116,8 @@ pub struct Stored {
     pub mark_file: Option<MarkFile>,
     /// Maximum size of a group of events, in bytes.
     pub group_bytes: u64,
+    /// Minimum growth of the log between two compactions, in bytes.
+    pub compaction_bytes: u64,
 }
 
 pub struct ClusterLog {
@@ -134,6 +143,8 @@ struct Shared {
     news: watch::Sender<News>,
     /// Set once a frame of the log was read.
     restored: OnceLock<Restored>,
+    /// The newest complete snapshot that is known.
+    snapshot: Mutex<Option<Snapshot>>,
     index: Index,
     queue: Queue<Entries>,
     watermark: Watermark,
@@ -141,6 +152,12 @@ struct Shared {
     lease: Lease,
     integrity: Mutex<Integrity>,
     mark_file: Option<MarkFile>,
+    /// Maximum size of a frame of a snapshot, and minimum growth of the log between two.
+    frame_bytes: u64,
+    compaction_bytes: u64,
+    retain: Duration,
+    /// Why the last compaction failed.
+    compaction_failure: Mutex<Option<String>>,
     metrics: Metrics,
     /// Environment whose tasks run in the runtime of the log.
     env: Env,
@@ -169,6 +186,11 @@ impl ClusterLog {
         shared.follow(follower.sequence());
         let handle = runtime.handle().clone();
         Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: None })) })
+    }
+
+    /// Compacts the log, also while a server uses it. Returns None if there is nothing to compact.
+    pub fn compact(&self) -> Result<Option<compaction::Outcome>> {
+        self.handle.block_on(compaction::compact(&self.shared, compaction::Manner::Command))
     }
 
     /// Returns what was read so far and is damaged in a replica, while others have it.
@@ -210,9 +232,10 @@ impl TransactionLog for ClusterLog {
     }
 
     fn retained(&self) -> u64 {
-        // Nothing is ever dropped, but can have been before it was restored here.
+        // Entries can have been dropped before the log was restored here, too.
         let Restored { horizon, history } = self.shared.restored();
-        history.incarnations().last().filter(|_| horizon > 0).map_or(1, |incarnation| incarnation.fork)
+        let restored = history.incarnations().last().filter(|_| horizon > 0).map_or(1, |incarnation| incarnation.fork);
+        self.shared.snapshot().map_or(restored, |snapshot| snapshot.newest().max(restored))
     }
 
     fn history(&self) -> Arc<History> {
@@ -280,7 +303,7 @@ impl Drop for ClusterLog {
 
 impl Shared {
     fn new(stored: Stored, options: &Options, env: Env) -> Result<Self> {
-        let Stored { engine, name, mark, mark_file, group_bytes } = stored;
+        let Stored { engine, name, mark, mark_file, group_bytes, compaction_bytes } = stored;
         ensure!(
             options.lease >= MIN_READ_LEASE,
             "--read-lease is {:?}, but must be at least {MIN_READ_LEASE:?} for this log, which keeps each heartbeat: ten per lease",
@@ -301,6 +324,7 @@ impl Shared {
             holder,
             news: watch::Sender::new(news),
             restored: OnceLock::new(),
+            snapshot: Mutex::default(),
             index: Index::default(),
             queue: Queue::new(0, group_bytes, BATCH_BYTES.min(group_bytes), env.clock.clone()),
             watermark: Watermark::new(0),
@@ -308,6 +332,10 @@ impl Shared {
             lease: Lease::new(options.lease, &env.clock),
             integrity: Mutex::new(Integrity::new(mark)),
             mark_file,
+            frame_bytes: group_bytes,
+            compaction_bytes,
+            retain: options.retain,
+            compaction_failure: Mutex::default(),
             metrics: Metrics::new(),
             env,
         })
@@ -345,11 +373,12 @@ impl Shared {
             self.begin();
             self.start("log writer", async move { writer.run(&shared).await })
         };
-        let (checked, clock) = (Arc::clone(self), self.env.clock.clone());
+        let (checked, compacted, clock) = (Arc::clone(self), Arc::clone(self), self.env.clock.clone());
         self.env.tasks.restart("log integrity", &clock, move || {
             let shared = Arc::clone(&checked);
             async move { shared.watch_integrity().await }
         });
+        self.env.tasks.restart("log compaction", &clock, move || compaction::run(Arc::clone(&compacted)));
         Ok(task)
     }
 
@@ -417,6 +446,8 @@ impl Shared {
         let mut conditions = self.engine.warnings();
         conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
         conditions.extend(self.replica_damage().map(|damage| format!("damaged in a replica: {damage}")));
+        let compaction = self.compaction_failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        conditions.extend(compaction.map(|reason| format!("compaction fails and the log keeps growing: {reason}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();
             let behind = self.restored().history.entries(self.queue.appended(), *newest);
@@ -433,6 +464,10 @@ impl Shared {
 
     fn restored(&self) -> Restored {
         self.restored.get().cloned().unwrap_or_default()
+    }
+
+    fn set_compaction_failure(&self, reason: Option<String>) {
+        *self.compaction_failure.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
     fn fail(&self, error: &anyhow::Error) {

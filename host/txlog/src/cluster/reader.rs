@@ -6,13 +6,13 @@
 //! Owns: the retries. Must never know: what is done with the frames.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::Shared;
-use super::engine::ReadError;
+use super::engine::{Engine, ReadError};
 use super::frame::{Kind, Restored, Tip, is_mutant};
 
 /// Number of reads after which a frame counts as damaged.
@@ -41,6 +41,9 @@ pub enum Failure {
     /// The log is not there any more.
     #[error("{0}")]
     Gone(String),
+    /// Compaction has dropped the frame since, and a snapshot has its entries.
+    #[error("{0}")]
+    Dropped(String),
 }
 
 impl From<ReadError> for Failure {
@@ -54,9 +57,13 @@ impl From<ReadError> for Failure {
 }
 
 impl Shared {
-    /// Reads what the log was restored from, which its first frame says.
+    /// Reads what the log was restored from, which its first frame says, or a snapshot that replaces it.
     pub async fn read_restored(&self) -> Result<(), Failure> {
         if self.restored.get().is_some() {
+            return Ok(());
+        }
+        if let Some(snapshot) = self.find_snapshot().await? {
+            let _ = self.restored.set(snapshot.restored);
             return Ok(());
         }
         let first = self.read(&mut Tip::default(), WAIT).await?.into_iter().next();
@@ -68,20 +75,33 @@ impl Shared {
 
     /// Reads the frames after `tip`, and moves it on to the last of them. Waits for one at most this long.
     pub async fn read(&self, tip: &mut Tip, wait: Duration) -> Result<Vec<Read>, Failure> {
+        self.read_in((&self.engine, &self.name), tip, wait).await
+    }
+
+    /// Like [`read`](Self::read), in the log or in a snapshot.
+    pub async fn read_in(
+        &self,
+        (engine, name): (&Arc<dyn Engine>, &str),
+        tip: &mut Tip,
+        wait: Duration,
+    ) -> Result<Vec<Read>, Failure> {
         let mut why = String::new();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 self.metrics.rereads.add(1);
                 self.env.clock.sleep(RETRY_DELAY * attempt).await;
             }
-            let frames = match self.engine.read(tip.position + 1, wait).await {
+            let frames = match engine.read(tip.position + 1, wait).await {
                 Ok(frames) => frames,
                 Err(ReadError::Missing(_)) if is_mutant("GapSkipped") => {
                     tip.position += 1;
                     continue;
                 }
                 Err(ReadError::Missing(reason)) => {
-                    self.suspect(*tip, &reason);
+                    if engine.ends().await.is_ok_and(|ends| ends.first > tip.position + 1) {
+                        return Err(Failure::Dropped(format!("frame {} was dropped by compaction", tip.position + 1)));
+                    }
+                    self.suspect(engine, *tip, &reason);
                     why = reason;
                     continue;
                 }
@@ -96,7 +116,7 @@ impl Shared {
                 match tip.accept(self.log, &bytes) {
                     Ok(kind) => read.push(Read { bytes, kind, before }),
                     Err(reason) => {
-                        self.suspect(before, &format!("frame {} of {}: {reason}", before.position + 1, self.name));
+                        self.suspect(engine, before, &format!("frame {} of {name}: {reason}", before.position + 1));
                         reason.clone_into(&mut why);
                         break;
                     }
@@ -106,7 +126,7 @@ impl Shared {
                 return Ok(read);
             }
         }
-        Err(Failure::Damaged(format!("frame {} of {} cannot be read: {why}", tip.position + 1, self.name)))
+        Err(Failure::Damaged(format!("frame {} of {name} cannot be read: {why}", tip.position + 1)))
     }
 }
 

@@ -3,34 +3,25 @@
 //! Owns: the frames of the restored part. Must never know: how it becomes a log once it is complete.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use bytes::Bytes;
-use kvs_runtime::Env;
 use tokio::runtime::Handle;
 
-use super::engine::{Engine, FULL, Put, REFUSED};
 use super::frame::Restored;
+use super::puts::Puts;
 use crate::file::entry;
 use crate::file::frame::{ALIGNMENT, Builder, CLOSE};
 use crate::file::packer::Packer;
 use crate::{Entry, Restoration};
 
-/// Number of attempts to put a frame, a second apart: an engine elects a leader in less.
-const ATTEMPTS: u32 = 30;
-const RETRY_DELAY: Duration = Duration::from_secs(1);
-
-/// Puts frames one after the other.
+/// Where the frames are put.
 pub struct Target<'t> {
-    pub engine: &'t dyn Engine,
+    pub puts: Puts<'t>,
     /// Runtime of the engine.
     pub handle: &'t Handle,
-    pub env: &'t Env,
     /// Maximum size of a frame.
     pub frame_bytes: u64,
-    /// Position of the last one.
-    pub position: u64,
 }
 
 /// Writes the restored part of a log. Reads the entries twice: what is missing comes first, and is known last. Blocks, so must
@@ -86,29 +77,7 @@ impl Target<'_> {
             "a frame of the log takes {size} bytes, but max_payload of the server allows {}: raise it",
             self.frame_bytes
         );
-        self.handle.block_on(self.put_once(Bytes::copy_from_slice(frame)))?;
-        self.position += 1;
-        Ok(())
-    }
-
-    /// Puts a frame after those so far, where it is not there yet after a lost answer.
-    async fn put_once(&self, frame: Bytes) -> Result<()> {
-        let position = self.position + 1;
-        let mut reason = String::new();
-        for _ in 0..ATTEMPTS {
-            reason = match self.engine.put(self.position, frame.clone()).await {
-                Put::Durable => return Ok(()),
-                Put::Full => bail!(FULL),
-                Put::Refused => REFUSED.to_owned(),
-                Put::Unknown(reason) => reason,
-            };
-            match self.engine.read(position, Duration::ZERO).await.unwrap_or_default().first() {
-                Some(found) if *found == frame => return Ok(()),
-                Some(_) => bail!("another process writes to it"),
-                None => self.env.clock.sleep(RETRY_DELAY).await,
-            }
-        }
-        Err(anyhow::anyhow!(reason)).with_context(|| format!("cannot put frame {position}"))
+        self.handle.block_on(self.puts.put(Bytes::copy_from_slice(frame)))
     }
 }
 
@@ -116,13 +85,14 @@ impl Target<'_> {
 mod tests {
     use std::future::ready;
     use std::sync::{Mutex, PoisonError};
+    use std::time::Duration;
 
-    use kvs_runtime::Random;
+    use kvs_runtime::{Env, Random};
     use tokio::runtime::{Builder, Runtime};
     use uuid::Uuid;
 
     use super::*;
-    use crate::cluster::engine::{Call, Ends, ReadError};
+    use crate::cluster::engine::{Call, Ends, Engine, Put, ReadError};
     use crate::cluster::mark::Mark;
     use crate::cluster::{ClusterLog, Options, READ_LEASE, Stored};
     use crate::{Event, EventRef, Forgotten, History, Incarnation, TransactionLog};
@@ -154,7 +124,27 @@ mod tests {
 
         fn ends(&self) -> Call<'_, Result<Ends, ReadError>> {
             let last = self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64;
-            Box::pin(ready(Ok(Ends { first: 1, last, frames: last })))
+            Box::pin(ready(Ok(Ends { first: 1, last, frames: last, bytes: 0 })))
+        }
+
+        fn drop_until(&self, _: u64) -> Call<'_, Result<(), ReadError>> {
+            unreachable!("nothing is dropped")
+        }
+
+        fn snapshots(&self) -> Call<'_, Result<Vec<u64>, ReadError>> {
+            Box::pin(ready(Ok(Vec::new())))
+        }
+
+        fn make_snapshot(&self, _: u64) -> Call<'_, Result<(), ReadError>> {
+            unreachable!("no snapshot is made")
+        }
+
+        fn drop_snapshot(&self, _: u64) -> Call<'_, Result<(), ReadError>> {
+            unreachable!("there is none")
+        }
+
+        fn snapshot(&self, _: u64) -> Arc<dyn Engine> {
+            unreachable!("there is none")
         }
     }
 
@@ -164,11 +154,12 @@ mod tests {
 
     fn stored(frames: &Frames) -> Stored {
         let (name, engine) = ("frames".to_owned(), Arc::new(frames.clone()));
-        Stored { engine, name, mark: Mark::new(LOG), mark_file: None, group_bytes: 1 << 16 }
+        Stored { engine, name, mark: Mark::new(LOG), mark_file: None, group_bytes: 1 << 16, compaction_bytes: 1 << 20 }
     }
 
     fn options() -> Options {
-        Options { group_bytes: None, standby: false, lease: READ_LEASE, advertise: None, env: Env::real() }
+        let (lease, retain) = (READ_LEASE, Duration::ZERO);
+        Options { group_bytes: None, standby: false, lease, retain, advertise: None, env: Env::real() }
     }
 
     fn entries(log: &ClusterLog, after: u64) -> Result<Vec<(u64, u64, String)>> {
@@ -196,7 +187,8 @@ mod tests {
         };
         let restoration = Restoration { log: LOG, history: history.clone(), last, incarnation, replay: &replay };
         let (env, handle) = (Env::real(), runtime.handle());
-        let target = Target { engine: frames, handle, env: &env, frame_bytes: 1 << 20, position: 0 };
+        let puts = Puts { engine: frames, env: &env, position: 0 };
+        let target = Target { puts, handle, frame_bytes: 1 << 20 };
         restore(target, &restoration).unwrap();
         incarnation
     }

@@ -214,7 +214,12 @@ impl Writer {
                     return false;
                 }
                 Err(Failure::Silent(reason)) => Some(reason),
-                Err(Failure::Damaged(reason)) => {
+                // By another process, which has put more than the window of this one: compaction keeps the last frames.
+                Err(Failure::Dropped(_)) if !is_mutant("DroppedIsDamage") => {
+                    shared.step_down();
+                    return false;
+                }
+                Err(Failure::Damaged(reason) | Failure::Dropped(reason)) => {
                     shared.set_damage(Some(reason.clone()));
                     Some(reason)
                 }

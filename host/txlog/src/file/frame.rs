@@ -27,6 +27,8 @@ pub const CLAIM: u8 = 3;
 pub const HEARTBEAT: u8 = 5;
 // What a replicated log was restored from: its first frame, if it was.
 pub const RESTORED: u8 = 6;
+/// The last frame of a snapshot of a replicated log.
+pub const SNAPSHOT: u8 = 7;
 /// The last frame of a backup, which no log contains.
 pub const TRAILER: u8 = 4;
 

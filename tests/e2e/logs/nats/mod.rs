@@ -1,6 +1,7 @@
 //! The log in NATS JetStream: each test starts its own cluster of three nodes, kills nodes and corrupts their data.
 
 mod backup;
+mod compaction;
 mod conditions;
 mod quorum;
 mod supervision;

@@ -17,7 +17,6 @@ use super::Names;
 pub const REPLICAS: u64 = 3;
 
 /// Warnings about the settings.
-#[derive(Default)]
 pub struct Conditions {
     /// Weakened durability by the settings of the nodes, which are checked at the start only.
     nodes: Option<String>,

@@ -10,8 +10,10 @@ mod conditions;
 mod connection;
 mod opening;
 mod restore;
+mod snapshots;
 mod target;
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,7 +73,8 @@ struct Stream {
     connection: Arc<Connection>,
     names: Names,
     log: Uuid,
-    conditions: Conditions,
+    /// None where the stream is not that of the log.
+    conditions: Option<Conditions>,
     /// The newest position that was republished.
     noted: watch::Sender<u64>,
 }
@@ -79,6 +82,7 @@ struct Stream {
 /// Names of the objects of one log.
 #[derive(Clone)]
 struct Names {
+    log: String,
     stream: String,
     subject: String,
     notes: String,
@@ -87,7 +91,14 @@ struct Names {
 impl Names {
     fn new(name: &str) -> Self {
         let subject = format!("kvs.{name}.00");
-        Self { stream: format!("KVS-{name}-00"), subject, notes: format!("kvs.{name}.note") }
+        Self { log: name.to_owned(), stream: format!("KVS-{name}-00"), subject, notes: format!("kvs.{name}.note") }
+    }
+
+    /// Names of the objects of a snapshot.
+    fn snapshot(&self, position: impl Display) -> Self {
+        let log = self.log.clone();
+        let (stream, subject) = (format!("KVS-{log}-00-snap-{position}"), format!("kvs.{log}.snap.{position}"));
+        Self { notes: format!("{subject}.note"), log, stream, subject }
     }
 }
 
@@ -144,8 +155,28 @@ impl Engine for Stream {
         Box::pin(self.info())
     }
 
+    fn drop_until(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        Box::pin(self.purge(position))
+    }
+
+    fn snapshots(&self) -> Call<'_, Result<Vec<u64>, ReadError>> {
+        Box::pin(self.list_snapshots())
+    }
+
+    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        Box::pin(self.create_snapshot(position))
+    }
+
+    fn drop_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        Box::pin(self.delete_snapshot(position))
+    }
+
+    fn snapshot(&self, position: u64) -> Arc<dyn Engine> {
+        Arc::new(self.stream_of_snapshot(position))
+    }
+
     fn warnings(&self) -> Vec<String> {
-        self.conditions.warnings()
+        self.conditions.as_ref().map(Conditions::warnings).unwrap_or_default()
     }
 }
 
@@ -222,15 +253,16 @@ impl Stream {
         if cluster.is_object() && cluster["leader"].as_str().is_none_or(str::is_empty) {
             return Err(ReadError::Unavailable(format!("the stream {stream} has no leader now")));
         }
-        self.conditions.note(&info["config"], &self.names);
+        if let Some(conditions) = &self.conditions {
+            conditions.note(&info["config"], &self.names);
+        }
+        let malformed = || ReadError::Unavailable("the state of the stream is malformed".into());
         let number = |name: &str| info["state"][name].as_u64();
-        let (Some(first), Some(last), Some(frames)) = (number("first_seq"), number("last_seq"), number("messages"))
-        else {
-            return Err(ReadError::Unavailable("the state of the stream is malformed".into()));
-        };
+        let (Some(first), Some(last)) = (number("first_seq"), number("last_seq")) else { return Err(malformed()) };
+        let (Some(frames), Some(bytes)) = (number("messages"), number("bytes")) else { return Err(malformed()) };
         // Reads up to there need not wait for a note: without a writer there is none.
         self.set_noted(last);
-        Ok(Ends { first: if frames == 0 { last + 1 } else { first }, last, frames })
+        Ok(Ends { first: if frames == 0 { last + 1 } else { first }, last, frames, bytes })
     }
 
     /// Notes what is republished, so that reads that wait for it go on.

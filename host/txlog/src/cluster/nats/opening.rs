@@ -22,7 +22,7 @@ use super::{LOG, NOT_CLUSTERED, Names, RESTORING, Stream, api, error, stream_inf
 use crate::cluster::engine::ReadError;
 use crate::cluster::frame::OVERHEAD;
 use crate::cluster::mark::{Mark, MarkFile};
-use crate::cluster::{ClusterLog, Options, Stored};
+use crate::cluster::{ClusterLog, Options, Stored, compaction};
 
 /// Timeout of a request to a monitoring port.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -150,10 +150,11 @@ async fn prepare(
         }
         file.write(mark)?;
     }
-    let (connection, noted) = (Arc::new(connection), watch::Sender::new(0));
+    let (connection, noted, conditions) = (Arc::new(connection), watch::Sender::new(0), Some(conditions));
     let stream = Arc::new(Stream { connection, names, log, conditions, noted });
     stream.start(env);
-    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes })
+    let compaction_bytes = compaction::MIN_BYTES;
+    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes, compaction_bytes })
 }
 
 /// Returns the state and configuration of the stream; None if there is none.

@@ -10,13 +10,13 @@ use tokio::runtime::Builder;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::conditions::Conditions;
 use super::connection::Connection;
 use super::opening::{self, Checks, find, largest_frame};
 use super::target::{Target, Url};
 use super::{LOG, Names, RESTORING, Stream, api, error};
 use crate::Restoration;
 use crate::cluster::engine::ReadError;
+use crate::cluster::puts::Puts;
 use crate::cluster::restore;
 
 /// Writes a restored log, and the beginning of its new incarnation. Blocks, so must not be called from a task.
@@ -30,13 +30,8 @@ pub fn restore(url: &Url, restoration: &Restoration<'_>) -> Result<()> {
     let env = Env { tasks: env.tasks.in_runtime(runtime.handle()), ..env };
     let (stream, made) = runtime.block_on(make(&target, restoration.log, &env))?;
     let client = &stream.connection.client;
-    let target = restore::Target {
-        engine: &stream,
-        handle: runtime.handle(),
-        env: &env,
-        frame_bytes: largest_frame(client),
-        position: 0,
-    };
+    let puts = Puts { engine: &stream, env: &env, position: 0 };
+    let target = restore::Target { puts, handle: runtime.handle(), frame_bytes: largest_frame(client) };
     let restored = restore::restore(target, restoration);
     let restored = restored.and_then(|()| runtime.block_on(complete(&stream, made, &env)));
     if restored.is_err() {
@@ -65,7 +60,7 @@ async fn make(target: &Target, log: Uuid, env: &Env) -> Result<(Stream, Value)> 
         made["config"]["metadata"][RESTORING] == id.to_string(),
         "another process has made the stream {stream} in the meantime"
     );
-    let (connection, conditions, noted) = (connection.into(), Conditions::default(), watch::Sender::new(0));
+    let (connection, conditions, noted) = (connection.into(), None, watch::Sender::new(0));
     Ok((Stream { connection, names, log, conditions, noted }, made))
 }
 

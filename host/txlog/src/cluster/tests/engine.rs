@@ -1,5 +1,7 @@
 //! The fake engine: one log that is true, and every way in which the calls of a real one can go wrong.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -27,8 +29,12 @@ pub struct State {
     pub frames: Vec<Bytes>,
     tip: Tip,
     pub holder: Option<Holder>,
-    /// Keys of the entries, by sequence.
+    /// Values of the puts and keys of the deletes, by sequence: each is written once.
     pub keys: Vec<String>,
+    /// Number of frames that were dropped from the beginning of these.
+    pub dropped: usize,
+    /// Frames of snapshots, by position.
+    pub snapshots: BTreeMap<u64, Vec<Bytes>>,
     /// Frames that a replica has.
     replicas: [usize; REPLICAS],
     pub no_leader: bool,
@@ -82,14 +88,23 @@ impl State {
         (self.refusals, self.damaged_reads) = (0, 0);
     }
 
-    fn commit(&mut self, sim: &Sim, after: u64, frame: &Bytes) -> Option<Put> {
+    fn commit(&mut self, sim: &Sim, snapshot: Option<u64>, after: u64, frame: &Bytes) -> Option<Put> {
         if self.no_leader {
             return None;
         }
         if self.is_full {
             return Some(Put::Full);
         }
-        if self.frames.len() as u64 != after || sim.chance(self.refusals) {
+        let is_refused = sim.chance(self.refusals);
+        if let Some(position) = snapshot {
+            let frames = self.snapshots.get_mut(&position)?;
+            if frames.len() as u64 != after || is_refused {
+                return Some(Put::Refused);
+            }
+            frames.push(frame.clone());
+            return Some(Put::Durable);
+        }
+        if self.frames.len() as u64 != after || is_refused {
             return Some(Put::Refused);
         }
         self.append(frame);
@@ -112,7 +127,10 @@ impl State {
             .filter(|_| !is_void)
             .into_iter()
             .flat_map(|frame| frame.entries().flatten().collect::<Vec<_>>());
-        self.keys.extend(entries.map(|entry| entry.key.to_owned()));
+        self.keys.extend(entries.map(|entry| match entry.put {
+            Some(put) => String::from_utf8_lossy(put.value).into_owned(),
+            None => entry.key.to_owned(),
+        }));
         self.frames.push(frame.clone());
     }
 }
@@ -127,7 +145,7 @@ impl Cluster {
     }
 
     pub fn connect(&self, sim: &Sim, host: usize) -> Arc<dyn Engine> {
-        Arc::new(Connection { cluster: self.clone(), sim: sim.clone(), host })
+        Arc::new(Connection { cluster: self.clone(), sim: sim.clone(), host, snapshot: None })
     }
 }
 
@@ -137,6 +155,8 @@ struct Connection {
     cluster: Cluster,
     sim: Sim,
     host: usize,
+    /// Position of the snapshot, if it is not the log.
+    snapshot: Option<u64>,
 }
 
 impl Connection {
@@ -153,6 +173,30 @@ impl Connection {
 
     fn unavailable() -> ReadError {
         ReadError::Unavailable("no answer".into())
+    }
+
+    fn gone() -> ReadError {
+        ReadError::Gone("there is no such snapshot".into())
+    }
+
+    /// Makes a request to the leader, whose answer can be lost.
+    fn ask<T: Send + Sync + 'static>(
+        &self,
+        act: impl FnOnce(&mut State) -> Result<T, ReadError> + Send + 'static,
+    ) -> Call<'static, Result<T, ReadError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            let is_there = this.pass().await && !this.cluster.state().no_leader;
+            let lost_acks = this.cluster.state().lost_acks;
+            let answer = if is_there { Some(act(&mut this.cluster.state())) } else { None };
+            match answer.filter(|_| !this.sim.chance(lost_acks)) {
+                Some(answer) if this.pass().await => answer,
+                _ => {
+                    this.sim.sleep(ACK_TIMEOUT).await;
+                    Err(Self::unavailable())
+                }
+            }
+        })
     }
 }
 
@@ -176,7 +220,7 @@ impl Engine for Connection {
                     let delay = sim.millis(500..12_000);
                     sim.sleep(delay).await;
                 }
-                let outcome = cluster.state().commit(sim, after, &frame);
+                let outcome = cluster.state().commit(sim, there.snapshot, after, &frame);
                 if there.pass().await
                     && !sim.chance(lost_acks)
                     && let Some(outcome) = outcome
@@ -207,9 +251,18 @@ impl Engine for Connection {
                         state.replicas[replica] = state.frames.len();
                     }
                     let from = from as usize - 1;
-                    let until = state.replicas[replica].min(from + 1 + self.sim.dice(16) as usize);
-                    let mut frames: Vec<_> = state.frames.get(from..until).unwrap_or_default().to_vec();
-                    if let Some((_, lost)) = state.lost.filter(|(in_replica, _)| *in_replica == replica)
+                    let (all, there) = match self.snapshot {
+                        None if from < state.dropped => return Err(ReadError::Missing("it was dropped".into())),
+                        None => (&state.frames, state.replicas[replica]),
+                        Some(position) => match state.snapshots.get(&position) {
+                            Some(frames) => (frames, frames.len()),
+                            None => return Err(Self::gone()),
+                        },
+                    };
+                    let until = there.min(from + 1 + self.sim.dice(16) as usize);
+                    let mut frames: Vec<_> = all.get(from..until).unwrap_or_default().to_vec();
+                    let lost = state.lost.filter(|_| self.snapshot.is_none());
+                    if let Some((_, lost)) = lost.filter(|(in_replica, _)| *in_replica == replica)
                         && (from..until).contains(&lost)
                     {
                         if lost == from {
@@ -247,9 +300,26 @@ impl Engine for Connection {
     fn ends(&self) -> Call<'_, Result<Ends, ReadError>> {
         Box::pin(async move {
             let is_there = self.pass().await && !self.cluster.state().no_leader;
-            let last = {
+            let ends = {
                 let state = self.cluster.state();
-                state.former_end.unwrap_or(state.frames.len() as u64)
+                match self.snapshot {
+                    None => {
+                        let (dropped, last) = (state.dropped as u64, state.frames.len() as u64);
+                        let last = state.former_end.filter(|end| *end > dropped).unwrap_or(last);
+                        let kept = &state.frames[dropped as usize..last.min(state.frames.len() as u64) as usize];
+                        let bytes = kept.iter().map(|frame| frame.len() as u64).sum();
+                        Ok(Ends { first: dropped + 1, last, frames: last - dropped, bytes })
+                    }
+                    Some(position) => state.snapshots.get(&position).ok_or_else(Self::gone).map(|frames| {
+                        let last = frames.len() as u64;
+                        Ends {
+                            first: 1,
+                            last,
+                            frames: last,
+                            bytes: frames.iter().map(|frame| frame.len() as u64).sum(),
+                        }
+                    }),
+                }
             };
             if self.sim.chance(SLOW_ENDS) {
                 let delay = self.sim.millis(0..2_000);
@@ -259,7 +329,39 @@ impl Engine for Connection {
                 self.sim.sleep(ACK_TIMEOUT).await;
                 return Err(Self::unavailable());
             }
-            Ok(Ends { first: 1, last, frames: last })
+            ends
         })
+    }
+
+    fn drop_until(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        self.ask(move |state| {
+            state.dropped = state.dropped.max(position as usize);
+            Ok(())
+        })
+    }
+
+    fn snapshots(&self) -> Call<'_, Result<Vec<u64>, ReadError>> {
+        self.ask(|state| Ok(state.snapshots.keys().copied().collect()))
+    }
+
+    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        self.ask(move |state| match state.snapshots.entry(position) {
+            Entry::Vacant(free) => {
+                free.insert(Vec::new());
+                Ok(())
+            }
+            Entry::Occupied(_) => Err(ReadError::Unavailable("there is one".into())),
+        })
+    }
+
+    fn drop_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+        self.ask(move |state| {
+            state.snapshots.remove(&position);
+            Ok(())
+        })
+    }
+
+    fn snapshot(&self, position: u64) -> Arc<dyn Engine> {
+        Arc::new(Self { snapshot: Some(position), ..self.clone() })
     }
 }

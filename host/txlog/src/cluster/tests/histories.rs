@@ -31,6 +31,8 @@ struct Totals {
     acknowledged: usize,
     reads: u64,
     takeovers: u64,
+    /// Frames that compaction dropped.
+    dropped: usize,
 }
 
 /// Runs a history. Returns the first violation.
@@ -193,7 +195,8 @@ fn check(world: &World) -> Result<Totals, String> {
         }
     }
     let Seen { reads, takeovers, .. } = &*world.seen;
-    Ok(Totals { acknowledged: acknowledged.len(), reads: reads.get(), takeovers: takeovers.get() })
+    let (acknowledged, dropped) = (acknowledged.len(), state.dropped);
+    Ok(Totals { acknowledged, reads: reads.get(), takeovers: takeovers.get(), dropped })
 }
 
 /// Seeds of the histories; `just soak` runs more, and `KVS_CLUSTER_SEED` repeats one.
@@ -216,16 +219,19 @@ fn nothing_acknowledged_is_lost_or_doubled_and_no_read_is_stale() {
     thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
         for (seed, outcome) in threads.into_iter().flat_map(|thread| thread.join().expect("it does not panic")) {
-            let Totals { acknowledged, reads, takeovers } = outcome
+            let Totals { acknowledged, reads, takeovers, dropped } = outcome
                 .unwrap_or_else(|violation| panic!("seed {seed}: {violation}; repeat it with KVS_CLUSTER_SEED={seed}"));
             totals.acknowledged += acknowledged;
             totals.reads += reads;
             totals.takeovers += takeovers;
+            totals.dropped += dropped;
         }
     });
-    let Totals { acknowledged, reads, takeovers } = totals;
-    println!("{count} histories: {acknowledged} writes acknowledged, {reads} reads, {takeovers} takeovers");
-    assert!(takeovers >= count && reads > count && acknowledged as u64 > count);
+    let Totals { acknowledged, reads, takeovers, dropped } = totals;
+    println!(
+        "{count} histories: {acknowledged} writes acknowledged, {reads} reads, {takeovers} takeovers, {dropped} frames dropped"
+    );
+    assert!(takeovers >= count && reads > count && acknowledged as u64 > count && dropped as u64 > 10 * count);
 }
 
 #[test]
@@ -236,7 +242,7 @@ fn history_repeats_with_its_seed() {
 
 #[test]
 fn mutants_are_found() {
-    const MUTANTS: [&str; 10] = [
+    const MUTANTS: [&str; 13] = [
         "WatchBeforeDurable",
         "UnknownIsDurable",
         "RefusedIsLost",
@@ -247,6 +253,9 @@ fn mutants_are_found() {
         "PreviousIgnored",
         "SequenceReused",
         "NoBarrier",
+        "DroppedBeforeSnapshot",
+        "DroppedBeyondSnapshot",
+        "DroppedIsDamage",
     ];
     for mutant in MUTANTS {
         let found = mutants::with(mutant, || (0..SEEDS).find_map(|seed| Some((seed, history(seed).err()?))));
@@ -294,6 +303,7 @@ fn damage_in_one_replica_is_reported_while_it_lasts() {
     for seed in 0..20 {
         let mut executor = Executor::new(seed);
         let world = World::new(&executor, 1);
+        world.seen.compaction_bytes.set(u64::MAX);
         executor.run_until(Duration::from_secs(25));
         let shared = world.hosts[0].borrow().log.clone().expect("it is open");
         let mut now = 25;

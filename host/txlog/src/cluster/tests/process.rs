@@ -11,9 +11,13 @@ use super::executor::{Executor, Locals, Process, Sim, WORLD};
 use super::mutants;
 use crate::cluster::mark::Mark;
 use crate::cluster::{Options, Shared, Stored, replay};
-use crate::{AppendError, Event, EventRef, News};
+use crate::{AppendError, Event, EventRef, Forgotten, News, Put};
 
 const GROUP_BYTES: u64 = 1 << 16;
+/// Small, so that each history has several compactions: heartbeats and single entries take about a hundred bytes each.
+const COMPACTION_BYTES: u64 = 2 << 10;
+/// Number of keys that are put again and again. Each put has a value of its own.
+const KEYS: u64 = 20;
 
 /// The world of one history.
 #[derive(Clone)]
@@ -42,6 +46,8 @@ pub struct Host {
 #[derive(Default)]
 pub struct Seen {
     pub processes: Cell<Process>,
+    /// Minimum growth between two compactions, if it is more than usual.
+    pub compaction_bytes: Cell<u64>,
     pub keys: Cell<u64>,
     /// Sequences and keys of acknowledged writes.
     pub acknowledged: RefCell<Vec<(u64, String)>>,
@@ -116,8 +122,17 @@ impl World {
         let Host { drift, lease, mark, .. } = *self.hosts[host].borrow();
         let env = self.sim.env(process, drift);
         let engine = self.cluster.connect(&self.sim, host);
-        let stored = Stored { engine, name: "fake engine".into(), mark, mark_file: None, group_bytes: GROUP_BYTES };
-        let options = Options { group_bytes: None, standby, lease, advertise: None, env: env.clone() };
+        let compaction_bytes = COMPACTION_BYTES.max(self.seen.compaction_bytes.get());
+        let stored = Stored {
+            engine,
+            name: "fake engine".into(),
+            mark,
+            mark_file: None,
+            group_bytes: GROUP_BYTES,
+            compaction_bytes,
+        };
+        let options =
+            Options { group_bytes: None, standby, lease, retain: Duration::ZERO, advertise: None, env: env.clone() };
         Arc::new(Shared::new(stored, &options, env).expect("the options are valid"))
     }
 
@@ -128,7 +143,7 @@ impl World {
                 Ok(_) => break,
                 Err(error) => {
                     // Reads can be damaged for as long as they are tried.
-                    if error.to_string().contains("lost") {
+                    if error.to_string().contains("lost") || error.to_string().contains("are gone") {
                         self.violation(format!("process {process} cannot open the log: {error}"));
                     }
                     self.sim.sleep(Duration::from_secs(1)).await;
@@ -166,20 +181,26 @@ impl World {
         self.kill(host, Duration::from_millis(100));
     }
 
-    /// Applies what is new, and checks that it is what is true.
+    /// Applies what is new, and checks that it is what is true. From the start, what was superseded or deleted since can be left
+    /// out; where more than that was dropped, all is applied again from the start.
     async fn apply(&self, shared: &Shared, applied: &mut u64) -> bool {
         let mut wrong = None;
         let after = *applied;
         let mut newest = after;
+        let mut left_out = Vec::new();
         let cluster = self.cluster.clone();
         let mut receive = |entries: &[crate::Entry<'_>]| {
             let state = cluster.state();
             for entry in entries {
-                let EventRef::Delete(key) = entry.event else { continue };
+                let is = match entry.event {
+                    EventRef::Delete(key) => key,
+                    EventRef::Put(put) => std::str::from_utf8(put.value)?,
+                };
                 let truth = state.keys.get(entry.sequence as usize - 1);
-                if entry.sequence != newest + 1 || truth.is_none_or(|truth| truth != key) {
-                    wrong = Some(format!("entry {} after {newest} is {key}, but is {truth:?}", entry.sequence));
+                if entry.sequence <= newest || truth.is_none_or(|truth| truth != is) {
+                    wrong = Some(format!("entry {} after {newest} is {is}, but is {truth:?}", entry.sequence));
                 }
+                left_out.extend(newest + 1..entry.sequence);
                 newest = entry.sequence;
             }
             Ok(())
@@ -188,21 +209,45 @@ impl World {
         if let Some(wrong) = wrong {
             self.violation(wrong);
         }
-        let Ok(until) = until else { return false };
-        if newest != until {
-            self.violation(format!("a replay up to {until} ended with entry {newest}"));
+        let until = match until {
+            Ok(until) => until,
+            Err(error) => {
+                if error.is::<Forgotten>() {
+                    *applied = 0;
+                }
+                return false;
+            }
+        };
+        left_out.extend(newest + 1..until + 1);
+        if let Some(missed) = left_out.into_iter().find(|missed| after > 0 || !self.is_superseded(*missed, until)) {
+            self.violation(format!("a replay from {after} to {until} leaves out entry {missed}"));
         }
         *applied = until;
         shared.follow(until);
         true
     }
 
+    /// Returns whether the state at `until` is the same without this entry.
+    fn is_superseded(&self, entry: u64, until: u64) -> bool {
+        let keys = &self.cluster.state().keys;
+        let Some(number) = number(&keys[entry as usize - 1]) else { return false };
+        let mut later = keys[entry as usize..until as usize].iter().filter_map(|key| self::number(key));
+        is_delete(number) || later.any(|later| !is_delete(later) && later % KEYS == number % KEYS)
+    }
+
     /// Writes once, on any host that accepts it.
     pub async fn write(&self, host: usize) {
         let Some(shared) = self.hosts[host].borrow().log.clone() else { return };
-        let key = format!("k{}", self.seen.keys.get());
-        self.seen.keys.set(self.seen.keys.get() + 1);
-        match shared.queue.append(&shared.breaker, 0, &[Event::Delete(key.clone())]) {
+        let number = self.seen.keys.get();
+        let key = format!("k{number}");
+        self.seen.keys.set(number + 1);
+        let event = if is_delete(number) {
+            Event::Delete(key.clone())
+        } else {
+            let value = key.clone().into_bytes();
+            Event::Put(Put { key: format!("key {}", number % KEYS), value, metadata: Vec::new(), expires: None })
+        };
+        match shared.queue.append(&shared.breaker, 0, &[event]) {
             Ok(sequence) => {
                 let acknowledged = tokio::select! {
                     biased;
@@ -255,4 +300,14 @@ impl World {
             self.violation(format!("{durable} counts as durable, but the log ends at {truth}"));
         }
     }
+}
+
+/// The number of a write.
+fn number(key: &str) -> Option<u64> {
+    key.strip_prefix('k')?.parse().ok()
+}
+
+/// Some writes delete a key that there never was.
+fn is_delete(number: u64) -> bool {
+    number % 7 == 3
 }
