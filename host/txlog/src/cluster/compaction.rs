@@ -201,10 +201,9 @@ impl Prefix<'_> {
                 }
             }
             self.position = pass.end.position;
-            analysis = match analysis.end_pass() {
-                Ok(dropped) => return Ok(dropped),
-                Err(analysis) => analysis,
-            };
+            if let Some(dropped) = analysis.end_pass() {
+                return Ok(dropped);
+            }
         }
     }
 

@@ -149,9 +149,12 @@ impl Follower {
                 }
                 Err(Failure::Dropped(reason)) => {
                     info!("following the log from its end, since it was compacted beyond what was read: {reason}");
-                    if let Ok(again) = Self::begin(shared).await {
-                        self = again;
-                        self.publish(shared);
+                    match Self::begin(shared).await {
+                        Ok(again) => {
+                            self = again;
+                            self.publish(shared);
+                        }
+                        Err(_) => shared.env.clock.sleep(RETRY_DELAY).await,
                     }
                 }
                 Err(Failure::Silent(reason)) => {

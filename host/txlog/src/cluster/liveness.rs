@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::Hasher;
+use std::mem;
 
 use siphasher::sip128::{Hasher128, SipHasher13};
 use uuid::Uuid;
@@ -12,6 +13,7 @@ use uuid::Uuid;
 use crate::file::entry::Raw;
 
 /// Entries that are not needed, by their number in the order of the log.
+#[derive(Default)]
 pub struct Dropped(Vec<u64>);
 
 impl Dropped {
@@ -50,7 +52,7 @@ impl Analysis {
     pub fn new(secret: Uuid, keys: usize, now: u64) -> Self {
         let hasher = SipHasher13::new_with_key(secret.as_bytes());
         let newest = HashMap::new();
-        Self { hasher, keys, now, dropped: Dropped(Vec::new()), newest, low: 0, high: u64::MAX, entries: 0 }
+        Self { hasher, keys, now, dropped: Dropped::default(), newest, low: 0, high: u64::MAX, entries: 0 }
     }
 
     /// Takes the next entry of the prefix.
@@ -79,11 +81,11 @@ impl Analysis {
     }
 
     /// Ends a pass. Returns what was found if it was the last one.
-    pub fn end_pass(mut self) -> Result<Dropped, Self> {
-        let Some(next) = self.high.checked_add(1) else { return Ok(self.dropped) };
+    pub fn end_pass(&mut self) -> Option<Dropped> {
+        let Some(next) = self.high.checked_add(1) else { return Some(mem::take(&mut self.dropped)) };
         self.newest.clear();
         (self.low, self.high, self.entries) = (next, u64::MAX, 0);
-        Err(self)
+        None
     }
 }
 
@@ -106,12 +108,9 @@ mod tests {
             while !rest.is_empty() {
                 analysis.visit(&decode(&mut rest, 1).expect("it was encoded"));
             }
-            analysis = match analysis.end_pass() {
-                Ok(dropped) => {
-                    return ((0..events.len() as u64).filter(|entry| !dropped.contains(*entry)).collect(), passes);
-                }
-                Err(analysis) => analysis,
-            };
+            if let Some(dropped) = analysis.end_pass() {
+                return ((0..events.len() as u64).filter(|entry| !dropped.contains(*entry)).collect(), passes);
+            }
         }
     }
 

@@ -23,19 +23,20 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
     if after >= until {
         return Ok(after);
     }
-    let mut scan = if after == 0 {
-        let snapshot = shared.snapshot();
-        // A standby may not have come to there, but the entries before it are not all there any more.
-        until = until.max(snapshot.as_ref().map_or(0, Snapshot::newest));
-        Scan::from_snapshot(shared, snapshot.as_ref())
-    } else {
-        Scan::after(shared, resume(shared, after)?)
+    let mut snapshot = shared.snapshot().filter(|_| after == 0);
+    let mut scan = match after {
+        0 => Scan::from_snapshot(shared, snapshot.as_ref()),
+        _ => Scan::after(shared, resume(shared, after)?),
     };
+    // A standby may not have come to the end of the snapshot, but the entries before it are not all there any more.
+    until = until.max(snapshot.as_ref().map_or(0, Snapshot::newest));
+    let mut has_begun = false;
     let mut progress = shared.env.clock.now();
     while scan.tip().is_none_or(|tip| tip.sequence < until) {
         let reason = match scan.next(RETRY_DELAY).await {
             Ok((is_log, frames)) if !frames.is_empty() => {
                 progress = shared.env.clock.now();
+                has_begun = true;
                 if is_log {
                     frames
                         .iter()
@@ -48,9 +49,16 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
             Ok(_) => format!("frame {} is missing", scan.tip().map_or(0, |tip| tip.position + 1)),
             Err(Failure::Silent(reason)) => reason,
             Err(Failure::Dropped(_)) => {
-                // The next replay begins with the snapshot that has replaced it.
-                let newest = shared.find_snapshot().await?.map_or(0, |snapshot| snapshot.newest()).max(after);
-                return Err(Forgotten { after, newest }.into());
+                // A later snapshot has replaced what was to be read. This replay or the next one begins with it.
+                let newest = shared.find_snapshot().await?;
+                if after > 0 || has_begun || newest == snapshot {
+                    let newest = newest.map_or(0, |snapshot| snapshot.newest()).max(after);
+                    return Err(Forgotten { after, newest }.into());
+                }
+                scan = Scan::from_snapshot(shared, newest.as_ref());
+                until = until.max(newest.as_ref().map_or(0, Snapshot::newest));
+                snapshot = newest;
+                continue;
             }
             Err(failure) => return Err(failure.into()),
         };
