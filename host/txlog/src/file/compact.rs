@@ -167,7 +167,9 @@ impl Rewrite<'_> {
         let name = numbers.file_name();
         let temporary = format!("{name}.tmp");
         let mut horizon = segments.iter().map(|segment| segment.horizon).max().unwrap_or(0);
-        let inherited = horizon;
+        // Not the same as a newer horizon: that of these segments, of an earlier run or of a restored log, can be newer
+        // than all tombstones that are dropped now.
+        let mut dropped_tombstone = false;
         // Never less than before, whatever is retained now. Where an older binary dropped entries, up to the end of this run.
         let earlier = segments.iter().map(|segment| segment.retained.min(self.map.last));
         let retained = earlier.fold(self.map.retained.max(1), u64::max);
@@ -204,6 +206,7 @@ impl Rewrite<'_> {
                         }
                     } else if liveness != Liveness::Superseded {
                         horizon = horizon.max(entry.sequence);
+                        dropped_tombstone = true;
                     }
                 })?;
                 failed?;
@@ -229,7 +232,7 @@ impl Rewrite<'_> {
 
         let segment = Segment::compacted(numbers, VERSION, &compacted, incarnations);
         let rename = || disk.rename(&temporary, &name);
-        let Some(old) = shared.catalog.replace(segment, horizon > inherited, rename)? else {
+        let Some(old) = shared.catalog.replace(segment, dropped_tombstone, rename)? else {
             disk.remove(&temporary)?;
             return Ok(None);
         };

@@ -44,7 +44,7 @@ pub fn restore(data: &Path, restoration: &Restoration<'_>) -> anyhow::Result<()>
     restore_on(&Directory::new(data.join("log")), restoration)
 }
 
-fn restore_on(disk: &dyn Disk, restoration: &Restoration<'_>) -> anyhow::Result<()> {
+pub(super) fn restore_on(disk: &dyn Disk, restoration: &Restoration<'_>) -> anyhow::Result<()> {
     let mut segments = Segments::new(disk, restoration);
     if let Err(error) = segments.write() {
         segments.names.iter().for_each(|name| drop(disk.remove(&temporary(name))));

@@ -22,6 +22,7 @@ mod standby;
 mod supervision;
 mod surface;
 mod tail;
+mod tombstones;
 mod tools;
 
 use std::sync::Arc;
