@@ -10,13 +10,14 @@ const RESERVE: u64 = 256;
 /// Minimum number of connections.
 const MIN_CONNECTIONS: u64 = 64;
 
-/// Raises the soft limit for this number of connections, up to the hard limit. Returns the possible number.
+/// Raises the soft limit to the hard limit: a replay of the log of another process holds as many segments open as it may.
+/// Returns the possible number of connections.
 pub fn connections(wanted: usize) -> Result<usize> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let needed = (wanted as u64).saturating_add(RESERVE);
     // None means unlimited.
     let mut limit = current.unwrap_or(u64::MAX);
-    let raised = needed.min(maximum.unwrap_or(u64::MAX));
+    let raised = maximum.unwrap_or(needed);
     if raised > limit {
         match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum }) {
             Ok(()) => limit = raised,

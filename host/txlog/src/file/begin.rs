@@ -129,8 +129,11 @@ pub fn begin(
     // Everything recovered is durable.
     writer.publish(log, &home.env.clock)?;
     let Ahead { files, next, next_size, .. } = ahead;
-    let spare = |found: Found| PreallocatedSegment { number: found.numbers.first, file: found.file, size: found.size };
-    let spares = files.into_iter().map(spare).collect();
+    let spare = |found: Found| {
+        let (number, file, size) = (found.numbers.first, found.file(home)?, found.size);
+        Ok(PreallocatedSegment { number, file, size })
+    };
+    let spares = files.into_iter().map(spare).collect::<anyhow::Result<_>>()?;
     Ok((Ready { log, segments, history, last, room: size - end, spares, next, next_size }, writer))
 }
 
@@ -210,7 +213,7 @@ fn leave_former_format(
     let mut current = None;
     if let Some(found) = files.pop_front() {
         if found.version == VERSION {
-            current = Some(Current { file: found.file, size: found.size });
+            current = Some(Current { file: found.file(home)?, size: found.size });
         } else if !holds_frames {
             segments.pop();
             files.push_front(found);
@@ -238,9 +241,9 @@ struct Ahead<'a> {
 impl Ahead<'_> {
     /// Continues in the next segment.
     fn take(&mut self, segments: &mut Vec<Segment>, last: u64, chain: u32) -> anyhow::Result<Current> {
-        if let Some(Found { numbers, file, size, .. }) = self.files.pop_front() {
-            segments.push(Segment::empty(numbers.first, last, chain, size));
-            return Ok(Current { file, size });
+        if let Some(found) = self.files.pop_front() {
+            segments.push(Segment::empty(found.numbers.first, last, chain, found.size));
+            return Ok(Current { file: found.file(self.home)?, size: found.size });
         }
         let (number, size) = (self.next, self.next_size);
         let file = preallocate::create(&*self.home.disk, self.log, number, size)

@@ -12,6 +12,7 @@ use std::time::UNIX_EPOCH;
 #[cfg(target_os = "linux")]
 use rustix::fs::{Advice, FallocateFlags};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use super::identity::Identity;
 
@@ -173,6 +174,12 @@ impl File for RealFile {
         let born = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Ok(Identity { inode: metadata.ino(), born: born.map_or(0, |since| since.as_nanos() as u64) })
     }
+}
+
+/// Returns the number of files that the process may have open.
+pub fn open_files() -> u64 {
+    // None means unlimited.
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// Whether an error says that there is no room. It can come from any call that needs some, even from a sync.

@@ -8,16 +8,21 @@
 //! it: a reader that opened a segment without the delete finds no older puts either. An open segment stays readable after it
 //! was replaced.
 //!
+//! The open segments are a part of the files that the process may open, and replays from the start share them. Where
+//! there are more segments, the oldest are closed again, since they are read first. One that was replaced before it was read
+//! may lack deletes of what was read before: the replay continues like one that begins there, which is an error before the
+//! compaction horizon.
+//!
 //! The position is valid if the frames up to it have the checksum that it names: see `position`.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use anyhow::{Context, anyhow, ensure};
 use uuid::Uuid;
 
 use super::catalog::{MARK_BYTES, Mark, Marks, Segment, marks_in};
-use super::disk::File;
-use super::found::Found;
+use super::disk::open_files;
+use super::found::{Found, Replaced};
 use super::listing::Listing;
 use super::position::{self, Position};
 use super::recovery::{self, Known};
@@ -32,10 +37,16 @@ use crate::{Forgotten, History, Incarnation, Receive};
 /// Number of attempts to read a consistent state, since rotation and compaction can interfere. An inconsistency that remains is
 /// an error.
 const ATTEMPTS: u32 = 5;
+/// Part of the open files of the process that the segments of one replay are, at most: a quarter.
+const OPEN_PART: u64 = 4;
 
 pub struct Follower {
     home: Home,
     state: Mutex<State>,
+    /// The view of the replays from the start that are in progress. Held while one is made.
+    full: Mutex<Weak<View>>,
+    /// Maximum number of open segments of a view.
+    max_open: u64,
 }
 
 /// State of the log as it was found so far.
@@ -65,17 +76,22 @@ impl State {
     }
 }
 
-/// Open segments: all that hold entries after some sequence.
+/// The segments that hold entries after some sequence, the newest of them open.
 struct View {
     log: Uuid,
-    segments: Vec<(Segment, Arc<dyn File>)>,
+    segments: Vec<(Segment, Found)>,
     until: u64,
     newest: u64,
 }
 
 impl Follower {
     pub fn new(home: Home) -> Self {
-        Self { home, state: Mutex::default() }
+        Self { home, state: Mutex::default(), full: Mutex::default(), max_open: open_files() / OPEN_PART }
+    }
+
+    #[cfg(test)]
+    pub fn with_open(self, max_open: u64) -> Self {
+        Self { max_open, ..self }
     }
 
     /// Reads the position. Returns the newest durable sequence.
@@ -89,23 +105,64 @@ impl Follower {
 
     /// See [`TransactionLog::replay`](crate::TransactionLog::replay); up to the published position.
     pub fn replay(&self, after: u64, receive: &mut Receive<'_>) -> anyhow::Result<u64> {
-        let view = self.view(after)?;
-        let horizon = view.segments.iter().map(|(segment, _)| segment.horizon).max().unwrap_or(0);
-        #[cfg(test)]
-        let horizon = if mutants::is(Mutant::ForgottenIgnored) { 0 } else { horizon };
-        if after > 0 && after < horizon {
-            return Err(Forgotten { after, newest: horizon }.into());
+        let (mut position, mut attempts) = (after, 1);
+        loop {
+            let view = if position == 0 { self.full_view()? } else { Arc::new(self.view(position)?) };
+            let horizon = view.segments.iter().map(|(segment, _)| segment.horizon).max().unwrap_or(0);
+            #[cfg(test)]
+            let horizon = if mutants::is(Mutant::ForgottenIgnored) { 0 } else { horizon };
+            if position > 0 && position < horizon {
+                return Err(Forgotten { after: position, newest: horizon }.into());
+            }
+            let retained = view.segments.iter().map(|(segment, _)| segment.retained).max().unwrap_or(0);
+            {
+                let mut state = self.state();
+                state.retained = state.retained.max(retained);
+            }
+            let begun = position;
+            match self.read(&view, &mut position, receive) {
+                Err(error) if error.is::<Replaced>() && (position > begun || attempts < ATTEMPTS) => {
+                    attempts = if position > begun { 1 } else { attempts + 1 };
+                    self.drop_full(&view);
+                }
+                read => return read.map(|()| view.newest.max(after)),
+            }
         }
-        let span = Span { after, until: view.until };
-        let retained = view.segments.iter().map(|(segment, _)| segment.retained).max().unwrap_or(0);
-        {
-            let mut state = self.state();
-            state.retained = state.retained.max(retained);
+    }
+
+    /// Hands over the entries of a view after `position`, and advances it with each segment.
+    fn read(&self, view: &View, position: &mut u64, receive: &mut Receive<'_>) -> anyhow::Result<()> {
+        let span = Span { after: *position, until: view.until };
+        for (segment, found) in view.segments.iter().filter(|(segment, _)| segment.last > span.after) {
+            replay::read(&self.home, view.log, segment, found.file(&self.home)?, span, receive)?;
+            *position = segment.last.min(view.until);
         }
-        for (segment, file) in view.segments.into_iter().filter(|(segment, _)| segment.last > after) {
-            replay::read(&self.home, view.log, &segment, file, span, receive)?;
+        Ok(())
+    }
+
+    /// Returns a view of the whole log, at least up to the newest sequence that is known now.
+    fn full_view(&self) -> anyhow::Result<Arc<View>> {
+        let newest = self.newest();
+        let mut full = self.full();
+        if let Some(view) = full.upgrade().filter(|view| view.newest >= newest) {
+            return Ok(view);
         }
-        Ok(view.newest.max(after))
+        let view = Arc::new(self.view(0)?);
+        *full = Arc::downgrade(&view);
+        Ok(view)
+    }
+
+    /// Lets no other replay begin with this view.
+    fn drop_full(&self, view: &Arc<View>) {
+        let mut full = self.full();
+        if full.as_ptr() == Arc::as_ptr(view) {
+            *full = Weak::new();
+        }
+    }
+
+    fn full(&self) -> MutexGuard<'_, Weak<View>> {
+        // Every change under this lock is whole.
+        self.full.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Drops the marks before this sequence but two: later reads begin after it, or at the start of the log, and a takeover
@@ -179,7 +236,10 @@ impl Follower {
         if mutants::is(Mutant::OldestOpenedFirst) {
             needed.reverse();
         }
-        let found = needed.into_iter().map(|numbers| Found::open_shared(home, numbers));
+        let found = (0..).zip(needed).map(|(at, numbers)| {
+            let found = Found::open_shared(home, numbers)?;
+            Ok(if at < self.max_open { found } else { found.closed() })
+        });
         let mut found: Vec<_> = found.collect::<anyhow::Result<_>>()?;
         found.sort_unstable_by_key(|found| found.numbers.first);
         let published = || format!("the primary has published no position in {}", home.path(position::NAME).display());
@@ -204,10 +264,9 @@ impl Follower {
         let segments = recovery::join(home, &found[..=at], newest, &marks)?;
         let begun = segments.iter().flat_map(|segment| segment.incarnations.clone()).collect();
         let newest = self.believe(position, begun, seen);
-        let files = found.into_iter().map(|found| found.file);
         Ok(View {
             log: position.log,
-            segments: segments.into_iter().zip(files).collect(),
+            segments: segments.into_iter().zip(found).collect(),
             until: position.sequence,
             newest,
         })
@@ -257,7 +316,7 @@ fn newest(home: &Home, found: &Found, position: Position, marks: Vec<Mark>) -> a
         (segment.first, segment.before) = (first.first, first.previous);
         (segment.end, segment.incarnations) = (offset, incarnations);
     }
-    let mut scan = segment.scan_after(sequence, found.file.clone(), log);
+    let mut scan = segment.scan_after(sequence, found.file(home)?, log);
     let begin = segment.marks.last().map_or(HEAD_BYTES, |mark| mark.offset);
     let (mut last, mut seen, mut marked) = (segment.marks.last().map(|mark| mark.sequence), Vec::new(), begin);
     while scan.advance()? {

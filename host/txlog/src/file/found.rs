@@ -1,24 +1,34 @@
 //! A segment file of which only the header was read.
+//!
+//! Owns: the file of a name between two reads. A log can have more segments than a process can have open files, so most are
+//! closed after their header was read, and opened again when they are read.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use uuid::Uuid;
 
 use super::Home;
 use super::disk::File;
 use super::segment::{Compacted, HEAD_BYTES, Head, Numbers};
 
-/// An open segment file with a valid header.
+/// A segment file with a valid header.
 pub struct Found {
     pub name: String,
-    pub file: Arc<dyn File>,
+    /// None after [`Found::closed`].
+    file: Option<Arc<dyn File>>,
     pub size: u64,
     pub version: u32,
     pub log: Uuid,
     pub numbers: Numbers,
     pub compacted: Option<Compacted>,
 }
+
+/// The primary has compacted a segment since its header was read.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} was replaced while the log was read")]
+pub struct Replaced(String);
 
 impl Found {
     /// Opens a segment, and drops its cached pages: after a failed sync they may differ from the disk.
@@ -50,6 +60,28 @@ impl Found {
             return Err(home.damage(&name, size, "it is truncated"));
         }
         let Head { version, log, compacted, .. } = head;
-        Ok(Self { name, file, size, version, log, numbers, compacted })
+        Ok(Self { name, file: Some(file), size, version, log, numbers, compacted })
+    }
+
+    /// Closes the file.
+    pub fn closed(self) -> Self {
+        Self { file: None, ..self }
+    }
+
+    /// Returns the file, and opens it if it was closed. The error is [`Replaced`] if the name has another file since, or none.
+    pub fn file(&self, home: &Home) -> anyhow::Result<Arc<dyn File>> {
+        if let Some(file) = &self.file {
+            return Ok(Arc::clone(file));
+        }
+        let replaced = || Replaced(home.path(&self.name).display().to_string());
+        let file = match home.disk.open(&self.name) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(replaced().into()),
+            file => file?,
+        };
+        let found = Self::read(home, self.numbers, Arc::clone(&file))?;
+        // A file that is written on has the same header all the time, and the header of a compacted one depends on each
+        // entry in it.
+        ensure!((found.log, found.compacted) == (self.log, self.compacted), replaced());
+        Ok(file)
     }
 }

@@ -53,10 +53,13 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     let known_durable = known.as_ref().map_or(0, |known| known.durable);
     let marks = known.map_or_else(Marks::new, |known| known.marks);
     let read_from = marks.back().map_or(0, |(segment, _)| *segment);
-    let open = |numbers: &Numbers| match numbers.last < read_from {
-        // Of these only the headers are read.
-        true => Found::open_shared(home, *numbers),
-        false => Found::open(home, *numbers),
+    let open = |numbers: &Numbers| {
+        let found = match numbers.last < read_from {
+            // Of these only the headers are read.
+            true => Found::open_shared(home, *numbers),
+            false => Found::open(home, *numbers),
+        };
+        found.map(Found::closed)
     };
     let found: Vec<_> = listing.segments.iter().map(open).collect::<anyhow::Result<_>>()?;
     one_log(home, &found, known_log)?;
@@ -119,7 +122,7 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     // What was read may be in memory only: a process that was killed had written it and not synced. It is served from
     // now on, so it must be durable from now on. Older segments were synced before a newer one was begun.
     if let Some(found) = files.front() {
-        found.file.sync()?;
+        found.file(home)?.sync()?;
     }
     home.disk.sync()?;
     let history = History::new(segments.iter().flat_map(|segment| segment.incarnations.clone()).collect());
@@ -163,7 +166,7 @@ fn remove_replaced(home: &Home, kept: &[Found], replaced: &[Numbers]) -> anyhow:
             return Err(home.damage(&new.name, 0, "it stands for other segments and is not compacted"));
         };
         let segment = Segment::compacted(new.numbers, new.version, compacted, Vec::new());
-        let mut scan = segment.scan(new.file.clone(), new.log);
+        let mut scan = segment.scan(new.file(home)?, new.log);
         while scan.advance()? {}
         segment.ended(home, &scan)?;
     }

@@ -60,7 +60,7 @@ pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Cont
         (first, segment.incarnations) = (Some(head), incarnations);
         (begin, chain) = (mark.offset, Some(mark.chain));
     }
-    let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (begin, found.size), chain);
+    let mut scan = Scan::new(found.file(home)?, (found.version, found.log), (begin, found.size), chain);
     while scan.advance()? {
         for frame in scan.frames() {
             first.get_or_insert(frame.head);
@@ -90,7 +90,7 @@ pub fn read(home: &Home, found: &Found, marks: Vec<Mark>) -> anyhow::Result<Cont
     if let ScanEnd::Unsupported(why) = scan.end() {
         return Err(home.refused(&found.name, segment.end, &why));
     }
-    let tear = tear(found, segment.end, &scan.end())?;
+    let tear = tear(home, found, segment.end, &scan.end())?;
     let ending = newest.as_ref().map_or_else(Ending::default, FrameHead::ending);
     Ok(Content { segment, holds_frames: first.is_some(), ending, tear })
 }
@@ -103,7 +103,8 @@ pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHe
     }
     let damage = |what| home.damage(&found.name, HEAD_BYTES, what);
     let mut bytes = [0; frame::HEAD_BYTES];
-    found.file.read_at(&mut bytes, HEAD_BYTES)?;
+    let file = found.file(home)?;
+    file.read_at(&mut bytes, HEAD_BYTES)?;
     if found.compacted.is_none() && is_zero(&bytes) {
         return Ok(None);
     }
@@ -117,7 +118,7 @@ pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHe
         return Err(damage("a frame is longer than its segment"));
     }
     let mut body = vec![0; head.length as usize];
-    found.file.read_at(&mut body, HEAD_BYTES + frame::HEAD_BYTES as u64)?;
+    file.read_at(&mut body, HEAD_BYTES + frame::HEAD_BYTES as u64)?;
     if !head.accepts(&body) {
         return Err(damage("the checksum of a frame is wrong"));
     }
@@ -128,20 +129,20 @@ pub fn first_frame(home: &Home, found: &Found) -> anyhow::Result<Option<(FrameHe
 }
 
 /// Returns the torn write after the last valid frame, unless only zeros follow.
-pub fn tear(found: &Found, at: u64, stop: &ScanEnd) -> io::Result<Option<Tear>> {
+pub fn tear(home: &Home, found: &Found, at: u64, stop: &ScanEnd) -> anyhow::Result<Option<Tear>> {
     let what = match stop {
         ScanEnd::Invalid(what) => what,
         // The first sectors of a frame can be lost while later ones are not.
         ScanEnd::Clean | ScanEnd::Unsupported(_) => "something follows the end of the log",
     };
-    Ok(written_end(&*found.file, at, found.size)?.map(|end| Tear { at, end, what }))
+    Ok(written_end(&*found.file(home)?, at, found.size)?.map(|end| Tear { at, end, what }))
 }
 
 /// Truncates a torn write, so that no later scan can read it as a frame. `last` and `chain` are the sequence and the
 /// checksum before it.
 pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64, chain: u32) -> anyhow::Result<()> {
     let Tear { at, end, what } = tear;
-    if let Some((offset, later)) = later_frame(found, tear, last, chain)? {
+    if let Some((offset, later)) = later_frame(home, found, tear, last, chain)? {
         let what = format!(
             "{what}, but it had been durable according to the frame at byte {offset} (up to {})",
             later.durable
@@ -149,8 +150,9 @@ pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64, chain: u32) -> any
         return Err(home.damage(&found.name, at, what));
     }
     let copy = copy(home, found, tear).context("cannot save a copy of a torn write of the log")?;
-    zero(&*found.file, at, end)?;
-    found.file.sync()?;
+    let file = found.file(home)?;
+    zero(&*file, at, end)?;
+    file.sync()?;
     tracing::warn!(
         "truncated a torn write of {} bytes at byte {at} of {} ({what}); it was never acknowledged; {copy}",
         end - at,
@@ -163,13 +165,20 @@ pub fn cut(home: &Home, found: &Found, tear: Tear, last: u64, chain: u32) -> any
 /// and the checksum before the tear. Either its durable sequence states so; or it has the next sequence and yet follows
 /// another frame, which then held no entries and closed the log. Frames written without a sync in between, with
 /// `--durability os`, prove nothing.
-pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Result<Option<(u64, FrameHead)>> {
+pub fn later_frame(
+    home: &Home,
+    found: &Found,
+    tear: Tear,
+    last: u64,
+    chain: u32,
+) -> anyhow::Result<Option<(u64, FrameHead)>> {
     const STEP: usize = 1 << 20;
+    let file = found.file(home)?;
     let mut buffer = vec![0; ((found.size - tear.at).min(STEP as u64) as usize) + frame::HEAD_BYTES];
     let mut at = tear.at + frame::ALIGNMENT as u64;
     while at < tear.end {
         let window = &mut buffer[..(found.size - at).min((STEP + frame::HEAD_BYTES) as u64) as usize];
-        found.file.read_at(window, at)?;
+        file.read_at(window, at)?;
         let places = (0..window.len().min(STEP)).step_by(frame::ALIGNMENT);
         let heads = places.filter_map(|place| Some((place, FrameHead::decode(&window[place..], found.log)?)));
         let follows_close = |head: &FrameHead| head.first == last + 1 && head.count > 0 && head.previous != chain;
@@ -183,13 +192,14 @@ pub fn later_frame(found: &Found, tear: Tear, last: u64, chain: u32) -> io::Resu
 }
 
 /// Copies the torn bytes for inspection, and returns where they are, for the log line.
-fn copy(home: &Home, found: &Found, tear: Tear) -> io::Result<String> {
+fn copy(home: &Home, found: &Found, tear: Tear) -> anyhow::Result<String> {
+    let file = found.file(home)?;
     let names = home.disk.list()?;
     let candidates = (1..).map(|count| format!("{}.{}.{count}{COPY_SUFFIX}", found.name, tear.at));
     let Some(name) = candidates.into_iter().find(|name| !names.contains(name)) else { return Ok(String::new()) };
     let temporary = format!("{name}.tmp");
     let copied = home.disk.create(&temporary).and_then(|copy| {
-        copy_range(&*found.file, &*copy, tear)?;
+        copy_range(&*file, &*copy, tear)?;
         copy.sync()?;
         home.disk.rename(&temporary, &name)?;
         home.disk.sync()
@@ -201,7 +211,7 @@ fn copy(home: &Home, found: &Found, tear: Tear) -> io::Result<String> {
             let _ = home.disk.remove(&temporary);
             Ok("the disk is full, the original bytes were not saved".into())
         }
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,6 +1,5 @@
 //! Verification: reads every byte of a log, changes nothing, and continues after corruption.
 
-use std::io;
 use std::path::Path;
 
 use uuid::Uuid;
@@ -112,7 +111,7 @@ impl State<'_> {
         self.parent = None;
     }
 
-    fn segment(&mut self, found: Found) -> io::Result<()> {
+    fn segment(&mut self, found: Found) -> anyhow::Result<()> {
         if found.numbers.first == 1 {
             self.parent = Some(found.log);
         }
@@ -139,7 +138,7 @@ impl State<'_> {
         Ok(())
     }
 
-    fn compacted(&mut self, found: &Found, head: &Compacted) -> io::Result<Result<(Frames, Option<Tear>), Defect>> {
+    fn compacted(&mut self, found: &Found, head: &Compacted) -> anyhow::Result<Result<(Frames, Option<Tear>), Defect>> {
         let frames = match self.read(found, head.end, Some((head.first, head.before)))? {
             Ok(frames) => frames,
             Err(defect) => return Ok(Err(defect)),
@@ -164,7 +163,7 @@ impl State<'_> {
         Ok(Ok((Frames { next: Some(next), ..frames }, None)))
     }
 
-    fn written(&mut self, found: &Found) -> io::Result<Result<(Frames, Option<Tear>), Defect>> {
+    fn written(&mut self, found: &Found) -> anyhow::Result<Result<(Frames, Option<Tear>), Defect>> {
         // Frames after a torn write are corrupt in any case, which is reported once.
         let follows = self.next.filter(|_| self.tear.is_none());
         let frames = match self.read(found, found.size, follows)? {
@@ -178,14 +177,15 @@ impl State<'_> {
             return Ok(Err((HEAD_BYTES, what.into())));
         }
         self.parent = frames.incarnations.last().map(|incarnation| incarnation.id).or(self.parent);
-        let tear = tail::tear(found, frames.end, &frames.scan_end)?;
+        let tear = tail::tear(self.home, found, frames.end, &frames.scan_end)?;
         let begun = frames.end > HEAD_BYTES || tear.is_some();
         if begun && let Some((torn, Tear { at, what, .. })) = self.tear.take() {
             let file = self.home.path(&torn.name);
             self.corrupt(format!("{} at byte {at}: {what}, yet a later segment exists", file.display()));
         }
         if let Some(tear) = tear
-            && let Some((offset, _)) = tail::later_frame(found, tear, frames.last(), frames.chain.unwrap_or(0))?
+            && let Some((offset, _)) =
+                tail::later_frame(self.home, found, tear, frames.last(), frames.chain.unwrap_or(0))?
         {
             let what = format!("{}, but it had been durable according to the frame at byte {offset}", tear.what);
             return Ok(Err((tear.at, what)));
@@ -242,9 +242,14 @@ impl Frames {
 impl State<'_> {
     /// Reads frames up to `limit` or the first invalid one. `begins` is the sequence and the previous checksum that the
     /// first frame must have.
-    fn read(&mut self, found: &Found, limit: u64, begins: Option<(u64, u32)>) -> io::Result<Result<Frames, Defect>> {
+    fn read(
+        &mut self,
+        found: &Found,
+        limit: u64,
+        begins: Option<(u64, u32)>,
+    ) -> anyhow::Result<Result<Frames, Defect>> {
         let before = begins.map(|(_, before)| before);
-        let mut scan = Scan::new(found.file.clone(), (found.version, found.log), (HEAD_BYTES, limit), before);
+        let mut scan = Scan::new(found.file(self.home)?, (found.version, found.log), (HEAD_BYTES, limit), before);
         let mut next = begins.map(|(first, _)| first);
         let mut first = found.compacted.as_ref().map(|compacted| compacted.first);
         let mut entries = 0;

@@ -22,6 +22,11 @@ impl Beside {
         Self { follower: Follower::new(home), store: BTreeMap::new(), applied: 0 }
     }
 
+    /// Limits the number of its open segments.
+    pub fn with_open(self, open: u64) -> Self {
+        Self { follower: self.follower.with_open(open), ..self }
+    }
+
     /// Applies what is new, as `follow` does. Where the log says nothing, nothing is applied.
     pub fn pass(&mut self) {
         if self.follower.look().is_err() {

@@ -6,6 +6,7 @@ mod compaction;
 mod content;
 mod crash;
 mod damage;
+mod descriptors;
 mod disk;
 mod faults;
 mod formats;
