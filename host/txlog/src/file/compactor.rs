@@ -27,6 +27,7 @@ use kvs_runtime::Clock;
 
 use super::catalog::Segment;
 use super::compact::{self, CompactionParams, Outcome};
+use super::hang::Cause;
 use super::liveness::{MAX_KEYS, TOMBSTONE_GRACE_MS};
 use super::output::SyncFailed;
 use super::{Damage, Shared};
@@ -162,6 +163,7 @@ impl Compactor {
         if !exceeds_limit() {
             return;
         }
+        shared.hangs.begin(shared.clock(), Cause::Compaction);
         let mut state = self.lock();
         while exceeds_limit() {
             state.writer_stalled = true;
@@ -169,6 +171,7 @@ impl Compactor {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.writer_stalled = false;
+        shared.hangs.begin(shared.clock(), Cause::Disk);
     }
 
     /// Returns the estimated bytes of garbage.
@@ -254,6 +257,19 @@ impl Compactor {
         let (limit, room) = (debt.limit(), debt.bound - debt.begin);
         self.update_limit(&state);
         shared.catalog.bytes() + room / 8 > limit
+    }
+
+    /// Lets the log grow no more.
+    #[cfg(test)]
+    pub fn stall(&self) {
+        let mut state = self.lock();
+        state.debt = Some(Debt { begin: 0, bound: 0, work: u64::MAX, done: 0 });
+        self.update_limit(&state);
+    }
+
+    #[cfg(test)]
+    pub fn is_stalled(&self) -> bool {
+        self.lock().writer_stalled
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

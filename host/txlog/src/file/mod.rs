@@ -37,6 +37,7 @@ pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod handover;
+mod hang;
 mod home;
 mod identity;
 pub(crate) mod incarnations;
@@ -85,6 +86,7 @@ use self::begin::Ready;
 use self::catalog::Catalog;
 use self::compactor::Compactor;
 use self::disk::{Directory, Disk};
+use self::hang::HangDetector;
 use self::home::Home;
 use self::metrics::Metrics;
 use self::preallocate::{Preallocator, Sizes};
@@ -182,6 +184,7 @@ struct Shared {
     preallocator: Preallocator,
     compactor: Compactor,
     watermark: Arc<Watermark>,
+    hangs: HangDetector,
     metrics: Metrics,
     failure: Mutex<Option<String>>,
 }
@@ -326,10 +329,10 @@ impl TransactionLog for FileLog {
         if let Some(reason) = self.watermark().failure() {
             return Condition::Unfit(format!("failed: {reason}"));
         }
-        match self.shared().preallocator.condition() {
-            Condition::Well => self.shared().compactor.condition(),
-            full => full,
-        }
+        let shared = self.shared();
+        let conditions =
+            [shared.hangs.condition(shared.clock()), shared.preallocator.condition(), shared.compactor.condition()];
+        conditions.into_iter().find(|condition| *condition != Condition::Well).unwrap_or(Condition::Well)
     }
 
     fn close(&self) -> anyhow::Result<()> {
@@ -403,6 +406,7 @@ impl Shared {
             preallocator: Preallocator::new(spares, next, next_size, sizes),
             compactor: Compactor::default(),
             watermark,
+            hangs: HangDetector::default(),
             metrics: Metrics::new(),
             failure: Mutex::default(),
         }

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::catalog::Segment;
 use super::disk::{File, is_full, is_shortage};
 use super::frame::{Builder, CLOSE, NOT_SYNCED};
+use super::hang::Cause;
 use super::position::Position;
 use super::queue::Work;
 use super::{Durability, Shared, mark};
@@ -61,16 +62,16 @@ impl Writer {
     /// Waits for something to do and does it; false when nothing will come any more.
     pub fn step(&mut self, shared: &Shared) -> anyhow::Result<bool> {
         let idle = (self.marked < self.synced).then_some(IDLE);
-        match shared.queue.take(idle) {
-            Work::Write(frame) => self.commit(shared, frame)?,
-            Work::Idle => self.mark(shared)?,
-            Work::Closed => {
-                self.close(shared)?;
-                return Ok(false);
-            }
-            Work::Failed => return Ok(false),
-        }
-        Ok(true)
+        let work = shared.queue.take(idle);
+        shared.hangs.begin(shared.clock(), Cause::Disk);
+        let goes_on = match work {
+            Work::Write(frame) => self.commit(shared, frame).map(|()| true),
+            Work::Idle => self.mark(shared).map(|()| true),
+            Work::Closed => self.close(shared).map(|()| false),
+            Work::Failed => Ok(false),
+        };
+        shared.hangs.end();
+        goes_on
     }
 
     /// Writes one frame, makes it durable, and only then lets go of the responses that wait for it.

@@ -1,9 +1,14 @@
 //! The disk that fills up, runs short or fails under the log.
 
+use std::future::pending;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvs_runtime::{Clock, Time};
 
 use super::disk::Operation;
 use super::*;
@@ -175,4 +180,87 @@ fn a_watermark_file_that_cannot_be_written_is_final() {
         _ => Ok(()),
     });
     assert!(log.close().unwrap_err().to_string().contains("rename failed"));
+}
+
+/// A clock that a test moves.
+struct Moved {
+    begun: Instant,
+    seconds: AtomicU64,
+}
+
+impl Moved {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { begun: Instant::now(), seconds: AtomicU64::new(0) })
+    }
+
+    fn options(self: &Arc<Self>) -> Options {
+        Options { env: Env { clock: Clock::given(self.clone()), ..Env::real() }, ..options() }
+    }
+
+    /// Checks the condition of a log whose writer has just begun to wait.
+    fn check(&self, log: &FileLog, why: &str) {
+        assert_eq!(log.condition(), Condition::Well);
+        self.seconds.fetch_add(1, Ordering::SeqCst);
+        let condition = log.condition();
+        assert!(matches!(&condition, Condition::But(reason) if reason.contains(why)), "{condition:?}");
+        self.seconds.fetch_add(8, Ordering::SeqCst);
+        assert_eq!(log.condition(), condition);
+        self.seconds.fetch_add(1, Ordering::SeqCst);
+        let condition = log.condition();
+        assert!(matches!(&condition, Condition::Unfit(reason) if reason.contains(why)), "{condition:?}");
+    }
+}
+
+impl Time for Moved {
+    fn now(&self) -> Instant {
+        self.begun + Duration::from_secs(self.seconds.load(Ordering::SeqCst))
+    }
+
+    fn wall(&self) -> SystemTime {
+        UNIX_EPOCH
+    }
+
+    fn sleep(&self, _time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(pending())
+    }
+}
+
+#[test]
+fn disk_that_hangs_makes_the_log_unfit() {
+    let disk = FakeDisk::default();
+    let time = Moved::new();
+    let log = FileLog::open_on(Arc::new(disk.clone()), time.options(), None).unwrap();
+    commit(&log, put("a", b"1"));
+    eventually(|| disk.names().contains(&"0000000002.seg".into()));
+    let hangs = Arc::new(AtomicBool::new(true));
+    let (begins, begun) = std::sync::mpsc::channel();
+    let until = hangs.clone();
+    disk.before_each(move |operation| {
+        if matches!(operation, Operation::Sync { .. }) && until.load(Ordering::SeqCst) {
+            let _ = begins.send(());
+            eventually(|| !until.load(Ordering::SeqCst));
+        }
+        Ok(())
+    });
+    let sequence = append(&log, 1, &[put("a", b"2")]);
+    begun.recv_timeout(Duration::from_secs(30)).unwrap();
+    time.check(&log, "the disk does not respond");
+    hangs.store(false, Ordering::SeqCst);
+    assert!(durable(&log, sequence));
+    eventually(|| log.condition() == Condition::Well);
+}
+
+#[test]
+fn stall_by_compaction_makes_the_log_unfit() {
+    let time = Moved::new();
+    let log = FileLog::open_on(Arc::new(FakeDisk::default()), time.options(), None).unwrap();
+    let shared = log.shared();
+    commit(&log, put("a", b"1"));
+    shared.compactor.stall();
+    let sequence = append(&log, 1, &[put("a", b"2")]);
+    eventually(|| shared.compactor.is_stalled());
+    time.check(&log, "the log grows faster than it is compacted");
+    shared.compactor.stop();
+    assert!(durable(&log, sequence));
+    eventually(|| log.condition() == Condition::Well);
 }
