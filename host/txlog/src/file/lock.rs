@@ -95,6 +95,11 @@ impl Lock {
         [self.directory.as_fd(), self.file.as_fd()]
     }
 
+    /// Returns the same lock, which is held until both are dropped.
+    pub fn duplicate(&self) -> std::io::Result<Self> {
+        Ok(Self { directory: self.directory.try_clone()?, file: self.file.try_clone()? })
+    }
+
     /// Takes the descriptors of a lock that another process holds.
     pub fn from_descriptors([directory, file]: [OwnedFd; 2]) -> Self {
         Self { directory: directory.into(), file: file.into() }

@@ -5,7 +5,8 @@
 //! before the service begins.
 
 use std::collections::VecDeque;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
 
 use anyhow::bail;
 use uuid::Uuid;
@@ -44,6 +45,15 @@ pub struct Known {
     /// Places before the last frame that was followed. What is before them was read, and needs not be read again if it was
     /// synced.
     pub marks: Marks,
+}
+
+/// The end of the log is lost, and only this process knows: the next start would take it for a torn write.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}, and this cannot be recorded in {}: {error}; make room on the disk while this server runs, and start no other there", file.display())]
+pub struct Unrecorded {
+    what: String,
+    file: PathBuf,
+    error: io::Error,
 }
 
 /// Reads the log of a directory. Nothing but this process may use the directory.
@@ -94,13 +104,17 @@ pub fn recover(home: &Home, known: Option<Known>) -> anyhow::Result<Recovered> {
     };
     let (last, chain) = segments.last().map_or((0, 0), |segment| (segment.last, segment.after));
     if last < durable {
-        if durable > marked {
-            // The next start knows of this no more than the file does, and would cut off what is corrupt.
-            mark::write(&*home.disk, log, durable)?;
-        }
         let (name, end) = found.last().map_or(("", 0), |segment| (segment.name.as_str(), HEAD_BYTES));
         let (name, end) = tear.map_or((name, end), |(at, torn)| (&found[at].name, torn.at));
         let what = format!("the log ends with sequence {last}, but {durable} had been durable");
+        if durable > marked {
+            // The next start knows of this no more than the file does, and would cut off what is corrupt.
+            mark::write_where_possible(&*home.disk, log, durable).map_err(|error| Unrecorded {
+                what: what.clone(),
+                file: home.path(mark::NAME),
+                error,
+            })?;
+        }
         return Err(home.damage(name, end, what));
     }
     if let Some((at, torn)) = tear {

@@ -15,10 +15,11 @@ use kvs_runtime::{Clock, Thread};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::disk::{Directory, is_shortage};
+use super::disk::{Directory, Disk, is_shortage};
 use super::follower::Follower;
 use super::home::{Home, Unsupported};
 use super::lock::{self, Lock, Unusable};
+use super::recovery::Unrecorded;
 use super::{Before, Damage, FileLog, Handed, Options};
 use crate::standby::end_of_log;
 use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
@@ -36,6 +37,7 @@ pub struct StandbyLog {
 
 struct Shared {
     options: Options,
+    disk: Arc<dyn Disk>,
     follower: Follower,
     /// The same before and after the takeover, so that its waiters are not affected.
     watermark: Arc<Watermark>,
@@ -57,6 +59,8 @@ struct State {
     closed: bool,
     /// What the primary has handed to this process.
     handed: Option<Handed>,
+    /// The lock, while this process alone knows that the log has lost its end.
+    kept: Option<Lock>,
 }
 
 /// Result of polling the log.
@@ -73,8 +77,14 @@ impl StandbyLog {
     pub fn open(options: Options) -> Result<Self> {
         options.check()?;
         lock::make_directory(&options.data)?;
-        lock::make_directory(&options.data.join("log"))?;
-        let log = Self { shared: Arc::new(Shared::new(options)), thread: Mutex::default() };
+        let directory = options.data.join("log");
+        lock::make_directory(&directory)?;
+        Self::open_on(Arc::new(Directory::new(directory)), options)
+    }
+
+    /// [`open`](Self::open) with the log on this disk.
+    pub(super) fn open_on(disk: Arc<dyn Disk>, options: Options) -> Result<Self> {
+        let log = Self { shared: Arc::new(Shared::new(disk, options)), thread: Mutex::default() };
         let Shared { options, follower, .. } = &*log.shared;
         let data = options.data.display();
         loop {
@@ -135,11 +145,12 @@ impl StandbyLog {
 }
 
 impl Shared {
-    fn new(options: Options) -> Self {
-        let disk = Arc::new(Directory::new(options.data.join("log")));
-        let follower = Follower::new(Home { disk, data: options.data.clone(), env: options.env.clone() });
+    fn new(disk: Arc<dyn Disk>, options: Options) -> Self {
+        let follower =
+            Follower::new(Home { disk: Arc::clone(&disk), data: options.data.clone(), env: options.env.clone() });
         let news = News { newest: 0, holder: Some(String::new()), primary: None, as_of: options.env.clock.now() };
         Self {
+            disk,
             follower,
             watermark: Arc::new(Watermark::new(0)),
             followed: AtomicU64::new(0),
@@ -187,8 +198,10 @@ impl Shared {
     /// Takes over if the lock is free, and reads the position otherwise. An error is one of a takeover that cannot be repeated.
     fn look(&self) -> Result<Look> {
         let as_of = self.clock().now();
-        let newest = match Lock::attempt(&self.options.data, self.options.advertise.as_deref()) {
-            Ok(Some(lock)) => match self.take_over(Some(lock), as_of, None) {
+        let kept = self.state().kept.take();
+        let attempt = || Lock::attempt(&self.options.data, self.options.advertise.as_deref());
+        let newest = match kept.map_or_else(attempt, |lock| Ok(Some(lock))) {
+            Ok(Some(lock)) => match self.take_over_or_keep(lock, as_of) {
                 Ok(()) => return Ok(Look::Ours),
                 // This may be the last server. The lock is free again, and the next look takes over.
                 Err(error) if is_passing(&error) => Err(error),
@@ -238,11 +251,20 @@ impl Shared {
         self.take_over(Some(lock), as_of, Some(newest))
     }
 
+    /// Takes over, and keeps the lock after [`Unrecorded`]: no other process may open the log.
+    fn take_over_or_keep(&self, lock: Lock, begun: Instant) -> Result<()> {
+        let again = lock.duplicate();
+        self.take_over(Some(lock), begun, None).inspect_err(|error| {
+            if error.is::<Unrecorded>() {
+                self.state().kept = again.ok();
+            }
+        })
+    }
+
     fn take_over(&self, lock: Option<Lock>, begun: Instant, end: Option<u64>) -> Result<()> {
-        let disk = Arc::new(Directory::new(self.options.data.join("log")));
         let before =
             Before { known: self.follower.known(), watermark: Arc::clone(&self.watermark), ..Before::default() };
-        let log = FileLog::open_after(disk, self.options.clone(), lock, before)?;
+        let log = FileLog::open_after(Arc::clone(&self.disk), self.options.clone(), lock, before)?;
         let newest = log.appended();
         if let Some(end) = end.filter(|end| *end != newest) {
             bail!("the log was handed over at sequence {end}, and was opened at {newest}");
@@ -279,9 +301,9 @@ impl Shared {
     }
 }
 
-/// Whether a shortage of descriptors, threads or memory is the cause.
+/// Whether a shortage of descriptors, threads or memory is the cause, or of room for what must be recorded.
 fn is_passing(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref()).any(is_shortage)
+    error.is::<Unrecorded>() || error.chain().filter_map(|cause| cause.downcast_ref()).any(is_shortage)
 }
 
 /// Whether to wait for the primary does not help.

@@ -15,6 +15,7 @@ mod history;
 mod incarnations;
 mod interleavings;
 mod life;
+mod lost_end;
 mod model;
 pub mod mutants;
 mod queue;
