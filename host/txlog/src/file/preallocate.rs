@@ -25,6 +25,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(200);
 const FIRST_BYTES: u64 = 8 << 20;
 /// Growth factor from one segment to the next.
 const GROWTH: u64 = 4;
+/// Bytes that are written and synced at a time. A shutdown, during which an upgrade holds all requests, waits for no more.
+pub const PIECE_BYTES: u64 = 4 << 20;
 
 /// Sizes of segments: the first is small, so that a new log is created quickly, and each is larger than the previous one
 /// up to the maximum.
@@ -162,7 +164,7 @@ pub fn run(shared: &Shared) -> anyhow::Result<()> {
     }
     let mut state = preallocator.lock();
     if state.reserved.take().is_some() {
-        // The file is empty. If this fails, the next start removes it.
+        // The file is not complete. If this fails, the next start removes it.
         let _ = shared.home.disk.remove(&temporary(state.next));
     }
     Ok(())
@@ -176,7 +178,13 @@ pub fn preallocate_one(shared: &Shared) -> anyhow::Result<bool> {
     let Some(file) = state.reserved.take() else { return Ok(state.short.is_none()) };
     let (number, size) = (state.next, state.size);
     drop(state);
-    let created = finish(&*shared.home.disk, shared.log, number, size, &*file);
+    let disk = &*shared.home.disk;
+    let filled = fill(&*file, shared.log, number, size, &|| preallocator.lock().stopped);
+    if let Ok(false) = filled {
+        preallocator.lock().reserved = Some(file);
+        return Ok(false);
+    }
+    let created = remove_if_full(disk, &temporary(number), filled.and_then(|_| give_name(disk, number)));
     let mut state = preallocator.lock();
     if let Some(file) = state.handle_shortage(shared, created)? {
         (state.next, state.size) = (number + 1, preallocator.sizes.after(size));
@@ -243,7 +251,9 @@ impl State {
 
 /// Creates an empty segment under a temporary name, so that a segment under its final name is always complete.
 pub fn create(disk: &dyn Disk, log: Uuid, number: u64, size: u64) -> io::Result<Arc<dyn File>> {
-    finish(disk, log, number, size, &*reserve(disk, number, size)?)
+    let file = reserve(disk, number, size)?;
+    let created = fill(&*file, log, number, size, &|| false).and_then(|_| give_name(disk, number));
+    remove_if_full(disk, &temporary(number), created)
 }
 
 /// Reserves the space for a segment.
@@ -256,21 +266,29 @@ fn reserve(disk: &dyn Disk, number: u64, size: u64) -> io::Result<Arc<dyn File>>
     remove_if_full(disk, &temporary, reserved)
 }
 
-fn finish(disk: &dyn Disk, log: Uuid, number: u64, size: u64, file: &dyn File) -> io::Result<Arc<dyn File>> {
-    let (name, temporary) = (Numbers::one(number).file_name(), temporary(number));
-    let write = || {
-        file.write_at(
-            &Head { version: VERSION, log, numbers: Numbers::one(number), size, compacted: None }.encode(),
-            0,
-        )?;
-        zero(file, HEAD_BYTES, size)?;
+/// Writes an empty segment, and syncs it; returns false if it was stopped before the file was complete.
+fn fill(file: &dyn File, log: Uuid, number: u64, size: u64, is_stopped: &dyn Fn() -> bool) -> io::Result<bool> {
+    file.write_at(&Head { version: VERSION, log, numbers: Numbers::one(number), size, compacted: None }.encode(), 0)?;
+    let mut at = HEAD_BYTES;
+    while at < size {
+        if is_stopped() {
+            return Ok(false);
+        }
+        let end = size.min(at + PIECE_BYTES);
+        zero(file, at, end)?;
+        // Not of the whole segment at once, which takes long.
         file.sync()?;
-        disk.rename(&temporary, &name)?;
-        disk.sync()?;
-        // Reopened, so that errors name the final path from now on.
-        disk.open(&name)
-    };
-    remove_if_full(disk, &temporary, write())
+        at = end;
+    }
+    Ok(true)
+}
+
+fn give_name(disk: &dyn Disk, number: u64) -> io::Result<Arc<dyn File>> {
+    let name = Numbers::one(number).file_name();
+    disk.rename(&temporary(number), &name)?;
+    disk.sync()?;
+    // Reopened, so that errors name the final path from now on.
+    disk.open(&name)
 }
 
 fn temporary(number: u64) -> String {

@@ -182,6 +182,24 @@ fn a_watermark_file_that_cannot_be_written_is_final() {
     assert!(log.close().unwrap_err().to_string().contains("rename failed"));
 }
 
+#[test]
+fn stopped_preallocator_leaves_spare_incomplete() {
+    let disk = FakeDisk::default();
+    let options = Options { segment_bytes: 4 * preallocate::PIECE_BYTES, ..options() };
+    let (shared, _writer) = recover(Arc::new(disk.clone()), options).unwrap();
+    let pieces = Arc::new(AtomicUsize::new(0));
+    let (counted, stopped) = (pieces.clone(), shared.clone());
+    disk.before_each(move |operation| {
+        if matches!(operation, Operation::Sync { .. }) && counted.fetch_add(1, Ordering::SeqCst) == 1 {
+            stopped.preallocator.stop();
+        }
+        Ok(())
+    });
+    preallocate::run(&shared).unwrap();
+    assert_eq!(pieces.load(Ordering::SeqCst), 2, "of four");
+    assert!(!disk.names().iter().any(|name| name.starts_with("0000000002")), "{:?}", disk.names());
+}
+
 /// A clock that a test moves.
 struct Moved {
     begun: Instant,
