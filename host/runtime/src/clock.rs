@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,9 +22,18 @@ pub trait Time: Send + Sync + 'static {
     fn sleep(&self, time: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
-/// The clock of a process, real or injected.
+/// The clock of a process, real or injected. Clones share the lead of [`Clock::steady_ms`].
 #[derive(Clone)]
-pub struct Clock(Source);
+pub struct Clock {
+    source: Source,
+    lead: Arc<Lead>,
+}
+
+/// How far the time has come, less the monotonic time that has passed.
+struct Lead {
+    begun: Instant,
+    milliseconds: AtomicU64,
+}
 
 #[derive(Clone)]
 enum Source {
@@ -31,24 +41,37 @@ enum Source {
     Given(Arc<dyn Time>),
 }
 
+impl Source {
+    #[inline]
+    #[expect(clippy::disallowed_methods, reason = "the place where the system's clock is read")]
+    fn now(&self) -> Instant {
+        match self {
+            Self::System => Instant::now(),
+            Self::Given(time) => time.now(),
+        }
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "the place where the system's clock is read")]
 impl Clock {
     /// Creates the clock of the operating system, with the timers of tokio.
     pub fn system() -> Self {
-        Self(Source::System)
+        Self::of(Source::System)
     }
 
     pub fn given(time: Arc<dyn Time>) -> Self {
-        Self(Source::Given(time))
+        Self::of(Source::Given(time))
+    }
+
+    fn of(source: Source) -> Self {
+        let begun = source.now();
+        Self { source, lead: Arc::new(Lead { begun, milliseconds: AtomicU64::new(0) }) }
     }
 
     /// Returns monotonic time.
     #[inline]
     pub fn now(&self) -> Instant {
-        match &self.0 {
-            Source::System => Instant::now(),
-            Source::Given(time) => time.now(),
-        }
+        self.source.now()
     }
 
     /// Returns the time passed since.
@@ -59,7 +82,7 @@ impl Clock {
 
     /// Returns wall-clock time.
     pub fn wall(&self) -> SystemTime {
-        match &self.0 {
+        match &self.source {
             Source::System => SystemTime::now(),
             Source::Given(time) => time.wall(),
         }
@@ -72,9 +95,23 @@ impl Clock {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Returns wall-clock time in milliseconds since 1970 that never goes back, in no clone: when the system's clock is set
+    /// back, or is behind a time given to [`not_before`](Self::not_before), time continues by the monotonic clock.
+    pub fn steady_ms(&self) -> u64 {
+        self.not_before(self.unix_ms())
+    }
+
+    /// Notes that it is this time or later, such as that of an entry of a log, and returns [`steady_ms`](Self::steady_ms)
+    /// without asking the system for the wall-clock time.
+    pub fn not_before(&self, milliseconds: u64) -> u64 {
+        let passed = u64::try_from(self.elapsed(self.lead.begun).as_millis()).unwrap_or(u64::MAX);
+        let lead = milliseconds.saturating_sub(passed);
+        self.lead.milliseconds.fetch_max(lead, Ordering::Relaxed).max(lead).saturating_add(passed)
+    }
+
     /// Waits in a task.
     pub async fn sleep(&self, time: Duration) {
-        match &self.0 {
+        match &self.source {
             Source::System => tokio::time::sleep(time).await,
             Source::Given(given) => given.sleep(time).await,
         }
@@ -82,7 +119,7 @@ impl Clock {
 
     /// Waits in a thread.
     pub fn pause(&self, time: Duration) {
-        match &self.0 {
+        match &self.source {
             Source::System => thread::sleep(time),
             Source::Given(given) => {
                 let begun = given.now();
@@ -100,7 +137,7 @@ impl Clock {
         mut guard: MutexGuard<'m, T>,
         time: Duration,
     ) -> (MutexGuard<'m, T>, bool) {
-        let Source::Given(given) = &self.0 else {
+        let Source::Given(given) = &self.source else {
             let (guard, timeout) = changed.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner);
             return (guard, timeout.timed_out());
         };
@@ -170,6 +207,19 @@ mod tests {
         let begun = clock.now();
         clock.sleep(Duration::from_secs(3600)).await;
         assert_eq!((clock.elapsed(begun), clock.unix_ms()), (Duration::from_secs(3600), 3_600_000));
+    }
+
+    #[test]
+    fn steady_time_never_goes_back() {
+        let (manual, clock) = manual();
+        let other = clock.clone();
+        assert_eq!(clock.not_before(3_600_000), 3_600_000);
+        *manual.passed.lock().unwrap() += Duration::from_secs(60);
+        assert_eq!((other.steady_ms(), other.unix_ms()), (3_660_000, 60_000));
+        // What is older changes nothing.
+        assert_eq!(other.not_before(3_600_000), 3_660_000);
+        *manual.passed.lock().unwrap() += Duration::from_secs(7200);
+        assert_eq!(clock.steady_ms(), 3_660_000 + 7_200_000);
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl Statistics {
         if request.method() != Method::GET {
             return not_allowed("GET").map(Either::Left);
         }
-        let Some(query) = parse(request.uri().query().unwrap_or_default(), self.clock.unix_ms()) else {
+        let Some(query) = parse(request.uri().query().unwrap_or_default(), self.clock.steady_ms()) else {
             let reason = "malformed query; there are prefix=PREFIX, delimiter=TEXT, which is not empty, and top=COUNT, 1 to 1000\n";
             return text(StatusCode::BAD_REQUEST, reason).map(Either::Left);
         };

@@ -3,9 +3,10 @@
 //!
 //! It is the system's while that is ahead. When the system's is behind the newest entry of the log, or was set back, time
 //! continues from there by the monotonic clock, so that a TTL stays a duration: no key lives until the system has caught up.
+//! It is the steady time of the environment, which the log asks too, so that compaction drops what has expired or was deleted.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kvs_runtime::Env;
 use kvs_txlog::Condition;
@@ -15,10 +16,6 @@ use tracing::{info, warn};
 const TOLERANCE_MS: u64 = 1_000;
 
 pub struct Clock {
-    /// When this was made, by the monotonic clock.
-    begun: Instant,
-    /// The largest time so far, in milliseconds since 1970, less the monotonic time at that moment.
-    lead: AtomicU64,
     /// Whether a line has reported that the system's clock is behind.
     is_reported: AtomicBool,
     env: Env,
@@ -26,7 +23,7 @@ pub struct Clock {
 
 impl Clock {
     pub fn new(env: Env) -> Self {
-        Self { begun: env.clock.now(), lead: AtomicU64::new(0), is_reported: AtomicBool::new(false), env }
+        Self { is_reported: AtomicBool::new(false), env }
     }
 
     /// What the time is asked of, and all else that guests are given from outside.
@@ -52,9 +49,7 @@ impl Clock {
 
     /// It is this time or later: an entry of the log has it.
     pub fn not_before(&self, time: u64) -> u64 {
-        let passed = u64::try_from(self.env.clock.elapsed(self.begun).as_millis()).unwrap_or(u64::MAX);
-        let lead = time.saturating_sub(passed);
-        self.lead.fetch_max(lead, Ordering::Relaxed).max(lead).saturating_add(passed)
+        self.env.clock.not_before(time)
     }
 
     /// The time by which the system's clock is behind.
@@ -86,7 +81,7 @@ mod tests {
     use std::future::{Future, ready};
     use std::pin::Pin;
     use std::sync::{Arc, Mutex};
-    use std::time::{SystemTime, UNIX_EPOCH};
+    use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
     use kvs_runtime::Time;
 
@@ -144,6 +139,7 @@ mod tests {
         // What is older changes nothing.
         assert_eq!(clock.not_before(ahead), ahead + 60_000);
         assert_eq!(clock.behind(), 365 * DAY);
+        assert_eq!(clock.env().clock.steady_ms(), ahead + 60_000, "the log takes another time for now");
         assert!(
             matches!(clock.condition(), Condition::But(reason) if reason.contains("the system clock is 11months "))
         );

@@ -323,7 +323,7 @@ fn compact(shared: &Shared) -> anyhow::Result<Estimate> {
     let sealed = shared.catalog.sealed();
     let size = size(&sealed);
     let params = CompactionParams {
-        now: shared.clock().unix_ms().saturating_sub(TOMBSTONE_GRACE_MS),
+        now: shared.clock().steady_ms().saturating_sub(TOMBSTONE_GRACE_MS),
         retain_from: shared.retain_from(),
         min_yield_percent: MIN_YIELD_PERCENT,
         keys: MAX_KEYS,
@@ -378,9 +378,12 @@ impl Throttle<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{FakeDisk, append, commit, open, put, replayed};
+    use std::sync::Arc;
+
+    use super::super::tests::{FakeDisk, append, commit, open, options, put, replayed};
+    use super::super::{FileLog, Options};
     use super::*;
-    use crate::{Event, Put};
+    use crate::{Event, Put, TransactionLog};
 
     #[test]
     fn estimate_subtracts_expiries_and_deletes() {
@@ -470,5 +473,31 @@ mod tests {
         compact(&log.shared()).unwrap();
         let left = replayed(&log).into_iter().map(|(sequence, ..)| sequence).filter(|sequence| *sequence < 4);
         assert_eq!(left.collect::<Vec<_>>(), [2, 3]);
+    }
+
+    /// The system's clock is a year behind the newest entry.
+    #[test]
+    fn log_ahead_of_the_clock_is_compacted() {
+        for retain in [Duration::ZERO, Duration::from_secs(30)] {
+            let options = Options { retain, ..options() };
+            let log = FileLog::open_on(Arc::new(FakeDisk::default()), options, None).unwrap();
+            let shared = log.shared();
+            let ahead = shared.clock().unix_ms() + 365 * 86_400_000;
+            // As the server does with each entry that it replays.
+            shared.clock().not_before(ahead);
+            let old = ahead - TOMBSTONE_GRACE_MS - 60_000;
+            append(&log, old, &[put("deleted", &[1; 900]), Event::Delete("deleted".into())]);
+            append(&log, old, &[put("superseded", &[1; 900])]);
+            append(&log, old, &[put("superseded", b"")]);
+            append(&log, ahead - 1_000, &[Event::Delete("superseded".into())]);
+            for _ in 0..9 {
+                append(&log, ahead, &[put("another", &[1; 500])]);
+            }
+            assert!(super::super::tests::durable(&log, log.appended()));
+            compact(&shared).unwrap();
+            let left = replayed(&log).into_iter().map(|(sequence, ..)| sequence).filter(|sequence| *sequence < 6);
+            // A delete within its grace period, and what it replaces where that is retained.
+            assert_eq!(left.collect::<Vec<_>>(), if retain.is_zero() { vec![5] } else { vec![4, 5] });
+        }
     }
 }

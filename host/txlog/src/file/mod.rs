@@ -422,7 +422,7 @@ impl Shared {
             return u64::MAX;
         }
         let retained = u64::try_from(self.retain.as_millis()).unwrap_or(u64::MAX);
-        self.clock().unix_ms().saturating_sub(retained)
+        self.clock().steady_ms().saturating_sub(retained)
     }
 
     fn fail(&self, error: &anyhow::Error) {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::catalog::Segment;
 use super::compact::{self, CompactionParams};
 use super::disk::{Directory, Disk};
-use super::liveness::MAX_KEYS;
+use super::liveness::{self, MAX_KEYS};
 use super::lock::Lock;
 use super::{Before, DEFAULT_SEGMENT_BYTES, Durability, Home, Options, Shared, replay};
 use crate::{AppendError, Event, History, Incarnation, Receive, TransactionLog, Watermark};
@@ -38,17 +38,31 @@ impl Offline {
 
     /// Drops every entry that can be dropped, and returns the bytes saved. `progress` is called with the bytes read.
     pub fn compact(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<u64> {
+        let written = self.written();
         let params = CompactionParams {
-            now: self.shared.clock().unix_ms(),
+            now: self.now(&written)?,
             retain_from: self.shared.retain_from(),
             min_yield_percent: 0,
             keys: MAX_KEYS,
         };
-        let outcome = compact::run(&self.shared, &self.written(), &params, &mut |bytes| {
+        let outcome = compact::run(&self.shared, &written, &params, &mut |bytes| {
             progress(bytes);
             Ok(())
         })?;
         Ok(outcome.saved)
+    }
+
+    /// Returns the time, never before that of the newest entry: no server has replayed the log into the clock.
+    fn now(&self, written: &[Segment]) -> anyhow::Result<u64> {
+        let mut newest = None;
+        for segment in written.iter().rev() {
+            if newest.is_some() {
+                break;
+            }
+            liveness::walk(&self.shared, segment, &mut |_| Ok(()), &mut |entry| newest = Some(entry.time))?;
+        }
+        let clock = self.shared.clock();
+        Ok(newest.map_or(0, |time| clock.not_before(time)).max(clock.steady_ms()))
     }
 
     /// Returns all segments but the preallocated ones, which follow the last entry. Without a writer all are sealed.

@@ -109,7 +109,11 @@ async fn retain(session: &Session, newest: u64, now: u64, retain: Duration) -> R
 pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: CompactionParams) -> Result<u64> {
     let patient = Session::connect(&shared.target, SCAN_TIMEOUT, &shared.conditions.settings()).await?;
     let clock = &shared.env.clock;
-    let newest = retain(&patient, newest, clock.unix_ms(), params.retain).await?;
+    let end = "SELECT time FROM kvs.transactions ORDER BY sequence DESC LIMIT 1";
+    if let Some(row) = patient.at_most_one(end, &[]).await? {
+        clock.not_before(row.try_get::<_, i64>(0)?.try_into()?);
+    }
+    let newest = retain(&patient, newest, clock.steady_ms(), params.retain).await?;
     for statement in CREATE_INDEX {
         patient.run(statement).await?;
     }
@@ -118,7 +122,7 @@ pub async fn compact(shared: &Shared, epoch: i64, newest: u64, params: Compactio
     // Before the first step: states up to here cannot be restored from then on.
     let begins = "UPDATE kvs.writer SET compacted = greatest(compacted, $2) WHERE epoch = $1";
     session.execute(begins, &[&epoch, &newest.cast_signed()]).await?;
-    let now = Duration::from_millis(clock.unix_ms());
+    let now = Duration::from_millis(clock.steady_ms());
     let over = i64::try_from(now.saturating_sub(params.grace).as_millis())?;
     let (begun, mut position, mut kept, mut dropped) = (clock.now(), Some(0_i64), 0, 0);
     while let Some(after) = position {

@@ -11,6 +11,7 @@ use crate::support::readiness::{WELL, becomes_ready};
 use crate::support::requests::{expires, shows};
 use crate::support::sabotage::ahead;
 use crate::support::server::{Server, serve};
+use crate::support::txlog::done;
 use crate::support::wire::Connection;
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -62,4 +63,16 @@ fn ttl_ends_after_failover_from_server_an_hour_ahead() {
     becomes_ready(&standby, 200, BEHIND);
     becomes_ready(&standby, 200, WELL);
     ends_ttls(&standby);
+}
+
+#[test]
+fn log_ahead_of_the_clock_is_compacted() {
+    let database = Database::start();
+    let server = start_ahead(&database.url());
+    let mut client = Connection::open(server.address());
+    expires(&mut client, "/v1/before");
+    assert_eq!(client.ask("DELETE", "/v1/stays", b"").status, 200);
+    server.terminate();
+    done(&["compact", "--txlog", &database.url()]);
+    assert_eq!(database.sql("SELECT count(*) FROM kvs.transactions"), ["0"]);
 }

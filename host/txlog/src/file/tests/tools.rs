@@ -208,3 +208,25 @@ fn offline_compaction_refuses_log_in_use() {
     let log = FileLog::open(options).unwrap();
     assert_eq!(commit(&log, put("key", b"")), 43);
 }
+
+/// The system's clock is a year behind the newest entry, and no server has replayed the log.
+#[test]
+fn offline_compaction_drops_deletes_of_log_ahead_of_the_clock() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = FileLog::open(Options { data: directory.path().into(), ..options() }).unwrap();
+    let ahead = Env::real().clock.unix_ms() + 365 * 86_400_000;
+    append(&log, ahead - 2, &[put("gone", b""), Event::Delete("gone".into())]);
+    append(&log, ahead, &[put("stays", b"")]);
+    log.close().unwrap();
+
+    let offline = Offline::open(directory.path()).unwrap();
+    offline.compact(&mut |_| ()).unwrap();
+    let mut left = Vec::new();
+    offline
+        .replay(0, &mut |entries| {
+            left.extend(entries.iter().map(|entry| entry.sequence));
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(left, [3]);
+}
