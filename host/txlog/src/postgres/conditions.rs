@@ -21,7 +21,9 @@ const OS: &str = "SET synchronous_commit = off";
 
 const CHECK: &str = "SELECT current_setting('server_encoding'), pg_is_in_recovery(), \
      current_setting('transaction_read_only'), current_setting('fsync'), current_setting('full_page_writes'), \
-     current_setting('synchronous_commit'), current_setting('synchronous_standby_names')";
+     current_setting('synchronous_commit'), current_setting('synchronous_standby_names'), \
+     (SELECT string_agg(relname::text, ', ') FROM pg_class WHERE relpersistence = 'u' AND oid IN (to_regclass('kvs.transactions'), \
+     to_regclass('kvs.writer'), to_regclass('kvs.incarnations'), to_regclass('kvs.identity')))";
 
 const POWER_CUT: &str = "a power cut of the database loses acknowledged writes";
 const FAILOVER: &str = "a failover of the database loses acknowledged writes";
@@ -64,6 +66,12 @@ impl Conditions {
         if row.try_get::<_, &str>(2)? == "on" {
             let reason = "it is read-only: default_transaction_read_only is on for this role or database";
             return Err(Failure::unusable(reason.into()));
+        }
+        if let Some(tables) = row.try_get::<_, Option<&str>>(7)? {
+            return Err(Failure::unusable(format!(
+                "it keeps these tables of the schema kvs UNLOGGED: {tables}, so that a crash of the database empties them: \
+                 make each permanent by ALTER TABLE kvs.… SET LOGGED"
+            )));
         }
         let mut warnings = Vec::new();
         for (index, name) in [(3, "fsync"), (4, "full_page_writes")] {

@@ -66,7 +66,8 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     // A delete that was dropped after an earlier part was handed over, in another snapshot, is missing too.
     ensure!(*position == 0 || newest <= *position, Forgotten { after: *position, newest });
-    shared.retained.store(writer.try_get::<_, i64>(3)?.cast_unsigned(), Ordering::Release);
+    let compacted = writer.try_get::<_, i64>(3)?.cast_unsigned();
+    shared.retained.store(compacted, Ordering::Release);
     // Of the same snapshot: a receiver can check that no entry is missing.
     let history = incarnations::history(&session).await?;
     shared.set_history(history.clone());
@@ -75,6 +76,7 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     session
         .run(&format!("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {}", session.milliseconds()))
         .await?;
+    let mut presence = Presence { seen: *position, compacted };
     let mut rows = session.rows(ENTRIES, &[position.cast_signed()]).await?;
     let (mut batch, mut bytes) = (Vec::new(), 0);
     loop {
@@ -82,6 +84,9 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
         let ended = row.is_none();
         if let Some(row) = row {
             let sequence: i64 = row.try_get(0)?;
+            if sequence <= last {
+                presence.next(&history, sequence.cast_unsigned())?;
+            }
             // Rows after the last entry were written by another program, and are reported below.
             if sequence <= until || sequence > last {
                 bytes += row.raw_size_bytes();
@@ -97,12 +102,46 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
             break;
         }
     }
+    presence.end(&history, last.cast_unsigned(), newest)?;
     drop(rows);
     if !shared.queue.begun() {
         session.run("COMMIT").await?;
         *shared.idle() = Some(session);
     }
     Ok(until.cast_unsigned())
+}
+
+/// Detects missing rows, such as those of a table that was truncated. Compaction has noted how far it has come, and the
+/// newest entry that it dropped for good: no other row may be missing. In the snapshot of a table that was just rewritten, as
+/// by `ALTER TABLE`, all are missing: the next attempt shows them.
+struct Presence {
+    /// The newest row so far.
+    seen: u64,
+    /// The newest sequence before which compaction can have dropped rows.
+    compacted: u64,
+}
+
+impl Presence {
+    /// Notes the next row.
+    fn next(&mut self, history: &History, sequence: u64) -> Result<(), Failure> {
+        let missing = history.missing(self.seen.max(self.compacted), sequence);
+        self.seen = sequence;
+        missing.map_or(Ok(()), |missing| Err(absent(missing)))
+    }
+
+    /// Checks that the row of the last entry was among them, unless compaction has dropped it for good, as it has nothing
+    /// that is newer than `forgotten`.
+    fn end(self, history: &History, last: u64, forgotten: u64) -> Result<(), Failure> {
+        let missing = history.missing(self.seen, history.next(last)).filter(|missing| *missing > forgotten);
+        missing.map_or(Ok(()), |missing| Err(absent(missing)))
+    }
+}
+
+fn absent(sequence: u64) -> Failure {
+    Failure::unusable(format!(
+        "kvs.transactions lacks the row of sequence {sequence}, which was committed and not compacted: rows were deleted, or the \
+         table was truncated; restore the database, or a backup into an empty one"
+    ))
 }
 
 fn hand_over(
@@ -160,4 +199,47 @@ fn entry<'r>(row: &'r Row, metadata: &'r [(&'r str, &'r str)]) -> Result<Entry<'
 fn corrupted_row(row: &Row, what: &str) -> String {
     let sequence = row.try_get::<_, i64>(0).unwrap_or_default();
     format!("the row of kvs.transactions with sequence {sequence} is corrupted: {what}")
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::Incarnation;
+
+    /// The row that is missing of those up to `last`.
+    fn missing(after: u64, rows: &[u64], (compacted, forgotten, last): (u64, u64, u64)) -> Option<String> {
+        let record = Incarnation { id: Uuid::nil(), parent: Uuid::nil(), fork: 20, first: 1_000 };
+        let history = History::new(vec![record]);
+        let mut presence = Presence { seen: after, compacted };
+        let read = rows.iter().try_for_each(|row| presence.next(&history, *row));
+        let failure = read.and_then(|()| presence.end(&history, last, forgotten)).err()?;
+        assert!(failure.is_silence(), "another attempt may succeed");
+        failure.reason.split_once("sequence ")?.1.split_once(',').map(|(sequence, _)| sequence.to_owned())
+    }
+
+    #[test]
+    fn row_that_compaction_did_not_drop_is_missed() {
+        let lost = |sequence: u64| Some(sequence.to_string());
+        // A table that was truncated, at rest and before more was written, and one that compaction has emptied.
+        assert_eq!(missing(0, &[], (0, 0, 17)), lost(17));
+        assert_eq!(missing(0, &[], (17, 9, 17)), lost(17));
+        assert_eq!(missing(0, &[16, 17], (4, 0, 17)), lost(15));
+        assert_eq!(missing(0, &[], (17, 17, 17)), None);
+        assert_eq!(missing(0, &[], (0, 0, 0)), None);
+        // Rows in between, and the last.
+        assert_eq!(missing(0, &[1, 2, 4], (0, 0, 4)), lost(3));
+        assert_eq!(missing(0, &[2, 9, 10, 11], (8, 5, 11)), None);
+        assert_eq!(missing(0, &[2, 9, 11], (8, 5, 11)), lost(10));
+        assert_eq!(missing(8, &[9], (4, 4, 10)), lost(10));
+        // Dropped for good, and nothing after it.
+        assert_eq!(missing(0, &[2, 7], (8, 8, 8)), None);
+        assert_eq!(missing(0, &[2, 7], (8, 7, 8)), lost(8));
+        // Across a jump.
+        assert_eq!(missing(18, &[19, 20, 1_000, 1_001], (0, 0, 1_001)), None);
+        assert_eq!(missing(18, &[19, 1_000], (0, 0, 1_000)), lost(20));
+        assert_eq!(missing(0, &[], (20, 20, 20)), None);
+        assert_eq!(missing(20, &[], (0, 0, 20)), None);
+    }
 }

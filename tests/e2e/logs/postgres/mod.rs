@@ -328,7 +328,9 @@ fn replay_that_reconnects_brings_no_deleted_key_back() {
             thread::sleep(Duration::from_millis(1));
         }
         // As compaction does when the delete is older than an hour.
-        database.sql("DELETE FROM kvs.transactions WHERE key = 'gone'; UPDATE kvs.writer SET forgotten = 102");
+        database.sql(
+            "DELETE FROM kvs.transactions WHERE key = 'gone'; UPDATE kvs.writer SET compacted = 102, forgotten = 102",
+        );
         proxy.reset();
         proxy.set(Way::Open);
         swapping.join().expect("the log is replayed once more");

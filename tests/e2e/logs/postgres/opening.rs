@@ -235,6 +235,48 @@ fn start_waits_for_slow_database() {
 }
 
 #[test]
+fn table_that_a_crash_empties_is_refused() {
+    const UNLOGGED: &str = "it keeps these tables of the schema kvs UNLOGGED: transactions, ";
+    let mut database = Database::start();
+    let server = start(&database.url());
+    assert_eq!(put(&server, "a", "1"), 201);
+    database.sql("ALTER TABLE kvs.transactions SET UNLOGGED");
+    becomes_ready(&server, 200, UNLOGGED);
+    assert_eq!((put(&server, "a", "2"), get(&server, "a")), (503, (200, "1".into())));
+    database.sql("ALTER TABLE kvs.transactions SET LOGGED");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "2"), 201);
+    server.terminate();
+    database.sql("ALTER TABLE kvs.transactions SET UNLOGGED");
+    serve_refused(&["--txlog", &database.url()]).with(1, &[UNLOGGED, "SET LOGGED"]);
+    database.kill();
+    database.start_again();
+    database.sql("ALTER TABLE kvs.transactions SET LOGGED");
+    serve_refused(&["--txlog", &database.url()]).with(1, &["kvs.transactions lacks the row of sequence 2,"]);
+}
+
+#[test]
+fn truncated_table_is_refused() {
+    let database = Database::start();
+    let server = start(&database.url());
+    for n in 0..3 {
+        assert_eq!(put(&server, "a", &n.to_string()), 201);
+    }
+    database.sql("TRUNCATE kvs.transactions");
+    // More was written since.
+    assert_eq!(put(&server, "b", "1"), 201);
+    server.terminate();
+    let refused = || serve_refused(&["--txlog", &database.url()]);
+    refused().with(1, &["kvs.transactions lacks the row of sequence 3,", "or the table was truncated"]);
+    database.sql("TRUNCATE kvs.transactions");
+    refused().with(1, &["kvs.transactions lacks the row of sequence 4,"]);
+    // The way to go on with what is left.
+    database.sql("UPDATE kvs.writer SET compacted = last, forgotten = last");
+    let server = start(&database.url());
+    assert_eq!((get(&server, "a").0, put(&server, "a", "5")), (404, 201));
+}
+
+#[test]
 fn read_only_database_is_rejected_at_start() {
     let database = Database::start();
     let standby = database.replicate();
