@@ -454,9 +454,7 @@ impl Shared {
 
     /// Opens a session for writes.
     async fn connect_to_write(&self) -> Result<Session, Failure> {
-        let session = self.connect().await?;
-        self.conditions.check(&session).await?;
-        Ok(session)
+        opening::connect(&self.target, self.timeout, &self.conditions).await
     }
 
     fn fail(&self, error: &anyhow::Error) {

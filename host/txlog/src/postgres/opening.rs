@@ -83,10 +83,11 @@ pub async fn open(
     }
 }
 
-async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) -> Result<Session, Failure> {
+/// Opens a session for writes. A pooler can come between at any time, so each session is checked.
+pub async fn connect(target: &Target, timeout: Duration, conditions: &Conditions) -> Result<Session, Failure> {
     let session = Session::connect(target, timeout, &conditions.settings()).await?;
     let other = Session::connect(target, timeout, &conditions.settings()).await?;
-    pooler::refuse(&session, &other).await?;
+    pooler::refuse(&session, &other, target).await?;
     conditions.check(&session).await?;
     Ok(session)
 }

@@ -6,13 +6,14 @@
 //! Must never know: what a session is used for.
 
 use super::session::{Failure, Session};
+use super::target::Target;
 
 /// Number of attempts. One detects nearly every pooler; one under load of other clients assigns sessions by chance.
 const ROUNDS: usize = 3;
 const PID: &str = "SELECT pg_backend_pid()";
 
 /// Fails if the two connections share database sessions. Neither may be in a transaction.
-pub async fn refuse(session: &Session, other: &Session) -> Result<(), Failure> {
+pub async fn refuse(session: &Session, other: &Session, target: &Target) -> Result<(), Failure> {
     for _ in 0..ROUNDS {
         let pid = session.text(PID).await?;
         // A round-robin pooler with several sessions assigns another one to the next transaction.
@@ -23,11 +24,11 @@ pub async fn refuse(session: &Session, other: &Session) -> Result<(), Failure> {
         let is_own = pid == again && pid != others && session.text(PID).await? == pid;
         other.run("COMMIT").await?;
         if !is_own {
-            return Err(Failure::refused(
-                "a connection pooler shares its sessions after each transaction, but the log requires a session of its own: \
-                 connect to the database directly, or set pool_mode = session in PgBouncer"
-                    .into(),
-            ));
+            return Err(Failure::refused(format!(
+                "{} is a connection pooler, such as PgBouncer, that shares its sessions after each transaction, but the log \
+                 requires a session of its own: connect to the database directly, or set pool_mode = session in PgBouncer",
+                target.address()
+            )));
         }
     }
     Ok(())

@@ -102,12 +102,17 @@ impl Target {
 
     /// Returns the name of the database for messages.
     pub fn name(&self) -> String {
+        format!("database {:?} at {}", self.database(), self.address())
+    }
+
+    /// Returns the host, or the directory of the socket, and the port.
+    pub fn address(&self) -> String {
         let host = match self.config.get_hosts().first() {
             Some(Host::Tcp(host)) => host.clone(),
             Some(Host::Unix(path)) => path.display().to_string(),
             None => "nowhere".into(),
         };
-        format!("database {:?} at {host}:{}", self.database(), self.port())
+        format!("{host}:{}", self.port())
     }
 
     fn user(&self) -> String {

@@ -293,7 +293,18 @@ fn transaction_pooler_is_rejected() {
         let refused = serve_refused(&["--txlog", &pooler.url(), "--txlog-timeout", "5s"]);
         refused.with(1, &[if mode == "statement" { "pool" } else { "pool_mode = session" }]);
     }
-    let pooler = Pooler::start(&database, "session");
+    let mut pooler = Pooler::start(&database, "session");
     let server = start(&pooler.url());
     assert_eq!((put(&server, "a", "1"), get(&server, "a")), (201, (200, "1".into())));
+    // It is configured otherwise while it is used.
+    pooler.restart("transaction");
+    becomes_ready(
+        &server,
+        200,
+        &format!("rejecting writes: {} is a connection pooler, such as PgBouncer", pooler.address()),
+    );
+    assert_eq!((put(&server, "a", "2"), get(&server, "a")), (503, (200, "1".into())));
+    pooler.restart("session");
+    becomes_ready(&server, 200, WELL);
+    assert_eq!(put(&server, "a", "2"), 201);
 }
