@@ -29,6 +29,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Pause after a shortage, which a takeover would add to.
 const SHORTAGE_PAUSE: Duration = Duration::from_secs(1);
 
+/// Age of the last look from which on the standby counts as stalled, however slow the disk.
+const MAX_AGE: Duration = Duration::from_secs(5);
+
 /// A log whose primary is another process, until the takeover.
 pub struct StandbyLog {
     shared: Arc<Shared>,
@@ -383,7 +386,11 @@ impl TransactionLog for StandbyLog {
             return Condition::Unfit(format!("standby cannot follow the log: {why}"));
         }
         drop(state);
-        let News { newest, holder, .. } = self.shared.news.borrow().clone();
+        let News { newest, holder, as_of, .. } = self.shared.news.borrow().clone();
+        let age = self.shared.clock().elapsed(as_of);
+        if holder.is_some() && age > MAX_AGE {
+            return Condition::Unfit(format!("standby cannot follow the log: it has not looked at it for {age:.0?}"));
+        }
         let behind = self.history().entries(self.appended(), newest);
         Condition::But(match holder {
             Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),

@@ -99,6 +99,9 @@ const GROUP_BYTES: u64 = 256 << 20;
 /// Maximum size of a batch.
 const BATCH_BYTES: u64 = 4 << 20;
 
+/// Time beyond the interval and the timeout of calls after which the task that makes them counts as stalled.
+const SLACK: Duration = Duration::from_secs(1);
+
 /// Default read lease.
 pub const READ_LEASE: Duration = Duration::from_secs(2);
 
@@ -358,7 +361,10 @@ impl TransactionLog for PostgresLog {
             });
         }
         // Not unfit: reads are still served, and all servers would be taken out of service at once.
-        reasons.extend(breaker.reason().map(|reason| format!("database unavailable, rejecting writes: {reason}")));
+        match breaker.reason() {
+            Some(reason) => reasons.push(format!("database unavailable, rejecting writes: {reason}")),
+            None => reasons.extend(self.shared.silence()),
+        }
         if reasons.is_empty() { Condition::Well } else { Condition::But(reasons.join("; ")) }
     }
 
@@ -455,6 +461,13 @@ impl Shared {
     /// Opens a session for writes.
     async fn connect_to_write(&self) -> Result<Session, Failure> {
         opening::connect(&self.target, self.timeout, &self.conditions).await
+    }
+
+    /// Reports a task that does not run: it makes calls at intervals, and each ends in time, one way or the other.
+    fn silence(&self) -> Option<String> {
+        let silence = self.breaker.silence();
+        (silence > self.timeout + self.lease.time + SLACK)
+            .then(|| format!("no call to the database has ended for {silence:.0?}, the task of the log does not run"))
     }
 
     fn fail(&self, error: &anyhow::Error) {

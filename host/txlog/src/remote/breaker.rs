@@ -6,7 +6,7 @@
 //!
 //! Owns: the delay between attempts, and a log line for each change. Must never know: what is called.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,9 @@ pub struct Breaker {
     /// Read by every write.
     open: AtomicBool,
     state: Mutex<State>,
+    begun: Instant,
+    /// Time of the last success, in milliseconds after `begun`.
+    succeeded: AtomicU64,
     pub opened: Counter,
     pub failures: Counter,
     clock: Clock,
@@ -49,7 +52,8 @@ impl Breaker {
     pub fn new(service: &'static str, clock: Clock) -> Self {
         let state = Mutex::new(State::closed());
         let (opened, failures) = (Counter::default(), Counter::default());
-        Self { service, open: AtomicBool::new(false), state, opened, failures, clock }
+        let (open, begun, succeeded) = (AtomicBool::new(false), clock.now(), AtomicU64::new(0));
+        Self { service, open, state, begun, succeeded, opened, failures, clock }
     }
 
     /// Returns whether writes are accepted.
@@ -61,6 +65,13 @@ impl Breaker {
     #[cfg(feature = "postgres")]
     pub fn is_well(&self) -> bool {
         matches!(&*self.lock(), State::Closed { failures: 0, .. })
+    }
+
+    /// Returns the time since the last success. Nothing else shows that the caller itself stands still.
+    #[cfg(feature = "postgres")]
+    pub fn silence(&self) -> Duration {
+        let succeeded = Duration::from_millis(self.succeeded.load(Ordering::Relaxed));
+        self.clock.elapsed(self.begun).saturating_sub(succeeded)
     }
 
     pub fn current(&self) -> BreakerState {
@@ -109,6 +120,8 @@ impl Breaker {
 
     /// Notes a successful call.
     pub fn succeeded(&self) {
+        let time = u64::try_from(self.clock.elapsed(self.begun).as_millis()).unwrap_or(u64::MAX);
+        self.succeeded.store(time, Ordering::Relaxed);
         let mut state = self.lock();
         if let State::Open { since, .. } = &*state {
             info!("{} available again after {:.1?}", self.service, self.clock.elapsed(*since));
@@ -160,6 +173,18 @@ mod tests {
         breaker.succeeded();
         assert_eq!((breaker.is_closed(), breaker.current()), (true, BreakerState::Closed));
         assert_eq!((breaker.reason(), breaker.opened.get(), breaker.failures.get()), (None, 1, 4));
+    }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn silence_is_time_since_last_success() {
+        let mut breaker = Breaker::new("database", Clock::system());
+        let minute = Duration::from_secs(60);
+        breaker.begun = breaker.begun.checked_sub(2 * minute).expect("this machine runs for longer");
+        assert!(breaker.silence() >= 2 * minute);
+        breaker.succeeded();
+        breaker.failed("a");
+        assert!(breaker.silence() < minute);
     }
 
     #[test]

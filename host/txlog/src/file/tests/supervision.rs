@@ -1,14 +1,16 @@
 //! Threads of the log that die, or cannot be started.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::SystemTime;
 
-use kvs_runtime::{BoxedTask, BoxedWork, Env, Spawn, Tasks};
+use kvs_runtime::{BoxedTask, BoxedWork, Clock, Env, Spawn, Tasks, Time};
 use rustix::io::Errno;
 
 use super::*;
-use crate::Standby;
 use crate::file::StandbyLog;
+use crate::{Condition, Standby};
 
 /// Real threads, of which one panics as it begins.
 struct Saboteur(&'static str);
@@ -96,4 +98,39 @@ fn takeover_is_repeated_after_a_shortage() {
         // That of the first attempt has ended.
         eventually(|| threads.writers.load(Ordering::Relaxed) == 1);
     }
+}
+
+/// The clock of the system, which is set ahead.
+#[derive(Default)]
+struct Ahead(AtomicU64);
+
+impl Time for Ahead {
+    fn now(&self) -> Instant {
+        Instant::now() + Duration::from_secs(self.0.load(Ordering::Relaxed))
+    }
+
+    fn wall(&self) -> SystemTime {
+        SystemTime::now()
+    }
+
+    fn sleep(&self, _: Duration) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        unreachable!("no task of the log sleeps")
+    }
+}
+
+#[test]
+fn standby_that_stands_still_reports_its_age() {
+    let directory = tempfile::tempdir().unwrap();
+    let on = || Options { data: directory.path().into(), ..options() };
+    let primary = FileLog::open(on()).unwrap();
+    commit(&primary, put("before", b""));
+    let time = Arc::new(Ahead::default());
+    let env = Env { clock: Clock::given(Arc::clone(&time) as _), ..Env::real() };
+    let standby = StandbyLog::open(Options { env, ..on() }).unwrap();
+    assert!(matches!(standby.condition(), Condition::But(what) if what.starts_with("standby of process ")));
+    // Its thread ends.
+    standby.close().unwrap();
+    time.0.store(3_600, Ordering::Relaxed);
+    let expected = "standby cannot follow the log: it has not looked at it for 360";
+    assert!(matches!(standby.condition(), Condition::Unfit(what) if what.starts_with(expected)));
 }
