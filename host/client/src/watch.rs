@@ -104,7 +104,7 @@ fn print(event: &Event, output: Output, out: &mut dyn Write) -> Result<()> {
         serde_json::from_str(&event.data).context("the server sent a malformed event")?;
     let id = event.id.unwrap_or_default();
     if output == Output::Json {
-        data.insert("sequence".to_owned(), id.into());
+        data.insert("sequence".to_owned(), id.to_string().into());
         data.insert("type".to_owned(), event.kind.as_str().into());
         writeln!(out, "{}", Value::Object(data))?;
         return Ok(());
@@ -142,7 +142,7 @@ mod tests {
         let plain = String::from_utf8(plain).expect("text");
         assert_eq!(plain, "7 put \"a: b\" = \"x\\n\"\n8 put \"c\" = b\"\\xff\"\n9 delete \"c\"\n");
         let json = String::from_utf8(json).expect("text");
-        let first = r#"{"key":"a: b","sequence":7,"type":"put","value":"x\n"}"#;
+        let first = r#"{"key":"a: b","sequence":"7","type":"put","value":"x\n"}"#;
         assert_eq!(json.lines().next(), Some(first));
         // The first position comes before any event.
         let mut last = None;

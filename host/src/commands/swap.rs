@@ -167,7 +167,10 @@ fn progress(status: &Value) -> Option<String> {
     Some(match phase {
         "replaying" => format!(
             "{phase}: {} entries, sequence {} of {}, {} entries/s",
-            swap["entries"], swap["sequence"], swap["newest"], swap["entries_per_second"]
+            swap["entries"],
+            swap["sequence"].as_str()?,
+            swap["newest"].as_str()?,
+            swap["entries_per_second"]
         ),
         "shadow" => {
             let (seconds, all) = (swap["seconds"].as_f64()?, swap["shadow"]["seconds"].as_f64()?);
@@ -192,7 +195,7 @@ mod tests {
             Some("shadow: 12 of 60 s, 7 compared, 1 different, 2 dropped")
         );
         let replaying = json!({
-            "phase": "replaying", "seconds": 1.0, "entries": 5, "sequence": 8, "newest": 9, "entries_per_second": 5.0,
+            "phase": "replaying", "seconds": 1.0, "entries": 5, "sequence": "8", "newest": "9", "entries_per_second": 5.0,
         });
         assert_eq!(of(replaying).as_deref(), Some("replaying: 5 entries, sequence 8 of 9, 5.0 entries/s"));
         assert_eq!(of(json!({ "phase": "probation", "seconds": 3.0 })).as_deref(), Some("probation: 3 s"));

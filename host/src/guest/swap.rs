@@ -194,8 +194,8 @@ impl Swapper {
                 "phase": phase.name,
                 "seconds": seconds,
                 "entries": phase.entries,
-                "sequence": phase.sequence,
-                "newest": self.log.appended(),
+                "sequence": phase.sequence.to_string(),
+                "newest": self.log.appended().to_string(),
                 "entries_per_second": (phase.entries as f64 / seconds).round(),
                 "shadow": shadow,
             })
@@ -204,10 +204,10 @@ impl Swapper {
             let since = humantime::format_rfc3339_seconds(outage.since).to_string();
             json!({ "shard": number, "since": since, "reason": outage.reason })
         });
-        let spares = self
-            .shards
-            .spares()
-            .map(|(number, spare)| json!({ "shard": number, "sequence": spare.sequence(), "lack": spare.lack() }));
+        let spares = self.shards.spares().map(|(number, spare)| {
+            let sequence = spare.sequence().to_string();
+            json!({ "shard": number, "sequence": sequence, "lack": spare.lack() })
+        });
         json!({
             "name": serving.description.name,
             "version": serving.description.version,

@@ -304,17 +304,18 @@ fn history_of_key_has_all_entries() {
         command.arg("history").args(args).env("KVS_ADMIN", server.admin().to_string());
         command
     };
-    let lines = |args: &[&str]| -> Vec<(u64, String, serde_json::Value)> {
+    let lines = |args: &[&str]| -> Vec<(String, String, serde_json::Value)> {
         let printed = done(history(args));
         let parsed = printed.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("it is JSON"));
         let fields = parsed.map(|line| {
             let text = |name: &str| line[name].as_str().expect("it is text").to_owned();
-            (line["sequence"].as_u64().expect("it is a number"), text("type"), line["value"].clone())
+            (text("sequence"), text("type"), line["value"].clone())
         });
         fields.collect()
     };
-    let (first, second) = ((1, "put".to_owned(), "1".into()), (3, "put".to_owned(), "2".into()));
-    let deleted = (5, "delete".to_owned(), serde_json::Value::Null);
+    let line = |sequence: &str, kind: &str, value| (sequence.to_owned(), kind.to_owned(), value);
+    let (first, second) = (line("1", "put", "1".into()), line("3", "put", "2".into()));
+    let deleted = line("5", "delete", serde_json::Value::Null);
     assert_eq!(lines(&["a é"]), [first.clone(), second.clone(), deleted.clone()]);
     assert_eq!((lines(&["a é", "--at", "2"]), lines(&["a é", "--at", "3"])), (vec![first], vec![second]));
     assert_eq!((lines(&["a é", "--at", "5"]), lines(&["nothing"])), (vec![deleted], vec![]));

@@ -31,9 +31,10 @@ export function show(guest) {
   } else if (is_shadow) {
     left = `${Math.max(0, swap.shadow.seconds - swap.seconds).toFixed(0)} s left`;
     [bar.max, bar.value] = [swap.shadow.seconds, Math.min(swap.seconds, swap.shadow.seconds)];
-  } else if (swap.phase === 'replaying' && swap.newest > 0) {
+  } else if (swap.phase === 'replaying' && swap.newest !== '0') {
     left = `${swap.entries} entries of the log`;
-    [bar.max, bar.value] = [swap.newest, Math.min(swap.sequence, swap.newest)];
+    // Sequences are text; for a bar they are precise enough as numbers.
+    [bar.max, bar.value] = [Number(swap.newest), Math.min(Number(swap.sequence), Number(swap.newest))];
   } else {
     bar.removeAttribute('value');
   }

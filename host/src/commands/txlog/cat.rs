@@ -89,7 +89,7 @@ pub mod tests {
         assert_eq!(lines[0]["expires"], 5);
         assert_eq!(lines[0]["metadata"][0][1], "text/plain; charset=utf-8");
         assert_eq!(lines[1]["value"], "1\t2\tx\ty\n");
-        assert_eq!((lines[2]["sequence"].as_u64(), lines[2]["type"].as_str()), (Some(3), Some("delete")));
+        assert_eq!((lines[2]["sequence"].as_str(), lines[2]["type"].as_str()), (Some("3"), Some("delete")));
     }
 
     #[test]
