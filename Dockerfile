@@ -31,6 +31,7 @@ COPY host/runtime/Cargo.toml host/runtime/
 COPY host/txlog/Cargo.toml host/txlog/
 COPY tests/Cargo.toml tests/
 COPY tests/guests/brittle/Cargo.toml tests/guests/brittle/
+COPY tests/guests/faulty/Cargo.toml tests/guests/faulty/
 COPY tests/guests/single/Cargo.toml tests/guests/single/
 COPY tests/guests/unruly/Cargo.toml tests/guests/unruly/
 COPY deploy/build.sh deploy/static.ld deploy/
