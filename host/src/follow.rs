@@ -165,7 +165,7 @@ mod tests {
             env: Env::real(),
         };
         let primary = FileLog::open(options.clone()).unwrap();
-        let standby = Arc::new(StandbyLog::open(options).unwrap());
+        let standby = Arc::new(StandbyLog::open(options, |_| ()).unwrap());
         let followed = Followed::new(standby.clone(), Clock::system());
         assert!(followed.caught_up(0).now_or_never().is_some());
         let newest = primary.append(0, &[Event::Delete("a".to_owned())]).unwrap();

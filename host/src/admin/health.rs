@@ -25,6 +25,8 @@ pub enum Phase {
 pub struct Health {
     phase: Mutex<Phase>,
     log: OnceLock<Arc<dyn TransactionLog>>,
+    /// Why there is none yet, where that is known.
+    log_waits: Mutex<Option<String>>,
     guest: OnceLock<Arc<Shards>>,
     /// Parts that this server has and others have not.
     others: Mutex<Vec<(&'static str, Check)>>,
@@ -39,6 +41,7 @@ impl Health {
         Self {
             phase: Mutex::new(Phase::Starting),
             log: OnceLock::new(),
+            log_waits: Mutex::default(),
             guest: OnceLock::new(),
             others: Mutex::default(),
             tasks,
@@ -48,6 +51,11 @@ impl Health {
     pub fn set_log(&self, log: Arc<dyn TransactionLog>) {
         // One log is opened in the life of a process.
         let _ = self.log.set(log);
+    }
+
+    /// Records why the log cannot be opened yet.
+    pub fn log_waits(&self, reason: String) {
+        *self.log_waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
     }
 
     pub fn set_guest(&self, guest: Arc<Shards>) {
@@ -107,7 +115,10 @@ impl Health {
     fn parts(&self) -> Vec<(&'static str, Result<String, String>)> {
         let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
         let log = match self.log.get() {
-            None => Err("not open yet".to_owned()),
+            None => {
+                let reason = self.log_waits.lock().unwrap_or_else(PoisonError::into_inner);
+                Err(reason.as_ref().map_or("not open yet".to_owned(), |reason| format!("not open yet: {reason}")))
+            }
             Some(log) => line(log.condition()),
         };
         let guest = match phase {

@@ -109,7 +109,7 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
     }
 
     let advertise = advertised(args, &reserved);
-    let opening = open_log(args, inherited.is_some(), advertise, &admin.metrics, env);
+    let opening = open_log(args, inherited.is_some(), advertise, &admin, env);
     let Some(opened) = stop.or(opening).await else {
         info!("stopped before the log was opened");
         return Ok(None);

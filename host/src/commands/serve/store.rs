@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use kvs_metrics::Metrics;
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
 #[cfg(feature = "nats")]
@@ -91,7 +90,7 @@ pub async fn open_log(
     args: &Serve,
     inherits: bool,
     advertise: Option<String>,
-    metrics: &Metrics,
+    admin: &Admin,
     env: &Env,
 ) -> Result<Opened> {
     if args.read_only {
@@ -99,12 +98,14 @@ pub async fn open_log(
         let opened = task::spawn_blocking(move || PastLog::open(open_offline(&txlog, &data)?, until)).await??;
         return Ok(Opened { log: Arc::new(opened), followed: None, handed_over: None, standby: None });
     }
-    let env = env.clone();
+    let (metrics, env) = (&admin.metrics, env.clone());
     match &args.txlog {
         TxlogStorage::File => {
             let options = file_options(args, advertise, env);
             if args.standby || inherits {
-                let log = Arc::new(task::spawn_blocking(move || StandbyLog::open(options)).await??);
+                let health = Arc::clone(&admin.health);
+                let opening = move || StandbyLog::open(options, |reason| health.log_waits(reason));
+                let log = Arc::new(task::spawn_blocking(opening).await??);
                 metrics.add(log.clone());
                 let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
                 return Ok(Opened { log: log.clone(), followed, handed_over: Some(log.clone()), standby: Some(log) });

@@ -76,8 +76,8 @@ enum Look {
 }
 
 impl StandbyLog {
-    /// Blocks until there is a log to follow, or this process is primary.
-    pub fn open(options: Options) -> Result<Self> {
+    /// Blocks until there is a log to follow, or this process is primary. `waits` is called with the reason for the wait.
+    pub fn open(options: Options, waits: impl Fn(String)) -> Result<Self> {
         options.check()?;
         lock::make_directory(&options.data)?;
         let directory = options.data.join("log");
@@ -112,6 +112,7 @@ impl StandbyLog {
                 // The primary is starting, or is of a version that publishes no position.
                 Look::Nothing(error) => {
                     log.shared.note(Some(&error));
+                    waits(format!("cannot follow the log: {error:#}"));
                     log.shared.clock().pause(LOOK);
                 }
             }

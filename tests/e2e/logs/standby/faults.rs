@@ -15,7 +15,7 @@ use crate::support::load::SMALL_SEGMENTS;
 use crate::support::mount::Mount;
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready, ready};
 use crate::support::requests::{get, put, shows};
-use crate::support::server::{PATIENCE, Server, refused, serve};
+use crate::support::server::{PATIENCE, Process, Server, refused, serve};
 use crate::support::wire::{Connection, STALE};
 
 const CANNOT_FOLLOW: &str = "[-]log standby cannot follow the log: ";
@@ -217,6 +217,44 @@ fn standby_leaves_other_log_unchanged() {
     assert!(files(&data) == before, "the standby changed another log");
     exchange();
     assert_eq!((put(&primary, "a", "3"), get(&primary, "a")), (201, (200, "3".into())));
+}
+
+/// A primary that finds no space for the position file serves, and no standby can follow it.
+#[test]
+fn standby_reports_that_full_disk_has_no_position() {
+    let disk = Mount::tmpfs();
+    let primary = disk.serve();
+    assert_eq!(put(&primary, "a", "1"), 201);
+    primary.terminate();
+    fs::remove_file(disk.data().join("log/position")).expect("it is there");
+    let brim = disk.brim();
+    let primary = disk.serve();
+    primary.says("disk full: no position file, no standby can follow");
+    let before = files(&disk.data());
+    let mut command = serve(&disk.data());
+    command.arg("--standby").args(SMALL_SEGMENTS);
+    let mut standby = Process::spawn(command);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let report = Connection::open(standby.admin()).ask("GET", "/readyz", b"");
+        assert_eq!(report.status, 503, "{}", report.text());
+        let reason = "[-]log not open yet: cannot follow the log: the primary has published no position in ";
+        if report.text().starts_with(reason) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "/readyz has no reason, but {}", report.text());
+    }
+    assert_eq!((put(&primary, "a", "2"), get(&primary, "a")), (201, (200, "2".into())));
+    assert_eq!(files(&disk.data()).len(), before.len(), "the standby made or removed files of the log");
+    fs::remove_file(brim).expect("it is there");
+    primary.terminate();
+    let promoted = standby.stderr.find(|line| line.contains("no other process uses ").then_some(()));
+    promoted.unwrap_or_else(|said| panic!("it did not become primary, but printed:\n{said}"));
+    standby.stderr.find(|line| line.contains("serving on http://").then_some(())).expect("it serves");
+    let answer = Connection::open(standby.admin()).ask("GET", "/v1/a", b"");
+    assert_eq!((answer.status, answer.text()), (200, "2"));
+    standby.signal(Signal::TERM);
+    assert!(standby.wait().success());
 }
 
 #[test]

@@ -188,7 +188,7 @@ fn standby_follows_and_takes_over_where_the_primary_ends() {
     let directory = tempfile::tempdir().unwrap();
     let primary = FileLog::open(on(directory.path())).unwrap();
     committed(&primary, "before");
-    let standby = StandbyLog::open(on(directory.path())).unwrap();
+    let standby = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
     assert_eq!((standby.appended(), standby.append(1, &[put("key", &[])])), (1, Err(AppendError::ReadOnly)));
     assert!(matches!(standby.condition(), Condition::But(what) if what.starts_with("standby of process ")));
     for number in 0..100 {
@@ -218,7 +218,7 @@ fn standby_finds_what_compaction_retained() {
     let directory = tempfile::tempdir().unwrap();
     let options = Options { group_bytes: 1 << 19, ..on(directory.path()) };
     let primary = FileLog::open(options.clone()).unwrap();
-    let standby = StandbyLog::open(options).unwrap();
+    let standby = StandbyLog::open(options, |_| ()).unwrap();
     assert_eq!((primary.retained(), standby.retained()), (0, 0));
     for _ in 0..40 {
         let sequence = primary.append(1, &[put("key", &[b'v'; 1 << 18])]).unwrap();
@@ -234,10 +234,10 @@ fn standby_finds_what_compaction_retained() {
 fn standby_without_primary_is_the_primary() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("new");
-    let first = StandbyLog::open(on(&data)).unwrap();
+    let first = StandbyLog::open(on(&data), |_| ()).unwrap();
     assert_eq!((committed(&first, "key"), first.condition()), (1, Condition::Well));
-    let second = StandbyLog::open(on(&data)).unwrap();
-    let third = StandbyLog::open(on(&data)).unwrap();
+    let second = StandbyLog::open(on(&data), |_| ()).unwrap();
+    let third = StandbyLog::open(on(&data), |_| ()).unwrap();
     drop(first);
     // One of them has it, and the other waits.
     let is_primary = |log: &StandbyLog| log.news().borrow().holder.is_none();
@@ -259,8 +259,8 @@ fn log_is_handed_over_and_its_lock_is_never_free() {
     let directory = tempfile::tempdir().unwrap();
     let primary = FileLog::open(on(directory.path())).unwrap();
     committed(&primary, "before");
-    let next = StandbyLog::open(on(directory.path())).unwrap();
-    let other = StandbyLog::open(on(directory.path())).unwrap();
+    let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
+    let other = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
     let Handed { lock, position } = primary.hand_over().unwrap();
     assert!(primary.append(1, &[put("key", &[])]).is_err());
     next.receive(Handed { lock: passed(&lock), position });
@@ -289,7 +289,7 @@ fn log_is_taken_back_with_what_another_process_appended() {
     primary.take_back(passed(&lock)).unwrap();
     assert_eq!(committed(&primary, "kept"), 2);
 
-    let next = StandbyLog::open(on(directory.path())).unwrap();
+    let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
     let Handed { lock, position } = primary.hand_over().unwrap();
     next.receive(Handed { lock: passed(&lock), position });
     eventually(|| next.news().borrow().holder.is_none());
@@ -308,7 +308,7 @@ fn log_that_ends_elsewhere_is_not_taken_over() {
     let directory = tempfile::tempdir().unwrap();
     let primary = FileLog::open(on(directory.path())).unwrap();
     committed(&primary, "before");
-    let next = StandbyLog::open(on(directory.path())).unwrap();
+    let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
     let Handed { lock, position } = primary.hand_over().unwrap();
     next.receive(Handed { lock: passed(&lock), position: position.replace("sequence 1 ", "sequence 2 ") });
     eventually(|| next.watermark().failure().is_some());
@@ -324,7 +324,7 @@ fn leaves_alone() -> bool {
     let directory = tempfile::tempdir().unwrap();
     let primary = FileLog::open(on(directory.path())).unwrap();
     // One that takes it over can fail at that: both change the files.
-    let Ok(standby) = StandbyLog::open(on(directory.path())) else { return false };
+    let Ok(standby) = StandbyLog::open(on(directory.path()), |_| ()) else { return false };
     let is_alone = standby.read_only().is_some() && primary.failure().is_none();
     drop((standby, primary));
     is_alone

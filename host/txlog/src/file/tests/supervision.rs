@@ -87,7 +87,8 @@ fn takeover_is_repeated_after_a_shortage() {
         let primary = FileLog::open(on(Env::real())).unwrap();
         commit(&primary, put("key", b""));
         let threads = Arc::new(Scarce { name, was_short: AtomicBool::new(false), writers: Arc::default() });
-        let standby = StandbyLog::open(on(Env { tasks: Tasks::given(threads.clone()), ..Env::real() })).unwrap();
+        let standby =
+            StandbyLog::open(on(Env { tasks: Tasks::given(threads.clone()), ..Env::real() }), |_| ()).unwrap();
         drop(primary);
         eventually(|| standby.news().borrow().holder.is_none());
         assert!(threads.was_short.load(Ordering::Relaxed), "{name}");
