@@ -5,7 +5,8 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::support::server::{Server, serve};
+use crate::support::backup::{backup, done, temporary, text};
+use crate::support::server::{Server, kvs, serve, through};
 use crate::support::tokens::Tokens;
 use crate::support::wire::Connection;
 
@@ -60,6 +61,34 @@ fn prometheus_of_demo_may_scrape_the_pair() {
     for target in targets {
         assert_eq!(status(&server, "/metrics", target, &token), 200, "{target}");
     }
+}
+
+#[test]
+fn backup_service_takes_one_and_keeps_seven() {
+    let unit = deployed("kvs-backup.service");
+    // As systemd reads a line.
+    let script = |name: &str| {
+        let script = |line| str::strip_prefix(line, name)?.strip_prefix("=/bin/sh -c '")?.strip_suffix('\'');
+        let script = unit.lines().find_map(script).expect("the service has it");
+        script.replace("%%", "%").replace("/usr/local/bin/kvs", kvs_tests::binary())
+    };
+    let server = Server::start(&[]);
+    let files = temporary();
+    for night in 1..=8 {
+        fs::write(files.path().join(format!("2001-01-0{night}T020000Z.backup")), "").expect("it can be written");
+    }
+    for name in ["ExecStart", "ExecStartPost"] {
+        let mut command = through("sh", &kvs());
+        command.args(["-c", &script(name)]).env("STATE_DIRECTORY", files.path());
+        command.env("KVS_ADMIN", server.admin().to_string());
+        done(command);
+    }
+    let names = fs::read_dir(files.path()).expect("it can be listed").map(|file| file.expect("it is there").path());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    assert_eq!(names.len(), 7);
+    assert!(names[0].ends_with("2001-01-03T020000Z.backup"), "{names:?}");
+    assert!(done(backup(server.admin(), &["--verify", text(&names[6])])).contains("sound: 0 entries"));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Backups of a log in a database: restored into files, and back.
 
+use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -38,10 +40,23 @@ fn backup_moves_log_between_database_and_files() {
 
     database.sql("CREATE DATABASE other");
     let other = url.replace("/postgres?", "/other?");
-    let untouched = database.sql("SELECT * FROM kvs.writer");
-    refused(restore(std::slice::from_ref(&first), &["--txlog", &url]))
-        .with(1, &["there is a log in it already", "--txlog"]);
-    assert_eq!(database.sql("SELECT * FROM kvs.writer"), untouched);
+    // Of the current schema, and of one that a server would migrate.
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/txlog/testdata/format-1/postgres.sql");
+    let older = database.create("older");
+    database.load("older", &fs::read(fixture).expect("it is in the tree"));
+    for (name, url) in [("postgres", &url), ("older", &older)] {
+        let state = || {
+            let shape = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'kvs' ORDER BY 1, 2";
+            let tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'kvs' ORDER BY 1";
+            let rows = database.sql_in(name, tables);
+            let rows = rows.iter().map(|table| database.sql_in(name, &format!("SELECT * FROM kvs.{table} ORDER BY 1")));
+            (database.sql_in(name, shape), rows.collect::<Vec<_>>())
+        };
+        let untouched = state();
+        refused(restore(std::slice::from_ref(&first), &["--txlog", url]))
+            .with(1, &["there is a log in it already", "--txlog"]);
+        assert_eq!(state(), untouched, "{name}");
+    }
     done(restore(&[third], &["--txlog", &other]));
     let server = start(&other);
     assert_eq!(

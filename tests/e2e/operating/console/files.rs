@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{console, get, open, put};
+use super::{console, get, lists, open, put};
 use crate::support::backup::{backup, done, text};
-use crate::support::server::{PATIENCE, Server};
+use crate::support::server::{PATIENCE, Server, serve};
 use crate::support::wire::{Connection, short};
 
 /// Waits for the file with this end that a browser puts into a directory.
@@ -63,6 +63,27 @@ fn ttl_is_that_of_the_clock_of_the_server() {
 }
 
 #[test]
+fn standby_shows_stale_keys_and_its_lag() {
+    let primary = Server::start(&[]);
+    put(&primary, "a", "1");
+    let mut command = serve(primary.data());
+    command.arg("--standby");
+    let standby = Server::spawn(command, TempDir::new().expect("a temporary directory can be made"));
+    let page = console(&standby);
+    page.says("#parts", "standby of process");
+    lists(&page, &["a"]);
+    page.says("#list-state", "stale by at most");
+    page.says("#figures", "Replication lag, entries");
+    open(&page, "a");
+    assert_eq!(page.value("document.querySelector('#value').value"), "1");
+    page.fill("#value", "2");
+    page.click("#save");
+    page.says("#value-state", "Not done: ");
+    assert_eq!(get(&primary, "a").as_deref(), Some(&b"1"[..]));
+    page.is_clean();
+}
+
+#[test]
 fn charts_show_errors_and_all_shards() {
     let server = Server::start(&["--shards", "8"]);
     put(&server, "a", "1");
@@ -81,6 +102,7 @@ fn charts_show_errors_and_all_shards() {
     assert_eq!(status("PUT", "a", ("accept", "*/*")), 503);
     let page = console(&server);
     page.says("#figures", "5xx: ");
+    page.says("#figures", "Response cache");
     page.says("#figures", "3 others, at most: ");
     page.is_clean();
 }
