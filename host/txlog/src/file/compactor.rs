@@ -15,8 +15,8 @@
 //! The live bytes are those of the last run, less known deletes and expiries: values that were deleted or overwritten and
 //! were far larger than the mean remain until the next run, which is due at the latest when half as much is written.
 //! Where an estimate falls below the actual size, the log may grow by half a segment until the run ends. So all files
-//! together take at most **twice the data that was live at any time since the run before the last, and five and a half
-//! segments**. Where the log was not empty when it was opened, this holds from the end of the first run; while compaction
+//! together take at most **twice the data that was live, or retained, at any time since the run before the last, and five and
+//! a half segments**. Where the log was not empty when it was opened, this holds from the end of the first run; while compaction
 //! fails, the log grows without this bound.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -51,6 +51,7 @@ pub struct Follower {
 
 /// State of the log as it was found so far.
 #[derive(Default)]
+#[cfg_attr(test, derive(Clone))]
 struct State {
     /// The last valid position.
     position: Option<Position>,
@@ -92,6 +93,12 @@ impl Follower {
     #[cfg(test)]
     pub fn with_open(self, max_open: u64) -> Self {
         Self { max_open, ..self }
+    }
+
+    /// The same, as if it had followed another disk with this content.
+    #[cfg(test)]
+    pub fn on(&self, home: Home) -> Self {
+        Self { home, state: Mutex::new(self.state().clone()) }
     }
 
     /// Reads the position. Returns the newest durable sequence.

@@ -9,6 +9,10 @@ use crate::file::follower::Follower;
 use crate::file::home::Home;
 use crate::file::recovery::Known;
 
+fn home(disk: Arc<dyn Disk>, options: &Options) -> Home {
+    Home { disk, data: options.data.clone(), env: options.env.clone() }
+}
+
 pub struct Beside {
     follower: Follower,
     /// The last entry of each key, deletes too.
@@ -18,8 +22,12 @@ pub struct Beside {
 
 impl Beside {
     pub fn new(disk: Arc<dyn Disk>, options: &Options) -> Self {
-        let home = Home { disk, data: options.data.clone(), env: options.env.clone() };
-        Self { follower: Follower::new(home), store: BTreeMap::new(), applied: 0 }
+        Self { follower: Follower::new(home(disk, options)), store: BTreeMap::new(), applied: 0 }
+    }
+
+    /// The same, as if it had followed another disk with this content.
+    pub fn on(&self, disk: Arc<dyn Disk>, options: &Options) -> Self {
+        Self { follower: self.follower.on(home(disk, options)), store: self.store.clone(), applied: self.applied }
     }
 
     /// Limits the number of its open segments.

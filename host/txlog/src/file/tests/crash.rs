@@ -44,15 +44,32 @@ struct Cut<'a> {
     at: usize,
     promised: Promise,
     mutant: Option<Mutant>,
+    /// A standby as it was then, if what it had applied is on disk.
+    followed: Option<&'a Beside>,
 }
 
-/// Opens what a power cut left, looks at it, writes more and looks again.
-fn check_image(cut: &Cut<'_>, disk: &FakeDisk) -> Outcome<()> {
-    let Cut { options, model, at, promised, mutant } = *cut;
-    let mut standby = Beside::new(Arc::new(disk.clone()), options);
+/// Opens what a power cut left: with a start, or a standby that begins there, and with one that had followed so far.
+fn check_image(cut: &Cut<'_>, image: &FakeDisk) -> Outcome<()> {
+    let disk = image.copy();
+    let mut standby = Beside::new(Arc::new(disk.clone()), cut.options);
     standby.pass();
     // A start knows nothing of the log; the takeover of a standby begins where that had read.
-    let known = standby.known().filter(|_| at % 2 == 0);
+    let takes_over = cut.at.is_multiple_of(2);
+    check_opened(cut, &disk, standby, takes_over)?;
+    let Some(followed) = cut.followed else { return Ok(()) };
+    let disk = image.copy();
+    let mut standby = followed.on(Arc::new(disk.clone()), cut.options);
+    standby.pass();
+    if standby.applied < followed.applied {
+        return Err(format!("a standby that had applied {} went back to {}", followed.applied, standby.applied));
+    }
+    check_opened(cut, &disk, standby, true).map_err(|what| format!("a standby had followed so far: {what}"))
+}
+
+/// Recovers a log, looks at it, writes more and looks again.
+fn check_opened(cut: &Cut<'_>, disk: &FakeDisk, mut standby: Beside, takes_over: bool) -> Outcome<()> {
+    let Cut { options, model, at, promised, mutant, .. } = *cut;
+    let known = standby.known().filter(|_| takes_over);
     let (shared, mut writer) = recover(disk, options, mutant, known)?;
     check_content(&shared, model, at, promised)?;
     let newest = shared.watermark.durable();
@@ -131,8 +148,8 @@ type Each<'a> = dyn FnMut(&FakeDisk, Model, Promise, &mut Rng) -> Outcome<()> + 
 fn cut(mut surface: Surface, history: History, images: usize, dice: &mut Rng, each: &mut Each<'_>) -> Outcome<()> {
     let end = history.promised_after_power_cut();
     history.disk.before_each(|_| Ok(()));
-    let History { disk, options, mutant, mut lives, model, .. } = history;
-    let record = disk.take_record();
+    let History { disk, options, mutant, mut lives, model, followed, .. } = history;
+    let (record, followed) = (disk.take_record(), followed.lock().unwrap());
     lives.push((usize::MAX, model));
     let mut lives = lives.into_iter().peekable();
     for at in 0..=record.len() {
@@ -141,9 +158,12 @@ fn cut(mut surface: Surface, history: History, images: usize, dice: &mut Rng, ea
         }
         let Some((_, model)) = lives.peek() else { break };
         let promised = record.get(at).map_or(end, |next| next.promised);
+        // Without a sync, what a standby had applied can be lost, and so is the standby.
+        let followed = followed[..followed.partition_point(|(before, _)| *before <= at)].last().map(|(_, one)| one);
+        let followed = followed.filter(|_| options.durability == Durability::Sync);
         for _ in 0..if surface.is_certain() { 1 } else { images } {
             let image = surface.after_power_cut(dice);
-            let checked = check_image(&Cut { options: &options, model, at, promised, mutant }, &image.copy());
+            let checked = check_image(&Cut { options: &options, model, at, promised, mutant, followed }, &image);
             checked.and_then(|()| each(&image, model.at_the_begin(at), promised, dice)).map_err(|what| {
                 let before: Vec<_> =
                     record[at.saturating_sub(6)..at].iter().map(|done| brief(&done.operation)).collect();

@@ -33,6 +33,8 @@ pub struct History {
     writer: Writer,
     /// It looks now and then before something is done to the disk.
     standby: Arc<Mutex<Beside>>,
+    /// How far it was then: before which operation.
+    pub followed: Arc<Mutex<Vec<(usize, Beside)>>>,
 }
 
 impl History {
@@ -49,12 +51,15 @@ impl History {
         disk.set_promised(move || promised);
         let standby = Arc::new(Mutex::new(Beside::new(Arc::new(disk.clone()), options)));
         let (beside, looks) = (standby.clone(), Mutex::new(dice.fork()));
+        let followed = Arc::new(Mutex::new(Vec::new()));
+        let (seen_by, copied, home) = (followed.clone(), disk.clone(), options.clone());
         disk.before_each(move |_| {
             // The mutant that does something itself.
             if let (Ok(mut looks), Ok(mut beside)) = (looks.try_lock(), beside.try_lock())
                 && looks.u8(0..5) == 0
             {
                 beside.pass();
+                seen_by.lock().unwrap().push((copied.recorded(), beside.on(Arc::new(copied.clone()), &home)));
             }
             Ok(())
         });
@@ -63,7 +68,7 @@ impl History {
         let (disk, options, lives) = (disk.clone(), options.clone(), Vec::new());
         let (seen, begun) = (promised.seen, 0);
         let mut history =
-            Self { disk, options, mutant, dice, time, model, lives, seen, begun, shared, writer, standby };
+            Self { disk, options, mutant, dice, time, model, lives, seen, begun, shared, writer, standby, followed };
         history.begin_life(promised)?;
         for _ in 0..steps {
             history.time += history.dice.u64(0..3);
