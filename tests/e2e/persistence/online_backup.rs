@@ -197,6 +197,42 @@ fn backup_over_a_whole_swap_is_sound() {
 }
 
 #[test]
+fn backup_over_a_compaction_is_sound() {
+    let server = large_with(&["--backup-timeout", "10m"]);
+    let mut client = Connection::open(server.admin());
+    client.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
+    assert_eq!(client.try_read(true).expect("it begins").status, 200);
+    // Most of it is not sent before it is read.
+    let compactions = || Metrics::of(&server).get("kvs_txlog_compactions_total");
+    let before = compactions();
+    let mut written: Vec<(u64, u64)> = (1..=24).map(|sequence| (sequence, sequence - 1)).collect();
+    let mut writer = Connection::open(server.address());
+    while compactions() == before {
+        let key = written.len() as u64 % 24;
+        let answer = writer.ask("PUT", &format!("/v1/{key}"), &vec![b'w'; 1 << 20]);
+        written.push((answer.etag().expect("it is written"), key));
+        assert!(written.len() < 1_000, "the log is not compacted");
+    }
+    assert_eq!(Metrics::of(&server).get("kvs_backup_last_success_timestamp_seconds"), 0.0);
+    let mut bytes = Vec::new();
+    while let Some(chunk) = client.chunk() {
+        bytes.extend(chunk);
+    }
+    let files = temporary();
+    let file = files.path().join("full");
+    fs::write(&file, bytes).expect("it can be written");
+    let contents = done(backup(server.admin(), &["--verify", text(&file), "--json"]));
+    let contents: serde_json::Value = serde_json::from_str(&contents).expect("it is JSON");
+    let end: u64 = contents["sequence"].as_str().and_then(|end| end.parse().ok()).expect("it is a sequence");
+    let restored = restored(&[file], &[]);
+    for key in 0..24 {
+        let newest = written.iter().rfind(|(sequence, of)| *of == key && *sequence <= end).map(|newest| newest.0);
+        let head = Connection::open(restored.address()).ask_for_head("HEAD", &format!("/v1/{key}"), &[]);
+        assert_eq!((head.status, head.etag()), (200, newest), "{key} up to {end}");
+    }
+}
+
+#[test]
 fn memory_of_backup_and_restore_is_bounded() {
     // A log of 192 MiB, of which the store has a few.
     let server = Server::start(&["--retain", "1h", "--durability", "os"]);
