@@ -12,9 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SetOnce, oneshot};
@@ -23,14 +22,14 @@ use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
-use super::{Admin, Connection};
+use super::{Admin, Connection, turns};
 
 /// Connections at once: probes, a scraper and a person. For more, the oldest are closed, after their requests in progress.
 const CONNECTIONS: usize = 64;
 /// Longest wait for one of them, before another one is closed.
 const PLACE_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for a TLS handshake, and for the head of a request, also between requests.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Least timeout for a client to read: it must not keep its place from a probe.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to leave the listener alone when the system has no more sockets to give.
@@ -101,9 +100,7 @@ impl Admin {
             is_used.store(true, Ordering::Relaxed);
             async move { Ok::<_, Infallible>(self.respond(request, connection).await) }
         });
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).half_close(true);
-        let mut served = pin!(http.serve_connection(TokioIo::new(stream), service));
+        let mut served = pin!(turns::http().serve_connection(TokioIo::new(stream), service));
         let mut cut = pin!(async { connection.caller.wait().await.cut().await });
         let mut last = pin!(async {
             tokio::select! {

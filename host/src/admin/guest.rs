@@ -1,5 +1,6 @@
 //! `/guest` on the admin listener: which guest serves, and another in its place.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::sync::Mutex;
 use tokio::task;
 use tokio::time::timeout;
 
+use super::turns::elsewhere;
 use super::{Answer, not_allowed, text};
 use crate::audit::{self, Actor};
 use crate::edge::linger;
@@ -22,6 +24,8 @@ use crate::parse;
 
 /// How long a component may take to arrive.
 const ARRIVAL: Duration = Duration::from_secs(60);
+/// Size of the pieces in which it is kept until then.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Answers what is asked of `/guest`.
 pub struct Guests {
@@ -48,7 +52,10 @@ impl Guests {
             },
         };
         match *request.method() {
-            Method::GET | Method::HEAD => document(self.swapper.status()),
+            Method::GET | Method::HEAD => {
+                let swapper = Arc::clone(&self.swapper);
+                elsewhere(move || document(swapper.status())).await
+            }
             Method::PUT => {
                 let Ok(_alone) = self.arriving.try_lock() else {
                     let (head, body) = request.into_parts();
@@ -148,9 +155,26 @@ async fn read(request: Request<Incoming>) -> Result<Vec<u8>, Answer> {
     if body.size_hint().lower() > GUEST_BYTES {
         return Err(too_large());
     }
-    match timeout(ARRIVAL, Limited::new(body, GUEST_BYTES as usize).collect()).await {
+    let mut pieces: Vec<Vec<u8>> = Vec::new();
+    let arriving = async {
+        let mut body = Limited::new(body, GUEST_BYTES as usize);
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame?.into_data() else { continue };
+            // Each frame holds a buffer of the connection, however little of it was filled.
+            match pieces.last_mut().filter(|last| last.len() + data.len() <= PIECE_BYTES) {
+                Some(last) => last.extend_from_slice(&data),
+                None => {
+                    let mut piece = Vec::with_capacity(PIECE_BYTES);
+                    piece.extend_from_slice(&data);
+                    pieces.push(piece);
+                }
+            }
+        }
+        Ok::<_, Box<dyn Error + Send + Sync>>(())
+    };
+    match timeout(ARRIVAL, arriving).await {
         // Copying and freeing hundreds of megabytes takes a while, in which this thread would answer nobody else.
-        Ok(Ok(whole)) => task::spawn_blocking(move || Vec::from(whole.to_bytes()))
+        Ok(Ok(())) => task::spawn_blocking(move || pieces.concat())
             .await
             .map_err(|error| line(StatusCode::INTERNAL_SERVER_ERROR, error)),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
@@ -197,7 +221,78 @@ fn document(value: Value) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+    use std::future::poll_fn;
+    use std::io;
+    use std::pin::{Pin, pin};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Poll};
+
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+    use super::super::turns::{BUFFER_BYTES, http};
     use super::*;
+
+    /// A client whose socket always has as much to read as there is room for.
+    struct Eager {
+        head: &'static [u8],
+        read: Arc<AtomicUsize>,
+    }
+
+    impl AsyncRead for Eager {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            if self.head.is_empty() {
+                self.read.fetch_add(into.remaining(), Ordering::Relaxed);
+                into.initialize_unfilled();
+                into.set_filled(into.capacity());
+            } else {
+                into.put_slice(std::mem::take(&mut self.head));
+            }
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Eager {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn component_arrives_in_short_turns() {
+        let read_bytes = Arc::new(AtomicUsize::new(0));
+        let head = b"PUT /guest HTTP/1.1\r\nhost: kvs\r\nconnection: close\r\ncontent-length: 16777216\r\n\r\n";
+        let client = Eager { head, read: Arc::clone(&read_bytes) };
+        let arrived = AtomicUsize::new(0);
+        let service = service_fn(|request| async {
+            let component = read(request).await.unwrap_or_default();
+            arrived.store(component.len(), Ordering::Relaxed);
+            Ok::<_, Infallible>(text(StatusCode::OK, ""))
+        });
+        let mut served = pin!(http().serve_connection(TokioIo::new(client), service));
+        let (mut most, mut turns) = (0, 0);
+        poll_fn(|context| {
+            let before = read_bytes.load(Ordering::Relaxed);
+            let polled = served.as_mut().poll(context);
+            most = most.max(read_bytes.load(Ordering::Relaxed) - before);
+            turns += 1;
+            polled
+        })
+        .await
+        .unwrap();
+        assert_eq!(arrived.load(Ordering::Relaxed), 16 << 20);
+        assert!(most <= 2 * BUFFER_BYTES, "{most} bytes were read in a turn, of {turns}");
+    }
 
     #[test]
     fn query_chooses_the_steps() {

@@ -24,6 +24,7 @@ mod read_only;
 mod rejected;
 mod scan;
 mod stats;
+mod turns;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -42,7 +43,6 @@ use hyper::{Method, Request, Response, StatusCode};
 use kvs_runtime::Env;
 use kvs_txlog::TransactionLog;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::runtime::Builder;
 use tokio::sync::{SetOnce, watch};
 
 use self::backup::Backups;
@@ -58,6 +58,7 @@ use self::rejected::Rejected;
 use self::scan::{Pieces, withdrawn};
 pub use self::stats::MAX_TOP;
 use self::stats::Statistics;
+use self::turns::elsewhere;
 use crate::audit::{self, Actor};
 use crate::edge::auth::{Scope, Tokens, revoked_admin};
 use crate::edge::tls::Tls;
@@ -81,7 +82,7 @@ type AdminBody = Either<Reply, Pieces>;
 /// Answers the requests of the admin listener.
 pub struct Admin {
     pub health: Arc<Health>,
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     hosts: Hosts,
     /// Asked for a token of scope admin, or metrics for those, where there are any, by all but health.
     tokens: Option<Arc<Tokens>>,
@@ -104,7 +105,7 @@ pub struct Admin {
 
 impl Admin {
     pub fn new(hosts: &[String], tokens: Option<Arc<Tokens>>, tls: Option<Arc<Tls>>, env: &Env) -> Self {
-        let metrics = Metrics::default();
+        let metrics = Arc::new(Metrics::default());
         metrics.add(Arc::new(Build { started: env.clock.unix_ms() / 1_000 }));
         metrics.add(Arc::new(env.tasks.clone()));
         let health = Arc::new(Health::new(env.tasks.clone()));
@@ -166,7 +167,7 @@ impl Admin {
         self.rejected.start(&self.env);
         let Env { tasks, clock, .. } = self.env.clone();
         let serve = move || -> Result<Infallible> {
-            let runtime = kvs_runtime::runtime(&mut Builder::new_current_thread()).context("no runtime")?;
+            let runtime = turns::runtime().context("no runtime")?;
             let listener = listener.try_clone()?;
             runtime.block_on(async { self.serve(TcpListener::from_std(listener)?).await })
         };
@@ -254,23 +255,18 @@ impl Admin {
     async fn answer_whole(&self, request: Request<Incoming>, actor: &mut Actor, connection: &Connection) -> Answer {
         match (request.uri().path(), request.method()) {
             ("/livez", &Method::GET | &Method::HEAD) => text(StatusCode::OK, "ok\n"),
-            ("/readyz", &Method::GET | &Method::HEAD) => {
-                let (ready, report) = self.health.report();
-                text(if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
-            }
-            ("/primary", &Method::GET | &Method::HEAD) => {
-                let (primary, report) = self.health.primary();
-                text(if primary { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
-            }
+            ("/readyz", &Method::GET | &Method::HEAD) => self.report(Health::report).await,
+            ("/primary", &Method::GET | &Method::HEAD) => self.report(Health::primary).await,
+            ("/replica", &Method::GET | &Method::HEAD) => self.report(Health::replica).await,
             ("/metrics", &Method::GET | &Method::HEAD) => {
-                let (exposition, media_type) = exposition::of(&self.metrics, request.headers());
-                let mut response = text(StatusCode::OK, exposition);
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
-                response
-            }
-            ("/replica", &Method::GET | &Method::HEAD) => {
-                let (replica, report) = self.health.replica();
-                text(if replica { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+                let (metrics, headers) = (Arc::clone(&self.metrics), request.headers().clone());
+                elsewhere(move || {
+                    let (exposition, media_type) = exposition::of(&metrics, &headers);
+                    let mut response = text(StatusCode::OK, exposition);
+                    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+                    response
+                })
+                .await
             }
             ("/livez" | "/readyz" | "/primary" | "/replica" | "/metrics", _) => not_allowed("GET, HEAD"),
             ("/read-only", method) => match self.read_only.get() {
@@ -285,6 +281,15 @@ impl Admin {
             (path, &Method::GET | &Method::HEAD) if let Some(file) = console::file(path) => console::page(file),
             _ => text(StatusCode::NOT_FOUND, UNKNOWN),
         }
+    }
+
+    async fn report(&self, of: fn(&Health) -> (bool, String)) -> Answer {
+        let health = Arc::clone(&self.health);
+        elsewhere(move || {
+            let (is_so, report) = of(&health);
+            text(if is_so { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, report)
+        })
+        .await
     }
 
     /// Passes a request on to the HTTP interface, which asks for a token of its own where there are tokens. What it edits is in
