@@ -369,6 +369,44 @@ fn allowed_differences_do_not_stop_swap() {
     server.terminate();
 }
 
+/// The instance that serves after the swap is not the one that did this: it has the log, and nothing else.
+#[test]
+fn effect_of_candidate_in_memory_is_never_seen() {
+    for shards in ["1", "4"] {
+        let server = Server::start(&[guest(), "--shards", shards, "--probation", "1ms"]);
+        let mut client = Connection::open(server.address());
+        assert_eq!(client.ask("PUT", "/store/{own}kept", b"value").status, 201);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let swapping = scope.spawn(|| {
+                let _over = SaysOver(&over);
+                let query = "/guest?shadow=3s&sample=100%25&max-differences=1000000";
+                Connection::open(server.admin()).ask("PUT", query, &candidate())
+            });
+            let target = "/store/{own}memory";
+            let mut found = None;
+            while found.is_none() && !over.load(Ordering::Relaxed) {
+                assert_eq!(get(&mut client, "/candidate/memory").text(), "the same");
+                assert_eq!(get(&mut client, target).status, 404);
+                // The candidate has it: its instance was not built again, and is the one with the effect.
+                found = example(&report(&server), target);
+            }
+            let found = found.expect("nothing was compared in the time");
+            assert_eq!((&found["serving"], &found["candidate"]), (&"404".into(), &"200".into()), "{found}");
+            let answer = swapping.join().expect("the swap is answered");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let report: Value = serde_json::from_slice(&answer.body).expect("the report is JSON");
+            assert_eq!(report["shadow"]["rebuilds"], 0, "{report}");
+        });
+        // The first requests of the promoted instance.
+        assert_eq!(get(&mut client, "/candidate/body?now").text().matches("other").count(), 1, "it serves");
+        assert_eq!(get(&mut client, "/handled").text(), "2");
+        assert_eq!(get(&mut client, "/store/{own}memory").status, 404);
+        assert_eq!(get(&mut client, "/store/{own}kept").text(), "value");
+        server.terminate();
+    }
+}
+
 #[test]
 fn sampled_requests_bypass_response_cache() {
     let server = Server::start(&[]);

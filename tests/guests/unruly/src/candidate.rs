@@ -19,7 +19,7 @@ pub fn is_candidate() -> bool {
 const EVENTS: usize = 100;
 
 /// Responds to a request in the way that its name says, and differently in the second version.
-pub fn differ(state: &State, how: &str, request: &Request) -> Response {
+pub fn differ(state: &mut State, how: &str, request: &Request) -> Response {
     let (how, query) = how.split_once('?').unwrap_or((how, ""));
     let is_other = is_candidate();
     let word = if is_other { "other" } else { "usual" };
@@ -59,6 +59,13 @@ pub fn differ(state: &State, how: &str, request: &Request) -> Response {
             }
             append(&events).expect("the log takes this");
             text(200, "appended")
+        }
+        // An effect that is in no log and no response.
+        "memory" => {
+            if is_other {
+                state.store.insert("{own}memory".to_owned(), Vec::new());
+            }
+            text(200, "the same")
         }
         // All that is random or a time, in the response and in the effect.
         "surroundings" => {
