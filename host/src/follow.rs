@@ -15,7 +15,7 @@ use tracing::warn;
 use crate::admin::ReadOnly;
 use crate::guest::Shards;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::{Condition, Forgotten, News, Standby};
+use kvs_txlog::{Condition, Forgotten, Handed, News, Standby};
 
 /// The pause before the log is read again when that failed.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -71,6 +71,11 @@ impl Followed {
     fn failure(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
         // Every change under this lock is whole.
         self.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over from a primary that has closed the log for this process.
+    pub fn receive(&self, handed: Handed) {
+        self.log.receive(handed);
     }
 
     /// Waits until at most this many entries of the log are missing.

@@ -38,7 +38,7 @@ use crate::edge::auth::Tokens;
 use crate::edge::listener::Listener;
 use crate::edge::tls::Tls;
 use crate::lines;
-use crate::settings::Serve;
+use crate::settings::{Serve, TxlogStorage};
 use crate::signals::listen as listen_for;
 use crate::systemd::{self, Activated};
 use crate::upgrade::{self, Control, Inherited, Upgrader, VARIABLE};
@@ -169,7 +169,8 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
         "serving on {addresses}",
     );
 
-    let control = Control::new(&args.data_dir, control)?;
+    let is_locked = matches!(args.txlog, TxlogStorage::File);
+    let control = Control::new(&args.data_dir, is_locked, control)?;
     let opened_when_primary = Arc::clone(&when_primary);
     let upgrader = Arc::new(Upgrader {
         shards: Arc::clone(&guests.shards),
@@ -211,12 +212,12 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
     }))
 }
 
-/// Takes the log over from the process that this one replaces, unless it is in a database. Returns the connection on which that
+/// Takes the log over from the process that this one replaces, unless that has ended. Returns the connection on which that
 /// process forwards its last requests.
 async fn take_over(inherited: &Inherited, store: &Store) -> Result<Option<UnixStream>> {
-    let (Some(standby), Some(followed)) = (&store.standby, &store.followed) else { return Ok(None) };
+    let Some(followed) = &store.followed else { return Ok(None) };
     tokio::select! {
-        taken = inherited.take_over(standby, followed) => taken,
+        taken = inherited.take_over(followed) => taken,
         reason = store.log.watermark().latched() => bail!("{reason}"),
     }
 }

@@ -28,9 +28,11 @@ const NAME: &str = "control";
 const REQUEST_BYTES: u64 = 8 << 10;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The listener of a server, once it is primary. The lock of its log keeps others away from the socket.
+/// The listener of a server, once it is primary.
 pub struct Control {
     data: PathBuf,
+    /// The log is in files: its lock keeps other servers away from the socket.
+    is_locked: bool,
     listener: OnceLock<Arc<UnixListener>>,
 }
 
@@ -43,8 +45,8 @@ pub struct Upgraded {
 }
 
 impl Control {
-    pub fn new(data: &Path, inherited: Option<StdListener>) -> Result<Arc<Self>> {
-        let control = Self { data: data.to_owned(), listener: OnceLock::new() };
+    pub fn new(data: &Path, is_locked: bool, inherited: Option<StdListener>) -> Result<Arc<Self>> {
+        let control = Self { data: data.to_owned(), is_locked, listener: OnceLock::new() };
         if let Some(listener) = inherited {
             control.open(listener)?;
         }
@@ -67,7 +69,11 @@ impl Control {
         let listener = match self.listener.get() {
             Some(listener) => listener,
             None => self.open(at(&self.data, |path| {
-                // That of a server that was killed: the log has one primary.
+                if !self.is_locked && StdStream::connect(path).is_ok() {
+                    let reason = "another server uses this data directory; give each its own with --data-dir";
+                    return Err(io::Error::new(ErrorKind::AddrInUse, reason));
+                }
+                // That of a server that was killed.
                 match fs::remove_file(path) {
                     Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
                     _ => StdListener::bind(path),
@@ -129,7 +135,7 @@ pub fn request(data: &Path, binary: Option<&Path>, timeout: Duration) -> Result<
     };
     let no_server = || {
         format!(
-            "no server can be reached in {}; give the --data-dir of a running server, of the same user and with its log in files",
+            "no server can be reached in {}; give the --data-dir of a running server, of the same user",
             data.display()
         )
     };

@@ -14,8 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
-use kvs_txlog::file::{HandOver, Handed};
-use kvs_txlog::{Condition, TransactionLog};
+use kvs_txlog::{Condition, HandOver, TransactionLog};
 use tokio::signal::unix::Signal;
 use tokio::sync::{oneshot, watch};
 use tokio::task;
@@ -58,7 +57,7 @@ pub struct Upgrader {
     pub swapper: Arc<Swapper>,
     pub read_only: Arc<ReadOnly>,
     pub changes: Arc<ChangeFeed>,
-    /// None where the log is in a database.
+    /// None where it is only looked at.
     pub log: Option<Arc<dyn HandOver>>,
     pub listeners: Listeners,
     pub successor: Arc<OnceLock<Successor>>,
@@ -98,8 +97,8 @@ impl Upgrader {
         self.shards.env()
     }
 
-    /// Starts to accept requests for an upgrade: by signal, and at the control socket once this process is primary of a log in
-    /// files. Others have no lock on the data directory, and may share it with such a server.
+    /// Starts to accept requests for an upgrade: by signal, and at the control socket once this process is primary. One that
+    /// only looks at the log may share the data directory with a primary.
     pub fn start(self: Arc<Self>, mut signal: Listen, followed: Option<Arc<Followed>>) {
         let Env { tasks, clock, .. } = self.env();
         let upgrader = Arc::clone(&self);
@@ -182,10 +181,7 @@ impl Upgrader {
 
     async fn steps(&self, binary: &Path, timeout: Duration) -> Result<Upgraded> {
         ensure!(!*self.handed_over.borrow(), "another process serves already; ask again");
-        let log = self.log.as_ref().context(
-            "only a log in files is handed over; with one in PostgreSQL or NATS start the new version with --standby, and stop \
-             this server; with --read-only restart it",
-        )?;
+        let log = self.log.as_ref().context("a server with --read-only has no log to hand over; restart it instead")?;
         if let Some(reason) = log.read_only() {
             bail!("{reason}; restart this server instead");
         }
@@ -276,11 +272,18 @@ impl Upgrader {
         // The new process reads the state before it serves.
         task::block_in_place(|| self.read_only.hold());
         // From here on, only this process or the new one may have the log open.
-        let handed = task::block_in_place(|| log.hand_over());
-        let Handed { lock, position } = handed.map_err(|error| fail(log, "closed", error))?;
+        let handed = match task::block_in_place(|| log.hand_over()) {
+            Ok(handed) => handed,
+            Err(error) if log.watermark().failure().is_some() => return Err(fail(log, "closed", error)),
+            Err(error) => {
+                self.resume_switch(log)?;
+                return Err(error.context("the log cannot be closed for an upgrade"));
+            }
+        };
         let sent = {
-            let [directory, file] = lock.descriptors();
-            channel.send(&format!("{LOG}{position}"), &[directory, file, theirs.as_fd()])
+            let lock = handed.lock.iter().flat_map(|lock| lock.descriptors());
+            let descriptors: Vec<_> = lock.chain([theirs.as_fd()]).collect();
+            channel.send(&format!("{LOG}{}", handed.position), &descriptors)
         };
         let serves = match sent {
             Ok(()) => expect(channel, SERVING, PAUSE_TIMEOUT).await,
@@ -296,18 +299,22 @@ impl Upgrader {
         warn!("upgrade: the new process failed after it was given the log, {status}; taking the log back");
         // What the new one has accepted is published to nobody. Watches resume with it.
         self.changes.dismiss();
-        task::block_in_place(|| log.take_back(lock)).map_err(|error| fail(log, "taken back", error))?;
+        task::block_in_place(|| log.take_back(handed)).map_err(|error| fail(log, "taken back", error))?;
         // The new one may have recorded its own, which standbys would follow.
         task::block_in_place(|| self.swapper.record());
-        // And may have accepted a change.
-        let resumed = task::block_in_place(|| self.read_only.resume());
-        resumed.map_err(|error| fail(log, "taken back", error))?;
+        self.resume_switch(log)?;
         if log.appended() != appended {
             // The new process has served for a moment.
             paused.rebuild();
         }
         let took = self.env().clock.elapsed(begun);
         Err(error.context(format!("no call was made for {took:.0?}")))
+    }
+
+    /// Continues with the state of the read-only switch, which the new process may have changed.
+    fn resume_switch(&self, log: &dyn HandOver) -> Result<()> {
+        let resumed = task::block_in_place(|| self.read_only.resume());
+        resumed.map_err(|error| fail(log, "taken back", error))
     }
 }
 

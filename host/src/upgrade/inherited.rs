@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use kvs_txlog::file::{Handed, Lock, StandbyLog};
+use kvs_txlog::Handed;
+use kvs_txlog::file::Lock;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Signal, getpid, getuid, kill_process};
 use tokio::task;
@@ -74,23 +75,23 @@ impl Inherited {
 
     /// Follows the log until this process is primary. Returns the socket at which the old process forwards requests; None if it
     /// has ended, so that the log was taken over as by any standby.
-    pub async fn take_over(&self, log: &StandbyLog, followed: &Followed) -> Result<Option<UnixStream>> {
+    pub async fn take_over(&self, followed: &Followed) -> Result<Option<UnixStream>> {
         followed.caught_up(FEW).await;
         fail_at("ready");
         self.channel.send(READY, &[]).context("cannot report to the server that is to be upgraded")?;
         let channel = Arc::clone(&self.channel);
         let message = task::spawn_blocking(move || channel.receive(None)).await?;
-        let Some(Message { text, descriptors }) = message.context("cannot receive the log")? else {
+        let Some(Message { text, mut descriptors }) = message.context("cannot receive the log")? else {
             info!("the server that was to be upgraded has ended");
             followed.promoted().await;
             return Ok(None);
         };
         fail_at("log");
-        let descriptors: Result<[OwnedFd; 3], _> = descriptors.try_into();
-        let (Some(position), Ok([directory, file, socket])) = (text.strip_prefix(LOG), descriptors) else {
+        let (Some(position), Some(socket)) = (text.strip_prefix(LOG), descriptors.pop()) else {
             bail!("the server that is to be upgraded sends {text:?} in place of the log");
         };
-        log.receive(Handed { lock: Lock::from_descriptors([directory, file]), position: position.to_owned() });
+        let lock = <[OwnedFd; 2]>::try_from(descriptors).ok().map(Lock::from_descriptors);
+        followed.receive(Handed { lock, position: position.to_owned() });
         followed.promoted().await;
         fail_at("promoted");
         Ok(Some(socket.into()))

@@ -2,7 +2,8 @@
 //!
 //! The running server starts the new process with its own flags and gives it its listeners. The new process builds the store as
 //! a standby. When it has caught up, the old one takes the turns of all shards, makes everything durable, closes the log, and
-//! sends the lock, which is never free. The new one checks that the log ends where the old one has closed it, and serves. From
+//! sends its lock, which is never free; a log in a service has an epoch in place of a lock, which the new process gets from the
+//! old one. The new one checks that the log ends where the old one has closed it, and serves. From
 //! then on the old one forwards the requests of its open connections, and ends when there are none. Until the new process
 //! serves, each of its failures leaves the old one serving: after the lock was sent, once the new process has ended.
 //!
@@ -12,7 +13,7 @@
 //! |---|---|---|
 //! | old | `kvs-handover 1 listen … admin …` | the listeners, in this order; `listen` in that of the flags |
 //! | new | `ready` | |
-//! | old | `log POSITION` | two of the lock, one of a pair of sockets for forwarded requests |
+//! | old | `log POSITION` | two of the lock, if it has one; one of a pair of sockets for forwarded requests |
 //! | new | `serving` | |
 //!
 //! Owns: the order of the steps. Must never know: how the log is closed and continued, or what a request is.

@@ -21,6 +21,7 @@ pub mod file;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod group_commit;
+mod handover;
 mod incarnation;
 mod past;
 #[cfg(feature = "postgres")]
@@ -38,6 +39,7 @@ pub mod text;
 mod watermark;
 
 pub use event::{AppendError, Entry, Event, EventRef, Put, PutRef};
+pub use handover::{HandOver, Handed};
 pub use incarnation::{History, Incarnation};
 pub use past::PastLog;
 pub use restoration::Restoration;

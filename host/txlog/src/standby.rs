@@ -8,7 +8,7 @@ use anyhow::Result;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::TransactionLog;
+use crate::{Handed, TransactionLog};
 
 /// A log whose primary is another process, until the takeover. Until then it is read-only, and its end is the newest applied
 /// entry.
@@ -21,6 +21,9 @@ pub trait Standby: TransactionLog {
 
     /// Acknowledges that the entries up to this sequence were applied.
     fn follow(&self, sequence: u64);
+
+    /// Takes the log over from a primary that has closed it for this process. The log fails if it does not end there.
+    fn receive(&self, handed: Handed);
 
     /// Accepts appends from now on: all entries were applied, and this process is primary.
     fn begin(&self) -> Result<()>;

@@ -3,6 +3,7 @@
 mod clients;
 mod failures;
 mod listeners;
+mod services;
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -28,11 +29,10 @@ use crate::support::linear::plan::OPERATIONS;
 use crate::support::linear::{AT_ONCE, judge};
 use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
 use crate::support::log::{kvs_at, of_files};
-use crate::support::postgres::database::Database;
 use crate::support::server::{PATIENCE, Server, serve, through};
 use crate::support::tls::{self, Client};
 use crate::support::wire::{Connection, Way};
-use crate::support::{postgres, zoo};
+use crate::support::zoo;
 
 /// No connection is cut off on a slow machine, and requests wait for a new process that hangs.
 const ARGS: [&str; 4] = ["--drain-timeout", "30s", "--request-timeout", "60s"];
@@ -333,13 +333,16 @@ fn stop_of_old_process_closes_its_idle_connections() {
     server.terminate();
 }
 
-/// Clients record histories over upgrades of the process.
 #[test]
 fn history_over_upgrades_is_linearizable() {
     of_files!();
+    histories_over_upgrades(&SMALL_SEGMENTS, count("KVS_TEST_HISTORIES", 40).div_ceil(2));
+}
+
+/// Clients record histories over upgrades of the process.
+fn histories_over_upgrades(args: &[&str], histories: u64) {
     let mut rng = zoo::dice();
-    let histories = count("KVS_TEST_HISTORIES", 40).div_ceil(2);
-    let server = Upgraded::start(&SMALL_SEGMENTS);
+    let server = Upgraded::start(args);
     let (mut upgrades, mut operations) = (0, 0);
     for round in 0..histories.div_ceil(AT_ONCE) {
         let names: Vec<_> = (0..AT_ONCE.min(histories - round * AT_ONCE)).map(|n| format!("{round}-{n}")).collect();
@@ -449,20 +452,4 @@ fn socket_activation_gives_both_listeners() {
     assert_eq!(Connection::open(admin_address).ask("GET", "/readyz", b"").status, 200);
     server.terminate();
     assert!(Connection::try_open(address).is_err(), "the listener is closed");
-}
-
-#[test]
-fn log_in_database_is_handed_over_by_standby_only() {
-    of_files!();
-    let database = Database::start();
-    let server = postgres::start(&database.url());
-    let output = kvs_at(server.data()).arg("upgrade").output().expect("it can be run");
-    let expected = String::from_utf8_lossy(&output.stderr);
-    assert!(expected.contains("no server can be reached in"), "{expected}");
-    // The directory may be that of a server with its log in files.
-    assert!(!server.data().join("control").exists());
-    server.signal(Signal::USR2);
-    let expected = server.says("not upgraded, the server continues to serve");
-    assert!(expected.contains("PostgreSQL or NATS start the new version with --standby"), "{expected}");
-    server.terminate();
 }

@@ -7,9 +7,9 @@ use kvs_runtime::Env;
 use kvs_txlog::change_feed::ChangeFeed;
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::{self, nats};
-use kvs_txlog::file::{self, FileLog, HandOver, StandbyLog};
+use kvs_txlog::file::{self, FileLog, StandbyLog};
 use kvs_txlog::postgres::{self, Existing, PostgresLog};
-use kvs_txlog::{PastLog, Standby, TransactionLog};
+use kvs_txlog::{HandOver, PastLog, Standby, TransactionLog};
 use tokio::runtime::Handle;
 use tokio::task;
 
@@ -38,9 +38,8 @@ pub struct Opened {
     pub log: Arc<dyn TransactionLog>,
     /// Where another process writes it, and it is to be followed.
     pub followed: Option<Arc<dyn Standby>>,
-    /// Where it can be handed over to another process, and taken over from one.
+    /// Where it can be handed over to another process.
     pub handed_over: Option<Arc<dyn HandOver>>,
-    pub standby: Option<Arc<StandbyLog>>,
 }
 
 /// The log, with its change feed in front.
@@ -50,16 +49,15 @@ pub struct Store {
     pub read_only: Arc<ReadOnly>,
     /// The log of another process, as far as it is followed.
     pub followed: Option<Arc<Followed>>,
-    /// Where it can be handed over to another process, and taken over from one.
+    /// Where it can be handed over to another process.
     pub handed_over: Option<Arc<dyn HandOver>>,
-    pub standby: Option<Arc<StandbyLog>>,
 }
 
 impl Store {
     /// Starts the change feed of a log, and what the admin interface offers of it.
     pub fn start(opened: Opened, args: &Serve, workers: &Workers, admin: &Admin, env: &Env) -> Result<Self> {
         let buffer = usize::try_from(args.watch_buffer_bytes.as_u64())?;
-        let Opened { log, followed, handed_over, standby } = opened;
+        let Opened { log, followed, handed_over } = opened;
         let changes = ChangeFeed::new(log, buffer, env.clone());
         let log: Arc<dyn TransactionLog> = changes.clone();
         changes.start();
@@ -81,7 +79,7 @@ impl Store {
         let read_only = ReadOnly::open(Arc::clone(&changes), &args.data_dir, users)?;
         admin.set_read_only(Arc::clone(&read_only));
         let followed = followed.map(|log| Arc::new(Followed::new(log, env.clock.clone())));
-        Ok(Self { log, changes, read_only, followed, handed_over, standby })
+        Ok(Self { log, changes, read_only, followed, handed_over })
     }
 }
 
@@ -96,7 +94,7 @@ pub async fn open_log(
     if args.read_only {
         let (txlog, data, until) = (args.txlog.clone(), args.data_dir.clone(), args.until);
         let opened = task::spawn_blocking(move || PastLog::open(open_offline(&txlog, &data)?, until)).await??;
-        return Ok(Opened { log: Arc::new(opened), followed: None, handed_over: None, standby: None });
+        return Ok(Opened { log: Arc::new(opened), followed: None, handed_over: None });
     }
     let (metrics, env) = (&admin.metrics, env.clone());
     match &args.txlog {
@@ -108,15 +106,15 @@ pub async fn open_log(
                 let log = Arc::new(task::spawn_blocking(opening).await??);
                 metrics.add(log.clone());
                 let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-                return Ok(Opened { log: log.clone(), followed, handed_over: Some(log.clone()), standby: Some(log) });
+                return Ok(Opened { log: log.clone(), followed, handed_over: Some(log) });
             }
             let log = Arc::new(FileLog::open(options)?);
             metrics.add(log.clone());
-            Ok(Opened { log: log.clone(), followed: None, handed_over: Some(log), standby: None })
+            Ok(Opened { log: log.clone(), followed: None, handed_over: Some(log) })
         }
         TxlogStorage::Postgres(url) => {
             make_data_dir(args)?;
-            let manner = postgres::Manner { existing: Existing::Allowed, standby: args.standby };
+            let manner = postgres::Manner { existing: Existing::Allowed, standby: args.standby || inherits };
             let (url, timeout, retain) = (url.clone(), args.txlog_timeout, args.backup.retain);
             let lease = args.read_lease.unwrap_or(postgres::READ_LEASE);
             let (group_bytes, durability) = (args.guest.group_bytes(args.max_value_bytes), args.durability);
@@ -125,12 +123,12 @@ pub async fn open_log(
             let log = Arc::new(task::spawn_blocking(move || PostgresLog::open(&options)).await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-            Ok(Opened { log, followed, handed_over: None, standby: None })
+            Ok(Opened { log: log.clone(), followed, handed_over: Some(log) })
         }
         #[cfg(feature = "nats")]
         TxlogStorage::Nats(url) => {
             make_data_dir(args)?;
-            let (url, data, standby) = (url.clone(), args.data_dir.clone(), args.standby);
+            let (url, data, standby) = (url.clone(), args.data_dir.clone(), args.standby || inherits);
             let lease = args.read_lease.unwrap_or(cluster::READ_LEASE);
             let group_bytes = Some(args.guest.group_bytes(args.max_value_bytes));
             let retain = args.backup.retain;
@@ -141,7 +139,7 @@ pub async fn open_log(
             let log = Arc::new(opened.await??);
             metrics.add(log.clone());
             let followed = log.read_only().is_some().then(|| log.clone() as Arc<dyn Standby>);
-            Ok(Opened { log, followed, handed_over: None, standby: None })
+            Ok(Opened { log: log.clone(), followed, handed_over: Some(log) })
         }
     }
 }

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use super::engine::{Ends, FULL, Put, REFUSED, ReadError};
 use super::frame::{Holder, Kind, Tip, is_mutant};
+use super::handover::Position;
 use super::reader::{Failure, Read};
 use super::writer::Writer;
 use super::{START_TIMEOUT, Shared};
@@ -45,6 +47,11 @@ pub struct Follower {
     is_owned: bool,
     /// Time since which every claim fails, and the reason for the last one.
     unclaimed: Option<(Instant, String)>,
+    /// The id with which this process claims the log.
+    id: Uuid,
+    /// Where the log was handed over, to this process or by it, and the first other process that has claimed it since.
+    handed: Option<Position>,
+    successor: Option<Uuid>,
     /// The last answer about the ends of the log, and a time before which it was asked for.
     ends: Option<(Ends, Instant)>,
     asked: Option<Instant>,
@@ -61,7 +68,14 @@ impl Follower {
             (tip, kind) = last(shared, ends.last).await?;
         }
         shared.check_end(&tip)?;
-        let mut follower = Self {
+        let mut follower = Self { ends: Some((ends, now)), asked: Some(now), ..Self::at(shared, tip) };
+        follower.note(kind);
+        Ok(follower)
+    }
+
+    /// Follows the log from here on.
+    fn at(shared: &Shared, tip: Tip) -> Self {
+        Self {
             tip,
             holder: None,
             is_released: false,
@@ -71,11 +85,17 @@ impl Follower {
             claim: None,
             is_owned: false,
             unclaimed: None,
-            ends: Some((ends, now)),
-            asked: Some(now),
-        };
-        follower.note(shared, kind);
-        Ok(follower)
+            id: shared.holder.id,
+            handed: None,
+            successor: None,
+            ends: None,
+            asked: None,
+        }
+    }
+
+    /// Follows a log that this process has handed over.
+    pub fn of_handed_over(shared: &Shared, tip: Tip, handed: Position) -> Self {
+        Self { handed: Some(handed), ..Self::at(shared, tip) }
     }
 
     /// Returns the newest sequence.
@@ -123,9 +143,23 @@ impl Follower {
 
     /// Standby task: follows until the log is claimed, and then writes. Ends with the log.
     pub async fn run(mut self, shared: &Shared) {
+        let mut handed = shared.handed.subscribe();
         while shared.queue.ended().is_none() {
             shared.breaker.on_attempt();
-            match self.step(shared).await {
+            let step = tokio::select! {
+                step = self.step(shared) => step,
+                // The sender is in `shared`. What was read is noted at once, and a claim that was put is read again.
+                _ = handed.changed() => {
+                    self.handed = *handed.borrow_and_update();
+                    self.id = self.handed.map_or(self.id, |handed| handed.id);
+                    continue;
+                }
+            };
+            match step {
+                Ok(_) if self.is_superseded() => {
+                    let name = self.name();
+                    return shared.fail(&anyhow!("it was handed over to this process, but {name} has claimed it"));
+                }
                 Ok(None) => {
                     shared.breaker.succeeded();
                     shared.set_damage(None);
@@ -167,7 +201,7 @@ impl Follower {
     }
 
     /// Takes in new frames, or claims the log if it is free. Returns the writer once it is claimed.
-    async fn step(&mut self, shared: &Shared) -> Result<Option<Writer>, Failure> {
+    pub async fn step(&mut self, shared: &Shared) -> Result<Option<Writer>, Failure> {
         let clock = &shared.env.clock;
         if self.asked.is_none_or(|asked| clock.elapsed(asked) >= ENDS_INTERVAL) {
             let asked = clock.now();
@@ -203,7 +237,7 @@ impl Follower {
         shared.advance(&self.tip);
         for Read { kind, before, .. } in frames {
             shared.index.note(before);
-            self.note(shared, kind);
+            self.note(kind);
         }
         let claimed = self.claim.filter(|_| self.is_owned);
         let writer = claimed.map(|(_, sent)| {
@@ -216,7 +250,7 @@ impl Follower {
         Ok(writer)
     }
 
-    fn note(&mut self, shared: &Shared, kind: Kind) {
+    fn note(&mut self, kind: Kind) {
         match kind {
             Kind::Void | Kind::Restored(_) | Kind::Snapshot(_) => {}
             Kind::Entries => self.is_released = false,
@@ -224,7 +258,11 @@ impl Follower {
             Kind::Held(holder) => {
                 self.is_released = false;
                 // Without the claim, after the follower began again, this process waits for its own lease like any other.
-                self.is_owned = self.claim.is_some() && holder.id == shared.holder.id;
+                self.is_owned = self.claim.is_some() && holder.id == self.id;
+                // Not one's own heartbeat that was still on its way.
+                if self.handed.is_some() && holder.id != self.id {
+                    self.successor.get_or_insert(holder.id);
+                }
                 self.holder = Some(holder);
             }
         }
@@ -232,7 +270,22 @@ impl Follower {
 
     fn is_free(&self, shared: &Shared) -> bool {
         let lease = self.holder.as_ref().map_or(LONGEST_LEASE, |holder| Duration::from_millis(holder.lease_ms.into()));
-        self.is_released || shared.env.clock.elapsed(self.received) >= lease
+        self.is_released || self.is_handed() || shared.env.clock.elapsed(self.received) >= lease
+    }
+
+    /// Returns whether the log was handed over, and no third process has claimed it since.
+    fn is_handed(&self) -> bool {
+        let Tip { position, epoch, .. } = self.tip;
+        self.handed.is_some_and(|handed| {
+            position >= handed.position
+                && (epoch == handed.epoch || epoch == handed.epoch + 1 && self.successor == Some(handed.id))
+        })
+    }
+
+    /// Returns whether the log was handed over, but another process has it.
+    pub fn is_superseded(&self) -> bool {
+        let Tip { position, .. } = self.tip;
+        !self.is_owned && !self.is_handed() && self.handed.is_some_and(|handed| position >= handed.position)
     }
 
     async fn claim(&mut self, shared: &Shared) -> Result<(), Failure> {
@@ -251,11 +304,12 @@ impl Follower {
             }
             tip.position = ends.last;
         }
-        if !self.is_released {
+        if !self.is_released && !self.is_handed() {
             warn!("lease of {} expired, claiming the log", self.name());
         }
         let after = tip.position;
-        let frame = tip.claim(shared.log, &shared.holder);
+        let holder = Holder { id: self.id, ..shared.holder.clone() };
+        let frame = tip.claim(shared.log, &holder);
         // The same claim may be put several times, and the first be the one that lands.
         let (_, sent) = *self.claim.insert(match self.claim {
             Some((claimed, sent)) if claimed == tip => (tip, sent),
@@ -266,7 +320,7 @@ impl Follower {
                 shared.index.note(self.tip);
                 shared.advance(&tip);
                 (self.tip, self.claim) = (tip, Some((tip, sent)));
-                self.note(shared, Kind::Held(shared.holder.clone()));
+                self.note(Kind::Held(holder));
                 Ok(())
             }
             // It may be in the log or not: if it is, it will be read.
@@ -307,7 +361,7 @@ impl Follower {
         });
     }
 
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         self.holder.as_ref().map_or("another process".into(), |holder| holder.name.clone())
     }
 }

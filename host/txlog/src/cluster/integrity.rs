@@ -15,6 +15,7 @@ use super::engine::{Ends, Engine, ReadError};
 use super::frame::Tip;
 use super::mark::Mark;
 use super::reader::Failure;
+use crate::remote::queue::End;
 
 /// Interval at which the engine is asked whether it has lost frames, and the watermark file is written.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -126,24 +127,33 @@ impl Shared {
 
     /// Checks the log in the engine, until it ends.
     pub async fn watch_integrity(self: &Arc<Self>) -> Result<()> {
-        while self.queue.ended().is_none() {
-            match self.ends().await {
-                Ok(ends) => {
-                    let lost = (ends.last + 1 - ends.first).saturating_sub(ends.frames);
-                    let known = std::mem::replace(&mut self.lock_integrity().lost, lost);
-                    if lost > known {
-                        error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
-                    }
-                }
-                Err(Failure::Gone(reason)) => self.fail(&anyhow!(reason)),
-                Err(_) => {}
-            }
-            self.probe().await;
-            if self.mark_file.is_some() {
-                let shared = Arc::clone(self);
-                task::spawn_blocking(move || shared.write_mark()).await??;
+        loop {
+            match self.queue.ended() {
+                None => self.check_integrity().await?,
+                // Another process does this, unless it fails.
+                Some(End::HandedOver) => {}
+                Some(_) => return Ok(()),
             }
             self.env.clock.sleep(INTERVAL).await;
+        }
+    }
+
+    async fn check_integrity(self: &Arc<Self>) -> Result<()> {
+        match self.ends().await {
+            Ok(ends) => {
+                let lost = (ends.last + 1 - ends.first).saturating_sub(ends.frames);
+                let known = std::mem::replace(&mut self.lock_integrity().lost, lost);
+                if lost > known {
+                    error!("{lost} frames of {} are lost in the engine; see docs/jetstream.md", self.name);
+                }
+            }
+            Err(Failure::Gone(reason)) => self.fail(&anyhow!(reason)),
+            Err(_) => {}
+        }
+        self.probe().await;
+        if self.mark_file.is_some() {
+            let shared = Arc::clone(self);
+            task::spawn_blocking(move || shared.write_mark()).await??;
         }
         Ok(())
     }

@@ -7,10 +7,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
 use uuid::Uuid;
 
 /// A frame that was durable.
@@ -70,7 +71,11 @@ impl MarkFile {
         }
         let Mark { log, position, sequence } = mark;
         let temporary = self.path.with_extension("tmp");
+        let directory = self.path.parent().unwrap_or(Path::new("."));
         let write = || -> io::Result<()> {
+            // During an upgrade two processes write it.
+            let directory = File::open(directory)?;
+            flock(&directory, FlockOperation::LockExclusive)?;
             let mut file = File::create(&temporary)?;
             file.write_all(format!("{log} {position} {sequence}\n").as_bytes())?;
             file.sync_all()?;

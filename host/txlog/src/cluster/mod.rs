@@ -2,8 +2,9 @@
 //!
 //! Owns: everything that makes a log of what an engine offers, which is little: numbered positions, and a put that succeeds
 //! at the end of the log only. Must never know: what a key or a value means. Read `engine` first, then `frame` (what is
-//! stored), `writer` (commit, once and in order), `follower` (standby and failover), `reader` and `integrity`, and `replay`;
-//! `snapshot` and `compaction` bound the size; `nats` is the engine, and the only part that knows it.
+//! stored), `writer` (commit, once and in order), `follower` (standby and failover), `handover` (another process continues),
+//! `reader` and `integrity`, and `replay`; `snapshot` and `compaction` bound the size; `nats` is the engine, and the only part that
+//! knows it.
 //!
 //! # Primary, epoch and fencing
 //!
@@ -27,6 +28,7 @@ pub mod compaction;
 pub mod engine;
 mod follower;
 mod frame;
+mod handover;
 mod integrity;
 mod liveness;
 mod mark;
@@ -45,7 +47,7 @@ mod writer;
 
 use std::future::{Future, ready};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -57,12 +59,13 @@ use uuid::Uuid;
 
 use self::engine::Engine;
 use self::follower::Follower;
-use self::frame::{Entries, Holder, Restored, Snapshot, is_mutant};
+use self::frame::{Entries, Holder, Restored, Snapshot, Tip, is_mutant};
+use self::handover::Position;
 use self::integrity::{Integrity, LOSS_TIMEOUT};
 use self::mark::{Mark, MarkFile};
 use self::metrics::Metrics;
 use self::reader::{Failure, Index};
-use super::{Condition, History, News, Receive, Standby, TransactionLog, Watermark};
+use super::{Condition, Handed, History, News, Receive, Standby, TransactionLog, Watermark};
 use crate::remote::breaker::Breaker;
 use crate::remote::lease::Lease;
 use crate::remote::queue::{End, Queue};
@@ -129,7 +132,7 @@ pub struct ClusterLog {
 struct Running {
     /// Separate runtime, so that tasks of another one can wait for it.
     runtime: Runtime,
-    /// None if the log is only read.
+    /// None if the log is only read, and while it is handed over.
     task: Option<Task>,
 }
 
@@ -150,6 +153,10 @@ struct Shared {
     watermark: Watermark,
     breaker: Breaker,
     lease: Lease,
+    /// The end of the log when this process handed it over.
+    left: Mutex<Option<Tip>>,
+    /// What another process has handed over to this one.
+    handed: watch::Sender<Option<Position>>,
     integrity: Mutex<Integrity>,
     mark_file: Option<MarkFile>,
     /// Maximum size of a frame of a snapshot, and minimum growth of the log between two.
@@ -196,6 +203,10 @@ impl ClusterLog {
     /// Returns what was read so far and is damaged in a replica, while others have it.
     pub fn replica_damage(&self) -> Option<String> {
         self.shared.replica_damage()
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -255,17 +266,19 @@ impl TransactionLog for ClusterLog {
     }
 
     fn close(&self) -> Result<()> {
-        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(running) = self.running().take() else { return Ok(()) };
         self.shared.queue.end(End::Closed);
         // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, task } = running;
         let (shared, failed) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let close = move || {
+            let is_writer = task.is_some();
             if let Some(task) = task {
                 runtime.block_on(task.ended());
             }
             runtime.shutdown_background();
-            if let Err(error) = shared.write_mark() {
+            // That of another process, which continues, is newer.
+            if is_writer && let Err(error) = shared.write_mark() {
                 // An older mark is right too.
                 warn!("cannot record the end of the log: {error:#}");
             }
@@ -284,6 +297,13 @@ impl Standby for ClusterLog {
 
     fn follow(&self, sequence: u64) {
         self.shared.follow(sequence);
+    }
+
+    fn receive(&self, handed: Handed) {
+        match handed.position.parse() {
+            Ok(position) => drop(self.shared.handed.send_replace(Some(position))),
+            Err(error) => self.shared.fail(&error),
+        }
     }
 
     fn begin(&self) -> Result<()> {
@@ -330,6 +350,8 @@ impl Shared {
             watermark: Watermark::new(0),
             breaker: Breaker::new("engine of the log", env.clock.clone()),
             lease: Lease::new(options.lease, &env.clock),
+            left: Mutex::default(),
+            handed: watch::Sender::new(None),
             integrity: Mutex::new(Integrity::new(mark)),
             mark_file,
             frame_bytes: group_bytes,

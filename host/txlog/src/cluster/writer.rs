@@ -20,7 +20,7 @@ use super::Shared;
 use super::engine::{Call, FULL, Put, REFUSED};
 use super::frame::{Entries, Kind, Tip, WINDOW, is_mutant};
 use super::reader::Failure;
-use crate::remote::queue::{Batch, WriterCommand};
+use crate::remote::queue::{Batch, End, WriterCommand};
 
 /// Number of heartbeats per lease while nothing is written.
 const HEARTBEATS: u32 = 10;
@@ -39,7 +39,7 @@ pub struct Writer {
     named: Instant,
     /// Consecutive refusals.
     refusals: u32,
-    /// The frame that releases the log was put.
+    /// The frame that releases the log was put, or the log is handed over.
     is_released: bool,
     /// Time from which a shutdown waits for outcomes.
     closing: Option<Instant>,
@@ -100,6 +100,10 @@ impl Writer {
                         }
                         WriterCommand::Idle if self.in_flight.is_empty() => self.heartbeat(shared),
                         WriterCommand::Idle => {}
+                        // Whoever may claim it is agreed upon.
+                        WriterCommand::Closed if shared.queue.ended() == Some(End::HandedOver) => {
+                            self.is_released = true;
+                        }
                         WriterCommand::Closed => {
                             self.is_released = true;
                             let frame = self.end.release(shared.log);
@@ -110,7 +114,7 @@ impl Writer {
                 }
             };
             if !goes_on || self.is_released && self.in_flight.is_empty() {
-                return;
+                return shared.leave(self.durable);
             }
         }
     }

@@ -1,6 +1,6 @@
-//! Handover: a log that one process closes and another continues, with the same lock, which is never free in between.
+//! Handover of a log in files: the lock goes to the other process with its descriptors, and is never free in between.
 //!
-//! Owns: that exactly one of the two writes. Must never know: how descriptors get to another process, or why.
+//! Owns: that exactly one of the two writes. Must never know: how descriptors get to another process.
 
 use std::sync::Arc;
 
@@ -8,33 +8,26 @@ use anyhow::{Context, Result};
 
 use super::catalog::Marks;
 use super::recovery::Known;
-use super::{Before, FileLog, Lock, StandbyLog, position};
-use crate::TransactionLog;
+use super::{Before, FileLog, StandbyLog, position};
+use crate::{HandOver, Handed, TransactionLog};
 
-/// A log that was closed, and is still locked.
-pub struct Handed {
-    pub lock: Lock,
-    /// The end of the log: what the next process must find.
-    pub position: String,
-}
-
-/// A log that can be handed over.
-pub trait HandOver: TransactionLog {
-    /// Closes the log, and keeps the lock. Nothing may be appended from before this call on.
-    fn hand_over(&self) -> Result<Handed>;
-
-    /// Opens the log again. The process that it was handed to must have ended.
-    fn take_back(&self, lock: Lock) -> Result<()>;
-}
+/// Why a log in files is not taken over without its lock.
+pub const NO_LOCK: &str = "the log was handed over without its lock";
 
 impl HandOver for FileLog {
     fn hand_over(&self) -> Result<Handed> {
-        let lock = self.stop()?.context("the log is closed")?;
-        let published = position::read(&*self.disk)?.context("the log has published no position: the disk was full")?;
-        Ok(Handed { lock, position: published.to_string() })
+        let hand_over = || {
+            let lock = self.stop()?.context("the log is closed")?;
+            let published =
+                position::read(&*self.disk)?.context("the log has published no position: the disk was full")?;
+            Ok(Handed { lock: Some(lock), position: published.to_string() })
+        };
+        // It is closed by then.
+        hand_over().inspect_err(|error: &anyhow::Error| self.watermark.latch(format!("{error:#}")))
     }
 
-    fn take_back(&self, lock: Lock) -> Result<()> {
+    fn take_back(&self, handed: Handed) -> Result<()> {
+        let lock = handed.lock.context(NO_LOCK)?;
         lock.announce(&self.options.data, self.options.advertise.as_deref())?;
         let known = Known { log: self.id(), durable: self.watermark.durable(), marks: Marks::new() };
         let before = Before { known: Some(known), watermark: Arc::clone(&self.watermark), ..Before::default() };
@@ -50,7 +43,7 @@ impl HandOver for StandbyLog {
         self.log().filter(|_| self.begun()).context("another process writes the log")?.hand_over()
     }
 
-    fn take_back(&self, lock: Lock) -> Result<()> {
-        self.log().context("another process writes the log")?.take_back(lock)
+    fn take_back(&self, handed: Handed) -> Result<()> {
+        self.log().context("another process writes the log")?.take_back(handed)
     }
 }

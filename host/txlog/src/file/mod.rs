@@ -73,7 +73,6 @@ use arc_swap::{ArcSwap, Guard};
 use kvs_runtime::{Clock, Env, Thread};
 use uuid::Uuid;
 
-pub use self::handover::{HandOver, Handed};
 pub use self::home::Damage;
 pub use self::lock::Lock;
 pub use self::offline::Offline;

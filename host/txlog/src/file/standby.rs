@@ -17,12 +17,15 @@ use uuid::Uuid;
 
 use super::disk::{Directory, Disk, is_shortage};
 use super::follower::Follower;
+use super::handover::NO_LOCK;
 use super::home::{Home, Unsupported};
 use super::lock::{self, Lock, Unusable};
 use super::recovery::Unrecorded;
-use super::{Before, Damage, FileLog, Handed, Options};
+use super::{Before, Damage, FileLog, Options};
 use crate::standby::end_of_log;
-use crate::{AppendError, Condition, Event, Forgotten, History, News, Receive, Standby, TransactionLog, Watermark};
+use crate::{
+    AppendError, Condition, Event, Forgotten, Handed, History, News, Receive, Standby, TransactionLog, Watermark,
+};
 
 /// Polling interval, hence a bound for the staleness of reads, and for the time from the end of the primary to the takeover.
 const LOOK: Duration = Duration::from_millis(20);
@@ -117,12 +120,6 @@ impl StandbyLog {
                 }
             }
         }
-    }
-
-    /// Takes the log over from a primary that has closed it for this process.
-    pub fn receive(&self, handed: Handed) {
-        self.shared.state().handed = Some(handed);
-        self.shared.closing.notify_all();
     }
 
     fn start(&self) -> Result<()> {
@@ -245,6 +242,7 @@ impl Shared {
 
     /// Takes over a log that must end exactly where its primary has closed it.
     fn take_handed(&self, Handed { lock, position }: Handed) -> Result<()> {
+        let lock = lock.context(NO_LOCK)?;
         let as_of = self.clock().now();
         let newest = self.follower.look()?;
         let found = self.follower.position().map(|found| found.to_string());
@@ -421,6 +419,11 @@ impl Standby for StandbyLog {
         self.shared.followed.store(sequence, Ordering::Release);
         self.shared.watermark.advance(sequence);
         self.shared.follower.passed(sequence);
+    }
+
+    fn receive(&self, handed: Handed) {
+        self.shared.state().handed = Some(handed);
+        self.shared.closing.notify_all();
     }
 
     fn begin(&self) -> Result<()> {

@@ -62,7 +62,7 @@ pub async fn run(shared: Arc<Shared>, epoch: i64, mut compacted: u64) {
     let mut kept = 0;
     loop {
         shared.env.clock.sleep(POLL_INTERVAL).await;
-        if shared.queue.ended().is_some() {
+        if shared.queue.ended().is_some() || shared.epoch() != Some(epoch) {
             return;
         }
         let newest = shared.watermark.durable();

@@ -67,7 +67,7 @@ pub struct Look {
     /// The primary is alive: it has a connection, or it sent a heartbeat while it was monitored.
     pub is_alive: bool,
     /// Number of the epoch.
-    epoch: i64,
+    pub epoch: i64,
     /// Time of the last heartbeat.
     seen: String,
     pub holder: String,
@@ -136,8 +136,13 @@ impl Holder {
 #[expect(clippy::disallowed_methods, reason = "no simulation has a database")]
 /// From here on nobody else writes. None when somebody else took the epoch after this look, who must not lose it at once to one
 /// that has not seen it yet, and when the holder was there after all. The connection must not be used after an error. `url` is
-/// announced to standbys.
-pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<Option<Epoch>, Failure> {
+/// announced to standbys. An epoch that was handed over to this process is taken without another number.
+pub async fn take(
+    session: &Session,
+    look: &Look,
+    url: Option<&str>,
+    is_handed: bool,
+) -> Result<Option<Epoch>, Failure> {
     let here = Place::of(session).await?;
     let durable = is_durable(session).await?;
     let is_locked: bool = session.one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.try_get(0)?;
@@ -160,7 +165,7 @@ pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<O
     let moved = identity.place.differs(&here);
     let cause = match moved {
         Some(what) => Some(format!("the {what} differs from that of the last primary")),
-        None if is_held && !(durable && identity.durable.unwrap_or(true)) => {
+        None if is_held && !is_handed && !(durable && identity.durable.unwrap_or(true)) => {
             Some("its primary did not close it, and commits need not survive a power cut".into())
         }
         None => None,
@@ -171,13 +176,26 @@ pub async fn take(session: &Session, look: &Look, url: Option<&str>) -> Result<O
     let place = if moved.is_some() { here } else { here.or(identity.place) };
     Identity { log: Some(log), place, durable: Some(durable) }.write(session).await?;
     let holder = format!("process {}", std::process::id());
-    let take = "UPDATE kvs.writer SET epoch = epoch + 1, taken = epoch + 1, seen = clock_timestamp(), lease = NULL, \
+    let take = "UPDATE kvs.writer SET epoch = epoch + $3, taken = epoch + $3, seen = clock_timestamp(), lease = NULL, \
          holder = $1 || coalesce(' at ' || host(inet_client_addr()), '') || $2 RETURNING epoch, compacted";
     let serving = url.map(|url| format!("{SERVING}{url}")).unwrap_or_default();
-    let row = session.one(take, &[&holder, &serving]).await?;
+    let row = session.one(take, &[&holder, &serving, &i64::from(!is_handed)]).await?;
     let [number, compacted]: [i64; 2] = [row.try_get(0)?, row.try_get(1)?];
     session.run("COMMIT").await?;
     Ok(Some(Epoch { number, last, compacted: compacted.cast_unsigned(), history, log, is_locked }))
+}
+
+/// Makes every commit durable, and takes the next epoch for another process, which is to continue after this last entry. The
+/// connection must not be used after an error.
+pub async fn hand_over(session: &Session, epoch: i64, last: u64) -> Result<i64, Failure> {
+    begin_durable(session).await?;
+    let next = "UPDATE kvs.writer SET epoch = epoch + 1, taken = epoch + 1, seen = clock_timestamp() \
+         WHERE epoch = $1 AND last = $2 RETURNING epoch";
+    let Some(row) = session.at_most_one(next, &[&epoch, &last.cast_signed()]).await? else {
+        return Err(Failure::damaged("another process has written to it".into()));
+    };
+    session.run("COMMIT").await?;
+    Ok(row.try_get(0)?)
 }
 
 /// Begins an incarnation under an epoch, after the last entry. The connection must not be used after an error.

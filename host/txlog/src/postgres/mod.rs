@@ -3,7 +3,7 @@
 //! Owns: the schema `kvs` of one database, and the handling of a remote dependency that can be unavailable. Must never
 //! know: what a key or a value means. Read `schema.sql` first, then `queue` (append), `writer` (commit, once and in order),
 //! `breaker` (outages of the database), `epoch` (fencing), `incarnations` (a log whose end was lost), `standby` (failover),
-//! `lease` (read lease) and `replay` (reads).
+//! `handover` (another process continues), `lease` (read lease) and `replay` (reads).
 //!
 //! # Primary, epoch and fencing
 //!
@@ -43,6 +43,7 @@ pub mod cloud_native_go;
 mod compactor;
 mod conditions;
 mod epoch;
+mod handover;
 mod incarnations;
 mod metrics;
 mod opening;
@@ -58,8 +59,8 @@ mod writer;
 
 use std::future::ready;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -78,6 +79,7 @@ use self::batch::Columns;
 use self::compactor::CompactionParams;
 use self::conditions::Conditions;
 use self::epoch::Epoch;
+use self::handover::Position;
 use self::metrics::Metrics;
 use self::opening::{Holding, Opened};
 use self::session::{Failure, Session};
@@ -133,7 +135,8 @@ pub struct PostgresLog {
 struct Running {
     /// Separate runtime, so that tasks of another one can wait for it.
     runtime: Runtime,
-    writer: Task,
+    /// None while the log is handed over.
+    writer: Option<Task>,
 }
 
 /// State shared by the tasks of one log.
@@ -143,8 +146,10 @@ struct Shared {
     conditions: Conditions,
     /// URL announced to standbys.
     url: Option<String>,
-    /// The epoch of this process, once it took one.
-    epoch: OnceLock<i64>,
+    /// The newest epoch that this process took; 0 before the first.
+    epoch: AtomicI64,
+    /// What another process has handed over to this one.
+    handed: watch::Sender<Option<Position>>,
     /// UUID of the log; nil where no version that knows incarnations has written it.
     log: Uuid,
     news: watch::Sender<News>,
@@ -191,7 +196,7 @@ impl PostgresLog {
         let Opened { session, append, holding, schema } = opened;
         let (epoch, log, history, retained, news) = match &holding {
             Holding::Ours(epoch) => (
-                OnceLock::from(epoch.number),
+                epoch.number,
                 epoch.log,
                 epoch.history.clone(),
                 epoch.compacted,
@@ -201,7 +206,7 @@ impl PostgresLog {
                 let (holder, primary) = (Some(look.holder.clone()), look.primary.clone());
                 let news = News { newest: look.newest, holder, primary, as_of };
                 // Known from the first replay on.
-                (OnceLock::new(), log.unwrap_or_default(), history.clone(), u64::MAX, news)
+                (0, log.unwrap_or_default(), history.clone(), u64::MAX, news)
             }
         };
         let shared = Arc::new(Shared {
@@ -209,7 +214,8 @@ impl PostgresLog {
             timeout,
             conditions,
             url,
-            epoch,
+            epoch: AtomicI64::new(epoch),
+            handed: watch::Sender::new(None),
             log,
             history: RwLock::new(Arc::new(history)),
             queue: Queue::new(news.newest, group_bytes, BATCH_BYTES, env.clock.clone()),
@@ -235,7 +241,7 @@ impl PostgresLog {
             }
         };
         let handle = runtime.handle().clone();
-        Ok(Self { shared, handle, schema, running: Mutex::new(Some(Running { runtime, writer })) })
+        Ok(Self { shared, handle, schema, running: Mutex::new(Some(Running { runtime, writer: Some(writer) })) })
     }
 
     /// The log of a database that nobody serves from.
@@ -259,7 +265,7 @@ impl PostgresLog {
     /// Begins an incarnation after the last entry, for a copy that cannot be recognized as one. No append may run
     /// concurrently.
     pub fn fork(&self) -> Result<Incarnation> {
-        let epoch = *self.shared.epoch.get().context("another process writes it")?;
+        let epoch = self.shared.epoch().context("another process writes it")?;
         let last = self.appended();
         ensure!(self.shared.watermark.durable() == last, "appended entries are not committed yet");
         let forking = async { epoch::fork(&self.shared.connect_to_write().await?, epoch, last).await };
@@ -270,9 +276,13 @@ impl PostgresLog {
         Ok(incarnation)
     }
 
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Drops every entry that can be dropped, and returns the number of remaining ones.
     pub fn compact(&self) -> Result<u64> {
-        let epoch = *self.shared.epoch.get().context("another process writes it")?;
+        let epoch = self.shared.epoch().context("another process writes it")?;
         let newest = self.shared.watermark.durable();
         let params = CompactionParams { idle_ratio: 0, grace: Duration::ZERO, retain: Duration::ZERO };
         self.handle.block_on(compactor::compact(&self.shared, epoch, newest, params))
@@ -369,37 +379,21 @@ impl TransactionLog for PostgresLog {
     }
 
     fn close(&self) -> Result<()> {
-        let Some(running) = self.running.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(running) = self.running().take() else { return Ok(()) };
         self.shared.queue.end(End::Closed);
         // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, writer } = running;
         let failed = Arc::clone(&self.shared);
         let close = move || {
-            runtime.block_on(writer.ended());
+            if let Some(writer) = writer {
+                runtime.block_on(writer.ended());
+            }
             runtime.shutdown_background();
             Ok(())
         };
         let closing = self.shared.env.tasks.fail_thread("log closing", close, move |error| failed.fail(error));
         closing.context("no thread to close the log")?.join();
         self.shared.watermark.failure().map_or(Ok(()), |reason| bail!("{reason}"))
-    }
-}
-
-impl Standby for PostgresLog {
-    fn news(&self) -> watch::Receiver<News> {
-        self.shared.news.subscribe()
-    }
-
-    fn follow(&self, sequence: u64) {
-        self.shared.queue.follow(sequence);
-        self.shared.watermark.advance(sequence);
-    }
-
-    fn begin(&self) -> Result<()> {
-        self.shared.begin();
-        *self.shared.idle() = None;
-        info!("promoted to primary, accepting writes after sequence {}", self.appended());
-        Ok(())
     }
 }
 
@@ -435,6 +429,15 @@ impl Shared {
     /// Makes the queue accept appends after the entries of the log.
     fn begin(&self) {
         self.queue.begin(self.history().next(self.queue.appended()));
+    }
+
+    /// The epoch of this process.
+    fn epoch(&self) -> Option<i64> {
+        Some(self.epoch.load(Ordering::Acquire)).filter(|epoch| *epoch > 0)
+    }
+
+    fn set_epoch(&self, epoch: i64) {
+        self.epoch.store(epoch, Ordering::Release);
     }
 
     fn history(&self) -> Arc<History> {

@@ -104,7 +104,8 @@ async fn begin(session: Session, manner: Manner, url: Option<&str>, clock: &Cloc
     let holding = loop {
         let look = holder.look(&session).await?;
         if look.is_free {
-            let taken = epoch::take(&session, &look, url).await.context("the epoch cannot be taken from kvs.writer")?;
+            let taken =
+                epoch::take(&session, &look, url, false).await.context("the epoch cannot be taken from kvs.writer")?;
             match taken {
                 Some(epoch) => break Holding::Ours(epoch),
                 None => continue,

@@ -62,7 +62,7 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let until = last.min(until.cast_signed());
     // Entries of another primary must not be served here, and its compaction is not known.
-    ensure!(shared.epoch.get().is_none_or(|own| *own == epoch), "another process is primary");
+    ensure!(shared.epoch().is_none_or(|own| own == epoch), "another process is primary");
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     // A delete that was dropped after an earlier part was handed over, in another snapshot, is missing too.
     ensure!(*position == 0 || newest <= *position, Forgotten { after: *position, newest });

@@ -34,7 +34,7 @@ impl PostgresLog {
         let Restoration { log, ref history, last, incarnation, replay } = *restoration;
         ensure!(self.appended() == 0 && self.history().incarnations().is_empty(), schema::NOT_EMPTY);
         let Self { handle, shared, .. } = self;
-        let number = *shared.epoch.get().context("another process writes it")?;
+        let number = shared.epoch().context("another process writes it")?;
         let session = handle.block_on(async {
             let session = shared.connect_to_write().await?;
             epoch::begin_durable(&session).await?;
@@ -60,7 +60,9 @@ impl PostgresLog {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Running { runtime, writer } = running.context("the log is closed")?;
         shared.queue.end(End::Closed);
-        runtime.block_on(writer.ended());
+        if let Some(writer) = writer {
+            runtime.block_on(writer.ended());
+        }
         runtime.block_on(async {
             for incarnation in history.incarnations() {
                 incarnations::record(&session, incarnation, "it was in the backup").await?;

@@ -22,7 +22,7 @@ use super::Shared;
 use super::batch::Columns;
 use super::epoch::{self, Epoch};
 use super::session::{Failure, Kind, Session};
-use crate::remote::queue::{Batch, WriterCommand};
+use crate::remote::queue::{Batch, End, WriterCommand};
 
 /// Number of heartbeats per lease, with a standby.
 const HEARTBEATS: u32 = 4;
@@ -107,6 +107,10 @@ impl Writer {
                     if !self.claim(&shared).await {
                         return;
                     }
+                }
+                WriterCommand::Closed if shared.queue.ended() == Some(End::HandedOver) => {
+                    *shared.idle() = self.connection.map(|connection| connection.session);
+                    return;
                 }
                 WriterCommand::Closed => {
                     // On failure the epoch expires.

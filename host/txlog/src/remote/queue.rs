@@ -74,6 +74,8 @@ pub enum End {
     Failed,
     /// Another process is primary.
     ReadOnly,
+    /// Closed for another process. The only end that is not final.
+    HandedOver,
 }
 
 /// Next step of the writer.
@@ -126,6 +128,8 @@ impl<C: Content> Queue<C> {
         let mut state = self.lock();
         state.begun = true;
         state.next = next;
+        // It was taken back.
+        state.end.take_if(|end| *end == End::HandedOver);
     }
 
     pub fn append(&self, breaker: &Breaker, time: u64, events: &[Event]) -> Result<u64, AppendError> {
@@ -240,11 +244,13 @@ impl<C: Content> Queue<C> {
         self.lock().full = is_full;
     }
 
-    /// Rejects appends from now on. Queued batches are still written if it is closed, and dropped otherwise.
+    /// Rejects appends from now on. Queued batches are still written if it is closed or handed over, and dropped otherwise.
     pub fn end(&self, end: End) {
         let mut state = self.lock();
-        state.end.get_or_insert(end);
-        if end != End::Closed {
+        if state.end.is_none_or(|known| known == End::HandedOver) {
+            state.end = Some(end);
+        }
+        if !matches!(end, End::Closed | End::HandedOver) {
             state.batches.clear();
         }
         drop(state);
@@ -443,12 +449,14 @@ mod tests {
 
     #[test]
     fn ended_queue_rejects_appends_as_unavailable() {
-        for end in [End::Closed, End::Failed, End::ReadOnly] {
+        for end in [End::Closed, End::Failed, End::ReadOnly, End::HandedOver] {
             let queue = queue(0, 1 << 20);
             queue.begin(1);
             queue.end(end);
             let refused = queue.append(&Breaker::new("database", Clock::system()), 0, &[Event::Delete("a".into())]);
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
+            queue.begin(2);
+            assert_eq!(append_bytes(&queue, 100).ok(), (end == End::HandedOver).then_some(2), "{end:?}");
         }
     }
 }

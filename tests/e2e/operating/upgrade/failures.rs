@@ -4,6 +4,23 @@ use super::*;
 use crate::support::guests::{DEFAULT_GUEST, copy_of};
 use crate::support::server::refused;
 
+/// Upgrades to processes that end or hang at a step.
+pub fn fail_at_each_step(server: &Upgraded, programs: &TempDir) {
+    let kvs = kvs_tests::binary();
+    for (step, expected) in [
+        ("kill:start", "it ended before it reported \"ready\""),
+        ("kill:ready", "it ended before it reported \"ready\""),
+        ("kill:log", "it ended before it reported \"serving\""),
+        ("kill:promoted", "it ended before it reported \"serving\""),
+        ("stop:log", "it did not report \"serving\" within 10s"),
+        ("stop:promoted", "it did not report \"serving\" within 10s"),
+    ] {
+        let binary = program(programs, "failing", &format!("UPGRADE_FAILPOINT={step} exec {kvs} \"$@\""));
+        let failed = server.fails(&binary);
+        assert!(failed.contains(expected), "{step}: {failed}");
+    }
+}
+
 #[test]
 fn failure_of_new_process_at_each_step_leaves_old_serving() {
     of_files!();
@@ -11,18 +28,7 @@ fn failure_of_new_process_at_each_step_leaves_old_serving() {
     let kvs = kvs_tests::binary();
     let server = Upgraded::start(&SMALL_SEGMENTS);
     under_load(&server, &Way::default(), true, || {
-        for (step, expected) in [
-            ("kill:start", "it ended before it reported \"ready\""),
-            ("kill:ready", "it ended before it reported \"ready\""),
-            ("kill:log", "it ended before it reported \"serving\""),
-            ("kill:promoted", "it ended before it reported \"serving\""),
-            ("stop:log", "it did not report \"serving\" within 10s"),
-            ("stop:promoted", "it did not report \"serving\" within 10s"),
-        ] {
-            let binary = program(&programs, "failing", &format!("UPGRADE_FAILPOINT={step} exec {kvs} \"$@\""));
-            let failed = server.fails(&binary);
-            assert!(failed.contains(expected), "{step}: {failed}");
-        }
+        fail_at_each_step(&server, &programs);
         let hanging = program(&programs, "hanging", &format!("UPGRADE_FAILPOINT=stop:start exec {kvs} \"$@\""));
         let failed = server.fails_with(&["--timeout", "1s", "--binary", hanging.to_str().expect("a path is text")]);
         assert!(failed.contains("it did not report \"ready\" within 1s"), "{failed}");
@@ -53,7 +59,7 @@ fn old_process_of_another_version_is_rejected() {
 }
 
 /// A program that stops itself at this step, and the file with its number.
-fn stopping_at(step: &str, programs: &TempDir) -> (String, PathBuf) {
+pub fn stopping_at(step: &str, programs: &TempDir) -> (String, PathBuf) {
     let (kvs, pid_file) = (kvs_tests::binary(), programs.path().join("pid"));
     let script = format!("echo $$ > {}; UPGRADE_FAILPOINT=stop:{step} exec {kvs} \"$@\"", pid_file.display());
     let binary = program(programs, "stopping", &script);
@@ -61,7 +67,7 @@ fn stopping_at(step: &str, programs: &TempDir) -> (String, PathBuf) {
 }
 
 /// Waits until that program has stopped itself.
-fn await_stopped(pid_file: &Path) -> i32 {
+pub fn await_stopped(pid_file: &Path) -> i32 {
     let process = await_some("the new process", || fs::read_to_string(pid_file).ok()?.trim().parse().ok());
     await_stop(process);
     process

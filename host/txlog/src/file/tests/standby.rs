@@ -15,8 +15,8 @@ use crate::file::compact::{self, CompactionParams};
 use crate::file::disk::File;
 use crate::file::position::{self, Position};
 use crate::file::segment::Numbers;
-use crate::file::{HandOver, Handed, Lock, StandbyLog, preallocate};
-use crate::{Condition, Standby};
+use crate::file::{Lock, StandbyLog, preallocate};
+use crate::{Condition, HandOver, Handed, Standby};
 
 /// A primary without threads.
 pub struct Primary {
@@ -249,9 +249,11 @@ fn standby_without_primary_is_the_primary() {
     assert!(!is_primary(&standby));
 }
 
-/// Duplicates a lock, as another process gets it.
-fn passed(lock: &Lock) -> Lock {
-    Lock::from_descriptors(lock.descriptors().map(|descriptor| descriptor.try_clone_to_owned().unwrap()))
+/// Duplicates the descriptors of a lock, as another process gets them.
+fn passed(handed: &Handed) -> Handed {
+    let descriptors = handed.lock.as_ref().unwrap().descriptors();
+    let lock = Lock::from_descriptors(descriptors.map(|descriptor| descriptor.try_clone_to_owned().unwrap()));
+    Handed { lock: Some(lock), position: handed.position.clone() }
 }
 
 #[test]
@@ -261,10 +263,10 @@ fn log_is_handed_over_and_its_lock_is_never_free() {
     committed(&primary, "before");
     let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
     let other = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
-    let Handed { lock, position } = primary.hand_over().unwrap();
+    let handed = primary.hand_over().unwrap();
     assert!(primary.append(1, &[put("key", &[])]).is_err());
-    next.receive(Handed { lock: passed(&lock), position });
-    drop(lock);
+    next.receive(passed(&handed));
+    drop(handed);
     eventually(|| next.news().borrow().holder.is_none());
     take_in(&next);
     next.begin().unwrap();
@@ -285,19 +287,19 @@ fn log_is_taken_back_with_what_another_process_appended() {
     let directory = tempfile::tempdir().unwrap();
     let primary = FileLog::open(on(directory.path())).unwrap();
     committed(&primary, "before");
-    let Handed { lock, .. } = primary.hand_over().unwrap();
-    primary.take_back(passed(&lock)).unwrap();
+    let handed = primary.hand_over().unwrap();
+    primary.take_back(passed(&handed)).unwrap();
     assert_eq!(committed(&primary, "kept"), 2);
 
     let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
-    let Handed { lock, position } = primary.hand_over().unwrap();
-    next.receive(Handed { lock: passed(&lock), position });
+    let handed = primary.hand_over().unwrap();
+    next.receive(passed(&handed));
     eventually(|| next.news().borrow().holder.is_none());
     take_in(&next);
     next.begin().unwrap();
     assert_eq!(committed(&next, "by the next"), 3);
     drop(next);
-    primary.take_back(lock).unwrap();
+    primary.take_back(handed).unwrap();
     assert_eq!((primary.appended(), primary.watermark().durable()), (3, 3));
     assert_eq!(committed(&primary, "last"), 4);
     assert_eq!(replayed(&primary).len(), 4);
@@ -309,13 +311,14 @@ fn log_that_ends_elsewhere_is_not_taken_over() {
     let primary = FileLog::open(on(directory.path())).unwrap();
     committed(&primary, "before");
     let next = StandbyLog::open(on(directory.path()), |_| ()).unwrap();
-    let Handed { lock, position } = primary.hand_over().unwrap();
-    next.receive(Handed { lock: passed(&lock), position: position.replace("sequence 1 ", "sequence 2 ") });
+    let handed = primary.hand_over().unwrap();
+    let position = handed.position.replace("sequence 1 ", "sequence 2 ");
+    next.receive(Handed { position, ..passed(&handed) });
     eventually(|| next.watermark().failure().is_some());
     let reason = next.watermark().failure().unwrap();
     assert!(reason.contains("the log was handed over at sequence 2 of "), "{reason}");
     drop(next);
-    primary.take_back(lock).unwrap();
+    primary.take_back(handed).unwrap();
     assert_eq!(committed(&primary, "kept"), 2);
 }
 
