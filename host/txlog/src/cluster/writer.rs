@@ -100,7 +100,7 @@ impl Writer {
                         }
                         WriterCommand::Idle if self.in_flight.is_empty() => self.heartbeat(shared),
                         WriterCommand::Idle => {}
-                        // Whoever may claim it is agreed upon.
+                        // The next process has the id with which to claim it.
                         WriterCommand::Closed if shared.queue.ended() == Some(End::HandedOver) => {
                             self.is_released = true;
                         }
