@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram as StdDatagram;
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -10,6 +11,8 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
 
 /// Maximum size of a message, and of the number of its descriptors.
 const MESSAGE_BYTES: usize = 2 << 10;
@@ -52,6 +55,20 @@ impl Channel {
     /// Waits for a message, at most this long. None when the other end is closed, which is so when its process has ended.
     pub fn receive(&self, timeout: Option<Duration>) -> io::Result<Option<Message>> {
         set_socket_timeout(&self.0, Timeout::Recv, timeout)?;
+        self.take()
+    }
+
+    /// As `receive`, without a limit and without a thread: those for blocking work may all be reading the log, for watches that
+    /// the last upgrade has ended.
+    pub async fn received(&self) -> io::Result<Option<Message>> {
+        let socket = StdDatagram::from(self.0.try_clone()?);
+        socket.set_nonblocking(true)?;
+        // Whatever kind of socket it is: only whether there is something to read is asked for.
+        let socket = UnixDatagram::from_std(socket)?;
+        socket.async_io(Interest::READABLE, || self.take()).await
+    }
+
+    fn take(&self) -> io::Result<Option<Message>> {
         let mut bytes = [0; MESSAGE_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::env;
-use std::io::ErrorKind;
 use std::net::TcpListener as StdListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -197,7 +196,6 @@ impl Upgrader {
         let no_spares = self.shards.make_room(memory::size()).await?;
 
         let (channel, theirs) = Channel::pair()?;
-        let channel = Arc::new(channel);
         let mut new = NewProcess::start(binary, theirs)?;
         let process = new.0.id();
         info!(process, binary = %binary.display(), "upgrade: the new process is started");
@@ -234,7 +232,7 @@ impl Upgrader {
     }
 
     /// Gives the new process the listeners, and waits until it has caught up with the log.
-    async fn is_ready(&self, channel: &Arc<Channel>, timeout: Duration) -> Result<()> {
+    async fn is_ready(&self, channel: &Channel, timeout: Duration) -> Result<()> {
         let Listeners { http, admin, control, when_primary } = &self.listeners;
         let http: Option<Vec<_>> = http.iter().map(Weak::upgrade).collect();
         let http = http.context("this server is stopping")?;
@@ -255,12 +253,7 @@ impl Upgrader {
 
     /// Stops making calls, closes the log, and waits until the new process serves. An error leaves this process serving, unless
     /// its log has failed.
-    async fn switch(
-        &self,
-        log: &dyn HandOver,
-        channel: &Arc<Channel>,
-        new: &mut NewProcess,
-    ) -> Result<(Paused, Successor)> {
+    async fn switch(&self, log: &dyn HandOver, channel: &Channel, new: &mut NewProcess) -> Result<(Paused, Successor)> {
         let (ours, theirs) = UnixStream::pair()?;
         let successor = Successor::connect(ours, &self.env().tasks).await?;
         let begun = self.env().clock.now();
@@ -327,31 +320,47 @@ fn fail(log: &dyn HandOver, done: &str, error: Error) -> Error {
 }
 
 /// Whether nobody has the other end of the channel any more.
-async fn is_closed(channel: &Arc<Channel>) -> bool {
-    let channel = Arc::clone(channel);
-    let closed = task::spawn_blocking(move || {
-        loop {
-            match channel.receive(Some(END_TIMEOUT)) {
-                Ok(Some(_)) => {}
-                Ok(None) => break true,
-                Err(_) => break false,
-            }
+async fn is_closed(channel: &Channel) -> bool {
+    loop {
+        match timeout(END_TIMEOUT, channel.received()).await {
+            Ok(Ok(Some(_))) => {}
+            Ok(Ok(None)) => return true,
+            Ok(Err(_)) | Err(_) => return false,
         }
-    });
-    closed.await.unwrap_or(false)
+    }
 }
 
 /// Waits for a message of the new process.
-async fn expect(channel: &Arc<Channel>, expected: &'static str, timeout: Duration) -> Result<()> {
-    let channel = Arc::clone(channel);
-    let message = task::spawn_blocking(move || channel.receive(Some(timeout))).await?;
-    match message {
-        Ok(Some(Message { text, .. })) if text == expected => Ok(()),
-        Ok(Some(Message { text, .. })) => bail!("it reports {text:?} in place of {expected:?}"),
-        Ok(None) => bail!("it ended before it reported {expected:?}; its log lines have the reason"),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            bail!("it did not report {expected:?} within {timeout:.0?}")
-        }
-        Err(error) => Err(error.into()),
+async fn expect(channel: &Channel, expected: &str, time: Duration) -> Result<()> {
+    let Ok(received) = timeout(time, channel.received()).await else {
+        bail!("it did not report {expected:?} within {time:.0?}");
+    };
+    match received? {
+        Some(Message { text, .. }) if text == expected => Ok(()),
+        Some(Message { text, .. }) => bail!("it reports {text:?} in place of {expected:?}"),
+        None => bail!("it ended before it reported {expected:?}; its log lines have the reason"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tokio::runtime::Builder;
+
+    use super::*;
+
+    #[test]
+    fn message_is_received_while_all_blocking_threads_are_busy() {
+        let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let (ours, theirs) = Channel::pair().unwrap();
+        let (end, ended) = mpsc::channel::<()>();
+        let busy = runtime.spawn_blocking(move || ended.recv());
+        Channel::new(theirs).send(SERVING, &[]).unwrap();
+        runtime.block_on(expect(&ours, SERVING, Duration::from_secs(10))).unwrap();
+        let error = runtime.block_on(expect(&ours, SERVING, Duration::from_secs(10))).unwrap_err();
+        assert!(error.to_string().starts_with("it ended before"), "{error:#}");
+        drop(end);
+        runtime.block_on(busy).unwrap().unwrap_err();
     }
 }

@@ -4,7 +4,6 @@ use std::env;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,7 +11,6 @@ use kvs_txlog::Handed;
 use kvs_txlog::file::Lock;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Signal, getpid, getuid, kill_process};
-use tokio::task;
 use tracing::info;
 
 use super::channel::{Channel, Message};
@@ -31,7 +29,7 @@ const FAILPOINT: &str = "UPGRADE_FAILPOINT";
 
 /// The listeners of the old process, and the channel to it.
 pub struct Inherited {
-    channel: Arc<Channel>,
+    channel: Channel,
     /// Those of `--listen`, in their order.
     pub http: Vec<Listener>,
     pub admin: Option<Listener>,
@@ -57,8 +55,7 @@ impl Inherited {
         let Some(names) = text.strip_prefix(PROTOCOL) else {
             bail!("{from} is of another version: it begins with {text:?}, not with {PROTOCOL:?}; restart it instead");
         };
-        let mut inherited =
-            Self { channel: Arc::new(channel), http: Vec::new(), admin: None, control: None, when_primary: None };
+        let mut inherited = Self { channel, http: Vec::new(), admin: None, control: None, when_primary: None };
         let listener = Listener::from_descriptor;
         for (name, descriptor) in names.split_whitespace().zip(descriptors) {
             match name {
@@ -79,9 +76,8 @@ impl Inherited {
         followed.caught_up(FEW).await;
         fail_at("ready");
         self.channel.send(READY, &[]).context("cannot report to the server that is to be upgraded")?;
-        let channel = Arc::clone(&self.channel);
-        let message = task::spawn_blocking(move || channel.receive(None)).await?;
-        let Some(Message { text, mut descriptors }) = message.context("cannot receive the log")? else {
+        let message = self.channel.received().await.context("cannot receive the log")?;
+        let Some(Message { text, mut descriptors }) = message else {
             info!("the server that was to be upgraded has ended");
             followed.promoted().await;
             return Ok(None);
