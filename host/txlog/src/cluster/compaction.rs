@@ -25,6 +25,7 @@ use super::reader::{Failure, Read};
 use super::snapshot::Scan;
 use crate::file::entry;
 use crate::file::packer::Packer;
+use crate::remote::queue::End;
 
 /// Minimum growth of the log between two runs.
 pub const MIN_BYTES: u64 = 64 << 20;
@@ -69,11 +70,12 @@ pub(super) enum Manner {
 /// Compaction task: compacts whenever a run is due, as long as this process is primary.
 pub(super) async fn run(shared: Arc<Shared>) -> Result<()> {
     let (mut before, mut snapshot) = (0, 0);
-    while shared.queue.ended().is_none() {
+    // A process that handed the log over may get it back.
+    while matches!(shared.queue.ended(), None | Some(End::HandedOver)) {
         shared.env.clock.sleep(POLL_INTERVAL).await;
         let bytes = shared.bytes();
         before = bytes.min(before);
-        if !shared.queue.begun() || bytes - before < shared.compaction_bytes.max(snapshot) {
+        if !shared.queue.begun() || shared.queue.ended().is_some() || bytes - before < shared.compaction_bytes.max(snapshot) {
             continue;
         }
         match compact(&shared, Manner::Server).await {

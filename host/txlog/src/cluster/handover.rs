@@ -109,7 +109,7 @@ async fn take_back(shared: &Arc<Shared>, handed: Position) -> Result<Task> {
                 clock.sleep(RETRY_DELAY).await;
                 reason
             }
-            Err(failure @ (Failure::Gone(_) | Failure::Damaged(_))) => {
+            Err(failure @ (Failure::Gone(_) | Failure::Damaged(_) | Failure::Dropped(_))) => {
                 let error = failure.into();
                 shared.fail(&error);
                 return Err(error);

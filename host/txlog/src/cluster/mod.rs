@@ -25,6 +25,7 @@
 //! The newest frame that was durable is noted in the data directory, so that a log that has lost its end is not continued.
 
 pub mod compaction;
+mod condition;
 pub mod engine;
 mod follower;
 mod frame;
@@ -438,58 +439,8 @@ impl Shared {
         }
     }
 
-    fn reads_refused(&self) -> Option<&'static str> {
-        if self.queue.ended() == Some(End::ReadOnly) {
-            Some("another server took the log over from this one, and answers reads")
-        } else if self.lease.is_over() {
-            Some(
-                "another server may have taken the log over from this one: the engine of the log does not answer in time",
-            )
-        } else {
-            None
-        }
-    }
-
-    fn condition(&self) -> Condition {
-        if self.queue.ended() == Some(End::ReadOnly) {
-            return Condition::Unfit("read-only: another process is primary".into());
-        }
-        if let Some(reason) = self.watermark.failure() {
-            return Condition::Unfit(format!("failed: {reason}"));
-        }
-        if let Some(reason) = self.reads_refused() {
-            return Condition::Unfit(format!("reads are refused: {reason}"));
-        }
-        let damage = self.damage();
-        let begun = self.queue.begun();
-        if let Some(damage) = damage.as_ref().filter(|_| !begun) {
-            return Condition::Unfit(format!("damaged: {damage}"));
-        }
-        let mut conditions = self.engine.warnings();
-        conditions.extend(damage.map(|damage| format!("damaged: {damage}")));
-        conditions.extend(self.replica_damage().map(|damage| format!("damaged in a replica: {damage}")));
-        let compaction = self.compaction_failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        conditions.extend(compaction.map(|reason| format!("compaction fails and the log keeps growing: {reason}")));
-        if !begun {
-            let News { newest, holder, .. } = &*self.news.borrow();
-            let behind = self.restored().history.entries(self.queue.appended(), *newest);
-            conditions.push(match holder {
-                Some(holder) => format!("standby of {holder}, replication lag {behind} entries"),
-                None => format!("failover in progress, replication lag {behind} entries"),
-            });
-        }
-        // Not unfit: reads are still served, and all servers would be taken out of service at once.
-        conditions
-            .extend(self.breaker.reason().map(|reason| format!("engine unavailable, rejecting writes: {reason}")));
-        if conditions.is_empty() { Condition::Well } else { Condition::But(conditions.join("; ")) }
-    }
-
     fn restored(&self) -> Restored {
         self.restored.get().cloned().unwrap_or_default()
-    }
-
-    fn set_compaction_failure(&self, reason: Option<String>) {
-        *self.compaction_failure.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
     fn fail(&self, error: &anyhow::Error) {
