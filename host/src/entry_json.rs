@@ -8,8 +8,7 @@ use kvs_txlog::{Entry, EventRef};
 
 /// Formats an entry as JSON, with its sequence as text: the numbers of some readers end at 2^53.
 pub fn print(entry: &Entry<'_>, line: &mut String) {
-    let sequence = entry.sequence.to_string();
-    let time = entry.time;
+    let (sequence, time) = (entry.sequence.to_string(), entry.time);
     let value = match &entry.event {
         EventRef::Delete(key) => {
             serde_json::json!({ "sequence": sequence, "time": time, "type": "delete", "key": key })

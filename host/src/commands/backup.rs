@@ -7,12 +7,12 @@ use std::process;
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
-use kvs_client::ApiRequest;
+use kvs_client::{ApiRequest, Output};
 use kvs_txlog::backup::{Reader, Trailer};
 use kvs_txlog::file::disk::sync_directory;
 use serde_json::{Value, json};
 
-use super::client::{AdminArgs, READ_TIMEOUT};
+use super::client::{AdminArgs, OutputArgs, READ_TIMEOUT};
 use crate::admin::ENTRIES_HEADER;
 use crate::lines::notice;
 use crate::terminal::{bar, bar_beside_output};
@@ -20,20 +20,19 @@ use crate::terminal::{bar, bar_beside_output};
 #[derive(Debug, clap::Args)]
 pub struct Backup {
     /// File to write; - is standard output. It appears when the backup is complete, in place of an older one
-    #[arg(short, long, value_name = "FILE", required_unless_present = "verify")]
-    output: Option<PathBuf>,
+    #[arg(short = 'o', long, value_name = "FILE", required_unless_present = "verify")]
+    to: Option<PathBuf>,
 
     /// Only the entries after this sequence, with which the backup before ended
     #[arg(long, value_name = "SEQUENCE", default_value_t = 0)]
     since: u64,
 
     /// Check every byte of this backup, and print what is in it; exit code 1 if it is corrupted
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "since"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["to", "since"])]
     verify: Option<PathBuf>,
 
-    /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 
     #[command(flatten)]
     admin: AdminArgs,
@@ -41,9 +40,9 @@ pub struct Backup {
 
 pub fn run(args: &Backup) -> Result<()> {
     if let Some(file) = &args.verify {
-        return verify(file, args.json);
+        return verify(file, args.output.output());
     }
-    let file = args.output.as_deref().unwrap_or(Path::new("-"));
+    let file = args.to.as_deref().unwrap_or(Path::new("-"));
     if file.as_os_str() == "-" {
         let mut out = io::stdout().lock();
         let trailer = receive(args, &mut out, bar_beside_output).context("no backup on standard output")?;
@@ -53,12 +52,9 @@ pub fn run(args: &Backup) -> Result<()> {
     }
     let trailer = receive_file(args, file)?;
     notice(summary(&trailer, args.since));
-    if args.json {
-        writeln!(io::stdout(), "{}", object(&trailer, args.since))?;
-    } else {
-        // For scripts: the next incremental backup begins here.
-        writeln!(io::stdout(), "{}", trailer.sequence)?;
-    }
+    // For scripts: the next incremental backup begins here.
+    let next = trailer.sequence.to_string();
+    args.output.output().print(Some(&next), || object(&trailer, args.since), &mut io::stdout())?;
     Ok(())
 }
 
@@ -124,7 +120,7 @@ impl<R: Read> Read for Tee<'_, R> {
     }
 }
 
-fn verify(file: &Path, json: bool) -> Result<()> {
+fn verify(file: &Path, output: Output) -> Result<()> {
     let context = || format!("cannot use {}", file.display());
     let opened = File::open(file).with_context(context)?;
     let bar = bar(opened.metadata().map_or(0, |metadata| metadata.len()), "bytes checked");
@@ -133,7 +129,7 @@ fn verify(file: &Path, json: bool) -> Result<()> {
     bar.finish_and_clear();
     let mut out = io::stdout().lock();
     let header = reader.header();
-    if json {
+    if output == Output::Json {
         let mut object = object(&trailer, header.since);
         object["log"] = header.log.to_string().into();
         writeln!(out, "{object}")?;

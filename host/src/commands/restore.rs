@@ -1,17 +1,20 @@
 //! `kvs restore`: makes a log out of backups.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use kvs_runtime::Env;
+use kvs_txlog::Incarnation;
 use kvs_txlog::backup::{Until, check};
 #[cfg(feature = "nats")]
 use kvs_txlog::cluster::nats;
 use kvs_txlog::file;
 use kvs_txlog::postgres::PostgresLog;
+use serde_json::json;
 
+use super::client::OutputArgs;
 use super::txlog::StorageArgs;
 use crate::audit::{self, Actor};
 use crate::lines::notice;
@@ -32,6 +35,9 @@ pub struct Restore {
 
     #[command(flatten)]
     to: StorageArgs,
+
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 pub fn run(args: &Restore) -> Result<()> {
@@ -44,16 +50,30 @@ pub fn run(args: &Restore) -> Result<()> {
     };
     let restored = restore(args);
     let outcome = match &restored {
-        Ok(last) => format!("success, up to sequence {last}"),
+        Ok(Restored { last, .. }) => format!("success, up to sequence {last}"),
         Err(error) => format!("{error:#}"),
     };
     audit::log(&Actor::user(), "restore", object, outcome);
-    restored.map(drop)
+    let Restored { last, incarnation } = restored?;
+    let object = || {
+        json!({
+            "sequence": last.to_string(), "incarnation": incarnation.id.to_string(), "first": incarnation.first.to_string(),
+        })
+    };
+    args.output.output().print(None, object, &mut io::stdout())?;
+    Ok(())
 }
 
-/// Returns the last restored sequence.
-fn restore(args: &Restore) -> Result<u64> {
-    let Restore { files, until, to } = args;
+/// A log made out of backups.
+struct Restored {
+    /// The last restored sequence.
+    last: u64,
+    /// The incarnation that the log continues as.
+    incarnation: Incarnation,
+}
+
+fn restore(args: &Restore) -> Result<Restored> {
+    let Restore { files, until, to, output: _ } = args;
     if let TxlogStorage::File = &to.txlog {
         file::check_empty(&to.data_dir)?;
     }
@@ -78,7 +98,7 @@ fn restore(args: &Restore) -> Result<u64> {
             "restored up to sequence {last}; the log continues as incarnation {} with {}",
             incarnation.id, incarnation.first
         ));
-        Ok(last)
+        Ok(Restored { last, incarnation })
     })
 }
 

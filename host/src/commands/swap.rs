@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::client::AdminArgs;
+use super::client::{AdminArgs, OutputArgs};
 use super::health::READ_TIMEOUT;
 use crate::guest::read_component;
 use crate::parse;
-use kvs_client::{ApiRequest, ClientError, Server};
+use kvs_client::{ApiRequest, ClientError, Output, Server};
 use kvs_runtime::Env;
 
 /// Interval of the progress display.
@@ -43,6 +43,9 @@ pub struct Swap {
     /// Number of requests that may differ; with more, the component does not serve
     #[arg(long, value_name = "COUNT", default_value_t = 0, requires = "shadow")]
     max_differences: u64,
+
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl Swap {
@@ -93,7 +96,11 @@ pub fn run(args: &Swap) -> Result<()> {
             // With another status, the last swap is not this one.
             let is_unfit = matches!(refused, ClientError::Status { status: 422, .. });
             if is_unfit && let Some(status) = args.shadow.and_then(|_| status(&watched)) {
-                print_shadow(&status["last_swap"]["shadow"])?;
+                let shadow = &status["last_swap"]["shadow"];
+                match args.output.output() {
+                    Output::Text => print_shadow(shadow)?,
+                    Output::Json => writeln!(io::stdout(), "{}", json!({ "shadow": shadow }))?,
+                }
             }
             return Err(refused).context("not swapped");
         }
@@ -104,8 +111,13 @@ pub fn run(args: &Swap) -> Result<()> {
     read.map_err(|error| watched.transport_error(&error))?;
     let report: Value =
         serde_json::from_slice(&body).with_context(|| format!("{base} is not an admin listener of kvs"))?;
-    writeln!(io::stdout(), "{}", summary(&report))?;
-    print_shadow(&report["shadow"])
+    match args.output.output() {
+        Output::Text => {
+            writeln!(io::stdout(), "{}", summary(&report))?;
+            print_shadow(&report["shadow"])
+        }
+        Output::Json => Ok(writeln!(io::stdout(), "{report}")?),
+    }
 }
 
 /// Prints the report of shadow traffic, if there is one.
@@ -182,8 +194,6 @@ fn progress(status: &Value) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

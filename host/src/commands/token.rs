@@ -1,6 +1,6 @@
 //! `kvs token`: creates, lists and revokes tokens of clients.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use anyhow::{Result, anyhow, ensure};
 use kvs_runtime::Env;
 use rustix::fs::{fstat, stat};
+use serde_json::json;
 
 use super::client::OutputArgs;
 use crate::audit;
@@ -35,6 +36,8 @@ pub enum TokenCommand {
         #[arg(long, value_name = "TIME", value_parser = expiry)]
         expires: Option<SystemTime>,
         #[command(flatten)]
+        output: OutputArgs,
+        #[command(flatten)]
         file: TokenFile,
     },
     /// List the tokens: id, name, scope, expiry and prefix
@@ -49,6 +52,8 @@ pub enum TokenCommand {
         #[arg(value_name = "NAME|ID")]
         name: String,
         #[command(flatten)]
+        output: OutputArgs,
+        #[command(flatten)]
         file: TokenFile,
     },
 }
@@ -62,12 +67,12 @@ pub struct TokenFile {
 
 pub fn run(command: TokenCommand) -> Result<()> {
     match command {
-        TokenCommand::Create { name, scope, path_prefix, key_prefix, expires, file } => {
+        TokenCommand::Create { name, scope, path_prefix, key_prefix, expires, output, file } => {
             // A broken pipe is a failure here, and so is /dev/null, which stands in for a closed output: nobody would know the token.
             let show = |token: &str| {
                 ensure!(!is_null(&io::stdout()), "the token would be printed to /dev/null, none was created");
-                writeln!(io::stdout(), "{token}")
-                    .map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
+                let printed = output.output().print(Some(token), || json!({ "token": token }), &mut io::stdout());
+                printed.map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
             };
             let prefix = key_prefix.map(|prefix| Prefix::Key(prefix.into()));
             let limits = Limits { prefix: prefix.or(path_prefix.map(Prefix::Path)), expires };
@@ -75,11 +80,16 @@ pub fn run(command: TokenCommand) -> Result<()> {
             audit::outcome("token-create", name, created)
         }
         TokenCommand::List { output, file } => auth::list(&file.tokens, output.output(), &mut io::stdout().lock()),
-        TokenCommand::Revoke { name, file } => {
+        TokenCommand::Revoke { name, output, file } => {
             let revoked = auth::revoke(&file.tokens, &name);
             // With their ids, since several can have one name.
-            let tokens = revoked.as_ref().map_or(name, |tokens| tokens.join(", "));
-            audit::outcome("token-revoke", tokens, revoked).map(drop)
+            let words = |(name, id): &(String, String)| format!("{name} {id}");
+            let tokens =
+                revoked.as_ref().map_or(name, |revoked| revoked.iter().map(words).collect::<Vec<_>>().join(", "));
+            for (name, id) in audit::outcome("token-revoke", tokens, revoked)? {
+                output.output().print(None, || json!({ "revoked": id, "name": name }), &mut io::stdout())?;
+            }
+            Ok(())
         }
     }
 }

@@ -1,11 +1,13 @@
 //! `kvs upgrade`: replaces the process of a running server, without downtime.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::{self, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::json;
 
+use super::client::OutputArgs;
 use crate::parse::duration;
 use crate::upgrade::{Upgraded, request};
 
@@ -22,11 +24,17 @@ pub struct Upgrade {
     /// Timeout of the start of the new process, which replays the log
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     timeout: Duration,
+
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 pub fn run(args: &Upgrade) -> Result<()> {
     let binary = args.binary.as_deref().map(path::absolute).transpose()?;
     let Upgraded { process, pause } = request(&args.data_dir, binary.as_deref(), args.timeout)?;
-    writeln!(io::stdout(), "process {process} serves; no call was made for {:.1}ms", pause.as_secs_f64() * 1e3)?;
+    let seconds = pause.as_secs_f64();
+    let line = format!("process {process} serves; no call was made for {:.1}ms", seconds * 1e3);
+    let object = || json!({ "process": process, "pause_seconds": seconds });
+    args.output.output().print(Some(&line), object, &mut io::stdout())?;
     Ok(())
 }

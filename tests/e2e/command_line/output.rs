@@ -3,6 +3,7 @@
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::support::guests::DEFAULT_GUEST;
 use crate::support::log::of_files;
@@ -44,31 +45,55 @@ fn operator_commands_print_json() {
 
     let file = server.data().join("backup");
     let file = file.to_str().expect("a temporary path is text");
-    let taken = objects(of(&server, &["backup", "-o", file, "--json"])).remove(0);
+    let taken = objects(of(&server, &["backup", "-o", file, "--output", "json"])).remove(0);
     assert_eq!((&taken["entries"], &taken["since"], &taken["sequence"]), (&json!(1), &json!("0"), &json!("1")));
-    let verified = objects(of(&server, &["backup", "--verify", file, "--json"])).remove(0);
+    let verified = objects(of(&server, &["backup", "--verify", file, "--output", "json"])).remove(0);
     assert!(verified["log"].is_string() && verified["incarnation"] == taken["incarnation"], "{verified}");
 
     let lines = server.data().join("lines");
     std::fs::write(&lines, "{\"key\": \"b\", \"value\": \"1\"}\n").expect("the directory takes a file");
     assert_eq!(of_server(&["import", lines.to_str().expect("text")]), [json!({"imported": 1})]);
 
+    let swapped = of_server(&["swap", "--dry-run"]).remove(0);
+    assert_eq!((&swapped["name"], &swapped["entries"]), (&json!("kvs"), &json!(2)), "{swapped}");
+
     let stopped = server.terminate();
     let data = stopped.data().to_str().expect("a temporary path is text");
-    let verify = |data: &str| {
-        let mut command = kvs();
-        command.args(["txlog", "verify", "--data-dir", data, "--output", "json"]);
-        command
+    let txlog = |command: &str, data: &str, args: &[&str]| {
+        let mut kvs = kvs();
+        kvs.args(["txlog", command, "--data-dir", data]).args(json).args(args);
+        objects(kvs)
     };
-    let findings = objects(verify(data));
+    let findings = txlog("verify", data, &[]);
     let first = findings.first().expect("there is a segment");
     assert_eq!((&first["entries"], &first["first"], &first["last"]), (&json!(2), &json!("1"), &json!("2")));
     assert_eq!(findings.last(), Some(&json!({"entries": 2, "sequence": "2"})));
+    let entries = txlog("cat", data, &[]);
+    assert_eq!((&entries[1]["key"], &entries[1]["sequence"]), (&json!("b"), &json!("2")));
+    let compacted = txlog("compact", data, &[]).remove(0);
+    assert!(compacted["bytes"].is_u64() && compacted["saved_bytes"].is_u64(), "{compacted}");
+    let forked = txlog("fork", data, &[]).remove(0);
+    assert!(forked["incarnation"].is_string() && forked["fork"] == "2" && forked["first"].is_string(), "{forked}");
+
+    let other = TempDir::new().expect("a temporary directory can be made");
+    let path = |name: &str| other.path().join(name).to_str().expect("a temporary path is text").to_owned();
+    let mut restore = kvs();
+    restore.args(["restore", file, "--data-dir", &path("restored")]).args(json);
+    let restored = objects(restore).remove(0);
+    assert!(restored["sequence"] == "1" && restored["incarnation"].is_string(), "{restored}");
+    std::fs::write(path("text"), "1\t2\tc\tvalue\t0\t\n").expect("the directory takes a file");
+    assert_eq!(txlog("import", &path("imported"), &[&path("text")]), [json!({"imported": 1, "sequence": "1"})]);
 }
 
 #[test]
-fn inspect_and_token_list_print_json() {
+fn inspect_and_token_commands_print_json() {
     let tokens = Tokens::new();
+    let created: Value = serde_json::from_str(&tokens.add(&["carol", "--output", "json"])).expect("JSON");
+    assert!(created["token"].as_str().is_some_and(|token| token.starts_with("kvs_")), "{created}");
+    let mut revoke = kvs();
+    revoke.args(["token", "revoke", "carol", "--output", "json", "--tokens", &tokens.file()]);
+    let revoked = objects(revoke).remove(0);
+    assert!(revoked["name"] == "carol" && revoked["revoked"].as_str().is_some_and(|id| id.len() == 12), "{revoked}");
     tokens.add(&["alice", "--key-prefix", "team a/", "--expires", "2227-01-31"]);
     tokens.add(&["bob", "--scope", "write", "--path-prefix", "/v1/b"]);
     let mut list = kvs();

@@ -73,15 +73,12 @@ impl Upgraded {
 
     /// Upgrades, and returns the time without a call.
     fn upgrade(&self, args: &[&str]) -> Duration {
-        let output = self.run(args);
-        let (printed, expected) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "{expected}");
-        let rest = printed.strip_prefix("process ").expect(&printed);
-        let (process, rest) = rest.split_once(" serves; no call was made for ").expect(&printed);
-        let process = process.parse().expect("a number");
+        let output = self.run(&[args, &["--output", "json"]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let upgraded: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let process = upgraded["process"].as_i64().and_then(|process| process.try_into().ok()).expect("a number");
         assert_ne!(self.process.swap(process, Ordering::Relaxed), process);
-        let milliseconds: Option<f64> = rest.trim().strip_suffix("ms").and_then(|number| number.parse().ok());
-        Duration::from_secs_f64(milliseconds.unwrap_or_else(|| panic!("no time: {printed}")) / 1e3)
+        Duration::from_secs_f64(upgraded["pause_seconds"].as_f64().expect("a number"))
     }
 
     /// Upgrades to a program that must fail, and returns what is expected.

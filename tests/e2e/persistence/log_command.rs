@@ -106,7 +106,7 @@ fn log_is_verified_exported_and_compacted() {
     let (exported, said) = done(log("export", from, &[]));
     assert_eq!((exported.lines().count(), said.as_str()), (count, ""));
     assert_eq!(done(log("cat", from, &[])).0.lines().count(), count);
-    let (objects, _) = done(log("cat", from, &["--json"]));
+    let (objects, _) = done(log("cat", from, &["--output", "json"]));
     let newest: serde_json::Value = serde_json::from_str(objects.lines().last().expect("there is one")).expect("JSON");
     assert_eq!((newest["sequence"].as_str(), newest["value"].as_str()), (Some("961"), Some("x")));
 
@@ -155,7 +155,7 @@ fn all_refuse(data: &Path, import: &str) -> [Refused; 6] {
     [
         refused(log("verify", data, &[])),
         refused(log("cat", data, &[])),
-        refused(log("cat", data, &["--json"])),
+        refused(log("cat", data, &["--output", "json"])),
         refused(log("export", data, &[])),
         refused(log("compact", data, &[])),
         refused(log("import", data, &[import])),

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
+use kvs_client::Output;
+use serde_json::json;
 
 use kvs_runtime::Env;
 #[cfg(feature = "nats")]
@@ -25,7 +27,13 @@ use crate::terminal::bar;
 /// Maximum length of a line: more than the largest entry with every byte escaped. It bounds memory.
 const LINE_BYTES: u64 = 4 * DEFAULT_SEGMENT_BYTES;
 
-pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&Path>) -> anyhow::Result<()> {
+pub fn run(
+    at: &StorageArgs,
+    format: Format,
+    from: Option<&Url>,
+    file: Option<&Path>,
+    output: Output,
+) -> anyhow::Result<()> {
     let source = match (from, file) {
         (Some(url), _) => Source::Table(url),
         (None, file) => Source::Text(Text::open(file.unwrap_or(Path::new("-")), format)?),
@@ -37,15 +45,15 @@ pub fn run(at: &StorageArgs, format: Format, from: Option<&Url>, file: Option<&P
             let group_bytes = largest_group(segment_bytes);
             let (retain, advertise, env) = (Duration::ZERO, None, Env::real());
             let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
-            import(&source, &FileLog::open(options)?)
+            import(&source, &FileLog::open(options)?, output)
         }
-        TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, Existing::Allowed)?),
+        TxlogStorage::Postgres(url) => import(&source, &PostgresLog::at_rest(url, Existing::Allowed)?, output),
         #[cfg(feature = "nats")]
-        TxlogStorage::Nats(url) => import(&source, &nats::at_rest(url)?),
+        TxlogStorage::Nats(url) => import(&source, &nats::at_rest(url)?, output),
     }
 }
 
-fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
+fn import(source: &Source<'_>, log: &dyn TransactionLog, output: Output) -> anyhow::Result<()> {
     let (mut count, mut late) = (0_u64, 0_u64);
     let now = now();
     let imported = source.each(&mut |time, event| {
@@ -61,7 +69,9 @@ fn import(source: &Source<'_>, log: &dyn TransactionLog) -> anyhow::Result<()> {
     if late > 0 {
         notice(format_args!("{late} entries had a time in the future: their times and expiries were moved to now"));
     }
-    notice(format_args!("imported {count} entries; the newest sequence is {}", log.appended()));
+    let newest = log.appended();
+    notice(format_args!("imported {count} entries; the newest sequence is {newest}"));
+    output.print(None, || json!({ "imported": count, "sequence": newest.to_string() }), &mut io::stdout())?;
     Ok(())
 }
 
@@ -225,7 +235,7 @@ mod tests {
         let (data, retain, advertise, env) = (data.into(), Duration::ZERO, None, Env::real());
         let options = Options { data, segment_bytes, group_bytes, durability, retain, advertise, env };
         let log = FileLog::open(options).unwrap();
-        import(&Source::Text(Text::open(&file, format).unwrap()), &log).unwrap();
+        import(&Source::Text(Text::open(&file, format).unwrap()), &log, Output::Text).unwrap();
     }
 
     /// Returns the store that a log builds: the newest put of each key, without its sequence.
@@ -252,12 +262,13 @@ mod tests {
             ("\n", "the sequence is \"\", not a number"),
         ] {
             fs::write(&file, [good, bad].concat()).unwrap();
-            let error = format!("{:#}", run(&at(&data), Format::CloudNativeGo, None, Some(&file)).unwrap_err());
+            let error =
+                format!("{:#}", run(&at(&data), Format::CloudNativeGo, None, Some(&file), Output::Text).unwrap_err());
             assert_eq!(error, format!("line 3 of {}: {what}", file.display()));
             assert!(!data.exists());
         }
         fs::write(&file, [good, "3\t2\tkey-b\t"].concat()).unwrap();
-        run(&at(&data), Format::CloudNativeGo, None, Some(&file)).unwrap();
+        run(&at(&data), Format::CloudNativeGo, None, Some(&file), Output::Text).unwrap();
         let text = printed(&data, cat::plain);
         assert!(text.lines().next().unwrap().ends_with("put \"key-a\" = \"Hello, world\""), "{text}");
         assert!(text.lines().nth(1).unwrap().ends_with("delete \"key-a\""), "{text}");

@@ -41,13 +41,14 @@ pub enum TxlogCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Print every entry, oldest first, as text or JSON
+    /// Print every entry, oldest first
+    ///
+    /// In JSON a value that is not UTF-8 is `value_base64`, and times are milliseconds since 1970.
     Cat {
         #[command(flatten)]
         at: StorageArgs,
-        /// One object per line; a value that is not UTF-8 is `value_base64`, times are milliseconds since 1970
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// Print what the log stores: live keys, the largest keys and prefixes, and garbage
     Stats(stats::Stats),
@@ -75,11 +76,15 @@ pub enum TxlogCommand {
         /// File to read; - is standard input
         #[arg(required_unless_present = "from")]
         file: Option<PathBuf>,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// Drop superseded, deleted and expired entries
     Compact {
         #[command(flatten)]
         at: StorageArgs,
+        #[command(flatten)]
+        output: OutputArgs,
     },
     /// Begin an incarnation of a log that is a copy: its sequences continue far beyond those of the original
     ///
@@ -89,6 +94,8 @@ pub enum TxlogCommand {
     Fork {
         #[command(flatten)]
         at: StorageArgs,
+        #[command(flatten)]
+        output: OutputArgs,
     },
 }
 
@@ -131,22 +138,27 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
             #[cfg(feature = "nats")]
             TxlogStorage::Nats(url) => verify_frames(url, output.output(), out),
         },
-        TxlogCommand::Cat { at, json: true } => cat::all(&at, out, entry_json::print),
-        TxlogCommand::Cat { at, json: false } => cat::all(&at, out, cat::plain),
+        TxlogCommand::Cat { at, output } => match output.output() {
+            Output::Text => cat::all(&at, out, cat::plain),
+            Output::Json => cat::all(&at, out, entry_json::print),
+        },
         TxlogCommand::Stats(args) => stats::run(&args, out),
         TxlogCommand::Export { at } => cat::all(&at, out, text::print),
-        TxlogCommand::Import { at, format, from, file } => import::run(&at, format, from.as_ref(), file.as_deref()),
-        TxlogCommand::Compact { at } => match &at.txlog {
-            TxlogStorage::File => compact(&at.data_dir),
+        TxlogCommand::Import { at, format, from, file, output } => {
+            import::run(&at, format, from.as_ref(), file.as_deref(), output.output())
+        }
+        TxlogCommand::Compact { at, output } => match &at.txlog {
+            TxlogStorage::File => compact(&at.data_dir, output.output(), out),
             TxlogStorage::Postgres(url) => {
                 let left = PostgresLog::at_rest(url, Existing::Required)?.compact()?;
                 notice(format_args!("compacted: {left} entries remain"));
+                output.output().print(None, || json!({ "entries": left }), out)?;
                 Ok(())
             }
             #[cfg(feature = "nats")]
             TxlogStorage::Nats(url) => compact_frames(url),
         },
-        TxlogCommand::Fork { at } => fork(&at, out),
+        TxlogCommand::Fork { at, output } => fork(&at, output.output(), out),
     }
 }
 
@@ -252,18 +264,20 @@ fn verify_log(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Resul
     Ok(())
 }
 
-fn fork(at: &StorageArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+fn fork(at: &StorageArgs, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let Incarnation { id, fork, first, .. } = match &at.txlog {
         TxlogStorage::File => Offline::fork(&at.data_dir)?,
         TxlogStorage::Postgres(url) => PostgresLog::at_rest(url, Existing::Required)?.fork()?,
         #[cfg(feature = "nats")]
         TxlogStorage::Nats(_) => bail!("a log in NATS cannot be forked: export it, and import it under another name"),
     };
-    writeln!(out, "began incarnation {id}: the log continues after sequence {fork} with {first}")?;
+    let line = format!("began incarnation {id}: the log continues after sequence {fork} with {first}");
+    let object = || json!({ "incarnation": id.to_string(), "fork": fork.to_string(), "first": first.to_string() });
+    output.print(Some(&line), object, out)?;
     Ok(())
 }
 
-fn compact(data: &Path) -> anyhow::Result<()> {
+fn compact(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let log = Offline::open(data)?;
     let before = directory_bytes(data);
     // One pass of analysis, and one that copies the live entries.
@@ -271,8 +285,9 @@ fn compact(data: &Path) -> anyhow::Result<()> {
     log.compact(&mut |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     let after = directory_bytes(data);
-    let saved = ByteSize(before.saturating_sub(after));
-    notice(format_args!("compacted: the log takes {}, saved {saved}", ByteSize(after)));
+    let saved = before.saturating_sub(after);
+    notice(format_args!("compacted: the log takes {}, saved {}", ByteSize(after), ByteSize(saved)));
+    output.print(None, || json!({ "bytes": after, "saved_bytes": saved }), out)?;
     Ok(())
 }
 
@@ -422,7 +437,7 @@ pub mod tests {
     fn verify_prints_range_of_compacted_log() {
         let kept = Event::Put(Put { key: "kept".into(), value: vec![], metadata: vec![], expires: None });
         let directory = directory_with(&[vec![kept], events()].concat());
-        compact(directory.path()).unwrap();
+        compact(directory.path(), Output::Text, &mut Vec::new()).unwrap();
         let (text, _) = verified(directory.path());
         // The second entry has expired, the third was deleted, and of the delete only its sequence is left.
         assert!(text.contains(".seg: format 2, 1 entries, sequences 1 to 4, "), "{text}");
@@ -433,7 +448,7 @@ pub mod tests {
     fn fork_prints_the_next_sequence() {
         let directory = directory_with(&events());
         let mut out = Vec::new();
-        fork(&at(directory.path()), &mut out).unwrap();
+        fork(&at(directory.path()), Output::Text, &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();
         let (before, first) = out.trim_end().split_once(" after sequence 3 with ").expect(&out);
         let id = before.strip_prefix("began incarnation ").and_then(|line| line.split(':').next()).expect(&out);
@@ -444,7 +459,7 @@ pub mod tests {
         assert!(text.ends_with("the log is sound: 3 entries, newest sequence 3\n"), "{text}");
 
         let empty = directory_with(&[]);
-        let error = fork(&at(empty.path()), &mut Vec::new()).unwrap_err().to_string();
+        let error = fork(&at(empty.path()), Output::Text, &mut Vec::new()).unwrap_err().to_string();
         assert!(error.ends_with("is empty: there is nothing to continue"), "{error}");
     }
 }

@@ -196,13 +196,13 @@ pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Removes the tokens of a name, or the one with an id. Returns the ids of the removed tokens and their names.
-pub fn revoke(file: &Path, name_or_id: &str) -> Result<Vec<String>> {
+/// Removes the tokens of a name, or the one with an id. Returns the names of the removed tokens and their ids.
+pub fn revoke(file: &Path, name_or_id: &str) -> Result<Vec<(String, String)>> {
     let (text, _) = read(file)?;
     let revoked = |line: &str| {
         let (hash, token) = parse_line(line.trim()).ok()?;
         let is_meant = *token.name == *name_or_id || id(&hash) == name_or_id;
-        is_meant.then(|| format!("{} {}", token.name, id(&hash)))
+        is_meant.then(|| (token.name.to_string(), id(&hash)))
     };
     let gone: Vec<_> = lines(&text).filter_map(|(_, line)| revoked(line)).collect();
     if gone.is_empty() {

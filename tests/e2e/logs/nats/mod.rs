@@ -233,7 +233,7 @@ fn killed_leaders_of_engine_lose_and_double_nothing() {
     becomes_ready(&server, 200, WELL);
     server.terminate();
     let mut times: HashMap<String, usize> = HashMap::new();
-    for line in printed(txlog(&nodes, &["cat", "--json"])).lines() {
+    for line in printed(txlog(&nodes, &["cat", "--output", "json"])).lines() {
         let entry: Value = serde_json::from_str(line).expect("it is JSON");
         *times.entry(entry["key"].as_str().expect("it has a key").to_owned()).or_default() += 1;
     }
