@@ -135,6 +135,41 @@ fn unknown_put_gets_tag_from_read() {
 }
 
 #[test]
+fn unknown_touch_gets_tag_from_read() {
+    // The value has the tag 101, and 103 after the touch.
+    let touched = Item { value: 1, tag: 103 };
+    let touch = unknown(3, &[Step::Check(0, Some(101)), Step::Put(0, Item { value: 1, tag: 0 })]);
+    let read = done(5, 6, &[Step::Get(0, Some(touched))]);
+    let mut history = [done(1, 2, &[put(0, 1)]), touch, read, done(7, 8, &[Step::Compare(0, 1), put(0, 2)])];
+    resolve(&mut history);
+    assert_eq!(history[1].steps, [Step::Check(0, Some(101)), Step::Put(0, touched)]);
+    passes(&history);
+    // The touch did not happen before it was sent.
+    let [first, touch, read, _] = history;
+    assert_eq!(fails(&[first, Operation { invoked: 10, returned: 11, ..touch }, read]), 1);
+}
+
+#[test]
+fn tag_that_no_read_has_shows_existence() {
+    let mut history = [unknown(1, &[Step::Put(0, Item { value: 1, tag: 0 })]), done(5, 6, &[Step::Check(0, Some(77))])];
+    resolve(&mut history);
+    assert_eq!(history[1].steps, [Step::Found(0, Some(true))]);
+    passes(&history);
+    assert_eq!(fails(&history[1..]), 1);
+}
+
+#[test]
+fn comparison_and_existence_match_state() {
+    let first = done(1, 2, &[put(0, 1)]);
+    passes(&[first.clone(), done(3, 4, &[Step::Compare(0, 1), put(0, 2)]), done(5, 6, &[Step::Found(0, Some(true))])]);
+    assert_eq!(fails(&[first.clone(), done(3, 4, &[Step::Compare(0, 2), put(0, 3)])]), 1);
+    let failed = operation(3, 4, &[Step::Compare(0, 2), put(0, 3)], Outcome::Failed(0));
+    passes(&[first.clone(), failed.clone()]);
+    assert_eq!(fails(&[done(1, 2, &[put(0, 2)]), failed]), 2);
+    assert_eq!(fails(&[first, done(3, 4, &[Step::Found(0, Some(false)), Step::Delete(0)])]), 2);
+}
+
+#[test]
 fn unknown_writes_are_not_used_twice() {
     // Reads that need the key absent, between puts: each needs a delete of its own.
     let mut history = Vec::new();
@@ -223,6 +258,8 @@ fn step(keys: usize, value: u64) -> impl Strategy<Value = Step> {
     let tag = prop::option::of(101..105_u64);
     prop_oneof![
         3 => (key.clone(), tag.clone()).prop_map(|(key, tag)| Step::Check(key, tag)),
+        2 => (key.clone(), 1..5_u64).prop_map(|(key, value)| Step::Compare(key, value)),
+        2 => (key.clone(), any::<bool>()).prop_map(|(key, exists)| Step::Found(key, Some(exists))),
         4 => (key.clone(), tag).prop_map(|(key, tag)| Step::Get(key, tag.map(|tag| item(tag - 100)))),
         4 => key.clone().prop_map(move |key| put(key, value)),
         3 => key.prop_map(Step::Delete),
@@ -274,7 +311,15 @@ fn history(keys: usize, unknown: u8) -> impl Strategy<Value = Vec<Operation>> {
                         outcome = Outcome::Failed(at);
                         break;
                     }
-                    Step::Check(..) => {}
+                    Step::Compare(key, value)
+                        if is_right && after[*key].map(|item: Item| item.value) != Some(*value) =>
+                    {
+                        outcome = Outcome::Failed(at);
+                        break;
+                    }
+                    Step::Check(..) | Step::Compare(..) => {}
+                    Step::Found(key, exists) if is_right => *exists = Some(after[*key].is_some()),
+                    Step::Found(..) => {}
                     Step::Get(key, seen) if is_right => *seen = after[*key],
                     Step::Get(..) => {}
                     Step::Put(key, item) => after[*key] = Some(*item),

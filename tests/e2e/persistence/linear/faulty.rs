@@ -114,6 +114,8 @@ struct Request {
     method: String,
     target: String,
     condition: Option<String>,
+    /// The tag that the client has.
+    known: Option<String>,
     body: String,
 }
 
@@ -157,27 +159,35 @@ fn read(stream: &mut impl BufRead) -> io::Result<Request> {
     let first = line()?;
     let mut words = first.split(' ').map(str::to_owned);
     let (method, target) = words.next().zip(words.next()).ok_or(io::ErrorKind::InvalidData)?;
-    let (mut condition, mut length) = (None, 0);
+    let (mut condition, mut known, mut length) = (None, None, 0);
     loop {
         let header = line()?;
         match header.split_once(": ") {
             None => break,
             Some(("content-length", value)) => length = value.parse().map_err(io::Error::other)?,
             Some(("if-match", value)) => condition = Some(value.to_owned()),
-            Some(("if-none-match", _)) => condition = Some(String::new()),
+            Some(("if-none-match", "*")) => condition = Some(String::new()),
+            Some(("if-none-match", value)) => known = Some(value.to_owned()),
             Some(_) => {}
         }
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    Ok(Request { method, target, condition, body: String::from_utf8(body).map_err(io::Error::other)? })
+    let body = String::from_utf8(body).map_err(io::Error::other)?;
+    Ok(Request { method, target, condition, known, body })
 }
 
 fn answer(store: &mut Store, request: &Request, fault: Fault) -> String {
-    let Request { method, target, condition, body } = request;
+    let Request { method, target, condition, known, body } = request;
     let Some(key) = target.strip_prefix("/v1").map(|key| key.trim_start_matches('/')) else {
         return text(404, "", "unknown path\n");
     };
+    if let Some(prefix) = key.strip_prefix("?prefix=") {
+        return delete(store, prefix, fault);
+    }
+    if key.is_empty() && method == "QUERY" || key.starts_with('?') {
+        return several(store, key, body);
+    }
     if method == "POST" && key.is_empty() {
         let operations: Vec<Value> = serde_json::from_str(body).expect("clients write JSON");
         return match play(store, &operations, fault) {
@@ -185,24 +195,55 @@ fn answer(store: &mut Store, request: &Request, fault: Fault) -> String {
             Err(at) => text(409, "", &format!("operation {at}: the check failed\n")),
         };
     }
-    let (key, delta) = key.split_once("?op=add&delta=").unwrap_or((key, "0"));
+    let (key, query) = key.split_once('?').unwrap_or((key, ""));
+    let delta = query.strip_prefix("op=add&delta=").unwrap_or("0");
     let mut operations = Vec::new();
     if let Some(tag) = condition {
         let tag = if tag.is_empty() { Value::Null } else { tag.as_str().into() };
         operations.push(json!({"op": "check", "key": key, "etag": tag}));
     }
-    let op = if method == "POST" { "add".to_owned() } else { method.to_lowercase() };
+    let op = match (method.as_str(), query) {
+        ("POST", "op=touch&ttl=1h") => "touch".to_owned(),
+        ("POST", _) => "add".to_owned(),
+        _ => method.to_lowercase(),
+    };
     let delta: u64 = delta.parse().expect("clients add numbers");
     operations.push(json!({"op": op, "key": key, "value": body, "delta": delta}));
+    let before = store.items.get(key).map(|(_, tag)| format!("\"{tag}\""));
     let Ok(given) = play(store, &operations, fault) else { return text(412, "", "it does not hold\n") };
     let given = given.last().expect("there is one");
     let tag = given["etag"].as_str().map_or(String::new(), |tag| format!("etag: {tag}\r\n"));
     match (method.as_str(), given["value"].as_str()) {
+        ("GET", Some(_)) if known.is_some() && known.as_deref() == given["etag"].as_str() => {
+            format!("HTTP/1.1 304 Said\r\n{tag}\r\n")
+        }
+        ("HEAD", Some(value)) => format!("HTTP/1.1 200 Said\r\n{tag}content-length: {}\r\n\r\n", value.len()),
+        ("HEAD", None) => "HTTP/1.1 404 Said\r\ncontent-length: 12\r\n\r\n".to_owned(),
         ("GET" | "POST", Some(value)) => text(200, &tag, value),
         ("GET", None) => text(404, "", "no such key\n"),
-        ("PUT", _) => text(201, &tag, ""),
-        _ => text(200, "", ""),
+        ("PUT", _) => text(201, &format!("{tag}kvs-created: {}\r\n", before.is_none()), ""),
+        _ => text(200, &format!("kvs-deleted: {}\r\n", before.as_deref().unwrap_or("none")), ""),
     }
+}
+
+/// Deletes the keys that begin so.
+fn delete(store: &mut Store, prefix: &str, fault: Fault) -> String {
+    let keys = store.items.keys().filter(|key| key.starts_with(prefix));
+    let operations: Vec<_> = keys.map(|key| json!({"op": "delete", "key": key})).collect();
+    play(store, &operations, fault).expect("nothing is checked");
+    text(200, "", &json!({"deleted": operations.len(), "complete": true}).to_string())
+}
+
+/// The values of several keys: those that begin so, or those of the query or the body.
+fn several(store: &Store, query: &str, body: &str) -> String {
+    let is_wanted = |key: &str| match query.strip_prefix("?values=true&prefix=") {
+        Some(prefix) => key.starts_with(prefix),
+        None if query.is_empty() => body.contains(&format!("\"{key}\"")),
+        None => query[1..].split('&').any(|parameter| parameter.strip_prefix("key=") == Some(key)),
+    };
+    let found = store.items.iter().filter(|(key, _)| is_wanted(key));
+    let entries = found.map(|(key, (value, tag))| json!({"key": key, "value": value, "etag": format!("\"{tag}\"")}));
+    text(200, "", &json!({"keys": entries.collect::<Vec<_>>()}).to_string())
 }
 
 fn text(status: u16, headers: &str, body: &str) -> String {
@@ -218,13 +259,21 @@ fn play(store: &mut Store, operations: &[Value], fault: Fault) -> Result<Vec<Val
         let there = items.get(&key).cloned();
         let tag = there.as_ref().map(|(_, tag)| format!("\"{tag}\""));
         match operation["op"].as_str() {
+            Some("check") if operation["value"].is_string() => {
+                if operation["value"].as_str() != there.as_ref().map(|(value, _)| value.as_str()) {
+                    return Err(at);
+                }
+                given.push(json!({}));
+            }
             Some("check") if operation["etag"].as_str() != tag.as_deref() => return Err(at),
-            Some(op @ ("put" | "add")) => {
-                let value = if op == "put" {
-                    operation["value"].as_str().expect("it has one").to_owned()
-                } else {
-                    let number: u64 = there.map_or(0, |(value, _)| value.parse().expect("clients put numbers"));
-                    (number + operation["delta"].as_u64().expect("it has one")).to_string()
+            Some(op @ ("put" | "add" | "touch")) => {
+                let value = match op {
+                    "put" => operation["value"].as_str().expect("it has one").to_owned(),
+                    "touch" => there.expect("clients check that it is there").0,
+                    _ => {
+                        let number: u64 = there.map_or(0, |(value, _)| value.parse().expect("clients put numbers"));
+                        (number + operation["delta"].as_u64().expect("it has one")).to_string()
+                    }
                 };
                 let item = (value.clone(), log.len() as u64 + 1);
                 log.push((key.clone(), Some(item.clone())));

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use fastrand::Rng;
 
 use crate::support::linear::checker::{Failure, check, parts};
-use crate::support::linear::history::{Item, Operation, Outcome, State, Step, resolve};
-use crate::support::linear::plan::{CLIENTS, KEYS, OPERATIONS, plan, remember};
+use crate::support::linear::history::{Operation, Outcome, State, Step, resolve};
+use crate::support::linear::plan::{CLIENTS, KEYS, OPERATIONS, Seen, plan, remember};
 use crate::support::linear::search::{Effort, Verdict, search};
 use crate::support::load::count;
 
@@ -60,7 +60,12 @@ impl Store {
                     operation.outcome = Outcome::Failed(at);
                     return;
                 }
-                Step::Check(..) => {}
+                Step::Compare(key, value) if after[*key].map(|item| item.value) != Some(*value) => {
+                    operation.outcome = Outcome::Failed(at);
+                    return;
+                }
+                Step::Check(..) | Step::Compare(..) => {}
+                Step::Found(key, exists) => *exists = Some(after[*key].is_some()),
                 Step::Get(key, seen) => {
                     *seen = after[*key];
                     if is_faulty && self.fault == Fault::StaleRead {
@@ -91,7 +96,7 @@ enum Event {
 /// Simulates clients of a store. An operation of unknown outcome may take effect long after its client has continued.
 fn generate(shape: Shape, rng: &mut Rng) -> Vec<Operation> {
     let mut store = Store { fault: shape.fault, items: vec![None; KEYS], past: Vec::new(), tags: 0 };
-    let mut seen = [[None::<Item>; KEYS]; CLIENTS];
+    let mut seen = [Seen::default(); CLIENTS];
     let mut operations: Vec<Operation> = Vec::new();
     let mut unknown = Vec::new();
     let mut values = 0;
@@ -108,7 +113,7 @@ fn generate(shape: Shape, rng: &mut Rng) -> Vec<Operation> {
         };
         match event {
             Event::Invoke { client } if left > 0 => {
-                let (_, steps) = plan(rng, &seen[client], || {
+                let (_, steps) = plan(rng, &mut seen[client], || {
                     values += 1;
                     values
                 });

@@ -145,6 +145,9 @@ impl Display for Operation {
             match step {
                 Step::Check(key, None) => write!(f, " check that key {key} does not exist;")?,
                 Step::Check(key, Some(tag)) => write!(f, " check that key {key} has tag {tag};")?,
+                Step::Compare(key, value) => write!(f, " check that key {key} has value {value};")?,
+                Step::Found(key, Some(exists)) => write!(f, " key {key} exists: {exists};")?,
+                Step::Found(_, None) => {}
                 Step::Get(key, _) if self.outcome != Outcome::Done => write!(f, " get key {key};")?,
                 Step::Get(key, None) => write!(f, " get key {key}: nothing;")?,
                 Step::Get(key, Some(Item { value, tag })) => write!(f, " get key {key}: {value} with tag {tag};")?,

@@ -13,7 +13,7 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 
 use super::history::{Item, Key, Operation, Outcome, Step, resolve};
-use super::plan::{CLIENTS, Form, KEYS, OPERATIONS, plan, remember};
+use super::plan::{CLIENTS, Form, GROUPS, KEYS, OPERATIONS, Seen, plan, remember};
 use crate::support::server::PATIENCE;
 use crate::support::wire::{Connection, Response, STALE, Stream, Way};
 
@@ -97,7 +97,7 @@ pub fn record(stage: &Stage, name: &str, rng: &mut Rng) -> Vec<Operation> {
     let mut history: Vec<Operation> = thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|number| {
-                let client = Client { stage, name, number, rng: rng.fork(), seen: [None; KEYS] };
+                let client = Client { stage, name, number, rng: rng.fork(), seen: Seen::default() };
                 scope.spawn(|| client.run(&left))
             })
             .collect();
@@ -112,8 +112,7 @@ struct Client<'s> {
     name: &'s str,
     number: usize,
     rng: Rng,
-    /// The items it last saw, for its conditions.
-    seen: [Option<Item>; KEYS],
+    seen: Seen,
 }
 
 impl Client<'_> {
@@ -142,7 +141,7 @@ impl Client<'_> {
             }
         };
         let next_value = || self.stage.values.fetch_add(1, Ordering::Relaxed);
-        let (form, mut steps) = plan(&mut self.rng, &self.seen, next_value);
+        let (form, mut steps) = plan(&mut self.rng, &mut self.seen, next_value);
         let invoked = self.stage.now();
         // After that moment: the operation goes to the server of the time of its invocation.
         if self.stage.has_left(address) {
@@ -158,7 +157,7 @@ impl Client<'_> {
                 if response.header("connection") != Some("close") {
                     *kept = Some((address, connection));
                 }
-                outcome(&response, form, &mut steps)?
+                outcome(&response, self.name, form, &mut steps)?
             }
         };
         if outcome == Outcome::Done {
@@ -176,11 +175,22 @@ impl Client<'_> {
     ) -> io::Result<Response> {
         let (method, mut target, mut condition, body) = match form {
             Form::Plain => self.plain(steps),
+            Form::Head => ("HEAD", self.path_of(steps[0].key()), String::new(), String::new()),
+            Form::Changed(tag) => self.changed(steps, tag),
+            Form::List => {
+                ("GET", format!("/v1?values=true&prefix={}", self.prefix(steps)), String::new(), String::new())
+            }
+            Form::Many => self.many(steps),
             Form::Add(delta) => self.add(steps, delta),
+            Form::Touch => self.touch(steps),
+            Form::DeletePrefix => {
+                ("DELETE", format!("/v1?prefix={}", self.prefix(steps)), String::new(), String::new())
+            }
             Form::Transaction => ("POST", "/v1".to_owned(), String::new(), self.transaction(steps)),
         };
-        // A guest that knows this path traps there, after the operation.
-        if method != "GET" && self.rng.u8(..) == 0 {
+        // A guest that knows this path traps there, after the operation. Only in the shard of the keys.
+        let may_trap = !matches!(method, "GET" | "HEAD" | "QUERY") && form != Form::DeletePrefix;
+        if may_trap && self.rng.u8(..) == 0 {
             target.insert_str(0, "/trap");
         }
         // What a guest reads of a request distinguishes it from others, so that no response to those is reused. Without
@@ -195,11 +205,20 @@ impl Client<'_> {
         name_of(self.name, key)
     }
 
-    fn plain(&self, steps: &[Step]) -> (&'static str, String, String, String) {
+    fn path_of(&self, key: Key) -> String {
+        format!("/v1/{}", self.name_of(key))
+    }
+
+    /// Prefix of the names of the keys of the steps, which are those of a group.
+    fn prefix(&self, steps: &[Step]) -> String {
+        prefix_of(self.name, steps[0].key())
+    }
+
+    fn plain(&self, steps: &[Step]) -> Parts {
         let (condition, last) = match steps {
             [Step::Check(_, None), last] => ("if-none-match: *\r\n".to_owned(), last),
             [Step::Check(_, Some(tag)), last] => (format!("if-match: \"{tag}\"\r\n"), last),
-            [last] => (String::new(), last),
+            [Step::Found(..), last] | [last] => (String::new(), last),
             _ => panic!("{steps:?} do not fit into one plain request"),
         };
         let (method, body) = match last {
@@ -207,11 +226,33 @@ impl Client<'_> {
             Step::Delete(_) => ("DELETE", String::new()),
             _ => ("GET", String::new()),
         };
-        (method, format!("/v1/{}", self.name_of(last.key())), condition, body)
+        (method, self.path_of(last.key()), condition, body)
+    }
+
+    /// Some wait for the change.
+    fn changed(&mut self, steps: &[Step], tag: u64) -> Parts {
+        let wait = if self.rng.bool() { "?wait=5ms" } else { "" };
+        let target = self.path_of(steps[0].key()) + wait;
+        ("GET", target, format!("if-none-match: \"{tag}\"\r\n"), String::new())
+    }
+
+    /// All keys are in one shard, so they are read at one moment.
+    fn many(&mut self, steps: &[Step]) -> Parts {
+        let names: Vec<_> = steps.iter().map(|step| self.name_of(step.key())).collect();
+        if self.rng.bool() {
+            return ("QUERY", "/v1".to_owned(), String::new(), json!(names).to_string());
+        }
+        ("GET", format!("/v1?key={}", names.join("&key=")), String::new(), String::new())
+    }
+
+    fn touch(&self, steps: &[Step]) -> Parts {
+        let [Step::Check(key, Some(tag)), Step::Put(..)] = steps else { panic!("{steps:?} is no touch") };
+        let target = self.path_of(*key) + "?op=touch&ttl=1h";
+        ("POST", target, format!("if-match: \"{tag}\"\r\n"), String::new())
     }
 
     /// As a request of its own, or in a transaction.
-    fn add(&mut self, steps: &[Step], delta: u64) -> (&'static str, String, String, String) {
+    fn add(&mut self, steps: &[Step], delta: u64) -> Parts {
         let [Step::Check(key, Some(tag)), Step::Put(..)] = steps else { panic!("{steps:?} is no addition") };
         let name = self.name_of(*key);
         if self.rng.bool() {
@@ -228,7 +269,8 @@ impl Client<'_> {
             let key = self.name_of(step.key());
             match step {
                 Step::Check(_, tag) => json!({"op": "check", "key": key, "etag": tag.map(quoted)}),
-                Step::Get(..) => json!({"op": "get", "key": key}),
+                Step::Compare(_, value) => json!({"op": "check", "key": key, "value": value.to_string()}),
+                Step::Get(..) | Step::Found(..) => json!({"op": "get", "key": key}),
                 Step::Put(_, item) => json!({"op": "put", "key": key, "value": item.value.to_string()}),
                 Step::Delete(_) => json!({"op": "delete", "key": key}),
             }
@@ -237,10 +279,19 @@ impl Client<'_> {
     }
 }
 
+/// Method, target, header lines and body of a request.
+type Parts = (&'static str, String, String, String);
+
 /// Name of a key of a history.
 fn name_of(history: &str, key: Key) -> String {
+    format!("{}{key}", prefix_of(history, key))
+}
+
+/// Prefix of the names of the keys of a group.
+fn prefix_of(history: &str, key: Key) -> String {
+    let group = GROUPS.iter().position(|group| group.contains(&key)).expect("each key is in a group");
     // One tag, since transactions are of keys that share a shard.
-    format!("{{{history}}}-{key}")
+    format!("{{{history}}}-{group}-")
 }
 
 /// Names of all keys of a history.
@@ -275,22 +326,67 @@ fn quoted(tag: u64) -> String {
 
 /// Returns the outcome that a response means, and adds its items and tags to the steps. None when it means that nothing
 /// happened.
-fn outcome(response: &Response, form: Form, steps: &mut [Step]) -> Option<Outcome> {
+fn outcome(response: &Response, history: &str, form: Form, steps: &mut [Step]) -> Option<Outcome> {
     match response.status {
-        200 if matches!(form, Form::Add(_)) && response.header("etag").is_some() => {
-            let Some(Step::Put(_, item)) = steps.last_mut() else { panic!("{steps:?} is no addition") };
-            assert_eq!(number(response.text()), item.value, "the sum of what was seen");
-            item.tag = response.etag().expect("the response to an addition has its tag");
+        200 if matches!(form, Form::Add(_) | Form::Touch) && response.header("etag").is_some() => {
+            let Some(Step::Put(_, item)) = steps.last_mut() else { panic!("{steps:?} has no put") };
+            if form != Form::Touch {
+                assert_eq!(number(response.text()), item.value, "the sum of what was seen");
+            }
+            item.tag = response.etag().expect("the response to a put has its tag");
             Some(Outcome::Done)
         }
-        200 | 201 | 404 if form == Form::Plain => {
+        200 | 404 if form == Form::Head => {
+            steps[0] = Step::Check(steps[0].key(), response.etag());
+            Some(Outcome::Done)
+        }
+        304 => {
+            steps[0] = Step::Check(steps[0].key(), response.etag());
+            Some(Outcome::Done)
+        }
+        200 | 201 | 404 if matches!(form, Form::Plain | Form::Changed(_)) => {
             let tag = response.etag();
-            match steps.last_mut().expect("there is one") {
-                Step::Get(_, seen) => *seen = tag.map(|tag| Item { value: number(response.text()), tag }),
+            let key = steps[0].key();
+            match steps {
+                [.., Step::Get(_, seen)] => *seen = tag.map(|tag| Item { value: number(response.text()), tag }),
                 // A guest that does not know the path of the trap.
                 _ if response.status == 404 => return None,
-                Step::Put(_, item) => item.tag = tag.expect("the response to a put has its tag"),
-                Step::Delete(_) | Step::Check(..) => {}
+                [first, Step::Put(_, item)] => {
+                    item.tag = tag.expect("the response to a put has its tag");
+                    if let Step::Found(_, exists) = first {
+                        *exists = Some(response.header("kvs-created") == Some("false"));
+                    }
+                }
+                [first @ Step::Found(..), Step::Delete(_)] => {
+                    let deleted = response.header("kvs-deleted").expect("the response to a delete has a tag or none");
+                    *first = Step::Check(key, (deleted != "none").then(|| number(deleted.trim_matches('"'))));
+                }
+                _ => {}
+            }
+            Some(Outcome::Done)
+        }
+        200 if form == Form::DeletePrefix => {
+            let page: Value = serde_json::from_slice(&response.body).expect("a page in JSON");
+            assert_eq!(page["complete"], true, "{page}");
+            let deletes = steps.len() as u64 / 2;
+            let all = page["deleted"].as_u64().expect("a number");
+            assert!(all <= deletes, "{page}");
+            for step in steps {
+                // Of some, the response does not show which.
+                if let Step::Found(_, exists) = step {
+                    *exists = (all == 0 || all == deletes).then_some(all > 0);
+                }
+            }
+            Some(Outcome::Done)
+        }
+        200 if matches!(form, Form::List | Form::Many) => {
+            let page: Value = serde_json::from_slice(&response.body).expect("a page in JSON");
+            let entries = page["keys"].as_array().expect("a list");
+            assert!(page["list_complete"] != false, "{page}");
+            for step in steps {
+                let Step::Get(key, seen) = step else { panic!("{step:?} is no read") };
+                let name = name_of(history, *key);
+                *seen = entries.iter().find(|entry| entry["key"] == name.as_str()).and_then(item);
             }
             Some(Outcome::Done)
         }
@@ -298,14 +394,10 @@ fn outcome(response: &Response, form: Form, steps: &mut [Step]) -> Option<Outcom
             let results: Vec<Value> = serde_json::from_slice(&response.body).expect("a list in JSON");
             assert_eq!(results.len(), steps.len(), "{}", response.text());
             for (result, step) in results.iter().zip(steps) {
-                let tag = result["etag"].as_str().map(|tag| number(tag.trim_matches('"')));
                 match step {
-                    Step::Get(_, seen) => {
-                        let value = result["value"].as_str().map(number);
-                        *seen = tag.zip(value).map(|(tag, value)| Item { value, tag });
-                    }
-                    Step::Put(_, item) => item.tag = tag.expect("the response to a put has its tag"),
-                    Step::Delete(_) | Step::Check(..) => {}
+                    Step::Get(_, seen) => *seen = item(result),
+                    Step::Put(_, item) => item.tag = tag(result).expect("the response to a put has its tag"),
+                    Step::Delete(_) | Step::Check(..) | Step::Compare(..) | Step::Found(..) => {}
                 }
             }
             Some(Outcome::Done)
@@ -319,6 +411,16 @@ fn outcome(response: &Response, form: Form, steps: &mut [Step]) -> Option<Outcom
         500 | 504 => Some(Outcome::Unknown),
         status => panic!("{status}: {}", response.text()),
     }
+}
+
+/// The item of a key, in a list or in the results of a transaction.
+fn item(entry: &Value) -> Option<Item> {
+    let value = entry["value"].as_str().map(number)?;
+    Some(Item { value, tag: tag(entry)? })
+}
+
+fn tag(entry: &Value) -> Option<u64> {
+    entry["etag"].as_str().map(|tag| number(tag.trim_matches('"')))
 }
 
 fn number(text: &str) -> u64 {

@@ -59,6 +59,11 @@ enum Test {
     HasTag(Option<u64>),
     /// A check that failed.
     HasNotTag(Option<u64>),
+    /// A check of the value that passed.
+    HasValue(u64),
+    /// A check of the value that failed.
+    HasNotValue(u64),
+    Exists(bool),
 }
 
 impl Test {
@@ -68,6 +73,9 @@ impl Test {
             Self::Seen(seen) => item == seen,
             Self::HasTag(wanted) => tag == wanted,
             Self::HasNotTag(wanted) => tag != wanted,
+            Self::HasValue(wanted) => item.is_some_and(|item| item.value == wanted),
+            Self::HasNotValue(wanted) => item.is_none_or(|item| item.value != wanted),
+            Self::Exists(exists) => item.is_some() == exists,
         }
     }
 }
@@ -188,6 +196,10 @@ impl<'h> Parsed<'h> {
             let test = match *step {
                 Step::Check(_, tag) if fails => Test::HasNotTag(tag),
                 Step::Check(_, tag) => Test::HasTag(tag),
+                Step::Compare(_, value) if fails => Test::HasNotValue(value),
+                Step::Compare(_, value) => Test::HasValue(value),
+                Step::Found(_, Some(exists)) if operation.outcome == Outcome::Done => Test::Exists(exists),
+                Step::Found(..) => continue,
                 Step::Get(_, seen) if operation.outcome == Outcome::Done => Test::Seen(seen),
                 Step::Get(..) => continue,
                 Step::Put(key, item) => {

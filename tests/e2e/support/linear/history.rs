@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 /// A key, by its number within a history.
 pub type Key = usize;
 
-/// A value and its entity tag. No two puts have the same value.
+/// A value and its entity tag. No two puts have the same value, except for one touch of it at most, which checks its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Item {
     pub value: u64,
@@ -22,6 +22,10 @@ pub type State = Vec<Option<Item>>;
 pub enum Step {
     /// Passes when the key has this entity tag, or, for none, does not exist.
     Check(Key, Option<u64>),
+    /// Passes when the key has this value.
+    Compare(Key, u64),
+    /// Whether the key exists, where the response shows it.
+    Found(Key, Option<bool>),
     /// The item in the response, once there is one.
     Get(Key, Option<Item>),
     /// The tag comes with the response, or with that of a later read.
@@ -51,8 +55,18 @@ pub struct Operation {
 impl Step {
     pub fn key(&self) -> Key {
         match self {
-            Step::Check(key, _) | Step::Get(key, _) | Step::Put(key, _) | Step::Delete(key) => *key,
+            Step::Check(key, _)
+            | Step::Compare(key, _)
+            | Step::Found(key, _)
+            | Step::Get(key, _)
+            | Step::Put(key, _)
+            | Step::Delete(key) => *key,
         }
+    }
+
+    /// The tag of a check.
+    fn tag(&self) -> Option<u64> {
+        if let Step::Check(_, tag) = self { *tag } else { None }
     }
 }
 
@@ -77,14 +91,16 @@ impl Operation {
         let mut written = writes.filter_map(|step| match *step {
             Step::Put(key, item) => Some((key, Some(item))),
             Step::Delete(key) => Some((key, None)),
-            Step::Check(..) | Step::Get(..) => None,
+            Step::Check(..) | Step::Compare(..) | Step::Found(..) | Step::Get(..) => None,
         });
         written.any(|(written, item)| {
             self.steps.iter().enumerate().any(|(at, step)| match *step {
                 // Any other tag can be the reason why a check failed.
-                Step::Check(key, _) if self.outcome == Outcome::Failed(at) => key == written,
+                Step::Check(key, _) | Step::Compare(key, _) if self.outcome == Outcome::Failed(at) => key == written,
                 Step::Get(key, seen) => key == written && seen == item,
                 Step::Check(key, tag) => key == written && tag == item.map(|item| item.tag),
+                Step::Compare(key, value) => key == written && Some(value) == item.map(|item| item.value),
+                Step::Found(key, exists) => key == written && exists == Some(item.is_some()),
                 Step::Put(..) | Step::Delete(_) => false,
             })
         })
@@ -98,8 +114,14 @@ impl Operation {
                 Step::Check(key, tag) if after[key].map(|item| item.tag) != tag => {
                     return (self.outcome == Outcome::Failed(at)).then(|| state.clone());
                 }
+                Step::Compare(key, value) if after[key].map(|item| item.value) != Some(value) => {
+                    return (self.outcome == Outcome::Failed(at)).then(|| state.clone());
+                }
                 Step::Get(key, seen) if self.outcome == Outcome::Done && after[key] != seen => return None,
-                Step::Check(..) | Step::Get(..) => {}
+                Step::Found(key, Some(exists)) if self.outcome == Outcome::Done && after[key].is_some() != exists => {
+                    return None;
+                }
+                Step::Check(..) | Step::Compare(..) | Step::Found(..) | Step::Get(..) => {}
                 Step::Put(key, item) => after[key] = Some(item),
                 Step::Delete(key) => after[key] = None,
             }
@@ -113,20 +135,31 @@ impl Operation {
     }
 }
 
-/// Gives puts without a response the tags that reads saw. One that was never read gets a tag that no check names.
+/// Gives puts without a response the tags that reads saw with their values. One that was never read gets a tag that no check
+/// names: a response that shows only such a tag shows that the key exists.
 pub fn resolve(history: &mut [Operation]) {
-    let mut tags = HashMap::new();
+    let mut tags = HashMap::<_, BTreeSet<_>>::new();
     for operation in history.iter().filter(|operation| operation.outcome == Outcome::Done) {
         for step in &operation.steps {
             if let Step::Get(_, Some(item)) | Step::Put(_, item) = step {
-                tags.insert(item.value, item.tag);
+                tags.entry(item.value).or_default().insert(item.tag);
             }
         }
     }
-    for operation in history.iter_mut().filter(|operation| operation.outcome != Outcome::Done) {
+    let seen: BTreeSet<_> = tags.values().flatten().copied().collect();
+    for operation in history {
+        let checked: Vec<_> = operation.steps.iter().filter_map(Step::tag).collect();
         for step in &mut operation.steps {
-            if let Step::Put(_, item) = step {
-                item.tag = tags.get(&item.value).copied().unwrap_or(u64::MAX - item.value);
+            match step {
+                Step::Put(_, item) if operation.outcome != Outcome::Done => {
+                    // Of a value that is touched, the tag after it.
+                    let mut tags = tags.get(&item.value).into_iter().flatten().filter(|tag| !checked.contains(tag));
+                    item.tag = tags.next().copied().unwrap_or(u64::MAX - item.value);
+                }
+                Step::Check(key, Some(tag)) if operation.outcome == Outcome::Done && !seen.contains(tag) => {
+                    *step = Step::Found(*key, Some(true));
+                }
+                _ => {}
             }
         }
     }
