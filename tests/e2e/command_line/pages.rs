@@ -2,7 +2,9 @@
 
 use tempfile::TempDir;
 
-use crate::support::pages::run_in;
+use crate::support::lossy::Lossy;
+use crate::support::pages::{run_in, run_on};
+use crate::support::server::Server;
 
 fn run(page: &str) {
     let here = TempDir::new().expect("a temporary directory can be created");
@@ -30,5 +32,18 @@ pages! {
     recipes: "docs/recipes.md",
     recipes_javascript: "docs/recipes-javascript.md",
     recipes_python: "docs/recipes-python.md",
+    generated_clients: "docs/generated-clients.md",
     swap: "docs/swap.md",
+}
+
+/// The recipes do the same when responses to their conditional writes are lost: each write is applied once.
+#[test]
+fn recipes_survive_lost_responses() {
+    for page in ["docs/recipes-javascript.md", "docs/recipes-python.md", "docs/generated-clients.md"] {
+        let here = TempDir::new().expect("a temporary directory can be created");
+        let server = Server::start(&[]);
+        let proxy = Lossy::start(server.address());
+        run_on(page, here.path(), &server, proxy.address);
+        assert!(proxy.lost() > 1, "{page}: {} responses were lost", proxy.lost());
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! `book` is the session in *Cloud Native Go*. `rest`, `conditions`, `lists`, `expiry`, `transactions`,
 //! `operations`, `watch` and `long_poll` have a part of the interface each, `client` invalid requests, `cors` pages of other
-//! origins. `openapi` compares the interface with its description. `response_cache`: reuse of responses.
+//! origins. `openapi` compares the interface with its description. `response_cache`: reuse of
+//! responses. `recipes` are those of the book, in Rust.
 
 mod book;
 mod client;
@@ -13,6 +14,7 @@ mod lists;
 mod long_poll;
 mod openapi;
 mod operations;
+mod recipes;
 mod response_cache;
 mod rest;
 mod transactions;

@@ -12,6 +12,7 @@ pub mod http_clients;
 pub mod linear;
 pub mod load;
 pub mod log;
+pub mod lossy;
 pub mod memory;
 pub mod metrics;
 pub mod mount;

@@ -4,6 +4,8 @@
 //! is open; the lines after it are its output, with `…` for anything. A block of a language and a file, as in `python kvs.py`, is
 //! what the reader writes to the file.
 
+use std::net::SocketAddr;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -74,13 +76,26 @@ fn is_like(output: &str, expected: &str) -> bool {
     }
 }
 
-/// Runs the session of a page in a directory.
+/// Tools of npm, which `just` installs.
+const NODE_MODULES: &str = "tests/clients/node_modules";
+
+/// Runs the session of a page in a directory, on a server of its own.
 pub fn run_in(page: &str, here: &Path) {
+    let server = Server::start(&[]);
+    run_on(page, here, &server, server.address());
+}
+
+/// Runs the session of a page in a directory, on a server that clients reach at this address.
+pub fn run_on(page: &str, here: &Path, server: &Server, address: SocketAddr) {
     let path = Path::new(ROOT).join(page);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{page}: {error}"));
     let session = session(&text);
     assert!(!session.is_empty(), "{page} has no console session");
-    let server = Server::start(&[]);
+    if text.contains("npx ") {
+        let modules = Path::new(ROOT).join(NODE_MODULES);
+        assert!(modules.exists(), "{NODE_MODULES} is missing: `just test` installs it");
+        symlink(modules, here.join("node_modules")).expect("the directory takes a link");
+    }
     let mut script = "exec 2>&1; curl() { command curl --silent --max-time 60 --noproxy '*' \"$@\"; }\n".to_owned();
     for (command, _) in &session {
         script += &format!("{command}echo '{END}'\n");
@@ -88,7 +103,7 @@ pub fn run_in(page: &str, here: &Path) {
     let binaries = Path::new(binary()).parent().expect("the binary is in a directory").display();
     let output = through("bash", &kvs())
         .arg("-c")
-        .arg(script.replace(LISTEN, &server.address().to_string()))
+        .arg(script.replace(LISTEN, &address.to_string()))
         .env("PATH", format!("{binaries}:{}", std::env::var("PATH").expect("PATH is set")))
         .env("KVS_URL", server.url(""))
         .env("KVS_ADMIN", server.admin().to_string())
