@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Result, anyhow, ensure};
+use bytesize::ByteSize;
 use kvs_runtime::Env;
 use rustix::fs::{fstat, stat};
 use serde_json::json;
@@ -13,6 +14,7 @@ use serde_json::json;
 use super::client::OutputArgs;
 use crate::audit;
 use crate::edge::auth::{self, Limits, Prefix, Scope, check_key_prefix};
+use crate::guest::Quota;
 use crate::parse::expiry;
 
 #[derive(Debug, clap::Subcommand)]
@@ -32,6 +34,12 @@ pub enum TokenCommand {
         /// Prefix of the allowed keys, with guests that declare the capability key-prefix
         #[arg(long, value_name = "PREFIX", value_parser = check_key_prefix, conflicts_with = "path_prefix")]
         key_prefix: Option<String>,
+        /// Quota: number of keys with the key prefix. Beyond it, puts of new keys get 507
+        #[arg(long, value_name = "COUNT", requires = "key_prefix")]
+        max_keys: Option<u64>,
+        /// Quota: size of the keys with the key prefix and their values. Beyond it, puts that add to it get 507
+        #[arg(long, value_name = "SIZE", requires = "key_prefix")]
+        max_bytes: Option<ByteSize>,
         /// Expiry: a time from now such as 90days or 3600 (seconds), or a date such as 2027-01-31
         #[arg(long, value_name = "TIME", value_parser = expiry)]
         expires: Option<SystemTime>,
@@ -40,7 +48,7 @@ pub enum TokenCommand {
         #[command(flatten)]
         file: TokenFile,
     },
-    /// List the tokens: id, name, scope, expiry and prefix
+    /// List the tokens: id, name, scope, expiry, prefix and quota
     List {
         #[command(flatten)]
         output: OutputArgs,
@@ -67,7 +75,7 @@ pub struct TokenFile {
 
 pub fn run(command: TokenCommand) -> Result<()> {
     match command {
-        TokenCommand::Create { name, scope, path_prefix, key_prefix, expires, output, file } => {
+        TokenCommand::Create { name, scope, path_prefix, key_prefix, max_keys, max_bytes, expires, output, file } => {
             // A broken pipe is a failure here, and so is /dev/null, which stands in for a closed output: nobody would know the token.
             let show = |token: &str| {
                 ensure!(!is_null(&io::stdout()), "the token would be printed to /dev/null, none was created");
@@ -75,7 +83,9 @@ pub fn run(command: TokenCommand) -> Result<()> {
                 printed.map_err(|error| anyhow!("cannot print the token, none was created: {error}"))
             };
             let prefix = key_prefix.map(|prefix| Prefix::Key(prefix.into()));
-            let limits = Limits { prefix: prefix.or(path_prefix.map(Prefix::Path)), expires };
+            let quota = Quota { keys: max_keys, bytes: max_bytes.map(|bytes| bytes.as_u64()) };
+            let quota = (quota != Quota::default()).then_some(quota);
+            let limits = Limits { prefix: prefix.or(path_prefix.map(Prefix::Path)), quota, expires };
             let created = auth::create(&file.tokens, &name, scope, &limits, &Env::real().random, show);
             audit::outcome("token-create", name, created)
         }

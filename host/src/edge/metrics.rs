@@ -36,9 +36,10 @@ pub enum Limit {
     Resets,
     InflightBytes,
     ControlFrames,
+    Quota,
 }
 
-const LIMITS: [(Limit, &str); 14] = [
+const LIMITS: [(Limit, &str); 15] = [
     (Limit::ConnectionsPerAddress, "max-connections-per-address"),
     (Limit::HandshakeTimeout, "handshake-timeout"),
     (Limit::HeaderTimeout, "header-timeout"),
@@ -53,6 +54,7 @@ const LIMITS: [(Limit, &str); 14] = [
     (Limit::Resets, "http2-max-resets"),
     (Limit::InflightBytes, "max-inflight-bytes"),
     (Limit::ControlFrames, "http2-max-control-frames"),
+    (Limit::Quota, "quota"),
 ];
 
 /// Error of a connection that exceeded a limit.

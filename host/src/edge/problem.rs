@@ -46,6 +46,8 @@ const OTHER: &str = "other";
 
 /// Code of an error after which a write may have happened or not.
 pub const OUTCOME_UNKNOWN: &str = "outcome_unknown";
+/// Code of the rejection of a put beyond the quota of the client.
+pub const QUOTA_EXCEEDED: &str = "quota_exceeded";
 /// Code of the rejection of a request that only the primary serves.
 pub const NOT_PRIMARY: &str = "not_primary";
 
@@ -165,7 +167,7 @@ mod tests {
         let described =
             description["components"]["schemas"]["Problem"]["properties"]["code"]["anyOf"][0]["enum"].as_array();
         let described = described.expect("a list");
-        for code in CODES.iter().map(|(_, code)| *code).chain([OTHER, OUTCOME_UNKNOWN, NOT_PRIMARY]) {
+        for code in CODES.iter().map(|(_, code)| *code).chain([OTHER, OUTCOME_UNKNOWN, NOT_PRIMARY, QUOTA_EXCEEDED]) {
             assert!(described.contains(&json!(code)), "{code}");
         }
         let book = include_str!("../../../docs/http-api.md");

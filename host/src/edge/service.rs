@@ -226,6 +226,10 @@ impl Service {
         charge.wait_for_server();
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
+        let quota = grant.as_ref().and_then(|grant| grant.quota).filter(|_| !head::is_safe(&head.method));
+        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota) {
+            self.count(prefix, deadline).await?;
+        }
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
@@ -238,6 +242,7 @@ impl Service {
             principal: record.principal.clone(),
             scope,
             key_prefix: asked.key_prefix.clone(),
+            quota,
             is_sampled: self.shards.shadow().samples(),
         };
         let called = match self.call(incoming, deadline, record).await? {
@@ -276,6 +281,12 @@ impl Service {
         mut charge: Charge,
         record: &mut Record,
     ) -> Result<Response<Reply>, Rejection> {
+        // Nothing was appended, so there is nothing to wait for.
+        if answer.is_over_quota && !answer.appended {
+            let reason = "the quota of the token would be exceeded, max-keys or max-bytes; nothing was stored";
+            let rejection = Rejection::new(StatusCode::INSUFFICIENT_STORAGE, reason);
+            return Err(rejection.with_code(problem::QUOTA_EXCEEDED).of_limit(Limit::Quota));
+        }
         let length = answer.response.bytes();
         asked.hold(&mut charge, length, answer.appended || appended_before)?;
         charge.wait_for_server();
@@ -329,6 +340,17 @@ impl Service {
             Some(Sequel::Wait(_)) | None => Reply::Length(length),
         };
         Ok(Response::from_parts(head, reply))
+    }
+
+    /// Waits until the keys of a client with a quota are counted.
+    async fn count(&self, prefix: &Arc<str>, deadline: Instant) -> Result<(), Rejection> {
+        match timeout_at(deadline, self.shards.counted(prefix)).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => {
+                let reason = "the keys of the token are being counted for its quota; try again later";
+                Err(Rejection::new(StatusCode::SERVICE_UNAVAILABLE, reason))
+            }
+        }
     }
 
     /// Returns the time up to which a standby has everything. To be called before a response is made or looked up: the state only

@@ -29,6 +29,7 @@ use super::imports::{self, Common, State};
 use super::instance::Instance;
 use super::limits::Limits;
 use super::owner::Part;
+use super::quota::Quotas;
 use super::sandbox;
 use super::source::{Digest, Source};
 use crate::contract::{ExportsPre, PACKAGE, VERSION};
@@ -89,6 +90,7 @@ impl Engine {
             clock,
             total_memory,
             metrics: Arc::new(CustomMetrics::new(limits.metrics, Arc::default())),
+            quotas: Quotas::new(&env.random)?,
         };
         Ok(Self { linker, common, compiler: Compiler::new(cache), guests: AtomicU64::default() })
     }
@@ -331,6 +333,10 @@ impl Guest {
     /// Where its responses are kept.
     pub fn response_cache(&self) -> &Arc<ResponseCache> {
         &self.common.cache
+    }
+
+    pub fn quotas(&self) -> &Arc<Quotas> {
+        &self.common.quotas
     }
 
     /// Another for each guest, the same for all its instances.

@@ -21,6 +21,7 @@ use super::limits::Limits;
 use super::memory::Memory;
 use super::message::{Client, Watch};
 use super::owner::Part;
+use super::quota::{Quota, Quotas, Refused};
 use super::sandbox::Sandbox;
 use super::shadow::{Append, Appends, Surroundings};
 use crate::contract::{
@@ -52,6 +53,7 @@ pub struct Common {
     /// Linear memory of the instances of all guests.
     pub total_memory: Arc<AtomicU64>,
     pub metrics: Arc<CustomMetrics>,
+    pub quotas: Arc<Quotas>,
 }
 
 /// What an instance holds on the host's side.
@@ -66,6 +68,7 @@ pub struct State {
     pub(super) clock: Arc<Clock>,
     pub(super) cache: Arc<ResponseCache>,
     metrics: Arc<CustomMetrics>,
+    quotas: Arc<Quotas>,
     /// Time of the call in progress, in milliseconds since 1970.
     time: u64,
     /// Epochs that it may take beyond those it has been given.
@@ -79,6 +82,8 @@ pub(super) struct Call {
     pub(super) client: Option<Arc<Client>>,
     /// Prefix of the keys that the client may read and change, if not all.
     pub(super) key_prefix: Option<Arc<str>>,
+    /// Of the keys with that prefix.
+    pub(super) quota: Option<Quota>,
     /// Taken when the call begins.
     pub(super) request_id: Option<HeaderValue>,
     /// The newest sequence it appended.
@@ -87,6 +92,8 @@ pub(super) struct Call {
     pub(super) appends: u32,
     /// Whether an append was refused because the guest is near its limit of memory.
     pub(super) refused: bool,
+    /// Whether an append was refused for the quota of the client.
+    pub(super) is_over_quota: bool,
     pub(super) asked: Option<Asked>,
     /// The generation that it serves in, where responses are kept.
     pub(super) serving: Option<cache::Serving>,
@@ -135,11 +142,11 @@ impl Call {
 
 impl State {
     pub(super) fn new(log: Arc<dyn TransactionLog>, part: Part, common: Common) -> Self {
-        let Common { config, limits, clock, cache, total_memory, metrics } = common;
+        let Common { config, limits, clock, cache, total_memory, metrics, quotas } = common;
         let memory = Memory::new(limits, total_memory);
         let sandbox = Sandbox::new(limits, Arc::clone(metrics.exceeded()), Arc::clone(&clock));
         let call = Call::default();
-        Self { log, part, config, limits, memory, sandbox, call, clock, cache, metrics, time: 0, rest: 0 }
+        Self { log, part, config, limits, memory, sandbox, call, clock, cache, metrics, quotas, time: 0, rest: 0 }
     }
 
     pub(super) fn sandbox(&mut self) -> &mut Sandbox {
@@ -235,7 +242,15 @@ impl State {
         }
         // Before the log has them: a watch can receive them before the call returns.
         events.iter().for_each(|event| self.cache.announce(event.key()));
-        let first = self.log.append(self.time, events)?;
+        let client = self.call.key_prefix.as_deref().zip(self.call.quota);
+        let first = self.quotas.append(client, events, || self.log.append(self.time, events));
+        let first = first.map_err(|refused| match refused {
+            Refused::Exceeded => {
+                self.call.is_over_quota = true;
+                AppendError::InsufficientStorage
+            }
+            Refused::Append(error) => error.into(),
+        })?;
         if let Some(others) = events.len().checked_sub(1) {
             self.call.appended = Some(first + others as u64);
         }

@@ -204,6 +204,7 @@ impl Instance {
             response,
             guest_time: answers.iter().map(|answer| answer.guest_time).max().unwrap_or_default(),
             appended: answers.iter().any(|answer| answer.appended),
+            is_over_quota: answers.iter().any(|answer| answer.is_over_quota),
             sequel: None,
             reusable: None,
         })
@@ -220,6 +221,7 @@ impl Instance {
             may_append: true,
             client,
             key_prefix,
+            quota: incoming.quota,
             request_id,
             serving,
             effects,
@@ -240,6 +242,7 @@ impl Instance {
         };
         let state = self.store.data();
         let (appended, refused) = (state.call.appended, state.call.refused);
+        let is_over_quota = state.call.is_over_quota;
         // A guest may name too little (its own entries) or what does not exist yet; neither is believed.
         let everything = state.log.appended();
         let read_sequence = response.read_sequence.unwrap_or(everything).max(appended.unwrap_or(0)).min(everything);
@@ -270,6 +273,7 @@ impl Instance {
             read_sequence,
             guest_time: Duration::ZERO,
             appended: appended.is_some(),
+            is_over_quota,
             sequel,
             reusable,
         })

@@ -14,6 +14,7 @@ use hyper::{Request, Response, StatusCode};
 use kvs_txlog::subscribers::Selection;
 
 use super::cache::{Kept, Reusable};
+use super::quota::Quota;
 use crate::contract::{self, Grant, HeaderRef, ResponseRef, Scope};
 
 /// Headers a response may carry; far more than any needs, far fewer than an HTTP library can hold.
@@ -140,6 +141,8 @@ pub struct Incoming {
     pub is_sampled: bool,
     /// Which keys it may read and change, if not all.
     pub key_prefix: Option<Arc<str>>,
+    /// What the keys with that prefix may take, if not all.
+    pub quota: Option<Quota>,
 }
 
 impl Incoming {
@@ -182,6 +185,7 @@ impl Incoming {
             scope: self.scope,
             is_sampled: self.is_sampled,
             key_prefix: self.key_prefix.clone(),
+            quota: self.quota,
         }
     }
 }
@@ -195,6 +199,8 @@ pub struct Answer {
     pub guest_time: Duration,
     /// Whether the call appended, so that it has an outcome at all.
     pub appended: bool,
+    /// Whether an append was refused for the quota of the client, which is why the response is an error.
+    pub is_over_quota: bool,
     /// What the guest asked for in place of the response as it is.
     pub sequel: Option<Sequel>,
     /// Keeps the response for equal requests, when the guest declared that it can be reused.

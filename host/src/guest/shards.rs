@@ -101,10 +101,11 @@ impl Shards {
         let serving = Serving::new(Arc::new(guest), &replicas[0].instance);
         let routers = ArcSwap::from_pointee(routers(&serving.guest, &log, &owners));
         let (metrics, alarm) = (Metrics::new(), Alarm::default());
-        let cache = Arc::clone(serving.guest.response_cache());
+        let (cache, quotas) = (Arc::clone(serving.guest.response_cache()), Arc::clone(serving.guest.quotas()));
         cache.serve(Arc::clone(&serving.headers));
         let (building, last_trap, handed_over, shadow) = Default::default();
-        let shared = Arc::new(Shared { log, cache, metrics, alarm, building, last_trap, handed_over, shadow, env });
+        let shared =
+            Arc::new(Shared { log, cache, quotas, metrics, alarm, building, last_trap, handed_over, shadow, env });
         let shard =
             |(part, replica)| Arc::new(Shard::new(Arc::clone(&shared), part, serving.clone(), replica, with_spares));
         let shards = owners.parts().zip(replicas).map(shard).collect();
@@ -227,6 +228,11 @@ impl Shards {
     /// The response that was given to an equal request and is still right. Takes nobody's turn.
     pub fn kept(&self, incoming: &Incoming) -> Option<Answer> {
         self.shared.cache.get(incoming)
+    }
+
+    /// Waits until the keys with the prefix of a quota are counted. Returns whether they are.
+    pub async fn counted(&self, prefix: &Arc<str>) -> bool {
+        self.shared.quotas.counted(prefix, &self.shared.log, self.env()).await
     }
 
     /// Asks the shard that a request belongs to.

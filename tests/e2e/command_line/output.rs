@@ -94,7 +94,8 @@ fn inspect_and_token_commands_print_json() {
     revoke.args(["token", "revoke", "carol", "--output", "json", "--tokens", &tokens.file()]);
     let revoked = objects(revoke).remove(0);
     assert!(revoked["name"] == "carol" && revoked["revoked"].as_str().is_some_and(|id| id.len() == 12), "{revoked}");
-    tokens.add(&["alice", "--key-prefix", "team a/", "--expires", "2227-01-31"]);
+    let quota = ["--max-keys", "7", "--max-bytes", "1KiB"];
+    tokens.add(&[&["alice", "--key-prefix", "team a/", "--expires", "2227-01-31"][..], &quota].concat());
     tokens.add(&["bob", "--scope", "write", "--path-prefix", "/v1/b"]);
     let mut list = kvs();
     list.args(["token", "list", "--output", "json", "--tokens", &tokens.file()]);
@@ -105,10 +106,11 @@ fn inspect_and_token_commands_print_json() {
     }
     let alice = json!({
         "id": null, "name": "alice", "scope": "read", "expires": "2227-01-31T00:00:00Z", "path_prefix": null,
-        "key_prefix": "team a/",
+        "key_prefix": "team a/", "max_keys": 7, "max_bytes": 1024,
     });
     let bob = json!({
         "id": null, "name": "bob", "scope": "write", "expires": null, "path_prefix": "/v1/b", "key_prefix": null,
+        "max_keys": null, "max_bytes": null,
     });
     assert_eq!(listed, [alice, bob]);
 

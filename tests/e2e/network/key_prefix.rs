@@ -8,41 +8,8 @@ use serde_json::{Value, json};
 use crate::support::events::Events;
 use crate::support::guests::guest;
 use crate::support::server::{Server, kvs, refused};
-use crate::support::tokens::Tokens;
-use crate::support::wire::{Connection, Response};
-
-/// Requests with a token.
-struct Client {
-    connection: Connection,
-    bearer: String,
-}
-
-impl Client {
-    fn new(server: &Server, token: &str) -> Self {
-        Self { connection: Connection::open(server.address()), bearer: format!("Bearer {token}") }
-    }
-
-    fn ask(&mut self, method: &str, path: &str, body: &str) -> Response {
-        self.connection.ask_with(method, path, &[("authorization", &self.bearer)], body.as_bytes())
-    }
-
-    fn status(&mut self, method: &str, path: &str, body: &str) -> u16 {
-        self.ask(method, path, body).status
-    }
-
-    fn json(&mut self, method: &str, path: &str, body: &str) -> Value {
-        let response = self.ask(method, path, body);
-        assert_eq!(response.status, 200, "{method} {path}: {}", response.text());
-        serde_json::from_slice(&response.body).expect("JSON")
-    }
-
-    /// The keys of a list.
-    fn keys(&mut self, query: &str) -> Vec<String> {
-        let page = self.json("GET", &format!("/v1?{query}"), "");
-        let keys = page["keys"].as_array().expect("a list").iter();
-        keys.map(|entry| entry["key"].as_str().expect("text").to_owned()).collect()
-    }
-}
+use crate::support::tokens::{Client, Tokens};
+use crate::support::wire::Connection;
 
 /// Output of a command.
 fn printed(mut command: Command) -> String {

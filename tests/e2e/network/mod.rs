@@ -1,6 +1,6 @@
 //! Connections: listeners, access and limits.
 //!
-//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access` and `key_prefix`: tokens; `rate_limit`:
+//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access`, `key_prefix` and `quotas`: tokens; `rate_limit`:
 //! rates. `http2` and `raw` test the protocols byte for byte, `limits` slow and many clients, `floods` and `attacks` malicious
 //! ones.
 
@@ -12,6 +12,7 @@ mod http2;
 mod key_prefix;
 mod limits;
 mod listeners;
+mod quotas;
 mod rate_limit;
 mod raw;
 mod tls;

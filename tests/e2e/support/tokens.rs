@@ -1,5 +1,6 @@
 //! Token files, and requests with tokens.
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::server::{Server, kvs};
@@ -39,4 +40,37 @@ pub fn ask(server: &Server, method: &str, path: &str, authorization: &str) -> Re
 /// The `Authorization` line of a token.
 pub fn with(token: &str) -> String {
     format!("authorization: Bearer {token}\r\n")
+}
+
+/// A client that has a token.
+pub struct Client {
+    pub connection: Connection,
+    pub bearer: String,
+}
+
+impl Client {
+    pub fn new(server: &Server, token: &str) -> Self {
+        Self { connection: Connection::open(server.address()), bearer: format!("Bearer {token}") }
+    }
+
+    pub fn ask(&mut self, method: &str, path: &str, body: &str) -> Response {
+        self.connection.ask_with(method, path, &[("authorization", &self.bearer)], body.as_bytes())
+    }
+
+    pub fn status(&mut self, method: &str, path: &str, body: &str) -> u16 {
+        self.ask(method, path, body).status
+    }
+
+    pub fn json(&mut self, method: &str, path: &str, body: &str) -> Value {
+        let response = self.ask(method, path, body);
+        assert_eq!(response.status, 200, "{method} {path}: {}", response.text());
+        serde_json::from_slice(&response.body).expect("JSON")
+    }
+
+    /// The keys of a list.
+    pub fn keys(&mut self, query: &str) -> Vec<String> {
+        let page = self.json("GET", &format!("/v1?{query}"), "");
+        let keys = page["keys"].as_array().expect("a list").iter();
+        keys.map(|entry| entry["key"].as_str().expect("text").to_owned()).collect()
+    }
 }

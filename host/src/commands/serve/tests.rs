@@ -217,6 +217,7 @@ fn incoming(method: &str, target: &str) -> Incoming {
         principal: None,
         scope: Scope::Admin,
         key_prefix: None,
+        quota: None,
         is_sampled: false,
     }
 }

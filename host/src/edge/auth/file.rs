@@ -1,4 +1,4 @@
-//! The token file: one token per line, `NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX] [expires=TIME]`.
+//! The token file: one token per line, `NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX [max-keys=N] [max-bytes=N]] [expires=TIME]`.
 //!
 //! The token itself is not stored; it is 256 random bits, so its hash reveals nothing. Several tokens can have one name: a new
 //! one is created before the old one is revoked.
@@ -19,11 +19,15 @@ use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_enco
 use serde_json::json;
 
 use super::{Hash, Prefix, Scope, TOKEN_PREFIX, Token, hash};
+use crate::guest::Quota;
 
 /// Beginning of the word with the expiry in a line.
 const EXPIRES: &str = "expires=";
 /// Beginning of the word with the key prefix in a line.
 const KEY_PREFIX: &str = "key-prefix=";
+/// Beginnings of the words with a quota in a line.
+const MAX_KEYS: &str = "max-keys=";
+const MAX_BYTES: &str = "max-bytes=";
 /// Characters of a key prefix that are percent-encoded, so that it is one word.
 const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'%');
 /// Maximum length of a key prefix, that of a key.
@@ -34,6 +38,7 @@ const ID_DIGITS: usize = 12;
 /// Limits of a token beside its scope.
 pub struct Limits {
     pub prefix: Option<Prefix>,
+    pub quota: Option<Quota>,
     pub expires: Option<SystemTime>,
 }
 
@@ -55,26 +60,43 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
 }
 
 fn parse_line(line: &str) -> Result<(Hash, Token)> {
-    let form = || anyhow!("the line is not NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX] [expires=TIME]");
+    let form = || {
+        anyhow!(
+            "the line is not NAME SCOPE SHA256 [/PATH-PREFIX|key-prefix=PREFIX [max-keys=N] [max-bytes=N]] [expires=TIME]"
+        )
+    };
     let mut words = line.split_whitespace();
     let mut next = || words.next().ok_or_else(form);
     let (name, scope, hash) = (next()?, next()?, next()?);
     check_name(name)?;
     let scope = Scope::from_str(scope, false).map_err(|_| anyhow!("the scope is not metrics, read, write or admin"))?;
     let hash = from_hex(hash).context("the hash is not 64 hexadecimal digits")?;
-    let mut token = Token { name: name.into(), scope, prefix: None, expires: None };
+    let mut token = Token { name: name.into(), scope, prefix: None, quota: None, expires: None };
     for word in words {
         if let Some(time) = word.strip_prefix(EXPIRES) {
             ensure!(token.expires.is_none(), "there are two expiries");
             // The error does not show the word.
             let time = parse_rfc3339(time).map_err(|error| anyhow!("the expiry is malformed: {error}"))?;
             token.expires = Some(unix_ms(time));
+        } else if let Some(number) = word.strip_prefix(MAX_KEYS) {
+            limit(&mut token.quota.get_or_insert_default().keys, number)?;
+        } else if let Some(number) = word.strip_prefix(MAX_BYTES) {
+            limit(&mut token.quota.get_or_insert_default().bytes, number)?;
         } else {
             ensure!(token.prefix.is_none(), form());
             token.prefix = Some(parse_prefix(word)?);
         }
     }
+    let has_keys = matches!(token.prefix, Some(Prefix::Key(_)));
+    ensure!(token.quota.is_none() || has_keys, "max-keys and max-bytes need a key prefix, whose keys they limit");
     Ok((hash, token))
+}
+
+/// Parses a limit of a quota, which is there once.
+fn limit(limit: &mut Option<u64>, number: &str) -> Result<()> {
+    let number = number.parse().map_err(|_| anyhow!("a quota is not a number"))?;
+    ensure!(limit.replace(number).is_none(), "a quota is there twice");
+    Ok(())
 }
 
 fn parse_prefix(word: &str) -> Result<Prefix> {
@@ -101,6 +123,13 @@ fn word_of(prefix: &Prefix) -> String {
         Prefix::Path(prefix) => prefix.clone(),
         Prefix::Key(prefix) => format!("{KEY_PREFIX}{}", utf8_percent_encode(prefix, ENCODED)),
     }
+}
+
+/// Returns the words with a quota in a line, each after a space.
+fn words_of(quota: Option<Quota>) -> String {
+    let Quota { keys, bytes } = quota.unwrap_or_default();
+    let words = [(MAX_KEYS, keys), (MAX_BYTES, bytes)];
+    words.iter().filter_map(|(name, number)| Some(format!(" {name}{}", (*number)?))).collect()
 }
 
 /// Validates a name. It cannot equal the subject of a certificate, which contains an equals sign.
@@ -151,6 +180,7 @@ pub fn create(
     if let Some(prefix) = &limits.prefix {
         line += &format!(" {}", word_of(prefix));
     }
+    line += &words_of(limits.quota);
     if let Some(expires) = limits.expires {
         line += &format!(" {EXPIRES}{}", format_rfc3339_seconds(expires));
     }
@@ -174,12 +204,13 @@ pub fn create(
 /// Lists the tokens, without the tokens themselves: id, name, scope, expiry and prefix.
 pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
     let (_, tokens) = read(file)?;
-    for (hash, Token { name, scope, prefix, expires }) in tokens {
+    for (hash, Token { name, scope, prefix, quota, expires }) in tokens {
         let date = |expires| format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(expires)).to_string();
         let (id, scope, expires) = (id(&hash), name_of(scope), expires.map(date));
         let word = prefix.as_ref().map_or_else(String::new, |prefix| format!("  {}", word_of(prefix)));
         let expiry = expires.as_deref().unwrap_or("never");
-        let line = format!("{id}  {name:<16}  {scope:<7}  {expiry:<20}{word}");
+        let line = format!("{id}  {name:<16}  {scope:<7}  {expiry:<20}{word}{}", words_of(quota));
+        let Quota { keys, bytes } = quota.unwrap_or_default();
         let (path_prefix, key_prefix) = match &prefix {
             None => (None, None),
             Some(Prefix::Path(prefix)) => (Some(prefix.as_str()), None),
@@ -188,7 +219,7 @@ pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
         let object = || {
             json!({
                 "id": id, "name": &*name, "scope": scope, "expires": expires,
-                "path_prefix": path_prefix, "key_prefix": key_prefix,
+                "path_prefix": path_prefix, "key_prefix": key_prefix, "max_keys": keys, "max_bytes": bytes,
             })
         };
         output.print(Some(&line), object, out)?;
@@ -265,6 +296,10 @@ mod tests {
             (format!("alice read {hash} key-prefix=%ff"), 1),
             (format!("alice read {hash} key-prefix=a%0a"), 1),
             (format!("alice read {hash} expires=tomorrow"), 1),
+            (format!("alice read {hash} max-keys=1"), 1),
+            (format!("alice read {hash} /a max-bytes=1"), 1),
+            (format!("alice read {hash} key-prefix=a max-keys=many"), 1),
+            (format!("alice read {hash} key-prefix=a max-keys=1 max-keys=1"), 1),
             (format!("alice read {hash}\nbob read {hash}"), 2),
         ] {
             let error = format!("{:#}", parse(&text).err().expect("it is invalid"));
@@ -276,7 +311,7 @@ mod tests {
     fn token_is_added_after_a_line_without_end() {
         let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
         fs::write(&file, "# people").expect("it can be written");
-        let limits = Limits { prefix: None, expires: None };
+        let limits = Limits { prefix: None, quota: None, expires: None };
         for name in ["alice", "bob"] {
             create(file.path(), name, Scope::Read, &limits, &Random::system(), |_| Ok(())).expect("it is created");
         }
@@ -292,6 +327,14 @@ mod tests {
             assert_eq!(token.prefix, Some(Prefix::Path("/v1/a".to_owned())));
             assert_eq!((token.scope, token.expires), (Scope::Metrics, Some(1_798_761_600_000)));
         }
+    }
+
+    #[test]
+    fn line_has_quota() {
+        let line = format!("alice write {} key-prefix=a max-bytes=20 max-keys=0", "0".repeat(64));
+        let (_, token) = parse_line(&line).expect("it is valid");
+        assert_eq!(token.quota, Some(Quota { keys: Some(0), bytes: Some(20) }));
+        assert_eq!(words_of(token.quota), " max-keys=0 max-bytes=20");
     }
 
     #[test]

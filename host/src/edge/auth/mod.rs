@@ -29,6 +29,7 @@ use super::head;
 use super::rejection::Rejection;
 use crate::audit::{self, Actor};
 use crate::contract;
+use crate::guest::Quota;
 
 /// Prefix of tokens, so that scanners recognise leaked ones.
 pub const TOKEN_PREFIX: &str = "kvs_";
@@ -68,6 +69,8 @@ struct Token {
     name: Arc<str>,
     scope: Scope,
     prefix: Option<Prefix>,
+    /// Of the keys with its prefix.
+    quota: Option<Quota>,
     /// In milliseconds since 1970.
     expires: Option<u64>,
 }
@@ -86,6 +89,7 @@ pub struct Grant {
     pub name: Arc<str>,
     pub scope: Scope,
     pub key_prefix: Option<Arc<str>>,
+    pub quota: Option<Quota>,
     hash: Hash,
 }
 
@@ -232,7 +236,7 @@ impl Token {
             Some(Prefix::Path(_)) => (self.scope.min(Scope::Write), None),
             Some(Prefix::Key(prefix)) => (self.scope.min(Scope::Write), Some(Arc::clone(prefix))),
         };
-        Ok(Grant { name: Arc::clone(&self.name), scope, key_prefix, hash })
+        Ok(Grant { name: Arc::clone(&self.name), scope, key_prefix, quota: self.quota, hash })
     }
 }
 

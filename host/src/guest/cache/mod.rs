@@ -130,6 +130,7 @@ impl ResponseCache {
             response: Given::Kept(kept),
             guest_time: Duration::ZERO,
             appended: false,
+            is_over_quota: false,
             sequel: None,
             reusable: None,
         })

@@ -114,6 +114,7 @@ impl Request {
             scope: Scope::Admin,
             is_sampled: false,
             key_prefix: None,
+            quota: None,
         })
     }
 }

@@ -68,6 +68,7 @@ impl Decision {
                     response: Given::Fresh { record, most: usize::MAX, end: 0 },
                     read_sequence: 0,
                     appended: false,
+                    is_over_quota: false,
                     sequel: None,
                     reusable: None,
                     guest_time: Duration::ZERO,

@@ -36,6 +36,7 @@ use super::message::{Answer, Incoming, Wanted};
 use super::metrics::{Held, Metrics};
 use super::outage::Outage;
 use super::owner::Part;
+use super::quota::Quotas;
 use super::replica::Replica;
 use super::replica::spare::{Spare, Surroundings};
 use super::shadow::{Queue, Shadow};
@@ -91,6 +92,7 @@ pub struct Shard {
 pub struct Shared {
     pub log: Arc<dyn TransactionLog>,
     pub cache: Arc<ResponseCache>,
+    pub quotas: Arc<Quotas>,
     pub metrics: Metrics,
     pub alarm: Alarm<Raised>,
     /// Held while a spare is built and during a swap: there is memory for one more instance of each shard, not for two.

@@ -109,6 +109,7 @@ impl Turn {
         self.has = Instanced::Missing;
         // It may have held what the log does not, or was of another guest.
         self.shard.held.changed();
+        self.shard.shared.quotas.forget();
         // Also of a turn that is held: the log may not become durable for long.
         if self.shard.outage().is_none() {
             self.shard.is_down("the instance is replaced".to_owned());
@@ -232,6 +233,7 @@ impl Turn {
 
     /// Applies entries that another process appended.
     pub(super) fn take_in(&mut self, changes: &[Change], until: u64) {
+        self.shard.shared.quotas.forget();
         let Some(mut replica) = self.take(Instanced::Called) else { return };
         self.shard.held.changed();
         if let Some(tap) = self.shard.tap() {

@@ -170,6 +170,7 @@ mod tests {
             read_sequence: 0,
             guest_time: Duration::ZERO,
             appended,
+            is_over_quota: false,
             sequel: None,
             reusable: None,
         }

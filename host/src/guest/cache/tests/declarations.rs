@@ -15,6 +15,7 @@ use crate::guest::custom::CustomMetrics;
 use crate::guest::imports::{Call, Common, State};
 use crate::guest::limits::{self, Limits};
 use crate::guest::owner::Owners;
+use crate::guest::quota::Quotas;
 
 const KIB: usize = 1 << 10;
 
@@ -58,6 +59,7 @@ fn handling() -> (State, Arc<ResponseCache>, Arc<Looking>) {
         cache: Arc::clone(&cache),
         total_memory: Arc::default(),
         metrics: Arc::new(CustomMetrics::new(1, Arc::default())),
+        quotas: Quotas::new(&Env::real().random).unwrap(),
     };
     let mut state = State::new(log.clone(), part, common);
     state.now();

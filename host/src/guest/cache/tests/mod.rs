@@ -37,6 +37,7 @@ fn request(method: &str, target: &str) -> Incoming {
         scope: Scope::Read,
         is_sampled: false,
         key_prefix: None,
+        quota: None,
     }
 }
 

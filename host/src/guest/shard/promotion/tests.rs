@@ -106,6 +106,7 @@ fn incoming(method: &str, target: &str, body: Bytes) -> Incoming {
         scope: Scope::Admin,
         is_sampled: false,
         key_prefix: None,
+        quota: None,
     }
 }
 
