@@ -75,7 +75,10 @@ pub(super) async fn run(shared: Arc<Shared>) -> Result<()> {
         shared.env.clock.sleep(POLL_INTERVAL).await;
         let bytes = shared.bytes();
         before = bytes.min(before);
-        if !shared.queue.begun() || shared.queue.ended().is_some() || bytes - before < shared.compaction_bytes.max(snapshot) {
+        if !shared.queue.begun()
+            || shared.queue.ended().is_some()
+            || bytes - before < shared.compaction_bytes.max(snapshot)
+        {
             continue;
         }
         match compact(&shared, Manner::Server).await {

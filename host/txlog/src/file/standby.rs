@@ -85,11 +85,11 @@ impl StandbyLog {
         lock::make_directory(&options.data)?;
         let directory = options.data.join("log");
         lock::make_directory(&directory)?;
-        Self::open_on(Arc::new(Directory::new(directory)), options)
+        Self::open_on(Arc::new(Directory::new(directory)), options, waits)
     }
 
     /// [`open`](Self::open) with the log on this disk.
-    pub(super) fn open_on(disk: Arc<dyn Disk>, options: Options) -> Result<Self> {
+    pub(super) fn open_on(disk: Arc<dyn Disk>, options: Options, waits: impl Fn(String)) -> Result<Self> {
         let log = Self { shared: Arc::new(Shared::new(disk, options)), thread: Mutex::default() };
         let Shared { options, follower, .. } = &*log.shared;
         let data = options.data.display();

@@ -70,7 +70,7 @@ fn standby_keeps_lock_until_lost_end_is_recorded() {
     let disk = FakeDisk::default();
     let lock = Lock::attempt(directory.path(), None).unwrap();
     let primary = FileLog::open_on(Arc::new(disk.clone()), options(), lock).unwrap();
-    let standby = StandbyLog::open_on(Arc::new(disk.clone()), options()).unwrap();
+    let standby = StandbyLog::open_on(Arc::new(disk.clone()), options(), |_| ()).unwrap();
     commit(&primary, put("a", b"1"));
     commit(&primary, put("a", b"2"));
     eventually(|| standby.news().borrow().newest == 2);

@@ -127,7 +127,7 @@ fn standby_that_stands_still_reports_its_age() {
     commit(&primary, put("before", b""));
     let time = Arc::new(Ahead::default());
     let env = Env { clock: Clock::given(Arc::clone(&time) as _), ..Env::real() };
-    let standby = StandbyLog::open(Options { env, ..on() }).unwrap();
+    let standby = StandbyLog::open(Options { env, ..on() }, |_| ()).unwrap();
     assert!(matches!(standby.condition(), Condition::But(what) if what.starts_with("standby of process ")));
     // Its thread ends.
     standby.close().unwrap();
