@@ -65,6 +65,7 @@ mod verify;
 mod writer;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -159,6 +160,8 @@ pub struct FileLog {
     disk: Arc<dyn Disk>,
     options: Options,
     running: Mutex<Option<Running>>,
+    /// Another process may write it.
+    handed: AtomicBool,
 }
 
 struct Running {
@@ -227,7 +230,8 @@ impl FileLog {
     fn open_after(disk: Arc<dyn Disk>, options: Options, lock: Option<Lock>, before: Before) -> anyhow::Result<Self> {
         let watermark = Arc::clone(&before.watermark);
         let (shared, running) = Self::run(Arc::clone(&disk), options.clone(), lock, before)?;
-        Ok(Self { shared: ArcSwap::new(shared), watermark, disk, options, running: Mutex::new(Some(running)) })
+        let (running, handed) = (Mutex::new(Some(running)), AtomicBool::new(false));
+        Ok(Self { shared: ArcSwap::new(shared), watermark, disk, options, running, handed })
     }
 
     /// Recovers the log, and starts its threads, but not compaction.
@@ -322,6 +326,12 @@ impl TransactionLog for FileLog {
 
     fn history(&self) -> Arc<History> {
         self.shared().history.clone()
+    }
+
+    /// Once it was handed over and failed, its lock is free or with another process, which may serve by now.
+    fn reads_refused(&self) -> Option<&'static str> {
+        let is_lost = self.handed.load(Ordering::Relaxed) && self.watermark.failure().is_some();
+        is_lost.then_some("another process may have taken the log over from this one")
     }
 
     fn condition(&self) -> Condition {

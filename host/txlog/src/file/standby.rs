@@ -304,7 +304,7 @@ impl Shared {
 }
 
 /// Whether a shortage of descriptors, threads or memory is the cause, or of room for what must be recorded.
-fn is_passing(error: &anyhow::Error) -> bool {
+pub(super) fn is_passing(error: &anyhow::Error) -> bool {
     error.is::<Unrecorded>() || error.chain().filter_map(|cause| cause.downcast_ref()).any(is_shortage)
 }
 
@@ -371,6 +371,10 @@ impl TransactionLog for StandbyLog {
     fn read_only(&self) -> Option<&'static str> {
         let follows = !self.begun() && self.shared.watermark.failure().is_none();
         follows.then_some("this server stands by; another one takes writes")
+    }
+
+    fn reads_refused(&self) -> Option<&'static str> {
+        self.log().and_then(TransactionLog::reads_refused)
     }
 
     fn condition(&self) -> Condition {

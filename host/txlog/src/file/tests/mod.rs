@@ -11,6 +11,7 @@ mod disk;
 mod faults;
 mod formats;
 mod frames;
+mod handover;
 mod history;
 mod incarnations;
 mod interleavings;
