@@ -98,7 +98,7 @@ impl Follower {
     /// The same, as if it had followed another disk with this content.
     #[cfg(test)]
     pub fn on(&self, home: Home) -> Self {
-        Self { home, state: Mutex::new(self.state().clone()) }
+        Self { state: Mutex::new(self.state().clone()), ..Self::new(home) }
     }
 
     /// Reads the position. Returns the newest durable sequence.
