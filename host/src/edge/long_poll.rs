@@ -52,6 +52,7 @@ impl Service {
             let Called::Here(Answered { answer, as_of, .. }) = called else { return Ok((called, deadline)) };
             match (answer.sequel, watcher) {
                 (Some(Sequel::Wait(again)), Some(mut watcher)) if Instant::now() < until => {
+                    appended = appended.max(answer.appended.then_some(answer.read_sequence));
                     tokio::select! {
                         biased;
                         rejection = revoked(standing) => return Err(rejection.with_effect(appended.is_some())),
@@ -59,7 +60,6 @@ impl Service {
                         () = client_left(socket) => until = Instant::now(),
                         _ = timeout_at(until, watcher.next()) => {}
                     }
-                    appended = appended.max(answer.appended.then_some(answer.read_sequence));
                     wait = again;
                 }
                 (sequel, _) => {

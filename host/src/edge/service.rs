@@ -226,8 +226,10 @@ impl Service {
         charge.wait_for_server();
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
-        let quota = grant.as_ref().and_then(|grant| grant.quota).filter(|_| !head::is_safe(&head.method));
-        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota) {
+        let quota = grant.as_ref().and_then(|grant| grant.quota);
+        // A client can always delete.
+        let may_put = !head::is_safe(&head.method) && head.method != Method::DELETE;
+        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota).filter(|_| may_put) {
             self.count(prefix, deadline).await?;
         }
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
@@ -285,7 +287,10 @@ impl Service {
         if answer.is_over_quota && !answer.appended {
             let reason = "the quota of the token would be exceeded, max-keys or max-bytes; nothing was stored";
             let rejection = Rejection::new(StatusCode::INSUFFICIENT_STORAGE, reason);
-            return Err(rejection.with_code(problem::QUOTA_EXCEEDED).of_limit(Limit::Quota));
+            return Err(rejection
+                .with_code(problem::QUOTA_EXCEEDED)
+                .of_limit(Limit::Quota)
+                .with_effect(appended_before));
         }
         let length = answer.response.bytes();
         asked.hold(&mut charge, length, answer.appended || appended_before)?;

@@ -4,7 +4,7 @@
 //! is appended. So it needs no storage of its own, and is right after a restart, an expiry, a swap or a compaction. Must never
 //! know: tokens, or what a guest makes of a refused append.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,8 @@ use tokio::sync::watch;
 use tokio::task;
 use tracing::warn;
 
-/// Prefixes that are counted at a time, at most; the oldest makes room for another, and is counted again when it is used.
+/// Prefixes that are counted at a time, at most; the one that is unused for longest makes room for another, and is counted again
+/// when it is used.
 const MAX_COUNTS: usize = 1_000;
 
 /// What the keys with the prefix of a client may take.
@@ -33,21 +34,28 @@ pub struct Quotas {
     /// Whether anything is counted: without quotas, an append takes no lock.
     is_used: AtomicBool,
     counts: Mutex<Counts>,
+    /// Held by the pass over the log, of which there is one at a time, for all prefixes that wait.
+    counting: tokio::sync::Mutex<()>,
     /// Nobody outside can choose keys with one hash.
     hasher: SipHasher13,
 }
 
 #[derive(Default)]
 struct Counts {
-    each: Vec<Count>,
+    each: HashMap<Arc<str>, Count>,
+    /// Lengths of their prefixes, and how many have each.
+    lengths: BTreeMap<usize, usize>,
     /// Identifies a count that was begun again.
     begun: u64,
+    /// Number of uses so far.
+    uses: u64,
 }
 
 /// The keys with one prefix.
 struct Count {
-    prefix: Arc<str>,
     number: u64,
+    /// The last use.
+    used: u64,
     /// Bytes of each key and its value, by the hash of the key.
     sizes: HashMap<u128, u64>,
     bytes: u64,
@@ -70,7 +78,12 @@ impl Quotas {
         let mut seed = [0; 16];
         random.fill(&mut seed)?;
         let hasher = SipHasher13::new_with_key(&seed);
-        Ok(Arc::new(Self { is_used: AtomicBool::default(), counts: Mutex::default(), hasher }))
+        Ok(Arc::new(Self {
+            is_used: AtomicBool::default(),
+            counts: Mutex::default(),
+            counting: tokio::sync::Mutex::default(),
+            hasher,
+        }))
     }
 
     /// Appends events, and counts them. `client` is the prefix and the quota of the client, if it has one.
@@ -88,6 +101,8 @@ impl Quotas {
             }
             return Ok(first);
         }
+        // What is stored already can always be deleted.
+        let client = client.filter(|_| events.iter().any(|event| matches!(event, Event::Put(_))));
         // Held until the events are counted: what another shard appends is checked against them.
         let mut counts = self.counts();
         if let Some((prefix, quota)) = client {
@@ -102,7 +117,7 @@ impl Quotas {
     pub async fn counted(self: &Arc<Self>, prefix: &Arc<str>, log: &Arc<dyn TransactionLog>, env: &Env) -> bool {
         let mut done = {
             let mut counts = self.counts();
-            match counts.each.iter().find(|count| count.prefix == *prefix) {
+            match counts.each.get(prefix) {
                 Some(Count { changed: None, .. }) => return true,
                 Some(count) => count.done.subscribe(),
                 None => {
@@ -113,7 +128,6 @@ impl Quotas {
                     env.tasks.detach("quota count", async move {
                         if let Err(error) = quotas.count(number, log).await {
                             warn!("the keys of a quota cannot be counted: {error:#}");
-                            quotas.counts().each.retain(|count| count.number != number);
                         }
                     });
                     done
@@ -127,33 +141,51 @@ impl Quotas {
     /// Gives up all counts: another process has written to the log, or this one has lost what it appended.
     pub fn forget(&self) {
         if self.is_used.load(Ordering::SeqCst) {
-            self.counts().each.clear();
+            let mut counts = self.counts();
+            (counts.each, counts.lengths) = Default::default();
+            self.is_used.store(false, Ordering::SeqCst);
         }
     }
 
-    /// Counts what the log has. Changes since the count began are known already.
+    /// Counts what the log has, for all prefixes that wait. Changes since their counts began are known already. Nothing is done if
+    /// the pass of another one has included this one.
     async fn count(self: &Arc<Self>, number: u64, log: Arc<dyn TransactionLog>) -> Result<()> {
+        let _alone = self.counting.lock().await;
+        let waiting: HashSet<u64> = self.counts().waiting().map(|count| count.number).collect();
+        if !waiting.contains(&number) {
+            return Ok(());
+        }
+        let counted = self.count_all(&waiting, log).await;
+        let mut counts = self.counts();
+        if counted.is_err() {
+            counts.retain(|count| !waiting.contains(&count.number));
+        }
+        for count in counts.waiting().filter(|count| waiting.contains(&count.number)) {
+            count.changed = None;
+            count.done.send_replace(true);
+        }
+        counted
+    }
+
+    async fn count_all(self: &Arc<Self>, waiting: &HashSet<u64>, log: Arc<dyn TransactionLog>) -> Result<()> {
         // A replay has durable entries only.
         log.watermark().reached(log.appended()).await?;
-        let quotas = Arc::clone(self);
+        let (quotas, waiting) = (Arc::clone(self), waiting.clone());
         task::spawn_blocking(move || {
             log.replay(0, &mut |entries| {
                 let mut counts = quotas.counts();
-                let count = counts.each.iter_mut().find(|count| count.number == number);
-                // Forgotten, so nobody waits for it any more.
-                let Some(count) = count else { return Ok(()) };
                 for entry in entries {
-                    count.replay(&entry.event, &quotas.hasher);
+                    let key = entry.event.key();
+                    counts.of(key, |count| {
+                        if waiting.contains(&count.number) {
+                            count.replay(&entry.event, &quotas.hasher);
+                        }
+                    });
                 }
                 Ok(())
             })
         })
         .await??;
-        let mut counts = self.counts();
-        if let Some(count) = counts.each.iter_mut().find(|count| count.number == number) {
-            count.changed = None;
-            count.done.send_replace(true);
-        }
         Ok(())
     }
 
@@ -165,48 +197,83 @@ impl Quotas {
 
 impl Counts {
     fn begin(&mut self, prefix: &Arc<str>) -> (u64, watch::Receiver<bool>) {
-        if self.each.len() >= MAX_COUNTS {
-            self.each.remove(0);
+        if self.each.len() >= MAX_COUNTS
+            && let Some(unused) = self.each.values().map(|count| count.used).min()
+        {
+            self.retain(|count| count.used != unused);
         }
         self.begun += 1;
+        self.uses += 1;
         let (done, receiver) = watch::channel(false);
-        self.each.push(Count {
-            prefix: Arc::clone(prefix),
+        let count = Count {
             number: self.begun,
+            used: self.uses,
             sizes: HashMap::new(),
             bytes: 0,
             changed: Some(HashSet::new()),
             done,
-        });
+        };
+        self.each.insert(Arc::clone(prefix), count);
+        *self.lengths.entry(prefix.len()).or_default() += 1;
         (self.begun, receiver)
     }
 
-    fn check(&self, prefix: &str, quota: Quota, events: &[Event], hasher: &SipHasher13) -> Result<(), Refused> {
-        match self.each.iter().find(|count| *count.prefix == *prefix) {
-            Some(count) if count.changed.is_none() => count.check(quota, events, hasher),
+    fn retain(&mut self, is_kept: impl Fn(&Count) -> bool) {
+        let lengths = &mut self.lengths;
+        self.each.retain(|prefix, count| {
+            let keeps = is_kept(count);
+            if !keeps && let Some(prefixes) = lengths.get_mut(&prefix.len()) {
+                *prefixes -= 1;
+            }
+            keeps
+        });
+        lengths.retain(|_, prefixes| *prefixes > 0);
+    }
+
+    /// The counts that are in progress.
+    fn waiting(&mut self) -> impl Iterator<Item = &mut Count> {
+        self.each.values_mut().filter(|count| count.changed.is_some())
+    }
+
+    /// Calls `change` with the count of each prefix that a key has.
+    fn of(&mut self, key: &str, mut change: impl FnMut(&mut Count)) {
+        for (length, _) in self.lengths.range(..=key.len()) {
+            if let Some(count) = key.get(..*length).and_then(|prefix| self.each.get_mut(prefix)) {
+                change(count);
+            }
+        }
+    }
+
+    fn check(&mut self, prefix: &str, quota: Quota, events: &[Event], hasher: &SipHasher13) -> Result<(), Refused> {
+        self.uses += 1;
+        match self.each.get_mut(prefix) {
+            Some(count) if count.changed.is_none() => {
+                count.used = self.uses;
+                count.check(prefix, quota, events, hasher)
+            }
             _ => Err(Refused::Append(AppendError::Unavailable)),
         }
     }
 
     fn apply(&mut self, events: &[Event], hasher: &SipHasher13) {
         for event in events {
-            for count in self.each.iter_mut().filter(|count| event.key().starts_with(&*count.prefix)) {
+            self.of(event.key(), |count| {
                 let key = hash(event.key(), hasher);
                 count.set(key, size(event));
                 if let Some(changed) = &mut count.changed {
                     changed.insert(key);
                 }
-            }
+            });
         }
     }
 }
 
 impl Count {
     /// Checks that events do not increase what there is beyond a quota. What is beyond it already can become less.
-    fn check(&self, quota: Quota, events: &[Event], hasher: &SipHasher13) -> Result<(), Refused> {
+    fn check(&self, prefix: &str, quota: Quota, events: &[Event], hasher: &SipHasher13) -> Result<(), Refused> {
         let (mut keys, mut bytes) = (self.sizes.len() as u64, self.bytes);
         let mut after = HashMap::new();
-        for event in events.iter().filter(|event| event.key().starts_with(&*self.prefix)) {
+        for event in events.iter().filter(|event| event.key().starts_with(prefix)) {
             let (key, now) = (hash(event.key(), hasher), size(event));
             let before = after.insert(key, now).unwrap_or_else(|| self.sizes.get(&key).copied());
             keys = keys + u64::from(now.is_some()) - u64::from(before.is_some());
@@ -221,9 +288,6 @@ impl Count {
     }
 
     fn replay(&mut self, event: &EventRef<'_>, hasher: &SipHasher13) {
-        if !event.key().starts_with(&*self.prefix) {
-            return;
-        }
         let key = hash(event.key(), hasher);
         if self.changed.as_ref().is_some_and(|changed| changed.contains(&key)) {
             return;
@@ -309,7 +373,7 @@ mod tests {
     /// Keys and bytes with a prefix, as they are counted.
     fn now(quotas: &Quotas, prefix: &str) -> (usize, u64) {
         let counts = quotas.counts();
-        let count = counts.each.iter().find(|count| *count.prefix == *prefix).expect("it is counted");
+        let count = counts.each.get(prefix).expect("it is counted");
         assert!(count.changed.is_none());
         (count.sizes.len(), count.bytes)
     }
@@ -321,11 +385,9 @@ mod tests {
         let receive = &mut |entries: &[kvs_txlog::Entry<'_>]| {
             for entry in entries.iter().filter(|entry| entry.event.key().starts_with(prefix)) {
                 match &entry.event {
-                    EventRef::Put(put) => {
-                        drop(sizes.insert(put.key.to_owned(), (put.key.len() + put.value.len()) as u64))
-                    }
-                    EventRef::Delete(key) => drop(sizes.remove(*key)),
-                }
+                    EventRef::Put(put) => sizes.insert(put.key.to_owned(), (put.key.len() + put.value.len()) as u64),
+                    EventRef::Delete(key) => sizes.remove(*key),
+                };
             }
             Ok(())
         };
@@ -340,7 +402,7 @@ mod tests {
         // Few keys, so that they are overwritten and deleted before, during and after the count.
         let event = |number: usize| {
             let key = format!("{}{}", ["a/", "a/b/", "c/"][number % 3], number % 50);
-            if number % 7 == 0 { delete(&key) } else { put(&key, number % 100) }
+            if number.is_multiple_of(7) { delete(&key) } else { put(&key, number % 100) }
         };
         (0..10_000).for_each(|number| append(&quotas, &log, &[event(number), event(number / 2)]));
         let appending = thread::spawn({
@@ -398,13 +460,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn oldest_count_makes_room() {
+    async fn unused_count_makes_room() {
         let (_data, log) = log();
         let quotas = Quotas::new(&Random::system()).unwrap();
-        for number in 0..=MAX_COUNTS {
-            counted(&quotas, &format!("{number}/"), &log).await;
+        let number = |number: usize| format!("{number}/");
+        for count in 0..MAX_COUNTS {
+            counted(&quotas, &number(count), &log).await;
         }
+        quotas.append(Some(("0/", KEYS)), &[put("0/a", 1)], || log.append(0, &[put("0/a", 1)])).unwrap();
+        counted(&quotas, "another/", &log).await;
         let counts = quotas.counts();
-        assert_eq!((counts.each.len(), &*counts.each[0].prefix), (MAX_COUNTS, "1/"));
+        let is_there = |prefix: &str| counts.each.contains_key(prefix);
+        assert_eq!((counts.each.len(), counts.lengths.values().sum::<usize>()), (MAX_COUNTS, MAX_COUNTS));
+        assert!(is_there("another/") && is_there("0/") && !is_there("1/"));
+    }
+
+    /// Prefixes that begin to be counted at the same time are counted by one pass over the log.
+    #[tokio::test]
+    async fn prefixes_are_counted_together() {
+        let (_data, log) = log();
+        let quotas = Quotas::new(&Random::system()).unwrap();
+        append(&quotas, &log, &[put("a1", 1), put("b1", 2), put("ab", 3)]);
+        let begun: Vec<_> = ["a", "b", "ab"].map(|prefix| quotas.counts().begin(&prefix.into()).0).into();
+        quotas.count(begun[2], Arc::clone(&log)).await.unwrap();
+        assert_eq!((now(&quotas, "a"), now(&quotas, "b"), now(&quotas, "ab")), ((2, 8), (1, 4), (1, 5)));
     }
 }

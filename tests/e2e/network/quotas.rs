@@ -111,11 +111,12 @@ fn bytes_are_limited_until_keys_expire() {
     let mut team = limited.team();
     // Keys have six bytes.
     assert_eq!(team.status("PUT", "/v1/team%2Fa", &"x".repeat(494)), 201);
-    assert_eq!(team.status("PUT", "/v1/team%2Fb?ttl=5s", &"x".repeat(512)), 201);
+    assert_eq!(team.status("PUT", "/v1/team%2Fb?ttl=1h", &"x".repeat(512)), 201);
     exceeds(&team.ask("PUT", "/v1/team%2Fc", &"x".repeat(7)));
     exceeds(&team.ask("PUT", "/v1/team%2Fa", &"x".repeat(501)));
     assert_eq!(team.status("PUT", "/v1/team%2Fa", &"x".repeat(500)), 201);
     // The key is deleted at its time.
+    assert_eq!(team.status("PUT", "/v1/team%2Fb?ttl=1s", &"x".repeat(512)), 201);
     let begun = Instant::now();
     while team.status("PUT", "/v1/team%2Fc", &"x".repeat(512)) != 201 {
         assert!(begun.elapsed() < PATIENCE, "what expires makes no room");
