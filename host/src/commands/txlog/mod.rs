@@ -156,7 +156,7 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
                 Ok(())
             }
             #[cfg(feature = "nats")]
-            TxlogStorage::Nats(url) => compact_frames(url),
+            TxlogStorage::Nats(url) => compact_frames(url, output.output(), out),
         },
         TxlogCommand::Fork { at, output } => fork(&at, output.output(), out),
     }
@@ -293,16 +293,17 @@ fn compact(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Result<(
 
 /// Compacts a log in NATS, also while it is in use.
 #[cfg(feature = "nats")]
-fn compact_frames(url: &nats::Url) -> anyhow::Result<()> {
+fn compact_frames(url: &nats::Url, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
     let Some(Outcome { entries, log_bytes, snapshot_bytes, .. }) = nats::read(url)?.compact()? else {
         notice(format_args!("nothing to compact: hardly anything was written since the last snapshot"));
-        return Ok(());
+        return Ok(output.print(None, || json!({ "entries": null }), out)?);
     };
     let (log, snapshot) = (ByteSize(log_bytes), ByteSize(snapshot_bytes));
     notice(format_args!(
         "compacted: {entries} entries remain in the snapshot, which takes {snapshot}; the rest takes {log}"
     ));
-    Ok(())
+    let result = || json!({ "entries": entries, "bytes": log_bytes, "snapshot_bytes": snapshot_bytes });
+    Ok(output.print(None, result, out)?)
 }
 
 /// Returns the size of the files of the log.

@@ -1,7 +1,7 @@
 //! Compaction: makes a snapshot of the log, and lets the engine drop the frames that it replaces.
 //!
 //! The order makes a crash harmless at each step: the snapshot is written, read back and verified, and only then are frames
-//! dropped. A server keeps the snapshot before it, and the frames since that one: whoever reads them need not begin again. What
+//! dropped. A server keeps the snapshot before it, and the frames since that one, so that a reader need not begin again. What
 //! an interrupted run leaves is not complete, and is dropped by a later one.
 //!
 //! A run is due when the log has grown by as much as the newest snapshot takes, and by [`MIN_BYTES`] at least. So the engine
@@ -73,12 +73,21 @@ pub(super) async fn run(shared: Arc<Shared>) -> Result<()> {
     // A process that handed the log over may get it back.
     while matches!(shared.queue.ended(), None | Some(End::HandedOver)) {
         shared.env.clock.sleep(POLL_INTERVAL).await;
+        if !shared.queue.begun() || shared.queue.ended().is_some() {
+            continue;
+        }
         let bytes = shared.bytes();
-        before = bytes.min(before);
-        if !shared.queue.begun()
-            || shared.queue.ended().is_some()
-            || bytes - before < shared.compaction_bytes.max(snapshot)
+        // What is left by the run of a former primary is no reason for another one.
+        if (before, snapshot) == (0, 0)
+            && let Some(known) = shared.snapshot()
+            && let Ok(ends) = shared.engine.snapshot(known.tip.position).ends().await
         {
+            (before, snapshot) = (ends.bytes, ends.bytes);
+        }
+        before = bytes.min(before);
+        if bytes - before < shared.compaction_bytes.max(snapshot) {
+            // Also after `kvs txlog compact` has made room.
+            shared.set_compaction_failure(None);
             continue;
         }
         match compact(&shared, Manner::Server).await {
@@ -88,7 +97,10 @@ pub(super) async fn run(shared: Arc<Shared>) -> Result<()> {
                 shared.set_compaction_failure(None);
             }
             // Everything is retained: the next run is due when the log has grown.
-            Ok(None) => before = bytes,
+            Ok(None) => {
+                before = bytes;
+                shared.set_compaction_failure(None);
+            }
             Err(_) if shared.queue.ended().is_some() => {}
             // The log is whole, only larger than necessary.
             Err(error) => {
@@ -116,7 +128,7 @@ pub(super) async fn compact(shared: &Shared, manner: Manner) -> Result<Option<Ou
     }
     let retain_from = match manner {
         Manner::Server if !shared.retain.is_zero() => {
-            shared.env.clock.unix_ms().saturating_sub(u64::try_from(shared.retain.as_millis())?)
+            shared.env.clock.steady_ms().saturating_sub(u64::try_from(shared.retain.as_millis())?)
         }
         _ => u64::MAX,
     };
@@ -129,10 +141,14 @@ pub(super) async fn compact(shared: &Shared, manner: Manner) -> Result<Option<Ou
     if position <= begin {
         return Ok(None);
     }
-    shared.engine.make_snapshot(position).await.map_err(Failure::from)?;
-    let (snapshot, entries) = prefix.write(&dropped).await?;
-    let written = verify(shared, &snapshot).await?;
-    ensure!(written == entries, "the snapshot has {written} entries, but {entries} were written to it");
+    let (snapshot, entries) = match make(&prefix, &dropped).await {
+        Ok(made) => made,
+        Err(error) => {
+            // Only this run uses it. It takes space, which may be what was missing, and what was not verified must not be used.
+            let _ = shared.engine.drop_snapshot(position).await;
+            return Err(error);
+        }
+    };
     shared.set_snapshot(snapshot.clone());
     let kept = if manner == Manner::Server { begin } else { position };
     let end = if is_mutant("DroppedBeyondSnapshot") { position + 1 } else { kept };
@@ -143,6 +159,16 @@ pub(super) async fn compact(shared: &Shared, manner: Manner) -> Result<Option<Ou
     shared.metrics.compactions.add(1);
     let snapshot_bytes = shared.engine.snapshot(position).ends().await.map_err(Failure::from)?.bytes;
     Ok(Some(Outcome { entries, sequence: snapshot.newest(), log_bytes: shared.ends().await?.bytes, snapshot_bytes }))
+}
+
+/// Makes the snapshot of a prefix, and verifies it. Returns it and the number of its entries.
+async fn make(prefix: &Prefix<'_>, dropped: &Dropped) -> Result<(Snapshot, u64)> {
+    let shared = prefix.shared;
+    shared.engine.make_snapshot(prefix.position).await.map_err(Failure::from)?;
+    let (snapshot, entries) = prefix.write(dropped).await?;
+    let written = verify(shared, &snapshot).await?;
+    ensure!(written == entries, "the snapshot has {written} entries, but {entries} were written to it");
+    Ok((snapshot, entries))
 }
 
 /// Reads a snapshot back, and returns the number of its entries.
@@ -194,7 +220,7 @@ impl Prefix<'_> {
     async fn analyse(&mut self) -> Result<Dropped> {
         let Env { clock, random, .. } = &self.shared.env;
         let grace = u64::try_from(EXPIRY_GRACE.as_millis())?;
-        let mut analysis = Analysis::new(random.uuid()?, KEYS, clock.unix_ms().saturating_sub(grace));
+        let mut analysis = Analysis::new(random.uuid()?, KEYS, clock.steady_ms().saturating_sub(grace));
         loop {
             let mut pass = Pass::new(*self);
             while let Some(frames) = pass.next().await? {

@@ -10,6 +10,8 @@ impl Shared {
     pub(super) fn reads_refused(&self) -> Option<&'static str> {
         if self.queue.ended() == Some(End::ReadOnly) {
             Some("another server took the log over from this one, and answers reads")
+        } else if self.queue.ended() == Some(End::HandedOver) && self.watermark.failure().is_some() {
+            Some("another process may have taken the log over from this one")
         } else if self.lease.is_over() {
             Some(
                 "another server may have taken the log over from this one: the engine of the log does not answer in time",

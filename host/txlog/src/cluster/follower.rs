@@ -98,6 +98,11 @@ impl Follower {
         Self { handed: Some(handed), ..Self::at(shared, tip) }
     }
 
+    /// What `again` found, with what was handed over to this process.
+    fn begun_again(&self, again: Self) -> Self {
+        Self { id: self.id, handed: self.handed, successor: self.successor, ..again }
+    }
+
     /// Returns the newest sequence.
     pub fn sequence(&self) -> u64 {
         self.tip.sequence
@@ -178,14 +183,14 @@ impl Follower {
                         && let Ok(again) = Self::begin(shared).await
                     {
                         shared.clear_suspect();
-                        self = again;
+                        self = self.begun_again(again);
                     }
                 }
                 Err(Failure::Dropped(reason)) => {
                     info!("following the log from its end, since it was compacted beyond what was read: {reason}");
                     match Self::begin(shared).await {
                         Ok(again) => {
-                            self = again;
+                            self = self.begun_again(again);
                             self.publish(shared);
                         }
                         Err(_) => shared.env.clock.sleep(RETRY_DELAY).await,

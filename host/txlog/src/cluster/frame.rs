@@ -122,7 +122,7 @@ impl Restored {
 /// What a snapshot has the entries of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The end of the log that it was made from, which goes on there.
+    /// The end of the log that it was made from, which continues there.
     pub tip: Tip,
     pub restored: Restored,
 }

@@ -81,6 +81,9 @@ impl Shared {
             (short, lost_end(ends.last, mark))
         } else {
             (*short, *headless) = (None, None);
+            if integrity.first < ends.first {
+                self.index.drop_before(ends.first);
+            }
             integrity.first = ends.first;
             integrity.bytes = ends.bytes;
             return Ok(ends);

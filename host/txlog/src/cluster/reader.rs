@@ -164,6 +164,12 @@ impl Index {
         }
     }
 
+    /// Forgets what compaction has dropped, when `first` is the first frame.
+    pub fn drop_before(&self, first: u64) {
+        let Known { sparse, .. } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sparse.retain(|_, tip| tip.position + 1 >= first);
+    }
+
     /// Returns the newest known end of the log that has no entry after this sequence.
     pub fn before(&self, sequence: u64) -> Tip {
         let Known { sparse, recent } = &*self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,8 +1,8 @@
 //! Snapshots: the live entries of a prefix of the log, in frames of their own, so that the engine can drop the prefix.
 //!
-//! A snapshot is made from durable frames, which never change, so it is right whoever makes it and whenever: it needs no fence.
+//! A snapshot is made from durable frames, which never change, so it is right whichever process makes it, at any time: it needs no fence.
 //! Its last frame says which prefix that is; one without it is not complete, and never used. The frame of the log that follows
-//! names the checksum of the last one of the prefix, so the log goes on from no other snapshot than its own.
+//! names the checksum of the last one of the prefix, so the log continues from no other snapshot than its own.
 //!
 //! Owns: which snapshot is used, and the order in which it and the log are read. Must never know: when one is made.
 
