@@ -340,9 +340,11 @@ impl TransactionLog for PostgresLog {
     }
 
     fn reads_refused(&self) -> Option<&'static str> {
-        let Shared { queue, lease, .. } = &*self.shared;
+        let Shared { queue, lease, watermark, .. } = &*self.shared;
         if queue.ended() == Some(End::ReadOnly) {
             Some("another server took the log over from this one, and answers reads")
+        } else if queue.ended() == Some(End::HandedOver) && watermark.failure().is_some() {
+            Some("another process may have taken the log over from this one")
         } else if lease.is_over() {
             Some("another server may have taken the log over from this one: the database does not answer in time")
         } else {

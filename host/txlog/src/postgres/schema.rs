@@ -12,6 +12,8 @@ const MIGRATIONS: &[&str] = &[
     "DROP INDEX kvs.transactions_key",
     include_str!("incarnations.sql"),
     include_str!("lease.sql"),
+    // Older versions noted only at the end of a compaction how far it came. What is missing beyond that was not lost.
+    "UPDATE kvs.writer SET compacted = greatest(compacted, last)",
 ];
 
 /// Why nothing is restored into a database.

@@ -1,5 +1,6 @@
 -- Version 1 of the schema. It is never changed, only followed by the migrations in schema.rs: version 2 has no index of its
--- own, version 3 has the tables of incarnations.sql beside, version 4 the column of lease.sql.
+-- own, version 3 has the tables of incarnations.sql beside, version 4 the column of lease.sql;
+-- version 5 changes no table.
 CREATE TABLE kvs.transactions (
     sequence bigint PRIMARY KEY,
     time bigint NOT NULL,

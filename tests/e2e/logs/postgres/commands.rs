@@ -23,7 +23,7 @@ fn log_commands_work_on_database() {
     client.ask("DELETE", "/v1/key-3", b"");
     refused(log(&["verify", "--txlog", &url])).with(1, &["it is in use by", "stop it first"]);
     server.terminate();
-    let sound = "schema kvs: version 4\nthe log is sound: 32 entries, newest sequence 32\n";
+    let sound = "schema kvs: version 5\nthe log is sound: 32 entries, newest sequence 32\n";
     assert_eq!(done(&["verify", "--txlog", &url]).0, sound);
 
     // To files, and to another database.

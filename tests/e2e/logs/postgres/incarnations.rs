@@ -87,7 +87,7 @@ fn restored_dump_begins_incarnation() {
         server.terminate();
         assert_eq!(
             done(&["verify", "--txlog", &url]).0,
-            format!("schema kvs: version 4\nthe log is sound: 6 entries, newest sequence {}\n", first + 2)
+            format!("schema kvs: version 5\nthe log is sound: 6 entries, newest sequence {}\n", first + 2)
         );
         firsts.push(first);
     }
@@ -334,7 +334,7 @@ fn earlier_formats_are_migrated() {
         database.load(name, before.as_bytes());
         let recorded = read(format!("{fixture}.export.tsv"));
         let sound = read(format!("{fixture}.verify.txt"));
-        let verified = format!("schema kvs: version 4, migrated from version {version}\n{sound}");
+        let verified = format!("schema kvs: version 5, migrated from version {version}\n{sound}");
         assert_eq!(done(&["verify", "--txlog", &url]).0, verified, "{name}");
         assert_eq!(done(&["export", "--txlog", &url]).0, recorded, "{name}");
         assert_eq!(database.sql_in(name, "SELECT max(version) FROM kvs.migrations"), ["4"]);
