@@ -33,17 +33,20 @@ fn huge(server: &Server) -> usize {
 
 #[test]
 fn memory_of_guest_gets_huge_pages() {
-    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").expect("the kernel has them");
-    assert!(!setting.contains("[never]"), "this system gives no huge pages, which this test needs: {setting}");
+    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     let server = Server::start(&["--shards", "1"]);
     let (mut client, begun, mut stored) = (Connection::open(server.address()), Instant::now(), 0);
     // One more each time: what cannot be joined is tried again when the memory has grown.
-    while stored < 40 || huge(&server) < stored * MIB / 2 {
+    let is_given = !setting.is_empty() && !setting.contains("[never]");
+    while stored < 40 || is_given && huge(&server) < stored * MIB / 2 {
         assert!(begun.elapsed() < PATIENCE, "of {stored} MiB, {} bytes are in huge pages", huge(&server));
         assert_eq!(client.ask("PUT", &format!("/v1/{stored}"), &vec![b'x'; MIB]).status, 201);
         stored += 1;
         if stored >= 40 {
             sleep(Duration::from_millis(500));
         }
+    }
+    if !is_given {
+        assert_eq!(huge(&server), 0, "the setting of the system is ignored");
     }
 }

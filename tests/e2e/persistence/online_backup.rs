@@ -221,7 +221,7 @@ fn backup_over_a_compaction_is_sound() {
     let files = temporary();
     let file = files.path().join("full");
     fs::write(&file, bytes).expect("it can be written");
-    let contents = done(backup(server.admin(), &["--verify", text(&file), "--json"]));
+    let contents = done(backup(server.admin(), &["--verify", text(&file), "--output", "json"]));
     let contents: serde_json::Value = serde_json::from_str(&contents).expect("it is JSON");
     let end: u64 = contents["sequence"].as_str().and_then(|end| end.parse().ok()).expect("it is a sequence");
     let restored = restored(&[file], &[]);

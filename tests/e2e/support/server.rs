@@ -242,7 +242,10 @@ pub fn refused(command: Command) -> Refused {
     let said = process.stderr.so_far();
     let code = status.code().unwrap_or_else(|| panic!("{status}, after saying:\n{}", said.join("\n")));
     assert_ne!(code, 0, "it was to fail, but ended well, after saying:\n{}", said.join("\n"));
-    let failed: Vec<_> = said.iter().filter(|line| !line.contains(" INFO ") && !line.contains("\"INFO\"")).collect();
+    let is_info = |line: &str| line.contains(" INFO ") || line.contains("\"INFO\"");
+    // A start that can wait for something says so before it gives up.
+    let is_retry = |line: &str| line.contains(" WARN ") && line.contains("retrying");
+    let failed: Vec<_> = said.iter().filter(|line| !is_info(line) && !is_retry(line)).collect();
     let [line] = failed[..] else {
         panic!("it failed with {code} as it should, but with {} lines instead of one:\n{}", said.len(), said.join("\n"))
     };

@@ -26,14 +26,13 @@ impl Service {
 
     /// Arguments of a server, with a lease that is short for this service.
     fn args(&self) -> Vec<String> {
-        let args = match self {
+        match self {
             Self::Postgres(database) => vec!["--txlog".to_owned(), database.url(), "--read-lease=1s".to_owned()],
             Self::Nats(nodes) => {
                 let monitors = format!("--txlog-monitor={}", nodes.monitors());
                 vec!["--txlog".to_owned(), nodes.url("x"), monitors, "--read-lease=3s".to_owned()]
             }
-        };
-        args
+        }
     }
 
     fn start(&self) -> Upgraded {
