@@ -78,9 +78,10 @@ impl Scans {
         let started = env.tasks.detach_thread(name, move || {
             // Of this thread alone. Where that is refused, the pauses are enough.
             let _ = setpriority_process(None, NICE);
-            let done = work(&mut out).and_then(|()| Ok(out.flush().and_then(|()| out.send(Piece::End))?));
+            let done = work(&mut out).and_then(|()| Ok(out.flush()?));
             // Before the end is sent, so that a client that has received it can start the next scan.
             drop(permit);
+            let done = done.and_then(|()| Ok(out.send(Piece::End)?));
             if let Err(error) = done {
                 let status = status(&error);
                 if status.is_server_error() {

@@ -369,7 +369,7 @@ fn guest_stays_the_one_that_serves() {
     let directory = TempDir::new().expect("a temporary directory can be made");
     let named = directory.path().join("named.wasm");
     fs::copy(guest(), &named).expect("it can be copied");
-    let server = Upgraded::start(&[named.to_str().expect("a path is text"), "--probation", "0s"]);
+    let server = Upgraded::start(&[named.to_str().expect("a path is text"), "--probation", "1ms"]);
     let digest = || {
         let status = Connection::open(server.admin).ask("GET", "/guest", b"");
         serde_json::from_slice::<Value>(&status.body).expect("the status is JSON")["digest"].clone()

@@ -11,6 +11,7 @@ use super::batch::{DELETE, PUT};
 use super::session::Failure;
 use super::{Shared, incarnations};
 use crate::remote::breaker;
+use crate::remote::queue::End;
 use crate::{Entry, EventRef, History, PutRef};
 use crate::{Forgotten, REPLAY_BYTES, REPLAY_ENTRIES, Receive};
 
@@ -62,7 +63,14 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let until = last.min(until.cast_signed());
     // Entries of another primary must not be served here, and its compaction is not known.
-    ensure!(shared.epoch().is_none_or(|own| own == epoch), "another process is primary");
+    // A process that this one has handed the log over to has the next epoch.
+    let is_handed_over = shared.queue.ended() == Some(End::HandedOver);
+    let is_own = |own: i64| own == epoch || is_handed_over && own + 1 == epoch;
+    if !shared.epoch().is_none_or(is_own) {
+        ensure!(shared.queue.ended() != Some(End::ReadOnly), "another process is primary");
+        // Or this one again: it has taken the log back meanwhile.
+        return Err(Failure::unusable("another process is primary".to_owned()).into());
+    }
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     // A delete that was dropped after an earlier part was handed over, in another snapshot, is missing too.
     ensure!(*position == 0 || newest <= *position, Forgotten { after: *position, newest });

@@ -38,12 +38,23 @@ fn failure_of_new_process_at_each_step_leaves_old_serving() {
         assert!(server.fails(&other).contains("it ended before it reported \"ready\""));
         let version = program(&programs, "version", "printf prepared >&0; exec sleep 600");
         assert!(server.fails(&version).contains("it reports \"prepared\" in place of \"ready\""));
-        let trapping =
-            program(&programs, "trapping", &format!("exec {kvs} \"$@\" --guest-config fault=apply-traps {}", guest()));
-        server.fails(&trapping);
         assert!(server.fails(&programs.path().join("missing")).contains("cannot start"));
         server.upgrade(&["--binary", kvs]);
     });
+    server.terminate();
+}
+
+#[test]
+fn trap_in_replay_leaves_old_process_serving() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let kvs = kvs_tests::binary();
+    let server = Upgraded::start(&[guest()]);
+    let stores = || Connection::open(server.address).ask("PUT", "/store/a", b"value").status;
+    assert_eq!(stores(), 201);
+    let trapping = program(&programs, "trapping", &format!("exec {kvs} \"$@\" --guest-config fault=apply-traps"));
+    server.fails(&trapping);
+    assert_eq!(stores(), 201);
     server.terminate();
 }
 
