@@ -244,7 +244,9 @@ pub fn refused(command: Command) -> Refused {
     assert_ne!(code, 0, "it was to fail, but ended well, after saying:\n{}", said.join("\n"));
     let is_info = |line: &str| line.contains(" INFO ") || line.contains("\"INFO\"");
     // A start that can wait for something says so before it gives up.
-    let is_retry = |line: &str| line.contains(" WARN ") && line.contains("retrying");
+    let is_retry = |line: &str| {
+        line.contains(" WARN ") && (line.contains("retrying") || line.contains("expired, claiming the log"))
+    };
     let failed: Vec<_> = said.iter().filter(|line| !is_info(line) && !is_retry(line)).collect();
     let [line] = failed[..] else {
         panic!("it failed with {code} as it should, but with {} lines instead of one:\n{}", said.len(), said.join("\n"))
