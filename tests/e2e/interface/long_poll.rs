@@ -184,7 +184,7 @@ fn watches_and_long_polls_are_gauges_not_latency() {
 
 #[test]
 fn error_after_a_call_that_appended_is_unknown_outcome() {
-    let server = Server::start(&["--request-timeout", "1s", "--guest-cpu-limit", "5s", guest()]);
+    let server = Server::start(&["--request-timeout", "1s", "--guest-cpu-limit", "5s", guest(), "--shards", "1"]);
     let mut waiting = Connection::open(server.address());
     waiting.send("PUT /store-and-wait/a HTTP/1.1\r\nhost: kvs\r\ncontent-length: 0\r\n\r\n");
     assert!(waiting.is_silent_for(A_WHILE), "it does not wait");

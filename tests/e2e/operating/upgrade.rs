@@ -372,7 +372,7 @@ fn guest_stays_the_one_that_serves() {
     let server = Upgraded::start(&[named.to_str().expect("a path is text"), "--probation", "1ms"]);
     let digest = || {
         let status = Connection::open(server.admin).ask("GET", "/guest", b"");
-        serde_json::from_slice::<Value>(&status.body).expect("the status is JSON")["digest"].clone()
+        serde_json::from_slice::<Value>(&status.body).expect("the status is JSON")["sha256"].clone()
     };
     let first = digest();
     // What it was started with is on disk still.
