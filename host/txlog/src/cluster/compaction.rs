@@ -1,8 +1,8 @@
 //! Compaction: makes a snapshot of the log, and lets the engine drop the frames that it replaces.
 //!
 //! The order makes a crash harmless at each step: the snapshot is written, read back and verified, and only then are frames
-//! dropped. A server keeps the snapshot before it, and the frames since that one, so that a reader need not begin again. What
-//! an interrupted run leaves is not complete, and is dropped by a later one.
+//! dropped. A server keeps the snapshot before it, and the frames since that one, so that a reader need not begin again. A
+//! run that fails drops its own snapshot; what a killed one leaves is not complete, and is dropped by a later run.
 //!
 //! A run is due when the log has grown by as much as the newest snapshot takes, and by [`MIN_BYTES`] at least. So the engine
 //! holds at most about four times the live entries, and twice [`MIN_BYTES`].
@@ -141,10 +141,12 @@ pub(super) async fn compact(shared: &Shared, manner: Manner) -> Result<Option<Ou
     if position <= begin {
         return Ok(None);
     }
-    let (snapshot, entries) = match make(&prefix, &dropped).await {
-        Ok(made) => made,
+    // That of another run is an error, and stays.
+    shared.engine.make_snapshot(position, shared.env.random.uuid()?).await.map_err(Failure::from)?;
+    let (snapshot, entries) = match fill(&prefix, &dropped).await {
+        Ok(filled) => filled,
         Err(error) => {
-            // Only this run uses it. It takes space, which may be what was missing, and what was not verified must not be used.
+            // Nothing else uses it. It takes space, which may be what was missing, and what was not verified must not be used.
             let _ = shared.engine.drop_snapshot(position).await;
             return Err(error);
         }
@@ -161,10 +163,9 @@ pub(super) async fn compact(shared: &Shared, manner: Manner) -> Result<Option<Ou
     Ok(Some(Outcome { entries, sequence: snapshot.newest(), log_bytes: shared.ends().await?.bytes, snapshot_bytes }))
 }
 
-/// Makes the snapshot of a prefix, and verifies it. Returns it and the number of its entries.
-async fn make(prefix: &Prefix<'_>, dropped: &Dropped) -> Result<(Snapshot, u64)> {
+/// Writes the snapshot of a prefix, and verifies it. Returns it and the number of its entries.
+async fn fill(prefix: &Prefix<'_>, dropped: &Dropped) -> Result<(Snapshot, u64)> {
     let shared = prefix.shared;
-    shared.engine.make_snapshot(prefix.position).await.map_err(Failure::from)?;
     let (snapshot, entries) = prefix.write(dropped).await?;
     let written = verify(shared, &snapshot).await?;
     ensure!(written == entries, "the snapshot has {written} entries, but {entries} were written to it");

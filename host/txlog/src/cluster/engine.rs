@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use uuid::Uuid;
 
 /// A call of the engine.
 pub type Call<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -31,8 +32,8 @@ pub trait Engine: Send + Sync + 'static {
     /// Returns the positions of the snapshots that there are, whether they are complete or not.
     fn snapshots(&self) -> Call<'_, Result<Vec<u64>, ReadError>>;
 
-    /// Makes the snapshot of a position, without frames. An error if there is one.
-    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>>;
+    /// Makes the snapshot of a position, without frames. An error if there is one. `run` identifies who makes it.
+    fn make_snapshot(&self, position: u64, run: Uuid) -> Call<'_, Result<(), ReadError>>;
 
     /// Drops a snapshot, if there is one.
     fn drop_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>>;

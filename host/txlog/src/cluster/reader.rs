@@ -130,7 +130,7 @@ impl Shared {
     }
 }
 
-/// Number of frames between two that the index keeps for ever.
+/// Number of frames between two that the index keeps until compaction drops them.
 const STEP: u64 = 64;
 /// Number of the newest frames that it has all of: standbys replay from there.
 const RECENT: usize = 256;

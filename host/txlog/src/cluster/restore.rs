@@ -135,7 +135,7 @@ mod tests {
             Box::pin(ready(Ok(Vec::new())))
         }
 
-        fn make_snapshot(&self, _: u64) -> Call<'_, Result<(), ReadError>> {
+        fn make_snapshot(&self, _: u64, _: Uuid) -> Call<'_, Result<(), ReadError>> {
             unreachable!("no snapshot is made")
         }
 

@@ -163,8 +163,8 @@ impl Engine for Stream {
         Box::pin(self.list_snapshots())
     }
 
-    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
-        Box::pin(self.create_snapshot(position))
+    fn make_snapshot(&self, position: u64, run: Uuid) -> Call<'_, Result<(), ReadError>> {
+        Box::pin(self.create_snapshot(position, run))
     }
 
     fn drop_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {

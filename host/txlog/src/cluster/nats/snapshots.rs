@@ -7,9 +7,13 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::{LOG, STREAM_NOT_FOUND, Stream, api, error, stream_info};
 use crate::cluster::engine::ReadError;
+
+/// Metadata of the stream of a snapshot: the run that made it.
+const RUN: &str = "kvs-run";
 
 impl Stream {
     /// Returns the stream of a snapshot, which may not be there.
@@ -27,7 +31,8 @@ impl Stream {
         Ok(names.filter_map(|name| name.strip_prefix(prefix)?.parse().ok()).collect())
     }
 
-    pub async fn create_snapshot(&self, position: u64) -> Result<(), ReadError> {
+    /// Creates the stream of a snapshot. NATS accepts the same settings again, so those of each run are others.
+    pub async fn create_snapshot(&self, position: u64, run: Uuid) -> Result<(), ReadError> {
         let names = self.names.snapshot(position);
         let unavailable =
             |why: String| ReadError::Unavailable(format!("cannot make the stream {}: {why}", names.stream));
@@ -39,16 +44,12 @@ impl Stream {
             ("subjects", json!([names.subject])),
             ("description", json!("snapshot of a transaction log of kvs")),
             ("max_bytes", json!(-1)),
-            ("metadata", json!({ LOG: self.log.to_string() })),
+            ("metadata", json!({ LOG: self.log.to_string(), RUN: run.to_string() })),
         ] {
             config[setting] = value;
         }
         if let Some(config) = config.as_object_mut() {
             config.remove("republish");
-        }
-        // The same settings are accepted again, so only what is there before is noticed.
-        if stream_info(client, &names).await?.is_some() {
-            return Err(unavailable("there is one".to_owned()));
         }
         self.request(&format!("STREAM.CREATE.{}", names.stream), &config).await.map(drop)
     }

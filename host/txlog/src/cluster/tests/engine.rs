@@ -344,7 +344,7 @@ impl Engine for Connection {
         self.ask(|state| Ok(state.snapshots.keys().copied().collect()))
     }
 
-    fn make_snapshot(&self, position: u64) -> Call<'_, Result<(), ReadError>> {
+    fn make_snapshot(&self, position: u64, _: Uuid) -> Call<'_, Result<(), ReadError>> {
         self.ask(move |state| match state.snapshots.entry(position) {
             Entry::Vacant(free) => {
                 free.insert(Vec::new());

@@ -14,6 +14,7 @@ use super::executor::{Executor, WORLD};
 use super::mutants;
 use super::process::{Seen, World};
 use crate::Condition;
+use crate::cluster::compaction::{self, Manner};
 use crate::cluster::frame::Tip;
 
 const HOSTS: usize = 3;
@@ -330,6 +331,43 @@ fn damage_in_one_replica_is_reported_while_it_lasts() {
     }
 }
 
+/// Two operators compact at the same time, and one of them finds the snapshot of the other.
+#[test]
+fn runs_of_compaction_at_one_position_lose_nothing() {
+    for seed in 0..50 {
+        let mut executor = Executor::new(seed);
+        let world = World::new(&executor, 1);
+        executor.run_until(Duration::from_secs(25));
+        let shared = world.hosts[0].borrow().log.clone().expect("it is open");
+        let outcomes = Rc::new(RefCell::new(Vec::new()));
+        for _ in 0..2 {
+            let (shared, outcomes) = (Arc::clone(&shared), Rc::clone(&outcomes));
+            world.locals.start(WORLD, async move {
+                let outcome = compaction::compact(&shared, Manner::Command).await;
+                outcomes.borrow_mut().push(outcome.is_ok());
+            });
+        }
+        executor.run_until(Duration::from_secs(60));
+        assert!(outcomes.borrow().len() == 2 && outcomes.borrow().contains(&true), "seed {seed}: {outcomes:?}");
+        world.kill(0, Duration::from_secs(1_000));
+        let opened = start_another(&world);
+        executor.run_until(Duration::from_secs(120));
+        assert_eq!(*opened.borrow(), Some(Ok(())), "seed {seed}");
+    }
+}
+
+/// Starts another process, without `--standby`. Returns the outcome of its start, once there is one.
+fn start_another(world: &World) -> Rc<RefCell<Option<Result<(), String>>>> {
+    let opened = Rc::new(RefCell::new(None));
+    let (begun, ended) = (world.clone(), Rc::clone(&opened));
+    let newcomer = 1_000;
+    world.locals.start(newcomer, async move {
+        let log = begun.log(0, newcomer, false);
+        *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
+    });
+    opened
+}
+
 /// The primary was killed, and the stream is full: a start reports it, and ends.
 #[test]
 fn start_that_cannot_claim_ends() {
@@ -339,13 +377,7 @@ fn start_that_cannot_claim_ends() {
         executor.run_until(Duration::from_secs(25));
         world.kill(0, Duration::from_secs(1_000));
         world.cluster.state().is_full = true;
-        let opened = Rc::new(RefCell::new(None));
-        let (begun, ended) = (world.clone(), Rc::clone(&opened));
-        let newcomer = 1_000;
-        world.locals.start(newcomer, async move {
-            let log = begun.log(0, newcomer, false);
-            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
-        });
+        let opened = start_another(&world);
         // A lease, and 20 s.
         executor.run_until(Duration::from_secs(60));
         let reason = opened.borrow().clone().and_then(Result::err).unwrap_or_default();
@@ -362,12 +394,7 @@ fn start_over_full_stream_claims_once_there_is_space() {
         executor.run_until(Duration::from_secs(25));
         world.kill(0, Duration::from_secs(1_000));
         world.cluster.state().is_full = true;
-        let opened = Rc::new(RefCell::new(None));
-        let (begun, ended) = (world.clone(), Rc::clone(&opened));
-        world.locals.start(1_000, async move {
-            let log = begun.log(0, 1_000, false);
-            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
-        });
+        let opened = start_another(&world);
         executor.run_until(Duration::from_secs(42));
         world.cluster.state().is_full = false;
         executor.run_until(Duration::from_secs(60));
@@ -382,13 +409,7 @@ fn start_over_an_outage_does_not_preempt_live_primary() {
         let mut executor = Executor::new(seed);
         let world = World::new(&executor, 1);
         executor.run_until(Duration::from_secs(25));
-        let opened = Rc::new(RefCell::new(None));
-        let (begun, ended) = (world.clone(), Rc::clone(&opened));
-        let newcomer = 1_000;
-        world.locals.start(newcomer, async move {
-            let log = begun.log(0, newcomer, false);
-            *ended.borrow_mut() = Some(log.open(false).await.map(drop).map_err(|error| error.to_string()));
-        });
+        let opened = start_another(&world);
         // It has found the end of the log, and no frame of the primary yet that shows that it lives.
         executor.run_until(Duration::from_millis(25_050));
         world.cluster.state().no_leader = true;
