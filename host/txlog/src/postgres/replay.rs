@@ -62,9 +62,10 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     let (epoch, last): (i64, i64) = (writer.try_get(0)?, writer.try_get(1)?);
     let until = if shared.queue.begun() { shared.watermark.durable() } else { shared.news.borrow().newest };
     let until = last.min(until.cast_signed());
-    // Entries of another primary must not be served here, and its compaction is not known.
-    // A process that this one has handed the log over to has the next epoch.
-    let is_handed_over = shared.queue.ended() == Some(End::HandedOver);
+    // Entries of another primary must not be served here, and what it drops is not known, unless that is the process that this
+    // one has handed the log over to, and it has dropped nothing yet.
+    let compacted = writer.try_get::<_, i64>(3)?.cast_unsigned();
+    let is_handed_over = shared.queue.ended() == Some(End::HandedOver) && compacted <= until.cast_unsigned();
     let is_own = |own: i64| own == epoch || is_handed_over && own + 1 == epoch;
     if !shared.epoch().is_none_or(is_own) {
         ensure!(shared.queue.ended() != Some(End::ReadOnly), "another process is primary");
@@ -74,7 +75,6 @@ async fn read(shared: &Shared, position: &mut u64, receive: &mut Receive<'_>) ->
     let newest = writer.try_get::<_, i64>(2)?.cast_unsigned();
     // A delete that was dropped after an earlier part was handed over, in another snapshot, is missing too.
     ensure!(*position == 0 || newest <= *position, Forgotten { after: *position, newest });
-    let compacted = writer.try_get::<_, i64>(3)?.cast_unsigned();
     shared.retained.store(compacted, Ordering::Release);
     // Of the same snapshot: a receiver can check that no entry is missing.
     let history = incarnations::history(&session).await?;
