@@ -8,7 +8,6 @@ use std::future::pending;
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -30,6 +29,8 @@ const CONNECTIONS: usize = 64;
 const PLACE_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for a TLS handshake, and for the head of a request, also between requests.
 pub(super) const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for the first request of a connection that was accepted before another process took the listener over.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 /// Least timeout for a client to read: it must not keep its place from a probe.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to leave the listener alone when the system has no more sockets to give.
@@ -95,16 +96,21 @@ impl Admin {
         connection: &Connection,
         closes: oneshot::Receiver<()>,
     ) -> Result<()> {
-        let is_used = AtomicBool::new(false);
+        let used = SetOnce::new();
         let service = service_fn(|request| {
-            is_used.store(true, Ordering::Relaxed);
+            // Once is enough.
+            let _ = used.set(());
             async move { Ok::<_, Infallible>(self.respond(request, connection).await) }
         });
         let mut served = pin!(turns::http().serve_connection(TokioIo::new(stream), service));
         let mut cut = pin!(async { connection.caller.wait().await.cut().await });
         let mut last = pin!(async {
             tokio::select! {
-                () = self.is_handed_over() => false,
+                () = self.is_handed_over() => {
+                    // A request is on its way to this process.
+                    let _ = timeout(FIRST_REQUEST, used.wait()).await;
+                    false
+                }
                 _ = closes => true,
             }
         });
@@ -115,7 +121,7 @@ impl Admin {
                 () = cut.as_mut() => bail!("it holds too much memory"),
                 is_closed = last.as_mut(), if !ends => {
                     // hyper would wait for the rest of a head.
-                    if is_closed && !is_used.load(Ordering::Relaxed) {
+                    if is_closed && !used.initialized() {
                         return Ok(());
                     }
                     ends = true;

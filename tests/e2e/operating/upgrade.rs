@@ -17,12 +17,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use self::clients::{END, Tally, http1, http2, watch};
 use crate::support::certificates::{Authority, Kind};
 use crate::support::events::Events;
-use crate::support::guests::guest;
+use crate::support::guests::{brittle, copy_of, guest};
 use crate::support::linear::clients::Stage;
 use crate::support::linear::plan::OPERATIONS;
 use crate::support::linear::{AT_ONCE, judge};
@@ -357,6 +358,37 @@ fn histories_over_upgrades(args: &[&str], histories: u64) {
     }
     println!("{histories} histories of {operations} operations over {upgrades} upgrades");
     assert_eq!(operations, histories * OPERATIONS);
+    server.terminate();
+}
+
+/// An upgrade changes the host, not the guest: neither to the file that was named, when another guest was swapped in, nor to what
+/// the file has become.
+#[test]
+fn guest_stays_the_one_that_serves() {
+    of_files!();
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let named = directory.path().join("named.wasm");
+    fs::copy(guest(), &named).expect("it can be copied");
+    let server = Upgraded::start(&[named.to_str().expect("a path is text"), "--probation", "1ms"]);
+    let digest = || {
+        let status = Connection::open(server.admin).ask("GET", "/guest", b"");
+        serde_json::from_slice::<Value>(&status.body).expect("the status is JSON")["sha256"].clone()
+    };
+    let first = digest();
+    // What it was started with is on disk still.
+    server.upgrade(&[]);
+    assert_eq!(digest(), first);
+    fs::write(&named, copy_of(guest())).expect("it can be written");
+    server.fails_with(&[]);
+    server.first().says("serves a guest that is not on disk any more");
+    assert_eq!(digest(), first);
+    let swapped =
+        Connection::open(server.admin).ask("PUT", "/guest", &fs::read(brittle()).expect("the guest is built"));
+    assert_eq!(swapped.status, 200, "{}", swapped.text());
+    let second = digest();
+    assert_ne!(second, first);
+    server.upgrade(&[]);
+    assert_eq!(digest(), second);
     server.terminate();
 }
 
