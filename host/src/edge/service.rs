@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Incoming as Arriving};
 use hyper::header::{self, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::{Method, Request, Response, StatusCode, Version};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::error;
 
 use super::access_log::{AccessLog, Line};
@@ -227,10 +227,14 @@ impl Service {
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let quota = grant.as_ref().and_then(|grant| grant.quota);
-        // A client can always delete.
-        let may_put = !head::is_safe(&head.method) && head.method != Method::DELETE;
-        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota).filter(|_| may_put) {
-            self.count(prefix, deadline).await?;
+        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota).filter(|_| !head::is_safe(&head.method)) {
+            let counted = self.count(prefix, deadline);
+            if head.method == Method::DELETE {
+                // It begins a count, for a guest that puts something then, and does not wait: a client can always delete.
+                let _ = timeout(Duration::ZERO, counted).await;
+            } else {
+                counted.await?;
+            }
         }
         let standing = self.tokens.clone().zip(grant).map(|(tokens, grant)| {
             let (method, uri) = (head.method.clone(), head.uri.clone());
