@@ -193,6 +193,8 @@ impl Upgrader {
             bail!("{down}; upgrade when it is rebuilt, or restart this server");
         }
         let no_swaps = self.swapper.hold().context("a swap is in progress; upgrade when its probation has ended")?;
+        // The new process serves the guest that serves here, which is not the one on record after some takeovers.
+        task::block_in_place(|| self.swapper.record());
         let no_spares = self.shards.make_room(memory::size()).await?;
 
         let (channel, theirs) = Channel::pair()?;
