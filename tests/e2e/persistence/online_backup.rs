@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -174,23 +175,34 @@ fn stalled_backup_client_is_disconnected() {
     assert_eq!(taken.get("kvs_backup_last_bytes"), size as f64);
 }
 
-#[test]
-fn backup_over_a_whole_swap_is_sound() {
-    let server = large_with(&["--probation", "1ms"]);
+/// Begins a backup, of which most is not sent before it is read.
+fn begun(server: &Server) -> Connection {
     let mut client = Connection::open(server.admin());
     client.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
     assert_eq!(client.try_read(true).expect("it begins").status, 200);
-    // Most of it is not sent before it is read.
-    swaps(&server, &copy_of(DEFAULT_GUEST));
-    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/later", b"1").status, 201);
-    assert_eq!(Metrics::of(&server).get("kvs_backup_last_success_timestamp_seconds"), 0.0);
+    client
+}
+
+/// Reads the rest of a backup, and returns its file.
+fn completed(mut client: Connection, files: &Path) -> PathBuf {
     let mut bytes = Vec::new();
     while let Some(chunk) = client.chunk() {
         bytes.extend(chunk);
     }
-    let files = temporary();
-    let file = files.path().join("full");
+    let file = files.join("full");
     fs::write(&file, bytes).expect("it can be written");
+    file
+}
+
+#[test]
+fn backup_over_a_whole_swap_is_sound() {
+    let server = large_with(&["--probation", "1ms"]);
+    let client = begun(&server);
+    swaps(&server, &copy_of(DEFAULT_GUEST));
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/later", b"1").status, 201);
+    assert_eq!(Metrics::of(&server).get("kvs_backup_last_success_timestamp_seconds"), 0.0);
+    let files = temporary();
+    let file = completed(client, files.path());
     let restored = restored(&[file], &[]);
     let has = |key: &str| Connection::open(restored.address()).ask_for_head("HEAD", &format!("/v1/{key}"), &[]).status;
     assert_eq!(((0..24).filter(|key| has(&key.to_string()) == 200).count(), has("later")), (24, 404));
@@ -199,10 +211,7 @@ fn backup_over_a_whole_swap_is_sound() {
 #[test]
 fn backup_over_a_compaction_is_sound() {
     let server = large_with(&["--backup-timeout", "10m"]);
-    let mut client = Connection::open(server.admin());
-    client.send("GET /backup HTTP/1.1\r\nhost: kvs\r\n\r\n");
-    assert_eq!(client.try_read(true).expect("it begins").status, 200);
-    // Most of it is not sent before it is read.
+    let client = begun(&server);
     let compactions = || Metrics::of(&server).get("kvs_txlog_compactions_total");
     let before = compactions();
     let mut written: Vec<(u64, u64)> = (1..=24).map(|sequence| (sequence, sequence - 1)).collect();
@@ -214,13 +223,8 @@ fn backup_over_a_compaction_is_sound() {
         assert!(written.len() < 1_000, "the log is not compacted");
     }
     assert_eq!(Metrics::of(&server).get("kvs_backup_last_success_timestamp_seconds"), 0.0);
-    let mut bytes = Vec::new();
-    while let Some(chunk) = client.chunk() {
-        bytes.extend(chunk);
-    }
     let files = temporary();
-    let file = files.path().join("full");
-    fs::write(&file, bytes).expect("it can be written");
+    let file = completed(client, files.path());
     let contents = done(backup(server.admin(), &["--verify", text(&file), "--output", "json"]));
     let contents: serde_json::Value = serde_json::from_str(&contents).expect("it is JSON");
     let end: u64 = contents["sequence"].as_str().and_then(|end| end.parse().ok()).expect("it is a sequence");
