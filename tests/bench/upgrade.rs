@@ -33,8 +33,10 @@ pub fn run(data: &Path, report: &mut Report) -> Result<()> {
     report.uses("wrk", &["-v"]);
     replay::write(data, keys, 100, |number| format!("key-{number}"))?;
     // The old process ends when none of its connections is left, or when this has passed.
-    let limits = ["--max-connections", "2000", "--max-connections-per-address", "2000"];
-    let server = Server::kvs("kvs", data, &[&["--drain-timeout", "5s"], &limits[..]].concat())?;
+    let drain = ["--drain-timeout", "5s"];
+    // The watches resume together, beside the load.
+    let limits = ["--max-connections", "2000", "--max-connections-per-address", "2000", "--max-requests", "2000"];
+    let server = Server::kvs("kvs", data, &[&drain[..], &limits[..]].concat())?;
     let last = AtomicU64::new(server.id().parse()?);
     let seen = under_load(&server, keys, data, upgrades, &last);
     let last = i32::try_from(last.into_inner())?;
