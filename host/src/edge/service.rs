@@ -222,6 +222,7 @@ impl Service {
                 return Ok(response);
             }
         };
+        let arrives_later = !body.is_end_stream();
         let body = body::read(&head.headers, body, &self.limits, deadline, &mut charge, head_bytes).await?;
         charge.wait_for_server();
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
@@ -240,6 +241,9 @@ impl Service {
             let (method, uri) = (head.method.clone(), head.uri.clone());
             Standing { tokens, grant, method, uri }
         });
+        if arrives_later && let Some(standing) = &standing {
+            standing.check()?;
+        }
         let mut asked = Asked { id, method: head.method.clone(), http2, key_prefix, standing, deadline };
         let incoming = Incoming {
             request: Request::from_parts(head, body),
@@ -287,7 +291,13 @@ impl Service {
         mut charge: Charge,
         record: &mut Record,
     ) -> Result<Response<Reply>, Rejection> {
-        // Nothing was appended, so there is nothing to wait for.
+        let length = answer.response.bytes();
+        asked.hold(&mut charge, length, answer.appended || appended_before)?;
+        charge.wait_for_server();
+        let begun = Instant::now();
+        let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
+        record.times.commit = begun.elapsed();
+        safe.map_err(|rejection| rejection.with_effect(appended_before))?;
         if answer.is_over_quota && !answer.appended {
             let reason = "the quota of the token would be exceeded, max-keys or max-bytes; nothing was stored";
             let rejection = Rejection::new(StatusCode::INSUFFICIENT_STORAGE, reason);
@@ -296,13 +306,6 @@ impl Service {
                 .of_limit(Limit::Quota)
                 .with_effect(appended_before));
         }
-        let length = answer.response.bytes();
-        asked.hold(&mut charge, length, answer.appended || appended_before)?;
-        charge.wait_for_server();
-        let begun = Instant::now();
-        let safe = durability::reached(&self.changes, &answer, asked.deadline).await;
-        record.times.commit = begun.elapsed();
-        safe.map_err(|rejection| rejection.with_effect(appended_before))?;
         charge.wait_for_client();
         let is_complete = answer.response.is_kept();
         let mut response = answer.response.message().map_err(|invalid| {

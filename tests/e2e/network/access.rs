@@ -203,6 +203,35 @@ fn narrowed_token_ends_its_watches_and_long_polls() {
 }
 
 #[test]
+fn body_that_arrives_after_a_revocation_is_not_stored() {
+    let tokens = Tokens::new();
+    let changed = ["revoked", "weaker"].map(|name| tokens.add(&[name, "--scope", "write"]));
+    let stays = tokens.add(&["stays", "--scope", "write"]);
+    let server = Server::start(&["--tokens", &tokens.file()]);
+    let begun = [&changed[0], &changed[1], &stays].map(|token| {
+        let mut client = Connection::open(server.address());
+        // The server asks for the body once it has accepted the head.
+        client.send(format!(
+            "PUT /v1/of-{} HTTP/1.1\r\nhost: kvs\r\ncontent-length: 5\r\nexpect: 100-continue\r\n{}\r\n",
+            &token[60..],
+            with(token)
+        ));
+        assert_eq!(client.read().status, 100);
+        (client, format!("/v1/of-{}", &token[60..]))
+    });
+    change(&tokens, &server, "revoked", |_| None);
+    server.says("reloaded the token file");
+    change(&tokens, &server, "weaker", |line| Some(line.replace(" write ", " read ")));
+    server.says_again("reloaded the token file", 2);
+    let expected = [(401, 404), (403, 404), (201, 200)];
+    for ((mut client, path), (status, stored)) in begun.into_iter().zip(expected) {
+        client.send("value");
+        assert_eq!(client.read().status, status);
+        assert_eq!(ask(&server, "GET", &path, &with(&stays)).status, stored);
+    }
+}
+
+#[test]
 fn revoked_token_ends_its_backup() {
     let tokens = Tokens::new();
     let admin = tokens.add(&["operator", "--scope", "admin"]);

@@ -250,7 +250,7 @@ impl Grant {
     }
 }
 
-/// Authorization of a streaming or waiting request.
+/// Authorization of a request that takes time to arrive, that waits, or whose response is a stream.
 pub struct Standing {
     pub tokens: Arc<Tokens>,
     pub grant: Grant,
@@ -259,15 +259,20 @@ pub struct Standing {
 }
 
 impl Standing {
+    /// Checks the authorization again, by what the tokens are now.
+    pub fn check(&self) -> Result<(), Rejection> {
+        self.tokens.get().check_again(&self.grant, &self.method, self.uri.path())
+    }
+
     /// Waits until the authorization is revoked, and returns the response for it.
     pub async fn revoked(&self) -> Rejection {
         // Before the first check, so that no reload is missed.
         let mut renewals = self.tokens.renewals();
         loop {
-            let table = self.tokens.get();
-            if let Err(rejection) = table.check_again(&self.grant, &self.method, self.uri.path()) {
+            if let Err(rejection) = self.check() {
                 return rejection;
             }
+            let table = self.tokens.get();
             // Its expiry may be another since the request began.
             let token = table.known(&self.grant.hash);
             match token.and_then(|token| table.remaining(token.expires)) {
