@@ -53,16 +53,12 @@ impl Service {
         record: &mut Record,
     ) -> Result<Admitted<'_>, Rejection> {
         charge.hold(head_bytes).map_err(|Exceeded| full())?;
-        // The former process knew the proxy, and forwards the client that it gave.
-        if peer.socket.is_some() {
+        // The former process knew the proxy, and forwards the client that it gave. It has admitted the request, too.
+        let is_forwarded = peer.socket.is_none();
+        if !is_forwarded {
             record.client = self.proxies.client(&peer.client, &head.headers)?;
         }
-        let (counted, others) = Counted::new(&self.metrics.in_flight);
         head::check(head, &self.limits)?;
-        if others >= self.limits.requests {
-            let full = Rejection::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
-            return Err(full.of_limit(Limit::Requests));
-        }
         if let Some(preflight) = self.cors.as_ref().and_then(|cors| cors.preflight(head)) {
             return preflight.map(Admitted::Preflight);
         }
@@ -71,8 +67,19 @@ impl Service {
             Some(grant) => Some(Arc::clone(&grant.name)),
             None => record.client.identity.clone(),
         };
-        self.throttle(record).await?;
-        self.check_role(head)?;
+        if !is_forwarded {
+            self.throttle(record).await?;
+        }
+        // Those that wait because of the rate of their client take no places of others.
+        let (counted, others) = Counted::new(&self.metrics.in_flight);
+        if others >= self.limits.requests && !is_forwarded {
+            let full = Rejection::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once");
+            return Err(full.of_limit(Limit::Requests));
+        }
+        // Where another process serves by now, it decides.
+        if self.successor.get().is_none() {
+            self.check_role(head)?;
+        }
         Ok(Admitted::Request(counted, grant))
     }
 

@@ -48,7 +48,7 @@ fn free(http2: bool) -> usize {
 
 /// Returns whether caches may keep a response to this method without being asked to.
 fn is_cacheable(method: &Method) -> bool {
-    *method == Method::GET || *method == Method::HEAD
+    *method == Method::GET || *method == Method::HEAD || method.as_str() == "QUERY"
 }
 
 /// Adds the headers of every response where the guest gave none of its own.
@@ -228,7 +228,8 @@ impl Service {
         let scope = grant.as_ref().map_or(Scope::Admin, |grant| grant.scope.into());
         let key_prefix = grant.as_ref().and_then(|grant| grant.key_prefix.clone());
         let quota = grant.as_ref().and_then(|grant| grant.quota);
-        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota).filter(|_| !head::is_safe(&head.method)) {
+        let is_counted = !head::is_safe(&head.method) && self.successor.get().is_none();
+        if let Some((prefix, _)) = key_prefix.as_ref().zip(quota).filter(|_| is_counted) {
             let counted = self.count(prefix, deadline);
             if head.method == Method::DELETE {
                 // It begins a count, for a guest that puts something then, and does not wait: a client can always delete.
@@ -332,7 +333,8 @@ impl Service {
                 // A chunk of history may be larger than its share only where nothing else is held.
                 drop(charge);
                 let free = free(asked.http2);
-                let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await?;
+                let stream = stream::open(&self.changes, watch, key_prefix.as_deref(), &peer.account, free).await;
+                let stream = stream.map_err(|rejection| rejection.with_effect(answer.appended || appended_before))?;
                 // A proxy that buffers would hold events back.
                 head.headers.insert("x-accel-buffering", const { HeaderValue::from_static("no") });
                 match &peer.socket {

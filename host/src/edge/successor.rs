@@ -35,9 +35,10 @@ use crate::guest::{Client, Incoming};
 
 /// Header with what the former process knows of a client.
 const CLIENT: HeaderName = HeaderName::from_static("kvs-forwarded-client");
-/// Headers that concern a connection, or a body that has been read.
-const NOT_FORWARDED: [HeaderName; 7] = [
+/// Headers that concern a connection, or a body that has been read: a long poll that waits has it no more.
+const NOT_FORWARDED: [HeaderName; 8] = [
     header::CONNECTION,
+    header::CONTENT_LENGTH,
     header::EXPECT,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),

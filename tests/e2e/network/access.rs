@@ -329,6 +329,28 @@ fn token_is_rotated_by_second_token_of_same_name() {
     assert!(lines.iter().chain([&text]).all(|line| !line.contains("kvs_")), "a token is shown");
 }
 
+#[test]
+fn commands_at_the_same_time_lose_no_change() {
+    let tokens = Tokens::new();
+    let old: Vec<_> = (0..16).map(|n| format!("old{n}")).collect();
+    old.iter().for_each(|name| drop(tokens.add(&[name])));
+    let mut commands: Vec<_> = old
+        .iter()
+        .flat_map(|name| [["revoke".to_owned(), name.clone()], ["create".to_owned(), format!("new-{name}")]])
+        .map(|args| token_command(&tokens, &args.each_ref().map(String::as_str)))
+        .map(|mut command| command.stderr(Stdio::null()).spawn().expect("the binary can be started"))
+        .collect();
+    for command in &mut commands {
+        assert!(command.wait().expect("it ends").success());
+    }
+    let mut left: Vec<_> =
+        list(&tokens).iter().filter_map(|line| Some(line.split_whitespace().nth(1)?.to_owned())).collect();
+    let mut expected: Vec<_> = old.iter().map(|name| format!("new-{name}")).collect();
+    left.sort();
+    expected.sort();
+    assert_eq!(left, expected);
+}
+
 /// Waits until a request with this token has this status.
 fn await_status(server: &Server, token: &str, status: u16) {
     let begun = Instant::now();

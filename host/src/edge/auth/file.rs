@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -185,20 +185,36 @@ pub fn create(
         line += &format!(" {EXPIRES}{}", format_rfc3339_seconds(expires));
     }
     parse_line(&line)?;
-    let before = match fs::read_to_string(file) {
-        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-        read => read.with_context(|| format!("cannot read {}", file.display()))?,
-    };
-    parse(&before).with_context(|| file.display().to_string())?;
+    match fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        text => {
+            let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+            parse(&text).with_context(|| file.display().to_string())?;
+        }
+    }
     let mut options = OpenOptions::new();
-    let opened = options.append(true).create(true).mode(0o600).open(file);
-    let mut opened = opened.with_context(|| format!("cannot write {}", file.display()))?;
+    options.read(true).append(true).create(true).mode(0o600);
+    options.open(file).with_context(|| format!("cannot write {}", file.display()))?;
     show(&token)?;
-    // A file that was written by hand may lack the end of its last line.
-    let end = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
-    opened
-        .write_all(format!("{end}{line}\n").as_bytes())
-        .with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
+    let written = locked(file, &options).and_then(|mut opened| {
+        let before = io::read_to_string(&opened)?;
+        // A file that was written by hand may lack the end of its last line.
+        let end = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
+        opened.write_all(format!("{end}{line}\n").as_bytes())
+    });
+    written.with_context(|| format!("cannot write {}, so the token is not valid", file.display()))
+}
+
+/// Opens the file, which no other command changes until the result is dropped.
+fn locked(file: &Path, options: &OpenOptions) -> io::Result<File> {
+    loop {
+        let opened = options.open(file)?;
+        opened.lock()?;
+        // Who had the lock may have replaced the file.
+        if opened.metadata()?.ino() == fs::metadata(file)?.ino() {
+            return Ok(opened);
+        }
+    }
 }
 
 /// Lists the tokens, without the tokens themselves: id, name, scope, expiry and prefix.
@@ -229,6 +245,8 @@ pub fn list(file: &Path, output: Output, out: &mut dyn Write) -> Result<()> {
 
 /// Removes the tokens of a name, or the one with an id. Returns the names of the removed tokens and their ids.
 pub fn revoke(file: &Path, name_or_id: &str) -> Result<Vec<(String, String)>> {
+    let _lock =
+        locked(file, OpenOptions::new().read(true)).with_context(|| format!("cannot read {}", file.display()))?;
     let (text, _) = read(file)?;
     let revoked = |line: &str| {
         let (hash, token) = parse_line(line.trim()).ok()?;
