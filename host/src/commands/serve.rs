@@ -195,7 +195,7 @@ async fn start(args: &Serve, env: &Env, workers: &Workers, stop: &mut Stop) -> R
         inherited.serves();
     }
     if !is_reported_by_former {
-        systemd::ready();
+        systemd::ready(env);
     }
     Ok(Some(Running {
         is_activated,

@@ -151,29 +151,32 @@ impl Upgrader {
             };
             let result = outcome.as_ref().map_or_else(|error| format!("{error:#}"), |_| "success".to_owned());
             audit::log(&actor, "upgrade", binary.display(), &result);
-            let outcome = match outcome {
+            let (outcome, stays) = match outcome {
                 Ok(Upgraded { process, pause }) => {
                     info!(?pause, "process {process} serves in place of this one");
-                    systemd::replaced_by(process);
+                    systemd::replaced_by(me.env(), process);
                     me.handed_over.send_replace(true);
-                    Ok(Upgraded { process, pause })
+                    (Ok(Upgraded { process, pause }), false)
                 }
                 Err(error) => {
                     let serves = !*me.handed_over.borrow() && me.changes.watermark().failure().is_none();
                     // The service manager waits for the upgrade that is in progress, if this is another one.
                     if alone.is_some() && serves {
-                        systemd::ready();
+                        systemd::ready(me.env());
                     }
                     let failed = if serves { "not upgraded, the server continues to serve" } else { "not upgraded" };
                     let error = error.context(failed);
                     warn!("{error:#}");
-                    Err(error)
+                    (Err(error), serves)
                 }
             };
             // Not before the outcome is known: a server that stops removes its sockets unless they are those of the new process.
-            drop(alone);
+            let alone = alone.filter(|_| !stays);
             // The caller may have left.
             let _ = done.send(outcome);
+            systemd::reported(&me.env().clock).await;
+            // From here on this process may end.
+            drop(alone);
         });
         outcome.await.context("the upgrade ended half-way")?
     }
@@ -201,7 +204,7 @@ impl Upgrader {
         let mut new = NewProcess::start(binary, theirs)?;
         let process = new.0.id();
         info!(process, binary = %binary.display(), "upgrade: the new process is started");
-        systemd::reloading();
+        systemd::reloading(self.env());
         let mut stop = self.stop.clone();
         let ready = tokio::select! {
             ready = self.is_ready(&channel, timeout) => ready,
@@ -218,7 +221,7 @@ impl Upgrader {
             Ok(switched) => switched,
             Err(error) if log.watermark().failure().is_some() => {
                 // This process ends. The new one finds the channel closed, and takes over as any standby, if it has not ended.
-                systemd::replaced_by(process);
+                systemd::replaced_by(self.env(), process);
                 return Err(error);
             }
             // It may have ended already.

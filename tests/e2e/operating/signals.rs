@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::support::guests::guest;
 use crate::support::log::kvs_at;
-use crate::support::server::{Process, Server, serve};
+use crate::support::server::{PATIENCE, Process, Server, serve};
 use crate::support::wire::Connection;
 
 /// A request in flight: its head was read, its body is incomplete.
@@ -50,8 +50,33 @@ fn sigint_finishes_requests_in_flight_and_exits_0() {
 #[test]
 fn full_queue_of_service_manager_delays_neither_start_nor_stop() {
     let directory = TempDir::new().expect("a temporary directory can be made");
+    let (_manager, server) = busy_manager(&directory);
+    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"1").status, 201);
+    server.terminate();
+}
+
+#[test]
+fn report_is_repeated_until_service_manager_has_space() {
+    let directory = TempDir::new().expect("a temporary directory can be made");
+    let (manager, server) = busy_manager(&directory);
+    // The report is the last step of a start.
+    server.says("serving on ");
+    let reported = || {
+        let mut bytes = [0; 512];
+        let length = manager.recv(&mut bytes).expect("something is reported");
+        String::from_utf8_lossy(&bytes[..length]).into_owned()
+    };
+    let first = std::iter::repeat_with(reported).find(|report| !report.starts_with("STATUS=busy"));
+    assert_eq!(first, Some(format!("READY=1\nMAINPID={}\n", server.pid())));
+    server.terminate();
+    assert_eq!(reported(), "STOPPING=1\n");
+}
+
+/// Starts a server whose service manager reads nothing, and has no space for another report.
+fn busy_manager(directory: &TempDir) -> (UnixDatagram, Server) {
     let path = directory.path().join("notify");
-    let _manager = UnixDatagram::bind(&path).expect("it can be bound");
+    let manager = UnixDatagram::bind(&path).expect("it can be bound");
+    manager.set_read_timeout(Some(PATIENCE)).expect("the time is not zero");
     let other = UnixDatagram::unbound().expect("there is a socket");
     other.connect(&path).expect("it is bound");
     other.set_nonblocking(true).expect("a socket can be");
@@ -59,9 +84,7 @@ fn full_queue_of_service_manager_delays_neither_start_nor_stop() {
     let data = TempDir::new().expect("a temporary directory can be made");
     let mut command = serve(data.path());
     command.env("NOTIFY_SOCKET", &path);
-    let server = Server::spawn(command, data);
-    assert_eq!(Connection::open(server.address()).ask("PUT", "/v1/a", b"1").status, 201);
-    server.terminate();
+    (manager, Server::spawn(command, data))
 }
 
 #[test]

@@ -62,7 +62,7 @@ impl Running {
             }
             // Another process may serve, or take over from this one if its log has failed: then the service does not stop.
             if failure.is_none() && !*upgrader.handed_over.borrow() {
-                systemd::stopping();
+                systemd::stopping(env);
             }
             store.changes.end();
         };
