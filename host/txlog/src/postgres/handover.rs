@@ -64,7 +64,9 @@ impl HandOver for PostgresLog {
         match self.handle.block_on(hand_over(shared, epoch)) {
             Ok(position) => Ok(Handed { lock: None, position: position.to_string() }),
             Err(failure) => {
-                running.writer = Some(self.handle.block_on(take_back(shared, epoch))?);
+                let taken = self.handle.block_on(take_back(shared, epoch));
+                // If it was committed, and the answer was lost, another process has the log now.
+                running.writer = Some(taken.with_context(|| failure.to_string())?);
                 Err(failure.into())
             }
         }

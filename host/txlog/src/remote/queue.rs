@@ -247,7 +247,8 @@ impl<C: Content> Queue<C> {
     /// Rejects appends from now on. Queued batches are still written if it is closed or handed over, and dropped otherwise.
     pub fn end(&self, end: End) {
         let mut state = self.lock();
-        if state.end.is_none_or(|known| known == End::HandedOver) {
+        // A failure after a handover does not hide it: another process may have the log.
+        if state.end.is_none_or(|known| known == End::HandedOver && end != End::Failed) {
             state.end = Some(end);
         }
         if !matches!(end, End::Closed | End::HandedOver) {
@@ -457,6 +458,21 @@ mod tests {
             assert!(matches!(refused, Err(AppendError::Unavailable)), "{end:?}: {refused:?}");
             queue.begin(2);
             assert_eq!(append_bytes(&queue, 100).ok(), (end == End::HandedOver).then_some(2), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn failure_after_handover_does_not_hide_it() {
+        let queue = queue(0, 1 << 20);
+        queue.begin(1);
+        for (end, known) in [
+            (End::HandedOver, End::HandedOver),
+            (End::Failed, End::HandedOver),
+            (End::ReadOnly, End::ReadOnly),
+            (End::Failed, End::ReadOnly),
+        ] {
+            queue.end(end);
+            assert_eq!(queue.ended(), Some(known));
         }
     }
 }
