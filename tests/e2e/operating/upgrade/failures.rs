@@ -53,7 +53,10 @@ fn trap_in_replay_leaves_old_process_serving() {
     let stores = || Connection::open(server.address).ask("PUT", "/store/a", b"value").status;
     assert_eq!(stores(), 201);
     let trapping = program(&programs, "trapping", &format!("exec {kvs} \"$@\" --guest-config fault=apply-traps"));
-    server.fails(&trapping);
+    let failed = server.fails(&trapping);
+    assert!(failed.contains("it ended before it reported \"ready\""), "{failed}");
+    let reason = server.first().says("apply of entry 1 failed");
+    assert!(reason.contains("fall_over"), "{reason}");
     assert_eq!(stores(), 201);
     server.terminate();
 }
@@ -84,9 +87,47 @@ pub fn await_stopped(pid_file: &Path) -> i32 {
     process
 }
 
+/// The new process serves and has written, and the old one, which is stopped, does not know it yet.
+pub fn no_read_of_old_is_stale(args: &[&str]) {
+    const CLIENTS: usize = 50;
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let server = Upgraded::start(args);
+    let write = |value: &str| Connection::open(server.address).ask("PUT", "/v1/a", value.as_bytes()).status;
+    assert_eq!(write("1"), 201);
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| Connection::open(server.address)).collect();
+    for client in &mut clients {
+        // Most of these responses are from the cache.
+        assert_eq!(client.ask("GET", "/v1/a", b"").text(), "1");
+    }
+    let (binary, pid_file) = stopping_at("promoted", &programs);
+    let former = server.process.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| server.upgrade(&["--binary", &binary]));
+        let process = await_stopped(&pid_file);
+        signal(former, Signal::STOP);
+        await_stop(former);
+        signal(process, Signal::CONT);
+        assert_eq!(write("2"), 201);
+        clients.iter_mut().for_each(|client| client.send("GET /v1/a HTTP/1.1\r\nhost: kvs\r\n\r\n"));
+        signal(former, Signal::CONT);
+        for client in &mut clients {
+            let answer = client.read();
+            assert_eq!((answer.status, answer.text()), (200, "2"));
+        }
+        upgrade.join().expect("it succeeds");
+    });
+    server.terminate();
+}
+
+#[test]
+fn no_read_of_old_process_is_stale() {
+    of_files!();
+    no_read_of_old_is_stale(&[]);
+}
+
 /// Begins an upgrade in which the new process takes over after the old one has ended. `meanwhile` is called while the new one is
 /// stopped, just before it reports that it is ready. Returns what `kvs upgrade` printed to stderr.
-fn takeover(server: &Upgraded, programs: &TempDir, meanwhile: impl FnOnce()) -> String {
+pub fn takeover(server: &Upgraded, programs: &TempDir, meanwhile: impl FnOnce()) -> String {
     let (binary, pid_file) = stopping_at("ready", programs);
     assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
     thread::scope(|scope| {

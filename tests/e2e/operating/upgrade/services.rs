@@ -1,13 +1,17 @@
 //! Upgrades of servers with their log in PostgreSQL and in NATS, which have an epoch in place of a lock.
 
-use super::failures::{await_stopped, fail_at_each_step, stopping_at};
+use super::failures::{await_stopped, fail_at_each_step, no_read_of_old_is_stale, stopping_at, takeover};
 use super::*;
 use crate::support::nats::Nodes;
 use crate::support::postgres::database::Database;
 use crate::support::postgres::proxy::{Proxy, Way as Cable};
-use crate::support::readiness::{AWAY, STANDS_BY, WELL, becomes_ready};
-use crate::support::requests::{get, put};
+use crate::support::readiness::{AWAY, STANDS_BY, WELL, becomes_ready, ready};
+use crate::support::requests::{answer, get, put, send};
 use crate::support::server::Server;
+use crate::support::wire::STALE;
+
+/// A lease that does not expire while a process is stopped.
+const LONG_LEASE: &str = "--read-lease=8s";
 
 /// The log of a test.
 enum Service {
@@ -40,9 +44,17 @@ impl Service {
         Upgraded::start(&texts(&args))
     }
 
+    /// The same, with a lease that is long.
+    fn args_with_long_lease(&self) -> Vec<String> {
+        self.args().into_iter().filter(|arg| !arg.starts_with("--read-lease")).chain([LONG_LEASE.to_owned()]).collect()
+    }
+
     fn stand_by(&self) -> Server {
-        let args = self.args();
-        let server = Server::start(&[&texts(&args)[..], &["--standby"]].concat());
+        Self::stand_by_with(&self.args())
+    }
+
+    fn stand_by_with(args: &[String]) -> Server {
+        let server = Server::start(&[&texts(args)[..], &["--standby"]].concat());
         becomes_ready(&server, 200, STANDS_BY);
         server
     }
@@ -136,6 +148,67 @@ fn standby_waits_during_upgrade_with_nats() {
     standby_waits(&Service::nats());
 }
 
+/// A new process that has the log and does nothing yet: a standby does not take it before the lease has expired.
+fn handed_over_log_is_not_free(service: &Service) {
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let args = service.args_with_long_lease();
+    let server = Upgraded::start(&texts(&args));
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
+    let standby = Service::stand_by_with(&args);
+    let (binary, pid_file) = stopping_at("log", &programs);
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| server.upgrade(&["--binary", &binary]));
+        let process = await_stopped(&pid_file);
+        looks_again(&standby);
+        let (status, text) = ready(&standby);
+        assert!(status == 200 && text.contains(STANDS_BY), "{text}");
+        signal(process, Signal::CONT);
+        upgrade.join().expect("it succeeds");
+    });
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"2").status, 201);
+    becomes_ready(&standby, 200, STANDS_BY);
+    server.terminate();
+    standby.terminate();
+}
+
+/// Waits until a standby has looked at the log after this was called.
+fn looks_again(standby: &Server) {
+    let begun = Instant::now();
+    await_some("a look at the log", || {
+        let passed = begun.elapsed().as_millis();
+        let answer = Connection::open(standby.address()).ask_with("GET", "/v1/a", &STALE, b"");
+        // None of a primary, which it must not be.
+        let age = answer.header("kvs-stale-age-ms").map_or(0, |age| age.parse().expect("a number"));
+        (age < passed).then_some(())
+    });
+}
+
+#[test]
+fn handed_over_log_with_postgres_is_not_free() {
+    of_files!();
+    handed_over_log_is_not_free(&Service::postgres());
+}
+
+#[test]
+fn handed_over_log_with_nats_is_not_free() {
+    of_files!();
+    handed_over_log_is_not_free(&Service::nats());
+}
+
+#[test]
+fn no_read_of_old_is_stale_with_postgres() {
+    of_files!();
+    let service = Service::postgres();
+    no_read_of_old_is_stale(&texts(&service.args_with_long_lease()));
+}
+
+#[test]
+fn no_read_of_old_is_stale_with_nats() {
+    of_files!();
+    let service = Service::nats();
+    no_read_of_old_is_stale(&texts(&service.args_with_long_lease()));
+}
+
 /// A new process that hangs for longer than the lease loses the log to a standby, and the old one does not take it back.
 fn standby_that_took_over_is_left_alone(service: &Service) {
     let programs = TempDir::new().expect("a temporary directory can be made");
@@ -148,9 +221,13 @@ fn standby_that_took_over_is_left_alone(service: &Service) {
         let process = await_stopped(&pid_file);
         becomes_ready(&standby, 200, WELL);
         assert_eq!(put(&standby, "a", "2"), 201);
+        // The old process lets it wait for the outcome.
+        let mut read = send(server.first(), "GET /v1/a", "");
         let output = upgrade.join().expect("it ends");
         let printed = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && printed.contains("the log cannot be taken back"), "{printed}");
+        let refused = answer(&mut read);
+        assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
         await_end(process);
         await_end(server.process.load(Ordering::Relaxed));
     });
@@ -194,6 +271,21 @@ fn database_that_is_away_leaves_old_serving() {
     assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
     server.upgrade(&["--binary", kvs_tests::binary()]);
     assert_eq!(Connection::open(server.address).ask("GET", "/v1/a", b"").text(), "1");
+    server.terminate();
+}
+
+/// The database has committed the handover, and the old process cannot know it: it ends, and the new one takes over.
+#[test]
+fn lost_answer_to_handover_is_takeover() {
+    of_files!();
+    let programs = TempDir::new().expect("a temporary directory can be made");
+    let database = Database::start();
+    let proxy = Proxy::to(database.port());
+    let server = Upgraded::start(&["--txlog", &database.url_at(proxy.port), "--read-lease=1s"]);
+    let printed = takeover(&server, &programs, || proxy.set(Cable::EndsAtCommit));
+    assert!(printed.contains("not upgraded: the log cannot be closed for an upgrade"), "{printed}");
+    assert!(printed.contains("has taken it over"), "{printed}");
+    assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"2").status, 201);
     server.terminate();
 }
 

@@ -10,6 +10,9 @@ use socket2::SockRef;
 
 use crate::support::server::PATIENCE;
 
+/// The end of a message that commits a transaction.
+const COMMIT: &[u8] = b"COMMIT\0";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     Open,
@@ -21,6 +24,8 @@ pub enum Way {
     Lost,
     /// Connections end at once, old and new.
     Reset,
+    /// The next COMMIT passes, and its connection ends before the response. All others are open.
+    EndsAtCommit,
 }
 
 pub struct Proxy {
@@ -125,6 +130,12 @@ impl State {
             // Dropped bytes stay lost, also when the mode changes before the end of the connection.
             if *way == Way::Reset {
                 return Ok(());
+            }
+            if *way == Way::EndsAtCommit && !answers && buffer[..length].ends_with(COMMIT) {
+                *way = Way::Open;
+                drop(way);
+                from.shutdown(Shutdown::Both)?;
+                return to.write_all(&buffer[..length]);
             }
             if let (Way::Slow(time), true) = (*way, answers) {
                 drop(way);
