@@ -237,6 +237,25 @@ fn backup_over_a_compaction_is_sound() {
 }
 
 #[test]
+fn backup_shows_its_progress() {
+    let server = large_with(&[]);
+    for (target, entries) in [("/backup", "24"), ("/backup?since=20", "4")] {
+        let mut client = Connection::open(server.admin());
+        let head = client.ask_for_head("GET", target, &[]);
+        assert_eq!((head.status, head.header("kvs-backup-entries")), (200, Some(entries)), "{target}");
+        // Until its end, since one is taken at a time.
+        while client.chunk().is_some() {}
+    }
+    let files = temporary();
+    // `script` runs the command in a terminal.
+    let mut script = through("script", &backup(server.admin(), &[]));
+    let command = format!("{} backup -o {}", kvs_tests::binary(), text(&files.path().join("full")));
+    script.args(["--quiet", "--return", "--command", &command, "/dev/null"]);
+    let seen = done(script);
+    assert!(seen.contains("of 24 entries"), "{seen}");
+}
+
+#[test]
 fn memory_of_backup_and_restore_is_bounded() {
     // A log of 192 MiB, of which the store has a few.
     let server = Server::start(&["--retain", "1h", "--durability", "os"]);
