@@ -24,7 +24,7 @@ use crate::support::linear::{AT_ONCE, judge, report};
 use crate::support::load::{SMALL_SEGMENTS, SaysOver, count};
 use crate::support::metrics::{Metrics, until};
 use crate::support::server::Server;
-use crate::support::swap::put_in;
+use crate::support::swap::{put_in, swap};
 use crate::support::wire::Connection;
 use crate::support::zoo;
 
@@ -103,6 +103,54 @@ fn history_over_promotions_of_spares_is_linearizable() {
     assert_eq!(operations, histories * OPERATIONS);
     // On a slow machine, a shard can trap again before its next spare is built.
     assert!(promoted >= histories as f64 / 4.0, "{promoted} spares were promoted in {trapped} traps");
+}
+
+/// A copy of the guest is swapped in repeatedly and rolled back on request, or a guest that traps and is rolled back for that.
+#[test]
+fn history_over_rollbacks_is_linearizable() {
+    let mut rng = zoo::dice();
+    let rollbacks = count("KVS_TEST_HISTORIES", 40).div_ceil(5);
+    let args = [&SMALL_SEGMENTS[..], &["--probation", "1h"]].concat();
+    let server = Server::start(&args);
+    let promotions = |now: &Metrics, cause| now.get(&format!("kvs_guest_promotions_total{{cause=\"{cause}\"}}"));
+    let over = AtomicBool::new(false);
+    let (mut histories, mut operations) = (0, 0);
+    thread::scope(|scope| {
+        let rolling = scope.spawn(|| {
+            let _over = SaysOver(&over);
+            for n in 0..rollbacks {
+                let on_request = n % 2 == 0;
+                let guest = if on_request { copy_of(DEFAULT_GUEST) } else { component(brittle()) };
+                thread::scope(|scope| {
+                    let swapping = scope.spawn(|| swap(&server, &guest));
+                    let serves = |now: &Metrics| promotions(now, "swap") == (n + 1) as f64;
+                    let begun = until(&server, "it serves on probation", serves).get("kvs_txlog_sequence");
+                    if on_request {
+                        until(&server, "it has written", |now| now.get("kvs_txlog_sequence") > begun + 100.0);
+                        let answer = Connection::open(server.admin()).ask("DELETE", "/guest?rollback", b"");
+                        assert_eq!(answer.status, 202, "{}", answer.text());
+                    }
+                    let answer = swapping.join().expect("it is answered");
+                    assert_eq!(answer.status, 422, "{}", answer.text());
+                    assert_eq!(answer.text().contains("rolled back on request"), on_request, "{}", answer.text());
+                });
+            }
+        });
+        while !over.load(Ordering::Relaxed) {
+            let names: Vec<_> = (histories..histories + AT_ONCE).map(|n| n.to_string()).collect();
+            let stage = Stage::default();
+            stage.set(Some(server.address()));
+            let (judged, ()) = judge(&stage, &names, &mut rng, |_| ());
+            histories += AT_ONCE;
+            operations += judged.operations as u64;
+        }
+        rolling.join().expect("each is rolled back");
+    });
+    println!("{histories} histories of {operations} operations, {rollbacks} rollbacks");
+    assert_eq!(operations, histories * OPERATIONS);
+    // Each shard is promoted for itself.
+    let promoted = promotions(&Metrics::of(&server), "rollback");
+    assert!(promoted >= rollbacks as f64, "{promoted} promotions in {rollbacks} rollbacks");
 }
 
 /// A copy of the guest is swapped in repeatedly, after shadow traffic without a difference. Histories are recorded for as
