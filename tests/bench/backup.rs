@@ -24,14 +24,19 @@ const ASKING: usize = 4;
 /// The pause between two requests for `/livez`.
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// A component as large as few are; it is none.
+const COMPONENT_BYTES: usize = 64 << 20;
+const SWAP: &str = "/guest?dry-run";
+
 /// Requests of the console, by what they do.
-const CONSOLE: [(&str, &[&str]); 7] = [
+const CONSOLE: [(&str, &[&str]); 8] = [
     ("nothing", &[]),
     ("a page of 100 keys", &["/v1?limit=100"]),
     ("a page of folders", &["/v1?limit=100&delimiter=9"]),
     ("a count of all keys", &["/v1?count=true"]),
     ("metrics", &["/metrics"]),
     ("a backup", &["/backup"]),
+    ("a component of 64 MiB", &[SWAP]),
     (
         "all of these, a history and statistics",
         &[
@@ -121,13 +126,16 @@ fn compare(server: &Server, kind: &str, report: &mut Report) -> Result<()> {
 fn ask(server: &Server, paths: &[&str], over: &AtomicBool) -> Result<u64> {
     let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
     let admin = server.admin.context("no admin listener")?;
+    let component = if paths.contains(&SWAP) { vec![b'x'; COMPONENT_BYTES] } else { Vec::new() };
     let mut complete = 0;
     while !over.load(Ordering::Relaxed) {
         for path in paths {
-            let response = agent.get(format!("http://{admin}{path}")).call()?;
+            let url = format!("http://{admin}{path}");
+            let response = if *path == SWAP { agent.put(url).send(&component[..])? } else { agent.get(url).call()? };
+            let status = response.status().as_u16();
             // Of backups and the like there is one at a time.
-            ensure!(matches!(response.status().as_u16(), 200 | 409), "{path}: {}", response.status());
-            let is_complete = response.status() == 200;
+            ensure!(matches!(status, 200 | 409) || (status == 422 && *path == SWAP), "{path}: {status}");
+            let is_complete = status != 409;
             let mut body = response.into_body().into_reader();
             let mut bytes = [0; 1 << 16];
             while body.read(&mut bytes)? > 0 && !over.load(Ordering::Relaxed) {}
