@@ -17,7 +17,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use kvs_client::Output;
 #[cfg(feature = "nats")]
-use kvs_txlog::cluster::{compaction::Outcome, nats};
+use kvs_txlog::cluster::{compaction::Outcome, copy, nats};
 use kvs_txlog::file::{Finding, Offline, verify};
 use kvs_txlog::postgres::{Existing, PostgresLog, Url};
 use kvs_txlog::text::{self, Format};
@@ -122,6 +122,14 @@ impl StorageArgs {
 /// Opens a log that no server uses, to read it.
 pub fn open_offline(txlog: &TxlogStorage, data: &Path) -> anyhow::Result<Arc<dyn TransactionLog>> {
     Ok(match txlog {
+        #[cfg(feature = "nats")]
+        TxlogStorage::File if copy::is_all(data) => {
+            let (log, damage) = copy::read(data)?;
+            if let Some(damage) = damage {
+                notice(format_args!("warning: the copy of the log {damage}"));
+            }
+            Arc::new(log)
+        }
         TxlogStorage::File => Arc::new(Offline::open(data)?),
         TxlogStorage::Postgres(url) => Arc::new(PostgresLog::at_rest(url, Existing::Required)?),
         #[cfg(feature = "nats")]
@@ -133,6 +141,8 @@ pub fn run(command: TxlogCommand) -> anyhow::Result<()> {
     let out = &mut io::stdout().lock();
     match command {
         TxlogCommand::Verify { at, output } => match &at.txlog {
+            #[cfg(feature = "nats")]
+            TxlogStorage::File if copy::is_all(&at.data_dir) => verify_copy(&at.data_dir, output.output(), out),
             TxlogStorage::File => verify_log(&at.data_dir, output.output(), out),
             TxlogStorage::Postgres(url) => verify_rows(url, output.output(), out),
             #[cfg(feature = "nats")]
@@ -184,6 +194,18 @@ fn verify_frames(url: &nats::Url, output: Output, out: &mut dyn Write) -> anyhow
     let (all, newest) = replayed(&log)?;
     if let Some(damage) = log.replica_damage() {
         bail!("the log can be read, but a replica of it is damaged: {damage}; see docs/jetstream.md");
+    }
+    print_sound(all, newest, output, out)?;
+    Ok(())
+}
+
+/// Verifies the local copy of a log in NATS.
+#[cfg(feature = "nats")]
+fn verify_copy(data: &Path, output: Output, out: &mut dyn Write) -> anyhow::Result<()> {
+    let (log, damage) = copy::read(data)?;
+    let (all, newest) = replayed(&log)?;
+    if let Some(damage) = damage {
+        bail!("the copy of the log is sound up to sequence {newest} only: {damage}");
     }
     print_sound(all, newest, output, out)?;
     Ok(())

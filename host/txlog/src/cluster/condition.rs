@@ -41,6 +41,7 @@ impl Shared {
         conditions.extend(self.replica_damage().map(|damage| format!("damaged in a replica: {damage}")));
         let compaction = self.compaction_failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
         conditions.extend(compaction.map(|reason| format!("compaction fails and the log keeps growing: {reason}")));
+        conditions.extend(self.copy_failure().map(|reason| format!("there is no local copy of it: {reason}")));
         if !begun {
             let News { newest, holder, .. } = &*self.news.borrow();
             let behind = self.restored().history.entries(self.queue.appended(), *newest);

@@ -74,7 +74,7 @@ impl Follower {
     }
 
     /// Follows the log from here on.
-    fn at(shared: &Shared, tip: Tip) -> Self {
+    pub fn at(shared: &Shared, tip: Tip) -> Self {
         Self {
             tip,
             holder: None,
@@ -373,7 +373,7 @@ impl Follower {
 
 /// Reads the last frame of the log, which is all that a process needs to know in order to go on from there: its replay
 /// checks the others.
-async fn last(shared: &Shared, position: u64) -> Result<(Tip, Kind), Failure> {
+pub async fn last(shared: &Shared, position: u64) -> Result<(Tip, Kind), Failure> {
     let mut why = "no replica that answers has it".to_owned();
     let from = Tip::first_of_last(position);
     let count = (position + 1 - from) as usize;

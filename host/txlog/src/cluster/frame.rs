@@ -259,6 +259,11 @@ impl Tip {
         Ok(kind)
     }
 
+    /// Returns whether both are the same end of one log. The barrier of one that [`of_last`](Self::of_last) found is not known.
+    pub fn is_same_end(&self, other: &Self) -> bool {
+        Self { barrier: 0, ..*self } == Self { barrier: 0, ..*other }
+    }
+
     /// Returns whether the next position is in the barrier after a claim.
     pub fn is_in_barrier(&self) -> bool {
         self.position < self.barrier && !is_mutant("NoBarrier")

@@ -16,6 +16,7 @@ pub struct Metrics {
     pub rereads: Counter,
     pub claims: Counter,
     pub compactions: Counter,
+    pub copy_failures: Counter,
 }
 
 impl Metrics {
@@ -29,6 +30,7 @@ impl Metrics {
             rereads: Counter::default(),
             claims: Counter::default(),
             compactions: Counter::default(),
+            copy_failures: Counter::default(),
         }
     }
 }
@@ -74,6 +76,10 @@ impl Measured for ClusterLog {
         page.counter("txlog_compactions", "Compactions of the log", metrics.compactions.get())?;
         let help = "Reads repeated because a replica lacked a frame or returned a damaged one";
         page.counter("txlog_rereads", help, metrics.rereads.get())?;
+        let copied = self.shared.copy().map_or(0, |copy| copy.sizes().0 + copy.sizes().1);
+        page.gauge("txlog_copy_bytes", "Bytes of the local copy of the log", copied)?;
+        let help = "Errors that stopped the local copy of the log for a while";
+        page.counter("txlog_copy_failures", help, metrics.copy_failures.get())?;
         let is_damaged = self.shared.damage().or_else(|| self.shared.replica_damage()).is_some();
         let help = "1 while frames of the log are damaged or missing in the engine, or in one replica of it";
         page.gauge("txlog_damaged", help, u64::from(is_damaged))

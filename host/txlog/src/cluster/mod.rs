@@ -3,7 +3,7 @@
 //! Owns: everything that makes a log of what an engine offers, which is little: numbered positions, and a put that succeeds
 //! at the end of the log only. Must never know: what a key or a value means. Read `engine` first, then `frame` (what is
 //! stored), `writer` (commit, once and in order), `follower` (standby and failover), `handover` (another process continues),
-//! `reader` and `integrity`, and `replay`; `snapshot` and `compaction` bound the size; `nats` is the engine, and the only part that
+//! `reader` and `integrity`, and `replay`; `snapshot` and `compaction` bound the size; `copy` and `copying` keep a local copy; `nats` is the engine, and the only part that
 //! knows it.
 //!
 //! # Primary, epoch and fencing
@@ -26,6 +26,8 @@
 
 pub mod compaction;
 mod condition;
+pub mod copy;
+mod copying;
 pub mod engine;
 mod follower;
 mod frame;
@@ -58,6 +60,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use self::copy::{Copy, Directory};
 use self::engine::Engine;
 use self::follower::Follower;
 use self::frame::{Entries, Holder, Restored, Snapshot, Tip, is_mutant};
@@ -118,6 +121,8 @@ pub struct Stored {
     pub mark: Mark,
     /// File for the newest frame that is durable.
     pub mark_file: Option<MarkFile>,
+    /// Directory for a local copy of it.
+    pub copies: Option<Directory>,
     /// Maximum size of a group of events, in bytes.
     pub group_bytes: u64,
     /// Minimum growth of the log between two compactions, in bytes.
@@ -160,6 +165,10 @@ struct Shared {
     handed: watch::Sender<Option<Position>>,
     integrity: Mutex<Integrity>,
     mark_file: Option<MarkFile>,
+    copies: Option<Arc<Directory>>,
+    /// The local copy, once the log is known to continue it, and why there is none.
+    copy: Mutex<Option<Arc<Copy>>>,
+    copy_failure: Mutex<Option<String>>,
     /// Maximum size of a frame of a snapshot, and minimum growth of the log between two.
     frame_bytes: u64,
     compaction_bytes: u64,
@@ -193,6 +202,17 @@ impl ClusterLog {
         follower.publish(&shared);
         shared.follow(follower.sequence());
         let handle = runtime.handle().clone();
+        Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: None })) })
+    }
+
+    /// Opens a local copy for reading.
+    fn of_copy(runtime: Runtime, copy: Arc<Copy>, stored: Stored, options: &Options) -> Result<Self> {
+        let shared = Shared::new(stored, options, options.env.clone())?;
+        runtime.block_on(shared.read_restored())?;
+        let follower = Follower::at(&shared, copy.tip());
+        follower.publish(&shared);
+        shared.follow(follower.sequence());
+        let (shared, handle) = (Arc::new(shared), runtime.handle().clone());
         Ok(Self { shared, handle, running: Mutex::new(Some(Running { runtime, task: None })) })
     }
 
@@ -324,7 +344,7 @@ impl Drop for ClusterLog {
 
 impl Shared {
     fn new(stored: Stored, options: &Options, env: Env) -> Result<Self> {
-        let Stored { engine, name, mark, mark_file, group_bytes, compaction_bytes } = stored;
+        let Stored { engine, name, mark, mark_file, copies, group_bytes, compaction_bytes } = stored;
         ensure!(
             options.lease >= MIN_READ_LEASE,
             "--read-lease is {:?}, but must be at least {MIN_READ_LEASE:?} for this log, which keeps each heartbeat: ten per lease",
@@ -355,6 +375,9 @@ impl Shared {
             handed: watch::Sender::new(None),
             integrity: Mutex::new(Integrity::new(mark)),
             mark_file,
+            copies: copies.map(Arc::new),
+            copy: Mutex::default(),
+            copy_failure: Mutex::default(),
             frame_bytes: group_bytes,
             compaction_bytes,
             retain: options.retain,
@@ -384,7 +407,9 @@ impl Shared {
 
     /// Claims the log or begins to follow it, and starts the task that continues with that.
     async fn open(self: &Arc<Self>, standby: bool) -> Result<Task> {
+        let copy = self.open_copy().await;
         let follower = self.find_end(standby).await?;
+        self.use_copy(copy).await;
         let shared = Arc::clone(self);
         let task = if standby {
             follower.publish(self);
@@ -396,12 +421,14 @@ impl Shared {
             self.begin();
             self.start("log writer", async move { writer.run(&shared).await })
         };
-        let (checked, compacted, clock) = (Arc::clone(self), Arc::clone(self), self.env.clock.clone());
+        let [checked, compacted, copied] = [self, self, self].map(Arc::clone);
+        let clock = self.env.clock.clone();
         self.env.tasks.restart("log integrity", &clock, move || {
             let shared = Arc::clone(&checked);
             async move { shared.watch_integrity().await }
         });
         self.env.tasks.restart("log compaction", &clock, move || compaction::run(Arc::clone(&compacted)));
+        self.env.tasks.restart("log copy", &clock, move || copying::run(Arc::clone(&copied)));
         Ok(task)
     }
 

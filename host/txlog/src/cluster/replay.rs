@@ -1,4 +1,4 @@
-//! Replay: the entries of the log, read from the engine. From the start, those of a snapshot come first.
+//! Replay: the entries of the log, read from the engine. From the start, those of a snapshot come first, or the local copy.
 
 use std::time::Duration;
 
@@ -24,8 +24,10 @@ pub async fn replay(shared: &Shared, after: u64, receive: &mut Receive<'_>) -> R
         return Ok(after);
     }
     let mut snapshot = shared.snapshot().filter(|_| after == 0);
-    let mut scan = match after {
-        0 => Scan::from_snapshot(shared, snapshot.as_ref()),
+    let copy = shared.copy().filter(|_| after == 0);
+    let mut scan = match (after, &copy) {
+        (0, Some(copy)) => Scan::from_copy(shared, copy),
+        (0, None) => Scan::from_snapshot(shared, snapshot.as_ref()),
         _ => Scan::after(shared, resume(shared, after)?),
     };
     // A standby may not have come to the end of the snapshot, but the entries before it are not all there any more.

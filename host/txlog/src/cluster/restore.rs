@@ -154,7 +154,15 @@ mod tests {
 
     fn stored(frames: &Frames) -> Stored {
         let (name, engine) = ("frames".to_owned(), Arc::new(frames.clone()));
-        Stored { engine, name, mark: Mark::new(LOG), mark_file: None, group_bytes: 1 << 16, compaction_bytes: 1 << 20 }
+        Stored {
+            engine,
+            name,
+            mark: Mark::new(LOG),
+            mark_file: None,
+            copies: None,
+            group_bytes: 1 << 16,
+            compaction_bytes: 1 << 20,
+        }
     }
 
     fn options() -> Options {

@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::Shared;
+use super::copy::{Copy, Part};
 use super::engine::{Engine, ReadError};
 use super::frame::{Kind, Snapshot, Tip};
 use super::reader::{Failure, Read};
@@ -78,6 +79,8 @@ pub struct Scan<'s> {
     shared: &'s Shared,
     /// The snapshot, its name for messages, and the end of its frames as far as they were read.
     snapshot: Option<(Arc<dyn Engine>, String, Tip)>,
+    /// The local copy of the log, and its name, while it has the next frames.
+    copy: Option<(Arc<dyn Engine>, String)>,
     /// The end of the log as far as its entries were read.
     tip: Tip,
 }
@@ -90,12 +93,21 @@ impl<'s> Scan<'s> {
             let position = snapshot.tip.position;
             (shared.engine.snapshot(position), format!("snapshot {position} of the {}", shared.name), Tip::default())
         });
-        Self { shared, snapshot, tip }
+        Self { shared, snapshot, copy: None, tip }
     }
 
     /// Begins with the frame of the log after `tip`.
     pub fn after(shared: &'s Shared, tip: Tip) -> Self {
-        Self { shared, snapshot: None, tip }
+        Self { shared, snapshot: None, copy: None, tip }
+    }
+
+    /// Begins with the local copy, and continues in the log.
+    pub fn from_copy(shared: &'s Shared, copy: &Arc<Copy>) -> Self {
+        let snapshot = copy.snapshot();
+        let tip = snapshot.as_ref().map_or_else(Tip::default, |snapshot| snapshot.tip);
+        let part = |is_snapshot| -> Arc<dyn Engine> { Arc::new(Part { copy: Arc::clone(copy), is_snapshot }) };
+        let snapshot = snapshot.map(|_| (part(true), copy.name(), Tip::default()));
+        Self { shared, snapshot, copy: Some((part(false), copy.name())), tip }
     }
 
     /// Returns the end of the log as far as it was read; None while the snapshot is.
@@ -106,6 +118,13 @@ impl<'s> Scan<'s> {
     /// Reads the next frames, and returns whether they are of the log; none if there are none yet.
     pub async fn next(&mut self, wait: Duration) -> Result<(bool, Vec<Read>), Failure> {
         let Some((engine, name, tip)) = &mut self.snapshot else {
+            if let Some((copy, name)) = &self.copy {
+                match self.shared.read_in((copy, name), &mut self.tip, Duration::ZERO).await {
+                    Ok(frames) if !frames.is_empty() => return Ok((true, frames)),
+                    // The engine has what follows, and what cannot be read here.
+                    _ => self.copy = None,
+                }
+            }
             return Ok((true, self.shared.read(&mut self.tip, wait).await?));
         };
         let frames = self.shared.read_in((engine, name), tip, wait).await.map_err(|failure| match failure {

@@ -3,6 +3,7 @@
 mod backup;
 mod compaction;
 mod conditions;
+mod copy;
 mod quorum;
 mod supervision;
 
@@ -17,6 +18,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::support::load::count;
 use crate::support::nats::{Nodes, SAFE};
 use crate::support::readiness::{STANDS_BY, UP_TO_DATE, WELL, becomes_ready};
 use crate::support::requests::{answer, get, put, send};
@@ -202,7 +204,7 @@ impl Clients {
 
 #[test]
 fn killed_leaders_of_engine_lose_and_double_nothing() {
-    let kills = std::env::var("KVS_TEST_LEADER_KILLS").map_or(2, |kills| kills.parse().expect("it is a number"));
+    let kills = count("KVS_TEST_LEADER_KILLS", 2);
     let mut nodes = Nodes::start(3);
     let server = Server::start(&["--txlog", &nodes.url("x"), "--txlog-monitor", &nodes.monitors()]);
     assert_eq!(put(&server, "before", "1"), 201);

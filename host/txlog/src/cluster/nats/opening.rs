@@ -19,6 +19,7 @@ use super::conditions::{Conditions, REPLICAS};
 use super::connection::Connection;
 use super::target::{Target, Url};
 use super::{LOG, NOT_CLUSTERED, Names, RESTORING, Stream, api, error, stream_info};
+use crate::cluster::copy::Directory;
 use crate::cluster::engine::ReadError;
 use crate::cluster::frame::OVERHEAD;
 use crate::cluster::mark::{Mark, MarkFile};
@@ -154,7 +155,8 @@ async fn prepare(
     let stream = Arc::new(Stream { connection, names, log, conditions, noted });
     stream.start(env);
     let compaction_bytes = compaction::MIN_BYTES;
-    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, group_bytes, compaction_bytes })
+    let copies = data.map(Directory::new);
+    Ok(Stored { engine: stream, name: target.name(), mark, mark_file, copies, group_bytes, compaction_bytes })
 }
 
 /// Returns the state and configuration of the stream; None if there is none.

@@ -128,6 +128,7 @@ impl World {
             name: "fake engine".into(),
             mark,
             mark_file: None,
+            copies: None,
             group_bytes: GROUP_BYTES,
             compaction_bytes,
         };
