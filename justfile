@@ -161,7 +161,8 @@ soak: _build (_tool "strace") _postgres _python
     KVS_TEST_KILLS=10000 KVS_TEST_FAULTS=100 cargo test --release --test e2e -- --nocapture crash:: faults:: full_disk::
     KVS_TEST_EVERYTHING=1800 cargo test --release --test e2e -- --nocapture everything::
     KVS_TEST_UPGRADES=100 cargo test --release --test e2e -- --nocapture upgrade::
-    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 cargo test --release --test e2e -- --nocapture nats::killed
+    PATH="$PWD/target/python/bin:$PATH" KVS_TEST_LEADER_KILLS=20 KVS_TEST_POWER_CUTS=10 \
+        cargo test --release --test e2e -- --nocapture nats::killed nats::disasters
     KVS_TEST_PROMOTIONS=1000 cargo test --release --test e2e -- --nocapture spare::
     KVS_TEST_JS_KEYS=1000000 cargo test --release --test e2e -- --nocapture javascript_holds_many_keys
     KVS_TEST_CONSOLE_KEYS=1000000 cargo test --release --test e2e -- --nocapture many_keys_come_a_page_at_a_time

@@ -206,6 +206,7 @@ impl ClusterLog {
     }
 
     /// Opens a local copy for reading.
+    #[cfg(feature = "nats")]
     fn of_copy(runtime: Runtime, copy: Arc<Copy>, stored: Stored, options: &Options) -> Result<Self> {
         let shared = Shared::new(stored, options, options.env.clone())?;
         runtime.block_on(shared.read_restored())?;

@@ -4,6 +4,7 @@ mod backup;
 mod compaction;
 mod conditions;
 mod copy;
+mod disasters;
 mod quorum;
 mod supervision;
 
