@@ -1,20 +1,21 @@
 //! Guests in languages other than Rust (`guest/js`, `guest/python`), each built from source once per run.
 
+use std::fs;
 use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use kvs_tests::succeeds;
 use kvs_txlog::{AppendError, Event, Put, TransactionLog};
 use tempfile::TempDir;
 
+use crate::support::compiled;
 use crate::support::file_log::open_log;
 use crate::support::guests::just;
 use crate::support::load::count;
 use crate::support::log::of_files;
 use crate::support::metrics::{Metrics, counts};
-use crate::support::server::{PATIENCE, Server, kvs, serve};
+use crate::support::server::{PATIENCE, Server, serve};
 use crate::support::swap::{comes_and_goes_under_load, serving};
 use crate::support::wire::Connection;
 
@@ -34,11 +35,9 @@ fn made(recipe: &str, source: Option<&str>, name: &str) -> String {
 
 /// A component compiled ahead of time, since compiling an interpreter at every start takes long.
 fn compiled(component: &str) -> String {
-    let compiled = Path::new(component).with_extension("cwasm").to_str().expect("the path is text").to_owned();
-    let mut compile = kvs();
-    compile.args(["compile", "--native", "--output", &compiled, component]);
-    succeeds(compile, component);
-    compiled
+    let file = Path::new(component).with_extension("cwasm");
+    fs::write(&file, &*compiled::compiled(Path::new(component))).expect("the directory takes a file");
+    file.to_str().expect("the path is text").to_owned()
 }
 
 fn js_component() -> &'static str {

@@ -3,6 +3,7 @@
 pub mod backup;
 pub mod browser;
 pub mod certificates;
+pub mod compiled;
 pub mod events;
 pub mod faults;
 pub mod file_log;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use super::compiled;
 use super::log::kvs_at;
 
 /// Timeout that is longer than anything here takes on a busy machine. Reaching it is a failure.
@@ -61,6 +62,7 @@ impl Server {
 
     /// As `spawn`; an error when it ended before it served.
     pub fn try_spawn(command: Command, data: TempDir) -> Result<Self, (ExitStatus, Stopped)> {
+        compiled::prepare(&command);
         let mut process = Process::spawn(command);
         let serving = |line: &str| address(line, "serving on http://").or_else(|| address(line, "serving on https://"));
         match process.stderr.find(serving) {

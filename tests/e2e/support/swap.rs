@@ -1,8 +1,10 @@
 //! Swaps of the guest over the admin listener, also under load.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use super::compiled::cache;
 use super::guests::component;
 use super::load::SaysOver;
 use super::server::Server;
@@ -76,8 +78,9 @@ pub fn comes_and_goes_under_load(
     meanwhile: impl FnOnce(&Server, &mut Connection),
 ) -> Server {
     let server = Server::start(&[&["--probation", "100ms", "--request-timeout", "30s"], args].concat());
-    let component = component(guest);
     // Compiled before the load, since a large one takes long.
+    cache(Path::new(guest), server.data());
+    let component = component(guest);
     let tried = Connection::open(server.admin()).ask("PUT", "/guest?dry-run", &component);
     assert_eq!(tried.status, 200, "{}", tried.text());
     under_load(&server, |_| {
