@@ -157,7 +157,7 @@ fn tutorial() {
 
 #[test]
 fn lock_service_page() {
-    run_in("docs/locks.md", Path::new(kvs_tests::ROOT));
+    run_in("docs/locks.md", &project());
 }
 
 #[test]
