@@ -168,6 +168,7 @@ impl Directory {
     pub fn create(&self, log: Uuid, base: u64) -> Result<Copy> {
         let path = self.path.join(format!("{log}-{base}"));
         let incomplete = with_suffix(&path, INCOMPLETE);
+        self.remove_incomplete(log).with_context(|| format!("cannot remove files of {}", self.path.display()))?;
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&incomplete);
         let file = file.with_context(|| format!("cannot create {}", incomplete.display()))?;
         Ok(Copy { path, log, file, base, contents: Mutex::default() })
@@ -187,6 +188,18 @@ impl Directory {
             Ok(())
         };
         complete().with_context(|| format!("cannot complete {}", copy.path.display()))
+    }
+
+    /// Removes what processes left that were killed.
+    fn remove_incomplete(&self, log: Uuid) -> io::Result<()> {
+        let (begin, end) = (format!("{log}-"), format!(".{INCOMPLETE}"));
+        for file in fs::read_dir(&self.path)? {
+            let file = file?;
+            if file.file_name().to_str().is_some_and(|name| name.starts_with(&begin) && name.ends_with(&end)) {
+                fs::remove_file(file.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes a copy that will not become complete.

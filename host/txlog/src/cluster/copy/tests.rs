@@ -120,3 +120,21 @@ fn damage_anywhere_leaves_the_frames_before_it() {
         assert!(fs::read(&path).unwrap() == whole, "{length} bytes are not continued");
     }
 }
+
+#[test]
+fn incomplete_copies_of_killed_processes_are_removed() {
+    let data = tempfile::tempdir().unwrap();
+    let directory = Directory::new(data.path());
+    assert!(directory.lock().unwrap());
+    let other = Uuid::from_u128(9);
+    for (log, base) in [(LOG, 5), (other, 5), (LOG, 9)] {
+        directory.create(log, base).unwrap();
+    }
+    let mut left: Vec<_> =
+        fs::read_dir(data.path().join(DIRECTORY)).unwrap().map(|file| file.unwrap().path()).collect();
+    left.sort();
+    let mut expected =
+        [(LOG, 9), (other, 5)].map(|(log, base)| data.path().join(format!("{DIRECTORY}/{log}-{base}.tmp")));
+    expected.sort();
+    assert_eq!(left, expected);
+}
