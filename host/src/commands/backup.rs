@@ -5,7 +5,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use kvs_client::{ApiRequest, Output};
 use kvs_txlog::backup::{Reader, Trailer};
@@ -46,7 +46,8 @@ pub fn run(args: &Backup) -> Result<()> {
     if file.as_os_str() == "-" {
         let mut out = io::stdout().lock();
         let trailer = receive(args, &mut out, bar_beside_output).context("no backup on standard output")?;
-        out.flush().context("cannot write to standard output")?;
+        // Also where nobody reads any more.
+        out.flush().map_err(|error| anyhow!("no backup on standard output: {error}"))?;
         notice(summary(&trailer, args.since));
         return Ok(());
     }
@@ -115,7 +116,8 @@ struct Tee<'o, R> {
 impl<R: Read> Read for Tee<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.input.read(buffer)?;
-        self.out.write_all(&buffer[..read])?;
+        // Also where nobody reads any more: what was written is no backup.
+        self.out.write_all(&buffer[..read]).map_err(|error| io::Error::other(format!("cannot write it: {error}")))?;
         Ok(read)
     }
 }

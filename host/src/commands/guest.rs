@@ -71,8 +71,8 @@ pub fn run(command: GuestCommand, env: &Env) -> Result<()> {
     let report =
         test(guest.source(), limits, guest.guest_config.clone(), plan, env, &|number| bar.set_position(number))?;
     bar.finish_and_clear();
-    output.output().print(Some(report.text().trim_end()), || report.json(), &mut io::stdout().lock())?;
+    let printed = output.output().print(Some(report.text().trim_end()), || report.json(), &mut io::stdout().lock());
     let failed = report.failed();
     ensure!(failed == 0, "{failed} of the checks failed; repeat with --seed {seed} --requests {requests}");
-    Ok(())
+    Ok(printed?)
 }

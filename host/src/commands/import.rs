@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use kvs_client::{Copied, ImportHooks, Origin, Output};
+use kvs_txlog::subscribers::GUEST_KEY;
 use serde_json::json;
 
 use super::client::{OutputArgs, ServerArgs};
@@ -36,20 +37,24 @@ pub struct Import {
 
 pub fn run(args: &Import) -> anyhow::Result<()> {
     let report = |line: &str| notice(format_args!("kvs: {line}"));
-    let check_key = |key: &str| check_key(key).map_err(|error| error.to_string());
+    let check_key = |key: &str| match check_key(key) {
+        Ok(()) if key.starts_with(GUEST_KEY) => Err("keys that begin with U+0001 are kept for guests".to_owned()),
+        checked => checked.map_err(|error| error.to_string()),
+    };
     let hooks = ImportHooks { bar, check_key, report };
     let server = args.server.server()?;
     let output = args.output.output();
     if let Some(origin) = &args.from {
         let Copied { imported, left_out } = kvs_client::import_from(&server, origin, args.server.authorities(), hooks)?;
-        match output {
-            Output::Text => notice(format_args!("imported {imported} keys")),
-            Output::Json => {
-                writeln!(io::stdout(), "{}", json!({ "imported": imported, "left_out": left_out }))?;
+        let printed = match output {
+            Output::Text => {
+                notice(format_args!("imported {imported} keys"));
+                Ok(())
             }
-        }
+            Output::Json => writeln!(io::stdout(), "{}", json!({ "imported": imported, "left_out": left_out })),
+        };
         ensure!(left_out == 0, "{left_out} keys of {origin} were left out");
-        return Ok(());
+        return Ok(printed?);
     }
     let lines = kvs_client::import(&server, &args.file, args.resume, hooks)?;
     match output {

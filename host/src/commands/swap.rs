@@ -97,10 +97,11 @@ pub fn run(args: &Swap) -> Result<()> {
             let is_unfit = matches!(refused, ClientError::Status { status: 422, .. });
             if is_unfit && let Some(status) = args.shadow.and_then(|_| status(&watched)) {
                 let shadow = &status["last_swap"]["shadow"];
-                match args.output.output() {
-                    Output::Text => print_shadow(shadow)?,
-                    Output::Json => writeln!(io::stdout(), "{}", json!({ "shadow": shadow }))?,
-                }
+                // The failure is reported in any case.
+                let _ = match args.output.output() {
+                    Output::Text => print_shadow(shadow),
+                    Output::Json => writeln!(io::stdout(), "{}", json!({ "shadow": shadow })).map_err(Into::into),
+                };
             }
             return Err(refused).context("not swapped");
         }

@@ -308,6 +308,7 @@ fn malformed_line_is_reported_by_number() {
         ("{\"key\": \"b\", \"colour\": \"red\"}", "unknown field `colour`"),
         ("{\"key\": \"b\", ", "EOF while parsing"),
         ("{\"key\": \"..\", \"value\": \"\"}", "no server accepts the key \"..\": it has a segment . or .."),
+        ("{\"key\": \"\\u0001a\", \"value\": \"\"}", "keys that begin with U+0001 are kept for guests"),
         ("{\"key\": \"\", \"value\": \"\"}", "no server accepts the key \"\": it is empty"),
         (&format!("{{\"key\": \"{}\", \"value\": \"\"}}", "x".repeat(100_000)), "xxx… (100000 bytes)\""),
     ] {

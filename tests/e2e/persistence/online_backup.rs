@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -310,6 +311,10 @@ fn failed_backup_keeps_previous_file() {
     full.stdout(fs::File::options().write(true).open("/dev/full").expect("it is there"));
     let said = full.output().expect("the binary can be started");
     assert!(!said.status.success());
+    // A reader that has left does not have all of it.
+    let mut unread = backup(server.admin(), &["-o", "-"]).stdout(Stdio::piped()).spawn().expect("it can be started");
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().expect("it ends").code(), Some(1));
 }
 
 #[test]
