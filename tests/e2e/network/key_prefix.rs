@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::thread;
 
 use serde_json::{Value, json};
 
 use crate::support::events::Events;
-use crate::support::guests::guest;
+use crate::support::guests::{brittle, component, guest};
 use crate::support::server::{Server, kvs, refused};
 use crate::support::tokens::{Client, Tokens};
 use crate::support::wire::Connection;
@@ -124,6 +125,33 @@ fn guest_without_key_prefix_gets_no_such_request() {
         }
         assert_eq!(Client::new(&server, &paths).ask("GET", "/store/team-1", "").text(), "nothing there");
     }
+}
+
+#[test]
+fn shadow_traffic_reports_guest_without_key_prefix() {
+    let tokens = Tokens::new();
+    let boss = tokens.add(&["boss", "--scope", "admin"]);
+    let team = tokens.add(&["team", "--scope", "write", "--key-prefix", "team-"]);
+    let server = Server::start(&["--tokens", &tokens.file(), "--probation", "1ms"]);
+    let (boss, mut team) = (Client::new(&server, &boss), Client::new(&server, &team));
+    let headers = [("authorization", boss.bearer.as_str())];
+    let answer = thread::scope(|scope| {
+        let swapping = scope.spawn(|| {
+            let target = "/guest?shadow=10s&sample=100";
+            Connection::open(server.admin()).ask_with("PUT", target, &headers, &component(brittle()))
+        });
+        // It decides on these requests as the built-in guest does.
+        while !swapping.is_finished() {
+            assert_eq!(team.status("PUT", "/v1/team-a", "1"), 201);
+        }
+        swapping.join().expect("the swap is answered")
+    });
+    assert_eq!(answer.status, 422, "{}", answer.text());
+    let status = Connection::open(server.admin()).ask_with("GET", "/guest", &headers, b"");
+    let status: Value = serde_json::from_slice(&status.body).expect("it is JSON");
+    let example = &status["last_swap"]["shadow"]["examples"][0];
+    assert_eq!((&example["target"], &example["difference"]), (&json!("/v1/team-a"), &json!("key prefix")), "{status}");
+    assert_eq!(team.status("GET", "/v1/team-a", ""), 200);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use super::decisions::Decisions;
 use super::queue::{Item, Loss, Queue, Sample};
 use super::record::Append;
 use super::report::Report;
+use crate::guest::Incoming;
 use crate::guest::replica::Replica;
 use crate::guest::routers::Routers;
 use crate::guest::trap;
@@ -62,6 +63,12 @@ impl Session {
     fn check(&self) -> Result<()> {
         ensure!(!self.is_over(Duration::ZERO), Over);
         Ok(())
+    }
+
+    fn compared(&self, incoming: &Incoming, took: (Duration, Duration), difference: Option<Difference>) {
+        self.metrics.compared.add(1);
+        self.metrics.different.add(u64::from(difference.is_some()));
+        self.report.compared(incoming, took, difference);
     }
 
     fn add_dropped(&self, count: u64) {
@@ -177,7 +184,12 @@ impl Candidate {
     fn take_in(&mut self, mut item: Item, with: &Session) -> Result<(), Spent> {
         // Otherwise it has entries already that the serving guest did not have.
         if let Some(sample) = item.sample.take_if(|sample| sample.before >= self.replica.sequence()) {
-            return self.compare(*sample, item.time, item.appends, with);
+            if sample.incoming.key_prefix.is_none() || self.replica.instance.enforces_key_prefix() {
+                return self.compare(*sample, item.time, item.appends, with);
+            }
+            let rejected = "403: the component does not enforce key prefixes".to_owned();
+            let difference = Difference::new("key prefix", format!("status {}", sample.response.status), rejected);
+            with.compared(&sample.incoming, (sample.took, Duration::ZERO), Some(difference));
         }
         self.queue.add_dropped(usize::from(item.sample.is_some()));
         let changes = item.changes();
@@ -213,9 +225,7 @@ impl Candidate {
                 }
             },
         };
-        with.metrics.compared.add(1);
-        with.metrics.different.add(u64::from(difference.is_some()));
-        with.report.compared(&incoming, took, difference);
+        with.compared(&incoming, took, difference);
         if is_spent { Err(Spent) } else { Ok(()) }
     }
 
