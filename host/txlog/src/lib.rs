@@ -138,6 +138,11 @@ pub struct Forgotten {
     pub newest: u64,
 }
 
+/// The log was closed while it was read.
+#[derive(Debug, thiserror::Error)]
+#[error("the log is closed")]
+pub struct Closed;
+
 /// Takes a batch of replayed entries; an error stops the replay.
 pub type Receive<'r> = dyn FnMut(&[Entry<'_>]) -> anyhow::Result<()> + 'r;
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use kvs_runtime::Clock;
-use kvs_txlog::TransactionLog;
+use kvs_txlog::{Closed, TransactionLog};
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::task;
 use tracing::{info, warn};
@@ -121,6 +121,7 @@ impl Spare {
                 Ok(End::LogFailed) => return Ok(()),
                 // The one that was taken serves first.
                 Ok(End::Taken) => pause = PAUSE,
+                Err(error) if error.is::<Closed>() => return Ok(()),
                 Err(error) => {
                     self.failed(&error, with.metrics);
                     // One that followed for long failed for another reason than the one before.

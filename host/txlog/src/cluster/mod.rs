@@ -56,7 +56,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use kvs_runtime::{Env, Task};
 use tokio::runtime::{Handle, Runtime};
-use tokio::sync::watch;
+use tokio::sync::{SetOnce, watch};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
@@ -73,6 +73,7 @@ use super::{Condition, Handed, History, News, Receive, Standby, TransactionLog, 
 use crate::remote::breaker::Breaker;
 use crate::remote::lease::Lease;
 use crate::remote::queue::{End, Queue};
+use crate::remote::until_closed;
 use crate::standby::end_of_log;
 use crate::{AppendError, Event};
 
@@ -175,6 +176,7 @@ struct Shared {
     retain: Duration,
     /// Why the last compaction failed.
     compaction_failure: Mutex<Option<String>>,
+    closed: SetOnce<()>,
     metrics: Metrics,
     /// Environment whose tasks run in the runtime of the log.
     env: Env,
@@ -257,7 +259,7 @@ impl TransactionLog for ClusterLog {
     }
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
-        self.handle.block_on(replay::replay(&self.shared, after, receive))
+        self.handle.block_on(until_closed(&self.shared.closed, replay::replay(&self.shared, after, receive)))
     }
 
     fn id(&self) -> Uuid {
@@ -290,6 +292,7 @@ impl TransactionLog for ClusterLog {
     fn close(&self) -> Result<()> {
         let Some(running) = self.running().take() else { return Ok(()) };
         self.shared.queue.end(End::Closed);
+        let _ = self.shared.closed.set(());
         // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, task } = running;
         let (shared, failed) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
@@ -383,6 +386,7 @@ impl Shared {
             compaction_bytes,
             retain: options.retain,
             compaction_failure: Mutex::default(),
+            closed: SetOnce::new(),
             metrics: Metrics::new(),
             env,
         })

@@ -67,7 +67,7 @@ use anyhow::{Context, Result, bail, ensure};
 use futures_util::FutureExt;
 use kvs_runtime::{Env, Task};
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SetOnce, watch};
 use tokio_postgres::Statement;
 use tracing::{error, info};
 use uuid::Uuid;
@@ -90,6 +90,7 @@ use super::{Condition, History, Incarnation, News, Receive, Standby, Transaction
 use crate::remote::breaker::Breaker;
 use crate::remote::lease::Lease;
 use crate::remote::queue::{End, Queue};
+use crate::remote::until_closed;
 use crate::standby::end_of_log;
 use crate::{AppendError, Event};
 
@@ -165,6 +166,7 @@ struct Shared {
     readers: Semaphore,
     /// Connection of the last replay, kept for the next one of a standby.
     idle: Mutex<Option<Session>>,
+    closed: SetOnce<()>,
     metrics: Metrics,
     /// Environment whose tasks run in the runtime of the log.
     env: Env,
@@ -227,6 +229,7 @@ impl PostgresLog {
             retained: AtomicU64::new(retained),
             readers: Semaphore::new(MAX_CONCURRENT_REPLAYS),
             idle: Mutex::default(),
+            closed: SetOnce::new(),
             metrics: Metrics::new(),
             env,
         });
@@ -314,7 +317,7 @@ impl TransactionLog for PostgresLog {
     }
 
     fn replay(&self, after: u64, receive: &mut Receive<'_>) -> Result<u64> {
-        self.handle.block_on(replay::replay(&self.shared, after, receive))
+        self.handle.block_on(until_closed(&self.shared.closed, replay::replay(&self.shared, after, receive)))
     }
 
     fn id(&self) -> Uuid {
@@ -383,6 +386,7 @@ impl TransactionLog for PostgresLog {
     fn close(&self) -> Result<()> {
         let Some(running) = self.running().take() else { return Ok(()) };
         self.shared.queue.end(End::Closed);
+        let _ = self.shared.closed.set(());
         // In a thread: the caller may run in a runtime, which does not allow to block on another one.
         let Running { runtime, writer } = running;
         let failed = Arc::clone(&self.shared);
