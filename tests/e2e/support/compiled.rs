@@ -72,8 +72,12 @@ pub fn cache(component: &Path, data: &Path) {
     }
 }
 
-/// Prepares the new data directory of a `kvs serve`: its guest need not be compiled if it is one of those built for the tests.
+/// Prepares the new data directory of a `kvs serve`: its guest need not be compiled if it is one of those built for the tests. What
+/// starts it in other ways may give it another user, who cannot read the cache.
 pub fn prepare(command: &Command) {
+    if command.get_program() != kvs_tests::binary() {
+        return;
+    }
     let data = command.get_envs().find(|(name, _)| *name == "KVS_DATA_DIR");
     let Some(data) = data.and_then(|(_, value)| value).map(Path::new) else { return };
     if !data.is_dir() || data.join("cache").exists() || !command.get_args().any(|arg| arg == "serve") {

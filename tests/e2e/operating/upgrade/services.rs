@@ -50,12 +50,16 @@ impl Service {
     }
 
     fn stand_by(&self) -> Server {
-        Self::stand_by_with(&self.args())
+        self.stand_by_with(&self.args())
     }
 
-    fn stand_by_with(args: &[String]) -> Server {
+    fn stand_by_with(&self, args: &[String]) -> Server {
         let server = Server::start(&[&texts(args)[..], &["--standby"]].concat());
         becomes_ready(&server, 200, STANDS_BY);
+        if let Self::Postgres(database) = self {
+            // Until the primary has noticed it, the standby waits for longer.
+            await_some("a lease", || (database.sql("SELECT lease IS NULL FROM kvs.writer") == ["f"]).then_some(()));
+        }
         server
     }
 }
@@ -154,7 +158,7 @@ fn handed_over_log_is_not_free(service: &Service) {
     let args = service.args_with_long_lease();
     let server = Upgraded::start(&texts(&args));
     assert_eq!(Connection::open(server.address).ask("PUT", "/v1/a", b"1").status, 201);
-    let standby = Service::stand_by_with(&args);
+    let standby = service.stand_by_with(&args);
     let (binary, pid_file) = stopping_at("log", &programs);
     thread::scope(|scope| {
         let upgrade = scope.spawn(|| server.upgrade(&["--binary", &binary]));
