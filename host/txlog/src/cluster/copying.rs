@@ -106,7 +106,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Returns whether the log goes on after this end of it.
+    /// Returns whether the log continues after this end of it.
     async fn continues(&self, tip: Tip) -> Result<bool, Failure> {
         if self.ends().await?.last == tip.position {
             return Ok(last(self, tip.position).await?.0.is_same_end(&tip));
