@@ -4,6 +4,10 @@
 //! buildah builds without a daemon. The image is run without one too: with its environment, user and command, its file
 //! system read-only, in a mount namespace of its own. All of it takes root.
 
+#[allow(dead_code, reason = "the tests of every day use the rest")]
+#[path = "../e2e/support/compiled.rs"]
+mod compiled;
+
 #[allow(dead_code, unused_imports, unused_macros, reason = "the tests of every day use the rest")]
 #[path = "../e2e/support/log.rs"]
 mod log;
