@@ -1,8 +1,8 @@
 //! Connections: listeners, access and limits.
 //!
-//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access`, `key_prefix` and `quotas`: tokens; `rate_limit`:
-//! rates. `http2` and `raw` test the protocols byte for byte, `limits` slow and many clients, `floods` and `attacks` malicious
-//! ones.
+//! `listeners`, `tls` and `behind_a_proxy`: addresses, certificates and proxies. `access`, `key_prefix`, `quotas` and
+//! `token_command`: tokens; `rate_limit`: rates. `http2` and `raw` test the protocols byte for byte, `limits` slow and many
+//! clients, `floods` and `attacks` malicious ones.
 
 mod access;
 mod attacks;
@@ -16,3 +16,4 @@ mod quotas;
 mod rate_limit;
 mod raw;
 mod tls;
+mod token_command;

@@ -114,8 +114,7 @@ fn history_over_rollbacks_is_linearizable() {
     let server = Server::start(&args);
     let promotions = |now: &Metrics, cause| now.get(&format!("kvs_guest_promotions_total{{cause=\"{cause}\"}}"));
     let over = AtomicBool::new(false);
-    let (mut histories, mut operations) = (0, 0);
-    thread::scope(|scope| {
+    let (histories, operations) = thread::scope(|scope| {
         let rolling = scope.spawn(|| {
             let _over = SaysOver(&over);
             for n in 0..rollbacks {
@@ -136,15 +135,9 @@ fn history_over_rollbacks_is_linearizable() {
                 });
             }
         });
-        while !over.load(Ordering::Relaxed) {
-            let names: Vec<_> = (histories..histories + AT_ONCE).map(|n| n.to_string()).collect();
-            let stage = Stage::default();
-            stage.set(Some(server.address()));
-            let (judged, ()) = judge(&stage, &names, &mut rng, |_| ());
-            histories += AT_ONCE;
-            operations += judged.operations as u64;
-        }
+        let recorded = recorded_until(&over, &server, &mut rng);
         rolling.join().expect("each is rolled back");
+        recorded
     });
     println!("{histories} histories of {operations} operations, {rollbacks} rollbacks");
     assert_eq!(operations, histories * OPERATIONS);
@@ -162,8 +155,7 @@ fn history_over_swaps_with_shadow_is_linearizable() {
     let args = [&SMALL_SEGMENTS[..], &["--probation", "1ms"]].concat();
     let server = Server::start(&args);
     let over = AtomicBool::new(false);
-    let (mut histories, mut operations) = (0, 0);
-    let compared = thread::scope(|scope| {
+    let (histories, operations, compared) = thread::scope(|scope| {
         let swapping = scope.spawn(|| {
             let _over = SaysOver(&over);
             let swapped = (0..swaps).map(|n| {
@@ -176,19 +168,26 @@ fn history_over_swaps_with_shadow_is_linearizable() {
             });
             swapped.sum::<u64>()
         });
-        while !over.load(Ordering::Relaxed) {
-            let names: Vec<_> = (histories..histories + AT_ONCE).map(|n| n.to_string()).collect();
-            let stage = Stage::default();
-            stage.set(Some(server.address()));
-            let (judged, ()) = judge(&stage, &names, &mut rng, |_| ());
-            histories += AT_ONCE;
-            operations += judged.operations as u64;
-        }
-        swapping.join().expect("each swap succeeds")
+        let (histories, operations) = recorded_until(&over, &server, &mut rng);
+        (histories, operations, swapping.join().expect("each swap succeeds"))
     });
     println!("{histories} histories of {operations} operations, {swaps} swaps, {compared} requests compared");
     assert_eq!(operations, histories * OPERATIONS);
     assert!(compared > 0, "nothing was compared");
+}
+
+/// Records histories and judges them until it is over. Returns the number of histories and of their operations.
+fn recorded_until(over: &AtomicBool, server: &Server, rng: &mut Rng) -> (u64, u64) {
+    let (mut histories, mut operations) = (0, 0);
+    while !over.load(Ordering::Relaxed) {
+        let names: Vec<_> = (histories..histories + AT_ONCE).map(|n| n.to_string()).collect();
+        let stage = Stage::default();
+        stage.set(Some(server.address()));
+        let (judged, ()) = judge(&stage, &names, rng, |_| ());
+        histories += AT_ONCE;
+        operations += judged.operations as u64;
+    }
+    (histories, operations)
 }
 
 /// Kills, pauses and swaps the server, each twice, in a random order and at random moments while this number of operations
